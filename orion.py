@@ -1,0 +1,2291 @@
+#!/usr/bin/env python3
+"""orion: a live, multi-tenant web server in one file, on the standard library alone.
+
+    python3 orion.py            serves on http://127.0.0.1:8000 with ./data, and a demo to click through
+
+One request, from the socket to the row and back to every screen:
+
+    browser --- POST /w/acme/todos --> edge --> worker
+                                                  | 1. may they?   GET /_gate/acme
+                                                  v
+                                              Directory   control plane: accounts, sessions, memberships
+                                                  | 2. 200: forward, with the verdict as trusted headers
+                                                  v
+                                              Workspace   data plane: one SQLite file for this tenant
+                                                  | 3. validate, write, commit, publish("todos")
+                                                  v
+    every browser <-- 4. the whole region, read again, rendered once per role --- edge, which holds the streams
+
+Events carry no state. A publish only says "read the store again", so a frame that is dropped, coalesced or late harms
+nobody, and reconnecting is just asking again.
+
+The words, used in one meaning from here to the last line:
+
+    workspace   a tenant: "acme". Its name never touches the file system; its id, 64 hex digits, does
+    account     somebody who can sign in: "carol"
+    viewer      an account inside a workspace, as the gate saw it: account, role, grants
+    grant       a permission: "todos:delete". A role is a name for a set of grants
+    verdict     the gate's answer: 200 with the viewer as headers, or 401, or 403
+    slice       a feature from its tables to its pages: "todos"
+    region      the part of a page that stays current: <section id="todos">
+    command     a request that may write
+    topic       what a command publishes and a region listens to: "todos"
+    rendering   a region for one role at one version, made once and shared by everybody who looks at it
+
+Read it from top to bottom; nothing is used before it is introduced.
+
+     1 Settings       2 Markup         3 Requests        4 Events           5 Store          6 Bus
+     7 Objects        8 Slices         9 Todos          10 Workspace       11 Seals         12 Directory
+    13 Worker        14 Reader        15 Streams        16 Edge            17 Composition   18 Command line
+
+What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
+"""
+from __future__ import annotations
+
+import argparse
+import bisect
+import collections
+import contextlib
+import functools
+import hashlib
+import hmac
+import html
+import http
+import ipaddress
+import itertools
+import json
+import os
+import pathlib
+import queue
+import random
+import re
+import secrets
+import selectors
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import zlib
+from email.utils import formatdate
+from http.server import ThreadingHTTPServer
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+try:
+    import fcntl
+    import resource
+except ImportError:                      # Windows: no lock on the data folder, no limit of descriptors to raise
+    fcntl = resource = None
+
+
+# ==== 1. Settings ====================================================================================================
+# All that can be set, by a flag or an ORION_* variable, in one place that never changes while the server runs.
+
+class Settings(NamedTuple):
+    host: str = "127.0.0.1"
+    port: int = 8000                     # 0: any free one
+    data: pathlib.Path = pathlib.Path("data")
+    demo: bool = False
+    idle: float = 60.0                   # seconds until an unused workspace goes to sleep
+    awake: int = 256                     # workspaces awake at most; each takes three descriptors
+    threads: int = 16
+    connections: int = 10_000
+    max_workspaces: int = 20             # for one account to own
+    cookie: str = "sid"
+
+
+# ==== 2. Markup ======================================================================================================
+# Text becomes markup in one place. A template has holes; whatever is put in a hole is escaped unless it is Html, and
+# only a template makes Html. So markup that a user typed is text on every page, without anybody remembering it.
+
+TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
+
+
+class Html(str):
+    """Markup known to be safe. Adding plain text to it gives a plain str again, which the next hole escapes."""
+    __slots__ = ()
+
+    def join(self, parts: Iterable[Any]) -> Html:
+        return Html(str.join(self, map(escape, parts)))
+
+
+def escape(value: Any) -> Html:
+    return value if type(value) is Html else Html(html.escape(str(value)))
+
+
+class Template:
+    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". KeyError: a hole is not filled."""
+
+    def __init__(self, text: str) -> None:
+        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.replace("%", "%%"))
+
+    def __call__(self, **values: Any) -> Html:
+        return Html(self.format % {name: escape(value) for name, value in values.items()})
+
+
+@functools.lru_cache(maxsize=None)
+def template(name: str) -> Template:
+    """The file templates/<name>.html; of "todos.row" the part under its line `<!-- row -->`."""
+    file, _, part = name.partition(".")
+    pieces = re.split(r"(?m)^<!-- (\w+) -->\n", (TEMPLATES / f"{file}.html").read_text("utf-8"))
+    return Template((dict(zip(pieces[1::2], pieces[2::2]))[part] if part else pieces[0]).rstrip("\n"))
+
+
+# ==== 3. Requests ====================================================================================================
+# Four words that all later sections speak. An object and the worker take a Request and return a Response; neither knows
+# of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
+
+SAFE = ("GET", "HEAD")
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-proved", "x-counts"}
+
+
+class Request(NamedTuple):
+    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting."""
+    method: str
+    path: str
+    query: str = ""
+    headers: Dict[str, str] = {}
+    body: bytes = b""
+    peer: str = ""
+    wait: bool = True
+
+    @property
+    def datastar(self) -> bool:
+        return "datastar-request" in self.headers
+
+    @property
+    def form(self) -> bool:
+        return self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded")
+
+    @property
+    def params(self) -> Dict[str, str]:
+        return dict(urllib.parse.parse_qsl(self.query))
+
+    def fields(self) -> Dict[str, Any]:
+        """What was sent along, as a form or as signals. Refused(415): as neither; Refused(400): not readable."""
+        if self.form:
+            return dict(urllib.parse.parse_qsl(self.body.decode("utf-8", "replace"), keep_blank_values=True))
+        if self.body and not self.headers.get("content-type", "").lower().startswith("application/json"):
+            raise Refused(415, "Send application/json or application/x-www-form-urlencoded.")
+        return read_signals(self)
+
+
+class Response(NamedTuple):
+    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 8). which: what a
+    command wrote, or who looks at a stream."""
+    status: int
+    body: bytes = b""
+    type: str = "text/plain; charset=utf-8"
+    headers: Tuple[Tuple[str, str], ...] = ()
+    rendering: Optional[Rendering] = None
+    watch: Optional[Watch] = None
+    which: str = ""
+
+
+class Refused(Exception):
+    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is shown
+    at the field whose signal this is."""
+
+    def __init__(self, status: int, message: str, headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
+        super().__init__(status, message)
+        self.status, self.message, self.headers, self.signal = status, message, headers, signal
+
+
+class WouldBlock(Exception):
+    """The request came with wait=False, and this takes a lock, a file or a rendering that is not at hand."""
+
+
+class Viewer(NamedTuple):
+    """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty."""
+    account: str = ""
+    role: str = ""
+    grants: Tuple[str, ...] = ()
+
+    def can(self, grant: str) -> bool:
+        return grant in self.grants
+
+
+def nothing_here() -> Refused:
+    return Refused(404, "There is nothing at this address. Go back, or start from the home page.")
+
+
+def as_json(data: Any, status: int = 200) -> Response:
+    return Response(status, json.dumps(data).encode(), "application/json")
+
+
+def see_other(path: str, *headers: Tuple[str, str]) -> Response:
+    return Response(303, headers=(("location", path), *headers))
+
+
+def local_path(path: str) -> str:
+    """path if it leads to this server, else "/": //host, /\\host and schemes would lead elsewhere."""
+    return path if re.fullmatch(r"/(?![/\\])[!-\[\]-~]*", path) else "/"
+
+
+# ==== 4. Events ======================================================================================================
+# What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
+# function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
+
+def event(kind: str, lines: Sequence[Tuple[str, str]], event_id: Optional[str], retry: Optional[int]) -> bytes:
+    """One server-sent event (WHATWG HTML, 9.2.5). ValueError: a line break where only one line fits."""
+    fields = [("event", kind), ("id", event_id), ("retry", retry), *(("data", f"{key} {text}") for key, text in lines)]
+    out = [f"{name}: {value}" for name, value in fields if value is not None]
+    if any([re.search(r"[\r\n\0]", line) for line in out]):
+        raise ValueError("a line break or NUL inside a line of an event")
+    return ("\n".join(out) + "\n\n").encode("utf-8", "replace")
+
+
+def lines_of(key: str, text: str) -> List[Tuple[str, str]]:
+    return [(key, line) for line in re.split(r"\r\n|\r|\n", text.replace("\0", "\ufffd"))] if text else []
+
+
+def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: str = "outer",
+                   namespace: Optional[str] = None, use_view_transition: bool = False,
+                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Morph elements into the page, by their own ids or at selector. mode: outer, inner, replace, prepend, append,
+    before, after, remove. retry: milliseconds. Defaults are left out of the wire."""
+    options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
+               "useViewTransition": "true" if use_view_transition else None}
+    given = [(key, value) for key, value in options.items() if value]
+    return event("datastar-patch-elements", given + lines_of("elements", elements), event_id, retry)
+
+
+def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
+                  retry: Optional[int] = None) -> bytes:
+    """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
+    text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
+    given = [("onlyIfMissing", "true")] if only_if_missing else []
+    return event("datastar-patch-signals", given + lines_of("signals", text), event_id, retry)
+
+
+def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
+
+
+def execute_script(script: str, *, auto_remove: bool = True, attributes: Optional[Dict[str, str]] = None,
+                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Run script in the page. ValueError: it contains `</script`, which would end its element early."""
+    if "</script" in script.lower():
+        raise ValueError("a script must not contain </script")
+    given = {**({"data-effect": "el.remove()"} if auto_remove else {}), **(attributes or {})}
+    opening = "".join([f' {name}="{escape(value)}"' for name, value in given.items()])
+    return patch_elements(f"<script{opening}>{script}</script>", selector="body", mode="append",
+                          event_id=event_id, retry=retry)
+
+
+def read_signals(request: Request) -> Dict[str, Any]:
+    """The signals that came along: in the query of GET and DELETE, else in the body. Refused(400): no JSON object."""
+    text = request.params.get("datastar", "") if request.method in ("GET", "HEAD", "DELETE") else request.body
+    try:
+        signals = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        signals = None
+    if not isinstance(signals, dict):
+        raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
+    return signals
+
+
+def chunk(data: bytes) -> bytes:
+    """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def deflated(data: bytes) -> bytes:
+    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC 1951,
+    3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
+    squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
+
+
+GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"                          # RFC 1952, 2.3
+LAST_CHUNK, BEAT = b"0\r\n\r\n", b":\n\n"
+
+
+# ==== 5. Store =======================================================================================================
+# One SQLite file, five synchronous methods. A view calls store.query() with no await, which is what lets one loop serve
+# every region; a store that answers later would make every view, model and command wait in another language.
+# A write is durable when its transaction has returned (WAL, synchronous=FULL).
+
+class MigrationError(Exception):
+    """The file and the slices do not fit together; the text names slice, entry and table."""
+
+
+class Store:
+    """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
+    time (section 7). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
+
+    def __init__(self, path: Optional[pathlib.Path], create: bool = False) -> None:
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
+        self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+        self.db.row_factory = sqlite3.Row
+        self.on_commit: List[Callable[[], None]] = []
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-512"):
+            self.db.execute(f"PRAGMA {pragma}")
+
+    def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
+        return self.db.execute(sql, args).fetchall()
+
+    def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
+        return self.db.execute(sql, args).fetchone()
+
+    def exec(self, sql: str, *args: Any) -> int:
+        """The number of rows that changed."""
+        return self.db.execute(sql, args).rowcount
+
+    @contextlib.contextmanager
+    def tx(self) -> Iterator[None]:
+        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone."""
+        outer, mark = not self.db.in_transaction, len(self.on_commit)
+        self.begin() if outer else self.db.execute("SAVEPOINT part")
+        try:
+            yield
+            if not outer:
+                self.db.execute("RELEASE part")
+        except BaseException:
+            del self.on_commit[mark:]
+            if self.db.in_transaction:               # a full disk can have rolled back already
+                self.db.execute("ROLLBACK" if outer else "ROLLBACK TO part")
+            raise
+        if outer:
+            self.commit()
+
+    def begin(self) -> None:
+        """IMMEDIATE: a transaction that takes its write lock late can fail at once, whatever the timeout."""
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """Durable first, told to others second. What waits in on_commit is dropped when the commit fails."""
+        waiting, self.on_commit = self.on_commit, []
+        try:
+            self.db.execute("COMMIT")
+        except BaseException:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            raise
+        for tell in waiting:
+            tell()
+
+    def migrate(self, slice: str, entries: Sequence[str], apply: bool = True) -> None:
+        """Run the entries, each one SQL statement, that did not run here yet: all or none. apply=False: only remember
+        them, for tables that live in other files. MigrationError: one that ran was edited or is gone, or one touches a
+        table of another slice."""
+        self.db.execute("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest TEXT, tables TEXT, "
+                        "PRIMARY KEY (slice, entry)) WITHOUT ROWID")
+        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
+        ran = self.query("SELECT entry, digest FROM _migrations WHERE slice = ? ORDER BY entry", slice)
+        for row, digest in itertools.zip_longest(ran, digests[:len(ran)]):
+            if row["digest"] != digest:
+                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote this"
+                raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
+        with self.tx() if len(ran) < len(entries) else contextlib.nullcontext():
+            for number in range(len(ran), len(entries)):
+                tables = self._apply(slice, number + 1, entries[number]) if apply else ""
+                self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", slice, number + 1, digests[number], tables)
+
+    def _apply(self, slice: str, number: int, sql: str) -> str:
+        """Returns the tables that it made: they are the slice's own from now on. SQLite itself is the judge of what a
+        statement touches (sqlite.org/c3ref/set_authorizer.html)."""
+        owners = {table: row["slice"] for row in self.query("SELECT * FROM _migrations") for table in row["tables"].split()}
+        known, foreign = {row["name"] for row in self.query("SELECT name FROM sqlite_master")}, []
+
+        def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
+            table = second if action in NAMED_SECOND else first
+            if owners.get(table, "orion" if table == "_migrations" else slice) != slice:
+                foreign.append(table)
+            return sqlite3.SQLITE_DENY if foreign else sqlite3.SQLITE_OK
+        self.db.set_authorizer(judge)
+        try:
+            self.exec(sql)
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            why = f"touches table {foreign[0]!r} of slice {owners.get(foreign[0], 'orion')!r}" if foreign else error
+            raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
+        finally:
+            self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
+        return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
+
+    def close(self) -> None:
+        self.db.close()                              # the last connection out moves the WAL into the file
+
+
+NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # for these the table is the second name
+
+
+# ==== 6. Bus =========================================================================================================
+# A topic is a name with a version. Publishing moves the version on and wakes who waits; it says that something changed,
+# never what. Inside a transaction a publish waits for the commit, and a rollback takes it back.
+
+class Bus:
+    """One object's topics. `turn` is that object's Condition: its lock must be held to publish, its notify is the bus."""
+
+    def __init__(self, turn: threading.Condition, store: Store) -> None:
+        self.turn, self.store = turn, store
+        self.versions: Dict[str, int] = collections.Counter()
+        self.listeners: List[Callable[[str], None]] = []
+
+    def publish(self, topic: str) -> None:
+        if self.store.db.in_transaction:
+            self.store.on_commit.append(lambda: self._tell(topic))
+        else:
+            self._tell(topic)
+
+    def _tell(self, topic: str) -> None:
+        self.versions[topic] += 1
+        self.turn.notify_all()
+        for listener in self.listeners:
+            listener(topic)
+
+    def subscribe(self, listener: Callable[[str], None]) -> None:
+        """listener(topic) is called after each publish, with the lock held: it may take a note, not do the work."""
+        self.listeners.append(listener)
+
+    def wait(self, topic: str, seen: int, timeout: float) -> int:
+        """The version of topic, as soon as it is past seen, or after timeout seconds. For a thread without a stream."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.versions[topic] > seen, timeout)
+            return self.versions[topic]
+
+
+# ==== 7. Objects =====================================================================================================
+# A Durable Object is one SQLite file and one Condition, whose lock makes it single-threaded: requests come in through
+# fetch() one at a time, from whichever thread. A Namespace turns a name into an id and an id into a stub; the object
+# behind it is built on the first request, put to sleep when nobody asked for a while, and built again.
+
+class Asleep(Exception):
+    """The object went to sleep while this request stood in line; the stub wakes it and asks again."""
+
+
+class Batch:
+    """Commands that share one commit, and how it went."""
+    __slots__ = ("size", "done", "error")
+
+    def __init__(self) -> None:
+        self.size, self.done, self.error = 0, False, None
+
+
+class DurableObject:
+    """Subclasses say what tables they need (schema) and answer requests (handle)."""
+    BATCH = 64                                       # commands to a commit at most, so that the first is not kept waiting
+
+    def __init__(self, id: str, namespace: Namespace) -> None:
+        self.id, self.namespace = id, namespace
+        self.turn = threading.Condition(threading.Lock())
+        self.line: collections.deque = collections.deque()      # one entry for each thread that waits for its turn
+        self.asleep, self.used = False, time.monotonic()
+        self.store: Optional[Store] = None
+        self.batch: Optional[Batch] = None
+
+    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
+        raise NotImplementedError
+
+    def handle(self, request: Request) -> Response:
+        raise NotImplementedError
+
+    def fetch(self, request: Request) -> Response:
+        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait here."""
+        self.line.append(None)
+        taken = self.turn.acquire(request.wait)
+        self.line.pop()
+        if not taken:
+            raise WouldBlock
+        try:
+            if self.asleep:
+                raise Asleep
+            if not request.wait and (self.store is None or self.batch):
+                raise WouldBlock
+            self.used = time.monotonic()
+            if self.store is None:
+                self.open()
+            if request.method not in SAFE:
+                return self.command(request)
+            if self.batch:                           # readers see nothing that is not durable
+                self.commit(self.batch)
+            return self.handle(request)
+        finally:
+            self.turn.release()
+
+    def open(self, create: bool = False) -> None:
+        store = Store(self.namespace.path(self.id), create)
+        try:
+            for slice, entries in self.schema():
+                store.migrate(slice, entries)
+        except BaseException:
+            store.close()
+            raise
+        self.store, self.bus = store, Bus(self.turn, store)
+        self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
+
+    def command(self, request: Request) -> Response:
+        """Group commit. The file is made durable once for all commands that arrived meanwhile: each runs in a savepoint
+        of one transaction, and whoever finds nobody behind it in line commits for all."""
+        if self.batch is None:
+            self.store.begin()
+            self.batch = Batch()
+        batch = self.batch
+        try:
+            with self.store.tx():
+                return self.handle(request)
+        except sqlite3.Error as error:
+            if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
+                self.settle(batch, error)
+            raise
+        finally:
+            self.share(batch)
+
+    def share(self, batch: Batch) -> None:
+        batch.size += 1
+        if self.line and batch.size < self.BATCH:
+            self.turn.wait_for(lambda: batch.done)
+        if not batch.done:
+            self.commit(batch)
+        if batch.error:
+            raise batch.error
+
+    def commit(self, batch: Batch) -> None:
+        try:
+            self.store.commit()
+            self.settle(batch, None)
+        except sqlite3.Error as error:
+            self.settle(batch, error)
+
+    def settle(self, batch: Batch, error: Optional[Exception]) -> None:
+        batch.done, batch.error, self.batch = True, error, None
+        self.turn.notify_all()
+
+    def sleep(self, unused_since: float) -> None:
+        """Close the file, unless somebody used it since or waits for it now. A new object takes over when one is asked."""
+        if not self.turn.acquire(blocking=False):
+            return
+        try:
+            if self.asleep or self.batch or self.line or self.used > unused_since:
+                return
+            self.asleep = True
+            if self.store:
+                self.store.close()
+            self.namespace.forget(self)              # only now may another object open the file
+        finally:
+            self.turn.release()
+
+
+class Stub:
+    """The address of an object, whether it is awake or not."""
+    __slots__ = ("id", "namespace")
+
+    def __init__(self, id: str, namespace: Namespace) -> None:
+        self.id, self.namespace = id, namespace
+
+    def fetch(self, request: Request) -> Response:
+        while True:
+            try:
+                return self.namespace.wake(self.id).fetch(request)
+            except Asleep:
+                continue
+
+
+class Namespace:
+    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for `idle` seconds."""
+
+    def __init__(self, kind: str, folder: pathlib.Path, build: Callable[[str, Namespace], DurableObject], awake: int,
+                 idle: float) -> None:
+        self.kind, self.folder, self.build, self.awake, self.idle = kind, folder, build, awake, idle
+        self.lock = threading.Lock()                 # guards what follows; taken after an object's lock, never before
+        self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
+        self.fetches = 0
+        self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
+
+    def id_from_name(self, name: str) -> str:
+        """64 hex digits, always the same for the same name."""
+        return hashlib.sha256(f"{self.kind}:{name}".encode()).hexdigest()
+
+    def get(self, id: str) -> Stub:
+        return Stub(id, self)
+
+    def path(self, id: str) -> pathlib.Path:
+        return self.folder / f"{id}.db"
+
+    def create(self, id: str) -> None:
+        """Make the file of a new object; whoever finds it missing later knows that it was lost."""
+        made = self.build(id, self)
+        made.open(create=True)
+        made.store.close()
+
+    def wake(self, id: str) -> DurableObject:
+        with self.lock:
+            self.fetches += 1
+            found = self.objects.get(id)
+            if found is None:
+                found = self.objects[id] = self.build(id, self)
+            self.objects.move_to_end(id)
+            excess = list(itertools.islice(self.objects.values(), max(0, len(self.objects) - self.awake)))
+        for candidate in excess:
+            candidate.sleep(time.monotonic())
+        return found
+
+    def forget(self, one: DurableObject) -> None:
+        with self.lock:
+            del self.objects[one.id]
+
+    def rest(self, idle: Optional[float] = None) -> None:
+        """Put to sleep who was not used for idle seconds."""
+        before = time.monotonic() - (self.idle if idle is None else idle)
+        with self.lock:
+            quiet = [one for one in self.objects.values() if one.used <= before]
+        for one in quiet:
+            one.sleep(before)
+
+
+# ==== 8. Slices ======================================================================================================
+# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
+# so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
+# the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
+
+PUBLIC, MEMBER = "(anyone)", "(any member)"          # in place of a grant
+
+
+class Context(NamedTuple):
+    """What a region or a command gets to see: its store, who looks, what they ask. scope: whose rows, where one file has
+    those of many workspaces (the Directory's members)."""
+    store: Store
+    viewer: Viewer
+    request: Request
+    publish: Callable[[str], None]
+    scope: str = ""
+
+    @property
+    def workspace(self) -> str:
+        return self.request.headers.get("x-workspace", "")
+
+
+class Route(NamedTuple):
+    """run(ctx, *args) returns a Response; args are what the <parts> of a path like "/todos/<id>" were."""
+    method: str
+    path: str
+    grant: str
+    run: Callable[..., Response]
+
+
+class Live(NamedTuple):
+    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element with
+    an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it."""
+    path: str
+    grant: str
+    topic: str
+    title: str
+    region: Callable[[Context], Html]
+    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region)
+
+
+class Slice(NamedTuple):
+    """count(store): one number that says how full it is, for the home page and the console."""
+    name: str
+    migrations: Sequence[str]
+    live: Sequence[Live] = ()
+    routes: Sequence[Route] = ()
+    count: Optional[Callable[[Store], int]] = None
+
+
+class Rendering:
+    """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the content,
+    so it means the same after a restart and in another process."""
+    __slots__ = ("html", "etag", "micros", "frame", "_zipped")
+
+    def __init__(self, html: Html, micros: int) -> None:
+        self.html, self.micros, self._zipped = html, micros, b""
+        self.etag = hashlib.blake2b(html.encode("utf-8", "replace"), digest_size=9).hexdigest()
+        self.frame = chunk(patch_elements(html, event_id=self.etag))
+
+    @property
+    def zipped(self) -> bytes:
+        self._zipped = self._zipped or chunk(deflated(patch_elements(self.html, event_id=self.etag)))
+        return self._zipped
+
+
+class Watch(NamedTuple):
+    """What a live answer leaves behind: whom to ask again, what, and after which topic."""
+    stub: Stub
+    request: Request
+    topic: str
+
+    @property
+    def key(self) -> Tuple[str, ...]:
+        return (self.request.path, *self.request.headers.values())
+
+
+NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before anything that users typed
+
+
+def page(title: str, body: Html, account: str = "", nav: Any = "", footer: Any = "", status: int = 200) -> Response:
+    """A whole page. Each answer puts a nonce of its own where the mark is (section 16)."""
+    signed = template("layout.account")(account=account) if account else ""
+    text = template("layout")(title=title, body=body, nonce=NONCE, signed=signed, nav=nav, footer=footer)
+    return Response(status, text.encode("utf-8", "replace"), PAGE)
+
+
+def done(ctx: Context, which: str = "", **signals: Any) -> Response:
+    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain form.
+    What it changed is not in it: that reaches everybody, the sender too, through the region."""
+    if ctx.request.form and not ctx.request.datastar:
+        return see_other(f"/w/{ctx.workspace}/{ctx.request.path.split('/')[1]}")._replace(which=which)
+    return (as_json(signals) if signals else Response(204))._replace(which=which)
+
+
+class Router:
+    """Finds the row for a request among the slices of an object."""
+
+    def __init__(self, slices: Sequence[Slice]) -> None:
+        self.slices, self.rows = slices, collections.defaultdict(dict)
+        for slice in slices:
+            streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
+            for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
+                self.rows[re.sub(r"<\w+>", "([^/]+)", path)][method] = (slice.name, row)
+        self.find = functools.lru_cache(maxsize=1024)(self._find)
+
+    def _find(self, path: str) -> Tuple[Dict[str, Tuple[str, Any]], Sequence[str]]:
+        hits = ((rows, re.fullmatch(pattern, path)) for pattern, rows in self.rows.items())
+        return next(((rows, hit.groups()) for rows, hit in hits if hit), ({}, ()))
+
+    def match(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
+        """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
+        rows, args = self.find(path)
+        if not rows:
+            raise nothing_here()
+        if method not in rows:
+            allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
+            raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
+        return (*rows[method], args)
+
+
+JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL, "
+           "which TEXT NOT NULL)",)
+
+
+class SliceHost(DurableObject):
+    """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
+    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it is not the path it is sent to
+
+    def __init__(self, id: str, namespace: Namespace, router: Router) -> None:
+        super().__init__(id, namespace)
+        self.router = router
+        self.kept: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}      # renderings and pages, each with its topic's version
+
+    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
+        return [("orion", JOURNAL), *((slice.name, slice.migrations) for slice in self.router.slices)]
+
+    def viewer(self, request: Request) -> Viewer:
+        return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants")))
+
+    def scope(self, request: Request) -> str:
+        return ""
+
+    def handle(self, request: Request) -> Response:
+        slice, row, args = self.router.match(request.method, request.path)
+        viewer = self.viewer(request)
+        if row.grant != PUBLIC and not (viewer.role if row.grant == MEMBER else viewer.can(row.grant)):
+            raise Refused(403, f"Your role here does not include {row.grant}. Ask an owner of the workspace for it.")
+        ctx = Context(self.store, viewer, request, self.bus.publish, self.scope(request))
+        if type(row) is Live:
+            return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
+        if not request.wait:
+            raise WouldBlock
+        before = self.store.db.total_changes
+        response = row.run(ctx, *args)
+        if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
+            which = response.which or "/".join(args) or self.store.one("SELECT last_insert_rowid()")[0]
+            self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", time.time(), viewer.account,
+                            f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
+        return response
+
+    def command(self, request: Request) -> Response:
+        """What is wrong with the input is told at its field: by a signal, or on the page with what they typed."""
+        try:
+            return super().command(request)
+        except Refused as no:
+            if request.datastar and no.status in (409, 422):
+                return as_json({no.signal: no.message})
+            if no.status != 422 or not request.form:
+                raise
+            typed = urllib.parse.urlencode({**request.fields(), "password": "", "problem": no.message})
+            again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed)
+            return self.handle(again)._replace(status=422)
+
+    def keep(self, live: Live, ctx: Context, key: Tuple[Any, ...], make: Callable[[Live, Context], Any]) -> Any:
+        """What make(live, ctx) returned for this key since the topic's last publish, or returns now."""
+        version = self.bus.versions[self.topic(live, ctx)]
+        held = self.kept.get(key)
+        if held and held[0] == version:
+            return held[1]
+        if not ctx.request.wait:
+            raise WouldBlock
+        made = make(live, ctx)
+        if len(self.kept) > 64:
+            self.kept.clear()
+        self.kept[key] = (version, made)
+        return made
+
+    def topic(self, live: Live, ctx: Context) -> str:
+        return f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
+
+    def rendering(self, live: Live, ctx: Context) -> Rendering:
+        return self.keep(live, ctx, (live.path, ctx.viewer.role, ctx.scope), self.render)
+
+    def render(self, live: Live, ctx: Context) -> Rendering:
+        """The account is taken away: what a whole role shares can't name one of them."""
+        started = time.perf_counter()
+        region = live.region(ctx._replace(viewer=ctx.viewer._replace(account="")))
+        return Rendering(region, round(1e6 * (time.perf_counter() - started)))
+
+    def stream(self, live: Live, ctx: Context) -> Response:
+        headers = {name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-id")}
+        watch = Watch(self.namespace.get(self.id), Request("GET", ctx.request.path, headers=headers), self.topic(live, ctx))
+        return Response(200, type="text/event-stream", rendering=self.rendering(live, ctx), watch=watch,
+                        which=ctx.viewer.account)
+
+    def page(self, live: Live, ctx: Context) -> Response:
+        if ctx.request.query:
+            return self.whole_page(live, ctx)
+        return self.keep(live, ctx, (live.path, ctx.viewer, ctx.workspace), self.whole_page)
+
+    def whole_page(self, live: Live, ctx: Context) -> Response:
+        rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
+        xray = template("xray")(id=self.id, file=f"{self.id}.db", account=viewer.account, role=viewer.role,
+                                grants=", ".join(viewer.grants), micros=rendering.micros,
+                                check="yes" if viewer.can("todos:delete") else "no")
+        nav = template("layout.workspace")(workspace=workspace)
+        return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer.account, nav, xray)
+
+
+@functools.lru_cache(maxsize=1024)
+def viewer(account: str, role: str, grants: str) -> Viewer:
+    return Viewer(account, role, tuple(grants.split(",")) if grants else ())
+
+
+# ==== 9. Todos =======================================================================================================
+# The slice that comes with it, and the pattern for one's own: the table, the queries with their names, the region, the
+# commands. It knows nothing of tenants, sockets or sessions.
+
+TITLE_LIMIT = 500
+
+
+def all_todos(store: Store) -> List[sqlite3.Row]:
+    return store.query("SELECT id, title, done FROM todos ORDER BY id")
+
+
+def count_todos(store: Store) -> int:
+    return store.one("SELECT count(*) FROM todos WHERE NOT done")[0]
+
+
+def the_todo(ctx: Context, id: str) -> sqlite3.Row:
+    """Refused(404): there is none in this workspace."""
+    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    if known is None:
+        raise Refused(404, "This todo is gone. The page shows what there is now.")
+    return known
+
+
+def todos_region(ctx: Context) -> Html:
+    known, row, remove = all_todos(ctx.store), template("todos.row"), template("todos.delete")
+    disabled = Html("" if ctx.viewer.can("todos:write") else "disabled")
+    rows = [row(id=todo["id"], title=todo["title"], checked=Html("checked" if todo["done"] else ""), disabled=disabled,
+                delete=remove(id=todo["id"], title=todo["title"]) if ctx.viewer.can("todos:delete") else "") for todo in known]
+    return template("todos.region")(rows=Html("").join(rows), open=sum([not todo["done"] for todo in known]),
+                                    all=len(known), empty="" if known else template("todos.empty")())
+
+
+def todos_page(ctx: Context, region: Html) -> Html:
+    typed = ctx.request.params
+    form = template("todos.form" if ctx.viewer.can("todos:write") else "todos.readonly")
+    return template("todos")(region=region, workspace=ctx.workspace,
+                             form=form(title=typed.get("title", ""), problem=typed.get("problem", "")))
+
+
+def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
+    """Refused(422): empty, too long, or no text."""
+    title = fields.get("title")
+    title = title.strip() if isinstance(title, str) else ""
+    if not 1 <= len(title) <= TITLE_LIMIT:
+        raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has {len(title)}.", signal=signal)
+    return title
+
+
+def create(ctx: Context) -> Response:
+    ctx.store.exec("INSERT INTO todos (title) VALUES (?)", valid_title(ctx.request.fields()))
+    ctx.publish("todos")
+    return done(ctx, title="", problem="")
+
+
+def change(ctx: Context, id: str) -> Response:
+    """The signals done and title are set, where they are given; neither: toggle."""
+    todo, fields = the_todo(ctx, id), ctx.request.fields()
+    title = valid_title(fields, "toast") if "title" in fields else todo["title"]
+    ticked = fields.get("done", bool(todo["done"]) if "title" in fields else not todo["done"])
+    if type(ticked) is not bool:
+        raise Refused(400, "done is true or false. Reload the page and try again.")
+    ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked, todo["id"])
+    ctx.publish("todos")
+    return done(ctx)
+
+
+def delete(ctx: Context, id: str) -> Response:
+    ctx.store.exec("DELETE FROM todos WHERE id = ?", the_todo(ctx, id)["id"])
+    ctx.publish("todos")
+    return done(ctx)
+
+
+todos = Slice(
+    name="todos",
+    migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, done INTEGER NOT NULL "
+                "DEFAULT 0)",),
+    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page),),
+    routes=(Route("POST", "/todos", "todos:write", create),
+            Route("PATCH", "/todos/<id>", "todos:write", change),
+            Route("DELETE", "/todos/<id>", "todos:delete", delete)),
+    count=count_todos,
+)
+
+
+# ==== 10. Workspace ==================================================================================================
+# The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
+# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command: the
+# button is a courtesy, the gate is the law.
+
+class Workspace(SliceHost):
+    def handle(self, request: Request) -> Response:
+        if request.path == "/_counts":               # for the home page; the worker lets no path like it in from outside
+            return as_json({slice.name: slice.count(self.store) for slice in self.router.slices if slice.count})
+        return super().handle(request)
+
+
+# ==== 11. Seals ======================================================================================================
+# Pure functions over secrets. A cookie carries a random token and a seal (HMAC) over it, so a forged one is turned away
+# before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
+# takes the same time whether it fails at the first byte or the last.
+
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}      # about 0.1 s and 32 MiB for each guess
+SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)       # or a crowd of guesses would take all memory
+
+
+def scrypt(password: str, salt: bytes) -> bytes:
+    with SCRYPT_AT_ONCE:
+        return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+
+
+def hash_password(password: str) -> str:
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${scrypt(password, salt).hex()}"
+
+
+def password_matches(password: str, stored: str) -> bool:
+    """Takes as long, and says no, where nothing is stored."""
+    salt, _, known = (stored or "00$").partition("$")
+    return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
+
+
+def load_keys(path: pathlib.Path, create: bool) -> List[bytes]:
+    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
+    without a word."""
+    if create:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(f"{secrets.token_hex(32)}\n")
+    return [bytes.fromhex(line) for line in path.read_text().split()]
+
+
+def seal(token: str, key: bytes) -> str:
+    return hmac.digest(key, b"session:" + token.encode(), "sha256").hex()
+
+
+def unseal(value: str, keys: Sequence[bytes]) -> Optional[str]:
+    """The token of a cookie "token.seal", or None: it was not sealed here."""
+    token, _, given = value.partition(".")
+    if len(token) != 43 or len(given) != 64 or not value.isascii():
+        return None
+    return token if any([hmac.compare_digest(seal(token, key), given) for key in keys]) else None
+
+
+def cookies(header: str, name: str) -> List[str]:
+    """Every value of this name. A bad neighbour in the header hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
+    return [value for key, _, value in (pair.strip().partition("=") for pair in header.split(";")) if key == name]
+
+
+# ==== 12. Directory ==================================================================================================
+# The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
+# else; the roles are one table. Its gate is asked before anything else moves, and reads the store each time, so that a
+# membership that ended a moment ago is already over.
+
+ROLES: Dict[str, Tuple[str, ...]] = {
+    "owner": ("todos:read", "todos:write", "todos:delete", "members:manage", "workspace:delete"),
+    "admin": ("todos:read", "todos:write", "todos:delete", "members:manage"),
+    "member": ("todos:read", "todos:write"),
+    "viewer": ("todos:read",),
+}
+WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+SESSION_SECONDS = 30 * 86400                         # sliding: renewed by a request in the second half
+NAMES_A_PAGE = 24
+
+DIRECTORY_TABLES = (
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona INTEGER "
+    "NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, "
+    "created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX sessions_of ON sessions (account)",
+    "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE CASCADE, account TEXT NOT NULL "
+    "REFERENCES accounts ON DELETE CASCADE, role TEXT NOT NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
+    "CREATE INDEX memberships_of ON memberships (account)",
+)
+GATE = """SELECT s.account, s.expires, s.digest, w.id, m.role FROM sessions s LEFT JOIN workspaces w ON w.name = ?
+          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = s.account WHERE s.digest = ?"""
+
+NO_SESSION = Response(401, b"Sign in first.\n")
+NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask its owner to invite you.\n")
+
+
+@functools.lru_cache(maxsize=1024)
+def verdict(account: str, role: str, workspace: str, id: str) -> Response:
+    """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
+    grants = ROLES.get(role, ())
+    viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
+              "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
+    return as_json(viewer)._replace(headers=tuple(viewer.items()))
+
+
+class Directory(SliceHost):
+    FORMS = {"/workspaces": "/"}
+
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: List[bytes], workspaces: Namespace) -> None:
+        public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
+                  Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
+                  Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", PUBLIC, self.found))
+        members = (Route("POST", "/members", "members:manage", invite),
+                   Route("PATCH", "/members/<account>", "members:manage", change_role),
+                   Route("DELETE", "/members/<account>", MEMBER, expel))
+        live = (Live("/members", MEMBER, "members", "Members", members_region, members_page),)
+        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, live, public + members)]))
+        self.settings, self.keys, self.workspaces = settings, keys, workspaces
+        self.verdicts: Dict[int, int] = collections.Counter()
+
+    def fetch(self, request: Request) -> Response:
+        """A password is checked before the request takes its turn: 0.1 s in it would hold up every gate."""
+        if (request.method, request.path) == ("POST", "/login"):
+            request = self.prove(request)
+        return super().fetch(request)
+
+    def handle(self, request: Request) -> Response:
+        if request.path.startswith("/_gate"):
+            answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
+            self.verdicts[answer.status] += 1
+            return answer
+        if request.path == "/_version":              # moves when another process has written
+            return as_json(self.store.one("PRAGMA data_version")[0])
+        if request.path == "/_mine":
+            return as_json([row["id"] for row in self.mine(request)])
+        return super().handle(request)
+
+    def scope(self, request: Request) -> str:
+        return request.headers.get("x-id", "")
+
+    # -- the gate
+
+    def gate(self, request: Request, workspace: str) -> Response:
+        """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte."""
+        row = self.session(request, workspace)
+        if row is None:
+            return NO_SESSION
+        return verdict(row["account"], row["role"], workspace, row["id"]) if row["role"] else NO_ENTRY
+
+    def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
+        """The account of the request's cookie, with its role in workspace. None: no valid session."""
+        given = cookies(request.headers.get("cookie", ""), self.settings.cookie)
+        token = unseal(given[0], self.keys) if len(given) == 1 else None       # two: somebody planted one
+        row = self.store.one(GATE, workspace, hashlib.sha256(token.encode()).digest()) if token else None
+        now = time.time()
+        if row is None or row["expires"] <= now:
+            return None
+        if row["expires"] < now + SESSION_SECONDS / 2:
+            if not request.wait:
+                raise WouldBlock
+            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?", now + SESSION_SECONDS, row["digest"])
+        return row
+
+    # -- sessions
+
+    def viewer(self, request: Request) -> Viewer:
+        if "x-account" in request.headers:           # a verdict came along
+            return super().viewer(request)
+        row = self.session(request)
+        return Viewer(row["account"] if row else "")
+
+    def prove(self, request: Request) -> Request:
+        fields = request.fields()
+        name, password = str(fields.get("username", "")), str(fields.get("password", ""))
+        if len(password) > 256:
+            raise Refused(400, "A password has at most 256 characters.")
+        with self.turn:
+            row = self.store.one("SELECT password FROM accounts WHERE name = ?", name)
+        proved = name if password_matches(password, row["password"] if row else "") else ""
+        return request._replace(headers={**request.headers, "x-proved": proved})
+
+    def login_page(self, ctx: Context) -> Response:
+        given = ctx.request.params
+        return login_form(local_path(given.get("next", "/")), given.get("username", ""), given.get("problem", ""))
+
+    def login(self, ctx: Context) -> Response:
+        if not ctx.request.headers["x-proved"]:
+            raise Refused(422, "Name and password do not go together. Try again.")
+        return self.open_session(ctx, ctx.request.headers["x-proved"])
+
+    def persona(self, ctx: Context) -> Response:
+        account = str(ctx.request.fields().get("account", ""))
+        if not self.settings.demo:
+            raise nothing_here()
+        if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
+            raise Refused(403, "This account is not part of the demo. Choose one that the home page shows.")
+        return self.open_session(ctx, account)
+
+    def open_session(self, ctx: Context, account: str) -> Response:
+        """Always with a new token: one that was set before signing in is worth nothing after."""
+        self.close_session(ctx)
+        now, token = time.time(), secrets.token_urlsafe(32)
+        ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
+        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?)", hashlib.sha256(token.encode()).digest(), account, now,
+                       now + SESSION_SECONDS)
+        cookie = self.cookie(f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
+        return see_other(local_path(str(ctx.request.fields().get("next", "/"))), cookie)._replace(which=account)
+
+    def logout(self, ctx: Context) -> Response:
+        self.close_session(ctx)
+        return see_other("/", self.cookie("", 0))._replace(which=ctx.viewer.account)
+
+    def close_session(self, ctx: Context) -> None:
+        """And the streams that it opened: whoever hears of access asks the gate again."""
+        row = self.session(ctx.request)
+        if row:
+            ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
+            ctx.publish(f"access:{row['account']}")
+
+    def cookie(self, value: str, seconds: int) -> Tuple[str, str]:
+        return "set-cookie", f"{self.settings.cookie}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
+
+    # -- the home page, and new workspaces
+
+    def mine(self, request: Request) -> List[sqlite3.Row]:
+        """My workspaces: a page of them, and the first of the next."""
+        row = self.session(request)
+        return self.store.query("SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
+                                "WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?", row["account"],
+                                request.params.get("after", ""), NAMES_A_PAGE + 1) if row else []
+
+    def home(self, ctx: Context) -> Response:
+        """The counts come with the request: the worker asked each workspace for its own."""
+        account, typed, demo = ctx.viewer.account, ctx.request.params, ""
+        if self.settings.demo:
+            current = {account: Html('aria-current="true"')}
+            cards = [template("home.persona")(name=row["name"], label=row["label"], current=current.get(row["name"], ""))
+                     for row in self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name")]
+            demo = template("home.demo")(personas=Html("").join(cards))
+        if not account:
+            return page("Welcome", template("home.welcome")(demo=demo))
+        mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
+        rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "?")) for row in mine]
+        more = template("home.more")(after=mine[NAMES_A_PAGE - 1]["name"]) if len(mine) > NAMES_A_PAGE else ""
+        body = template("home")(rows=Html("").join(rows[:NAMES_A_PAGE]) or template("home.none")(), more=more, demo=demo,
+                                account=account, name=typed.get("name", ""), problem=typed.get("problem", ""))
+        return page("Workspaces", body, account)
+
+    def found(self, ctx: Context) -> Response:
+        """A new workspace, the caller its owner. A name that was used before gets a new id, and none of the old rows."""
+        account, name = ctx.viewer.account, str(ctx.request.fields().get("name", "")).strip()
+        if not account:
+            raise Refused(401, "Sign in first.")
+        if not WORKSPACE_NAME.fullmatch(name):
+            raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
+        if ctx.store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
+            raise Refused(422, f"The name {name} is taken. Choose another.")
+        owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
+        if owned >= self.settings.max_workspaces:
+            raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
+        before = ctx.store.one("SELECT count(*) FROM workspaces WHERE born = ?", name)[0]
+        id = self.workspaces.id_from_name(f"{name}#{before}" if before else name)
+        self.workspaces.create(id)                   # the file first: a row without one would mean that it was lost
+        ctx.store.exec("INSERT INTO workspaces VALUES (?, ?, ?)", id, name, name)
+        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, account)
+        plain = ctx.request.form and not ctx.request.datastar
+        return see_other(f"/w/{name}/todos")._replace(which=name) if plain else done(ctx, name, name="", problem="")
+
+
+def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
+    return page("Sign in", template("login")(next=next, username=username, problem=problem), status=status)
+
+
+def workspace_behind(request: Request) -> str:
+    """For a proxy that asks for a verdict: the workspace of the request that it holds."""
+    target = request.headers.get("x-original-uri") or request.headers.get("x-forwarded-uri") or ""
+    hit = re.match(r"/w/([^/?#]+)", target)
+    return hit[1] if hit else ""
+
+
+def role_of(ctx: Context, account: str) -> str:
+    """"": not a member."""
+    row = ctx.store.one("SELECT role FROM memberships WHERE workspace = ? AND account = ?", ctx.scope, account)
+    return row["role"] if row else ""
+
+
+def role_choice(viewer: Viewer, chosen: str) -> Html:
+    """Only an owner makes owners."""
+    offered = [role for role in ROLES if role != "owner" or viewer.role == "owner"]
+    return Html("").join([template("members.option")(role=role, selected=Html("selected" if role == chosen else ""))
+                          for role in offered])
+
+
+def members_region(ctx: Context) -> Html:
+    members, rows = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
+                                    "WHERE m.workspace = ? ORDER BY a.name", ctx.scope), []
+    for member in members:
+        managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
+        choice = role_choice(ctx.viewer, member["role"]) if managed else ""
+        rows.append(template("members.managed" if managed else "members.row")(choice=choice, **dict(member)))
+    return template("members.region")(rows=Html("").join(rows), all=len(rows))
+
+
+def members_page(ctx: Context, region: Html) -> Html:
+    typed = ctx.request.params
+    form = template("members.form")(choice=role_choice(ctx.viewer, typed.get("role", "member")), problem=typed.get("problem", ""),
+                                    account=typed.get("account", "")) if ctx.viewer.can("members:manage") else ""
+    return template("members")(region=region, form=form, account=ctx.viewer.account, workspace=ctx.workspace)
+
+
+def invite(ctx: Context) -> Response:
+    fields = ctx.request.fields()
+    account, role = str(fields.get("account", "")).strip(), str(fields.get("role", "member"))
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
+        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this server to add it.")
+    if role_of(ctx, account):
+        raise Refused(422, f"{account} is a member already. Change the role in the list.")
+    set_role(ctx, account, "", role)
+    return done(ctx, account, account="", problem="")
+
+
+def change_role(ctx: Context, account: str) -> Response:
+    set_role(ctx, account, role_of(ctx, account) or None, str(ctx.request.fields().get("role", "")))
+    return done(ctx, account)
+
+
+def expel(ctx: Context, account: str) -> Response:
+    """Anybody may leave; to send others away takes members:manage."""
+    if account != ctx.viewer.account and not ctx.viewer.can("members:manage"):
+        raise Refused(403, "Your role here does not include members:manage. Ask an owner of the workspace for it.")
+    set_role(ctx, account, role_of(ctx, account) or None, None)
+    return done(ctx, account)
+
+
+def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[str]) -> None:
+    """From before ("": not a member yet, None: should have been one) to after (None: no longer one)."""
+    if before is None:
+        raise Refused(404, "There is no such member. The page shows who there is now.")
+    if after is not None and after not in ROLES:
+        raise Refused(422, f"A role is one of {', '.join(ROLES)}.")
+    if "owner" in (before, after) and ctx.viewer.role != "owner":
+        raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
+    owners = ctx.store.one("SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'", ctx.scope)[0]
+    if before == "owner" != after and owners == 1:
+        raise Refused(409, "This is the last owner. Make somebody else an owner first.", signal="toast")
+    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", ctx.scope, account)
+    if after is not None:
+        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, ?)", ctx.scope, account, after)
+    ctx.publish(f"members:{ctx.scope}")
+    ctx.publish(f"access:{account}")
+
+
+# ==== 13. Worker =====================================================================================================
+# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
+# may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
+# to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
+
+class Env(NamedTuple):
+    """What a worker works with: the world in one argument."""
+    settings: Settings
+    directory: Stub
+    workspaces: Namespace
+
+
+def worker(request: Request, env: Env) -> Response:
+    headers = {name: value for name, value in request.headers.items() if name not in TRUSTED}
+    request = request._replace(headers=headers)
+    if request.method not in SAFE:
+        refuse_foreign(request)
+    if not request.path.startswith("/w/"):
+        return apex(request, env)
+    _, _, workspace, *rest = request.path.split("/")
+    verdict = env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", headers, wait=request.wait))
+    if verdict.status != 200:
+        return refusal(request, verdict)
+    if not rest or rest == [""]:
+        return see_other(f"/w/{workspace}/todos")
+    if rest[0].startswith("_"):                      # these addresses are for the worker itself
+        raise nothing_here()
+    viewer = dict(verdict.headers)
+    forwarded = request._replace(path="/" + "/".join(rest), headers={**headers, **viewer})
+    if rest[0] == "members":                         # membership is policy, so the Directory answers
+        return env.directory.fetch(forwarded)
+    return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
+
+
+def refuse_foreign(request: Request) -> None:
+    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own word (Fetch
+    Metadata) or, from clients that have none, by Origin. None at all is a no."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
+    if site != "same-origin" if site else origin.partition("://")[2] != request.headers.get("host"):
+        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its Origin.")
+
+
+def refusal(request: Request, verdict: Response) -> Response:
+    """The gate's no, as it is. Only a stream that Datastar would ask for again and again gets it as its last frame."""
+    if request.datastar and request.method == "GET" and request.path.endswith("/live"):
+        return Response(200, goodbye(verdict.status), "text/event-stream")
+    raise Refused(verdict.status, verdict.body.decode().strip())
+
+
+def goodbye(status: int) -> bytes:
+    """Takes the place of the element that holds the stream; nothing is left that could ask again."""
+    return patch_elements(template("goodbye.signed_out" if status == 401 else "goodbye.no_entry")())
+
+
+ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml"}
+
+
+def apex(request: Request, env: Env) -> Response:
+    """Everything outside a workspace."""
+    if not request.wait:
+        raise WouldBlock
+    if request.path in ASSETS and request.method in SAFE:
+        return asset(request)
+    if request.path == "/" and request.method in SAFE:
+        request = with_counts(request, env)
+    elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
+        raise nothing_here()
+    return env.directory.fetch(request)
+
+
+def asset(request: Request) -> Response:
+    """A file of templates/. The browser asks each time and gets a 304 while it is the same."""
+    body = (TEMPLATES / request.path[1:]).read_bytes()
+    etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
+    same = request.headers.get("if-none-match") == etag
+    return Response(304 if same else 200, b"" if same else body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
+
+
+def with_counts(request: Request, env: Env) -> Request:
+    """A genuine fan-out: one request to each workspace that the home page shows, for its count."""
+    mine = json.loads(env.directory.fetch(request._replace(path="/_mine")).body)[:NAMES_A_PAGE]
+    counts = {id: count_of(env.workspaces.get(id)) for id in mine}
+    return request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
+
+
+def count_of(workspace: Stub) -> Any:
+    with contextlib.suppress(sqlite3.Error, MigrationError):      # one that can't be read has no count, and hides no other
+        return sum(json.loads(workspace.fetch(Request("GET", "/_counts")).body).values())
+    return "?"
+
+
+# ==== 14. Reader =====================================================================================================
+# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever stands
+# in front of us might have read it the other way. One regular expression says what a head looks like; only when it does
+# not match does somebody look for the reason.
+
+LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536     # bytes; FIELD_LIMIT counts header fields
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
+FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5: nothing is folded
+HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
+ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Reading(NamedTuple):
+    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake inside a sound frame."""
+    method: str
+    target: str
+    headers: Dict[str, str]
+    keep: bool                                       # the connection goes on after it
+    modern: bool                                     # HTTP/1.1
+    body: bytes = b""
+
+
+def read_requests(buffer: bytearray) -> Iterator[Any]:
+    """A coroutine over a buffer that grows: yields None for more bytes, CONTINUE to be sent, or a Reading. Refused: the
+    framing is broken, and nothing behind it may be read."""
+    while True:
+        if buffer.startswith(b"\r\n"):               # one empty line in front is tolerated (RFC 9112, 2.2)
+            del buffer[:2]
+        while (end := buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
+            if len(buffer) >= HEAD_LIMIT:
+                raise Refused(*(431, "The header is too long.") if buffer.find(b"\r\n", 0, LINE_LIMIT) > 0 else TOO_LONG)
+            yield None
+        reading = parse_head((yield from take(buffer, end + 4)))
+        length = body_length(reading.headers)
+        if length == 0:
+            yield reading
+            continue
+        if "expect" in reading.headers:
+            yield CONTINUE
+        body = yield from read_chunks(buffer) if length is None else take(buffer, length)
+        yield reading._replace(body=body)
+
+
+TOO_LONG = (414, "The address is too long. Send what is long in the body.")
+
+
+def parse_head(head: bytes) -> Reading:
+    found = HEAD.fullmatch(head)
+    if found is None:
+        raise why_not(head)
+    method, target, minor, block = found.groups()
+    pairs = FIELD.findall(block)
+    headers = {name.decode().lower(): value.decode("latin-1") for name, value in pairs}
+    if len(target) > LINE_LIMIT:
+        raise Refused(*TOO_LONG)
+    if len(pairs) > FIELD_LIMIT:
+        raise Refused(431, f"Send at most {FIELD_LIMIT} header fields.")
+    if len(headers) != len(pairs):
+        headers = joined(pairs)
+    modern = minor == b"1"
+    if "host" not in headers if modern else "transfer-encoding" in headers:
+        raise Refused(400, "Send a Host header field; in HTTP/1.0, no Transfer-Encoding.")
+    connection = headers.get("connection", "" if modern else "close").lower()
+    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern)
+
+
+def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
+    """Fields of which some came more than once: a list (RFC 9110, 5.3), except where two could be read as either."""
+    headers: Dict[str, str] = {}
+    for name, value in ((name.decode().lower(), value.decode("latin-1")) for name, value in pairs):
+        if name in headers and name in ONCE:
+            raise Refused(400, f"Send the header field {name} once.")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def why_not(head: bytes) -> Refused:
+    version = re.match(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n", head)
+    if version and version[1] != b"1":
+        return Refused(505, "Speak HTTP/1.1.")
+    return Refused(400, "The header fields are malformed." if version else "The request line is malformed: METHOD /path HTTP/1.1.")
+
+
+def body_length(headers: Dict[str, str]) -> Optional[int]:
+    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way, are
+    refused, and so is a body that comes with two lengths."""
+    if "transfer-encoding" in headers:
+        if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
+            raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
+        return None
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
+        raise Refused(400, "Content-Length is one plain decimal number.")
+    if int(length) > BODY_LIMIT:
+        raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise Refused(417, "The only expectation known here is 100-continue.")
+    return int(length)
+
+
+def take(buffer: bytearray, length: int) -> Iterator[None]:
+    """Returns the next length bytes."""
+    while len(buffer) < length:
+        yield None
+    data = bytes(buffer[:length])
+    del buffer[:length]
+    return data
+
+
+def take_line(buffer: bytearray, limit: int) -> Iterator[None]:
+    """Returns the next line without its CR LF."""
+    while (end := buffer.find(b"\r\n", 0, limit)) < 0:
+        if len(buffer) >= limit:
+            raise Refused(400, "A line of the chunked body is too long.")
+        yield None
+    return (yield from take(buffer, end + 2))[:-2]
+
+
+def read_chunks(buffer: bytearray) -> Iterator[None]:
+    """Returns the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
+    body = bytearray()
+    while True:
+        size = CHUNK_SIZE.fullmatch((yield from take_line(buffer, 256)))
+        if not size:
+            raise Refused(400, "A chunk begins with its size in hexadecimal digits.")
+        length = int(size[1], 16)
+        if len(body) + length > BODY_LIMIT:
+            raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+        if length == 0:
+            break
+        data = yield from take(buffer, length + 2)
+        if not data.endswith(b"\r\n"):
+            raise Refused(400, "A chunk ends with CR LF.")
+        body += data[:-2]
+    while (line := (yield from take_line(buffer, 1024))):
+        if not FIELD.fullmatch(line + b"\r\n"):
+            raise Refused(400, "A trailer is malformed.")
+    return bytes(body)
+
+
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
+AMBIGUOUS = 400, "The path is ambiguous. Write it without empty or dot segments, encoded slashes or control characters."
+
+
+def parse_target(target: str, host: str) -> Tuple[str, str]:
+    """The path, decoded once, and the query as it is. Refused(400): a path that a proxy could resolve to another one."""
+    if not target.startswith("/"):                   # absolute form (RFC 9112, 3.2.2): it must name the host it came to
+        authority, slash, rest = target.partition("://")[2].partition("/")
+        if not authority or authority != host:
+            raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
+        target = slash + rest or "/"
+    path, _, query = target.partition("?")
+    return (path if PLAIN_PATH.fullmatch(path) else plain_path(path)), query
+
+
+def plain_path(path: str) -> str:
+    try:
+        decoded = urllib.parse.unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise Refused(*AMBIGUOUS) from None
+    segments = decoded.split("/")[1:]
+    if (re.search(r"%(?![0-9A-Fa-f]{2})", path) or len(segments) != path.count("/") or "" in segments[:-1]
+            or {".", ".."} & {*segments} or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)):
+        raise Refused(*AMBIGUOUS)
+    return decoded
+
+
+# ==== 15. Streams ====================================================================================================
+# The broker. An open stream is a socket in the edge's loop and a place in a channel; it takes no thread and keeps no
+# Workspace awake. All streams that must show the same thing share a channel: when its topic is published, the Workspace
+# is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
+# not the ones it missed. Every socket belongs to the loop; the threads of the pool only think.
+
+class Held:
+    """A socket that the loop holds. `rest` is what the kernel would not take yet."""
+    __slots__ = ("edge", "socket", "events", "rest", "deadline")
+    STUCK_SECONDS = 30.0
+
+    def listen(self, events: int) -> None:
+        selector, before, self.events = self.edge.selector, self.events, events
+        if before and events:
+            selector.modify(self.socket, events, self.ready)
+        elif events:
+            selector.register(self.socket, events, self.ready)
+        elif before:
+            selector.unregister(self.socket)
+
+    def ready(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self.listen(self.events & ~selectors.EVENT_WRITE)
+            self.write(self.rest)
+        elif events & selectors.EVENT_READ:
+            self.read()
+
+    def write(self, data: bytes) -> None:
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return self.close()
+        self.rest = data[sent:]
+        if not self.rest:
+            return self.written()
+        self.listen(self.events | selectors.EVENT_WRITE)
+        if sent or not self.deadline:
+            self.deadline = time.monotonic() + self.STUCK_SECONDS
+
+    def receive(self) -> Optional[bytes]:
+        """b"": the other side is gone. None: a false alarm."""
+        try:
+            return self.socket.recv(65_536)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        if self in self.edge.held:
+            self.edge.held.discard(self)
+            self.listen(0)
+            self.socket.close()
+
+
+class Channel:
+    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and stale
+    (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
+    __slots__ = ("watch", "streams", "busy", "stale")
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.streams, self.busy, self.stale = watch, set(), False, False
+
+
+class Stream(Held):
+    """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
+    __slots__ = ("path", "cookie", "account", "zipped", "channel", "seen", "latest", "beat")
+    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
+    BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
+
+    def __init__(self, connection: Connection, request: Request, response: Response) -> None:
+        self.edge, self.socket, self.events, self.rest, self.deadline = connection.edge, connection.socket, 0, b"", 0.0
+        self.path, self.cookie, self.account = request.path, request.headers.get("cookie", ""), response.which
+        self.zipped, self.seen, self.latest, self.channel = accepts_gzip(request), response.rendering.etag, None, None
+        self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
+        self.edge.held.add(self)
+        self.listen(selectors.EVENT_READ)
+
+    def show(self, rendering: Rendering) -> None:
+        self.seen = rendering.etag
+        if self.rest:
+            self.edge.frames["coalesced"] += self.latest is not None
+            self.latest = rendering
+        else:
+            self.edge.frames["sent"] += 1
+            self.write(rendering.zipped if self.zipped else rendering.frame)
+
+    def written(self) -> None:
+        self.deadline = 0.0
+        if self.latest:
+            latest, self.latest = self.latest, None
+            self.show(latest)
+
+    def read(self) -> None:
+        """A browser says nothing on a stream but goodbye. Whatever else it says is read over."""
+        if self.receive() == b"":
+            self.close()
+
+    def tick(self, now: float) -> None:
+        if self.rest and now > self.deadline:
+            self.edge.frames["dropped"] += 1
+            self.close()
+        elif not self.rest and now > self.beat:
+            self.beat = now + random.uniform(*self.BEAT_SECONDS)
+            self.write(chunk(deflated(BEAT) if self.zipped else BEAT))
+
+    def end(self, status: int) -> None:
+        """With a last frame and a proper end: it was the gate that closed this stream, not the network."""
+        frame = goodbye(status)
+        if not self.rest:
+            self.write(chunk(deflated(frame) if self.zipped else frame) + LAST_CHUNK)
+        self.close()
+
+    def close(self) -> None:
+        self.edge.broker.leave(self)
+        super().close()
+
+
+class Broker:
+    """Who watches what. The loop changes it; other threads only mark a channel."""
+
+    def __init__(self, edge: Edge) -> None:
+        self.edge, self.lock = edge, threading.Lock()
+        self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = collections.defaultdict(dict)     # by object, then by what is asked
+        self.version = b""                           # of the Directory's file, as another process may change it
+
+    def published(self, id: str, topic: str) -> None:
+        """Called by an object right after a commit."""
+        if topic.startswith("access:"):
+            self.edge.pool.put(self.gate_again, topic[7:])
+        for channel in [*self.channels[id].values()] if id in self.channels else ():
+            if channel.watch.topic == topic:
+                self.mark(channel)
+
+    def mark(self, channel: Channel) -> None:
+        with self.lock:
+            channel.stale = True
+            if channel.busy:
+                return
+            channel.busy = True
+        self.edge.pool.put(self.refresh, channel)
+
+    def refresh(self, channel: Channel) -> None:
+        """In the pool: ask the object what its region is now. It wakes for this if it must."""
+        channel.stale, rendering = False, None
+        try:
+            rendering = channel.watch.stub.fetch(channel.watch.request).rendering
+            if any([stream.zipped for stream in [*channel.streams]]):
+                rendering.zipped                     # compressed here and not in the loop
+        finally:
+            self.edge.call(self.deliver, channel, rendering)
+
+    def deliver(self, channel: Channel, rendering: Optional[Rendering]) -> None:
+        for stream in [*channel.streams] if rendering else ():
+            if stream.seen != rendering.etag:
+                stream.show(rendering)
+        with self.lock:
+            channel.busy = channel.stale and bool(channel.streams)
+        if channel.busy:
+            self.edge.pool.put(self.refresh, channel)
+
+    def join(self, stream: Stream, watch: Watch) -> None:
+        """And look once more: something may have been published between the first frame and now."""
+        channels = self.channels[watch.stub.id]
+        channel = channels.get(watch.key) or channels.setdefault(watch.key, Channel(watch))
+        if stream.channel is not channel:
+            self.leave(stream)
+            stream.channel = channel
+            channel.streams.add(stream)
+        self.mark(channel)
+
+    def leave(self, stream: Stream) -> None:
+        channel, stream.channel = stream.channel, None
+        if channel is None:
+            return
+        channel.streams.discard(stream)
+        if not channel.streams:
+            id, key = channel.watch.stub.id, channel.watch.key
+            self.channels[id].pop(key, None)
+            if not self.channels[id]:
+                del self.channels[id]
+
+    def gate_again(self, account: str = "") -> None:
+        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
+        more. The right ones stay, a changed role sees what it may see now, and who may no longer look is told so."""
+        for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
+            try:
+                response = worker(Request("GET", stream.path, headers={"cookie": stream.cookie}), self.edge.env)
+                self.edge.call(self.rejoin, stream, response.watch)
+            except Refused as no:
+                self.edge.call(stream.end, no.status)
+
+    def rejoin(self, stream: Stream, watch: Watch) -> None:
+        if stream.channel:
+            self.join(stream, watch)
+
+    def look_elsewhere(self) -> None:
+        """In the pool: has another process, say the command line, changed the Directory?"""
+        directory, before = self.edge.env.directory, self.version
+        self.version = directory.fetch(Request("GET", "/_version")).body
+        if before not in (b"", self.version):
+            self.gate_again()
+            for channel in [*self.channels[directory.id].values()] if directory.id in self.channels else ():
+                self.mark(channel)
+
+
+# ==== 16. Edge =======================================================================================================
+# The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
+# for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
+# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
+# the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
+
+class Pool:
+    """A few threads that take jobs from a queue, in order. A job that fails is logged; its thread goes on."""
+
+    def __init__(self, size: int) -> None:
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self.work, name=f"pool-{n}", daemon=True) for n in range(size)]
+        for thread in self.threads:
+            thread.start()
+
+    def put(self, job: Optional[Callable[..., None]], *args: Any) -> None:
+        self.jobs.put((job, args))
+
+    def work(self) -> None:
+        while (task := self.jobs.get())[0]:
+            job, args = task
+            try:
+                job(*args)
+            except Exception:
+                log_failure(f"in {job}")
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.put(None)
+        for thread in self.threads:
+            thread.join(5)
+
+
+class Connection(Held):
+    """A connection that is not, or not yet, a stream. busy: a request of it is being answered. begun: a part of one is
+    here. spare: bytes that are read over before it closes."""
+    __slots__ = ("peer", "buffer", "reader", "busy", "begun", "ended", "keep", "spare")
+    REQUEST_SECONDS, IDLE_SECONDS = 10.0, 75.0       # idle: longer than the 60 s for which proxies keep a connection
+    LINGER_SECONDS, LINGER_BYTES = 1.0, 65_536
+
+    def __init__(self, socket: socket.socket, address: Tuple, edge: Edge) -> None:
+        self.edge, self.socket, self.peer, self.events, self.rest = edge, socket, address[0], 0, b""
+        self.buffer = bytearray()
+        self.reader = read_requests(self.buffer)
+        self.busy = self.begun = self.ended = False
+        self.keep, self.spare, self.deadline = True, 0, time.monotonic() + self.IDLE_SECONDS
+        edge.held.add(self)
+        self.listen(selectors.EVENT_READ)
+
+    def read(self) -> None:
+        data = self.receive()
+        if data is None:
+            return
+        self.ended = not data
+        if self.spare:
+            self.spare -= min(self.spare, len(data))
+            return None if data and self.spare else self.close()
+        self.buffer += data
+        if not self.busy:
+            return self.close() if self.ended else self.advance()
+        if self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
+            self.listen(0)                           # read on when the present request is answered
+
+    def advance(self) -> None:
+        """Take the next request up, if it is complete."""
+        try:
+            step = next(self.reader)
+            if step is CONTINUE:
+                self.socket.send(CONTINUE)
+                step = next(self.reader)
+        except Refused as no:
+            return self.refuse(no)
+        except OSError:
+            return self.close()
+        if step:
+            self.busy, self.begun = True, False
+            self.take_up(step)
+        elif self.buffer and not self.begun:         # the deadline is for all of it; a byte now and then does not move it
+            self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
+
+    def take_up(self, reading: Reading) -> None:
+        if reading.method in SAFE:
+            with contextlib.suppress(WouldBlock):
+                return self.reply(reading, *self.edge.answer(reading, self.peer, wait=False))
+        self.edge.pool.put(self.think, reading)
+
+    def think(self, reading: Reading) -> None:
+        """In the pool."""
+        self.edge.call(self.reply, reading, *self.edge.answer(reading, self.peer))
+
+    def reply(self, reading: Reading, request: Request, response: Response) -> None:
+        self.keep = reading.keep and not self.edge.stopping and not self.ended
+        data = encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
+        if response.watch is None or reading.method == "HEAD" or self.ended:
+            return self.write(data)
+        self.edge.held.discard(self)                 # from here on it is a stream
+        self.listen(0)
+        stream = Stream(self, request, response)
+        self.edge.broker.join(stream, response.watch)
+        stream.write(data)
+
+    def written(self) -> None:
+        """The answer has left: go on, or close so that the client can read it while it is still sending (RFC 9112, 9.6)."""
+        if self.keep:
+            self.busy, self.deadline = False, time.monotonic() + self.IDLE_SECONDS
+            self.listen(selectors.EVENT_READ)
+            return self.advance()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.spare, self.deadline = self.LINGER_BYTES, time.monotonic() + self.LINGER_SECONDS
+        self.close() if self.ended else self.listen(selectors.EVENT_READ)
+
+    def refuse(self, no: Refused) -> None:
+        """One answer, and nothing behind it is read."""
+        self.busy, self.keep = True, False
+        self.edge.count(no.status, 0.0)
+        self.write(encode(Request("GET", "/"), refused(Request("GET", "/"), no), False, False, self.edge.date))
+
+    def tick(self, now: float) -> None:
+        if now < self.deadline or (self.busy and not self.rest and not self.spare):
+            return
+        if self.begun:
+            self.begun = False
+            return self.refuse(Refused(408, "The request took too long to arrive. Send it again."))
+        self.close()
+
+
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
+          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
+            "x-frame-options": "DENY", "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin"}
+
+
+def accepts_gzip(request: Request) -> bool:
+    return re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers.get("accept-encoding", "")) is not None
+
+
+def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
+    """The bytes of an answer, to leave in one send."""
+    status, body, zipped = response.status, response.body, accepts_gzip(request)
+    headers = {"date": date, **DEFAULTS, "content-type": response.type, **dict(response.headers)}
+    if response.watch:
+        body = first_frame(request, response.rendering, zipped)
+        headers.update({"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"})
+    else:
+        if response.type == PAGE:
+            nonce = secrets.token_urlsafe(16)
+            body = body.replace(NONCE.encode(), nonce.encode(), 1)
+            headers["content-security-policy"] = POLICY % f" 'nonce-{nonce}'"
+        zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
+        body = gzipped(body) if zipped else body
+        headers.update({"content-length": str(len(body))} if status not in (204, 304) else {})
+    headers.update({"content-encoding": "gzip", "vary": "accept-encoding"} if zipped else {})
+    headers.update({} if keep else {"connection": "close"})
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{lines}\r\n".encode("latin-1") + (b"" if head_only else body)
+
+
+def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
+    """Without the region, if this very version is what the page shows already."""
+    frame = b"" if request.headers.get("last-event-id") == rendering.etag else rendering.zipped if zipped else rendering.frame
+    return chunk(GZIP_HEAD) + frame if zipped else frame
+
+
+def gzipped(body: bytes) -> bytes:
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return squeeze.compress(body) + squeeze.flush()
+
+
+def refused(request: Request, no: Refused) -> Response:
+    """A page for a browser's own navigation, a line of text for everybody else."""
+    if request.datastar or "text/html" not in request.headers.get("accept", ""):
+        return Response(no.status, f"{no.message}\n".encode(), headers=no.headers)
+    if no.status == 401:
+        return login_form(local_path(request.path), problem=no.message, status=401)
+    body = template("error")(status=no.status, reason=REASONS.get(no.status, ""), message=no.message)
+    return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
+
+
+def storage_fault(error: Exception) -> Refused:
+    if "full" in str(error):
+        return Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
+    return Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+
+
+def log(message: str) -> None:
+    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
+    print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def log_failure(where: str) -> None:
+    log(f"error {where}: {traceback.format_exc()}")
+
+
+def is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return False
+
+
+class Edge(ThreadingHTTPServer):
+    """Binds in the constructor, serves in serve_forever(), ends by shutdown() from another thread, then server_close()."""
+    request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
+    DRAIN_SECONDS = 5.0
+    BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
+
+    def __init__(self, env: Env) -> None:
+        self.env, self.settings = env, env.settings
+        self.held, self.selector, self.calls = set(), selectors.DefaultSelector(), collections.deque()
+        self.waker, self.woken = socket.socketpair()
+        self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
+        self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
+        self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
+        self.counting, self.date = threading.Lock(), formatdate(usegmt=True)
+        self.pool, self.broker = Pool(env.settings.threads), Broker(self)
+        self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
+        super().__init__((env.settings.host, env.settings.port), Connection)
+        for waiting in (self.socket, self.waker, self.woken):
+            waiting.setblocking(False)
+        for namespace in (env.workspaces, env.directory.namespace):
+            namespace.listeners.append(self.broker.published)
+
+    def server_bind(self) -> None:
+        """As http.server's, without the look-up of our own name, which can take seconds."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    # -- the loop
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda _: self.woken.recv(4096))
+        next_tick = 0.0
+        while not (self.stopping and self.drained()):
+            for key, events in self.selector.select(poll_interval):
+                self.guarded(key.data, events)
+            self.awake = False
+            while self.calls:
+                self.guarded(*self.calls.popleft())
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + 1
+                self.tick(now)
+        self.stopped.set()
+
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception:                            # one socket's trouble must not end the loop of all others
+            log_failure(f"in {call}")
+
+    def call(self, *call: Any) -> None:
+        """Have the loop call function(*args) soon; from any thread."""
+        self.calls.append(call)
+        if not self.awake:
+            self.awake = True
+            self.wake()
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):           # full: it is awake already
+            self.waker.send(b"\0")
+
+    def accept(self, _: int) -> None:
+        for _ in range(64):                          # then look after the others
+            try:
+                self.process_request(*self.get_request())
+            except BlockingIOError:
+                return
+            except OSError as error:                 # out of descriptors: leave them in the queue until the next tick
+                log(f"accept: {error}")
+                return self.selector.unregister(self.socket)
+
+    def process_request(self, request: socket.socket, client_address: Tuple) -> None:
+        """In place of a thread for this connection: a place in the loop. finish_request makes it a Connection."""
+        request.setblocking(False)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.finish_request(request, client_address)
+        if len(self.held) > self.settings.connections:
+            full = Refused(503, "The server is full. Try again in a minute.", (("retry-after", "60"),))
+            next(held for held in self.held if held.socket is request).refuse(full)
+
+    def tick(self, now: float) -> None:
+        """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
+        self.date = formatdate(usegmt=True)
+        for held in [*self.held]:
+            self.guarded(held.tick, now)
+        self.pool.put(self.env.workspaces.rest)
+        self.pool.put(self.broker.look_elsewhere)
+        if not self.stopping and self.socket.fileno() not in self.selector.get_map():
+            self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+
+    # -- answering, in the loop (wait=False) and in the pool
+
+    def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
+        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not in the loop."""
+        started = time.perf_counter()
+        request = Request("GET" if reading.method == "HEAD" else reading.method, "/", "", reading.headers, reading.body, peer, wait)
+        try:
+            path, query = parse_target(reading.target, reading.headers.get("host", ""))
+            request = request._replace(path=path, query=query)
+            response = self.route(request)
+            if response.watch and not reading.modern:
+                raise Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy.")
+            if any([CONTROL.search(value) for _, value in response.headers]):
+                raise ValueError("a control character in a header value")
+        except WouldBlock:
+            raise
+        except Refused as no:
+            response = refused(request, no)
+        except (sqlite3.Error, MigrationError) as error:
+            log(f"storage: {request.method} {request.path}: {error}")
+            response = refused(request, storage_fault(error))
+        except Exception:
+            log_failure(f"{request.method} {request.path}")
+            response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
+        self.count(response.status, time.perf_counter() - started)
+        return request, response
+
+    def route(self, request: Request) -> Response:
+        if request.path == "/healthz":
+            return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
+        return self.metrics(request) if request.path == "/metrics" else worker(request, self.env)
+
+    # -- figures
+
+    def count(self, status: int, seconds: float) -> None:
+        with self.counting:
+            self.statuses[status] += 1
+            self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+            self.seconds += seconds
+
+    def metrics(self, request: Request) -> Response:
+        """Prometheus text format 0.0.4."""
+        if not is_loopback(request.peer):
+            raise Refused(403, "The figures are for this machine only. Ask from 127.0.0.1.")
+        verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
+        with self.counting:
+            counted = [*itertools.accumulate(self.durations)]
+            families = (
+                ("orion_requests_total", "counter", {f'{{status="{status}"}}': n for status, n in sorted(self.statuses.items())}),
+                ("orion_request_seconds", "histogram", {
+                    **{f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)},
+                    "_sum": self.seconds, "_count": counted[-1]}),
+                ("orion_gate_verdicts_total", "counter", {f'{{verdict="{status}"}}': n for status, n in sorted(verdicts.items())}),
+                ("orion_workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
+                ("orion_workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
+                ("orion_streams_open", "gauge", {"": sum(type(held) is Stream for held in [*self.held])}),
+                ("orion_frames_total", "counter", {f'{{result="{result}"}}': n for result, n in self.frames.items()}))
+        lines = [line for name, kind, samples in families
+                 for line in (f"# TYPE {name} {kind}", *(f"{name}{labels} {value}" for labels, value in samples.items()))]
+        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    # -- the end
+
+    def stop(self) -> None:
+        """Take no more requests, and end when those in flight are answered. Also from a signal handler."""
+        self.stopping = True
+        self.wake()
+
+    def drained(self) -> bool:
+        """Closes what merely waits; a stream closes without its last chunk, so its client comes back by itself."""
+        if not self.stopped_at:
+            self.stopped_at = time.monotonic()
+            self.selector.unregister(self.socket)
+            self.socket.close()
+        for held in [held for held in self.held if type(held) is Stream or not held.busy]:
+            held.close()
+        return not self.held or time.monotonic() > self.stopped_at + self.DRAIN_SECONDS
+
+    def shutdown(self) -> None:
+        self.stop()
+        self.stopped.wait()
+
+    def server_close(self) -> None:
+        """After serve_forever: end the threads, move every WAL into its file."""
+        self.pool.close()
+        self.env.workspaces.rest(idle=-1)
+        self.env.directory.namespace.rest(idle=-1)
+        for held in (*self.held, self.socket, self.selector, self.waker, self.woken):
+            held.close()
+
+
+# ==== 17. Composition ================================================================================================
+# Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
+
+def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 13)."""
+    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    fresh = not (settings.data / "directory.db").exists()
+    keys = load_keys(settings.data / "secret.key", create=fresh)
+    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices)),
+                           settings.awake, settings.idle)
+    build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces)
+    directories = Namespace("directory", settings.data, build, awake=1, idle=float("inf"))
+    if fresh:
+        directories.create("directory")
+    go_together(directories.path("directory"), slices)
+    env = Env(settings, directories.get("directory"), workspaces)
+    if fresh and settings.demo:
+        seed(env)
+    return env
+
+
+def go_together(path: pathlib.Path, slices: Sequence[Slice]) -> None:
+    """Before any tenant is opened: do these slices' tables fit each other, and what ran here before?"""
+    with contextlib.closing(Store(None)) as scratch, contextlib.closing(Store(path)) as directory:
+        for name, entries in [("orion", JOURNAL), *((slice.name, slice.migrations) for slice in slices)]:
+            scratch.migrate(name, entries)
+            directory.migrate(f"workspace/{name}", entries, apply=False)
+
+
+DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex", "erin": "Acme"}
+DEMO_WORKSPACES = {
+    "home": ({"alice": "owner"}, ("Water the plants", "Call grandmother", "Book the dentist")),
+    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"}, ("Order more anvils", "Test the skates", "Invoice the coyote")),
+    "globex": ({"dave": "owner", "bob": "member"}, ("Draft the charter", "Paint the lobby", "Plan the picnic")),
+}
+
+
+def seed(env: Env) -> None:
+    """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
+    directory = env.directory.namespace.wake(env.directory.id)
+    env.directory.fetch(Request("GET", "/_version"))
+    with directory.turn, directory.store.tx():
+        for name, group in DEMO_ACCOUNTS.items():
+            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, f"{name} · {group}")
+
+    def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
+        headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
+        stub.fetch(Request("POST", path, headers=headers, body=json.dumps(signals).encode()))
+    for name, (members, titles) in DEMO_WORKSPACES.items():
+        (owner, _), *others = members.items()
+        post(env.directory, "/workspaces", {"x-account": owner}, name=name)
+        viewer = dict(verdict(owner, "owner", name, env.workspaces.id_from_name(name)).headers)
+        for account, role in others:
+            post(env.directory, "/members", viewer, account=account, role=role)
+        for title in titles:
+            post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
+
+
+# ==== 18. Command line ===============================================================================================
+# Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents the start.
+
+class Unusable(Exception):
+    """The server can't start; the text is one line that says why and what to do."""
+
+
+def read_settings(argv: Optional[Sequence[str]]) -> Settings:
+    parser = argparse.ArgumentParser(prog="orion.py", description="A live, multi-tenant web server in one file.")
+
+    def option(name: str, help: str, **kind: Any) -> None:
+        default = os.environ.get(f"ORION_{name.upper()}", getattr(Settings(), name))
+        parser.add_argument(f"--{name}", help=f"{help} (default: %(default)s)", default=default, **kind)
+    option("host", "address to listen on")
+    option("port", "port to listen on; 0: any free one", type=int)
+    option("data", "folder with all state", type=pathlib.Path)
+    option("idle", "seconds until an unused workspace goes to sleep", type=float)
+    option("awake", "workspaces awake at most, three descriptors each", type=int)
+    parser.add_argument("--demo", action="store_true", default=bool(os.environ.get("ORION_DEMO")),
+                        help="personas and workspaces to click through; on a loopback address a new data folder has them anyway")
+    settings = Settings(**vars(parser.parse_args(argv)))
+    loopback = settings.host == "localhost" or is_loopback(settings.host)
+    return settings._replace(demo=settings.demo or loopback)
+
+
+def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
+    """The exit status: 0, or 2 with one line on standard error."""
+    settings = read_settings(argv)
+    try:
+        with locked(settings.data):
+            serve(settings, slices)
+        return 0
+    except (Unusable, MigrationError, OSError, sqlite3.Error) as error:
+        print(f"orion: {error}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """One server for a data folder: two would each believe to be a tenant's only writer."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}); name another with --data") from error
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Unusable(f"another server uses the data folder {folder}; stop it, or name another with --data") from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def serve(settings: Settings, slices: Sequence[Slice]) -> None:
+    if resource:                                     # a stream is a descriptor; take what the system grants
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        server = Edge(two_planes(settings, slices))
+    except OSError as error:
+        raise Unusable(f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another with --port") from error
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
+    signal.set_wakeup_fd(server.waker.fileno())
+    print(f"orion: http://{settings.host}:{server.server_port}", flush=True)
+    if settings.demo:
+        print("orion: demo: open the address and choose a persona; bob and carol share the workspace acme", flush=True)
+    server.serve_forever()
+    server.server_close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
