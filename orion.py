@@ -46,7 +46,9 @@ import argparse
 import bisect
 import collections
 import contextlib
+import ctypes
 import functools
+import getpass
 import hashlib
 import hmac
 import html
@@ -90,10 +92,10 @@ class Settings(NamedTuple):
     data: pathlib.Path = pathlib.Path("data")
     demo: bool = False
     idle: float = 60.0                   # seconds until an unused workspace goes to sleep
-    awake: int = 256                     # workspaces awake at most; each takes three descriptors
+    awake: int = 0                       # workspaces awake at most; 0: a quarter of the descriptors, up to 1,024
     threads: int = 16
     connections: int = 10_000
-    max_workspaces: int = 20             # for one account to own
+    max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
     cookie: str = "sid"
 
 
@@ -113,7 +115,7 @@ class Html(str):
 
 
 def escape(value: Any) -> Html:
-    return value if type(value) is Html else Html(html.escape(str(value)))
+    return value if type(value) in (Html, int) else Html(html.escape(str(value)))
 
 
 class Template:
@@ -322,8 +324,8 @@ class Store:
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
         self.on_commit: List[Callable[[], None]] = []
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-512"):
-            self.db.execute(f"PRAGMA {pragma}")
+        for pragma in ("page_size=1024", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-512"):
+            self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's 4096 it is 143
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.db.execute(sql, args).fetchall()
@@ -565,6 +567,7 @@ class DurableObject:
             self.asleep = True
             if self.store:
                 self.store.close()
+            self.store = self.bus = None             # they know this object, and would keep it alive
             self.namespace.forget(self)              # only now may another object open the file
         finally:
             self.turn.release()
@@ -635,6 +638,9 @@ class Namespace:
             quiet = [one for one in self.objects.values() if one.used <= before]
         for one in quiet:
             one.sleep(before)
+        if len(quiet) >= 32 and sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):       # glibc keeps what was freed until it is told
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 # ==== 8. Slices ======================================================================================================
@@ -820,7 +826,7 @@ class SliceHost(DurableObject):
         if not ctx.request.wait:
             raise WouldBlock
         made = make(live, ctx)
-        if len(self.kept) > 64:
+        if held or len(self.kept) > 64:              # what was made of the version before is of no more use
             self.kept.clear()
         self.kept[key] = (version, made)
         return made
@@ -983,30 +989,30 @@ def password_matches(password: str, stored: str) -> bool:
     return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
 
 
-def load_keys(path: pathlib.Path, create: bool) -> List[bytes]:
+def load_keys(path: pathlib.Path, create: bool) -> Tuple[bytes, ...]:
     """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
     without a word."""
     if create:
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(f"{secrets.token_hex(32)}\n")
-    return [bytes.fromhex(line) for line in path.read_text().split()]
+    return tuple([bytes.fromhex(line) for line in path.read_text().split()])
 
 
 def seal(token: str, key: bytes) -> str:
     return hmac.digest(key, b"session:" + token.encode(), "sha256").hex()
 
 
-def unseal(value: str, keys: Sequence[bytes]) -> Optional[str]:
-    """The token of a cookie "token.seal", or None: it was not sealed here."""
-    token, _, given = value.partition(".")
-    if len(token) != 43 or len(given) != 64 or not value.isascii():
+@functools.lru_cache(maxsize=4096)
+def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
+    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one of
+    them was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
+    pairs = [pair.strip().partition("=") for pair in header.split(";")]
+    values = [value for key, _, value in pairs if key == name]
+    token, _, given = values[0].partition(".") if len(values) == 1 else ("", "", "")
+    if len(token) != 43 or len(given) != 64 or not values[0].isascii():
         return None
-    return token if any([hmac.compare_digest(seal(token, key), given) for key in keys]) else None
-
-
-def cookies(header: str, name: str) -> List[str]:
-    """Every value of this name. A bad neighbour in the header hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
-    return [value for key, _, value in (pair.strip().partition("=") for pair in header.split(";")) if key == name]
+    genuine = any([hmac.compare_digest(seal(token, key), given) for key in keys])
+    return hashlib.sha256(token.encode()).digest() if genuine else None
 
 
 # ==== 12. Directory ==================================================================================================
@@ -1021,6 +1027,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
     "viewer": ("todos:read",),
 }
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 SESSION_SECONDS = 30 * 86400                         # sliding: renewed by a request in the second half
 NAMES_A_PAGE = 24
 
@@ -1054,7 +1061,7 @@ def verdict(account: str, role: str, workspace: str, id: str) -> Response:
 class Directory(SliceHost):
     FORMS = {"/workspaces": "/"}
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: List[bytes], workspaces: Namespace) -> None:
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace):
         public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
                   Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", PUBLIC, self.found))
@@ -1097,9 +1104,8 @@ class Directory(SliceHost):
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
-        given = cookies(request.headers.get("cookie", ""), self.settings.cookie)
-        token = unseal(given[0], self.keys) if len(given) == 1 else None       # two: somebody planted one
-        row = self.store.one(GATE, workspace, hashlib.sha256(token.encode()).digest()) if token else None
+        digest = session_digest(request.headers.get("cookie", ""), self.settings.cookie, self.keys)
+        row = self.store.one(GATE, workspace, digest) if digest else None
         now = time.time()
         if row is None or row["expires"] <= now:
             return None
@@ -1184,7 +1190,7 @@ class Directory(SliceHost):
             current = {account: Html('aria-current="true"')}
             cards = [template("home.persona")(name=row["name"], label=row["label"], current=current.get(row["name"], ""))
                      for row in self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name")]
-            demo = template("home.demo")(personas=Html("").join(cards))
+            demo = template("home.demo")(personas=Html("").join(cards)) if cards else ""
         if not account:
             return page("Welcome", template("home.welcome")(demo=demo))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
@@ -1204,7 +1210,7 @@ class Directory(SliceHost):
         if ctx.store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
             raise Refused(422, f"The name {name} is taken. Choose another.")
         owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
-        if owned >= self.settings.max_workspaces:
+        if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
         before = ctx.store.one("SELECT count(*) FROM workspaces WHERE born = ?", name)[0]
         id = self.workspaces.id_from_name(f"{name}#{before}" if before else name)
@@ -1423,7 +1429,8 @@ def read_requests(buffer: bytearray) -> Iterator[Any]:
             if len(buffer) >= HEAD_LIMIT:
                 raise Refused(*(431, "The header is too long.") if buffer.find(b"\r\n", 0, LINE_LIMIT) > 0 else TOO_LONG)
             yield None
-        reading = parse_head((yield from take(buffer, end + 4)))
+        head = yield from take(buffer, end + 4)
+        reading = (parse_head if len(head) > 1024 else parse_again)(head)
         length = body_length(reading.headers)
         if length == 0:
             yield reading
@@ -1455,6 +1462,9 @@ def parse_head(head: bytes) -> Reading:
         raise Refused(400, "Send a Host header field; in HTTP/1.0, no Transfer-Encoding.")
     connection = headers.get("connection", "" if modern else "close").lower()
     return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern)
+
+
+parse_again = functools.lru_cache(maxsize=1024)(parse_head)      # a browser's heads are mostly the same, time and again
 
 
 def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
@@ -1564,10 +1574,18 @@ def plain_path(path: str) -> str:
 # is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
 # not the ones it missed. Every socket belongs to the loop; the threads of the pool only think.
 
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
 class Held:
-    """A socket that the loop holds. `rest` is what the kernel would not take yet."""
+    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when the loop loses patience."""
     __slots__ = ("edge", "socket", "events", "rest", "deadline")
     STUCK_SECONDS = 30.0
+
+    def __init__(self, edge: Edge, socket: socket.socket) -> None:
+        self.edge, self.socket, self.events, self.rest, self.deadline = edge, socket, 0, b"", 0.0
+        edge.held.add(self)
+        self.listen(READ)
 
     def listen(self, events: int) -> None:
         selector, before, self.events = self.edge.selector, self.events, events
@@ -1579,11 +1597,16 @@ class Held:
             selector.unregister(self.socket)
 
     def ready(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self.listen(self.events & ~selectors.EVENT_WRITE)
-            self.write(self.rest)
-        elif events & selectors.EVENT_READ:
-            self.read()
+        if events & WRITE:
+            self.listen(self.events & ~WRITE)
+            return self.write(self.rest)
+        try:
+            data = self.socket.recv(65_536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.read(data)                              # b"": the other side is gone, one way or another
 
     def write(self, data: bytes) -> None:
         try:
@@ -1592,21 +1615,10 @@ class Held:
             sent = 0
         except OSError:
             return self.close()
-        self.rest = data[sent:]
-        if not self.rest:
-            return self.written()
-        self.listen(self.events | selectors.EVENT_WRITE)
-        if sent or not self.deadline:
+        if sent or not self.rest:
             self.deadline = time.monotonic() + self.STUCK_SECONDS
-
-    def receive(self) -> Optional[bytes]:
-        """b"": the other side is gone. None: a false alarm."""
-        try:
-            return self.socket.recv(65_536)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
+        self.rest = data[sent:]
+        self.listen(self.events | WRITE) if self.rest else self.written()
 
     def close(self) -> None:
         if self in self.edge.held:
@@ -1630,14 +1642,12 @@ class Stream(Held):
     SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
-    def __init__(self, connection: Connection, request: Request, response: Response) -> None:
-        self.edge, self.socket, self.events, self.rest, self.deadline = connection.edge, connection.socket, 0, b"", 0.0
+    def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
+        super().__init__(edge, socket_)
         self.path, self.cookie, self.account = request.path, request.headers.get("cookie", ""), response.which
         self.zipped, self.seen, self.latest, self.channel = accepts_gzip(request), response.rendering.etag, None, None
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
-        self.edge.held.add(self)
-        self.listen(selectors.EVENT_READ)
+        socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
 
     def show(self, rendering: Rendering) -> None:
         self.seen = rendering.etag
@@ -1649,14 +1659,13 @@ class Stream(Held):
             self.write(rendering.zipped if self.zipped else rendering.frame)
 
     def written(self) -> None:
-        self.deadline = 0.0
         if self.latest:
             latest, self.latest = self.latest, None
             self.show(latest)
 
-    def read(self) -> None:
+    def read(self, data: bytes) -> None:
         """A browser says nothing on a stream but goodbye. Whatever else it says is read over."""
-        if self.receive() == b"":
+        if not data:
             self.close()
 
     def tick(self, now: float) -> None:
@@ -1683,15 +1692,15 @@ class Broker:
     """Who watches what. The loop changes it; other threads only mark a channel."""
 
     def __init__(self, edge: Edge) -> None:
-        self.edge, self.lock = edge, threading.Lock()
-        self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = collections.defaultdict(dict)     # by object, then by what is asked
-        self.version = b""                           # of the Directory's file, as another process may change it
+        self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
+        self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
+        self.version = b""                                     # of the Directory's file, which another process may change
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
         if topic.startswith("access:"):
             self.edge.pool.put(self.gate_again, topic[7:])
-        for channel in [*self.channels[id].values()] if id in self.channels else ():
+        for channel in [*self.channels.get(id, {}).values()]:
             if channel.watch.topic == topic:
                 self.mark(channel)
 
@@ -1724,24 +1733,20 @@ class Broker:
 
     def join(self, stream: Stream, watch: Watch) -> None:
         """And look once more: something may have been published between the first frame and now."""
-        channels = self.channels[watch.stub.id]
-        channel = channels.get(watch.key) or channels.setdefault(watch.key, Channel(watch))
-        if stream.channel is not channel:
-            self.leave(stream)
-            stream.channel = channel
-            channel.streams.add(stream)
-        self.mark(channel)
+        self.leave(stream)
+        stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
+        stream.channel.streams.add(stream)
+        self.mark(stream.channel)
 
     def leave(self, stream: Stream) -> None:
         channel, stream.channel = stream.channel, None
-        if channel is None:
-            return
-        channel.streams.discard(stream)
-        if not channel.streams:
-            id, key = channel.watch.stub.id, channel.watch.key
-            self.channels[id].pop(key, None)
-            if not self.channels[id]:
-                del self.channels[id]
+        if channel:
+            channel.streams.discard(stream)
+            if not channel.streams:                  # the last one out
+                of_object = self.channels[channel.watch.stub.id]
+                del of_object[channel.watch.key]
+                if not of_object:
+                    del self.channels[channel.watch.stub.id]
 
     def gate_again(self, account: str = "") -> None:
         """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
@@ -1754,7 +1759,7 @@ class Broker:
                 self.edge.call(stream.end, no.status)
 
     def rejoin(self, stream: Stream, watch: Watch) -> None:
-        if stream.channel:
+        if stream.channel:                           # it is still open
             self.join(stream, watch)
 
     def look_elsewhere(self) -> None:
@@ -1763,7 +1768,7 @@ class Broker:
         self.version = directory.fetch(Request("GET", "/_version")).body
         if before not in (b"", self.version):
             self.gate_again()
-            for channel in [*self.channels[directory.id].values()] if directory.id in self.channels else ():
+            for channel in [*self.channels.get(directory.id, {}).values()]:
                 self.mark(channel)
 
 
@@ -1774,30 +1779,43 @@ class Broker:
 # the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
 
 class Pool:
-    """A few threads that take jobs from a queue, in order. A job that fails is logged; its thread goes on."""
+    """A few threads that take jobs from a queue, in order. What a job puts in is done next by the same thread: to render
+    what a command changed, no other needs to be woken. A job that fails is logged; its thread goes on."""
 
     def __init__(self, size: int) -> None:
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.threads = [threading.Thread(target=self.work, name=f"pool-{n}", daemon=True) for n in range(size)]
+        self.jobs, self.own = queue.SimpleQueue(), threading.local()
+        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
 
-    def put(self, job: Optional[Callable[..., None]], *args: Any) -> None:
-        self.jobs.put((job, args))
+    def put(self, *job: Any) -> None:
+        """put(function, *args). No job at all ends one thread."""
+        getattr(self.own, "put", self.jobs.put)(job)
 
     def work(self) -> None:
-        while (task := self.jobs.get())[0]:
-            job, args = task
-            try:
-                job(*args)
-            except Exception:
-                log_failure(f"in {job}")
+        own = collections.deque()
+        self.own.put = own.append
+        while (job := own.popleft() if own else self.jobs.get()):
+            guarded(*job)
 
     def close(self) -> None:
         for _ in self.threads:
-            self.put(None)
+            self.put()
         for thread in self.threads:
             thread.join(5)
+
+
+def guarded(call: Callable[..., None], *args: Any) -> None:
+    """One request's trouble must end neither the loop nor a thread that others need."""
+    try:
+        call(*args)
+    except Exception:
+        log(f"error in {call}: {traceback.format_exc()}")
+
+
+def log(message: str) -> None:
+    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
+    print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
 
 
 class Connection(Held):
@@ -1808,18 +1826,13 @@ class Connection(Held):
     LINGER_SECONDS, LINGER_BYTES = 1.0, 65_536
 
     def __init__(self, socket: socket.socket, address: Tuple, edge: Edge) -> None:
-        self.edge, self.socket, self.peer, self.events, self.rest = edge, socket, address[0], 0, b""
-        self.buffer = bytearray()
+        super().__init__(edge, socket)
+        self.peer, self.buffer, self.spare = address[0], bytearray(), 0
         self.reader = read_requests(self.buffer)
         self.busy = self.begun = self.ended = False
-        self.keep, self.spare, self.deadline = True, 0, time.monotonic() + self.IDLE_SECONDS
-        edge.held.add(self)
-        self.listen(selectors.EVENT_READ)
+        self.keep, self.deadline = True, time.monotonic() + self.IDLE_SECONDS
 
-    def read(self) -> None:
-        data = self.receive()
-        if data is None:
-            return
+    def read(self, data: bytes) -> None:
         self.ended = not data
         if self.spare:
             self.spare -= min(self.spare, len(data))
@@ -1848,10 +1861,12 @@ class Connection(Held):
             self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
 
     def take_up(self, reading: Reading) -> None:
-        if reading.method in SAFE:
-            with contextlib.suppress(WouldBlock):
-                return self.reply(reading, *self.edge.answer(reading, self.peer, wait=False))
-        self.edge.pool.put(self.think, reading)
+        """At once what is ready; else in the pool."""
+        try:
+            answer = self.edge.answer(reading, self.peer, wait=False) if reading.method in SAFE else None
+        except WouldBlock:
+            answer = None
+        self.reply(reading, *answer) if answer else self.edge.pool.put(self.think, reading)
 
     def think(self, reading: Reading) -> None:
         """In the pool."""
@@ -1864,34 +1879,32 @@ class Connection(Held):
             return self.write(data)
         self.edge.held.discard(self)                 # from here on it is a stream
         self.listen(0)
-        stream = Stream(self, request, response)
+        stream = Stream(self.edge, self.socket, request, response)
         self.edge.broker.join(stream, response.watch)
         stream.write(data)
 
     def written(self) -> None:
         """The answer has left: go on, or close so that the client can read it while it is still sending (RFC 9112, 9.6)."""
+        self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
         if self.keep:
-            self.busy, self.deadline = False, time.monotonic() + self.IDLE_SECONDS
-            self.listen(selectors.EVENT_READ)
+            self.busy = False
+            self.listen(READ)
             return self.advance()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
-        self.spare, self.deadline = self.LINGER_BYTES, time.monotonic() + self.LINGER_SECONDS
-        self.close() if self.ended else self.listen(selectors.EVENT_READ)
+        self.spare = self.LINGER_BYTES
+        self.close() if self.ended else self.listen(READ)
 
     def refuse(self, no: Refused) -> None:
         """One answer, and nothing behind it is read."""
-        self.busy, self.keep = True, False
+        self.busy, self.begun, self.keep = True, False, False
         self.edge.count(no.status, 0.0)
         self.write(encode(Request("GET", "/"), refused(Request("GET", "/"), no), False, False, self.edge.date))
 
     def tick(self, now: float) -> None:
         if now < self.deadline or (self.busy and not self.rest and not self.spare):
             return
-        if self.begun:
-            self.begun = False
-            return self.refuse(Refused(408, "The request took too long to arrive. Send it again."))
-        self.close()
+        self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
 
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -1901,31 +1914,38 @@ POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 's
 DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
             "x-frame-options": "DENY", "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
             "cross-origin-resource-policy": "same-origin"}
+STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"}
+NONCED = {"content-security-policy": POLICY % f" 'nonce-{NONCE}'"}
+
+
+@functools.lru_cache(maxsize=256)
+def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: bool) -> str:
+    """The part of a head that does not change from one answer to the next."""
+    special = STREAMING if live else NONCED if type == PAGE else {}
+    fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n" + "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
 
 
 def accepts_gzip(request: Request) -> bool:
-    return re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers.get("accept-encoding", "")) is not None
+    return "accept-encoding" in request.headers and re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers["accept-encoding"]) is not None
 
 
 def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
     """The bytes of an answer, to leave in one send."""
-    status, body, zipped = response.status, response.body, accepts_gzip(request)
-    headers = {"date": date, **DEFAULTS, "content-type": response.type, **dict(response.headers)}
-    if response.watch:
+    status, body, live, zipped = response.status, response.body, response.watch is not None, accepts_gzip(request)
+    head = head_of(status, response.type, response.headers, live)
+    if response.type == PAGE:
+        nonce = secrets.token_urlsafe(16)
+        head, body = head.replace(NONCE, nonce, 1), body.replace(NONCE.encode(), nonce.encode(), 1)
+    if live:
         body = first_frame(request, response.rendering, zipped)
-        headers.update({"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"})
     else:
-        if response.type == PAGE:
-            nonce = secrets.token_urlsafe(16)
-            body = body.replace(NONCE.encode(), nonce.encode(), 1)
-            headers["content-security-policy"] = POLICY % f" 'nonce-{nonce}'"
         zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
         body = gzipped(body) if zipped else body
-        headers.update({"content-length": str(len(body))} if status not in (204, 304) else {})
-    headers.update({"content-encoding": "gzip", "vary": "accept-encoding"} if zipped else {})
-    headers.update({} if keep else {"connection": "close"})
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{lines}\r\n".encode("latin-1") + (b"" if head_only else body)
+    length = f"content-length: {len(body)}\r\n" if not live and status not in (204, 304) else ""
+    coding = "content-encoding: gzip\r\nvary: accept-encoding\r\n" if zipped else ""
+    close = "" if keep else "connection: close\r\n"
+    return f"{head}date: {date}\r\n{length}{coding}{close}\r\n".encode("latin-1") + (b"" if head_only else body)
 
 
 def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
@@ -1953,15 +1973,6 @@ def storage_fault(error: Exception) -> Refused:
     if "full" in str(error):
         return Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
     return Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-
-
-def log(message: str) -> None:
-    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
-
-
-def log_failure(where: str) -> None:
-    log(f"error {where}: {traceback.format_exc()}")
 
 
 def is_loopback(address: str) -> bool:
@@ -2001,29 +2012,22 @@ class Edge(ThreadingHTTPServer):
     # -- the loop
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
-        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
-        self.selector.register(self.woken, selectors.EVENT_READ, lambda _: self.woken.recv(4096))
+        self.selector.register(self.socket, READ, self.accept)
+        self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
         next_tick = 0.0
         while not (self.stopping and self.drained()):
             for key, events in self.selector.select(poll_interval):
-                self.guarded(key.data, events)
+                guarded(key.data, events)
             self.awake = False
             while self.calls:
-                self.guarded(*self.calls.popleft())
-            now = time.monotonic()
-            if now >= next_tick:
-                next_tick = now + 1
-                self.tick(now)
+                guarded(*self.calls.popleft())
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + 1
+                self.tick(time.monotonic())
         self.stopped.set()
 
-    def guarded(self, call: Callable[..., None], *args: Any) -> None:
-        try:
-            call(*args)
-        except Exception:                            # one socket's trouble must not end the loop of all others
-            log_failure(f"in {call}")
-
     def call(self, *call: Any) -> None:
-        """Have the loop call function(*args) soon; from any thread."""
+        """call(function, *args): have the loop do it soon; from any thread."""
         self.calls.append(call)
         if not self.awake:
             self.awake = True
@@ -2056,11 +2060,11 @@ class Edge(ThreadingHTTPServer):
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
         self.date = formatdate(usegmt=True)
         for held in [*self.held]:
-            self.guarded(held.tick, now)
+            guarded(held.tick, now)
         self.pool.put(self.env.workspaces.rest)
         self.pool.put(self.broker.look_elsewhere)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
-            self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+            self.selector.register(self.socket, READ, self.accept)
 
     # -- answering, in the loop (wait=False) and in the pool
 
@@ -2084,7 +2088,7 @@ class Edge(ThreadingHTTPServer):
             log(f"storage: {request.method} {request.path}: {error}")
             response = refused(request, storage_fault(error))
         except Exception:
-            log_failure(f"{request.method} {request.path}")
+            log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
         self.count(response.status, time.perf_counter() - started)
         return request, response
@@ -2106,22 +2110,22 @@ class Edge(ThreadingHTTPServer):
         """Prometheus text format 0.0.4."""
         if not is_loopback(request.peer):
             raise Refused(403, "The figures are for this machine only. Ask from 127.0.0.1.")
+        def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
+            return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
         verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
         with self.counting:
             counted = [*itertools.accumulate(self.durations)]
-            families = (
-                ("orion_requests_total", "counter", {f'{{status="{status}"}}': n for status, n in sorted(self.statuses.items())}),
-                ("orion_request_seconds", "histogram", {
-                    **{f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)},
-                    "_sum": self.seconds, "_count": counted[-1]}),
-                ("orion_gate_verdicts_total", "counter", {f'{{verdict="{status}"}}': n for status, n in sorted(verdicts.items())}),
-                ("orion_workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
-                ("orion_workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
-                ("orion_streams_open", "gauge", {"": sum(type(held) is Stream for held in [*self.held])}),
-                ("orion_frames_total", "counter", {f'{{result="{result}"}}': n for result, n in self.frames.items()}))
-        lines = [line for name, kind, samples in families
-                 for line in (f"# TYPE {name} {kind}", *(f"{name}{labels} {value}" for labels, value in samples.items()))]
-        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4; charset=utf-8")
+            buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)}
+            families = (("requests_total", "counter", label("status", self.statuses)),
+                        ("request_seconds", "histogram", {**buckets, "_sum": self.seconds, "_count": counted[-1]}),
+                        ("gate_verdicts_total", "counter", label("verdict", verdicts)),
+                        ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
+                        ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
+                        ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
+                        ("frames_total", "counter", label("result", self.frames)))
+        text = "".join([f"# TYPE orion_{name} {kind}\n" + "".join([f"orion_{name}{end} {n}\n" for end, n in samples.items()])
+                        for name, kind, samples in families])
+        return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     # -- the end
 
@@ -2160,9 +2164,11 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 13)."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh = not (settings.data / "directory.db").exists()
-    keys = load_keys(settings.data / "secret.key", create=fresh)
+    settings = settings._replace(demo=settings.demo and (fresh or has_personas(settings.data / "directory.db")))
+    key_file = settings.data / "secret.key"
+    keys = load_keys(key_file, create=fresh and not key_file.exists())
     workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices)),
-                           settings.awake, settings.idle)
+                           settings.awake or awake_by_default(), settings.idle)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces)
     directories = Namespace("directory", settings.data, build, awake=1, idle=float("inf"))
     if fresh:
@@ -2172,6 +2178,16 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     if fresh and settings.demo:
         seed(env)
     return env
+
+
+def has_personas(path: pathlib.Path) -> bool:
+    with contextlib.closing(Store(path)) as directory:
+        return directory.one("SELECT 1 FROM accounts WHERE persona") is not None
+
+
+def awake_by_default() -> int:
+    """An awake workspace takes three descriptors; a quarter of all, thrice, leaves the last quarter to sockets."""
+    return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
 
 
 def go_together(path: pathlib.Path, slices: Sequence[Slice]) -> None:
@@ -2218,34 +2234,61 @@ class Unusable(Exception):
     """The server can't start; the text is one line that says why and what to do."""
 
 
-def read_settings(argv: Optional[Sequence[str]]) -> Settings:
+def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, List[str]]:
+    """Settings, and the words of a command: [] to serve, or ["account", "add", NAME]."""
     parser = argparse.ArgumentParser(prog="orion.py", description="A live, multi-tenant web server in one file.")
+    parser.error = lambda why: parser.exit(2, f"orion: {why}; --help tells what there is\n")
+    parser.add_argument("command", nargs="*", help="nothing: serve; account add NAME: somebody may sign in, with the password "
+                        "that is asked for or comes on standard input")
 
     def option(name: str, help: str, **kind: Any) -> None:
-        default = os.environ.get(f"ORION_{name.upper()}", getattr(Settings(), name))
+        key = name.replace("-", "_")
+        default = os.environ.get(f"ORION_{key.upper()}", getattr(Settings(), key))
         parser.add_argument(f"--{name}", help=f"{help} (default: %(default)s)", default=default, **kind)
     option("host", "address to listen on")
     option("port", "port to listen on; 0: any free one", type=int)
     option("data", "folder with all state", type=pathlib.Path)
     option("idle", "seconds until an unused workspace goes to sleep", type=float)
-    option("awake", "workspaces awake at most, three descriptors each", type=int)
+    option("awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", type=int)
+    option("max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", type=int)
     parser.add_argument("--demo", action="store_true", default=bool(os.environ.get("ORION_DEMO")),
                         help="personas and workspaces to click through; on a loopback address a new data folder has them anyway")
-    settings = Settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    command, settings = given.pop("command"), Settings(**given)
+    if command and (command[:2] != ["account", "add"] or len(command) != 3):
+        parser.error(f"unknown command {' '.join(command)!r}; there is: account add NAME")
     loopback = settings.host == "localhost" or is_loopback(settings.host)
-    return settings._replace(demo=settings.demo or loopback)
+    return settings._replace(demo=settings.demo or loopback), command
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
     """The exit status: 0, or 2 with one line on standard error."""
-    settings = read_settings(argv)
+    settings, command = read_command_line(argv)
     try:
-        with locked(settings.data):
-            serve(settings, slices)
+        if command:
+            add_account(settings, command[2])
+        else:
+            with locked(settings.data):
+                serve(settings, slices)
         return 0
     except (Unusable, MigrationError, OSError, sqlite3.Error) as error:
         print(f"orion: {error}", file=sys.stderr)
         return 2
+
+
+def add_account(settings: Settings, name: str) -> None:
+    """Whether the server runs or not: it looks every second if another process has written to the Directory."""
+    if not ACCOUNT_NAME.fullmatch(name):
+        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
+    password = getpass.getpass(f"Password of {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    if not 8 <= len(password) <= 256:
+        raise Unusable("a password has 8 to 256 characters")
+    env = two_planes(settings._replace(demo=False))
+    with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
+        if store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+            raise Unusable(f"there is an account {name} already")
+        store.exec("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, hash_password(password))
+    print(f"{name} may sign in now")
 
 
 @contextlib.contextmanager
@@ -2281,7 +2324,7 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
         signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
     signal.set_wakeup_fd(server.waker.fileno())
     print(f"orion: http://{settings.host}:{server.server_port}", flush=True)
-    if settings.demo:
+    if server.settings.demo:
         print("orion: demo: open the address and choose a persona; bob and carol share the workspace acme", flush=True)
     server.serve_forever()
     server.server_close()
