@@ -680,13 +680,15 @@ class Route(NamedTuple):
 
 class Live(NamedTuple):
     """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element with
-    an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it."""
+    an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it. variant(params)
+    is the part of the query that the region heeds, in one spelling, for each variant is rendered and kept."""
     path: str
     grant: str
     topic: str
     title: str
     region: Callable[[Context], Html]
     page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region)
+    variant: Callable[[Dict[str, str]], str] = lambda params: ""
 
 
 class Slice(NamedTuple):
@@ -701,16 +703,18 @@ class Slice(NamedTuple):
 class Rendering:
     """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the content,
     so it means the same after a restart and in another process."""
-    __slots__ = ("html", "etag", "micros", "frame", "_zipped")
+    __slots__ = ("html", "etag", "event_id", "micros", "frame", "_zipped")
 
-    def __init__(self, html: Html, micros: int) -> None:
+    def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
+        """main: the region that a reconnecting browser names as the last it has seen."""
         self.html, self.micros, self._zipped = html, micros, b""
         self.etag = hashlib.blake2b(html.encode("utf-8", "replace"), digest_size=9).hexdigest()
-        self.frame = chunk(patch_elements(html, event_id=self.etag))
+        self.event_id = self.etag if main else None
+        self.frame = chunk(patch_elements(html, event_id=self.event_id))
 
     @property
     def zipped(self) -> bytes:
-        self._zipped = self._zipped or chunk(deflated(patch_elements(self.html, event_id=self.etag)))
+        self._zipped = self._zipped or chunk(deflated(patch_elements(self.html, event_id=self.event_id)))
         return self._zipped
 
 
@@ -722,7 +726,7 @@ class Watch(NamedTuple):
 
     @property
     def key(self) -> Tuple[str, ...]:
-        return (self.request.path, *self.request.headers.values())
+        return (self.request.path, self.request.query, *self.request.headers.values())
 
 
 NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before anything that users typed
@@ -840,26 +844,31 @@ class SliceHost(DurableObject):
         return f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
 
     def rendering(self, live: Live, ctx: Context) -> Rendering:
-        return self.keep(live, ctx, (live.path, ctx.viewer.role, ctx.scope), self.render)
+        """The account is taken away: what a whole role shares can't name one of them."""
+        variant = live.variant(ctx.request.params) if ctx.request.query else ""
+        shared = ctx._replace(viewer=ctx.viewer._replace(account=""), request=ctx.request._replace(query=variant))
+        return self.keep(live, shared, (live.path, variant, ctx.viewer.role, ctx.scope), self.render)
 
     def render(self, live: Live, ctx: Context) -> Rendering:
-        """The account is taken away: what a whole role shares can't name one of them."""
         started = time.perf_counter()
-        region = live.region(ctx._replace(viewer=ctx.viewer._replace(account="")))
+        region = live.region(ctx)
         return Rendering(region, round(1e6 * (time.perf_counter() - started)))
 
     def stream(self, live: Live, ctx: Context) -> Response:
         headers = {name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-id")}
-        watch = Watch(self.namespace.get(self.id), Request("GET", ctx.request.path, headers=headers), self.topic(live, ctx))
+        again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
+        watch = Watch(self.namespace.get(self.id), again, self.topic(live, ctx))
         return Response(200, type="text/event-stream", rendering=self.rendering(live, ctx), watch=watch,
                         which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        if ctx.request.query and ctx.request.wait:
-            return self.whole_page(live, ctx)
-        if ctx.request.query:
+        """Kept for each account while nothing changes, but for one that answers what somebody typed."""
+        query = ctx.request.query
+        if query and not ctx.request.wait:
             raise WouldBlock
-        return self.keep(live, ctx, (live.path, ctx.viewer, ctx.workspace), self.whole_page)
+        if query != live.variant(ctx.request.params):
+            return self.whole_page(live, ctx)
+        return self.keep(live, ctx, (live.path, query, ctx.viewer, ctx.workspace), self.whole_page)
 
     def whole_page(self, live: Live, ctx: Context) -> Response:
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
@@ -879,15 +888,24 @@ def viewer(account: str, role: str, grants: str) -> Viewer:
 # The slice that comes with it, and the pattern for one's own: the table, the queries with their names, the region, the
 # commands. It knows nothing of tenants, sockets or sessions.
 
-TITLE_LIMIT = 500
+TITLE_LIMIT, TODOS_A_PAGE = 500, 200
 
 
-def all_todos(store: Store) -> List[sqlite3.Row]:
-    return store.query("SELECT id, title, done FROM todos ORDER BY id")
+def some_todos(store: Store, show: str, limit: int) -> List[sqlite3.Row]:
+    """The newest of all ("open", "done": of these)."""
+    return store.query("SELECT id, title, done FROM todos WHERE done = ? OR done = ? ORDER BY id DESC LIMIT ?",
+                       show == "done", show != "open", limit)
 
 
 def count_todos(store: Store) -> int:
     return store.one("SELECT count(*) FROM todos WHERE NOT done")[0]
+
+
+def todos_variant(params: Dict[str, str]) -> str:
+    """show=open or done; pages=2 to 99."""
+    pages = params.get("pages", "") if re.fullmatch("[2-9]|[1-9][0-9]", params.get("pages", "")) else ""
+    show = params.get("show", "") if params.get("show") in ("open", "done") else ""
+    return urllib.parse.urlencode({key: value for key, value in (("show", show), ("pages", pages)) if value})
 
 
 def the_todo(ctx: Context, id: str) -> sqlite3.Row:
@@ -899,19 +917,27 @@ def the_todo(ctx: Context, id: str) -> sqlite3.Row:
 
 
 def todos_region(ctx: Context) -> Html:
-    known, row, remove = all_todos(ctx.store), template("todos.row"), template("todos.delete")
+    given, row, remove = ctx.request.params, template("todos.row"), template("todos.delete")
+    show, pages = given.get("show", ""), int(given.get("pages", 1))
+    some, is_open = some_todos(ctx.store, show, TODOS_A_PAGE * pages + 1), count_todos(ctx.store)
     disabled = Html("" if ctx.viewer.can("todos:write") else "disabled")
     rows = [row(id=todo["id"], title=todo["title"], checked=Html("checked" if todo["done"] else ""), disabled=disabled,
-                delete=remove(id=todo["id"], title=todo["title"]) if ctx.viewer.can("todos:delete") else "") for todo in known]
-    return template("todos.region")(rows=Html("").join(rows), open=sum([not todo["done"] for todo in known]),
-                                    all=len(known), empty="" if known else template("todos.empty")())
+                delete=remove(title=todo["title"]) if ctx.viewer.can("todos:delete") else "") for todo in some]
+    more = template("todos.more")(next=todos_variant({"show": show, "pages": str(pages + 1)})) if len(some) > TODOS_A_PAGE * pages else ""
+    return template("todos.region")(rows=Html("").join(rows[:TODOS_A_PAGE * pages]), open=is_open, more=more,
+                                    all=ctx.store.one("SELECT count(*) FROM todos")[0],
+                                    empty="" if some else template(f"todos.empty_{show or 'all'}")())
 
 
 def todos_page(ctx: Context, region: Html) -> Html:
-    typed = ctx.request.params
-    form = template("todos.form" if ctx.viewer.can("todos:write") else "todos.readonly")
-    return template("todos")(region=region, workspace=ctx.workspace,
-                             form=form(title=typed.get("title", ""), problem=typed.get("problem", "")))
+    given, viewer = ctx.request.params, ctx.viewer
+    form = template("todos.form" if viewer.can("todos:write") else "todos.readonly")
+    tools = template("todos.toggle")() if viewer.can("todos:write") else Html("")
+    tools = Html("").join([tools, template("todos.clear")() if viewer.can("todos:delete") else ""])
+    current = {given.get("show", "all"): Html('aria-current="page"')}
+    return template("todos")(region=region, workspace=ctx.workspace, tools=tools, variant=todos_variant(given),
+                             all=current.get("all", ""), open=current.get("open", ""), done=current.get("done", ""),
+                             form=form(title=given.get("title", ""), problem=given.get("problem", "")))
 
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
@@ -947,12 +973,28 @@ def delete(ctx: Context, id: str) -> Response:
     return done(ctx)
 
 
+def change_all(ctx: Context) -> Response:
+    """The signal done; none: open ones left are done, else all are opened again."""
+    ticked = ctx.request.fields().get("done", count_todos(ctx.store) > 0)
+    ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", bool(ticked), bool(ticked))
+    ctx.publish("todos")
+    return done(ctx, "all")
+
+
+def clear(ctx: Context) -> Response:
+    ctx.store.exec("DELETE FROM todos WHERE done")
+    ctx.publish("todos")
+    return done(ctx, "done ones")
+
+
 todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, done INTEGER NOT NULL "
                 "DEFAULT 0)",),
-    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page),),
+    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page, todos_variant),),
     routes=(Route("POST", "/todos", "todos:write", create),
+            Route("PATCH", "/todos", "todos:write", change_all),
+            Route("DELETE", "/todos", "todos:delete", clear),
             Route("PATCH", "/todos/<id>", "todos:write", change),
             Route("DELETE", "/todos/<id>", "todos:delete", delete)),
     count=count_todos,
@@ -1647,30 +1689,39 @@ class Channel:
 
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
-    __slots__ = ("path", "cookie", "account", "zipped", "channel", "seen", "latest", "beat")
+    __slots__ = ("path", "query", "cookie", "account", "zipped", "channel", "seen", "here", "latest", "beat")
     SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
         super().__init__(edge, socket_)
-        self.path, self.cookie, self.account = request.path, request.headers.get("cookie", ""), response.which
-        self.zipped, self.seen, self.latest, self.channel = accepts_gzip(request), response.rendering.etag, None, None
+        self.path, self.query, self.cookie = request.path, request.query, request.headers.get("cookie", "")
+        self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
+        self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
 
     def show(self, rendering: Rendering) -> None:
         self.seen = rendering.etag
+        self.send("seen", rendering)
+
+    def show_here(self, rendering: Rendering) -> None:
+        self.here = rendering.etag
+        self.send("here", rendering)
+
+    def send(self, slot: str, rendering: Rendering) -> None:
         if self.rest:
-            self.edge.frames["coalesced"] += self.latest is not None
-            self.latest = rendering
+            self.edge.frames["coalesced"] += slot in self.latest
+            self.latest = {**self.latest, slot: rendering}
         else:
             self.edge.frames["sent"] += 1
             self.write(rendering.zipped if self.zipped else rendering.frame)
 
     def written(self) -> None:
         if self.latest:
-            latest, self.latest = self.latest, None
-            self.show(latest)
+            latest, self.latest = [*self.latest.items()], {}
+            for slot, rendering in latest:
+                self.send(slot, rendering)
 
     def read(self, data: bytes) -> None:
         """A browser says nothing on a stream but goodbye. Whatever else it says is read over."""
@@ -1704,6 +1755,7 @@ class Broker:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
         self.version = b""                                     # of the Directory's file, which another process may change
+        self.moved = set()                                     # objects whose watchers came or went since the last tick
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
@@ -1745,24 +1797,39 @@ class Broker:
         self.leave(stream)
         stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
         stream.channel.streams.add(stream)
+        self.moved.add(watch.stub.id)
         self.mark(stream.channel)
 
     def leave(self, stream: Stream) -> None:
         channel, stream.channel = stream.channel, None
         if channel:
             channel.streams.discard(stream)
+            self.moved.add(channel.watch.stub.id)
             if not channel.streams:                  # the last one out
                 of_object = self.channels[channel.watch.stub.id]
                 del of_object[channel.watch.key]
                 if not of_object:
                     del self.channels[channel.watch.stub.id]
 
+    def tell_who_is_here(self) -> None:
+        """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
+        moved, self.moved = self.moved, set()
+        for id in moved - {self.edge.env.directory.id}:
+            streams = [stream for channel in self.channels.get(id, {}).values() for stream in channel.streams]
+            names = sorted({stream.account for stream in streams})
+            name, more = template("here.name"), len(names) - 20
+            here = Rendering(template("here")(names=Html(" ").join([name(name=one) for one in names[:20]]),
+                                              more=f"and {more} more" if more > 0 else ""), main=False)
+            for stream in streams:
+                if stream.here != here.etag:
+                    stream.show_here(here)
+
     def gate_again(self, account: str = "") -> None:
         """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
         more. The right ones stay, a changed role sees what it may see now, and who may no longer look is told so."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             try:
-                response = worker(Request("GET", stream.path, headers={"cookie": stream.cookie}), self.edge.env)
+                response = worker(Request("GET", stream.path, stream.query, {"cookie": stream.cookie}), self.edge.env)
                 self.edge.call(self.rejoin, stream, response.watch)
             except Refused as no:
                 self.edge.call(stream.end, no.status)
@@ -2074,6 +2141,7 @@ class Edge(ThreadingHTTPServer):
         self.date = formatdate(usegmt=True)
         for held in [*self.held]:
             guarded(held.tick, now)
+        guarded(self.broker.tell_who_is_here)
         self.pool.put(self.env.workspaces.rest)
         self.pool.put(self.broker.look_elsewhere)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
