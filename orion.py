@@ -303,7 +303,7 @@ def deflated(data: bytes) -> bytes:
 
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"                          # RFC 1952, 2.3
-LAST_CHUNK, BEAT = b"0\r\n\r\n", b":\n\n"
+LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\ndata: version unchanged\n\n"
 
 
 # ==== 5. Store =======================================================================================================
@@ -855,7 +855,7 @@ class SliceHost(DurableObject):
         return Rendering(region, round(1e6 * (time.perf_counter() - started)))
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        headers = {name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-id")}
+        headers = {"x-account": "", **{name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-id")}}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
         watch = Watch(self.namespace.get(self.id), again, self.topic(live, ctx))
         return Response(200, type="text/event-stream", rendering=self.rendering(live, ctx), watch=watch,
@@ -1245,7 +1245,7 @@ class Directory(SliceHost):
         if not account:
             return page("Welcome", template("home.welcome")(demo=demo))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "?")) for row in mine]
+        rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "")) for row in mine]
         more = template("home.more")(after=mine[NAMES_A_PAGE - 1]["name"]) if len(mine) > NAMES_A_PAGE else ""
         body = template("home")(rows=Html("").join(rows[:NAMES_A_PAGE]) or template("home.none")(), more=more, demo=demo,
                                 account=account, name=typed.get("name", ""), problem=typed.get("problem", ""))
@@ -1368,14 +1368,14 @@ class Env(NamedTuple):
 
 
 def worker(request: Request, env: Env) -> Response:
-    headers = {name: value for name, value in request.headers.items() if name not in TRUSTED}
-    request = request._replace(headers=headers)
+    if not TRUSTED.isdisjoint(request.headers):
+        request = request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
     if request.method not in SAFE:
         refuse_foreign(request)
     if not request.path.startswith("/w/"):
         return apex(request, env)
     _, _, workspace, *rest = request.path.split("/")
-    verdict = env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", headers, wait=request.wait))
+    verdict = env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", request.headers, wait=request.wait))
     if verdict.status != 200:
         return refusal(request, verdict)
     if not rest or rest == [""]:
@@ -1383,7 +1383,7 @@ def worker(request: Request, env: Env) -> Response:
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
     viewer = dict(verdict.headers)
-    forwarded = request._replace(path="/" + "/".join(rest), headers={**headers, **viewer})
+    forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
@@ -1442,8 +1442,8 @@ def with_counts(request: Request, env: Env) -> Request:
 
 def count_of(workspace: Stub) -> Any:
     with contextlib.suppress(sqlite3.Error, MigrationError):      # one that can't be read has no count, and hides no other
-        return sum(json.loads(workspace.fetch(Request("GET", "/_counts")).body).values())
-    return "?"
+        return f"{sum(json.loads(workspace.fetch(Request('GET', '/_counts')).body).values())} open"
+    return "can't be read"
 
 
 # ==== 14. Reader =====================================================================================================
@@ -1542,13 +1542,15 @@ def body_length(headers: Dict[str, str]) -> Optional[int]:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
-    length = headers.get("content-length", "0")
+    length = headers.get("content-length")
+    if "expect" in headers and headers["expect"].lower() != "100-continue":
+        raise Refused(417, "The only expectation known here is 100-continue.")
+    if length is None:
+        return 0
     if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
         raise Refused(400, "Content-Length is one plain decimal number.")
     if int(length) > BODY_LIMIT:
         raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise Refused(417, "The only expectation known here is 100-continue.")
     return int(length)
 
 
@@ -1640,6 +1642,8 @@ class Held:
 
     def listen(self, events: int) -> None:
         selector, before, self.events = self.edge.selector, self.events, events
+        if before == events:
+            return
         if before and events:
             selector.modify(self.socket, events, self.ready)
         elif events:
@@ -2030,9 +2034,10 @@ def encode(request: Request, response: Response, keep: bool, head_only: bool, da
 
 
 def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
-    """Without the region, if this very version is what the page shows already."""
-    frame = b"" if request.headers.get("last-event-id") == rendering.etag else rendering.zipped if zipped else rendering.frame
-    return chunk(GZIP_HEAD) + frame if zipped else frame
+    """The region, or a word that the page shows this very version already: it is live again."""
+    if request.headers.get("last-event-id") == rendering.etag:
+        return chunk(GZIP_HEAD + deflated(CURRENT) if zipped else CURRENT)
+    return chunk(GZIP_HEAD) + rendering.zipped if zipped else rendering.frame
 
 
 def gzipped(body: bytes) -> bytes:
@@ -2155,7 +2160,7 @@ class Edge(ThreadingHTTPServer):
         request = Request("GET" if reading.method == "HEAD" else reading.method, "/", "", reading.headers, reading.body, peer, wait)
         try:
             path, query = parse_target(reading.target, reading.headers.get("host", ""))
-            request = request._replace(path=path, query=query)
+            request = Request(request.method, path, query, *request[3:])
             response = self.route(request)
             if response.watch and not reading.modern:
                 raise Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy.")
