@@ -1710,8 +1710,9 @@ class Stream(Held):
         self.send("seen", rendering)
 
     def show_here(self, rendering: Rendering) -> None:
-        self.here = rendering.etag
-        self.send("here", rendering)
+        if self.here != rendering.etag:
+            self.here = rendering.etag
+            self.send("here", rendering)
 
     def send(self, slot: str, rendering: Rendering) -> None:
         if self.rest:
@@ -1759,7 +1760,8 @@ class Broker:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
         self.version = b""                                     # of the Directory's file, which another process may change
-        self.moved = set()                                     # objects whose watchers came or went since the last tick
+        self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
+        self.moved = set()                                     # objects whose watchers came or went since then
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
@@ -1803,6 +1805,10 @@ class Broker:
         stream.channel.streams.add(stream)
         self.moved.add(watch.stub.id)
         self.mark(stream.channel)
+        if watch.stub.id in self.here:
+            stream.show_here(self.here[watch.stub.id])
+        else:
+            self.tell_who_is_here()
 
     def leave(self, stream: Stream) -> None:
         channel, stream.channel = stream.channel, None
@@ -1814,19 +1820,19 @@ class Broker:
                 del of_object[channel.watch.key]
                 if not of_object:
                     del self.channels[channel.watch.stub.id]
+                    self.here.pop(channel.watch.stub.id, None)
 
     def tell_who_is_here(self) -> None:
         """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
         moved, self.moved = self.moved, set()
-        for id in moved - {self.edge.env.directory.id}:
-            streams = [stream for channel in self.channels.get(id, {}).values() for stream in channel.streams]
+        for id in moved & {*self.channels} - {self.edge.env.directory.id}:
+            streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
-            name, more = template("here.name"), len(names) - 20
-            here = Rendering(template("here")(names=Html(" ").join([name(name=one) for one in names[:20]]),
-                                              more=f"and {more} more" if more > 0 else ""), main=False)
+            some = Html(" ").join([template("here.name")(name=name) for name in names[:20]])
+            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
+            self.here[id] = Rendering(template("here")(names=some, more=more), main=False)
             for stream in streams:
-                if stream.here != here.etag:
-                    stream.show_here(here)
+                stream.show_here(self.here[id])
 
     def gate_again(self, account: str = "") -> None:
         """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
@@ -1965,8 +1971,9 @@ class Connection(Held):
         self.edge.held.discard(self)                 # from here on it is a stream
         self.listen(0)
         stream = Stream(self.edge, self.socket, request, response)
-        self.edge.broker.join(stream, response.watch)
         stream.write(data)
+        if stream in self.edge.held:
+            self.edge.broker.join(stream, response.watch)
 
     def written(self) -> None:
         """The answer has left: go on, or close so that the client can read it while it is still sending (RFC 9112, 9.6)."""
