@@ -34,9 +34,9 @@ The words, used in one meaning from here to the last line:
 
 Read it from top to bottom; nothing is used before it is introduced.
 
-     1 Settings       2 Markup         3 Requests        4 Events           5 Store          6 Bus
-     7 Objects        8 Slices         9 Todos          10 Workspace       11 Seals         12 Directory
-    13 Worker        14 Reader        15 Streams        16 Edge            17 Composition   18 Command line
+     1 Settings       2 Markup         3 Requests       4 Events         5 Trace          6 Store          7 Bus
+     8 Objects        9 Slices        10 Todos         11 Workspace     12 Seals         13 Directory     14 Worker
+    15 Reader        16 Streams       17 Console       18 Edge          19 Composition   20 Command line
 
 What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
 """
@@ -56,6 +56,7 @@ import http
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import pathlib
 import queue
@@ -141,7 +142,8 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE = ("GET", "HEAD")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-proved", "x-counts"}
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-proved", "x-counts"}
 
 
 class Request(NamedTuple):
@@ -176,7 +178,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 8). which: what a
+    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 9). which: what a
     command wrote, or who looks at a stream."""
     status: int
     body: bytes = b""
@@ -201,10 +203,13 @@ class WouldBlock(Exception):
 
 
 class Viewer(NamedTuple):
-    """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty."""
+    """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty. operator: who
+    looks on in the account's name (section 13)."""
     account: str = ""
     role: str = ""
     grants: Tuple[str, ...] = ()
+    operator: str = ""
+    read_only: bool = False
 
     def can(self, grant: str) -> bool:
         return grant in self.grants
@@ -306,7 +311,140 @@ GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"                          # RFC 1952,
 LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\ndata: version unchanged\n\n"
 
 
-# ==== 5. Store =======================================================================================================
+# ==== 5. Trace =======================================================================================================
+# What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
+# taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
+
+class Call(NamedTuple):
+    """A store call. object: the id of the object whose store it was. rows: that it found or changed; -1: it has none."""
+    number: int
+    at: float
+    object: str
+    sql: str
+    args: str
+    rows: int
+    micros: int
+
+
+class Leg(NamedTuple):
+    """A request to one object: gate, directory or workspace. said: the answer's headers. calls: to its store; none: the
+    answer was at hand."""
+    kind: str
+    id: str
+    status: int
+    micros: int
+    calls: int
+    said: Dict[str, str]
+
+
+class Trip:
+    """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
+
+    def __init__(self, method: str, path: str) -> None:
+        self.number, self.method, self.path, self.at = 0, method, path, time.time()
+        self.legs: List[Leg] = []
+        self.calls: List[Call] = []
+        self.status, self.size = 0, 0
+
+
+class Trace:
+    """The notes of all objects of one server. with_args: parameters are shown, which are what users typed."""
+    KEPT_CALLS, KEPT_TRIPS = 200, 12
+
+    def __init__(self, with_args: bool = False) -> None:
+        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), threading.local()
+        self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
+        self.noted = self.shown = self.dropped = self.followed = 0
+        self.news: Callable[[], None] = lambda: None               # called after each note
+
+    def watch(self, more: int) -> None:
+        """One watcher more (1) or less (-1). With none, a store call costs one look at a number."""
+        with self.lock:
+            self.watched += more
+
+    @contextlib.contextmanager
+    def silence(self, silent: bool = True) -> Iterator[None]:
+        """What this thread does meanwhile is the console's own, and not noted."""
+        before, self.thread.silent = self.silent, silent
+        try:
+            yield
+        finally:
+            self.thread.silent = before
+
+    @property
+    def silent(self) -> bool:
+        return getattr(self.thread, "silent", False)
+
+    @property
+    def trip(self) -> Optional[Trip]:
+        return getattr(self.thread, "trip", None)
+
+    def note(self, object: str, sql: str, args: Sequence[Any], result: Any, seconds: float) -> None:
+        rows = result if isinstance(result, int) else len(result) if isinstance(result, list) else int(result is not None)
+        shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
+        with self.lock:
+            self.noted += 1
+            self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
+            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown if self.with_args else "", rows, micros(seconds))
+            self.calls.append(call)
+        if self.trip:
+            self.trip.calls.append(call)
+        self.news()
+
+    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
+        """route(request), noted as a trip."""
+        if not self.watched or self.silent or request.path.startswith("/console"):
+            return route(request)
+        self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
+        try:
+            response = route(request)
+            trip.status, trip.size = response.status, len(response.rendering.frame if response.rendering else response.body)
+            return response
+        except Refused as no:
+            trip.status, trip.size = no.status, len(no.message)
+            raise
+        finally:
+            self.thread.trip = None
+            if trip.status and trip.legs:            # one that no object was asked for shows nothing of the planes
+                self.end(trip)
+
+    def end(self, trip: Trip) -> None:
+        with self.lock:
+            self.followed = trip.number = self.followed + 1
+            self.trips.append(trip)
+        self.news()
+
+    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
+        """The trip of one request, whoever watches; also one that was refused."""
+        self.watch(1)
+        try:
+            with self.silence(False), contextlib.suppress(Refused):
+                self.follow(request, route)
+            return self.thread.last
+        finally:
+            self.watch(-1)
+
+    def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
+        """fetch(request), noted as a leg of this thread's trip."""
+        trip, started, status, said = self.trip, time.perf_counter(), 0, ()
+        before = len(trip.calls) if trip else 0
+        try:
+            response = fetch(request)
+            status, said = response.status, response.headers
+            return response
+        except Refused as no:
+            status = no.status
+            raise
+        finally:
+            if trip and status:
+                trip.legs.append(Leg(kind, id, status, micros(time.perf_counter() - started), len(trip.calls) - before, dict(said)))
+
+
+def micros(seconds: float) -> int:
+    return round(1e6 * seconds)
+
+
+# ==== 6. Store =======================================================================================================
 # One SQLite file, five synchronous methods. A view calls store.query() with no await, which is what lets one loop serve
 # every region; a store that answers later would make every view, model and command wait in another language.
 # A write is durable when its transaction has returned (WAL, synchronous=FULL).
@@ -317,9 +455,11 @@ class MigrationError(Exception):
 
 class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
-    time (section 7). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
+    time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
 
-    def __init__(self, path: Optional[pathlib.Path], create: bool = False) -> None:
+    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None, name: str = "") -> None:
+        """name: who is said to have made the calls that trace notes."""
+        self.trace, self.name = trace or Trace(), name
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
@@ -328,44 +468,52 @@ class Store:
             self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's 4096 it is 143
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
-        return self.db.execute(sql, args).fetchall()
+        return self.call(sql, args, sqlite3.Cursor.fetchall)
 
     def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
-        return self.db.execute(sql, args).fetchone()
+        return self.call(sql, args, sqlite3.Cursor.fetchone)
 
     def exec(self, sql: str, *args: Any) -> int:
         """The number of rows that changed."""
-        return self.db.execute(sql, args).rowcount
+        return self.call(sql, args, operator.attrgetter("rowcount"))
+
+    def call(self, sql: str, args: Sequence[Any], take: Callable[[sqlite3.Cursor], Any]) -> Any:
+        if not self.trace.watched or self.trace.silent:
+            return take(self.db.execute(sql, args))
+        started = time.perf_counter()
+        result = take(self.db.execute(sql, args))
+        self.trace.note(self.name, sql, args, result, time.perf_counter() - started)
+        return result
 
     @contextlib.contextmanager
     def tx(self) -> Iterator[None]:
         """All of it or nothing. Inside another tx it is a savepoint: it can fail alone."""
         outer, mark = not self.db.in_transaction, len(self.on_commit)
-        self.begin() if outer else self.db.execute("SAVEPOINT part")
+        self.begin() if outer else self.exec("SAVEPOINT part")
         try:
             yield
             if not outer:
-                self.db.execute("RELEASE part")
+                self.exec("RELEASE part")
         except BaseException:
             del self.on_commit[mark:]
             if self.db.in_transaction:               # a full disk can have rolled back already
-                self.db.execute("ROLLBACK" if outer else "ROLLBACK TO part")
+                self.exec("ROLLBACK" if outer else "ROLLBACK TO part")
             raise
         if outer:
             self.commit()
 
     def begin(self) -> None:
         """IMMEDIATE: a transaction that takes its write lock late can fail at once, whatever the timeout."""
-        self.db.execute("BEGIN IMMEDIATE")
+        self.exec("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
         """Durable first, told to others second. What waits in on_commit is dropped when the commit fails."""
         waiting, self.on_commit = self.on_commit, []
         try:
-            self.db.execute("COMMIT")
+            self.exec("COMMIT")
         except BaseException:
             if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
+                self.exec("ROLLBACK")
             raise
         for tell in waiting:
             tell()
@@ -416,7 +564,7 @@ NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3
                 sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # for these the table is the second name
 
 
-# ==== 6. Bus =========================================================================================================
+# ==== 7. Bus =========================================================================================================
 # A topic is a name with a version. Publishing moves the version on and wakes who waits; it says that something changed,
 # never what. Inside a transaction a publish waits for the commit, and a rollback takes it back.
 
@@ -451,7 +599,7 @@ class Bus:
             return self.versions[topic]
 
 
-# ==== 7. Objects =====================================================================================================
+# ==== 8. Objects =====================================================================================================
 # A Durable Object is one SQLite file and one Condition, whose lock makes it single-threaded: requests come in through
 # fetch() one at a time, from whichever thread. A Namespace turns a name into an id and an id into a stub; the object
 # behind it is built on the first request, put to sleep when nobody asked for a while, and built again.
@@ -503,22 +651,26 @@ class DurableObject:
                 self.open()
             if request.method not in SAFE:
                 return self.command(request)
-            if self.batch:                           # readers see nothing that is not durable
-                self.commit(self.batch)
-            return self.handle(request)
+            return self.read(request)
         finally:
             self.turn.release()
 
+    def read(self, request: Request) -> Response:
+        """Readers see nothing that is not durable."""
+        if self.batch:
+            self.commit(self.batch)
+        return self.handle(request)
+
     def open(self, create: bool = False) -> None:
         self.namespace.make_room()
-        store = Store(self.namespace.path(self.id), create)
+        store = Store(self.namespace.path(self.id), create, self.namespace.trace, self.id)
         try:
             for slice, entries in self.schema():
                 store.migrate(slice, entries)
         except BaseException:
             store.close()
             raise
-        self.store, self.bus = store, Bus(self.turn, store)
+        self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
         self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
 
     def command(self, request: Request) -> Response:
@@ -575,16 +727,21 @@ class DurableObject:
 
 
 class Stub:
-    """The address of an object, whether it is awake or not."""
+    """The address of an object, whether it is awake or not. watched(more): streams on it came (1) or went (-1)."""
     __slots__ = ("id", "namespace")
+    watched = staticmethod(lambda more: None)        # an object may sleep while it is watched
 
     def __init__(self, id: str, namespace: Namespace) -> None:
         self.id, self.namespace = id, namespace
 
     def fetch(self, request: Request) -> Response:
+        trace, kind = self.namespace.trace, "gate" if request.path.startswith("/_gate") else self.namespace.kind
+        return trace.leg(kind, self.id, self.reach, request) if trace.watched else self.reach(request)
+
+    def reach(self, request: Request) -> Response:
         while True:
             try:
-                return self.namespace.wake(self.id).fetch(request)
+                return self.namespace.wake(self.id, not request.path.startswith("/_")).fetch(request)
             except Asleep:
                 continue
 
@@ -593,11 +750,12 @@ class Namespace:
     """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for `idle` seconds."""
 
     def __init__(self, kind: str, folder: pathlib.Path, build: Callable[[str, Namespace], DurableObject], awake: int,
-                 idle: float) -> None:
+                 idle: float, trace: Optional[Trace] = None) -> None:
         self.kind, self.folder, self.build, self.awake, self.idle = kind, folder, build, awake, idle
+        self.trace = trace or Trace()
         self.lock = threading.Lock()                 # guards what follows; taken after an object's lock, never before
         self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
-        self.fetches = 0
+        self.fetches, self.served = 0, collections.Counter()                  # served: by id, what came from outside
         self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
 
     def id_from_name(self, name: str) -> str:
@@ -616,9 +774,10 @@ class Namespace:
         made.open(create=True)
         made.store.close()
 
-    def wake(self, id: str) -> DurableObject:
+    def wake(self, id: str, served: bool = False) -> DurableObject:
         with self.lock:
             self.fetches += 1
+            self.served[id] += served
             found = self.objects.get(id)
             if found is None:
                 found = self.objects[id] = self.build(id, self)
@@ -630,6 +789,12 @@ class Namespace:
         with self.lock:
             excess = list(itertools.islice(self.objects.values(), max(0, len(self.objects) - self.awake)))
         for one in excess:
+            one.sleep(time.monotonic())
+
+    def lull(self, id: str) -> None:
+        """Put to sleep who has just been woken for one question."""
+        one = self.objects.get(id)
+        if one:
             one.sleep(time.monotonic())
 
     def forget(self, one: DurableObject) -> None:
@@ -648,12 +813,12 @@ class Namespace:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
-# ==== 8. Slices ======================================================================================================
+# ==== 9. Slices ======================================================================================================
 # A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
 # so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
 # the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
 
-PUBLIC, MEMBER = "(anyone)", "(any member)"          # in place of a grant
+PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # in place of a grant
 
 
 class Context(NamedTuple):
@@ -702,12 +867,12 @@ class Slice(NamedTuple):
 
 class Rendering:
     """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the content,
-    so it means the same after a restart and in another process."""
-    __slots__ = ("html", "etag", "event_id", "micros", "frame", "_zipped")
+    so it means the same after a restart and in another process. told: a page has said how long it took."""
+    __slots__ = ("html", "etag", "event_id", "micros", "frame", "told", "_zipped")
 
     def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
         """main: the region that a reconnecting browser names as the last it has seen."""
-        self.html, self.micros, self._zipped = html, micros, b""
+        self.html, self.micros, self.told, self._zipped = html, micros, False, b""
         self.etag = hashlib.blake2b(html.encode("utf-8", "replace"), digest_size=9).hexdigest()
         self.event_id = self.etag if main else None
         self.frame = chunk(patch_elements(html, event_id=self.event_id))
@@ -732,10 +897,12 @@ class Watch(NamedTuple):
 NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before anything that users typed
 
 
-def page(title: str, body: Html, account: str = "", nav: Any = "", footer: Any = "", status: int = 200) -> Response:
-    """A whole page. Each answer puts a nonce of its own where the mark is (section 16)."""
-    signed = template("layout.account")(account=account) if account else ""
-    text = template("layout")(title=title, body=body, nonce=NONCE, signed=signed, nav=nav, footer=footer)
+def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
+    """A whole page. Each answer puts a nonce of its own where the mark is (section 18)."""
+    signed = template("layout.account")(account=viewer.account) if viewer.account else ""
+    banner = template("layout.masquerade")(operator=viewer.operator, account=viewer.account,
+                                           how="read-only" if viewer.read_only else "writing") if viewer.operator else ""
+    text = template("layout")(title=title, body=body, nonce=NONCE, signed=signed, nav=nav, footer=footer, banner=banner)
     return Response(status, text.encode("utf-8", "replace"), PAGE)
 
 
@@ -784,13 +951,17 @@ class SliceHost(DurableObject):
     def __init__(self, id: str, namespace: Namespace, router: Router) -> None:
         super().__init__(id, namespace)
         self.router = router
-        self.kept: Dict[Tuple[Any, ...], Tuple[int, Any]] = {}      # renderings and pages, each with its topic's version
+        self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
         return [("orion", JOURNAL), *((slice.name, slice.migrations) for slice in self.router.slices)]
 
+    def open(self, create: bool = False) -> None:
+        super().open(create)
+        self.bus.subscribe(lambda topic: self.kept.clear())
+
     def viewer(self, request: Request) -> Viewer:
-        return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants")))
+        return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants", "x-operator", "x-read-only")))
 
     def scope(self, request: Request) -> str:
         return ""
@@ -798,8 +969,7 @@ class SliceHost(DurableObject):
     def handle(self, request: Request) -> Response:
         slice, row, args = self.router.match(request.method, request.path)
         viewer = self.viewer(request)
-        if row.grant != PUBLIC and not (viewer.role if row.grant == MEMBER else viewer.can(row.grant)):
-            raise Refused(403, f"Your role here does not include {row.grant}. Ask an owner of the workspace for it.")
+        permit(row.grant, viewer, request.method)
         ctx = Context(self.store, viewer, request, self.bus.publish, self.scope(request))
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
@@ -809,9 +979,12 @@ class SliceHost(DurableObject):
         response = row.run(ctx, *args)
         if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
             which = response.which or "/".join(args) or self.store.one("SELECT last_insert_rowid()")[0]
-            self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", time.time(), viewer.account,
-                            f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
+            self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
+
+    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+        who = f"{viewer.operator} as {viewer.account}" if viewer.operator else viewer.account
+        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", time.time(), who, what, which)
 
     def command(self, request: Request) -> Response:
         """What is wrong with the input is told at its field: by a signal, or on the page with what they typed."""
@@ -824,21 +997,17 @@ class SliceHost(DurableObject):
                 raise
             typed = urllib.parse.urlencode({**request.fields(), "password": "", "problem": no.message})
             again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed)
-            return self.handle(again)._replace(status=422)
+            return self.read(again)._replace(status=422)
 
     def keep(self, live: Live, ctx: Context, key: Tuple[Any, ...], make: Callable[[Live, Context], Any]) -> Any:
-        """What make(live, ctx) returned for this key since the topic's last publish, or returns now."""
-        version = self.bus.versions[self.topic(live, ctx)]
-        held = self.kept.get(key)
-        if held and held[0] == version:
-            return held[1]
-        if not ctx.request.wait:
-            raise WouldBlock
-        made = make(live, ctx)
-        if held or len(self.kept) > 64:              # what was made of the version before is of no more use
-            self.kept.clear()
-        self.kept[key] = (version, made)
-        return made
+        """What make(live, ctx) returned for this key since the last publish, or returns now."""
+        if key not in self.kept:
+            if not ctx.request.wait:
+                raise WouldBlock
+            if len(self.kept) >= 64:
+                self.kept.clear()
+            self.kept[key] = make(live, ctx)
+        return self.kept[key]
 
     def topic(self, live: Live, ctx: Context) -> str:
         return f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
@@ -846,45 +1015,60 @@ class SliceHost(DurableObject):
     def rendering(self, live: Live, ctx: Context) -> Rendering:
         """The account is taken away: what a whole role shares can't name one of them."""
         variant = live.variant(ctx.request.params) if ctx.request.query else ""
-        shared = ctx._replace(viewer=ctx.viewer._replace(account=""), request=ctx.request._replace(query=variant))
-        return self.keep(live, shared, (live.path, variant, ctx.viewer.role, ctx.scope), self.render)
+        viewer = ctx.viewer._replace(account="", operator="")
+        shared = ctx._replace(viewer=viewer, request=ctx.request._replace(query=variant))
+        return self.keep(live, shared, (live.path, variant, viewer, ctx.scope), self.render)
 
     def render(self, live: Live, ctx: Context) -> Rendering:
         started = time.perf_counter()
         region = live.region(ctx)
-        return Rendering(region, round(1e6 * (time.perf_counter() - started)))
+        return Rendering(region, micros(time.perf_counter() - started))
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        headers = {"x-account": "", **{name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-id")}}
+        headers = {"x-account": "", **{name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-read-only", "x-id")}}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
-        watch = Watch(self.namespace.get(self.id), again, self.topic(live, ctx))
-        return Response(200, type="text/event-stream", rendering=self.rendering(live, ctx), watch=watch,
-                        which=ctx.viewer.account)
+        watch, rendering = Watch(self.namespace.get(self.id), again, self.topic(live, ctx)), self.rendering(live, ctx)
+        rendering.told = True
+        return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account while nothing changes, but for one that answers what somebody typed."""
+        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for which
+        the region was rendered: it says so."""
         query = ctx.request.query
         if query and not ctx.request.wait:
             raise WouldBlock
-        if query != live.variant(ctx.request.params):
-            return self.whole_page(live, ctx)
-        return self.keep(live, ctx, (live.path, query, ctx.viewer, ctx.workspace), self.whole_page)
+        key = (live.path, query, ctx.viewer, ctx.workspace)
+        if key in self.kept or (query == live.variant(ctx.request.params) and self.rendering(live, ctx).told):
+            return self.keep(live, ctx, key, self.whole_page)
+        return self.whole_page(live, ctx)
 
     def whole_page(self, live: Live, ctx: Context) -> Response:
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
-        xray = template("xray")(id=self.id, file=f"{self.id}.db", account=viewer.account, role=viewer.role,
-                                grants=", ".join(viewer.grants), micros=rendering.micros,
-                                check="yes" if viewer.can("todos:delete") else "no")
+        how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
+        xray = template("xray")(id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role,
+                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
+                                how=how, micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
+                                watchers="" if ctx.scope else template("xray.watchers")())
         nav = template("layout.workspace")(workspace=workspace)
-        return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer.account, nav, xray)
+        return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
 
 
 @functools.lru_cache(maxsize=1024)
-def viewer(account: str, role: str, grants: str) -> Viewer:
-    return Viewer(account, role, tuple(grants.split(",")) if grants else ())
+def viewer(account: str, role: str, grants: str, operator: str, read_only: str) -> Viewer:
+    return Viewer(account, role, tuple(grants.split(",")) if grants else (), operator, bool(read_only))
 
 
-# ==== 9. Todos =======================================================================================================
+def permit(grant: str, viewer: Viewer, method: str) -> None:
+    """Refused(401), Refused(403): the viewer may not."""
+    if grant == ACCOUNT and not viewer.account:
+        raise Refused(401, "Sign in first.")
+    if viewer.read_only and grant != PUBLIC and method not in SAFE:
+        raise Refused(403, "You look on read-only. End it, or begin again with writing allowed.")
+    if not (grant in (PUBLIC, ACCOUNT) or (viewer.role if grant == MEMBER else viewer.can(grant))):
+        raise Refused(403, f"Your role here does not include {grant}. Ask an owner of the workspace for it.")
+
+
+# ==== 10. Todos ======================================================================================================
 # The slice that comes with it, and the pattern for one's own: the table, the queries with their names, the region, the
 # commands. It knows nothing of tenants, sockets or sessions.
 
@@ -1001,19 +1185,20 @@ todos = Slice(
 )
 
 
-# ==== 10. Workspace ==================================================================================================
+# ==== 11. Workspace ==================================================================================================
 # The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
 # another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command: the
 # button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
     def handle(self, request: Request) -> Response:
-        if request.path == "/_counts":               # for the home page; the worker lets no path like it in from outside
-            return as_json({slice.name: slice.count(self.store) for slice in self.router.slices if slice.count})
+        if request.path == "/_counts":               # for home page and console; the worker lets no path like it in from outside
+            return as_json({"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
+                            "schema": self.store.one("SELECT count(*) FROM _migrations")[0]})
         return super().handle(request)
 
 
-# ==== 11. Seals ======================================================================================================
+# ==== 12. Seals ======================================================================================================
 # Pure functions over secrets. A cookie carries a random token and a seal (HMAC) over it, so a forged one is turned away
 # before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
 # takes the same time whether it fails at the first byte or the last.
@@ -1064,7 +1249,7 @@ def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[
     return hashlib.sha256(token.encode()).digest() if genuine else None
 
 
-# ==== 12. Directory ==================================================================================================
+# ==== 13. Directory ==================================================================================================
 # The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
 # else; the roles are one table. Its gate is asked before anything else moves, and reads the store each time, so that a
 # membership that ended a moment ago is already over.
@@ -1078,6 +1263,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 SESSION_SECONDS = 30 * 86400                         # sliding: renewed by a request in the second half
+MASQUERADE_SECONDS = 15 * 60
 NAMES_A_PAGE = 24
 
 DIRECTORY_TABLES = (
@@ -1090,21 +1276,31 @@ DIRECTORY_TABLES = (
     "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE CASCADE, account TEXT NOT NULL "
     "REFERENCES accounts ON DELETE CASCADE, role TEXT NOT NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
     "CREATE INDEX memberships_of ON memberships (account)",
+    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, account TEXT NOT NULL "
+    "REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
 )
-GATE = """SELECT s.account, s.expires, s.digest, w.id, m.role FROM sessions s LEFT JOIN workspaces w ON w.name = ?
-          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = s.account WHERE s.digest = ?"""
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, m.role
+          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
+          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account) WHERE s.digest = ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask its owner to invite you.\n")
 
 
 @functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str) -> Response:
+def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False) -> Response:
     """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
-    grants = ROLES.get(role, ())
+    grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
     viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
               "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
+    if operator:
+        viewer.update({"x-operator": operator, **({"x-read-only": "true"} if read_only else {})})
     return as_json(viewer)._replace(headers=tuple(viewer.items()))
+
+
+def masked(row: sqlite3.Row) -> Tuple[str, bool]:
+    """Of a session's row: the operator who looks on in the account's name, and whether read-only."""
+    return ("", False) if row["writes"] is None else (row["owner"], not row["writes"])
 
 
 class Directory(SliceHost):
@@ -1113,7 +1309,8 @@ class Directory(SliceHost):
     def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace):
         public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
-                  Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", PUBLIC, self.found))
+                  Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
+                  Route("POST", "/masquerade", ACCOUNT, self.masquerade), Route("POST", "/masquerade/end", PUBLIC, self.unmask))
         members = (Route("POST", "/members", "members:manage", invite),
                    Route("PATCH", "/members/<account>", "members:manage", change_role),
                    Route("DELETE", "/members/<account>", MEMBER, expel))
@@ -1133,14 +1330,56 @@ class Directory(SliceHost):
             answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
             self.verdicts[answer.status] += 1
             return answer
-        if request.path == "/_version":              # moves when another process has written
-            return as_json(self.store.one("PRAGMA data_version")[0])
-        if request.path == "/_password":
-            row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
-            return as_json(row["password"] if row else "")
-        if request.path == "/_mine":
-            return as_json([row["id"] for row in self.mine(request)])
+        if request.path.startswith("/_"):
+            return as_json(self.INTERNAL[request.path](self, request))
         return super().handle(request)
+
+    # -- what the server's other parts ask; the worker lets no such path in from outside
+
+    def version(self, request: Request) -> int:
+        """Moves when another process has written. Asked each second, so what is over ends here."""
+        now = time.time()
+        over = self.store.query("SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION SELECT q.account, s.account "
+                                "FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?", now, now)
+        with self.store.tx() if over else contextlib.nullcontext():
+            for account, owner in over:
+                self.bus.publish(f"access:{account}")
+                if owner:
+                    self.journal(Viewer(account, operator=owner), "directory.unmask", "time is over")
+            if over:
+                self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
+                self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
+        return self.store.one("PRAGMA data_version")[0]
+
+    def password_of(self, request: Request) -> str:
+        row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
+        return row["password"] if row else ""
+
+    def names(self, request: Request) -> Dict[str, Any]:
+        """For the console: a page of all workspaces, and how many there are."""
+        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?",
+                                request.params.get("after", ""), NAMES_A_PAGE + 1)
+        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", request.params.get("name", ""))
+        return {"page": [tuple(row) for row in page], "named": dict([tuple(row) for row in named]),
+                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES) + len(JOURNAL)}
+
+    def whoami(self, request: Request) -> Dict[str, Any]:
+        """For the console: who asks, where they belong, whether they run this server."""
+        row = self.session(request)
+        roles = self.store.query("SELECT w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
+                                 "WHERE m.account = ? ORDER BY w.name LIMIT 100", row["account"]) if row else []
+        return {"account": row["account"] if row else "", "masked": masked(row) if row else ("", False),
+                "operator": bool(row) and self.is_operator(row["owner"]), "roles": dict([tuple(role) for role in roles]),
+                "personas": [tuple(persona) for persona in self.personas()]}
+
+    def is_operator(self, account: str) -> bool:
+        return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
+
+    def personas(self) -> List[sqlite3.Row]:
+        return self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name") if self.settings.demo else []
+
+    INTERNAL = {"/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
+                "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
 
     def scope(self, request: Request) -> str:
         return request.headers.get("x-id", "")
@@ -1152,13 +1391,13 @@ class Directory(SliceHost):
         row = self.session(request, workspace)
         if row is None:
             return NO_SESSION
-        return verdict(row["account"], row["role"], workspace, row["id"]) if row["role"] else NO_ENTRY
+        return verdict(row["account"], row["role"], workspace, row["id"], *masked(row)) if row["role"] else NO_ENTRY
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
         digest = session_digest(request.headers.get("cookie", ""), self.settings.cookie, self.keys)
-        row = self.store.one(GATE, workspace, digest) if digest else None
         now = time.time()
+        row = self.store.one(GATE, now, workspace, digest) if digest else None
         if row is None or row["expires"] <= now:
             return None
         if row["expires"] < now + SESSION_SECONDS / 2:
@@ -1173,7 +1412,10 @@ class Directory(SliceHost):
         if "x-account" in request.headers:           # a verdict came along
             return super().viewer(request)
         row = self.session(request)
-        return Viewer(row["account"] if row else "")
+        if row is None:
+            return Viewer()
+        operator, read_only = masked(row)
+        return Viewer(row["account"], operator=operator, read_only=read_only)
 
     def prove(self, request: Request) -> Request:
         fields = request.fields()
@@ -1222,6 +1464,25 @@ class Directory(SliceHost):
             ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
             ctx.publish(f"access:{row['account']}")
 
+    def masquerade(self, ctx: Context) -> Response:
+        """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
+        fields, row = ctx.request.fields(), self.session(ctx.request)
+        account = str(fields.get("account", "")).strip()
+        if not self.is_operator(row["owner"]):
+            raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
+        if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
+            raise Refused(404, "There is no account of this name. Go back and check the spelling.")
+        ctx.store.exec("INSERT OR REPLACE INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
+                       "writes" in fields, time.time() + MASQUERADE_SECONDS)
+        ctx.publish(f"access:{row['account']}")
+        return see_other(local_path(str(fields.get("next", "/"))))._replace(which=account)
+
+    def unmask(self, ctx: Context) -> Response:
+        row = self.session(ctx.request)
+        if row and ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", row["digest"]):
+            ctx.publish(f"access:{row['account']}")
+        return see_other("/")._replace(which=ctx.viewer.account)
+
     def cookie(self, value: str, seconds: int) -> Tuple[str, str]:
         return "set-cookie", f"{self.settings.cookie}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
 
@@ -1240,22 +1501,21 @@ class Directory(SliceHost):
         if self.settings.demo:
             current = {account: Html('aria-current="true"')}
             cards = [template("home.persona")(name=row["name"], label=row["label"], current=current.get(row["name"], ""))
-                     for row in self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name")]
+                     for row in self.personas()]
             demo = template("home.demo")(personas=Html("").join(cards)) if cards else ""
         if not account:
             return page("Welcome", template("home.welcome")(demo=demo))
+        console = template("home.console")() if demo or self.is_operator(ctx.viewer.operator or account) else ""
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
         rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "")) for row in mine]
         more = template("home.more")(after=mine[NAMES_A_PAGE - 1]["name"]) if len(mine) > NAMES_A_PAGE else ""
         body = template("home")(rows=Html("").join(rows[:NAMES_A_PAGE]) or template("home.none")(), more=more, demo=demo,
-                                account=account, name=typed.get("name", ""), problem=typed.get("problem", ""))
-        return page("Workspaces", body, account)
+                                console=console, name=typed.get("name", ""), problem=typed.get("problem", ""))
+        return page("Workspaces", body, ctx.viewer)
 
     def found(self, ctx: Context) -> Response:
         """A new workspace, the caller its owner. A name that was used before gets a new id, and none of the old rows."""
         account, name = ctx.viewer.account, str(ctx.request.fields().get("name", "")).strip()
-        if not account:
-            raise Refused(401, "Sign in first.")
         if not WORKSPACE_NAME.fullmatch(name):
             raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
         if ctx.store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
@@ -1355,7 +1615,7 @@ def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[
     ctx.publish(f"access:{account}")
 
 
-# ==== 13. Worker =====================================================================================================
+# ==== 14. Worker =====================================================================================================
 # The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
 # may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
 # to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
@@ -1365,6 +1625,8 @@ class Env(NamedTuple):
     settings: Settings
     directory: Stub
     workspaces: Namespace
+    trace: Trace
+    console: Callable[[Request], Response] = lambda request: Response(404)       # section 17
 
 
 def worker(request: Request, env: Env) -> Response:
@@ -1418,6 +1680,8 @@ def apex(request: Request, env: Env) -> Response:
         raise WouldBlock
     if request.path in ASSETS and request.method in SAFE:
         return asset(request)
+    if re.match("/console(/|$)", request.path):
+        return env.console(request)
     if request.path == "/" and request.method in SAFE:
         request = with_counts(request, env)
     elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
@@ -1442,11 +1706,11 @@ def with_counts(request: Request, env: Env) -> Request:
 
 def count_of(workspace: Stub) -> Any:
     with contextlib.suppress(sqlite3.Error, MigrationError):      # one that can't be read has no count, and hides no other
-        return f"{sum(json.loads(workspace.fetch(Request('GET', '/_counts')).body).values())} open"
+        return f"{json.loads(workspace.fetch(Request('GET', '/_counts')).body)['count']} open"
     return "can't be read"
 
 
-# ==== 14. Reader =====================================================================================================
+# ==== 15. Reader =====================================================================================================
 # There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever stands
 # in front of us might have read it the other way. One regular expression says what a head looks like; only when it does
 # not match does somebody look for the reason.
@@ -1621,7 +1885,7 @@ def plain_path(path: str) -> str:
     return decoded
 
 
-# ==== 15. Streams ====================================================================================================
+# ==== 16. Streams ====================================================================================================
 # The broker. An open stream is a socket in the edge's loop and a place in a channel; it takes no thread and keeps no
 # Workspace awake. All streams that must show the same thing share a channel: when its topic is published, the Workspace
 # is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
@@ -1685,10 +1949,11 @@ class Held:
 class Channel:
     """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and stale
     (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
-    __slots__ = ("watch", "streams", "busy", "stale")
+    __slots__ = ("watch", "streams", "busy", "stale", "frames")
 
     def __init__(self, watch: Watch) -> None:
         self.watch, self.streams, self.busy, self.stale = watch, set(), False, False
+        self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
 
 
 class Stream(Held):
@@ -1716,11 +1981,16 @@ class Stream(Held):
 
     def send(self, slot: str, rendering: Rendering) -> None:
         if self.rest:
-            self.edge.frames["coalesced"] += slot in self.latest
+            self.count("coalesced", slot in self.latest)
             self.latest = {**self.latest, slot: rendering}
         else:
-            self.edge.frames["sent"] += 1
+            self.count("sent")
             self.write(rendering.zipped if self.zipped else rendering.frame)
+
+    def count(self, what: str, frames: int = 1) -> None:
+        self.edge.broker.frames[what] += frames
+        if self.channel:
+            self.channel.frames[what] += frames
 
     def written(self) -> None:
         if self.latest:
@@ -1735,7 +2005,7 @@ class Stream(Held):
 
     def tick(self, now: float) -> None:
         if self.rest and now > self.deadline:
-            self.edge.frames["dropped"] += 1
+            self.count("dropped")
             self.close()
         elif not self.rest and now > self.beat:
             self.beat = now + random.uniform(*self.BEAT_SECONDS)
@@ -1762,6 +2032,7 @@ class Broker:
         self.version = b""                                     # of the Directory's file, which another process may change
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
+        self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
@@ -1803,6 +2074,7 @@ class Broker:
         self.leave(stream)
         stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
         stream.channel.streams.add(stream)
+        watch.stub.watched(1)
         self.moved.add(watch.stub.id)
         self.mark(stream.channel)
         if watch.stub.id in self.here:
@@ -1814,6 +2086,7 @@ class Broker:
         channel, stream.channel = stream.channel, None
         if channel:
             channel.streams.discard(stream)
+            channel.watch.stub.watched(-1)
             self.moved.add(channel.watch.stub.id)
             if not channel.streams:                  # the last one out
                 of_object = self.channels[channel.watch.stub.id]
@@ -1825,12 +2098,12 @@ class Broker:
     def tell_who_is_here(self) -> None:
         """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
         moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {self.edge.env.directory.id}:
+        for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
             some = Html(" ").join([template("here.name")(name=name) for name in names[:20]])
             more = f"and {len(names) - 20} more" if len(names) > 20 else ""
-            self.here[id] = Rendering(template("here")(names=some, more=more), main=False)
+            self.here[id] = Rendering(template("here")(names=some, more=more, watchers=len(streams)), main=False)
             for stream in streams:
                 stream.show_here(self.here[id])
 
@@ -1851,14 +2124,223 @@ class Broker:
     def look_elsewhere(self) -> None:
         """In the pool: has another process, say the command line, changed the Directory?"""
         directory, before = self.edge.env.directory, self.version
-        self.version = directory.fetch(Request("GET", "/_version")).body
+        with self.edge.env.trace.silence():
+            self.version = directory.fetch(Request("GET", "/_version")).body
         if before not in (b"", self.version):
             self.gate_again()
             for channel in [*self.channels.get(directory.id, {}).values()]:
                 self.mark(channel)
 
 
-# ==== 16. Edge =======================================================================================================
+# ==== 17. Console ====================================================================================================
+# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is asked
+# like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
+
+class Round(NamedTuple):
+    """A fan-out: what each of some objects answered to one request, and when, and in what time."""
+    at: float = 0.0
+    micros: int = 0
+    facts: Dict[str, Dict[str, int]] = {}
+
+
+class Console:
+    id, PAUSE = "console", 0.25                      # seconds between two frames, however much happens
+
+    def __init__(self, env: Env, broker: Broker) -> None:
+        self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
+        self.round, self.stale, self.due = Round(), True, False
+        self.router = Router([Slice(self.id, (), routes=(
+            Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
+            Route("POST", "/console/probe", ACCOUNT, self.probe)))])
+        env.trace.news = self.news
+        env.workspaces.listeners.append(self.published)
+
+    def answer(self, request: Request) -> Response:
+        """For the worker. In the demo everybody may look, else operators."""
+        with self.trace.silence():
+            me = json.loads(self.env.directory.fetch(Request("GET", "/_whoami", "", request.headers)).body)
+            if not (self.env.settings.demo or me["operator"]):
+                permit(ACCOUNT, Viewer(me["account"]), request.method)
+                raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
+            return self.router.match(request.method, request.path)[1].run(request, me)
+
+    # -- what makes a frame: news, a second that passed, somebody who came
+
+    def watched(self, more: int) -> None:
+        self.trace.watch(more)
+
+    def published(self, id: str, topic: str) -> None:
+        self.stale = True                            # the next frame counts again
+
+    def news(self) -> None:
+        if not self.due:
+            self.due = True
+            later = threading.Timer(self.PAUSE, self.tell)
+            later.daemon = True
+            later.start()
+
+    def tell(self) -> None:
+        self.due = False
+        self.broker.published(self.id, self.id)
+
+    def fetch(self, request: Request) -> Response:
+        """For the broker."""
+        with self.trace.silence(), self.lock:
+            return Response(200, rendering=Rendering(self.region(request.params, not request.params.get("paused"))))
+
+    def stream(self, request: Request, me: Dict[str, Any]) -> Response:
+        watch = Watch(self, Request("GET", "/console/live", variant_of(request.params)), self.id)
+        return self.fetch(watch.request)._replace(type="text/event-stream", watch=watch, which=me["account"])
+
+    # -- the page, and the probe
+
+    def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
+        given, (operator, read_only) = request.params, me["masked"]
+        persona, held = template("home.persona"), {*me["roles"].values()}
+        switch = template("console.personas")(personas=Html("").join([
+            persona(name=name, label=label, current=Html('aria-current="true"' if name == me["account"] else ""))
+            for name, label in me["personas"]])) if self.env.settings.demo else template("console.masquerade")()
+        roles = [template("console.role")(role=role, mine=Html('aria-current="true"' if role in held else "")) for role in ROLES]
+        grants = [template("console.grant")(grant=grant, cells=Html("").join([
+            template("console.yes" if grant in of_role else "console.no")() for of_role in ROLES.values()])) for grant in ROLES["owner"]]
+        standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
+        with self.lock:
+            region = self.region(given, True)
+            names = self.names(given)["page"]
+        body = template("console")(
+            region=region, variant=variant_of(given), switch=switch, roles=Html("").join(roles), grants=Html("").join(grants),
+            names=Html("").join([template("console.option")(name=name) for _, name in names]), probed=probed,
+            standing=f"{me['account']} is {standing}." if me["account"] else "Nobody is signed in.",
+            who=f"You are {me['account']}" if me["account"] else "You are nobody yet", result=result or template("console.idle")())
+        return page("Console", body, Viewer(me["account"], operator=operator, read_only=read_only), template("layout.console")())
+
+    def probe(self, request: Request, me: Dict[str, Any]) -> Response:
+        """Ask for a workspace's page as whoever is signed in, and show how far that came."""
+        name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
+        if WORKSPACE_NAME.fullmatch(name):
+            ids = self.names({"name": name})["named"]
+        served = self.env.workspaces.served
+        before = served[ids.get(name, "")]
+        trip = self.trace.probe(Request("GET", f"/w/{name}/todos", "", {"cookie": request.headers.get("cookie", "")}),
+                                lambda request: worker(request, self.env))
+        after, verdict = served[ids.get(name, "")], trip.legs[0].status if trip.legs else trip.status
+        viewer = trip.legs[0].said if verdict == 200 else {}
+        said = {200: f"The gate lets {me['account']} into {name}.", 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
+                403: f"Refused at the gate: {me['account']} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
+        proof = (f"Requests to {name}: {before} before, {after} after. " if ids else "") + (
+            f"It was contacted with the verdict: role {viewer['x-role']}, grants {viewer['x-grants']}." if viewer else "No workspace was contacted; only these store calls were made:")
+        calls = [template("console.call")(object=self.label(call.object, ids), sql=call.sql, micros=call.micros) for call in trip.calls]
+        result = template("console.probe")(kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}", proof=proof, calls=Html("").join(calls))
+        if request.datastar:
+            return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
+        return self.page(request, me, result, name)
+
+    # -- the region
+
+    def names(self, params: Dict[str, str]) -> Dict[str, Any]:
+        """Of the workspaces on a page of the console, all in order of their names."""
+        asked = urllib.parse.urlencode({key: params.get(key, "") for key in ("after", "name")})
+        return json.loads(self.env.directory.fetch(Request("GET", "/_names", asked)).body)
+
+    def label(self, id: str, names: Dict[str, str]) -> str:
+        return "Directory" if id == self.env.directory.id else {key: name for name, key in names.items()}.get(id, id[:8])
+
+    def count_all(self, ids: Sequence[str]) -> Round:
+        """One request to each object. Who slept goes back to sleep."""
+        if self.round.facts.keys() == {*ids} and not (self.stale and time.time() > self.round.at + 1):
+            return self.round
+        self.stale, started, facts = False, time.perf_counter(), {}
+        for id in ids:
+            slept = id not in self.env.workspaces.objects
+            with contextlib.suppress(sqlite3.Error, MigrationError):     # what can't be read has no count
+                facts[id] = json.loads(self.env.workspaces.get(id).fetch(Request("GET", "/_counts")).body)
+            if slept:
+                self.env.workspaces.lull(id)
+        self.round = Round(time.time(), micros(time.perf_counter() - started), {id: facts.get(id, {}) for id in ids})
+        return self.round
+
+    def region(self, params: Dict[str, str], with_feed: bool) -> Html:
+        found = self.names(params)
+        page, more = found["page"][:NAMES_A_PAGE], found["page"][NAMES_A_PAGE:]
+        names, awake = {name: id for id, name in page}, {*self.env.workspaces.objects}
+        counted = self.count_all([id for id, _ in page])
+        rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
+        rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
+        feed = self.feed(params, names) if with_feed else ""
+        return template("console.region")(
+            objects=Html("").join(rows), all=found["all"], awake=len(awake), asked=len(page), micros=counted.micros, feed=feed,
+            more=template("console.more")(after=page[-1][1]) if more else "", **self.drawing(names, awake), **self.streams(names))
+
+    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Html:
+        file = namespace.path(id)
+        size = sum([part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists()])
+        streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
+        one = namespace.objects.get(id)
+        state = f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep"
+        return template("console.object")(id=id, name=name, query=variant_of({"object": id}), size=-(-size // 1024), state=state,
+                                          schema=facts.get("schema", "?"), streams=streams, served=namespace.served[id],
+                                          count=facts.get("count", "" if name == "Directory" else "can't be read"))
+
+    def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
+        """The planes, and the path of each request that came of late. The last place stands for all other workspaces."""
+        some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
+        places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
+        nodes = [template("console.node")(index=index, name=name if len(name) < 12 else f"{name[:10]}…", x=places[id][0] - 46, middle=places[id][0],
+                                          state="awake" if id in awake else "asleep" if id else "") for index, (name, id) in enumerate(some)]
+        trips = [*self.trace.trips][::-1]
+        paths = [template("console.path")(number=trip.number, points=" ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
+                                          kind="refused" if trip.status in (401, 403) else "ok") for trip in trips[2::-1]]
+        return {"nodes": Html("").join(nodes), "paths": Html("").join(paths), "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
+                "trips": Html("").join([self.trip_row(trip, names) for trip in trips]) or template("console.none")()}
+
+    def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
+        browser, worker, directory = (70, 160), (270, 160), (560, 76)
+        stops = [directory if leg.kind != "workspace" else places.get(leg.id) or places.get("", worker) for leg in trip.legs]
+        there = [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
+        return [browser, worker, (462, 104)] if trip.status in (401, 403) and len(stops) == 1 else there
+
+    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Html:
+        legs = [template("console.leg")(object="gate" if leg.kind == "gate" else self.label(leg.id, names), status=leg.status, micros=leg.micros,
+                                        how=f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}" if leg.calls or leg.kind != "workspace" else "from the cache")
+                for leg in trip.legs]
+        stopped = trip.legs and trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
+        return template("console.trip")(number=trip.number, method=trip.method, path=trip.path[:80], status=trip.status, size=trip.size,
+                                        kind="refused" if trip.status in (401, 403) else "ok",
+                                        legs=Html(" ").join([*legs, template("console.stop")() if stopped else ""]))
+
+    def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
+        channels = [(id, channel) for id, of_object in [*self.broker.channels.items()] for channel in [*of_object.values()]]
+        rows = [template("console.stream")(object=self.id if id == self.id else self.label(id, names), path=channel.watch.request.path,
+                                           role=channel.watch.request.headers.get("x-role", ""), open=len(channel.streams),
+                                           **{what: channel.frames[what] for what in self.broker.frames}) for id, channel in channels[:50]]
+        return {"streams": Html("").join(rows), "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
+
+    def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
+        trace, object, variant = self.trace, params.get("object", ""), variant_of(params)
+        paused = "paused=1" in variant
+        calls = [call for call in [*trace.calls] if object in ("", call.object)]
+        trace.shown = trace.noted
+        lines = [template("console.line")(number=call.number, time=clock(call.at, 3), object=self.label(call.object, names), sql=call.sql,
+                                          args=call.args, rows="" if call.rows < 0 else call.rows, micros=call.micros) for call in reversed(calls)]
+        links = [("Go on" if paused else "Pause", variant_of({**params, "paused": "" if paused else "1"}))]
+        links += [("All objects", variant_of({**params, "object": ""}))] if object else []
+        return template("console.feed")(calls=Html("").join(lines), noted=trace.noted, missed=trace.dropped,
+                                        whose=f" of {self.label(object, names)}" if object else "",
+                                        links=Html(" ").join([template("console.link")(text=text, query=query) for text, query in links]))
+
+
+def variant_of(params: Dict[str, str]) -> str:
+    """What the console's region heeds: the workspaces after a name, the store calls of one object, or none of them."""
+    valid = {"after": WORKSPACE_NAME.fullmatch, "object": re.compile("directory|[0-9a-f]{64}").fullmatch, "paused": re.compile("1").fullmatch}
+    return urllib.parse.urlencode({key: params[key] for key, right in valid.items() if right(params.get(key, ""))})
+
+
+def clock(at: float, digits: int = 0) -> str:
+    """The time of day of a time stamp, with digits of a second."""
+    return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.{digits}f}"[1:] if digits else "")
+
+
+# ==== 18. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
 # reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
@@ -2085,10 +2567,10 @@ class Edge(ThreadingHTTPServer):
         self.held, self.selector, self.calls = set(), selectors.DefaultSelector(), collections.deque()
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
-        self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
         self.counting, self.date = threading.Lock(), formatdate(usegmt=True)
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
+        self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
         for waiting in (self.socket, self.waker, self.woken):
@@ -2156,6 +2638,7 @@ class Edge(ThreadingHTTPServer):
         guarded(self.broker.tell_who_is_here)
         self.pool.put(self.env.workspaces.rest)
         self.pool.put(self.broker.look_elsewhere)
+        self.broker.published(Console.id, Console.id)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
 
@@ -2189,7 +2672,9 @@ class Edge(ThreadingHTTPServer):
     def route(self, request: Request) -> Response:
         if request.path == "/healthz":
             return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
-        return self.metrics(request) if request.path == "/metrics" else worker(request, self.env)
+        if request.path == "/metrics":
+            return self.metrics(request)
+        return self.env.trace.follow(request, lambda request: worker(request, self.env))
 
     # -- figures
 
@@ -2215,7 +2700,7 @@ class Edge(ThreadingHTTPServer):
                         ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
                         ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
                         ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
-                        ("frames_total", "counter", label("result", self.frames)))
+                        ("frames_total", "counter", label("result", self.broker.frames)))
         text = "".join([f"# TYPE orion_{name} {kind}\n" + "".join([f"orion_{name}{end} {n}\n" for end, n in samples.items()])
                         for name, kind, samples in families])
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
@@ -2250,24 +2735,25 @@ class Edge(ThreadingHTTPServer):
             held.close()
 
 
-# ==== 17. Composition ================================================================================================
+# ==== 19. Composition ================================================================================================
 # Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
 
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
-    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 13)."""
+    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 14)."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh = not (settings.data / "directory.db").exists()
     settings = settings._replace(demo=settings.demo and (fresh or has_personas(settings.data / "directory.db")))
     key_file = settings.data / "secret.key"
     keys = load_keys(key_file, create=fresh and not key_file.exists())
+    trace = Trace(with_args=settings.demo)
     workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices)),
-                           settings.awake or awake_by_default(), settings.idle)
+                           settings.awake or awake_by_default(), settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces)
-    directories = Namespace("directory", settings.data, build, awake=1, idle=float("inf"))
+    directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
         directories.create("directory")
     go_together(directories.path("directory"), slices)
-    env = Env(settings, directories.get("directory"), workspaces)
+    env = Env(settings, directories.get("directory"), workspaces, trace)
     if fresh and settings.demo:
         seed(env)
     return env
@@ -2320,14 +2806,14 @@ def seed(env: Env) -> None:
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
-# ==== 18. Command line ===============================================================================================
+# ==== 20. Command line ===============================================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents the start.
 
 class Unusable(Exception):
     """The server can't start; the text is one line that says why and what to do."""
 
 
-def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, List[str]]:
+def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, List[str], bool]:
     """Settings, and the words of a command: [] to serve, or ["account", "add", NAME]."""
     parser = argparse.ArgumentParser(prog="orion.py", description="A live, multi-tenant web server in one file.")
     parser.error = lambda why: parser.exit(2, f"orion: {why}; --help tells what there is\n")
@@ -2344,22 +2830,24 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, List[str
     option("idle", "seconds until an unused workspace goes to sleep", type=float)
     option("awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", type=int)
     option("max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", type=int)
+    parser.add_argument("--operator", action="store_true", help="with account add: may open the console, and look on as others")
     parser.add_argument("--demo", action="store_true", default=bool(os.environ.get("ORION_DEMO")),
                         help="personas and workspaces to click through; on a loopback address a new data folder has them anyway")
     given = vars(parser.parse_args(argv))
-    command, settings = given.pop("command"), Settings(**given)
+    command, operator = given.pop("command"), given.pop("operator")
+    settings = Settings(**given)
     if command and (command[:2] != ["account", "add"] or len(command) != 3):
         parser.error(f"unknown command {' '.join(command)!r}; there is: account add NAME")
     loopback = settings.host == "localhost" or is_loopback(settings.host)
-    return settings._replace(demo=settings.demo or loopback), command
+    return settings._replace(demo=settings.demo or loopback), command, operator
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
     """The exit status: 0, or 2 with one line on standard error."""
-    settings, command = read_command_line(argv)
+    settings, command, operator = read_command_line(argv)
     try:
         if command:
-            add_account(settings, command[2])
+            add_account(settings, command[2], operator)
         else:
             with locked(settings.data):
                 serve(settings, slices)
@@ -2369,7 +2857,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         return 2
 
 
-def add_account(settings: Settings, name: str) -> None:
+def add_account(settings: Settings, name: str, operator: bool) -> None:
     """Whether the server runs or not: it looks every second if another process has written to the Directory."""
     if not ACCOUNT_NAME.fullmatch(name):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
@@ -2380,7 +2868,7 @@ def add_account(settings: Settings, name: str) -> None:
     with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
         if store.one("SELECT 1 FROM accounts WHERE name = ?", name):
             raise Unusable(f"there is an account {name} already")
-        store.exec("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, hash_password(password))
+        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", name, name, hash_password(password), operator)
     print(f"{name} may sign in now")
 
 

@@ -330,7 +330,62 @@ def test_signals_are_a_json_object_or_a_bad_request(method, query, body, signals
         assert orion.read_signals(request) == signals
 
 
-# ==== 5. Store =======================================================================================================
+# ==== 5. Trace =======================================================================================================
+
+@pytest.fixture
+def traced(tmp_path):
+    trace = orion.Trace(with_args=True)
+    store = orion.Store(tmp_path / "t.db", create=True, trace=trace, name="it")
+    store.exec("CREATE TABLE t (n)")
+    yield trace, store
+    store.close()
+
+
+def test_a_store_call_is_noted_while_somebody_watches_and_only_then(traced):
+    trace, store = traced
+    store.exec("INSERT INTO t VALUES (1)")
+    trace.watch(1)
+    store.exec("INSERT INTO t  VALUES (?)", 2)
+    trace.watch(-1)
+    store.exec("INSERT INTO t VALUES (3)")
+    assert [(call.object, call.sql, call.args, call.rows) for call in trace.calls] == [("it", "INSERT INTO t VALUES (?)", "2", 1)]
+
+
+def test_what_the_console_itself_asks_is_not_noted(traced):
+    trace, store = traced
+    trace.watch(1)
+    with trace.silence():
+        store.query("SELECT * FROM t")
+    assert not trace.calls
+
+
+def test_a_note_tells_how_many_rows_a_call_found_or_changed(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.exec("INSERT INTO t VALUES (1), (2), (3)")
+    store.query("SELECT * FROM t")
+    store.one("SELECT * FROM t")
+    store.one("SELECT * FROM t WHERE n = 9")
+    store.begin()
+    assert [call.rows for call in trace.calls] == [3, 3, 1, 0, -1]
+
+
+def test_bytes_and_long_values_are_not_shown_in_full(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.one("SELECT ?, ?", b"secret", "x" * 1000)
+    assert "secret" not in trace.calls[0].args and "6 bytes" in trace.calls[0].args and len(trace.calls[0].args) < 100
+
+
+def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(traced):
+    trace, store = traced
+    trace.watch(1)
+    for _ in range(trace.KEPT_CALLS + 7):
+        store.one("SELECT 1")
+    assert (len(trace.calls), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
+
+
+# ==== 6. Store =======================================================================================================
 
 @pytest.fixture
 def store(tmp_path):
@@ -414,7 +469,7 @@ def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
         start(slices=(orion.todos, thief), folder="other")
 
 
-# ==== 6. Bus =========================================================================================================
+# ==== 7. Bus =========================================================================================================
 
 @pytest.fixture
 def bus(store):
@@ -452,7 +507,7 @@ def test_who_waits_for_a_topic_wakes_when_it_is_published(bus):
     assert bus.wait("silence", 0, 0.01) == 0
 
 
-# ==== 7. Objects =====================================================================================================
+# ==== 8. Objects =====================================================================================================
 
 class Counter(orion.DurableObject):
     """Counts in its file; fails when it is told to."""
@@ -582,7 +637,7 @@ print(len(space.objects))
     assert (done.stdout, done.stderr) == ("256\n", "")
 
 
-# ==== 8. Slices ======================================================================================================
+# ==== 9. Slices ======================================================================================================
 
 def counting(name="counted"):
     """A slice that knows how often it was rendered, and a page for it."""
@@ -654,7 +709,7 @@ def test_an_address_that_is_not_there_says_so(server, path, method, status, allo
     assert answer.text.strip()
 
 
-# ==== 9. Todos =======================================================================================================
+# ==== 10. Todos ======================================================================================================
 
 def titles(person, workspace="acme", query=""):
     return re.findall(r'<span dir="auto">(.*?)</span>', person.get(f"/w/{workspace}/todos{query}").text)
@@ -768,7 +823,7 @@ def test_a_hostile_title_is_text_on_the_page_and_in_the_stream(server, title):
     assert re.split("[\r\n]", escaped)[0] in event
 
 
-# ==== 10. Workspace ==================================================================================================
+# ==== 11. Workspace ==================================================================================================
 
 def test_tenants_never_meet(server):
     alice, dave = Person(server, "alice"), Person(server, "dave")
@@ -809,7 +864,7 @@ def test_a_role_may_what_the_table_says(server, method, path, body, wanted, acco
     assert answer.status == (204 if (method, path, answer.status) == ("POST", "/w/acme/todos", 204) else wanted[account])
 
 
-# ==== 11. Seals ======================================================================================================
+# ==== 12. Seals ======================================================================================================
 
 def test_a_password_matches_itself_alone_and_nothing_matches_no_password():
     stored = orion.hash_password("correct horse")
@@ -863,7 +918,7 @@ def test_a_cookie_of_the_key_before_still_holds(start):
     assert bob.get("/_gate/acme").status == 401
 
 
-# ==== 12. Directory ==================================================================================================
+# ==== 13. Directory ==================================================================================================
 
 def test_the_gate_says_who_one_is(server):
     answer = Person(server, "carol").get("/_gate/acme")
@@ -1048,7 +1103,7 @@ def test_an_unknown_member_is_not_found(server):
     assert Person(server, "bob").patch("/w/acme/members/nobody", role="member").status == 404
 
 
-# ==== 13. Worker =====================================================================================================
+# ==== 14. Worker =====================================================================================================
 
 def test_a_stranger_is_refused_before_any_workspace_is_contacted(server):
     alice, nobody = Person(server, "alice"), Person(server)
@@ -1133,7 +1188,7 @@ def test_who_is_here_is_told_to_all_who_are(server):
     assert here(first) == ["bob"]
 
 
-# ==== 14. Reader =====================================================================================================
+# ==== 15. Reader =====================================================================================================
 
 OK = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -1267,7 +1322,7 @@ def test_a_connection_that_says_nothing_is_closed(server, monkeypatch):
         assert link.recv(1) == b""
 
 
-# ==== 15. Streams ====================================================================================================
+# ==== 16. Streams ====================================================================================================
 
 def test_a_stream_begins_with_the_present_and_then_tells_each_change(server):
     bob = Person(server, "bob")
@@ -1303,6 +1358,7 @@ def test_a_zipped_stream_can_be_read_event_by_event(server):
 
 def test_a_zipped_page_is_the_same_page(server):
     bob = Person(server, "bob")
+    bob.get("/w/acme/todos")                         # the first says that it was rendered for it
     for path in ("/w/acme/todos", "/style.css", "/datastar.js"):
         zipped, plain = bob.get(path, Accept_Encoding="gzip"), bob.get(path)
         nonce = lambda text: re.sub(r'data-nonce="[^"]*"', "", text)
@@ -1320,7 +1376,7 @@ def test_a_reader_that_never_reads_delays_nobody_and_is_cut(start, monkeypatch):
         bob.post("/w/acme/todos", form={"title": f"{n} " + "x" * 480})
         if n % 50 == 0:
             ear.until_it_says(f">{n} x")
-    eventually(lambda: server.edge.frames["dropped"] == 1, "it was never cut")
+    eventually(lambda: server.edge.broker.frames["dropped"] == 1, "it was never cut")
     assert server.figure("orion_streams_open") == 1
     deaf.close()
 
@@ -1332,9 +1388,9 @@ def test_frames_for_a_slow_reader_coalesce_to_the_final_state(start, monkeypatch
     slow = Ear(bob, "/w/acme/todos/live")
     for n in range(150):
         bob.post("/w/acme/todos", form={"title": f"{n} " + "x" * 480})
-    eventually(lambda: server.edge.frames["coalesced"] > 0, "nothing had to wait")
+    eventually(lambda: server.edge.broker.frames["coalesced"] > 0, "nothing had to wait")
     assert slow.until_it_says(">149 x")
-    assert server.edge.frames["sent"] < 150
+    assert server.edge.broker.frames["sent"] < 150
 
 
 def test_a_heartbeat_tells_that_a_quiet_stream_lives(start, monkeypatch):
@@ -1377,7 +1433,208 @@ def test_a_sleeping_workspace_keeps_its_streams_and_wakes_for_a_command(start):
     eventually(asleep)
 
 
-# ==== 16. Edge =======================================================================================================
+# ==== 17. Console ====================================================================================================
+
+def test_the_console_shows_each_object_with_id_state_and_count(server):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title="One more")
+    text = bob.get("/console").text
+    id = server.env.workspaces.id_from_name("acme")
+    row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
+    assert f'>acme</a></th><td><code class="id"' in row and "<td>4</td></tr>" in row and "awake since" in row
+
+
+def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
+    bob = Person(server, "bob")
+    server.env.workspaces.rest(idle=-1)
+    text = bob.get("/console").text
+    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td></tr>") == 3
+    assert not server.env.workspaces.objects
+
+
+def test_a_workspace_that_can_not_be_read_hides_no_other(server):
+    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
+    text = Person(server, "bob").get("/console").text
+    assert "read</td></tr>" in text and text.count("<td>3</td></tr>") == 2
+
+
+def test_the_console_pages_through_many_workspaces(server):
+    alice = Person(server, "alice")
+    for n in range(30):
+        alice.post("/workspaces", form={"name": f"w{n:02}"})
+    first = alice.get("/console").text
+    after = re.search(r'href="\?after=([a-z0-9]+)">More', first)[1]
+    rest = alice.get(f"/console?after={after}").text
+    names = lambda text: re.findall(r'object=[0-9a-f]{64}">(\w+)<', text)
+    assert len(names(first)) == orion.NAMES_A_PAGE and len(names(first) + names(rest)) == 33 == len({*names(first), *names(rest)})
+
+
+def probe(person, workspace):
+    answer = person.post("/console/probe", workspace=workspace)
+    return answer.text
+
+
+def test_a_probe_of_a_foreign_workspace_ends_at_the_gate_and_contacts_no_workspace(server):
+    before = server.env.workspaces.fetches
+    text = probe(Person(server, "alice", datastar=True), "acme")
+    assert "403 · Refused at the gate: alice has no access to acme." in text and "3 before, 3 after" in text
+    assert {*re.findall(r"<li><b>(.*?)</b>", text)} == {"Directory"} and server.env.workspaces.fetches == before
+    assert '"toast": "Refused at the gate' in text
+
+
+def test_a_probe_of_ones_own_workspace_shows_the_verdict(server):
+    text = probe(Person(server, "bob", datastar=True), "acme")
+    assert "200 · The gate lets bob into acme." in text and "3 before, 4 after" in text
+    assert "role owner, grants todos:read,todos:write" in text
+
+
+def test_a_probe_tells_no_difference_between_a_foreign_workspace_and_none(server):
+    text = probe(Person(server, "alice", datastar=True), "nowhere")
+    assert "403 · Refused at the gate: alice has no access to nowhere." in text
+
+
+def test_a_probe_works_without_scripts_and_signed_out(server):
+    answer = Person(server).post("/console/probe", form={"workspace": "acme"})
+    assert answer.status == 200 and "401 · Refused at the gate: nobody is signed in" in answer.text and "<html" in answer.text
+
+
+def test_a_hostile_probe_is_text(server):
+    text = probe(Person(server, "alice", datastar=True), "<script>alert(1)</script>")
+    assert "<script" not in text.replace("\\u003c", "<").split("datastar-patch-signals")[0]
+
+
+def test_store_calls_and_requests_of_others_reach_the_open_console(server):
+    bob, ear = Person(server, "bob"), Ear(Person(server), "/console/live")
+    ear.event()
+    bob.post("/w/acme/todos", title="Seen by all")
+    event = ear.until_it_says("INSERT INTO todos")
+    while "/w/acme/todos</code>" not in event:
+        event = ear.event()
+    way = re.search(r'<li id="way-\d+" class="ok"><b>POST</b> <code>/w/acme/todos</code>.*?</li>', event)[0]
+    assert "gate <b>200</b>" in way and "acme <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
+
+
+def test_a_refused_request_visibly_ends_at_the_gate(server):
+    ear = Ear(Person(server), "/console/live")
+    ear.event()
+    Person(server, "alice").get("/w/acme/todos")
+    event = ear.until_it_says("stopped at the gate")
+    assert 'class="trip refused"' in event
+
+
+def test_the_feed_can_be_of_one_object_and_can_pause(server):
+    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
+    ear, paused = Ear(Person(server), f"/console/live?object={id}"), Ear(Person(server), "/console/live?paused=1")
+    ear.event(), paused.event()
+    bob.post("/w/acme/todos", title="x")
+    event = ear.until_it_says("INSERT INTO todos")
+    assert "Store calls of acme" in event and "<td>Directory</td>" not in event
+    assert 'id="feed"' not in paused.until_it_says("/w/acme/todos</code>")
+    assert "Go on" in bob.get("/console?paused=1").text
+
+
+def test_switching_the_persona_ends_the_streams_of_the_one_before(server):
+    bob = Person(server, "bob")
+    ear = Ear(bob, "/w/acme/todos/live")
+    ear.event()
+    bob.post("/persona", form={"account": "alice", "next": "/console"})
+    assert "You are signed out" in ear.until_it_says("ended")
+
+
+@pytest.fixture
+def outside(start):
+    """Not a demo: ops is an operator, ann owns acme."""
+    server = start(demo=False)
+    for name, operator in (("ops", 1), ("ann", 0)):
+        server.write("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", name, name,
+                     orion.hash_password("long enough"), operator)
+
+    def sign_in(name, **options):
+        person = Person(server, **options)
+        person.cookie = person.post("/login", form={"username": name, "password": "long enough"}).headers["set-cookie"].split(";")[0]
+        person.headers["Cookie"] = person.cookie
+        return person
+    server.sign_in = sign_in
+    sign_in("ann").post("/workspaces", form={"name": "acme"})
+    return server
+
+
+def test_outside_the_demo_the_console_is_for_operators(outside):
+    assert Person(outside).get("/console").status == 401
+    assert outside.sign_in("ann").get("/console").status == 403
+    assert outside.sign_in("ops").get("/console").status == 200
+    assert "/console" in outside.sign_in("ops").get("/").text and "/console" not in outside.sign_in("ann").get("/").text
+
+
+def test_outside_the_demo_the_feed_shows_no_parameters(outside):
+    ear = Ear(outside.sign_in("ops"), "/console/live")
+    ear.event()
+    outside.sign_in("ann").post("/w/acme/todos", title="A secret")
+    assert "A secret" not in ear.until_it_says("INSERT INTO todos")
+
+
+def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    text = ops.get("/w/acme/todos").text
+    assert "you look on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
+    assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
+    assert ops.post("/masquerade/end", form={}).status == 303
+    assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
+
+
+def test_an_operator_who_asks_for_it_writes_in_the_name_of_both(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert ops.post("/w/acme/todos", title="x").status == 200
+    with contextlib.closing(outside.store("acme")) as store:
+        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("ops as ann", "todos.create")
+
+
+def test_begin_and_end_of_a_masquerade_are_in_the_journal(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    ops.post("/masquerade/end", form={})
+    rows = outside.directory().store.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
+    assert [tuple(row) for row in rows] == [("ops", "directory.masquerade", "ann"), ("ops as ann", "directory.unmask", "ann")]
+
+
+def test_a_masquerade_is_over_after_its_time_and_so_are_its_streams(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    ear = Ear(ops, "/w/acme/todos/live")
+    ear.event()
+    outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
+    assert "no longer have access" in ear.until_it_says("ended")
+    assert ops.get("/w/acme/todos").status == 403
+
+
+def test_nobody_but_an_operator_looks_on_as_others(outside):
+    assert outside.sign_in("ann").post("/masquerade", form={"account": "ops"}).status == 403
+    assert outside.sign_in("ops").post("/masquerade", form={"account": "nobody"}).status == 404
+
+
+def test_the_footer_tells_the_truth_about_a_page(server):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title="x")
+    first, second = bob.get("/w/acme/todos").text, bob.get("/w/acme/todos").text
+    assert "just now, in" in first and "from the cache" in second
+    assert server.env.workspaces.id_from_name("acme") in first and ">yes</dd>" in first
+    assert ">no</dd>" in Person(server, "carol").get("/w/acme/todos").text
+
+
+def test_the_footer_counts_those_who_watch(server):
+    one = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    two = Ear(Person(server, "carol"), "/w/acme/todos/live")
+    while 'id="watchers">2<' not in one.event(heartbeats=True):
+        pass
+    two.close()
+    while 'id="watchers">1<' not in one.event(heartbeats=True):
+        pass
+
+
+# ==== 18. Edge =======================================================================================================
 
 def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
     server = start(threads=2)
@@ -1489,7 +1746,7 @@ def test_two_servers_live_in_one_process(start):
     assert "Only in one" in Person(one, "bob").get("/w/acme/todos").text and "Only in one" not in Person(two, "bob").get("/w/acme/todos").text
 
 
-# ==== 17. Composition ================================================================================================
+# ==== 19. Composition ================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -1508,7 +1765,7 @@ def test_a_restart_keeps_sessions_and_todos(start):
     assert titles(bob)[0] == "Kept"
 
 
-# ==== 18. Command line ===============================================================================================
+# ==== 20. Command line ===============================================================================================
 
 @cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
@@ -1969,6 +2226,48 @@ def contrast(one, two):
 def test_every_colour_can_be_read_on_its_ground(scheme, text, ground, least):
     known = colours(scheme)
     assert contrast(known[text], known[ground]) >= least
+
+
+def test_alice_probes_acme_and_sees_that_nobody_was_contacted(site, windows):
+    alice = site.at("alice", windows[0], "/console")
+    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[6].textContent"
+    served = alice.js(f"return {row}")
+    alice.type("#workspace", "acme")
+    alice.click("[action='/console/probe'] button")
+    alice.wait("document.querySelector('#toast.shown p').textContent.startsWith('Refused at the gate')")
+    assert "No workspace was contacted" in alice.js("return document.getElementById('probe').textContent")
+    assert alice.js(f"return {row}") == served
+
+
+def test_the_console_lives_while_others_work(site, windows):
+    watcher, bob = site.at("alice", windows[0], "/console"), site.at("bob", windows[1])
+    watcher.errors()                                 # those of the page before
+    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[7].textContent"
+    assert watcher.js(f"return {row}") == "3"
+    bob.type("#title", "Watched")
+    bob.press("Enter")
+    watcher.wait(f"{row} === '4'")
+    watcher.wait("document.getElementById('feed').textContent.includes('INSERT INTO todos')")
+    watcher.wait("document.querySelector('polyline.trip.ok')")
+    assert watcher.errors() == []
+
+
+def test_the_persona_is_switched_by_one_click_and_the_page_follows(site, windows):
+    window = site.at("alice", windows[0], "/console")
+    window.click(".switch button[value=bob]")
+    window.wait("document.getElementById('who-title').textContent === 'You are bob'")
+    assert "owner of acme, member of globex" in window.js("return document.body.textContent.replace(/bob is /, '')")
+
+
+def test_the_footer_folds_and_remembers_it(site, windows):
+    bob = site.at("bob", windows[0])
+    assert bob.js("return document.querySelector('.xray details').open")
+    bob.click(".xray summary")
+    bob.wait("localStorage.getItem('xray') === 'folded'")
+    bob.open(site.origin + "/w/acme/todos")
+    bob.wait("document.querySelector('.link').textContent === 'Live' && !document.querySelector('.xray details').open")
+    bob.click(".xray summary")
+    bob.wait("localStorage.getItem('xray') === 'open'")
 
 
 # ==== The client =====================================================================================================
