@@ -67,6 +67,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -75,7 +76,7 @@ import urllib.parse
 import zlib
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 try:
     import fcntl
@@ -97,7 +98,9 @@ class Settings(NamedTuple):
     threads: int = 16
     connections: int = 10_000
     max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
-    cookie: str = "sid"
+    streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
+    allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
+    trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
 
 
 # ==== 2. Markup ======================================================================================================
@@ -141,9 +144,9 @@ def template(name: str) -> Template:
 # Four words that all later sections speak. An object and the worker take a Request and return a Response; neither knows
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
-SAFE = ("GET", "HEAD")
+SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-proved", "x-counts"}
+           "x-proved", "x-hashed", "x-counts"}
 
 
 class Request(NamedTuple):
@@ -155,6 +158,7 @@ class Request(NamedTuple):
     body: bytes = b""
     peer: str = ""
     wait: bool = True
+    scheme: str = "http"                             # https: by the word of a trusted proxy
 
     @property
     def datastar(self) -> bool:
@@ -223,6 +227,11 @@ def as_json(data: Any, status: int = 200) -> Response:
     return Response(status, json.dumps(data).encode(), "application/json")
 
 
+def only_read(request: Request) -> None:
+    if request.method not in SAFE:
+        raise Refused(405, "This address takes GET, HEAD.", (("allow", "GET, HEAD"),))
+
+
 def see_other(path: str, *headers: Tuple[str, str]) -> Response:
     return Response(303, headers=(("location", path), *headers))
 
@@ -230,6 +239,25 @@ def see_other(path: str, *headers: Tuple[str, str]) -> Response:
 def local_path(path: str) -> str:
     """path if it leads to this server, else "/": //host, /\\host and schemes would lead elsewhere."""
     return path if re.fullmatch(r"/(?![/\\])[!-\[\]-~]*", path) else "/"
+
+
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
+AMBIGUOUS = 400, "The path is ambiguous. Write it without empty or dot segments, encoded slashes or control characters."
+
+
+def plain_path(path: str) -> str:
+    """path, decoded once. Refused(400): a proxy could resolve it to another one."""
+    if PLAIN_PATH.fullmatch(path):
+        return path
+    try:
+        decoded = urllib.parse.unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise Refused(*AMBIGUOUS) from None
+    segments = decoded.split("/")[1:]
+    if (re.search(r"%(?![0-9A-Fa-f]{2})", path) or len(segments) != path.count("/") or "" in segments[:-1]
+            or {".", ".."} & {*segments} or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)):
+        raise Refused(*AMBIGUOUS)
+    return decoded
 
 
 # ==== 4. Events ======================================================================================================
@@ -453,6 +481,18 @@ class MigrationError(Exception):
     """The file and the slices do not fit together; the text names slice, entry and table."""
 
 
+def identity(path: pathlib.Path) -> Tuple[int, int]:
+    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database, or
+    something else that leads who knows where."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        raise sqlite3.DatabaseError("the file is missing") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        raise sqlite3.DatabaseError("the file is empty" if found.st_size == 0 else "this is no regular file")
+    return found.st_dev, found.st_ino
+
+
 class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
     time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
@@ -461,6 +501,7 @@ class Store:
         """name: who is said to have made the calls that trace notes."""
         self.trace, self.name = trace or Trace(), name
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
+        self.path, self.inode = path, identity(path) if path and not create else None
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
         self.on_commit: List[Callable[[], None]] = []
@@ -556,6 +597,14 @@ class Store:
             self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
         return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
 
+    def intact(self) -> bool:
+        """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
+        try:
+            self.inode = self.inode or (identity(self.path) if self.path else None)
+            return self.path is None or identity(self.path) == self.inode
+        except sqlite3.Error:
+            return False
+
     def close(self) -> None:
         self.db.close()                              # the last connection out moves the WAL into the file
 
@@ -604,6 +653,22 @@ class Bus:
 # fetch() one at a time, from whichever thread. A Namespace turns a name into an id and an id into a stub; the object
 # behind it is built on the first request, put to sleep when nobody asked for a while, and built again.
 
+class StorageFault(Exception):
+    """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
+    client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
+    REMEDIES = (("full", 507, "make room on the disk, or raise the quota"),
+                ("locked", 503, "another process holds it: end that one"),
+                ("interrupted", 503, "a statement ran too long: give it an index, or ask for less"),
+                ("readonly", 503, "make the file and its folder writable"),
+                ("", 503, "restore it from a backup: orion.py check says what is wrong, orion.py restore brings it back"))
+
+    def __init__(self, path: pathlib.Path, error: Exception) -> None:
+        status, remedy = next((status, remedy) for word, status, remedy in self.REMEDIES if word in str(error))
+        super().__init__(f"{path}: {error}; {remedy}")
+        self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.") if status == 507 else \
+            Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+
+
 class Asleep(Exception):
     """The object went to sleep while this request stood in line; the stub wakes it and asks again."""
 
@@ -619,6 +684,7 @@ class Batch:
 class DurableObject:
     """Subclasses say what tables they need (schema) and answer requests (handle)."""
     BATCH = 64                                       # commands to a commit at most, so that the first is not kept waiting
+    STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
     def __init__(self, id: str, namespace: Namespace) -> None:
         self.id, self.namespace = id, namespace
@@ -647,11 +713,13 @@ class DurableObject:
             if not request.wait and (self.store is None or self.batch):
                 raise WouldBlock
             self.used = time.monotonic()
+            if request.wait and not self.batch and self.torn:
+                self.shut()
             if self.store is None:
                 self.open()
-            if request.method not in SAFE:
-                return self.command(request)
-            return self.read(request)
+            return self.read(request) if request.method in SAFE else self.command(request)
+        except (sqlite3.Error, MigrationError) as error:
+            raise StorageFault(self.namespace.path(self.id), error) from error
         finally:
             self.turn.release()
 
@@ -664,7 +732,9 @@ class DurableObject:
     def open(self, create: bool = False) -> None:
         self.namespace.make_room()
         store = Store(self.namespace.path(self.id), create, self.namespace.trace, self.id)
+        store.db.set_progress_handler(lambda: time.monotonic() > self.used + self.STATEMENT_SECONDS, 100_000)
         try:
+            self.claim(store)
             for slice, entries in self.schema():
                 store.migrate(slice, entries)
         except BaseException:
@@ -672,6 +742,14 @@ class DurableObject:
             raise
         self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
         self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
+
+    def claim(self, store: Store) -> None:
+        """A file knows whose it is, so that one put in another's place shows nobody's rows to strangers."""
+        mine, found = zlib.crc32(self.id.encode()) >> 1, store.one("PRAGMA application_id")[0]
+        if found not in (0, mine):
+            raise sqlite3.DatabaseError("the file belongs to another object")
+        if found == 0:
+            store.exec(f"PRAGMA application_id = {mine}")
 
     def command(self, request: Request) -> Response:
         """Group commit. The file is made durable once for all commands that arrived meanwhile: each runs in a savepoint
@@ -718,12 +796,21 @@ class DurableObject:
             if self.asleep or self.batch or self.line or self.used > unused_since:
                 return
             self.asleep = True
-            if self.store:
-                self.store.close()
-            self.store = self.bus = None             # they know this object, and would keep it alive
+            self.shut()
             self.namespace.forget(self)              # only now may another object open the file
         finally:
             self.turn.release()
+
+    @property
+    def torn(self) -> bool:
+        """Open, and the file is gone, or another one is in its place."""
+        store = self.store
+        return store is not None and not store.intact()
+
+    def shut(self) -> None:
+        if self.store:
+            self.store.close()
+        self.store = self.bus = None                 # they know this object, and would keep it alive
 
 
 class Stub:
@@ -806,8 +893,9 @@ class Namespace:
         before = time.monotonic() - (self.idle if idle is None else idle)
         with self.lock:
             quiet = [one for one in self.objects.values() if one.used <= before]
-        for one in quiet:
-            one.sleep(before)
+            torn = [one for one in self.objects.values() if one.torn]
+        for one, since in [*((one, before) for one in quiet), *((one, time.monotonic()) for one in torn)]:
+            one.sleep(since)
         if len(quiet) >= 32 and sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):       # glibc keeps what was freed until it is told
                 ctypes.CDLL(None).malloc_trim(0)
@@ -995,7 +1083,7 @@ class SliceHost(DurableObject):
                 return as_json({no.signal: no.message})
             if no.status != 422 or not request.form:
                 raise
-            typed = urllib.parse.urlencode({**request.fields(), "password": "", "problem": no.message})
+            typed = urllib.parse.urlencode({**request.fields(), "password": "", "new": "", "problem": no.message})
             again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed)
             return self.read(again)._replace(status=422)
 
@@ -1204,12 +1292,18 @@ class Workspace(SliceHost):
 # takes the same time whether it fails at the first byte or the last.
 
 SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}      # about 0.1 s and 32 MiB for each guess
-SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)       # or a crowd of guesses would take all memory
+SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)     # or guesses take all memory
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
-    with SCRYPT_AT_ONCE:
-        return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+    """Refused(503): so many are in line that they would keep threads from everybody else."""
+    if not SCRYPT_IN_LINE.acquire(blocking=False):
+        raise Refused(503, "Many people are signing in. Try again in a moment.", (("retry-after", "2"),))
+    try:
+        with SCRYPT_AT_ONCE:
+            return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+    finally:
+        SCRYPT_IN_LINE.release()
 
 
 def hash_password(password: str) -> str:
@@ -1249,6 +1343,45 @@ def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[
     return hashlib.sha256(token.encode()).digest() if genuine else None
 
 
+COOKIES = {"http": "sid", "https": "__Host-sid"}     # no neighbour can set the second (RFC 6265bis, 4.1.3.2)
+
+
+def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
+    secure = "; Secure" if scheme == "https" else ""
+    return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+
+
+class Throttle:
+    """Counts failures by key; a key with too many waits until the window ends. Bounded: the oldest keys are forgotten."""
+    FAILURES, SECONDS, KEYS = 10, 600.0, 10_000
+
+    def __init__(self) -> None:
+        self.failures: collections.OrderedDict = collections.OrderedDict()    # key: (how many, until when)
+        self.lock = threading.Lock()
+
+    def check(self, *keys: str) -> None:
+        """Refused(429): one of the keys has to wait."""
+        with self.lock:
+            waits = [self.failures.get(key, (0, 0.0)) for key in keys]
+        left = max([until - time.monotonic() for count, until in waits if count >= self.FAILURES], default=0)
+        if left > 0:
+            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (("retry-after", str(int(left) + 1)),))
+
+    def failed(self, *keys: str) -> None:
+        now = time.monotonic()
+        with self.lock:
+            for key in keys:
+                count, until = self.failures.pop(key, (0, 0.0))
+                self.failures[key] = (count + 1, until) if until > now else (1, now + self.SECONDS)
+            while len(self.failures) > self.KEYS:
+                self.failures.popitem(last=False)
+
+    def succeeded(self, *keys: str) -> None:
+        with self.lock:
+            for key in keys:
+                self.failures.pop(key, None)
+
+
 # ==== 13. Directory ==================================================================================================
 # The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
 # else; the roles are one table. Its gate is asked before anything else moves, and reads the store each time, so that a
@@ -1278,6 +1411,7 @@ DIRECTORY_TABLES = (
     "CREATE INDEX memberships_of ON memberships (account)",
     "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, account TEXT NOT NULL "
     "REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
+    "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
 )
 GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, m.role
           FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
@@ -1304,13 +1438,14 @@ def masked(row: sqlite3.Row) -> Tuple[str, bool]:
 
 
 class Directory(SliceHost):
-    FORMS = {"/workspaces": "/"}
+    FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
     def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace):
         public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
                   Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
-                  Route("POST", "/masquerade", ACCOUNT, self.masquerade), Route("POST", "/masquerade/end", PUBLIC, self.unmask))
+                  Route("GET", "/account", ACCOUNT, self.account_page), Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
+                  Route("POST", "/account/password", ACCOUNT, self.change_password), Route("POST", "/masquerade", ACCOUNT, self.masquerade), Route("POST", "/masquerade/end", PUBLIC, self.unmask))
         members = (Route("POST", "/members", "members:manage", invite),
                    Route("PATCH", "/members/<account>", "members:manage", change_role),
                    Route("DELETE", "/members/<account>", MEMBER, expel))
@@ -1318,10 +1453,11 @@ class Directory(SliceHost):
         super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, live, public + members)]))
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
+        self.throttle, self.regulars = Throttle(), frozenset()
 
     def fetch(self, request: Request) -> Response:
-        """A password is checked before the request takes its turn: 0.1 s in it would hold up every gate."""
-        if (request.method, request.path) == ("POST", "/login"):
+        """A password is checked, or hashed, before the request takes its turn: 0.1 s in it would hold up every gate."""
+        if (request.method, request.path) in (("POST", "/login"), ("POST", "/account/password")):
             request = self.prove(request)
         return super().fetch(request)
 
@@ -1395,7 +1531,7 @@ class Directory(SliceHost):
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
-        digest = session_digest(request.headers.get("cookie", ""), self.settings.cookie, self.keys)
+        digest = session_digest(request.headers.get("cookie", ""), COOKIES[request.scheme], self.keys)
         now = time.time()
         row = self.store.one(GATE, now, workspace, digest) if digest else None
         if row is None or row["expires"] <= now:
@@ -1419,12 +1555,21 @@ class Directory(SliceHost):
 
     def prove(self, request: Request) -> Request:
         fields = request.fields()
-        name, password = str(fields.get("username", "")), str(fields.get("password", ""))
-        if len(password) > 256:
+        name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
+        if max(len(password), len(new)) > 256:
             raise Refused(400, "A password has at most 256 characters.")
+        address, whose = f"from {request.peer}", f"to {name}"
+        known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
+        keys = (address,) if known in self.regulars else (address, whose)
+        self.throttle.check(*keys)
         stored = json.loads(super().fetch(Request("GET", "/_password", headers={"x-account": name})).body)
-        proved = name if password_matches(password, stored) else ""
-        return request._replace(headers={**request.headers, "x-proved": proved})
+        if not password_matches(password, stored):
+            self.throttle.failed(*keys)
+            return request._replace(headers={**request.headers, "x-proved": ""})
+        self.throttle.succeeded(*keys)
+        self.regulars = {*[*self.regulars][-1000:], known}
+        hashed = hash_password(new) if new else ""
+        return request._replace(headers={**request.headers, "x-proved": name, "x-hashed": hashed})
 
     def login_page(self, ctx: Context) -> Response:
         given = ctx.request.params
@@ -1448,14 +1593,14 @@ class Directory(SliceHost):
         self.close_session(ctx)
         now, token = time.time(), secrets.token_urlsafe(32)
         ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
-        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?)", hashlib.sha256(token.encode()).digest(), account, now,
-                       now + SESSION_SECONDS)
-        cookie = self.cookie(f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
+        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", hashlib.sha256(token.encode()).digest(), account, now,
+                       now + SESSION_SECONDS, f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200])
+        cookie = set_cookie(ctx.request.scheme, f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
         return see_other(local_path(str(ctx.request.fields().get("next", "/"))), cookie)._replace(which=account)
 
     def logout(self, ctx: Context) -> Response:
         self.close_session(ctx)
-        return see_other("/", self.cookie("", 0))._replace(which=ctx.viewer.account)
+        return see_other("/", set_cookie(ctx.request.scheme, "", 0))._replace(which=ctx.viewer.account)
 
     def close_session(self, ctx: Context) -> None:
         """And the streams that it opened: whoever hears of access asks the gate again."""
@@ -1463,6 +1608,36 @@ class Directory(SliceHost):
         if row:
             ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
             ctx.publish(f"access:{row['account']}")
+
+    def account_page(self, ctx: Context) -> Response:
+        """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
+        mine, typed = self.session(ctx.request), ctx.request.params
+        sessions = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100", ctx.viewer.account)
+        rows = [template("account.session")(name=row["digest"].hex()[:16], since=formatdate(row["created"], usegmt=True), agent=row["agent"],
+                                            this=template("account.this")() if row["digest"] == mine["digest"] else "") for row in sessions]
+        return page("Account", template("account")(rows=Html("").join(rows), account=ctx.viewer.account, problem=typed.get("problem", "")), ctx.viewer)
+
+    def end_sessions(self, ctx: Context) -> Response:
+        """The field session is one's name, or all, or others."""
+        which, mine = str(ctx.request.fields().get("session", "")), self.session(ctx.request)["digest"]
+        for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
+            if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
+                ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
+        ctx.publish(f"access:{ctx.viewer.account}")
+        return see_other("/account")._replace(which=f"sessions: {which}"[:64])
+
+    def change_password(self, ctx: Context) -> Response:
+        """Proved like a sign-in; all other sessions of the account end."""
+        fields = ctx.request.fields()
+        new = str(fields.get("new", ""))
+        if ctx.request.headers["x-proved"] != ctx.viewer.account:
+            raise Refused(422, "The present password is not right. Try again.")
+        if not 8 <= len(new) <= 256:
+            raise Refused(422, "A password has 8 to 256 characters.")
+        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], ctx.viewer.account)
+        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", ctx.viewer.account, self.session(ctx.request)["digest"])
+        ctx.publish(f"access:{ctx.viewer.account}")
+        return see_other("/account")._replace(which=ctx.viewer.account)
 
     def masquerade(self, ctx: Context) -> Response:
         """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
@@ -1482,9 +1657,6 @@ class Directory(SliceHost):
         if row and ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", row["digest"]):
             ctx.publish(f"access:{row['account']}")
         return see_other("/")._replace(which=ctx.viewer.account)
-
-    def cookie(self, value: str, seconds: int) -> Tuple[str, str]:
-        return "set-cookie", f"{self.settings.cookie}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
 
     # -- the home page, and new workspaces
 
@@ -1537,9 +1709,14 @@ def login_form(next: str, username: str = "", problem: str = "", status: int = 2
 
 
 def workspace_behind(request: Request) -> str:
-    """For a proxy that asks for a verdict: the workspace of the request that it holds."""
-    target = request.headers.get("x-original-uri") or request.headers.get("x-forwarded-uri") or ""
-    hit = re.match(r"/w/([^/?#]+)", target)
+    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or it is not clear which."""
+    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
+    if len(targets) != 1:
+        return ""
+    try:
+        hit = re.match(r"/w/([^/]+)", plain_path(targets.pop().partition("?")[0]))
+    except Refused:
+        return ""
     return hit[1] if hit else ""
 
 
@@ -1632,14 +1809,12 @@ class Env(NamedTuple):
 def worker(request: Request, env: Env) -> Response:
     if not TRUSTED.isdisjoint(request.headers):
         request = request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
-    if request.method not in SAFE:
-        refuse_foreign(request)
-    if not request.path.startswith("/w/"):
+    verdict = admit(request, env)
+    if verdict is None:
         return apex(request, env)
-    _, _, workspace, *rest = request.path.split("/")
-    verdict = env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", request.headers, wait=request.wait))
     if verdict.status != 200:
         return refusal(request, verdict)
+    _, _, workspace, *rest = request.path.split("/")
     if not rest or rest == [""]:
         return see_other(f"/w/{workspace}/todos")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
@@ -1651,11 +1826,23 @@ def worker(request: Request, env: Env) -> Response:
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
 
 
+def admit(request: Request, env: Env) -> Optional[Response]:
+    """The gate's verdict; None: nobody needs one, for it is not about a workspace."""
+    if request.method not in SAFE:
+        refuse_foreign(request)
+    if not request.path.startswith("/w/"):
+        return None
+    workspace = request.path.split("/")[2]
+    cookie = {"cookie": request.headers.get("cookie", "")}
+    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=request.wait, scheme=request.scheme))
+
+
 def refuse_foreign(request: Request) -> None:
-    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own word (Fetch
-    Metadata) or, from clients that have none, by Origin. None at all is a no."""
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
-    if site != "same-origin" if site else origin.partition("://")[2] != request.headers.get("host"):
+    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch Metadata,
+    Origin). None at all is a no, and so is one that contradicts."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    ours = f"{request.scheme}://{request.headers.get('host', '')}"
+    if (site, origin) == (None, None) or site not in (None, "same-origin") or origin not in (None, ours):
         raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its Origin.")
 
 
@@ -1678,8 +1865,8 @@ def apex(request: Request, env: Env) -> Response:
     """Everything outside a workspace."""
     if not request.wait:
         raise WouldBlock
-    if request.path in ASSETS and request.method in SAFE:
-        return asset(request)
+    if request.path in ASSETS:
+        return only_read(request) or asset(request)
     if re.match("/console(/|$)", request.path):
         return env.console(request)
     if request.path == "/" and request.method in SAFE:
@@ -1705,7 +1892,7 @@ def with_counts(request: Request, env: Env) -> Request:
 
 
 def count_of(workspace: Stub) -> Any:
-    with contextlib.suppress(sqlite3.Error, MigrationError):      # one that can't be read has no count, and hides no other
+    with contextlib.suppress(StorageFault):      # one that can't be read has no count, and hides no other
         return f"{json.loads(workspace.fetch(Request('GET', '/_counts')).body)['count']} open"
     return "can't be read"
 
@@ -1721,6 +1908,9 @@ FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
+HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")       # RFC 3986, 3.2.2
+REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/[0-9]\.[0-9]")
+BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -1731,18 +1921,19 @@ class Reading(NamedTuple):
     headers: Dict[str, str]
     keep: bool                                       # the connection goes on after it
     modern: bool                                     # HTTP/1.1
-    body: bytes = b""
+    body: Optional[bytes] = b""                      # None: the client waits for a word before it sends it
 
 
-def read_requests(buffer: bytearray) -> Iterator[Any]:
-    """A coroutine over a buffer that grows: yields None for more bytes, CONTINUE to be sent, or a Reading. Refused: the
-    framing is broken, and nothing behind it may be read."""
+def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
+    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken, and
+    nothing behind it may be read."""
     while True:
+        while buffer == b"\r":
+            yield None
         if buffer.startswith(b"\r\n"):               # one empty line in front is tolerated (RFC 9112, 2.2)
             del buffer[:2]
         while (end := buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
-            if len(buffer) >= HEAD_LIMIT:
-                raise Refused(*(431, "The header is too long.") if buffer.find(b"\r\n", 0, LINE_LIMIT) > 0 else TOO_LONG)
+            check_beginning(buffer)
             yield None
         head = yield from take(buffer, end + 4)
         reading = (parse_head if len(head) > 1024 else parse_again)(head)
@@ -1750,10 +1941,22 @@ def read_requests(buffer: bytearray) -> Iterator[Any]:
         if length == 0:
             yield reading
             continue
-        if "expect" in reading.headers:
-            yield CONTINUE
+        if "expect" in reading.headers and reading.modern:
+            yield reading._replace(body=None)
         body = yield from read_chunks(buffer) if length is None else take(buffer, length)
         yield reading._replace(body=body)
+
+
+def check_beginning(buffer: bytearray) -> None:
+    """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once."""
+    line, complete, _ = buffer.partition(b"\r\n")
+    sound = REQUEST_LINE.fullmatch(line) if complete else BEGINNING.fullmatch(line)
+    if buffer and (not sound or re.search(rb"(?<!\r)\n", buffer)):
+        raise why_not(bytes(line))
+    if len(line) > LINE_LIMIT:
+        raise Refused(*TOO_LONG)
+    if len(buffer) >= HEAD_LIMIT:
+        raise Refused(431, "The header is too long.")
 
 
 TOO_LONG = (414, "The address is too long. Send what is long in the body.")
@@ -1766,7 +1969,7 @@ def parse_head(head: bytes) -> Reading:
     method, target, minor, block = found.groups()
     pairs = FIELD.findall(block)
     headers = {name.decode().lower(): value.decode("latin-1") for name, value in pairs}
-    if len(target) > LINE_LIMIT:
+    if len(method) + len(target) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
     if len(pairs) > FIELD_LIMIT:
         raise Refused(431, f"Send at most {FIELD_LIMIT} header fields.")
@@ -1775,6 +1978,9 @@ def parse_head(head: bytes) -> Reading:
     modern = minor == b"1"
     if "host" not in headers if modern else "transfer-encoding" in headers:
         raise Refused(400, "Send a Host header field; in HTTP/1.0, no Transfer-Encoding.")
+    host = HOST.fullmatch(headers.get("host", "-"))
+    if not host or int(host[1] or 0) > 65535:
+        raise Refused(400, "The Host header field is no name or address with an optional port.")
     connection = headers.get("connection", "" if modern else "close").lower()
     return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern)
 
@@ -1802,13 +2008,13 @@ def why_not(head: bytes) -> Refused:
 def body_length(headers: Dict[str, str]) -> Optional[int]:
     """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way, are
     refused, and so is a body that comes with two lengths."""
+    if "expect" in headers and headers["expect"].lower() != "100-continue":
+        raise Refused(417, "The only expectation known here is 100-continue.")
     if "transfer-encoding" in headers:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
     length = headers.get("content-length")
-    if "expect" in headers and headers["expect"].lower() != "100-continue":
-        raise Refused(417, "The only expectation known here is 100-continue.")
     if length is None:
         return 0
     if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
@@ -1852,37 +2058,23 @@ def read_chunks(buffer: bytearray) -> Iterator[None]:
         if not data.endswith(b"\r\n"):
             raise Refused(400, "A chunk ends with CR LF.")
         body += data[:-2]
-    while (line := (yield from take_line(buffer, 1024))):
-        if not FIELD.fullmatch(line + b"\r\n"):
-            raise Refused(400, "A trailer is malformed.")
+    room = 1024
+    while (line := (yield from take_line(buffer, room))):
+        room -= len(line)
+        if not FIELD.fullmatch(line + b"\r\n") or room < 2:
+            raise Refused(400, "A trailer is malformed, or there are too many.")
     return bytes(body)
 
 
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
-AMBIGUOUS = 400, "The path is ambiguous. Write it without empty or dot segments, encoded slashes or control characters."
-
-
 def parse_target(target: str, host: str) -> Tuple[str, str]:
-    """The path, decoded once, and the query as it is. Refused(400): a path that a proxy could resolve to another one."""
+    """The path, decoded once, and the query as it is. Refused(400): not a path, or one with two meanings."""
     if not target.startswith("/"):                   # absolute form (RFC 9112, 3.2.2): it must name the host it came to
-        authority, slash, rest = target.partition("://")[2].partition("/")
-        if not authority or authority != host:
+        found = re.fullmatch(r"(?i:https?)://([^/?]+)(.*)", target)
+        if not found or found[1].lower() != host.lower():
             raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
-        target = slash + rest or "/"
+        target = found[2] if found[2].startswith("/") else f"/{found[2]}"
     path, _, query = target.partition("?")
-    return (path if PLAIN_PATH.fullmatch(path) else plain_path(path)), query
-
-
-def plain_path(path: str) -> str:
-    try:
-        decoded = urllib.parse.unquote(path, errors="strict")
-    except UnicodeDecodeError:
-        raise Refused(*AMBIGUOUS) from None
-    segments = decoded.split("/")[1:]
-    if (re.search(r"%(?![0-9A-Fa-f]{2})", path) or len(segments) != path.count("/") or "" in segments[:-1]
-            or {".", ".."} & {*segments} or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)):
-        raise Refused(*AMBIGUOUS)
-    return decoded
+    return plain_path(path), query
 
 
 # ==== 16. Streams ====================================================================================================
@@ -1958,13 +2150,14 @@ class Channel:
 
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
-    __slots__ = ("path", "query", "cookie", "account", "zipped", "channel", "seen", "here", "latest", "beat")
+    __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
     SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
         super().__init__(edge, socket_)
-        self.path, self.query, self.cookie = request.path, request.query, request.headers.get("cookie", "")
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        self.again = Request("GET", request.path, request.query, cookie, scheme=request.scheme)
         self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
         self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
@@ -2032,6 +2225,7 @@ class Broker:
         self.version = b""                                     # of the Directory's file, which another process may change
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
+        self.accounts = collections.Counter()                  # how many streams each has open
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
 
     def published(self, id: str, topic: str) -> None:
@@ -2074,6 +2268,7 @@ class Broker:
         self.leave(stream)
         stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
         stream.channel.streams.add(stream)
+        self.accounts[stream.account] += 1
         watch.stub.watched(1)
         self.moved.add(watch.stub.id)
         self.mark(stream.channel)
@@ -2086,6 +2281,7 @@ class Broker:
         channel, stream.channel = stream.channel, None
         if channel:
             channel.streams.discard(stream)
+            self.accounts[stream.account] -= 1
             channel.watch.stub.watched(-1)
             self.moved.add(channel.watch.stub.id)
             if not channel.streams:                  # the last one out
@@ -2112,7 +2308,7 @@ class Broker:
         more. The right ones stay, a changed role sees what it may see now, and who may no longer look is told so."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             try:
-                response = worker(Request("GET", stream.path, stream.query, {"cookie": stream.cookie}), self.edge.env)
+                response = worker(stream.again, self.edge.env)
                 self.edge.call(self.rejoin, stream, response.watch)
             except Refused as no:
                 self.edge.call(stream.end, no.status)
@@ -2252,7 +2448,7 @@ class Console:
         self.stale, started, facts = False, time.perf_counter(), {}
         for id in ids:
             slept = id not in self.env.workspaces.objects
-            with contextlib.suppress(sqlite3.Error, MigrationError):     # what can't be read has no count
+            with contextlib.suppress(StorageFault):     # what can't be read has no count
                 facts[id] = json.loads(self.env.workspaces.get(id).fetch(Request("GET", "/_counts")).body)
             if slept:
                 self.env.workspaces.lull(id)
@@ -2383,7 +2579,8 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
 
 def log(message: str) -> None:
     """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
 
 
 class Connection(Held):
@@ -2413,20 +2610,38 @@ class Connection(Held):
 
     def advance(self) -> None:
         """Take the next request up, if it is complete."""
+        some = bool(self.buffer)
         try:
             step = next(self.reader)
-            if step is CONTINUE:
-                self.socket.send(CONTINUE)
-                step = next(self.reader)
         except Refused as no:
             return self.refuse(no)
-        except OSError:
-            return self.close()
         if step:
             self.busy, self.begun = True, False
-            self.take_up(step)
-        elif self.buffer and not self.begun:         # the deadline is for all of it; a byte now and then does not move it
+            return self.take_up(step) if step.body is not None else self.edge.pool.put(self.foresee, step)
+        if self.ended:
+            return self.close()
+        if some and not self.begun:                  # the deadline is for all of it; a byte now and then does not move it
             self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
+
+    def foresee(self, reading: Reading) -> None:
+        """In the pool: who asks first (RFC 9110, 10.1.1) hears the gate's no before sending a body in vain."""
+        try:
+            request, no = self.edge.request(reading, self.peer), None
+            verdict = admit(request, self.edge.env)
+            if verdict and verdict.status != 200:
+                refusal(request, verdict)
+        except Refused as refused:
+            no = refused
+        self.edge.call(self.go_on, no)
+
+    def go_on(self, no: Optional[Refused]) -> None:
+        self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
+        if no:
+            return self.refuse(no)
+        with contextlib.suppress(OSError):
+            self.socket.send(CONTINUE)
+        self.listen(READ)
+        self.resume()
 
     def resume(self) -> None:
         """What was sent ahead has its turn when the others had theirs."""
@@ -2446,7 +2661,7 @@ class Connection(Held):
         self.edge.call(self.reply, reading, *self.edge.answer(reading, self.peer))
 
     def reply(self, reading: Reading, request: Request, response: Response) -> None:
-        self.keep = reading.keep and not self.edge.stopping and not self.ended
+        self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
         data = encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
         if response.watch is None or reading.method == "HEAD" or self.ended:
             return self.write(data)
@@ -2462,8 +2677,8 @@ class Connection(Held):
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
         if self.keep:
             self.busy = False
-            self.listen(READ)
-            return self.edge.call(self.resume) if self.buffer else None
+            self.listen(0 if self.ended else READ)
+            return self.edge.call(self.resume) if self.buffer or self.ended else None
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         self.spare = self.LINGER_BYTES
@@ -2544,15 +2759,28 @@ def refused(request: Request, no: Refused) -> Response:
     return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
 
 
-def storage_fault(error: Exception) -> Refused:
-    if "full" in str(error):
-        return Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
-    return Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-
-
 def is_loopback(address: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return False
+
+
+@functools.lru_cache(maxsize=1024)
+def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        return any([ip in ipaddress.ip_network(network) for network in networks])
+    return False
+
+
+@functools.lru_cache(maxsize=1024)
+def known_host(host: str, names: FrozenSet[str]) -> bool:
+    """Is this Host one of ours? A page of another site can have its own name lead here (DNS rebinding), but no address."""
+    name = re.sub(r":[0-9]*$", "", host).lower()
+    if name in names:
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name.strip("[]")))
     return False
 
 
@@ -2568,6 +2796,7 @@ class Edge(ThreadingHTTPServer):
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
+        self.hosts = frozenset({"", "localhost", socket.gethostname().lower(), env.settings.host, *env.settings.allow_host})
         self.counting, self.date = threading.Lock(), formatdate(usegmt=True)
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
         self.env = env._replace(console=Console(env, self.broker).answer)
@@ -2646,30 +2875,57 @@ class Edge(ThreadingHTTPServer):
 
     def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
         """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not in the loop."""
-        started = time.perf_counter()
-        request = Request("GET" if reading.method == "HEAD" else reading.method, "/", "", reading.headers, reading.body, peer, wait)
+        started, request = time.perf_counter(), Request("GET", "/", "", reading.headers)
         try:
-            path, query = parse_target(reading.target, reading.headers.get("host", ""))
-            request = Request(request.method, path, query, *request[3:])
+            request = self.request(reading, peer, wait)
             response = self.route(request)
-            if response.watch and not reading.modern:
-                raise Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy.")
+            if response.watch:
+                self.check_stream(reading, response)
             if any([CONTROL.search(value) for _, value in response.headers]):
                 raise ValueError("a control character in a header value")
         except WouldBlock:
             raise
         except Refused as no:
             response = refused(request, no)
-        except (sqlite3.Error, MigrationError) as error:
-            log(f"storage: {request.method} {request.path}: {error}")
-            response = refused(request, storage_fault(error))
+        except StorageFault as fault:
+            log(f"storage: {fault}")
+            response = refused(request, fault.refusal)
+        except UnicodeEncodeError:                   # half a surrogate pair: JSON can write it, but it is no character
+            response = refused(request, Refused(400, "There is a character in this that is none. Type it again."))
         except Exception:
             log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
         self.count(response.status, time.perf_counter() - started)
         return request, response
 
+    def request(self, reading: Reading, peer: str, wait: bool = True) -> Request:
+        """What a sound frame asks for. Refused: its target, method or host means nothing here."""
+        headers, method, scheme = reading.headers, "GET" if reading.method == "HEAD" else reading.method, "http"
+        if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
+            scheme = "https" if headers["x-forwarded-proto"] == "https" else "http"
+            peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
+        if not known_host(headers.get("host", ""), self.hosts):
+            raise Refused(421, "This server does not go by that name; whoever runs it can allow it: --allow-host NAME.")
+        if method not in METHODS:
+            status = 405 if method in ("TRACE", "CONNECT") else 501
+            raise Refused(status, f"The methods here are {', '.join(METHODS)}.", (("allow", ", ".join(METHODS)),))
+        if method == "OPTIONS":
+            return Request(method, "*", "", headers, b"", peer, wait, scheme)
+        path, query = parse_target(reading.target, headers.get("host", ""))
+        return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme)
+
+    def check_stream(self, reading: Reading, response: Response) -> None:
+        if not reading.modern:
+            raise Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy.")
+        most = self.settings.streams or (self.settings.connections if self.settings.demo else 100)
+        if self.broker.accounts[response.which] >= most and reading.method != "HEAD":
+            raise Refused(429, "Too many windows are open for this account. Close some.", (("retry-after", "30"),))
+
     def route(self, request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return Response(204, headers=(("allow", ", ".join(METHODS)),))
+        if request.path in ("/healthz", "/metrics"):
+            only_read(request)
         if request.path == "/healthz":
             return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
         if request.path == "/metrics":
@@ -2686,8 +2942,8 @@ class Edge(ThreadingHTTPServer):
 
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
-        if not is_loopback(request.peer):
-            raise Refused(403, "The figures are for this machine only. Ask from 127.0.0.1.")
+        if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
+            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as one.")
         def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
             return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
         verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
@@ -2704,6 +2960,10 @@ class Edge(ThreadingHTTPServer):
         text = "".join([f"# TYPE orion_{name} {kind}\n" + "".join([f"orion_{name}{end} {n}\n" for end, n in samples.items()])
                         for name, kind, samples in families])
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def by_operator(self, request: Request) -> bool:
+        who = Request("GET", "/_whoami", "", {"cookie": request.headers.get("cookie", "")}, scheme=request.scheme)
+        return json.loads(self.env.directory.fetch(who).body)["operator"]
 
     # -- the end
 
@@ -2852,7 +3112,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
             with locked(settings.data):
                 serve(settings, slices)
         return 0
-    except (Unusable, MigrationError, OSError, sqlite3.Error) as error:
+    except (Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
         print(f"orion: {error}", file=sys.stderr)
         return 2
 
