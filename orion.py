@@ -34,9 +34,10 @@ The words, used in one meaning from here to the last line:
 
 Read it from top to bottom; nothing is used before it is introduced.
 
-     1 Settings       2 Markup         3 Requests       4 Events         5 Trace          6 Store          7 Bus
-     8 Objects        9 Slices        10 Todos         11 Workspace     12 Seals         13 Directory     14 Worker
-    15 Reader        16 Streams       17 Console       18 Edge          19 Composition   20 Command line
+     1 Settings       2 Markup         3 Requests       4 Events         5 Trace          6 Store
+     7 Bus            8 Objects        9 Slices        10 Todos         11 Workspace     12 Seals
+    13 Directory     14 Worker        15 Reader        16 Streams       17 Console       18 Snapshots
+    19 Edge          20 Composition   21 Administration                 22 Command line
 
 What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
 """
@@ -64,6 +65,7 @@ import random
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
@@ -98,6 +100,10 @@ class Settings(NamedTuple):
     threads: int = 16
     connections: int = 10_000
     max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
+    quota: int = 10 * 2 ** 30            # bytes of a workspace's file, as of a Durable Object's
+    backup_every: float = 0.0            # seconds between two snapshots in data/backups; 0: none are made
+    keep: int = 24                       # snapshots
+    log: str = "common"                  # access log on standard output: common, json or off
     streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
     allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
     trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
@@ -145,7 +151,7 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota",
            "x-proved", "x-hashed", "x-counts"}
 
 
@@ -745,7 +751,7 @@ class DurableObject:
 
     def claim(self, store: Store) -> None:
         """A file knows whose it is, so that one put in another's place shows nobody's rows to strangers."""
-        mine, found = zlib.crc32(self.id.encode()) >> 1, store.one("PRAGMA application_id")[0]
+        mine, found = mark_of(self.id), store.one("PRAGMA application_id")[0]
         if found not in (0, mine):
             raise sqlite3.DatabaseError("the file belongs to another object")
         if found == 0:
@@ -756,6 +762,9 @@ class DurableObject:
         of one transaction, and whoever finds nobody behind it in line commits for all."""
         if self.batch is None:
             self.store.begin()
+            if self.torn:                            # taken away before we had its write lock; after, nobody can
+                self.store.exec("ROLLBACK")
+                raise sqlite3.DatabaseError("the file is missing")
             self.batch = Batch()
         batch = self.batch
         try:
@@ -811,6 +820,10 @@ class DurableObject:
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
+
+
+def mark_of(id: str) -> int:
+    return zlib.crc32(id.encode()) >> 1
 
 
 class Stub:
@@ -940,7 +953,7 @@ class Live(NamedTuple):
     topic: str
     title: str
     region: Callable[[Context], Html]
-    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region)
+    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=template("slice.live")())
     variant: Callable[[Dict[str, str]], str] = lambda params: ""
 
 
@@ -986,7 +999,7 @@ NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the fi
 
 
 def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
-    """A whole page. Each answer puts a nonce of its own where the mark is (section 18)."""
+    """A whole page. Each answer puts a nonce of its own where the mark is (section 19)."""
     signed = template("layout.account")(account=viewer.account) if viewer.account else ""
     banner = template("layout.masquerade")(operator=viewer.operator, account=viewer.account,
                                            how="read-only" if viewer.read_only else "writing") if viewer.operator else ""
@@ -1036,9 +1049,10 @@ class SliceHost(DurableObject):
     """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
     FORMS: Dict[str, str] = {}                       # the page that a form is on, where it is not the path it is sent to
 
-    def __init__(self, id: str, namespace: Namespace, router: Router) -> None:
+    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
+        """pages: what the navigation of a workspace leads to."""
         super().__init__(id, namespace)
-        self.router = router
+        self.router, self.pages = router, pages
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
@@ -1137,7 +1151,9 @@ class SliceHost(DurableObject):
                                 since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
                                 how=how, micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
                                 watchers="" if ctx.scope else template("xray.watchers")())
-        nav = template("layout.workspace")(workspace=workspace)
+        links = [template("layout.link")(path=one.path, title=one.title, current=Html('aria-current="page"' if one.path == live.path else ""))
+                 for one in self.pages]
+        nav = template("layout.workspace")(workspace=workspace, links=Html("").join(links), state=template("layout.state")())
         return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
 
 
@@ -1279,10 +1295,23 @@ todos = Slice(
 # button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
+    quota = ""
+
+    def open(self, create: bool = False) -> None:
+        super().open(create)
+        self.quota = ""
+
+    def heed_quota(self, quota: str) -> None:
+        """SQLite itself keeps it (max_page_count), but forgets it when the file is closed."""
+        self.store.exec(f"PRAGMA max_page_count = {max(1, int(quota) // self.store.one('PRAGMA page_size')[0])}")
+        self.quota = quota
+
     def handle(self, request: Request) -> Response:
         if request.path == "/_counts":               # for home page and console; the worker lets no path like it in from outside
             return as_json({"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
                             "schema": self.store.one("SELECT count(*) FROM _migrations")[0]})
+        if request.headers.get("x-quota", self.quota) != self.quota:
+            self.heed_quota(request.headers["x-quota"])
         return super().handle(request)
 
 
@@ -1317,12 +1346,20 @@ def password_matches(password: str, stored: str) -> bool:
     return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
 
 
-def load_keys(path: pathlib.Path, create: bool) -> Tuple[bytes, ...]:
-    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
-    without a word."""
-    if create:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(f"{secrets.token_hex(32)}\n")
+def add_key(path: pathlib.Path, keep: int = 2) -> None:
+    """A new key in front of the others, of which the newest stay: what they sealed holds until the next rotation."""
+    keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
+    part = path.with_name(f"{path.name}.part")
+    with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+        file.write("\n".join(keys[:keep]) + "\n")
+    os.replace(part, path)
+
+
+def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out without a
+    word. PermissionError: others can read it."""
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        raise PermissionError(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
     return tuple([bytes.fromhex(line) for line in path.read_text().split()])
 
 
@@ -1412,21 +1449,24 @@ DIRECTORY_TABLES = (
     "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, account TEXT NOT NULL "
     "REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
     "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",      # bytes; 0: the server's --quota
+    "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
 )
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, m.role
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, w.quota, w.moving, m.role
           FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
           LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account) WHERE s.digest = ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
+MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask its owner to invite you.\n")
 
 
 @functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False) -> Response:
+def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False, quota: int = 0) -> Response:
     """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
     grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
     viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
-              "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
+              "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, "x-quota": str(quota)}
     if operator:
         viewer.update({"x-operator": operator, **({"x-read-only": "true"} if read_only else {})})
     return as_json(viewer)._replace(headers=tuple(viewer.items()))
@@ -1440,7 +1480,8 @@ def masked(row: sqlite3.Row) -> Tuple[str, bool]:
 class Directory(SliceHost):
     FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace):
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace,
+                 pages: Sequence[Live]):
         public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
                   Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
@@ -1449,8 +1490,7 @@ class Directory(SliceHost):
         members = (Route("POST", "/members", "members:manage", invite),
                    Route("PATCH", "/members/<account>", "members:manage", change_role),
                    Route("DELETE", "/members/<account>", MEMBER, expel))
-        live = (Live("/members", MEMBER, "members", "Members", members_region, members_page),)
-        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, live, public + members)]))
+        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), public + members)]), pages)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
@@ -1485,6 +1525,7 @@ class Directory(SliceHost):
             if over:
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
+        self.keys = load_keys(self.settings.data / "secret.key")
         return self.store.one("PRAGMA data_version")[0]
 
     def password_of(self, request: Request) -> str:
@@ -1527,7 +1568,10 @@ class Directory(SliceHost):
         row = self.session(request, workspace)
         if row is None:
             return NO_SESSION
-        return verdict(row["account"], row["role"], workspace, row["id"], *masked(row)) if row["role"] else NO_ENTRY
+        if not row["role"]:
+            return NO_ENTRY
+        quota = row["quota"] or self.settings.quota
+        return MOVING if row["moving"] else verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota)
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
@@ -1688,20 +1732,31 @@ class Directory(SliceHost):
     def found(self, ctx: Context) -> Response:
         """A new workspace, the caller its owner. A name that was used before gets a new id, and none of the old rows."""
         account, name = ctx.viewer.account, str(ctx.request.fields().get("name", "")).strip()
-        if not WORKSPACE_NAME.fullmatch(name):
-            raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
-        if ctx.store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
-            raise Refused(422, f"The name {name} is taken. Choose another.")
         owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
         if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
-        before = ctx.store.one("SELECT count(*) FROM workspaces WHERE born = ?", name)[0]
-        id = self.workspaces.id_from_name(f"{name}#{before}" if before else name)
-        self.workspaces.create(id)                   # the file first: a row without one would mean that it was lost
-        ctx.store.exec("INSERT INTO workspaces VALUES (?, ?, ?)", id, name, name)
-        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, account)
+        add_workspace(ctx.store, self.workspaces, name, account)
         plain = ctx.request.form and not ctx.request.datastar
         return see_other(f"/w/{name}/todos")._replace(which=name) if plain else done(ctx, name, name="", problem="")
+
+
+def free_name(store: Store, name: str) -> str:
+    """name. Refused(422): it is none for a workspace, or taken."""
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
+    if store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
+        raise Refused(422, f"The name {name} is taken. Choose another.")
+    return name
+
+
+def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str, make: Optional[Callable[[str], None]] = None) -> str:
+    """Returns its id. The file comes first (make(id); else an empty one): a row without a file would mean that it was lost."""
+    before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
+    id = workspaces.id_from_name(f"{name}#{before}" if before else name)
+    (make or workspaces.create)(id)
+    store.exec("INSERT INTO workspaces (id, name, born) VALUES (?, ?, ?)", id, name, name)
+    store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, owner)
+    return id
 
 
 def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
@@ -1748,6 +1803,9 @@ def members_page(ctx: Context, region: Html) -> Html:
     form = template("members.form")(choice=role_choice(ctx.viewer, typed.get("role", "member")), problem=typed.get("problem", ""),
                                     account=typed.get("account", "")) if ctx.viewer.can("members:manage") else ""
     return template("members")(region=region, form=form, account=ctx.viewer.account, workspace=ctx.workspace)
+
+
+MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members_page)
 
 
 def invite(ctx: Context) -> Response:
@@ -1848,9 +1906,9 @@ def refuse_foreign(request: Request) -> None:
 
 def refusal(request: Request, verdict: Response) -> Response:
     """The gate's no, as it is. Only a stream that Datastar would ask for again and again gets it as its last frame."""
-    if request.datastar and request.method == "GET" and request.path.endswith("/live"):
+    if verdict.status in (401, 403) and request.datastar and request.method == "GET" and request.path.endswith("/live"):
         return Response(200, goodbye(verdict.status), "text/event-stream")
-    raise Refused(verdict.status, verdict.body.decode().strip())
+    raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
 
 
 def goodbye(status: int) -> bytes:
@@ -2408,7 +2466,7 @@ class Console:
             names=Html("").join([template("console.option")(name=name) for _, name in names]), probed=probed,
             standing=f"{me['account']} is {standing}." if me["account"] else "Nobody is signed in.",
             who=f"You are {me['account']}" if me["account"] else "You are nobody yet", result=result or template("console.idle")())
-        return page("Console", body, Viewer(me["account"], operator=operator, read_only=read_only), template("layout.console")())
+        return page("Console", body, Viewer(me["account"], operator=operator, read_only=read_only), template("layout.console")(state=template("layout.state")()))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
         """Ask for a workspace's page as whoever is signed in, and show how far that came."""
@@ -2536,7 +2594,78 @@ def clock(at: float, digits: int = 0) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.{digits}f}"[1:] if digits else "")
 
 
-# ==== 18. Edge =======================================================================================================
+# ==== 18. Snapshots ==================================================================================================
+# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name when it
+# is whole and checked. A snapshot is a copy of the whole deployment; what did not change since the one before is linked.
+
+def stamp() -> str:
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+
+
+def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
+    """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
+    part = target.with_name(f"{target.name}.part")
+    part.unlink() if part.exists() else None
+    with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
+        original.db.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
+        rows = verified(copy)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    return rows
+
+
+def verified(db: sqlite3.Connection) -> int:
+    """The number of rows. sqlite3.DatabaseError: what SQLite's own check finds."""
+    found = [row[0] for row in db.execute("PRAGMA quick_check")]
+    if found != ["ok"]:
+        raise sqlite3.DatabaseError(f"damaged: {found[0]}")
+    tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
+    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table in tables])
+
+
+def progress(done: int, all: int, what: str) -> None:
+    """For somebody who waits at a terminal; silent in a pipe."""
+    if sys.stderr.isatty():
+        print(f"\r{what} {done} of {all}", end="\n" if done == all else "", file=sys.stderr, flush=True)
+
+
+def snapshot(data: pathlib.Path, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
+    """The Directory is copied first, so that each workspace that it names is there. Returns what the snapshot holds, by id."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "workspaces").mkdir(parents=True)
+    held: Dict[str, Any] = {"directory": {"rows": copy_database(data / "directory.db", part / "directory.db"), "seen": ""}}
+    with contextlib.closing(Store(part / "directory.db")) as store:
+        ids = [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving")]
+    known = json.loads((before / "manifest.json").read_text()) if before else {}
+    for number, id in enumerate(ids, 1):
+        source, copy = data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
+        seen = repr([(file.stat().st_mtime_ns, file.stat().st_size) for file in (source, source.with_name(f"{id}.db-wal")) if file.exists()])
+        if known.get(id, {}).get("seen") == seen:
+            os.link(before / "workspaces" / copy.name, copy)
+            held[id] = known[id]
+        else:
+            held[id] = {"rows": copy_database(source, copy), "seen": seen}
+        progress(number, len(ids), "copied")
+    shutil.copy2(data / "secret.key", part / "secret.key")
+    (part / "manifest.json").write_text(json.dumps(held))
+    part.rename(target)
+    return held
+
+
+def snapshot_again(settings: Settings) -> None:
+    """The next one in data/backups; the oldest go."""
+    folder = settings.data / "backups"
+    folder.mkdir(exist_ok=True)
+    kept = sorted([path for path in folder.iterdir() if (path / "manifest.json").exists()])
+    snapshot(settings.data, folder / stamp(), kept[-1] if kept else None)
+    for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
+        shutil.rmtree(old)
+
+
+# ==== 19. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
 # reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
@@ -2687,8 +2816,10 @@ class Connection(Held):
     def refuse(self, no: Refused) -> None:
         """One answer, and nothing behind it is read."""
         self.busy, self.begun, self.keep = True, False, False
-        self.edge.count(no.status, 0.0)
-        self.write(encode(Request("GET", "/"), refused(Request("GET", "/"), no), False, False, self.edge.date))
+        request = Request("GET", "/", peer=self.peer)
+        response = refused(request, no)
+        self.edge.count("-", request, response, 0.0)
+        self.write(encode(request, response, False, False, self.edge.date))
 
     def tick(self, now: float) -> None:
         if now < self.deadline or (self.busy and not self.rest and not self.spare):
@@ -2797,7 +2928,11 @@ class Edge(ThreadingHTTPServer):
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
         self.hosts = frozenset({"", "localhost", socket.gethostname().lower(), env.settings.host, *env.settings.allow_host})
-        self.counting, self.date = threading.Lock(), formatdate(usegmt=True)
+        self.next_backup = time.monotonic() + env.settings.backup_every
+        self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
+        self.scribe = threading.Thread(target=self.write_log, daemon=True)
+        self.counting = threading.Lock()
+        self.tell_time()
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
         self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
@@ -2818,6 +2953,7 @@ class Edge(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
+        self.scribe.start()
         next_tick = 0.0
         while not (self.stopping and self.drained()):
             for key, events in self.selector.select(poll_interval):
@@ -2861,15 +2997,22 @@ class Edge(ThreadingHTTPServer):
 
     def tick(self, now: float) -> None:
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
-        self.date = formatdate(usegmt=True)
+        self.tell_time()
+        self.flush_log()
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
         self.pool.put(self.env.workspaces.rest)
         self.pool.put(self.broker.look_elsewhere)
         self.broker.published(Console.id, Console.id)
+        if self.settings.backup_every and now >= self.next_backup:
+            self.next_backup = now + self.settings.backup_every
+            self.pool.put(snapshot_again, self.settings)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
+
+    def tell_time(self) -> None:
+        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
 
     # -- answering, in the loop (wait=False) and in the pool
 
@@ -2895,7 +3038,7 @@ class Edge(ThreadingHTTPServer):
         except Exception:
             log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
-        self.count(response.status, time.perf_counter() - started)
+        self.count(reading.method, request, response, time.perf_counter() - started)
         return request, response
 
     def request(self, reading: Reading, peer: str, wait: bool = True) -> Request:
@@ -2934,11 +3077,33 @@ class Edge(ThreadingHTTPServer):
 
     # -- figures
 
-    def count(self, status: int, seconds: float) -> None:
+    def count(self, method: str, request: Request, response: Response, seconds: float) -> None:
         with self.counting:
-            self.statuses[status] += 1
+            self.statuses[response.status] += 1
             self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             self.seconds += seconds
+        if self.settings.log != "off":
+            size = len(response.rendering.frame if response.rendering else response.body)
+            self.accesses.append(self.line(method, request, response.status, size, seconds))
+
+    def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
+        """One access: the common log format and the seconds it took, or JSON. Without the query: it is what users typed."""
+        path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
+        if self.settings.log == "json":
+            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path, "status": status,
+                               "bytes": size, "seconds": round(seconds, 6)})
+        return f'{request.peer or "-"} - - [{self.log_date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
+
+    def write_log(self) -> None:
+        """In a thread of its own, so that a reader of the log who is slow, or gone, keeps nobody waiting."""
+        while (lines := self.batches.get()):
+            with contextlib.suppress(OSError, ValueError):
+                print("\n".join(lines), flush=True)
+
+    def flush_log(self) -> None:
+        lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
+        if lines and self.batches.qsize() < 10:
+            self.batches.put(lines)
 
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
@@ -2989,13 +3154,17 @@ class Edge(ThreadingHTTPServer):
     def server_close(self) -> None:
         """After serve_forever: end the threads, move every WAL into its file."""
         self.pool.close()
+        self.flush_log()
+        self.batches.put(None)
+        if self.scribe.is_alive():                   # not if the port was taken, and nothing began
+            self.scribe.join(0.5)
         self.env.workspaces.rest(idle=-1)
         self.env.directory.namespace.rest(idle=-1)
         for held in (*self.held, self.socket, self.selector, self.waker, self.woken):
             held.close()
 
 
-# ==== 19. Composition ================================================================================================
+# ==== 20. Composition ================================================================================================
 # Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
 
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
@@ -3004,11 +3173,13 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     fresh = not (settings.data / "directory.db").exists()
     settings = settings._replace(demo=settings.demo and (fresh or has_personas(settings.data / "directory.db")))
     key_file = settings.data / "secret.key"
-    keys = load_keys(key_file, create=fresh and not key_file.exists())
-    trace = Trace(with_args=settings.demo)
-    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices)),
+    if fresh and not key_file.exists():
+        add_key(key_file)
+    keys = load_keys(key_file)
+    trace, pages = Trace(with_args=settings.demo), [live for slice in slices for live in slice.live] + [MEMBERS]
+    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices), pages=pages),
                            settings.awake or awake_by_default(), settings.idle, trace)
-    build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces)
+    build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
     directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
         directories.create("directory")
@@ -3066,70 +3237,422 @@ def seed(env: Env) -> None:
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
-# ==== 20. Command line ===============================================================================================
-# Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents the start.
+# ==== 21. Administration =============================================================================================
+# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the server
+# looks each second whether another one wrote to the Directory.
 
 class Unusable(Exception):
-    """The server can't start; the text is one line that says why and what to do."""
+    """It can't be done; the text is one line that says why and what to do."""
 
 
-def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, List[str], bool]:
-    """Settings, and the words of a command: [] to serve, or ["account", "add", NAME]."""
-    parser = argparse.ArgumentParser(prog="orion.py", description="A live, multi-tenant web server in one file.")
-    parser.error = lambda why: parser.exit(2, f"orion: {why}; --help tells what there is\n")
-    parser.add_argument("command", nargs="*", help="nothing: serve; account add NAME: somebody may sign in, with the password "
-                        "that is asked for or comes on standard input")
-
-    def option(name: str, help: str, **kind: Any) -> None:
-        key = name.replace("-", "_")
-        default = os.environ.get(f"ORION_{key.upper()}", getattr(Settings(), key))
-        parser.add_argument(f"--{name}", help=f"{help} (default: %(default)s)", default=default, **kind)
-    option("host", "address to listen on")
-    option("port", "port to listen on; 0: any free one", type=int)
-    option("data", "folder with all state", type=pathlib.Path)
-    option("idle", "seconds until an unused workspace goes to sleep", type=float)
-    option("awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", type=int)
-    option("max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", type=int)
-    parser.add_argument("--operator", action="store_true", help="with account add: may open the console, and look on as others")
-    parser.add_argument("--demo", action="store_true", default=bool(os.environ.get("ORION_DEMO")),
-                        help="personas and workspaces to click through; on a loopback address a new data folder has them anyway")
-    given = vars(parser.parse_args(argv))
-    command, operator = given.pop("command"), given.pop("operator")
-    settings = Settings(**given)
-    if command and (command[:2] != ["account", "add"] or len(command) != 3):
-        parser.error(f"unknown command {' '.join(command)!r}; there is: account add NAME")
-    loopback = settings.host == "localhost" or is_loopback(settings.host)
-    return settings._replace(demo=settings.demo or loopback), command, operator
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Tuple[Store, Env]]:
+    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction."""
+    env = two_planes(settings._replace(demo=False))
+    env.directory.fetch(Request("GET", "/_version"))               # migrated from here on
+    with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
+        yield store, env
 
 
-def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
-    """The exit status: 0, or 2 with one line on standard error."""
-    settings, command, operator = read_command_line(argv)
-    try:
-        if command:
-            add_account(settings, command[2], operator)
-        else:
-            with locked(settings.data):
-                serve(settings, slices)
-        return 0
-    except (Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
-        print(f"orion: {error}", file=sys.stderr)
-        return 2
+def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
+    row = store.one(f"SELECT * FROM {table} WHERE name = ?", name)
+    if row is None:
+        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what there is")
+    return row
 
 
-def add_account(settings: Settings, name: str, operator: bool) -> None:
-    """Whether the server runs or not: it looks every second if another process has written to the Directory."""
-    if not ACCOUNT_NAME.fullmatch(name):
-        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
+def journalled(store: Store, what: str, which: str) -> None:
+    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, '(command line)', ?, ?)", time.time(), what, which)
+
+
+def new_password(name: str) -> str:
+    """Asked for, or read from standard input; hashed."""
     password = getpass.getpass(f"Password of {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     if not 8 <= len(password) <= 256:
         raise Unusable("a password has 8 to 256 characters")
-    env = two_planes(settings._replace(demo=False))
-    with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
-        if store.one("SELECT 1 FROM accounts WHERE name = ?", name):
-            raise Unusable(f"there is an account {name} already")
-        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", name, name, hash_password(password), operator)
-    print(f"{name} may sign in now")
+    return hash_password(password)
+
+
+def table(rows: Iterable[Sequence[Any]]) -> None:
+    for row in rows:
+        print("\t".join([str(cell) for cell in row]))
+
+
+def account_add(settings: Settings, given: argparse.Namespace) -> None:
+    if not ACCOUNT_NAME.fullmatch(given.name):
+        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
+    hashed = new_password(given.name)
+    with opened(settings) as (store, _):
+        if store.one("SELECT 1 FROM accounts WHERE name = ?", given.name):
+            raise Unusable(f"there is an account {given.name} already")
+        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", given.name, given.name, hashed, given.operator)
+        journalled(store, "account add", given.name)
+    print(f"{given.name} may sign in now")
+
+
+def account_passwd(settings: Settings, given: argparse.Namespace) -> None:
+    hashed = new_password(given.name)
+    with opened(settings) as (store, _):
+        row_of(store, "accounts", given.name)
+        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
+        store.exec("DELETE FROM sessions WHERE account = ?", given.name)
+        journalled(store, "account passwd", given.name)
+    print(f"{given.name} has a new password, and is signed out everywhere")
+
+
+def account_list(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        table((row["name"], "operator" if row["operator"] else "", f"{row['workspaces']} workspaces") for row in store.query(
+            "SELECT name, operator, (SELECT count(*) FROM memberships WHERE account = name) AS workspaces FROM accounts ORDER BY name"))
+
+
+def account_remove(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        row_of(store, "accounts", given.name)
+        alone = store.one("SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ? AND m.role = 'owner' AND "
+                          "NOT EXISTS (SELECT 1 FROM memberships o WHERE o.workspace = w.id AND o.role = 'owner' AND o.account <> m.account)", given.name)
+        if alone:
+            raise Unusable(f"{given.name} is the last owner of {alone[0]}; make somebody else an owner first, or remove the workspace")
+        store.exec("DELETE FROM accounts WHERE name = ?", given.name)
+        journalled(store, "account remove", given.name)
+
+
+def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, env):
+        row_of(store, "accounts", given.owner)
+        add_workspace(store, env.workspaces, given.name, given.owner)
+        journalled(store, "workspace add", given.name)
+
+
+def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, env):
+        for row in store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"):
+            path = env.workspaces.path(row["id"])
+            size = path.stat().st_size if path.exists() else "missing"
+            table([(row["name"], row["id"], size, f"of {row['quota'] or settings.quota}", "moving" if row["moving"] else "")])
+
+
+def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        row = row_of(store, "workspaces", given.name)
+        store.exec("UPDATE workspaces SET name = ? WHERE id = ?", free_name(store, given.new), row["id"])
+        journalled(store, "workspace rename", f"{given.name} {given.new}")
+
+
+def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        row = row_of(store, "workspaces", given.name)
+        store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, row["id"])
+        journalled(store, "workspace quota", f"{given.name} {given.size}")
+
+
+REMOVED_SECONDS = 30 * 86400                         # for which a copy of a removed workspace is kept
+
+
+def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
+    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the id
+    is not given again."""
+    with opened(settings) as (store, env):
+        row = row_of(store, "workspaces", given.name)
+        store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+        store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+        journalled(store, "workspace remove", given.name)
+    path, removed = env.workspaces.path(row["id"]), settings.data / "removed"
+    path = path if path.exists() else path.with_name(f"{path.name}.moved")
+    if not given.now:
+        removed.mkdir(exist_ok=True)
+        copy_database(path, removed / f"{given.name}-{stamp()}.db")
+        print(f"a copy stays in {removed} for 30 days")
+    for old in removed.glob("*.db"):
+        if old.stat().st_mtime < time.time() - REMOVED_SECONDS:
+            old.unlink()
+    take_away(path)
+
+
+def take_away(path: pathlib.Path) -> None:
+    """Remove a database that others may have open: they see that it is gone before their next command."""
+    with contextlib.closing(Store(path)) as store:
+        store.begin()                                # commands that are on their way finish first
+        path.unlink()
+    for tail in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + tail).unlink()
+
+
+def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
+    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the last
+    word; the gate says 503 until the name is removed here."""
+    with opened(settings) as (store, env):
+        row = row_of(store, "workspaces", given.name)
+        store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
+        journalled(store, "workspace export", given.name)
+        members = [tuple(member) for member in store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])]
+    path = env.workspaces.path(row["id"])
+    with contextlib.closing(Store(path)) as source:
+        source.begin() if given.move else None       # those who passed the gate before finish first; the next find no file
+        rows = copy_database(path, given.file)
+        path.rename(path.with_name(f"{path.name}.moved")) if given.move else None
+    with contextlib.closing(sqlite3.connect(given.file)) as db, db:
+        db.execute("CREATE TABLE _export (about TEXT)")
+        db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": given.name, "members": members}),))
+    print(f"{given.file}: {rows} rows, {len(members)} members")
+
+
+def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
+    """Under its name, or another, with its members. Who has no account here gets one, without a password yet."""
+    with contextlib.closing(Store(given.file)) as source:
+        about = json.loads(source.one("SELECT about FROM _export")[0])
+    with opened(settings) as (store, env):
+        for account, _ in about["members"]:
+            if store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account, account):
+                print(f"{account} is new here; account passwd {account} lets them in")
+        name, owners = given.name or about["name"], [account for account, role in about["members"] if role == "owner"]
+        id = add_workspace(store, env.workspaces, name, owners[0], lambda id: adopt(given.file, env.workspaces.path(id)))
+        for account, role in about["members"]:
+            store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
+        journalled(store, "workspace import", name)
+    print(f"{name}: {len(about['members'])} members")
+
+
+def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
+    """A copy of another deployment's file, which will be claimed by the object of this one."""
+    copy_database(source, path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE IF EXISTS _export")
+        db.execute("PRAGMA application_id = 0")
+
+
+def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
+    """As it was in a snapshot, beside the present one and with its members; never over it."""
+    name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
+    with opened(settings) as (store, env):
+        row = row_of(store, "workspaces", given.name)
+        owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
+        source = given.at / "workspaces" / f"{row['id']}.db"
+        id = add_workspace(store, env.workspaces, name, owner, lambda id: adopt(source, env.workspaces.path(id)))
+        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?", id, row["id"])
+        journalled(store, "workspace restore", name)
+    print(f"{name}: as {given.name} was in {given.at}")
+
+
+def member_set(settings: Settings, given: argparse.Namespace) -> None:
+    """add, role and remove, by the rules that the members page has too."""
+    with opened(settings) as (store, _):
+        workspace = row_of(store, "workspaces", given.workspace)
+        row_of(store, "accounts", given.account)
+        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, workspace["id"])
+        before = role_of(ctx, given.account)
+        if bool(before) == (given.verb == "member add"):
+            raise Unusable(f"{given.account} is {'a member already; member role changes the role' if before else 'no member; member add makes one'}")
+        set_role(ctx, given.account, before, getattr(given, "role", None))
+        journalled(store, given.verb, f"{given.workspace} {given.account} {getattr(given, 'role', '')}".strip())
+
+
+def member_list(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        id = row_of(store, "workspaces", given.workspace)["id"]
+        table(store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY account", id))
+
+
+def backup(settings: Settings, given: argparse.Namespace) -> None:
+    if given.folder.exists():
+        raise Unusable(f"{given.folder} exists; name a new folder")
+    if not (settings.data / "directory.db").exists():
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
+    held = snapshot(settings.data, given.folder)
+    print(f"{given.folder}: {len(held) - 1} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked")
+
+
+def restore(settings: Settings, given: argparse.Namespace) -> None:
+    """Into a data folder that has no deployment yet."""
+    if (settings.data / "directory.db").exists():
+        raise Unusable(f"{settings.data} has a deployment already; name an empty folder with --data")
+    if not (given.folder / "manifest.json").exists():
+        raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
+    held = json.loads((given.folder / "manifest.json").read_text())
+    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    shutil.copy2(given.folder / "secret.key", settings.data / "secret.key")
+    for number, (id, about) in enumerate([*held.items()][::-1], 1):              # the Directory last: it says that all is there
+        path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
+        rows = copy_database(given.folder / path, settings.data / path)
+        if rows != about["rows"]:
+            raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
+        progress(number, len(held), "restored")
+    print(f"{settings.data}: {len(held) - 1} workspaces, {sum([about['rows'] for about in held.values()])} rows, checked")
+
+
+def check(settings: Settings, given: argparse.Namespace) -> int:
+    """Looks at every file, changes none. 1: something is wrong, and each line says what and where."""
+    faults, directory, folder = [], settings.data / "directory.db", settings.data / "workspaces"
+
+    def look(path: pathlib.Path, id: str) -> Optional[List[Tuple[str, str]]]:
+        try:
+            identity(path)
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+                verified(db)
+                if db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
+                    raise sqlite3.DatabaseError("the file belongs to another object")
+                return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL").fetchall() if path == directory else None
+        except sqlite3.Error as error:
+            faults.append(f"{StorageFault(path, error)}")
+    named = look(directory, "directory") or []
+    for number, (id, name) in enumerate(named, 1):
+        look(folder / f"{id}.db", id)
+        progress(number, len(named), "checked")
+    faults += [f"{path}: no workspace of the Directory has this file; import it, or move it away"
+               for path in folder.glob("*.db") if path.stem not in dict(named)]
+    try:
+        load_keys(settings.data / "secret.key")
+    except (OSError, ValueError) as error:
+        faults.append(f"{settings.data / 'secret.key'}: {error}; restore it from a backup, or everybody is signed out")
+    table([(fault,) for fault in faults] or [(f"{len(named)} workspaces, all is well",)])
+    return 1 if faults else 0
+
+
+def new(settings: Settings, given: argparse.Namespace) -> None:
+    """A file to begin with: a slice of one's own, that runs."""
+    if given.file.exists():
+        raise Unusable(f"{given.file} exists; name a new file")
+    given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
+    print(f"{given.file}: a guestbook; python3 {given.file} serves it")
+
+
+def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
+    add_key(settings.data / "secret.key")
+    print("there is a new key; the one before holds for those who are signed in, until the next rotation")
+
+
+# ==== 22. Command line ===============================================================================================
+# Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
+
+class Verb(NamedTuple):
+    """A command of the command line: run(settings, given) returns the exit status, None for 0. An argument is a name, a
+    name with the type that reads it, or a flag."""
+    words: str
+    help: str
+    run: Callable[[Settings, argparse.Namespace], Optional[int]]
+    arguments: Sequence[Any] = ()
+
+
+def size(text: str) -> int:
+    """Bytes: "500M" is 524,288,000."""
+    found = re.fullmatch(r"([0-9]+)([KMGT]?)", text.upper())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: say 500M or 10G")
+    return int(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+
+
+def seconds(text: str) -> float:
+    """"1h" is 3600."""
+    found = re.fullmatch(r"([0-9.]+)([smhd]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: say 90, 15m or 1h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+FILE = ("file", pathlib.Path)
+VERBS = (
+    Verb("account add", "somebody may sign in", account_add, ("name", "--operator")),
+    Verb("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
+    Verb("account list", "who may sign in", account_list),
+    Verb("account remove", "take an account away, with its sessions and memberships", account_remove, ("name",)),
+    Verb("workspace add", "a new workspace", workspace_add, ("name", "--owner=")),
+    Verb("workspace list", "name, id, bytes and quota of each", workspace_list),
+    Verb("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
+    Verb("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
+    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota, ("name", ("size", size))),
+    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after", workspace_export, ("name", FILE, "--move")),
+    Verb("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
+    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore, ("name", ("--at=", pathlib.Path), "--new=?")),
+    Verb("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
+    Verb("member role", "change a member's role", member_set, ("workspace", "account", "role")),
+    Verb("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
+    Verb("member list", "who is in a workspace", member_list, ("workspace",)),
+    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (("folder", pathlib.Path),)),
+    Verb("restore", "bring such a copy into an empty data folder", restore, (("folder", pathlib.Path),)),
+    Verb("check", "look at every file, and say what is wrong", check),
+    Verb("new", "write a file with a slice of your own to begin with", new, (FILE,)),
+    Verb("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate),
+)
+
+
+def add_verb(groups: Dict[str, Any], verb: Verb, parent: argparse.ArgumentParser) -> None:
+    *group, word = verb.words.split()
+    parser = groups[" ".join(group)].add_parser(word, help=verb.help, description=verb.help, parents=[parent])
+    parser.set_defaults(run=verb.run, verb=verb.words)
+    for argument in verb.arguments:
+        name, kind = argument if isinstance(argument, tuple) else (argument, str)
+        if name.startswith("--") and "=" not in name:
+            parser.add_argument(name, action="store_true")
+        elif name.startswith("--"):
+            parser.add_argument(name.partition("=")[0], type=kind, required=name.endswith("="))
+        else:
+            parser.add_argument(name, type=kind)
+
+
+def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse.Namespace]:
+    """Settings, and what a command was given; its run is None to serve."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, why: str) -> None:
+            self.exit(2, f"orion: {why}; --help tells what there is\n")
+    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one file. Without a command it serves.",
+                    epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.")
+    parser.set_defaults(run=None)
+    for flag, help, kind in OPTIONS:
+        key = flag[2:].replace("-", "_")
+        default = os.environ.get(f"ORION_{key.upper()}", getattr(Settings(), key))
+        shape = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
+    groups = {"": parser.add_subparsers(title="commands", metavar="command")}
+    for name in ("account", "workspace", "member", "keys"):
+        groups[name] = groups[""].add_parser(name, help=f"see {name} --help").add_subparsers(required=True, metavar="command")
+    for verb in VERBS:
+        add_verb(groups, verb, parent)
+    given = parser.parse_args(argv)
+    settings = Settings(**{key: value for key, value in vars(given).items() if key in Settings._fields})
+    loopback = settings.host == "localhost" or is_loopback(settings.host)
+    return settings._replace(demo=bool(settings.demo or loopback)), given
+
+
+def several(text: str) -> Tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+OPTIONS = (
+    ("--host", "address to listen on", str),
+    ("--port", "port to listen on; 0: any free one", int),
+    ("--data", "folder with all state", pathlib.Path),
+    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway", bool),
+    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", int),
+    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
+    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
+    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
+    ("--connections", "connections at most; more get a 503", int),
+    ("--allow-host", "names that this server goes by, with commas between", several),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas between", several),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never", seconds),
+    ("--keep", "backups to keep", int),
+    ("--log", "access log on standard output: common, json or off", str),
+)
+
+
+def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
+    """The exit status: 0; 1 when a check found something; 2 with one line on standard error."""
+    settings, given = read_command_line(argv)
+    try:
+        if given.run:
+            return given.run(settings, given) or 0
+        with locked(settings.data):
+            serve(settings, slices)
+        return 0
+    except Refused as no:
+        print(f"orion: {no.message}", file=sys.stderr)
+    except (Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
+        print(f"orion: {error}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
@@ -3167,8 +3690,18 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     print(f"orion: http://{settings.host}:{server.server_port}", flush=True)
     if server.settings.demo:
         print("orion: demo: open the address and choose a persona; bob and carol share the workspace acme", flush=True)
+    notify("READY=1")
     server.serve_forever()
+    notify("STOPPING=1")
     server.server_close()
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), if it asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, contextlib.suppress(OSError):
+            link.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Server:
     """A real server with a demo, in this process: two of them can live side by side."""
 
     def __init__(self, folder, slices=(orion.todos,), **settings):
-        settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), **settings}
+        settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), "log": "off", **settings}
         self.env = orion.two_planes(orion.Settings(**settings), slices)
         self.edge = orion.Edge(self.env)
         self.port = self.edge.server_port
@@ -253,8 +253,8 @@ def outside(start):
 class Command:
     """`python orion.py ...` as a newcomer starts it."""
 
-    def __init__(self, *words, python=sys.executable, ready=True, **options):
-        self.process = subprocess.Popen([python, str(HERE / "orion.py"), *map(str, words)], text=True, stdin=options.pop("stdin", subprocess.DEVNULL),
+    def __init__(self, *words, python=sys.executable, program=HERE / "orion.py", ready=True, **options):
+        self.process = subprocess.Popen([python, str(program), *map(str, words)], text=True, stdin=options.pop("stdin", subprocess.DEVNULL),
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         self.port = int(re.search(r":(\d+)\s*$", self.process.stdout.readline())[1]) if ready else None
         self.origin = f"http://127.0.0.1:{self.port}"
@@ -1058,7 +1058,7 @@ def test_the_gate_says_who_one_is(server):
     answer = Person(server, "carol").get("/_gate/acme")
     assert answer.status == 200 and "set-cookie" not in answer.headers
     wanted = {"x-account": "carol", "x-role": "member", "x-can-delete": "false", "x-grants": "todos:read,todos:write",
-              "x-workspace": "acme", "x-id": server.env.workspaces.id_from_name("acme")}
+              "x-workspace": "acme", "x-quota": str(10 * 2 ** 30), "x-id": server.env.workspaces.id_from_name("acme")}
     assert json.loads(answer.body) == wanted == {name: answer.headers[name] for name in wanted}
 
 
@@ -2187,7 +2187,57 @@ def test_the_footer_counts_those_who_watch(server):
         pass
 
 
-# ==== 18. Edge =======================================================================================================
+# ==== 18. Snapshots ==================================================================================================
+
+def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
+    bob, going = Person(server, "bob", datastar=True), threading.Event()
+    acknowledged, source = [], server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+
+    def write():
+        while not going.is_set():
+            bob.post("/w/acme/todos", title=f"n{len(acknowledged)}")
+            acknowledged.append(f"n{len(acknowledged)}")
+    writer = threading.Thread(target=write)
+    writer.start()
+    for n in range(5):
+        eventually(lambda: len(acknowledged) > 10 * n)
+        known = len(acknowledged)
+        orion.copy_database(source, tmp_path / f"copy{n}.db")
+        with contextlib.closing(sqlite3.connect(tmp_path / f"copy{n}.db")) as db:
+            stored = [title for title, in db.execute("SELECT title FROM todos WHERE title LIKE 'n%'")]
+            assert set(acknowledged[:known]) <= {*stored}
+            assert db.execute("SELECT count(*) FROM journal").fetchone()[0] == len(stored) + 3, "a command without its journal row"
+    going.set()
+    writer.join()
+
+
+def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
+    source = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+    server.env.workspaces.rest(idle=-1)
+    with open(source, "r+b") as file:
+        file.seek(1024)
+        file.write(os.urandom(2048))
+    with pytest.raises(sqlite3.DatabaseError):
+        orion.copy_database(source, tmp_path / "copy.db")
+    with pytest.raises(sqlite3.DatabaseError):
+        orion.snapshot(server.env.settings.data, tmp_path / "snapshot")
+    assert not (tmp_path / "copy.db").exists() and not (tmp_path / "snapshot").exists()
+
+
+def test_snapshots_are_made_while_it_runs_share_what_did_not_change_and_the_oldest_go(start):
+    server = start(backup_every=0.1, keep=2)
+    folder = server.env.settings.data / "backups"
+    kept = lambda: sorted(folder.glob("*/manifest.json")) if folder.exists() else []
+    first = eventually(lambda: kept())[0]
+    Person(server, "bob").post("/w/acme/todos", title="x")
+    eventually(lambda: first not in kept() and len(kept()) == 2)
+    acme, globex = [kept()[-1].parent / "workspaces" / f"{server.env.workspaces.id_from_name(name)}.db" for name in ("acme", "globex")]
+    assert globex.stat().st_nlink > 1
+    with contextlib.closing(sqlite3.connect(acme)) as db:
+        assert db.execute("SELECT count(*) FROM todos").fetchone() == (4,)
+
+
+# ==== 19. Edge =======================================================================================================
 
 def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
     before, server = threading.active_count(), start(threads=2)
@@ -2198,7 +2248,7 @@ def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
             link.sendall(head(f"Cookie: {cookie}", line="GET /w/acme/members HTTP/1.1"))
         for link in links:
             assert statuses(link.recv(65536)) == [200]
-    assert threading.active_count() <= before + 3
+    assert threading.active_count() <= before + 4
     for link in links:
         link.close()
 
@@ -2405,7 +2455,7 @@ def test_twenty_thousand_mutated_requests_harm_nothing(start):
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
 
 
-# ==== 19. Composition ================================================================================================
+# ==== 20. Composition ================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -2424,7 +2474,220 @@ def test_a_restart_keeps_sessions_and_todos(start):
     assert titles(bob)[0] == "Kept"
 
 
-# ==== 20. Command line ===============================================================================================
+# ==== 21. Administration =============================================================================================
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run("account", "list", data=folder): (exit status, standard output, standard error) of the command line."""
+    def run(*words, data, stdin=""):
+        file = tempfile.TemporaryFile("w+")
+        file.write(stdin)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", file)
+        capsys.readouterr()
+        status = orion.main(argv=[*map(str, words), "--data", str(data)])
+        return (status, *capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def served(server, run):
+    """The same on the folder of a server that runs."""
+    server.run = lambda *words, stdin="": run(*words, data=server.env.settings.data, stdin=stdin)
+    return server
+
+
+def test_accounts_are_added_listed_and_removed(run, tmp_path):
+    assert run("account", "add", "ann", data=tmp_path, stdin="long enough\n")[0] == 0
+    assert run("account", "add", "ops", "--operator", data=tmp_path, stdin="long enough\n")[0] == 0
+    assert run("account", "list", data=tmp_path)[1] == "ann\t\t0 workspaces\nops\toperator\t0 workspaces\n"
+    assert run("account", "remove", "ann", data=tmp_path)[0] == 0 and "ann" not in run("account", "list", data=tmp_path)[1]
+
+
+@cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
+                             ("account passwd bea", "long enough\n", "no account bea"), ("account remove bea", "", "no account bea"), ("account remove ann", "", "last owner of acme"),
+                             ("workspace add acme --owner ann", "", "taken"), ("workspace add A --owner ann", "", "a to z"), ("workspace add b --owner bea", "", "no account bea"),
+                             ("workspace rename b c", "", "no workspace b"), ("workspace rename acme acme", "", "taken"), ("workspace remove b", "", "no workspace b"),
+                             ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
+                             ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
+def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, tmp_path, words, stdin, why):
+    for name in ("ann", "ops"):
+        run("account", "add", name, data=tmp_path, stdin="long enough\n")
+    run("workspace", "add", "acme", "--owner", "ann", data=tmp_path)
+    before = run("member", "list", "acme", data=tmp_path), run("account", "list", data=tmp_path), run("workspace", "list", data=tmp_path)
+    status, out, err = run(*words.split(), data=tmp_path, stdin=stdin)
+    assert (status, out) == (2, "") and why in err and err.count("\n") == 1 and err.startswith("orion: ")
+    assert before == (run("member", "list", "acme", data=tmp_path), run("account", "list", data=tmp_path), run("workspace", "list", data=tmp_path))
+
+
+def test_a_new_password_by_the_command_line_signs_out_everywhere(outside, run):
+    ann = outside.sign_in("ann")
+    ear = Ear(ann, "/w/acme/todos/live")
+    ear.event()
+    assert run("account", "passwd", "ann", data=outside.env.settings.data, stdin="quite another\n")[0] == 0
+    assert "You are signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401
+
+
+def test_members_changed_by_the_command_line_are_changed_in_open_pages(served):
+    ear = Ear(Person(served, "carol"), "/w/acme/todos/live")
+    assert "Delete Order" not in ear.event()
+    assert served.run("member", "role", "acme", "carol", "admin")[0] == 0
+    ear.until_it_says("Delete Order")
+    assert served.run("member", "remove", "acme", "carol")[0] == 0
+    assert "no longer have access" in ear.until_it_says("ended")
+    assert served.run("member", "list", "acme")[1] == "bob\towner\nerin\tviewer\n"
+
+
+def test_a_renamed_workspace_keeps_its_rows_members_and_file(served):
+    bob, id = Person(served, "bob"), served.env.workspaces.id_from_name("acme")
+    assert served.run("workspace", "rename", "acme", "apex")[0] == 0
+    assert bob.get("/w/acme/todos").status == 403 and len(titles(bob, "apex")) == 3
+    assert f"apex\t{id}" in served.run("workspace", "list")[1]
+
+
+def test_a_removed_workspace_is_gone_at_once_and_its_name_brings_none_of_it_back(served):
+    bob, carol = Person(served, "bob", datastar=True), Person(served, "carol")
+    ear, id = Ear(bob, "/w/acme/todos/live"), served.env.workspaces.id_from_name("acme")
+    ear.event()
+    status, out, _ = served.run("workspace", "remove", "acme")
+    assert status == 0 and "30 days" in out and bob.get("/w/acme/todos").status == 403
+    assert "no longer have access" in ear.until_it_says("ended")
+    assert not served.env.workspaces.path(id).exists() and len([*(served.env.settings.data / "removed").glob("acme-*.db")]) == 1
+    bob.post("/workspaces", name="acme")
+    assert titles(bob) == [] and carol.get("/w/acme/todos").status == 403
+    assert id not in served.run("workspace", "list")[1]
+
+
+def test_a_quota_is_kept_and_can_be_raised(served):
+    bob = Person(served, "bob", datastar=True)
+    assert served.run("workspace", "quota", "acme", "24K")[0] == 0
+    while bob.post("/w/acme/todos", title="x" * 500).status == 200:
+        pass
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 507
+    assert bob.delete("/w/acme/todos/1").status == 204, "deleting helps"
+    served.run("workspace", "quota", "acme", "1M")
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 200
+    served.env.workspaces.rest(idle=-1)
+    served.run("workspace", "quota", "acme", "24K")
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 507, "also after it slept"
+
+
+def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, run, tmp_path):
+    Person(served, "bob").post("/w/acme/todos", title="Moved")
+    assert "3 members" in served.run("workspace", "export", "acme", tmp_path / "acme.db")[1]
+    there = tmp_path / "there"
+    status, out, _ = run("workspace", "import", tmp_path / "acme.db", data=there)
+    assert status == 0 and "carol is new here" in out
+    assert run("member", "list", "acme", data=there)[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
+    path = there / "workspaces" / f"{served.env.workspaces.id_from_name('acme')}.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert ("Moved",) in db.execute("SELECT title FROM todos").fetchall()
+    assert "taken" in run("workspace", "import", tmp_path / "acme.db", data=there)[2]
+    assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
+
+
+def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_doubled(start, run, tmp_path):
+    here, there = start(folder="here"), start(folder="there")
+    for words in (("workspace", "remove", "acme", "--now"),):
+        assert run(*words, data=there.env.settings.data)[0] == 0
+    bobs, acknowledged, lock = {server: Person(server, "bob", datastar=True) for server in (here, there)}, [], threading.Lock()
+    waited = threading.Event()
+
+    def write(writer):
+        server = here
+        for n in range(60):
+            while bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}").status != 200:
+                waited.set()
+                server = there if there.moved else here
+            with lock:
+                acknowledged.append(f"w{writer} n{n}")
+    there.moved = False
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, writer) for writer in range(4)]
+        eventually(lambda: len(acknowledged) > 40)
+        assert run("workspace", "export", "acme", tmp_path / "acme.db", "--move", data=here.env.settings.data)[0] == 0
+        answer = bobs[here].get("/w/acme/todos")
+        assert answer.status == 503 and answer.headers["retry-after"] == "30" and bobs[here].get("/w/globex/todos").status == 200
+        assert run("workspace", "import", tmp_path / "acme.db", data=there.env.settings.data)[0] == 0
+        there.moved = True
+        for writer in writers:
+            writer.result(30)
+    assert waited.is_set()
+    with contextlib.closing(sqlite3.connect(next((tmp_path / "there" / "workspaces").glob(f"{there.env.workspaces.id_from_name('acme#1')}.db")))) as db:
+        stored = sorted(title for title, in db.execute("SELECT title FROM todos WHERE title LIKE 'w%'"))
+    assert stored == sorted(acknowledged) and len(stored) == 240
+
+
+def test_a_backup_is_restored_elsewhere_with_everything(served, run, tmp_path):
+    bob = Person(served, "bob")
+    bob.post("/w/acme/todos", title="Kept")
+    status, out, _ = served.run("backup", tmp_path / "copy")
+    assert status == 0 and "3 workspaces" in out and "checked" in out
+    status, out, _ = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
+    assert status == 0 and "3 workspaces" in out
+    again = Server(tmp_path / "elsewhere")
+    try:
+        bob.server = again
+        bob.headers["Origin"] = again.origin
+        assert titles(bob)[0] == "Kept", "and bob is still signed in: the key came along"
+    finally:
+        again.close()
+    assert run("check", data=tmp_path / "elsewhere")[:2] == (0, "3 workspaces, all is well\n")
+
+
+def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
+    (tmp_path / "part").mkdir()
+    status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
+    assert status == 2 and "no complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
+
+
+def test_a_workspace_comes_back_as_it_was_beside_the_present_one(served, tmp_path):
+    bob = Person(served, "bob", datastar=True)
+    served.run("backup", tmp_path / "monday")
+    bob.post("/w/acme/todos", title="Tuesday's")
+    status, out, _ = served.run("workspace", "restore", "acme", "--at", tmp_path / "monday")
+    assert status == 0 and "acme-monday" in out
+    assert len(titles(bob, "acme-monday")) == 3 and len(titles(bob)) == 4
+    assert Person(served, "carol").get("/w/acme-monday/todos").status == 200
+
+
+@cases("how", ["missing", "empty", "garbage", "cut short", "a link", "another's"])
+def test_check_finds_and_names_what_is_wrong(served, how):
+    assert served.run("check")[:2] == (0, "3 workspaces, all is well\n")
+    served.env.workspaces.rest(idle=-1)
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    spoil(path, how)
+    status, out, _ = served.run("check")
+    assert status == 1 and f"{path}: " in out and "restore" in out
+
+
+def test_check_finds_a_file_that_nobody_knows_and_a_key_that_all_can_read(served):
+    data = served.env.settings.data
+    (data / "workspaces" / "stray.db").write_bytes(b"x")
+    os.chmod(data / "secret.key", 0o644)
+    status, out, _ = served.run("check")
+    assert status == 1 and "stray.db: no workspace" in out and "chmod 600" in out
+
+
+def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
+    bob = Person(served, "bob")
+    served.run("keys", "rotate")
+    old, new = orion.load_keys(served.env.settings.data / "secret.key")[1], orion.load_keys(served.env.settings.data / "secret.key")[0]
+    eventually(lambda: served.directory().keys[0] == new)
+    assert old in served.directory().keys and bob.get("/w/acme/todos").status == 200
+    served.run("keys", "rotate")
+    eventually(lambda: old not in served.directory().keys)
+    assert bob.get("/w/acme/todos").status == 401
+
+
+def test_a_key_that_others_can_read_prevents_the_start(server, run):
+    data = server.env.settings.data
+    server.close()
+    os.chmod(data / "secret.key", 0o640)
+    assert "chmod 600" in run("account", "list", data=data)[2]
+
+
+# ==== 22. Command line ===============================================================================================
 
 @cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
@@ -2447,7 +2710,7 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
-@cases("trouble, words", [("port", "another with --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "account add")])
+@cases("trouble, words", [("port", "another with --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(tmp_path, trouble, words):
     (tmp_path / "file").write_text("")
     with Command("--port", 0, "--data", tmp_path / "d") as first:
@@ -2509,6 +2772,68 @@ def test_kill_9_under_write_load_loses_no_acknowledged_command_and_leaves_no_hal
         assert set(acknowledged) <= stored and len(acknowledged) >= 480
         assert db.execute("SELECT count(*) FROM journal WHERE what = 'todos.create'").fetchone()[0] == len(stored)
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@cases("kind", ["common", "json"])
+def test_each_request_is_a_line_of_the_access_log_without_what_was_typed(tmp_path, kind):
+    with Command("--port", 0, "--data", tmp_path / "d", "--log", kind) as command:
+        Person(command).get("/w/acme/todos?title=secret")
+        command.end()
+        line = next(line for line in command.out.splitlines() if "/w/acme/todos" in line)
+    if kind == "json":
+        seen = json.loads(line)
+        assert (seen["method"], seen["path"], seen["status"], seen["peer"]) == ("GET", "/w/acme/todos", 401, "127.0.0.1")
+    else:
+        assert re.fullmatch(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /w/acme/todos HTTP/1\.1" 401 \d+ \d\.\d{6}', line)
+
+
+def test_systemd_is_told_when_it_asks(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.bind(str(tmp_path / "notify"))
+        link.settimeout(PATIENCE)
+        with Command("--port", 0, "--data", tmp_path / "d", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}) as command:
+            assert link.recv(99) == b"READY=1"
+            command.end()
+            assert link.recv(99) == b"STOPPING=1"
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """The first waits for a command that is on its way; here one that would take for ever."""
+    app = tmp_path / "app.py"
+    app.write_text("import sys, threading\nimport orion\nsys.exit(orion.main([orion.todos, orion.Slice('stuck', (), routes=("
+                   "orion.Route('POST', '/stuck', orion.MEMBER, lambda ctx: (print('stuck', flush=True), threading.Event().wait())),))]))\n")
+    with Command("--port", 0, "--data", tmp_path / "d", "--log", "off", program=app, env={**os.environ, "PYTHONPATH": str(HERE)}) as command:
+        bob = Person(command, "bob")
+
+        def attempt(person):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                person.post("/w/acme/stuck")
+        thread = threading.Thread(target=attempt, args=(bob,), daemon=True)
+        thread.start()
+        while command.process.stdout.readline().strip() != "stuck":
+            pass
+        command.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.process.wait(0.5)
+        status, seconds = command.end()
+        assert status == 1 and seconds < 2
+        thread.join(PATIENCE)
+
+
+def the_guestbook():
+    """The file that the README shows."""
+    return re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)[1]
+
+
+def test_a_new_file_is_the_guestbook_of_the_readme(tmp_path, capsys):
+    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 0 and (tmp_path / "app.py").read_text("utf-8") == the_guestbook()
+    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_to_import_it_runs_nothing(tmp_path):
+    found = subprocess.run([sys.executable, "-c", "import threading, orion; print(threading.active_count())"], cwd=tmp_path, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
 # ==== The browser ====================================================================================================
@@ -2927,6 +3252,24 @@ def test_the_footer_folds_and_remembers_it(site, windows):
     bob.wait("document.querySelector('.link').textContent === 'Live' && !document.querySelector('.xray details').open")
     bob.click(".xray summary")
     bob.wait("localStorage.getItem('xray') === 'open'")
+
+
+def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
+    (tmp_path / "app.py").write_text(the_guestbook(), "utf-8")
+    with Command("--port", 0, "--data", tmp_path / "d", "--log", "off", program=tmp_path / "app.py", env={**os.environ, "PYTHONPATH": str(HERE)}) as server:
+        for window, account in zip(windows, ("bob", "carol")):
+            window.call("/cookie", "DELETE")
+            window.open(server.origin + "/")
+            window.click(f"button[value={account}]")
+            window.wait("document.title.includes('Workspaces')")
+            window.open(server.origin + "/w/acme/todos")
+            window.wait("[...document.querySelectorAll('nav a')].some(link => link.textContent === 'Guestbook')")
+            window.open(server.origin + "/w/acme/guestbook")
+            window.wait("document.querySelector('.link').textContent === 'Live'")
+        windows[0].type("#words", "<b>Hello</b>, all")
+        windows[0].press("Enter")
+        windows[1].wait("document.querySelector('#guestbook li')?.textContent === 'bob <b>Hello</b>, all'")
+        windows[0].wait("document.getElementById('words').value === ''")
 
 
 # ==== The client =====================================================================================================
