@@ -857,6 +857,8 @@ class Namespace:
         self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
         self.fetches, self.served = 0, collections.Counter()                  # served: by id, what came from outside
         self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
+        self.alarms: Dict[str, float] = {}           # by id: when its next job is due
+        self.on_alarm = lambda: None                 # called when one is due at once
 
     def id_from_name(self, name: str) -> str:
         """64 hex digits, always the same for the same name."""
@@ -897,6 +899,23 @@ class Namespace:
         if one:
             one.sleep(time.monotonic())
 
+    def alarm(self, id: str, due: Optional[float]) -> None:
+        if due is None:
+            return
+        with self.lock:
+            self.alarms[id] = min(due, self.alarms.get(id, due))
+        if due <= time.time():
+            self.on_alarm()
+
+    def next_due(self, now: float) -> Optional[str]:
+        """The id of an object with a job that is due by now; its alarm is taken out."""
+        with self.lock:
+            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
+            if id is None or self.alarms[id] > now:
+                return None
+            del self.alarms[id]
+            return id
+
     def forget(self, one: DurableObject) -> None:
         with self.lock:
             del self.objects[one.id]
@@ -914,6 +933,100 @@ class Namespace:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
+# ==== 9. Jobs ========================================================================================================
+# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled back;
+# it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due when is an
+# index in memory, made again from the files at each start: nothing but a tenant's own file knows its jobs.
+
+JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, who TEXT NOT NULL, "
+        "due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",       # due NULL: given up
+        "CREATE INDEX jobs_due ON jobs (due)")
+
+
+class Queue:
+    """One object's jobs. known: what may be put in, by name; alarm(due) is called when something was."""
+    TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
+
+    def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
+        self.store, self.known, self.alarm = store, known, alarm
+        self.names = {job: name for name, job in known.items()}
+
+    def put(self, who: str, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
+        runs again when it fails, so what it does outside of the store should bear to be done twice."""
+        due = time.time() + after
+        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", self.names[job], json.dumps(args), who, due)
+        self.store.on_commit.append(lambda: self.alarm(due))
+
+    def work(self, run: Callable[[sqlite3.Row, Callable[..., None]], None]) -> Optional[float]:
+        """run(row, job) for one that is due. Returns when the next one is."""
+        row = self.store.one("SELECT * FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
+        if row:
+            try:
+                with self.store.tx():
+                    run(row, self.known[row["job"]])
+                    self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+            except Exception as error:               # a slice's own code: whatever it raises, the others go on
+                if not self.store.db.in_transaction:
+                    raise
+                self.failed(row, f"{type(error).__name__}: {error}"[:500])
+        return self.store.one("SELECT min(due) FROM jobs")[0]
+
+    def failed(self, row: sqlite3.Row, why: str) -> None:
+        tries = row["tries"] + 1
+        due = time.time() + 2 ** tries if tries < self.TRIES else None
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = ? WHERE id = ?", tries, due, why, row["id"])
+
+    def retry(self) -> None:
+        """Those that were given up have all their tries again."""
+        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", time.time())
+        self.store.on_commit.append(lambda: self.alarm(time.time()))
+
+    def facts(self) -> Dict[str, Any]:
+        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
+        waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
+        return {"waiting": waiting[0], "dead": waiting[1], "dead_jobs": [tuple(row) for row in given_up]}
+
+
+class Alarms:
+    """When which object of a namespace has its next job due, and the ringing. It wakes who sleeps."""
+    AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
+
+    def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
+        """put(function, *args): into a pool."""
+        self.namespace, self.put, self.looked = namespace, put, set()
+        self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
+
+    def look(self) -> None:
+        """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
+        for path in self.namespace.folder.glob("*.db"):
+            if path.stem not in self.looked:
+                self.looked.add(path.stem)
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(Store(path)) as store:
+                    self.namespace.alarm(path.stem, store.one("SELECT min(due) FROM jobs")[0])
+
+    def ring(self) -> None:
+        while self.at_once.acquire(blocking=False):
+            id = self.namespace.next_due(time.time())
+            if id is None:
+                return self.at_once.release()
+            self.put(self.work, id)
+
+    def work(self, id: str) -> None:
+        """In the pool: one job after another, each in a commit of its own, until none is due."""
+        due: Optional[float] = 0.0
+        try:
+            while due is not None and due <= time.time():
+                due = json.loads(self.namespace.get(id).fetch(Request("POST", "/_jobs")).body)
+        except Exception:
+            due = time.time() + 60 if self.namespace.path(id).exists() else None       # None: removed, or moved away
+            raise
+        finally:
+            self.namespace.alarm(id, due)
+            self.at_once.release()
+            self.ring()
+
+
 # ==== 9. Slices ======================================================================================================
 # A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
 # so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
@@ -924,12 +1037,13 @@ PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # i
 
 class Context(NamedTuple):
     """What a region or a command gets to see: its store, who looks, what they ask. scope: whose rows, where one file has
-    those of many workspaces (the Directory's members)."""
+    those of many workspaces (the Directory's members). enqueue(job, after, **args) has a job of the slice done later."""
     store: Store
     viewer: Viewer
     request: Request
     publish: Callable[[str], None]
     scope: str = ""
+    enqueue: Optional[Callable[..., None]] = None
 
     @property
     def workspace(self) -> str:
@@ -958,12 +1072,14 @@ class Live(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """count(store): one number that says how full it is, for the home page and the console."""
+    """count(store): one number that says how full it is, for the home page and the console. jobs: functions that may be
+    enqueued; each is known by its name, for a job can outlive the program that enqueued it."""
     name: str
     migrations: Sequence[str]
     live: Sequence[Live] = ()
     routes: Sequence[Route] = ()
     count: Optional[Callable[[Store], int]] = None
+    jobs: Sequence[Callable[..., None]] = ()
 
 
 class Rendering:
@@ -1020,6 +1136,7 @@ class Router:
 
     def __init__(self, slices: Sequence[Slice]) -> None:
         self.slices, self.rows = slices, collections.defaultdict(dict)
+        self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
         for slice in slices:
             streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
             for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
@@ -1056,11 +1173,12 @@ class SliceHost(DurableObject):
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        return [("orion", JOURNAL), *((slice.name, slice.migrations) for slice in self.router.slices)]
+        return [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in self.router.slices)]
 
     def open(self, create: bool = False) -> None:
         super().open(create)
         self.bus.subscribe(lambda topic: self.kept.clear())
+        self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
 
     def viewer(self, request: Request) -> Viewer:
         return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants", "x-operator", "x-read-only")))
@@ -1069,10 +1187,12 @@ class SliceHost(DurableObject):
         return ""
 
     def handle(self, request: Request) -> Response:
+        if request.path == "/_jobs":
+            return as_json(self.queue.work(self.work))
         slice, row, args = self.router.match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
-        ctx = Context(self.store, viewer, request, self.bus.publish, self.scope(request))
+        ctx = Context(self.store, viewer, request, self.bus.publish, self.scope(request), functools.partial(self.queue.put, viewer.account))
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
         if not request.wait:
@@ -1083,6 +1203,12 @@ class SliceHost(DurableObject):
             which = response.which or "/".join(args) or self.store.one("SELECT last_insert_rowid()")[0]
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
+
+    def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
+        """In the name of who enqueued it; what they may was asked then."""
+        viewer, enqueue = Viewer(row["who"]), functools.partial(self.queue.put, row["who"])
+        job(Context(self.store, viewer, Request("POST", "/_jobs"), self.bus.publish, enqueue=enqueue), **json.loads(row["args"]))
+        self.journal(viewer, row["job"], str(row["id"]))
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         who = f"{viewer.operator} as {viewer.account}" if viewer.operator else viewer.account
@@ -1309,7 +1435,9 @@ class Workspace(SliceHost):
     def handle(self, request: Request) -> Response:
         if request.path == "/_counts":               # for home page and console; the worker lets no path like it in from outside
             return as_json({"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
-                            "schema": self.store.one("SELECT count(*) FROM _migrations")[0]})
+                            "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()})
+        if request.path == "/_retry":
+            return as_json(self.queue.retry())
         if request.headers.get("x-quota", self.quota) != self.quota:
             self.heed_quota(request.headers["x-quota"])
         return super().handle(request)
@@ -1538,7 +1666,7 @@ class Directory(SliceHost):
                                 request.params.get("after", ""), NAMES_A_PAGE + 1)
         named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", request.params.get("name", ""))
         return {"page": [tuple(row) for row in page], "named": dict([tuple(row) for row in named]),
-                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES) + len(JOURNAL)}
+                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES) + len(JOURNAL + JOBS)}
 
     def whoami(self, request: Request) -> Dict[str, Any]:
         """For the console: who asks, where they belong, whether they run this server."""
@@ -2382,6 +2510,7 @@ class Broker:
             self.version = directory.fetch(Request("GET", "/_version")).body
         if before not in (b"", self.version):
             self.gate_again()
+            self.edge.alarms.look()
             for channel in [*self.channels.get(directory.id, {}).values()]:
                 self.mark(channel)
 
@@ -2405,7 +2534,7 @@ class Console:
         self.round, self.stale, self.due = Round(), True, False
         self.router = Router([Slice(self.id, (), routes=(
             Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
-            Route("POST", "/console/probe", ACCOUNT, self.probe)))])
+            Route("POST", "/console/probe", ACCOUNT, self.probe), Route("POST", "/console/retry", ACCOUNT, self.retry)))])
         env.trace.news = self.news
         env.workspaces.listeners.append(self.published)
 
@@ -2489,6 +2618,15 @@ class Console:
             return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
         return self.page(request, me, result, name)
 
+    def retry(self, request: Request, me: Dict[str, Any]) -> Response:
+        """The jobs that a workspace gave up begin anew."""
+        permit(ACCOUNT, Viewer(me["account"], read_only=me["masked"][1]), request.method)
+        named = self.names({"name": str(request.fields().get("workspace", ""))})["named"]
+        for id in named.values():
+            self.env.workspaces.get(id).fetch(Request("POST", "/_retry"))
+        self.stale = True
+        return Response(204) if request.datastar else see_other("/console")
+
     # -- the region
 
     def names(self, params: Dict[str, str]) -> Dict[str, Any]:
@@ -2521,8 +2659,11 @@ class Console:
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
         rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
         feed = self.feed(params, names) if with_feed else ""
+        dead = Html("").join([template("console.dead")(name=name, jobs=Html("").join([
+            template("console.job")(job=job, tries=tries, error=error) for job, tries, error in counted.facts[id]["dead_jobs"]]))
+            for id, name in page if counted.facts[id].get("dead")])
         return template("console.region")(
-            objects=Html("").join(rows), all=found["all"], awake=len(awake), asked=len(page), micros=counted.micros, feed=feed,
+            objects=Html("").join(rows), all=found["all"], awake=len(awake), asked=len(page), micros=counted.micros, feed=feed, dead=dead,
             more=template("console.more")(after=page[-1][1]) if more else "", **self.drawing(names, awake), **self.streams(names))
 
     def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Html:
@@ -2532,6 +2673,7 @@ class Console:
         one = namespace.objects.get(id)
         state = f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep"
         return template("console.object")(id=id, name=name, query=variant_of({"object": id}), size=-(-size // 1024), state=state,
+                                          jobs=f"{facts['waiting']} waiting, {facts['dead']} given up" if "dead" in facts else "",
                                           schema=facts.get("schema", "?"), streams=streams, served=namespace.served[id],
                                           count=facts.get("count", "" if name == "Directory" else "can't be read"))
 
@@ -2934,6 +3076,7 @@ class Edge(ThreadingHTTPServer):
         self.counting = threading.Lock()
         self.tell_time()
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
+        self.alarms = Alarms(env.workspaces, self.pool.put)
         self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
@@ -2954,6 +3097,7 @@ class Edge(ThreadingHTTPServer):
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
         self.scribe.start()
+        self.pool.put(self.alarms.look)
         next_tick = 0.0
         while not (self.stopping and self.drained()):
             for key, events in self.selector.select(poll_interval):
@@ -3004,6 +3148,7 @@ class Edge(ThreadingHTTPServer):
         guarded(self.broker.tell_who_is_here)
         self.pool.put(self.env.workspaces.rest)
         self.pool.put(self.broker.look_elsewhere)
+        self.alarms.ring()
         self.broker.published(Console.id, Console.id)
         if self.settings.backup_every and now >= self.next_backup:
             self.next_backup = now + self.settings.backup_every
@@ -3203,7 +3348,7 @@ def awake_by_default() -> int:
 def go_together(path: pathlib.Path, slices: Sequence[Slice]) -> None:
     """Before any tenant is opened: do these slices' tables fit each other, and what ran here before?"""
     with contextlib.closing(Store(None)) as scratch, contextlib.closing(Store(path)) as directory:
-        for name, entries in [("orion", JOURNAL), *((slice.name, slice.migrations) for slice in slices)]:
+        for name, entries in [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]:
             scratch.migrate(name, entries)
             directory.migrate(f"workspace/{name}", entries, apply=False)
 

@@ -734,6 +734,118 @@ def test_a_statement_that_runs_too_long_is_interrupted(start, monkeypatch):
     assert bob.get("/w/acme/slow").status == 503 and bob.get("/w/acme/todos").status == 200
 
 
+# ==== 9. Jobs ========================================================================================================
+
+def post_letter(ctx, text):
+    if text == "fail":
+        ctx.store.exec("INSERT INTO sent VALUES ('half a letter')")
+        raise RuntimeError("the post office is closed")
+    ctx.store.exec("INSERT INTO sent VALUES (?)", text)
+    ctx.publish("letters")
+    if text == "chain":
+        ctx.enqueue(post_letter, text="the next of the chain")
+
+
+def write_letter(ctx):
+    fields = ctx.request.fields()
+    ctx.enqueue(post_letter, after=fields.get("after", 0), text=fields["text"])
+    if fields.get("refused"):
+        raise orion.Refused(409, "after all, no", signal="toast")
+    return orion.done(ctx, "a letter")
+
+
+letters = orion.Slice(
+    "letters", ("CREATE TABLE sent (text TEXT)",), jobs=(post_letter,), routes=(orion.Route("POST", "/letters", "todos:write", write_letter),),
+    live=(orion.Live("/letters", "todos:read", "letters", "Letters",
+                     lambda ctx: orion.Template("<p id=sent>{{all}}</p>")(all=", ".join(row["text"] for row in ctx.store.query("SELECT text FROM sent")))),))
+
+
+@pytest.fixture
+def office(start):
+    """A server with the letters slice, and a look into acme's file."""
+    server = start((orion.todos, letters))
+    bob = Person(server, "bob", datastar=True)
+    server.rows = lambda sql: [tuple(row) for row in server.store("acme").execute(sql)]
+    server.acme = server.env.workspaces.id_from_name("acme")
+    server.write_letter = lambda **fields: bob.post("/w/acme/letters", **fields)
+    server.bob = bob
+    return server
+
+
+def test_a_job_runs_after_the_command_that_enqueued_it_and_is_seen_live(office):
+    ear = Ear(office.bob, "/w/acme/letters/live")
+    assert office.write_letter(text="dear carol").status == 204
+    ear.until_it_says("dear carol")
+    assert eventually(lambda: office.rows("SELECT count(*) FROM jobs") == [(0,)])
+    assert ("bob", "letters.post_letter") in office.rows("SELECT who, what FROM journal")
+
+
+def test_a_job_of_a_command_that_was_refused_never_was(office):
+    assert office.write_letter(text="never", refused=True).status == 200
+    assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms
+
+
+def test_a_job_can_enqueue_another(office):
+    office.write_letter(text="chain")
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("chain",), ("the next of the chain",)])
+
+
+def test_a_job_waits_for_its_time_and_wakes_a_workspace_that_sleeps(office):
+    office.write_letter(text="later", after=3600)
+    assert office.env.workspaces.alarms[office.acme] > time.time() + 3500
+    office.env.workspaces.rest(idle=-1)
+    assert office.acme not in office.env.workspaces.objects
+    with contextlib.closing(office.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET due = ?", (time.time(),))
+    office.env.workspaces.alarm(office.acme, time.time())
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("later",)])
+
+
+def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
+    office.write_letter(text="left over", after=0.5)
+    office.close()
+    server = start((orion.todos, letters))
+    assert eventually(lambda: server.store("acme").execute("SELECT text FROM sent").fetchall() == [("left over",)])
+
+
+def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
+    office.write_letter(text="fail")
+    eventually(lambda: office.rows("SELECT tries FROM jobs") == [(1,)])
+    (due, error), = office.rows("SELECT due, error FROM jobs")
+    assert time.time() < due <= time.time() + 2 and error == "RuntimeError: the post office is closed"
+    assert office.rows("SELECT * FROM sent") == [] and office.env.workspaces.alarms[office.acme] == due
+
+
+def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
+    monkeypatch.setattr(orion.Queue, "TRIES", 1)
+    office.write_letter(text="fail")
+    eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
+    assert office.acme not in office.env.workspaces.alarms
+    text = eventually(lambda: (lambda text: "0 waiting, 1 given up" in text and text)(office.bob.get("/console").text))
+    assert "<b>letters.post_letter</b> after 1 tries: RuntimeError: the post office is closed" in text
+    with contextlib.closing(office.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
+    assert office.bob.post("/console/retry", workspace="acme").status == 204
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("at last",)])
+
+
+def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
+    release, began = threading.Event(), threading.Event()
+
+    def slow(ctx):
+        began.set()
+        release.wait(PATIENCE)
+
+    def begin(ctx):
+        ctx.enqueue(slow)
+        return orion.done(ctx, "slow")
+    server = start((orion.todos, orion.Slice("slow", (), jobs=(slow,), routes=(orion.Route("POST", "/slow", "todos:write", begin),))))
+    assert Person(server, "bob").post("/w/acme/slow").status == 204
+    assert began.wait(PATIENCE)
+    assert Person(server, "dave").post("/w/globex/todos", title="not delayed").status == 200
+    release.set()
+
+
 # ==== 9. Slices ======================================================================================================
 
 def counting(name="counted"):
@@ -2012,7 +2124,7 @@ def test_the_console_shows_each_object_with_id_state_and_count(server):
     text = bob.get("/console").text
     id = server.env.workspaces.id_from_name("acme")
     row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
-    assert '>acme</a></th><td><code class="id"' in row and "<td>4</td></tr>" in row and "awake since" in row
+    assert '>acme</a></th><td><code class="id"' in row and "<td>4</td><td>0 waiting, 0 given up</td></tr>" in row and "awake since" in row
 
 
 def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
