@@ -54,6 +54,7 @@ import hashlib
 import hmac
 import html
 import http
+import http.client
 import ipaddress
 import itertools
 import json
@@ -107,6 +108,9 @@ class Settings(NamedTuple):
     streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
     allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
     trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
+    plane: str = ""                      # directory or data: one plane alone, with others in other processes
+    directory: str = ""                  # HOST:PORT of the directory, for a data plane
+    node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
 
 
 # ==== 2. Markup ======================================================================================================
@@ -152,7 +156,7 @@ def template(name: str) -> Template:
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota",
-           "x-proved", "x-hashed", "x-counts"}
+           "x-node", "x-verdict", "x-proved", "x-hashed", "x-counts"}
 
 
 class Request(NamedTuple):
@@ -1516,6 +1520,29 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
     return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
 
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota", "x-node")
+SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
+
+
+def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
+    return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
+
+
+def sealed_verdict(verdict: Response, key: bytes) -> Response:
+    """With a seal that a node can check: over the whole verdict, for a short time."""
+    said = dict(verdict.headers)
+    seal = seal_of([said.get(name, "") for name in VERDICT], key, int(time.time()) + SEALED_SECONDS)
+    return verdict._replace(headers=(*verdict.headers, ("x-verdict", seal)))
+
+
+def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
+    """Was this sealed here, over these parts, a short time ago? Clocks may differ by as much as it is believed."""
+    found = re.fullmatch("([0-9]{1,11})[.][0-9a-f]{64}", given)
+    if not found or abs(int(found[1]) - time.time()) > 2 * SEALED_SECONDS or int(found[1]) < time.time():
+        return False
+    return any([hmac.compare_digest(seal_of(parts, key, int(found[1])), given) for key in keys])
+
+
 class Throttle:
     """Counts failures by key; a key with too many waits until the window ends. Bounded: the oldest keys are forgotten."""
     FAILURES, SECONDS, KEYS = 10, 600.0, 10_000
@@ -1579,8 +1606,10 @@ DIRECTORY_TABLES = (
     "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",      # bytes; 0: the server's --quota
     "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
+    "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
+    "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",         # its address; '': here
 )
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, w.quota, w.moving, m.role
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, w.quota, w.moving, w.node, m.role
           FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
           LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account) WHERE s.digest = ?"""
 
@@ -1590,13 +1619,13 @@ NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that
 
 
 @functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False, quota: int = 0) -> Response:
+def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False, quota: int = 0,
+            node: str = "") -> Response:
     """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
     grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
     viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
               "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, "x-quota": str(quota)}
-    if operator:
-        viewer.update({"x-operator": operator, **({"x-read-only": "true"} if read_only else {})})
+    viewer.update({name: value for name, value in (("x-operator", operator), ("x-read-only", "true" if read_only else ""), ("x-node", node)) if value})
     return as_json(viewer)._replace(headers=tuple(viewer.items()))
 
 
@@ -1623,6 +1652,10 @@ class Directory(SliceHost):
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
 
+    def open(self, create: bool = False) -> None:
+        super().open(create)
+        self.bus.subscribe(lambda topic: self.bus.versions.update(["access"] if topic.startswith("access:") else []))
+
     def fetch(self, request: Request) -> Response:
         """A password is checked, or hashed, before the request takes its turn: 0.1 s in it would hold up every gate."""
         if (request.method, request.path) in (("POST", "/login"), ("POST", "/account/password")):
@@ -1633,15 +1666,18 @@ class Directory(SliceHost):
         if request.path.startswith("/_gate"):
             answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
             self.verdicts[answer.status] += 1
-            return answer
+            if request.path != "/_gate":
+                return answer
+            return sealed_verdict(answer, self.keys[0]) if answer.status == 200 else Response(200) if answer is MOVING else answer
         if request.path.startswith("/_"):
             return as_json(self.INTERNAL[request.path](self, request))
         return super().handle(request)
 
     # -- what the server's other parts ask; the worker lets no such path in from outside
 
-    def version(self, request: Request) -> int:
-        """Moves when another process has written. Asked each second, so what is over ends here."""
+    def version(self, request: Request) -> Any:
+        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second, so
+        what is over ends here."""
         now = time.time()
         over = self.store.query("SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION SELECT q.account, s.account "
                                 "FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?", now, now)
@@ -1654,7 +1690,8 @@ class Directory(SliceHost):
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
         self.keys = load_keys(self.settings.data / "secret.key")
-        return self.store.one("PRAGMA data_version")[0]
+        changed = self.bus.versions["access"] if self.settings.plane else 0
+        return [self.awake_since, self.store.one("PRAGMA data_version")[0], changed]
 
     def password_of(self, request: Request) -> str:
         row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
@@ -1684,6 +1721,7 @@ class Directory(SliceHost):
         return self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name") if self.settings.demo else []
 
     INTERNAL = {"/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
+                "/_node_of": lambda self, request: self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0],
                 "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
 
     def scope(self, request: Request) -> str:
@@ -1699,7 +1737,7 @@ class Directory(SliceHost):
         if not row["role"]:
             return NO_ENTRY
         quota = row["quota"] or self.settings.quota
-        return MOVING if row["moving"] else verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota)
+        return MOVING if row["moving"] else verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota, row["node"])
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
@@ -1863,6 +1901,8 @@ class Directory(SliceHost):
         owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
         if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
+        if self.settings.plane and not place(ctx.store, name):
+            raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
         add_workspace(ctx.store, self.workspaces, name, account)
         plain = ctx.request.form and not ctx.request.datastar
         return see_other(f"/w/{name}/todos")._replace(which=name) if plain else done(ctx, name, name="", problem="")
@@ -1880,11 +1920,17 @@ def free_name(store: Store, name: str) -> str:
 def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str, make: Optional[Callable[[str], None]] = None) -> str:
     """Returns its id. The file comes first (make(id); else an empty one): a row without a file would mean that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
-    id = workspaces.id_from_name(f"{name}#{before}" if before else name)
-    (make or workspaces.create)(id)
-    store.exec("INSERT INTO workspaces (id, name, born) VALUES (?, ?, ?)", id, name, name)
+    id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
+    None if node else (make or workspaces.create)(id)
+    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", id, name, name, node, node != "")
     store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, owner)
     return id
+
+
+def place(store: Store, name: str) -> str:
+    """The address of a new workspace's node, by rendezvous hashing: each gets its share, whichever joined first. "": here."""
+    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
+    return max(nodes, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest(), default="")
 
 
 def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
@@ -1989,6 +2035,7 @@ class Env(NamedTuple):
     directory: Stub
     workspaces: Namespace
     trace: Trace
+    front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
     console: Callable[[Request], Response] = lambda request: Response(404)       # section 17
 
 
@@ -2003,9 +2050,13 @@ def worker(request: Request, env: Env) -> Response:
     _, _, workspace, *rest = request.path.split("/")
     if not rest or rest == [""]:
         return see_other(f"/w/{workspace}/todos")
+    return forward(request, dict(verdict.headers), rest, env)
+
+
+def forward(request: Request, viewer: Dict[str, str], rest: Sequence[str], env: Env) -> Response:
+    """To the object that answers for the rest of the path, with the verdict as trusted headers."""
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
-    viewer = dict(verdict.headers)
     forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
@@ -2078,7 +2129,7 @@ def with_counts(request: Request, env: Env) -> Request:
 
 
 def count_of(workspace: Stub) -> Any:
-    with contextlib.suppress(StorageFault):      # one that can't be read has no count, and hides no other
+    with contextlib.suppress(StorageFault, Refused):      # one that can't be read has no count, and hides no other
         return f"{json.loads(workspace.fetch(Request('GET', '/_counts')).body)['count']} open"
     return "can't be read"
 
@@ -2497,16 +2548,18 @@ class Broker:
                 response = worker(stream.again, self.edge.env)
                 self.edge.call(self.rejoin, stream, response.watch)
             except Refused as no:
-                self.edge.call(stream.end, no.status)
+                self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
+            except StorageFault:
+                self.edge.call(stream.close)         # its client comes back, and hears more
 
-    def rejoin(self, stream: Stream, watch: Watch) -> None:
-        if stream.channel:                           # it is still open
+    def rejoin(self, stream: Stream, watch: Optional[Watch]) -> None:
+        if stream.channel and watch:                           # it is still open
             self.join(stream, watch)
 
     def look_elsewhere(self) -> None:
         """In the pool: has another process, say the command line, changed the Directory?"""
         directory, before = self.edge.env.directory, self.version
-        with self.edge.env.trace.silence():
+        with self.edge.env.trace.silence(), contextlib.suppress(Refused):      # it is elsewhere, and can't be reached
             self.version = directory.fetch(Request("GET", "/_version")).body
         if before not in (b"", self.version):
             self.gate_again()
@@ -2644,7 +2697,7 @@ class Console:
         self.stale, started, facts = False, time.perf_counter(), {}
         for id in ids:
             slept = id not in self.env.workspaces.objects
-            with contextlib.suppress(StorageFault):     # what can't be read has no count
+            with contextlib.suppress(StorageFault, Refused):     # what can't be read has no count
                 facts[id] = json.loads(self.env.workspaces.get(id).fetch(Request("GET", "/_counts")).body)
             if slept:
                 self.env.workspaces.lull(id)
@@ -2767,6 +2820,30 @@ def verified(db: sqlite3.Connection) -> int:
     return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table in tables])
 
 
+def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
+    """Remove a database that others may have open: they see that it is gone before their next command. The number of rows
+    in the copy."""
+    with contextlib.closing(Store(path)) as store:
+        store.begin()                                # commands that are on their way finish first, and are in the copy
+        rows = copy_database(path, copy) if copy else 0
+        path.unlink()
+    for tail in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + tail).unlink()
+    return rows
+
+
+def take_in(part: pathlib.Path, path: pathlib.Path) -> int:
+    """Let a database that came in pieces take its place, if it is whole. The number of rows in it."""
+    with contextlib.closing(sqlite3.connect(part if part.exists() else path)) as db:
+        rows = verified(db)
+    if part.exists():
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    return rows
+
+
 def progress(done: int, all: int, what: str) -> None:
     """For somebody who waits at a terminal; silent in a pipe."""
     if sys.stderr.isatty():
@@ -2774,13 +2851,16 @@ def progress(done: int, all: int, what: str) -> None:
 
 
 def snapshot(data: pathlib.Path, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """The Directory is copied first, so that each workspace that it names is there. Returns what the snapshot holds, by id."""
+    """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what the snapshot
+    holds, by id."""
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "workspaces").mkdir(parents=True)
-    held: Dict[str, Any] = {"directory": {"rows": copy_database(data / "directory.db", part / "directory.db"), "seen": ""}}
-    with contextlib.closing(Store(part / "directory.db")) as store:
-        ids = [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving")]
+    held, ids = {}, [path.stem for path in (data / "workspaces").glob("*.db")]
+    if (data / "directory.db").exists():
+        held["directory"] = {"rows": copy_database(data / "directory.db", part / "directory.db"), "seen": ""}
+        with contextlib.closing(Store(part / "directory.db")) as store:
+            ids = [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
     known = json.loads((before / "manifest.json").read_text()) if before else {}
     for number, id in enumerate(ids, 1):
         source, copy = data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
@@ -2805,6 +2885,155 @@ def snapshot_again(settings: Settings) -> None:
     snapshot(settings.data, folder / stamp(), kept[-1] if kept else None)
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
+
+
+# ==== 15. Planes =====================================================================================================
+# One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate, and
+# brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a node
+# believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
+
+DOWN: Dict[str, float] = {}                          # addresses that did not answer, and until when nobody waits for them
+
+
+def errand(address: str, key: bytes, request: Request) -> Response:
+    """Send request to another process of this deployment. Refused(503): it can't be reached; any other: as it said."""
+    if time.monotonic() < DOWN.get(address, 0.0):
+        raise Refused(503, f"{address} can't be reached. Try again in a minute.", (("retry-after", "30"),))
+    target = urllib.parse.quote(request.path) + (f"?{request.query}" if request.query else "")
+    link = http.client.HTTPConnection(address, timeout=5)
+    try:
+        link.request(request.method, target, request.body, {
+            "host": "localhost", "cookie": request.headers.get("cookie", ""),
+            "x-verdict": seal_of(errand_parts(request), key, int(time.time()) + SEALED_SECONDS)})
+        answer = link.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        DOWN[address] = time.monotonic() + 2
+        raise Refused(503, f"{address} can't be reached ({error}). Try again in a minute.", (("retry-after", "30"),)) from error
+    finally:
+        link.close()
+    headers = tuple([(name.lower(), value) for name, value in answer.getheaders() if name.lower() in TRUSTED])
+    return Response(answer.status, body, answer.headers.get("content-type", ""), headers)
+
+
+def errand_parts(request: Request) -> Tuple[str, ...]:
+    return request.method, request.path, request.query, request.headers.get("cookie", ""), hashlib.sha256(request.body).hexdigest()
+
+
+def is_errand(request: Request, settings: Settings) -> bool:
+    return request.path.startswith("/_") and believed(request.headers.get("x-verdict", ""), errand_parts(request), keys_now(settings))
+
+
+def keys_now(settings: Settings) -> Tuple[bytes, ...]:
+    path = settings.data / "secret.key"
+    return cached_keys(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def cached_keys(path: pathlib.Path, mtime: int) -> Tuple[bytes, ...]:
+    return load_keys(path)
+
+
+class Elsewhere:
+    """An object that lives in another process; in a namespace it stands where one of ours would."""
+    asleep, torn, store, used = False, False, None, 0.0
+
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, address: Callable[[str], str]) -> None:
+        """address(id): where it lives."""
+        self.id, self.namespace, self.settings, self.address = id, namespace, settings, address
+        self.verdicts: Dict[int, int] = {}
+
+    def fetch(self, request: Request) -> Response:
+        if not request.wait:
+            raise WouldBlock
+        if self.namespace.kind == "workspace" and not request.path.startswith("/_"):
+            raise Refused(421, "Workspaces are served by the nodes. Ask again through the proxy in front.")
+        path = f"/_node/{self.id}{request.path}" if self.namespace.kind == "workspace" else request.path
+        return errand(self.address(self.id), keys_now(self.settings)[0], request._replace(path=path))
+
+    def sleep(self, unused_since: float) -> None:
+        self.namespace.forget(self)
+
+
+def directory_front(request: Request, env: Env) -> Response:
+    """The worker of a directory alone. A workspace that somebody founded is there when its node has made the file."""
+    if request.path in ("/_version", "/_whoami") and is_errand(request, env.settings):
+        return env.directory.fetch(request)
+    response = worker(request, env)
+    if request.method == "POST" and request.path == "/workspaces" and response.which:
+        settle(env.settings, response.which)
+    return response
+
+
+def settle(settings: Settings, name: str) -> None:
+    """Have a new workspace's node make its file, then let people in. Refused: it did not; the name is free again."""
+    with contextlib.closing(Store(settings.data / "directory.db")) as store:
+        row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
+        try:
+            if row:
+                errand(row["node"], keys_now(settings)[0], Request("POST", f"/_node/{row['id']}/create"))
+                store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
+        except Refused:
+            with store.tx():
+                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+            raise
+
+
+def node_front(request: Request, env: Env) -> Response:
+    """The worker of a node: the proxy asked the gate and brought the verdict. It holds for this node, for the workspace that
+    the path names, and for a short time; else nothing here is contacted."""
+    if request.path.startswith("/_node/") and is_errand(request, env.settings):
+        return node_errand(request, env)
+    headers = request.headers
+    verdict = {name: headers[name] for name in VERDICT if headers.get(name)}
+    _, first, workspace, *rest = [*request.path.split("/"), "", ""]
+    if first != "w" or not rest[:-2] or verdict.get("x-workspace") != workspace or not believed(
+            headers.get("x-verdict", ""), [verdict.get(name, "") for name in VERDICT], keys_now(env.settings)):
+        raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
+    if verdict.get("x-node") != env.settings.node_name:
+        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
+    if request.method not in SAFE:
+        refuse_foreign(request)
+    own = {name: value for name, value in headers.items() if name not in TRUSTED}
+    return forward(request._replace(headers=own), verdict, rest[:-2], env)
+
+
+def rows_of(path: pathlib.Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return verified(db)
+
+
+PIECE = 48 * 1024                                    # bytes of a file to a request
+
+
+def node_errand(request: Request, env: Env) -> Response:
+    """What the directory has a node do with a workspace's file. Each can be asked twice, for an answer may be lost."""
+    if not request.wait:
+        raise WouldBlock
+    id, what = request.path.split("/")[2:4]
+    path, at = env.workspaces.path(id), int(request.params.get("at", 0))
+    aside, part = path.with_name(f"{path.name}.moved"), path.with_name(f"{path.name}.part")
+    if what in ("_counts", "_retry"):
+        return env.workspaces.get(id).fetch(request._replace(path=f"/{what}"))
+    if what == "create":
+        return as_json(path.exists() or env.workspaces.create(id))
+    if what == "aside":                              # nobody writes to it any more; whoever did so before has finished
+        return as_json(take_away(path, aside) if path.exists() else rows_of(aside))
+    if what == "back":
+        return as_json(aside.exists() and os.replace(aside, path))
+    if what == "piece" and request.method == "GET":
+        with open(aside, "rb") as file:
+            file.seek(at)
+            return Response(200, file.read(PIECE), "application/octet-stream")
+    if what == "piece":
+        with open(part, "r+b" if at else "wb") as file:
+            file.seek(at)
+            return as_json(file.write(request.body))
+    if what == "adopt":
+        env.workspaces.alarm(id, time.time())
+        return as_json(take_in(part, path))
+    raise nothing_here()
 
 
 # ==== 19. Edge =======================================================================================================
@@ -3080,6 +3309,8 @@ class Edge(ThreadingHTTPServer):
         self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
+        name = env.settings.node_name or f"{env.settings.host}:{self.server_port}"
+        self.env = self.env._replace(settings=env.settings._replace(node_name=name))
         for waiting in (self.socket, self.waker, self.woken):
             waiting.setblocking(False)
         for namespace in (env.workspaces, env.directory.namespace):
@@ -3218,7 +3449,7 @@ class Edge(ThreadingHTTPServer):
             return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
         if request.path == "/metrics":
             return self.metrics(request)
-        return self.env.trace.follow(request, lambda request: worker(request, self.env))
+        return self.env.trace.follow(request, lambda request: self.env.front(request, self.env))
 
     # -- figures
 
@@ -3329,10 +3560,37 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     if fresh:
         directories.create("directory")
     go_together(directories.path("directory"), slices)
-    env = Env(settings, directories.get("directory"), workspaces, trace)
+    env = Env(settings, directories.get("directory"), workspaces, trace, worker)
     if fresh and settings.demo:
         seed(env)
     return env
+
+
+def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    """Accounts, sessions and the gate; the workspaces are on the nodes that its table names."""
+    env = two_planes(settings._replace(demo=False), slices)
+
+    def node_of(id: str) -> str:
+        return json.loads(env.directory.fetch(Request("GET", "/_node_of", headers={"x-id": id})).body)
+    build = functools.partial(Elsewhere, settings=settings, address=node_of)
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
+    return env._replace(workspaces=workspaces, front=directory_front)
+
+
+def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    """A node: workspaces, and the Directory in another process, whose key it shares."""
+    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    if not (settings.data / "secret.key").exists() or not settings.directory:
+        raise FileNotFoundError("a data plane needs --directory HOST:PORT, and a copy of the directory's secret.key in its data folder")
+    trace, pages = Trace(), [live for slice in slices for live in slice.live] + [MEMBERS]
+    build = functools.partial(Workspace, router=Router(slices), pages=pages)
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, settings.awake or awake_by_default(), settings.idle, trace)
+    away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
+    directories = Namespace("directory", settings.data, away, 1, float("inf"), trace)
+    return Env(settings._replace(demo=False), directories.get("directory"), workspaces, trace, node_front)
+
+
+PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
 
 
 def has_personas(path: pathlib.Path) -> bool:
@@ -3467,6 +3725,7 @@ def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
         row_of(store, "accounts", given.owner)
         add_workspace(store, env.workspaces, given.name, given.owner)
         journalled(store, "workspace add", given.name)
+    settle(settings, given.name)
 
 
 def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
@@ -3514,16 +3773,6 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     take_away(path)
 
 
-def take_away(path: pathlib.Path) -> None:
-    """Remove a database that others may have open: they see that it is gone before their next command."""
-    with contextlib.closing(Store(path)) as store:
-        store.begin()                                # commands that are on their way finish first
-        path.unlink()
-    for tail in ("-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + tail).unlink()
-
-
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
     """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the last
     word; the gate says 503 until the name is removed here."""
@@ -3533,10 +3782,8 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
         journalled(store, "workspace export", given.name)
         members = [tuple(member) for member in store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])]
     path = env.workspaces.path(row["id"])
-    with contextlib.closing(Store(path)) as source:
-        source.begin() if given.move else None       # those who passed the gate before finish first; the next find no file
-        rows = copy_database(path, given.file)
-        path.rename(path.with_name(f"{path.name}.moved")) if given.move else None
+    aside = path.with_name(f"{path.name}.moved")
+    rows = copy_database(take_away(path, aside) and aside if given.move else path, given.file)
     with contextlib.closing(sqlite3.connect(given.file)) as db, db:
         db.execute("CREATE TABLE _export (about TEXT)")
         db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": given.name, "members": members}),))
@@ -3602,10 +3849,10 @@ def member_list(settings: Settings, given: argparse.Namespace) -> None:
 def backup(settings: Settings, given: argparse.Namespace) -> None:
     if given.folder.exists():
         raise Unusable(f"{given.folder} exists; name a new folder")
-    if not (settings.data / "directory.db").exists():
+    if not (settings.data / "secret.key").exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
     held = snapshot(settings.data, given.folder)
-    print(f"{given.folder}: {len(held) - 1} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked")
+    print(f"{given.folder}: {len({*held} - {'directory'})} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked")
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
@@ -3623,7 +3870,7 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
         if rows != about["rows"]:
             raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
         progress(number, len(held), "restored")
-    print(f"{settings.data}: {len(held) - 1} workspaces, {sum([about['rows'] for about in held.values()])} rows, checked")
+    print(f"{settings.data}: {len({*held} - {'directory'})} workspaces, {sum([about['rows'] for about in held.values()])} rows, checked")
 
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
@@ -3637,10 +3884,11 @@ def check(settings: Settings, given: argparse.Namespace) -> int:
                 verified(db)
                 if db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
                     raise sqlite3.DatabaseError("the file belongs to another object")
-                return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL").fetchall() if path == directory else None
+                return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''").fetchall() if path == directory else None
         except sqlite3.Error as error:
             faults.append(f"{StorageFault(path, error)}")
-    named = look(directory, "directory") or []
+    files = [(path.stem, path.stem) for path in folder.glob("*.db")]
+    named = files if settings.plane == "data" else look(directory, "directory") or []
     for number, (id, name) in enumerate(named, 1):
         look(folder / f"{id}.db", id)
         progress(number, len(named), "checked")
@@ -3660,6 +3908,115 @@ def new(settings: Settings, given: argparse.Namespace) -> None:
         raise Unusable(f"{given.file} exists; name a new file")
     given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
     print(f"{given.file}: a guestbook; python3 {given.file} serves it")
+
+
+def known_node(store: Store, address: str) -> str:
+    if not store.one("SELECT 1 FROM nodes WHERE address = ?", address):
+        raise Unusable(f"there is no node {address}; node add {address} makes it one, node list tells what there is")
+    return address
+
+
+def node_add(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
+        journalled(store, "node add", given.address)
+
+
+def node_list(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = address AND name IS NOT NULL) FROM nodes"))
+
+
+def node_remove(settings: Settings, given: argparse.Namespace) -> None:
+    with opened(settings) as (store, _):
+        held = store.one("SELECT count(*) FROM workspaces WHERE node = ? AND name IS NOT NULL", known_node(store, given.address))[0]
+        if held:
+            raise Unusable(f"{given.address} has {held} workspaces; node move or node replace brings them elsewhere first")
+        store.exec("DELETE FROM nodes WHERE address = ?", given.address)
+        journalled(store, "node remove", given.address)
+
+
+def node_move(settings: Settings, given: argparse.Namespace) -> None:
+    """From the node it is on, or from here, to another. The gate says 503 meanwhile; if it fails, all is as it was."""
+    with opened(settings) as (store, env):
+        row, new = row_of(store, "workspaces", given.workspace), known_node(store, given.node)
+        if row["node"] == new:
+            raise Unusable(f"{given.workspace} is on {new} already")
+        store.exec("UPDATE workspaces SET moving = 1 WHERE id = ?", row["id"])
+    path = env.workspaces.path(row["id"])
+    aside, old = path.with_name(f"{path.name}.moved"), functools.partial(ask_node, settings, row["node"], row["id"])
+    try:
+        rows = json.loads(old("aside")) if row["node"] else take_away(path, aside)
+        arrived = send_file(settings, new, row["id"], pieces_of(old) if row["node"] else read_pieces(aside))
+        if arrived != rows:
+            raise Unusable(f"{rows} rows left, and {arrived} arrived at {new}; try again")
+        placed(settings, row["id"], new, given.verb)
+    except BaseException:
+        old("back") if row["node"] else os.replace(aside, path)
+        placed(settings, row["id"], row["node"], "node move failed")
+        raise
+    print(f"{given.workspace}: {rows} rows, on {new} now")
+
+
+def node_replace(settings: Settings, given: argparse.Namespace) -> int:
+    """The workspaces of a node that is lost come up on another, from a backup of it. 1: some are not in the backup."""
+    with opened(settings) as (store, _):
+        known_node(store, given.new)
+        lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name", given.lost)
+    held = {row["id"] for row in lost if (given.backup / "workspaces" / f"{row['id']}.db").exists()}
+    for number, row in enumerate([row for row in lost if row["id"] in held], 1):
+        rows = send_file(settings, given.new, row["id"], read_pieces(given.backup / "workspaces" / f"{row['id']}.db"))
+        placed(settings, row["id"], given.new, given.verb)
+        table([(row["name"], f"{rows} rows", f"on {given.new} now")])
+    table((row["name"], "is not in this backup; try another") for row in lost if row["id"] not in held)
+    return 0 if len(held) == len(lost) else 1
+
+
+def placed(settings: Settings, id: str, node: str, why: str) -> None:
+    with opened(settings) as (store, _):
+        store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ?", node, id)
+        journalled(store, why, f"{id} {node}")
+
+
+def ask_node(settings: Settings, node: str, id: str, what: str, body: bytes = b"", at: int = 0, method: str = "POST") -> bytes:
+    answer = errand(node, keys_now(settings)[0], Request(method, f"/_node/{id}/{what}", f"at={at}", body=body))
+    if answer.status != 200:
+        raise Unusable(f"{node} answered {answer.status}: {answer.body.decode().strip()}")
+    return answer.body
+
+
+def read_pieces(path: pathlib.Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while (piece := file.read(PIECE)):
+            yield piece
+
+
+def pieces_of(ask: Callable[..., bytes]) -> Iterator[bytes]:
+    at = 0
+    while (piece := ask("piece", at=at, method="GET")):
+        yield piece
+        at += len(piece)
+
+
+def send_file(settings: Settings, node: str, id: str, pieces: Iterable[bytes]) -> int:
+    """The number of rows that arrived."""
+    at, ask = 0, functools.partial(ask_node, settings, node, id)
+    for piece in pieces:
+        ask("piece", piece, at)
+        at += len(piece)
+    return json.loads(ask("adopt"))
+
+
+def nginx(settings: Settings, given: argparse.Namespace) -> None:
+    """The configuration of a proxy that does the Worker's part for several nodes."""
+    upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
+    names = [(name, name.replace("-", "_")) for name in (*VERDICT, "x-verdict")]
+    holes = {"upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}" for node, name in upstreams.items()],
+             "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
+             "taken": [f"        auth_request_set $orion_{variable} $upstream_http_{variable};" for _, variable in names],
+             "given": [f"        proxy_set_header {name} $orion_{variable};" for name, variable in names]}
+    text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
+    print(text(directory=given.directory, listen=given.listen or 80, **{name: Html("\n".join(lines)) for name, lines in holes.items()}), end="")
 
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
@@ -3685,6 +4042,13 @@ def size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: say 500M or 10G")
     return int(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+
+
+def address(text: str) -> str:
+    found = HOST.fullmatch(text)
+    if not found or not found[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address: say HOST:PORT")
+    return text
 
 
 def seconds(text: str) -> float:
@@ -3717,6 +4081,14 @@ VERBS = (
     Verb("restore", "bring such a copy into an empty data folder", restore, (("folder", pathlib.Path),)),
     Verb("check", "look at every file, and say what is wrong", check),
     Verb("new", "write a file with a slice of your own to begin with", new, (FILE,)),
+    Verb("node add", "workspaces can be placed on it: HOST:PORT of an orion.py --plane data", node_add, (("address", address),)),
+    Verb("node list", "the nodes, and how many workspaces each has", node_list),
+    Verb("node remove", "a node that has no workspaces", node_remove, (("address", address),)),
+    Verb("node move", "bring a workspace to another node, while the servers run", node_move, ("workspace", ("node", address))),
+    Verb("node replace", "bring the workspaces of a lost node up on another, from a backup of it", node_replace,
+         (("lost", address), ("new", address), ("backup", pathlib.Path))),
+    Verb("nginx", "print the configuration of an nginx in front of a directory and its nodes", nginx,
+         (("--directory=", address), ("--node=+", address), "--listen=?")),
     Verb("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate),
 )
 
@@ -3730,7 +4102,8 @@ def add_verb(groups: Dict[str, Any], verb: Verb, parent: argparse.ArgumentParser
         if name.startswith("--") and "=" not in name:
             parser.add_argument(name, action="store_true")
         elif name.startswith("--"):
-            parser.add_argument(name.partition("=")[0], type=kind, required=name.endswith("="))
+            action = "append" if name.endswith("+") else "store"
+            parser.add_argument(name.partition("=")[0], type=kind, required=not name.endswith("?"), action=action)
         else:
             parser.add_argument(name, type=kind)
 
@@ -3751,7 +4124,7 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
-    for name in ("account", "workspace", "member", "keys"):
+    for name in ("account", "workspace", "member", "node", "keys"):
         groups[name] = groups[""].add_parser(name, help=f"see {name} --help").add_subparsers(required=True, metavar="command")
     for verb in VERBS:
         add_verb(groups, verb, parent)
@@ -3763,6 +4136,12 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
 
 def several(text: str) -> Tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
+
+
+def plane(text: str) -> str:
+    if text not in PLANES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no plane: say directory or data")
+    return text
 
 
 OPTIONS = (
@@ -3778,6 +4157,9 @@ OPTIONS = (
     ("--connections", "connections at most; more get a 503", int),
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas between", several),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes", plane),
+    ("--directory", "HOST:PORT of the directory, for --plane data", str),
+    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never", seconds),
     ("--keep", "backups to keep", int),
     ("--log", "access log on standard output: common, json or off", str),
@@ -3825,8 +4207,9 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     if resource:                                     # a stream is a descriptor; take what the system grants
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    env = PLANES[settings.plane](settings, slices)
     try:
-        server = Edge(two_planes(settings, slices))
+        server = Edge(env)
     except OSError as error:
         raise Unusable(f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another with --port") from error
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,10 +9,12 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.client
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -42,7 +44,8 @@ try:
 except ImportError:                      # `smoke` and `bench` do without: then what marks a test marks nothing
     class pytest:
         fixture = staticmethod(lambda *function, **_: function[0] if function else lambda function: function)
-        mark = type("mark", (), {"parametrize": staticmethod(lambda *_, **__: lambda function: function)})
+        marks = lambda *_, **__: lambda function: function
+        mark = type("mark", (), {"parametrize": staticmethod(marks), "skipif": staticmethod(marks)})
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 10.0                          # seconds until something that should have happened is a failure
@@ -66,7 +69,7 @@ class Server:
 
     def __init__(self, folder, slices=(orion.todos,), **settings):
         settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), "log": "off", **settings}
-        self.env = orion.two_planes(orion.Settings(**settings), slices)
+        self.env = orion.PLANES[settings.get("plane", "")](orion.Settings(**settings), slices)
         self.edge = orion.Edge(self.env)
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
@@ -2347,6 +2350,295 @@ def test_snapshots_are_made_while_it_runs_share_what_did_not_change_and_the_olde
     assert globex.stat().st_nlink > 1
     with contextlib.closing(sqlite3.connect(acme)) as db:
         assert db.execute("SELECT count(*) FROM todos").fetchone() == (4,)
+
+
+# ==== 20. Planes =====================================================================================================
+# A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
+
+class Fleet:
+    def __init__(self, folder, **settings):
+        self.folder, self.running = folder, []
+        self.directory = self.serve("directory", plane="directory", **settings)
+        self.cli("account", "add", "bob", stdin="long enough\n"), self.cli("account", "add", "eve", stdin="long enough\n")
+        self.nodes = [self.node("one"), self.node("two")]
+
+    def serve(self, name, **settings):
+        (self.folder / name).mkdir(exist_ok=True)
+        self.running.append(Server(self.folder / name, demo=False, **settings))
+        return self.running[-1]
+
+    def node(self, name, port=0):
+        (self.folder / name).mkdir(exist_ok=True)
+        shutil.copy2(self.folder / "directory" / "secret.key", self.folder / name / "secret.key")
+        server = self.serve(name, plane="data", directory=f"127.0.0.1:{self.directory.port}", port=port)
+        server.address, server.folder = f"127.0.0.1:{server.port}", self.folder / name
+        self.cli("node", "add", server.address)
+        return server
+
+    def cli(self, *words, stdin=None, status=0, data="directory"):
+        """As a process of its own would, without the time that it takes to start."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+            assert orion.main(argv=[*words, "--data", str(self.folder / data)]) == status, said.getvalue()
+        return said.getvalue()
+
+    @functools.lru_cache(maxsize=None)
+    def cookie(self, name):
+        return Person(self.directory).post("/login", form={"username": name, "password": "long enough"}).headers["set-cookie"].split(";")[0]
+
+    def found(self, owner="bob", on=None):
+        """A workspace, on the node on: the name decides where it goes."""
+        taken = [line.split()[0] for line in self.cli("workspace", "list").splitlines()]
+        addresses = [node.address for node in self.nodes]
+        name = next(name for name in (f"w{n}" for n in range(99)) if name not in taken and (
+            on is None or max(addresses, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest()) == on.address))
+        self.cli("workspace", "add", name, "--owner", owner)
+        return name
+
+    def close(self):
+        for server in self.running:
+            if server.thread.is_alive():
+                server.close()
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """For all tests that leave it whole."""
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"))
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def doomed(tmp_path):
+    """One of which a part will be lost."""
+    fleet = Fleet(tmp_path)
+    yield fleet
+    fleet.close()
+
+
+class Front:
+    """nginx, with the configuration that orion.py prints."""
+
+    def __init__(self, fleet, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.origin, self.fleet = f"http://127.0.0.1:{self.port}", fleet
+        nodes = [word for node in fleet.nodes for word in ("--node", node.address)]
+        config = fleet.cli("nginx", "--directory", f"127.0.0.1:{fleet.directory.port}", *nodes, "--listen", f"127.0.0.1:{self.port}")
+        (folder / "nginx.conf").write_text(f"""daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;
+            events {{ worker_connections 512; }}
+            http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+                    uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; {config} }}""")
+        self.process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.PIPE)
+        eventually(self.answers, "nginx did not start")
+
+    def answers(self):
+        assert self.process.poll() is None, self.process.stderr.read()
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            return True
+
+    def sign_in(self, name, **options):
+        person = Person(self, **options)
+        person.headers["Cookie"] = person.cookie = self.fleet.cookie(name)
+        return person
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        self.process.stderr.close()
+
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian: nginx-light)")
+
+
+@pytest.fixture(scope="module")
+def front(fleet, tmp_path_factory):
+    front = Front(fleet, tmp_path_factory.mktemp("nginx"))
+    yield front
+    front.close()
+
+
+def fetched(node):
+    return node.env.workspaces.fetches
+
+
+@needs_nginx
+def test_members_reach_their_workspace_on_its_node_and_see_it_live(fleet, front):
+    first, second = fleet.nodes
+    here, there = fleet.found(on=first), fleet.found(on=second)
+    bob = front.sign_in("bob")
+    assert "Workspaces" in bob.get("/").text and "0 open" in bob.get("/").text
+    ear = Ear(bob, f"/w/{here}/todos/live")
+    ear.event()
+    assert bob.post(f"/w/{here}/todos", title="through the proxy").status == 200
+    ear.until_it_says("through the proxy")
+    assert "through the proxy" in bob.get(f"/w/{here}/todos").text and "through the proxy" not in bob.get(f"/w/{there}/todos").text
+    id = fleet.directory.env.workspaces.id_from_name
+    assert (first.folder / "workspaces" / f"{id(here)}.db").exists() and not (second.folder / "workspaces" / f"{id(here)}.db").exists()
+    assert bob.get(f"/w/{here}/members").status == 200
+
+
+@needs_nginx
+def test_a_workspace_that_is_founded_on_the_page_is_on_a_node_at_once(fleet, front):
+    bob = front.sign_in("bob")
+    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
+    assert bob.get("/w/fresh/todos").status == 200
+    id = fleet.directory.env.workspaces.id_from_name("fresh")
+    assert sum([(node.folder / "workspaces" / f"{id}.db").exists() for node in fleet.nodes]) == 1
+    assert not list((fleet.folder / "directory" / "workspaces").glob("*.db"))
+
+
+@needs_nginx
+def test_strangers_get_the_gates_answer_and_no_node_hears_of_them(fleet, front):
+    name = fleet.found()
+    eve, nobody = front.sign_in("eve"), Person(front)
+    before = [fetched(node) for node in fleet.nodes]
+    for person, status in ((eve, 403), (nobody, 401)):
+        for path in (f"/w/{name}/todos", f"/w/{name}/todos/live", "/w/nowhere/todos", f"/w/{name}/_counts", f"/w/{name}/members"):
+            answer = person.get(path, x_account="bob", x_role="owner", x_workspace=name)
+            assert answer.status == status, path
+        assert person.post(f"/w/{name}/todos", title="x").status == status
+    assert "Sign in" in nobody.get(f"/w/{name}/todos", accept="text/html").text
+    assert front.sign_in("bob").get("/_node/x/create").status == 404 == eve.get("/_gate/" + name).status
+    assert [fetched(node) for node in fleet.nodes] == before
+
+
+@needs_nginx
+@cases("path", ["/w/OTHER/../NAME/todos", "/w/OTHER/%2e%2e/NAME/todos", "/w/OTHER%2f..%2fNAME/todos", "/w//NAME/todos", "/w/NAME/%2e%2e/OTHER/todos",
+                "/w/NAME/members/../todos", "/w/NAME%00/todos", "/w/./NAME/todos", "/w/NAME/todos/%2e%2e/%2e%2e/OTHER/todos"])
+def test_a_path_that_a_proxy_reads_differently_reaches_no_workspace(fleet, front, path):
+    name, other = fleet.found("bob"), fleet.found("eve")
+    before = [fetched(node) for node in fleet.nodes]
+    link = socket.create_connection(("127.0.0.1", front.port), timeout=PATIENCE)
+    link.sendall(f"GET {path.replace('NAME', name).replace('OTHER', other)} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nCookie: "
+                 f"{front.sign_in('bob').cookie}\r\n\r\n".encode())
+    answer = b""
+    while (data := link.recv(65536)):
+        answer += data
+    link.close()
+    assert statuses(answer)[0] in (400, 403, 404, 401) and [fetched(node) for node in fleet.nodes] == before
+
+
+def verdict_of(fleet, person_cookie, name):
+    link = http.client.HTTPConnection("127.0.0.1", fleet.directory.port, timeout=PATIENCE)
+    link.request("GET", "/_gate", headers={"Cookie": person_cookie, "X-Original-URI": f"/w/{name}/todos"})
+    answer = link.getresponse()
+    answer.read()
+    link.close()
+    return {key.lower(): value for key, value in answer.getheaders() if key.lower() in orion.TRUSTED}
+
+
+@cases("how", ["none", "no seal", "another role", "another account", "another workspace", "stale", "from the future", "another key", "another node's", "junk", "read-only left out"])
+def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, monkeypatch, how):
+    node, name, other = fleet.nodes[0], fleet.found(on=fleet.nodes[0]), fleet.found(on=fleet.nodes[1])
+    cookie = fleet.cookie("bob")
+    said, clock = verdict_of(fleet, cookie, name), time.time
+    assert Person(node).ask("GET", f"/w/{name}/todos", **said).status == 200
+    before = fetched(node)
+    if how == "another key":
+        monkeypatch.setattr(orion, "keys_now", lambda settings: (b"another",))
+    changed = {"none": lambda: {}, "no seal": lambda: {**said, "x-verdict": ""}, "another role": lambda: {**said, "x-role": "admin"},
+               "another account": lambda: {**said, "x-account": "eve"}, "another workspace": lambda: {**said, "x-workspace": other},
+               "stale": lambda: said, "from the future": lambda: said, "another key": lambda: said, "another node's": lambda: verdict_of(fleet, cookie, other),
+               "junk": lambda: {**said, "x-verdict": "9" * 40 + ".\xe9"}, "read-only left out": lambda: {**said, "x-read-only": "true"}}[how]()
+    if how in ("stale", "from the future"):
+        monkeypatch.setattr(orion.time, "time", lambda: clock() + (31 if how == "stale" else -61))
+    asked = other if how in ("another node's", "another workspace") else name
+    answer = Person(node).ask("GET", f"/w/{asked}/todos", **changed)
+    assert answer.status == (421 if how == "another node's" else 403) and fetched(node) == before
+
+
+def test_a_node_does_the_directorys_errands_for_nobody_else(fleet):
+    node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
+    id = fleet.directory.env.workspaces.id_from_name(name)
+    for what in ("aside", "create", "back", "adopt", "_counts"):
+        assert Person(node).post(f"/_node/{id}/{what}").status == 403
+    seal = orion.seal_of(orion.errand_parts(orion.Request("POST", f"/_node/{id}/_counts")), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
+    assert Person(node).ask("POST", f"/_node/{id}/aside", x_verdict=seal).status == 403
+    assert Person(node).ask("POST", f"/_node/{id}/_counts", x_verdict=seal).status == 200
+
+
+@needs_nginx
+def test_an_end_of_access_reaches_the_streams_on_a_node(fleet, front):
+    name = fleet.found()
+    bob = front.sign_in("bob")
+    fleet.cli("member", "add", name, "eve", "member")
+    ear = Ear(front.sign_in("eve", datastar=True), f"/w/{name}/todos/live")
+    ear.event()
+    assert bob.delete(f"/w/{name}/members/eve").status in (200, 204, 303)
+    assert "no longer" in ear.until_it_says("no longer")
+
+
+@needs_nginx
+def test_a_node_that_is_lost_harms_no_other_and_its_workspaces_come_up_elsewhere(doomed, tmp_path_factory, tmp_path):
+    fleet, front = doomed, Front(doomed, tmp_path_factory.mktemp("nginx"))
+    first, second = fleet.nodes
+    lost, kept = fleet.found(on=first), fleet.found(on=second)
+    bob = front.sign_in("bob")
+    bob.post(f"/w/{lost}/todos", title="in the backup")
+    fleet.cli("backup", str(tmp_path / "backup"), data="one")
+    first.close()
+    assert bob.get(f"/w/{lost}/todos").status == 502 and bob.get(f"/w/{kept}/todos").status == 200
+    assert "can&#x27;t be read" in bob.get("/").text and "0 open" in bob.get("/").text
+    assert f"{lost}\t" in fleet.cli("node", "replace", first.address, second.address, str(tmp_path / "backup"))
+    assert "in the backup" in bob.get(f"/w/{lost}/todos").text and bob.get(f"/w/{kept}/todos").status == 200
+    front.close()
+
+
+@needs_nginx
+def test_a_move_between_nodes_under_load_loses_nothing_and_doubles_nothing(fleet, front):
+    first, second = fleet.nodes
+    name = fleet.found(on=first)
+    bob, acknowledged, stop = front.sign_in("bob"), [], threading.Event()
+
+    def write(writer):
+        for n in range(10_000):
+            if stop.is_set():
+                return
+            while not stop.is_set() and (answer := bob.post(f"/w/{name}/todos", title=f"{writer}-{n}")).status != 200:
+                assert answer.status in (503, 421, 502), answer.text
+            acknowledged.append(f"{writer}-{n}") if not stop.is_set() else None
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for thread in writers:
+        thread.start()
+    eventually(lambda: len(acknowledged) > 50)
+    assert f"on {second.address} now" in fleet.cli("node", "move", name, second.address)
+    moved = len(acknowledged)
+    eventually(lambda: len(acknowledged) > moved + 50)
+    stop.set()
+    for thread in writers:
+        thread.join(PATIENCE)
+    id = fleet.directory.env.workspaces.id_from_name(name)
+    with contextlib.closing(sqlite3.connect(second.folder / "workspaces" / f"{id}.db")) as db:
+        titles = [row[0] for row in db.execute("SELECT title FROM todos")]
+    assert len(titles) == len({*titles}) and {*acknowledged} <= {*titles}
+    assert not (first.folder / "workspaces" / f"{id}.db").exists()
+
+
+def test_a_move_that_fails_leaves_everything_as_it_was(doomed):
+    fleet = doomed
+    first, second = fleet.nodes
+    name = fleet.found(on=first)
+    second.close()
+    assert "can't be reached" in fleet.cli("node", "move", name, second.address, status=2)
+    id = fleet.directory.env.workspaces.id_from_name(name)
+    assert (first.folder / "workspaces" / f"{id}.db").exists() and first.address in str(fleet.cli("node", "list"))
+    person = Person(fleet.directory)
+    person.headers["Cookie"] = fleet.cookie("bob")
+    assert person.get(f"/_gate/{name}").headers["x-node"] == first.address
+
+
+def test_a_workspace_whose_node_can_not_be_reached_is_not_founded_and_its_name_stays_free(doomed):
+    fleet = doomed
+    for node in fleet.nodes:
+        node.close()
+    person = Person(fleet.directory)
+    person.headers["Cookie"] = fleet.cookie("bob")
+    assert person.post("/workspaces", form={"name": "nowhere"}).status == 503
+    assert "nowhere" not in fleet.cli("workspace", "list") and person.get("/").status == 200
 
 
 # ==== 19. Edge =======================================================================================================
