@@ -108,9 +108,18 @@ class Settings(NamedTuple):
     streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
     allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
     trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
+    single: Optional[pathlib.Path] = None       # one file for everything, in place of the data folder
     plane: str = ""                      # directory or data: one plane alone, with others in other processes
     directory: str = ""                  # HOST:PORT of the directory, for a data plane
     node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
+
+    @property
+    def key_file(self) -> pathlib.Path:
+        return self.single.with_name(f"{self.single.name}.key") if self.single else self.data / "secret.key"
+
+    @property
+    def directory_file(self) -> pathlib.Path:
+        return self.single or self.data / "directory.db"
 
 
 # ==== 2. Markup ======================================================================================================
@@ -874,6 +883,9 @@ class Namespace:
     def path(self, id: str) -> pathlib.Path:
         return self.folder / f"{id}.db"
 
+    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+        return ((path.stem, path) for path in self.folder.glob("*.db"))
+
     def create(self, id: str) -> None:
         """Make the file of a new object; whoever finds it missing later knows that it was lost."""
         made = self.build(id, self)
@@ -1003,11 +1015,11 @@ class Alarms:
 
     def look(self) -> None:
         """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
-        for path in self.namespace.folder.glob("*.db"):
-            if path.stem not in self.looked:
-                self.looked.add(path.stem)
+        for id, path in self.namespace.files():
+            if id not in self.looked:
+                self.looked.add(id)
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(Store(path)) as store:
-                    self.namespace.alarm(path.stem, store.one("SELECT min(due) FROM jobs")[0])
+                    self.namespace.alarm(id, store.one("SELECT min(due) FROM jobs")[0])
 
     def ring(self) -> None:
         while self.at_once.acquire(blocking=False):
@@ -1191,8 +1203,8 @@ class SliceHost(DurableObject):
         return ""
 
     def handle(self, request: Request) -> Response:
-        if request.path == "/_jobs":
-            return as_json(self.queue.work(self.work))
+        if request.path in self.OWN:
+            return as_json(self.OWN[request.path](self))
         slice, row, args = self.router.match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
@@ -1207,6 +1219,13 @@ class SliceHost(DurableObject):
             which = response.which or "/".join(args) or self.store.one("SELECT last_insert_rowid()")[0]
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
+
+    def facts(self) -> Dict[str, Any]:
+        return {"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
+                "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()}
+
+    # what the server itself asks; the worker lets no path like these in from outside
+    OWN = {"/_counts": facts, "/_jobs": lambda self: self.queue.work(self.work), "/_retry": lambda self: self.queue.retry()}
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
@@ -1257,7 +1276,8 @@ class SliceHost(DurableObject):
         return Rendering(region, micros(time.perf_counter() - started))
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        headers = {"x-account": "", **{name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-read-only", "x-id")}}
+        headers = {"x-account": "", "x-role": ctx.viewer.role, "x-grants": ",".join(ctx.viewer.grants),
+                   "x-read-only": "true" if ctx.viewer.read_only else "", "x-id": ctx.request.headers.get("x-id", "")}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
         watch, rendering = Watch(self.namespace.get(self.id), again, self.topic(live, ctx)), self.rendering(live, ctx)
         rendering.told = True
@@ -1437,11 +1457,6 @@ class Workspace(SliceHost):
         self.quota = quota
 
     def handle(self, request: Request) -> Response:
-        if request.path == "/_counts":               # for home page and console; the worker lets no path like it in from outside
-            return as_json({"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
-                            "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()})
-        if request.path == "/_retry":
-            return as_json(self.queue.retry())
         if request.headers.get("x-quota", self.quota) != self.quota:
             self.heed_quota(request.headers["x-quota"])
         return super().handle(request)
@@ -1638,7 +1653,7 @@ class Directory(SliceHost):
     FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
     def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace,
-                 pages: Sequence[Live]):
+                 pages: Sequence[Live], slices: Sequence[Slice] = ()):
         public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
                   Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
@@ -1647,7 +1662,7 @@ class Directory(SliceHost):
         members = (Route("POST", "/members", "members:manage", invite),
                    Route("PATCH", "/members/<account>", "members:manage", change_role),
                    Route("DELETE", "/members/<account>", MEMBER, expel))
-        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), public + members)]), pages)
+        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), public + members), *slices]), pages)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
@@ -1669,7 +1684,7 @@ class Directory(SliceHost):
             if request.path != "/_gate":
                 return answer
             return sealed_verdict(answer, self.keys[0]) if answer.status == 200 else Response(200) if answer is MOVING else answer
-        if request.path.startswith("/_"):
+        if request.path in self.INTERNAL:
             return as_json(self.INTERNAL[request.path](self, request))
         return super().handle(request)
 
@@ -1689,7 +1704,7 @@ class Directory(SliceHost):
             if over:
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
-        self.keys = load_keys(self.settings.data / "secret.key")
+        self.keys = load_keys(self.settings.key_file)
         changed = self.bus.versions["access"] if self.settings.plane else 0
         return [self.awake_since, self.store.one("PRAGMA data_version")[0], changed]
 
@@ -1725,7 +1740,7 @@ class Directory(SliceHost):
                 "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
 
     def scope(self, request: Request) -> str:
-        return request.headers.get("x-id", "")
+        return request.headers.get("x-id", "") if request.path.startswith("/members") else ""
 
     # -- the gate
 
@@ -1921,6 +1936,8 @@ def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str, ma
     """Returns its id. The file comes first (make(id); else an empty one): a row without a file would mean that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
+    if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
+        raise Refused(422, "This server has one workspace, and that is there. workspace import takes its file to a server of many.")
     None if node else (make or workspaces.create)(id)
     store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", id, name, name, node, node != "")
     store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, owner)
@@ -2024,6 +2041,23 @@ def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[
     ctx.publish(f"access:{account}")
 
 
+class Single(Directory):
+    """Both planes in one object and one file, for a server with one workspace: who looks is asked in the same breath as what
+    there is to see."""
+
+    def open(self, create: bool = False) -> None:
+        super().open(create)
+        self.store.exec(f"PRAGMA max_page_count = {self.settings.quota // self.store.one('PRAGMA page_size')[0]}")
+
+    def viewer(self, request: Request) -> Viewer:
+        if "x-workspace" not in request.headers or "x-account" in request.headers:
+            return super().viewer(request)
+        verdict = self.gate(request, request.headers["x-workspace"])
+        if verdict.status != 200:
+            raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
+        return super().viewer(request._replace(headers=dict(verdict.headers)))
+
+
 # ==== 14. Worker =====================================================================================================
 # The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
 # may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
@@ -2047,20 +2081,33 @@ def worker(request: Request, env: Env) -> Response:
         return apex(request, env)
     if verdict.status != 200:
         return refusal(request, verdict)
+    return forward(request, dict(verdict.headers), env)
+
+
+def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
+    """To the object that answers for the rest of the path, with the verdict as trusted headers."""
     _, _, workspace, *rest = request.path.split("/")
     if not rest or rest == [""]:
         return see_other(f"/w/{workspace}/todos")
-    return forward(request, dict(verdict.headers), rest, env)
-
-
-def forward(request: Request, viewer: Dict[str, str], rest: Sequence[str], env: Env) -> Response:
-    """To the object that answers for the rest of the path, with the verdict as trusted headers."""
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
     forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
+
+
+def single_front(request: Request, env: Env) -> Response:
+    """The worker where gate and rows are one object: without the hop between them."""
+    if not request.path.startswith("/w/"):
+        return worker(request, env)
+    if request.method not in SAFE:
+        refuse_foreign(request)
+    own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
+    try:
+        return forward(request._replace(headers=own), {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}, env)
+    except Refused as no:
+        return refusal(request, Response(no.status, no.message.encode(), headers=no.headers))
 
 
 def admit(request: Request, env: Env) -> Optional[Response]:
@@ -2850,20 +2897,22 @@ def progress(done: int, all: int, what: str) -> None:
         print(f"\r{what} {done} of {all}", end="\n" if done == all else "", file=sys.stderr, flush=True)
 
 
-def snapshot(data: pathlib.Path, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
+def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
     """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what the snapshot
     holds, by id."""
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "workspaces").mkdir(parents=True)
-    held, ids = {}, [path.stem for path in (data / "workspaces").glob("*.db")]
-    if (data / "directory.db").exists():
-        held["directory"] = {"rows": copy_database(data / "directory.db", part / "directory.db"), "seen": ""}
-        with contextlib.closing(Store(part / "directory.db")) as store:
-            ids = [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
+    held, ids = {}, [path.stem for path in (settings.data / "workspaces").glob("*.db") if not settings.single]
+    if settings.directory_file.exists():
+        copy = part / "directory.db"
+        held["directory"] = {"rows": copy_database(settings.directory_file, copy), "seen": ""}
+        with contextlib.closing(Store(copy)) as store:
+            ids = [] if settings.single else [row["id"] for row in store.query(
+                "SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
     known = json.loads((before / "manifest.json").read_text()) if before else {}
     for number, id in enumerate(ids, 1):
-        source, copy = data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
+        source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
         seen = repr([(file.stat().st_mtime_ns, file.stat().st_size) for file in (source, source.with_name(f"{id}.db-wal")) if file.exists()])
         if known.get(id, {}).get("seen") == seen:
             os.link(before / "workspaces" / copy.name, copy)
@@ -2871,7 +2920,7 @@ def snapshot(data: pathlib.Path, target: pathlib.Path, before: Optional[pathlib.
         else:
             held[id] = {"rows": copy_database(source, copy), "seen": seen}
         progress(number, len(ids), "copied")
-    shutil.copy2(data / "secret.key", part / "secret.key")
+    shutil.copy2(settings.key_file, part / "secret.key")
     (part / "manifest.json").write_text(json.dumps(held))
     part.rename(target)
     return held
@@ -2882,7 +2931,7 @@ def snapshot_again(settings: Settings) -> None:
     folder = settings.data / "backups"
     folder.mkdir(exist_ok=True)
     kept = sorted([path for path in folder.iterdir() if (path / "manifest.json").exists()])
-    snapshot(settings.data, folder / stamp(), kept[-1] if kept else None)
+    snapshot(settings, folder / stamp(), kept[-1] if kept else None)
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
 
@@ -2925,7 +2974,7 @@ def is_errand(request: Request, settings: Settings) -> bool:
 
 
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
-    path = settings.data / "secret.key"
+    path = settings.key_file
     return cached_keys(path, path.stat().st_mtime_ns)
 
 
@@ -2967,7 +3016,7 @@ def directory_front(request: Request, env: Env) -> Response:
 
 def settle(settings: Settings, name: str) -> None:
     """Have a new workspace's node make its file, then let people in. Refused: it did not; the name is free again."""
-    with contextlib.closing(Store(settings.data / "directory.db")) as store:
+    with contextlib.closing(Store(settings.directory_file)) as store:
         row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
         try:
             if row:
@@ -2987,8 +3036,8 @@ def node_front(request: Request, env: Env) -> Response:
         return node_errand(request, env)
     headers = request.headers
     verdict = {name: headers[name] for name in VERDICT if headers.get(name)}
-    _, first, workspace, *rest = [*request.path.split("/"), "", ""]
-    if first != "w" or not rest[:-2] or verdict.get("x-workspace") != workspace or not believed(
+    workspace = request.path.split("/")[2] if request.path.startswith("/w/") else ""
+    if not workspace or verdict.get("x-workspace") != workspace or not believed(
             headers.get("x-verdict", ""), [verdict.get(name, "") for name in VERDICT], keys_now(env.settings)):
         raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
     if verdict.get("x-node") != env.settings.node_name:
@@ -2996,7 +3045,7 @@ def node_front(request: Request, env: Env) -> Response:
     if request.method not in SAFE:
         refuse_foreign(request)
     own = {name: value for name, value in headers.items() if name not in TRUSTED}
-    return forward(request._replace(headers=own), verdict, rest[:-2], env)
+    return forward(request._replace(headers=own), verdict, env)
 
 
 def rows_of(path: pathlib.Path) -> int:
@@ -3313,7 +3362,7 @@ class Edge(ThreadingHTTPServer):
         self.env = self.env._replace(settings=env.settings._replace(node_name=name))
         for waiting in (self.socket, self.waker, self.woken):
             waiting.setblocking(False)
-        for namespace in (env.workspaces, env.directory.namespace):
+        for namespace in {env.workspaces, env.directory.namespace}:
             namespace.listeners.append(self.broker.published)
 
     def server_bind(self) -> None:
@@ -3546,13 +3595,8 @@ class Edge(ThreadingHTTPServer):
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 14)."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
-    fresh = not (settings.data / "directory.db").exists()
-    settings = settings._replace(demo=settings.demo and (fresh or has_personas(settings.data / "directory.db")))
-    key_file = settings.data / "secret.key"
-    if fresh and not key_file.exists():
-        add_key(key_file)
-    keys = load_keys(key_file)
-    trace, pages = Trace(with_args=settings.demo), [live for slice in slices for live in slice.live] + [MEMBERS]
+    settings, fresh, keys = prepared(settings)
+    trace, pages = Trace(with_args=settings.demo), pages_of(slices)
     workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices), pages=pages),
                            settings.awake or awake_by_default(), settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
@@ -3563,6 +3607,57 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     env = Env(settings, directories.get("directory"), workspaces, trace, worker)
     if fresh and settings.demo:
         seed(env)
+    return env
+
+
+def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
+    """Whether it is a demo, whether there is nothing yet, and the keys."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    fresh = not settings.directory_file.exists()
+    demo = settings.demo and (fresh or has_personas(settings.directory_file))
+    if fresh and not settings.key_file.exists():
+        add_key(settings.key_file)
+    return settings._replace(demo=demo), fresh, load_keys(settings.key_file)
+
+
+def pages_of(slices: Sequence[Slice]) -> List[Live]:
+    return [live for slice in slices for live in slice.live] + [MEMBERS]
+
+
+class OneFile(Namespace):
+    """Of a single object, whose file may have any name."""
+
+    def __init__(self, file: pathlib.Path, *rest: Any) -> None:
+        super().__init__("workspace", file.parent, *rest)
+        self.file = file
+
+    def id_from_name(self, name: str) -> str:
+        return super().id_from_name("single")
+
+    def path(self, id: str) -> pathlib.Path:
+        return self.file
+
+    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+        return iter([(self.id_from_name(""), self.file)])
+
+    def create(self, id: str) -> None:
+        None if self.file.exists() else super().create(id)
+
+
+def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    """One object and one file, with the same slices; the first workspace that is founded is the only one."""
+    settings, fresh, keys = prepared(settings)
+    trace = Trace(with_args=settings.demo)
+
+    def build(id: str, namespace: Namespace) -> Single:
+        return Single(id, namespace, settings, keys, namespace, pages_of(slices), slices)
+    namespace = OneFile(settings.single, build, 1, float("inf"), trace)
+    root = namespace.get(namespace.id_from_name(""))
+    namespace.create(root.id)
+    root.fetch(Request("GET", "/_version"))
+    env = Env(settings, root, namespace, trace, single_front)
+    if fresh and settings.demo:
+        seed(env, {"acme": DEMO_WORKSPACES["acme"]})
     return env
 
 
@@ -3582,7 +3677,7 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     if not (settings.data / "secret.key").exists() or not settings.directory:
         raise FileNotFoundError("a data plane needs --directory HOST:PORT, and a copy of the directory's secret.key in its data folder")
-    trace, pages = Trace(), [live for slice in slices for live in slice.live] + [MEMBERS]
+    trace, pages = Trace(), pages_of(slices)
     build = functools.partial(Workspace, router=Router(slices), pages=pages)
     workspaces = Namespace("workspace", settings.data / "workspaces", build, settings.awake or awake_by_default(), settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
@@ -3591,6 +3686,10 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
 
 
 PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
+
+
+def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    return (single_root if settings.single else PLANES[settings.plane])(settings, slices)
 
 
 def has_personas(path: pathlib.Path) -> bool:
@@ -3619,7 +3718,7 @@ DEMO_WORKSPACES = {
 }
 
 
-def seed(env: Env) -> None:
+def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
     directory = env.directory.namespace.wake(env.directory.id)
     env.directory.fetch(Request("GET", "/_version"))
@@ -3630,7 +3729,7 @@ def seed(env: Env) -> None:
     def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
         headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
         stub.fetch(Request("POST", path, headers=headers, body=json.dumps(signals).encode()))
-    for name, (members, titles) in DEMO_WORKSPACES.items():
+    for name, (members, titles) in workspaces.items():
         (owner, _), *others = members.items()
         post(env.directory, "/workspaces", {"x-account": owner}, name=name)
         viewer = dict(verdict(owner, "owner", name, env.workspaces.id_from_name(name)).headers)
@@ -3649,11 +3748,14 @@ class Unusable(Exception):
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[Tuple[Store, Env]]:
-    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction."""
-    env = two_planes(settings._replace(demo=False))
+def opened(settings: Settings, workspace: str = "") -> Iterator[Tuple[Store, Env]]:
+    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction.
+    workspace: one whose file the caller needs."""
+    env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
     env.directory.fetch(Request("GET", "/_version"))               # migrated from here on
     with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
+        if workspace and (settings.single or row_of(store, "workspaces", workspace)["node"]):
+            raise Unusable(f"{workspace} has no file of its own here: it is on another node, or in a single root, which is one file anyway")
         yield store, env
 
 
@@ -3756,7 +3858,7 @@ REMOVED_SECONDS = 30 * 86400                         # for which a copy of a rem
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the id
     is not given again."""
-    with opened(settings) as (store, env):
+    with opened(settings, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
         store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
@@ -3776,7 +3878,7 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
     """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the last
     word; the gate says 503 until the name is removed here."""
-    with opened(settings) as (store, env):
+    with opened(settings, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
         journalled(store, "workspace export", given.name)
@@ -3791,33 +3893,51 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
-    """Under its name, or another, with its members. Who has no account here gets one, without a password yet."""
+    """An export or a single root, under its name or another, with its members. Who has no account here gets one; from an
+    export it comes without a password."""
     with contextlib.closing(Store(given.file)) as source:
-        about = json.loads(source.one("SELECT about FROM _export")[0])
+        name, members, accounts = about_file(source)
     with opened(settings) as (store, env):
-        for account, _ in about["members"]:
-            if store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account, account):
-                print(f"{account} is new here; account passwd {account} lets them in")
-        name, owners = given.name or about["name"], [account for account, role in about["members"] if role == "owner"]
+        for account in accounts:
+            if store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account) and not account[2]:
+                print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
+        name, owners = given.name or name, [account for account, role in members if role == "owner"]
         id = add_workspace(store, env.workspaces, name, owners[0], lambda id: adopt(given.file, env.workspaces.path(id)))
-        for account, role in about["members"]:
+        for account, role in members:
             store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
         journalled(store, "workspace import", name)
-    print(f"{name}: {len(about['members'])} members")
+    print(f"{name}: {len(members)} members")
+
+
+def about_file(store: Store) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
+    """The name of the workspace in it, its members with their roles, and their accounts: name, label, password."""
+    if store.one("SELECT 1 FROM sqlite_master WHERE name = '_export'"):
+        about = json.loads(store.one("SELECT about FROM _export")[0])
+        return about["name"], about["members"], [(account, account, "") for account, _ in about["members"]]
+    if not store.one("SELECT 1 FROM sqlite_master WHERE name = 'memberships'"):
+        raise Unusable(f"{store.path} is neither an export nor a single root; workspace export makes one")
+    members = store.query("SELECT account, role FROM memberships ORDER BY account")
+    accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN (SELECT account FROM memberships)")
+    return store.one("SELECT name FROM workspaces")[0], [tuple(row) for row in members], [tuple(row) for row in accounts]
 
 
 def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
-    """A copy of another deployment's file, which will be claimed by the object of this one."""
+    """A copy of another deployment's file, which will be claimed by the object of this one. Of a single root, the part that
+    is the workspace's."""
     copy_database(source, path)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("DROP TABLE IF EXISTS _export")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        made = db.execute("SELECT group_concat(tables, ' ') FROM _migrations WHERE slice = 'directory'").fetchone()[0] or ""
+        for table in ("_export", *made.split()):
+            db.execute(f"DROP TABLE IF EXISTS {table}")
+        db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
+        db.execute("VACUUM")                         # nothing of sessions and passwords is left in free pages
         db.execute("PRAGMA application_id = 0")
 
 
 def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     """As it was in a snapshot, beside the present one and with its members; never over it."""
     name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
-    with opened(settings) as (store, env):
+    with opened(settings, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
         source = given.at / "workspaces" / f"{row['id']}.db"
@@ -3849,55 +3969,55 @@ def member_list(settings: Settings, given: argparse.Namespace) -> None:
 def backup(settings: Settings, given: argparse.Namespace) -> None:
     if given.folder.exists():
         raise Unusable(f"{given.folder} exists; name a new folder")
-    if not (settings.data / "secret.key").exists():
+    if not settings.key_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
-    held = snapshot(settings.data, given.folder)
-    print(f"{given.folder}: {len({*held} - {'directory'})} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked")
+    held = snapshot(settings, given.folder)
+    print(f"{given.folder}: {len(held)} databases, {sum([part['rows'] for part in held.values()])} rows, checked")
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
     """Into a data folder that has no deployment yet."""
-    if (settings.data / "directory.db").exists():
-        raise Unusable(f"{settings.data} has a deployment already; name an empty folder with --data")
+    if settings.directory_file.exists():
+        raise Unusable(f"{settings.directory_file} is there already; name an empty folder with --data")
     if not (given.folder / "manifest.json").exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads((given.folder / "manifest.json").read_text())
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
-    shutil.copy2(given.folder / "secret.key", settings.data / "secret.key")
+    shutil.copy2(given.folder / "secret.key", settings.key_file)
     for number, (id, about) in enumerate([*held.items()][::-1], 1):              # the Directory last: it says that all is there
         path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
-        rows = copy_database(given.folder / path, settings.data / path)
+        rows = copy_database(given.folder / path, settings.directory_file if id == "directory" else settings.data / path)
         if rows != about["rows"]:
             raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
         progress(number, len(held), "restored")
-    print(f"{settings.data}: {len({*held} - {'directory'})} workspaces, {sum([about['rows'] for about in held.values()])} rows, checked")
+    print(f"{settings.data}: {len(held)} databases, {sum([about['rows'] for about in held.values()])} rows, checked")
 
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
     """Looks at every file, changes none. 1: something is wrong, and each line says what and where."""
-    faults, directory, folder = [], settings.data / "directory.db", settings.data / "workspaces"
+    faults, directory, folder = [], settings.directory_file, settings.data / "workspaces"
 
     def look(path: pathlib.Path, id: str) -> Optional[List[Tuple[str, str]]]:
         try:
             identity(path)
             with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
                 verified(db)
-                if db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
+                if not settings.single and db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
                     raise sqlite3.DatabaseError("the file belongs to another object")
                 return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''").fetchall() if path == directory else None
         except sqlite3.Error as error:
             faults.append(f"{StorageFault(path, error)}")
-    files = [(path.stem, path.stem) for path in folder.glob("*.db")]
+    files = [] if settings.single else [(path.stem, path) for path in folder.glob("*.db")]
     named = files if settings.plane == "data" else look(directory, "directory") or []
-    for number, (id, name) in enumerate(named, 1):
+    for number, (id, name) in enumerate(() if settings.single else named, 1):
         look(folder / f"{id}.db", id)
         progress(number, len(named), "checked")
     faults += [f"{path}: no workspace of the Directory has this file; import it, or move it away"
-               for path in folder.glob("*.db") if path.stem not in dict(named)]
+               for id, path in files if id not in dict(named)]
     try:
-        load_keys(settings.data / "secret.key")
+        load_keys(settings.key_file)
     except (OSError, ValueError) as error:
-        faults.append(f"{settings.data / 'secret.key'}: {error}; restore it from a backup, or everybody is signed out")
+        faults.append(f"{settings.key_file}: {error}; restore it from a backup, or everybody is signed out")
     table([(fault,) for fault in faults] or [(f"{len(named)} workspaces, all is well",)])
     return 1 if faults else 0
 
@@ -4020,7 +4140,7 @@ def nginx(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
-    add_key(settings.data / "secret.key")
+    add_key(settings.key_file)
     print("there is a new key; the one before holds for those who are signed in, until the next rotation")
 
 
@@ -4123,6 +4243,7 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
         parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
+    parent.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS, help="or the file with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
     for name in ("account", "workspace", "member", "node", "keys"):
         groups[name] = groups[""].add_parser(name, help=f"see {name} --help").add_subparsers(required=True, metavar="command")
@@ -4130,6 +4251,7 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
         add_verb(groups, verb, parent)
     given = parser.parse_args(argv)
     settings = Settings(**{key: value for key, value in vars(given).items() if key in Settings._fields})
+    settings = settings._replace(data=settings.single.parent) if settings.single else settings
     loopback = settings.host == "localhost" or is_loopback(settings.host)
     return settings._replace(demo=bool(settings.demo or loopback)), given
 
@@ -4148,6 +4270,7 @@ OPTIONS = (
     ("--host", "address to listen on", str),
     ("--port", "port to listen on; 0: any free one", int),
     ("--data", "folder with all state", pathlib.Path),
+    ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
     ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
     ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", int),
@@ -4207,7 +4330,7 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     if resource:                                     # a stream is a descriptor; take what the system grants
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    env = PLANES[settings.plane](settings, slices)
+    env = compose(settings, slices)
     try:
         server = Edge(env)
     except OSError as error:

@@ -69,7 +69,7 @@ class Server:
 
     def __init__(self, folder, slices=(orion.todos,), **settings):
         settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), "log": "off", **settings}
-        self.env = orion.PLANES[settings.get("plane", "")](orion.Settings(**settings), slices)
+        self.env = orion.compose(orion.Settings(**settings), slices)
         self.edge = orion.Edge(self.env)
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
@@ -2134,7 +2134,7 @@ def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
     bob = Person(server, "bob")
     server.env.workspaces.rest(idle=-1)
     text = bob.get("/console").text
-    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td></tr>") == 3
+    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td>0 waiting") == 3
     assert not server.env.workspaces.objects
 
 
@@ -2142,7 +2142,7 @@ def test_a_workspace_that_can_not_be_read_hides_no_other(server):
     server.env.workspaces.rest(idle=-1)
     server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
     text = Person(server, "bob").get("/console").text
-    assert "read</td></tr>" in text and text.count("<td>3</td></tr>") == 2
+    assert "read</td></tr>" in text and text.count("<td>3</td><td>0 waiting") == 2
 
 
 def test_the_console_pages_through_many_workspaces(server):
@@ -2878,6 +2878,81 @@ def test_a_restart_keeps_sessions_and_todos(start):
     assert titles(bob)[0] == "Kept"
 
 
+@pytest.fixture
+def single(start, tmp_path):
+    return start((orion.todos, letters), single=tmp_path / "data" / "team.db")
+
+
+def test_a_single_root_keeps_everything_in_one_file(single):
+    bob = Person(single, "bob")
+    ear = Ear(bob, "/w/acme/todos/live")
+    assert bob.post("/w/acme/todos", title="in the same file").status == 200
+    ear.until_it_says("in the same file")
+    assert "4 open" in bob.get("/").text and "carol" in bob.get("/w/acme/members").text and bob.get("/console").status == 200
+    assert sorted(path.name for path in single.env.settings.data.iterdir() if not path.name.endswith(("-wal", "-shm"))) == ["team.db", "team.db.key"]
+    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
+        assert {"accounts", "sessions", "memberships", "todos", "sent", "jobs"} <= {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+
+
+def test_a_single_root_asks_no_gate_but_lets_nobody_else_in(single):
+    bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
+    assert bob.get("/w/acme/todos").status == 200 and "gate_verdicts_total{" not in nobody.get("/metrics").text
+    for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_counts"):
+        told = {} if "_counts" in path else {"x_account": "bob", "x_role": "owner"}
+        assert nobody.get(path, **told).status == (404 if "_counts" in path else 401)
+        assert alice.get(path, **told).status == (404 if "_counts" in path else 403)
+    assert erin.post("/w/acme/todos", title="no").status == 403 == erin.delete("/w/acme/todos/1").status
+    assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
+
+
+def test_an_end_of_access_ends_streams_of_a_single_root(single):
+    bob, carol = Person(single, "bob"), Person(single, "carol", datastar=True)
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    assert bob.delete("/w/acme/members/carol").status in (200, 204)
+    assert "no longer" in ear.until_it_says("no longer")
+    assert "no longer" in carol.get("/w/acme/todos/live").text
+
+
+def test_a_single_root_has_one_workspace_and_says_what_to_do_for_more(single):
+    bob = Person(single, "bob", datastar=True)
+    assert "one workspace" in bob.post("/workspaces", name="second").text
+
+
+def test_jobs_run_in_a_single_root(single):
+    Person(single, "bob").post("/w/acme/letters", text="to all")
+    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
+        assert eventually(lambda: db.execute("SELECT text FROM sent").fetchall() == [("to all",)])
+
+
+def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp_path, capsys):
+    bob = Person(single, "bob")
+    bob.post("/w/acme/todos", title="came along")
+    single.write("UPDATE accounts SET password = ? WHERE name = 'bob'", orion.hash_password("long enough"))
+    many = tmp_path / "many"
+    assert orion.main(argv=["workspace", "import", str(single.env.settings.single), "--data", str(many)]) == 0
+    assert orion.main(argv=["check", "--data", str(many)]) == 0
+    server = start((orion.todos, letters), folder="many", demo=False)
+    bob = Person(server)
+    bob.headers["Cookie"] = bob.post("/login", form={"username": "bob", "password": "long enough"}).headers["set-cookie"].split(";")[0]
+    assert "came along" in bob.get("/w/acme/todos").text and "carol" in bob.get("/w/acme/members").text
+    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).read_bytes()
+    assert b"sessions" not in file and b"password" not in file
+
+
+def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsys):
+    Person(single, "bob").post("/w/acme/todos", title="kept")
+    root, copy = str(single.env.settings.single), str(tmp_path / "again" / "team.db")
+    assert orion.main(argv=["backup", str(tmp_path / "bk"), "--single", root]) == 0
+    assert orion.main(argv=["restore", str(tmp_path / "bk"), "--single", copy]) == 0
+    assert orion.main(argv=["check", "--single", copy]) == 0
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert ("kept",) in db.execute("SELECT title FROM todos").fetchall()
+    with open(copy, "r+b") as file:
+        file.seek(5000), file.write(b"x" * 3000)
+    assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
+
+
 # ==== 21. Administration =============================================================================================
 
 @pytest.fixture
@@ -3026,7 +3101,7 @@ def test_a_backup_is_restored_elsewhere_with_everything(served, run, tmp_path):
     bob = Person(served, "bob")
     bob.post("/w/acme/todos", title="Kept")
     status, out, _ = served.run("backup", tmp_path / "copy")
-    assert status == 0 and "3 workspaces" in out and "checked" in out
+    assert status == 0 and "4 databases" in out and "checked" in out
     status, out, _ = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
     assert status == 0 and "3 workspaces" in out
     again = Server(tmp_path / "elsewhere")
