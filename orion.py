@@ -129,21 +129,38 @@ def escape(value: Any) -> Html:
 
 
 class Template:
-    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". KeyError: a hole is not filled."""
+    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line `<!-- row -->`
+    is the part row. In the hole {{row}} a dict, or a row of a store, stands for that part, in which the values around it
+    hold too; a list for one such part after the other; True for the part as it is, or where there is none, as in
+    <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
 
-    def __init__(self, text: str) -> None:
-        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.replace("%", "%%"))
+    def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
+        text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
+        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.rstrip("\n").replace("%", "%%"))
+        self.holes = {*re.findall(r"\{\{(\w+)\}\}", text)}
+        self.parts = {} if parts is None else parts
+        self.parts.update({name: Template(part, self.parts) for name, part in zip(pieces[::2], pieces[1::2])})
 
     def __call__(self, **values: Any) -> Html:
-        return Html(self.format % {name: escape(value) for name, value in values.items()})
+        return Html(self.filled(values))
+
+    def filled(self, values: Dict[str, Any]) -> str:
+        return self.format % {name: html.escape(value) if type(value := values[name]) is str else self.held(name, value, values)
+                              for name in self.holes}
+
+    def held(self, name: str, value: Any, around: Dict[str, Any]) -> str:
+        if type(value) is bool:
+            return "" if not value else self.parts[name].filled(around) if name in self.parts else name
+        if type(value) is list:
+            return "".join([self.parts[name].filled({**around, **one}) for one in value])
+        return self.parts[name].filled({**around, **value}) if type(value) in (dict, sqlite3.Row) else escape(value)
 
 
 @functools.lru_cache(maxsize=None)
 def template(name: str) -> Template:
-    """The file templates/<name>.html; of "todos.row" the part under its line `<!-- row -->`."""
+    """The file templates/<name>.html; of "todos.row" its part row."""
     file, _, part = name.partition(".")
-    pieces = re.split(r"(?m)^<!-- (\w+) -->\n", (TEMPLATES / f"{file}.html").read_text("utf-8"))
-    return Template((dict(zip(pieces[1::2], pieces[2::2]))[part] if part else pieces[0]).rstrip("\n"))
+    return template(file).parts[part] if part else Template((TEMPLATES / f"{file}.html").read_text("utf-8"))
 
 
 # ==== 3. Requests ====================================================================================================
@@ -1000,10 +1017,9 @@ NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the fi
 
 def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
     """A whole page. Each answer puts a nonce of its own where the mark is (section 19)."""
-    signed = template("layout.account")(account=viewer.account) if viewer.account else ""
-    banner = template("layout.masquerade")(operator=viewer.operator, account=viewer.account,
-                                           how="read-only" if viewer.read_only else "writing") if viewer.operator else ""
-    text = template("layout")(title=title, body=body, nonce=NONCE, signed=signed, nav=nav, footer=footer, banner=banner)
+    text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
+                              signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
+                              operator=viewer.operator, how="read-only" if viewer.read_only else "writing")
     return Response(status, text.encode("utf-8", "replace"), PAGE)
 
 
@@ -1148,12 +1164,11 @@ class SliceHost(DurableObject):
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
         how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
         xray = template("xray")(id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role,
-                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
-                                how=how, micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
-                                watchers="" if ctx.scope else template("xray.watchers")())
-        links = [template("layout.link")(path=one.path, title=one.title, current=Html('aria-current="page"' if one.path == live.path else ""))
-                 for one in self.pages]
-        nav = template("layout.workspace")(workspace=workspace, links=Html("").join(links), state=template("layout.state")())
+                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants), how=how,
+                                micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
+                                watchers=not ctx.scope)
+        links = [{"path": one.path, "title": one.title, "current": one.path == live.path} for one in self.pages]
+        nav = template("layout.workspace")(workspace=workspace, link=links, state=True)
         return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
 
 
@@ -1205,27 +1220,23 @@ def the_todo(ctx: Context, id: str) -> sqlite3.Row:
 
 
 def todos_region(ctx: Context) -> Html:
-    given, row, remove = ctx.request.params, template("todos.row"), template("todos.delete")
-    show, pages = given.get("show", ""), int(given.get("pages", 1))
-    some, is_open = some_todos(ctx.store, show, TODOS_A_PAGE * pages + 1), count_todos(ctx.store)
-    disabled = Html("" if ctx.viewer.can("todos:write") else "disabled")
-    rows = [row(id=todo["id"], title=todo["title"], checked=Html("checked" if todo["done"] else ""), disabled=disabled,
-                delete=remove(title=todo["title"]) if ctx.viewer.can("todos:delete") else "") for todo in some]
-    more = template("todos.more")(next=todos_variant({"show": show, "pages": str(pages + 1)})) if len(some) > TODOS_A_PAGE * pages else ""
-    return template("todos.region")(rows=Html("").join(rows[:TODOS_A_PAGE * pages]), open=is_open, more=more,
-                                    all=ctx.store.one("SELECT count(*) FROM todos")[0],
-                                    empty="" if some else template(f"todos.empty_{show or 'all'}")())
+    given, may = ctx.request.params, ctx.viewer.can
+    show, most = given.get("show", ""), TODOS_A_PAGE * int(given.get("pages", 1))
+    some = some_todos(ctx.store, show, most + 1)
+    return template("todos.region")(
+        row=[{"id": todo["id"], "title": todo["title"], "checked": bool(todo["done"])} for todo in some[:most]],
+        disabled=not may("todos:write"), delete=may("todos:delete"), open=count_todos(ctx.store),
+        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most,
+        next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
+        empty="" if some else template(f"todos.empty_{show or 'all'}")())
 
 
 def todos_page(ctx: Context, region: Html) -> Html:
-    given, viewer = ctx.request.params, ctx.viewer
-    form = template("todos.form" if viewer.can("todos:write") else "todos.readonly")
-    tools = template("todos.toggle")() if viewer.can("todos:write") else Html("")
-    tools = Html("").join([tools, template("todos.clear")() if viewer.can("todos:delete") else ""])
-    current = {given.get("show", "all"): Html('aria-current="page"')}
-    return template("todos")(region=region, workspace=ctx.workspace, tools=tools, variant=todos_variant(given),
-                             all=current.get("all", ""), open=current.get("open", ""), done=current.get("done", ""),
-                             form=form(title=given.get("title", ""), problem=given.get("problem", "")))
+    given, write, current = ctx.request.params, ctx.viewer.can("todos:write"), template("todos.current")()
+    links = {name: current if name == given.get("show", "all") else "" for name in ("all", "open", "done")}
+    return template("todos")(region=region, workspace=ctx.workspace, variant=todos_variant(given), form=write,
+                             readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
+                             title=given.get("title", ""), problem=given.get("problem", ""), **links)
 
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
@@ -1656,10 +1667,12 @@ class Directory(SliceHost):
     def account_page(self, ctx: Context) -> Response:
         """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
         mine, typed = self.session(ctx.request), ctx.request.params
-        sessions = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100", ctx.viewer.account)
-        rows = [template("account.session")(name=row["digest"].hex()[:16], since=formatdate(row["created"], usegmt=True), agent=row["agent"],
-                                            this=template("account.this")() if row["digest"] == mine["digest"] else "") for row in sessions]
-        return page("Account", template("account")(rows=Html("").join(rows), account=ctx.viewer.account, problem=typed.get("problem", "")), ctx.viewer)
+        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100",
+                                ctx.viewer.account)
+        sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
+                     "agent": row["agent"], "this": row["digest"] == mine["digest"]} for row in found]
+        body = template("account")(session=sessions, account=ctx.viewer.account, problem=typed.get("problem", ""))
+        return page("Account", body, ctx.viewer)
 
     def end_sessions(self, ctx: Context) -> Response:
         """The field session is one's name, or all, or others."""
@@ -1713,20 +1726,16 @@ class Directory(SliceHost):
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
-        account, typed, demo = ctx.viewer.account, ctx.request.params, ""
-        if self.settings.demo:
-            current = {account: Html('aria-current="true"')}
-            cards = [template("home.persona")(name=row["name"], label=row["label"], current=current.get(row["name"], ""))
-                     for row in self.personas()]
-            demo = template("home.demo")(personas=Html("").join(cards)) if cards else ""
+        account, typed = ctx.viewer.account, ctx.request.params
+        personas = [{**row, "current": row["name"] == account} for row in self.personas()]
         if not account:
-            return page("Welcome", template("home.welcome")(demo=demo))
-        console = template("home.console")() if demo or self.is_operator(ctx.viewer.operator or account) else ""
+            return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "")) for row in mine]
-        more = template("home.more")(after=mine[NAMES_A_PAGE - 1]["name"]) if len(mine) > NAMES_A_PAGE else ""
-        body = template("home")(rows=Html("").join(rows[:NAMES_A_PAGE]) or template("home.none")(), more=more, demo=demo,
-                                console=console, name=typed.get("name", ""), problem=typed.get("problem", ""))
+        shown = [{"name": row["name"], "role": row["role"], "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
+        body = template("home")(
+            workspace=shown, none=not shown, more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
+            demo=bool(personas), persona=personas, name=typed.get("name", ""), problem=typed.get("problem", ""),
+            console=bool(personas) or self.is_operator(ctx.viewer.operator or account))
         return page("Workspaces", body, ctx.viewer)
 
     def found(self, ctx: Context) -> Response:
@@ -1781,28 +1790,26 @@ def role_of(ctx: Context, account: str) -> str:
     return row["role"] if row else ""
 
 
-def role_choice(viewer: Viewer, chosen: str) -> Html:
+def role_choice(viewer: Viewer, chosen: str) -> List[Dict[str, Any]]:
     """Only an owner makes owners."""
-    offered = [role for role in ROLES if role != "owner" or viewer.role == "owner"]
-    return Html("").join([template("members.option")(role=role, selected=Html("selected" if role == chosen else ""))
-                          for role in offered])
+    return [{"role": role, "selected": role == chosen} for role in ROLES if role != "owner" or viewer.role == "owner"]
 
 
 def members_region(ctx: Context) -> Html:
-    members, rows = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
-                                    "WHERE m.workspace = ? ORDER BY a.name", ctx.scope), []
+    members = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
+                              "WHERE m.workspace = ? ORDER BY a.name", ctx.scope)
+    rows = []
     for member in members:
         managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
-        choice = role_choice(ctx.viewer, member["role"]) if managed else ""
-        rows.append(template("members.managed" if managed else "members.row")(choice=choice, **dict(member)))
-    return template("members.region")(rows=Html("").join(rows), all=len(rows))
+        rows.append({**member, "option": role_choice(ctx.viewer, member["role"]), "managed": managed, "fixed": not managed})
+    return template("members.region")(member=rows, all=len(rows))
 
 
 def members_page(ctx: Context, region: Html) -> Html:
     typed = ctx.request.params
-    form = template("members.form")(choice=role_choice(ctx.viewer, typed.get("role", "member")), problem=typed.get("problem", ""),
-                                    account=typed.get("account", "")) if ctx.viewer.can("members:manage") else ""
-    return template("members")(region=region, form=form, account=ctx.viewer.account, workspace=ctx.workspace)
+    return template("members")(region=region, workspace=ctx.workspace, form=ctx.viewer.can("members:manage"),
+                               option=role_choice(ctx.viewer, typed.get("role", "member")), me=ctx.viewer.account,
+                               account=typed.get("account", ""), problem=typed.get("problem", ""))
 
 
 MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members_page)
@@ -2355,9 +2362,8 @@ class Broker:
         for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
-            some = Html(" ").join([template("here.name")(name=name) for name in names[:20]])
-            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
-            self.here[id] = Rendering(template("here")(names=some, more=more, watchers=len(streams)), main=False)
+            some, more = [{"account": name} for name in names[:20]], f"and {len(names) - 20} more" if len(names) > 20 else ""
+            self.here[id] = Rendering(template("here")(name=some, more=more, watchers=len(streams)), main=False)
             for stream in streams:
                 stream.show_here(self.here[id])
 
