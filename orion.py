@@ -2455,42 +2455,42 @@ class Console:
     # -- the page, and the probe
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, (operator, read_only) = request.params, me["masked"]
-        persona, held = template("home.persona"), {*me["roles"].values()}
-        switch = template("console.personas")(personas=Html("").join([
-            persona(name=name, label=label, current=Html('aria-current="true"' if name == me["account"] else ""))
-            for name, label in me["personas"]])) if self.env.settings.demo else template("console.masquerade")()
-        roles = [template("console.role")(role=role, mine=Html('aria-current="true"' if role in held else "")) for role in ROLES]
-        grants = [template("console.grant")(grant=grant, cells=Html("").join([
-            template("console.yes" if grant in of_role else "console.no")() for of_role in ROLES.values()])) for grant in ROLES["owner"]]
+        given, account, (operator, read_only) = request.params, me["account"], me["masked"]
+        demo, held = self.env.settings.demo, {*me["roles"].values()}
+        cells = [{"grant": grant, "cell": [{"yes": grant in of_role, "no": grant not in of_role} for of_role in ROLES.values()]}
+                 for grant in ROLES["owner"]]
         standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
         with self.lock:
             region = self.region(given, True)
             names = self.names(given)["page"]
         body = template("console")(
-            region=region, variant=variant_of(given), switch=switch, roles=Html("").join(roles), grants=Html("").join(grants),
-            names=Html("").join([template("console.option")(name=name) for _, name in names]), probed=probed,
-            standing=f"{me['account']} is {standing}." if me["account"] else "Nobody is signed in.",
-            who=f"You are {me['account']}" if me["account"] else "You are nobody yet", result=result or template("console.idle")())
-        return page("Console", body, Viewer(me["account"], operator=operator, read_only=read_only), template("layout.console")(state=template("layout.state")()))
+            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=cells, probed=probed,
+            persona=[{"name": name, "label": label, "current": name == account} for name, label in me["personas"]],
+            role=[{"role": role, "current": role in held} for role in ROLES], option=[{"name": name} for _, name in names],
+            standing=f"{account} is {standing}." if account else "Nobody is signed in.",
+            who=f"You are {account}" if account else "You are nobody yet", result=result or template("console.idle")())
+        viewer = Viewer(account, operator=operator, read_only=read_only)
+        return page("Console", body, viewer, template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
         """Ask for a workspace's page as whoever is signed in, and show how far that came."""
         name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
         if WORKSPACE_NAME.fullmatch(name):
             ids = self.names({"name": name})["named"]
-        served = self.env.workspaces.served
-        before = served[ids.get(name, "")]
-        trip = self.trace.probe(Request("GET", f"/w/{name}/todos", "", {"cookie": request.headers.get("cookie", "")}),
-                                lambda request: worker(request, self.env))
-        after, verdict = served[ids.get(name, "")], trip.legs[0].status if trip.legs else trip.status
-        viewer = trip.legs[0].said if verdict == 200 else {}
-        said = {200: f"The gate lets {me['account']} into {name}.", 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
+        served, id, cookie = self.env.workspaces.served, ids.get(name, ""), {"cookie": request.headers.get("cookie", "")}
+        before, asked = served[id], Request("GET", f"/w/{name}/todos", "", cookie)
+        trip = self.trace.probe(asked, lambda request: worker(request, self.env))
+        after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
+        said = {200: f"The gate lets {me['account']} into {name}.",
+                401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
                 403: f"Refused at the gate: {me['account']} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
-        proof = (f"Requests to {name}: {before} before, {after} after. " if ids else "") + (
-            f"It was contacted with the verdict: role {viewer['x-role']}, grants {viewer['x-grants']}." if viewer else "No workspace was contacted; only these store calls were made:")
-        calls = [template("console.call")(object=self.label(call.object, ids), sql=call.sql, micros=call.micros) for call in trip.calls]
-        result = template("console.probe")(kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}", proof=proof, calls=Html("").join(calls))
+        proof = "No workspace was contacted; only these store calls were made:"
+        if verdict == 200:
+            proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
+        result = template("console.probe")(
+            kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
+            proof=(f"Requests to {name}: {before} before, {after} after. " if ids else "") + proof,
+            call=[{**call._asdict(), "object": self.label(call.object, ids)} for call in trip.calls])
         if request.datastar:
             return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
         return self.page(request, me, result, name)
@@ -2526,67 +2526,69 @@ class Console:
         counted = self.count_all([id for id, _ in page])
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
         rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
-        feed = self.feed(params, names) if with_feed else ""
         return template("console.region")(
-            objects=Html("").join(rows), all=found["all"], awake=len(awake), asked=len(page), micros=counted.micros, feed=feed,
-            more=template("console.more")(after=page[-1][1]) if more else "", **self.drawing(names, awake), **self.streams(names))
+            object=rows, all=found["all"], asked=len(page), micros=counted.micros, awake=len(awake), more=bool(more),
+            after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "",
+            **self.drawing(names, awake), **self.streams(names))
 
-    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Html:
-        file = namespace.path(id)
+    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict[str, Any]:
+        file, one = namespace.path(id), namespace.objects.get(id)
         size = sum([part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists()])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
-        one = namespace.objects.get(id)
-        state = f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep"
-        return template("console.object")(id=id, name=name, query=variant_of({"object": id}), size=-(-size // 1024), state=state,
-                                          schema=facts.get("schema", "?"), streams=streams, served=namespace.served[id],
-                                          count=facts.get("count", "" if name == "Directory" else "can't be read"))
+        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024), "streams": streams,
+                "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
+                "schema": facts.get("schema", "?"), "served": namespace.served[id],
+                "count": facts.get("count", "" if name == "Directory" else "can't be read")}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place stands for all other workspaces."""
         some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
         places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
-        nodes = [template("console.node")(index=index, name=name if len(name) < 12 else f"{name[:10]}…", x=places[id][0] - 46, middle=places[id][0],
-                                          state="awake" if id in awake else "asleep" if id else "") for index, (name, id) in enumerate(some)]
         trips = [*self.trace.trips][::-1]
-        paths = [template("console.path")(number=trip.number, points=" ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
-                                          kind="refused" if trip.status in (401, 403) else "ok") for trip in trips[2::-1]]
-        return {"nodes": Html("").join(nodes), "paths": Html("").join(paths), "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
-                "trips": Html("").join([self.trip_row(trip, names) for trip in trips]) or template("console.none")()}
+        return {"node": [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
+                          "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
+                         for index, (name, id) in enumerate(some)],
+                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
+                "path": [{"number": trip.number, "kind": kind_of(trip),
+                          "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)])} for trip in trips[2::-1]],
+                "trip": [self.trip_row(trip, names) for trip in trips], "none": not trips}
 
     def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
         browser, worker, directory = (70, 160), (270, 160), (560, 76)
+        if kind_of(trip) == "refused" and len(trip.legs) == 1:
+            return [browser, worker, (462, 104)]
         stops = [directory if leg.kind != "workspace" else places.get(leg.id) or places.get("", worker) for leg in trip.legs]
-        there = [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
-        return [browser, worker, (462, 104)] if trip.status in (401, 403) and len(stops) == 1 else there
+        return [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
 
-    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Html:
-        legs = [template("console.leg")(object="gate" if leg.kind == "gate" else self.label(leg.id, names), status=leg.status, micros=leg.micros,
-                                        how=f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}" if leg.calls or leg.kind != "workspace" else "from the cache")
-                for leg in trip.legs]
-        stopped = trip.legs and trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
-        return template("console.trip")(number=trip.number, method=trip.method, path=trip.path[:80], status=trip.status, size=trip.size,
-                                        kind="refused" if trip.status in (401, 403) else "ok",
-                                        legs=Html(" ").join([*legs, template("console.stop")() if stopped else ""]))
+    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Dict[str, Any]:
+        legs = [{"object": "gate" if leg.kind == "gate" else self.label(leg.id, names), "status": leg.status,
+                 "micros": leg.micros, "how": "from the cache" if leg.kind == "workspace" and not leg.calls else
+                 f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}"} for leg in trip.legs]
+        return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
+                "size": trip.size, "kind": kind_of(trip), "leg": legs,
+                "stop": any([leg.kind == "gate" and leg.status != 200 for leg in trip.legs[-1:]])}
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
         channels = [(id, channel) for id, of_object in [*self.broker.channels.items()] for channel in [*of_object.values()]]
-        rows = [template("console.stream")(object=self.id if id == self.id else self.label(id, names), path=channel.watch.request.path,
-                                           role=channel.watch.request.headers.get("x-role", ""), open=len(channel.streams),
-                                           **{what: channel.frames[what] for what in self.broker.frames}) for id, channel in channels[:50]]
-        return {"streams": Html("").join(rows), "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
+        rows = [{"object": self.id if id == self.id else self.label(id, names), "path": channel.watch.request.path,
+                 "role": channel.watch.request.headers.get("x-role", ""), "open": len(channel.streams),
+                 **{what: channel.frames[what] for what in self.broker.frames}} for id, channel in channels[:50]]
+        return {"stream": rows, "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
-        trace, object, variant = self.trace, params.get("object", ""), variant_of(params)
-        paused = "paused=1" in variant
+        trace, object, paused = self.trace, params.get("object", ""), "paused=1" in variant_of(params)
         calls = [call for call in [*trace.calls] if object in ("", call.object)]
         trace.shown = trace.noted
-        lines = [template("console.line")(number=call.number, time=clock(call.at, 3), object=self.label(call.object, names), sql=call.sql,
-                                          args=call.args, rows="" if call.rows < 0 else call.rows, micros=call.micros) for call in reversed(calls)]
-        links = [("Go on" if paused else "Pause", variant_of({**params, "paused": "" if paused else "1"}))]
-        links += [("All objects", variant_of({**params, "object": ""}))] if object else []
-        return template("console.feed")(calls=Html("").join(lines), noted=trace.noted, missed=trace.dropped,
-                                        whose=f" of {self.label(object, names)}" if object else "",
-                                        links=Html(" ").join([template("console.link")(text=text, query=query) for text, query in links]))
+        lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
+                  "rows": "" if call.rows < 0 else call.rows} for call in reversed(calls)]
+        links = [{"text": "Go on" if paused else "Pause", "query": variant_of({**params, "paused": "" if paused else "1"})},
+                 *([{"text": "All objects", "query": variant_of({**params, "object": ""})}] if object else [])]
+        return template("console.feed")(line=lines, noted=trace.noted, missed=trace.dropped, link=links,
+                                        whose=f" of {self.label(object, names)}" if object else "")
+
+
+def kind_of(trip: Trip) -> str:
+    return "refused" if trip.status in (401, 403) else "ok"
 
 
 def variant_of(params: Dict[str, str]) -> str:
