@@ -142,21 +142,38 @@ def escape(value: Any) -> Html:
 
 
 class Template:
-    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". KeyError: a hole is not filled."""
+    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line `<!-- row -->`
+    is the part row. In the hole {{row}} a dict, or a row of a store, stands for that part, in which the values around it
+    hold too; a list for one such part after the other; True for the part as it is, or where there is none, as in
+    <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
 
-    def __init__(self, text: str) -> None:
-        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.replace("%", "%%"))
+    def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
+        text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
+        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.rstrip("\n").replace("%", "%%"))
+        self.holes = {*re.findall(r"\{\{(\w+)\}\}", text)}
+        self.parts = {} if parts is None else parts
+        self.parts.update({name: Template(part, self.parts) for name, part in zip(pieces[::2], pieces[1::2])})
 
     def __call__(self, **values: Any) -> Html:
-        return Html(self.format % {name: escape(value) for name, value in values.items()})
+        return Html(self.filled(values))
+
+    def filled(self, values: Dict[str, Any]) -> str:
+        return self.format % {name: html.escape(value) if type(value := values[name]) is str else self.held(name, value, values)
+                              for name in self.holes}
+
+    def held(self, name: str, value: Any, around: Dict[str, Any]) -> str:
+        if type(value) is bool:
+            return "" if not value else self.parts[name].filled(around) if name in self.parts else name
+        if type(value) is list:
+            return "".join([self.parts[name].filled({**around, **one}) for one in value])
+        return self.parts[name].filled({**around, **value}) if type(value) in (dict, sqlite3.Row) else escape(value)
 
 
 @functools.lru_cache(maxsize=None)
 def template(name: str) -> Template:
-    """The file templates/<name>.html; of "todos.row" the part under its line `<!-- row -->`."""
+    """The file templates/<name>.html; of "todos.row" its part row."""
     file, _, part = name.partition(".")
-    pieces = re.split(r"(?m)^<!-- (\w+) -->\n", (TEMPLATES / f"{file}.html").read_text("utf-8"))
-    return Template((dict(zip(pieces[1::2], pieces[2::2]))[part] if part else pieces[0]).rstrip("\n"))
+    return template(file).parts[part] if part else Template((TEMPLATES / f"{file}.html").read_text("utf-8"))
 
 
 # ==== 3. Requests ====================================================================================================
@@ -1132,10 +1149,9 @@ NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the fi
 
 def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
     """A whole page. Each answer puts a nonce of its own where the mark is (section 19)."""
-    signed = template("layout.account")(account=viewer.account) if viewer.account else ""
-    banner = template("layout.masquerade")(operator=viewer.operator, account=viewer.account,
-                                           how="read-only" if viewer.read_only else "writing") if viewer.operator else ""
-    text = template("layout")(title=title, body=body, nonce=NONCE, signed=signed, nav=nav, footer=footer, banner=banner)
+    text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
+                              signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
+                              operator=viewer.operator, how="read-only" if viewer.read_only else "writing")
     return Response(status, text.encode("utf-8", "replace"), PAGE)
 
 
@@ -1298,12 +1314,11 @@ class SliceHost(DurableObject):
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
         how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
         xray = template("xray")(id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role,
-                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
-                                how=how, micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
-                                watchers="" if ctx.scope else template("xray.watchers")())
-        links = [template("layout.link")(path=one.path, title=one.title, current=Html('aria-current="page"' if one.path == live.path else ""))
-                 for one in self.pages]
-        nav = template("layout.workspace")(workspace=workspace, links=Html("").join(links), state=template("layout.state")())
+                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants), how=how,
+                                micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
+                                watchers=not ctx.scope)
+        links = [{"path": one.path, "title": one.title, "current": one.path == live.path} for one in self.pages]
+        nav = template("layout.workspace")(workspace=workspace, link=links, state=True)
         return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
 
 
@@ -1355,27 +1370,23 @@ def the_todo(ctx: Context, id: str) -> sqlite3.Row:
 
 
 def todos_region(ctx: Context) -> Html:
-    given, row, remove = ctx.request.params, template("todos.row"), template("todos.delete")
-    show, pages = given.get("show", ""), int(given.get("pages", 1))
-    some, is_open = some_todos(ctx.store, show, TODOS_A_PAGE * pages + 1), count_todos(ctx.store)
-    disabled = Html("" if ctx.viewer.can("todos:write") else "disabled")
-    rows = [row(id=todo["id"], title=todo["title"], checked=Html("checked" if todo["done"] else ""), disabled=disabled,
-                delete=remove(title=todo["title"]) if ctx.viewer.can("todos:delete") else "") for todo in some]
-    more = template("todos.more")(next=todos_variant({"show": show, "pages": str(pages + 1)})) if len(some) > TODOS_A_PAGE * pages else ""
-    return template("todos.region")(rows=Html("").join(rows[:TODOS_A_PAGE * pages]), open=is_open, more=more,
-                                    all=ctx.store.one("SELECT count(*) FROM todos")[0],
-                                    empty="" if some else template(f"todos.empty_{show or 'all'}")())
+    given, may = ctx.request.params, ctx.viewer.can
+    show, most = given.get("show", ""), TODOS_A_PAGE * int(given.get("pages", 1))
+    some = some_todos(ctx.store, show, most + 1)
+    return template("todos.region")(
+        row=[{"id": todo["id"], "title": todo["title"], "checked": bool(todo["done"])} for todo in some[:most]],
+        disabled=not may("todos:write"), delete=may("todos:delete"), open=count_todos(ctx.store),
+        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most,
+        next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
+        empty="" if some else template(f"todos.empty_{show or 'all'}")())
 
 
 def todos_page(ctx: Context, region: Html) -> Html:
-    given, viewer = ctx.request.params, ctx.viewer
-    form = template("todos.form" if viewer.can("todos:write") else "todos.readonly")
-    tools = template("todos.toggle")() if viewer.can("todos:write") else Html("")
-    tools = Html("").join([tools, template("todos.clear")() if viewer.can("todos:delete") else ""])
-    current = {given.get("show", "all"): Html('aria-current="page"')}
-    return template("todos")(region=region, workspace=ctx.workspace, tools=tools, variant=todos_variant(given),
-                             all=current.get("all", ""), open=current.get("open", ""), done=current.get("done", ""),
-                             form=form(title=given.get("title", ""), problem=given.get("problem", "")))
+    given, write, current = ctx.request.params, ctx.viewer.can("todos:write"), template("todos.current")()
+    links = {name: current if name == given.get("show", "all") else "" for name in ("all", "open", "done")}
+    return template("todos")(region=region, workspace=ctx.workspace, variant=todos_variant(given), form=write,
+                             readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
+                             title=given.get("title", ""), problem=given.get("problem", ""), **links)
 
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
@@ -1837,10 +1848,12 @@ class Directory(SliceHost):
     def account_page(self, ctx: Context) -> Response:
         """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
         mine, typed = self.session(ctx.request), ctx.request.params
-        sessions = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100", ctx.viewer.account)
-        rows = [template("account.session")(name=row["digest"].hex()[:16], since=formatdate(row["created"], usegmt=True), agent=row["agent"],
-                                            this=template("account.this")() if row["digest"] == mine["digest"] else "") for row in sessions]
-        return page("Account", template("account")(rows=Html("").join(rows), account=ctx.viewer.account, problem=typed.get("problem", "")), ctx.viewer)
+        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100",
+                                ctx.viewer.account)
+        sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
+                     "agent": row["agent"], "this": row["digest"] == mine["digest"]} for row in found]
+        body = template("account")(session=sessions, account=ctx.viewer.account, problem=typed.get("problem", ""))
+        return page("Account", body, ctx.viewer)
 
     def end_sessions(self, ctx: Context) -> Response:
         """The field session is one's name, or all, or others."""
@@ -1894,20 +1907,16 @@ class Directory(SliceHost):
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
-        account, typed, demo = ctx.viewer.account, ctx.request.params, ""
-        if self.settings.demo:
-            current = {account: Html('aria-current="true"')}
-            cards = [template("home.persona")(name=row["name"], label=row["label"], current=current.get(row["name"], ""))
-                     for row in self.personas()]
-            demo = template("home.demo")(personas=Html("").join(cards)) if cards else ""
+        account, typed = ctx.viewer.account, ctx.request.params
+        personas = [{**row, "current": row["name"] == account} for row in self.personas()]
         if not account:
-            return page("Welcome", template("home.welcome")(demo=demo))
-        console = template("home.console")() if demo or self.is_operator(ctx.viewer.operator or account) else ""
+            return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        rows = [template("home.workspace")(name=row["name"], role=row["role"], count=counts.get(row["id"], "")) for row in mine]
-        more = template("home.more")(after=mine[NAMES_A_PAGE - 1]["name"]) if len(mine) > NAMES_A_PAGE else ""
-        body = template("home")(rows=Html("").join(rows[:NAMES_A_PAGE]) or template("home.none")(), more=more, demo=demo,
-                                console=console, name=typed.get("name", ""), problem=typed.get("problem", ""))
+        shown = [{"name": row["name"], "role": row["role"], "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
+        body = template("home")(
+            workspace=shown, none=not shown, more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
+            demo=bool(personas), persona=personas, name=typed.get("name", ""), problem=typed.get("problem", ""),
+            console=bool(personas) or self.is_operator(ctx.viewer.operator or account))
         return page("Workspaces", body, ctx.viewer)
 
     def found(self, ctx: Context) -> Response:
@@ -1972,28 +1981,26 @@ def role_of(ctx: Context, account: str) -> str:
     return row["role"] if row else ""
 
 
-def role_choice(viewer: Viewer, chosen: str) -> Html:
+def role_choice(viewer: Viewer, chosen: str) -> List[Dict[str, Any]]:
     """Only an owner makes owners."""
-    offered = [role for role in ROLES if role != "owner" or viewer.role == "owner"]
-    return Html("").join([template("members.option")(role=role, selected=Html("selected" if role == chosen else ""))
-                          for role in offered])
+    return [{"role": role, "selected": role == chosen} for role in ROLES if role != "owner" or viewer.role == "owner"]
 
 
 def members_region(ctx: Context) -> Html:
-    members, rows = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
-                                    "WHERE m.workspace = ? ORDER BY a.name", ctx.scope), []
+    members = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
+                              "WHERE m.workspace = ? ORDER BY a.name", ctx.scope)
+    rows = []
     for member in members:
         managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
-        choice = role_choice(ctx.viewer, member["role"]) if managed else ""
-        rows.append(template("members.managed" if managed else "members.row")(choice=choice, **dict(member)))
-    return template("members.region")(rows=Html("").join(rows), all=len(rows))
+        rows.append({**member, "option": role_choice(ctx.viewer, member["role"]), "managed": managed, "fixed": not managed})
+    return template("members.region")(member=rows, all=len(rows))
 
 
 def members_page(ctx: Context, region: Html) -> Html:
     typed = ctx.request.params
-    form = template("members.form")(choice=role_choice(ctx.viewer, typed.get("role", "member")), problem=typed.get("problem", ""),
-                                    account=typed.get("account", "")) if ctx.viewer.can("members:manage") else ""
-    return template("members")(region=region, form=form, account=ctx.viewer.account, workspace=ctx.workspace)
+    return template("members")(region=region, workspace=ctx.workspace, form=ctx.viewer.can("members:manage"),
+                               option=role_choice(ctx.viewer, typed.get("role", "member")), me=ctx.viewer.account,
+                               account=typed.get("account", ""), problem=typed.get("problem", ""))
 
 
 MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members_page)
@@ -2581,9 +2588,8 @@ class Broker:
         for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
-            some = Html(" ").join([template("here.name")(name=name) for name in names[:20]])
-            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
-            self.here[id] = Rendering(template("here")(names=some, more=more, watchers=len(streams)), main=False)
+            some, more = [{"account": name} for name in names[:20]], f"and {len(names) - 20} more" if len(names) > 20 else ""
+            self.here[id] = Rendering(template("here")(name=some, more=more, watchers=len(streams)), main=False)
             for stream in streams:
                 stream.show_here(self.here[id])
 
@@ -2678,42 +2684,42 @@ class Console:
     # -- the page, and the probe
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, (operator, read_only) = request.params, me["masked"]
-        persona, held = template("home.persona"), {*me["roles"].values()}
-        switch = template("console.personas")(personas=Html("").join([
-            persona(name=name, label=label, current=Html('aria-current="true"' if name == me["account"] else ""))
-            for name, label in me["personas"]])) if self.env.settings.demo else template("console.masquerade")()
-        roles = [template("console.role")(role=role, mine=Html('aria-current="true"' if role in held else "")) for role in ROLES]
-        grants = [template("console.grant")(grant=grant, cells=Html("").join([
-            template("console.yes" if grant in of_role else "console.no")() for of_role in ROLES.values()])) for grant in ROLES["owner"]]
+        given, account, (operator, read_only) = request.params, me["account"], me["masked"]
+        demo, held = self.env.settings.demo, {*me["roles"].values()}
+        cells = [{"grant": grant, "cell": [{"yes": grant in of_role, "no": grant not in of_role} for of_role in ROLES.values()]}
+                 for grant in ROLES["owner"]]
         standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
         with self.lock:
             region = self.region(given, True)
             names = self.names(given)["page"]
         body = template("console")(
-            region=region, variant=variant_of(given), switch=switch, roles=Html("").join(roles), grants=Html("").join(grants),
-            names=Html("").join([template("console.option")(name=name) for _, name in names]), probed=probed,
-            standing=f"{me['account']} is {standing}." if me["account"] else "Nobody is signed in.",
-            who=f"You are {me['account']}" if me["account"] else "You are nobody yet", result=result or template("console.idle")())
-        return page("Console", body, Viewer(me["account"], operator=operator, read_only=read_only), template("layout.console")(state=template("layout.state")()))
+            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=cells, probed=probed,
+            persona=[{"name": name, "label": label, "current": name == account} for name, label in me["personas"]],
+            role=[{"role": role, "current": role in held} for role in ROLES], option=[{"name": name} for _, name in names],
+            standing=f"{account} is {standing}." if account else "Nobody is signed in.",
+            who=f"You are {account}" if account else "You are nobody yet", result=result or template("console.idle")())
+        viewer = Viewer(account, operator=operator, read_only=read_only)
+        return page("Console", body, viewer, template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
         """Ask for a workspace's page as whoever is signed in, and show how far that came."""
         name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
         if WORKSPACE_NAME.fullmatch(name):
             ids = self.names({"name": name})["named"]
-        served = self.env.workspaces.served
-        before = served[ids.get(name, "")]
-        trip = self.trace.probe(Request("GET", f"/w/{name}/todos", "", {"cookie": request.headers.get("cookie", "")}),
-                                lambda request: worker(request, self.env))
-        after, verdict = served[ids.get(name, "")], trip.legs[0].status if trip.legs else trip.status
-        viewer = trip.legs[0].said if verdict == 200 else {}
-        said = {200: f"The gate lets {me['account']} into {name}.", 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
+        served, id, cookie = self.env.workspaces.served, ids.get(name, ""), {"cookie": request.headers.get("cookie", "")}
+        before, asked = served[id], Request("GET", f"/w/{name}/todos", "", cookie)
+        trip = self.trace.probe(asked, lambda request: worker(request, self.env))
+        after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
+        said = {200: f"The gate lets {me['account']} into {name}.",
+                401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
                 403: f"Refused at the gate: {me['account']} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
-        proof = (f"Requests to {name}: {before} before, {after} after. " if ids else "") + (
-            f"It was contacted with the verdict: role {viewer['x-role']}, grants {viewer['x-grants']}." if viewer else "No workspace was contacted; only these store calls were made:")
-        calls = [template("console.call")(object=self.label(call.object, ids), sql=call.sql, micros=call.micros) for call in trip.calls]
-        result = template("console.probe")(kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}", proof=proof, calls=Html("").join(calls))
+        proof = "No workspace was contacted; only these store calls were made:"
+        if verdict == 200:
+            proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
+        result = template("console.probe")(
+            kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
+            proof=(f"Requests to {name}: {before} before, {after} after. " if ids else "") + proof,
+            call=[{**call._asdict(), "object": self.label(call.object, ids)} for call in trip.calls])
         if request.datastar:
             return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
         return self.page(request, me, result, name)
@@ -2758,71 +2764,72 @@ class Console:
         counted = self.count_all([id for id, _ in page])
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
         rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
-        feed = self.feed(params, names) if with_feed else ""
-        dead = Html("").join([template("console.dead")(name=name, jobs=Html("").join([
-            template("console.job")(job=job, tries=tries, error=error) for job, tries, error in counted.facts[id]["dead_jobs"]]))
-            for id, name in page if counted.facts[id].get("dead")])
+        dead = [{"name": name, "job": [dict(zip(("job", "tries", "error"), job)) for job in counted.facts[id]["dead_jobs"]]}
+                for id, name in page if counted.facts[id].get("dead")]
         return template("console.region")(
-            objects=Html("").join(rows), all=found["all"], awake=len(awake), asked=len(page), micros=counted.micros, feed=feed, dead=dead,
-            more=template("console.more")(after=page[-1][1]) if more else "", **self.drawing(names, awake), **self.streams(names))
+            object=rows, all=found["all"], asked=len(page), micros=counted.micros, awake=len(awake), more=bool(more),
+            after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "", dead=dead,
+            **self.drawing(names, awake), **self.streams(names))
 
-    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Html:
-        file = namespace.path(id)
+    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict[str, Any]:
+        file, one = namespace.path(id), namespace.objects.get(id)
         size = sum([part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists()])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
-        one = namespace.objects.get(id)
-        state = f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep"
-        return template("console.object")(id=id, name=name, query=variant_of({"object": id}), size=-(-size // 1024), state=state,
-                                          jobs=f"{facts['waiting']} waiting, {facts['dead']} given up" if "dead" in facts else "",
-                                          schema=facts.get("schema", "?"), streams=streams, served=namespace.served[id],
-                                          count=facts.get("count", "" if name == "Directory" else "can't be read"))
+        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024), "streams": streams,
+                "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
+                "schema": facts.get("schema", "?"), "served": namespace.served[id],
+                "count": facts.get("count", "" if name == "Directory" else "can't be read"),
+                "jobs": f"{facts['waiting']} waiting, {facts['dead']} given up" if "dead" in facts else ""}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place stands for all other workspaces."""
         some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
         places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
-        nodes = [template("console.node")(index=index, name=name if len(name) < 12 else f"{name[:10]}…", x=places[id][0] - 46, middle=places[id][0],
-                                          state="awake" if id in awake else "asleep" if id else "") for index, (name, id) in enumerate(some)]
         trips = [*self.trace.trips][::-1]
-        paths = [template("console.path")(number=trip.number, points=" ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
-                                          kind="refused" if trip.status in (401, 403) else "ok") for trip in trips[2::-1]]
-        return {"nodes": Html("").join(nodes), "paths": Html("").join(paths), "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
-                "trips": Html("").join([self.trip_row(trip, names) for trip in trips]) or template("console.none")()}
+        return {"node": [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
+                          "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
+                         for index, (name, id) in enumerate(some)],
+                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
+                "path": [{"number": trip.number, "kind": kind_of(trip),
+                          "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)])} for trip in trips[2::-1]],
+                "trip": [self.trip_row(trip, names) for trip in trips], "none": not trips}
 
     def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
         browser, worker, directory = (70, 160), (270, 160), (560, 76)
+        if kind_of(trip) == "refused" and len(trip.legs) == 1:
+            return [browser, worker, (462, 104)]
         stops = [directory if leg.kind != "workspace" else places.get(leg.id) or places.get("", worker) for leg in trip.legs]
-        there = [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
-        return [browser, worker, (462, 104)] if trip.status in (401, 403) and len(stops) == 1 else there
+        return [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
 
-    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Html:
-        legs = [template("console.leg")(object="gate" if leg.kind == "gate" else self.label(leg.id, names), status=leg.status, micros=leg.micros,
-                                        how=f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}" if leg.calls or leg.kind != "workspace" else "from the cache")
-                for leg in trip.legs]
-        stopped = trip.legs and trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
-        return template("console.trip")(number=trip.number, method=trip.method, path=trip.path[:80], status=trip.status, size=trip.size,
-                                        kind="refused" if trip.status in (401, 403) else "ok",
-                                        legs=Html(" ").join([*legs, template("console.stop")() if stopped else ""]))
+    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Dict[str, Any]:
+        legs = [{"object": "gate" if leg.kind == "gate" else self.label(leg.id, names), "status": leg.status,
+                 "micros": leg.micros, "how": "from the cache" if leg.kind == "workspace" and not leg.calls else
+                 f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}"} for leg in trip.legs]
+        return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
+                "size": trip.size, "kind": kind_of(trip), "leg": legs,
+                "stop": any([leg.kind == "gate" and leg.status != 200 for leg in trip.legs[-1:]])}
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
         channels = [(id, channel) for id, of_object in [*self.broker.channels.items()] for channel in [*of_object.values()]]
-        rows = [template("console.stream")(object=self.id if id == self.id else self.label(id, names), path=channel.watch.request.path,
-                                           role=channel.watch.request.headers.get("x-role", ""), open=len(channel.streams),
-                                           **{what: channel.frames[what] for what in self.broker.frames}) for id, channel in channels[:50]]
-        return {"streams": Html("").join(rows), "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
+        rows = [{"object": self.id if id == self.id else self.label(id, names), "path": channel.watch.request.path,
+                 "role": channel.watch.request.headers.get("x-role", ""), "open": len(channel.streams),
+                 **{what: channel.frames[what] for what in self.broker.frames}} for id, channel in channels[:50]]
+        return {"stream": rows, "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
-        trace, object, variant = self.trace, params.get("object", ""), variant_of(params)
-        paused = "paused=1" in variant
+        trace, object, paused = self.trace, params.get("object", ""), "paused=1" in variant_of(params)
         calls = [call for call in [*trace.calls] if object in ("", call.object)]
         trace.shown = trace.noted
-        lines = [template("console.line")(number=call.number, time=clock(call.at, 3), object=self.label(call.object, names), sql=call.sql,
-                                          args=call.args, rows="" if call.rows < 0 else call.rows, micros=call.micros) for call in reversed(calls)]
-        links = [("Go on" if paused else "Pause", variant_of({**params, "paused": "" if paused else "1"}))]
-        links += [("All objects", variant_of({**params, "object": ""}))] if object else []
-        return template("console.feed")(calls=Html("").join(lines), noted=trace.noted, missed=trace.dropped,
-                                        whose=f" of {self.label(object, names)}" if object else "",
-                                        links=Html(" ").join([template("console.link")(text=text, query=query) for text, query in links]))
+        lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
+                  "rows": "" if call.rows < 0 else call.rows} for call in reversed(calls)]
+        links = [{"text": "Go on" if paused else "Pause", "query": variant_of({**params, "paused": "" if paused else "1"})},
+                 *([{"text": "All objects", "query": variant_of({**params, "object": ""})}] if object else [])]
+        return template("console.feed")(line=lines, noted=trace.noted, missed=trace.dropped, link=links,
+                                        whose=f" of {self.label(object, names)}" if object else "")
+
+
+def kind_of(trip: Trip) -> str:
+    return "refused" if trip.status in (401, 403) else "ok"
 
 
 def variant_of(params: Dict[str, str]) -> str:
