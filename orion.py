@@ -613,25 +613,35 @@ class Store:
                 self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", slice, number + 1, digests[number], tables)
 
     def _apply(self, slice: str, number: int, sql: str) -> str:
-        """Returns the tables that it made: they are the slice's own from now on. SQLite itself is the judge of what a
-        statement touches (sqlite.org/c3ref/set_authorizer.html)."""
+        """Returns the tables that it made: they are the slice's own from now on."""
+        known = {row["name"] for row in self.query("SELECT name FROM sqlite_master")}
+        try:
+            self.judged(slice, sql)
+        except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
+            raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
+        return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
+
+    def judged(self, slice: str, sql: str, *args: Any) -> None:
+        """Execute sql. PermissionError: it touches another slice's table, or more than tables. SQLite itself is the judge of
+        what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
         owners = {table: row["slice"] for row in self.query("SELECT * FROM _migrations") for table in row["tables"].split()}
-        known, foreign = {row["name"] for row in self.query("SELECT name FROM sqlite_master")}, []
+        foreign: List[str] = []
 
         def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
             table = second if action in NAMED_SECOND else first
-            if owners.get(table, "orion" if table == "_migrations" else slice) != slice:
-                foreign.append(table)
+            owner = "orion" if table == "_migrations" or action in ORIONS_OWN else owners.get(table, slice)
+            if owner != slice:
+                foreign.append(f"touches table {table!r} of slice {owner!r}")
             return sqlite3.SQLITE_DENY if foreign else sqlite3.SQLITE_OK
         self.db.set_authorizer(judge)
         try:
-            self.exec(sql)
-        except (sqlite3.Error, sqlite3.Warning) as error:
-            why = f"touches table {foreign[0]!r} of slice {owners.get(foreign[0], 'orion')!r}" if foreign else error
-            raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
+            self.exec(sql, *args)
+        except sqlite3.Error as error:
+            if foreign:
+                raise PermissionError(foreign[0]) from error
+            raise
         finally:
             self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
-        return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
 
     def intact(self) -> bool:
         """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
@@ -647,6 +657,50 @@ class Store:
 
 NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
                 sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # for these the table is the second name
+ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA}
+
+
+class Borders:
+    """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so the
+    tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
+
+    def __init__(self, schema: Iterable[Tuple[str, Sequence[str]]]) -> None:
+        self.empty, self.lock, self.passed = Store(None), threading.Lock(), set()
+        for slice, entries in schema:
+            self.empty.migrate(slice, entries)
+
+    def check(self, slice: str, sql: str, args: Sequence[Any]) -> None:
+        """PermissionError: sql leaves the slice's tables."""
+        if (slice, sql) in self.passed:
+            return
+        with self.lock:
+            try:
+                self.empty.judged(slice, f"EXPLAIN {sql}", *args)
+            except PermissionError as error:
+                raise PermissionError(f"slice {slice!r} {error}; ask for what that slice exports: {sql}") from error
+            if len(self.passed) > 10_000:            # somebody makes SQL from values, instead of passing them
+                self.passed.clear()
+            self.passed.add((slice, sql))
+
+
+class Part:
+    """A store as one slice sees it: the same methods, and no table but its own."""
+    __slots__ = ("store", "slice", "check", "tx")
+
+    def __init__(self, store: Store, slice: str, borders: Borders) -> None:
+        self.store, self.slice, self.check, self.tx = store, slice, borders.check, store.tx
+
+    def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
+        self.check(self.slice, sql, args)
+        return self.store.query(sql, *args)
+
+    def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
+        self.check(self.slice, sql, args)
+        return self.store.one(sql, *args)
+
+    def exec(self, sql: str, *args: Any) -> int:
+        self.check(self.slice, sql, args)
+        return self.store.exec(sql, *args)
 
 
 # ==== 7. Bus =========================================================================================================
@@ -984,10 +1038,7 @@ class Queue:
         self.store, self.known, self.alarm = store, known, alarm
         self.names = {job: name for name, job in known.items()}
 
-    def put(self, who: str, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
-        runs again when it fails, so what it does outside of the store should bear to be done twice."""
-        due = time.time() + after
+    def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
         self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", self.names[job], json.dumps(args), who, due)
         self.store.on_commit.append(lambda: self.alarm(due))
 
@@ -1069,18 +1120,27 @@ PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # i
 
 
 class Context(NamedTuple):
-    """What a region or a command gets to see: its store, who looks, what they ask. scope: whose rows, where one file has
-    those of many workspaces (the Directory's members). enqueue(job, after, **args) has a job of the slice done later."""
-    store: Store
+    """What a region, a command or a job gets to see: its tables, who looks, what they ask. scope: whose rows, where one file
+    has those of many workspaces (the Directory's members)."""
+    store: Part
     viewer: Viewer
     request: Request
     publish: Callable[[str], None]
     scope: str = ""
-    enqueue: Optional[Callable[..., None]] = None
+    host: Optional[SliceHost] = None
 
     @property
     def workspace(self) -> str:
         return self.request.headers.get("x-workspace", "")
+
+    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It runs
+        again when it fails, so what it does outside of the store should bear to be done twice."""
+        self.host.queue.put(self.viewer.account, job, time.time() + after, args)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(store, *args) with the tables of the slice that exports it. KeyError: none does."""
+        return function(self.host.parts[self.host.router.exports[function]], *args)
 
 
 class Route(NamedTuple):
@@ -1106,13 +1166,15 @@ class Live(NamedTuple):
 
 class Slice(NamedTuple):
     """count(store): one number that says how full it is, for the home page and the console. jobs: functions that may be
-    enqueued; each is known by its name, for a job can outlive the program that enqueued it."""
+    enqueued; each is known by its name, for a job can outlive the program that enqueued it. exports: functions (store, ...)
+    that other slices may ask."""
     name: str
     migrations: Sequence[str]
     live: Sequence[Live] = ()
     routes: Sequence[Route] = ()
     count: Optional[Callable[[Store], int]] = None
     jobs: Sequence[Callable[..., None]] = ()
+    exports: Sequence[Callable[..., Any]] = ()
 
 
 class Rendering:
@@ -1169,6 +1231,9 @@ class Router:
     def __init__(self, slices: Sequence[Slice]) -> None:
         self.slices, self.rows = slices, collections.defaultdict(dict)
         self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
+        self.exports = {function: slice.name for slice in slices for function in slice.exports}
+        self.schema = [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]
+        self.borders = Borders(self.schema)
         for slice in slices:
             streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
             for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
@@ -1205,11 +1270,12 @@ class SliceHost(DurableObject):
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        return [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in self.router.slices)]
+        return self.router.schema
 
     def open(self, create: bool = False) -> None:
         super().open(create)
         self.bus.subscribe(lambda topic: self.kept.clear())
+        self.parts = {slice.name: Part(self.store, slice.name, self.router.borders) for slice in self.router.slices}
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
 
     def viewer(self, request: Request) -> Viewer:
@@ -1224,7 +1290,7 @@ class SliceHost(DurableObject):
         slice, row, args = self.router.match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
-        ctx = Context(self.store, viewer, request, self.bus.publish, self.scope(request), functools.partial(self.queue.put, viewer.account))
+        ctx = Context(self.parts[slice], viewer, request, self.bus.publish, self.scope(request), self)
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
         if not request.wait:
@@ -1245,8 +1311,8 @@ class SliceHost(DurableObject):
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
-        viewer, enqueue = Viewer(row["who"]), functools.partial(self.queue.put, row["who"])
-        job(Context(self.store, viewer, Request("POST", "/_jobs"), self.bus.publish, enqueue=enqueue), **json.loads(row["args"]))
+        viewer, part = Viewer(row["who"]), self.parts[row["job"].partition(".")[0]]
+        job(Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self), **json.loads(row["args"]))
         self.journal(viewer, row["job"], str(row["id"]))
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
@@ -1447,6 +1513,7 @@ todos = Slice(
             Route("PATCH", "/todos/<id>", "todos:write", change),
             Route("DELETE", "/todos/<id>", "todos:delete", delete)),
     count=count_todos,
+    exports=(count_todos,),
 )
 
 
@@ -3603,14 +3670,14 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 14)."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     settings, fresh, keys = prepared(settings)
-    trace, pages = Trace(with_args=settings.demo), pages_of(slices)
-    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices), pages=pages),
+    trace, pages, router = Trace(with_args=settings.demo), pages_of(slices), Router(slices)
+    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=router, pages=pages),
                            settings.awake or awake_by_default(), settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
     directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
         directories.create("directory")
-    go_together(directories.path("directory"), slices)
+    remember(directories.path("directory"), router)
     env = Env(settings, directories.get("directory"), workspaces, trace, worker)
     if fresh and settings.demo:
         seed(env)
@@ -3709,11 +3776,10 @@ def awake_by_default() -> int:
     return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
 
 
-def go_together(path: pathlib.Path, slices: Sequence[Slice]) -> None:
-    """Before any tenant is opened: do these slices' tables fit each other, and what ran here before?"""
-    with contextlib.closing(Store(None)) as scratch, contextlib.closing(Store(path)) as directory:
-        for name, entries in [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]:
-            scratch.migrate(name, entries)
+def remember(path: pathlib.Path, router: Router) -> None:
+    """Before any tenant is opened: do these slices go with what ran here before?"""
+    with contextlib.closing(Store(path)) as directory:
+        for name, entries in router.schema:
             directory.migrate(f"workspace/{name}", entries, apply=False)
 
 

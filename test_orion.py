@@ -921,6 +921,32 @@ def test_an_address_that_is_not_there_says_so(server, path, method, status, allo
     assert answer.text.strip()
 
 
+@cases("sql", ["SELECT title FROM todos", "SELECT (SELECT count(*) FROM todos)", "DELETE FROM todos", "INSERT INTO mine SELECT title FROM todos", "SELECT * FROM journal",
+               "DELETE FROM jobs", "DELETE FROM _migrations", "ATTACH 'elsewhere.db' AS e", "PRAGMA foreign_keys = OFF", "UPDATE mine SET n = (SELECT max(id) FROM todos)",
+               "WITH t AS (SELECT id FROM todos) SELECT * FROM t", "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "DROP TABLE todos"])
+def test_a_slice_reaches_no_table_but_its_own(start, capfd, sql):
+    def reach(ctx):
+        ctx.store.exec("INSERT INTO mine VALUES (1)")
+        ctx.store.query(sql)
+        return orion.done(ctx)
+    nosy = orion.Slice("nosy", ("CREATE TABLE mine (n)",), routes=(orion.Route("POST", "/nosy", "todos:write", reach),))
+    server = start((orion.todos, nosy))
+    bob = Person(server, "bob")
+    assert bob.get("/w/acme/todos").status == 200      # the owner's own statements run before, and are remembered
+    assert bob.post("/w/acme/nosy").status == 500 and "slice 'nosy' touches table" in capfd.readouterr().err
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT (SELECT count(*) FROM mine), (SELECT count(*) FROM todos)").fetchone() == (0, 3)
+
+
+def test_a_slice_asks_another_for_what_it_exports(start):
+    region = orion.Template("<p id=n>{{open}} open</p>")
+    counts = orion.Slice("counts", (), (orion.Live("/counts", "todos:read", "todos", "Counts", lambda ctx: region(open=ctx.ask(orion.count_todos))),))
+    bob = Person(start((orion.todos, counts)), "bob")
+    ear = Ear(bob, "/w/acme/counts/live")
+    bob.post("/w/acme/todos", title="one more")
+    ear.until_it_says("4 open")
+
+
 # ==== 10. Todos ======================================================================================================
 
 def titles(person, workspace="acme", query=""):
