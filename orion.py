@@ -29,15 +29,16 @@ The words, used in one meaning from here to the last line:
     slice       a feature from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
     command     a request that may write
+    job         work that a command leaves for later, in its own transaction
     topic       what a command publishes and a region listens to: "todos"
     rendering   a region for one role at one version, made once and shared by everybody who looks at it
 
 Read it from top to bottom; nothing is used before it is introduced.
 
-     1 Settings       2 Markup         3 Requests       4 Events         5 Trace          6 Store
-     7 Bus            8 Objects        9 Slices        10 Todos         11 Workspace     12 Seals
-    13 Directory     14 Worker        15 Reader        16 Streams       17 Console       18 Snapshots
-    19 Edge          20 Composition   21 Administration                 22 Command line
+     1 Settings         2 Markup           3 Requests         4 Events           5 Trace            6 Store
+     7 Bus              8 Objects          9 Jobs            10 Slices          11 Todos           12 Workspace
+    13 Seals           14 Directory       15 Worker          16 Reader          17 Streams         18 Console
+    19 Snapshots       20 Planes          21 Edge            22 Composition     23 Administration  24 Command line
 
 What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
 """
@@ -218,7 +219,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 9). which: what a
+    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 10). which: what a
     command wrote, or who looks at a stream."""
     status: int
     body: bytes = b""
@@ -244,7 +245,7 @@ class WouldBlock(Exception):
 
 class Viewer(NamedTuple):
     """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty. operator: who
-    looks on in the account's name (section 13)."""
+    looks on in the account's name (section 14)."""
     account: str = ""
     role: str = ""
     grants: Tuple[str, ...] = ()
@@ -1111,7 +1112,7 @@ class Alarms:
             self.ring()
 
 
-# ==== 9. Slices ======================================================================================================
+# ==== 10. Slices =====================================================================================================
 # A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
 # so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
 # the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
@@ -1210,7 +1211,7 @@ NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the fi
 
 
 def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
-    """A whole page. Each answer puts a nonce of its own where the mark is (section 19)."""
+    """A whole page. Each answer puts a nonce of its own where the mark is (section 21)."""
     text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
                               signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
                               operator=viewer.operator, how="read-only" if viewer.read_only else "writing")
@@ -1403,7 +1404,7 @@ def permit(grant: str, viewer: Viewer, method: str) -> None:
         raise Refused(403, f"Your role here does not include {grant}. Ask an owner of the workspace for it.")
 
 
-# ==== 10. Todos ======================================================================================================
+# ==== 11. Todos ======================================================================================================
 # The slice that comes with it, and the pattern for one's own: the table, the queries with their names, the region, the
 # commands. It knows nothing of tenants, sockets or sessions.
 
@@ -1517,7 +1518,7 @@ todos = Slice(
 )
 
 
-# ==== 11. Workspace ==================================================================================================
+# ==== 12. Workspace ==================================================================================================
 # The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
 # another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command: the
 # button is a courtesy, the gate is the law.
@@ -1540,7 +1541,7 @@ class Workspace(SliceHost):
         return super().handle(request)
 
 
-# ==== 12. Seals ======================================================================================================
+# ==== 13. Seals ======================================================================================================
 # Pure functions over secrets. A cookie carries a random token and a seal (HMAC) over it, so a forged one is turned away
 # before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
 # takes the same time whether it fails at the first byte or the last.
@@ -1667,7 +1668,7 @@ class Throttle:
                 self.failures.pop(key, None)
 
 
-# ==== 13. Directory ==================================================================================================
+# ==== 14. Directory ==================================================================================================
 # The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
 # else; the roles are one table. Its gate is asked before anything else moves, and reads the store each time, so that a
 # membership that ended a moment ago is already over.
@@ -2132,7 +2133,7 @@ class Single(Directory):
         return super().viewer(request._replace(headers=dict(verdict.headers)))
 
 
-# ==== 14. Worker =====================================================================================================
+# ==== 15. Worker =====================================================================================================
 # The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
 # may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
 # to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
@@ -2144,7 +2145,7 @@ class Env(NamedTuple):
     workspaces: Namespace
     trace: Trace
     front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
-    console: Callable[[Request], Response] = lambda request: Response(404)       # section 17
+    console: Callable[[Request], Response] = lambda request: Response(404)       # section 18
 
 
 def worker(request: Request, env: Env) -> Response:
@@ -2255,7 +2256,7 @@ def count_of(workspace: Stub) -> Any:
     return "can't be read"
 
 
-# ==== 15. Reader =====================================================================================================
+# ==== 16. Reader =====================================================================================================
 # There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever stands
 # in front of us might have read it the other way. One regular expression says what a head looks like; only when it does
 # not match does somebody look for the reason.
@@ -2435,7 +2436,7 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
     return plain_path(path), query
 
 
-# ==== 16. Streams ====================================================================================================
+# ==== 17. Streams ====================================================================================================
 # The broker. An open stream is a socket in the edge's loop and a place in a channel; it takes no thread and keeps no
 # Workspace awake. All streams that must show the same thing share a channel: when its topic is published, the Workspace
 # is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
@@ -2688,7 +2689,7 @@ class Broker:
                 self.mark(channel)
 
 
-# ==== 17. Console ====================================================================================================
+# ==== 18. Console ====================================================================================================
 # The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is asked
 # like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
@@ -2910,7 +2911,7 @@ def clock(at: float, digits: int = 0) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.{digits}f}"[1:] if digits else "")
 
 
-# ==== 18. Snapshots ==================================================================================================
+# ==== 19. Snapshots ==================================================================================================
 # Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name when it
 # is whole and checked. A snapshot is a copy of the whole deployment; what did not change since the one before is linked.
 
@@ -3010,7 +3011,7 @@ def snapshot_again(settings: Settings) -> None:
         shutil.rmtree(old)
 
 
-# ==== 15. Planes =====================================================================================================
+# ==== 20. Planes =====================================================================================================
 # One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate, and
 # brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a node
 # believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
@@ -3159,7 +3160,7 @@ def node_errand(request: Request, env: Env) -> Response:
     raise nothing_here()
 
 
-# ==== 19. Edge =======================================================================================================
+# ==== 21. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
 # reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
@@ -3663,11 +3664,11 @@ class Edge(ThreadingHTTPServer):
             held.close()
 
 
-# ==== 20. Composition ================================================================================================
+# ==== 22. Composition ================================================================================================
 # Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
 
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
-    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 14)."""
+    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 15)."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(slices), Router(slices)
@@ -3812,7 +3813,7 @@ def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
-# ==== 21. Administration =============================================================================================
+# ==== 23. Administration =============================================================================================
 # What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the server
 # looks each second whether another one wrote to the Directory.
 
@@ -4217,7 +4218,7 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
     print("there is a new key; the one before holds for those who are signed in, until the next rotation")
 
 
-# ==== 22. Command line ===============================================================================================
+# ==== 24. Command line ===============================================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
 
 class Verb(NamedTuple):

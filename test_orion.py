@@ -849,7 +849,7 @@ def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
     release.set()
 
 
-# ==== 9. Slices ======================================================================================================
+# ==== 10. Slices =====================================================================================================
 
 def counting(name="counted"):
     """A slice that knows how often it was rendered, and a page for it."""
@@ -947,7 +947,7 @@ def test_a_slice_asks_another_for_what_it_exports(start):
     ear.until_it_says("4 open")
 
 
-# ==== 10. Todos ======================================================================================================
+# ==== 11. Todos ======================================================================================================
 
 def titles(person, workspace="acme", query=""):
     return re.findall(r'<span dir="auto">(.*?)</span>', person.get(f"/w/{workspace}/todos{query}").text)
@@ -1061,7 +1061,7 @@ def test_a_hostile_title_is_text_on_the_page_and_in_the_stream(server, title):
     assert re.split("[\r\n]", escaped)[0] in event
 
 
-# ==== 11. Workspace ==================================================================================================
+# ==== 12. Workspace ==================================================================================================
 
 def test_tenants_never_meet(server):
     alice, dave = Person(server, "alice"), Person(server, "dave")
@@ -1102,7 +1102,7 @@ def test_a_role_may_what_the_table_says(server, method, path, body, wanted, acco
     assert answer.status == (204 if (method, path, answer.status) == ("POST", "/w/acme/todos", 204) else wanted[account])
 
 
-# ==== 12. Seals ======================================================================================================
+# ==== 13. Seals ======================================================================================================
 
 def test_a_password_matches_itself_alone_and_nothing_matches_no_password():
     stored = orion.hash_password("correct horse")
@@ -1193,7 +1193,7 @@ def test_over_https_the_cookie_is_secure_and_no_neighbour_can_set_it():
     assert orion.set_cookie("http", "x", 9) == ("set-cookie", "sid=x; Path=/; Max-Age=9; HttpOnly; SameSite=Lax")
 
 
-# ==== 13. Directory ==================================================================================================
+# ==== 14. Directory ==================================================================================================
 
 def test_the_gate_says_who_one_is(server):
     answer = Person(server, "carol").get("/_gate/acme")
@@ -1443,7 +1443,7 @@ def test_a_session_that_is_over_is_gone_and_ends_its_streams(outside):
     assert not outside.directory().store.query("SELECT 1 FROM sessions")
 
 
-# ==== 14. Worker =====================================================================================================
+# ==== 15. Worker =====================================================================================================
 
 def test_a_stranger_is_refused_before_any_workspace_is_contacted(server):
     alice, nobody = Person(server, "alice"), Person(server)
@@ -1528,7 +1528,7 @@ def test_who_is_here_is_told_to_all_who_are(server):
     assert here(first) == ["bob"]
 
 
-# ==== 15. Reader =====================================================================================================
+# ==== 16. Reader =====================================================================================================
 # What a connection must do with these bytes: (what is promised, bytes, status, is it kept?). A status is a number; a set,
 # any of them; a tuple, these answers in this order; None, closed without a word. @HOST@ and the like are filled in.
 
@@ -2034,7 +2034,7 @@ def test_a_connection_that_says_nothing_is_closed(server, monkeypatch):
         assert link.recv(1) == b""
 
 
-# ==== 16. Streams ====================================================================================================
+# ==== 17. Streams ====================================================================================================
 
 def test_a_stream_begins_with_the_present_and_then_tells_each_change(server):
     bob = Person(server, "bob")
@@ -2145,7 +2145,7 @@ def test_a_sleeping_workspace_keeps_its_streams_and_wakes_for_a_command(start):
     eventually(asleep)
 
 
-# ==== 17. Console ====================================================================================================
+# ==== 18. Console ====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -2328,7 +2328,7 @@ def test_the_footer_counts_those_who_watch(server):
         pass
 
 
-# ==== 18. Snapshots ==================================================================================================
+# ==== 19. Snapshots ==================================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -2667,7 +2667,7 @@ def test_a_workspace_whose_node_can_not_be_reached_is_not_founded_and_its_name_s
     assert "nowhere" not in fleet.cli("workspace", "list") and person.get("/").status == 200
 
 
-# ==== 19. Edge =======================================================================================================
+# ==== 21. Edge =======================================================================================================
 
 def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
     before, server = threading.active_count(), start(threads=2)
@@ -2885,7 +2885,7 @@ def test_twenty_thousand_mutated_requests_harm_nothing(start):
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
 
 
-# ==== 20. Composition ================================================================================================
+# ==== 22. Composition ================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -2979,7 +2979,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
-# ==== 21. Administration =============================================================================================
+# ==== 23. Administration =============================================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -3192,7 +3192,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("account", "list", data=data)[2]
 
 
-# ==== 22. Command line ===============================================================================================
+# ==== 24. Command line ===============================================================================================
 
 @cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
