@@ -2771,6 +2771,12 @@ def test_the_figures_are_prometheus_text(server):
     samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
     assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
     assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
+    buckets = [int(n) for name, n in samples.items() if "_bucket" in name]
+    assert buckets == sorted(buckets) and all(name.endswith("_total") for name, kind in families.items() if kind == "counter")
+    family = ""
+    for line in text.splitlines():
+        family = line.split()[2] if line.startswith("# TYPE ") else family
+        assert line.startswith(("# TYPE ", family)), "a sample stands under another family's name"
 
 
 def test_two_servers_live_in_one_process(start):
