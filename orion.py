@@ -3413,7 +3413,7 @@ def known_host(host: str, names: FrozenSet[str]) -> bool:
 class Edge(ThreadingHTTPServer):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() from another thread, then server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
-    DRAIN_SECONDS = 5.0
+    DRAIN_SECONDS, TICK_SECONDS = 5.0, 1.0
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
 
     def __init__(self, env: Env) -> None:
@@ -3448,20 +3448,20 @@ class Edge(ThreadingHTTPServer):
 
     # -- the loop
 
-    def serve_forever(self, poll_interval: float = 1.0) -> None:
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
         self.scribe.start()
         self.pool.put(self.alarms.look)
         next_tick = 0.0
         while not (self.stopping and self.drained()):
-            for key, events in self.selector.select(poll_interval):
+            for key, events in self.selector.select(self.TICK_SECONDS):
                 guarded(key.data, events)
             self.awake = False
             while self.calls:
                 guarded(*self.calls.popleft())
             if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + 1
+                next_tick = time.monotonic() + self.TICK_SECONDS
                 self.tick(time.monotonic())
         self.stopped.set()
 
