@@ -2521,6 +2521,8 @@ class Stream(Held):
         self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
+        if sys.platform == "linux":                  # a peer that vanished without a word answers no heartbeat either
+            socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.STUCK_SECONDS))
 
     def show(self, rendering: Rendering) -> None:
         self.seen = rendering.etag
