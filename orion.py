@@ -129,10 +129,10 @@ def escape(value: Any) -> Html:
 
 
 class Template:
-    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line `<!-- row -->`
-    is the part row. In the hole {{row}} a dict, or a row of a store, stands for that part, in which the values around it
-    hold too; a list for one such part after the other; True for the part as it is, or where there is none, as in
-    <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
+    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line like
+    `<!-- row -->` is its part row. In the hole {{row}} a dict, or a row of a store, stands for that part, where the
+    values around it hold too; a list for one such part after the other; True for the part as it is or, where there is
+    none, as in <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
 
     def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
         text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
@@ -145,8 +145,8 @@ class Template:
         return Html(self.filled(values))
 
     def filled(self, values: Dict[str, Any]) -> str:
-        return self.format % {name: html.escape(value) if type(value := values[name]) is str else self.held(name, value, values)
-                              for name in self.holes}
+        return self.format % {name: html.escape(value) if type(value := values[name]) is str else
+                              self.held(name, value, values) for name in self.holes}
 
     def held(self, name: str, value: Any, around: Dict[str, Any]) -> str:
         if type(value) is bool:
@@ -168,8 +168,8 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota",
-           "x-proved", "x-hashed", "x-counts"}
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-proved", "x-hashed", "x-counts"}
 
 
 class Request(NamedTuple):
@@ -215,10 +215,14 @@ class Response(NamedTuple):
     watch: Optional[Watch] = None
     which: str = ""
 
+    @property
+    def size(self) -> int:
+        return len(self.rendering.frame if self.rendering else self.body)
+
 
 class Refused(Exception):
-    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is shown
-    at the field whose signal this is."""
+    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is
+    shown at the field whose signal this is."""
 
     def __init__(self, status: int, message: str, headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
         super().__init__(status, message)
@@ -352,8 +356,8 @@ def chunk(data: bytes) -> bytes:
 
 
 def deflated(data: bytes) -> bytes:
-    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC 1951,
-    3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
+    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC
+    1951, 3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
     squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
 
@@ -367,7 +371,7 @@ LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\nd
 # taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
 
 class Call(NamedTuple):
-    """A store call. object: the id of the object whose store it was. rows: that it found or changed; -1: it has none."""
+    """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
     number: int
     at: float
     object: str
@@ -431,12 +435,13 @@ class Trace:
         return getattr(self.thread, "trip", None)
 
     def note(self, object: str, sql: str, args: Sequence[Any], result: Any, seconds: float) -> None:
-        rows = result if isinstance(result, int) else len(result) if isinstance(result, list) else int(result is not None)
+        rows = len(result) if type(result) is list else result if type(result) is int else int(result is not None)
+        args = args if self.with_args else ()
         shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
         with self.lock:
             self.noted += 1
             self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
-            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown if self.with_args else "", rows, micros(seconds))
+            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
             self.calls.append(call)
         if self.trip:
             self.trip.calls.append(call)
@@ -449,7 +454,7 @@ class Trace:
         self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
         try:
             response = route(request)
-            trip.status, trip.size = response.status, len(response.rendering.frame if response.rendering else response.body)
+            trip.status, trip.size = response.status, response.size
             return response
         except Refused as no:
             trip.status, trip.size = no.status, len(no.message)
@@ -488,7 +493,8 @@ class Trace:
             raise
         finally:
             if trip and status:
-                trip.legs.append(Leg(kind, id, status, micros(time.perf_counter() - started), len(trip.calls) - before, dict(said)))
+                took, calls = micros(time.perf_counter() - started), len(trip.calls) - before
+                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
 
 
 def micros(seconds: float) -> int:
@@ -505,8 +511,8 @@ class MigrationError(Exception):
 
 
 def identity(path: pathlib.Path) -> Tuple[int, int]:
-    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database, or
-    something else that leads who knows where."""
+    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database,
+    or something else that leads who knows where."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -516,11 +522,17 @@ def identity(path: pathlib.Path) -> Tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+    """The files of a database that there are."""
+    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+
+
 class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
     time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
 
-    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None, name: str = "") -> None:
+    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None,
+                 name: str = "") -> None:
         """name: who is said to have made the calls that trace notes."""
         self.trace, self.name = trace or Trace(), name
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
@@ -529,7 +541,7 @@ class Store:
         self.db.row_factory = sqlite3.Row
         self.on_commit: List[Callable[[], None]] = []
         for pragma in ("page_size=1024", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-512"):
-            self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's 4096 it is 143
+            self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's own 143
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.call(sql, args, sqlite3.Cursor.fetchall)
@@ -592,7 +604,7 @@ class Store:
         ran = self.query("SELECT entry, digest FROM _migrations WHERE slice = ? ORDER BY entry", slice)
         for row, digest in itertools.zip_longest(ran, digests[:len(ran)]):
             if row["digest"] != digest:
-                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote this"
+                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote it"
                 raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
         with self.tx() if len(ran) < len(entries) else contextlib.nullcontext():
             for number in range(len(ran), len(entries)):
@@ -602,8 +614,8 @@ class Store:
     def _apply(self, slice: str, number: int, sql: str) -> str:
         """Returns the tables that it made: they are the slice's own from now on. SQLite itself is the judge of what a
         statement touches (sqlite.org/c3ref/set_authorizer.html)."""
-        owners = {table: row["slice"] for row in self.query("SELECT * FROM _migrations") for table in row["tables"].split()}
-        known, foreign = {row["name"] for row in self.query("SELECT name FROM sqlite_master")}, []
+        ran, foreign = self.query("SELECT slice, tables FROM _migrations"), []
+        owners, known = {table: row["slice"] for row in ran for table in row["tables"].split()}, self.tables()
 
         def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
             table = second if action in NAMED_SECOND else first
@@ -618,7 +630,10 @@ class Store:
             raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
         finally:
             self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
-        return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
+        return " ".join(self.tables() - known)
+
+    def tables(self) -> set:
+        return {row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
     def intact(self) -> bool:
         """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
@@ -633,7 +648,7 @@ class Store:
 
 
 NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # for these the table is the second name
+                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
 
 
 # ==== 7. Bus =========================================================================================================
@@ -641,7 +656,7 @@ NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3
 # never what. Inside a transaction a publish waits for the commit, and a rollback takes it back.
 
 class Bus:
-    """One object's topics. `turn` is that object's Condition: its lock must be held to publish, its notify is the bus."""
+    """One object's topics. `turn` is its Condition: the lock must be held to publish, the notify is the bus."""
 
     def __init__(self, turn: threading.Condition, store: Store) -> None:
         self.turn, self.store = turn, store
@@ -683,13 +698,14 @@ class StorageFault(Exception):
                 ("locked", 503, "another process holds it: end that one"),
                 ("interrupted", 503, "a statement ran too long: give it an index, or ask for less"),
                 ("readonly", 503, "make the file and its folder writable"),
-                ("", 503, "restore it from a backup: orion.py check says what is wrong, orion.py restore brings it back"))
+                ("", 503, "restore it from a backup: orion.py check says what is wrong, restore brings it back"))
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
         status, remedy = next((status, remedy) for word, status, remedy in self.REMEDIES if word in str(error))
         super().__init__(f"{path}: {error}; {remedy}")
-        self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.") if status == 507 else \
-            Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        full = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
+        later = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        self.refusal = full if status == 507 else later
 
 
 class Asleep(Exception):
@@ -706,7 +722,7 @@ class Batch:
 
 class DurableObject:
     """Subclasses say what tables they need (schema) and answer requests (handle)."""
-    BATCH = 64                                       # commands to a commit at most, so that the first is not kept waiting
+    BATCH = 64                                       # commands to a commit at most, lest the first be kept waiting
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
     def __init__(self, id: str, namespace: Namespace) -> None:
@@ -724,7 +740,7 @@ class DurableObject:
         raise NotImplementedError
 
     def fetch(self, request: Request) -> Response:
-        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait here."""
+        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
         self.line.append(None)
         taken = self.turn.acquire(request.wait)
         self.line.pop()
@@ -815,7 +831,7 @@ class DurableObject:
         self.turn.notify_all()
 
     def sleep(self, unused_since: float) -> None:
-        """Close the file, unless somebody used it since or waits for it now. A new object takes over when one is asked."""
+        """Close the file, unless somebody used it since or waits for it now. A new object takes over when asked."""
         if not self.turn.acquire(blocking=False):
             return
         try:
@@ -855,6 +871,10 @@ class Stub:
         trace, kind = self.namespace.trace, "gate" if request.path.startswith("/_gate") else self.namespace.kind
         return trace.leg(kind, self.id, self.reach, request) if trace.watched else self.reach(request)
 
+    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http") -> Any:
+        """What the object says to a question of the server itself."""
+        return json.loads(self.fetch(Request("GET", path, query, headers, scheme=scheme)).body)
+
     def reach(self, request: Request) -> Response:
         while True:
             try:
@@ -864,7 +884,7 @@ class Stub:
 
 
 class Namespace:
-    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for `idle` seconds."""
+    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for long (`idle`)."""
 
     def __init__(self, kind: str, folder: pathlib.Path, build: Callable[[str, Namespace], DurableObject], awake: int,
                  idle: float, trace: Optional[Trace] = None) -> None:
@@ -932,16 +952,16 @@ class Namespace:
 
 
 # ==== 9. Slices ======================================================================================================
-# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
-# so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
-# the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
+# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each
+# row, so a route that nobody thought about permission for can't be written. What every slice needs alike is done here,
+# once: the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # in place of a grant
 
 
 class Context(NamedTuple):
-    """What a region or a command gets to see: its store, who looks, what they ask. scope: whose rows, where one file has
-    those of many workspaces (the Directory's members)."""
+    """What a region or a command gets to see: its store, who looks, what they ask. scope: whose rows, where one file
+    has those of many workspaces (the Directory's members)."""
     store: Store
     viewer: Viewer
     request: Request
@@ -951,6 +971,10 @@ class Context(NamedTuple):
     @property
     def workspace(self) -> str:
         return self.request.headers.get("x-workspace", "")
+
+    def field(self, name: str, otherwise: str = "") -> str:
+        """What was sent along under this name, as text."""
+        return str(self.request.fields().get(name, otherwise))
 
 
 class Route(NamedTuple):
@@ -962,15 +986,16 @@ class Route(NamedTuple):
 
 
 class Live(NamedTuple):
-    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element with
-    an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it. variant(params)
-    is the part of the query that the region heeds, in one spelling, for each variant is rendered and kept."""
+    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
+    with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
+    variant(params) is the part of the query that the region heeds, in one spelling, for each variant is rendered and
+    kept."""
     path: str
     grant: str
     topic: str
     title: str
     region: Callable[[Context], Html]
-    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=template("slice.live")())
+    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=True)
     variant: Callable[[Dict[str, str]], str] = lambda params: ""
 
 
@@ -984,8 +1009,8 @@ class Slice(NamedTuple):
 
 
 class Rendering:
-    """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the content,
-    so it means the same after a restart and in another process. told: a page has said how long it took."""
+    """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the
+    content, so it means the same after a restart and in another process. told: a page has said how long it took."""
     __slots__ = ("html", "etag", "event_id", "micros", "frame", "told", "_zipped")
 
     def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
@@ -1012,10 +1037,11 @@ class Watch(NamedTuple):
         return (self.request.path, self.request.query, *self.request.headers.values())
 
 
-NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before anything that users typed
+NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before what users typed
 
 
-def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
+def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "",
+         status: int = 200) -> Response:
     """A whole page. Each answer puts a nonce of its own where the mark is (section 19)."""
     text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
                               signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
@@ -1024,8 +1050,8 @@ def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", foote
 
 
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
-    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain form.
-    What it changed is not in it: that reaches everybody, the sender too, through the region."""
+    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain
+    form. What it changed is not in it: that reaches everybody, the sender too, through the region."""
     if ctx.request.form and not ctx.request.datastar:
         return see_other(f"/w/{ctx.workspace}/{ctx.request.path.split('/')[1]}")._replace(which=which)
     return (as_json(signals) if signals else Response(204))._replace(which=which)
@@ -1063,7 +1089,7 @@ JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who 
 
 class SliceHost(DurableObject):
     """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
-    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it is not the path it is sent to
+    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
 
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
         """pages: what the navigation of a workspace leads to."""
@@ -1079,7 +1105,8 @@ class SliceHost(DurableObject):
         self.bus.subscribe(lambda topic: self.kept.clear())
 
     def viewer(self, request: Request) -> Viewer:
-        return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants", "x-operator", "x-read-only")))
+        names = "x-account", "x-role", "x-grants", "x-operator", "x-read-only"
+        return viewer(*(request.headers.get(name, "") for name in names))
 
     def scope(self, request: Request) -> str:
         return ""
@@ -1143,15 +1170,15 @@ class SliceHost(DurableObject):
         return Rendering(region, micros(time.perf_counter() - started))
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        headers = {"x-account": "", **{name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-read-only", "x-id")}}
-        again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
+        shared = {name: ctx.request.headers.get(name, "") for name in ("x-role", "x-grants", "x-read-only", "x-id")}
+        again = Request("GET", ctx.request.path, live.variant(ctx.request.params), {"x-account": "", **shared})
         watch, rendering = Watch(self.namespace.get(self.id), again, self.topic(live, ctx)), self.rendering(live, ctx)
         rendering.told = True
         return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for which
-        the region was rendered: it says so."""
+        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for
+        which the region was rendered: it says so."""
         query = ctx.request.query
         if query and not ctx.request.wait:
             raise WouldBlock
@@ -1163,10 +1190,10 @@ class SliceHost(DurableObject):
     def whole_page(self, live: Live, ctx: Context) -> Response:
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
         how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
-        xray = template("xray")(id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role,
-                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants), how=how,
-                                micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
-                                watchers=not ctx.scope)
+        xray = template("xray")(
+            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role, how=how,
+            micros=rendering.micros, since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
+            check="yes" if viewer.can("todos:delete") else "no", watchers=not ctx.scope)
         links = [{"path": one.path, "title": one.title, "current": one.path == live.path} for one in self.pages]
         nav = template("layout.workspace")(workspace=workspace, link=links, state=True)
         return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
