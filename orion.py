@@ -1240,7 +1240,8 @@ def todos_variant(params: Dict[str, str]) -> str:
 
 def the_todo(ctx: Context, id: str) -> sqlite3.Row:
     """Refused(404): there is none in this workspace."""
-    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
+    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
     if known is None:
         raise Refused(404, "This todo is gone. The page shows what there is now.")
     return known
@@ -1329,8 +1330,8 @@ todos = Slice(
 
 # ==== 11. Workspace ==================================================================================================
 # The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
-# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command: the
-# button is a courtesy, the gate is the law.
+# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command:
+# the button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
     quota = ""
@@ -1345,7 +1346,7 @@ class Workspace(SliceHost):
         self.quota = quota
 
     def handle(self, request: Request) -> Response:
-        if request.path == "/_counts":               # for home page and console; the worker lets no path like it in from outside
+        if request.path == "/_counts":               # for home page and console; the worker lets no such path in
             return as_json({"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
                             "schema": self.store.one("SELECT count(*) FROM _migrations")[0]})
         if request.headers.get("x-quota", self.quota) != self.quota:
@@ -1358,8 +1359,8 @@ class Workspace(SliceHost):
 # before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
 # takes the same time whether it fails at the first byte or the last.
 
-SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}      # about 0.1 s and 32 MiB for each guess
-SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)     # or guesses take all memory
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}     # about 0.1 s and 32 MiB for a guess
+SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)    # or they take all RAM
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -1394,8 +1395,8 @@ def add_key(path: pathlib.Path, keep: int = 2) -> None:
 
 
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out without a
-    word. PermissionError: others can read it."""
+    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
+    without a word. PermissionError: others can read it."""
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
         raise PermissionError(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
     return tuple([bytes.fromhex(line) for line in path.read_text().split()])
@@ -1407,8 +1408,8 @@ def seal(token: str, key: bytes) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
-    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one of
-    them was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
+    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one
+    was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
     values = [value for key, _, value in pairs if key == name]
     token, _, given = values[0].partition(".") if len(values) == 1 else ("", "", "")
@@ -1427,7 +1428,7 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
 
 
 class Throttle:
-    """Counts failures by key; a key with too many waits until the window ends. Bounded: the oldest keys are forgotten."""
+    """Counts failures by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
     FAILURES, SECONDS, KEYS = 10, 600.0, 10_000
 
     def __init__(self) -> None:
@@ -1440,7 +1441,8 @@ class Throttle:
             waits = [self.failures.get(key, (0, 0.0)) for key in keys]
         left = max([until - time.monotonic() for count, until in waits if count >= self.FAILURES], default=0)
         if left > 0:
-            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (("retry-after", str(int(left) + 1)),))
+            retry_after = ("retry-after", str(int(left) + 1))
+            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
 
     def failed(self, *keys: str) -> None:
         now = time.monotonic()
@@ -1475,8 +1477,8 @@ MASQUERADE_SECONDS = 15 * 60
 NAMES_A_PAGE = 24
 
 DIRECTORY_TABLES = (
-    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona INTEGER "
-    "NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona "
+    "INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
     "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, "
     "created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX sessions_of ON sessions (account)",
@@ -1490,9 +1492,16 @@ DIRECTORY_TABLES = (
     "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",      # bytes; 0: the server's --quota
     "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
 )
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, w.quota, w.moving, m.role
-          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
-          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account) WHERE s.digest = ?"""
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes,
+                 w.id, w.quota, w.moving, m.role
+          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ?
+          LEFT JOIN workspaces w ON w.name = ?
+          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account)
+          WHERE s.digest = ?"""
+OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
+          SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
+MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace
+          WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
@@ -1500,7 +1509,8 @@ NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that
 
 
 @functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False, quota: int = 0) -> Response:
+def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False,
+            quota: int = 0) -> Response:
     """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
     grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
     viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
@@ -1518,17 +1528,23 @@ def masked(row: sqlite3.Row) -> Tuple[str, bool]:
 class Directory(SliceHost):
     FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace,
-                 pages: Sequence[Live]):
-        public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
-                  Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
-                  Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
-                  Route("GET", "/account", ACCOUNT, self.account_page), Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
-                  Route("POST", "/account/password", ACCOUNT, self.change_password), Route("POST", "/masquerade", ACCOUNT, self.masquerade), Route("POST", "/masquerade/end", PUBLIC, self.unmask))
-        members = (Route("POST", "/members", "members:manage", invite),
-                   Route("PATCH", "/members/<account>", "members:manage", change_role),
-                   Route("DELETE", "/members/<account>", MEMBER, expel))
-        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), public + members)]), pages)
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...],
+                 workspaces: Namespace, pages: Sequence[Live]):
+        routes = (Route("GET", "/", PUBLIC, self.home),
+                  Route("GET", "/login", PUBLIC, self.login_page),
+                  Route("POST", "/login", PUBLIC, self.login),
+                  Route("POST", "/logout", PUBLIC, self.logout),
+                  Route("POST", "/persona", PUBLIC, self.persona),
+                  Route("POST", "/workspaces", ACCOUNT, self.found),
+                  Route("GET", "/account", ACCOUNT, self.account_page),
+                  Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
+                  Route("POST", "/account/password", ACCOUNT, self.change_password),
+                  Route("POST", "/masquerade", ACCOUNT, self.masquerade),
+                  Route("POST", "/masquerade/end", PUBLIC, self.unmask),
+                  Route("POST", "/members", "members:manage", invite),
+                  Route("PATCH", "/members/<account>", "members:manage", change_role),
+                  Route("DELETE", "/members/<account>", MEMBER, expel))
+        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), routes)]), pages)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
@@ -1553,8 +1569,7 @@ class Directory(SliceHost):
     def version(self, request: Request) -> int:
         """Moves when another process has written. Asked each second, so what is over ends here."""
         now = time.time()
-        over = self.store.query("SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION SELECT q.account, s.account "
-                                "FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?", now, now)
+        over = self.store.query(OVER, now, now)
         with self.store.tx() if over else contextlib.nullcontext():
             for account, owner in over:
                 self.bus.publish(f"access:{account}")
@@ -1572,26 +1587,28 @@ class Directory(SliceHost):
 
     def names(self, request: Request) -> Dict[str, Any]:
         """For the console: a page of all workspaces, and how many there are."""
-        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?",
-                                request.params.get("after", ""), NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", request.params.get("name", ""))
-        return {"page": [tuple(row) for row in page], "named": dict([tuple(row) for row in named]),
-                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES) + len(JOURNAL)}
+        after, name = [request.params.get(key, "") for key in ("after", "name")]
+        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
+                                NAMES_A_PAGE + 1)
+        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", name)
+        return {"page": [*map(tuple, page)], "named": dict(map(tuple, named)),
+                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES + JOURNAL)}
 
     def whoami(self, request: Request) -> Dict[str, Any]:
         """For the console: who asks, where they belong, whether they run this server."""
-        row = self.session(request)
-        roles = self.store.query("SELECT w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
-                                 "WHERE m.account = ? ORDER BY w.name LIMIT 100", row["account"]) if row else []
-        return {"account": row["account"] if row else "", "masked": masked(row) if row else ("", False),
-                "operator": bool(row) and self.is_operator(row["owner"]), "roles": dict([tuple(role) for role in roles]),
-                "personas": [tuple(persona) for persona in self.personas()]}
+        row, personas = self.session(request), [*map(tuple, self.personas())]
+        if row is None:
+            return {"account": "", "masked": ("", False), "operator": False, "roles": {}, "personas": personas}
+        roles = {role["name"]: role["role"] for role in self.store.query(MINE, row["account"], "", 100)}
+        return {"account": row["account"], "masked": masked(row), "operator": self.is_operator(row["owner"]),
+                "roles": roles, "personas": personas}
 
     def is_operator(self, account: str) -> bool:
         return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
 
     def personas(self) -> List[sqlite3.Row]:
-        return self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name") if self.settings.demo else []
+        every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
+        return self.store.query(every) if self.settings.demo else []
 
     INTERNAL = {"/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
                 "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
@@ -1608,8 +1625,10 @@ class Directory(SliceHost):
             return NO_SESSION
         if not row["role"]:
             return NO_ENTRY
+        if row["moving"]:
+            return MOVING
         quota = row["quota"] or self.settings.quota
-        return MOVING if row["moving"] else verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota)
+        return verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota)
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
@@ -1663,7 +1682,7 @@ class Directory(SliceHost):
         return self.open_session(ctx, ctx.request.headers["x-proved"])
 
     def persona(self, ctx: Context) -> Response:
-        account = str(ctx.request.fields().get("account", ""))
+        account = ctx.field("account")
         if not self.settings.demo:
             raise nothing_here()
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
@@ -1675,10 +1694,11 @@ class Directory(SliceHost):
         self.close_session(ctx)
         now, token = time.time(), secrets.token_urlsafe(32)
         ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
-        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", hashlib.sha256(token.encode()).digest(), account, now,
-                       now + SESSION_SECONDS, f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200])
+        digest, agent = hashlib.sha256(token.encode()).digest(), ctx.request.headers.get("user-agent", "")
+        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", digest, account, now, now + SESSION_SECONDS,
+                       f"{ctx.request.peer} {agent}"[:200])
         cookie = set_cookie(ctx.request.scheme, f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
-        return see_other(local_path(str(ctx.request.fields().get("next", "/"))), cookie)._replace(which=account)
+        return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
 
     def logout(self, ctx: Context) -> Response:
         self.close_session(ctx)
@@ -1694,8 +1714,8 @@ class Directory(SliceHost):
     def account_page(self, ctx: Context) -> Response:
         """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
         mine, typed = self.session(ctx.request), ctx.request.params
-        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100",
-                                ctx.viewer.account)
+        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
+                                "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
         sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
                      "agent": row["agent"], "this": row["digest"] == mine["digest"]} for row in found]
         body = template("account")(session=sessions, account=ctx.viewer.account, problem=typed.get("problem", ""))
@@ -1703,7 +1723,7 @@ class Directory(SliceHost):
 
     def end_sessions(self, ctx: Context) -> Response:
         """The field session is one's name, or all, or others."""
-        which, mine = str(ctx.request.fields().get("session", "")), self.session(ctx.request)["digest"]
+        which, mine = ctx.field("session"), self.session(ctx.request)["digest"]
         for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
             if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
                 ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
@@ -1712,29 +1732,27 @@ class Directory(SliceHost):
 
     def change_password(self, ctx: Context) -> Response:
         """Proved like a sign-in; all other sessions of the account end."""
-        fields = ctx.request.fields()
-        new = str(fields.get("new", ""))
-        if ctx.request.headers["x-proved"] != ctx.viewer.account:
+        account, new, mine = ctx.viewer.account, ctx.field("new"), self.session(ctx.request)
+        if ctx.request.headers["x-proved"] != account:
             raise Refused(422, "The present password is not right. Try again.")
         if not 8 <= len(new) <= 256:
             raise Refused(422, "A password has 8 to 256 characters.")
-        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], ctx.viewer.account)
-        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", ctx.viewer.account, self.session(ctx.request)["digest"])
-        ctx.publish(f"access:{ctx.viewer.account}")
-        return see_other("/account")._replace(which=ctx.viewer.account)
+        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
+        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", account, mine["digest"])
+        ctx.publish(f"access:{account}")
+        return see_other("/account")._replace(which=account)
 
     def masquerade(self, ctx: Context) -> Response:
         """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
-        fields, row = ctx.request.fields(), self.session(ctx.request)
-        account = str(fields.get("account", "")).strip()
+        row, account = self.session(ctx.request), ctx.field("account").strip()
         if not self.is_operator(row["owner"]):
             raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
             raise Refused(404, "There is no account of this name. Go back and check the spelling.")
         ctx.store.exec("INSERT OR REPLACE INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
-                       "writes" in fields, time.time() + MASQUERADE_SECONDS)
+                       "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
         ctx.publish(f"access:{row['account']}")
-        return see_other(local_path(str(fields.get("next", "/"))))._replace(which=account)
+        return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
     def unmask(self, ctx: Context) -> Response:
         row = self.session(ctx.request)
@@ -1746,10 +1764,8 @@ class Directory(SliceHost):
 
     def mine(self, request: Request) -> List[sqlite3.Row]:
         """My workspaces: a page of them, and the first of the next."""
-        row = self.session(request)
-        return self.store.query("SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
-                                "WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?", row["account"],
-                                request.params.get("after", ""), NAMES_A_PAGE + 1) if row else []
+        row, after = self.session(request), request.params.get("after", "")
+        return self.store.query(MINE, row["account"], after, NAMES_A_PAGE + 1) if row else []
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
@@ -1758,7 +1774,7 @@ class Directory(SliceHost):
         if not account:
             return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        shown = [{"name": row["name"], "role": row["role"], "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
+        shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
         body = template("home")(
             workspace=shown, none=not shown, more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
             demo=bool(personas), persona=personas, name=typed.get("name", ""), problem=typed.get("problem", ""),
@@ -1766,8 +1782,8 @@ class Directory(SliceHost):
         return page("Workspaces", body, ctx.viewer)
 
     def found(self, ctx: Context) -> Response:
-        """A new workspace, the caller its owner. A name that was used before gets a new id, and none of the old rows."""
-        account, name = ctx.viewer.account, str(ctx.request.fields().get("name", "")).strip()
+        """A new workspace, the caller its owner. A name that was used before gets a new id, and no old rows."""
+        account, name = ctx.viewer.account, ctx.field("name").strip()
         owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
         if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
@@ -1785,8 +1801,9 @@ def free_name(store: Store, name: str) -> str:
     return name
 
 
-def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str, make: Optional[Callable[[str], None]] = None) -> str:
-    """Returns its id. The file comes first (make(id); else an empty one): a row without a file would mean that it was lost."""
+def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str,
+                  make: Optional[Callable[[str], None]] = None) -> str:
+    """Returns its id. The file comes first (make(id); else an empty one): a row without one means that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id = workspaces.id_from_name(f"{name}#{before}" if before else name)
     (make or workspaces.create)(id)
@@ -1800,7 +1817,7 @@ def login_form(next: str, username: str = "", problem: str = "", status: int = 2
 
 
 def workspace_behind(request: Request) -> str:
-    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or it is not clear which."""
+    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
     targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
     if len(targets) != 1:
         return ""
@@ -1828,7 +1845,8 @@ def members_region(ctx: Context) -> Html:
     rows = []
     for member in members:
         managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
-        rows.append({**member, "option": role_choice(ctx.viewer, member["role"]), "managed": managed, "fixed": not managed})
+        choice = role_choice(ctx.viewer, member["role"])
+        rows.append({**member, "option": choice, "managed": managed, "fixed": not managed})
     return template("members.region")(member=rows, all=len(rows))
 
 
@@ -1843,10 +1861,10 @@ MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members
 
 
 def invite(ctx: Context) -> Response:
-    fields = ctx.request.fields()
-    account, role = str(fields.get("account", "")).strip(), str(fields.get("role", "member"))
+    account, role = ctx.field("account").strip(), ctx.field("role", "member")
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this server to add it.")
+        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this "
+                           "server to add it.")
     if role_of(ctx, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
     set_role(ctx, account, "", role)
@@ -1854,7 +1872,7 @@ def invite(ctx: Context) -> Response:
 
 
 def change_role(ctx: Context, account: str) -> Response:
-    set_role(ctx, account, role_of(ctx, account) or None, str(ctx.request.fields().get("role", "")))
+    set_role(ctx, account, role_of(ctx, account) or None, ctx.field("role"))
     return done(ctx, account)
 
 
