@@ -1903,9 +1903,9 @@ def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[
 
 
 # ==== 14. Worker =====================================================================================================
-# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
-# may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
-# to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
+# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what
+# outsiders may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a
+# real request to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
 
 class Env(NamedTuple):
     """What a worker works with: the world in one argument."""
@@ -1918,7 +1918,8 @@ class Env(NamedTuple):
 
 def worker(request: Request, env: Env) -> Response:
     if not TRUSTED.isdisjoint(request.headers):
-        request = request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
+        own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
+        request = request._replace(headers=own)
     verdict = admit(request, env)
     if verdict is None:
         return apex(request, env)
@@ -1943,17 +1944,18 @@ def admit(request: Request, env: Env) -> Optional[Response]:
     if not request.path.startswith("/w/"):
         return None
     workspace = request.path.split("/")[2]
-    cookie = {"cookie": request.headers.get("cookie", "")}
-    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=request.wait, scheme=request.scheme))
+    cookie, wait = {"cookie": request.headers.get("cookie", "")}, request.wait
+    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=wait, scheme=request.scheme))
 
 
 def refuse_foreign(request: Request) -> None:
-    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch Metadata,
-    Origin). None at all is a no, and so is one that contradicts."""
+    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch
+    Metadata, Origin). None at all is a no, and so is one that contradicts."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     ours = f"{request.scheme}://{request.headers.get('host', '')}"
     if (site, origin) == (None, None) or site not in (None, "same-origin") or origin not in (None, ours):
-        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its Origin.")
+        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its "
+                           "Origin.")
 
 
 def refusal(request: Request, verdict: Response) -> Response:
@@ -1968,7 +1970,8 @@ def goodbye(status: int) -> bytes:
     return patch_elements(template("goodbye.signed_out" if status == 401 else "goodbye.no_entry")())
 
 
-ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml"}
+ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8",
+          "/icon.svg": "image/svg+xml"}
 
 
 def apex(request: Request, env: Env) -> Response:
@@ -1990,42 +1993,43 @@ def asset(request: Request) -> Response:
     """A file of templates/. The browser asks each time and gets a 304 while it is the same."""
     body = (TEMPLATES / request.path[1:]).read_bytes()
     etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
-    same = request.headers.get("if-none-match") == etag
-    return Response(304 if same else 200, b"" if same else body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
+    whole = Response(200, body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
+    return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
 def with_counts(request: Request, env: Env) -> Request:
     """A genuine fan-out: one request to each workspace that the home page shows, for its count."""
-    mine = json.loads(env.directory.fetch(request._replace(path="/_mine")).body)[:NAMES_A_PAGE]
+    mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
     counts = {id: count_of(env.workspaces.get(id)) for id in mine}
     return request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
 
 
 def count_of(workspace: Stub) -> Any:
     with contextlib.suppress(StorageFault):      # one that can't be read has no count, and hides no other
-        return f"{json.loads(workspace.fetch(Request('GET', '/_counts')).body)['count']} open"
+        return f"{workspace.ask('/_counts')['count']} open"
     return "can't be read"
 
 
 # ==== 15. Reader =====================================================================================================
-# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever stands
-# in front of us might have read it the other way. One regular expression says what a head looks like; only when it does
-# not match does somebody look for the reason.
+# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever
+# stands in front of us might have read it the other way. One regular expression says what a head looks like; only when
+# it does not match does somebody look for the reason.
 
-LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536     # bytes; FIELD_LIMIT counts header fields
+LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536   # bytes; FIELD_LIMIT counts header fields
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
-FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5: nothing is folded
-HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
+FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5; not folded
+HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
+                  rb"((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
-HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")       # RFC 3986, 3.2.2
+HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/[0-9]\.[0-9]")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Reading(NamedTuple):
-    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake inside a sound frame."""
+    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake in a sound frame."""
     method: str
     target: str
     headers: Dict[str, str]
@@ -2035,8 +2039,8 @@ class Reading(NamedTuple):
 
 
 def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
-    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken, and
-    nothing behind it may be read."""
+    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken,
+    and nothing behind it may be read."""
     while True:
         while buffer == b"\r":
             yield None
@@ -2112,12 +2116,13 @@ def why_not(head: bytes) -> Refused:
     version = re.match(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n", head)
     if version and version[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
-    return Refused(400, "The header fields are malformed." if version else "The request line is malformed: METHOD /path HTTP/1.1.")
+    malformed = "header fields are malformed." if version else "request line is malformed: METHOD /path HTTP/1.1."
+    return Refused(400, f"The {malformed}")
 
 
 def body_length(headers: Dict[str, str]) -> Optional[int]:
-    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way, are
-    refused, and so is a body that comes with two lengths."""
+    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way,
+    are refused, and so is a body that comes with two lengths."""
     if "expect" in headers and headers["expect"].lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
     if "transfer-encoding" in headers:
@@ -2197,7 +2202,7 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Held:
-    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when the loop loses patience."""
+    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when patience ends."""
     __slots__ = ("edge", "socket", "events", "rest", "deadline")
     STUCK_SECONDS = 30.0
 
@@ -2249,8 +2254,8 @@ class Held:
 
 
 class Channel:
-    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and stale
-    (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
+    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and
+    stale (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
     __slots__ = ("watch", "streams", "busy", "stale", "frames")
 
     def __init__(self, watch: Watch) -> None:
@@ -2261,7 +2266,7 @@ class Channel:
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
     __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
-    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
+    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; it would take megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
@@ -2332,7 +2337,7 @@ class Broker:
     def __init__(self, edge: Edge) -> None:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
-        self.version = b""                                     # of the Directory's file, which another process may change
+        self.version = 0                                       # of the Directory's file, which others may change
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
         self.accounts = collections.Counter()                  # how many streams each has open
@@ -2407,14 +2412,15 @@ class Broker:
         for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
-            some, more = [{"account": name} for name in names[:20]], f"and {len(names) - 20} more" if len(names) > 20 else ""
+            some = [{"account": name} for name in names[:20]]
+            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
             self.here[id] = Rendering(template("here")(name=some, more=more, watchers=len(streams)), main=False)
             for stream in streams:
                 stream.show_here(self.here[id])
 
     def gate_again(self, account: str = "") -> None:
-        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
-        more. The right ones stay, a changed role sees what it may see now, and who may no longer look is told so."""
+        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker
+        once more. The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             try:
                 response = worker(stream.again, self.edge.env)
@@ -2430,8 +2436,8 @@ class Broker:
         """In the pool: has another process, say the command line, changed the Directory?"""
         directory, before = self.edge.env.directory, self.version
         with self.edge.env.trace.silence():
-            self.version = directory.fetch(Request("GET", "/_version")).body
-        if before not in (b"", self.version):
+            self.version = directory.ask("/_version")
+        if before not in (0, self.version):
             self.gate_again()
             for channel in [*self.channels.get(directory.id, {}).values()]:
                 self.mark(channel)
