@@ -2444,8 +2444,8 @@ class Broker:
 
 
 # ==== 17. Console ====================================================================================================
-# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is asked
-# like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
+# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
+# asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Round(NamedTuple):
     """A fan-out: what each of some objects answered to one request, and when, and in what time."""
@@ -2469,7 +2469,7 @@ class Console:
     def answer(self, request: Request) -> Response:
         """For the worker. In the demo everybody may look, else operators."""
         with self.trace.silence():
-            me = json.loads(self.env.directory.fetch(Request("GET", "/_whoami", "", request.headers)).body)
+            me = self.env.directory.ask("/_whoami", "", request.headers)
             if not (self.env.settings.demo or me["operator"]):
                 permit(ACCOUNT, Viewer(me["account"]), request.method)
                 raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
@@ -2507,19 +2507,20 @@ class Console:
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
         given, account, (operator, read_only) = request.params, me["account"], me["masked"]
-        demo, held = self.env.settings.demo, {*me["roles"].values()}
-        cells = [{"grant": grant, "cell": [{"yes": grant in of_role, "no": grant not in of_role} for of_role in ROLES.values()]}
-                 for grant in ROLES["owner"]]
+        demo, mine = self.env.settings.demo, me["roles"].values()
+        grants = [{"grant": grant, "cell": [{"yes": grant in some, "no": grant not in some} for some in ROLES.values()]}
+                  for grant in ROLES["owner"]]
         standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
         with self.lock:
             region = self.region(given, True)
             names = self.names(given)["page"]
         body = template("console")(
-            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=cells, probed=probed,
+            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=grants, probed=probed,
             persona=[{"name": name, "label": label, "current": name == account} for name, label in me["personas"]],
-            role=[{"role": role, "current": role in held} for role in ROLES], option=[{"name": name} for _, name in names],
+            role=[{"role": role, "current": role in mine} for role in ROLES],
+            option=[{"name": name} for _, name in names], result=result or template("console.idle")(),
             standing=f"{account} is {standing}." if account else "Nobody is signed in.",
-            who=f"You are {account}" if account else "You are nobody yet", result=result or template("console.idle")())
+            who=f"You are {account}" if account else "You are nobody yet")
         viewer = Viewer(account, operator=operator, read_only=read_only)
         return page("Console", body, viewer, template("layout.console")(state=True))
 
@@ -2528,13 +2529,14 @@ class Console:
         name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
         if WORKSPACE_NAME.fullmatch(name):
             ids = self.names({"name": name})["named"]
-        served, id, cookie = self.env.workspaces.served, ids.get(name, ""), {"cookie": request.headers.get("cookie", "")}
-        before, asked = served[id], Request("GET", f"/w/{name}/todos", "", cookie)
+        served, id, account = self.env.workspaces.served, ids.get(name, ""), me["account"]
+        before, cookie = served[id], {"cookie": request.headers.get("cookie", "")}
+        asked = Request("GET", f"/w/{name}/todos", "", cookie)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
         after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
-        said = {200: f"The gate lets {me['account']} into {name}.",
+        said = {200: f"The gate lets {account} into {name}.",
                 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
-                403: f"Refused at the gate: {me['account']} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
+                403: f"Refused at the gate: {account} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
         proof = "No workspace was contacted; only these store calls were made:"
         if verdict == 200:
             proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
@@ -2551,10 +2553,10 @@ class Console:
     def names(self, params: Dict[str, str]) -> Dict[str, Any]:
         """Of the workspaces on a page of the console, all in order of their names."""
         asked = urllib.parse.urlencode({key: params.get(key, "") for key in ("after", "name")})
-        return json.loads(self.env.directory.fetch(Request("GET", "/_names", asked)).body)
+        return self.env.directory.ask("/_names", asked)
 
     def label(self, id: str, names: Dict[str, str]) -> str:
-        return "Directory" if id == self.env.directory.id else {key: name for name, key in names.items()}.get(id, id[:8])
+        return {self.env.directory.id: "Directory", **{key: name for name, key in names.items()}}.get(id, id[:8])
 
     def count_all(self, ids: Sequence[str]) -> Round:
         """One request to each object. Who slept goes back to sleep."""
@@ -2564,7 +2566,7 @@ class Console:
         for id in ids:
             slept = id not in self.env.workspaces.objects
             with contextlib.suppress(StorageFault):     # what can't be read has no count
-                facts[id] = json.loads(self.env.workspaces.get(id).fetch(Request("GET", "/_counts")).body)
+                facts[id] = self.env.workspaces.get(id).ask("/_counts")
             if slept:
                 self.env.workspaces.lull(id)
         self.round = Round(time.time(), micros(time.perf_counter() - started), {id: facts.get(id, {}) for id in ids})
@@ -2582,49 +2584,49 @@ class Console:
             after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "",
             **self.drawing(names, awake), **self.streams(names))
 
-    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict[str, Any]:
+    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict:
         file, one = namespace.path(id), namespace.objects.get(id)
-        size = sum([part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists()])
+        size = sum([part.stat().st_size for part in with_wal(file)])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
-        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024), "streams": streams,
+        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
                 "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
-                "schema": facts.get("schema", "?"), "served": namespace.served[id],
+                "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", "" if name == "Directory" else "can't be read")}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
-        """The planes, and the path of each request that came of late. The last place stands for all other workspaces."""
+        """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
         some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
         places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
-        trips = [*self.trace.trips][::-1]
-        return {"node": [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
-                          "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
-                         for index, (name, id) in enumerate(some)],
-                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
-                "path": [{"number": trip.number, "kind": kind_of(trip),
-                          "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)])} for trip in trips[2::-1]],
-                "trip": [self.trip_row(trip, names) for trip in trips], "none": not trips}
+        nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
+                  "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
+                 for index, (name, id) in enumerate(some)]
+        trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
+        return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
+                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()])}
 
     def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
         browser, worker, directory = (70, 160), (270, 160), (560, 76)
-        if kind_of(trip) == "refused" and len(trip.legs) == 1:
+        if trip.status in (401, 403) and len(trip.legs) == 1:
             return [browser, worker, (462, 104)]
-        stops = [directory if leg.kind != "workspace" else places.get(leg.id) or places.get("", worker) for leg in trip.legs]
+        others = places.get("", worker)
+        stops = [places.get(leg.id, others) if leg.kind == "workspace" else directory for leg in trip.legs]
         return [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
 
-    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Dict[str, Any]:
+    def trip_row(self, trip: Trip, names: Dict[str, str], places: Dict[str, Tuple[int, int]]) -> Dict[str, Any]:
         legs = [{"object": "gate" if leg.kind == "gate" else self.label(leg.id, names), "status": leg.status,
                  "micros": leg.micros, "how": "from the cache" if leg.kind == "workspace" and not leg.calls else
                  f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}"} for leg in trip.legs]
         return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
-                "size": trip.size, "kind": kind_of(trip), "leg": legs,
+                "size": trip.size, "leg": legs, "kind": "refused" if trip.status in (401, 403) else "ok",
+                "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
                 "stop": any([leg.kind == "gate" and leg.status != 200 for leg in trip.legs[-1:]])}
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
-        channels = [(id, channel) for id, of_object in [*self.broker.channels.items()] for channel in [*of_object.values()]]
-        rows = [{"object": self.id if id == self.id else self.label(id, names), "path": channel.watch.request.path,
-                 "role": channel.watch.request.headers.get("x-role", ""), "open": len(channel.streams),
-                 **{what: channel.frames[what] for what in self.broker.frames}} for id, channel in channels[:50]]
-        return {"stream": rows, "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
+        channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
+        rows = [{"object": self.label(watch.stub.id, names), "path": watch.request.path, "open": len(streams),
+                 "role": watch.request.headers.get("x-role", ""), **dict.fromkeys(self.broker.frames, 0), **frames}
+                for watch, streams, frames in [(one.watch, one.streams, one.frames) for one in channels[:50]]]
+        return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
         trace, object, paused = self.trace, params.get("object", ""), "paused=1" in variant_of(params)
@@ -2632,20 +2634,18 @@ class Console:
         trace.shown = trace.noted
         lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
                   "rows": "" if call.rows < 0 else call.rows} for call in reversed(calls)]
-        links = [{"text": "Go on" if paused else "Pause", "query": variant_of({**params, "paused": "" if paused else "1"})},
-                 *([{"text": "All objects", "query": variant_of({**params, "object": ""})}] if object else [])]
-        return template("console.feed")(line=lines, noted=trace.noted, missed=trace.dropped, link=links,
-                                        whose=f" of {self.label(object, names)}" if object else "")
-
-
-def kind_of(trip: Trip) -> str:
-    return "refused" if trip.status in (401, 403) else "ok"
+        other, whole = variant_of({**params, "paused": "" if paused else "1"}), variant_of({**params, "object": ""})
+        links = [{"text": "Go on" if paused else "Pause", "query": other}, {"text": "All objects", "query": whole}]
+        whose = f" of {self.label(object, names)}" if object else ""
+        return template("console.feed")(line=lines, link=links if object else links[:1], noted=trace.noted,
+                                        missed=trace.dropped, whose=whose)
 
 
 def variant_of(params: Dict[str, str]) -> str:
     """What the console's region heeds: the workspaces after a name, the store calls of one object, or none of them."""
-    valid = {"after": WORKSPACE_NAME.fullmatch, "object": re.compile("directory|[0-9a-f]{64}").fullmatch, "paused": re.compile("1").fullmatch}
-    return urllib.parse.urlencode({key: params[key] for key, right in valid.items() if right(params.get(key, ""))})
+    valid = {"after": WORKSPACE_NAME, "object": "directory|[0-9a-f]{64}", "paused": "1"}
+    given = {key: params[key] for key, right in valid.items() if re.fullmatch(right, params.get(key, ""))}
+    return urllib.parse.urlencode(given)
 
 
 def clock(at: float, digits: int = 0) -> str:
@@ -2654,8 +2654,8 @@ def clock(at: float, digits: int = 0) -> str:
 
 
 # ==== 18. Snapshots ==================================================================================================
-# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name when it
-# is whole and checked. A snapshot is a copy of the whole deployment; what did not change since the one before is linked.
+# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
+# when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
 
 def stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -2680,8 +2680,8 @@ def verified(db: sqlite3.Connection) -> int:
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
         raise sqlite3.DatabaseError(f"damaged: {found[0]}")
-    tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
-    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table in tables])
+    tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
+    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table, in tables])
 
 
 def progress(done: int, all: int, what: str) -> None:
@@ -2691,17 +2691,19 @@ def progress(done: int, all: int, what: str) -> None:
 
 
 def snapshot(data: pathlib.Path, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """The Directory is copied first, so that each workspace that it names is there. Returns what the snapshot holds, by id."""
+    """The Directory is copied first, so that each workspace that it names is there. Returns what it holds, by id."""
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "workspaces").mkdir(parents=True)
-    held: Dict[str, Any] = {"directory": {"rows": copy_database(data / "directory.db", part / "directory.db"), "seen": ""}}
+    rows = copy_database(data / "directory.db", part / "directory.db")
+    held: Dict[str, Any] = {"directory": {"rows": rows, "seen": ""}}
     with contextlib.closing(Store(part / "directory.db")) as store:
         ids = [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving")]
     known = json.loads((before / "manifest.json").read_text()) if before else {}
     for number, id in enumerate(ids, 1):
         source, copy = data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
-        seen = repr([(file.stat().st_mtime_ns, file.stat().st_size) for file in (source, source.with_name(f"{id}.db-wal")) if file.exists()])
+        files = [file.stat() for file in with_wal(source)]
+        seen = repr([(file.st_mtime_ns, file.st_size) for file in files])
         if known.get(id, {}).get("seen") == seen:
             os.link(before / "workspaces" / copy.name, copy)
             held[id] = known[id]
@@ -2727,12 +2729,12 @@ def snapshot_again(settings: Settings) -> None:
 # ==== 19. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
-# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
-# the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
+# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves
+# from the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
 
 class Pool:
-    """A few threads that take jobs from a queue, in order. What a job puts in is done next by the same thread: to render
-    what a command changed, no other needs to be woken. A job that fails is logged; its thread goes on."""
+    """A few threads that take jobs from a queue, in order. What a job puts in is done next by the same thread: to
+    render what a command changed, no other needs to be woken. A job that fails is logged; its thread goes on."""
 
     def __init__(self, size: int) -> None:
         self.jobs, self.own = queue.SimpleQueue(), threading.local()
@@ -2808,7 +2810,7 @@ class Connection(Held):
             return self.take_up(step) if step.body is not None else self.edge.pool.put(self.foresee, step)
         if self.ended:
             return self.close()
-        if some and not self.begun:                  # the deadline is for all of it; a byte now and then does not move it
+        if some and not self.begun:                  # the deadline is for all of it; a byte now and then moves nothing
             self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
 
     def foresee(self, reading: Reading) -> None:
@@ -2861,7 +2863,7 @@ class Connection(Held):
             self.edge.broker.join(stream, response.watch)
 
     def written(self) -> None:
-        """The answer has left: go on, or close so that the client can read it while it is still sending (RFC 9112, 9.6)."""
+        """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
         if self.keep:
             self.busy = False
@@ -2902,11 +2904,15 @@ def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: 
     """The part of a head that does not change from one answer to the next."""
     special = STREAMING if live else NONCED if type == PAGE else {}
     fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n" + "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
+
+
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 
 
 def accepts_gzip(request: Request) -> bool:
-    return "accept-encoding" in request.headers and re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers["accept-encoding"]) is not None
+    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
 def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
@@ -2965,7 +2971,7 @@ def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def known_host(host: str, names: FrozenSet[str]) -> bool:
-    """Is this Host one of ours? A page of another site can have its own name lead here (DNS rebinding), but no address."""
+    """Is this Host one of ours? Another site can have its own name lead here (DNS rebinding), but no address."""
     name = re.sub(r":[0-9]*$", "", host).lower()
     if name in names:
         return True
@@ -2975,7 +2981,7 @@ def known_host(host: str, names: FrozenSet[str]) -> bool:
 
 
 class Edge(ThreadingHTTPServer):
-    """Binds in the constructor, serves in serve_forever(), ends by shutdown() from another thread, then server_close()."""
+    """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
     DRAIN_SECONDS = 5.0
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
@@ -2986,7 +2992,8 @@ class Edge(ThreadingHTTPServer):
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        self.hosts = frozenset({"", "localhost", socket.gethostname().lower(), env.settings.host, *env.settings.allow_host})
+        ours = "", "localhost", socket.gethostname().lower(), env.settings.host
+        self.hosts = frozenset({*ours, *env.settings.allow_host})
         self.next_backup = time.monotonic() + env.settings.backup_every
         self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
         self.scribe = threading.Thread(target=self.write_log, daemon=True)
@@ -3076,7 +3083,7 @@ class Edge(ThreadingHTTPServer):
     # -- answering, in the loop (wait=False) and in the pool
 
     def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
-        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not in the loop."""
+        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not here."""
         started, request = time.perf_counter(), Request("GET", "/", "", reading.headers)
         try:
             request = self.request(reading, peer, wait)
@@ -3142,15 +3149,14 @@ class Edge(ThreadingHTTPServer):
             self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             self.seconds += seconds
         if self.settings.log != "off":
-            size = len(response.rendering.frame if response.rendering else response.body)
-            self.accesses.append(self.line(method, request, response.status, size, seconds))
+            self.accesses.append(self.line(method, request, response.status, response.size, seconds))
 
     def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
-        """One access: the common log format and the seconds it took, or JSON. Without the query: it is what users typed."""
+        """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
         path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
         if self.settings.log == "json":
-            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path, "status": status,
-                               "bytes": size, "seconds": round(seconds, 6)})
+            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
+                               "status": status, "bytes": size, "seconds": round(seconds, 6)})
         return f'{request.peer or "-"} - - [{self.log_date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
 
     def write_log(self) -> None:
@@ -3167,7 +3173,8 @@ class Edge(ThreadingHTTPServer):
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
         if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
-            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as one.")
+            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
+                               "one.")
         def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
             return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
         verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
@@ -3181,13 +3188,14 @@ class Edge(ThreadingHTTPServer):
                         ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
                         ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
                         ("frames_total", "counter", label("result", self.broker.frames)))
-        text = "".join([f"# TYPE orion_{name} {kind}\n" + "".join([f"orion_{name}{end} {n}\n" for end, n in samples.items()])
-                        for name, kind, samples in families])
-        return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        lines = []
+        for name, kind, samples in families:
+            lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
+        return Response(200, "".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def by_operator(self, request: Request) -> bool:
-        who = Request("GET", "/_whoami", "", {"cookie": request.headers.get("cookie", "")}, scheme=request.scheme)
-        return json.loads(self.env.directory.fetch(who).body)["operator"]
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        return self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]
 
     # -- the end
 
@@ -3236,8 +3244,9 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
         add_key(key_file)
     keys = load_keys(key_file)
     trace, pages = Trace(with_args=settings.demo), [live for slice in slices for live in slice.live] + [MEMBERS]
-    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=Router(slices), pages=pages),
-                           settings.awake or awake_by_default(), settings.idle, trace)
+    build = functools.partial(Workspace, router=Router(slices), pages=pages)
+    awake = settings.awake or awake_by_default()
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
     directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
@@ -3270,7 +3279,8 @@ def go_together(path: pathlib.Path, slices: Sequence[Slice]) -> None:
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex", "erin": "Acme"}
 DEMO_WORKSPACES = {
     "home": ({"alice": "owner"}, ("Water the plants", "Call grandmother", "Book the dentist")),
-    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"}, ("Order more anvils", "Test the skates", "Invoice the coyote")),
+    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"},
+             ("Order more anvils", "Test the skates", "Invoice the coyote")),
     "globex": ({"dave": "owner", "bob": "member"}, ("Draft the charter", "Paint the lobby", "Plan the picnic")),
 }
 
@@ -3278,10 +3288,11 @@ DEMO_WORKSPACES = {
 def seed(env: Env) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
     directory = env.directory.namespace.wake(env.directory.id)
-    env.directory.fetch(Request("GET", "/_version"))
+    env.directory.ask("/_version")
     with directory.turn, directory.store.tx():
         for name, group in DEMO_ACCOUNTS.items():
-            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, f"{name} · {group}")
+            label = f"{name} · {group}"
+            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, label)
 
     def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
         headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
