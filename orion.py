@@ -3308,20 +3308,22 @@ def seed(env: Env) -> None:
 
 
 # ==== 21. Administration =============================================================================================
-# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the server
-# looks each second whether another one wrote to the Directory.
+# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
+# server looks each second whether another one wrote to the Directory.
 
 class Unusable(Exception):
     """It can't be done; the text is one line that says why and what to do."""
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[Tuple[Store, Env]]:
-    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction."""
+def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tuple[Store, Env]]:
+    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction,
+    and journalled if it has a name."""
     env = two_planes(settings._replace(demo=False))
-    env.directory.fetch(Request("GET", "/_version"))               # migrated from here on
+    env.directory.ask("/_version")                   # migrated from here on
     with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
         yield store, env
+        journalled(store, what, which) if what else None
 
 
 def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
@@ -3332,7 +3334,8 @@ def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
 
 
 def journalled(store: Store, what: str, which: str) -> None:
-    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, '(command line)', ?, ?)", time.time(), what, which)
+    row = time.time(), "(command line)", what, which
+    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
 
 
 def new_password(name: str) -> str:
@@ -3352,81 +3355,82 @@ def account_add(settings: Settings, given: argparse.Namespace) -> None:
     if not ACCOUNT_NAME.fullmatch(given.name):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
     hashed = new_password(given.name)
-    with opened(settings) as (store, _):
+    with opened(settings, "account add", given.name) as (store, _):
         if store.one("SELECT 1 FROM accounts WHERE name = ?", given.name):
             raise Unusable(f"there is an account {given.name} already")
-        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", given.name, given.name, hashed, given.operator)
-        journalled(store, "account add", given.name)
+        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)",
+                   given.name, given.name, hashed, given.operator)
     print(f"{given.name} may sign in now")
 
 
 def account_passwd(settings: Settings, given: argparse.Namespace) -> None:
     hashed = new_password(given.name)
-    with opened(settings) as (store, _):
+    with opened(settings, "account passwd", given.name) as (store, _):
         row_of(store, "accounts", given.name)
         store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
         store.exec("DELETE FROM sessions WHERE account = ?", given.name)
-        journalled(store, "account passwd", given.name)
     print(f"{given.name} has a new password, and is signed out everywhere")
+
+
+ACCOUNTS = """SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END,
+              (SELECT count(*) FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY name"""
 
 
 def account_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, _):
-        table((row["name"], "operator" if row["operator"] else "", f"{row['workspaces']} workspaces") for row in store.query(
-            "SELECT name, operator, (SELECT count(*) FROM memberships WHERE account = name) AS workspaces FROM accounts ORDER BY name"))
+        table(store.query(ACCOUNTS))
+
+
+LAST_OWNER = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
+                WHERE m.role = 'owner' GROUP BY w.id HAVING count(*) = 1 AND max(m.account) = ?"""
 
 
 def account_remove(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "account remove", given.name) as (store, _):
         row_of(store, "accounts", given.name)
-        alone = store.one("SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ? AND m.role = 'owner' AND "
-                          "NOT EXISTS (SELECT 1 FROM memberships o WHERE o.workspace = w.id AND o.role = 'owner' AND o.account <> m.account)", given.name)
+        alone = store.one(LAST_OWNER, given.name)
         if alone:
-            raise Unusable(f"{given.name} is the last owner of {alone[0]}; make somebody else an owner first, or remove the workspace")
+            remedy = "make somebody else an owner first, or remove the workspace"
+            raise Unusable(f"{given.name} is the last owner of {alone[0]}; {remedy}")
         store.exec("DELETE FROM accounts WHERE name = ?", given.name)
-        journalled(store, "account remove", given.name)
 
 
 def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, env):
+    with opened(settings, "workspace add", given.name) as (store, env):
         row_of(store, "accounts", given.owner)
         add_workspace(store, env.workspaces, given.name, given.owner)
-        journalled(store, "workspace add", given.name)
 
 
 def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, env):
         for row in store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"):
-            path = env.workspaces.path(row["id"])
+            path, quota = env.workspaces.path(row["id"]), row["quota"] or settings.quota
             size = path.stat().st_size if path.exists() else "missing"
-            table([(row["name"], row["id"], size, f"of {row['quota'] or settings.quota}", "moving" if row["moving"] else "")])
+            table([(row["name"], row["id"], size, f"of {quota}", "moving" if row["moving"] else "")])
 
 
 def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET name = ? WHERE id = ?", free_name(store, given.new), row["id"])
-        journalled(store, "workspace rename", f"{given.name} {given.new}")
 
 
 def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, row["id"])
-        journalled(store, "workspace quota", f"{given.name} {given.size}")
 
 
 REMOVED_SECONDS = 30 * 86400                         # for which a copy of a removed workspace is kept
 
 
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
-    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the id
-    is not given again."""
-    with opened(settings) as (store, env):
+    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
+    id is not given again."""
+    with opened(settings, "workspace remove", given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
         store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-        journalled(store, "workspace remove", given.name)
     path, removed = env.workspaces.path(row["id"]), settings.data / "removed"
     path = path if path.exists() else path.with_name(f"{path.name}.moved")
     if not given.now:
@@ -3450,16 +3454,15 @@ def take_away(path: pathlib.Path) -> None:
 
 
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
-    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the last
-    word; the gate says 503 until the name is removed here."""
-    with opened(settings) as (store, env):
+    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the
+    last word; the gate says 503 until the name is removed here."""
+    with opened(settings, "workspace export", given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
-        journalled(store, "workspace export", given.name)
-        members = [tuple(member) for member in store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])]
+        members = [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"]))]
     path = env.workspaces.path(row["id"])
     with contextlib.closing(Store(path)) as source:
-        source.begin() if given.move else None       # those who passed the gate before finish first; the next find no file
+        source.begin() if given.move else None       # who passed the gate before finishes first; the next find no file
         rows = copy_database(path, given.file)
         path.rename(path.with_name(f"{path.name}.moved")) if given.move else None
     with contextlib.closing(sqlite3.connect(given.file)) as db, db:
@@ -3472,15 +3475,15 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     """Under its name, or another, with its members. Who has no account here gets one, without a password yet."""
     with contextlib.closing(Store(given.file)) as source:
         about = json.loads(source.one("SELECT about FROM _export")[0])
-    with opened(settings) as (store, env):
+    name, owners = given.name or about["name"], [account for account, role in about["members"] if role == "owner"]
+    with opened(settings, "workspace import", name) as (store, env):
         for account, _ in about["members"]:
             if store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account, account):
                 print(f"{account} is new here; account passwd {account} lets them in")
-        name, owners = given.name or about["name"], [account for account, role in about["members"] if role == "owner"]
-        id = add_workspace(store, env.workspaces, name, owners[0], lambda id: adopt(given.file, env.workspaces.path(id)))
+        make = lambda id: adopt(given.file, env.workspaces.path(id))
+        id = add_workspace(store, env.workspaces, name, owners[0], make)
         for account, role in about["members"]:
             store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
-        journalled(store, "workspace import", name)
     print(f"{name}: {len(about['members'])} members")
 
 
@@ -3495,27 +3498,28 @@ def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
 def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     """As it was in a snapshot, beside the present one and with its members; never over it."""
     name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
-    with opened(settings) as (store, env):
+    with opened(settings, "workspace restore", name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
         source = given.at / "workspaces" / f"{row['id']}.db"
         id = add_workspace(store, env.workspaces, name, owner, lambda id: adopt(source, env.workspaces.path(id)))
-        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?", id, row["id"])
-        journalled(store, "workspace restore", name)
+        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?",
+                   id, row["id"])
     print(f"{name}: as {given.name} was in {given.at}")
 
 
 def member_set(settings: Settings, given: argparse.Namespace) -> None:
     """add, role and remove, by the rules that the members page has too."""
-    with opened(settings) as (store, _):
-        workspace = row_of(store, "workspaces", given.workspace)
+    role = getattr(given, "role", None)
+    with opened(settings, given.verb, f"{given.workspace} {given.account} {role or ''}".strip()) as (store, _):
+        id = row_of(store, "workspaces", given.workspace)["id"]
         row_of(store, "accounts", given.account)
-        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, workspace["id"])
+        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, id)
         before = role_of(ctx, given.account)
         if bool(before) == (given.verb == "member add"):
-            raise Unusable(f"{given.account} is {'a member already; member role changes the role' if before else 'no member; member add makes one'}")
-        set_role(ctx, given.account, before, getattr(given, "role", None))
-        journalled(store, given.verb, f"{given.workspace} {given.account} {getattr(given, 'role', '')}".strip())
+            why = "a member already; member role changes the role" if before else "no member; member add makes one"
+            raise Unusable(f"{given.account} is {why}")
+        set_role(ctx, given.account, before, role)
 
 
 def member_list(settings: Settings, given: argparse.Namespace) -> None:
@@ -3530,7 +3534,11 @@ def backup(settings: Settings, given: argparse.Namespace) -> None:
     if not (settings.data / "directory.db").exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
     held = snapshot(settings.data, given.folder)
-    print(f"{given.folder}: {len(held) - 1} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked")
+    print(contents(given.folder, held))
+
+
+def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
+    return f"{folder}: {len(held) - 1} workspaces, {sum([part['rows'] for part in held.values()])} rows, checked"
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
@@ -3542,13 +3550,13 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
     held = json.loads((given.folder / "manifest.json").read_text())
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.folder / "secret.key", settings.data / "secret.key")
-    for number, (id, about) in enumerate([*held.items()][::-1], 1):              # the Directory last: it says that all is there
+    for number, (id, about) in enumerate([*held.items()][::-1], 1):     # the Directory last: it says that all is there
         path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
         rows = copy_database(given.folder / path, settings.data / path)
         if rows != about["rows"]:
             raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
         progress(number, len(held), "restored")
-    print(f"{settings.data}: {len(held) - 1} workspaces, {sum([about['rows'] for about in held.values()])} rows, checked")
+    print(contents(settings.data, held))
 
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
@@ -3562,7 +3570,8 @@ def check(settings: Settings, given: argparse.Namespace) -> int:
                 verified(db)
                 if db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
                     raise sqlite3.DatabaseError("the file belongs to another object")
-                return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL").fetchall() if path == directory else None
+                names = "SELECT id, name FROM workspaces WHERE name IS NOT NULL"
+                return db.execute(names).fetchall() if path == directory else None
         except sqlite3.Error as error:
             faults.append(f"{StorageFault(path, error)}")
     named = look(directory, "directory") or []
@@ -3620,7 +3629,7 @@ def seconds(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-FILE = ("file", pathlib.Path)
+FILE, FOLDER = ("file", pathlib.Path), ("folder", pathlib.Path)
 VERBS = (
     Verb("account add", "somebody may sign in", account_add, ("name", "--operator")),
     Verb("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
@@ -3630,16 +3639,19 @@ VERBS = (
     Verb("workspace list", "name, id, bytes and quota of each", workspace_list),
     Verb("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
     Verb("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
-    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota, ("name", ("size", size))),
-    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after", workspace_export, ("name", FILE, "--move")),
+    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota,
+         ("name", ("size", size))),
+    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after",
+         workspace_export, ("name", FILE, "--move")),
     Verb("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
-    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore, ("name", ("--at=", pathlib.Path), "--new=?")),
+    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore,
+         ("name", ("--at=", pathlib.Path), "--new=?")),
     Verb("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
     Verb("member role", "change a member's role", member_set, ("workspace", "account", "role")),
     Verb("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
     Verb("member list", "who is in a workspace", member_list, ("workspace",)),
-    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (("folder", pathlib.Path),)),
-    Verb("restore", "bring such a copy into an empty data folder", restore, (("folder", pathlib.Path),)),
+    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (FOLDER,)),
+    Verb("restore", "bring such a copy into an empty data folder", restore, (FOLDER,)),
     Verb("check", "look at every file, and say what is wrong", check),
     Verb("new", "write a file with a slice of your own to begin with", new, (FILE,)),
     Verb("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate),
@@ -3665,8 +3677,8 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     class Parser(argparse.ArgumentParser):
         def error(self, why: str) -> None:
             self.exit(2, f"orion: {why}; --help tells what there is\n")
-    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one file. Without a command it serves.",
-                    epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.")
+    parser = Parser(prog="orion.py", epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.",
+                    description="A live, multi-tenant web server in one file. Without a command it serves.")
     parser.set_defaults(run=None)
     for flag, help, kind in OPTIONS:
         key = flag[2:].replace("-", "_")
@@ -3677,7 +3689,8 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
     for name in ("account", "workspace", "member", "keys"):
-        groups[name] = groups[""].add_parser(name, help=f"see {name} --help").add_subparsers(required=True, metavar="command")
+        group = groups[""].add_parser(name, help=f"see {name} --help")
+        groups[name] = group.add_subparsers(required=True, metavar="command")
     for verb in VERBS:
         add_verb(groups, verb, parent)
     given = parser.parse_args(argv)
@@ -3694,16 +3707,20 @@ OPTIONS = (
     ("--host", "address to listen on", str),
     ("--port", "port to listen on; 0: any free one", int),
     ("--data", "folder with all state", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway", bool),
+    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
+     bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", int),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more",
+     int),
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
     ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
     ("--connections", "connections at most; more get a 503", int),
     ("--allow-host", "names that this server goes by, with commas between", several),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas between", several),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never", seconds),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
+     "between", several),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
+     seconds),
     ("--keep", "backups to keep", int),
     ("--log", "access log on standard output: common, json or off", str),
 )
@@ -3734,7 +3751,8 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}); name another with --data") from error
+        why = error.strerror or error
+        raise Unusable(f"the data folder {folder} can't be used ({why}); name another with --data") from error
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3753,7 +3771,8 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     try:
         server = Edge(two_planes(settings, slices))
     except OSError as error:
-        raise Unusable(f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another with --port") from error
+        where, why = f"{settings.host}:{settings.port}", error.strerror or error
+        raise Unusable(f"can't listen on {where} ({why}); choose another with --port") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
     signal.set_wakeup_fd(server.waker.fileno())
