@@ -2469,7 +2469,7 @@ class Console:
     def answer(self, request: Request) -> Response:
         """For the worker. In the demo everybody may look, else operators."""
         with self.trace.silence():
-            me = self.env.directory.ask("/_whoami", "", request.headers)
+            me = self.env.directory.ask("/_whoami", "", request.headers, request.scheme)
             if not (self.env.settings.demo or me["operator"]):
                 permit(ACCOUNT, Viewer(me["account"]), request.method)
                 raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
@@ -2531,7 +2531,7 @@ class Console:
             ids = self.names({"name": name})["named"]
         served, id, account = self.env.workspaces.served, ids.get(name, ""), me["account"]
         before, cookie = served[id], {"cookie": request.headers.get("cookie", "")}
-        asked = Request("GET", f"/w/{name}/todos", "", cookie)
+        asked = Request("GET", f"/w/{name}/todos", "", cookie, scheme=request.scheme)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
         after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
         said = {200: f"The gate lets {account} into {name}.",

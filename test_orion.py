@@ -2366,6 +2366,9 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     assert cookie.startswith("__Host-sid=") and cookie.endswith("; Secure")
     bob.headers["Cookie"] = cookie.split(";")[0]
     assert bob.get("/w/acme/todos", **proxied).status == 200 and bob.get("/w/acme/todos").status == 401
+    secure = {**proxied, "Origin": server.origin.replace("http", "https")}
+    probed = bob.ask("POST", "/console/probe", "workspace=acme", Content_Type="application/x-www-form-urlencoded", **secure)
+    assert "You are bob" in bob.get("/console", **proxied).text and "lets bob into acme" in probed.text
     assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
 
 
