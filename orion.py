@@ -999,6 +999,12 @@ class Live(NamedTuple):
     variant: Callable[[Dict[str, str]], str] = lambda params: ""
 
 
+def heeded(params: Dict[str, str], **valid: str) -> str:
+    """The query of those params whose value matches the pattern of their name, in one spelling: for a variant."""
+    given = {name: params[name] for name, pattern in valid.items() if re.fullmatch(pattern, params.get(name, ""))}
+    return urllib.parse.urlencode(given)
+
+
 class Slice(NamedTuple):
     """count(store): one number that says how full it is, for the home page and the console."""
     name: str
@@ -1232,10 +1238,7 @@ def count_todos(store: Store) -> int:
 
 
 def todos_variant(params: Dict[str, str]) -> str:
-    """show=open or done; pages=2 to 99."""
-    pages = params.get("pages", "") if re.fullmatch("[2-9]|[1-9][0-9]", params.get("pages", "")) else ""
-    show = params.get("show", "") if params.get("show") in ("open", "done") else ""
-    return urllib.parse.urlencode({key: value for key, value in (("show", show), ("pages", pages)) if value})
+    return heeded(params, show="open|done", pages="[2-9]|[1-9][0-9]")
 
 
 def the_todo(ctx: Context, id: str) -> sqlite3.Row:
@@ -1649,10 +1652,7 @@ class Directory(SliceHost):
         if "x-account" in request.headers:           # a verdict came along
             return super().viewer(request)
         row = self.session(request)
-        if row is None:
-            return Viewer()
-        operator, read_only = masked(row)
-        return Viewer(row["account"], operator=operator, read_only=read_only)
+        return Viewer(row["account"], "", (), *masked(row)) if row else Viewer()
 
     def prove(self, request: Request) -> Request:
         fields = request.fields()
@@ -2506,7 +2506,7 @@ class Console:
     # -- the page, and the probe
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, account, (operator, read_only) = request.params, me["account"], me["masked"]
+        given, account, viewer = request.params, me["account"], Viewer(me["account"], "", (), *me["masked"])
         demo, mine = self.env.settings.demo, me["roles"].values()
         grants = [{"grant": grant, "cell": [{"yes": grant in some, "no": grant not in some} for some in ROLES.values()]}
                   for grant in ROLES["owner"]]
@@ -2521,7 +2521,6 @@ class Console:
             option=[{"name": name} for _, name in names], result=result or template("console.idle")(),
             standing=f"{account} is {standing}." if account else "Nobody is signed in.",
             who=f"You are {account}" if account else "You are nobody yet")
-        viewer = Viewer(account, operator=operator, read_only=read_only)
         return page("Console", body, viewer, template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
@@ -2643,9 +2642,7 @@ class Console:
 
 def variant_of(params: Dict[str, str]) -> str:
     """What the console's region heeds: the workspaces after a name, the store calls of one object, or none of them."""
-    valid = {"after": WORKSPACE_NAME, "object": "directory|[0-9a-f]{64}", "paused": "1"}
-    given = {key: params[key] for key, right in valid.items() if re.fullmatch(right, params.get(key, ""))}
-    return urllib.parse.urlencode(given)
+    return heeded(params, after=WORKSPACE_NAME.pattern, object="directory|[0-9a-f]{64}", paused="1")
 
 
 def clock(at: float, digits: int = 0) -> str:
@@ -2955,12 +2952,6 @@ def refused(request: Request, no: Refused) -> Response:
     return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
 
 
-def is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    return False
-
-
 @functools.lru_cache(maxsize=1024)
 def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     with contextlib.suppress(ValueError):
@@ -2969,15 +2960,15 @@ def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     return False
 
 
+def is_loopback(address: str) -> bool:
+    return in_networks(address, ("127.0.0.0/8", "::ffff:127.0.0.0/104", "::1"))
+
+
 @functools.lru_cache(maxsize=1024)
 def known_host(host: str, names: FrozenSet[str]) -> bool:
     """Is this Host one of ours? Another site can have its own name lead here (DNS rebinding), but no address."""
     name = re.sub(r":[0-9]*$", "", host).lower()
-    if name in names:
-        return True
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name.strip("[]")))
-    return False
+    return name in names or in_networks(name.strip("[]"), ("0.0.0.0/0", "::/0"))
 
 
 class Edge(ThreadingHTTPServer):
