@@ -297,6 +297,18 @@ def test_a_hole_that_is_not_filled_is_an_error():
         orion.Template("{{hole}}")()
 
 
+@cases("value, markup", [
+    (True, "<i>&lt;</i>"), (False, ""), ([], ""), ({}, "<i>&lt;</i>"), ({"name": "&"}, "<i>&amp;</i>"), ("<b>", "&lt;b&gt;"),
+    ([{"name": "a"}, {"name": "<b>"}], "<i>a</i><i>&lt;b&gt;</i>")])
+def test_a_part_fills_the_hole_of_its_name_once_for_each_dict(value, markup):
+    assert orion.Template("[{{row}}]\n<!-- row -->\n<i>{{name}}</i>\n")(row=value, name="<") == f"[{markup}]"
+
+
+def test_a_hole_takes_the_rows_of_a_store_and_a_yes_reads_as_its_name(store):
+    rows = store.query("SELECT 1 AS n UNION SELECT 2")
+    assert orion.Template("{{row}}{{on}}{{off}}\n<!-- row -->\n{{n}},")(row=rows, on=True, off=False) == "1,2,on"
+
+
 def test_joining_markup_escapes_what_is_not():
     assert orion.Html("|").join(["<", orion.Html("<br>")]) == "&lt;|<br>"
 
