@@ -143,10 +143,10 @@ def escape(value: Any) -> Html:
 
 
 class Template:
-    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line `<!-- row -->`
-    is the part row. In the hole {{row}} a dict, or a row of a store, stands for that part, in which the values around it
-    hold too; a list for one such part after the other; True for the part as it is, or where there is none, as in
-    <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
+    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line like
+    `<!-- row -->` is its part row. In the hole {{row}} a dict, or a row of a store, stands for that part, where the
+    values around it hold too; a list for one such part after the other; True for the part as it is or, where there is
+    none, as in <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
 
     def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
         text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
@@ -159,8 +159,8 @@ class Template:
         return Html(self.filled(values))
 
     def filled(self, values: Dict[str, Any]) -> str:
-        return self.format % {name: html.escape(value) if type(value := values[name]) is str else self.held(name, value, values)
-                              for name in self.holes}
+        return self.format % {name: html.escape(value) if type(value := values[name]) is str else
+                              self.held(name, value, values) for name in self.holes}
 
     def held(self, name: str, value: Any, around: Dict[str, Any]) -> str:
         if type(value) is bool:
@@ -182,8 +182,8 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota",
-           "x-node", "x-verdict", "x-proved", "x-hashed", "x-counts"}
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-node", "x-verdict", "x-proved", "x-hashed", "x-counts"}
 
 
 class Request(NamedTuple):
@@ -229,10 +229,14 @@ class Response(NamedTuple):
     watch: Optional[Watch] = None
     which: str = ""
 
+    @property
+    def size(self) -> int:
+        return len(self.rendering.frame if self.rendering else self.body)
+
 
 class Refused(Exception):
-    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is shown
-    at the field whose signal this is."""
+    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is
+    shown at the field whose signal this is."""
 
     def __init__(self, status: int, message: str, headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
         super().__init__(status, message)
@@ -366,8 +370,8 @@ def chunk(data: bytes) -> bytes:
 
 
 def deflated(data: bytes) -> bytes:
-    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC 1951,
-    3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
+    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC
+    1951, 3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
     squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
 
@@ -381,7 +385,7 @@ LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\nd
 # taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
 
 class Call(NamedTuple):
-    """A store call. object: the id of the object whose store it was. rows: that it found or changed; -1: it has none."""
+    """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
     number: int
     at: float
     object: str
@@ -445,12 +449,13 @@ class Trace:
         return getattr(self.thread, "trip", None)
 
     def note(self, object: str, sql: str, args: Sequence[Any], result: Any, seconds: float) -> None:
-        rows = result if isinstance(result, int) else len(result) if isinstance(result, list) else int(result is not None)
+        rows = len(result) if type(result) is list else result if type(result) is int else int(result is not None)
+        args = args if self.with_args else ()
         shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
         with self.lock:
             self.noted += 1
             self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
-            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown if self.with_args else "", rows, micros(seconds))
+            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
             self.calls.append(call)
         if self.trip:
             self.trip.calls.append(call)
@@ -463,7 +468,7 @@ class Trace:
         self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
         try:
             response = route(request)
-            trip.status, trip.size = response.status, len(response.rendering.frame if response.rendering else response.body)
+            trip.status, trip.size = response.status, response.size
             return response
         except Refused as no:
             trip.status, trip.size = no.status, len(no.message)
@@ -502,7 +507,8 @@ class Trace:
             raise
         finally:
             if trip and status:
-                trip.legs.append(Leg(kind, id, status, micros(time.perf_counter() - started), len(trip.calls) - before, dict(said)))
+                took, calls = micros(time.perf_counter() - started), len(trip.calls) - before
+                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
 
 
 def micros(seconds: float) -> int:
@@ -519,8 +525,8 @@ class MigrationError(Exception):
 
 
 def identity(path: pathlib.Path) -> Tuple[int, int]:
-    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database, or
-    something else that leads who knows where."""
+    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database,
+    or something else that leads who knows where."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -530,11 +536,17 @@ def identity(path: pathlib.Path) -> Tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+    """The files of a database that there are."""
+    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+
+
 class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
     time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
 
-    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None, name: str = "") -> None:
+    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None,
+                 name: str = "") -> None:
         """name: who is said to have made the calls that trace notes."""
         self.trace, self.name = trace or Trace(), name
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
@@ -543,7 +555,7 @@ class Store:
         self.db.row_factory = sqlite3.Row
         self.on_commit: List[Callable[[], None]] = []
         for pragma in ("page_size=1024", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-512"):
-            self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's 4096 it is 143
+            self.db.execute(f"PRAGMA {pragma}")      # small pages: an awake tenant costs 85 KB, with SQLite's own 143
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.call(sql, args, sqlite3.Cursor.fetchall)
@@ -606,7 +618,7 @@ class Store:
         ran = self.query("SELECT entry, digest FROM _migrations WHERE slice = ? ORDER BY entry", slice)
         for row, digest in itertools.zip_longest(ran, digests[:len(ran)]):
             if row["digest"] != digest:
-                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote this"
+                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote it"
                 raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
         with self.tx() if len(ran) < len(entries) else contextlib.nullcontext():
             for number in range(len(ran), len(entries)):
@@ -615,18 +627,18 @@ class Store:
 
     def _apply(self, slice: str, number: int, sql: str) -> str:
         """Returns the tables that it made: they are the slice's own from now on."""
-        known = {row["name"] for row in self.query("SELECT name FROM sqlite_master")}
+        known = self.tables()
         try:
             self.judged(slice, sql)
         except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
             raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
-        return " ".join({row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")} - known)
+        return " ".join(self.tables() - known)
 
     def judged(self, slice: str, sql: str, *args: Any) -> None:
-        """Execute sql. PermissionError: it touches another slice's table, or more than tables. SQLite itself is the judge of
-        what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
-        owners = {table: row["slice"] for row in self.query("SELECT * FROM _migrations") for table in row["tables"].split()}
-        foreign: List[str] = []
+        """Execute sql. PermissionError: it touches another slice's table, or more than tables. SQLite itself is
+        the judge of what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
+        ran, foreign = self.query("SELECT slice, tables FROM _migrations"), []
+        owners = {table: row["slice"] for row in ran for table in row["tables"].split()}
 
         def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
             table = second if action in NAMED_SECOND else first
@@ -644,6 +656,9 @@ class Store:
         finally:
             self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
 
+    def tables(self) -> set:
+        return {row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
     def intact(self) -> bool:
         """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
         try:
@@ -657,13 +672,13 @@ class Store:
 
 
 NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # for these the table is the second name
+                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
 ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA}
 
 
 class Borders:
-    """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so the
-    tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
+    """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so
+    the tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
 
     def __init__(self, schema: Iterable[Tuple[str, Sequence[str]]]) -> None:
         self.empty, self.lock, self.passed = Store(None), threading.Lock(), set()
@@ -709,7 +724,7 @@ class Part:
 # never what. Inside a transaction a publish waits for the commit, and a rollback takes it back.
 
 class Bus:
-    """One object's topics. `turn` is that object's Condition: its lock must be held to publish, its notify is the bus."""
+    """One object's topics. `turn` is its Condition: the lock must be held to publish, the notify is the bus."""
 
     def __init__(self, turn: threading.Condition, store: Store) -> None:
         self.turn, self.store = turn, store
@@ -751,13 +766,14 @@ class StorageFault(Exception):
                 ("locked", 503, "another process holds it: end that one"),
                 ("interrupted", 503, "a statement ran too long: give it an index, or ask for less"),
                 ("readonly", 503, "make the file and its folder writable"),
-                ("", 503, "restore it from a backup: orion.py check says what is wrong, orion.py restore brings it back"))
+                ("", 503, "restore it from a backup: orion.py check says what is wrong, restore brings it back"))
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
         status, remedy = next((status, remedy) for word, status, remedy in self.REMEDIES if word in str(error))
         super().__init__(f"{path}: {error}; {remedy}")
-        self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.") if status == 507 else \
-            Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        full = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
+        later = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        self.refusal = full if status == 507 else later
 
 
 class Asleep(Exception):
@@ -774,7 +790,7 @@ class Batch:
 
 class DurableObject:
     """Subclasses say what tables they need (schema) and answer requests (handle)."""
-    BATCH = 64                                       # commands to a commit at most, so that the first is not kept waiting
+    BATCH = 64                                       # commands to a commit at most, lest the first be kept waiting
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
     def __init__(self, id: str, namespace: Namespace) -> None:
@@ -792,7 +808,7 @@ class DurableObject:
         raise NotImplementedError
 
     def fetch(self, request: Request) -> Response:
-        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait here."""
+        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
         self.line.append(None)
         taken = self.turn.acquire(request.wait)
         self.line.pop()
@@ -883,7 +899,7 @@ class DurableObject:
         self.turn.notify_all()
 
     def sleep(self, unused_since: float) -> None:
-        """Close the file, unless somebody used it since or waits for it now. A new object takes over when one is asked."""
+        """Close the file, unless somebody used it since or waits for it now. A new object takes over when asked."""
         if not self.turn.acquire(blocking=False):
             return
         try:
@@ -923,6 +939,10 @@ class Stub:
         trace, kind = self.namespace.trace, "gate" if request.path.startswith("/_gate") else self.namespace.kind
         return trace.leg(kind, self.id, self.reach, request) if trace.watched else self.reach(request)
 
+    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http") -> Any:
+        """What the object says to a question of the server itself."""
+        return json.loads(self.fetch(Request("GET", path, query, headers, scheme=scheme)).body)
+
     def reach(self, request: Request) -> Response:
         while True:
             try:
@@ -932,7 +952,7 @@ class Stub:
 
 
 class Namespace:
-    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for `idle` seconds."""
+    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for long (`idle`)."""
 
     def __init__(self, kind: str, folder: pathlib.Path, build: Callable[[str, Namespace], DurableObject], awake: int,
                  idle: float, trace: Optional[Trace] = None) -> None:
@@ -1016,18 +1036,15 @@ class Namespace:
             torn = [one for one in self.objects.values() if one.torn]
         for one, since in [*((one, before) for one in quiet), *((one, time.monotonic()) for one in torn)]:
             one.sleep(since)
-        if len(quiet) >= 32 and sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):       # glibc keeps what was freed until it is told
-                ctypes.CDLL(None).malloc_trim(0)
 
 
 # ==== 9. Jobs ========================================================================================================
-# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled back;
-# it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due when is an
-# index in memory, made again from the files at each start: nothing but a tenant's own file knows its jobs.
+# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled
+# back; it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due
+# when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
 
-JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, who TEXT NOT NULL, "
-        "due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",       # due NULL: given up
+JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
+        "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",     # due NULL: given up
         "CREATE INDEX jobs_due ON jobs (due)")
 
 
@@ -1040,7 +1057,8 @@ class Queue:
         self.names = {job: name for name, job in known.items()}
 
     def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
-        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", self.names[job], json.dumps(args), who, due)
+        row = self.names[job], json.dumps(args), who, due
+        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
         self.store.on_commit.append(lambda: self.alarm(due))
 
     def work(self, run: Callable[[sqlite3.Row, Callable[..., None]], None]) -> Optional[float]:
@@ -1070,7 +1088,7 @@ class Queue:
     def facts(self) -> Dict[str, Any]:
         given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
         waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
-        return {"waiting": waiting[0], "dead": waiting[1], "dead_jobs": [tuple(row) for row in given_up]}
+        return {"waiting": waiting[0], "dead": waiting[1], "dead_jobs": [*map(dict, given_up)]}
 
 
 class Alarms:
@@ -1113,16 +1131,16 @@ class Alarms:
 
 
 # ==== 10. Slices =====================================================================================================
-# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each row,
-# so a route that nobody thought about permission for can't be written. What every slice needs alike is done here, once:
-# the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
+# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each
+# row, so a route that nobody thought about permission for can't be written. What every slice needs alike is done here,
+# once: the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # in place of a grant
 
 
 class Context(NamedTuple):
-    """What a region, a command or a job gets to see: its tables, who looks, what they ask. scope: whose rows, where one file
-    has those of many workspaces (the Directory's members)."""
+    """What a region, a command or a job gets to see: its tables, who looks, what they ask. scope: whose rows, where one
+    file has those of many workspaces (the Directory's members)."""
     store: Part
     viewer: Viewer
     request: Request
@@ -1135,13 +1153,17 @@ class Context(NamedTuple):
         return self.request.headers.get("x-workspace", "")
 
     def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It runs
-        again when it fails, so what it does outside of the store should bear to be done twice."""
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
+        runs again when it fails, so what it does outside of the store should bear to be done twice."""
         self.host.queue.put(self.viewer.account, job, time.time() + after, args)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """function(store, *args) with the tables of the slice that exports it. KeyError: none does."""
         return function(self.host.parts[self.host.router.exports[function]], *args)
+
+    def field(self, name: str, otherwise: str = "") -> str:
+        """What was sent along under this name, as text."""
+        return str(self.request.fields().get(name, otherwise))
 
 
 class Route(NamedTuple):
@@ -1153,22 +1175,29 @@ class Route(NamedTuple):
 
 
 class Live(NamedTuple):
-    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element with
-    an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it. variant(params)
-    is the part of the query that the region heeds, in one spelling, for each variant is rendered and kept."""
+    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
+    with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
+    variant(params) is the part of the query that the region heeds, in one spelling, for each variant is rendered and
+    kept."""
     path: str
     grant: str
     topic: str
     title: str
     region: Callable[[Context], Html]
-    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=template("slice.live")())
+    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=True)
     variant: Callable[[Dict[str, str]], str] = lambda params: ""
+
+
+def heeded(params: Dict[str, str], **valid: str) -> str:
+    """The query of those params whose value matches the pattern of their name, in one spelling: for a variant."""
+    given = {name: params[name] for name, pattern in valid.items() if re.fullmatch(pattern, params.get(name, ""))}
+    return urllib.parse.urlencode(given)
 
 
 class Slice(NamedTuple):
     """count(store): one number that says how full it is, for the home page and the console. jobs: functions that may be
-    enqueued; each is known by its name, for a job can outlive the program that enqueued it. exports: functions (store, ...)
-    that other slices may ask."""
+    enqueued; each is known by its name, for a job can outlive the program that enqueued it. exports: functions (store,
+    ...) that other slices may ask."""
     name: str
     migrations: Sequence[str]
     live: Sequence[Live] = ()
@@ -1179,8 +1208,8 @@ class Slice(NamedTuple):
 
 
 class Rendering:
-    """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the content,
-    so it means the same after a restart and in another process. told: a page has said how long it took."""
+    """A region at one version, made once: markup for the page, a frame for the streams. The etag is made of the
+    content, so it means the same after a restart and in another process. told: a page has said how long it took."""
     __slots__ = ("html", "etag", "event_id", "micros", "frame", "told", "_zipped")
 
     def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
@@ -1207,10 +1236,11 @@ class Watch(NamedTuple):
         return (self.request.path, self.request.query, *self.request.headers.values())
 
 
-NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before anything that users typed
+NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before what users typed
 
 
-def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "", status: int = 200) -> Response:
+def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "",
+         status: int = 200) -> Response:
     """A whole page. Each answer puts a nonce of its own where the mark is (section 21)."""
     text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
                               signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
@@ -1219,8 +1249,8 @@ def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", foote
 
 
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
-    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain form.
-    What it changed is not in it: that reaches everybody, the sender too, through the region."""
+    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain
+    form. What it changed is not in it: that reaches everybody, the sender too, through the region."""
     if ctx.request.form and not ctx.request.datastar:
         return see_other(f"/w/{ctx.workspace}/{ctx.request.path.split('/')[1]}")._replace(which=which)
     return (as_json(signals) if signals else Response(204))._replace(which=which)
@@ -1262,7 +1292,7 @@ JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who 
 
 class SliceHost(DurableObject):
     """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
-    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it is not the path it is sent to
+    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
 
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
         """pages: what the navigation of a workspace leads to."""
@@ -1280,7 +1310,8 @@ class SliceHost(DurableObject):
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
 
     def viewer(self, request: Request) -> Viewer:
-        return viewer(*(request.headers.get(name, "") for name in ("x-account", "x-role", "x-grants", "x-operator", "x-read-only")))
+        names = "x-account", "x-role", "x-grants", "x-operator", "x-read-only"
+        return viewer(*(request.headers.get(name, "") for name in names))
 
     def scope(self, request: Request) -> str:
         return ""
@@ -1308,7 +1339,8 @@ class SliceHost(DurableObject):
                 "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()}
 
     # what the server itself asks; the worker lets no path like these in from outside
-    OWN = {"/_counts": facts, "/_jobs": lambda self: self.queue.work(self.work), "/_retry": lambda self: self.queue.retry()}
+    OWN = {"/_counts": facts, "/_jobs": lambda self: self.queue.work(self.work),
+           "/_retry": lambda self: self.queue.retry()}
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
@@ -1367,8 +1399,8 @@ class SliceHost(DurableObject):
         return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for which
-        the region was rendered: it says so."""
+        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for
+        which the region was rendered: it says so."""
         query = ctx.request.query
         if query and not ctx.request.wait:
             raise WouldBlock
@@ -1380,10 +1412,10 @@ class SliceHost(DurableObject):
     def whole_page(self, live: Live, ctx: Context) -> Response:
         rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
         how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
-        xray = template("xray")(id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role,
-                                since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants), how=how,
-                                micros=rendering.micros, check="yes" if viewer.can("todos:delete") else "no",
-                                watchers=not ctx.scope)
+        xray = template("xray")(
+            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role, how=how,
+            micros=rendering.micros, since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
+            check="yes" if viewer.can("todos:delete") else "no", watchers=not ctx.scope)
         links = [{"path": one.path, "title": one.title, "current": one.path == live.path} for one in self.pages]
         nav = template("layout.workspace")(workspace=workspace, link=links, state=True)
         return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
@@ -1422,15 +1454,13 @@ def count_todos(store: Store) -> int:
 
 
 def todos_variant(params: Dict[str, str]) -> str:
-    """show=open or done; pages=2 to 99."""
-    pages = params.get("pages", "") if re.fullmatch("[2-9]|[1-9][0-9]", params.get("pages", "")) else ""
-    show = params.get("show", "") if params.get("show") in ("open", "done") else ""
-    return urllib.parse.urlencode({key: value for key, value in (("show", show), ("pages", pages)) if value})
+    return heeded(params, show="open|done", pages="[2-9]|[1-9][0-9]")
 
 
 def the_todo(ctx: Context, id: str) -> sqlite3.Row:
     """Refused(404): there is none in this workspace."""
-    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
+    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
     if known is None:
         raise Refused(404, "This todo is gone. The page shows what there is now.")
     return known
@@ -1520,8 +1550,8 @@ todos = Slice(
 
 # ==== 12. Workspace ==================================================================================================
 # The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
-# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command: the
-# button is a courtesy, the gate is the law.
+# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command:
+# the button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
     quota = ""
@@ -1546,8 +1576,8 @@ class Workspace(SliceHost):
 # before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
 # takes the same time whether it fails at the first byte or the last.
 
-SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}      # about 0.1 s and 32 MiB for each guess
-SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)     # or guesses take all memory
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}     # about 0.1 s and 32 MiB for a guess
+SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)    # or they take all RAM
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -1582,8 +1612,8 @@ def add_key(path: pathlib.Path, keep: int = 2) -> None:
 
 
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out without a
-    word. PermissionError: others can read it."""
+    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
+    without a word. PermissionError: others can read it."""
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
         raise PermissionError(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
     return tuple([bytes.fromhex(line) for line in path.read_text().split()])
@@ -1595,8 +1625,8 @@ def seal(token: str, key: bytes) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
-    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one of
-    them was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
+    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one
+    was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
     values = [value for key, _, value in pairs if key == name]
     token, _, given = values[0].partition(".") if len(values) == 1 else ("", "", "")
@@ -1614,7 +1644,8 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
     return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
 
-VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only", "x-quota", "x-node")
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-node")
 SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
 
 
@@ -1638,7 +1669,7 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
 
 
 class Throttle:
-    """Counts failures by key; a key with too many waits until the window ends. Bounded: the oldest keys are forgotten."""
+    """Counts failures by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
     FAILURES, SECONDS, KEYS = 10, 600.0, 10_000
 
     def __init__(self) -> None:
@@ -1651,7 +1682,8 @@ class Throttle:
             waits = [self.failures.get(key, (0, 0.0)) for key in keys]
         left = max([until - time.monotonic() for count, until in waits if count >= self.FAILURES], default=0)
         if left > 0:
-            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (("retry-after", str(int(left) + 1)),))
+            retry_after = ("retry-after", str(int(left) + 1))
+            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
 
     def failed(self, *keys: str) -> None:
         now = time.monotonic()
@@ -1686,8 +1718,8 @@ MASQUERADE_SECONDS = 15 * 60
 NAMES_A_PAGE = 24
 
 DIRECTORY_TABLES = (
-    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona INTEGER "
-    "NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona "
+    "INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
     "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, "
     "created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX sessions_of ON sessions (account)",
@@ -1703,9 +1735,16 @@ DIRECTORY_TABLES = (
     "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
     "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",         # its address; '': here
 )
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes, w.id, w.quota, w.moving, w.node, m.role
-          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ? LEFT JOIN workspaces w ON w.name = ?
-          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account) WHERE s.digest = ?"""
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes,
+                 w.id, w.quota, w.moving, w.node, m.role
+          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ?
+          LEFT JOIN workspaces w ON w.name = ?
+          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account)
+          WHERE s.digest = ?"""
+OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
+          SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
+MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace
+          WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
@@ -1713,13 +1752,14 @@ NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that
 
 
 @functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False, quota: int = 0,
-            node: str = "") -> Response:
+def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False,
+            quota: int = 0, node: str = "") -> Response:
     """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
     grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
     viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
               "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, "x-quota": str(quota)}
-    viewer.update({name: value for name, value in (("x-operator", operator), ("x-read-only", "true" if read_only else ""), ("x-node", node)) if value})
+    rare = {"x-operator": operator, "x-read-only": "true" if read_only else "", "x-node": node}
+    viewer.update({name: value for name, value in rare.items() if value})
     return as_json(viewer)._replace(headers=tuple(viewer.items()))
 
 
@@ -1731,17 +1771,24 @@ def masked(row: sqlite3.Row) -> Tuple[str, bool]:
 class Directory(SliceHost):
     FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...], workspaces: Namespace,
-                 pages: Sequence[Live], slices: Sequence[Slice] = ()):
-        public = (Route("GET", "/", PUBLIC, self.home), Route("GET", "/login", PUBLIC, self.login_page),
-                  Route("POST", "/login", PUBLIC, self.login), Route("POST", "/logout", PUBLIC, self.logout),
-                  Route("POST", "/persona", PUBLIC, self.persona), Route("POST", "/workspaces", ACCOUNT, self.found),
-                  Route("GET", "/account", ACCOUNT, self.account_page), Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
-                  Route("POST", "/account/password", ACCOUNT, self.change_password), Route("POST", "/masquerade", ACCOUNT, self.masquerade), Route("POST", "/masquerade/end", PUBLIC, self.unmask))
-        members = (Route("POST", "/members", "members:manage", invite),
-                   Route("PATCH", "/members/<account>", "members:manage", change_role),
-                   Route("DELETE", "/members/<account>", MEMBER, expel))
-        super().__init__(id, namespace, Router([Slice("directory", DIRECTORY_TABLES, (MEMBERS,), public + members), *slices]), pages)
+    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...],
+                 workspaces: Namespace, pages: Sequence[Live], slices: Sequence[Slice] = ()):
+        routes = (Route("GET", "/", PUBLIC, self.home),
+                  Route("GET", "/login", PUBLIC, self.login_page),
+                  Route("POST", "/login", PUBLIC, self.login),
+                  Route("POST", "/logout", PUBLIC, self.logout),
+                  Route("POST", "/persona", PUBLIC, self.persona),
+                  Route("POST", "/workspaces", ACCOUNT, self.found),
+                  Route("GET", "/account", ACCOUNT, self.account_page),
+                  Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
+                  Route("POST", "/account/password", ACCOUNT, self.change_password),
+                  Route("POST", "/masquerade", ACCOUNT, self.masquerade),
+                  Route("POST", "/masquerade/end", PUBLIC, self.unmask),
+                  Route("POST", "/members", "members:manage", invite),
+                  Route("PATCH", "/members/<account>", "members:manage", change_role),
+                  Route("DELETE", "/members/<account>", MEMBER, expel))
+        own = Slice("directory", DIRECTORY_TABLES, (MEMBERS,), routes)
+        super().__init__(id, namespace, Router([own, *slices]), pages)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
@@ -1760,9 +1807,7 @@ class Directory(SliceHost):
         if request.path.startswith("/_gate"):
             answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
             self.verdicts[answer.status] += 1
-            if request.path != "/_gate":
-                return answer
-            return sealed_verdict(answer, self.keys[0]) if answer.status == 200 else Response(200) if answer is MOVING else answer
+            return self.for_proxies(answer) if request.path == "/_gate" else answer
         if request.path in self.INTERNAL:
             return as_json(self.INTERNAL[request.path](self, request))
         return super().handle(request)
@@ -1770,11 +1815,10 @@ class Directory(SliceHost):
     # -- what the server's other parts ask; the worker lets no such path in from outside
 
     def version(self, request: Request) -> Any:
-        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second, so
-        what is over ends here."""
+        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second,
+        so what is over ends here."""
         now = time.time()
-        over = self.store.query("SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION SELECT q.account, s.account "
-                                "FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?", now, now)
+        over = self.store.query(OVER, now, now)
         with self.store.tx() if over else contextlib.nullcontext():
             for account, owner in over:
                 self.bus.publish(f"access:{account}")
@@ -1793,35 +1837,47 @@ class Directory(SliceHost):
 
     def names(self, request: Request) -> Dict[str, Any]:
         """For the console: a page of all workspaces, and how many there are."""
-        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?",
-                                request.params.get("after", ""), NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", request.params.get("name", ""))
-        return {"page": [tuple(row) for row in page], "named": dict([tuple(row) for row in named]),
-                "all": self.store.one("SELECT count(*) FROM workspaces")[0], "schema": len(DIRECTORY_TABLES) + len(JOURNAL + JOBS)}
+        after, name = [request.params.get(key, "") for key in ("after", "name")]
+        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
+                                NAMES_A_PAGE + 1)
+        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", name)
+        return {"page": [*map(tuple, page)], "named": dict(map(tuple, named)),
+                "all": self.store.one("SELECT count(*) FROM workspaces")[0],
+                "schema": len(DIRECTORY_TABLES + JOURNAL + JOBS)}
 
     def whoami(self, request: Request) -> Dict[str, Any]:
         """For the console: who asks, where they belong, whether they run this server."""
-        row = self.session(request)
-        roles = self.store.query("SELECT w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
-                                 "WHERE m.account = ? ORDER BY w.name LIMIT 100", row["account"]) if row else []
-        return {"account": row["account"] if row else "", "masked": masked(row) if row else ("", False),
-                "operator": bool(row) and self.is_operator(row["owner"]), "roles": dict([tuple(role) for role in roles]),
-                "personas": [tuple(persona) for persona in self.personas()]}
+        row, personas = self.session(request), [*map(tuple, self.personas())]
+        if row is None:
+            return {"account": "", "masked": ("", False), "operator": False, "roles": {}, "personas": personas}
+        roles = {role["name"]: role["role"] for role in self.store.query(MINE, row["account"], "", 100)}
+        return {"account": row["account"], "masked": masked(row), "operator": self.is_operator(row["owner"]),
+                "roles": roles, "personas": personas}
 
     def is_operator(self, account: str) -> bool:
         return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
 
     def personas(self) -> List[sqlite3.Row]:
-        return self.store.query("SELECT name, label FROM accounts WHERE persona ORDER BY name") if self.settings.demo else []
+        every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
+        return self.store.query(every) if self.settings.demo else []
+
+    def node_of(self, request: Request) -> str:
+        return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
 
     INTERNAL = {"/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
-                "/_node_of": lambda self, request: self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0],
-                "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
+                "/_node_of": node_of, "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
 
     def scope(self, request: Request) -> str:
         return request.headers.get("x-id", "") if request.path.startswith("/members") else ""
 
     # -- the gate
+
+    def for_proxies(self, answer: Response) -> Response:
+        """They bring the verdict to a node. Most know no answer but 200, 401 and 403: for a workspace on its way they
+        hear 200 and no verdict, and whoever they bring the request to asks again."""
+        if answer is MOVING:
+            return Response(200)
+        return sealed_verdict(answer, self.keys[0]) if answer.status == 200 else answer
 
     def gate(self, request: Request, workspace: str) -> Response:
         """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte."""
@@ -1830,8 +1886,10 @@ class Directory(SliceHost):
             return NO_SESSION
         if not row["role"]:
             return NO_ENTRY
+        if row["moving"]:
+            return MOVING
         quota = row["quota"] or self.settings.quota
-        return MOVING if row["moving"] else verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota, row["node"])
+        return verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota, row["node"])
 
     def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
         """The account of the request's cookie, with its role in workspace. None: no valid session."""
@@ -1852,10 +1910,7 @@ class Directory(SliceHost):
         if "x-account" in request.headers:           # a verdict came along
             return super().viewer(request)
         row = self.session(request)
-        if row is None:
-            return Viewer()
-        operator, read_only = masked(row)
-        return Viewer(row["account"], operator=operator, read_only=read_only)
+        return Viewer(row["account"], "", (), *masked(row)) if row else Viewer()
 
     def prove(self, request: Request) -> Request:
         fields = request.fields()
@@ -1885,7 +1940,7 @@ class Directory(SliceHost):
         return self.open_session(ctx, ctx.request.headers["x-proved"])
 
     def persona(self, ctx: Context) -> Response:
-        account = str(ctx.request.fields().get("account", ""))
+        account = ctx.field("account")
         if not self.settings.demo:
             raise nothing_here()
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
@@ -1897,10 +1952,11 @@ class Directory(SliceHost):
         self.close_session(ctx)
         now, token = time.time(), secrets.token_urlsafe(32)
         ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
-        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", hashlib.sha256(token.encode()).digest(), account, now,
-                       now + SESSION_SECONDS, f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200])
+        digest, agent = hashlib.sha256(token.encode()).digest(), ctx.request.headers.get("user-agent", "")
+        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", digest, account, now, now + SESSION_SECONDS,
+                       f"{ctx.request.peer} {agent}"[:200])
         cookie = set_cookie(ctx.request.scheme, f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
-        return see_other(local_path(str(ctx.request.fields().get("next", "/"))), cookie)._replace(which=account)
+        return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
 
     def logout(self, ctx: Context) -> Response:
         self.close_session(ctx)
@@ -1916,8 +1972,8 @@ class Directory(SliceHost):
     def account_page(self, ctx: Context) -> Response:
         """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
         mine, typed = self.session(ctx.request), ctx.request.params
-        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? ORDER BY created DESC LIMIT 100",
-                                ctx.viewer.account)
+        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
+                                "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
         sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
                      "agent": row["agent"], "this": row["digest"] == mine["digest"]} for row in found]
         body = template("account")(session=sessions, account=ctx.viewer.account, problem=typed.get("problem", ""))
@@ -1925,7 +1981,7 @@ class Directory(SliceHost):
 
     def end_sessions(self, ctx: Context) -> Response:
         """The field session is one's name, or all, or others."""
-        which, mine = str(ctx.request.fields().get("session", "")), self.session(ctx.request)["digest"]
+        which, mine = ctx.field("session"), self.session(ctx.request)["digest"]
         for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
             if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
                 ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
@@ -1934,29 +1990,27 @@ class Directory(SliceHost):
 
     def change_password(self, ctx: Context) -> Response:
         """Proved like a sign-in; all other sessions of the account end."""
-        fields = ctx.request.fields()
-        new = str(fields.get("new", ""))
-        if ctx.request.headers["x-proved"] != ctx.viewer.account:
+        account, new, mine = ctx.viewer.account, ctx.field("new"), self.session(ctx.request)
+        if ctx.request.headers["x-proved"] != account:
             raise Refused(422, "The present password is not right. Try again.")
         if not 8 <= len(new) <= 256:
             raise Refused(422, "A password has 8 to 256 characters.")
-        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], ctx.viewer.account)
-        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", ctx.viewer.account, self.session(ctx.request)["digest"])
-        ctx.publish(f"access:{ctx.viewer.account}")
-        return see_other("/account")._replace(which=ctx.viewer.account)
+        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
+        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", account, mine["digest"])
+        ctx.publish(f"access:{account}")
+        return see_other("/account")._replace(which=account)
 
     def masquerade(self, ctx: Context) -> Response:
         """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
-        fields, row = ctx.request.fields(), self.session(ctx.request)
-        account = str(fields.get("account", "")).strip()
+        row, account = self.session(ctx.request), ctx.field("account").strip()
         if not self.is_operator(row["owner"]):
             raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
             raise Refused(404, "There is no account of this name. Go back and check the spelling.")
         ctx.store.exec("INSERT OR REPLACE INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
-                       "writes" in fields, time.time() + MASQUERADE_SECONDS)
+                       "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
         ctx.publish(f"access:{row['account']}")
-        return see_other(local_path(str(fields.get("next", "/"))))._replace(which=account)
+        return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
     def unmask(self, ctx: Context) -> Response:
         row = self.session(ctx.request)
@@ -1968,10 +2022,8 @@ class Directory(SliceHost):
 
     def mine(self, request: Request) -> List[sqlite3.Row]:
         """My workspaces: a page of them, and the first of the next."""
-        row = self.session(request)
-        return self.store.query("SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace "
-                                "WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?", row["account"],
-                                request.params.get("after", ""), NAMES_A_PAGE + 1) if row else []
+        row, after = self.session(request), request.params.get("after", "")
+        return self.store.query(MINE, row["account"], after, NAMES_A_PAGE + 1) if row else []
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
@@ -1980,7 +2032,7 @@ class Directory(SliceHost):
         if not account:
             return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        shown = [{"name": row["name"], "role": row["role"], "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
+        shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
         body = template("home")(
             workspace=shown, none=not shown, more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
             demo=bool(personas), persona=personas, name=typed.get("name", ""), problem=typed.get("problem", ""),
@@ -1988,8 +2040,8 @@ class Directory(SliceHost):
         return page("Workspaces", body, ctx.viewer)
 
     def found(self, ctx: Context) -> Response:
-        """A new workspace, the caller its owner. A name that was used before gets a new id, and none of the old rows."""
-        account, name = ctx.viewer.account, str(ctx.request.fields().get("name", "")).strip()
+        """A new workspace, the caller its owner. A name that was used before gets a new id, and no old rows."""
+        account, name = ctx.viewer.account, ctx.field("name").strip()
         owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
         if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
@@ -2009,20 +2061,22 @@ def free_name(store: Store, name: str) -> str:
     return name
 
 
-def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str, make: Optional[Callable[[str], None]] = None) -> str:
-    """Returns its id. The file comes first (make(id); else an empty one): a row without a file would mean that it was lost."""
+def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str,
+                  make: Optional[Callable[[str], None]] = None) -> str:
+    """Returns its id. The file comes first (make(id); else an empty one): a row without one means that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
-        raise Refused(422, "This server has one workspace, and that is there. workspace import takes its file to a server of many.")
+        raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
     None if node else (make or workspaces.create)(id)
-    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", id, name, name, node, node != "")
+    row = id, name, name, node, node != ""
+    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", *row)
     store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, owner)
     return id
 
 
 def place(store: Store, name: str) -> str:
-    """The address of a new workspace's node, by rendezvous hashing: each gets its share, whichever joined first. "": here."""
+    """The address of a new workspace's node, by rendezvous hashing: each gets its share. "": here."""
     nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
     return max(nodes, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest(), default="")
 
@@ -2032,7 +2086,7 @@ def login_form(next: str, username: str = "", problem: str = "", status: int = 2
 
 
 def workspace_behind(request: Request) -> str:
-    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or it is not clear which."""
+    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
     targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
     if len(targets) != 1:
         return ""
@@ -2060,7 +2114,8 @@ def members_region(ctx: Context) -> Html:
     rows = []
     for member in members:
         managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
-        rows.append({**member, "option": role_choice(ctx.viewer, member["role"]), "managed": managed, "fixed": not managed})
+        choice = role_choice(ctx.viewer, member["role"])
+        rows.append({**member, "option": choice, "managed": managed, "fixed": not managed})
     return template("members.region")(member=rows, all=len(rows))
 
 
@@ -2075,10 +2130,10 @@ MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members
 
 
 def invite(ctx: Context) -> Response:
-    fields = ctx.request.fields()
-    account, role = str(fields.get("account", "")).strip(), str(fields.get("role", "member"))
+    account, role = ctx.field("account").strip(), ctx.field("role", "member")
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this server to add it.")
+        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this "
+                           "server to add it.")
     if role_of(ctx, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
     set_role(ctx, account, "", role)
@@ -2086,7 +2141,7 @@ def invite(ctx: Context) -> Response:
 
 
 def change_role(ctx: Context, account: str) -> Response:
-    set_role(ctx, account, role_of(ctx, account) or None, str(ctx.request.fields().get("role", "")))
+    set_role(ctx, account, role_of(ctx, account) or None, ctx.field("role"))
     return done(ctx, account)
 
 
@@ -2117,8 +2172,8 @@ def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[
 
 
 class Single(Directory):
-    """Both planes in one object and one file, for a server with one workspace: who looks is asked in the same breath as what
-    there is to see."""
+    """Both planes in one object and one file, for a server with one workspace: who looks is asked in the same breath as
+    what there is to see."""
 
     def open(self, create: bool = False) -> None:
         super().open(create)
@@ -2134,9 +2189,9 @@ class Single(Directory):
 
 
 # ==== 15. Worker =====================================================================================================
-# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what outsiders
-# may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a real request
-# to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
+# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what
+# outsiders may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a
+# real request to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
 
 class Env(NamedTuple):
     """What a worker works with: the world in one argument."""
@@ -2150,7 +2205,8 @@ class Env(NamedTuple):
 
 def worker(request: Request, env: Env) -> Response:
     if not TRUSTED.isdisjoint(request.headers):
-        request = request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
+        own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
+        request = request._replace(headers=own)
     verdict = admit(request, env)
     if verdict is None:
         return apex(request, env)
@@ -2180,7 +2236,8 @@ def single_front(request: Request, env: Env) -> Response:
         refuse_foreign(request)
     own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
     try:
-        return forward(request._replace(headers=own), {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}, env)
+        whose = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}
+        return forward(request._replace(headers=own), whose, env)
     except Refused as no:
         return refusal(request, Response(no.status, no.message.encode(), headers=no.headers))
 
@@ -2192,17 +2249,18 @@ def admit(request: Request, env: Env) -> Optional[Response]:
     if not request.path.startswith("/w/"):
         return None
     workspace = request.path.split("/")[2]
-    cookie = {"cookie": request.headers.get("cookie", "")}
-    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=request.wait, scheme=request.scheme))
+    cookie, wait = {"cookie": request.headers.get("cookie", "")}, request.wait
+    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=wait, scheme=request.scheme))
 
 
 def refuse_foreign(request: Request) -> None:
-    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch Metadata,
-    Origin). None at all is a no, and so is one that contradicts."""
+    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch
+    Metadata, Origin). None at all is a no, and so is one that contradicts."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     ours = f"{request.scheme}://{request.headers.get('host', '')}"
     if (site, origin) == (None, None) or site not in (None, "same-origin") or origin not in (None, ours):
-        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its Origin.")
+        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its "
+                           "Origin.")
 
 
 def refusal(request: Request, verdict: Response) -> Response:
@@ -2217,7 +2275,8 @@ def goodbye(status: int) -> bytes:
     return patch_elements(template("goodbye.signed_out" if status == 401 else "goodbye.no_entry")())
 
 
-ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml"}
+ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8",
+          "/icon.svg": "image/svg+xml"}
 
 
 def apex(request: Request, env: Env) -> Response:
@@ -2239,42 +2298,43 @@ def asset(request: Request) -> Response:
     """A file of templates/. The browser asks each time and gets a 304 while it is the same."""
     body = (TEMPLATES / request.path[1:]).read_bytes()
     etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
-    same = request.headers.get("if-none-match") == etag
-    return Response(304 if same else 200, b"" if same else body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
+    whole = Response(200, body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
+    return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
 def with_counts(request: Request, env: Env) -> Request:
     """A genuine fan-out: one request to each workspace that the home page shows, for its count."""
-    mine = json.loads(env.directory.fetch(request._replace(path="/_mine")).body)[:NAMES_A_PAGE]
+    mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
     counts = {id: count_of(env.workspaces.get(id)) for id in mine}
     return request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
 
 
 def count_of(workspace: Stub) -> Any:
-    with contextlib.suppress(StorageFault, Refused):      # one that can't be read has no count, and hides no other
-        return f"{json.loads(workspace.fetch(Request('GET', '/_counts')).body)['count']} open"
+    with contextlib.suppress(StorageFault, Refused):       # one that can't be read has no count, and hides no other
+        return f"{workspace.ask('/_counts')['count']} open"
     return "can't be read"
 
 
 # ==== 16. Reader =====================================================================================================
-# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever stands
-# in front of us might have read it the other way. One regular expression says what a head looks like; only when it does
-# not match does somebody look for the reason.
+# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever
+# stands in front of us might have read it the other way. One regular expression says what a head looks like; only when
+# it does not match does somebody look for the reason.
 
-LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536     # bytes; FIELD_LIMIT counts header fields
+LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536   # bytes; FIELD_LIMIT counts header fields
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
-FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5: nothing is folded
-HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
+FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5; not folded
+HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
+                  rb"((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
-HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")       # RFC 3986, 3.2.2
+HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/[0-9]\.[0-9]")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Reading(NamedTuple):
-    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake inside a sound frame."""
+    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake in a sound frame."""
     method: str
     target: str
     headers: Dict[str, str]
@@ -2284,8 +2344,8 @@ class Reading(NamedTuple):
 
 
 def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
-    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken, and
-    nothing behind it may be read."""
+    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken,
+    and nothing behind it may be read."""
     while True:
         while buffer == b"\r":
             yield None
@@ -2361,12 +2421,13 @@ def why_not(head: bytes) -> Refused:
     version = re.match(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n", head)
     if version and version[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
-    return Refused(400, "The header fields are malformed." if version else "The request line is malformed: METHOD /path HTTP/1.1.")
+    malformed = "header fields are malformed." if version else "request line is malformed: METHOD /path HTTP/1.1."
+    return Refused(400, f"The {malformed}")
 
 
 def body_length(headers: Dict[str, str]) -> Optional[int]:
-    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way, are
-    refused, and so is a body that comes with two lengths."""
+    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way,
+    are refused, and so is a body that comes with two lengths."""
     if "expect" in headers and headers["expect"].lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
     if "transfer-encoding" in headers:
@@ -2446,7 +2507,7 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Held:
-    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when the loop loses patience."""
+    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when patience ends."""
     __slots__ = ("edge", "socket", "events", "rest", "deadline")
     STUCK_SECONDS = 30.0
 
@@ -2498,8 +2559,8 @@ class Held:
 
 
 class Channel:
-    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and stale
-    (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
+    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and
+    stale (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
     __slots__ = ("watch", "streams", "busy", "stale", "frames")
 
     def __init__(self, watch: Watch) -> None:
@@ -2510,7 +2571,7 @@ class Channel:
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
     __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
-    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; its own choice is megabytes
+    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; it would take megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
@@ -2583,7 +2644,7 @@ class Broker:
     def __init__(self, edge: Edge) -> None:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
-        self.version = b""                                     # of the Directory's file, which another process may change
+        self.version = 0                                       # of the Directory's file, which others may change
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
         self.accounts = collections.Counter()                  # how many streams each has open
@@ -2658,14 +2719,15 @@ class Broker:
         for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
-            some, more = [{"account": name} for name in names[:20]], f"and {len(names) - 20} more" if len(names) > 20 else ""
+            some = [{"account": name} for name in names[:20]]
+            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
             self.here[id] = Rendering(template("here")(name=some, more=more, watchers=len(streams)), main=False)
             for stream in streams:
                 stream.show_here(self.here[id])
 
     def gate_again(self, account: str = "") -> None:
-        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker once
-        more. The right ones stay, a changed role sees what it may see now, and who may no longer look is told so."""
+        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker
+        once more. The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             try:
                 response = worker(stream.again, self.edge.env)
@@ -2683,8 +2745,8 @@ class Broker:
         """In the pool: has another process, say the command line, changed the Directory?"""
         directory, before = self.edge.env.directory, self.version
         with self.edge.env.trace.silence(), contextlib.suppress(Refused):      # it is elsewhere, and can't be reached
-            self.version = directory.fetch(Request("GET", "/_version")).body
-        if before not in (b"", self.version):
+            self.version = directory.ask("/_version")
+        if before not in (0, self.version):
             self.gate_again()
             self.edge.alarms.look()
             for channel in [*self.channels.get(directory.id, {}).values()]:
@@ -2692,8 +2754,8 @@ class Broker:
 
 
 # ==== 18. Console ====================================================================================================
-# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is asked
-# like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
+# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
+# asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Round(NamedTuple):
     """A fan-out: what each of some objects answered to one request, and when, and in what time."""
@@ -2710,14 +2772,15 @@ class Console:
         self.round, self.stale, self.due = Round(), True, False
         self.router = Router([Slice(self.id, (), routes=(
             Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
-            Route("POST", "/console/probe", ACCOUNT, self.probe), Route("POST", "/console/retry", ACCOUNT, self.retry)))])
+            Route("POST", "/console/probe", ACCOUNT, self.probe),
+            Route("POST", "/console/retry", ACCOUNT, self.retry)))])
         env.trace.news = self.news
         env.workspaces.listeners.append(self.published)
 
     def answer(self, request: Request) -> Response:
         """For the worker. In the demo everybody may look, else operators."""
         with self.trace.silence():
-            me = json.loads(self.env.directory.fetch(Request("GET", "/_whoami", "", request.headers)).body)
+            me = self.env.directory.ask("/_whoami", "", request.headers, request.scheme)
             if not (self.env.settings.demo or me["operator"]):
                 permit(ACCOUNT, Viewer(me["account"]), request.method)
                 raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
@@ -2754,21 +2817,21 @@ class Console:
     # -- the page, and the probe
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, account, (operator, read_only) = request.params, me["account"], me["masked"]
-        demo, held = self.env.settings.demo, {*me["roles"].values()}
-        cells = [{"grant": grant, "cell": [{"yes": grant in of_role, "no": grant not in of_role} for of_role in ROLES.values()]}
-                 for grant in ROLES["owner"]]
+        given, account, viewer = request.params, me["account"], Viewer(me["account"], "", (), *me["masked"])
+        demo, mine = self.env.settings.demo, me["roles"].values()
+        grants = [{"grant": grant, "cell": [{"yes": grant in some, "no": grant not in some} for some in ROLES.values()]}
+                  for grant in ROLES["owner"]]
         standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
         with self.lock:
             region = self.region(given, True)
             names = self.names(given)["page"]
         body = template("console")(
-            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=cells, probed=probed,
+            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=grants, probed=probed,
             persona=[{"name": name, "label": label, "current": name == account} for name, label in me["personas"]],
-            role=[{"role": role, "current": role in held} for role in ROLES], option=[{"name": name} for _, name in names],
+            role=[{"role": role, "current": role in mine} for role in ROLES],
+            option=[{"name": name} for _, name in names], result=result or template("console.idle")(),
             standing=f"{account} is {standing}." if account else "Nobody is signed in.",
-            who=f"You are {account}" if account else "You are nobody yet", result=result or template("console.idle")())
-        viewer = Viewer(account, operator=operator, read_only=read_only)
+            who=f"You are {account}" if account else "You are nobody yet")
         return page("Console", body, viewer, template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
@@ -2776,13 +2839,14 @@ class Console:
         name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
         if WORKSPACE_NAME.fullmatch(name):
             ids = self.names({"name": name})["named"]
-        served, id, cookie = self.env.workspaces.served, ids.get(name, ""), {"cookie": request.headers.get("cookie", "")}
-        before, asked = served[id], Request("GET", f"/w/{name}/todos", "", cookie)
+        served, id, account = self.env.workspaces.served, ids.get(name, ""), me["account"]
+        before, cookie = served[id], {"cookie": request.headers.get("cookie", "")}
+        asked = Request("GET", f"/w/{name}/todos", "", cookie, scheme=request.scheme)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
         after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
-        said = {200: f"The gate lets {me['account']} into {name}.",
+        said = {200: f"The gate lets {account} into {name}.",
                 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
-                403: f"Refused at the gate: {me['account']} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
+                403: f"Refused at the gate: {account} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
         proof = "No workspace was contacted; only these store calls were made:"
         if verdict == 200:
             proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
@@ -2808,10 +2872,10 @@ class Console:
     def names(self, params: Dict[str, str]) -> Dict[str, Any]:
         """Of the workspaces on a page of the console, all in order of their names."""
         asked = urllib.parse.urlencode({key: params.get(key, "") for key in ("after", "name")})
-        return json.loads(self.env.directory.fetch(Request("GET", "/_names", asked)).body)
+        return self.env.directory.ask("/_names", asked)
 
     def label(self, id: str, names: Dict[str, str]) -> str:
-        return "Directory" if id == self.env.directory.id else {key: name for name, key in names.items()}.get(id, id[:8])
+        return {self.env.directory.id: "Directory", **{key: name for name, key in names.items()}}.get(id, id[:8])
 
     def count_all(self, ids: Sequence[str]) -> Round:
         """One request to each object. Who slept goes back to sleep."""
@@ -2821,7 +2885,7 @@ class Console:
         for id in ids:
             slept = id not in self.env.workspaces.objects
             with contextlib.suppress(StorageFault, Refused):     # what can't be read has no count
-                facts[id] = json.loads(self.env.workspaces.get(id).fetch(Request("GET", "/_counts")).body)
+                facts[id] = self.env.workspaces.get(id).ask("/_counts")
             if slept:
                 self.env.workspaces.lull(id)
         self.round = Round(time.time(), micros(time.perf_counter() - started), {id: facts.get(id, {}) for id in ids})
@@ -2834,57 +2898,57 @@ class Console:
         counted = self.count_all([id for id, _ in page])
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
         rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
-        dead = [{"name": name, "job": [dict(zip(("job", "tries", "error"), job)) for job in counted.facts[id]["dead_jobs"]]}
-                for id, name in page if counted.facts[id].get("dead")]
+        dead = [{"name": name, "job": counted.facts[id]["dead_jobs"]} for id, name in page
+                if counted.facts[id].get("dead")]
         return template("console.region")(
             object=rows, all=found["all"], asked=len(page), micros=counted.micros, awake=len(awake), more=bool(more),
             after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "", dead=dead,
             **self.drawing(names, awake), **self.streams(names))
 
-    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict[str, Any]:
+    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict:
         file, one = namespace.path(id), namespace.objects.get(id)
-        size = sum([part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists()])
+        size = sum([part.stat().st_size for part in with_wal(file)])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
-        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024), "streams": streams,
+        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
                 "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
-                "schema": facts.get("schema", "?"), "served": namespace.served[id],
+                "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", "" if name == "Directory" else "can't be read"),
                 "jobs": f"{facts['waiting']} waiting, {facts['dead']} given up" if "dead" in facts else ""}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
-        """The planes, and the path of each request that came of late. The last place stands for all other workspaces."""
+        """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
         some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
         places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
-        trips = [*self.trace.trips][::-1]
-        return {"node": [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
-                          "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
-                         for index, (name, id) in enumerate(some)],
-                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()]),
-                "path": [{"number": trip.number, "kind": kind_of(trip),
-                          "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)])} for trip in trips[2::-1]],
-                "trip": [self.trip_row(trip, names) for trip in trips], "none": not trips}
+        nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
+                  "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
+                 for index, (name, id) in enumerate(some)]
+        trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
+        return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
+                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()])}
 
     def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
         browser, worker, directory = (70, 160), (270, 160), (560, 76)
-        if kind_of(trip) == "refused" and len(trip.legs) == 1:
+        if trip.status in (401, 403) and len(trip.legs) == 1:
             return [browser, worker, (462, 104)]
-        stops = [directory if leg.kind != "workspace" else places.get(leg.id) or places.get("", worker) for leg in trip.legs]
+        others = places.get("", worker)
+        stops = [places.get(leg.id, others) if leg.kind == "workspace" else directory for leg in trip.legs]
         return [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
 
-    def trip_row(self, trip: Trip, names: Dict[str, str]) -> Dict[str, Any]:
+    def trip_row(self, trip: Trip, names: Dict[str, str], places: Dict[str, Tuple[int, int]]) -> Dict[str, Any]:
         legs = [{"object": "gate" if leg.kind == "gate" else self.label(leg.id, names), "status": leg.status,
                  "micros": leg.micros, "how": "from the cache" if leg.kind == "workspace" and not leg.calls else
                  f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}"} for leg in trip.legs]
         return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
-                "size": trip.size, "kind": kind_of(trip), "leg": legs,
+                "size": trip.size, "leg": legs, "kind": "refused" if trip.status in (401, 403) else "ok",
+                "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
                 "stop": any([leg.kind == "gate" and leg.status != 200 for leg in trip.legs[-1:]])}
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
-        channels = [(id, channel) for id, of_object in [*self.broker.channels.items()] for channel in [*of_object.values()]]
-        rows = [{"object": self.id if id == self.id else self.label(id, names), "path": channel.watch.request.path,
-                 "role": channel.watch.request.headers.get("x-role", ""), "open": len(channel.streams),
-                 **{what: channel.frames[what] for what in self.broker.frames}} for id, channel in channels[:50]]
-        return {"stream": rows, "open": sum([len(channel.streams) for _, channel in channels]), **self.broker.frames}
+        channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
+        rows = [{"object": self.label(watch.stub.id, names), "path": watch.request.path, "open": len(streams),
+                 "role": watch.request.headers.get("x-role", ""), **dict.fromkeys(self.broker.frames, 0), **frames}
+                for watch, streams, frames in [(one.watch, one.streams, one.frames) for one in channels[:50]]]
+        return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
         trace, object, paused = self.trace, params.get("object", ""), "paused=1" in variant_of(params)
@@ -2892,20 +2956,16 @@ class Console:
         trace.shown = trace.noted
         lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
                   "rows": "" if call.rows < 0 else call.rows} for call in reversed(calls)]
-        links = [{"text": "Go on" if paused else "Pause", "query": variant_of({**params, "paused": "" if paused else "1"})},
-                 *([{"text": "All objects", "query": variant_of({**params, "object": ""})}] if object else [])]
-        return template("console.feed")(line=lines, noted=trace.noted, missed=trace.dropped, link=links,
-                                        whose=f" of {self.label(object, names)}" if object else "")
-
-
-def kind_of(trip: Trip) -> str:
-    return "refused" if trip.status in (401, 403) else "ok"
+        other, whole = variant_of({**params, "paused": "" if paused else "1"}), variant_of({**params, "object": ""})
+        links = [{"text": "Go on" if paused else "Pause", "query": other}, {"text": "All objects", "query": whole}]
+        whose = f" of {self.label(object, names)}" if object else ""
+        return template("console.feed")(line=lines, link=links if object else links[:1], noted=trace.noted,
+                                        missed=trace.dropped, whose=whose)
 
 
 def variant_of(params: Dict[str, str]) -> str:
     """What the console's region heeds: the workspaces after a name, the store calls of one object, or none of them."""
-    valid = {"after": WORKSPACE_NAME.fullmatch, "object": re.compile("directory|[0-9a-f]{64}").fullmatch, "paused": re.compile("1").fullmatch}
-    return urllib.parse.urlencode({key: params[key] for key, right in valid.items() if right(params.get(key, ""))})
+    return heeded(params, after=WORKSPACE_NAME.pattern, object="directory|[0-9a-f]{64}", paused="1")
 
 
 def clock(at: float, digits: int = 0) -> str:
@@ -2914,8 +2974,8 @@ def clock(at: float, digits: int = 0) -> str:
 
 
 # ==== 19. Snapshots ==================================================================================================
-# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name when it
-# is whole and checked. A snapshot is a copy of the whole deployment; what did not change since the one before is linked.
+# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
+# when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
 
 def stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -2940,13 +3000,13 @@ def verified(db: sqlite3.Connection) -> int:
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
         raise sqlite3.DatabaseError(f"damaged: {found[0]}")
-    tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
-    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table in tables])
+    tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
+    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table, in tables])
 
 
 def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
-    """Remove a database that others may have open: they see that it is gone before their next command. The number of rows
-    in the copy."""
+    """Remove a database that others may have open: they see that it is gone before their next command. The number of
+    rows in the copy."""
     with contextlib.closing(Store(path)) as store:
         store.begin()                                # commands that are on their way finish first, and are in the copy
         rows = copy_database(path, copy) if copy else 0
@@ -2975,7 +3035,7 @@ def progress(done: int, all: int, what: str) -> None:
 
 
 def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what the snapshot
+    """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what it
     holds, by id."""
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -2990,7 +3050,8 @@ def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.
     known = json.loads((before / "manifest.json").read_text()) if before else {}
     for number, id in enumerate(ids, 1):
         source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
-        seen = repr([(file.stat().st_mtime_ns, file.stat().st_size) for file in (source, source.with_name(f"{id}.db-wal")) if file.exists()])
+        files = [file.stat() for file in with_wal(source)]
+        seen = repr([(file.st_mtime_ns, file.st_size) for file in files])
         if known.get(id, {}).get("seen") == seen:
             os.link(before / "workspaces" / copy.name, copy)
             held[id] = known[id]
@@ -3014,17 +3075,21 @@ def snapshot_again(settings: Settings) -> None:
 
 
 # ==== 20. Planes =====================================================================================================
-# One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate, and
-# brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a node
-# believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
+# One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate,
+# and brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a
+# node believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
 
-DOWN: Dict[str, float] = {}                          # addresses that did not answer, and until when nobody waits for them
+DOWN: Dict[str, float] = {}                          # addresses that did not answer, and until when nobody asks them
+
+
+def unreachable(address: str, why: Any) -> Refused:
+    return Refused(503, f"{address} can't be reached ({why}). Try again in a minute.", (("retry-after", "30"),))
 
 
 def errand(address: str, key: bytes, request: Request) -> Response:
     """Send request to another process of this deployment. Refused(503): it can't be reached; any other: as it said."""
     if time.monotonic() < DOWN.get(address, 0.0):
-        raise Refused(503, f"{address} can't be reached. Try again in a minute.", (("retry-after", "30"),))
+        raise unreachable(address, "it did not answer a moment ago")
     target = urllib.parse.quote(request.path) + (f"?{request.query}" if request.query else "")
     link = http.client.HTTPConnection(address, timeout=5)
     try:
@@ -3035,7 +3100,7 @@ def errand(address: str, key: bytes, request: Request) -> Response:
         body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         DOWN[address] = time.monotonic() + 2
-        raise Refused(503, f"{address} can't be reached ({error}). Try again in a minute.", (("retry-after", "30"),)) from error
+        raise unreachable(address, error) from error
     finally:
         link.close()
     headers = tuple([(name.lower(), value) for name, value in answer.getheaders() if name.lower() in TRUSTED])
@@ -3043,11 +3108,13 @@ def errand(address: str, key: bytes, request: Request) -> Response:
 
 
 def errand_parts(request: Request) -> Tuple[str, ...]:
-    return request.method, request.path, request.query, request.headers.get("cookie", ""), hashlib.sha256(request.body).hexdigest()
+    digest = hashlib.sha256(request.body).hexdigest()
+    return request.method, request.path, request.query, request.headers.get("cookie", ""), digest
 
 
 def is_errand(request: Request, settings: Settings) -> bool:
-    return request.path.startswith("/_") and believed(request.headers.get("x-verdict", ""), errand_parts(request), keys_now(settings))
+    given = request.headers.get("x-verdict", "")
+    return request.path.startswith("/_") and believed(given, errand_parts(request), keys_now(settings))
 
 
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
@@ -3107,8 +3174,8 @@ def settle(settings: Settings, name: str) -> None:
 
 
 def node_front(request: Request, env: Env) -> Response:
-    """The worker of a node: the proxy asked the gate and brought the verdict. It holds for this node, for the workspace that
-    the path names, and for a short time; else nothing here is contacted."""
+    """The worker of a node: the proxy asked the gate and brought the verdict. It holds for this node, for the workspace
+    that the path names, and for a short time; else nothing here is contacted."""
     if request.path.startswith("/_node/") and is_errand(request, env.settings):
         return node_errand(request, env)
     headers = request.headers
@@ -3165,12 +3232,12 @@ def node_errand(request: Request, env: Env) -> Response:
 # ==== 21. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
-# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves from
-# the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
+# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves
+# from the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
 
 class Pool:
-    """A few threads that take jobs from a queue, in order. What a job puts in is done next by the same thread: to render
-    what a command changed, no other needs to be woken. A job that fails is logged; its thread goes on."""
+    """A few threads that take jobs from a queue, in order. What a job puts in is done next by the same thread: to
+    render what a command changed, no other needs to be woken. A job that fails is logged; its thread goes on."""
 
     def __init__(self, size: int) -> None:
         self.jobs, self.own = queue.SimpleQueue(), threading.local()
@@ -3207,6 +3274,13 @@ def log(message: str) -> None:
     """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
     with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def give_back_memory() -> None:
+    """What was freed, glibc keeps until it is told."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Connection(Held):
@@ -3246,7 +3320,7 @@ class Connection(Held):
             return self.take_up(step) if step.body is not None else self.edge.pool.put(self.foresee, step)
         if self.ended:
             return self.close()
-        if some and not self.begun:                  # the deadline is for all of it; a byte now and then does not move it
+        if some and not self.begun:                  # the deadline is for all of it; a byte now and then moves nothing
             self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
 
     def foresee(self, reading: Reading) -> None:
@@ -3299,7 +3373,7 @@ class Connection(Held):
             self.edge.broker.join(stream, response.watch)
 
     def written(self) -> None:
-        """The answer has left: go on, or close so that the client can read it while it is still sending (RFC 9112, 9.6)."""
+        """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
         if self.keep:
             self.busy = False
@@ -3340,11 +3414,15 @@ def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: 
     """The part of a head that does not change from one answer to the next."""
     special = STREAMING if live else NONCED if type == PAGE else {}
     fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n" + "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
+
+
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 
 
 def accepts_gzip(request: Request) -> bool:
-    return "accept-encoding" in request.headers and re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers["accept-encoding"]) is not None
+    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
 def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
@@ -3387,12 +3465,6 @@ def refused(request: Request, no: Refused) -> Response:
     return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
 
 
-def is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    return False
-
-
 @functools.lru_cache(maxsize=1024)
 def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     with contextlib.suppress(ValueError):
@@ -3401,19 +3473,19 @@ def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     return False
 
 
+def is_loopback(address: str) -> bool:
+    return in_networks(address, ("127.0.0.0/8", "::ffff:127.0.0.0/104", "::1"))
+
+
 @functools.lru_cache(maxsize=1024)
 def known_host(host: str, names: FrozenSet[str]) -> bool:
-    """Is this Host one of ours? A page of another site can have its own name lead here (DNS rebinding), but no address."""
+    """Is this Host one of ours? Another site can have its own name lead here (DNS rebinding), but no address."""
     name = re.sub(r":[0-9]*$", "", host).lower()
-    if name in names:
-        return True
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name.strip("[]")))
-    return False
+    return name in names or in_networks(name.strip("[]"), ("0.0.0.0/0", "::/0"))
 
 
 class Edge(ThreadingHTTPServer):
-    """Binds in the constructor, serves in serve_forever(), ends by shutdown() from another thread, then server_close()."""
+    """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
     DRAIN_SECONDS, TICK_SECONDS = 5.0, 1.0
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
@@ -3424,8 +3496,11 @@ class Edge(ThreadingHTTPServer):
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        self.hosts = frozenset({"", "localhost", socket.gethostname().lower(), env.settings.host, *env.settings.allow_host})
-        self.next_backup = time.monotonic() + env.settings.backup_every
+        ours = "", "localhost", socket.gethostname().lower(), env.settings.host
+        self.hosts = frozenset({*ours, *env.settings.allow_host})
+        self.chores = ((give_back_memory, 15.0),
+                       (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
+        self.due = [time.monotonic() + every for _, every in self.chores]
         self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
         self.scribe = threading.Thread(target=self.write_log, daemon=True)
         self.counting = threading.Lock()
@@ -3507,9 +3582,10 @@ class Edge(ThreadingHTTPServer):
         self.pool.put(self.broker.look_elsewhere)
         self.alarms.ring()
         self.broker.published(Console.id, Console.id)
-        if self.settings.backup_every and now >= self.next_backup:
-            self.next_backup = now + self.settings.backup_every
-            self.pool.put(snapshot_again, self.settings)
+        for number, (chore, every) in enumerate(self.chores):
+            if every and now >= self.due[number]:
+                self.due[number] = now + every
+                self.pool.put(chore)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
 
@@ -3519,7 +3595,7 @@ class Edge(ThreadingHTTPServer):
     # -- answering, in the loop (wait=False) and in the pool
 
     def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
-        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not in the loop."""
+        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not here."""
         started, request = time.perf_counter(), Request("GET", "/", "", reading.headers)
         try:
             request = self.request(reading, peer, wait)
@@ -3585,15 +3661,14 @@ class Edge(ThreadingHTTPServer):
             self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             self.seconds += seconds
         if self.settings.log != "off":
-            size = len(response.rendering.frame if response.rendering else response.body)
-            self.accesses.append(self.line(method, request, response.status, size, seconds))
+            self.accesses.append(self.line(method, request, response.status, response.size, seconds))
 
     def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
-        """One access: the common log format and the seconds it took, or JSON. Without the query: it is what users typed."""
+        """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
         path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
         if self.settings.log == "json":
-            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path, "status": status,
-                               "bytes": size, "seconds": round(seconds, 6)})
+            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
+                               "status": status, "bytes": size, "seconds": round(seconds, 6)})
         return f'{request.peer or "-"} - - [{self.log_date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
 
     def write_log(self) -> None:
@@ -3610,7 +3685,8 @@ class Edge(ThreadingHTTPServer):
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
         if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
-            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as one.")
+            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
+                               "one.")
         def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
             return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
         verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
@@ -3624,13 +3700,14 @@ class Edge(ThreadingHTTPServer):
                         ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
                         ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
                         ("frames_total", "counter", label("result", self.broker.frames)))
-        text = "".join([f"# TYPE orion_{name} {kind}\n" + "".join([f"orion_{name}{end} {n}\n" for end, n in samples.items()])
-                        for name, kind, samples in families])
-        return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        lines = []
+        for name, kind, samples in families:
+            lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
+        return Response(200, "".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def by_operator(self, request: Request) -> bool:
-        who = Request("GET", "/_whoami", "", {"cookie": request.headers.get("cookie", "")}, scheme=request.scheme)
-        return json.loads(self.env.directory.fetch(who).body)["operator"]
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        return self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]
 
     # -- the end
 
@@ -3674,8 +3751,9 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(slices), Router(slices)
-    workspaces = Namespace("workspace", settings.data / "workspaces", functools.partial(Workspace, router=router, pages=pages),
-                           settings.awake or awake_by_default(), settings.idle, trace)
+    build = functools.partial(Workspace, router=router, pages=pages)
+    awake = settings.awake or awake_by_default()
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
     directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
@@ -3743,7 +3821,7 @@ def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> E
     env = two_planes(settings._replace(demo=False), slices)
 
     def node_of(id: str) -> str:
-        return json.loads(env.directory.fetch(Request("GET", "/_node_of", headers={"x-id": id})).body)
+        return env.directory.ask("/_node_of", headers={"x-id": id})
     build = functools.partial(Elsewhere, settings=settings, address=node_of)
     workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
     return env._replace(workspaces=workspaces, front=directory_front)
@@ -3753,10 +3831,11 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """A node: workspaces, and the Directory in another process, whose key it shares."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     if not (settings.data / "secret.key").exists() or not settings.directory:
-        raise FileNotFoundError("a data plane needs --directory HOST:PORT, and a copy of the directory's secret.key in its data folder")
+        raise FileNotFoundError("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
     trace, pages = Trace(), pages_of(slices)
     build = functools.partial(Workspace, router=Router(slices), pages=pages)
-    workspaces = Namespace("workspace", settings.data / "workspaces", build, settings.awake or awake_by_default(), settings.idle, trace)
+    awake = settings.awake or awake_by_default()
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
     directories = Namespace("directory", settings.data, away, 1, float("inf"), trace)
     return Env(settings._replace(demo=False), directories.get("directory"), workspaces, trace, node_front)
@@ -3789,7 +3868,8 @@ def remember(path: pathlib.Path, router: Router) -> None:
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex", "erin": "Acme"}
 DEMO_WORKSPACES = {
     "home": ({"alice": "owner"}, ("Water the plants", "Call grandmother", "Book the dentist")),
-    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"}, ("Order more anvils", "Test the skates", "Invoice the coyote")),
+    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"},
+             ("Order more anvils", "Test the skates", "Invoice the coyote")),
     "globex": ({"dave": "owner", "bob": "member"}, ("Draft the charter", "Paint the lobby", "Plan the picnic")),
 }
 
@@ -3797,10 +3877,11 @@ DEMO_WORKSPACES = {
 def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
     directory = env.directory.namespace.wake(env.directory.id)
-    env.directory.fetch(Request("GET", "/_version"))
+    env.directory.ask("/_version")
     with directory.turn, directory.store.tx():
         for name, group in DEMO_ACCOUNTS.items():
-            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, f"{name} · {group}")
+            label = f"{name} · {group}"
+            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, label)
 
     def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
         headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
@@ -3816,23 +3897,24 @@ def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
 
 
 # ==== 23. Administration =============================================================================================
-# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the server
-# looks each second whether another one wrote to the Directory.
+# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
+# server looks each second whether another one wrote to the Directory.
 
 class Unusable(Exception):
     """It can't be done; the text is one line that says why and what to do."""
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, workspace: str = "") -> Iterator[Tuple[Store, Env]]:
-    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction.
-    workspace: one whose file the caller needs."""
+def opened(settings: Settings, what: str = "", which: str = "", near: str = "") -> Iterator[Tuple[Store, Env]]:
+    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction,
+    and journalled if it has a name. near: a workspace whose file the caller needs."""
     env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
-    env.directory.fetch(Request("GET", "/_version"))               # migrated from here on
+    env.directory.ask("/_version")                   # migrated from here on
     with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
-        if workspace and (settings.single or row_of(store, "workspaces", workspace)["node"]):
-            raise Unusable(f"{workspace} has no file of its own here: it is on another node, or in a single root, which is one file anyway")
+        if near and (settings.single or row_of(store, "workspaces", near)["node"]):
+            raise Unusable(f"{near} has no file of its own here: it is on a node, or part of a single root")
         yield store, env
+        journalled(store, what, which) if what else None
 
 
 def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
@@ -3843,7 +3925,8 @@ def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
 
 
 def journalled(store: Store, what: str, which: str) -> None:
-    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, '(command line)', ?, ?)", time.time(), what, which)
+    row = time.time(), "(command line)", what, which
+    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
 
 
 def new_password(name: str) -> str:
@@ -3863,82 +3946,83 @@ def account_add(settings: Settings, given: argparse.Namespace) -> None:
     if not ACCOUNT_NAME.fullmatch(given.name):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
     hashed = new_password(given.name)
-    with opened(settings) as (store, _):
+    with opened(settings, "account add", given.name) as (store, _):
         if store.one("SELECT 1 FROM accounts WHERE name = ?", given.name):
             raise Unusable(f"there is an account {given.name} already")
-        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", given.name, given.name, hashed, given.operator)
-        journalled(store, "account add", given.name)
+        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)",
+                   given.name, given.name, hashed, given.operator)
     print(f"{given.name} may sign in now")
 
 
 def account_passwd(settings: Settings, given: argparse.Namespace) -> None:
     hashed = new_password(given.name)
-    with opened(settings) as (store, _):
+    with opened(settings, "account passwd", given.name) as (store, _):
         row_of(store, "accounts", given.name)
         store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
         store.exec("DELETE FROM sessions WHERE account = ?", given.name)
-        journalled(store, "account passwd", given.name)
     print(f"{given.name} has a new password, and is signed out everywhere")
+
+
+ACCOUNTS = """SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END,
+              (SELECT count(*) FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY name"""
 
 
 def account_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, _):
-        table((row["name"], "operator" if row["operator"] else "", f"{row['workspaces']} workspaces") for row in store.query(
-            "SELECT name, operator, (SELECT count(*) FROM memberships WHERE account = name) AS workspaces FROM accounts ORDER BY name"))
+        table(store.query(ACCOUNTS))
+
+
+LAST_OWNER = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
+                WHERE m.role = 'owner' GROUP BY w.id HAVING count(*) = 1 AND max(m.account) = ?"""
 
 
 def account_remove(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "account remove", given.name) as (store, _):
         row_of(store, "accounts", given.name)
-        alone = store.one("SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ? AND m.role = 'owner' AND "
-                          "NOT EXISTS (SELECT 1 FROM memberships o WHERE o.workspace = w.id AND o.role = 'owner' AND o.account <> m.account)", given.name)
+        alone = store.one(LAST_OWNER, given.name)
         if alone:
-            raise Unusable(f"{given.name} is the last owner of {alone[0]}; make somebody else an owner first, or remove the workspace")
+            remedy = "make somebody else an owner first, or remove the workspace"
+            raise Unusable(f"{given.name} is the last owner of {alone[0]}; {remedy}")
         store.exec("DELETE FROM accounts WHERE name = ?", given.name)
-        journalled(store, "account remove", given.name)
 
 
 def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, env):
+    with opened(settings, "workspace add", given.name) as (store, env):
         row_of(store, "accounts", given.owner)
         add_workspace(store, env.workspaces, given.name, given.owner)
-        journalled(store, "workspace add", given.name)
     settle(settings, given.name)
 
 
 def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, env):
         for row in store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"):
-            path = env.workspaces.path(row["id"])
+            path, quota = env.workspaces.path(row["id"]), row["quota"] or settings.quota
             size = path.stat().st_size if path.exists() else "missing"
-            table([(row["name"], row["id"], size, f"of {row['quota'] or settings.quota}", "moving" if row["moving"] else "")])
+            table([(row["name"], row["id"], size, f"of {quota}", "moving" if row["moving"] else "")])
 
 
 def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET name = ? WHERE id = ?", free_name(store, given.new), row["id"])
-        journalled(store, "workspace rename", f"{given.name} {given.new}")
 
 
 def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, row["id"])
-        journalled(store, "workspace quota", f"{given.name} {given.size}")
 
 
 REMOVED_SECONDS = 30 * 86400                         # for which a copy of a removed workspace is kept
 
 
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
-    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the id
-    is not given again."""
-    with opened(settings, given.name) as (store, env):
+    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
+    id is not given again."""
+    with opened(settings, "workspace remove", given.name, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
         store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-        journalled(store, "workspace remove", given.name)
     path, removed = env.workspaces.path(row["id"]), settings.data / "removed"
     path = path if path.exists() else path.with_name(f"{path.name}.moved")
     if not given.now:
@@ -3952,13 +4036,12 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
-    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the last
-    word; the gate says 503 until the name is removed here."""
-    with opened(settings, given.name) as (store, env):
+    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the
+    last word; the gate says 503 until the name is removed here."""
+    with opened(settings, "workspace export", given.name, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
-        journalled(store, "workspace export", given.name)
-        members = [tuple(member) for member in store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])]
+        members = [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"]))]
     path = env.workspaces.path(row["id"])
     aside = path.with_name(f"{path.name}.moved")
     rows = copy_database(take_away(path, aside) and aside if given.move else path, given.file)
@@ -3969,41 +4052,42 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
-    """An export or a single root, under its name or another, with its members. Who has no account here gets one; from an
-    export it comes without a password."""
+    """An export or a single root, under its name or another, with its members. Who has no account here gets one; from
+    an export it comes without a password."""
     with contextlib.closing(Store(given.file)) as source:
-        name, members, accounts = about_file(source)
-    with opened(settings) as (store, env):
+        old_name, members, accounts = about_file(source)
+    name, owners = given.name or old_name, [account for account, role in members if role == "owner"]
+    with opened(settings, "workspace import", name) as (store, env):
         for account in accounts:
-            if store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account) and not account[2]:
+            added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
+            if added and not account[2]:
                 print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
-        name, owners = given.name or name, [account for account, role in members if role == "owner"]
-        id = add_workspace(store, env.workspaces, name, owners[0], lambda id: adopt(given.file, env.workspaces.path(id)))
+        make = lambda id: adopt(given.file, env.workspaces.path(id))
+        id = add_workspace(store, env.workspaces, name, owners[0], make)
         for account, role in members:
             store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
-        journalled(store, "workspace import", name)
     print(f"{name}: {len(members)} members")
 
 
 def about_file(store: Store) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
     """The name of the workspace in it, its members with their roles, and their accounts: name, label, password."""
-    if store.one("SELECT 1 FROM sqlite_master WHERE name = '_export'"):
+    if "_export" in store.tables():
         about = json.loads(store.one("SELECT about FROM _export")[0])
         return about["name"], about["members"], [(account, account, "") for account, _ in about["members"]]
-    if not store.one("SELECT 1 FROM sqlite_master WHERE name = 'memberships'"):
+    if "memberships" not in store.tables():
         raise Unusable(f"{store.path} is neither an export nor a single root; workspace export makes one")
     members = store.query("SELECT account, role FROM memberships ORDER BY account")
     accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN (SELECT account FROM memberships)")
-    return store.one("SELECT name FROM workspaces")[0], [tuple(row) for row in members], [tuple(row) for row in accounts]
+    return store.one("SELECT name FROM workspaces")[0], [*map(tuple, members)], [*map(tuple, accounts)]
 
 
 def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
-    """A copy of another deployment's file, which will be claimed by the object of this one. Of a single root, the part that
-    is the workspace's."""
+    """A copy of another deployment's file, which will be claimed by the object of this one. Of a single root, the part
+    that is the workspace's."""
     copy_database(source, path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        made = db.execute("SELECT group_concat(tables, ' ') FROM _migrations WHERE slice = 'directory'").fetchone()[0] or ""
-        for table in ("_export", *made.split()):
+        made = db.execute("SELECT tables FROM _migrations WHERE slice = 'directory'").fetchall()
+        for table in ("_export", *" ".join([tables for tables, in made]).split()):
             db.execute(f"DROP TABLE IF EXISTS {table}")
         db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
         db.execute("VACUUM")                         # nothing of sessions and passwords is left in free pages
@@ -4013,27 +4097,28 @@ def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
 def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     """As it was in a snapshot, beside the present one and with its members; never over it."""
     name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
-    with opened(settings, given.name) as (store, env):
+    with opened(settings, "workspace restore", name, given.name) as (store, env):
         row = row_of(store, "workspaces", given.name)
         owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
         source = given.at / "workspaces" / f"{row['id']}.db"
         id = add_workspace(store, env.workspaces, name, owner, lambda id: adopt(source, env.workspaces.path(id)))
-        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?", id, row["id"])
-        journalled(store, "workspace restore", name)
+        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?",
+                   id, row["id"])
     print(f"{name}: as {given.name} was in {given.at}")
 
 
 def member_set(settings: Settings, given: argparse.Namespace) -> None:
     """add, role and remove, by the rules that the members page has too."""
-    with opened(settings) as (store, _):
-        workspace = row_of(store, "workspaces", given.workspace)
+    role = getattr(given, "role", None)
+    with opened(settings, given.verb, f"{given.workspace} {given.account} {role or ''}".strip()) as (store, _):
+        id = row_of(store, "workspaces", given.workspace)["id"]
         row_of(store, "accounts", given.account)
-        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, workspace["id"])
+        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, id)
         before = role_of(ctx, given.account)
         if bool(before) == (given.verb == "member add"):
-            raise Unusable(f"{given.account} is {'a member already; member role changes the role' if before else 'no member; member add makes one'}")
-        set_role(ctx, given.account, before, getattr(given, "role", None))
-        journalled(store, given.verb, f"{given.workspace} {given.account} {getattr(given, 'role', '')}".strip())
+            why = "a member already; member role changes the role" if before else "no member; member add makes one"
+            raise Unusable(f"{given.account} is {why}")
+        set_role(ctx, given.account, before, role)
 
 
 def member_list(settings: Settings, given: argparse.Namespace) -> None:
@@ -4048,7 +4133,11 @@ def backup(settings: Settings, given: argparse.Namespace) -> None:
     if not settings.key_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
     held = snapshot(settings, given.folder)
-    print(f"{given.folder}: {len(held)} databases, {sum([part['rows'] for part in held.values()])} rows, checked")
+    print(contents(given.folder, held))
+
+
+def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
+    return f"{folder}: {len(held)} databases, {sum([part['rows'] for part in held.values()])} rows, checked"
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
@@ -4060,13 +4149,14 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
     held = json.loads((given.folder / "manifest.json").read_text())
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.folder / "secret.key", settings.key_file)
-    for number, (id, about) in enumerate([*held.items()][::-1], 1):              # the Directory last: it says that all is there
+    for number, (id, about) in enumerate([*held.items()][::-1], 1):     # the Directory last: it says that all is there
         path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
-        rows = copy_database(given.folder / path, settings.directory_file if id == "directory" else settings.data / path)
+        target = settings.directory_file if id == "directory" else settings.data / path
+        rows = copy_database(given.folder / path, target)
         if rows != about["rows"]:
             raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
         progress(number, len(held), "restored")
-    print(f"{settings.data}: {len(held)} databases, {sum([about['rows'] for about in held.values()])} rows, checked")
+    print(contents(settings.data, held))
 
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
@@ -4080,7 +4170,8 @@ def check(settings: Settings, given: argparse.Namespace) -> int:
                 verified(db)
                 if not settings.single and db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
                     raise sqlite3.DatabaseError("the file belongs to another object")
-                return db.execute("SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''").fetchall() if path == directory else None
+                names = "SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''"
+                return db.execute(names).fetchall() if path == directory else None
         except sqlite3.Error as error:
             faults.append(f"{StorageFault(path, error)}")
     files = [] if settings.single else [(path.stem, path) for path in folder.glob("*.db")]
@@ -4113,23 +4204,23 @@ def known_node(store: Store, address: str) -> str:
 
 
 def node_add(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, "node add", given.address) as (store, _):
         store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
-        journalled(store, "node add", given.address)
 
 
 def node_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, _):
-        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = address AND name IS NOT NULL) FROM nodes"))
+        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = address AND name IS NOT NULL) "
+                          "FROM nodes"))
 
 
 def node_remove(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
-        held = store.one("SELECT count(*) FROM workspaces WHERE node = ? AND name IS NOT NULL", known_node(store, given.address))[0]
+    with opened(settings, "node remove", given.address) as (store, _):
+        node = known_node(store, given.address)
+        held = store.one("SELECT count(*) FROM workspaces WHERE node = ? AND name IS NOT NULL", node)[0]
         if held:
-            raise Unusable(f"{given.address} has {held} workspaces; node move or node replace brings them elsewhere first")
-        store.exec("DELETE FROM nodes WHERE address = ?", given.address)
-        journalled(store, "node remove", given.address)
+            raise Unusable(f"{node} has {held} workspaces; node move or node replace brings them elsewhere first")
+        store.exec("DELETE FROM nodes WHERE address = ?", node)
 
 
 def node_move(settings: Settings, given: argparse.Namespace) -> None:
@@ -4158,7 +4249,8 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
     """The workspaces of a node that is lost come up on another, from a backup of it. 1: some are not in the backup."""
     with opened(settings) as (store, _):
         known_node(store, given.new)
-        lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name", given.lost)
+        lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name",
+                           given.lost)
     held = {row["id"] for row in lost if (given.backup / "workspaces" / f"{row['id']}.db").exists()}
     for number, row in enumerate([row for row in lost if row["id"] in held], 1):
         rows = send_file(settings, given.new, row["id"], read_pieces(given.backup / "workspaces" / f"{row['id']}.db"))
@@ -4169,12 +4261,12 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def placed(settings: Settings, id: str, node: str, why: str) -> None:
-    with opened(settings) as (store, _):
+    with opened(settings, why, f"{id} {node}") as (store, _):
         store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ?", node, id)
-        journalled(store, why, f"{id} {node}")
 
 
-def ask_node(settings: Settings, node: str, id: str, what: str, body: bytes = b"", at: int = 0, method: str = "POST") -> bytes:
+def ask_node(settings: Settings, node: str, id: str, what: str, body: bytes = b"", at: int = 0,
+             method: str = "POST") -> bytes:
     answer = errand(node, keys_now(settings)[0], Request(method, f"/_node/{id}/{what}", f"at={at}", body=body))
     if answer.status != 200:
         raise Unusable(f"{node} answered {answer.status}: {answer.body.decode().strip()}")
@@ -4209,10 +4301,11 @@ def nginx(settings: Settings, given: argparse.Namespace) -> None:
     names = [(name, name.replace("-", "_")) for name in (*VERDICT, "x-verdict")]
     holes = {"upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}" for node, name in upstreams.items()],
              "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
-             "taken": [f"        auth_request_set $orion_{variable} $upstream_http_{variable};" for _, variable in names],
+             "taken": [f"        auth_request_set $orion_{name} $upstream_http_{name};" for _, name in names],
              "given": [f"        proxy_set_header {name} $orion_{variable};" for name, variable in names]}
     text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
-    print(text(directory=given.directory, listen=given.listen or 80, **{name: Html("\n".join(lines)) for name, lines in holes.items()}), end="")
+    lines = {name: Html("\n".join(lines)) for name, lines in holes.items()}
+    print(text(directory=given.directory, listen=given.listen or 80, **lines))
 
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
@@ -4255,7 +4348,7 @@ def seconds(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-FILE = ("file", pathlib.Path)
+FILE, FOLDER = ("file", pathlib.Path), ("folder", pathlib.Path)
 VERBS = (
     Verb("account add", "somebody may sign in", account_add, ("name", "--operator")),
     Verb("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
@@ -4265,22 +4358,26 @@ VERBS = (
     Verb("workspace list", "name, id, bytes and quota of each", workspace_list),
     Verb("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
     Verb("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
-    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota, ("name", ("size", size))),
-    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after", workspace_export, ("name", FILE, "--move")),
+    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota,
+         ("name", ("size", size))),
+    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after",
+         workspace_export, ("name", FILE, "--move")),
     Verb("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
-    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore, ("name", ("--at=", pathlib.Path), "--new=?")),
+    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore,
+         ("name", ("--at=", pathlib.Path), "--new=?")),
     Verb("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
     Verb("member role", "change a member's role", member_set, ("workspace", "account", "role")),
     Verb("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
     Verb("member list", "who is in a workspace", member_list, ("workspace",)),
-    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (("folder", pathlib.Path),)),
-    Verb("restore", "bring such a copy into an empty data folder", restore, (("folder", pathlib.Path),)),
+    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (FOLDER,)),
+    Verb("restore", "bring such a copy into an empty data folder", restore, (FOLDER,)),
     Verb("check", "look at every file, and say what is wrong", check),
     Verb("new", "write a file with a slice of your own to begin with", new, (FILE,)),
-    Verb("node add", "workspaces can be placed on it: HOST:PORT of an orion.py --plane data", node_add, (("address", address),)),
+    Verb("node add", "workspaces can be placed on it: HOST:PORT of a data plane", node_add, (("address", address),)),
     Verb("node list", "the nodes, and how many workspaces each has", node_list),
     Verb("node remove", "a node that has no workspaces", node_remove, (("address", address),)),
-    Verb("node move", "bring a workspace to another node, while the servers run", node_move, ("workspace", ("node", address))),
+    Verb("node move", "bring a workspace to another node, while the servers run", node_move,
+         ("workspace", ("node", address))),
     Verb("node replace", "bring the workspaces of a lost node up on another, from a backup of it", node_replace,
          (("lost", address), ("new", address), ("backup", pathlib.Path))),
     Verb("nginx", "print the configuration of an nginx in front of a directory and its nodes", nginx,
@@ -4309,8 +4406,8 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     class Parser(argparse.ArgumentParser):
         def error(self, why: str) -> None:
             self.exit(2, f"orion: {why}; --help tells what there is\n")
-    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one file. Without a command it serves.",
-                    epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.")
+    parser = Parser(prog="orion.py", epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.",
+                    description="A live, multi-tenant web server in one file. Without a command it serves.")
     parser.set_defaults(run=None)
     for flag, help, kind in OPTIONS:
         key = flag[2:].replace("-", "_")
@@ -4322,7 +4419,8 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     parent.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS, help="or the file with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
     for name in ("account", "workspace", "member", "node", "keys"):
-        groups[name] = groups[""].add_parser(name, help=f"see {name} --help").add_subparsers(required=True, metavar="command")
+        group = groups[""].add_parser(name, help=f"see {name} --help")
+        groups[name] = group.add_subparsers(required=True, metavar="command")
     for verb in VERBS:
         add_verb(groups, verb, parent)
     given = parser.parse_args(argv)
@@ -4347,19 +4445,23 @@ OPTIONS = (
     ("--port", "port to listen on; 0: any free one", int),
     ("--data", "folder with all state", pathlib.Path),
     ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway", bool),
+    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
+     bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more", int),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more",
+     int),
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
     ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
     ("--connections", "connections at most; more get a 503", int),
     ("--allow-host", "names that this server goes by, with commas between", several),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas between", several),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
+     "between", several),
     ("--plane", "directory or data: run one plane alone, with the other in other processes", plane),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never", seconds),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
+     seconds),
     ("--keep", "backups to keep", int),
     ("--log", "access log on standard output: common, json or off", str),
 )
@@ -4390,7 +4492,8 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}); name another with --data") from error
+        why = error.strerror or error
+        raise Unusable(f"the data folder {folder} can't be used ({why}); name another with --data") from error
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4410,7 +4513,8 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     try:
         server = Edge(env)
     except OSError as error:
-        raise Unusable(f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another with --port") from error
+        where, why = f"{settings.host}:{settings.port}", error.strerror or error
+        raise Unusable(f"can't listen on {where} ({why}); choose another with --port") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
     signal.set_wakeup_fd(server.waker.fileno())

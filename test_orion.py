@@ -314,6 +314,18 @@ def test_a_hole_that_is_not_filled_is_an_error():
         orion.Template("{{hole}}")()
 
 
+@cases("value, markup", [
+    (True, "<i>&lt;</i>"), (False, ""), ([], ""), ({}, "<i>&lt;</i>"), ({"name": "&"}, "<i>&amp;</i>"), ("<b>", "&lt;b&gt;"),
+    ([{"name": "a"}, {"name": "<b>"}], "<i>a</i><i>&lt;b&gt;</i>")])
+def test_a_part_fills_the_hole_of_its_name_once_for_each_dict(value, markup):
+    assert orion.Template("[{{row}}]\n<!-- row -->\n<i>{{name}}</i>\n")(row=value, name="<") == f"[{markup}]"
+
+
+def test_a_hole_takes_the_rows_of_a_store_and_a_yes_reads_as_its_name(store):
+    rows = store.query("SELECT 1 AS n UNION SELECT 2")
+    assert orion.Template("{{row}}{{on}}{{off}}\n<!-- row -->\n{{n}},")(row=rows, on=True, off=False) == "1,2,on"
+
+
 def test_joining_markup_escapes_what_is_not():
     assert orion.Html("|").join(["<", orion.Html("<br>")]) == "&lt;|<br>"
 
@@ -2816,6 +2828,9 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     assert cookie.startswith("__Host-sid=") and cookie.endswith("; Secure")
     bob.headers["Cookie"] = cookie.split(";")[0]
     assert bob.get("/w/acme/todos", **proxied).status == 200 and bob.get("/w/acme/todos").status == 401
+    secure = {**proxied, "Origin": server.origin.replace("http", "https")}
+    probed = bob.ask("POST", "/console/probe", "workspace=acme", Content_Type="application/x-www-form-urlencoded", **secure)
+    assert "You are bob" in bob.get("/console", **proxied).text and "lets bob into acme" in probed.text
     assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
 
 
