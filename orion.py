@@ -1088,7 +1088,7 @@ class Queue:
     def facts(self) -> Dict[str, Any]:
         given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
         waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
-        return {"waiting": waiting[0], "dead": waiting[1], "dead_jobs": [*map(dict, given_up)]}
+        return {"waiting": waiting[0], "given up": waiting[1], "failed": [*map(dict, given_up)]}
 
 
 class Alarms:
@@ -2898,8 +2898,8 @@ class Console:
         counted = self.count_all([id for id, _ in page])
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
         rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
-        dead = [{"name": name, "job": counted.facts[id]["dead_jobs"]} for id, name in page
-                if counted.facts[id].get("dead")]
+        dead = [{"name": name, "job": counted.facts[id]["failed"]} for id, name in page
+                if counted.facts[id].get("failed")]
         return template("console.region")(
             object=rows, all=found["all"], asked=len(page), micros=counted.micros, awake=len(awake), more=bool(more),
             after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "", dead=dead,
@@ -2913,7 +2913,7 @@ class Console:
                 "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
                 "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", "" if name == "Directory" else "can't be read"),
-                "jobs": f"{facts['waiting']} waiting, {facts['dead']} given up" if "dead" in facts else ""}
+                "jobs": ", ".join([f"{facts[kind]} {kind}" for kind in ("waiting", "given up") if facts.get(kind)])}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place is for all other workspaces."""

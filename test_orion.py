@@ -850,8 +850,8 @@ def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_
     office.write_letter(text="fail")
     eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
     assert office.acme not in office.env.workspaces.alarms
-    text = eventually(lambda: (lambda text: "0 waiting, 1 given up" in text and text)(office.bob.get("/console").text))
-    assert "<b>letters.post_letter</b> after 1 tries: RuntimeError: the post office is closed" in text
+    text = eventually(lambda: (lambda text: "<td>1 given up</td>" in text and text)(office.bob.get("/console").text))
+    assert "<b>letters.post_letter</b> failed 1 times: RuntimeError: the post office is closed" in text
     with contextlib.closing(office.store("acme")) as db, db:
         db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
     assert office.bob.post("/console/retry", workspace="acme").status == 204
@@ -2179,14 +2179,14 @@ def test_the_console_shows_each_object_with_id_state_and_count(server):
     text = bob.get("/console").text
     id = server.env.workspaces.id_from_name("acme")
     row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
-    assert '>acme</a></th><td><code class="id"' in row and "<td>4</td><td>0 waiting, 0 given up</td></tr>" in row and "awake since" in row
+    assert '>acme</a></th><td><code class="id"' in row and "<td>4</td><td></td></tr>" in row and "awake since" in row
 
 
 def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
     bob = Person(server, "bob")
     server.env.workspaces.rest(idle=-1)
     text = bob.get("/console").text
-    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td>0 waiting") == 3
+    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td></td></tr>") == 3
     assert not server.env.workspaces.objects
 
 
@@ -2194,7 +2194,7 @@ def test_a_workspace_that_can_not_be_read_hides_no_other(server):
     server.env.workspaces.rest(idle=-1)
     server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
     text = Person(server, "bob").get("/console").text
-    assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td>0 waiting") == 2
+    assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
 
 
 def test_the_console_pages_through_many_workspaces(server):
@@ -3614,8 +3614,9 @@ def test_who_loses_access_is_told_and_stops_asking(site, windows):
     carol = site.at("carol", windows[1])
     Person(site, "bob").delete("/w/acme/members/carol")
     carol.wait("document.querySelector('#live').textContent.includes('no longer have access')")
+    assert carol.js("return new Promise(done => setTimeout(done, 500))") is None      # one request may have been on its way
     asked = site.figure('orion_gate_verdicts_total{verdict="403"}')
-    assert carol.js("return new Promise(done => setTimeout(done, 1500))") is None
+    assert carol.js("return new Promise(done => setTimeout(done, 1200))") is None
     assert site.figure('orion_gate_verdicts_total{verdict="403"}') == asked
 
 
@@ -3971,7 +3972,8 @@ class Host:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if path in host.pages:
                     return self.reply(*host.pages[path])
-                host.asked.append((self.command, path, query, body.decode(), self.headers))
+                if path != "/favicon.ico":           # that is the browser's own
+                    host.asked.append((self.command, path, query, body.decode(), self.headers))
                 make = host.answers.get(path, lambda handler: handler.reply("", status=404))
                 make(self)
 
