@@ -1116,11 +1116,10 @@ class Alarms:
             self.put(self.work, id)
 
     def work(self, id: str) -> None:
-        """In the pool: one job after another, each in a commit of its own, until none is due."""
-        due: Optional[float] = 0.0
+        """In the pool: one job, in a commit of its own. Then it is the turn of whoever waits longest."""
+        due: Optional[float] = None
         try:
-            while due is not None and due <= time.time():
-                due = json.loads(self.namespace.get(id).fetch(Request("POST", "/_jobs")).body)
+            due = json.loads(self.namespace.get(id).fetch(Request("POST", "/_jobs")).body)
         except Exception:
             due = time.time() + 60 if self.namespace.path(id).exists() else None       # None: removed, or moved away
             raise
