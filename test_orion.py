@@ -3333,7 +3333,8 @@ def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_do
     def write(writer):
         server = here
         for n in range(60):
-            while bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}").status != 200:
+            while (answer := bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}")).status != 200:
+                assert answer.status == 503, answer.text
                 waited.set()
                 server = there if there.moved else here
             with lock:
