@@ -347,6 +347,7 @@ def test_the_templates_use_the_colon_syntax_and_quote_every_attribute():
     (lambda: orion.patch_elements("x", selector="#l", mode="append", namespace="svg", use_view_transition=True, event_id="7", retry=200),
      "event: datastar-patch-elements\nid: 7\nretry: 200\ndata: selector #l\ndata: mode append\ndata: namespace svg\n"
      "data: useViewTransition true\ndata: elements x\n\n"),
+    (lambda: orion.patch_elements("a\0b"), "event: datastar-patch-elements\ndata: elements a\ufffdb\n\n"),
     (lambda: orion.patch_elements("\u2028\x0b\x85"), "event: datastar-patch-elements\ndata: elements \u2028\x0b\x85\n\n"),
     (lambda: orion.patch_elements("x\n\nevent: forged"), "event: datastar-patch-elements\ndata: elements x\ndata: elements \ndata: elements event: forged\n\n"),
     (lambda: orion.patch_signals({"a": "é"}, only_if_missing=True), 'event: datastar-patch-signals\ndata: onlyIfMissing true\ndata: signals {"a": "é"}\n\n'),
@@ -517,6 +518,13 @@ def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
         start(slices=(orion.todos, thief), folder="other")
 
 
+def test_a_statement_that_its_owner_may_run_is_refused_to_all_others():
+    borders = orion.Borders([("todos", [TODO]), ("nosy", [])])
+    borders.check("todos", "SELECT id FROM todo", ())
+    with pytest.raises(PermissionError, match="'nosy' touches table 'todo'"):
+        borders.check("nosy", "SELECT id FROM todo", ())
+
+
 # ==== 7. Bus =========================================================================================================
 
 @pytest.fixture
@@ -608,6 +616,44 @@ def test_commands_that_wait_together_share_a_commit(counters):
             eventually(lambda: len(one.line) == 16)
         assert [ask.result(PATIENCE).status for ask in asked] == [200] * 16
     assert len(commits) == 1
+
+
+def test_no_more_commands_share_a_commit_than_a_batch_holds(counters, monkeypatch):
+    monkeypatch.setattr(Counter, "BATCH", 4)
+    counters.create("a")
+    counters.get("a").fetch(orion.Request("GET", "/"))
+    one, commits = counters.objects["a"], []
+    one.store.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        with one.turn:
+            asked = [pool.submit(counters.get("a").fetch, orion.Request("POST", f"/{n}")) for n in range(16)]
+            eventually(lambda: len(one.line) == 16)
+        assert [ask.result(PATIENCE).status for ask in asked] == [200] * 16
+    assert len(commits) == 4
+
+
+class Ledger(Counter):
+    """Takes any number, and finds out at the commit that it is none of those that it knows."""
+
+    def schema(self):
+        return [("ledger", ["CREATE TABLE known (n INTEGER PRIMARY KEY)", "INSERT INTO known VALUES (1)",
+                            "CREATE TABLE hits (n INTEGER REFERENCES known DEFERRABLE INITIALLY DEFERRED)"])]
+
+
+def test_a_commit_that_fails_is_a_no_for_all_who_shared_it_and_for_nobody_after(tmp_path):
+    ledgers = orion.Namespace("ledger", tmp_path, Ledger, awake=4, idle=60)
+    ledgers.create("a")
+    fetch = ledgers.get("a").fetch
+    fetch(orion.Request("GET", "/"))
+    one = ledgers.objects["a"]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with one.turn:
+            asked = [pool.submit(fetch, orion.Request("POST", f"/{n}")) for n in (1, 1, 2, 1)]
+            eventually(lambda: len(one.line) == 4)
+        assert [type(ask.exception(PATIENCE)) for ask in asked] == [orion.StorageFault] * 4
+    assert fetch(orion.Request("GET", "/")).body == b"0"
+    assert fetch(orion.Request("POST", "/1")).body == b"1"
+    ledgers.rest(idle=-1)
 
 
 def test_a_reader_sees_nothing_that_is_not_durable(counters):
@@ -728,6 +774,20 @@ def test_a_file_that_is_taken_away_while_it_is_open_is_noticed(server, how):
     eventually(lambda: bob.get("/w/acme/todos").status == 503)
     path.write_bytes(kept)                           # brought back, it is served again, without a restart
     assert eventually(lambda: bob.get("/w/acme/todos").status == 200)
+
+
+def test_a_command_that_waited_for_a_file_that_was_taken_away_meanwhile_is_not_lost_in_it(counters):
+    counters.create("a")
+    counters.get("a").fetch(orion.Request("GET", "/"))
+    waits = threading.Event()
+    counters.objects["a"].store.db.set_trace_callback(lambda sql: waits.set() if sql == "BEGIN IMMEDIATE" else None)
+    with contextlib.closing(sqlite3.connect(counters.path("a"))) as other, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        asked = pool.submit(counters.get("a").fetch, orion.Request("POST", "/1"))
+        assert waits.wait(PATIENCE)
+        counters.path("a").unlink()
+        other.rollback()
+        assert "missing" in str(asked.exception(PATIENCE))
 
 
 def test_a_disk_that_is_full_is_a_507_reads_go_on_and_room_helps(server):
@@ -856,6 +916,22 @@ def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_
         db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
     assert office.bob.post("/console/retry", workspace="acme").status == 204
     assert eventually(lambda: office.rows("SELECT text FROM sent") == [("at last",)])
+
+
+def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
+    office.write_letter(text="sooner", after=1800)
+    office.write_letter(text="later", after=3600)
+    assert office.env.workspaces.alarms[office.acme] < time.time() + 1801
+
+
+def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office):
+    office.write_letter(text="later", after=3600)
+    alarms = office.env.workspaces.alarms
+    with contextlib.closing(office.store("acme")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        office.env.workspaces.wake(office.acme).store.db.execute("PRAGMA busy_timeout = 50")
+        office.env.workspaces.alarm(office.acme, time.time())
+        assert eventually(lambda: time.time() < alarms.get(office.acme, 0) <= time.time() + 60)
 
 
 def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
@@ -1460,6 +1536,14 @@ def test_a_changed_password_takes_the_old_one_and_ends_all_other_sessions(outsid
     assert [sign_in("long enough"), sign_in("quite another")] == [422, 303]
 
 
+def test_a_changed_password_ends_the_streams_of_the_other_sessions(outside):
+    here, there = outside.sign_in("ann"), outside.sign_in("ann")
+    ear = Ear(there, "/w/acme/todos/live")
+    ear.event()
+    here.post("/account/password", form={"username": "ann", "password": "long enough", "new": "quite another"})
+    assert "You are signed out" in ear.until_it_says("ended")
+
+
 def test_a_session_that_is_over_is_gone_and_ends_its_streams(outside):
     ann = outside.sign_in("ann")
     ear = Ear(ann, "/w/acme/todos/live")
@@ -1491,6 +1575,12 @@ def test_trusted_headers_from_outside_are_dropped(server, headers):
     assert nobody.get("/w/acme/todos", **given).status == 401 and nobody.get("/w/acme/members", **given).status == 401
     assert nobody.ask("POST", "/workspaces", b'{"name": "mars"}', Content_Type="application/json", **given).status == 401
     assert nobody.ask("POST", "/login", b"username=bob&password=x", Content_Type="application/x-www-form-urlencoded", **given).status == 422
+
+
+def test_the_journal_names_the_account_of_the_session_whatever_the_headers_say(server):
+    assert Person(server, "carol").ask("POST", "/w/acme/todos", '{"title": "x"}', Content_Type="application/json", X_Operator="bob").status == 200
+    with contextlib.closing(server.store("acme")) as store:
+        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("carol", "todos.create")
 
 
 @cases("headers, status", [({}, 303), ({"Origin": None}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://evil.example"}, 403),
@@ -2131,6 +2221,21 @@ def test_frames_for_a_slow_reader_coalesce_to_the_final_state(start, monkeypatch
     assert server.edge.broker.frames["sent"] < 60
 
 
+def test_who_is_here_does_not_push_a_change_out_of_a_slow_readers_queue(start, monkeypatch):
+    monkeypatch.setattr(orion.Stream, "SEND_BUFFER", 4096)
+    server = start()
+    bob = Person(server, "bob")
+    slow = Ear(bob, "/w/acme/todos/live", room=4096)
+    stream, = eventually(lambda: [held for held in [*server.edge.held] if type(held) is orion.Stream])
+    for n in range(60):
+        bob.post("/w/acme/todos", form={"title": f"{n} " + "x" * 480})
+    eventually(lambda: "seen" in stream.latest and not stream.channel.busy, "nothing had to wait")
+    other = Ear(Person(server, "erin"), "/w/acme/todos/live")
+    eventually(lambda: "here" in stream.latest)
+    other.close()
+    assert slow.until_it_says(">59 x")
+
+
 def test_a_heartbeat_tells_that_a_quiet_stream_lives(start, monkeypatch):
     monkeypatch.setattr(orion.Stream, "BEAT_SECONDS", (0.1, 0.2))
     bob = Person(start(), "bob")
@@ -2155,6 +2260,18 @@ def test_a_thousand_connects_and_disconnects_leave_nothing_behind(server):
             ear.close()
     eventually(lambda: not server.edge.held and not server.edge.broker.channels, "something is still held")
     assert descriptors() <= before + 1 and threading.active_count() == threads
+
+
+def test_a_stream_that_closed_while_the_gate_was_asked_for_it_is_not_taken_up_again(server):
+    ear, done = Ear(Person(server, "bob"), "/w/acme/todos/live"), threading.Event()
+    eventually(lambda: server.edge.broker.channels)
+    stream, = [held for held in [*server.edge.held] if type(held) is orion.Stream]
+    watch = stream.channel.watch
+    ear.close()
+    eventually(lambda: not server.edge.broker.channels)
+    server.edge.call(server.edge.broker.rejoin, stream, watch)
+    server.edge.call(done.set)
+    assert done.wait(PATIENCE) and not server.edge.broker.channels
 
 
 def test_a_sleeping_workspace_keeps_its_streams_and_wakes_for_a_command(start):
@@ -2330,6 +2447,24 @@ def test_a_masquerade_is_over_after_its_time_and_so_are_its_streams(outside):
     assert ops.get("/w/acme/todos").status == 403
 
 
+def test_a_masquerade_ends_on_time_also_before_anybody_tidied_up(outside, monkeypatch):
+    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    assert ops.get("/w/acme/todos").status == 200
+    outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
+    assert ops.get("/w/acme/todos").status == 403
+
+
+def test_a_masquerade_that_is_over_is_journalled_once(outside):
+    outside.sign_in("ops").post("/masquerade", form={"account": "ann"})
+    outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
+    for _ in range(3):
+        outside.env.directory.ask("/_version")
+    rows = outside.directory().store.query("SELECT who, which FROM journal WHERE what = 'directory.unmask'")
+    assert [tuple(row) for row in rows] == [("ops as ann", "time is over")]
+
+
 def test_nobody_but_an_operator_looks_on_as_others(outside):
     assert outside.sign_in("ann").post("/masquerade", form={"account": "ops"}).status == 403
     assert outside.sign_in("ops").post("/masquerade", form={"account": "nobody"}).status == 404
@@ -2376,6 +2511,20 @@ def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
             assert db.execute("SELECT count(*) FROM journal").fetchone()[0] == len(stored) + 3, "a command without its journal row"
     going.set()
     writer.join()
+
+
+def test_nobody_writes_between_the_last_copy_of_a_file_and_its_end(counters, tmp_path, monkeypatch):
+    counters.create("a")
+    real, tried = orion.copy_database, []
+
+    def copy_and_try_to_write(source, target):
+        rows = real(source, target)
+        with contextlib.closing(sqlite3.connect(source, timeout=0)) as other, pytest.raises(sqlite3.OperationalError, match="locked"):
+            tried.append(other.execute("BEGIN IMMEDIATE"))
+        return rows
+    monkeypatch.setattr(orion, "copy_database", copy_and_try_to_write)
+    orion.take_away(counters.path("a"), tmp_path / "last.db")
+    assert not tried and not counters.path("a").exists()
 
 
 def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
@@ -2583,7 +2732,8 @@ def verdict_of(fleet, person_cookie, name):
     return {key.lower(): value for key, value in answer.getheaders() if key.lower() in orion.TRUSTED}
 
 
-@cases("how", ["none", "no seal", "another role", "another account", "another workspace", "stale", "from the future", "another key", "another node's", "junk", "read-only left out"])
+@cases("how", ["none", "no seal", "another role", "another account", "another workspace", "another path", "stale", "from the future", "another key", "another node's",
+               "junk", "read-only left out"])
 def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, monkeypatch, how):
     node, name, other = fleet.nodes[0], fleet.found(on=fleet.nodes[0]), fleet.found(on=fleet.nodes[1])
     cookie = fleet.cookie("bob")
@@ -2595,10 +2745,11 @@ def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, 
     changed = {"none": lambda: {}, "no seal": lambda: {**said, "x-verdict": ""}, "another role": lambda: {**said, "x-role": "admin"},
                "another account": lambda: {**said, "x-account": "eve"}, "another workspace": lambda: {**said, "x-workspace": other},
                "stale": lambda: said, "from the future": lambda: said, "another key": lambda: said, "another node's": lambda: verdict_of(fleet, cookie, other),
+               "another path": lambda: said,
                "junk": lambda: {**said, "x-verdict": "9" * 40 + ".\xe9"}, "read-only left out": lambda: {**said, "x-read-only": "true"}}[how]()
     if how in ("stale", "from the future"):
         monkeypatch.setattr(orion.time, "time", lambda: clock() + (31 if how == "stale" else -61))
-    asked = other if how in ("another node's", "another workspace") else name
+    asked = other if how in ("another node's", "another workspace", "another path") else name
     answer = Person(node).ask("GET", f"/w/{asked}/todos", **changed)
     assert answer.status == (421 if how == "another node's" else 403) and fetched(node) == before
 
@@ -2611,6 +2762,21 @@ def test_a_node_does_the_directorys_errands_for_nobody_else(fleet):
     seal = orion.seal_of(orion.errand_parts(orion.Request("POST", f"/_node/{id}/_counts")), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
     assert Person(node).ask("POST", f"/_node/{id}/aside", x_verdict=seal).status == 403
     assert Person(node).ask("POST", f"/_node/{id}/_counts", x_verdict=seal).status == 200
+
+
+def test_an_errand_is_believed_with_the_body_it_was_sealed_with_alone(fleet):
+    node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
+    path = f"/_node/{fleet.directory.env.workspaces.id_from_name(name)}/piece"
+    request = orion.Request("POST", path, "at=0", body=b"the directory's")
+    seal = orion.seal_of(orion.errand_parts(request), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
+    assert [Person(node).ask("POST", f"{path}?at=0", body, x_verdict=seal).status for body in (b"somebody's", b"the directory's")] == [403, 200]
+
+
+def test_a_node_writes_nothing_for_a_page_of_another_site(fleet):
+    node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
+    said = {**verdict_of(fleet, fleet.cookie("bob"), name), "Content-Type": "application/json"}
+    post = lambda **headers: Person(node).ask("POST", f"/w/{name}/todos", '{"title": "x"}', **said, **headers).status
+    assert [post(Origin="http://evil.example"), post()] == [403, 200]
 
 
 @needs_nginx
@@ -2681,6 +2847,15 @@ def test_a_move_that_fails_leaves_everything_as_it_was(doomed):
     person = Person(fleet.directory)
     person.headers["Cookie"] = fleet.cookie("bob")
     assert person.get(f"/_gate/{name}").headers["x-node"] == first.address
+
+
+def test_a_move_by_which_rows_would_be_lost_does_not_happen(fleet, monkeypatch):
+    first, second = fleet.nodes
+    name, send_file = fleet.found(on=first), orion.send_file
+    monkeypatch.setattr(orion, "send_file", lambda *args: send_file(*args) - 1)
+    assert f"arrived at {second.address}" in fleet.cli("node", "move", name, second.address, status=2)
+    assert verdict_of(fleet, fleet.cookie("bob"), name)["x-node"] == first.address
+    assert Person(first).ask("GET", f"/w/{name}/todos", **verdict_of(fleet, fleet.cookie("bob"), name)).status == 200
 
 
 def test_a_workspace_whose_node_can_not_be_reached_is_not_founded_and_its_name_stays_free(doomed):
@@ -3001,6 +3176,13 @@ def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp
     assert b"sessions" not in file and b"password" not in file
 
 
+def test_an_imported_file_has_no_free_page_in_which_a_password_could_be_left(single, tmp_path):
+    assert orion.main(argv=["workspace", "import", str(single.env.settings.single), "--data", str(tmp_path / "many")]) == 0
+    file, = (tmp_path / "many" / "workspaces").glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
+
+
 def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsys):
     Person(single, "bob").post("/w/acme/todos", title="kept")
     root, copy = str(single.env.settings.single), str(tmp_path / "again" / "team.db")
@@ -3134,6 +3316,13 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
     assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
 
 
+def test_a_workspace_on_its_way_stays_closed_when_it_is_exported_once_more(served, tmp_path):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
+    served.run("workspace", "export", "acme", tmp_path / "again.db")
+    answer = Person(served, "bob").get("/w/acme/todos")
+    assert answer.status == 503 and "is being moved" in answer.text
+
+
 def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_doubled(start, run, tmp_path):
     here, there = start(folder="here"), start(folder="there")
     for words in (("workspace", "remove", "acme", "--now"),):
@@ -3144,7 +3333,8 @@ def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_do
     def write(writer):
         server = here
         for n in range(60):
-            while bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}").status != 200:
+            while (answer := bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}")).status != 200:
+                assert answer.status == 503, answer.text
                 waited.set()
                 server = there if there.moved else here
             with lock:
@@ -3187,6 +3377,16 @@ def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
     (tmp_path / "part").mkdir()
     status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
     assert status == 2 and "no complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
+
+
+def test_a_backup_that_lacks_rows_is_not_restored(served, run, tmp_path):
+    served.run("backup", tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    held = json.loads(manifest.read_text())
+    held[served.env.workspaces.id_from_name("acme")]["rows"] += 1
+    manifest.write_text(json.dumps(held))
+    status, _, err = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
+    assert status == 2 and "when it was copied" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
 
 
 def test_a_workspace_comes_back_as_it_was_beside_the_present_one(served, tmp_path):
