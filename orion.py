@@ -634,17 +634,21 @@ class Store:
             raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
         return " ".join(self.tables() - known)
 
-    def judged(self, slice: str, sql: str, *args: Any) -> None:
-        """Execute sql. PermissionError: it touches another slice's table, or more than tables. SQLite itself is
-        the judge of what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
+    def judged(self, slice: str, sql: str, *args: Any, rows_only: bool = False) -> None:
+        """Execute sql. PermissionError: it touches another slice's table, or more than tables; or, with rows_only, more
+        than rows. SQLite itself is the judge of what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
         ran, foreign = self.query("SELECT slice, tables FROM _migrations"), []
         owners = {table: row["slice"] for row in ran for table in row["tables"].split()}
+        if not rows_only:
+            owners.pop("sqlite_sequence", None)      # a line in it goes with each table whose ids are given once
 
         def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
             table = second if action in NAMED_SECOND else first
             owner = "orion" if table == "_migrations" or action in ORIONS_OWN else owners.get(table, slice)
-            if owner != slice:
-                foreign.append(f"touches table {table!r} of slice {owner!r}")
+            if rows_only and action not in ROWS:
+                foreign.append("does more than read and write rows, which is for migrations")
+            elif owner != slice:
+                foreign.append(f"touches table {table!r} of slice {owner!r}; ask for what that slice exports")
             return sqlite3.SQLITE_DENY if foreign else sqlite3.SQLITE_OK
         self.db.set_authorizer(judge)
         try:
@@ -673,7 +677,10 @@ class Store:
 
 NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
                 sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
-ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA}
+ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_TRANSACTION,
+              sqlite3.SQLITE_SAVEPOINT}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE,
+        sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
 class Borders:
@@ -686,14 +693,14 @@ class Borders:
             self.empty.migrate(slice, entries)
 
     def check(self, slice: str, sql: str, args: Sequence[Any]) -> None:
-        """PermissionError: sql leaves the slice's tables."""
+        """PermissionError: sql leaves the slice's tables, or would change one itself."""
         if (slice, sql) in self.passed:
             return
         with self.lock:
             try:
-                self.empty.judged(slice, f"EXPLAIN {sql}", *args)
+                self.empty.judged(slice, f"EXPLAIN {sql}", *args, rows_only=True)
             except PermissionError as error:
-                raise PermissionError(f"slice {slice!r} {error}; ask for what that slice exports: {sql}") from error
+                raise PermissionError(f"slice {slice!r} {error}: {sql}") from error
             if len(self.passed) > 10_000:            # somebody makes SQL from values, instead of passing them
                 self.passed.clear()
             self.passed.add((slice, sql))
@@ -939,9 +946,10 @@ class Stub:
         trace, kind = self.namespace.trace, "gate" if request.path.startswith("/_gate") else self.namespace.kind
         return trace.leg(kind, self.id, self.reach, request) if trace.watched else self.reach(request)
 
-    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http") -> Any:
+    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http",
+            method: str = "GET") -> Any:
         """What the object says to a question of the server itself."""
-        return json.loads(self.fetch(Request("GET", path, query, headers, scheme=scheme)).body)
+        return json.loads(self.fetch(Request(method, path, query, headers, scheme=scheme)).body)
 
     def reach(self, request: Request) -> Response:
         while True:
@@ -963,6 +971,7 @@ class Namespace:
         self.fetches, self.served = 0, collections.Counter()                  # served: by id, what came from outside
         self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
         self.alarms: Dict[str, float] = {}           # by id: when its next job is due
+        self.looked = set()                          # ids whose files need not be looked into for jobs any more
         self.on_alarm = lambda: None                 # called when one is due at once
 
     def id_from_name(self, name: str) -> str:
@@ -1026,7 +1035,7 @@ class Namespace:
 
     def forget(self, one: DurableObject) -> None:
         with self.lock:
-            del self.objects[one.id]
+            self.objects.pop(one.id, None)
 
     def rest(self, idle: Optional[float] = None) -> None:
         """Put to sleep who was not used for idle seconds."""
@@ -1048,6 +1057,9 @@ JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT N
         "CREATE INDEX jobs_due ON jobs (due)")
 
 
+CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
+
+
 class Queue:
     """One object's jobs. known: what may be put in, by name; alarm(due) is called when something was."""
     TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
@@ -1061,24 +1073,34 @@ class Queue:
         self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
         self.store.on_commit.append(lambda: self.alarm(due))
 
-    def work(self, run: Callable[[sqlite3.Row, Callable[..., None]], None]) -> Optional[float]:
-        """run(row, job) for one that is due. Returns when the next one is."""
-        row = self.store.one("SELECT * FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
-        if row:
-            try:
-                with self.store.tx():
-                    run(row, self.known[row["job"]])
-                    self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
-            except Exception as error:               # a slice's own code: whatever it raises, the others go on
-                if not self.store.db.in_transaction:
-                    raise
-                self.failed(row, f"{type(error).__name__}: {error}"[:500])
+    def due(self) -> Optional[float]:
+        """When the next one is."""
         return self.store.one("SELECT min(due) FROM jobs")[0]
 
-    def failed(self, row: sqlite3.Row, why: str) -> None:
+    def claim(self) -> Optional[int]:
+        """The id of one that is due. It counts as failed from here on, until it ends well: one that takes the process
+        down, or the transaction, is not the first that is tried next time."""
+        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
+        if row is None:
+            return None
         tries = row["tries"] + 1
         due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = ? WHERE id = ?", tries, due, why, row["id"])
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = ? WHERE id = ?", tries, due, "it did not end",
+                        row["id"])
+        return row["id"]
+
+    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
+        """work(row, job) for one that was claimed."""
+        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
+        try:
+            with self.store.tx():
+                work(row, self.known[row["job"]])
+                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
+        except CRASH as error:
+            if not self.store.db.in_transaction:
+                raise
+            why = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "backslashreplace").decode()
+            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", why, id)
 
     def retry(self) -> None:
         """Those that were given up have all their tries again."""
@@ -1097,14 +1119,14 @@ class Alarms:
 
     def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
         """put(function, *args): into a pool."""
-        self.namespace, self.put, self.looked = namespace, put, set()
+        self.namespace, self.put = namespace, put
         self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
 
     def look(self) -> None:
         """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
         for id, path in self.namespace.files():
-            if id not in self.looked:
-                self.looked.add(id)
+            if id not in self.namespace.looked:
+                self.namespace.looked.add(id)
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(Store(path)) as store:
                     self.namespace.alarm(id, store.one("SELECT min(due) FROM jobs")[0])
 
@@ -1117,12 +1139,14 @@ class Alarms:
 
     def work(self, id: str) -> None:
         """In the pool: one job, in a commit of its own. Then it is the turn of whoever waits longest."""
-        due: Optional[float] = None
+        stub = self.namespace.get(id)
+        due = time.time() + 60 if self.namespace.path(id).exists() else None     # None: removed, or moved away
         try:
-            due = json.loads(self.namespace.get(id).fetch(Request("POST", "/_jobs")).body)
-        except Exception:
-            due = time.time() + 60 if self.namespace.path(id).exists() else None       # None: removed, or moved away
-            raise
+            job = due and stub.ask("/_claim", method="POST")
+            try:
+                None if job is None else stub.ask("/_jobs", f"id={job}", method="POST")
+            finally:
+                due = due and stub.ask("/_due")
         finally:
             self.namespace.alarm(id, due)
             self.at_once.release()
@@ -1307,6 +1331,7 @@ class SliceHost(DurableObject):
         self.bus.subscribe(lambda topic: self.kept.clear())
         self.parts = {slice.name: Part(self.store, slice.name, self.router.borders) for slice in self.router.slices}
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
+        self.namespace.alarm(self.id, self.queue.due())
 
     def viewer(self, request: Request) -> Viewer:
         names = "x-account", "x-role", "x-grants", "x-operator", "x-read-only"
@@ -1317,8 +1342,8 @@ class SliceHost(DurableObject):
 
     def handle(self, request: Request) -> Response:
         if request.path in self.OWN:
-            return as_json(self.OWN[request.path](self))
-        slice, row, args = self.router.match(request.method, request.path)
+            return as_json(self.OWN[request.path](self, request))
+        slice, row, args = self.router_of(request).match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
         ctx = Context(self.parts[slice], viewer, request, self.bus.publish, self.scope(request), self)
@@ -1333,13 +1358,17 @@ class SliceHost(DurableObject):
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
 
-    def facts(self) -> Dict[str, Any]:
+    def router_of(self, request: Request) -> Router:
+        return self.router
+
+    def facts(self, request: Request) -> Dict[str, Any]:
         return {"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
                 "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()}
 
     # what the server itself asks; the worker lets no path like these in from outside
-    OWN = {"/_counts": facts, "/_jobs": lambda self: self.queue.work(self.work),
-           "/_retry": lambda self: self.queue.retry()}
+    OWN = {"/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
+           "/_jobs": lambda self, request: self.queue.run(int(request.params["id"]), self.work),
+           "/_due": lambda self, request: self.queue.due(), "/_retry": lambda self, request: self.queue.retry()}
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
@@ -1556,16 +1585,21 @@ class Workspace(SliceHost):
     quota = ""
 
     def open(self, create: bool = False) -> None:
+        """SQLite itself keeps to max_page_count, but forgets it when the file is closed. A job comes without a verdict
+        that tells it, so the file remembers."""
         super().open(create)
-        self.quota = ""
+        self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
+        self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
 
     def heed_quota(self, quota: str) -> None:
-        """SQLite itself keeps it (max_page_count), but forgets it when the file is closed."""
-        self.store.exec(f"PRAGMA max_page_count = {max(1, int(quota) // self.store.one('PRAGMA page_size')[0])}")
+        pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
+        self.store.exec(f"PRAGMA max_page_count = {pages}")
+        if self.store.one("PRAGMA user_version")[0] != pages:
+            self.store.exec(f"PRAGMA user_version = {pages}")
         self.quota = quota
 
     def handle(self, request: Request) -> Response:
-        if request.headers.get("x-quota", self.quota) != self.quota:
+        if request.method not in SAFE and request.headers.get("x-quota", self.quota) != self.quota:
             self.heed_quota(request.headers["x-quota"])
         return super().handle(request)
 
@@ -1788,6 +1822,7 @@ class Directory(SliceHost):
                   Route("DELETE", "/members/<account>", MEMBER, expel))
         own = Slice("directory", DIRECTORY_TABLES, (MEMBERS,), routes)
         super().__init__(id, namespace, Router([own, *slices]), pages)
+        self.outside, self.inside = (Router([own]), Router(slices)) if slices else (self.router, None)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars = Throttle(), frozenset()
@@ -2172,7 +2207,11 @@ def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[
 
 class Single(Directory):
     """Both planes in one object and one file, for a server with one workspace: who looks is asked in the same breath as
-    what there is to see."""
+    there is to see."""
+
+    def router_of(self, request: Request) -> Router:
+        """A workspace's pages are where its gate was asked, and nowhere else."""
+        return self.inside if "x-id" in request.headers and not request.path.startswith("/members") else self.outside
 
     def open(self, create: bool = False) -> None:
         super().open(create)

@@ -899,10 +899,10 @@ def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
 
 def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
     office.write_letter(text="fail")
-    eventually(lambda: office.rows("SELECT tries FROM jobs") == [(1,)])
-    (due, error), = office.rows("SELECT due, error FROM jobs")
-    assert time.time() < due <= time.time() + 2 and error == "RuntimeError: the post office is closed"
-    assert office.rows("SELECT * FROM sent") == [] and office.env.workspaces.alarms[office.acme] == due
+    eventually(lambda: office.rows("SELECT tries, error FROM jobs") == [(1, "RuntimeError: the post office is closed")])
+    (due,), = office.rows("SELECT due FROM jobs")
+    assert time.time() < due <= time.time() + 2 and office.rows("SELECT * FROM sent") == []
+    assert eventually(lambda: office.env.workspaces.alarms.get(office.acme) == due)
 
 
 def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
@@ -1025,7 +1025,9 @@ def test_an_address_that_is_not_there_says_so(server, path, method, status, allo
 
 @cases("sql", ["SELECT title FROM todos", "SELECT (SELECT count(*) FROM todos)", "DELETE FROM todos", "INSERT INTO mine SELECT title FROM todos", "SELECT * FROM journal",
                "DELETE FROM jobs", "DELETE FROM _migrations", "ATTACH 'elsewhere.db' AS e", "PRAGMA foreign_keys = OFF", "UPDATE mine SET n = (SELECT max(id) FROM todos)",
-               "WITH t AS (SELECT id FROM todos) SELECT * FROM t", "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "DROP TABLE todos"])
+               "WITH t AS (SELECT id FROM todos) SELECT * FROM t", "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "DROP TABLE todos",
+               "CREATE TRIGGER t AFTER INSERT ON mine BEGIN DELETE FROM todos; END", "CREATE TEMP TABLE todos (title)", "COMMIT", "ROLLBACK", "SAVEPOINT mine",
+               "UPDATE sqlite_sequence SET seq = 0"])
 def test_a_slice_reaches_no_table_but_its_own(start, capfd, sql):
     def reach(ctx):
         ctx.store.exec("INSERT INTO mine VALUES (1)")
@@ -1035,7 +1037,7 @@ def test_a_slice_reaches_no_table_but_its_own(start, capfd, sql):
     server = start((orion.todos, nosy))
     bob = Person(server, "bob")
     assert bob.get("/w/acme/todos").status == 200      # the owner's own statements run before, and are remembered
-    assert bob.post("/w/acme/nosy").status == 500 and "slice 'nosy' touches table" in capfd.readouterr().err
+    assert bob.post("/w/acme/nosy").status == 500 and re.search("slice 'nosy' (touches table|does more)", capfd.readouterr().err)
     with contextlib.closing(server.store("acme")) as db:
         assert db.execute("SELECT (SELECT count(*) FROM mine), (SELECT count(*) FROM todos)").fetchone() == (0, 3)
 
