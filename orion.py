@@ -73,6 +73,7 @@ import socket
 import sqlite3
 import stat
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -671,6 +672,11 @@ class Store:
         except sqlite3.Error:
             return False
 
+    def leave(self) -> None:
+        """The file was moved away: write into it what it lacks, so that what comes to its place finds no WAL of it."""
+        with contextlib.suppress(sqlite3.Error):
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         self.db.close()                              # the last connection out moves the WAL into the file
 
@@ -925,6 +931,8 @@ class DurableObject:
         return store is not None and not store.intact()
 
     def shut(self) -> None:
+        if self.torn:
+            self.store.leave()
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
@@ -1053,7 +1061,7 @@ class Namespace:
 # when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
 
 JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
-        "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",     # due NULL: given up
+        "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",
         "CREATE INDEX jobs_due ON jobs (due)")
 
 
@@ -1061,7 +1069,8 @@ CRASH = (Exception, SystemExit)                      # what a slice's code may r
 
 
 class Queue:
-    """One object's jobs. known: what may be put in, by name; alarm(due) is called when something was."""
+    """One object's jobs; the due of one that was given up is NULL. known: what may be put in, by name; alarm(due) is
+    called when something was."""
     TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
 
     def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
@@ -1599,7 +1608,7 @@ class Workspace(SliceHost):
         self.quota = quota
 
     def handle(self, request: Request) -> Response:
-        if request.method not in SAFE and request.headers.get("x-quota", self.quota) != self.quota:
+        if request.method not in SAFE and request.headers.get("x-quota", "0") not in ("0", self.quota):
             self.heed_quota(request.headers["x-quota"])
         return super().handle(request)
 
@@ -1680,14 +1689,21 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
            "x-quota", "x-node")
 SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
+FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
 
 
 def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
     return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
 
 
+def age(seal: str) -> float:
+    """Seconds since it was made, if the clocks agree."""
+    return time.time() + SEALED_SECONDS - int(seal.partition(".")[0])
+
+
 def sealed_verdict(verdict: Response, key: bytes) -> Response:
-    """With a seal that a node can check: over the whole verdict, for a short time."""
+    """With a seal that a node can check: over the whole verdict, for a short time. key: the oldest, which a node still
+    has when they were rotated a moment ago."""
     said = dict(verdict.headers)
     seal = seal_of([said.get(name, "") for name in VERDICT], key, int(time.time()) + SEALED_SECONDS)
     return verdict._replace(headers=(*verdict.headers, ("x-verdict", seal)))
@@ -1911,7 +1927,7 @@ class Directory(SliceHost):
         hear 200 and no verdict, and whoever they bring the request to asks again."""
         if answer is MOVING:
             return Response(200)
-        return sealed_verdict(answer, self.keys[0]) if answer.status == 200 else answer
+        return sealed_verdict(answer, self.keys[-1]) if answer.status == 200 else answer
 
     def gate(self, request: Request, workspace: str) -> Response:
         """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte."""
@@ -2238,6 +2254,7 @@ class Env(NamedTuple):
     workspaces: Namespace
     trace: Trace
     front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
+    admit: Callable[[Request, Env], Optional[Response]]      # the verdict that front will heed
     console: Callable[[Request], Response] = lambda request: Response(404)       # section 18
 
 
@@ -2687,10 +2704,12 @@ class Broker:
         self.moved = set()                                     # objects whose watchers came or went since then
         self.accounts = collections.Counter()                  # how many streams each has open
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
+        self.changed = float("-inf")                           # when somebody's access last did
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
         if topic.startswith("access:"):
+            self.changed = time.monotonic()
             self.edge.pool.put(self.gate_again, topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
             if channel.watch.topic == topic:
@@ -2765,15 +2784,25 @@ class Broker:
 
     def gate_again(self, account: str = "") -> None:
         """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker
-        once more. The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
+        once more."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
-            try:
-                response = worker(stream.again, self.edge.env)
-                self.edge.call(self.rejoin, stream, response.watch)
-            except Refused as no:
-                self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
-            except StorageFault:
-                self.edge.call(stream.close)         # its client comes back, and hears more
+            self.ask_again(stream)
+
+    def ask_again(self, stream: Stream) -> None:
+        """The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
+        try:
+            response = worker(stream.again, self.edge.env)
+            self.edge.call(self.rejoin, stream, response.watch)
+        except Refused as no:
+            self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
+        except StorageFault:
+            self.edge.call(stream.close)             # its client comes back, and hears more
+
+    def welcome(self, stream: Stream, watch: Watch) -> None:
+        """A new stream. If access changed while its request was on the way, the verdict may be from before."""
+        self.join(stream, watch)
+        if time.monotonic() < self.changed + SEALED_SECONDS:
+            self.edge.pool.put(self.ask_again, stream)
 
     def rejoin(self, stream: Stream, watch: Optional[Watch]) -> None:
         if stream.channel and watch:                           # it is still open
@@ -2785,6 +2814,7 @@ class Broker:
         with self.edge.env.trace.silence(), contextlib.suppress(Refused):      # it is elsewhere, and can't be reached
             self.version = directory.ask("/_version")
         if before not in (0, self.version):
+            self.changed = time.monotonic()
             self.gate_again()
             self.edge.alarms.look()
             for channel in [*self.channels.get(directory.id, {}).values()]:
@@ -3055,15 +3085,15 @@ def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
     return rows
 
 
-def take_in(part: pathlib.Path, path: pathlib.Path) -> int:
-    """Let a database that came in pieces take its place, if it is whole. The number of rows in it."""
-    with contextlib.closing(sqlite3.connect(part if part.exists() else path)) as db:
-        rows = verified(db)
-    if part.exists():
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    return rows
+def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{tail}")
+
+
+def rows_of(path: pathlib.Path) -> int:
+    """The number of rows in a database that is whole. sqlite3.DatabaseError: it is not, or there is none."""
+    identity(path)
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        return verified(db)
 
 
 def progress(done: int, all: int, what: str) -> None:
@@ -3124,16 +3154,18 @@ def unreachable(address: str, why: Any) -> Refused:
     return Refused(503, f"{address} can't be reached ({why}). Try again in a minute.", (("retry-after", "30"),))
 
 
-def errand(address: str, key: bytes, request: Request) -> Response:
-    """Send request to another process of this deployment. Refused(503): it can't be reached; any other: as it said."""
+def errand(settings: Settings, address: str, request: Request, patience: float = 5.0) -> Response:
+    """Send request to another process of this deployment. Refused(503): it can't be reached in so many seconds; any
+    other: as it said."""
     if time.monotonic() < DOWN.get(address, 0.0):
         raise unreachable(address, "it did not answer a moment ago")
     target = urllib.parse.quote(request.path) + (f"?{request.query}" if request.query else "")
-    link = http.client.HTTPConnection(address, timeout=5)
+    seal = seal_of(errand_parts(request, request.scheme), keys_now(settings)[-1], int(time.time()) + SEALED_SECONDS)
+    link = http.client.HTTPConnection(address, timeout=patience)
     try:
         link.request(request.method, target, request.body, {
-            "host": "localhost", "cookie": request.headers.get("cookie", ""),
-            "x-verdict": seal_of(errand_parts(request), key, int(time.time()) + SEALED_SECONDS)})
+            "host": "localhost", "cookie": request.headers.get("cookie", ""), "x-forwarded-proto": request.scheme,
+            "x-verdict": seal})
         answer = link.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as error:
@@ -3145,14 +3177,14 @@ def errand(address: str, key: bytes, request: Request) -> Response:
     return Response(answer.status, body, answer.headers.get("content-type", ""), headers)
 
 
-def errand_parts(request: Request) -> Tuple[str, ...]:
+def errand_parts(request: Request, scheme: str) -> Tuple[str, ...]:
     digest = hashlib.sha256(request.body).hexdigest()
-    return request.method, request.path, request.query, request.headers.get("cookie", ""), digest
+    return request.method, request.path, request.query, request.headers.get("cookie", ""), scheme, digest
 
 
 def is_errand(request: Request, settings: Settings) -> bool:
-    given = request.headers.get("x-verdict", "")
-    return request.path.startswith("/_") and believed(given, errand_parts(request), keys_now(settings))
+    parts = errand_parts(request, request.headers.get("x-forwarded-proto", ""))
+    return request.path.startswith("/_") and believed(request.headers.get("x-verdict", ""), parts, keys_now(settings))
 
 
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
@@ -3163,6 +3195,18 @@ def keys_now(settings: Settings) -> Tuple[bytes, ...]:
 @functools.lru_cache(maxsize=4)
 def cached_keys(path: pathlib.Path, mtime: int) -> Tuple[bytes, ...]:
     return load_keys(path)
+
+
+def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST", query: str = "",
+             body: bytes = b"") -> bytes:
+    """Refused(503): the node can't be reached, or said no."""
+    if not node:
+        raise Refused(503, "This workspace is on no node yet. node move brings it to one.", (("retry-after", "60"),))
+    patience = 600.0 if what in ("aside", "copy", "adopt") else 5.0        # they copy, or read, all of a file
+    answer = errand(settings, node, Request(method, f"/_node/{id}/{what}", query, body=body), patience)
+    if answer.status != 200:
+        raise Refused(503, f"{node} answered {answer.status}: {answer.body.decode('utf-8', 'replace').strip()}")
+    return answer.body
 
 
 class Elsewhere:
@@ -3177,94 +3221,200 @@ class Elsewhere:
     def fetch(self, request: Request) -> Response:
         if not request.wait:
             raise WouldBlock
-        if self.namespace.kind == "workspace" and not request.path.startswith("/_"):
+        if self.namespace.kind == "directory":
+            return errand(self.settings, self.address(self.id), request)
+        if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the proxy in front.")
-        path = f"/_node/{self.id}{request.path}" if self.namespace.kind == "workspace" else request.path
-        return errand(self.address(self.id), keys_now(self.settings)[0], request._replace(path=path))
+        return Response(200, ask_node(self.settings, self.address(self.id), self.id, request.path[1:], request.method))
 
     def sleep(self, unused_since: float) -> None:
         self.namespace.forget(self)
 
 
+class Remote(Namespace):
+    """Objects that live in other processes: no file in the folder is one of theirs."""
+
+    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+        return iter(())
+
+
 def directory_front(request: Request, env: Env) -> Response:
     """The worker of a directory alone. A workspace that somebody founded is there when its node has made the file."""
-    if request.path in ("/_version", "/_whoami") and is_errand(request, env.settings):
-        return env.directory.fetch(request)
+    if re.match("/_(version|whoami|gate/.*)$", request.path) and is_errand(request, env.settings):
+        return env.directory.fetch(request._replace(scheme=request.headers["x-forwarded-proto"]))
     response = worker(request, env)
     if request.method == "POST" and request.path == "/workspaces" and response.which:
         settle(env.settings, response.which)
     return response
 
 
-def settle(settings: Settings, name: str) -> None:
-    """Have a new workspace's node make its file, then let people in. Refused: it did not; the name is free again."""
-    with contextlib.closing(Store(settings.directory_file)) as store:
-        row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
-        try:
-            if row:
-                errand(row["node"], keys_now(settings)[0], Request("POST", f"/_node/{row['id']}/create"))
-                store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
-        except Refused:
-            with store.tx():
-                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-            raise
+def node_admit(request: Request, env: Env) -> Response:
+    """The verdict that a proxy brought from the gate. It holds for this node, for the workspace that the path names,
+    and for a short time; when it is not fresh, for the request was long on its way, the gate is asked again."""
+    headers = request.headers
+    said = Response(200, headers=tuple([(name, headers[name]) for name in VERDICT if headers.get(name)]))
+    seal, workspace = headers.get("x-verdict", ""), request.path.split("/")[2] if request.path.startswith("/w/") else ""
+    if not workspace or headers.get("x-workspace") != workspace or not believed(
+            seal, [headers.get(name, "") for name in VERDICT], keys_now(env.settings)):
+        raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
+    if request.method not in SAFE:
+        refuse_foreign(request)
+    verdict = said if age(seal) < FRESH_SECONDS else admit(request, env)
+    if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
+        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
+    return verdict
 
 
 def node_front(request: Request, env: Env) -> Response:
-    """The worker of a node: the proxy asked the gate and brought the verdict. It holds for this node, for the workspace
-    that the path names, and for a short time; else nothing here is contacted."""
+    """The worker of a node: the proxy asked the gate and brought the verdict. Without one nothing here is contacted."""
     if request.path.startswith("/_node/") and is_errand(request, env.settings):
         return node_errand(request, env)
-    headers = request.headers
-    verdict = {name: headers[name] for name in VERDICT if headers.get(name)}
-    workspace = request.path.split("/")[2] if request.path.startswith("/w/") else ""
-    if not workspace or verdict.get("x-workspace") != workspace or not believed(
-            headers.get("x-verdict", ""), [verdict.get(name, "") for name in VERDICT], keys_now(env.settings)):
-        raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
-    if verdict.get("x-node") != env.settings.node_name:
-        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
-    if request.method not in SAFE:
-        refuse_foreign(request)
-    own = {name: value for name, value in headers.items() if name not in TRUSTED}
-    return forward(request._replace(headers=own), verdict, env)
+    verdict = node_admit(request, env)
+    if verdict.status != 200:
+        return refusal(request, verdict)
+    own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
+    return forward(request._replace(headers=own), dict(verdict.headers), env)
 
 
-def rows_of(path: pathlib.Path) -> int:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return verified(db)
-
+# -- errands about a workspace's file, done by whoever has it. Each can be asked twice, for an answer may be lost.
 
 PIECE = 48 * 1024                                    # bytes of a file to a request
 
 
+def has_file(path: pathlib.Path, **_: Any) -> bool:
+    return path.exists() or beside(path, "moved").exists()
+
+
+def set_aside(path: pathlib.Path, **_: Any) -> int:
+    """Nobody writes to it any more, and whoever did so before has finished. The number of rows."""
+    aside = beside(path, "moved")
+    return take_away(path, aside) if path.exists() else rows_of(aside)
+
+
+def bring_back(path: pathlib.Path, env: Env, **_: Any) -> int:
+    """Undo that. What is in its place was never set aside, or came later."""
+    if not path.exists():
+        os.replace(beside(path, "moved"), path)
+    env.workspaces.alarm(path.stem, time.time())
+    return rows_of(path)
+
+
+def copy_aside(path: pathlib.Path, **_: Any) -> int:
+    return copy_database(path, beside(path, "copy"))
+
+
+def read_piece(path: pathlib.Path, params: Dict[str, str], **_: Any) -> bytes:
+    with open(beside(path, "copy" if params.get("of") == "copy" else "moved"), "rb") as file:
+        file.seek(int(params["at"]))
+        return file.read(PIECE)
+
+
+def write_piece(path: pathlib.Path, params: Dict[str, str], body: bytes, **_: Any) -> None:
+    at = int(params["at"])
+    with open(beside(path, "part"), "r+b" if at else "wb") as file:
+        file.seek(at)
+        file.write(body)
+
+
+def take_in(path: pathlib.Path, env: Env, **_: Any) -> int:
+    """What came in pieces takes its place, if it is whole. The number of rows in it. Its jobs do not run yet."""
+    part = beside(path, "part")
+    rows = rows_of(part if part.exists() else path)
+    if part.exists():
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        env.workspaces.looked.add(path.stem)
+        os.replace(part, path)
+        beside(path, "moved").unlink() if beside(path, "moved").exists() else None       # it left, and is back
+    return rows
+
+
+def drop(path: pathlib.Path, **_: Any) -> None:
+    take_away(path) if path.exists() else None
+    forget_copies(path)
+
+
+def forget_copies(path: pathlib.Path, **_: Any) -> None:
+    for tail in ("moved", "copy", "part"):
+        with contextlib.suppress(FileNotFoundError):
+            beside(path, tail).unlink()
+
+
+ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
+    ("GET", "has"): has_file, ("POST", "aside"): set_aside, ("POST", "back"): bring_back, ("POST", "copy"): copy_aside,
+    ("GET", "piece"): read_piece, ("POST", "piece"): write_piece, ("POST", "adopt"): take_in, ("POST", "drop"): drop,
+    ("POST", "forget"): forget_copies,
+    ("POST", "create"): lambda path, env, **_: path.exists() or env.workspaces.create(path.stem),
+    ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
+
+
+def do_errand(env: Env, request: Request, id: str, what: str) -> bytes:
+    """The answer is JSON, or a piece. Refused(404): there is no such errand; StorageFault: the file is no good."""
+    do, path = ERRANDS.get((request.method, what)), env.workspaces.path(id)
+    if do is None:
+        raise nothing_here()
+    try:
+        said = do(path, env=env, params=request.params, body=request.body)
+    except (sqlite3.Error, OSError) as error:
+        raise StorageFault(path, error) from error
+    return said if isinstance(said, bytes) else json.dumps(said).encode()
+
+
 def node_errand(request: Request, env: Env) -> Response:
-    """What the directory has a node do with a workspace's file. Each can be asked twice, for an answer may be lost."""
+    """What the directory has a node do."""
     if not request.wait:
         raise WouldBlock
     id, what = request.path.split("/")[2:4]
-    path, at = env.workspaces.path(id), int(request.params.get("at", 0))
-    aside, part = path.with_name(f"{path.name}.moved"), path.with_name(f"{path.name}.part")
     if what in ("_counts", "_retry"):
         return env.workspaces.get(id).fetch(request._replace(path=f"/{what}"))
-    if what == "create":
-        return as_json(path.exists() or env.workspaces.create(id))
-    if what == "aside":                              # nobody writes to it any more; whoever did so before has finished
-        return as_json(take_away(path, aside) if path.exists() else rows_of(aside))
-    if what == "back":
-        return as_json(aside.exists() and os.replace(aside, path))
-    if what == "piece" and request.method == "GET":
-        with open(aside, "rb") as file:
-            file.seek(at)
-            return Response(200, file.read(PIECE), "application/octet-stream")
-    if what == "piece":
-        with open(part, "r+b" if at else "wb") as file:
-            file.seek(at)
-            return as_json(file.write(request.body))
-    if what == "adopt":
-        env.workspaces.alarm(id, time.time())
-        return as_json(take_in(part, path))
-    raise nothing_here()
+    return Response(200, do_errand(env, request, id, what), "application/octet-stream")
+
+
+def keeper(settings: Settings, env: Env, id: str, node: str) -> Callable[..., bytes]:
+    """Does errands with a workspace's file, wherever that is: keeper(...)(what, method, query, body)."""
+    def do_here(what: str, method: str = "POST", query: str = "", body: bytes = b"") -> bytes:
+        return do_errand(env, Request(method, "/", query, body=body), id, what)
+    return functools.partial(ask_node, settings, node, id) if node else do_here
+
+
+def pieces_of(ask: Callable[..., bytes], of: str) -> Iterator[bytes]:
+    at = 0
+    while (piece := ask("piece", "GET", f"of={of}&at={at}")):
+        yield piece
+        at += len(piece)
+
+
+def read_pieces(path: pathlib.Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while (piece := file.read(PIECE)):
+            yield piece
+
+
+def send_pieces(ask: Callable[..., bytes], pieces: Iterable[bytes]) -> None:
+    at = 0
+    for piece in pieces:
+        ask("piece", "POST", f"at={at}", piece)
+        at += len(piece)
+
+
+def settle(settings: Settings, name: str, source: Optional[pathlib.Path] = None) -> None:
+    """Have a new workspace's node make its file, or take source in; then let people in. Refused: it did not; the name
+    is free again."""
+    with contextlib.closing(Store(settings.directory_file)) as store:
+        row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
+        if row is None:
+            return
+        ask = functools.partial(ask_node, settings, row["node"], row["id"])
+        try:
+            if source:
+                send_pieces(ask, read_pieces(source))
+            ask("adopt" if source else "create")
+        except BaseException:
+            with store.tx():
+                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+            raise
+        store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
 
 
 # ==== 21. Edge =======================================================================================================
@@ -3293,6 +3443,10 @@ class Pool:
         while (job := own.popleft() if own else self.jobs.get()):
             guarded(*job)
 
+    def share(self, *job: Any) -> None:
+        """put(), for a job that whoever is free should do."""
+        self.jobs.put(job)
+
     def close(self) -> None:
         for _ in self.threads:
             self.put()
@@ -3304,7 +3458,7 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
     """One request's trouble must end neither the loop nor a thread that others need."""
     try:
         call(*args)
-    except Exception:
+    except CRASH:
         log(f"error in {call}: {traceback.format_exc()}")
 
 
@@ -3365,11 +3519,13 @@ class Connection(Held):
         """In the pool: who asks first (RFC 9110, 10.1.1) hears the gate's no before sending a body in vain."""
         try:
             request, no = self.edge.request(reading, self.peer), None
-            verdict = admit(request, self.edge.env)
+            verdict = self.edge.env.admit(request, self.edge.env)
             if verdict and verdict.status != 200:
                 refusal(request, verdict)
         except Refused as refused:
             no = refused
+        except StorageFault as fault:
+            no = fault.refusal
         self.edge.call(self.go_on, no)
 
     def go_on(self, no: Optional[Refused]) -> None:
@@ -3408,7 +3564,7 @@ class Connection(Held):
         stream = Stream(self.edge, self.socket, request, response)
         stream.write(data)
         if stream in self.edge.held:
-            self.edge.broker.join(stream, response.watch)
+            self.edge.broker.welcome(stream, response.watch)
 
     def written(self) -> None:
         """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
@@ -3507,12 +3663,13 @@ def refused(request: Request, no: Refused) -> Response:
 def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip  # who comes by IPv4 to a socket for both
         return any([ip in ipaddress.ip_network(network) for network in networks])
     return False
 
 
 def is_loopback(address: str) -> bool:
-    return in_networks(address, ("127.0.0.0/8", "::ffff:127.0.0.0/104", "::1"))
+    return in_networks(address, ("127.0.0.0/8", "::1"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3544,7 +3701,7 @@ class Edge(ThreadingHTTPServer):
         self.counting = threading.Lock()
         self.tell_time()
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
-        self.alarms = Alarms(env.workspaces, self.pool.put)
+        self.alarms = Alarms(env.workspaces, self.pool.share)
         self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
@@ -3651,7 +3808,7 @@ class Edge(ThreadingHTTPServer):
             response = refused(request, fault.refusal)
         except UnicodeEncodeError:                   # half a surrogate pair: JSON can write it, but it is no character
             response = refused(request, Refused(400, "There is a character in this that is none. Type it again."))
-        except Exception:
+        except CRASH:
             log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
         self.count(reading.method, request, response, time.perf_counter() - started)
@@ -3722,6 +3879,8 @@ class Edge(ThreadingHTTPServer):
 
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
+        if not request.wait:                         # who may see them is asked of the Directory
+            raise WouldBlock
         if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
             raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
                                "one.")
@@ -3797,7 +3956,7 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     if fresh:
         directories.create("directory")
     remember(directories.path("directory"), router)
-    env = Env(settings, directories.get("directory"), workspaces, trace, worker)
+    env = Env(settings, directories.get("directory"), workspaces, trace, worker, admit)
     if fresh and settings.demo:
         seed(env)
     return env
@@ -3848,7 +4007,7 @@ def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     root = namespace.get(namespace.id_from_name(""))
     namespace.create(root.id)
     root.fetch(Request("GET", "/_version"))
-    env = Env(settings, root, namespace, trace, single_front)
+    env = Env(settings, root, namespace, trace, single_front, admit)
     if fresh and settings.demo:
         seed(env, {"acme": DEMO_WORKSPACES["acme"]})
     return env
@@ -3861,7 +4020,7 @@ def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> E
     def node_of(id: str) -> str:
         return env.directory.ask("/_node_of", headers={"x-id": id})
     build = functools.partial(Elsewhere, settings=settings, address=node_of)
-    workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
+    workspaces = Remote("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
     return env._replace(workspaces=workspaces, front=directory_front)
 
 
@@ -3876,7 +4035,7 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
     directories = Namespace("directory", settings.data, away, 1, float("inf"), trace)
-    return Env(settings._replace(demo=False), directories.get("directory"), workspaces, trace, node_front)
+    return Env(settings._replace(demo=False), directories.get("directory"), workspaces, trace, node_front, node_admit)
 
 
 PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
@@ -3943,14 +4102,12 @@ class Unusable(Exception):
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, what: str = "", which: str = "", near: str = "") -> Iterator[Tuple[Store, Env]]:
+def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tuple[Store, Env]]:
     """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction,
-    and journalled if it has a name. near: a workspace whose file the caller needs."""
+    and journalled if it has a name."""
     env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
     env.directory.ask("/_version")                   # migrated from here on
     with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
-        if near and (settings.single or row_of(store, "workspaces", near)["node"]):
-            raise Unusable(f"{near} has no file of its own here: it is on a node, or part of a single root")
         yield store, env
         journalled(store, what, which) if what else None
 
@@ -4057,35 +4214,55 @@ REMOVED_SECONDS = 30 * 86400                         # for which a copy of a rem
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
     id is not given again."""
-    with opened(settings, "workspace remove", given.name, given.name) as (store, env):
-        row = row_of(store, "workspaces", given.name)
+    with opened(settings, "workspace remove", given.name) as (store, env):
+        row = movable(settings, store, given.name)
         store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
         store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-    path, removed = env.workspaces.path(row["id"]), settings.data / "removed"
-    path = path if path.exists() else path.with_name(f"{path.name}.moved")
-    if not given.now:
+    ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
+    if not given.now and json.loads(ask("has", "GET")):
         removed.mkdir(exist_ok=True)
-        copy_database(path, removed / f"{given.name}-{stamp()}.db")
+        ask("aside")
+        bring_here(ask, "moved", removed / f"{given.name}-{stamp()}.db")
         print(f"a copy stays in {removed} for 30 days")
     for old in removed.glob("*.db"):
         if old.stat().st_mtime < time.time() - REMOVED_SECONDS:
             old.unlink()
-    take_away(path)
+    ask("drop")
+
+
+def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
+    """The row of a workspace that has a file of its own."""
+    if settings.single:
+        raise Unusable(f"{name} is part of a single root; the file {settings.single} is all of it")
+    return row_of(store, "workspaces", name)
+
+
+def bring_here(ask: Callable[..., bytes], of: str, target: pathlib.Path) -> pathlib.Path:
+    """A copy that was made where a workspace lives, beside target for now."""
+    part = beside(target, "part")
+    with open(part, "wb") as file:
+        for piece in pieces_of(ask, of):
+            file.write(piece)
+        os.fsync(file.fileno())
+    rows_of(part)
+    os.replace(part, target)
+    return target
 
 
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
     """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the
     last word; the gate says 503 until the name is removed here."""
-    with opened(settings, "workspace export", given.name, given.name) as (store, env):
-        row = row_of(store, "workspaces", given.name)
+    with opened(settings, "workspace export", given.name) as (store, env):
+        row = movable(settings, store, given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
         members = [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"]))]
-    path = env.workspaces.path(row["id"])
-    aside = path.with_name(f"{path.name}.moved")
-    rows = copy_database(take_away(path, aside) and aside if given.move else path, given.file)
+    ask = keeper(settings, env, row["id"], row["node"])
+    rows = json.loads(ask("aside" if given.move else "copy"))
+    bring_here(ask, "moved" if given.move else "copy", given.file)
     with contextlib.closing(sqlite3.connect(given.file)) as db, db:
         db.execute("CREATE TABLE _export (about TEXT)")
         db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": given.name, "members": members}),))
+    None if given.move else ask("forget")
     print(f"{given.file}: {rows} rows, {len(members)} members")
 
 
@@ -4095,15 +4272,17 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     with contextlib.closing(Store(given.file)) as source:
         old_name, members, accounts = about_file(source)
     name, owners = given.name or old_name, [account for account, role in members if role == "owner"]
-    with opened(settings, "workspace import", name) as (store, env):
-        for account in accounts:
-            added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
-            if added and not account[2]:
-                print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
-        make = lambda id: adopt(given.file, env.workspaces.path(id))
-        id = add_workspace(store, env.workspaces, name, owners[0], make)
-        for account, role in members:
-            store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
+    with adopted(settings, given.file) as copy:
+        with opened(settings, "workspace import", name) as (store, env):
+            for account in accounts:
+                added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
+                if added and not account[2]:
+                    print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
+            make = lambda id: os.replace(copy, env.workspaces.path(id))
+            id = add_workspace(store, env.workspaces, name, owners[0], make)
+            for account, role in members:
+                store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
+        settle(settings, name, copy)
     print(f"{name}: {len(members)} members")
 
 
@@ -4119,29 +4298,36 @@ def about_file(store: Store) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str
     return store.one("SELECT name FROM workspaces")[0], [*map(tuple, members)], [*map(tuple, accounts)]
 
 
-def adopt(source: pathlib.Path, path: pathlib.Path) -> None:
-    """A copy of another deployment's file, which will be claimed by the object of this one. Of a single root, the part
+@contextlib.contextmanager
+def adopted(settings: Settings, source: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A copy of another deployment's file, which will be claimed by an object of this one. Of a single root, the part
     that is the workspace's."""
-    copy_database(source, path)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        made = db.execute("SELECT tables FROM _migrations WHERE slice = 'directory'").fetchall()
-        for table in ("_export", *" ".join([tables for tables, in made]).split()):
-            db.execute(f"DROP TABLE IF EXISTS {table}")
-        db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
-        db.execute("VACUUM")                         # nothing of sessions and passwords is left in free pages
-        db.execute("PRAGMA application_id = 0")
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
+        path = pathlib.Path(folder) / "adopted.db"
+        copy_database(source, path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            made = db.execute("SELECT tables FROM _migrations WHERE slice = 'directory'").fetchall()
+            for table in ("_export", *" ".join([tables for tables, in made]).split()):
+                db.execute(f"DROP TABLE IF EXISTS {table}")
+            db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
+            db.execute("VACUUM")                     # nothing of sessions and passwords is left in free pages
+            db.execute("PRAGMA application_id = 0")
+        yield path
 
 
 def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     """As it was in a snapshot, beside the present one and with its members; never over it."""
     name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
-    with opened(settings, "workspace restore", name, given.name) as (store, env):
-        row = row_of(store, "workspaces", given.name)
-        owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
-        source = given.at / "workspaces" / f"{row['id']}.db"
-        id = add_workspace(store, env.workspaces, name, owner, lambda id: adopt(source, env.workspaces.path(id)))
-        store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?",
-                   id, row["id"])
+    with opened(settings) as (store, _):
+        row = movable(settings, store, given.name)
+    with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy:
+        with opened(settings, "workspace restore", name) as (store, env):
+            owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
+            id = add_workspace(store, env.workspaces, name, owner, lambda id: os.replace(copy, env.workspaces.path(id)))
+            store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?",
+                       id, row["id"])
+        settle(settings, name, copy)
     print(f"{name}: as {given.name} was in {given.at}")
 
 
@@ -4261,26 +4447,56 @@ def node_remove(settings: Settings, given: argparse.Namespace) -> None:
         store.exec("DELETE FROM nodes WHERE address = ?", node)
 
 
-def node_move(settings: Settings, given: argparse.Namespace) -> None:
-    """From the node it is on, or from here, to another. The gate says 503 meanwhile; if it fails, all is as it was."""
-    with opened(settings) as (store, env):
-        row, new = row_of(store, "workspaces", given.workspace), known_node(store, given.node)
-        if row["node"] == new:
-            raise Unusable(f"{given.workspace} is on {new} already")
-        store.exec("UPDATE workspaces SET moving = 1 WHERE id = ?", row["id"])
-    path = env.workspaces.path(row["id"])
-    aside, old = path.with_name(f"{path.name}.moved"), functools.partial(ask_node, settings, row["node"], row["id"])
+@contextlib.contextmanager
+def one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Two moves of a workspace would each believe to have its last copy."""
+    handle = os.open(settings.data / "workspaces", os.O_RDONLY) if fcntl else None
     try:
-        rows = json.loads(old("aside")) if row["node"] else take_away(path, aside)
-        arrived = send_file(settings, new, row["id"], pieces_of(old) if row["node"] else read_pieces(aside))
-        if arrived != rows:
-            raise Unusable(f"{rows} rows left, and {arrived} arrived at {new}; try again")
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Unusable("another move is under way; try again when it is over") from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def node_move(settings: Settings, given: argparse.Namespace) -> None:
+    """From the node it is on, or from here, to another. The gate says 503 meanwhile; if it fails, all is as it was. One
+    that was cut short is ended by asking again, or taken back by naming the node it came from."""
+    with opened(settings) as (store, env):
+        row, new = movable(settings, store, given.workspace), known_node(store, given.node)
+    if (row["node"], row["moving"]) == (new, 0):
+        raise Unusable(f"{given.workspace} is on {new} already")
+    old, there = [keeper(settings, env, row["id"], node) for node in (row["node"], new)]
+    if not json.loads(old("has", "GET")):
+        raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it up "
+                       "from a backup, workspace remove frees the name")
+    with one_at_a_time(settings):
+        rows = there("back") if row["node"] == new else moved(settings, row, old, there)
         placed(settings, row["id"], new, given.verb)
+    print(f"{given.workspace}: {json.loads(rows)} rows, on {new} now")
+    with contextlib.suppress(Refused):               # who visits it wakes its jobs too
+        there("ring"), old("forget")
+
+
+def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there: Callable[..., bytes]) -> bytes:
+    """The number of rows that arrived. Nobody is let in from here on, until it is placed."""
+    undo = [lambda: placed(settings, row["id"], row["node"], "node move failed"), lambda: old("back")]
+    try:
+        placed(settings, row["id"], row["node"], "node move begins", moving=1)
+        rows = old("aside")
+        send_pieces(there, pieces_of(old, "moved"))
+        undo.append(lambda: there("drop"))           # if that fails nobody is let in, here or there, until all is clear
+        arrived = there("adopt")
+        if arrived != rows:
+            raise Unusable(f"{json.loads(rows)} rows left, and {json.loads(arrived)} arrived; try again")
+        return rows
     except BaseException:
-        old("back") if row["node"] else os.replace(aside, path)
-        placed(settings, row["id"], row["node"], "node move failed")
+        for step in reversed(undo):
+            step()
         raise
-    print(f"{given.workspace}: {rows} rows, on {new} now")
 
 
 def node_replace(settings: Settings, given: argparse.Namespace) -> int:
@@ -4291,46 +4507,19 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
                            given.lost)
     held = {row["id"] for row in lost if (given.backup / "workspaces" / f"{row['id']}.db").exists()}
     for number, row in enumerate([row for row in lost if row["id"] in held], 1):
-        rows = send_file(settings, given.new, row["id"], read_pieces(given.backup / "workspaces" / f"{row['id']}.db"))
+        ask = functools.partial(ask_node, settings, given.new, row["id"])
+        send_pieces(ask, read_pieces(given.backup / "workspaces" / f"{row['id']}.db"))
+        rows = json.loads(ask("adopt"))
         placed(settings, row["id"], given.new, given.verb)
+        ask("ring")
         table([(row["name"], f"{rows} rows", f"on {given.new} now")])
     table((row["name"], "is not in this backup; try another") for row in lost if row["id"] not in held)
     return 0 if len(held) == len(lost) else 1
 
 
-def placed(settings: Settings, id: str, node: str, why: str) -> None:
+def placed(settings: Settings, id: str, node: str, why: str, moving: int = 0) -> None:
     with opened(settings, why, f"{id} {node}") as (store, _):
-        store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ?", node, id)
-
-
-def ask_node(settings: Settings, node: str, id: str, what: str, body: bytes = b"", at: int = 0,
-             method: str = "POST") -> bytes:
-    answer = errand(node, keys_now(settings)[0], Request(method, f"/_node/{id}/{what}", f"at={at}", body=body))
-    if answer.status != 200:
-        raise Unusable(f"{node} answered {answer.status}: {answer.body.decode().strip()}")
-    return answer.body
-
-
-def read_pieces(path: pathlib.Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while (piece := file.read(PIECE)):
-            yield piece
-
-
-def pieces_of(ask: Callable[..., bytes]) -> Iterator[bytes]:
-    at = 0
-    while (piece := ask("piece", at=at, method="GET")):
-        yield piece
-        at += len(piece)
-
-
-def send_file(settings: Settings, node: str, id: str, pieces: Iterable[bytes]) -> int:
-    """The number of rows that arrived."""
-    at, ask = 0, functools.partial(ask_node, settings, node, id)
-    for piece in pieces:
-        ask("piece", piece, at)
-        at += len(piece)
-    return json.loads(ask("adopt"))
+        store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, moving, id)
 
 
 def nginx(settings: Settings, given: argparse.Namespace) -> None:
@@ -4348,7 +4537,8 @@ def nginx(settings: Settings, given: argparse.Namespace) -> None:
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
     add_key(settings.key_file)
-    print("there is a new key; the one before holds for those who are signed in, until the next rotation")
+    print("there is a new key; the one before holds for those who are signed in, until the next rotation; if there are "
+          "nodes, copy secret.key to them before that")
 
 
 # ==== 24. Command line ===============================================================================================
@@ -4472,6 +4662,13 @@ def several(text: str) -> Tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
+def networks(text: str) -> Tuple[str, ...]:
+    try:
+        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
+
+
 def plane(text: str) -> str:
     if text not in PLANES:
         raise argparse.ArgumentTypeError(f"{text!r} is no plane: say directory or data")
@@ -4494,7 +4691,7 @@ OPTIONS = (
     ("--connections", "connections at most; more get a 503", int),
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
-     "between", several),
+     "between", networks),
     ("--plane", "directory or data: run one plane alone, with the other in other processes", plane),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),

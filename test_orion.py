@@ -50,6 +50,7 @@ except ImportError:                      # `smoke` and `bench` do without: then 
 HERE = pathlib.Path(__file__).resolve().parent
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None    # for the files of tests, if there is such a disk
 PATIENCE = 10.0                          # seconds until something that should have happened is a failure
+WHOLE = 60.0                          # and a whole test
 
 
 # ==== Harness ========================================================================================================
@@ -65,6 +66,17 @@ def eventually(question, what="it never happened"):
     return answer
 
 
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that hangs is a failure, with a traceback, and not the end of the suite."""
+    def late(*_):
+        raise TimeoutError(f"after {WHOLE} s")
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, WHOLE)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 class Server:
     """A real server with a demo, in this process: two of them can live side by side."""
 
@@ -75,7 +87,7 @@ class Server:
         self.edge.TICK_SECONDS = 0.1                 # what is looked after each second comes sooner
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.edge.serve_forever)
+        self.thread = threading.Thread(target=self.edge.serve_forever, daemon=True)
         self.thread.start()
 
     def close(self):
@@ -776,6 +788,22 @@ def test_a_file_that_is_taken_away_while_it_is_open_is_noticed(server, how):
     assert eventually(lambda: bob.get("/w/acme/todos").status == 200)
 
 
+@cases("noticed", ["by a request", "at rest"])
+def test_a_file_that_is_swapped_while_it_is_open_is_not_mixed_with_what_was_written_since(counters, noticed):
+    counters.create("a")
+    path, aside = counters.path("a"), counters.path("aside")
+    counters.get("a").fetch(orion.Request("POST", "/1"))
+    counters.rest(idle=-1)
+    backup = path.read_bytes()
+    counters.get("a").fetch(orion.Request("POST", "/2"))
+    path.rename(aside)
+    path.write_bytes(backup)
+    if noticed == "at rest":
+        counters.rest()
+    assert counters.get("a").fetch(orion.Request("GET", "/")).body == b"1"
+    assert sqlite3.connect(aside).execute("SELECT count(*) FROM hits").fetchone() == (2,)      # and that lost nothing
+
+
 def test_a_command_that_waited_for_a_file_that_was_taken_away_meanwhile_is_not_lost_in_it(counters):
     counters.create("a")
     counters.get("a").fetch(orion.Request("GET", "/"))
@@ -793,10 +821,9 @@ def test_a_command_that_waited_for_a_file_that_was_taken_away_meanwhile_is_not_l
 def test_a_disk_that_is_full_is_a_507_reads_go_on_and_room_helps(server):
     bob = Person(server, "bob", datastar=True)
     workspace = server.env.workspaces.wake(server.env.workspaces.id_from_name("acme"))
-    bob.get("/w/acme/todos")
+    bob.post("/w/acme/todos", title="x")             # the quota of the verdict is heeded now, once
     workspace.store.db.execute("PRAGMA max_page_count = 1")
-    while bob.post("/w/acme/todos", title="x" * 500).status == 200:
-        pass
+    eventually(lambda: bob.post("/w/acme/todos", title="x" * 500).status != 200)
     assert bob.post("/w/acme/todos", title="x" * 500).status == 507 and bob.get("/w/acme/todos").status == 200
     many = len(titles(bob))
     workspace.store.db.execute("PRAGMA max_page_count = 100000")
@@ -2761,7 +2788,8 @@ def test_a_node_does_the_directorys_errands_for_nobody_else(fleet):
     id = fleet.directory.env.workspaces.id_from_name(name)
     for what in ("aside", "create", "back", "adopt", "_counts"):
         assert Person(node).post(f"/_node/{id}/{what}").status == 403
-    seal = orion.seal_of(orion.errand_parts(orion.Request("POST", f"/_node/{id}/_counts")), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
+    parts = orion.errand_parts(orion.Request("POST", f"/_node/{id}/_counts"), "")
+    seal = orion.seal_of(parts, orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
     assert Person(node).ask("POST", f"/_node/{id}/aside", x_verdict=seal).status == 403
     assert Person(node).ask("POST", f"/_node/{id}/_counts", x_verdict=seal).status == 200
 
@@ -2770,7 +2798,7 @@ def test_an_errand_is_believed_with_the_body_it_was_sealed_with_alone(fleet):
     node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
     path = f"/_node/{fleet.directory.env.workspaces.id_from_name(name)}/piece"
     request = orion.Request("POST", path, "at=0", body=b"the directory's")
-    seal = orion.seal_of(orion.errand_parts(request), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
+    seal = orion.seal_of(orion.errand_parts(request, ""), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
     assert [Person(node).ask("POST", f"{path}?at=0", body, x_verdict=seal).status for body in (b"somebody's", b"the directory's")] == [403, 200]
 
 
@@ -2853,9 +2881,9 @@ def test_a_move_that_fails_leaves_everything_as_it_was(doomed):
 
 def test_a_move_by_which_rows_would_be_lost_does_not_happen(fleet, monkeypatch):
     first, second = fleet.nodes
-    name, send_file = fleet.found(on=first), orion.send_file
-    monkeypatch.setattr(orion, "send_file", lambda *args: send_file(*args) - 1)
-    assert f"arrived at {second.address}" in fleet.cli("node", "move", name, second.address, status=2)
+    name, adopt = fleet.found(on=first), ("POST", "adopt")
+    monkeypatch.setitem(orion.ERRANDS, adopt, lambda path, **more: orion.take_in(path, **more) - 1)
+    assert "4 rows left, and 3 arrived" in fleet.cli("node", "move", name, second.address, status=2)
     assert verdict_of(fleet, fleet.cookie("bob"), name)["x-node"] == first.address
     assert Person(first).ask("GET", f"/w/{name}/todos", **verdict_of(fleet, fleet.cookie("bob"), name)).status == 200
 
