@@ -3458,6 +3458,8 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
     """One request's trouble must end neither the loop nor a thread that others need."""
     try:
         call(*args)
+    except StorageFault as fault:
+        log(str(fault))
     except CRASH:
         log(f"error in {call}: {traceback.format_exc()}")
 
@@ -4474,14 +4476,20 @@ def node_move(settings: Settings, given: argparse.Namespace) -> None:
         raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it up "
                        "from a backup, workspace remove frees the name")
     with one_at_a_time(settings):
-        rows = there("back") if row["node"] == new else moved(settings, row, old, there)
-        placed(settings, row["id"], new, given.verb)
+        rows = taken_back(settings, row, there) if row["node"] == new else moved(settings, row, old, there, new)
     print(f"{given.workspace}: {json.loads(rows)} rows, on {new} now")
     with contextlib.suppress(Refused):               # who visits it wakes its jobs too
         there("ring"), old("forget")
 
 
-def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there: Callable[..., bytes]) -> bytes:
+def taken_back(settings: Settings, row: sqlite3.Row, there: Callable[..., bytes]) -> bytes:
+    rows = there("back")
+    placed(settings, row["id"], row["node"], "node move taken back")
+    return rows
+
+
+def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there: Callable[..., bytes],
+          new: str) -> bytes:
     """The number of rows that arrived. Nobody is let in from here on, until it is placed."""
     undo = [lambda: placed(settings, row["id"], row["node"], "node move failed"), lambda: old("back")]
     try:
@@ -4492,6 +4500,7 @@ def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there
         arrived = there("adopt")
         if arrived != rows:
             raise Unusable(f"{json.loads(rows)} rows left, and {json.loads(arrived)} arrived; try again")
+        placed(settings, row["id"], new, "node move")
         return rows
     except BaseException:
         for step in reversed(undo):

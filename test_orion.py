@@ -978,6 +978,93 @@ def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
     release.set()
 
 
+def working(*jobs, migrations=("CREATE TABLE sent (text TEXT)",), routes=()):
+    """A slice with these jobs: POST /work puts the named one in."""
+    def begin(ctx):
+        fields = ctx.request.fields()
+        ctx.enqueue(next(job for job in jobs if job.__name__ == fields["job"]), after=fields.get("after", 0))
+        return orion.done(ctx, "work")
+    return orion.Slice("work", migrations, jobs=jobs, routes=(orion.Route("POST", "/work", "todos:write", begin), *routes))
+
+
+def note(ctx):
+    ctx.store.exec("INSERT INTO sent VALUES ('noted')")
+
+
+def noted(server, workspace="acme"):
+    with contextlib.closing(server.store(workspace)) as db:
+        return db.execute("SELECT text FROM sent").fetchall() == [("noted",)]
+
+
+def endless(ctx):
+    ctx.store.exec("INSERT INTO sent WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0")
+
+
+def odd(ctx):
+    raise OSError("no such file: \udcff")
+
+
+def leave(ctx):
+    sys.exit("usage: ...")
+
+
+@cases("job", [endless, odd, leave])
+def test_a_job_that_breaks_in_an_odd_way_is_counted_and_the_next_one_runs(start, monkeypatch, job):
+    monkeypatch.setattr(orion.DurableObject, "STATEMENT_SECONDS", 0.2)
+    server = start((orion.todos, working(job, note)))
+    bob = Person(server, "bob", datastar=True)
+    for name in (job.__name__, "note"):
+        assert bob.post("/w/acme/work", job=name).status == 204
+    eventually(lambda: noted(server))
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT job, tries > 0, error <> '' FROM jobs").fetchall() == [(f"work.{job.__name__}", 1, 1)]
+
+
+def test_jobs_that_exit_cost_no_thread(start):
+    server = start((orion.todos, working(leave, note)), threads=2)
+    bob, dave = Person(server, "bob", datastar=True), Person(server, "dave", datastar=True)
+    for _ in range(6):
+        bob.post("/w/acme/work", job="leave")
+    dave.post("/w/globex/work", job="note")
+    assert eventually(lambda: noted(server, "globex")) and all([thread.is_alive() for thread in server.edge.pool.threads])
+
+
+def test_tenants_whose_jobs_never_end_leave_others_a_turn(start):
+    stop = threading.Event()
+
+    def again(ctx):
+        stop.wait(0.001) or ctx.enqueue(again)
+    server = start((orion.todos, working(again, note)))
+    bob = Person(server, "bob", datastar=True)
+    for number in range(5):
+        bob.post("/workspaces", name=f"n{number}")
+    for number in range(4):
+        bob.post(f"/w/n{number}/work", job="again")
+    bob.post("/w/n4/work", job="note")
+    eventually(lambda: noted(server, "n4"))
+    stop.set()
+
+
+def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
+    full = threading.Event()
+
+    def grow(ctx):
+        try:
+            for _ in range(400):
+                ctx.store.exec("INSERT INTO sent VALUES (?)", "x" * 10_000)
+        except sqlite3.OperationalError:
+            full.set()
+            raise
+    server = start((orion.todos, working(grow)), quota=200 * 1024)
+    Person(server, "bob", datastar=True).post("/w/acme/work", job="grow", after=3600)
+    server.env.workspaces.rest(idle=-1)
+    with contextlib.closing(server.store("acme")) as db:
+        with db:
+            db.execute("UPDATE jobs SET due = 0")
+        server.env.workspaces.alarm(server.env.workspaces.id_from_name("acme"), time.time())
+        assert full.wait(PATIENCE) and db.execute("SELECT count(*) FROM sent").fetchall() == [(0,)]
+
+
 # ==== 10. Slices =====================================================================================================
 
 def counting(name="counted"):
@@ -2587,14 +2674,14 @@ def test_snapshots_are_made_while_it_runs_share_what_did_not_change_and_the_olde
 
 class Fleet:
     def __init__(self, folder, **settings):
-        self.folder, self.running = folder, []
-        self.directory = self.serve("directory", plane="directory", **settings)
+        self.folder, self.running, self.settings = folder, [], settings
+        self.directory = self.serve("directory", plane="directory")
         self.cli("account", "add", "bob", stdin="long enough\n"), self.cli("account", "add", "eve", stdin="long enough\n")
         self.nodes = [self.node("one"), self.node("two")]
 
     def serve(self, name, **settings):
         (self.folder / name).mkdir(exist_ok=True)
-        self.running.append(Server(self.folder / name, demo=False, **settings))
+        self.running.append(Server(self.folder / name, demo=False, **settings, **self.settings))
         return self.running[-1]
 
     def node(self, name, port=0):
@@ -2898,6 +2985,203 @@ def test_a_workspace_whose_node_can_not_be_reached_is_not_founded_and_its_name_s
     assert "nowhere" not in fleet.cli("workspace", "list") and person.get("/").status == 200
 
 
+def lives(fleet, name):
+    """The node, and the path of the file there."""
+    person = Person(fleet.directory)
+    person.headers["Cookie"] = fleet.cookie("bob")
+    said = person.get(f"/_gate/{name}").headers
+    node = next(node for node in fleet.nodes if node.address == said["x-node"])
+    return node, node.env.workspaces.path(said["x-id"])
+
+
+def write_on(fleet, name, title="precious"):
+    node, _ = lives(fleet, name)
+    said = verdict_of(fleet, fleet.cookie("bob"), name)
+    assert Person(node).ask("POST", f"/w/{name}/todos", json.dumps({"title": title}), **said, Content_Type="application/json").status == 200
+
+
+def kept(fleet, name, title="precious"):
+    _, path = lives(fleet, name)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return (title,) in db.execute("SELECT title FROM todos").fetchall()
+
+
+def test_a_move_that_fails_never_brings_back_an_older_copy(doomed, monkeypatch):
+    first, second = doomed.nodes
+    name = doomed.found(on=first)
+    doomed.cli("node", "move", name, second.address), doomed.cli("node", "move", name, first.address)
+    write_on(doomed, name)
+    first.env.workspaces.rest(idle=-1)
+    orion.beside(lives(doomed, name)[1], "moved").write_bytes(b"older")       # nobody could tell the node to forget it
+    monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+    doomed.cli("node", "move", name, second.address, status=2)
+    assert kept(doomed, name)
+
+
+def test_a_move_that_is_asked_for_twice_is_done_once(doomed, monkeypatch):
+    first, second = doomed.nodes
+    name, piece, again = doomed.found(on=first), orion.ERRANDS["POST", "piece"], []
+
+    def meanwhile(path, **more):
+        if not again:                                # the operator is impatient
+            again.append("asked")
+            again.append(doomed.cli("node", "move", name, second.address, status=2))
+        return piece(path, **more)
+    monkeypatch.setitem(orion.ERRANDS, ("POST", "piece"), meanwhile)
+    doomed.cli("node", "move", name, second.address)
+    assert "another move is under way" in again[1] and lives(doomed, name)[0] is second
+
+
+def test_a_move_of_a_file_that_is_lost_says_so_and_what_to_do(doomed):
+    first, second = doomed.nodes
+    name = doomed.found(on=first)
+    lives(doomed, name)[1].unlink()
+    assert "node replace" in doomed.cli("node", "move", name, second.address, status=2)
+
+
+@cases("how", ["finished", "taken back"])
+def test_a_move_that_was_cut_short_is_finished_or_taken_back_by_asking_again(doomed, monkeypatch, how):
+    first, second = doomed.nodes
+    name, placed = doomed.found(on=first), orion.placed
+    write_on(doomed, name)
+
+    def killed(settings, id, node, why, moving=0):
+        if why != "node move begins":                # nor does it undo anything
+            raise SystemExit
+        placed(settings, id, node, why, moving)
+    monkeypatch.setattr(orion, "placed", killed)
+    monkeypatch.setattr(orion, "bring_back", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        doomed.cli("node", "move", name, second.address)
+    monkeypatch.undo()
+    node = second if how == "finished" else first
+    assert f"on {node.address} now" in doomed.cli("node", "move", name, node.address)
+    assert lives(doomed, name)[0] is node and kept(doomed, name)
+
+
+@cases("fails", ["before it left", "after it arrived"])
+def test_a_job_that_is_due_while_a_move_fails_runs_once_and_where_it_was(tmp_path, monkeypatch, fails):
+    ran, done = [], threading.Event()
+
+    def ring(ctx):
+        ran.append(ctx.store.store.path.parent.parent.name)
+        done.set()
+    fleet, placed = Fleet(tmp_path, slices=(orion.todos, working(ring))), orion.placed
+    with contextlib.closing(fleet):
+        first, second = fleet.nodes
+        name = fleet.found(on=first)
+        said = verdict_of(fleet, fleet.cookie("bob"), name)
+        node, path = lives(fleet, name)
+        body = json.dumps({"job": "ring", "after": 3600})
+        assert Person(node, datastar=True).ask("POST", f"/w/{name}/work", body, **said, Content_Type="application/json").status == 204
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE jobs SET due = 0")
+
+        def fail(settings, id, node, why, moving=0):
+            if why == "node move":
+                raise sqlite3.OperationalError("database is locked")
+            placed(settings, id, node, why, moving)
+        if fails == "after it arrived":
+            monkeypatch.setattr(orion, "placed", fail)
+        else:
+            monkeypatch.setattr(orion, "send_pieces", mock.Mock(side_effect=orion.Unusable("no")))
+        fleet.cli("node", "move", name, second.address, status=2)
+        monkeypatch.undo()
+        assert done.wait(PATIENCE) and ran == ["one"] and lives(fleet, name)[0] is first
+
+
+def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
+    for node in doomed.nodes:
+        orion.add_key(node.folder / "secret.key", keep=1)
+    person = Person(doomed.directory)
+    person.headers["Cookie"] = doomed.cookie("bob")
+    assert person.post("/workspaces", form={"name": "fresh"}).status == 503 and "fresh" not in doomed.cli("workspace", "list")
+
+
+def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(doomed, monkeypatch):
+    monkeypatch.setattr(orion, "settle", lambda *_: None)
+    name = doomed.found()
+    monkeypatch.undo()
+    person = Person(doomed.directory)
+    person.headers["Cookie"] = doomed.cookie("bob")
+    assert person.ask("GET", "/_gate", X_Original_URI=f"/w/{name}/todos").headers.get("x-verdict") is None
+    doomed.cli("workspace", "remove", name), doomed.cli("workspace", "add", name, "--owner", "bob")
+    assert lives(doomed, name)[1].exists()
+
+
+def test_a_rotated_key_lets_members_in_before_the_nodes_have_it(doomed):
+    name = doomed.found(on=doomed.nodes[0])
+    doomed.cli("keys", "rotate")
+    assert Person(doomed.nodes[0]).ask("GET", f"/w/{name}/todos", **verdict_of(doomed, doomed.cookie("bob"), name)).status == 200
+
+
+def test_workspaces_on_nodes_are_exported_imported_and_removed_like_others(doomed, tmp_path):
+    name, file = doomed.found(on=doomed.nodes[0]), tmp_path / "export.db"
+    write_on(doomed, name)
+    doomed.cli("workspace", "export", name, str(file)), doomed.cli("workspace", "import", str(file), "--name", "again")
+    assert kept(doomed, name) and kept(doomed, "again")
+    path = lives(doomed, name)[1]
+    assert "a copy stays" in doomed.cli("workspace", "remove", name) and not path.exists()
+    copy, = (doomed.folder / "directory" / "removed").iterdir()
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert ("precious",) in db.execute("SELECT title FROM todos").fetchall()
+
+
+def test_a_workspace_that_its_node_can_not_read_hides_no_other(doomed):
+    lost, there = doomed.found(on=doomed.nodes[0]), doomed.found(on=doomed.nodes[1])
+    lives(doomed, lost)[1].unlink()
+    doomed.nodes[0].env.workspaces.rest(idle=-1)
+    person = Person(doomed.directory)
+    person.headers["Cookie"] = doomed.cookie("bob")
+    page = person.get("/").text
+    assert "can&#x27;t be read" in page and "0 open" in page and lost in page and there in page
+
+
+def test_a_verdict_from_before_access_ended_opens_no_stream_that_stays(fleet):
+    name, node = fleet.found(on=fleet.nodes[0]), fleet.nodes[0]
+    fleet.cli("member", "add", name, "eve", "member")
+    said = verdict_of(fleet, fleet.cookie("eve"), name)
+    fleet.cli("member", "remove", name, "eve")
+    eventually(lambda: node.edge.broker.version == fleet.directory.env.directory.ask("/_version"), "no news came")
+    ear = Ear(Person(node, datastar=True), f"/w/{name}/todos/live", Cookie=fleet.cookie("eve"), **said)
+    assert ear.until_it_says("no longer")
+
+
+def test_a_verdict_that_is_no_longer_fresh_is_asked_for_again(fleet, monkeypatch):
+    name, node = fleet.found(on=fleet.nodes[0]), fleet.nodes[0]
+    fleet.cli("member", "add", name, "eve", "member")
+    said = verdict_of(fleet, fleet.cookie("eve"), name)
+    fleet.cli("member", "remove", name, "eve")
+    monkeypatch.setattr(orion, "FRESH_SECONDS", 0)
+    post = lambda: Person(node).ask("POST", f"/w/{name}/todos", "{}", **{**said, "Cookie": fleet.cookie("eve")}, Content_Type="application/json")
+    assert post().status == 403
+
+
+def test_streams_of_an_encrypted_site_stay_open_on_a_node_when_others_access_changes(doomed):
+    name, node, cookie = doomed.found(on=doomed.nodes[0]), doomed.nodes[0], f"__Host-{doomed.cookie('bob')}"
+    node.edge.settings = node.edge.settings._replace(trust_proxy=("127.0.0.1",))       # the proxy's; not the directory's
+    ear = Ear(Person(node, datastar=True), f"/w/{name}/todos/live", Cookie=cookie, X_Forwarded_Proto="https",
+              **verdict_of(doomed, doomed.cookie("bob"), name))
+    ear.event()
+    asked, looked = node.edge.broker.ask_again, threading.Event()
+    node.edge.broker.ask_again = lambda stream: (asked(stream), looked.set())
+    doomed.cli("member", "add", name, "eve", "member")
+    assert looked.wait(PATIENCE)
+    write_on(doomed, name, "still heard")
+    assert ear.until_it_says("still heard")
+
+
+def test_a_deployment_becomes_a_directory_and_its_workspaces_wait_for_a_node(start):
+    alone = start(demo=False)
+    alone.write("INSERT INTO accounts (name, label, password) VALUES ('ann', 'ann', ?)", orion.hash_password("long enough"))
+    ann = Person(alone)
+    ann.headers["Cookie"] = ann.post("/login", form={"username": "ann", "password": "long enough"}).headers["set-cookie"].split(";")[0]
+    ann.post("/workspaces", form={"name": "acme"})
+    alone.close()
+    ann.server = start(demo=False, plane="directory")
+    assert "can&#x27;t be read" in ann.get("/").text and ann.get("/w/acme/todos").status == 421
+
+
 # ==== 21. Edge =======================================================================================================
 
 def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
@@ -3178,6 +3462,14 @@ def test_an_end_of_access_ends_streams_of_a_single_root(single):
     assert bob.delete("/w/acme/members/carol").status in (200, 204)
     assert "no longer" in ear.until_it_says("no longer")
     assert "no longer" in carol.get("/w/acme/todos/live").text
+
+
+def test_a_single_roots_slices_are_for_its_members_alone(start, tmp_path):
+    route = orion.Route("GET", "/notes", orion.ACCOUNT, lambda ctx: orion.as_json("a note"))
+    server = start((orion.todos, orion.Slice("notes", (), routes=(route,))), single=tmp_path / "one.db")
+    for path in ("/notes", "/w/acme/notes"):
+        assert "a note" not in Person(server, "dave").get(path).text
+    assert "a note" in Person(server, "bob").get("/w/acme/notes").text
 
 
 def test_a_single_root_has_one_workspace_and_says_what_to_do_for_more(single):
