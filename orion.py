@@ -531,9 +531,9 @@ def identity(path: pathlib.Path) -> Tuple[int, int]:
     try:
         found = os.lstat(path)
     except FileNotFoundError:
-        raise sqlite3.DatabaseError("the file is missing") from None
+        raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
     if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-        raise sqlite3.DatabaseError("the file is empty" if found.st_size == 0 else "this is no regular file")
+        raise sqlite3.DatabaseError(f"{path.name} is {'empty' if found.st_size == 0 else 'no regular file'}")
     return found.st_dev, found.st_ino
 
 
@@ -4195,7 +4195,8 @@ def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
         for row in store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"):
             path, quota = env.workspaces.path(row["id"]), row["quota"] or settings.quota
             size = path.stat().st_size if path.exists() else "missing"
-            table([(row["name"], row["id"], size, f"of {quota}", "moving" if row["moving"] else "")])
+            where = f"on {row['node']}" if row["node"] else size
+            table([(row["name"], row["id"], where, f"of {quota}", "moving" if row["moving"] else "")])
 
 
 def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:

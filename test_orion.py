@@ -3120,6 +3120,7 @@ def test_workspaces_on_nodes_are_exported_imported_and_removed_like_others(doome
     write_on(doomed, name)
     doomed.cli("workspace", "export", name, str(file)), doomed.cli("workspace", "import", str(file), "--name", "again")
     assert kept(doomed, name) and kept(doomed, "again")
+    assert f"on {doomed.nodes[0].address}" in doomed.cli("workspace", "list")
     path = lives(doomed, name)[1]
     assert "a copy stays" in doomed.cli("workspace", "remove", name) and not path.exists()
     copy, = (doomed.folder / "directory" / "removed").iterdir()
