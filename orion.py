@@ -306,17 +306,16 @@ def plain_path(path: str) -> str:
 # What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
 # function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
 
-def event(kind: str, lines: Sequence[Tuple[str, str]], event_id: Optional[str], retry: Optional[int]) -> bytes:
-    """One server-sent event (WHATWG HTML, 9.2.5). ValueError: a line break where only one line fits."""
-    fields = [("event", kind), ("id", event_id), ("retry", retry), *(("data", f"{key} {text}") for key, text in lines)]
-    out = [f"{name}: {value}" for name, value in fields if value is not None]
-    if any([re.search(r"[\r\n\0]", line) for line in out]):
+def event(kind: str, options: Sequence[Tuple[str, str]], key: str, text: str, event_id: Optional[str],
+          retry: Optional[int]) -> bytes:
+    """One server-sent event (WHATWG HTML, 9.2.5); key: before each line of text. ValueError: a line break where only
+    one line fits."""
+    fields = [("event", kind), ("id", event_id), ("retry", retry), *[("data", " ".join(option)) for option in options]]
+    head = [f"{name}: {value}\n" for name, value in fields if value is not None]
+    if any([re.search(r"[\r\n\0]", line[:-1]) for line in head]):
         raise ValueError("a line break or NUL inside a line of an event")
-    return ("\n".join(out) + "\n\n").encode("utf-8", "replace")
-
-
-def lines_of(key: str, text: str) -> List[Tuple[str, str]]:
-    return [(key, line) for line in re.split(r"\r\n|\r|\n", text.replace("\0", "\ufffd"))] if text else []
+    text = text.replace("\0", "\ufffd").replace("\r\n", "\n").replace("\r", "\n").replace("\n", f"\ndata: {key} ")
+    return ("".join(head) + (f"data: {key} {text}\n\n" if text else "\n")).encode("utf-8", "replace")
 
 
 def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: str = "outer",
@@ -327,7 +326,7 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: 
     options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
                "useViewTransition": "true" if use_view_transition else None}
     given = [(key, value) for key, value in options.items() if value]
-    return event("datastar-patch-elements", given + lines_of("elements", elements), event_id, retry)
+    return event("datastar-patch-elements", given, "elements", elements, event_id, retry)
 
 
 def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
@@ -335,7 +334,7 @@ def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Opti
     """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
     text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
     given = [("onlyIfMissing", "true")] if only_if_missing else []
-    return event("datastar-patch-signals", given + lines_of("signals", text), event_id, retry)
+    return event("datastar-patch-signals", given, "signals", text, event_id, retry)
 
 
 def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
