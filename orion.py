@@ -59,7 +59,6 @@ import http.client
 import ipaddress
 import itertools
 import json
-import operator
 import os
 import pathlib
 import queue
@@ -579,7 +578,8 @@ class Store:
             return self.cursor.execute(sql, args).fetchall()
         started = time.perf_counter()
         rows = self.cursor.execute(sql, args).fetchall()
-        self.trace.note(self.name, sql, args, len(rows) or self.cursor.rowcount, time.perf_counter() - started)
+        found = len(rows) if self.cursor.description else self.cursor.rowcount
+        self.trace.note(self.name, sql, args, found, time.perf_counter() - started)
         return rows
 
     @contextlib.contextmanager
@@ -3536,7 +3536,7 @@ class Connection(Held):
             return None if data and self.spare else self.close()
         self.buffer += data
         if not self.busy:
-            return self.close() if self.ended else self.advance()
+            return self.advance()
         if self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
             self.listen(0)                           # read on when the present request is answered
 
