@@ -2108,7 +2108,7 @@ class Directory(SliceHost):
             raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
         if self.settings.plane and not place(ctx.store, name):
             raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
-        add_workspace(ctx.store, self.workspaces, name, account)
+        add_workspace(ctx.store, self.workspaces, name, [(account, "owner")])
         plain = ctx.request.form and not ctx.request.datastar
         return see_other(f"/w/{name}/todos")._replace(which=name) if plain else done(ctx, name, name="", problem="")
 
@@ -2122,9 +2122,10 @@ def free_name(store: Store, name: str) -> str:
     return name
 
 
-def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str,
-                  make: Optional[Callable[[str], None]] = None) -> str:
-    """Returns its id. The file comes first (make(id); else an empty one): a row without one means that it was lost."""
+def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
+                  make: Optional[Callable[[str], None]] = None) -> None:
+    """members: accounts with their roles. The file comes first (make(id); else an empty one): a row without one means
+    that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
@@ -2132,8 +2133,8 @@ def add_workspace(store: Store, workspaces: Namespace, name: str, owner: str,
     None if node else (make or workspaces.create)(id)
     row = id, name, name, node, node != ""
     store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", *row)
-    store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", id, owner)
-    return id
+    for account, role in members:
+        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
 
 
 def place(store: Store, name: str) -> str:
@@ -2288,7 +2289,8 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
         return see_other(f"/w/{workspace}/todos")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
-    forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
+    forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer}, request.body,
+                        request.peer, request.wait, request.scheme)
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
@@ -4236,8 +4238,8 @@ def account_remove(settings: Settings, given: argparse.Namespace) -> None:
 
 def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings, "workspace add", given.name) as (store, env):
-        row_of(store, "accounts", given.owner)
-        add_workspace(store, env.workspaces, given.name, given.owner)
+        owners = [(row_of(store, "accounts", given.owner)["name"], "owner")] if given.owner else []
+        add_workspace(store, env.workspaces, given.name, owners)
     settle(settings, given.name)
 
 
@@ -4325,17 +4327,14 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     an export it comes without a password."""
     with contextlib.closing(Store(given.file)) as source:
         old_name, members, accounts = about_file(source)
-    name, owners = given.name or old_name, [account for account, role in members if role == "owner"]
+    name = given.name or old_name
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", name) as (store, env):
             for account in accounts:
                 added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
                 if added and not account[2]:
                     print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
-            make = lambda id: os.replace(copy, env.workspaces.path(id))
-            id = add_workspace(store, env.workspaces, name, owners[0], make)
-            for account, role in members:
-                store.exec("INSERT OR IGNORE INTO memberships VALUES (?, ?, ?)", id, account, role)
+            add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
         settle(settings, name, copy)
     print(f"{name}: {len(members)} members")
 
@@ -4377,10 +4376,8 @@ def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
         row = movable(settings, store, given.name)
     with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy:
         with opened(settings, "workspace restore", name) as (store, env):
-            owner = store.one("SELECT account FROM memberships WHERE workspace = ? AND role = 'owner'", row["id"])[0]
-            id = add_workspace(store, env.workspaces, name, owner, lambda id: os.replace(copy, env.workspaces.path(id)))
-            store.exec("INSERT OR IGNORE INTO memberships SELECT ?, account, role FROM memberships WHERE workspace = ?",
-                       id, row["id"])
+            members = store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])
+            add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
         settle(settings, name, copy)
     print(f"{name}: as {given.name} was in {given.at}")
 
@@ -4643,7 +4640,8 @@ VERBS = (
     Verb("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
     Verb("account list", "who may sign in", account_list),
     Verb("account remove", "take an account away, with its sessions and memberships", account_remove, ("name",)),
-    Verb("workspace add", "a new workspace", workspace_add, ("name", "--owner=")),
+    Verb("workspace add", "a new workspace; without an owner member add lets people in", workspace_add,
+         ("name", "--owner=?")),
     Verb("workspace list", "name, id, bytes and quota of each", workspace_list),
     Verb("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
     Verb("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),

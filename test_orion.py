@@ -3551,7 +3551,7 @@ def settled(tmp_path_factory):
     with orion.opened(orion.Settings(data=folder)) as (store, env):
         for name in ("ann", "ops"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
-        orion.add_workspace(store, env.workspaces, "acme", "ann")
+        orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
     return folder
 
 
@@ -3560,6 +3560,13 @@ def test_accounts_are_added_listed_and_removed(run, tmp_path):
     assert run("account", "add", "ops", "--operator", data=tmp_path, stdin="long enough\n")[0] == 0
     assert run("account", "list", data=tmp_path)[1] == "ann\t\t0 workspaces\nops\toperator\t0 workspaces\n"
     assert run("account", "remove", "ann", data=tmp_path)[0] == 0 and "ann" not in run("account", "list", data=tmp_path)[1]
+
+
+def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path):
+    run("account", "add", "ann", data=tmp_path, stdin="long enough\n")
+    assert run("workspace", "add", "acme", data=tmp_path)[0] == 0 and run("member", "list", "acme", data=tmp_path)[1] == ""
+    assert run("member", "add", "acme", "ann", "owner", data=tmp_path)[0] == 0
+    assert run("member", "list", "acme", data=tmp_path)[1] == "ann\towner\n"
 
 
 @cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
