@@ -972,7 +972,8 @@ class Stub:
     def reach(self, request: Request) -> Response:
         while True:
             try:
-                return self.namespace.wake(self.id, not request.path.startswith("/_")).fetch(request)
+                served = not request.path.startswith("/_") or request.path.startswith("/_gate")
+                return self.namespace.wake(self.id, served).fetch(request)
             except Asleep:
                 continue
 
@@ -986,7 +987,7 @@ class Namespace:
         self.trace = trace or Trace()
         self.lock = threading.Lock()                 # guards what follows; taken after an object's lock, never before
         self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
-        self.fetches, self.served = 0, collections.Counter()                  # served: by id, what came from outside
+        self.fetches, self.served = 0, collections.Counter()                  # served: by id, without what the server asks itself
         self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
         self.alarms: Dict[str, float] = {}           # by id: when its next job is due
         self.looked = set()                          # ids whose files need not be looked into for jobs any more
@@ -1521,7 +1522,7 @@ def todos_region(ctx: Context) -> Html:
     return template("todos.region")(
         row=[{"id": todo["id"], "title": todo["title"], "checked": bool(todo["done"])} for todo in some[:most]],
         disabled=not may("todos:write"), delete=may("todos:delete"), open=count_todos(ctx.store),
-        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most,
+        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most, last=some[:most][-1]["id"] if some else "",
         next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
         empty="" if some else template(f"todos.empty_{show or 'all'}")())
 
@@ -2665,6 +2666,10 @@ class Stream(Held):
         self.seen = rendering.etag
         self.send("seen", rendering)
 
+    def show_page(self, rendering: Rendering) -> None:
+        self.seen = self.here = ""                   # it has the region as well, and nobody's name
+        self.send("page", rendering)
+
     def show_here(self, rendering: Rendering) -> None:
         if self.here != rendering.etag:
             self.here = rendering.etag
@@ -2812,8 +2817,11 @@ class Broker:
     def ask_again(self, stream: Stream) -> None:
         """The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
         try:
-            response = worker(stream.again, self.edge.env)
-            self.edge.call(self.rejoin, stream, response.watch)
+            watch, channel, whole = worker(stream.again, self.edge.env).watch, stream.channel, None
+            if watch and channel and watch.key != channel.watch.key:           # what stands around the region is for a role
+                page = worker(stream.again._replace(path=stream.again.path[:-len("/live")]), self.edge.env)
+                whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
+            self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
             self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
         except StorageFault:
@@ -2825,8 +2833,9 @@ class Broker:
         if time.monotonic() < self.changed + SEALED_SECONDS:
             self.edge.pool.put(self.ask_again, stream)
 
-    def rejoin(self, stream: Stream, watch: Optional[Watch]) -> None:
+    def rejoin(self, stream: Stream, watch: Optional[Watch], whole: Optional[Rendering]) -> None:
         if stream.channel and watch:                           # it is still open
+            stream.show_page(whole) if whole else None
             self.join(stream, watch)
 
     def look_elsewhere(self) -> None:
@@ -2999,6 +3008,7 @@ class Console:
         size = sum([part.stat().st_size for part in with_wal(file)])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
         return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
+                "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
                 "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
                 "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", "" if name == "Directory" else "can't be read"),
@@ -3007,13 +3017,13 @@ class Console:
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
         some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
-        places = {id: (450 + 98 * index, 260) for index, (_, id) in enumerate(some)}
+        places = {id: (450 + 98 * index, 232) for index, (_, id) in enumerate(some)}
         nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
                   "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
                  for index, (name, id) in enumerate(some)]
         trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
         return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
-                "wires": "".join([f"M270 160L{x} 232" for x, _ in places.values()])}
+                "wires": "".join([f"M270 160L{x} {y}" for x, y in places.values()])}
 
     def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
         browser, worker, directory = (70, 160), (270, 160), (560, 76)

@@ -4114,6 +4114,19 @@ def test_creating_works_with_scripts_off(site, windows):
     carol.wait(f"{TODOS}[0] === 'No script'")
 
 
+def test_a_changed_role_changes_the_whole_open_page_and_takes_no_typed_text(site, windows):
+    carol, bob = site.at("carol", windows[1]), Person(site, "bob")
+    carol.type("#title", "half a thou")
+    bob.patch("/w/acme/members/carol", role="admin")
+    carol.wait("document.querySelector('.xray').textContent.includes('members:manage') && document.querySelector('#todos li > button')")
+    assert carol.js("return [document.querySelector('#title').value, document.activeElement.id]") == ["half a thou", "title"]
+    bob.patch("/w/acme/members/carol", role="viewer")
+    carol.wait("!document.querySelector('form.new, .tools button, #todos li > button') && document.querySelector('.hint').textContent.includes('may read')")
+    carol.wait("document.querySelector('#here').textContent.includes('carol') && document.querySelector('.link').textContent === 'Live'")
+    bob.post("/w/acme/todos", title="still live")
+    carol.wait(f"{TODOS}[0] === 'still live'")
+
+
 def test_a_bad_title_is_told_at_its_field_and_a_refused_command_by_a_toast(site, windows):
     bob, carol = site.at("bob", windows[0]), site.at("carol", windows[1])
     carol.js("document.querySelector('#title').value = 'x'.repeat(501); document.querySelector('#title').dispatchEvent(new Event('input', {bubbles: true}))")
