@@ -474,13 +474,10 @@ class Trace:
         finally:
             self.thread.trip = None
             if trip.status and trip.legs:            # one that no object was asked for shows nothing of the planes
-                self.end(trip)
-
-    def end(self, trip: Trip) -> None:
-        with self.lock:
-            self.followed = trip.number = self.followed + 1
-            self.trips.append(trip)
-        self.news()
+                with self.lock:
+                    self.followed = trip.number = self.followed + 1
+                    self.trips.append(trip)
+                self.news()
 
     def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
         """The trip of one request, whoever watches; also one that was refused."""
@@ -720,22 +717,15 @@ class Borders:
 
 class Part:
     """A store as one slice sees it: the same methods, and no table but its own."""
-    __slots__ = ("store", "slice", "check", "tx")
+    __slots__ = ("store", "slice", "check", "cursor", "tx")
+    query, one, exec = Store.query, Store.one, Store.exec            # by way of call
 
     def __init__(self, store: Store, slice: str, borders: Borders) -> None:
-        self.store, self.slice, self.check, self.tx = store, slice, borders.check, store.tx
+        self.store, self.slice, self.check, self.cursor, self.tx = store, slice, borders.check, store.cursor, store.tx
 
-    def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
+    def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
         self.check(self.slice, sql, args)
-        return self.store.query(sql, *args)
-
-    def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
-        self.check(self.slice, sql, args)
-        return self.store.one(sql, *args)
-
-    def exec(self, sql: str, *args: Any) -> int:
-        self.check(self.slice, sql, args)
-        return self.store.exec(sql, *args)
+        return self.store.call(sql, args)
 
 
 # ==== 7. Bus =========================================================================================================
@@ -828,10 +818,11 @@ class DurableObject:
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
-        self.line.append(None)
-        taken = self.turn.acquire(request.wait)
-        self.line.pop()
-        if not taken:
+        if request.wait:
+            self.line.append(None)
+            self.turn.acquire()
+            self.line.pop()
+        elif not self.turn.acquire(blocking=False):  # and not for a moment in line: others rely on whoever stands there
             raise WouldBlock
         try:
             if self.asleep:
@@ -987,7 +978,7 @@ class Namespace:
         self.trace = trace or Trace()
         self.lock = threading.Lock()                 # guards what follows; taken after an object's lock, never before
         self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
-        self.fetches, self.served = 0, collections.Counter()                  # served: by id, without what the server asks itself
+        self.fetches, self.served = 0, collections.Counter()      # served: by id, without what the server itself asks
         self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
         self.alarms: Dict[str, float] = {}           # by id: when its next job is due
         self.looked = set()                          # ids whose files need not be looked into for jobs any more
@@ -1029,12 +1020,6 @@ class Namespace:
         for one in excess:
             one.sleep(time.monotonic())
 
-    def lull(self, id: str) -> None:
-        """Put to sleep who has just been woken for one question."""
-        one = self.objects.get(id)
-        if one:
-            one.sleep(time.monotonic())
-
     def alarm(self, id: str, due: Optional[float]) -> None:
         if due is None:
             return
@@ -1057,12 +1042,13 @@ class Namespace:
             self.objects.pop(one.id, None)
 
     def rest(self, idle: Optional[float] = None) -> None:
-        """Put to sleep who was not used for idle seconds."""
-        before = time.monotonic() - (self.idle if idle is None else idle)
+        """Put to sleep who was not used for idle seconds, and whose file is not at its path any more."""
+        now = time.monotonic()
+        before = now - (self.idle if idle is None else idle)
         with self.lock:
-            quiet = [one for one in self.objects.values() if one.used <= before]
-            torn = [one for one in self.objects.values() if one.torn]
-        for one, since in [*((one, before) for one in quiet), *((one, time.monotonic()) for one in torn)]:
+            tired = [(one, now if one.torn else before) for one in self.objects.values()
+                     if one.used <= before or one.torn]
+        for one, since in tired:
             one.sleep(since)
 
 
@@ -1522,7 +1508,8 @@ def todos_region(ctx: Context) -> Html:
     return template("todos.region")(
         row=[{"id": todo["id"], "title": todo["title"], "checked": bool(todo["done"])} for todo in some[:most]],
         disabled=not may("todos:write"), delete=may("todos:delete"), open=count_todos(ctx.store),
-        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most, last=some[:most][-1]["id"] if some else "",
+        all=ctx.store.one("SELECT count(*) FROM todos")[0], more=len(some) > most,
+        last=some[:most][-1]["id"] if some else "",
         next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
         empty="" if some else template(f"todos.empty_{show or 'all'}")())
 
@@ -1708,11 +1695,6 @@ def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
     return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
 
 
-def age(seal: str) -> float:
-    """Seconds since it was made, if the clocks agree."""
-    return time.time() + SEALED_SECONDS - int(seal.partition(".")[0])
-
-
 def sealed_verdict(verdict: Response, key: bytes) -> Response:
     """With a seal that a node can check: over the whole verdict, for a short time. key: the oldest, which a node still
     has when they were rotated a moment ago."""
@@ -1853,7 +1835,7 @@ class Directory(SliceHost):
         self.outside, self.inside = (Router([own]), Router(slices)) if slices else (self.router, None)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
-        self.throttle, self.regulars = Throttle(), frozenset()
+        self.throttle, self.regulars, self.elsewhere = Throttle(), frozenset(), 0
 
     def open(self, create: bool = False) -> None:
         super().open(create)
@@ -1870,8 +1852,6 @@ class Directory(SliceHost):
             answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
             self.verdicts[answer.status] += 1
             return self.for_proxies(answer) if request.path == "/_gate" else answer
-        if request.path in self.INTERNAL:
-            return as_json(self.INTERNAL[request.path](self, request))
         return super().handle(request)
 
     # -- what the server's other parts ask; the worker lets no such path in from outside
@@ -1890,8 +1870,12 @@ class Directory(SliceHost):
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
         self.keys = load_keys(self.settings.key_file)
+        elsewhere = self.store.one("PRAGMA data_version")[0]
+        if elsewhere != self.elsewhere:
+            self.elsewhere = elsewhere
+            self.kept.clear()
         changed = self.bus.versions["access"] if self.settings.plane else 0
-        return [self.awake_since, self.store.one("PRAGMA data_version")[0], changed]
+        return [self.awake_since, elsewhere, changed]
 
     def password_of(self, request: Request) -> str:
         row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
@@ -1926,8 +1910,8 @@ class Directory(SliceHost):
     def node_of(self, request: Request) -> str:
         return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
 
-    INTERNAL = {"/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
-                "/_node_of": node_of, "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
+    OWN = {**SliceHost.OWN, "/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
+           "/_node_of": node_of, "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
 
     def scope(self, request: Request) -> str:
         return request.headers.get("x-id", "") if request.path.startswith("/members") else ""
@@ -2210,8 +2194,8 @@ def change_role(ctx: Context, account: str) -> Response:
 
 def expel(ctx: Context, account: str) -> Response:
     """Anybody may leave; to send others away takes members:manage."""
-    if account != ctx.viewer.account and not ctx.viewer.can("members:manage"):
-        raise Refused(403, "Your role here does not include members:manage. Ask an owner of the workspace for it.")
+    if account != ctx.viewer.account:
+        permit("members:manage", ctx.viewer, ctx.request.method)
     set_role(ctx, account, role_of(ctx, account) or None, None)
     return done(ctx, account)
 
@@ -2290,8 +2274,8 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
         return see_other(f"/w/{workspace}/todos")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
-    forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer}, request.body,
-                        request.peer, request.wait, request.scheme)
+    forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer},
+                        request.body, request.peer, request.wait, request.scheme)
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
@@ -2818,7 +2802,7 @@ class Broker:
         """The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
         try:
             watch, channel, whole = worker(stream.again, self.edge.env).watch, stream.channel, None
-            if watch and channel and watch.key != channel.watch.key:           # what stands around the region is for a role
+            if watch and channel and watch.key != channel.watch.key:      # what stands around the region is for a role
                 page = worker(stream.again._replace(path=stream.again.path[:-len("/live")]), self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
             self.edge.call(self.rejoin, stream, watch, whole)
@@ -2984,8 +2968,9 @@ class Console:
             slept = id not in self.env.workspaces.objects
             with contextlib.suppress(StorageFault, Refused):     # what can't be read has no count
                 facts[id] = self.env.workspaces.get(id).ask("/_counts")
-            if slept:
-                self.env.workspaces.lull(id)
+            woken = self.env.workspaces.objects.get(id)
+            if slept and woken:
+                woken.sleep(time.monotonic())
         self.round = Round(time.time(), micros(time.perf_counter() - started), {id: facts.get(id, {}) for id in ids})
         return self.round
 
@@ -3083,7 +3068,7 @@ def stamp() -> str:
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
     """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
     part = target.with_name(f"{target.name}.part")
-    part.unlink() if part.exists() else None
+    part.unlink(missing_ok=True)
     with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
         original.db.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")
@@ -3111,8 +3096,7 @@ def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
         rows = copy_database(path, copy) if copy else 0
         path.unlink()
     for tail in ("-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + tail).unlink()
+        path.with_name(path.name + tail).unlink(missing_ok=True)
     return rows
 
 
@@ -3275,7 +3259,7 @@ def directory_front(request: Request, env: Env) -> Response:
         return env.directory.fetch(request._replace(scheme=request.headers["x-forwarded-proto"]))
     response = worker(request, env)
     if request.method == "POST" and request.path == "/workspaces" and response.which:
-        settle(env.settings, response.which)
+        open_on_node(env.settings, response.which)
     return response
 
 
@@ -3290,7 +3274,8 @@ def node_admit(request: Request, env: Env) -> Response:
         raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
     if request.method not in SAFE:
         refuse_foreign(request)
-    verdict = said if age(seal) < FRESH_SECONDS else admit(request, env)
+    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
+    verdict = said if age < FRESH_SECONDS else admit(request, env)
     if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
         raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
     return verdict
@@ -3312,10 +3297,6 @@ def node_front(request: Request, env: Env) -> Response:
 PIECE = 48 * 1024                                    # bytes of a file to a request
 
 
-def has_file(path: pathlib.Path, **_: Any) -> bool:
-    return path.exists() or beside(path, "moved").exists()
-
-
 def set_aside(path: pathlib.Path, **_: Any) -> int:
     """Nobody writes to it any more, and whoever did so before has finished. The number of rows."""
     aside = beside(path, "moved")
@@ -3328,10 +3309,6 @@ def bring_back(path: pathlib.Path, env: Env, **_: Any) -> int:
         os.replace(beside(path, "moved"), path)
     env.workspaces.alarm(path.stem, time.time())
     return rows_of(path)
-
-
-def copy_aside(path: pathlib.Path, **_: Any) -> int:
-    return copy_database(path, beside(path, "copy"))
 
 
 def read_piece(path: pathlib.Path, params: Dict[str, str], **_: Any) -> bytes:
@@ -3356,7 +3333,7 @@ def take_in(path: pathlib.Path, env: Env, **_: Any) -> int:
             os.fsync(file.fileno())
         env.workspaces.looked.add(path.stem)
         os.replace(part, path)
-        beside(path, "moved").unlink() if beside(path, "moved").exists() else None       # it left, and is back
+        beside(path, "moved").unlink(missing_ok=True)                  # it left, and is back
     return rows
 
 
@@ -3367,13 +3344,14 @@ def drop(path: pathlib.Path, **_: Any) -> None:
 
 def forget_copies(path: pathlib.Path, **_: Any) -> None:
     for tail in ("moved", "copy", "part"):
-        with contextlib.suppress(FileNotFoundError):
-            beside(path, tail).unlink()
+        beside(path, tail).unlink(missing_ok=True)
 
 
 ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
-    ("GET", "has"): has_file, ("POST", "aside"): set_aside, ("POST", "back"): bring_back, ("POST", "copy"): copy_aside,
-    ("GET", "piece"): read_piece, ("POST", "piece"): write_piece, ("POST", "adopt"): take_in, ("POST", "drop"): drop,
+    ("GET", "has"): lambda path, **_: path.exists() or beside(path, "moved").exists(),
+    ("POST", "aside"): set_aside, ("POST", "back"): bring_back,
+    ("POST", "copy"): lambda path, **_: copy_database(path, beside(path, "copy")), ("GET", "piece"): read_piece,
+    ("POST", "piece"): write_piece, ("POST", "adopt"): take_in, ("POST", "drop"): drop,
     ("POST", "forget"): forget_copies,
     ("POST", "create"): lambda path, env, **_: path.exists() or env.workspaces.create(path.stem),
     ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
@@ -3428,7 +3406,7 @@ def send_pieces(ask: Callable[..., bytes], pieces: Iterable[bytes]) -> None:
         at += len(piece)
 
 
-def settle(settings: Settings, name: str, source: Optional[pathlib.Path] = None) -> None:
+def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] = None) -> None:
     """Have a new workspace's node make its file, or take source in; then let people in. Refused: it did not; the name
     is free again."""
     with contextlib.closing(Store(settings.directory_file)) as store:
@@ -3460,7 +3438,7 @@ class Pool:
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing."""
 
     def __init__(self, size: int) -> None:
-        self.jobs, self.idle, self.own = collections.deque(), [], threading.local()    # idle: a lock for each to wait at
+        self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
@@ -3592,6 +3570,7 @@ class Connection(Held):
     def resume(self) -> None:
         """What was sent ahead has its turn when the others had theirs."""
         if not self.busy and self in self.edge.held:
+            self.listen(0 if self.ended else READ)
             self.advance()
 
     def take_up(self, reading: Reading) -> None:
@@ -3652,7 +3631,7 @@ class Connection(Held):
         self.write(encode(request, response, False, False, self.edge.date))
 
     def tick(self, now: float) -> None:
-        if now < self.deadline or (self.busy and not self.rest and not self.spare):
+        if (self.busy and not self.rest and not self.spare) or now < self.deadline:      # busy first: threads end it
             return
         self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
 
@@ -4020,7 +3999,9 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
     if fresh:
         directories.create("directory")
-    remember(directories.path("directory"), router)
+    with contextlib.closing(Store(directories.path("directory"))) as store:
+        for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
+            store.migrate(f"workspace/{name}", entries, apply=False)
     env = Env(settings, directories.get("directory"), workspaces, trace, worker, admit)
     if fresh and settings.demo:
         seed(env)
@@ -4118,13 +4099,6 @@ def has_personas(path: pathlib.Path) -> bool:
 def awake_by_default() -> int:
     """An awake workspace takes three descriptors; a quarter of all, thrice, leaves the last quarter to sockets."""
     return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
-
-
-def remember(path: pathlib.Path, router: Router) -> None:
-    """Before any tenant is opened: do these slices go with what ran here before?"""
-    with contextlib.closing(Store(path)) as directory:
-        for name, entries in router.schema:
-            directory.migrate(f"workspace/{name}", entries, apply=False)
 
 
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex", "erin": "Acme"}
@@ -4250,7 +4224,7 @@ def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings, "workspace add", given.name) as (store, env):
         owners = [(row_of(store, "accounts", given.owner)["name"], "owner")] if given.owner else []
         add_workspace(store, env.workspaces, given.name, owners)
-    settle(settings, given.name)
+    open_on_node(settings, given.name)
 
 
 def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
@@ -4335,8 +4309,11 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
 def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     """An export or a single root, under its name or another, with its members. Who has no account here gets one; from
     an export it comes without a password."""
-    with contextlib.closing(Store(given.file)) as source:
-        old_name, members, accounts = about_file(source)
+    try:
+        with contextlib.closing(Store(given.file)) as source:
+            old_name, members, accounts = about_file(source)
+    except sqlite3.Error as error:
+        raise Unusable(f"{given.file}: {error}; name a file that workspace export made, or a single root") from error
     name = given.name or old_name
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", name) as (store, env):
@@ -4345,7 +4322,7 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
                 if added and not account[2]:
                     print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
             add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
-        settle(settings, name, copy)
+        open_on_node(settings, name, copy)
     print(f"{name}: {len(members)} members")
 
 
@@ -4388,7 +4365,7 @@ def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
         with opened(settings, "workspace restore", name) as (store, env):
             members = store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])
             add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
-        settle(settings, name, copy)
+        open_on_node(settings, name, copy)
     print(f"{name}: as {given.name} was in {given.at}")
 
 
@@ -4629,6 +4606,12 @@ def size(text: str) -> int:
     return int(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
 
 
+def port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: say 0 to 65535")
+    return int(text)
+
+
 def address(text: str) -> str:
     found = HOST.fullmatch(text)
     if not found or not found[1]:
@@ -4709,6 +4692,7 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     for flag, help, kind in OPTIONS:
         key = flag[2:].replace("-", "_")
         default = os.environ.get(f"ORION_{key.upper()}", getattr(Settings(), key))
+        default = default not in ("", "0", "no", "off", "false", False) if kind is bool else default
         shape = {"action": "store_true"} if kind is bool else {"type": kind}
         parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
     parent = argparse.ArgumentParser(add_help=False)
@@ -4738,21 +4722,23 @@ def networks(text: str) -> Tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
 
 
-def plane(text: str) -> str:
-    if text not in PLANES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no plane: say directory or data")
-    return text
+def one_of(*words: str) -> Callable[[str], str]:
+    def kind(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known here: say {' or '.join(filter(None, words))}")
+        return text
+    return kind
 
 
 OPTIONS = (
     ("--host", "address to listen on", str),
-    ("--port", "port to listen on; 0: any free one", int),
+    ("--port", "port to listen on; 0: any free one", port),
     ("--data", "folder with all state", pathlib.Path),
     ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
     ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
      bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: 256 with 1,024 descriptors, 1,024 with more",
+    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
      int),
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
     ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
@@ -4761,13 +4747,14 @@ OPTIONS = (
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
      "between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes", plane),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes",
+     one_of(*PLANES)),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
      seconds),
     ("--keep", "backups to keep", int),
-    ("--log", "access log on standard output: common, json or off", str),
+    ("--log", "access log on standard output: common, json or off", one_of("common", "json", "off")),
 )
 
 

@@ -5,6 +5,7 @@ real sockets, a real browser.
     python3 test_orion.py bench             figures of this machine, as ratios (not part of the suite)
     python3 test_orion.py smoke             one journey without pytest, for any CPython from 3.9 on
 """
+import collections
 import argparse
 import base64
 import concurrent.futures
@@ -650,6 +651,25 @@ class Ledger(Counter):
     def schema(self):
         return [("ledger", ["CREATE TABLE known (n INTEGER PRIMARY KEY)", "INSERT INTO known VALUES (1)",
                             "CREATE TABLE hits (n INTEGER REFERENCES known DEFERRABLE INITIALLY DEFERRED)"])]
+
+
+def test_a_request_that_can_not_wait_never_stands_in_line(counters):
+    """A command that sees somebody in line leaves the commit to them."""
+    class Watched(collections.deque):
+        stood = 0
+
+        def append(self, entry):
+            Watched.stood += 1
+            super().append(entry)
+    counters.create("a")
+    counters.get("a").fetch(orion.Request("POST", "/1"))
+    one = counters.objects["a"]
+    one.line = Watched()
+    with one.turn, pytest.raises(orion.WouldBlock):
+        counters.get("a").fetch(orion.Request("GET", "/", wait=False))
+    assert Watched.stood == 0
+    counters.get("a").fetch(orion.Request("POST", "/2"))
+    assert Watched.stood == 1
 
 
 def test_a_commit_that_fails_is_a_no_for_all_who_shared_it_and_for_nobody_after(tmp_path):
@@ -3101,7 +3121,7 @@ def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
 
 
 def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(doomed, monkeypatch):
-    monkeypatch.setattr(orion, "settle", lambda *_: None)
+    monkeypatch.setattr(orion, "open_on_node", lambda *_: None)
     name = doomed.found()
     monkeypatch.undo()
     person = Person(doomed.directory)
@@ -3553,6 +3573,28 @@ def settled(tmp_path_factory):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
         orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
     return folder
+
+
+def test_the_members_page_follows_the_command_line_while_it_is_open(served):
+    carol = Person(served, "carol")
+    ear = Ear(carol, "/w/acme/members/live")
+    assert "member-dave" not in ear.event()
+    assert served.run("member", "add", "acme", "dave", "viewer")[0] == 0
+    ear.until_it_says("member-dave")
+    assert "member-dave" in carol.get("/w/acme/members").text
+
+
+@cases("word, demo", [("0", False), ("no", False), ("off", False), ("false", False), ("", False), ("1", True), ("yes", True)])
+def test_a_variable_can_say_no_to_the_demo(monkeypatch, word, demo):
+    monkeypatch.setenv("ORION_DEMO", word)
+    assert orion.read_command_line(["--host", "0.0.0.0"])[0].demo is demo
+
+
+@cases("words", ["--port 99999", "--port -1", "--log xml", "--plane both", "--quota much"])
+def test_a_value_that_means_nothing_here_is_refused_in_one_line(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        orion.read_command_line(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_accounts_are_added_listed_and_removed(run, tmp_path):
