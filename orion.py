@@ -33,7 +33,7 @@ The words, used in one meaning from here to the last line:
     topic       what a command publishes and a region listens to: "todos"
     rendering   a region for one role at one version, made once and shared by everybody who looks at it
 
-Read it from top to bottom; nothing is used before it is introduced.
+Read it from top to bottom: what a line does needs only what stands above it; a type hint may name what comes later.
 
      1 Settings         2 Markup           3 Requests         4 Events           5 Trace            6 Store
      7 Bus              8 Objects          9 Jobs            10 Slices          11 Todos           12 Workspace
@@ -536,6 +536,15 @@ def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
     return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
 
 
+# What SQLite says of a statement while it compiles it, sorted by what it means for who owns which table.
+NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
+ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_TRANSACTION,
+              sqlite3.SQLITE_SAVEPOINT}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE,
+        sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+
 class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
     time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
@@ -682,14 +691,6 @@ class Store:
 
     def close(self) -> None:
         self.db.close()                              # the last connection out moves the WAL into the file
-
-
-NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
-ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_TRANSACTION,
-              sqlite3.SQLITE_SAVEPOINT}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE,
-        sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
 class Borders:
@@ -1285,6 +1286,10 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     return (as_json(signals) if signals else Response(204))._replace(which=which)
 
 
+JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL, "
+           "which TEXT NOT NULL)",)
+
+
 class Router:
     """Finds the row for a request among the slices of an object."""
 
@@ -1313,10 +1318,6 @@ class Router:
             allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
             raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
         return (*rows[method], args)
-
-
-JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL, "
-           "which TEXT NOT NULL)",)
 
 
 class SliceHost(DurableObject):
@@ -4666,19 +4667,34 @@ VERBS = (
 )
 
 
+HELP = {"name": "of the account or workspace", "workspace": "its name", "account": "its name",
+        "role": f"one of {', '.join(ROLES)}", "size": "as 500M or 10G",
+        "file": "path of the file", "folder": "path of the folder", "address": "HOST:PORT of the node",
+        "node": "HOST:PORT of the node that it goes to", "lost": "HOST:PORT of the node that is gone",
+        "new": "the new name, or HOST:PORT of the node that takes over", "backup": "folder of the lost node's backup",
+        "--operator": "may open the console, and look on in others' names", "--owner": "account that owns it",
+        "--now": "keep no copy", "--move": "it goes elsewhere: nobody is let in here from now on",
+        "--name": "in place of the name in the file", "--at": "folder of a snapshot: data/backups/... or a backup",
+        "--new": "name of what comes up; by default the name and the snapshot's",
+        "--directory": "HOST:PORT of the directory", "--node": "HOST:PORT of a node; once for each",
+        "--listen": "port of the proxy; by default 80"}
+
+
 def add_verb(groups: Dict[str, Any], verb: Verb, parent: argparse.ArgumentParser) -> None:
     *group, word = verb.words.split()
     parser = groups[" ".join(group)].add_parser(word, help=verb.help, description=verb.help, parents=[parent])
     parser.set_defaults(run=verb.run, verb=verb.words)
     for argument in verb.arguments:
         name, kind = argument if isinstance(argument, tuple) else (argument, str)
-        if name.startswith("--") and "=" not in name:
-            parser.add_argument(name, action="store_true")
-        elif name.startswith("--"):
-            action = "append" if name.endswith("+") else "store"
-            parser.add_argument(name.partition("=")[0], type=kind, required=not name.endswith("?"), action=action)
+        flag, valued, how_often = name.partition("=")
+        help = HELP.get(flag)
+        if valued:
+            action = "append" if how_often == "+" else "store"
+            parser.add_argument(flag, type=kind, required=how_often != "?", action=action, help=help)
+        elif flag.startswith("--"):
+            parser.add_argument(flag, action="store_true", help=help)
         else:
-            parser.add_argument(name, type=kind)
+            parser.add_argument(flag, type=kind, help=help)
 
 
 def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse.Namespace]:

@@ -5,9 +5,9 @@ real sockets, a real browser.
     python3 test_orion.py bench             figures of this machine, as ratios (not part of the suite)
     python3 test_orion.py smoke             one journey without pytest, for any CPython from 3.9 on
 """
-import collections
 import argparse
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import functools
