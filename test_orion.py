@@ -826,6 +826,18 @@ def test_a_file_that_is_swapped_while_it_is_open_is_not_mixed_with_what_was_writ
     assert sqlite3.connect(aside).execute("SELECT count(*) FROM hits").fetchone() == (2,)      # and that lost nothing
 
 
+def test_a_file_that_was_swapped_shows_its_own_rows_after_a_command_that_failed(server):
+    bob, path = Person(server, "bob"), server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+    server.env.workspaces.rest(idle=-1)
+    backup = path.read_bytes()
+    bob.post("/w/acme/todos", title="not in the backup")
+    assert "not in the backup" in bob.get("/w/acme/todos").text and "not in the backup" in bob.get("/w/acme/todos").text
+    path.rename(path.with_name("aside"))
+    path.write_bytes(backup)
+    assert bob.patch("/w/acme/todos/999").status == 404
+    assert "not in the backup" not in bob.get("/w/acme/todos").text
+
+
 def test_a_command_that_waited_for_a_file_that_was_taken_away_meanwhile_is_not_lost_in_it(counters):
     counters.create("a")
     counters.get("a").fetch(orion.Request("GET", "/"))
