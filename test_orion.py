@@ -1513,6 +1513,42 @@ def test_signing_out_ends_the_session_and_its_streams(server):
     assert "Still there" in other.event()
 
 
+ENDS_OF_A_VERDICT = {
+    "a membership": "DELETE FROM memberships WHERE account = 'bob'", "a role": "UPDATE memberships SET role = 'viewer' WHERE account = 'bob'",
+    "a session": "DELETE FROM sessions", "a workspace": "UPDATE workspaces SET name = 'other' WHERE name = 'acme'",
+    "a move": "UPDATE workspaces SET moving = 1", "an account": "DELETE FROM accounts WHERE name = 'bob'"}
+
+
+@cases("what", [*ENDS_OF_A_VERDICT])
+def test_no_verdict_outlives_what_another_process_wrote(start, what):
+    server = start()
+    server.edge.TICK_SECONDS = 3600                  # nothing may rely on the look once a second
+    bob = Person(server, "bob")
+    assert [bob.get("/_gate/acme").headers["x-role"] for _ in range(3)] == ["owner"] * 3
+    with contextlib.closing(orion.Store(server.env.settings.directory_file)) as other:
+        other.exec(ENDS_OF_A_VERDICT[what])
+    answer = bob.get("/_gate/acme")
+    assert answer.status != 200 or answer.headers["x-role"] == "viewer"
+
+
+def test_no_verdict_outlives_the_key_that_sealed_its_session(server):
+    bob, directory = Person(server, "bob"), server.directory()
+    assert bob.get("/_gate/acme").status == bob.get("/_gate/acme").status == 200
+    with directory.turn:
+        directory.keys = (b"another",)
+        assert directory.gate(orion.Request("GET", "/_gate/acme", headers={"cookie": bob.cookie}), "acme").status == 401
+
+
+def test_a_verdict_for_one_workspace_cookie_or_scheme_is_none_for_another(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    assert bob.get("/_gate/acme").headers["x-role"] == "owner"
+    assert bob.get("/_gate/home").status == 403 and bob.get("/_gate/globex").headers["x-role"] == "member"
+    assert carol.get("/_gate/acme").headers["x-role"] == "member" and carol.get("/_gate/globex").status == 403
+    assert Person(server).get("/_gate/acme").status == 401
+    gate = lambda scheme: server.env.directory.fetch(orion.Request("GET", "/_gate/acme", headers={"cookie": bob.cookie}, scheme=scheme))
+    assert (gate("http").status, gate("https").status) == (200, 401)
+
+
 def test_signing_in_makes_a_new_token_and_ends_the_old_one(server):
     bob = Person(server, "bob")
     answer = bob.post("/persona", form={"account": "carol"})
