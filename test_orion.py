@@ -958,6 +958,18 @@ def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
     assert eventually(lambda: server.store("acme").execute("SELECT text FROM sent").fetchall() == [("left over",)])
 
 
+@cases("lies", ["at rest", "with what a killed server left in its log"])
+def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tmp_path, lies):
+    office.write_letter(text="later", after=3600)
+    due, file = office.env.workspaces.alarms[office.acme], office.env.workspaces.path(office.acme)
+    if lies == "at rest":
+        office.env.workspaces.rest(idle=-1)
+    for part in orion.with_wal(file):
+        shutil.copy(part, tmp_path / part.name)
+    assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
+    assert orion.due_in(tmp_path / file.name) == due
+
+
 def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
     office.write_letter(text="fail")
     eventually(lambda: office.rows("SELECT tries, error FROM jobs") == [(1, "RuntimeError: the post office is closed")])
