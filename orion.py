@@ -3103,17 +3103,30 @@ def stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 
 
+def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{tail}")
+
+
+def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    if fcntl:                                        # POSIX, where the name is durable when its folder is
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
     """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
-    part = target.with_name(f"{target.name}.part")
+    part = beside(target, "part")
     part.unlink(missing_ok=True)
     with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
         original.db.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")
         rows = verified(copy)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, target)
+    put_in_place(part, target)
     return rows
 
 
@@ -3138,10 +3151,6 @@ def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
     return rows
 
 
-def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{tail}")
-
-
 def rows_of(path: pathlib.Path) -> int:
     """The number of rows in a database that is whole. sqlite3.DatabaseError: it is not, or there is none."""
     identity(path)
@@ -3149,16 +3158,19 @@ def rows_of(path: pathlib.Path) -> int:
         return verified(db)
 
 
-def progress(done: int, all: int, what: str) -> None:
-    """For somebody who waits at a terminal; silent in a pipe."""
-    if sys.stderr.isatty():
-        print(f"\r{what} {done} of {all}", end="\n" if done == all else "", file=sys.stderr, flush=True)
+def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
+    """One after the other, counted for somebody who waits at a terminal; silent in a pipe."""
+    for number, one in enumerate(all, 1):
+        yield one
+        if sys.stderr.isatty():
+            end = "\n" if number == len(all) else ""
+            print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
 
 
 def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
     """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what it
     holds, by id."""
-    part = target.with_name(f"{target.name}.part")
+    part = beside(target, "part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "workspaces").mkdir(parents=True)
     held, ids = {}, [path.stem for path in (settings.data / "workspaces").glob("*.db") if not settings.single]
@@ -3169,16 +3181,14 @@ def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.
             ids = [] if settings.single else [row["id"] for row in store.query(
                 "SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
     known = json.loads((before / "manifest.json").read_text()) if before else {}
-    for number, id in enumerate(ids, 1):
+    for id in with_progress(ids, "copied"):
         source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
-        files = [file.stat() for file in with_wal(source)]
-        seen = repr([(file.st_mtime_ns, file.st_size) for file in files])
+        seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
         if known.get(id, {}).get("seen") == seen:
             os.link(before / "workspaces" / copy.name, copy)
             held[id] = known[id]
         else:
             held[id] = {"rows": copy_database(source, copy), "seen": seen}
-        progress(number, len(ids), "copied")
     shutil.copy2(settings.key_file, part / "secret.key")
     (part / "manifest.json").write_text(json.dumps(held))
     part.rename(target)
@@ -3189,7 +3199,7 @@ def snapshot_again(settings: Settings) -> None:
     """The next one in data/backups; the oldest go."""
     folder = settings.data / "backups"
     folder.mkdir(exist_ok=True)
-    kept = sorted([path for path in folder.iterdir() if (path / "manifest.json").exists()])
+    kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
     snapshot(settings, folder / stamp(), kept[-1] if kept else None)
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
@@ -3214,20 +3224,18 @@ def errand(settings: Settings, address: str, request: Request, patience: float =
         raise unreachable(address, "it did not answer a moment ago")
     target = urllib.parse.quote(request.path) + (f"?{request.query}" if request.query else "")
     seal = seal_of(errand_parts(request, request.scheme), keys_now(settings)[-1], int(time.time()) + SEALED_SECONDS)
-    link = http.client.HTTPConnection(address, timeout=patience)
+    headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""), "x-forwarded-proto": request.scheme,
+               "x-verdict": seal}
     try:
-        link.request(request.method, target, request.body, {
-            "host": "localhost", "cookie": request.headers.get("cookie", ""), "x-forwarded-proto": request.scheme,
-            "x-verdict": seal})
-        answer = link.getresponse()
-        body = answer.read()
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=patience)) as link:
+            link.request(request.method, target, request.body, headers)
+            answer = link.getresponse()
+            body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         DOWN[address] = time.monotonic() + 2
         raise unreachable(address, error) from error
-    finally:
-        link.close()
-    headers = tuple([(name.lower(), value) for name, value in answer.getheaders() if name.lower() in TRUSTED])
-    return Response(answer.status, body, answer.headers.get("content-type", ""), headers)
+    said = tuple([(name.lower(), value) for name, value in answer.getheaders() if name.lower() in TRUSTED])
+    return Response(answer.status, body, answer.headers.get("content-type", ""), said)
 
 
 def errand_parts(request: Request, scheme: str) -> Tuple[str, ...]:
@@ -3241,8 +3249,7 @@ def is_errand(request: Request, settings: Settings) -> bool:
 
 
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
-    path = settings.key_file
-    return cached_keys(path, path.stat().st_mtime_ns)
+    return cached_keys(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -3263,13 +3270,11 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
 
 
 class Elsewhere:
-    """An object that lives in another process; in a namespace it stands where one of ours would."""
-    asleep, torn, store, used = False, False, None, 0.0
+    """An object that lives in another process, at address(id); in a namespace it stands where one of ours would."""
+    asleep, torn, store, used, verdicts = False, False, None, 0.0, {}
 
     def __init__(self, id: str, namespace: Namespace, settings: Settings, address: Callable[[str], str]) -> None:
-        """address(id): where it lives."""
         self.id, self.namespace, self.settings, self.address = id, namespace, settings, address
-        self.verdicts: Dict[int, int] = {}
 
     def fetch(self, request: Request) -> Response:
         if not request.wait:
@@ -3304,16 +3309,15 @@ def directory_front(request: Request, env: Env) -> Response:
 def node_admit(request: Request, env: Env) -> Response:
     """The verdict that a proxy brought from the gate. It holds for this node, for the workspace that the path names,
     and for a short time; when it is not fresh, for the request was long on its way, the gate is asked again."""
-    headers = request.headers
-    said = Response(200, headers=tuple([(name, headers[name]) for name in VERDICT if headers.get(name)]))
-    seal, workspace = headers.get("x-verdict", ""), request.path.split("/")[2] if request.path.startswith("/w/") else ""
-    if not workspace or headers.get("x-workspace") != workspace or not believed(
-            seal, [headers.get(name, "") for name in VERDICT], keys_now(env.settings)):
+    said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
+    seal, parts = request.headers.get("x-verdict", ""), [said.get(name, "") for name in VERDICT]
+    theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
+    if not theirs or not believed(seal, parts, keys_now(env.settings)):
         raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
     if request.method not in SAFE:
         refuse_foreign(request)
     age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
-    verdict = said if age < FRESH_SECONDS else admit(request, env)
+    verdict = Response(200, headers=tuple(said.items())) if age < FRESH_SECONDS else admit(request, env)
     if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
         raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
     return verdict
@@ -3337,8 +3341,7 @@ PIECE = 48 * 1024                                    # bytes of a file to a requ
 
 def set_aside(path: pathlib.Path, **_: Any) -> int:
     """Nobody writes to it any more, and whoever did so before has finished. The number of rows."""
-    aside = beside(path, "moved")
-    return take_away(path, aside) if path.exists() else rows_of(aside)
+    return take_away(path, beside(path, "moved")) if path.exists() else rows_of(beside(path, "moved"))
 
 
 def bring_back(path: pathlib.Path, env: Env, **_: Any) -> int:
@@ -3349,10 +3352,14 @@ def bring_back(path: pathlib.Path, env: Env, **_: Any) -> int:
     return rows_of(path)
 
 
-def read_piece(path: pathlib.Path, params: Dict[str, str], **_: Any) -> bytes:
-    with open(beside(path, "copy" if params.get("of") == "copy" else "moved"), "rb") as file:
-        file.seek(int(params["at"]))
+def piece_at(path: pathlib.Path, at: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(at)
         return file.read(PIECE)
+
+
+def read_piece(path: pathlib.Path, params: Dict[str, str], **_: Any) -> bytes:
+    return piece_at(beside(path, "copy" if params.get("of") == "copy" else "moved"), int(params["at"]))
 
 
 def write_piece(path: pathlib.Path, params: Dict[str, str], body: bytes, **_: Any) -> None:
@@ -3367,10 +3374,8 @@ def take_in(path: pathlib.Path, env: Env, **_: Any) -> int:
     part = beside(path, "part")
     rows = rows_of(part if part.exists() else path)
     if part.exists():
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
         env.workspaces.looked.add(path.stem)
-        os.replace(part, path)
+        put_in_place(part, path)
         beside(path, "moved").unlink(missing_ok=True)                  # it left, and is back
     return rows
 
@@ -3395,13 +3400,13 @@ ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
     ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
 
 
-def do_errand(env: Env, request: Request, id: str, what: str) -> bytes:
+def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "", body: bytes = b"") -> bytes:
     """The answer is JSON, or a piece. Refused(404): there is no such errand; StorageFault: the file is no good."""
-    do, path = ERRANDS.get((request.method, what)), env.workspaces.path(id)
+    do, path = ERRANDS.get((method, what)), env.workspaces.path(id)
     if do is None:
         raise nothing_here()
     try:
-        said = do(path, env=env, params=request.params, body=request.body)
+        said = do(path, env=env, params=dict(urllib.parse.parse_qsl(query)), body=body)
     except (sqlite3.Error, OSError) as error:
         raise StorageFault(path, error) from error
     return said if isinstance(said, bytes) else json.dumps(said).encode()
@@ -3414,32 +3419,19 @@ def node_errand(request: Request, env: Env) -> Response:
     id, what = request.path.split("/")[2:4]
     if what in ("_counts", "_retry"):
         return env.workspaces.get(id).fetch(request._replace(path=f"/{what}"))
-    return Response(200, do_errand(env, request, id, what), "application/octet-stream")
+    said = do_errand(env, id, what, request.method, request.query, request.body)
+    return Response(200, said, "application/octet-stream")
 
 
 def keeper(settings: Settings, env: Env, id: str, node: str) -> Callable[..., bytes]:
     """Does errands with a workspace's file, wherever that is: keeper(...)(what, method, query, body)."""
-    def do_here(what: str, method: str = "POST", query: str = "", body: bytes = b"") -> bytes:
-        return do_errand(env, Request(method, "/", query, body=body), id, what)
-    return functools.partial(ask_node, settings, node, id) if node else do_here
+    return functools.partial(ask_node, settings, node, id) if node else functools.partial(do_errand, env, id)
 
 
-def pieces_of(ask: Callable[..., bytes], of: str) -> Iterator[bytes]:
+def send_pieces(ask: Callable[..., bytes], piece_from: Callable[[int], bytes]) -> None:
+    """piece_from(at): what of the file begins there, empty at its end."""
     at = 0
-    while (piece := ask("piece", "GET", f"of={of}&at={at}")):
-        yield piece
-        at += len(piece)
-
-
-def read_pieces(path: pathlib.Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while (piece := file.read(PIECE)):
-            yield piece
-
-
-def send_pieces(ask: Callable[..., bytes], pieces: Iterable[bytes]) -> None:
-    at = 0
-    for piece in pieces:
+    while (piece := piece_from(at)):
         ask("piece", "POST", f"at={at}", piece)
         at += len(piece)
 
@@ -3454,7 +3446,7 @@ def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] =
         ask = functools.partial(ask_node, settings, row["node"], row["id"])
         try:
             if source:
-                send_pieces(ask, read_pieces(source))
+                send_pieces(ask, functools.partial(piece_at, source))
             ask("adopt" if source else "create")
         except BaseException:
             with store.tx():
@@ -4190,14 +4182,38 @@ class Unusable(Exception):
 
 
 @contextlib.contextmanager
+def locked(folder: pathlib.Path, taken: str) -> Iterator[None]:
+    """One process at a time in a folder. Unusable: it is no good or, with the text taken, another one is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        why = error.strerror or error
+        raise Unusable(f"the data folder {folder} can't be used ({why}); name another with --data") from error
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Unusable(taken) from error
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+@contextlib.contextmanager
 def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tuple[Store, Env]]:
     """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction,
     and journalled if it has a name."""
     env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
     env.directory.ask("/_version")                   # migrated from here on
-    with contextlib.closing(Store(env.directory.namespace.path(env.directory.id))) as store, store.tx():
+    with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
         yield store, env
-        journalled(store, what, which) if what else None
+        if what:
+            row = time.time(), "(command line)", what, which
+            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
 
 
 def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
@@ -4205,11 +4221,6 @@ def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
     if row is None:
         raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what there is")
     return row
-
-
-def journalled(store: Store, what: str, which: str) -> None:
-    row = time.time(), "(command line)", what, which
-    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
 
 
 def new_password(name: str) -> str:
@@ -4222,7 +4233,7 @@ def new_password(name: str) -> str:
 
 def table(rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
-        print("\t".join([str(cell) for cell in row]))
+        print(*row, sep="\t")
 
 
 def account_add(settings: Settings, given: argparse.Namespace) -> None:
@@ -4230,10 +4241,9 @@ def account_add(settings: Settings, given: argparse.Namespace) -> None:
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
     hashed = new_password(given.name)
     with opened(settings, "account add", given.name) as (store, _):
-        if store.one("SELECT 1 FROM accounts WHERE name = ?", given.name):
+        row = given.name, given.name, hashed, given.operator
+        if not store.exec("INSERT OR IGNORE INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", *row):
             raise Unusable(f"there is an account {given.name} already")
-        store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)",
-                   given.name, given.name, hashed, given.operator)
     print(f"{given.name} may sign in now")
 
 
@@ -4246,23 +4256,17 @@ def account_passwd(settings: Settings, given: argparse.Namespace) -> None:
     print(f"{given.name} has a new password, and is signed out everywhere")
 
 
-ACCOUNTS = """SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END,
-              (SELECT count(*) FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY name"""
-
-
 def account_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, _):
-        table(store.query(ACCOUNTS))
-
-
-LAST_OWNER = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
-                WHERE m.role = 'owner' GROUP BY w.id HAVING count(*) = 1 AND max(m.account) = ?"""
+        table(store.query("SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) FROM "
+                          "memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY name"))
 
 
 def account_remove(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings, "account remove", given.name) as (store, _):
         row_of(store, "accounts", given.name)
-        alone = store.one(LAST_OWNER, given.name)
+        alone = store.one("SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.role = "
+                          "'owner' GROUP BY w.id HAVING count(*) = 1 AND max(m.account) = ?", given.name)
         if alone:
             remedy = "make somebody else an owner first, or remove the workspace"
             raise Unusable(f"{given.name} is the last owner of {alone[0]}; {remedy}")
@@ -4282,7 +4286,7 @@ def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
             path, quota = env.workspaces.path(row["id"]), row["quota"] or settings.quota
             size = path.stat().st_size if path.exists() else "missing"
             where = f"on {row['node']}" if row["node"] else size
-            table([(row["name"], row["id"], where, f"of {quota}", "moving" if row["moving"] else "")])
+            print(row["name"], row["id"], where, f"of {quota}", "moving" if row["moving"] else "", sep="\t")
 
 
 def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:
@@ -4297,9 +4301,6 @@ def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, row["id"])
 
 
-REMOVED_SECONDS = 30 * 86400                         # for which a copy of a removed workspace is kept
-
-
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
     id is not given again."""
@@ -4310,11 +4311,10 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
     if not given.now and json.loads(ask("has", "GET")):
         removed.mkdir(exist_ok=True)
-        ask("aside")
-        bring_here(ask, "moved", removed / f"{given.name}-{stamp()}.db")
+        bring_here(ask, "aside", removed / f"{given.name}-{stamp()}.db")
         print(f"a copy stays in {removed} for 30 days")
     for old in removed.glob("*.db"):
-        if old.stat().st_mtime < time.time() - REMOVED_SECONDS:
+        if old.stat().st_mtime < time.time() - 30 * 86400:
             old.unlink()
     ask("drop")
 
@@ -4326,16 +4326,16 @@ def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
     return row_of(store, "workspaces", name)
 
 
-def bring_here(ask: Callable[..., bytes], of: str, target: pathlib.Path) -> pathlib.Path:
-    """A copy that was made where a workspace lives, beside target for now."""
-    part = beside(target, "part")
+def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path) -> int:
+    """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it."""
+    rows, part = json.loads(ask(what)), beside(target, "part")
+    of = "moved" if what == "aside" else "copy"
     with open(part, "wb") as file:
-        for piece in pieces_of(ask, of):
+        while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
             file.write(piece)
-        os.fsync(file.fileno())
     rows_of(part)
-    os.replace(part, target)
-    return target
+    put_in_place(part, target)
+    return rows
 
 
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
@@ -4346,8 +4346,7 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
         members = [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"]))]
     ask = keeper(settings, env, row["id"], row["node"])
-    rows = json.loads(ask("aside" if given.move else "copy"))
-    bring_here(ask, "moved" if given.move else "copy", given.file)
+    rows = bring_here(ask, "aside" if given.move else "copy", given.file)
     with contextlib.closing(sqlite3.connect(given.file)) as db, db:
         db.execute("CREATE TABLE _export (about TEXT)")
         db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": given.name, "members": members}),))
@@ -4443,8 +4442,7 @@ def backup(settings: Settings, given: argparse.Namespace) -> None:
         raise Unusable(f"{given.folder} exists; name a new folder")
     if not settings.key_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
-    held = snapshot(settings, given.folder)
-    print(contents(given.folder, held))
+    print(contents(given.folder, snapshot(settings, given.folder)))
 
 
 def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
@@ -4460,21 +4458,20 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
     held = json.loads((given.folder / "manifest.json").read_text())
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.folder / "secret.key", settings.key_file)
-    for number, (id, about) in enumerate([*held.items()][::-1], 1):     # the Directory last: it says that all is there
+    for id, about in with_progress([*held.items()][::-1], "restored"):      # the Directory last: it says all is there
         path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
         target = settings.directory_file if id == "directory" else settings.data / path
         rows = copy_database(given.folder / path, target)
         if rows != about["rows"]:
             raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
-        progress(number, len(held), "restored")
     print(contents(settings.data, held))
 
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
     """Looks at every file, changes none. 1: something is wrong, and each line says what and where."""
-    faults, directory, folder = [], settings.directory_file, settings.data / "workspaces"
+    faults, folder = [], settings.data / "workspaces"
 
-    def look(path: pathlib.Path, id: str) -> Optional[List[Tuple[str, str]]]:
+    def look(path: pathlib.Path, id: str) -> Sequence[Tuple[str, str]]:
         try:
             identity(path)
             with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
@@ -4482,21 +4479,21 @@ def check(settings: Settings, given: argparse.Namespace) -> int:
                 if not settings.single and db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
                     raise sqlite3.DatabaseError("the file belongs to another object")
                 names = "SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''"
-                return db.execute(names).fetchall() if path == directory else None
+                return db.execute(names).fetchall() if id == "directory" else ()
         except sqlite3.Error as error:
-            faults.append(f"{StorageFault(path, error)}")
+            faults.append(str(StorageFault(path, error)))
+            return ()
     files = [] if settings.single else [(path.stem, path) for path in folder.glob("*.db")]
-    named = files if settings.plane == "data" else look(directory, "directory") or []
-    for number, (id, name) in enumerate(() if settings.single else named, 1):
+    named = files if settings.plane == "data" else look(settings.directory_file, "directory")
+    for id, _ in with_progress(() if settings.single else named, "checked"):
         look(folder / f"{id}.db", id)
-        progress(number, len(named), "checked")
     faults += [f"{path}: no workspace of the Directory has this file; import it, or move it away"
                for id, path in files if id not in dict(named)]
     try:
         load_keys(settings.key_file)
     except (OSError, ValueError) as error:
         faults.append(f"{settings.key_file}: {error}; restore it from a backup, or everybody is signed out")
-    table([(fault,) for fault in faults] or [(f"{len(named)} workspaces, all is well",)])
+    print("\n".join(faults) or f"{len(named)} workspaces, all is well")
     return 1 if faults else 0
 
 
@@ -4534,21 +4531,6 @@ def node_remove(settings: Settings, given: argparse.Namespace) -> None:
         store.exec("DELETE FROM nodes WHERE address = ?", node)
 
 
-@contextlib.contextmanager
-def one_at_a_time(settings: Settings) -> Iterator[None]:
-    """Two moves of a workspace would each believe to have its last copy."""
-    handle = os.open(settings.data / "workspaces", os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise Unusable("another move is under way; try again when it is over") from error
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
 def node_move(settings: Settings, given: argparse.Namespace) -> None:
     """From the node it is on, or from here, to another. The gate says 503 meanwhile; if it fails, all is as it was. One
     that was cut short is ended by asking again, or taken back by naming the node it came from."""
@@ -4557,58 +4539,65 @@ def node_move(settings: Settings, given: argparse.Namespace) -> None:
     if (row["node"], row["moving"]) == (new, 0):
         raise Unusable(f"{given.workspace} is on {new} already")
     old, there = [keeper(settings, env, row["id"], node) for node in (row["node"], new)]
-    if not json.loads(old("has", "GET")):
-        raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it up "
-                       "from a backup, workspace remove frees the name")
-    with one_at_a_time(settings):
-        rows = taken_back(settings, row, there) if row["node"] == new else moved(settings, row, old, there, new)
+    another = "another move is under way; try again when it is over"
+    with locked(settings.data / "workspaces", another):     # two would each believe to have the last copy
+        with opened(settings) as (store, _):
+            if row_of(store, "workspaces", given.workspace) != row:          # one that ended just now
+                raise Unusable(another)
+        if not json.loads(old("has", "GET")):
+            raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it "
+                           "up from a backup, workspace remove frees the name")
+        if row["node"] == new:                       # it was cut short, and is not to go after all
+            rows = there("back")
+            placed(settings, row["id"], new, "node move taken back")
+        else:
+            rows = moved(settings, row, old, there, new)
     print(f"{given.workspace}: {json.loads(rows)} rows, on {new} now")
     with contextlib.suppress(Refused):               # who visits it wakes its jobs too
         there("ring"), old("forget")
 
 
-def taken_back(settings: Settings, row: sqlite3.Row, there: Callable[..., bytes]) -> bytes:
-    rows = there("back")
-    placed(settings, row["id"], row["node"], "node move taken back")
-    return rows
-
-
 def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there: Callable[..., bytes],
           new: str) -> bytes:
     """The number of rows that arrived. Nobody is let in from here on, until it is placed."""
-    undo = [lambda: placed(settings, row["id"], row["node"], "node move failed"), lambda: old("back")]
+    sent = False
     try:
         placed(settings, row["id"], row["node"], "node move begins", moving=1)
         rows = old("aside")
-        send_pieces(there, pieces_of(old, "moved"))
-        undo.append(lambda: there("drop"))           # if that fails nobody is let in, here or there, until all is clear
+        send_pieces(there, lambda at: old("piece", "GET", f"of=moved&at={at}"))
+        sent = True
         arrived = there("adopt")
         if arrived != rows:
             raise Unusable(f"{json.loads(rows)} rows left, and {json.loads(arrived)} arrived; try again")
         placed(settings, row["id"], new, "node move")
         return rows
     except BaseException:
-        for step in reversed(undo):
-            step()
+        if sent:
+            there("drop")                            # if that fails nobody is let in, here or there, until all is clear
+        old("back")
+        placed(settings, row["id"], row["node"], "node move failed")
         raise
 
 
 def node_replace(settings: Settings, given: argparse.Namespace) -> int:
     """The workspaces of a node that is lost come up on another, from a backup of it. 1: some are not in the backup."""
-    with opened(settings) as (store, _):
+    with opened(settings) as (store, env):
         known_node(store, given.new)
         lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name",
                            given.lost)
-    held = {row["id"] for row in lost if (given.backup / "workspaces" / f"{row['id']}.db").exists()}
-    for number, row in enumerate([row for row in lost if row["id"] in held], 1):
-        ask = functools.partial(ask_node, settings, given.new, row["id"])
-        send_pieces(ask, read_pieces(given.backup / "workspaces" / f"{row['id']}.db"))
+    missing = []
+    for row in lost:
+        ask, file = keeper(settings, env, row["id"], given.new), given.backup / "workspaces" / f"{row['id']}.db"
+        if not file.exists():
+            missing.append((row["name"], "is not in this backup; try another"))
+            continue
+        send_pieces(ask, functools.partial(piece_at, file))
         rows = json.loads(ask("adopt"))
         placed(settings, row["id"], given.new, given.verb)
         ask("ring")
-        table([(row["name"], f"{rows} rows", f"on {given.new} now")])
-    table((row["name"], "is not in this backup; try another") for row in lost if row["id"] not in held)
-    return 0 if len(held) == len(lost) else 1
+        print(row["name"], f"{rows} rows", f"on {given.new} now", sep="\t")
+    table(missing)
+    return 1 if missing else 0
 
 
 def placed(settings: Settings, id: str, node: str, why: str, moving: int = 0) -> None:
@@ -4637,15 +4626,6 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
 
 # ==== 24. Command line ===============================================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
-
-class Verb(NamedTuple):
-    """A command of the command line: run(settings, given) returns the exit status, None for 0. An argument is a name, a
-    name with the type that reads it, or a flag."""
-    words: str
-    help: str
-    run: Callable[[Settings, argparse.Namespace], Optional[int]]
-    arguments: Sequence[Any] = ()
-
 
 def size(text: str) -> int:
     """Bytes: "500M" is 524,288,000."""
@@ -4677,41 +4657,44 @@ def seconds(text: str) -> float:
 
 
 FILE, FOLDER = ("file", pathlib.Path), ("folder", pathlib.Path)
+# A command, what --help says of it, run(settings, given) with the exit status (None: 0), and its arguments. Each is a
+# name or a flag, or one of them with the type that reads it. --flag= has a value, --flag=? may be left out, --flag=+
+# may come several times.
 VERBS = (
-    Verb("account add", "somebody may sign in", account_add, ("name", "--operator")),
-    Verb("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
-    Verb("account list", "who may sign in", account_list),
-    Verb("account remove", "take an account away, with its sessions and memberships", account_remove, ("name",)),
-    Verb("workspace add", "a new workspace; without an owner member add lets people in", workspace_add,
-         ("name", "--owner=?")),
-    Verb("workspace list", "name, id, bytes and quota of each", workspace_list),
-    Verb("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
-    Verb("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
-    Verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota", workspace_quota,
-         ("name", ("size", size))),
-    Verb("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after",
-         workspace_export, ("name", FILE, "--move")),
-    Verb("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
-    Verb("workspace restore", "as it was in a snapshot, beside the present one", workspace_restore,
-         ("name", ("--at=", pathlib.Path), "--new=?")),
-    Verb("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
-    Verb("member role", "change a member's role", member_set, ("workspace", "account", "role")),
-    Verb("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
-    Verb("member list", "who is in a workspace", member_list, ("workspace",)),
-    Verb("backup", "copy the whole deployment to a new folder, while the server runs", backup, (FOLDER,)),
-    Verb("restore", "bring such a copy into an empty data folder", restore, (FOLDER,)),
-    Verb("check", "look at every file, and say what is wrong", check),
-    Verb("new", "write a file with a slice of your own to begin with", new, (FILE,)),
-    Verb("node add", "workspaces can be placed on it: HOST:PORT of a data plane", node_add, (("address", address),)),
-    Verb("node list", "the nodes, and how many workspaces each has", node_list),
-    Verb("node remove", "a node that has no workspaces", node_remove, (("address", address),)),
-    Verb("node move", "bring a workspace to another node, while the servers run", node_move,
-         ("workspace", ("node", address))),
-    Verb("node replace", "bring the workspaces of a lost node up on another, from a backup of it", node_replace,
-         (("lost", address), ("new", address), ("backup", pathlib.Path))),
-    Verb("nginx", "print the configuration of an nginx in front of a directory and its nodes", nginx,
-         (("--directory=", address), ("--node=+", address), "--listen=?")),
-    Verb("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate),
+    ("account add", "somebody may sign in", account_add, ("name", "--operator")),
+    ("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
+    ("account list", "who may sign in", account_list, ()),
+    ("account remove", "take an account away, with its sessions and memberships", account_remove, ("name",)),
+    ("workspace add", "a new workspace; without an owner member add lets people in",
+     workspace_add, ("name", "--owner=?")),
+    ("workspace list", "name, id, bytes and quota of each", workspace_list, ()),
+    ("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
+    ("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
+    ("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota",
+     workspace_quota, ("name", ("size", size))),
+    ("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after",
+     workspace_export, ("name", FILE, "--move")),
+    ("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
+    ("workspace restore", "as it was in a snapshot, beside the present one",
+     workspace_restore, ("name", ("--at=", pathlib.Path), "--new=?")),
+    ("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
+    ("member role", "change a member's role", member_set, ("workspace", "account", "role")),
+    ("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
+    ("member list", "who is in a workspace", member_list, ("workspace",)),
+    ("backup", "copy the whole deployment to a new folder, while the server runs", backup, (FOLDER,)),
+    ("restore", "bring such a copy into an empty data folder", restore, (FOLDER,)),
+    ("check", "look at every file, and say what is wrong", check, ()),
+    ("new", "write a file with a slice of your own to begin with", new, (FILE,)),
+    ("node add", "workspaces can be placed on it: HOST:PORT of a data plane", node_add, (("address", address),)),
+    ("node list", "the nodes, and how many workspaces each has", node_list, ()),
+    ("node remove", "a node that has no workspaces", node_remove, (("address", address),)),
+    ("node move", "bring a workspace to another node, while the servers run",
+     node_move, ("workspace", ("node", address))),
+    ("node replace", "bring the workspaces of a lost node up on another, from a backup of it",
+     node_replace, (("lost", address), ("new", address), ("backup", pathlib.Path))),
+    ("nginx", "print the configuration of an nginx in front of a directory and its nodes",
+     nginx, (("--directory=", address), ("--node=+", address), "--listen=?")),
+    ("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate, ()),
 )
 
 
@@ -4728,21 +4711,18 @@ HELP = {"name": "of the account or workspace", "workspace": "its name", "account
         "--listen": "port of the proxy; by default 80"}
 
 
-def add_verb(groups: Dict[str, Any], verb: Verb, parent: argparse.ArgumentParser) -> None:
-    *group, word = verb.words.split()
-    parser = groups[" ".join(group)].add_parser(word, help=verb.help, description=verb.help, parents=[parent])
-    parser.set_defaults(run=verb.run, verb=verb.words)
-    for argument in verb.arguments:
+def add_verb(groups: Dict[str, Any], parent: argparse.ArgumentParser, words: str, help: str,
+             run: Callable[[Settings, argparse.Namespace], Optional[int]], arguments: Sequence[Any]) -> None:
+    *group, word = words.split()
+    parser = groups[" ".join(group)].add_parser(word, help=help, description=help, parents=[parent])
+    parser.set_defaults(run=run, verb=words)
+    for argument in arguments:
         name, kind = argument if isinstance(argument, tuple) else (argument, str)
         flag, valued, how_often = name.partition("=")
-        help = HELP.get(flag)
+        options = {"type": kind} if valued or not flag.startswith("--") else {"action": "store_true"}
         if valued:
-            action = "append" if how_often == "+" else "store"
-            parser.add_argument(flag, type=kind, required=how_often != "?", action=action, help=help)
-        elif flag.startswith("--"):
-            parser.add_argument(flag, action="store_true", help=help)
-        else:
-            parser.add_argument(flag, type=kind, help=help)
+            options.update(required=how_often != "?", action="append" if how_often == "+" else "store")
+        parser.add_argument(flag, help=HELP[flag], **options)
 
 
 def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse.Namespace]:
@@ -4767,12 +4747,12 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
         group = groups[""].add_parser(name, help=f"see {name} --help")
         groups[name] = group.add_subparsers(required=True, metavar="command")
     for verb in VERBS:
-        add_verb(groups, verb, parent)
+        add_verb(groups, parent, *verb)
     given = parser.parse_args(argv)
     settings = Settings(**{key: value for key, value in vars(given).items() if key in Settings._fields})
-    settings = settings._replace(data=settings.single.parent) if settings.single else settings
-    loopback = settings.host == "localhost" or is_loopback(settings.host)
-    return settings._replace(demo=bool(settings.demo or loopback)), given
+    data = settings.single.parent if settings.single else settings.data
+    demo = settings.demo or settings.host == "localhost" or is_loopback(settings.host)
+    return settings._replace(data=data, demo=demo), given
 
 
 def several(text: str) -> Tuple[str, ...]:
@@ -4811,8 +4791,7 @@ OPTIONS = (
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
      "between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes",
-     one_of(*PLANES)),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes", one_of(*PLANES)),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
@@ -4828,36 +4807,13 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     try:
         if given.run:
             return given.run(settings, given) or 0
-        with locked(settings.data):
+        taken = f"another server uses the data folder {settings.data}; stop it, or name another with --data"
+        with locked(settings.data, taken):           # two would each believe to be a tenant's only writer
             serve(settings, slices)
         return 0
-    except Refused as no:
-        print(f"orion: {no.message}", file=sys.stderr)
-    except (Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
-        print(f"orion: {error}", file=sys.stderr)
-    return 2
-
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """One server for a data folder: two would each believe to be a tenant's only writer."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        why = error.strerror or error
-        raise Unusable(f"the data folder {folder} can't be used ({why}); name another with --data") from error
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise Unusable(f"another server uses the data folder {folder}; stop it, or name another with --data") from error
-    finally:
-        if handle is not None:
-            os.close(handle)
+    except (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
+        print(f"orion: {error.message if isinstance(error, Refused) else error}", file=sys.stderr)
+        return 2
 
 
 def serve(settings: Settings, slices: Sequence[Slice]) -> None:
