@@ -696,6 +696,7 @@ class Store:
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
+        self.db.set_progress_handler(None, 0)        # it may know who owns this store, which 3.9 could not free then
         self.db.close()                              # the last connection out moves the WAL into the file
 
 
@@ -859,11 +860,16 @@ class DurableObject:
             self.claim(store)
             for slice, entries in self.schema():
                 store.migrate(slice, entries)
+            self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
+            self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
+            self.on_open()
         except BaseException:
+            self.store = self.bus = None
             store.close()
             raise
-        self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
-        self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
+
+    def on_open(self) -> None:
+        """What a subclass remembers of its file begins anew here, for another one may be in its place."""
 
     def claim(self, store: Store) -> None:
         """A file knows whose it is, so that one put in another's place shows nobody's rows to strangers."""
@@ -1262,8 +1268,8 @@ class Rendering:
     def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
         """main: the region that a reconnecting browser names as the last it has seen."""
         self.micros, self.told, self._zipped = micros, False, b""
-        self.etag = hashlib.blake2b(html.encode("utf-8", "replace"), digest_size=9).hexdigest()
-        self.frame = chunk(patch_elements(html, event_id=self.etag if main else None))
+        self.etag = hashlib.blake2b(escape(html).encode("utf-8", "replace"), digest_size=9).hexdigest()
+        self.frame = chunk(patch_elements(escape(html), event_id=self.etag if main else None))
 
     @property
     def html(self) -> Html:
@@ -1354,13 +1360,13 @@ class SliceHost(DurableObject):
     def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
         return self.router.schema
 
-    def open(self, create: bool = False) -> None:
-        super().open(create)
-        self.kept.clear()                            # another file may have come to the place of the one before
+    def on_open(self) -> None:
+        self.kept.clear()
         self.bus.subscribe(lambda topic: self.kept.clear())
         self.parts = {slice.name: Part(self.store, slice.name, self.router.borders) for slice in self.router.slices}
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
-        self.namespace.alarm(self.id, self.queue.due())
+        with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
+            self.namespace.alarm(self.id, self.queue.due())
 
     def viewer(self, request: Request) -> Viewer:
         said = request.headers.get
@@ -1616,10 +1622,10 @@ todos = Slice(
 class Workspace(SliceHost):
     quota = ""
 
-    def open(self, create: bool = False) -> None:
+    def on_open(self) -> None:
         """SQLite itself keeps to max_page_count, but forgets it when the file is closed. A job comes without a verdict
         that tells it, so the file remembers."""
-        super().open(create)
+        super().on_open()
         self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
         self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
 
@@ -1861,8 +1867,8 @@ class Directory(SliceHost):
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.regulars, self.elsewhere = Throttle(), frozenset(), 0
 
-    def open(self, create: bool = False) -> None:
-        super().open(create)
+    def on_open(self) -> None:
+        super().on_open()
         self.admitted: Dict[Tuple[Optional[str], ...], Tuple[Response, float]] = {}    # verdicts, and until when
         self.as_of = None
         self.bus.subscribe(lambda topic: self.bus.versions.update(["access"] if topic.startswith("access:") else []))
@@ -2264,8 +2270,8 @@ class Single(Directory):
         """A workspace's pages are where its gate was asked, and nowhere else."""
         return self.inside if "x-id" in request.headers and not request.path.startswith("/members") else self.outside
 
-    def open(self, create: bool = False) -> None:
-        super().open(create)
+    def on_open(self) -> None:
+        super().on_open()
         self.store.exec(f"PRAGMA max_page_count = {self.settings.quota // self.store.one('PRAGMA page_size')[0]}")
 
     def viewer(self, request: Request) -> Viewer:
@@ -3537,8 +3543,8 @@ def give_back_memory() -> None:
 
 def set_no_pages_aside() -> None:
     """SQLite takes memory for 20 pages with each file it opens, and most tenants have fewer. It can be told otherwise
-    (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE) only while no file is open."""
-    if sys.platform == "linux":
+    (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE) only while nobody uses it."""
+    if sys.platform == "linux" and threading.active_count() == 1:
         with contextlib.suppress(OSError, AttributeError):
             sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
             sqlite.sqlite3_shutdown()

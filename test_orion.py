@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -35,6 +36,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 import zlib
 from unittest import mock
 
@@ -717,6 +719,29 @@ def test_an_object_that_sleeps_has_moved_its_wal_into_the_file(counters):
     assert not counters.path("a").with_suffix(".db-wal").exists() and not counters.objects
 
 
+def test_an_object_that_sleeps_is_freed_without_the_garbage_collector(start):
+    """Which can't free a connection of CPython 3.9, if it knows who owns it."""
+    server = start()
+    Person(server, "bob").get("/w/acme/todos")
+    awake = weakref.ref(server.env.workspaces.objects[server.env.workspaces.id_from_name("acme")])
+    gc.disable()
+    try:
+        server.env.workspaces.rest(idle=-1)
+        assert eventually(lambda: awake() is None)
+    finally:
+        gc.enable()
+
+
+def test_an_object_that_can_not_begin_with_its_file_is_closed_and_begins_anew(counters, monkeypatch):
+    counters.create("a")
+    fetch, begun = counters.get("a").fetch, mock.Mock(side_effect=[sqlite3.DatabaseError("malformed"), None])
+    monkeypatch.setattr(Counter, "on_open", begun)
+    with pytest.raises(orion.StorageFault):
+        fetch(orion.Request("GET", "/"))
+    assert counters.objects["a"].store is None
+    assert fetch(orion.Request("POST", "/1")).body == b"1" and begun.call_count == 2
+
+
 def test_falling_asleep_under_load_loses_nothing(counters):
     """With a fixed seed: writers, sleepers and a small limit of awake objects."""
     dice, names = random.Random(1977), "abcdefgh"
@@ -1150,6 +1175,13 @@ def test_a_region_is_rendered_once_for_each_role_and_version(start):
     assert {viewer.account for viewer in renders} == {""}, "what a role shares must not know an account"
 
 
+def test_a_region_that_is_no_markup_is_text_on_the_page_and_in_the_stream(start):
+    careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "n", "N", lambda ctx: orion.Html("<p id=n>") + "<img src=x>"),))
+    bob = Person(start((orion.todos, careless)), "bob", datastar=True)
+    assert "&lt;p id=n&gt;&lt;img src=x&gt;" in bob.get("/w/acme/n").text
+    assert "&lt;img src=x&gt;" in Ear(bob, "/w/acme/n/live").event()
+
+
 def test_a_region_that_did_not_change_is_not_sent_again(start):
     slice, _ = counting()
     server = start((orion.todos, slice))
@@ -1541,6 +1573,25 @@ def test_no_verdict_outlives_what_another_process_wrote(start, what):
         other.exec(ENDS_OF_A_VERDICT[what])
     answer = bob.get("/_gate/acme")
     assert answer.status != 200 or answer.headers["x-role"] == "viewer"
+
+
+def test_no_verdict_outlives_the_file_it_was_read_from(start):
+    """Another file's counts begin where this one's did."""
+    bob = Person(start(), "bob")
+    bob.server.close()
+    bob.server = start()
+    bob.headers["Origin"] = bob.server.origin
+    assert [bob.get("/_gate/acme").status for _ in range(2)] == [200, 200]
+    file = bob.server.env.settings.directory_file
+    other = file.with_name("other.db")
+    with contextlib.closing(sqlite3.connect(other)) as db, contextlib.closing(sqlite3.connect(file)) as now:
+        now.backup(db)
+        db.executescript("PRAGMA journal_mode=DELETE; DELETE FROM sessions; DROP INDEX jobs_due; DROP TABLE jobs")
+    for part in orion.with_wal(file):
+        part.unlink()
+    os.replace(other, file)
+    assert Person(bob.server).post("/persona", form={"account": "carol"}).status == 303
+    assert bob.get("/_gate/acme").status == 401 and bob.post("/w/acme/todos", title="No").status == 401
 
 
 def test_no_verdict_outlives_the_key_that_sealed_its_session(server):
