@@ -182,8 +182,9 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node", "x-verdict", "x-proved", "x-hashed", "x-counts"}
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-node")                                        # what the gate says of a viewer
+TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}  # what nobody outside may say
 
 
 class Request(NamedTuple):
@@ -1679,6 +1680,8 @@ def add_key(path: pathlib.Path, keep: int = 2) -> None:
     part = path.with_name(f"{path.name}.part")
     with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
         file.write("\n".join(keys[:keep]) + "\n")
+        file.flush()
+        os.fsync(file.fileno())                      # a power cut leaves the whole file or the one before
     os.replace(part, path)
 
 
@@ -1700,11 +1703,9 @@ def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[
     was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
     values = [value for key, _, value in pairs if key == name]
-    token, _, given = values[0].partition(".") if len(values) == 1 else ("", "", "")
-    if len(token) != 43 or len(given) != 64 or not values[0].isascii():
-        return None
-    genuine = any([hmac.compare_digest(seal(token, key), given) for key in keys])
-    return hashlib.sha256(token.encode()).digest() if genuine else None
+    found = re.fullmatch(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})", values[0]) if len(values) == 1 else None
+    genuine = found and any([hmac.compare_digest(seal(found[1], key), found[2]) for key in keys])
+    return hashlib.sha256(found[1].encode()).digest() if genuine else None
 
 
 COOKIES = {"http": "sid", "https": "__Host-sid"}     # no neighbour can set the second (RFC 6265bis, 4.1.3.2)
@@ -1715,8 +1716,6 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
     return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
 
-VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node")
 SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
 FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
 
@@ -1725,20 +1724,11 @@ def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
     return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
 
 
-def sealed_verdict(verdict: Response, key: bytes) -> Response:
-    """With a seal that a node can check: over the whole verdict, for a short time. key: the oldest, which a node still
-    has when they were rotated a moment ago."""
-    said = dict(verdict.headers)
-    seal = seal_of([said.get(name, "") for name in VERDICT], key, int(time.time()) + SEALED_SECONDS)
-    return verdict._replace(headers=(*verdict.headers, ("x-verdict", seal)))
-
-
 def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
     """Was this sealed here, over these parts, a short time ago? Clocks may differ by as much as it is believed."""
-    found = re.fullmatch("([0-9]{1,11})[.][0-9a-f]{64}", given)
-    if not found or abs(int(found[1]) - time.time()) > 2 * SEALED_SECONDS or int(found[1]) < time.time():
-        return False
-    return any([hmac.compare_digest(seal_of(parts, key, int(found[1])), given) for key in keys])
+    until = int(given.partition(".")[0]) if re.fullmatch("[0-9]{1,11}[.][0-9a-f]{64}", given) else 0
+    return 0 <= until - time.time() <= 2 * SEALED_SECONDS and any(
+        [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys])
 
 
 class Throttle:
@@ -1775,7 +1765,7 @@ class Throttle:
 
 # ==== 14. Directory ==================================================================================================
 # The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
-# else; the roles are one table. Its gate is asked before anything else moves, and reads the store each time, so that a
+# else; the roles are one table. Its gate is asked before anything else moves, and asks its store each time, so that a
 # membership that ended a moment ago is already over.
 
 ROLES: Dict[str, Tuple[str, ...]] = {
@@ -1818,6 +1808,8 @@ OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
           SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
 MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace
           WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
+MEMBERS_OF = """SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account
+                WHERE m.workspace = ? ORDER BY a.name"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
@@ -1836,9 +1828,9 @@ def verdict(account: str, role: str, workspace: str, id: str, operator: str = ""
     return as_json(viewer)._replace(headers=tuple(viewer.items()))
 
 
-def masked(row: sqlite3.Row) -> Tuple[str, bool]:
+def masked(row: Optional[sqlite3.Row]) -> Tuple[str, bool]:
     """Of a session's row: the operator who looks on in the account's name, and whether read-only."""
-    return ("", False) if row["writes"] is None else (row["owner"], not row["writes"])
+    return ("", False) if row is None or row["writes"] is None else (row["owner"], not row["writes"])
 
 
 class Directory(SliceHost):
@@ -1902,42 +1894,39 @@ class Directory(SliceHost):
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
         self.keys = load_keys(self.settings.key_file)
-        elsewhere = self.store.one("PRAGMA data_version")[0]
-        if elsewhere != self.elsewhere:
-            self.elsewhere = elsewhere
+        before, self.elsewhere = self.elsewhere, self.store.one("PRAGMA data_version")[0]
+        if self.elsewhere != before:
             self.kept.clear()
-        changed = self.bus.versions["access"] if self.settings.plane else 0
-        return [self.awake_since, elsewhere, changed]
+        return [self.awake_since, self.elsewhere, self.bus.versions["access"] if self.settings.plane else 0]
 
     def password_of(self, request: Request) -> str:
         row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
         return row["password"] if row else ""
 
     def names(self, request: Request) -> Dict[str, Any]:
-        """For the console: a page of all workspaces, and how many there are."""
+        """For the console: a page of all workspaces and the one of a name, by id, and how many there are."""
         after, name = [request.params.get(key, "") for key in ("after", "name")]
         page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
                                 NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT name, id FROM workspaces WHERE name = ?", name)
-        return {"page": [*map(tuple, page)], "named": dict(map(tuple, named)),
+        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
+        return {"page": dict(page), "named": dict(named),
                 "all": self.store.one("SELECT count(*) FROM workspaces")[0],
                 "schema": len(DIRECTORY_TABLES + JOURNAL + JOBS)}
 
     def whoami(self, request: Request) -> Dict[str, Any]:
         """For the console: who asks, where they belong, whether they run this server."""
-        row, personas = self.session(request), [*map(tuple, self.personas())]
-        if row is None:
-            return {"account": "", "masked": ("", False), "operator": False, "roles": {}, "personas": personas}
-        roles = {role["name"]: role["role"] for role in self.store.query(MINE, row["account"], "", 100)}
-        return {"account": row["account"], "masked": masked(row), "operator": self.is_operator(row["owner"]),
-                "roles": roles, "personas": personas}
+        row = self.session(request)
+        account, mine = (row["account"], self.store.query(MINE, row["account"], "", 100)) if row else ("", [])
+        return {"account": account, "masked": masked(row), "operator": bool(row) and self.is_operator(row["owner"]),
+                "roles": {name: role for _, name, role in mine}, "personas": self.personas(account)}
 
     def is_operator(self, account: str) -> bool:
         return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
 
-    def personas(self) -> List[sqlite3.Row]:
+    def personas(self, account: str) -> List[Dict[str, Any]]:
         every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
-        return self.store.query(every) if self.settings.demo else []
+        found = self.store.query(every) if self.settings.demo else []
+        return [{**row, "current": row["name"] == account} for row in found]
 
     def node_of(self, request: Request) -> str:
         return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
@@ -1951,11 +1940,13 @@ class Directory(SliceHost):
     # -- the gate
 
     def for_proxies(self, answer: Response) -> Response:
-        """They bring the verdict to a node. Most know no answer but 200, 401 and 403: for a workspace on its way they
-        hear 200 and no verdict, and whoever they bring the request to asks again."""
-        if answer is MOVING:
-            return Response(200)
-        return sealed_verdict(answer, self.keys[-1]) if answer.status == 200 else answer
+        """They bring the verdict to a node, sealed as a whole. Most know no answer but 200, 401, 403: for a workspace
+        on its way they hear 200 and no verdict, and whoever they bring the request to asks again."""
+        if answer.status != 200:
+            return Response(200) if answer is MOVING else answer
+        said, oldest = dict(answer.headers), self.keys[-1]       # a node has it still when they were just rotated
+        seal = seal_of([said.get(name, "") for name in VERDICT], oldest, int(time.time()) + SEALED_SECONDS)
+        return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
 
     def gate(self, request: Request, workspace: str) -> Response:
         """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte. A 200 is given
@@ -2007,9 +1998,8 @@ class Directory(SliceHost):
         name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
         if max(len(password), len(new)) > 256:
             raise Refused(400, "A password has at most 256 characters.")
-        address, whose = f"from {request.peer}", f"to {name}"
         known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
-        keys = (address,) if known in self.regulars else (address, whose)
+        keys = [f"from {request.peer}", *([] if known in self.regulars else [f"to {name}"])]
         self.throttle.check(*keys)
         stored = json.loads(super().fetch(Request("GET", "/_password", headers={"x-account": name})).body)
         if not password_matches(password, stored):
@@ -2041,7 +2031,6 @@ class Directory(SliceHost):
         """Always with a new token: one that was set before signing in is worth nothing after."""
         self.close_session(ctx)
         now, token = time.time(), secrets.token_urlsafe(32)
-        ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
         digest, agent = hashlib.sha256(token.encode()).digest(), ctx.request.headers.get("user-agent", "")
         ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", digest, account, now, now + SESSION_SECONDS,
                        f"{ctx.request.peer} {agent}"[:200])
@@ -2117,8 +2106,7 @@ class Directory(SliceHost):
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
-        account, typed = ctx.viewer.account, ctx.request.params
-        personas = [{**row, "current": row["name"] == account} for row in self.personas()]
+        account, typed, personas = ctx.viewer.account, ctx.request.params, self.personas(ctx.viewer.account)
         if not account:
             return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
@@ -2160,8 +2148,8 @@ def add_workspace(store: Store, workspaces: Namespace, name: str, members: Itera
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
     None if node else (make or workspaces.create)(id)
-    row = id, name, name, node, node != ""
-    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)", *row)
+    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)",
+               id, name, name, node, node != "")
     for account, role in members:
         store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
 
@@ -2179,13 +2167,11 @@ def login_form(next: str, username: str = "", problem: str = "", status: int = 2
 def workspace_behind(request: Request) -> str:
     """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
     targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
-    if len(targets) != 1:
-        return ""
-    try:
-        hit = re.match(r"/w/([^/]+)", plain_path(targets.pop().partition("?")[0]))
-    except Refused:
-        return ""
-    return hit[1] if hit else ""
+    target = targets.pop() if len(targets) == 1 else ""
+    with contextlib.suppress(Refused):
+        hit = re.match(r"/w/([^/]+)", plain_path(target.partition("?")[0]))
+        return hit[1] if hit else ""
+    return ""
 
 
 def role_of(ctx: Context, account: str) -> str:
@@ -2200,10 +2186,8 @@ def role_choice(viewer: Viewer, chosen: str) -> List[Dict[str, Any]]:
 
 
 def members_region(ctx: Context) -> Html:
-    members = ctx.store.query("SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account "
-                              "WHERE m.workspace = ? ORDER BY a.name", ctx.scope)
     rows = []
-    for member in members:
+    for member in ctx.store.query(MEMBERS_OF, ctx.scope):
         managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
         choice = role_choice(ctx.viewer, member["role"])
         rows.append({**member, "option": choice, "managed": managed, "fixed": not managed})
@@ -2883,19 +2867,13 @@ class Broker:
 # The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
-class Round(NamedTuple):
-    """A fan-out: what each of some objects answered to one request, and when, and in what time."""
-    at: float = 0.0
-    micros: int = 0
-    facts: Dict[str, Dict[str, int]] = {}
-
-
 class Console:
     id, PAUSE = "console", 0.25                      # seconds between two frames, however much happens
 
     def __init__(self, env: Env, broker: Broker) -> None:
         self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
-        self.round, self.stale, self.due = Round(), True, False
+        self.watched, self.stale, self.due = env.trace.watch, True, False
+        self.facts, self.counted, self.micros = {}, 0.0, 0     # what each object told of itself; when, in what time
         self.router = Router([Slice(self.id, (), routes=(
             Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
             Route("POST", "/console/probe", ACCOUNT, self.probe),
@@ -2913,9 +2891,6 @@ class Console:
             return self.router.match(request.method, request.path)[1].run(request, me)
 
     # -- what makes a frame: news, a second that passed, somebody who came
-
-    def watched(self, more: int) -> None:
-        self.trace.watch(more)
 
     def published(self, id: str, topic: str) -> None:
         self.stale = True                            # the next frame counts again
@@ -2943,33 +2918,29 @@ class Console:
     # -- the page, and the probe
 
     def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, account, viewer = request.params, me["account"], Viewer(me["account"], "", (), *me["masked"])
-        demo, mine = self.env.settings.demo, me["roles"].values()
+        given, account, demo = request.params, me["account"], self.env.settings.demo
         grants = [{"grant": grant, "cell": [{"yes": grant in some, "no": grant not in some} for some in ROLES.values()]}
                   for grant in ROLES["owner"]]
         standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
         with self.lock:
-            region = self.region(given, True)
-            names = self.names(given)["page"]
+            region, names = self.region(given, True), self.names(given)["page"].values()
         body = template("console")(
             region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=grants, probed=probed,
-            persona=[{"name": name, "label": label, "current": name == account} for name, label in me["personas"]],
-            role=[{"role": role, "current": role in mine} for role in ROLES],
-            option=[{"name": name} for _, name in names], result=result or template("console.idle")(),
+            persona=me["personas"], role=[{"role": role, "current": role in me["roles"].values()} for role in ROLES],
+            option=[{"name": name} for name in names], result=result or template("console.idle")(),
             standing=f"{account} is {standing}." if account else "Nobody is signed in.",
             who=f"You are {account}" if account else "You are nobody yet")
-        return page("Console", body, viewer, template("layout.console")(state=True))
+        return page("Console", body, Viewer(account, "", (), *me["masked"]), template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
         """Ask for a workspace's page as whoever is signed in, and show how far that came."""
-        name, ids = str(request.fields().get("workspace", "")).strip()[:63], {}
-        if WORKSPACE_NAME.fullmatch(name):
-            ids = self.names({"name": name})["named"]
-        served, id, account = self.env.workspaces.served, ids.get(name, ""), me["account"]
-        before, cookie = served[id], {"cookie": request.headers.get("cookie", "")}
+        name, account = str(request.fields().get("workspace", "")).strip()[:63], me["account"]
+        names = self.names({"name": name})["named"] if WORKSPACE_NAME.fullmatch(name) else {}
+        served, cookie = self.env.workspaces.served, {"cookie": request.headers.get("cookie", "")}
+        before = {id: served[id] for id in names}
         asked = Request("GET", f"/w/{name}/todos", "", cookie, scheme=request.scheme)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
-        after, verdict = served[id], trip.legs[0].status if trip.legs else trip.status
+        verdict = trip.legs[0].status if trip.legs else trip.status
         said = {200: f"The gate lets {account} into {name}.",
                 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
                 403: f"Refused at the gate: {account} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
@@ -2978,8 +2949,8 @@ class Console:
             proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
         result = template("console.probe")(
             kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
-            proof=(f"Requests to {name}: {before} before, {after} after. " if ids else "") + proof,
-            call=[{**call._asdict(), "object": self.label(call.object, ids)} for call in trip.calls])
+            proof="".join([f"Requests to {name}: {before[id]} before, {served[id]} after. " for id in names]) + proof,
+            call=[{**call._asdict(), "object": self.label(call.object, names)} for call in trip.calls])
         if request.datastar:
             return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
         return self.page(request, me, result, name)
@@ -2987,8 +2958,7 @@ class Console:
     def retry(self, request: Request, me: Dict[str, Any]) -> Response:
         """The jobs that a workspace gave up begin anew."""
         permit(ACCOUNT, Viewer(me["account"], read_only=me["masked"][1]), request.method)
-        named = self.names({"name": str(request.fields().get("workspace", ""))})["named"]
-        for id in named.values():
+        for id in self.names({"name": str(request.fields().get("workspace", ""))})["named"]:
             self.env.workspaces.get(id).fetch(Request("POST", "/_retry"))
         self.stale = True
         return Response(204) if request.datastar else see_other("/console")
@@ -2996,18 +2966,17 @@ class Console:
     # -- the region
 
     def names(self, params: Dict[str, str]) -> Dict[str, Any]:
-        """Of the workspaces on a page of the console, all in order of their names."""
-        asked = urllib.parse.urlencode({key: params.get(key, "") for key in ("after", "name")})
-        return self.env.directory.ask("/_names", asked)
+        """Of the workspaces on a page of the console, by id, all in order of their names."""
+        return self.env.directory.ask("/_names", urllib.parse.urlencode(params))
 
     def label(self, id: str, names: Dict[str, str]) -> str:
-        return {self.env.directory.id: "Directory", **{key: name for name, key in names.items()}}.get(id, id[:8])
+        return {self.env.directory.id: "Directory", **names}.get(id, id[:8])
 
-    def count_all(self, ids: Sequence[str]) -> Round:
-        """One request to each object. Who slept goes back to sleep."""
-        if self.round.facts.keys() == {*ids} and not (self.stale and time.time() > self.round.at + 1):
-            return self.round
-        self.stale, started, facts = False, time.perf_counter(), {}
+    def count_all(self, ids: Iterable[str]) -> None:
+        """A fan-out: one request to each object. Who slept goes back to sleep."""
+        if self.facts.keys() == {*ids} and not (self.stale and time.time() > self.counted + 1):
+            return
+        self.stale, started, facts = False, time.perf_counter(), dict.fromkeys(ids, {})
         for id in ids:
             slept = id not in self.env.workspaces.objects
             with contextlib.suppress(StorageFault, Refused):     # what can't be read has no count
@@ -3015,22 +2984,21 @@ class Console:
             woken = self.env.workspaces.objects.get(id)
             if slept and woken:
                 woken.sleep(time.monotonic())
-        self.round = Round(time.time(), micros(time.perf_counter() - started), {id: facts.get(id, {}) for id in ids})
-        return self.round
+        self.counted, self.micros, self.facts = time.time(), micros(time.perf_counter() - started), facts
 
     def region(self, params: Dict[str, str], with_feed: bool) -> Html:
         found = self.names(params)
-        page, more = found["page"][:NAMES_A_PAGE], found["page"][NAMES_A_PAGE:]
-        names, awake = {name: id for id, name in page}, {*self.env.workspaces.objects}
-        counted = self.count_all([id for id, _ in page])
+        names, awake = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE)), {*self.env.workspaces.objects}
+        self.count_all(names)
         rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
-        rows += [self.object_row(self.env.workspaces, id, name, counted.facts[id], id in awake) for id, name in page]
-        dead = [{"name": name, "job": counted.facts[id]["failed"]} for id, name in page
-                if counted.facts[id].get("failed")]
+        rows += [self.object_row(self.env.workspaces, id, name, self.facts[id], id in awake)
+                 for id, name in names.items()]
+        dead = [{"name": name, "job": self.facts[id]["failed"]} for id, name in names.items()
+                if self.facts[id].get("failed")]
         return template("console.region")(
-            object=rows, all=found["all"], asked=len(page), micros=counted.micros, awake=len(awake), more=bool(more),
-            after=page[-1][1] if page else "", feed=self.feed(params, names) if with_feed else "", dead=dead,
-            **self.drawing(names, awake), **self.streams(names))
+            object=rows, all=found["all"], asked=len(names), micros=self.micros, awake=len(awake), dead=dead,
+            more=len(found["page"]) > NAMES_A_PAGE, after=max(names.values(), default=""),
+            feed=self.feed(params, names) if with_feed else "", **self.drawing(names, awake), **self.streams(names))
 
     def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict:
         file, one = namespace.path(id), namespace.objects.get(id)
@@ -3045,11 +3013,11 @@ class Console:
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
-        some = [*names.items()][:4] + ([("others", "")] if len(names) > 4 else [])
-        places = {id: (450 + 98 * index, 232) for index, (_, id) in enumerate(some)}
+        some = [*names.items()][:4] + ([("", "others")] if len(names) > 4 else [])
+        places = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}
         nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
                   "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
-                 for index, (name, id) in enumerate(some)]
+                 for index, (id, name) in enumerate(some)]
         trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
         return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
                 "wires": "".join([f"M270 160L{x} {y}" for x, y in places.values()])}
@@ -3073,9 +3041,9 @@ class Console:
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
         channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
-        rows = [{"object": self.label(watch.stub.id, names), "path": watch.request.path, "open": len(streams),
-                 "role": watch.request.headers.get("x-role", ""), **dict.fromkeys(self.broker.frames, 0), **frames}
-                for watch, streams, frames in [(one.watch, one.streams, one.frames) for one in channels[:50]]]
+        rows = [{"object": self.label(one.watch.stub.id, names), "path": one.watch.request.path,
+                 "role": one.watch.request.headers.get("x-role", ""), "open": len(one.streams),
+                 **dict.fromkeys(self.broker.frames, 0), **one.frames} for one in channels[:50]]
         return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
@@ -4036,20 +4004,18 @@ class Edge(ThreadingHTTPServer):
 
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 15)."""
-    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(slices), Router(slices)
-    build = functools.partial(Workspace, router=router, pages=pages)
-    awake = settings.awake or awake_by_default()
+    build, awake = functools.partial(Workspace, router=router, pages=pages), settings.awake or awake_by_default()
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
-    directories = Namespace("directory", settings.data, build, 1, float("inf"), trace)
+    directory = Namespace("directory", settings.data, build, 1, float("inf"), trace).get("directory")
     if fresh:
-        directories.create("directory")
-    with contextlib.closing(Store(directories.path("directory"))) as store:
+        directory.namespace.create(directory.id)
+    with contextlib.closing(Store(settings.directory_file)) as store:
         for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
             store.migrate(f"workspace/{name}", entries, apply=False)
-    env = Env(settings, directories.get("directory"), workspaces, trace, worker, admit)
+    env = Env(settings, directory, workspaces, trace, worker, admit)
     if fresh and settings.demo:
         seed(env)
     return env
@@ -4057,9 +4023,11 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
 
 def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
     """Whether it is a demo, whether there is nothing yet, and the keys."""
-    settings.data.mkdir(parents=True, exist_ok=True)
-    fresh = not settings.directory_file.exists()
-    demo = settings.demo and (fresh or has_personas(settings.directory_file))
+    (settings.data if settings.single else settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    fresh, demo = not settings.directory_file.exists(), settings.demo
+    if demo and not fresh:
+        with contextlib.closing(Store(settings.directory_file)) as directory:
+            demo = directory.one("SELECT 1 FROM accounts WHERE persona") is not None
     if fresh and not settings.key_file.exists():
         add_key(settings.key_file)
     return settings._replace(demo=demo), fresh, load_keys(settings.key_file)
@@ -4092,15 +4060,13 @@ class OneFile(Namespace):
 def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """One object and one file, with the same slices; the first workspace that is founded is the only one."""
     settings, fresh, keys = prepared(settings)
-    trace = Trace(with_args=settings.demo)
-
-    def build(id: str, namespace: Namespace) -> Single:
-        return Single(id, namespace, settings, keys, namespace, pages_of(slices), slices)
-    namespace = OneFile(settings.single, build, 1, float("inf"), trace)
+    build = functools.partial(Single, settings=settings, keys=keys, pages=pages_of(slices), slices=slices)
+    namespace = OneFile(settings.single, lambda id, own: build(id, own, workspaces=own), 1, float("inf"),
+                        Trace(with_args=settings.demo))
     root = namespace.get(namespace.id_from_name(""))
     namespace.create(root.id)
     root.fetch(Request("GET", "/_version"))
-    env = Env(settings, root, namespace, trace, single_front, admit)
+    env = Env(settings, root, namespace, namespace.trace, single_front, admit)
     if fresh and settings.demo:
         seed(env, {"acme": DEMO_WORKSPACES["acme"]})
     return env
@@ -4109,10 +4075,8 @@ def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
 def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """Accounts, sessions and the gate; the workspaces are on the nodes that its table names."""
     env = two_planes(settings._replace(demo=False), slices)
-
-    def node_of(id: str) -> str:
-        return env.directory.ask("/_node_of", headers={"x-id": id})
-    build = functools.partial(Elsewhere, settings=settings, address=node_of)
+    build = functools.partial(Elsewhere, settings=settings,
+                              address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
     workspaces = Remote("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
     return env._replace(workspaces=workspaces, front=directory_front)
 
@@ -4122,13 +4086,12 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     if not (settings.data / "secret.key").exists() or not settings.directory:
         raise FileNotFoundError("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
-    trace, pages = Trace(), pages_of(slices)
-    build = functools.partial(Workspace, router=Router(slices), pages=pages)
-    awake = settings.awake or awake_by_default()
+    trace, awake = Trace(), settings.awake or awake_by_default()
+    build = functools.partial(Workspace, router=Router(slices), pages=pages_of(slices))
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
-    directories = Namespace("directory", settings.data, away, 1, float("inf"), trace)
-    return Env(settings._replace(demo=False), directories.get("directory"), workspaces, trace, node_front, node_admit)
+    directory = Namespace("directory", settings.data, away, 1, float("inf"), trace).get("directory")
+    return Env(settings._replace(demo=False), directory, workspaces, trace, node_front, node_admit)
 
 
 PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
@@ -4136,11 +4099,6 @@ PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
 
 def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     return (single_root if settings.single else PLANES[settings.plane])(settings, slices)
-
-
-def has_personas(path: pathlib.Path) -> bool:
-    with contextlib.closing(Store(path)) as directory:
-        return directory.one("SELECT 1 FROM accounts WHERE persona") is not None
 
 
 def awake_by_default() -> int:
