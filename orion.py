@@ -1857,7 +1857,7 @@ class Directory(SliceHost):
         self.outside, self.inside = (Router([own]), Router(slices)) if slices else (self.router, None)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
-        self.throttle, self.regulars, self.elsewhere = Throttle(), frozenset(), 0
+        self.throttle, self.regulars, self.elsewhere = Throttle(), {}, 0
 
     def on_open(self) -> None:
         super().on_open()
@@ -2006,7 +2006,7 @@ class Directory(SliceHost):
             self.throttle.failed(*keys)
             return request._replace(headers={**request.headers, "x-proved": ""})
         self.throttle.succeeded(*keys)
-        self.regulars = {*[*self.regulars][-1000:], known}
+        self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
         hashed = hash_password(new) if new else ""
         return request._replace(headers={**request.headers, "x-proved": name, "x-hashed": hashed})
 
@@ -4326,6 +4326,9 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
             old_name, members, accounts = about_file(source)
     except sqlite3.Error as error:
         raise Unusable(f"{given.file}: {error}; name a file that workspace export made, or a single root") from error
+    unknown = sorted({role for _, role in members} - {*ROLES})
+    if unknown:
+        raise Unusable(f"{given.file}: there is no role {unknown[0]!r} here; the roles are {', '.join(ROLES)}")
     name = given.name or old_name
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", name) as (store, env):

@@ -3814,6 +3814,10 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
         assert ("Moved",) in db.execute("SELECT title FROM todos").fetchall()
     assert "taken" in run("workspace", "import", tmp_path / "acme.db", data=there)[2]
     assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
+    assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
+    assert "acme3" not in run("workspace", "list", data=there)[1]
 
 
 def test_a_workspace_on_its_way_stays_closed_when_it_is_exported_once_more(served, tmp_path):
