@@ -182,8 +182,9 @@ def template(name: str) -> Template:
 # of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
 
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node", "x-verdict", "x-proved", "x-hashed", "x-counts"}
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-node")
+TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}            # what no outsider may say
 
 
 class Request(NamedTuple):
@@ -415,10 +416,14 @@ class Trip:
     """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
 
     def __init__(self, method: str, path: str) -> None:
-        self.number, self.method, self.path, self.at = 0, method, path, time.time()
+        self.method, self.path, self.number, self.status, self.size = method, path, 0, 0, 0
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
-        self.status, self.size = 0, 0
+
+
+class OfThread(threading.local):
+    """What one thread does: the trip that it is on, its last one, and whether what it does is not noted."""
+    trip, last, silent = None, None, False
 
 
 class Trace:
@@ -426,7 +431,7 @@ class Trace:
     KEPT_CALLS, KEPT_TRIPS = 200, 12
 
     def __init__(self, with_args: bool = False) -> None:
-        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), threading.local()
+        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), OfThread()
         self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
         self.noted = self.shown = self.dropped = self.followed = 0
         self.news: Callable[[], None] = lambda: None               # called after each note
@@ -439,19 +444,11 @@ class Trace:
     @contextlib.contextmanager
     def silence(self, silent: bool = True) -> Iterator[None]:
         """What this thread does meanwhile is the console's own, and not noted."""
-        before, self.thread.silent = self.silent, silent
+        before, self.thread.silent = self.thread.silent, silent
         try:
             yield
         finally:
             self.thread.silent = before
-
-    @property
-    def silent(self) -> bool:
-        return getattr(self.thread, "silent", False)
-
-    @property
-    def trip(self) -> Optional[Trip]:
-        return getattr(self.thread, "trip", None)
 
     def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float) -> None:
         args = args if self.with_args else ()
@@ -461,13 +458,13 @@ class Trace:
             self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
             call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
             self.calls.append(call)
-        if self.trip:
-            self.trip.calls.append(call)
+        if self.thread.trip:
+            self.thread.trip.calls.append(call)
         self.news()
 
     def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
         """route(request), noted as a trip."""
-        if not self.watched or self.silent or request.path.startswith("/console"):
+        if not self.watched or self.thread.silent or request.path.startswith("/console"):
             return route(request)
         self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
         try:
@@ -497,7 +494,7 @@ class Trace:
 
     def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
         """fetch(request), noted as a leg of this thread's trip."""
-        trip, started, status, said = self.trip, time.perf_counter(), 0, ()
+        trip, started, status, said = self.thread.trip, time.perf_counter(), 0, ()
         before = len(trip.calls) if trip else 0
         try:
             response = fetch(request)
@@ -586,7 +583,7 @@ class Store:
         return self.cursor.rowcount
 
     def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
-        if not self.trace.watched or self.trace.silent:
+        if not self.trace.watched or self.trace.thread.silent:
             return self.cursor.execute(sql, args).fetchall()
         started = time.perf_counter()
         rows = self.cursor.execute(sql, args).fetchall()
@@ -1715,8 +1712,6 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
     return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
 
-VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node")
 SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
 FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
 
