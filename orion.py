@@ -682,15 +682,10 @@ class Store:
     def intact(self) -> bool:
         """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
         try:
-            self.inode = self.inode or (identity(self.path) if self.path else None)
-            return self.path is None or identity(self.path) == self.inode
+            self.inode = self.inode or identity(self.path)
+            return identity(self.path) == self.inode
         except sqlite3.Error:
             return False
-
-    def leave(self) -> None:
-        """The file was moved away: write into it what it lacks, so that what comes to its place finds no WAL of it."""
-        with contextlib.suppress(sqlite3.Error):
-            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         self.db.set_progress_handler(None, 0)        # it may know who owns this store, which 3.9 could not free then
@@ -701,7 +696,7 @@ class Borders:
     """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so
     the tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
 
-    def __init__(self, schema: Iterable[Tuple[str, Sequence[str]]]) -> None:
+    def __init__(self, schema: Sequence[Tuple[str, Sequence[str]]]) -> None:
         self.empty, self.lock, self.passed = Store(None), threading.Lock(), set()
         for slice, entries in schema:
             self.empty.migrate(slice, entries)
@@ -776,18 +771,18 @@ class Bus:
 class StorageFault(Exception):
     """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
     client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
-    REMEDIES = (("full", 507, "make room on the disk, or raise the quota"),
-                ("locked", 503, "another process holds it: end that one"),
-                ("interrupted", 503, "a statement ran too long: give it an index, or ask for less"),
-                ("readonly", 503, "make the file and its folder writable"),
-                ("", 503, "restore it from a backup: orion.py check says what is wrong, restore brings it back"))
+    REMEDIES = {"full": "make room on the disk, or raise the quota",
+                "locked": "another process holds it: end that one",
+                "interrupted": "a statement ran too long: give it an index, or ask for less",
+                "readonly": "make the file and its folder writable",
+                "": "restore it from a backup: orion.py check says what is wrong, restore brings it back"}
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
-        status, remedy = next((status, remedy) for word, status, remedy in self.REMEDIES if word in str(error))
-        super().__init__(f"{path}: {error}; {remedy}")
-        full = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
-        later = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-        self.refusal = full if status == 507 else later
+        word = next(word for word in self.REMEDIES if word in str(error))
+        super().__init__(f"{path}: {error}; {self.REMEDIES[word]}")
+        self.refusal = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        if word == "full":
+            self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
 
 
 class Asleep(Exception):
@@ -803,7 +798,9 @@ class Batch:
 
 
 class DurableObject:
-    """Subclasses say what tables they need (schema) and answer requests (handle)."""
+    """Subclasses say what tables they need (schema: slices with their migrations) and answer requests (handle)."""
+    schema: Sequence[Tuple[str, Sequence[str]]]
+    handle: Callable[[Request], Response]
     BATCH = 64                                       # commands to a commit at most, lest the first be kept waiting
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
@@ -814,12 +811,6 @@ class DurableObject:
         self.asleep, self.used = False, time.monotonic()
         self.store: Optional[Store] = None
         self.batch: Optional[Batch] = None
-
-    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        raise NotImplementedError
-
-    def handle(self, request: Request) -> Response:
-        raise NotImplementedError
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
@@ -855,7 +846,7 @@ class DurableObject:
         store.db.set_progress_handler(lambda: time.monotonic() > self.used + self.STATEMENT_SECONDS, 100_000)
         try:
             self.claim(store)
-            for slice, entries in self.schema():
+            for slice, entries in self.schema:
                 store.migrate(slice, entries)
             self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
             self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
@@ -927,11 +918,10 @@ class DurableObject:
         if not self.turn.acquire(blocking=False):
             return
         try:
-            if self.asleep or self.batch or self.line or self.used > unused_since:
-                return
-            self.asleep = True
-            self.shut()
-            self.namespace.forget(self)              # only now may another object open the file
+            if not (self.asleep or self.batch or self.line or self.used > unused_since):
+                self.asleep = True
+                self.shut()
+                self.namespace.forget(self)          # only now may another object open the file
         finally:
             self.turn.release()
 
@@ -942,8 +932,9 @@ class DurableObject:
         return store is not None and not store.intact()
 
     def shut(self) -> None:
-        if self.torn:
-            self.store.leave()
+        if self.torn:                                # it gets what it lacks: who takes its place must find no WAL of it
+            with contextlib.suppress(sqlite3.Error):
+                self.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
@@ -1351,11 +1342,8 @@ class SliceHost(DurableObject):
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
         """pages: what the navigation of a workspace leads to."""
         super().__init__(id, namespace)
-        self.router, self.pages = router, pages
+        self.router, self.schema, self.pages = router, router.schema, pages
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
-
-    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        return self.router.schema
 
     def on_open(self) -> None:
         self.kept.clear()
