@@ -1063,8 +1063,6 @@ class Namespace:
 JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
         "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",
         "CREATE INDEX jobs_due ON jobs (due)")
-
-
 CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
 
 
@@ -1125,7 +1123,6 @@ class Queue:
 def due_in(path: pathlib.Path) -> Optional[float]:
     """When the next job in a file is. One without a WAL is read as it lies, in a quarter of the time, for at a start it
     may be one of thousands; whoever opens it just then sets its alarm."""
-    lies = len(with_wal(path)) == 1
     as_it_lies = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     with contextlib.closing(Store(path).db if with_wal(path)[1:] else sqlite3.connect(as_it_lies, uri=True)) as db:
         return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
@@ -1318,15 +1315,12 @@ class Router:
             streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
             for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
                 self.rows[re.sub(r"<\w+>", "([^/]+)", path)][method] = (slice.name, row)
-        self.find = functools.lru_cache(maxsize=1024)(self._find)
+        self.match = functools.lru_cache(maxsize=1024)(self.find)
 
-    def _find(self, path: str) -> Tuple[Dict[str, Tuple[str, Any]], Sequence[str]]:
-        hits = ((rows, re.fullmatch(pattern, path)) for pattern, rows in self.rows.items())
-        return next(((rows, hit.groups()) for rows, hit in hits if hit), ({}, ()))
-
-    def match(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
+    def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
         """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
-        rows, args = self.find(path)
+        hits = ((rows, re.fullmatch(pattern, path)) for pattern, rows in self.rows.items())
+        rows, args = next(((rows, hit.groups()) for rows, hit in hits if hit), ({}, ()))
         if not rows:
             raise nothing_here()
         if method not in rows:
@@ -1424,9 +1418,6 @@ class SliceHost(DurableObject):
             self.kept[key] = make(live, ctx)
         return self.kept[key]
 
-    def topic(self, live: Live, ctx: Context) -> str:
-        return f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
-
     def rendering(self, live: Live, ctx: Context) -> Rendering:
         """The account is taken away: what a whole role shares can't name one of them."""
         variant = live.variant(ctx.request.params) if ctx.request.query else ""
@@ -1443,7 +1434,8 @@ class SliceHost(DurableObject):
         headers = {"x-account": "", "x-role": ctx.viewer.role, "x-grants": ",".join(ctx.viewer.grants),
                    "x-read-only": "true" if ctx.viewer.read_only else "", "x-id": ctx.request.headers.get("x-id", "")}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
-        watch, rendering = Watch(self.namespace.get(self.id), again, self.topic(live, ctx)), self.rendering(live, ctx)
+        topic = f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
+        watch, rendering = Watch(self.namespace.get(self.id), again, topic), self.rendering(live, ctx)
         rendering.told = True
         return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
@@ -1614,16 +1606,13 @@ class Workspace(SliceHost):
         self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
         self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
 
-    def heed_quota(self, quota: str) -> None:
-        pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
-        self.store.exec(f"PRAGMA max_page_count = {pages}")
-        if self.store.one("PRAGMA user_version")[0] != pages:
-            self.store.exec(f"PRAGMA user_version = {pages}")
-        self.quota = quota
-
     def handle(self, request: Request) -> Response:
-        if request.method not in SAFE and request.headers.get("x-quota", "0") not in ("0", self.quota):
-            self.heed_quota(request.headers["x-quota"])
+        if request.method not in SAFE and (quota := request.headers.get("x-quota", "0")) not in ("0", self.quota):
+            pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
+            self.store.exec(f"PRAGMA max_page_count = {pages}")
+            if self.store.one("PRAGMA user_version")[0] != pages:
+                self.store.exec(f"PRAGMA user_version = {pages}")
+            self.quota = quota
         return super().handle(request)
 
 
