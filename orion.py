@@ -220,8 +220,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 10). which: what a
-    command wrote, or who looks at a stream."""
+    """rendering: a live answer's first frame; watch: the way to the next. which: what was written, or who looks on."""
     status: int
     body: bytes = b""
     type: str = "text/plain; charset=utf-8"
@@ -249,8 +248,7 @@ class WouldBlock(Exception):
 
 
 class Viewer(NamedTuple):
-    """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty. operator: who
-    looks on in the account's name (section 14)."""
+    """Who looks, as the gate saw them; a region, made for a role, sees no account. operator: looks on in its name."""
     account: str = ""
     role: str = ""
     grants: Tuple[str, ...] = ()
@@ -308,8 +306,7 @@ def plain_path(path: str) -> str:
 
 def event(kind: str, options: Sequence[Tuple[str, str]], key: str, text: str, event_id: Optional[str],
           retry: Optional[int]) -> bytes:
-    """One server-sent event (WHATWG HTML, 9.2.5); key: before each line of text. ValueError: a line break where only
-    one line fits."""
+    """A server-sent event (WHATWG HTML, 9.2.5). key: before each line of text. ValueError: a line break elsewhere."""
     fields = [("event", kind), ("id", event_id), ("retry", retry), *[("data", " ".join(option)) for option in options]]
     head = [f"{name}: {value}\n" for name, value in fields if value is not None]
     if any([re.search(r"[\r\n\0]", line[:-1]) for line in head]):
@@ -402,8 +399,7 @@ class Call(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """A request to one object: gate, directory or workspace. said: the answer's headers. calls: to its store; none: the
-    answer was at hand."""
+    """A request to one object (kind: gate, directory, workspace). said: the answer's headers. calls: to its store."""
     kind: str
     id: str
     status: int
@@ -625,9 +621,8 @@ class Store:
             tell()
 
     def migrate(self, slice: str, entries: Sequence[str], apply: bool = True) -> None:
-        """Run the entries, each one SQL statement, that did not run here yet: all or none. apply=False: only remember
-        them, for tables that live in other files. MigrationError: one that ran was edited or is gone, or one touches a
-        table of another slice."""
+        """Run the entries, each one statement, that did not run here yet: all or none; apply=False: only remember them,
+        for other files. MigrationError: one that ran was edited or is gone, or touches a table of another slice."""
         self.db.execute("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest TEXT, tables TEXT, "
                         "PRIMARY KEY (slice, entry)) WITHOUT ROWID")
         digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
@@ -790,11 +785,11 @@ class Asleep(Exception):
 
 
 class Batch:
-    """Commands that share one commit, and how it went."""
-    __slots__ = ("size", "done", "error")
+    """Commands that share one commit: how many, and why it failed, if it did."""
+    __slots__ = ("size", "error")
 
     def __init__(self) -> None:
-        self.size, self.done, self.error = 0, False, None
+        self.size, self.error = 0, None
 
 
 class DurableObject:
@@ -810,7 +805,7 @@ class DurableObject:
         self.line: List[None] = []                   # one entry for each thread that waits for its turn
         self.asleep, self.used = False, time.monotonic()
         self.store: Optional[Store] = None
-        self.batch: Optional[Batch] = None
+        self.batch: Optional[Batch] = None           # the one that is not committed yet
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
@@ -837,7 +832,7 @@ class DurableObject:
     def read(self, request: Request) -> Response:
         """Readers see nothing that is not durable."""
         if self.batch:
-            self.commit(self.batch)
+            self.commit()
         return self.handle(request)
 
     def open(self, create: bool = False) -> None:
@@ -879,7 +874,7 @@ class DurableObject:
                 return self.handle(request)
         except sqlite3.Error as error:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
-                self.settle(batch, error)
+                self.settle(error)
             raise
         finally:
             self.share(batch)
@@ -896,21 +891,21 @@ class DurableObject:
     def share(self, batch: Batch) -> None:
         batch.size += 1
         if self.line and batch.size < self.BATCH:
-            self.turn.wait_for(lambda: batch.done)
-        if not batch.done:
-            self.commit(batch)
+            self.turn.wait_for(lambda: self.batch is not batch)
+        if self.batch is batch:
+            self.commit()
         if batch.error:
             raise batch.error
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self) -> None:
         try:
             self.store.commit()
-            self.settle(batch, None)
+            self.settle(None)
         except sqlite3.Error as error:
-            self.settle(batch, error)
+            self.settle(error)
 
-    def settle(self, batch: Batch, error: Optional[Exception]) -> None:
-        batch.done, batch.error, self.batch = True, error, None
+    def settle(self, error: Optional[Exception]) -> None:
+        self.batch.error, self.batch = error, None
         self.turn.notify_all()
 
     def sleep(self, unused_since: float) -> None:
@@ -1067,8 +1062,7 @@ CRASH = (Exception, SystemExit)                      # what a slice's code may r
 
 
 class Queue:
-    """One object's jobs; the due of one that was given up is NULL. known: what may be put in, by name; alarm(due) is
-    called when something was."""
+    """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
     TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
 
     def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
@@ -1215,8 +1209,7 @@ class Route(NamedTuple):
 class Live(NamedTuple):
     """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
     with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
-    variant(params) is the part of the query that the region heeds, in one spelling, for each variant is rendered and
-    kept."""
+    variant(params): the part of the query that the region heeds, in one spelling, for each is rendered and kept."""
     path: str
     grant: str
     topic: str
@@ -1233,9 +1226,8 @@ def heeded(params: Dict[str, str], **valid: str) -> str:
 
 
 class Slice(NamedTuple):
-    """count(store): one number that says how full it is, for the home page and the console. jobs: functions that may be
-    enqueued; each is known by its name, for a job can outlive the program that enqueued it. exports: functions (store,
-    ...) that other slices may ask."""
+    """count(store): how full it is, as the home page and the console show. jobs: what may be enqueued, known by its
+    name, for it can outlive the program that enqueued it. exports: functions (store, ...) that other slices may ask."""
     name: str
     migrations: Sequence[str]
     live: Sequence[Live] = ()
