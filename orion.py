@@ -353,14 +353,12 @@ def execute_script(script: str, *, auto_remove: bool = True, attributes: Optiona
 
 def read_signals(request: Request) -> Dict[str, Any]:
     """The signals that came along: in the query of GET and DELETE, else in the body. Refused(400): no JSON object."""
-    text = request.params.get("datastar", "") if request.method in ("GET", "HEAD", "DELETE") else request.body
-    try:
+    text = request.params.get("datastar", "") if request.method in (*SAFE, "DELETE") else request.body
+    with contextlib.suppress(ValueError, RecursionError):
         signals = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        signals = None
-    if not isinstance(signals, dict):
-        raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
-    return signals
+        if isinstance(signals, dict):
+            return signals
+    raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
 def chunk(data: bytes) -> bytes:
@@ -736,16 +734,12 @@ class Bus:
         self.listeners: List[Callable[[str], None]] = []
 
     def publish(self, topic: str) -> None:
-        if self.store.db.in_transaction:
-            self.store.on_commit.append(lambda: self._tell(topic))
-        else:
-            self._tell(topic)
-
-    def _tell(self, topic: str) -> None:
-        self.versions[topic] += 1
-        self.turn.notify_all()
-        for listener in self.listeners:
-            listener(topic)
+        def tell() -> None:
+            self.versions[topic] += 1
+            self.turn.notify_all()
+            for listener in self.listeners:
+                listener(topic)
+        self.store.on_commit.append(tell) if self.store.db.in_transaction else tell()
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
         """listener(topic) is called after each publish, with the lock held: it may take a note, not do the work."""
@@ -1084,11 +1078,10 @@ class Queue:
         row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
         if row is None:
             return None
-        tries = row["tries"] + 1
+        id, tries = row["id"], row["tries"] + 1
         due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = ? WHERE id = ?", tries, due, "it did not end",
-                        row["id"])
-        return row["id"]
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' WHERE id = ?", tries, due, id)
+        return id
 
     def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
         """work(row, job) for one that was claimed."""
@@ -1171,8 +1164,7 @@ PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # i
 
 
 class Context(NamedTuple):
-    """What a region, a command or a job gets to see: its tables, who looks, what they ask. scope: whose rows, where one
-    file has those of many workspaces (the Directory's members)."""
+    """What a region, command or job sees: tables, who looks, what they ask. scope: whose rows, in a file of many."""
     store: Part
     viewer: Viewer
     request: Request
@@ -1432,8 +1424,7 @@ class SliceHost(DurableObject):
         return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for
-        which the region was rendered: it says so."""
+        """Kept for each account until a publish, unless it answers what was typed or says that it was just rendered."""
         query = ctx.request.query
         if query and not ctx.request.wait:
             raise WouldBlock
@@ -1556,8 +1547,8 @@ def delete(ctx: Context, id: str) -> Response:
 
 def change_all(ctx: Context) -> Response:
     """The signal done; none: open ones left are done, else all are opened again."""
-    ticked = ctx.request.fields().get("done", count_todos(ctx.store) > 0)
-    ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", bool(ticked), bool(ticked))
+    ticked = bool(ctx.request.fields().get("done", count_todos(ctx.store)))
+    ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
     return done(ctx, "all")
 
@@ -1592,8 +1583,7 @@ class Workspace(SliceHost):
     quota = ""
 
     def on_open(self) -> None:
-        """SQLite itself keeps to max_page_count, but forgets it when the file is closed. A job comes without a verdict
-        that tells it, so the file remembers."""
+        """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
         super().on_open()
         self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
         self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
