@@ -552,8 +552,7 @@ class Store:
 
     def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None,
                  name: str = "") -> None:
-        """name: who is said to have made the calls that trace notes."""
-        self.trace, self.name = trace or Trace(), name
+        self.trace, self.name = trace or Trace(), name         # name: whose calls these are, in the notes
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
         self.path, self.inode = path, identity(path) if path and not create else None
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False,
@@ -1120,8 +1119,7 @@ class Alarms:
     AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
 
     def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
-        """put(function, *args): into a pool."""
-        self.namespace, self.put = namespace, put
+        self.namespace, self.put = namespace, put    # put(function, *args): into a pool
         self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
 
     def look(self) -> None:
@@ -1303,14 +1301,14 @@ class Router:
 
     def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
         """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
-        hits = ((rows, re.fullmatch(pattern, path)) for pattern, rows in self.rows.items())
-        rows, args = next(((rows, hit.groups()) for rows, hit in hits if hit), ({}, ()))
-        if not rows:
-            raise nothing_here()
-        if method not in rows:
-            allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
-            raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
-        return (*rows[method], args)
+        for pattern, rows in self.rows.items():
+            hit = re.fullmatch(pattern, path)
+            if hit and method in rows:
+                return (*rows[method], hit.groups())
+            if hit:
+                allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
+                raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
+        raise nothing_here()
 
 
 class SliceHost(DurableObject):
@@ -1318,9 +1316,8 @@ class SliceHost(DurableObject):
     FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
 
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
-        """pages: what the navigation of a workspace leads to."""
         super().__init__(id, namespace)
-        self.router, self.schema, self.pages = router, router.schema, pages
+        self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def on_open(self) -> None:
@@ -1580,8 +1577,6 @@ todos = Slice(
 # the button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
-    quota = ""
-
     def on_open(self) -> None:
         """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
         super().on_open()
