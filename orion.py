@@ -263,8 +263,8 @@ def nothing_here() -> Refused:
     return Refused(404, "There is nothing at this address. Go back, or start from the home page.")
 
 
-def as_json(data: Any, status: int = 200) -> Response:
-    return Response(status, json.dumps(data).encode(), "application/json")
+def as_json(data: Any) -> Response:
+    return Response(200, json.dumps(data).encode(), "application/json")
 
 
 def only_read(request: Request) -> None:
@@ -1511,8 +1511,7 @@ def todos_page(ctx: Context, region: Html) -> Html:
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
     """Refused(422): empty, too long, or no text."""
-    title = fields.get("title")
-    title = title.strip() if isinstance(title, str) else ""
+    title = fields["title"].strip() if isinstance(fields.get("title"), str) else ""
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has {len(title)}.", signal=signal)
     return title
@@ -1566,9 +1565,7 @@ todos = Slice(
             Route("DELETE", "/todos", "todos:delete", clear),
             Route("PATCH", "/todos/<id>", "todos:write", change),
             Route("DELETE", "/todos/<id>", "todos:delete", delete)),
-    count=count_todos,
-    exports=(count_todos,),
-)
+    count=count_todos, exports=(count_todos,))
 
 
 # ==== 12. Workspace ==================================================================================================
