@@ -903,7 +903,7 @@ class DurableObject:
 
     def sleep(self, unused_since: float) -> None:
         """Close the file, unless somebody used it since or waits for it now. A new object takes over when asked."""
-        if not self.turn.acquire(blocking=False):
+        if self.used > unused_since or not self.turn.acquire(blocking=False):
             return
         try:
             if not (self.asleep or self.batch or self.line or self.used > unused_since):
@@ -1037,9 +1037,8 @@ class Namespace:
         now = time.monotonic()
         before = now - (self.idle if idle is None else idle)
         with self.lock:
-            tired = [(one, now if one.torn else before) for one in self.objects.values()
-                     if one.used <= before or one.torn]
-        for one, since in tired:
+            everybody = [(one, now if one.torn else before) for one in self.objects.values()]
+        for one, since in everybody:
             one.sleep(since)
 
 
