@@ -517,8 +517,7 @@ class MigrationError(Exception):
 
 
 def identity(path: pathlib.Path) -> Tuple[int, int]:
-    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database,
-    or something else that leads who knows where."""
+    """Which file is at path. sqlite3.DatabaseError: none; an empty one, to SQLite a new database; no regular one."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
