@@ -304,10 +304,11 @@ def plain_path(path: str) -> str:
 # What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
 # function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
 
-def event(kind: str, options: Sequence[Tuple[str, str]], key: str, text: str, event_id: Optional[str],
+def event(kind: str, options: Sequence[Tuple[str, Any]], key: str, text: str, event_id: Optional[str],
           retry: Optional[int]) -> bytes:
     """A server-sent event (WHATWG HTML, 9.2.5). key: before each line of text. ValueError: a line break elsewhere."""
-    fields = [("event", kind), ("id", event_id), ("retry", retry), *[("data", " ".join(option)) for option in options]]
+    data = [("data", f"{name} {value}") for name, value in options if value]
+    fields = [("event", kind), ("id", event_id), ("retry", retry), *data]
     head = [f"{name}: {value}\n" for name, value in fields if value is not None]
     if any([re.search(r"[\r\n\0]", line[:-1]) for line in head]):
         raise ValueError("a line break or NUL inside a line of an event")
@@ -322,18 +323,17 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: 
                    event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
     """Morph elements into the page, by their own ids or at selector. mode: outer, inner, replace, prepend, append,
     before, after, remove. retry: milliseconds. Defaults are left out of the wire."""
-    options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
-               "useViewTransition": "true" if use_view_transition else None}
-    given = [(key, value) for key, value in options.items() if value]
-    return event("datastar-patch-elements", given, "elements", elements, event_id, retry)
+    options = (("selector", selector), ("mode", mode if mode != "outer" else None), ("namespace", namespace),
+               ("useViewTransition", "true" if use_view_transition else None))
+    return event("datastar-patch-elements", options, "elements", elements, event_id, retry)
 
 
 def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
                   retry: Optional[int] = None) -> bytes:
     """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
     text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
-    given = [("onlyIfMissing", "true")] if only_if_missing else []
-    return event("datastar-patch-signals", given, "signals", text, event_id, retry)
+    options = (("onlyIfMissing", "true" if only_if_missing else None),)
+    return event("datastar-patch-signals", options, "signals", text, event_id, retry)
 
 
 def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
