@@ -220,8 +220,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A live answer has a rendering, its first frame, and a watch, the way to the next ones (section 10). which: what a
-    command wrote, or who looks at a stream."""
+    """rendering: a live answer's first frame; watch: the way to the next. which: what was written, or who looks on."""
     status: int
     body: bytes = b""
     type: str = "text/plain; charset=utf-8"
@@ -249,8 +248,7 @@ class WouldBlock(Exception):
 
 
 class Viewer(NamedTuple):
-    """Who looks, as the gate saw them. A region is rendered for a role, so there the account is empty. operator: who
-    looks on in the account's name (section 14)."""
+    """Who looks, as the gate saw them; a region, made for a role, sees no account. operator: looks on in its name."""
     account: str = ""
     role: str = ""
     grants: Tuple[str, ...] = ()
@@ -265,8 +263,8 @@ def nothing_here() -> Refused:
     return Refused(404, "There is nothing at this address. Go back, or start from the home page.")
 
 
-def as_json(data: Any, status: int = 200) -> Response:
-    return Response(status, json.dumps(data).encode(), "application/json")
+def as_json(data: Any) -> Response:
+    return Response(200, json.dumps(data).encode(), "application/json")
 
 
 def only_read(request: Request) -> None:
@@ -306,11 +304,11 @@ def plain_path(path: str) -> str:
 # What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
 # function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
 
-def event(kind: str, options: Sequence[Tuple[str, str]], key: str, text: str, event_id: Optional[str],
+def event(kind: str, options: Sequence[Tuple[str, Any]], key: str, text: str, event_id: Optional[str],
           retry: Optional[int]) -> bytes:
-    """One server-sent event (WHATWG HTML, 9.2.5); key: before each line of text. ValueError: a line break where only
-    one line fits."""
-    fields = [("event", kind), ("id", event_id), ("retry", retry), *[("data", " ".join(option)) for option in options]]
+    """A server-sent event (WHATWG HTML, 9.2.5). key: before each line of text. ValueError: a line break elsewhere."""
+    data = [("data", f"{name} {value}") for name, value in options if value]
+    fields = [("event", kind), ("id", event_id), ("retry", retry), *data]
     head = [f"{name}: {value}\n" for name, value in fields if value is not None]
     if any([re.search(r"[\r\n\0]", line[:-1]) for line in head]):
         raise ValueError("a line break or NUL inside a line of an event")
@@ -325,18 +323,17 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: 
                    event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
     """Morph elements into the page, by their own ids or at selector. mode: outer, inner, replace, prepend, append,
     before, after, remove. retry: milliseconds. Defaults are left out of the wire."""
-    options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
-               "useViewTransition": "true" if use_view_transition else None}
-    given = [(key, value) for key, value in options.items() if value]
-    return event("datastar-patch-elements", given, "elements", elements, event_id, retry)
+    options = (("selector", selector), ("mode", mode if mode != "outer" else None), ("namespace", namespace),
+               ("useViewTransition", "true" if use_view_transition else None))
+    return event("datastar-patch-elements", options, "elements", elements, event_id, retry)
 
 
 def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
                   retry: Optional[int] = None) -> bytes:
     """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
     text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
-    given = [("onlyIfMissing", "true")] if only_if_missing else []
-    return event("datastar-patch-signals", given, "signals", text, event_id, retry)
+    options = (("onlyIfMissing", "true" if only_if_missing else None),)
+    return event("datastar-patch-signals", options, "signals", text, event_id, retry)
 
 
 def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
@@ -356,14 +353,12 @@ def execute_script(script: str, *, auto_remove: bool = True, attributes: Optiona
 
 def read_signals(request: Request) -> Dict[str, Any]:
     """The signals that came along: in the query of GET and DELETE, else in the body. Refused(400): no JSON object."""
-    text = request.params.get("datastar", "") if request.method in ("GET", "HEAD", "DELETE") else request.body
-    try:
+    text = request.params.get("datastar", "") if request.method in (*SAFE, "DELETE") else request.body
+    with contextlib.suppress(ValueError, RecursionError):
         signals = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        signals = None
-    if not isinstance(signals, dict):
-        raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
-    return signals
+        if isinstance(signals, dict):
+            return signals
+    raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
 def chunk(data: bytes) -> bytes:
@@ -402,8 +397,7 @@ class Call(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """A request to one object: gate, directory or workspace. said: the answer's headers. calls: to its store; none: the
-    answer was at hand."""
+    """A request to one object (kind: gate, directory, workspace). said: the answer's headers. calls: to its store."""
     kind: str
     id: str
     status: int
@@ -416,10 +410,14 @@ class Trip:
     """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
 
     def __init__(self, method: str, path: str) -> None:
-        self.number, self.method, self.path, self.at = 0, method, path, time.time()
+        self.method, self.path, self.number, self.status, self.size = method, path, 0, 0, 0
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
-        self.status, self.size = 0, 0
+
+
+class OfThread(threading.local):
+    """What one thread does: the trip that it is on, its last one, and whether what it does is not noted."""
+    trip, last, silent = None, None, False
 
 
 class Trace:
@@ -427,7 +425,7 @@ class Trace:
     KEPT_CALLS, KEPT_TRIPS = 200, 12
 
     def __init__(self, with_args: bool = False) -> None:
-        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), threading.local()
+        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), OfThread()
         self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
         self.noted = self.shown = self.dropped = self.followed = 0
         self.news: Callable[[], None] = lambda: None               # called after each note
@@ -440,19 +438,11 @@ class Trace:
     @contextlib.contextmanager
     def silence(self, silent: bool = True) -> Iterator[None]:
         """What this thread does meanwhile is the console's own, and not noted."""
-        before, self.thread.silent = self.silent, silent
+        before, self.thread.silent = self.thread.silent, silent
         try:
             yield
         finally:
             self.thread.silent = before
-
-    @property
-    def silent(self) -> bool:
-        return getattr(self.thread, "silent", False)
-
-    @property
-    def trip(self) -> Optional[Trip]:
-        return getattr(self.thread, "trip", None)
 
     def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float) -> None:
         args = args if self.with_args else ()
@@ -462,13 +452,13 @@ class Trace:
             self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
             call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
             self.calls.append(call)
-        if self.trip:
-            self.trip.calls.append(call)
+        if self.thread.trip:
+            self.thread.trip.calls.append(call)
         self.news()
 
     def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
         """route(request), noted as a trip."""
-        if not self.watched or self.silent or request.path.startswith("/console"):
+        if not self.watched or self.thread.silent or request.path.startswith("/console"):
             return route(request)
         self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
         try:
@@ -498,7 +488,7 @@ class Trace:
 
     def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
         """fetch(request), noted as a leg of this thread's trip."""
-        trip, started, status, said = self.trip, time.perf_counter(), 0, ()
+        trip, started, status, said = self.thread.trip, time.perf_counter(), 0, ()
         before = len(trip.calls) if trip else 0
         try:
             response = fetch(request)
@@ -527,8 +517,7 @@ class MigrationError(Exception):
 
 
 def identity(path: pathlib.Path) -> Tuple[int, int]:
-    """Which file is at path. sqlite3.DatabaseError: none, or an empty one, which SQLite would take for a new database,
-    or something else that leads who knows where."""
+    """Which file is at path. sqlite3.DatabaseError: none; an empty one, to SQLite a new database; no regular one."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -562,8 +551,7 @@ class Store:
 
     def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None,
                  name: str = "") -> None:
-        """name: who is said to have made the calls that trace notes."""
-        self.trace, self.name = trace or Trace(), name
+        self.trace, self.name = trace or Trace(), name         # name: whose calls these are, in the notes
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
         self.path, self.inode = path, identity(path) if path and not create else None
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False,
@@ -587,7 +575,7 @@ class Store:
         return self.cursor.rowcount
 
     def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
-        if not self.trace.watched or self.trace.silent:
+        if not self.trace.watched or self.trace.thread.silent:
             return self.cursor.execute(sql, args).fetchall()
         started = time.perf_counter()
         rows = self.cursor.execute(sql, args).fetchall()
@@ -629,9 +617,8 @@ class Store:
             tell()
 
     def migrate(self, slice: str, entries: Sequence[str], apply: bool = True) -> None:
-        """Run the entries, each one SQL statement, that did not run here yet: all or none. apply=False: only remember
-        them, for tables that live in other files. MigrationError: one that ran was edited or is gone, or one touches a
-        table of another slice."""
+        """Run the entries, each one statement, that did not run here yet: all or none; apply=False: only remember them,
+        for other files. MigrationError: one that ran was edited or is gone, or touches a table of another slice."""
         self.db.execute("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest TEXT, tables TEXT, "
                         "PRIMARY KEY (slice, entry)) WITHOUT ROWID")
         digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
@@ -686,15 +673,10 @@ class Store:
     def intact(self) -> bool:
         """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
         try:
-            self.inode = self.inode or (identity(self.path) if self.path else None)
-            return self.path is None or identity(self.path) == self.inode
+            self.inode = self.inode or identity(self.path)
+            return identity(self.path) == self.inode
         except sqlite3.Error:
             return False
-
-    def leave(self) -> None:
-        """The file was moved away: write into it what it lacks, so that what comes to its place finds no WAL of it."""
-        with contextlib.suppress(sqlite3.Error):
-            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         self.db.set_progress_handler(None, 0)        # it may know who owns this store, which 3.9 could not free then
@@ -705,7 +687,7 @@ class Borders:
     """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so
     the tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
 
-    def __init__(self, schema: Iterable[Tuple[str, Sequence[str]]]) -> None:
+    def __init__(self, schema: Sequence[Tuple[str, Sequence[str]]]) -> None:
         self.empty, self.lock, self.passed = Store(None), threading.Lock(), set()
         for slice, entries in schema:
             self.empty.migrate(slice, entries)
@@ -750,16 +732,12 @@ class Bus:
         self.listeners: List[Callable[[str], None]] = []
 
     def publish(self, topic: str) -> None:
-        if self.store.db.in_transaction:
-            self.store.on_commit.append(lambda: self._tell(topic))
-        else:
-            self._tell(topic)
-
-    def _tell(self, topic: str) -> None:
-        self.versions[topic] += 1
-        self.turn.notify_all()
-        for listener in self.listeners:
-            listener(topic)
+        def tell() -> None:
+            self.versions[topic] += 1
+            self.turn.notify_all()
+            for listener in self.listeners:
+                listener(topic)
+        self.store.on_commit.append(tell) if self.store.db.in_transaction else tell()
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
         """listener(topic) is called after each publish, with the lock held: it may take a note, not do the work."""
@@ -780,18 +758,18 @@ class Bus:
 class StorageFault(Exception):
     """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
     client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
-    REMEDIES = (("full", 507, "make room on the disk, or raise the quota"),
-                ("locked", 503, "another process holds it: end that one"),
-                ("interrupted", 503, "a statement ran too long: give it an index, or ask for less"),
-                ("readonly", 503, "make the file and its folder writable"),
-                ("", 503, "restore it from a backup: orion.py check says what is wrong, restore brings it back"))
+    REMEDIES = {"full": "make room on the disk, or raise the quota",
+                "locked": "another process holds it: end that one",
+                "interrupted": "a statement ran too long: give it an index, or ask for less",
+                "readonly": "make the file and its folder writable",
+                "": "restore it from a backup: orion.py check says what is wrong, restore brings it back"}
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
-        status, remedy = next((status, remedy) for word, status, remedy in self.REMEDIES if word in str(error))
-        super().__init__(f"{path}: {error}; {remedy}")
-        full = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
-        later = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-        self.refusal = full if status == 507 else later
+        word = next(word for word in self.REMEDIES if word in str(error))
+        super().__init__(f"{path}: {error}; {self.REMEDIES[word]}")
+        self.refusal = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
+        if word == "full":
+            self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
 
 
 class Asleep(Exception):
@@ -799,15 +777,17 @@ class Asleep(Exception):
 
 
 class Batch:
-    """Commands that share one commit, and how it went."""
-    __slots__ = ("size", "done", "error")
+    """Commands that share one commit: how many, and why it failed, if it did."""
+    __slots__ = ("size", "error")
 
     def __init__(self) -> None:
-        self.size, self.done, self.error = 0, False, None
+        self.size, self.error = 0, None
 
 
 class DurableObject:
-    """Subclasses say what tables they need (schema) and answer requests (handle)."""
+    """Subclasses say what tables they need (schema: slices with their migrations) and answer requests (handle)."""
+    schema: Sequence[Tuple[str, Sequence[str]]]
+    handle: Callable[[Request], Response]
     BATCH = 64                                       # commands to a commit at most, lest the first be kept waiting
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
@@ -817,13 +797,7 @@ class DurableObject:
         self.line: List[None] = []                   # one entry for each thread that waits for its turn
         self.asleep, self.used = False, time.monotonic()
         self.store: Optional[Store] = None
-        self.batch: Optional[Batch] = None
-
-    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        raise NotImplementedError
-
-    def handle(self, request: Request) -> Response:
-        raise NotImplementedError
+        self.batch: Optional[Batch] = None           # the one that is not committed yet
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
@@ -850,7 +824,7 @@ class DurableObject:
     def read(self, request: Request) -> Response:
         """Readers see nothing that is not durable."""
         if self.batch:
-            self.commit(self.batch)
+            self.commit()
         return self.handle(request)
 
     def open(self, create: bool = False) -> None:
@@ -859,7 +833,7 @@ class DurableObject:
         store.db.set_progress_handler(lambda: time.monotonic() > self.used + self.STATEMENT_SECONDS, 100_000)
         try:
             self.claim(store)
-            for slice, entries in self.schema():
+            for slice, entries in self.schema:
                 store.migrate(slice, entries)
             self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
             self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
@@ -892,7 +866,7 @@ class DurableObject:
                 return self.handle(request)
         except sqlite3.Error as error:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
-                self.settle(batch, error)
+                self.settle(error)
             raise
         finally:
             self.share(batch)
@@ -909,33 +883,34 @@ class DurableObject:
     def share(self, batch: Batch) -> None:
         batch.size += 1
         if self.line and batch.size < self.BATCH:
-            self.turn.wait_for(lambda: batch.done)
-        if not batch.done:
-            self.commit(batch)
+            self.turn.wait_for(lambda: self.batch is not batch)
+        if self.batch is batch:
+            self.commit()
         if batch.error:
             raise batch.error
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self) -> None:
+        failed = None
         try:
             self.store.commit()
-            self.settle(batch, None)
         except sqlite3.Error as error:
-            self.settle(batch, error)
+            failed = error
+        finally:
+            self.settle(failed)
 
-    def settle(self, batch: Batch, error: Optional[Exception]) -> None:
-        batch.done, batch.error, self.batch = True, error, None
+    def settle(self, error: Optional[Exception]) -> None:
+        self.batch.error, self.batch = error, None
         self.turn.notify_all()
 
     def sleep(self, unused_since: float) -> None:
         """Close the file, unless somebody used it since or waits for it now. A new object takes over when asked."""
-        if not self.turn.acquire(blocking=False):
+        if self.used > unused_since or not self.turn.acquire(blocking=False):
             return
         try:
-            if self.asleep or self.batch or self.line or self.used > unused_since:
-                return
-            self.asleep = True
-            self.shut()
-            self.namespace.forget(self)              # only now may another object open the file
+            if not (self.asleep or self.batch or self.line or self.used > unused_since):
+                self.asleep = True
+                self.shut()
+                self.namespace.forget(self)          # only now may another object open the file
         finally:
             self.turn.release()
 
@@ -946,8 +921,9 @@ class DurableObject:
         return store is not None and not store.intact()
 
     def shut(self) -> None:
-        if self.torn:
-            self.store.leave()
+        if self.torn:                                # it gets what it lacks: who takes its place must find no WAL of it
+            with contextlib.suppress(sqlite3.Error):
+                self.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
@@ -1062,9 +1038,8 @@ class Namespace:
         now = time.monotonic()
         before = now - (self.idle if idle is None else idle)
         with self.lock:
-            tired = [(one, now if one.torn else before) for one in self.objects.values()
-                     if one.used <= before or one.torn]
-        for one, since in tired:
+            everybody = [(one, now if one.torn else before) for one in self.objects.values()]
+        for one, since in everybody:
             one.sleep(since)
 
 
@@ -1076,14 +1051,11 @@ class Namespace:
 JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
         "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",
         "CREATE INDEX jobs_due ON jobs (due)")
-
-
 CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
 
 
 class Queue:
-    """One object's jobs; the due of one that was given up is NULL. known: what may be put in, by name; alarm(due) is
-    called when something was."""
+    """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
     TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
 
     def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
@@ -1105,11 +1077,10 @@ class Queue:
         row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
         if row is None:
             return None
-        tries = row["tries"] + 1
+        id, tries = row["id"], row["tries"] + 1
         due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = ? WHERE id = ?", tries, due, "it did not end",
-                        row["id"])
-        return row["id"]
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' WHERE id = ?", tries, due, id)
+        return id
 
     def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
         """work(row, job) for one that was claimed."""
@@ -1138,7 +1109,6 @@ class Queue:
 def due_in(path: pathlib.Path) -> Optional[float]:
     """When the next job in a file is. One without a WAL is read as it lies, in a quarter of the time, for at a start it
     may be one of thousands; whoever opens it just then sets its alarm."""
-    lies = len(with_wal(path)) == 1
     as_it_lies = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     with contextlib.closing(Store(path).db if with_wal(path)[1:] else sqlite3.connect(as_it_lies, uri=True)) as db:
         return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
@@ -1149,8 +1119,7 @@ class Alarms:
     AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
 
     def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
-        """put(function, *args): into a pool."""
-        self.namespace, self.put = namespace, put
+        self.namespace, self.put = namespace, put    # put(function, *args): into a pool
         self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
 
     def look(self) -> None:
@@ -1193,8 +1162,7 @@ PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # i
 
 
 class Context(NamedTuple):
-    """What a region, a command or a job gets to see: its tables, who looks, what they ask. scope: whose rows, where one
-    file has those of many workspaces (the Directory's members)."""
+    """What a region, command or job sees: tables, who looks, what they ask. scope: whose rows, in a file of many."""
     store: Part
     viewer: Viewer
     request: Request
@@ -1231,8 +1199,7 @@ class Route(NamedTuple):
 class Live(NamedTuple):
     """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
     with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
-    variant(params) is the part of the query that the region heeds, in one spelling, for each variant is rendered and
-    kept."""
+    variant(params): the part of the query that the region heeds, in one spelling, for each is rendered and kept."""
     path: str
     grant: str
     topic: str
@@ -1249,9 +1216,8 @@ def heeded(params: Dict[str, str], **valid: str) -> str:
 
 
 class Slice(NamedTuple):
-    """count(store): one number that says how full it is, for the home page and the console. jobs: functions that may be
-    enqueued; each is known by its name, for a job can outlive the program that enqueued it. exports: functions (store,
-    ...) that other slices may ask."""
+    """count(store): how full it is, as the home page and the console show. jobs: what may be enqueued, known by its
+    name, for it can outlive the program that enqueued it. exports: functions (store, ...) that other slices may ask."""
     name: str
     migrations: Sequence[str]
     live: Sequence[Live] = ()
@@ -1331,21 +1297,18 @@ class Router:
             streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
             for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
                 self.rows[re.sub(r"<\w+>", "([^/]+)", path)][method] = (slice.name, row)
-        self.find = functools.lru_cache(maxsize=1024)(self._find)
+        self.match = functools.lru_cache(maxsize=1024)(self.find)
 
-    def _find(self, path: str) -> Tuple[Dict[str, Tuple[str, Any]], Sequence[str]]:
-        hits = ((rows, re.fullmatch(pattern, path)) for pattern, rows in self.rows.items())
-        return next(((rows, hit.groups()) for rows, hit in hits if hit), ({}, ()))
-
-    def match(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
+    def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
         """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
-        rows, args = self.find(path)
-        if not rows:
-            raise nothing_here()
-        if method not in rows:
-            allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
-            raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
-        return (*rows[method], args)
+        for pattern, rows in self.rows.items():
+            hit = re.fullmatch(pattern, path)
+            if hit and method in rows:
+                return (*rows[method], hit.groups())
+            if hit:
+                allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
+                raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
+        raise nothing_here()
 
 
 class SliceHost(DurableObject):
@@ -1353,13 +1316,9 @@ class SliceHost(DurableObject):
     FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
 
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
-        """pages: what the navigation of a workspace leads to."""
         super().__init__(id, namespace)
-        self.router, self.pages = router, pages
+        self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
-
-    def schema(self) -> Iterable[Tuple[str, Sequence[str]]]:
-        return self.router.schema
 
     def on_open(self) -> None:
         self.kept.clear()
@@ -1440,9 +1399,6 @@ class SliceHost(DurableObject):
             self.kept[key] = make(live, ctx)
         return self.kept[key]
 
-    def topic(self, live: Live, ctx: Context) -> str:
-        return f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
-
     def rendering(self, live: Live, ctx: Context) -> Rendering:
         """The account is taken away: what a whole role shares can't name one of them."""
         variant = live.variant(ctx.request.params) if ctx.request.query else ""
@@ -1459,13 +1415,13 @@ class SliceHost(DurableObject):
         headers = {"x-account": "", "x-role": ctx.viewer.role, "x-grants": ",".join(ctx.viewer.grants),
                    "x-read-only": "true" if ctx.viewer.read_only else "", "x-id": ctx.request.headers.get("x-id", "")}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
-        watch, rendering = Watch(self.namespace.get(self.id), again, self.topic(live, ctx)), self.rendering(live, ctx)
+        topic = f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
+        watch, rendering = Watch(self.namespace.get(self.id), again, topic), self.rendering(live, ctx)
         rendering.told = True
         return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account while nothing changes, but for one that answers what somebody typed, and the one for
-        which the region was rendered: it says so."""
+        """Kept for each account until a publish, unless it answers what was typed or says that it was just rendered."""
         query = ctx.request.query
         if query and not ctx.request.wait:
             raise WouldBlock
@@ -1555,8 +1511,7 @@ def todos_page(ctx: Context, region: Html) -> Html:
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
     """Refused(422): empty, too long, or no text."""
-    title = fields.get("title")
-    title = title.strip() if isinstance(title, str) else ""
+    title = fields["title"].strip() if isinstance(fields.get("title"), str) else ""
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has {len(title)}.", signal=signal)
     return title
@@ -1588,8 +1543,8 @@ def delete(ctx: Context, id: str) -> Response:
 
 def change_all(ctx: Context) -> Response:
     """The signal done; none: open ones left are done, else all are opened again."""
-    ticked = ctx.request.fields().get("done", count_todos(ctx.store) > 0)
-    ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", bool(ticked), bool(ticked))
+    ticked = bool(ctx.request.fields().get("done", count_todos(ctx.store)))
+    ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
     return done(ctx, "all")
 
@@ -1610,9 +1565,7 @@ todos = Slice(
             Route("DELETE", "/todos", "todos:delete", clear),
             Route("PATCH", "/todos/<id>", "todos:write", change),
             Route("DELETE", "/todos/<id>", "todos:delete", delete)),
-    count=count_todos,
-    exports=(count_todos,),
-)
+    count=count_todos, exports=(count_todos,))
 
 
 # ==== 12. Workspace ==================================================================================================
@@ -1621,25 +1574,19 @@ todos = Slice(
 # the button is a courtesy, the gate is the law.
 
 class Workspace(SliceHost):
-    quota = ""
-
     def on_open(self) -> None:
-        """SQLite itself keeps to max_page_count, but forgets it when the file is closed. A job comes without a verdict
-        that tells it, so the file remembers."""
+        """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
         super().on_open()
         self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
         self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
 
-    def heed_quota(self, quota: str) -> None:
-        pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
-        self.store.exec(f"PRAGMA max_page_count = {pages}")
-        if self.store.one("PRAGMA user_version")[0] != pages:
-            self.store.exec(f"PRAGMA user_version = {pages}")
-        self.quota = quota
-
     def handle(self, request: Request) -> Response:
-        if request.method not in SAFE and request.headers.get("x-quota", "0") not in ("0", self.quota):
-            self.heed_quota(request.headers["x-quota"])
+        if request.method not in SAFE and (quota := request.headers.get("x-quota", "0")) not in ("0", self.quota):
+            pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
+            self.store.exec(f"PRAGMA max_page_count = {pages}")
+            if self.store.one("PRAGMA user_version")[0] != pages:
+                self.store.exec(f"PRAGMA user_version = {pages}")
+            self.quota = quota
         return super().handle(request)
 
 

@@ -582,9 +582,7 @@ def test_who_waits_for_a_topic_wakes_when_it_is_published(bus):
 
 class Counter(orion.DurableObject):
     """Counts in its file; fails when it is told to."""
-
-    def schema(self):
-        return [("counter", ["CREATE TABLE hits (n INTEGER)"])]
+    schema = [("counter", ["CREATE TABLE hits (n INTEGER)"])]
 
     def handle(self, request):
         if request.method == "POST":
@@ -649,10 +647,8 @@ def test_no_more_commands_share_a_commit_than_a_batch_holds(counters, monkeypatc
 
 class Ledger(Counter):
     """Takes any number, and finds out at the commit that it is none of those that it knows."""
-
-    def schema(self):
-        return [("ledger", ["CREATE TABLE known (n INTEGER PRIMARY KEY)", "INSERT INTO known VALUES (1)",
-                            "CREATE TABLE hits (n INTEGER REFERENCES known DEFERRABLE INITIALLY DEFERRED)"])]
+    schema = [("ledger", ["CREATE TABLE known (n INTEGER PRIMARY KEY)", "INSERT INTO known VALUES (1)",
+                          "CREATE TABLE hits (n INTEGER REFERENCES known DEFERRABLE INITIALLY DEFERRED)"])]
 
 
 def test_a_request_that_can_not_wait_never_stands_in_line(counters):
