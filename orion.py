@@ -54,7 +54,6 @@ import getpass
 import hashlib
 import hmac
 import html
-import http
 import http.client
 import ipaddress
 import itertools
@@ -2384,8 +2383,10 @@ def apex(request: Request, env: Env) -> Response:
         return only_read(request) or asset(request)
     if re.match("/console(/|$)", request.path):
         return env.console(request)
-    if request.path == "/" and request.method in SAFE:
-        request = with_counts(request, env)
+    if request.path == "/" and request.method in SAFE:       # a fan-out: each workspace on the page is asked its count
+        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
+        counts = {id: count_of(env.workspaces.get(id)) for id in mine}
+        request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
     elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
         raise nothing_here()
     return env.directory.fetch(request)
@@ -2399,14 +2400,7 @@ def asset(request: Request) -> Response:
     return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
-def with_counts(request: Request, env: Env) -> Request:
-    """A genuine fan-out: one request to each workspace that the home page shows, for its count."""
-    mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
-    counts = {id: count_of(env.workspaces.get(id)) for id in mine}
-    return request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
-
-
-def count_of(workspace: Stub) -> Any:
+def count_of(workspace: Stub) -> str:
     with contextlib.suppress(StorageFault, Refused):       # one that can't be read has no count, and hides no other
         return f"{workspace.ask('/_counts')['count']} open"
     return "can't be read"
@@ -2425,7 +2419,7 @@ HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
-REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/[0-9]\.[0-9]")
+REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -2466,7 +2460,7 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
 def check_beginning(buffer: bytearray) -> None:
     """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once."""
     line, complete, _ = buffer.partition(b"\r\n")
-    sound = REQUEST_LINE.fullmatch(line) if complete else BEGINNING.fullmatch(line)
+    sound = REQUEST_LINE.match(buffer) if complete else BEGINNING.fullmatch(line)
     if buffer and (not sound or re.search(rb"(?<!\r)\n", buffer)):
         raise why_not(bytes(line))
     if len(line) > LINE_LIMIT:
@@ -2515,7 +2509,7 @@ def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
 
 
 def why_not(head: bytes) -> Refused:
-    version = re.match(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n", head)
+    version = REQUEST_LINE.match(head)
     if version and version[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
     malformed = "header fields are malformed." if version else "request line is malformed: METHOD /path HTTP/1.1."
@@ -2531,10 +2525,8 @@ def body_length(headers: Dict[str, str]) -> Optional[int]:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
-    length = headers.get("content-length")
-    if length is None:
-        return 0
-    if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
+    length = headers.get("content-length", "0")
+    if length != "0" and not re.fullmatch("[1-9][0-9]{0,18}", length):
         raise Refused(400, "Content-Length is one plain decimal number.")
     if int(length) > BODY_LIMIT:
         raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
@@ -2586,10 +2578,10 @@ def read_chunks(buffer: bytearray) -> Iterator[None]:
 def parse_target(target: str, host: str) -> Tuple[str, str]:
     """The path, decoded once, and the query as it is. Refused(400): not a path, or one with two meanings."""
     if not target.startswith("/"):                   # absolute form (RFC 9112, 3.2.2): it must name the host it came to
-        found = re.fullmatch(r"(?i:https?)://([^/?]+)(.*)", target)
+        found = re.fullmatch(r"(?i:https?)://([^/?]+)/?(.*)", target)
         if not found or found[1].lower() != host.lower():
             raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
-        target = found[2] if found[2].startswith("/") else f"/{found[2]}"
+        target = f"/{found[2]}"
     path, _, query = target.partition("?")
     return plain_path(path), query
 
@@ -2617,12 +2609,10 @@ class Held:
         selector, before, self.events = self.edge.selector, self.events, events
         if before == events:
             return
-        if before and events:
-            selector.modify(self.socket, events, self.ready)
-        elif events:
-            selector.register(self.socket, events, self.ready)
-        elif before:
+        if not events:
             selector.unregister(self.socket)
+        else:
+            (selector.modify if before else selector.register)(self.socket, events, self.ready)
 
     def ready(self, events: int) -> None:
         if events & WRITE:
@@ -2706,7 +2696,7 @@ class Stream(Held):
     def send(self, slot: str, rendering: Rendering) -> None:
         if self.rest:
             self.count("coalesced", slot in self.latest)
-            self.latest = {**self.latest, slot: rendering}
+            self.latest[slot] = rendering
         else:
             self.count("sent")
             self.write(rendering.zipped if self.zipped else rendering.frame)
@@ -2718,8 +2708,8 @@ class Stream(Held):
 
     def written(self) -> None:
         if self.latest:
-            latest, self.latest = [*self.latest.items()], {}
-            for slot, rendering in latest:
+            latest, self.latest = self.latest, {}
+            for slot, rendering in latest.items():
                 self.send(slot, rendering)
 
     def read(self, data: bytes) -> None:
@@ -3595,20 +3585,18 @@ class Connection(Held):
     def foresee(self, reading: Reading) -> None:
         """In the pool: who asks first (RFC 9110, 10.1.1) hears the gate's no before sending a body in vain."""
         try:
-            request, no = self.edge.request(reading, self.peer), None
+            request = self.edge.request(reading, self.peer)
             verdict = self.edge.env.admit(request, self.edge.env)
             if verdict and verdict.status != 200:
                 refusal(request, verdict)
-        except Refused as refused:
-            no = refused
+            self.edge.call(self.go_on)
+        except Refused as no:
+            self.edge.call(self.refuse, no)
         except StorageFault as fault:
-            no = fault.refusal
-        self.edge.call(self.go_on, no)
+            self.edge.call(self.refuse, fault.refusal)
 
-    def go_on(self, no: Optional[Refused]) -> None:
+    def go_on(self) -> None:
         self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
-        if no:
-            return self.refuse(no)
         with contextlib.suppress(OSError):
             self.socket.send(CONTINUE)
         self.listen(READ)
@@ -3662,7 +3650,6 @@ class Connection(Held):
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
         if self.keep:
             self.busy = False
-            self.listen(0 if self.ended else READ)
             return self.edge.call(self.resume) if self.buffer or self.ended else None
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
@@ -3683,7 +3670,7 @@ class Connection(Held):
         self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
 
 
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+REASONS = http.client.responses
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
           "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
@@ -3790,14 +3777,13 @@ class Edge(ThreadingHTTPServer):
         self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
         self.scribe = threading.Thread(target=self.write_log, daemon=True)
         self.counting = threading.Lock()
-        self.tell_time()
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
         self.alarms = Alarms(env.workspaces, self.pool.share)
-        self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
         name = env.settings.node_name or f"{env.settings.host}:{self.server_port}"
-        self.env = self.env._replace(settings=env.settings._replace(node_name=name))
+        settings, console = env.settings._replace(node_name=name), Console(env, self.broker)
+        self.env = env._replace(settings=settings, console=console.answer)
         for waiting in (self.socket, self.waker, self.woken):
             waiting.setblocking(False)
         for namespace in {env.workspaces, env.directory.namespace}:
@@ -3818,14 +3804,14 @@ class Edge(ThreadingHTTPServer):
         self.pool.put(self.alarms.look)
         next_tick = 0.0
         while not (self.stopping and self.drained()):
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + self.TICK_SECONDS
+                self.tick(time.monotonic())
             for key, events in self.selector.select(self.TICK_SECONDS):
                 guarded(key.data, events)
             self.awake = False
             while self.calls:
                 guarded(*self.calls.popleft())
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + self.TICK_SECONDS
-                self.tick(time.monotonic())
         self.stopped.set()
 
     def call(self, *call: Any) -> None:
@@ -3859,7 +3845,7 @@ class Edge(ThreadingHTTPServer):
 
     def tick(self, now: float) -> None:
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
-        self.tell_time()
+        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.flush_log()
         for held in [*self.held]:
             guarded(held.tick, now)
@@ -3874,9 +3860,6 @@ class Edge(ThreadingHTTPServer):
                 self.pool.put(chore)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
-
-    def tell_time(self) -> None:
-        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
 
     # -- answering, in the loop (wait=False) and in the pool
 
@@ -3931,12 +3914,10 @@ class Edge(ThreadingHTTPServer):
     def route(self, request: Request) -> Response:
         if request.method == "OPTIONS":
             return Response(204, headers=(("allow", ", ".join(METHODS)),))
-        if request.path in ("/healthz", "/metrics"):
-            only_read(request)
         if request.path == "/healthz":
-            return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
+            return only_read(request) or (Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n"))
         if request.path == "/metrics":
-            return self.metrics(request)
+            return only_read(request) or self.metrics(request)
         return self.env.trace.follow(request, lambda request: self.env.front(request, self.env))
 
     # -- figures
@@ -3972,7 +3953,9 @@ class Edge(ThreadingHTTPServer):
         """Prometheus text format 0.0.4."""
         if not request.wait:                         # who may see them is asked of the Directory
             raise WouldBlock
-        if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
+        local, cookie = is_loopback(request.peer), {"cookie": request.headers.get("cookie", "")}
+        if not (local and "x-forwarded-for" not in request.headers
+                or self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
             raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
                                "one.")
         def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
@@ -3992,10 +3975,6 @@ class Edge(ThreadingHTTPServer):
         for name, kind, samples in families:
             lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
         return Response(200, "".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
-
-    def by_operator(self, request: Request) -> bool:
-        cookie = {"cookie": request.headers.get("cookie", "")}
-        return self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]
 
     # -- the end
 
