@@ -2663,6 +2663,13 @@ class Channel:
         self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
 
 
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+
+
+def accepts_gzip(request: Request) -> bool:
+    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
+
+
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
     __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
@@ -2679,10 +2686,6 @@ class Stream(Held):
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                  # a peer that vanished without a word answers no heartbeat either
             socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.STUCK_SECONDS))
-
-    def show(self, rendering: Rendering) -> None:
-        self.seen = rendering.etag
-        self.send("seen", rendering)
 
     def show_page(self, rendering: Rendering) -> None:
         self.latest, self.seen, self.here = {}, "", ""         # it has the region as well; what waited is older
@@ -2761,11 +2764,9 @@ class Broker:
 
     def mark(self, channel: Channel) -> None:
         with self.lock:
-            channel.stale = True
-            if channel.busy:
-                return
-            channel.busy = True
-        self.edge.pool.put(self.refresh, channel)
+            busy, channel.busy, channel.stale = channel.busy, True, True
+        if not busy:
+            self.edge.pool.put(self.refresh, channel)
 
     def refresh(self, channel: Channel) -> None:
         """In the pool: ask the object what its region is now. It wakes for this if it must."""
@@ -2780,7 +2781,8 @@ class Broker:
     def deliver(self, channel: Channel, rendering: Optional[Rendering]) -> None:
         for stream in [*channel.streams] if rendering else ():
             if stream.seen != rendering.etag:
-                stream.show(rendering)
+                stream.seen = rendering.etag
+                stream.send("seen", rendering)
         with self.lock:
             channel.busy = channel.stale and bool(channel.streams)
         if channel.busy:
@@ -2827,8 +2829,7 @@ class Broker:
                 stream.show_here(self.here[id])
 
     def gate_again(self, account: str = "") -> None:
-        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker
-        once more."""
+        """In the pool: the requests of an account's streams ("": of all) go through the worker once more."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             self.ask_again(stream)
 
@@ -2837,7 +2838,7 @@ class Broker:
         try:
             watch, channel, whole = worker(stream.again, self.edge.env).watch, stream.channel, None
             if watch and channel and watch.key != channel.watch.key:      # what stands around the region is for a role
-                page = worker(stream.again._replace(path=stream.again.path[:-len("/live")]), self.edge.env)
+                page = worker(stream.again._replace(path=stream.again.path.removesuffix("/live")), self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
@@ -3599,7 +3600,6 @@ class Connection(Held):
         self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
         with contextlib.suppress(OSError):
             self.socket.send(CONTINUE)
-        self.listen(READ)
         self.resume()
 
     def resume(self) -> None:
@@ -3690,13 +3690,6 @@ def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: 
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
 
 
-GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
-
-
-def accepts_gzip(request: Request) -> bool:
-    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
-
-
 def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
     """The bytes of an answer, to leave in one send."""
     status, body, live, zipped = response.status, response.body, response.watch is not None, accepts_gzip(request)
@@ -3769,8 +3762,8 @@ class Edge(ThreadingHTTPServer):
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        ours = "", "localhost", socket.gethostname().lower(), env.settings.host
-        self.hosts = frozenset({*ours, *env.settings.allow_host})
+        self.hosts = frozenset(["", "localhost", socket.gethostname().lower(), env.settings.host,
+                                *env.settings.allow_host])
         self.chores = ((give_back_memory, 15.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
@@ -3899,9 +3892,7 @@ class Edge(ThreadingHTTPServer):
         if method not in METHODS:
             status = 405 if method in ("TRACE", "CONNECT") else 501
             raise Refused(status, f"The methods here are {', '.join(METHODS)}.", (("allow", ", ".join(METHODS)),))
-        if method == "OPTIONS":
-            return Request(method, "*", "", headers, b"", peer, wait, scheme)
-        path, query = parse_target(reading.target, headers.get("host", ""))
+        path, query = ("*", "") if method == "OPTIONS" else parse_target(reading.target, headers.get("host", ""))
         return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme)
 
     def check_stream(self, reading: Reading, response: Response) -> None:
