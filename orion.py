@@ -2421,7 +2421,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+TOO_LONG = 414, "The address is too long. Send what is long in the body."
 
 
 class Reading(NamedTuple):
@@ -2448,13 +2448,12 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
         head = yield from take(buffer, end + 4)
         reading = (parse_head if len(head) > 1024 else parse_again)(head)
         length = body_length(reading.headers)
-        if length == 0:
-            yield reading
-            continue
-        if "expect" in reading.headers and reading.modern:
-            yield reading._replace(body=None)
-        body = yield from read_chunks(buffer) if length is None else take(buffer, length)
-        yield reading._replace(body=body)
+        if length != 0:
+            if "expect" in reading.headers and reading.modern:
+                yield reading._replace(body=None)
+            body = yield from read_chunks(buffer) if length is None else take(buffer, length)
+            reading = reading._replace(body=body)
+        yield reading
 
 
 def check_beginning(buffer: bytearray) -> None:
@@ -2467,9 +2466,6 @@ def check_beginning(buffer: bytearray) -> None:
         raise Refused(*TOO_LONG)
     if len(buffer) >= HEAD_LIMIT:
         raise Refused(431, "The header is too long.")
-
-
-TOO_LONG = (414, "The address is too long. Send what is long in the body.")
 
 
 def parse_head(head: bytes) -> Reading:
@@ -2729,9 +2725,9 @@ class Stream(Held):
             self.write(chunk(deflated(BEAT) if self.zipped else BEAT))
 
     def end(self, status: int) -> None:
-        """With a last frame and a proper end: it was the gate that closed this stream, not the network."""
-        frame = goodbye(status)
-        if not self.rest:
+        """Where it was the gate that closed this stream, not the network: with a last frame and a proper end."""
+        if status in (401, 403) and not self.rest:
+            frame = goodbye(status)
             self.write(chunk(deflated(frame) if self.zipped else frame) + LAST_CHUNK)
         self.close()
 
@@ -2842,7 +2838,7 @@ class Broker:
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
-            self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
+            self.edge.call(stream.end, no.status)
         except StorageFault:
             self.edge.call(stream.close)             # its client comes back, and hears more
 
@@ -3599,7 +3595,7 @@ class Connection(Held):
     def go_on(self) -> None:
         self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
         with contextlib.suppress(OSError):
-            self.socket.send(CONTINUE)
+            self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.resume()
 
     def resume(self) -> None:
