@@ -3620,11 +3620,7 @@ class Connection(Held):
             return self.edge.call(self.reply, reading, request, response)
         data = self.encoded(reading, request, response)
         sent = self.offer(data)
-        if sent != len(data) or not self.keep or self.events != READ:
-            return self.edge.call(self.wrote, data, sent)
-        self.deadline, self.busy = time.monotonic() + self.IDLE_SECONDS, False
-        if self.buffer or self.ended:                # it came while we were busy, so the loop left it lying
-            self.edge.call(self.resume)
+        self.written() if sent == len(data) and self.keep else self.edge.call(self.wrote, data, sent)
 
     def encoded(self, reading: Reading, request: Request, response: Response) -> bytes:
         self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
@@ -3644,7 +3640,7 @@ class Connection(Held):
     def written(self) -> None:
         """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
-        if self.keep:
+        if self.keep:                                # then this may be the pool; what came meanwhile, the loop left
             self.busy = False
             return self.edge.call(self.resume) if self.buffer or self.ended else None
         with contextlib.suppress(OSError):
