@@ -2431,6 +2431,7 @@ class Reading(NamedTuple):
     headers: Dict[str, str]
     keep: bool                                       # the connection goes on after it
     modern: bool                                     # HTTP/1.1
+    length: Optional[int]                            # of the body, in bytes; None: it comes in chunks
     body: Optional[bytes] = b""                      # None: the client waits for a word before it sends it
 
 
@@ -2447,11 +2448,10 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
             yield None
         head = yield from take(buffer, end + 4)
         reading = (parse_head if len(head) > 1024 else parse_again)(head)
-        length = body_length(reading.headers)
-        if length != 0:
+        if reading.length != 0:
             if "expect" in reading.headers and reading.modern:
                 yield reading._replace(body=None)
-            body = yield from read_chunks(buffer) if length is None else take(buffer, length)
+            body = yield from read_chunks(buffer) if reading.length is None else take(buffer, reading.length)
             reading = reading._replace(body=body)
         yield reading
 
@@ -2488,7 +2488,8 @@ def parse_head(head: bytes) -> Reading:
     if not host or int(host[1] or 0) > 65535:
         raise Refused(400, "The Host header field is no name or address with an optional port.")
     connection = headers.get("connection", "" if modern else "close").lower()
-    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern)
+    length = body_length(headers)
+    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern, length)
 
 
 parse_again = functools.lru_cache(maxsize=1024)(parse_head)      # a browser's heads are mostly the same, time and again
@@ -2801,16 +2802,16 @@ class Broker:
     def leave(self, stream: Stream) -> None:
         channel, stream.channel = stream.channel, None
         if channel:
+            stub = channel.watch.stub
             channel.streams.discard(stream)
             self.accounts[stream.account] -= 1
-            channel.watch.stub.watched(-1)
-            self.moved.add(channel.watch.stub.id)
+            stub.watched(-1)
+            self.moved.add(stub.id)
             if not channel.streams:                  # the last one out
-                of_object = self.channels[channel.watch.stub.id]
-                del of_object[channel.watch.key]
-                if not of_object:
-                    del self.channels[channel.watch.stub.id]
-                    self.here.pop(channel.watch.stub.id, None)
+                del self.channels[stub.id][channel.watch.key]
+            if not self.channels[stub.id]:
+                del self.channels[stub.id]
+                self.here.pop(stub.id, None)
 
     def tell_who_is_here(self) -> None:
         """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
@@ -3522,10 +3523,9 @@ def log(message: str) -> None:
 
 
 def give_back_memory() -> None:
-    """What was freed, glibc keeps until it is told."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    """What was freed, glibc keeps until it is told; no other library knows the word."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_no_pages_aside() -> None:
