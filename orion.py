@@ -54,7 +54,6 @@ import getpass
 import hashlib
 import hmac
 import html
-import http
 import http.client
 import ipaddress
 import itertools
@@ -2315,8 +2314,10 @@ def apex(request: Request, env: Env) -> Response:
         return only_read(request) or asset(request)
     if re.match("/console(/|$)", request.path):
         return env.console(request)
-    if request.path == "/" and request.method in SAFE:
-        request = with_counts(request, env)
+    if request.path == "/" and request.method in SAFE:       # a fan-out: each workspace on the page is asked its count
+        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
+        counts = {id: count_of(env.workspaces.get(id)) for id in mine}
+        request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
     elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
         raise nothing_here()
     return env.directory.fetch(request)
@@ -2330,14 +2331,7 @@ def asset(request: Request) -> Response:
     return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
-def with_counts(request: Request, env: Env) -> Request:
-    """A genuine fan-out: one request to each workspace that the home page shows, for its count."""
-    mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
-    counts = {id: count_of(env.workspaces.get(id)) for id in mine}
-    return request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
-
-
-def count_of(workspace: Stub) -> Any:
+def count_of(workspace: Stub) -> str:
     with contextlib.suppress(StorageFault, Refused):       # one that can't be read has no count, and hides no other
         return f"{workspace.ask('/_counts')['count']} open"
     return "can't be read"
@@ -2356,9 +2350,9 @@ HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
-REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/[0-9]\.[0-9]")
+REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+TOO_LONG = 414, "The address is too long. Send what is long in the body."
 
 
 class Reading(NamedTuple):
@@ -2368,6 +2362,7 @@ class Reading(NamedTuple):
     headers: Dict[str, str]
     keep: bool                                       # the connection goes on after it
     modern: bool                                     # HTTP/1.1
+    length: Optional[int]                            # of the body, in bytes; None: it comes in chunks
     body: Optional[bytes] = b""                      # None: the client waits for a word before it sends it
 
 
@@ -2384,29 +2379,24 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
             yield None
         head = yield from take(buffer, end + 4)
         reading = (parse_head if len(head) > 1024 else parse_again)(head)
-        length = body_length(reading.headers)
-        if length == 0:
-            yield reading
-            continue
-        if "expect" in reading.headers and reading.modern:
-            yield reading._replace(body=None)
-        body = yield from read_chunks(buffer) if length is None else take(buffer, length)
-        yield reading._replace(body=body)
+        if reading.length != 0:
+            if "expect" in reading.headers and reading.modern:
+                yield reading._replace(body=None)
+            body = yield from read_chunks(buffer) if reading.length is None else take(buffer, reading.length)
+            reading = reading._replace(body=body)
+        yield reading
 
 
 def check_beginning(buffer: bytearray) -> None:
     """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once."""
     line, complete, _ = buffer.partition(b"\r\n")
-    sound = REQUEST_LINE.fullmatch(line) if complete else BEGINNING.fullmatch(line)
+    sound = REQUEST_LINE.match(buffer) if complete else BEGINNING.fullmatch(line)
     if buffer and (not sound or re.search(rb"(?<!\r)\n", buffer)):
         raise why_not(bytes(line))
     if len(line) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
     if len(buffer) >= HEAD_LIMIT:
         raise Refused(431, "The header is too long.")
-
-
-TOO_LONG = (414, "The address is too long. Send what is long in the body.")
 
 
 def parse_head(head: bytes) -> Reading:
@@ -2429,7 +2419,8 @@ def parse_head(head: bytes) -> Reading:
     if not host or int(host[1] or 0) > 65535:
         raise Refused(400, "The Host header field is no name or address with an optional port.")
     connection = headers.get("connection", "" if modern else "close").lower()
-    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern)
+    length = body_length(headers)
+    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern, length)
 
 
 parse_again = functools.lru_cache(maxsize=1024)(parse_head)      # a browser's heads are mostly the same, time and again
@@ -2446,7 +2437,7 @@ def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
 
 
 def why_not(head: bytes) -> Refused:
-    version = re.match(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n", head)
+    version = REQUEST_LINE.match(head)
     if version and version[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
     malformed = "header fields are malformed." if version else "request line is malformed: METHOD /path HTTP/1.1."
@@ -2462,10 +2453,8 @@ def body_length(headers: Dict[str, str]) -> Optional[int]:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
-    length = headers.get("content-length")
-    if length is None:
-        return 0
-    if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
+    length = headers.get("content-length", "0")
+    if length != "0" and not re.fullmatch("[1-9][0-9]{0,18}", length):
         raise Refused(400, "Content-Length is one plain decimal number.")
     if int(length) > BODY_LIMIT:
         raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
@@ -2517,10 +2506,10 @@ def read_chunks(buffer: bytearray) -> Iterator[None]:
 def parse_target(target: str, host: str) -> Tuple[str, str]:
     """The path, decoded once, and the query as it is. Refused(400): not a path, or one with two meanings."""
     if not target.startswith("/"):                   # absolute form (RFC 9112, 3.2.2): it must name the host it came to
-        found = re.fullmatch(r"(?i:https?)://([^/?]+)(.*)", target)
+        found = re.fullmatch(r"(?i:https?)://([^/?]+)/?(.*)", target)
         if not found or found[1].lower() != host.lower():
             raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
-        target = found[2] if found[2].startswith("/") else f"/{found[2]}"
+        target = f"/{found[2]}"
     path, _, query = target.partition("?")
     return plain_path(path), query
 
@@ -2548,12 +2537,10 @@ class Held:
         selector, before, self.events = self.edge.selector, self.events, events
         if before == events:
             return
-        if before and events:
-            selector.modify(self.socket, events, self.ready)
-        elif events:
-            selector.register(self.socket, events, self.ready)
-        elif before:
+        if not events:
             selector.unregister(self.socket)
+        else:
+            (selector.modify if before else selector.register)(self.socket, events, self.ready)
 
     def ready(self, events: int) -> None:
         if events & WRITE:
@@ -2604,6 +2591,13 @@ class Channel:
         self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
 
 
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+
+
+def accepts_gzip(request: Request) -> bool:
+    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
+
+
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
     __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
@@ -2621,10 +2615,6 @@ class Stream(Held):
         if sys.platform == "linux":                  # a peer that vanished without a word answers no heartbeat either
             socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.STUCK_SECONDS))
 
-    def show(self, rendering: Rendering) -> None:
-        self.seen = rendering.etag
-        self.send("seen", rendering)
-
     def show_page(self, rendering: Rendering) -> None:
         self.latest, self.seen, self.here = {}, "", ""         # it has the region as well; what waited is older
         self.send("page", rendering)
@@ -2637,7 +2627,7 @@ class Stream(Held):
     def send(self, slot: str, rendering: Rendering) -> None:
         if self.rest:
             self.count("coalesced", slot in self.latest)
-            self.latest = {**self.latest, slot: rendering}
+            self.latest[slot] = rendering
         else:
             self.count("sent")
             self.write(rendering.zipped if self.zipped else rendering.frame)
@@ -2649,8 +2639,8 @@ class Stream(Held):
 
     def written(self) -> None:
         if self.latest:
-            latest, self.latest = [*self.latest.items()], {}
-            for slot, rendering in latest:
+            latest, self.latest = self.latest, {}
+            for slot, rendering in latest.items():
                 self.send(slot, rendering)
 
     def read(self, data: bytes) -> None:
@@ -2667,15 +2657,18 @@ class Stream(Held):
             self.write(chunk(deflated(BEAT) if self.zipped else BEAT))
 
     def end(self, status: int) -> None:
-        """With a last frame and a proper end: it was the gate that closed this stream, not the network."""
-        frame = goodbye(status)
-        if not self.rest:
+        """Where it was the gate that closed this stream, not the network: with a last frame and a proper end."""
+        if status in (401, 403) and not self.rest:
+            frame = goodbye(status)
             self.write(chunk(deflated(frame) if self.zipped else frame) + LAST_CHUNK)
         self.close()
 
     def close(self) -> None:
         self.edge.broker.leave(self)
         super().close()
+
+
+CONSOLE = "console"                                  # the id of what is watched and is no object (section 18)
 
 
 class Broker:
@@ -2702,11 +2695,9 @@ class Broker:
 
     def mark(self, channel: Channel) -> None:
         with self.lock:
-            channel.stale = True
-            if channel.busy:
-                return
-            channel.busy = True
-        self.edge.pool.put(self.refresh, channel)
+            busy, channel.busy, channel.stale = channel.busy, True, True
+        if not busy:
+            self.edge.pool.put(self.refresh, channel)
 
     def refresh(self, channel: Channel) -> None:
         """In the pool: ask the object what its region is now. It wakes for this if it must."""
@@ -2721,7 +2712,8 @@ class Broker:
     def deliver(self, channel: Channel, rendering: Optional[Rendering]) -> None:
         for stream in [*channel.streams] if rendering else ():
             if stream.seen != rendering.etag:
-                stream.show(rendering)
+                stream.seen = rendering.etag
+                stream.send("seen", rendering)
         with self.lock:
             channel.busy = channel.stale and bool(channel.streams)
         if channel.busy:
@@ -2744,21 +2736,21 @@ class Broker:
     def leave(self, stream: Stream) -> None:
         channel, stream.channel = stream.channel, None
         if channel:
+            stub = channel.watch.stub
             channel.streams.discard(stream)
             self.accounts[stream.account] -= 1
-            channel.watch.stub.watched(-1)
-            self.moved.add(channel.watch.stub.id)
+            stub.watched(-1)
+            self.moved.add(stub.id)
             if not channel.streams:                  # the last one out
-                of_object = self.channels[channel.watch.stub.id]
-                del of_object[channel.watch.key]
-                if not of_object:
-                    del self.channels[channel.watch.stub.id]
-                    self.here.pop(channel.watch.stub.id, None)
+                del self.channels[stub.id][channel.watch.key]
+            if not self.channels[stub.id]:
+                del self.channels[stub.id]
+                self.here.pop(stub.id, None)
 
     def tell_who_is_here(self) -> None:
         """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
         moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {self.edge.env.directory.id, Console.id}:
+        for id in moved & {*self.channels} - {self.edge.env.directory.id, CONSOLE}:
             streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
             names = sorted({stream.account for stream in streams})
             some = [{"account": name} for name in names[:20]]
@@ -2768,8 +2760,7 @@ class Broker:
                 stream.show_here(self.here[id])
 
     def gate_again(self, account: str = "") -> None:
-        """In the pool: somebody's access changed, so their streams' requests ("": everybody's) go through the worker
-        once more."""
+        """In the pool: the requests of an account's streams ("": of all) go through the worker once more."""
         for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
             self.ask_again(stream)
 
@@ -2778,11 +2769,11 @@ class Broker:
         try:
             watch, channel, whole = worker(stream.again, self.edge.env).watch, stream.channel, None
             if watch and channel and watch.key != channel.watch.key:      # what stands around the region is for a role
-                page = worker(stream.again._replace(path=stream.again.path[:-len("/live")]), self.edge.env)
+                page = worker(stream.again._replace(path=stream.again.path.removesuffix("/live")), self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
-            self.edge.call(*(stream.end, no.status) if no.status in (401, 403) else (stream.close,))
+            self.edge.call(stream.end, no.status)
         except StorageFault:
             self.edge.call(stream.close)             # its client comes back, and hears more
 
@@ -2815,7 +2806,7 @@ class Broker:
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Console:
-    id, PAUSE = "console", 0.25                      # seconds between two frames, however much happens
+    id, PAUSE = CONSOLE, 0.25                      # seconds between two frames, however much happens
 
     def __init__(self, env: Env, broker: Broker) -> None:
         self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
@@ -3450,10 +3441,9 @@ def log(message: str) -> None:
 
 
 def give_back_memory() -> None:
-    """What was freed, glibc keeps until it is told."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    """What was freed, glibc keeps until it is told; no other library knows the word."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_no_pages_aside() -> None:
@@ -3510,23 +3500,23 @@ class Connection(Held):
     def foresee(self, reading: Reading) -> None:
         """In the pool: who asks first (RFC 9110, 10.1.1) hears the gate's no before sending a body in vain."""
         try:
-            request, no = self.edge.request(reading, self.peer), None
+            request = self.edge.request(reading, self.peer)
             verdict = self.edge.env.admit(request, self.edge.env)
             if verdict and verdict.status != 200:
                 refusal(request, verdict)
-        except Refused as refused:
-            no = refused
+            self.edge.call(self.go_on)
+        except Refused as no:
+            self.edge.call(self.refuse, no)
         except StorageFault as fault:
-            no = fault.refusal
-        self.edge.call(self.go_on, no)
+            self.edge.call(self.refuse, fault.refusal)
+        except CRASH:
+            self.edge.call(self.close)
+            raise
 
-    def go_on(self, no: Optional[Refused]) -> None:
+    def go_on(self) -> None:
         self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
-        if no:
-            return self.refuse(no)
         with contextlib.suppress(OSError):
-            self.socket.send(CONTINUE)
-        self.listen(READ)
+            self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.resume()
 
     def resume(self) -> None:
@@ -3551,11 +3541,7 @@ class Connection(Held):
             return self.edge.call(self.reply, reading, request, response)
         data = self.encoded(reading, request, response)
         sent = self.offer(data)
-        if sent != len(data) or not self.keep or self.events != READ:
-            return self.edge.call(self.wrote, data, sent)
-        self.deadline, self.busy = time.monotonic() + self.IDLE_SECONDS, False
-        if self.buffer or self.ended:                # it came while we were busy, so the loop left it lying
-            self.edge.call(self.resume)
+        self.written() if sent == len(data) and self.keep else self.edge.call(self.wrote, data, sent)
 
     def encoded(self, reading: Reading, request: Request, response: Response) -> bytes:
         self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
@@ -3575,9 +3561,8 @@ class Connection(Held):
     def written(self) -> None:
         """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
-        if self.keep:
+        if self.keep:                                # then this may be the pool; what came meanwhile, the loop left
             self.busy = False
-            self.listen(0 if self.ended else READ)
             return self.edge.call(self.resume) if self.buffer or self.ended else None
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
@@ -3598,8 +3583,8 @@ class Connection(Held):
         self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
 
 
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+REASONS = http.client.responses
+NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
 POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
           "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
@@ -3616,13 +3601,6 @@ def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: 
     fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
     lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
-
-
-GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
-
-
-def accepts_gzip(request: Request) -> bool:
-    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
 def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
@@ -3697,22 +3675,21 @@ class Edge(ThreadingHTTPServer):
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        ours = "", "localhost", socket.gethostname().lower(), env.settings.host
-        self.hosts = frozenset({*ours, *env.settings.allow_host})
+        self.hosts = frozenset(["", "localhost", socket.gethostname().lower(), env.settings.host,
+                                *env.settings.allow_host])
         self.chores = ((give_back_memory, 15.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
         self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
         self.scribe = threading.Thread(target=self.write_log, daemon=True)
         self.counting = threading.Lock()
-        self.tell_time()
         self.pool, self.broker = Pool(env.settings.threads), Broker(self)
         self.alarms = Alarms(env.workspaces, self.pool.share)
-        self.env = env._replace(console=Console(env, self.broker).answer)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
         name = env.settings.node_name or f"{env.settings.host}:{self.server_port}"
-        self.env = self.env._replace(settings=env.settings._replace(node_name=name))
+        settings, console = env.settings._replace(node_name=name), Console(env, self.broker)
+        self.env = env._replace(settings=settings, console=console.answer)
         for waiting in (self.socket, self.waker, self.woken):
             waiting.setblocking(False)
         for namespace in {env.workspaces, env.directory.namespace}:
@@ -3733,14 +3710,14 @@ class Edge(ThreadingHTTPServer):
         self.pool.put(self.alarms.look)
         next_tick = 0.0
         while not (self.stopping and self.drained()):
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + self.TICK_SECONDS
+                self.tick(time.monotonic())
             for key, events in self.selector.select(self.TICK_SECONDS):
                 guarded(key.data, events)
             self.awake = False
             while self.calls:
                 guarded(*self.calls.popleft())
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + self.TICK_SECONDS
-                self.tick(time.monotonic())
         self.stopped.set()
 
     def call(self, *call: Any) -> None:
@@ -3774,7 +3751,7 @@ class Edge(ThreadingHTTPServer):
 
     def tick(self, now: float) -> None:
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
-        self.tell_time()
+        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.flush_log()
         for held in [*self.held]:
             guarded(held.tick, now)
@@ -3790,9 +3767,6 @@ class Edge(ThreadingHTTPServer):
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
 
-    def tell_time(self) -> None:
-        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
-
     # -- answering, in the loop (wait=False) and in the pool
 
     def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
@@ -3803,8 +3777,8 @@ class Edge(ThreadingHTTPServer):
             response = self.route(request)
             if response.watch:
                 self.check_stream(reading, response)
-            if any([CONTROL.search(value) for _, value in response.headers]):
-                raise ValueError("a control character in a header value")
+            if any([NO_VALUE.search(value) for _, value in response.headers]):
+                raise ValueError("a character that no header value can have")
         except WouldBlock:
             raise
         except Refused as no:
@@ -3831,9 +3805,7 @@ class Edge(ThreadingHTTPServer):
         if method not in METHODS:
             status = 405 if method in ("TRACE", "CONNECT") else 501
             raise Refused(status, f"The methods here are {', '.join(METHODS)}.", (("allow", ", ".join(METHODS)),))
-        if method == "OPTIONS":
-            return Request(method, "*", "", headers, b"", peer, wait, scheme)
-        path, query = parse_target(reading.target, headers.get("host", ""))
+        path, query = ("*", "") if method == "OPTIONS" else parse_target(reading.target, headers.get("host", ""))
         return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme)
 
     def check_stream(self, reading: Reading, response: Response) -> None:
@@ -3846,12 +3818,10 @@ class Edge(ThreadingHTTPServer):
     def route(self, request: Request) -> Response:
         if request.method == "OPTIONS":
             return Response(204, headers=(("allow", ", ".join(METHODS)),))
-        if request.path in ("/healthz", "/metrics"):
-            only_read(request)
         if request.path == "/healthz":
-            return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
+            return only_read(request) or (Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n"))
         if request.path == "/metrics":
-            return self.metrics(request)
+            return only_read(request) or self.metrics(request)
         return self.env.trace.follow(request, lambda request: self.env.front(request, self.env))
 
     # -- figures
@@ -3887,7 +3857,9 @@ class Edge(ThreadingHTTPServer):
         """Prometheus text format 0.0.4."""
         if not request.wait:                         # who may see them is asked of the Directory
             raise WouldBlock
-        if not (is_loopback(request.peer) and "x-forwarded-for" not in request.headers or self.by_operator(request)):
+        local, cookie = is_loopback(request.peer), {"cookie": request.headers.get("cookie", "")}
+        if not (local and "x-forwarded-for" not in request.headers
+                or self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
             raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
                                "one.")
         def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
@@ -3908,10 +3880,6 @@ class Edge(ThreadingHTTPServer):
             lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
         return Response(200, "".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    def by_operator(self, request: Request) -> bool:
-        cookie = {"cookie": request.headers.get("cookie", "")}
-        return self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]
-
     # -- the end
 
     def stop(self) -> None:
@@ -3923,7 +3891,8 @@ class Edge(ThreadingHTTPServer):
         """Closes what merely waits; a stream closes without its last chunk, so its client comes back by itself."""
         if not self.stopped_at:
             self.stopped_at = time.monotonic()
-            self.selector.unregister(self.socket)
+            with contextlib.suppress(KeyError):      # it was out of descriptors just now
+                self.selector.unregister(self.socket)
             self.socket.close()
         for held in [held for held in self.held if type(held) is Stream or not held.busy]:
             held.close()

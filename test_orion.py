@@ -2365,6 +2365,24 @@ def test_a_client_that_expects_100_gets_it_before_it_sends_its_body(server):
         assert statuses(link.recv(65536)) == [303]
 
 
+def test_a_client_that_expects_100_is_not_kept_waiting_when_the_gate_breaks(server, monkeypatch, capfd):
+    bob = Person(server, "bob")
+    monkeypatch.setattr(server.directory(), "gate", mock.Mock(side_effect=ZeroDivisionError))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Content-Length: 7", "Expect: 100-continue", line="POST /w/acme/todos HTTP/1.1"))
+        assert link.recv(65536) == b"" and eventually(lambda: "ZeroDivisionError" in capfd.readouterr().err)
+
+
+@cases("value", ["a\r\nset-cookie: x=y", "a\nb", "a\0", "€"])
+def test_a_header_that_no_header_can_be_is_an_error_and_the_connection_goes_on(start, value):
+    def odd(ctx):
+        return orion.Response(200, headers=(("x-odd", value),))
+    server = start((orion.todos, orion.Slice("odd", (), routes=(orion.Route("GET", "/odd", orion.MEMBER, odd),))))
+    ask = head(f"Cookie: {Person(server, 'bob').cookie}", line="GET /w/acme/odd HTTP/1.1")
+    got, _ = raw(server, ask + ask, half_close=True)
+    assert statuses(got) == [500, 500] and b"set-cookie" not in got and b"x-odd" not in got
+
+
 def test_a_client_that_is_still_sending_can_read_why_it_was_refused(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
         link.sendall(head("Content-Length: 100000", line="POST /w/acme/todos HTTP/1.1"))
@@ -5318,7 +5336,7 @@ def test_speed(show, browser):
     page = show("<ul id=l></ul>")
     took = page.js("""const rows = change => '<ul id=l>' + Array.from({length: 2000}, (_, i) => `<li id=r${i}><b>${i}</b><i>${i == change ? 'new' : 'old'}</i></li>`).join('') + '</ul>'
         patch(rows(-1)); const start = performance.now(); patch(rows(1000)); return performance.now() - start""")
-    assert took < 250
+    assert took < 2500, "one that compares each row with each other takes longer by far"
     settle(page)
     rows = """Array.from({length: 1000}, (_, i) => `<li id=r${i}><b data-text="'n' + $n"></b><i data-show="$n > 1" data-class:on="$n > 2" data-on:click="$n++"></i></li>`).join('')"""
     page.js("window.began = performance.now(); signals({n: 2}); patch('<ul id=l>' + %s + '</ul>')" % rows)
