@@ -2806,7 +2806,7 @@ class Broker:
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Console:
-    id, PAUSE = CONSOLE, 0.25                      # seconds between two frames, however much happens
+    id, PAUSE = CONSOLE, 0.25                        # seconds between two frames, however much happens
 
     def __init__(self, env: Env, broker: Broker) -> None:
         self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
