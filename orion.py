@@ -1198,7 +1198,7 @@ class Route(NamedTuple):
 class Live(NamedTuple):
     """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
     with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
-    variant(params): the part of the query that the region heeds, in one spelling, for each is rendered and kept."""
+    variant(params): the part of the query that the region heeds, in one spelling; each is rendered and kept."""
     path: str
     grant: str
     topic: str
