@@ -247,7 +247,7 @@ class WouldBlock(Exception):
 
 
 class Viewer(NamedTuple):
-    """Who looks, as the gate saw them; a region, made for a role, sees no account. operator: looks on in its name."""
+    """Who looks, as the gate saw them; a region, made for a role, sees no account. operator: who looks on as them."""
     account: str = ""
     role: str = ""
     grants: Tuple[str, ...] = ()
@@ -3777,8 +3777,8 @@ class Edge(ThreadingHTTPServer):
             response = self.route(request)
             if response.watch:
                 self.check_stream(reading, response)
-            if any([NO_VALUE.search(value) for _, value in response.headers]):
-                raise ValueError("a character that no header value can have")
+            if type(response.body) is not bytes or any([NO_VALUE.search(value) for _, value in response.headers]):
+                raise ValueError("a body that is not bytes, or a character that no header value can have")
         except WouldBlock:
             raise
         except Refused as no:

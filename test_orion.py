@@ -2374,10 +2374,13 @@ def test_a_client_that_expects_100_is_not_kept_waiting_when_the_gate_breaks(serv
         assert link.recv(65536) == b"" and eventually(lambda: "ZeroDivisionError" in "".join(said))
 
 
-@cases("value", ["a\r\nset-cookie: x=y", "a\nb", "a\0", "€"])
-def test_a_header_that_no_header_can_be_is_an_error_and_the_connection_goes_on(start, value):
+ODD = [{"headers": (("x-odd", value),)} for value in ("a\r\nset-cookie: x=y", "a\nb", "a\0", "€")] + [{"body": "text"}, {"body": None}]
+
+
+@cases("answer", ODD)
+def test_an_answer_that_can_not_be_sent_is_an_error_and_the_connection_goes_on(start, answer):
     def odd(ctx):
-        return orion.Response(200, headers=(("x-odd", value),))
+        return orion.Response(200, **answer)
     server = start((orion.todos, orion.Slice("odd", (), routes=(orion.Route("GET", "/odd", orion.MEMBER, odd),))))
     ask = head(f"Cookie: {Person(server, 'bob').cookie}", line="GET /w/acme/odd HTTP/1.1")
     got, _ = raw(server, ask + ask, half_close=True)
