@@ -3365,6 +3365,33 @@ def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
         link.close()
 
 
+class Script:
+    """A selector that finds what is written here, one list at each look, and notes how long it was given."""
+
+    def __init__(self, *found):
+        self.found, self.given = [*found], []
+
+    def select(self, timeout):
+        self.given.append(timeout)
+        return self.found.pop(0)
+
+
+@cases("eager, jobs, awake", [((60.0,), 0, True), ((0.0,), 0, False), ((60.0,), 1, False), ((0.0, 60.0), 1, True), ((60.0, 60.0), 2, False)])
+def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, awake):
+    """eager: so many seconds it may, by the number of jobs that are under way."""
+    server, done = start(), threading.Event()
+    server.edge.shutdown()                           # its loop has ended, its threads are there
+    for _ in range(jobs):
+        server.edge.pool.share(done.wait)
+    eventually(lambda: len(server.edge.pool.threads) - len(server.edge.pool.idle) == jobs)
+    script, found = Script(["a request"], [], [], ["the next"]), []
+    with mock.patch.multiple(server.edge, selector=script, eager=eager, brisk=False):
+        while script.found:
+            found += server.edge.ready()
+    done.set()
+    assert found == ["a request", "the next"] and script.given[1:] == [0 if awake else script.given[0]] * 3
+
+
 def test_slow_senders_cost_no_thread_and_delay_nobody(start):
     server = start(threads=1)
     links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(100)]
