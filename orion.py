@@ -187,7 +187,8 @@ TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}  # what no
 
 
 class Request(NamedTuple):
-    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting."""
+    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting. batch:
+    whose commit a command may share (section 8); None: it is durable when it is answered."""
     method: str
     path: str
     query: str = ""
@@ -196,6 +197,7 @@ class Request(NamedTuple):
     peer: str = ""
     wait: bool = True
     scheme: str = "http"                             # https: by the word of a trusted proxy
+    batch: Optional[Batch] = None
 
     @property
     def datastar(self) -> bool:
@@ -776,35 +778,41 @@ class Asleep(Exception):
 
 
 class Batch:
-    """Commands that share one commit: how many, and why it failed, if it did."""
-    __slots__ = ("size", "error")
+    """Commands to one object that share a commit, which is made when the batch is closed. Only then may they be
+    answered, and with the error if it has one: whoever passes a batch to fetch() sees to that."""
+    __slots__ = ("object", "error")
 
     def __init__(self) -> None:
-        self.size, self.error = 0, None
+        self.object: Optional[DurableObject] = None
+        self.error: Optional[StorageFault] = None
+
+    def close(self) -> None:
+        if self.object:
+            with self.object.turn:
+                if self.object.batch is self:
+                    self.object.commit()
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
 
 
 class DurableObject:
     """Subclasses say what tables they need (schema: slices with their migrations) and answer requests (handle)."""
     schema: Sequence[Tuple[str, Sequence[str]]]
     handle: Callable[[Request], Response]
-    BATCH = 64                                       # commands to a commit at most, lest the first be kept waiting
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
 
     def __init__(self, id: str, namespace: Namespace) -> None:
         self.id, self.namespace = id, namespace
         self.turn = threading.Condition(threading.Lock())
-        self.line: List[None] = []                   # one entry for each thread that waits for its turn
         self.asleep, self.used = False, time.monotonic()
         self.store: Optional[Store] = None
-        self.batch: Optional[Batch] = None           # the one that is not committed yet
+        self.batch: Optional[Batch] = None           # whose transaction is open
 
     def fetch(self, request: Request) -> Response:
-        """Answer one request; a command's answer leaves when its commit is durable. WouldBlock: it may not wait."""
-        if request.wait:
-            self.line.append(None)
-            self.turn.acquire()
-            self.line.pop()
-        elif not self.turn.acquire(blocking=False):  # and not for a moment in line: others rely on whoever stands there
+        """Answer one request. WouldBlock: it may not wait."""
+        if not self.turn.acquire(blocking=request.wait):
             raise WouldBlock
         try:
             if self.asleep:
@@ -822,8 +830,7 @@ class DurableObject:
 
     def read(self, request: Request) -> Response:
         """Readers see nothing that is not durable."""
-        if self.batch:
-            self.commit()
+        self.commit()
         return self.handle(request)
 
     def open(self, create: bool = False) -> None:
@@ -854,12 +861,11 @@ class DurableObject:
             store.exec(f"PRAGMA application_id = {mine}")
 
     def command(self, request: Request) -> Response:
-        """Group commit. The file is made durable once for all commands that arrived meanwhile: each runs in a savepoint
-        of one transaction, and whoever finds nobody behind it in line commits for all."""
-        if self.batch is None:
-            self.begin()
-            self.batch = Batch()
-        batch = self.batch
+        """Group commit: the file is made durable once for all commands of a batch. Each runs in a savepoint, so it can
+        fail alone. A command without a batch, or with one that is another object's, is a batch of its own."""
+        shared = request.batch is not None and request.batch.object in (None, self)
+        batch = request.batch if shared else Batch()
+        self.join(batch)
         try:
             with self.store.tx():
                 return self.handle(request)
@@ -868,7 +874,16 @@ class DurableObject:
                 self.settle(error)
             raise
         finally:
-            self.share(batch)
+            if not shared:
+                self.commit()
+                batch.check()
+
+    def join(self, batch: Batch) -> None:
+        batch.check()
+        if self.batch is not batch:
+            self.commit()
+            self.begin()
+            self.batch, batch.object = batch, self
 
     def begin(self) -> None:
         """A transaction in the file that is at the path: nobody takes it away while we have its write lock."""
@@ -879,34 +894,28 @@ class DurableObject:
             self.open()
             self.store.begin()
 
-    def share(self, batch: Batch) -> None:
-        batch.size += 1
-        if self.line and batch.size < self.BATCH:
-            self.turn.wait_for(lambda: self.batch is not batch)
-        if self.batch is batch:
-            self.commit()
-        if batch.error:
-            raise batch.error
-
     def commit(self) -> None:
+        """What is open, if anything is. An error is for those whose batch it was."""
         failed = None
         try:
-            self.store.commit()
+            if self.batch:
+                self.store.commit()
         except sqlite3.Error as error:
             failed = error
         finally:
             self.settle(failed)
 
     def settle(self, error: Optional[Exception]) -> None:
-        self.batch.error, self.batch = error, None
-        self.turn.notify_all()
+        batch, self.batch = self.batch, None
+        if batch and error:
+            batch.error = StorageFault(self.namespace.path(self.id), error)
 
     def sleep(self, unused_since: float) -> None:
-        """Close the file, unless somebody used it since or waits for it now. A new object takes over when asked."""
+        """Close the file, unless somebody used it since or uses it now. A new object takes over when asked."""
         if self.used > unused_since or not self.turn.acquire(blocking=False):
             return
         try:
-            if not (self.asleep or self.batch or self.line or self.used > unused_since):
+            if not (self.asleep or self.batch or self.used > unused_since):
                 self.asleep = True
                 self.shut()
                 self.namespace.forget(self)          # only now may another object open the file
@@ -2249,7 +2258,7 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
     forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer},
-                        request.body, request.peer, request.wait, request.scheme)
+                        request.body, request.peer, request.wait, request.scheme, request.batch)
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
@@ -2569,10 +2578,12 @@ class Held:
     def wrote(self, data: bytes, sent: int) -> None:
         if sent < 0:
             return self.close()
-        if sent or not self.rest:
+        waited, self.rest = bool(self.rest), data[sent:]
+        if not self.rest:
+            return self.written()
+        if sent or not waited:
             self.deadline = time.monotonic() + self.STUCK_SECONDS
-        self.rest = data[sent:]
-        self.listen(self.events | WRITE) if self.rest else self.written()
+        self.listen(self.events | WRITE)
 
     def close(self) -> None:
         if self in self.edge.held:
@@ -2673,6 +2684,7 @@ CONSOLE = "console"                                  # the id of what is watched
 
 class Broker:
     """Who watches what. The loop changes it; other threads only mark a channel."""
+    SOME = 64                                        # streams that get a frame before others have a turn
 
     def __init__(self, edge: Edge) -> None:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
@@ -2707,13 +2719,16 @@ class Broker:
             if any([stream.zipped for stream in [*channel.streams]]):
                 rendering.zipped                     # compressed here and not in the loop
         finally:
-            self.edge.call(self.deliver, channel, rendering)
+            self.edge.call(self.deliver, channel, rendering, [*channel.streams] if rendering else [])
 
-    def deliver(self, channel: Channel, rendering: Optional[Rendering]) -> None:
-        for stream in [*channel.streams] if rendering else ():
-            if stream.seen != rendering.etag:
+    def deliver(self, channel: Channel, rendering: Optional[Rendering], streams: List[Stream]) -> None:
+        """To a few streams; to the others when the loop has looked after whoever else is there."""
+        for stream in streams[:self.SOME]:
+            if stream.seen != rendering.etag and stream.channel is channel:
                 stream.seen = rendering.etag
                 stream.send("seen", rendering)
+        if len(streams) > self.SOME:
+            return self.edge.call(self.deliver, channel, rendering, streams[self.SOME:])
         with self.lock:
             channel.busy = channel.stale and bool(channel.streams)
         if channel.busy:
@@ -3378,9 +3393,11 @@ class Pool:
     """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
     command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing."""
+    TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
 
     def __init__(self, size: int) -> None:
         self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
+        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
@@ -3399,6 +3416,24 @@ class Pool:
             self.idle.pop().release()
         except IndexError:                           # all are busy, and look at the line before they fall idle
             return
+
+    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None]) -> None:
+        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time."""
+        with self.lock:
+            driven = lane in self.lanes
+            self.lanes.setdefault(lane, collections.deque()).append(item)
+        if not driven:
+            self.share(self.drive, lane, job)
+
+    def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
+        waiting = self.lanes[lane]
+        try:
+            job([waiting.popleft() for _ in range(min(len(waiting), self.TOGETHER))])
+        finally:
+            with self.lock:
+                more = waiting or self.lanes.pop(lane)
+            if more:                                 # behind the others, if there are any
+                (self.share if self.jobs else self.put)(self.drive, lane, job)
 
     def work(self) -> None:
         own, turn = collections.deque(), threading.Lock()
@@ -3457,10 +3492,13 @@ def set_no_pages_aside() -> None:
             sqlite.sqlite3_initialize()
 
 
+LANE = re.compile(r"/w/[^/?]+")
+
+
 class Connection(Held):
     """A connection that is not, or not yet, a stream. busy: a request of it is being answered. begun: a part of one is
     here. spare: bytes that are read over before it closes."""
-    __slots__ = ("peer", "buffer", "reader", "busy", "begun", "ended", "keep", "spare")
+    __slots__ = ("peer", "buffer", "reader", "busy", "begun", "ended", "keep", "spare", "started")
     REQUEST_SECONDS, IDLE_SECONDS = 10.0, 75.0       # idle: longer than the 60 s for which proxies keep a connection
     LINGER_SECONDS, LINGER_BYTES = 1.0, 65_536
 
@@ -3526,17 +3564,25 @@ class Connection(Held):
             self.advance()
 
     def take_up(self, reading: Reading) -> None:
-        """At once what is ready; else in the pool."""
+        """At once what is ready; else in the pool. A workspace is a lane there: its requests would wait for each other
+        anyway, its commands can share a commit, and however many there are, the other threads are for the others."""
+        self.started = time.perf_counter()
         try:
             answer = self.edge.answer(reading, self.peer, wait=False) if reading.method in SAFE else None
         except WouldBlock:
             answer = None
-        self.reply(reading, *answer) if answer else self.edge.pool.put(self.think, reading)
+        if answer:
+            return self.reply(reading, *answer)
+        if (lane := LANE.match(reading.target)):
+            return self.edge.pool.gather(lane[0], (self, reading), self.edge.answer_all)
+        self.edge.pool.put(self.think, reading)
 
     def think(self, reading: Reading) -> None:
+        self.answered(reading, *self.edge.answer(reading, self.peer))
+
+    def answered(self, reading: Reading, request: Request, response: Response) -> None:
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
         when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
-        request, response = self.edge.answer(reading, self.peer)
         if response.watch or self.edge.pool.jobs:
             return self.edge.call(self.reply, reading, request, response)
         data = self.encoded(reading, request, response)
@@ -3544,6 +3590,7 @@ class Connection(Held):
         self.written() if sent == len(data) and self.keep else self.edge.call(self.wrote, data, sent)
 
     def encoded(self, reading: Reading, request: Request, response: Response) -> bytes:
+        self.edge.count(reading.method, request, response, time.perf_counter() - self.started)
         self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
         return encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
 
@@ -3718,8 +3765,7 @@ class Edge(ThreadingHTTPServer):
                 self.tick(time.monotonic())
             for key, events in self.ready():
                 guarded(key.data, events)
-            self.awake = False
-            while self.calls:
+            for _ in range(len(self.calls)):
                 guarded(*self.calls.popleft())
         self.stopped.set()
 
@@ -3730,17 +3776,18 @@ class Edge(ThreadingHTTPServer):
         jobs = len(self.pool.threads) - len(self.pool.idle)
         until = time.perf_counter() + (self.eager[jobs] if jobs < len(self.eager) else 0.0)
         while self.brisk and time.perf_counter() < until:
-            if (found := self.selector.select(0)):
+            if (found := self.selector.select(0)) or self.calls:
                 return found
             getattr(os, "sched_yield", bool)()       # who else needs this core goes first
-        found = self.selector.select(self.TICK_SECONDS)
-        self.brisk = time.perf_counter() < until
+        self.awake = False
+        found = self.selector.select(0 if self.calls else self.TICK_SECONDS)
+        self.awake, self.brisk = True, time.perf_counter() < until
         return found
 
     def call(self, *call: Any) -> None:
         """call(function, *args): have the loop do it soon; from any thread."""
         self.calls.append(call)
-        if not self.awake:
+        if not self.awake:                           # it looks at the calls once more before it sleeps
             self.awake = True
             self.wake()
 
@@ -3786,11 +3833,25 @@ class Edge(ThreadingHTTPServer):
 
     # -- answering, in the loop (wait=False) and in the pool
 
-    def answer(self, reading: Reading, peer: str, wait: bool = True) -> Tuple[Request, Response]:
+    def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
+        """In the pool: what came for one workspace. Its commands are answered when all of them are durable."""
+        batch, answers = Batch(), []
+        for connection, reading in asked:
+            answers.append((connection, reading, *self.answer(reading, connection.peer, batch=batch)))
+        guarded(batch.close)
+        if batch.error:
+            log(f"storage: {batch.error}")
+        for connection, reading, request, response in answers:
+            if batch.error and response.status < 400 and request.method not in SAFE:
+                response = refused(request, batch.error.refusal)
+            guarded(connection.answered, reading, request, response)
+
+    def answer(self, reading: Reading, peer: str, wait: bool = True,
+               batch: Optional[Batch] = None) -> Tuple[Request, Response]:
         """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not here."""
-        started, request = time.perf_counter(), Request("GET", "/", "", reading.headers)
+        request = Request("GET", "/", "", reading.headers)
         try:
-            request = self.request(reading, peer, wait)
+            request = self.request(reading, peer, wait, batch)
             response = self.route(request)
             if response.watch:
                 self.check_stream(reading, response)
@@ -3808,10 +3869,9 @@ class Edge(ThreadingHTTPServer):
         except CRASH:
             log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
-        self.count(reading.method, request, response, time.perf_counter() - started)
         return request, response
 
-    def request(self, reading: Reading, peer: str, wait: bool = True) -> Request:
+    def request(self, reading: Reading, peer: str, wait: bool = True, batch: Optional[Batch] = None) -> Request:
         """What a sound frame asks for. Refused: its target, method or host means nothing here."""
         headers, method, scheme = reading.headers, "GET" if reading.method == "HEAD" else reading.method, "http"
         if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
@@ -3823,7 +3883,7 @@ class Edge(ThreadingHTTPServer):
             status = 405 if method in ("TRACE", "CONNECT") else 501
             raise Refused(status, f"The methods here are {', '.join(METHODS)}.", (("allow", ", ".join(METHODS)),))
         path, query = ("*", "") if method == "OPTIONS" else parse_target(reading.target, headers.get("host", ""))
-        return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme)
+        return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme, batch)
 
     def check_stream(self, reading: Reading, response: Response) -> None:
         if not reading.modern:

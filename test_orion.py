@@ -618,31 +618,68 @@ def test_many_commands_at_once_are_all_kept_and_the_failing_ones_leave_nothing(c
         assert sorted(n for n, in file.execute("SELECT n FROM hits")) == [n for n in range(300) if n % 5]
 
 
-def test_commands_that_wait_together_share_a_commit(counters):
-    counters.create("a")
-    counters.get("a").fetch(orion.Request("GET", "/"))
-    one, commits = counters.objects["a"], []
+def commits_of(one):
+    """A list that grows with each commit of this object."""
+    commits = []
     one.store.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        with one.turn:                               # all of them are in line before the first is let in
-            asked = [pool.submit(counters.get("a").fetch, orion.Request("POST", f"/{n}")) for n in range(16)]
-            eventually(lambda: len(one.line) == 16)
-        assert [ask.result(PATIENCE).status for ask in asked] == [200] * 16
-    assert len(commits) == 1
+    return commits
 
 
-def test_no_more_commands_share_a_commit_than_a_batch_holds(counters, monkeypatch):
-    monkeypatch.setattr(Counter, "BATCH", 4)
+@pytest.fixture
+def counter(counters):
+    """Awake."""
     counters.create("a")
     counters.get("a").fetch(orion.Request("GET", "/"))
-    one, commits = counters.objects["a"], []
-    one.store.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        with one.turn:
-            asked = [pool.submit(counters.get("a").fetch, orion.Request("POST", f"/{n}")) for n in range(16)]
-            eventually(lambda: len(one.line) == 16)
-        assert [ask.result(PATIENCE).status for ask in asked] == [200] * 16
-    assert len(commits) == 4
+    return counters.objects["a"]
+
+
+def on_disk(one):
+    """How many rows everybody else sees."""
+    with contextlib.closing(sqlite3.connect(one.store.path)) as file:
+        return file.execute("SELECT count(*) FROM hits").fetchone()[0]
+
+
+def test_commands_of_a_batch_share_a_commit_and_the_failing_ones_leave_nothing(counter):
+    commits, batch = commits_of(counter), orion.Batch()
+    for n in range(16):
+        with pytest.raises(orion.Refused) if n % 4 == 0 else contextlib.nullcontext():
+            counter.fetch(orion.Request("POST", f"/{n}", "fail" if n % 4 == 0 else "", batch=batch))
+    assert (len(commits), on_disk(counter)) == (0, 0)
+    batch.close()
+    assert (len(commits), on_disk(counter), batch.error) == (1, 12, None)
+
+
+def test_a_command_without_a_batch_is_durable_when_it_is_answered(counter):
+    counter.fetch(orion.Request("POST", "/1"))
+    assert on_disk(counter) == 1
+
+
+@cases("other, rows", [("GET", 1), ("POST", 2)])
+def test_who_comes_between_the_commands_of_a_batch_finds_them_durable(counter, other, rows):
+    batch = orion.Batch()
+    counter.fetch(orion.Request("POST", "/1", batch=batch))
+    assert counter.fetch(orion.Request(other, "/2")).body == b"%d" % rows and on_disk(counter) == rows
+    counter.fetch(orion.Request("POST", "/3", batch=batch))
+    batch.close()
+    assert on_disk(counter) == rows + 1
+
+
+def test_a_batch_is_of_one_object_and_elsewhere_a_command_commits_alone(counters, counter):
+    counters.create("b")
+    batch = orion.Batch()
+    for name in "aba":
+        counters.get(name).fetch(orion.Request("POST", "/1", batch=batch))
+    assert [on_disk(counters.objects[name]) for name in "ab"] == [0, 1]
+    batch.close()
+    assert on_disk(counter) == 2
+
+
+def test_an_object_with_an_open_batch_does_not_fall_asleep(counters, counter):
+    batch = orion.Batch()
+    counter.fetch(orion.Request("POST", "/1", batch=batch))
+    counters.rest(idle=-1)
+    batch.close()
+    assert counters.objects == {"a": counter} and on_disk(counter) == 1
 
 
 class Ledger(Counter):
@@ -651,37 +688,18 @@ class Ledger(Counter):
                           "CREATE TABLE hits (n INTEGER REFERENCES known DEFERRABLE INITIALLY DEFERRED)"])]
 
 
-def test_a_request_that_can_not_wait_never_stands_in_line(counters):
-    """A command that sees somebody in line leaves the commit to them."""
-    class Watched(collections.deque):
-        stood = 0
-
-        def append(self, entry):
-            Watched.stood += 1
-            super().append(entry)
-    counters.create("a")
-    counters.get("a").fetch(orion.Request("POST", "/1"))
-    one = counters.objects["a"]
-    one.line = Watched()
-    with one.turn, pytest.raises(orion.WouldBlock):
-        counters.get("a").fetch(orion.Request("GET", "/", wait=False))
-    assert Watched.stood == 0
-    counters.get("a").fetch(orion.Request("POST", "/2"))
-    assert Watched.stood == 1
-
-
 def test_a_commit_that_fails_is_a_no_for_all_who_shared_it_and_for_nobody_after(tmp_path):
-    ledgers = orion.Namespace("ledger", tmp_path, Ledger, awake=4, idle=60)
+    ledgers, batch = orion.Namespace("ledger", tmp_path, Ledger, awake=4, idle=60), orion.Batch()
     ledgers.create("a")
     fetch = ledgers.get("a").fetch
-    fetch(orion.Request("GET", "/"))
-    one = ledgers.objects["a"]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        with one.turn:
-            asked = [pool.submit(fetch, orion.Request("POST", f"/{n}")) for n in (1, 1, 2, 1)]
-            eventually(lambda: len(one.line) == 4)
-        assert [type(ask.exception(PATIENCE)) for ask in asked] == [orion.StorageFault] * 4
-    assert fetch(orion.Request("GET", "/")).body == b"0"
+    for n in (1, 1, 2, 1):
+        fetch(orion.Request("POST", f"/{n}", batch=batch))
+    batch.close()
+    assert type(batch.error) is orion.StorageFault and fetch(orion.Request("GET", "/")).body == b"0"
+    with pytest.raises(orion.StorageFault):          # and for who would still join
+        fetch(orion.Request("POST", "/1", batch=batch))
+    with pytest.raises(orion.StorageFault):          # alone
+        fetch(orion.Request("POST", "/2"))
     assert fetch(orion.Request("POST", "/1")).body == b"1"
     ledgers.rest(idle=-1)
 
@@ -3390,6 +3408,87 @@ def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(st
             found += server.edge.ready()
     done.set()
     assert found == ["a request", "the next"] and script.given[1:] == [0 if awake else script.given[0]] * 3
+
+
+@contextlib.contextmanager
+def busy(server, workspace):
+    """Somebody has the workspace's turn; gives its object."""
+    Person(server, "bob").get(f"/w/{workspace}/todos")
+    one = server.env.workspaces.objects[server.env.workspaces.id_from_name(workspace)]
+    with one.turn:
+        yield one
+
+
+def post_at_once(server, path, count):
+    """So many commands, each on a connection of its own; the server has read them all."""
+    bob, links = Person(server, "bob"), []
+    for n in range(count):
+        body = json.dumps({"title": f"number {n}"}).encode()
+        links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+        links[-1].sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Datastar-Request: true", "Content-Type: application/json",
+                               f"Content-Length: {len(body)}", line=f"POST {path} HTTP/1.1") + body)
+    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
+    return links
+
+
+def test_commands_that_wait_for_one_workspace_share_a_commit(server):
+    with busy(server, "acme") as one:
+        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 70
+    assert len(commits) <= 3 and server.store("acme").execute("SELECT count(*) FROM todos").fetchone() == (73,)
+
+
+def test_commands_whose_commit_fails_are_all_told_so_and_nothing_of_them_stays(start, capfd):
+    def run(ctx):
+        ctx.store.exec("INSERT INTO hits VALUES (?)", 2 if ctx.field("title") == "number 4" else 1)
+        return orion.done(ctx, "hit")
+    ledger = orion.Slice("ledger", Ledger.schema[0][1], routes=(orion.Route("POST", "/ledger", orion.MEMBER, run),))
+    server = start((orion.todos, ledger))
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/ledger", 5)
+    got = [status for link in links for status in statuses(link.recv(65_536))]
+    assert got == sorted(got) and got[-1] == 503 and "FOREIGN KEY" in capfd.readouterr().err
+    assert server.store("acme").execute("SELECT count(*) FROM hits").fetchone() == (got.count(204),)
+    assert Person(server, "bob", datastar=True).post("/w/acme/ledger", title="Again").status == 204
+
+
+def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
+    server = start(threads=2)
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 20)
+        assert Person(server, "bob", datastar=True).post("/w/globex/todos", title="Meanwhile").status == 200
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
+
+
+def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
+    pool, done, both = orion.Pool(1), [], threading.Barrier(2)
+
+    def job(items):
+        done.append(items)
+        if items == [0]:
+            both.wait(PATIENCE)
+    pool.gather("a", 0, job)
+    eventually(lambda: done)
+    for n in range(1, orion.Pool.TOGETHER + 3):
+        pool.gather("a", n, job)
+    pool.share(job, "another")
+    both.wait(PATIENCE)
+    eventually(lambda: len(done) == 4 and not pool.lanes)
+    pool.close()
+    assert done == [[0], "another", [*range(1, 65)], [65, 66]]
+
+
+def test_a_lane_whose_job_fails_goes_on(capfd):
+    pool, done = orion.Pool(2), []
+
+    def job(items):
+        done.extend(items)
+        raise ZeroDivisionError
+    for n in range(3):
+        pool.gather("a", n, job)
+    eventually(lambda: len(done) == 3 and not pool.lanes)
+    pool.close()
+    assert done == [0, 1, 2] and "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_slow_senders_cost_no_thread_and_delay_nobody(start):
