@@ -3392,7 +3392,8 @@ def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] =
 class Pool:
     """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
     command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
-    thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing."""
+    thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
+    there are lanes: what must be done in order, and better together, waits in one."""
     TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
 
     def __init__(self, size: int) -> None:
@@ -3492,7 +3493,7 @@ def set_no_pages_aside() -> None:
             sqlite.sqlite3_initialize()
 
 
-LANE = re.compile(r"/w/[^/?]+")
+LANE = re.compile(r"/w/[^/?]+")                       # as it was sent; who spells it in another way waits elsewhere
 
 
 class Connection(Held):
