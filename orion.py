@@ -787,10 +787,12 @@ class Batch:
         self.error: Optional[StorageFault] = None
 
     def close(self) -> None:
+        """StorageFault: nothing of it was kept."""
         if self.object:
             with self.object.turn:
                 if self.object.batch is self:
                     self.object.commit()
+        self.check()
 
     def check(self) -> None:
         if self.error:
@@ -3838,11 +3840,10 @@ class Edge(ThreadingHTTPServer):
         """In the pool: what came for one workspace. Its commands are answered when all of them are durable."""
         batch, answers = Batch(), []
         for connection, reading in asked:
-            answers.append((connection, reading, *self.answer(reading, connection.peer, batch=batch)))
+            batch = Batch() if batch.error else batch          # who comes after a failure has no part in it
+            answers.append((batch, connection, reading, *self.answer(reading, connection.peer, batch=batch)))
         guarded(batch.close)
-        if batch.error:
-            log(f"storage: {batch.error}")
-        for connection, reading, request, response in answers:
+        for batch, connection, reading, request, response in answers:
             if batch.error and response.status < 400 and request.method not in SAFE:
                 response = refused(request, batch.error.refusal)
             guarded(connection.answered, reading, request, response)
