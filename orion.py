@@ -779,19 +779,22 @@ class Asleep(Exception):
 
 class Batch:
     """Commands to one object that share a commit, which is made when the batch is closed. Only then may they be
-    answered, and with the error if it has one: whoever passes a batch to fetch() sees to that."""
-    __slots__ = ("object", "error")
+    answered, and with the error if it has one: whoever passes a batch to fetch() sees to that. settled: it has been
+    committed, or has failed, and takes no more."""
+    __slots__ = ("object", "settled", "error")
 
     def __init__(self) -> None:
         self.object: Optional[DurableObject] = None
-        self.error: Optional[StorageFault] = None
+        self.settled, self.error = False, None
+
+    def takes(self, object: DurableObject) -> bool:
+        return not self.settled and self.object in (None, object)
 
     def close(self) -> None:
         """StorageFault: nothing of it was kept."""
         if self.object:
             with self.object.turn:
-                if self.object.batch is self:
-                    self.object.commit()
+                self.object.commit() if not self.settled else None
         self.check()
 
     def check(self) -> None:
@@ -864,8 +867,8 @@ class DurableObject:
 
     def command(self, request: Request) -> Response:
         """Group commit: the file is made durable once for all commands of a batch. Each runs in a savepoint, so it can
-        fail alone. A command without a batch, or with one that is another object's, is a batch of its own."""
-        shared = request.batch is not None and request.batch.object in (None, self)
+        fail alone. A command without a batch, or with one that does not take it, is a batch of its own."""
+        shared = request.batch is not None and request.batch.takes(self)
         batch = request.batch if shared else Batch()
         self.join(batch)
         try:
@@ -881,7 +884,6 @@ class DurableObject:
                 batch.check()
 
     def join(self, batch: Batch) -> None:
-        batch.check()
         if self.batch is not batch:
             self.commit()
             self.begin()
@@ -909,8 +911,8 @@ class DurableObject:
 
     def settle(self, error: Optional[Exception]) -> None:
         batch, self.batch = self.batch, None
-        if batch and error:
-            batch.error = StorageFault(self.namespace.path(self.id), error)
+        if batch:
+            batch.settled, batch.error = True, error and StorageFault(self.namespace.path(self.id), error)
 
     def sleep(self, unused_since: float) -> None:
         """Close the file, unless somebody used it since or uses it now. A new object takes over when asked."""
@@ -3840,7 +3842,7 @@ class Edge(ThreadingHTTPServer):
         """In the pool: what came for one workspace. Its commands are answered when all of them are durable."""
         batch, answers = Batch(), []
         for connection, reading in asked:
-            batch = Batch() if batch.error else batch          # who comes after a failure has no part in it
+            batch = Batch() if batch.settled else batch        # a reader came between, or it failed
             answers.append((batch, connection, reading, *self.answer(reading, connection.peer, batch=batch)))
         guarded(batch.close)
         for batch, connection, reading, request, response in answers:
