@@ -597,6 +597,8 @@ class Store:
             del self.on_commit[mark:]
             if self.db.in_transaction:               # a full disk can have rolled back already
                 self.exec("ROLLBACK" if outer else "ROLLBACK TO part")
+                if not outer:
+                    self.exec("RELEASE part")        # it is still there, and would be what the next one goes back to
             raise
         if outer:
             self.commit()
@@ -780,12 +782,12 @@ class Asleep(Exception):
 class Batch:
     """Commands to one object that share a commit, which is made when the batch is closed. Only then may they be
     answered, and with the error if it has one: whoever passes a batch to fetch() sees to that. settled: it has been
-    committed, or has failed, and takes no more."""
-    __slots__ = ("object", "settled", "error")
+    committed, or has failed, and takes no more. size: how many it took."""
+    __slots__ = ("object", "settled", "error", "size")
 
     def __init__(self) -> None:
         self.object: Optional[DurableObject] = None
-        self.settled, self.error = False, None
+        self.settled, self.error, self.size = False, None, 0
 
     def takes(self, object: DurableObject) -> bool:
         return not self.settled and self.object in (None, object)
@@ -874,7 +876,7 @@ class DurableObject:
         try:
             with self.store.tx():
                 return self.handle(request)
-        except sqlite3.Error as error:
+        except Exception as error:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
                 self.settle(error)
             raise
@@ -888,6 +890,7 @@ class DurableObject:
             self.commit()
             self.begin()
             self.batch, batch.object = batch, self
+        batch.size += 1
 
     def begin(self) -> None:
         """A transaction in the file that is at the path: nobody takes it away while we have its write lock."""
@@ -3497,7 +3500,7 @@ def set_no_pages_aside() -> None:
             sqlite.sqlite3_initialize()
 
 
-LANE = re.compile(r"/w/[^/?]+")                       # as it was sent; who spells it in another way waits elsewhere
+LANE = re.compile(r"/w/[^/?]+(?=/(?!members\b))")       # what the workspace answers, and not the Directory
 
 
 class Connection(Held):
@@ -3688,7 +3691,7 @@ def gzipped(body: bytes) -> bytes:
 def refused(request: Request, no: Refused) -> Response:
     """A page for a browser's own navigation, a line of text for everybody else."""
     if request.datastar or "text/html" not in request.headers.get("accept", ""):
-        return Response(no.status, f"{no.message}\n".encode(), headers=no.headers)
+        return Response(no.status, f"{no.message}\n".encode("utf-8", "replace"), headers=no.headers)
     if no.status == 401:
         return login_form(local_path(request.path), problem=no.message, status=401)
     body = template("error")(status=no.status, reason=REASONS.get(no.status, ""), message=no.message)
@@ -3718,7 +3721,7 @@ def known_host(host: str, names: FrozenSet[str]) -> bool:
 class Edge(ThreadingHTTPServer):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
-    DRAIN_SECONDS, TICK_SECONDS = 5.0, 1.0
+    DRAIN_SECONDS, TICK_SECONDS, BATCH_SECONDS = 5.0, 1.0, 0.05
     EAGER_SECONDS = 0.0001, 0.0005                   # with no job under way; with one, where there is a single core
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
 
@@ -3839,14 +3842,29 @@ class Edge(ThreadingHTTPServer):
     # -- answering, in the loop (wait=False) and in the pool
 
     def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
-        """In the pool: what came for one workspace. Its commands are answered when all of them are durable."""
-        batch, answers = Batch(), []
+        """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch is
+        closed before somebody would notice that it is open."""
+        batch, answers, since = Batch(), [], time.monotonic()
         for connection, reading in asked:
-            batch = Batch() if batch.settled else batch        # a reader came between, or it failed
-            answers.append((batch, connection, reading, *self.answer(reading, connection.peer, batch=batch)))
+            guarded(self.answer_in, batch, answers, connection, reading)
+            if batch.object is None or batch.settled or time.monotonic() > since + self.BATCH_SECONDS:
+                self.close_batch(batch, answers)
+                batch, answers, since = Batch(), [], time.monotonic()
+        self.close_batch(batch, answers)
+
+    def answer_in(self, batch: Batch, answers: List[Any], connection: Connection, reading: Reading) -> None:
+        before = batch.size
+        try:
+            answer = self.answer(reading, connection.peer, batch=batch)
+        except CRASH:
+            self.call(connection.close)
+            raise
+        answers.append((batch.size > before, connection, reading, *answer))
+
+    def close_batch(self, batch: Batch, answers: List[Any]) -> None:
         guarded(batch.close)
-        for batch, connection, reading, request, response in answers:
-            if batch.error and response.status < 400 and request.method not in SAFE:
+        for joined, connection, reading, request, response in answers:
+            if joined and batch.error and response.status < 400:
                 response = refused(request, batch.error.refusal)
             guarded(connection.answered, reading, request, response)
 

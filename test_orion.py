@@ -540,6 +540,20 @@ def test_a_statement_that_its_owner_may_run_is_refused_to_all_others():
         borders.check("nosy", "SELECT id FROM todo", ())
 
 
+def test_what_was_written_before_a_part_that_failed_goes_with_its_transaction(tmp_path):
+    store = orion.Store(tmp_path / "a.db", create=True)
+    store.exec("CREATE TABLE t (n)")
+    with store.tx():
+        with contextlib.suppress(KeyError), store.tx():
+            store.exec("INSERT INTO t VALUES (1)")
+            with contextlib.suppress(ValueError), store.tx():
+                raise ValueError
+            raise KeyError
+        store.exec("INSERT INTO t VALUES (2)")
+    assert [row["n"] for row in store.query("SELECT n FROM t")] == [2]
+    store.close()
+
+
 # ==== 7. Bus =========================================================================================================
 
 @pytest.fixture
@@ -3430,6 +3444,21 @@ def post_at_once(server, path, count):
     return links
 
 
+def statuses_of(server, path, count):
+    """Of so many commands that waited together."""
+    with busy(server, "acme"):
+        links = post_at_once(server, path, count)
+    return [status for link in links for status in statuses(link.recv(65_536))]
+
+
+def ledger(run):
+    return orion.Slice("ledger", Ledger.schema[0][1], routes=(orion.Route("POST", "/ledger", orion.MEMBER, run),))
+
+
+def hits(server):
+    return server.store("acme").execute("SELECT count(*) FROM hits").fetchone()[0]
+
+
 def test_commands_that_wait_for_one_workspace_share_a_commit(server):
     with busy(server, "acme") as one:
         commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
@@ -3443,15 +3472,61 @@ def test_commands_whose_transaction_fails_are_all_told_so_and_nothing_of_them_st
     def run(ctx):
         ctx.store.exec(sql if ctx.field("title") == failing else "INSERT INTO hits VALUES (1)")
         return orion.done(ctx, "hit")
-    ledger = orion.Slice("ledger", Ledger.schema[0][1], routes=(orion.Route("POST", "/ledger", orion.MEMBER, run),))
-    server = start((orion.todos, ledger))
-    with busy(server, "acme"):
-        links = post_at_once(server, "/w/acme/ledger", 5)
-    got = [status for link in links for status in statuses(link.recv(65_536))]
+    server = start((orion.todos, ledger(run)))
+    got = statuses_of(server, "/w/acme/ledger", 5)
     before, rest = got[:5 - len(after)], got[5 - len(after):]
     assert before == sorted(before) and before[-1] == 503 and rest == after and "constraint failed" in capfd.readouterr().err
-    assert server.store("acme").execute("SELECT count(*) FROM hits").fetchone() == (got.count(204),)
+    assert hits(server) == got.count(204)
     assert Person(server, "bob", datastar=True).post("/w/acme/ledger", title="Again").status == 204
+
+
+def test_a_transaction_that_a_command_lost_and_kept_silent_about_is_lost_for_its_batch_alone(start):
+    def run(ctx):
+        try:
+            ctx.store.exec("INSERT OR ROLLBACK INTO known VALUES (1)" if ctx.field("title") == "number 2" else "INSERT INTO hits VALUES (1)")
+        except sqlite3.IntegrityError:
+            raise orion.Refused(404, "It is known already.") from None
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    got = statuses_of(server, "/w/acme/ledger", 5)
+    assert got[2:] == [404, 204, 204] and hits(server) == got.count(204)
+
+
+def test_a_command_that_its_batch_did_not_take_is_not_answered_for_it(start, monkeypatch):
+    """A reader comes just before it, and makes the batch of those before it fail."""
+    def run(ctx):
+        ctx.store.exec("INSERT INTO hits VALUES (?)", 2 if ctx.field("title") == "number 1" else 1)
+        return orion.done(ctx, "hit")
+
+    def admit(request, env):
+        if b"number 2" in request.body:
+            env.workspaces.get(env.workspaces.id_from_name("acme")).fetch(orion.Request("GET", "/_counts"))
+        return admitting(request, env)
+    server, admitting = start((orion.todos, ledger(run))), orion.admit
+    monkeypatch.setattr(orion, "admit", admit)
+    got = statuses_of(server, "/w/acme/ledger", 3)
+    assert got[1:] == [503, 204] and hits(server) == got.count(204)
+
+
+def test_what_can_not_even_be_refused_harms_none_of_those_who_waited_with_it(start, monkeypatch):
+    def run(ctx):
+        if ctx.field("title") == "number 2":
+            raise orion.Refused(404, "\ud800")
+        ctx.store.exec("INSERT INTO hits VALUES (1)")
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    assert statuses_of(server, "/w/acme/ledger", 5) == [204, 204, 404, 204, 204]
+    refusing = orion.refused
+    monkeypatch.setattr(orion, "refused", lambda request, no: 1 / 0 if no.status == 404 else refusing(request, no))
+    assert statuses_of(server, "/w/acme/ledger", 5) == [204] * 4, "the one in the middle is closed without an answer"
+    assert hits(server) == 8
+
+
+def test_a_batch_does_not_wait_for_slow_ones(server):
+    server.edge.BATCH_SECONDS = -1
+    with busy(server, "acme") as one:
+        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 5)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 5 and len(commits) == 5
 
 
 def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
