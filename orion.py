@@ -187,8 +187,8 @@ TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}  # what no
 
 
 class Request(NamedTuple):
-    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting. batch:
-    whose commit a command may share (section 8); None: it is durable when it is answered."""
+    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting.
+    batch: whose commit a command may share (section 8); None: it is durable when it is answered."""
     method: str
     path: str
     query: str = ""
@@ -3842,8 +3842,8 @@ class Edge(ThreadingHTTPServer):
     # -- answering, in the loop (wait=False) and in the pool
 
     def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
-        """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch is
-        closed before somebody would notice that it is open."""
+        """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch
+        is closed before somebody would notice that it is open."""
         batch, answers, since = Batch(), [], time.monotonic()
         for connection, reading in asked:
             guarded(self.answer_in, batch, answers, connection, reading)
