@@ -818,7 +818,7 @@ class DurableObject:
         self.batch: Optional[Batch] = None           # whose transaction is open
 
     def fetch(self, request: Request) -> Response:
-        """Answer one request. WouldBlock: it may not wait."""
+        """Answer one request; a command is durable then, or when its batch is closed. WouldBlock: it may not wait."""
         if not self.turn.acquire(blocking=request.wait):
             raise WouldBlock
         try:
@@ -3500,7 +3500,13 @@ def set_no_pages_aside() -> None:
             sqlite.sqlite3_initialize()
 
 
-LANE = re.compile(r"/w/[^/?]+(?=/(?!members\b))")       # what the workspace answers, and not the Directory
+LANE = re.compile(r"(?:(?i:https?)://[^/?]*)?(/w/[^/?]+)/(?!members\b)")
+
+
+def lane_of(target: str) -> str:
+    """Where a request for a workspace's own object waits, however its address is written; "": it waits for another."""
+    found = LANE.match(urllib.parse.unquote(target))
+    return found[1] if found else ""
 
 
 class Connection(Held):
@@ -3581,8 +3587,8 @@ class Connection(Held):
             answer = None
         if answer:
             return self.reply(reading, *answer)
-        if (lane := LANE.match(reading.target)):
-            return self.edge.pool.gather(lane[0], (self, reading), self.edge.answer_all)
+        if (lane := lane_of(reading.target)):
+            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all)
         self.edge.pool.put(self.think, reading)
 
     def think(self, reading: Reading) -> None:

@@ -3537,6 +3537,13 @@ def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
 
 
+@cases("target, lane", [
+    ("/w/acme/todos", "/w/acme"), ("/w/acme/todos/7?show=open", "/w/acme"), ("/w/%61cme/todos", "/w/acme"), ("/%77/acme%2Ftodos", "/w/acme"), ("/w/acme/memberships", "/w/acme"),
+    ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h:1/w/acme/todos", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w/acme", ""), ("/login", ""), ("*", "")])
+def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
+    assert orion.lane_of(target) == lane
+
+
 def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
     pool, done, both = orion.Pool(1), [], threading.Barrier(2)
 
