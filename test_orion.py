@@ -4330,15 +4330,27 @@ KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Backspace": "\u
         "Control": "\ue009", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
 
 
+def chromedriver(tries=10):
+    """A driver that listens, and its port. It takes a free port of IPv6 and leaves if that one is taken on IPv4, as it may be
+    after all these connections: then the next one tries."""
+    for _ in range(tries):
+        driver, said = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True), []
+        for line in driver.stdout:
+            said.append(line)
+            listens = re.search(r"successfully on port (\d+)", line)
+            if listens:
+                return driver, int(listens[1])
+        driver.communicate(timeout=10)
+    raise RuntimeError("chromedriver ended before it listened, %d times; last it said:\n%s" % (tries, "".join(said)))
+
+
 class Chromium:
     """One browser session. The first starts chromedriver; another() is a second user on it, with cookies of its own."""
 
     def __init__(self, port=None):
-        self.owned = None if port else subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        self.owned, self.port = (None, port) if port else chromedriver()
         self.profile, self.session = tempfile.mkdtemp(prefix="chromium-"), ""
         try:
-            ready = (re.search(r"successfully on port (\d+)", line) for line in self.owned.stdout) if self.owned else ()
-            self.port = port or next(int(match[1]) for match in ready if match)
             chrome = {"args": FLAGS + ["--user-data-dir=" + self.profile]}
             wanted = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
             self.session = "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
