@@ -2643,12 +2643,19 @@ class Stream(Held):
             self.send("here", rendering)
 
     def send(self, slot: str, rendering: Rendering) -> None:
+        if self.show(slot, rendering):
+            self.count("sent")
+
+    def show(self, slot: str, rendering: Rendering) -> bool:
+        """Did it go out, rather than wait behind the rest of another? Whoever shows it counts it."""
         if self.rest:
             self.count("coalesced", slot in self.latest)
             self.latest[slot] = rendering
-        else:
-            self.count("sent")
-            self.write(rendering.zipped if self.zipped else rendering.frame)
+            return False
+        data = rendering.zipped if self.zipped else rendering.frame
+        if (sent := self.offer(data)) != len(data):
+            self.wrote(data, sent)
+        return True
 
     def count(self, what: str, frames: int = 1) -> None:
         self.edge.broker.frames[what] += frames
@@ -2730,10 +2737,13 @@ class Broker:
 
     def deliver(self, channel: Channel, rendering: Optional[Rendering], streams: List[Stream]) -> None:
         """To a few streams; to the others when the loop has looked after whoever else is there."""
+        sent = 0
         for stream in streams[:self.SOME]:
             if stream.seen != rendering.etag and stream.channel is channel:
                 stream.seen = rendering.etag
-                stream.send("seen", rendering)
+                sent += stream.show("seen", rendering)
+        self.frames["sent"] += sent
+        channel.frames["sent"] += sent
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, rendering, streams[self.SOME:])
         with self.lock:
@@ -3425,13 +3435,22 @@ class Pool:
         except IndexError:                           # all are busy, and look at the line before they fall idle
             return
 
+    def defer(self) -> None:
+        """What this thread puts in from now on wakes nobody before rouse(): whoever woke in the midst of its own work
+        would only contend with it for the interpreter."""
+        self.own.put = lambda *job: self.jobs.append(job)
+
+    def rouse(self) -> None:
+        for _ in range(min(len(self.jobs), len(self.idle))):
+            self.wake()
+
     def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None]) -> None:
         """Have job(items) done with what has come to this lane until then. No lane has two threads at a time."""
         with self.lock:
             driven = lane in self.lanes
             self.lanes.setdefault(lane, collections.deque()).append(item)
         if not driven:
-            self.share(self.drive, lane, job)
+            self.put(self.drive, lane, job)
 
     def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
         waiting = self.lanes[lane]
@@ -3462,7 +3481,7 @@ class Pool:
 
     def close(self) -> None:
         for _ in self.threads:
-            self.put()
+            self.share()
         for thread in self.threads:
             thread.join(5)
 
@@ -3771,6 +3790,7 @@ class Edge(ThreadingHTTPServer):
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
         self.scribe.start()
+        self.pool.defer()
         self.pool.put(self.alarms.look)
         next_tick = 0.0
         while not (self.stopping and self.drained()):
@@ -3781,12 +3801,14 @@ class Edge(ThreadingHTTPServer):
                 guarded(key.data, events)
             for _ in range(len(self.calls)):
                 guarded(*self.calls.popleft())
+        self.pool.rouse()
         self.stopped.set()
 
     def ready(self) -> List[Tuple[selectors.SelectorKey, int]]:
         """What can be read or written. A core that fell asleep takes longer to wake than most answers take to make, so
         while one request follows close on another the loop stays awake for a moment: whenever that paid last time.
         Beside a job it would take the interpreter from it, except where the job waits for the disk on the same core."""
+        self.pool.rouse()
         jobs = len(self.pool.threads) - len(self.pool.idle)
         until = time.perf_counter() + (self.eager[jobs] if jobs < len(self.eager) else 0.0)
         while self.brisk and time.perf_counter() < until:
