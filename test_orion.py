@@ -88,10 +88,13 @@ class Server:
         self.env = orion.compose(orion.Settings(**settings), slices)
         self.edge = orion.Edge(self.env)
         self.edge.TICK_SECONDS = 0.1                 # what is looked after each second comes sooner
+        look, looked = self.edge.alarms.look, threading.Event()
+        self.edge.alarms.look = lambda: (look(), looked.set())
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.edge.serve_forever, daemon=True)
         self.thread.start()
+        assert looked.wait(PATIENCE)                 # a file that is open still would not stay as a test spoils it
 
     def close(self):
         self.edge.shutdown()
