@@ -3415,9 +3415,12 @@ def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(st
     """eager: so many seconds it may, by the number of jobs that are under way."""
     server, done = start(), threading.Event()
     server.edge.shutdown()                           # its loop has ended, its threads are there
+    pool = server.edge.pool
+    at_work = lambda: len(pool.jobs) + len(pool.threads) - len(pool.idle)
+    eventually(lambda: at_work() == 0)
     for _ in range(jobs):
-        server.edge.pool.share(done.wait)
-    eventually(lambda: len(server.edge.pool.threads) - len(server.edge.pool.idle) == jobs)
+        pool.share(done.wait)
+    eventually(lambda: at_work() == jobs)
     script, found = Script(["a request"], [], [], ["the next"]), []
     with mock.patch.multiple(server.edge, selector=script, eager=eager, brisk=False):
         while script.found:
