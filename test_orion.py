@@ -3410,8 +3410,10 @@ class Script:
         return self.found.pop(0)
 
 
-@cases("eager, jobs, awake", [((60.0,), 0, True), ((0.0,), 0, False), ((60.0,), 1, False), ((0.0, 60.0), 1, True), ((60.0, 60.0), 2, False)])
-def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, awake):
+@cases("eager, jobs, watched, awake", [
+    ((60.0,), 0, False, True), ((60.0,), 0, True, True), ((0.0,), 0, False, False), ((60.0,), 1, False, False),
+    ((0.0, 60.0), 1, False, True), ((0.0, 60.0), 1, True, False), ((60.0, 60.0), 2, False, False)])
+def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, watched, awake):
     """eager: so many seconds it may, by the number of jobs that are under way."""
     server, done = start(), threading.Event()
     server.edge.shutdown()                           # its loop has ended, its threads are there
@@ -3422,7 +3424,8 @@ def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(st
         pool.share(done.wait)
     eventually(lambda: at_work() == jobs)
     script, found = Script(["a request"], [], [], ["the next"]), []
-    with mock.patch.multiple(server.edge, selector=script, eager=eager, brisk=False):
+    watch = mock.patch.dict(server.edge.broker.channels, {"a workspace": {}} if watched else {})
+    with watch, mock.patch.multiple(server.edge, selector=script, eager=eager, brisk=False):
         while script.found:
             found += server.edge.ready()
     done.set()
