@@ -3807,11 +3807,11 @@ class Edge(ThreadingHTTPServer):
     def ready(self) -> List[Tuple[selectors.SelectorKey, int]]:
         """What can be read or written. A core that fell asleep takes longer to wake than most answers take to make, so
         while one request follows close on another the loop stays awake for a moment: whenever that paid last time.
-        Beside a job it would take the interpreter from it, except where the job waits for the disk on the same core, and
-        nobody watches for whom it had to render then."""
+        Beside a job it would take the interpreter from it, except where the job only waits for the disk on that core.
+        While somebody watches, a job does more: it renders."""
         self.pool.rouse()
-        jobs, eager = len(self.pool.threads) - len(self.pool.idle), self.eager[:1 if self.broker.channels else None]
-        until = time.perf_counter() + (eager[jobs] if jobs < len(eager) else 0.0)
+        jobs, most = len(self.pool.threads) - len(self.pool.idle), 1 if self.broker.channels else len(self.eager)
+        until = time.perf_counter() + (self.eager[jobs] if jobs < most else 0.0)
         while self.brisk and time.perf_counter() < until:
             if (found := self.selector.select(0)) or self.calls:
                 return found
