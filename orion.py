@@ -585,10 +585,11 @@ class Store:
         return rows
 
     @contextlib.contextmanager
-    def tx(self) -> Iterator[None]:
-        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone."""
-        outer, mark = not self.db.in_transaction, len(self.on_commit)
-        self.begin() if outer else self.exec("SAVEPOINT part")
+    def tx(self, begun: bool = False) -> Iterator[None]:
+        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone. begun: the caller began it."""
+        outer, mark = begun or not self.db.in_transaction, len(self.on_commit)
+        if not begun:
+            self.begin() if outer else self.exec("SAVEPOINT part")
         try:
             yield
             if not outer:
@@ -869,10 +870,10 @@ class DurableObject:
 
     def command(self, request: Request) -> Response:
         """Group commit: the file is made durable once for all commands of a batch. Each runs in a savepoint, so it can
-        fail alone. A command without a batch, or with one that does not take it, is a batch of its own."""
-        shared = request.batch is not None and request.batch.takes(self)
-        batch = request.batch if shared else Batch()
-        self.join(batch)
+        fail alone."""
+        if request.batch is None or not request.batch.takes(self):
+            return self.alone(request)
+        self.join(request.batch)
         try:
             with self.store.tx():
                 return self.handle(request)
@@ -880,10 +881,12 @@ class DurableObject:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
                 self.settle(error)
             raise
-        finally:
-            if not shared:
-                self.commit()
-                batch.check()
+
+    def alone(self, request: Request) -> Response:
+        self.commit()
+        self.begin()
+        with self.store.tx(begun=True):
+            return self.handle(request)
 
     def join(self, batch: Batch) -> None:
         if self.batch is not batch:
@@ -3873,6 +3876,9 @@ class Edge(ThreadingHTTPServer):
     def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
         """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch
         is closed before somebody would notice that it is open."""
+        if len(asked) == 1:                          # it shares nothing, and needs no savepoint
+            connection, reading = asked[0]
+            return connection.think(reading)
         batch, answers, since = Batch(), [], time.monotonic()
         for connection, reading in asked:
             guarded(self.answer_in, batch, answers, connection, reading)
