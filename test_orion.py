@@ -671,6 +671,16 @@ def test_a_command_without_a_batch_is_durable_when_it_is_answered(counter):
     assert on_disk(counter) == 1
 
 
+@cases("query, last, rows", [("", "COMMIT", 1), ("fail", "ROLLBACK", 0)])
+def test_a_command_without_a_batch_is_one_transaction_with_no_savepoint_in_it(counter, query, last, rows):
+    said = []
+    counter.store.db.set_trace_callback(said.append)
+    with pytest.raises(orion.Refused) if query else contextlib.nullcontext():
+        counter.fetch(orion.Request("POST", "/1", query))
+    assert (said[0], said[-1]) == ("BEGIN IMMEDIATE", last) and not [sql for sql in said if "SAVEPOINT" in sql]
+    assert on_disk(counter) == rows and not counter.store.db.in_transaction
+
+
 @cases("other, rows", [("GET", 1), ("POST", 2)])
 def test_who_comes_between_the_commands_of_a_batch_finds_them_durable(counter, other, rows):
     batch = orion.Batch()
@@ -3529,6 +3539,28 @@ def test_what_can_not_even_be_refused_harms_none_of_those_who_waited_with_it(sta
     monkeypatch.setattr(orion, "refused", lambda request, no: 1 / 0 if no.status == 404 else refusing(request, no))
     assert statuses_of(server, "/w/acme/ledger", 5) == [204] * 4, "the one in the middle is closed without an answer"
     assert hits(server) == 8
+
+
+@cases("path", ["/w/acme/ledger", "/nothing"])
+def test_what_can_not_even_be_refused_is_closed_where_it_came_alone(start, monkeypatch, capfd, path):
+    def run(ctx):
+        raise orion.Refused(404, "There is none.")
+    server = start((orion.todos, ledger(run)))
+    bob = Person(server, "bob", datastar=True)
+    monkeypatch.setattr(orion, "refused", lambda request, no: 1 / 0)
+    with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+        bob.post(path)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_command_that_came_alone_is_told_when_it_can_not_be_committed(start, capfd):
+    def run(ctx):
+        ctx.store.exec("INSERT INTO hits VALUES (?)", int(ctx.field("title")))
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    bob = Person(server, "bob", datastar=True)
+    assert [bob.post("/w/acme/ledger", title=n).status for n in "121"] == [204, 503, 204]
+    assert hits(server) == 2 and "constraint failed" in capfd.readouterr().err
 
 
 def test_a_batch_does_not_wait_for_slow_ones(server):
