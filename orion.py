@@ -2256,7 +2256,11 @@ def worker(request: Request, env: Env) -> Response:
     if not TRUSTED.isdisjoint(request.headers):
         own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
         request = request._replace(headers=own)
-    verdict = admit(request, env)
+    return heed(admit(request, env), request, env)
+
+
+def heed(verdict: Optional[Response], request: Request, env: Env) -> Response:
+    """Nothing moves but on its 200. None: nobody needs a verdict for this."""
     if verdict is None:
         return apex(request, env)
     if verdict.status != 200:
@@ -2625,20 +2629,21 @@ def accepts_gzip(request: Request) -> bool:
 
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
-    __slots__ = ("again", "account", "zipped", "channel", "seen", "here", "latest", "beat")
+    __slots__ = ("again", "account", "key", "zipped", "channel", "seen", "here", "latest", "beat")
     SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; it would take megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
-        super().__init__(edge, socket_)
         cookie = {"cookie": request.headers.get("cookie", "")}
         self.again = Request("GET", request.path, request.query, cookie, scheme=request.scheme)
         self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
+        self.key = response.watch.key                # of the page around it: what a role may see
         self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                  # a peer that vanished without a word answers no heartbeat either
             socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.STUCK_SECONDS))
+        super().__init__(edge, socket_)              # last: other threads look through what the loop holds
 
     def show_page(self, rendering: Rendering) -> None:
         self.latest, self.seen, self.here = {}, "", ""         # it has the region as well; what waited is older
@@ -2716,12 +2721,13 @@ class Broker:
         self.accounts = collections.Counter()                  # how many streams each has open
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.changed = float("-inf")                           # when somebody's access last did
+        self.failed = set()                                    # channels whose object could not be asked
 
     def published(self, id: str, topic: str) -> None:
         """Called by an object right after a commit."""
         if topic.startswith("access:"):
             self.changed = time.monotonic()
-            self.edge.pool.put(self.gate_again, topic[7:])
+            self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
             if channel.watch.topic == topic:
                 self.mark(channel)
@@ -2739,8 +2745,17 @@ class Broker:
             rendering = channel.watch.stub.fetch(channel.watch.request).rendering
             if any([stream.zipped for stream in [*channel.streams]]):
                 rendering.zipped                     # compressed here and not in the loop
+        except CRASH:
+            self.failed.add(channel)
+            raise
         finally:
             self.edge.call(self.deliver, channel, rendering, [*channel.streams] if rendering else [])
+
+    def try_again(self) -> None:
+        """In the pool: what their watchers see may be old, and nobody need ever publish again."""
+        failed, self.failed = self.failed, set()
+        for channel in failed:
+            self.mark(channel)
 
     def deliver(self, channel: Channel, rendering: Optional[Rendering], streams: List[Stream]) -> None:
         """To a few streams; to the others when the loop has looked after whoever else is there."""
@@ -2798,18 +2813,27 @@ class Broker:
             for stream in streams:
                 stream.show_here(self.here[id])
 
-    def gate_again(self, account: str = "") -> None:
-        """In the pool: the requests of an account's streams ("": of all) go through the worker once more."""
-        for stream in [held for held in [*self.edge.held] if type(held) is Stream and account in ("", held.account)]:
-            self.ask_again(stream)
+    def regate(self, whose: Any) -> None:
+        """Have the request of a stream, or of all streams of an account ("": of everybody), go through the worker once
+        more. They go one after the other, so that the latest verdict is the last."""
+        self.edge.pool.gather("access", whose, self.gate_again)
+
+    def gate_again(self, those: List[Any]) -> None:
+        """In the pool."""
+        for held in [*self.edge.held]:
+            if type(held) is Stream and not {held, held.account, ""}.isdisjoint(those):
+                guarded(self.ask_again, held)
 
     def ask_again(self, stream: Stream) -> None:
         """The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
         try:
-            watch, channel, whole = worker(stream.again, self.edge.env).watch, stream.channel, None
-            if watch and channel and watch.key != channel.watch.key:      # what stands around the region is for a role
-                page = worker(stream.again._replace(path=stream.again.path.removesuffix("/live")), self.edge.env)
+            verdict, whole = admit(stream.again, self.edge.env), None
+            watch = heed(verdict, stream.again, self.edge.env).watch
+            if watch and watch.key != stream.key:    # what stands around the region is for a role too, the same one
+                around = stream.again._replace(path=stream.again.path.removesuffix("/live"))
+                page = heed(verdict, around, self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
+                stream.key = watch.key
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
             self.edge.call(stream.end, no.status)
@@ -2820,7 +2844,7 @@ class Broker:
         """A new stream. If access changed while its request was on the way, the verdict may be from before."""
         self.join(stream, watch)
         if time.monotonic() < self.changed + SEALED_SECONDS:
-            self.edge.pool.put(self.ask_again, stream)
+            self.regate(stream)
 
     def rejoin(self, stream: Stream, watch: Optional[Watch], whole: Optional[Rendering]) -> None:
         if stream.channel and watch:                           # it is still open
@@ -2834,7 +2858,7 @@ class Broker:
             self.version = directory.ask("/_version")
         if before not in (0, self.version):
             self.changed = time.monotonic()
-            self.gate_again()
+            self.regate("")
             self.edge.alarms.look()
             for channel in [*self.channels.get(directory.id, {}).values()]:
                 self.mark(channel)
@@ -3641,6 +3665,8 @@ class Connection(Held):
         return encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
 
     def reply(self, reading: Reading, request: Request, response: Response) -> None:
+        if response.watch:
+            response = self.edge.stream_or_refusal(reading, request, response)
         data = self.encoded(reading, request, response)
         if response.watch is None or reading.method == "HEAD" or self.ended:
             return self.write(data)
@@ -3774,6 +3800,7 @@ class Edge(ThreadingHTTPServer):
         self.hosts = frozenset(["", "localhost", socket.gethostname().lower(), env.settings.host,
                                 *env.settings.allow_host])
         self.chores = ((give_back_memory, 5.0),
+                       (lambda: self.broker.try_again(), 5.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
         self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
@@ -3877,7 +3904,7 @@ class Edge(ThreadingHTTPServer):
         for number, (chore, every) in enumerate(self.chores):
             if every and now >= self.due[number]:
                 self.due[number] = now + every
-                self.pool.put(chore)
+                self.pool.gather(f"chore {number}", chore, lambda same: same[0]())       # never twice at a time
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
 
@@ -3920,8 +3947,6 @@ class Edge(ThreadingHTTPServer):
         try:
             request = self.request(reading, peer, wait, batch)
             response = self.route(request)
-            if response.watch:
-                self.check_stream(reading, response)
             if type(response.body) is not bytes or any([NO_VALUE.search(value) for _, value in response.headers]):
                 raise ValueError("a body that is not bytes, or a character that no header value can have")
         except WouldBlock:
@@ -3952,12 +3977,15 @@ class Edge(ThreadingHTTPServer):
         path, query = ("*", "") if method == "OPTIONS" else parse_target(reading.target, headers.get("host", ""))
         return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme, batch)
 
-    def check_stream(self, reading: Reading, response: Response) -> None:
-        if not reading.modern:
-            raise Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy.")
+    def stream_or_refusal(self, reading: Reading, request: Request, response: Response) -> Response:
+        """In the loop, which counts the streams."""
         most = self.settings.streams or (self.settings.connections if self.settings.demo else 100)
+        if not reading.modern:
+            return refused(request, Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy."))
         if self.broker.accounts[response.which] >= most and reading.method != "HEAD":
-            raise Refused(429, "Too many windows are open for this account. Close some.", (("retry-after", "30"),))
+            return refused(request, Refused(429, "Too many windows are open for this account. Close some.",
+                                            (("retry-after", "30"),)))
+        return response
 
     def route(self, request: Request) -> Response:
         if request.method == "OPTIONS":

@@ -1894,6 +1894,86 @@ def test_revoking_a_membership_ends_the_open_stream_with_a_last_word(server):
     assert Person(server, "carol").get("/w/acme/todos/live").status == 403
 
 
+def test_a_stream_is_held_when_it_is_whole(server):
+    """Others look through what is held, for the streams of an account."""
+    found = []
+
+    class Looked(set):
+        def add(self, held):
+            super().add(held)
+            if type(held) is orion.Stream:
+                found.append((held.account, held.key[0], held.channel))
+    server.edge.call(lambda: setattr(server.edge, "held", Looked(server.edge.held)))
+    Ear(Person(server, "bob"), "/w/acme/todos/live").event()
+    assert found == [("bob", "/todos/live", None)]
+
+
+def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, monkeypatch):
+    broker, at_work, first, go = server.edge.broker, [], threading.Event(), threading.Event()
+
+    def asks(stream):
+        at_work.append(len(at_work) - at_work.count("done") * 2)
+        first.set()
+        assert go.wait(PATIENCE)
+        at_work.append("done")
+    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    ear.event()
+    monkeypatch.setattr(broker, "ask_again", asks)
+    broker.regate("bob")
+    assert first.wait(PATIENCE)
+    broker.regate("bob"), broker.regate("")
+    go.set()
+    eventually(lambda: at_work == [0, "done", 0, "done"])
+
+
+def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatch):
+    ear = Ear(Person(server, "erin"), "/w/acme/todos/live")
+    ear.event()
+    stream, = [held for held in server.edge.held if type(held) is orion.Stream]
+    asked, shown = [], []
+    verdicts = [dict(orion.verdict("erin", role, "acme", server.env.workspaces.id_from_name("acme")).headers) for role in ("member", "viewer")]
+
+    def admit(request, env):
+        asked.append(request.path)
+        return orion.Response(200, headers=tuple(verdicts[len(asked) - 1].items()))
+    monkeypatch.setattr(orion, "admit", admit)
+    monkeypatch.setattr(server.edge, "call", lambda *call: shown.append(call))
+    server.edge.broker.ask_again(stream)
+    (_, _, watch, whole), = shown
+    assert "todos:write" in watch.request.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
+
+
+def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch, capfd):
+    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
+    ear.event()
+    broken = orion.StorageFault(pathlib.Path("acme.db"), sqlite3.OperationalError("disk I/O error"))
+    eventually(lambda: not [one for of in server.edge.broker.channels.values() for one in of.values() if one.busy])
+    reading, failures = orion.Stub.fetch, []
+
+    def fails(stub, request):
+        if request.path.endswith("/live") and not failures:
+            failures.append(request)
+            raise broken
+        return reading(stub, request)
+    monkeypatch.setattr(orion.Stub, "fetch", fails)
+    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Seen in the end")
+    eventually(lambda: server.edge.broker.failed)
+    server.edge.broker.try_again()
+    assert ear.until_it_says("Seen in the end") and "disk I/O error" in capfd.readouterr().err
+
+
+def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
+    begun, go, edge = [], threading.Event(), server.edge
+    edge.chores, edge.due = ((lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9),), [0.0]
+    eventually(lambda: begun)
+    ticks, tick = [], edge.tick
+    edge.tick = lambda now: (tick(now), ticks.append(now))
+    eventually(lambda: len(ticks) == 2)
+    assert len(begun) == 1
+    edge.chores = ()
+    go.set()
+
+
 def test_a_changed_role_changes_what_the_open_stream_shows(server):
     bob, carol = Person(server, "bob"), Person(server, "carol")
     ear = Ear(carol, "/w/acme/todos/live")
@@ -3776,6 +3856,17 @@ def test_an_account_opens_only_so_many_streams_and_head_opens_none(start):
     eventually(lambda: Ear(bob, "/w/acme/todos/live").status == 200)
 
 
+def test_streams_that_are_asked_for_all_at_once_are_counted_too(start):
+    server = start(streams=3)
+    bob = Person(server, "bob")
+    with busy(server, "acme"):
+        links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(20)]
+        for link in links:
+            link.sendall(head(f"Cookie: {bob.cookie}", line="GET /w/acme/todos/live HTTP/1.1"))
+        eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == 20)
+    assert sorted([int(link.recv(12)[9:]) for link in links]) == [200] * 3 + [429] * 17
+
+
 def test_what_is_written_to_the_log_is_one_line_and_a_closed_log_harms_nobody(capfd, monkeypatch):
     orion.log("a\r\n\x1b[2Jb\u2028c")
     assert capfd.readouterr().err == "a\\r\\n\\x1b[2Jb\\u2028c\n"
@@ -4543,6 +4634,7 @@ def test_two_windows_stay_in_step(site, windows):
     bob.wait(f"{TODOS}[0] === 'Typed by carol'")
     bob.click("#todo-4 input")
     carol.wait("document.querySelector('#todo-4 input').checked")
+    bob.wait("!document.getElementById('todo-4').hasAttribute('aria-busy')")       # until then a click on it does nothing
     bob.click("#todo-4 > button")
     carol.wait(f"{TODOS}.length === 3")
     assert carol.js("return document.querySelector('#title').value") == ""
