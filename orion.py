@@ -2741,15 +2741,16 @@ class Broker:
     def refresh(self, channel: Channel) -> None:
         """In the pool: ask the object what its region is now. It wakes for this if it must."""
         channel.stale, rendering = False, None
+        streams = [*channel.streams]                 # whoever comes after this has seen as much, or more
         try:
             rendering = channel.watch.stub.fetch(channel.watch.request).rendering
-            if any([stream.zipped for stream in [*channel.streams]]):
+            if any([stream.zipped for stream in streams]):
                 rendering.zipped                     # compressed here and not in the loop
         except CRASH:
             self.failed.add(channel)
             raise
         finally:
-            self.edge.call(self.deliver, channel, rendering, [*channel.streams] if rendering else [])
+            self.edge.call(self.deliver, channel, rendering, streams if rendering else [])
 
     def try_again(self) -> None:
         """In the pool: what their watchers see may be old, and nobody need ever publish again."""
@@ -2837,8 +2838,9 @@ class Broker:
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
             self.edge.call(stream.end, no.status)
-        except StorageFault:
+        except CRASH:
             self.edge.call(stream.close)             # its client comes back, and hears more
+            raise
 
     def welcome(self, stream: Stream, watch: Watch) -> None:
         """A new stream. If access changed while its request was on the way, the verdict may be from before."""
@@ -3443,6 +3445,7 @@ class Pool:
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
     there are lanes: what must be done in order, and better together, waits in one."""
     TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
+    END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
 
     def __init__(self, size: int) -> None:
         self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
@@ -3513,8 +3516,9 @@ class Pool:
     def close(self) -> None:
         for _ in self.threads:
             self.share()
+        until = time.monotonic() + self.END_SECONDS
         for thread in self.threads:
-            thread.join(5)
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def guarded(call: Callable[..., None], *args: Any) -> None:

@@ -1962,6 +1962,53 @@ def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch, capf
     assert ear.until_it_says("Seen in the end") and "disk I/O error" in capfd.readouterr().err
 
 
+def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(server, monkeypatch):
+    bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
+    bobs = Ear(bob, "/w/acme/todos/live")
+    bobs.event()
+    eventually(lambda: not [one for of in server.edge.broker.channels.values() for one in of.values() if one.busy])
+    reading, read, go = orion.Stub.fetch, threading.Event(), threading.Event()
+
+    def slow(stub, request):
+        response = reading(stub, request)
+        if threading.current_thread() in server.edge.pool.threads and request.path.endswith("/live") and "x-role" in request.headers and not read.is_set():
+            read.set()
+            assert go.wait(PATIENCE)
+        return response
+    monkeypatch.setattr(orion.Stub, "fetch", slow)
+    carol.post("/w/acme/todos", title="First")
+    assert read.wait(PATIENCE)
+    carol.post("/w/acme/todos", title="Second")
+    again = Ear(bob, "/w/acme/todos/live")
+    assert "Second" in again.event()
+    eventually(lambda: sum(server.edge.broker.accounts.values()) == 2)
+    go.set()
+    assert bobs.until_it_says("Second")
+    carol.post("/w/acme/todos", title="Third")
+    while "Third" not in (seen := again.event()):
+        assert "Second" in seen
+
+
+def test_a_stream_whose_request_breaks_when_it_is_asked_for_again_is_closed_and_the_others_are_asked(server, monkeypatch, capfd):
+    bobs, erins = [Ear(Person(server, name, datastar=True), "/w/acme/todos/live") for name in ("bob", "erin")]
+    for ear in (bobs, erins):
+        ear.event()
+    heeding, asked = orion.heed, []
+
+    def heed(verdict, request, env):
+        asked.append(dict(verdict.headers)["x-account"])
+        return heeding(verdict, request, env) if asked[-1] == "bob" else 1 / 0
+    monkeypatch.setattr(orion, "heed", heed)
+    server.edge.broker.regate("")
+    with pytest.raises(EOFError):
+        while erins.event():
+            pass
+    eventually(lambda: len(asked) == 2)
+    monkeypatch.undo()
+    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Still heard")
+    assert bobs.until_it_says("Still heard") and sorted(asked) == ["bob", "erin"] and "ZeroDivisionError" in capfd.readouterr().err
+
+
 def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
     begun, go, edge = [], threading.Event(), server.edge
     edge.chores, edge.due = ((lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9),), [0.0]
@@ -3663,6 +3710,18 @@ def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
     ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h:1/w/acme/todos", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w/acme", ""), ("/login", ""), ("*", "")])
 def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
     assert orion.lane_of(target) == lane
+
+
+def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
+    monkeypatch.setattr(orion.Pool, "END_SECONDS", 0.1)
+    pool, go, waited = orion.Pool(3), threading.Event(), []
+    for _ in pool.threads:
+        pool.put(go.wait)
+    eventually(lambda: not pool.idle and not pool.jobs)
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout: waited.append(timeout) or go.wait(timeout))
+    pool.close()
+    go.set()
+    assert len(waited) == 3 and 0 < waited[0] <= 0.1 and waited[1:] == [0.0, 0.0]
 
 
 def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
