@@ -2754,9 +2754,9 @@ class Broker:
 
     def try_again(self) -> None:
         """In the pool: what their watchers see may be old, and nobody need ever publish again."""
-        failed, self.failed = self.failed, set()
-        for channel in failed:
-            self.mark(channel)
+        for channel in [self.failed.pop() for _ in range(len(self.failed))]:
+            if channel.streams:
+                self.mark(channel)
 
     def deliver(self, channel: Channel, rendering: Optional[Rendering], streams: List[Stream]) -> None:
         """To a few streams; to the others when the loop has looked after whoever else is there."""

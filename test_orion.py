@@ -1962,6 +1962,15 @@ def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch, capf
     assert ear.until_it_says("Seen in the end") and "disk I/O error" in capfd.readouterr().err
 
 
+def test_a_region_that_could_not_be_read_and_that_nobody_watches_is_let_go(server, monkeypatch):
+    broker, marked = server.edge.broker, []
+    watch = orion.Watch(server.env.workspaces.get("nobody"), orion.Request("GET", "/todos/live"), "todos")
+    broker.failed = {orion.Channel(watch)}
+    monkeypatch.setattr(broker, "mark", marked.append)
+    broker.try_again()
+    assert not marked and not broker.failed
+
+
 def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(server, monkeypatch):
     bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
     bobs = Ear(bob, "/w/acme/todos/live")
