@@ -1937,9 +1937,10 @@ def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatc
         asked.append(request.path)
         return orion.Response(200, headers=tuple(verdicts[len(asked) - 1].items()))
     monkeypatch.setattr(orion, "admit", admit)
-    monkeypatch.setattr(server.edge, "call", lambda *call: shown.append(call))
+    monkeypatch.setattr(server.edge.broker, "rejoin", lambda *call: shown.append(call))
     server.edge.broker.ask_again(stream)
-    (_, _, watch, whole), = shown
+    eventually(lambda: shown)
+    (_, watch, whole), = shown
     assert "todos:write" in watch.request.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
 
 
