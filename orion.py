@@ -3095,15 +3095,29 @@ def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where a file, or a folder, is made that will be target. What breaks off is removed, or a full disk would be
+    fuller after each try."""
+    def remove() -> None:
+        part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+    part = beside(target, "part")
+    remove()
+    try:
+        yield part
+    except BaseException:
+        remove()
+        raise
+
+
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
     """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
-    part = beside(target, "part")
-    part.unlink(missing_ok=True)
-    with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
-        original.db.backup(copy)
-        copy.execute("PRAGMA journal_mode=DELETE")
-        rows = verified(copy)
-    put_in_place(part, target)
+    with in_the_making(target) as part:
+        with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
+            original.db.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+            rows = verified(copy)
+        put_in_place(part, target)
     return rows
 
 
@@ -3145,10 +3159,15 @@ def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
 
 
 def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """The Directory is copied first, so that each workspace that it names is there; a node has none. Returns what it
-    holds, by id."""
-    part = beside(target, "part")
-    shutil.rmtree(part, ignore_errors=True)
+    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id."""
+    with in_the_making(target) as part:
+        held = copy_deployment(settings, part, before)
+        part.rename(target)
+    return held
+
+
+def copy_deployment(settings: Settings, part: pathlib.Path, before: Optional[pathlib.Path]) -> Dict[str, Any]:
+    """The Directory is copied first, so that each workspace that it names is there; a node has none."""
     (part / "workspaces").mkdir(parents=True)
     held, ids = {}, [path.stem for path in (settings.data / "workspaces").glob("*.db") if not settings.single]
     if settings.directory_file.exists():
@@ -3168,7 +3187,6 @@ def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.
             held[id] = {"rows": copy_database(source, copy), "seen": seen}
     shutil.copy2(settings.key_file, part / "secret.key")
     (part / "manifest.json").write_text(json.dumps(held))
-    part.rename(target)
     return held
 
 
@@ -4384,13 +4402,13 @@ def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
 
 def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path) -> int:
     """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it."""
-    rows, part = json.loads(ask(what)), beside(target, "part")
-    of = "moved" if what == "aside" else "copy"
-    with open(part, "wb") as file:
-        while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
-            file.write(piece)
-    rows_of(part)
-    put_in_place(part, target)
+    rows, of = json.loads(ask(what)), "moved" if what == "aside" else "copy"
+    with in_the_making(target) as part:
+        with open(part, "wb") as file:
+            while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
+                file.write(piece)
+        rows_of(part)
+        put_in_place(part, target)
     return rows
 
 
