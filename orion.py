@@ -2557,8 +2557,8 @@ class Held:
 
     def __init__(self, edge: Edge, socket: socket.socket) -> None:
         self.edge, self.socket, self.events, self.rest, self.deadline = edge, socket, 0, b"", 0.0
-        edge.held.add(self)
         self.listen(READ)
+        edge.held.add(self)                          # last: where it could not be registered, nobody holds it
 
     def listen(self, events: int) -> None:
         selector, before, self.events = self.edge.selector, self.events, events

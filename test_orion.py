@@ -1894,6 +1894,21 @@ def test_revoking_a_membership_ends_the_open_stream_with_a_last_word(server):
     assert Person(server, "carol").get("/w/acme/todos/live").status == 403
 
 
+def test_a_connection_that_the_loop_can_not_watch_is_not_held(server, monkeypatch):
+    register, tried = server.edge.selector.register, []
+
+    def full(socket, *rest):
+        if not tried and socket is not server.edge.socket:
+            tried.append(socket)
+            raise OSError("no room for another")
+        return register(socket, *rest)
+    monkeypatch.setattr(server.edge.selector, "register", full)
+    with socket.create_connection(("127.0.0.1", server.port)):
+        eventually(lambda: tried)
+        assert Person(server).get("/healthz").status == 200
+        assert not [held for held in server.edge.held if held.socket is tried[0]]
+
+
 def test_a_stream_is_held_when_it_is_whole(server):
     """Others look through what is held, for the streams of an account."""
     found = []
