@@ -187,15 +187,16 @@ TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}  # what no
 
 
 class Request(NamedTuple):
-    """path is decoded, query is not; header names are lower case. wait: the thread that asks may be kept waiting.
-    batch: whose commit a command may share (section 8); None: it is durable when it is answered."""
+    """path is decoded, query is not; header names are lower case. wait: seconds for which the thread that asks may be
+    kept in line; 0: it may wait for nothing at all, no file either. batch: whose commit a command may share (section
+    8); None: it is durable when it is answered."""
     method: str
     path: str
     query: str = ""
     headers: Dict[str, str] = {}
     body: bytes = b""
     peer: str = ""
-    wait: bool = True
+    wait: float = threading.TIMEOUT_MAX
     scheme: str = "http"                             # https: by the word of a trusted proxy
     batch: Optional[Batch] = None
 
@@ -245,7 +246,7 @@ class Refused(Exception):
 
 
 class WouldBlock(Exception):
-    """The request came with wait=False, and this takes a lock, a file or a rendering that is not at hand."""
+    """The request may not wait so long for this: a lock, a file or a rendering that is not at hand."""
 
 
 class Viewer(NamedTuple):
@@ -481,7 +482,7 @@ class Trace:
         """The trip of one request, whoever watches; also one that was refused."""
         self.watch(1)
         try:
-            with self.silence(False), contextlib.suppress(Refused):
+            with self.silence(False), contextlib.suppress(Refused, WouldBlock):
                 self.follow(request, route)
             return self.thread.last
         finally:
@@ -820,7 +821,7 @@ class DurableObject:
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command is durable then, or when its batch is closed. WouldBlock: it may not wait."""
-        if not self.turn.acquire(blocking=request.wait):
+        if not self.turn.acquire(timeout=request.wait):
             raise WouldBlock
         try:
             if self.asleep:
@@ -966,9 +967,9 @@ class Stub:
         return self.namespace.trace.leg(kind, self.id, self.reach, request)
 
     def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http",
-            method: str = "GET") -> Any:
+            method: str = "GET", wait: float = threading.TIMEOUT_MAX) -> Any:
         """What the object says to a question of the server itself."""
-        return json.loads(self.fetch(Request(method, path, query, headers, scheme=scheme)).body)
+        return json.loads(self.fetch(Request(method, path, query, headers, wait=wait, scheme=scheme)).body)
 
     def reach(self, request: Request) -> Response:
         while True:
@@ -1431,7 +1432,8 @@ class SliceHost(DurableObject):
 
     def stream(self, live: Live, ctx: Context) -> Response:
         headers = {"x-account": "", "x-role": ctx.viewer.role, "x-grants": ",".join(ctx.viewer.grants),
-                   "x-read-only": "true" if ctx.viewer.read_only else "", "x-id": ctx.request.headers.get("x-id", "")}
+                   "x-read-only": "true" if ctx.viewer.read_only else "",
+                   **{name: ctx.request.headers.get(name, "") for name in ("x-id", "x-node")}}
         again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
         topic = f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
         watch, rendering = Watch(self.namespace.get(self.id), again, topic), self.rendering(live, ctx)
@@ -2358,10 +2360,22 @@ def asset(request: Request) -> Response:
     return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
+LOOK_SECONDS = 0.2                                   # for which a look at many workspaces waits for one that is busy
+
+
+def facts_of(workspace: Stub) -> Dict[str, Any]:
+    """What it tells of itself. One that can't be read, or not now, has no count, and hides no other."""
+    try:
+        return workspace.ask("/_counts", wait=LOOK_SECONDS)
+    except WouldBlock:
+        return {"count": "busy"}
+    except (StorageFault, Refused):
+        return {"count": "can't be read"}
+
+
 def count_of(workspace: Stub) -> str:
-    with contextlib.suppress(StorageFault, Refused):       # one that can't be read has no count, and hides no other
-        return f"{workspace.ask('/_counts')['count']} open"
-    return "can't be read"
+    count = facts_of(workspace)["count"]
+    return f"{count} open" if type(count) is int else count
 
 
 # ==== 16. Reader =====================================================================================================
@@ -2629,15 +2643,15 @@ def accepts_gzip(request: Request) -> bool:
 
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
-    __slots__ = ("again", "account", "key", "zipped", "channel", "seen", "here", "latest", "beat")
+    __slots__ = ("again", "account", "viewer", "zipped", "channel", "seen", "here", "latest", "beat")
     SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; it would take megabytes
     BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
 
     def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
         cookie = {"cookie": request.headers.get("cookie", "")}
-        self.again = Request("GET", request.path, request.query, cookie, scheme=request.scheme)
+        self.again = Request("GET", request.path, request.query, cookie, wait=LOOK_SECONDS, scheme=request.scheme)
         self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
-        self.key = response.watch.key                # of the page around it: what a role may see
+        self.viewer = response.watch.request.headers           # the verdict, without the account
         self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
@@ -2736,10 +2750,15 @@ class Broker:
         with self.lock:
             busy, channel.busy, channel.stale = channel.busy, True, True
         if not busy:
-            self.edge.pool.put(self.refresh, channel)
+            self.edge.pool.gather(channel.watch.stub.id, channel, self.refresh_all)
+
+    def refresh_all(self, channels: List[Channel]) -> None:
+        """In the pool, where an object is a lane: its regions would wait for each other anyway."""
+        for channel in channels:
+            guarded(self.refresh, channel)
 
     def refresh(self, channel: Channel) -> None:
-        """In the pool: ask the object what its region is now. It wakes for this if it must."""
+        """Ask the object what its region is now. It wakes for this if it must."""
         channel.stale, rendering = False, None
         streams = [*channel.streams]                 # whoever comes after this has seen as much, or more
         try:
@@ -2772,7 +2791,7 @@ class Broker:
         with self.lock:
             channel.busy = channel.stale and bool(channel.streams)
         if channel.busy:
-            self.edge.pool.put(self.refresh, channel)
+            self.edge.pool.gather(channel.watch.stub.id, channel, self.refresh_all)
 
     def join(self, stream: Stream, watch: Watch) -> None:
         """And look once more: something may have been published between the first frame and now."""
@@ -2826,18 +2845,23 @@ class Broker:
                 guarded(self.ask_again, held)
 
     def ask_again(self, stream: Stream) -> None:
-        """The right ones stay, a changed role sees what it may now, and who may no longer look is told so."""
+        """The right ones stay, and wake nobody; a changed role sees what it may now; who may no longer look is told."""
         try:
             verdict, whole = admit(stream.again, self.edge.env), None
+            said = {**dict(verdict.headers), "x-account": ""} if verdict else {}
+            if said and all([said.get(name, "") == value for name, value in stream.viewer.items()]):
+                return
             watch = heed(verdict, stream.again, self.edge.env).watch
-            if watch and watch.key != stream.key:    # what stands around the region is for a role too, the same one
+            if watch and watch.request.headers != stream.viewer:       # the page around the region is for a role, too
                 around = stream.again._replace(path=stream.again.path.removesuffix("/live"))
                 page = heed(verdict, around, self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
-                stream.key = watch.key
+                stream.viewer = watch.request.headers
             self.edge.call(self.rejoin, stream, watch, whole)
         except Refused as no:
             self.edge.call(stream.end, no.status)
+        except WouldBlock:
+            self.regate(stream)                      # behind the others
         except CRASH:
             self.edge.call(stream.close)             # its client comes back, and hears more
             raise
@@ -2941,7 +2965,7 @@ class Console:
         names = self.names({"name": name})["named"] if WORKSPACE_NAME.fullmatch(name) else {}
         served, cookie = self.env.workspaces.served, {"cookie": request.headers.get("cookie", "")}
         before = {id: served[id] for id in names}
-        asked = Request("GET", f"/w/{name}/todos", "", cookie, scheme=request.scheme)
+        asked = Request("GET", f"/w/{name}/todos", "", cookie, wait=LOOK_SECONDS, scheme=request.scheme)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
         verdict = trip.legs[0].status if trip.legs else trip.status
         said = {200: f"The gate lets {account} into {name}.",
@@ -2962,7 +2986,7 @@ class Console:
         """The jobs that a workspace gave up begin anew."""
         permit(ACCOUNT, Viewer(me["account"], read_only=me["masked"][1]), request.method)
         for id in self.names({"name": str(request.fields().get("workspace", ""))})["named"]:
-            self.env.workspaces.get(id).fetch(Request("POST", "/_retry"))
+            self.env.workspaces.get(id).fetch(Request("POST", "/_retry", wait=LOOK_SECONDS))
         self.stale = True
         return Response(204) if request.datastar else see_other("/console")
 
@@ -2979,11 +3003,10 @@ class Console:
         """A fan-out: one request to each object. Who slept goes back to sleep."""
         if self.facts.keys() == {*ids} and not (self.stale and time.time() > self.counted + 1):
             return
-        self.stale, started, facts = False, time.perf_counter(), dict.fromkeys(ids, {})
+        self.stale, started, facts = False, time.perf_counter(), {}
         for id in ids:
             slept = id not in self.env.workspaces.objects
-            with contextlib.suppress(StorageFault, Refused):     # what can't be read has no count
-                facts[id] = self.env.workspaces.get(id).ask("/_counts")
+            facts[id] = facts_of(self.env.workspaces.get(id))
             woken = self.env.workspaces.objects.get(id)
             if slept and woken:
                 woken.sleep(time.monotonic())
@@ -3011,7 +3034,7 @@ class Console:
                 "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
                 "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
                 "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
-                "count": facts.get("count", "" if name == "Directory" else "can't be read"),
+                "count": facts.get("count", ""),
                 "jobs": ", ".join([f"{facts[kind]} {kind}" for kind in ("waiting", "given up") if facts.get(kind)])}
 
     def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
@@ -3656,7 +3679,7 @@ class Connection(Held):
         anyway, its commands can share a commit, and however many there are, the other threads are for the others."""
         self.started = time.perf_counter()
         try:
-            answer = self.edge.answer(reading, self.peer, wait=False) if reading.method in SAFE else None
+            answer = self.edge.answer(reading, self.peer, wait=0) if reading.method in SAFE else None
         except WouldBlock:
             answer = None
         if answer:
@@ -3930,7 +3953,7 @@ class Edge(ThreadingHTTPServer):
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READ, self.accept)
 
-    # -- answering, in the loop (wait=False) and in the pool
+    # -- answering, in the loop (wait=0) and in the pool
 
     def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
         """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch
@@ -3962,7 +3985,7 @@ class Edge(ThreadingHTTPServer):
                 response = refused(request, batch.error.refusal)
             guarded(connection.answered, reading, request, response)
 
-    def answer(self, reading: Reading, peer: str, wait: bool = True,
+    def answer(self, reading: Reading, peer: str, wait: float = threading.TIMEOUT_MAX,
                batch: Optional[Batch] = None) -> Tuple[Request, Response]:
         """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not here."""
         request = Request("GET", "/", "", reading.headers)
@@ -3972,7 +3995,9 @@ class Edge(ThreadingHTTPServer):
             if type(response.body) is not bytes or any([NO_VALUE.search(value) for _, value in response.headers]):
                 raise ValueError("a body that is not bytes, or a character that no header value can have")
         except WouldBlock:
-            raise
+            if not wait:
+                raise
+            response = refused(request, Refused(503, "This is busy. Try again in a moment.", (("retry-after", "1"),)))
         except Refused as no:
             response = refused(request, no)
         except StorageFault as fault:
@@ -3985,7 +4010,8 @@ class Edge(ThreadingHTTPServer):
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
         return request, response
 
-    def request(self, reading: Reading, peer: str, wait: bool = True, batch: Optional[Batch] = None) -> Request:
+    def request(self, reading: Reading, peer: str, wait: float = threading.TIMEOUT_MAX,
+                batch: Optional[Batch] = None) -> Request:
         """What a sound frame asks for. Refused: its target, method or host means nothing here."""
         headers, method, scheme = reading.headers, "GET" if reading.method == "HEAD" else reading.method, "http"
         if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):

@@ -805,11 +805,11 @@ def test_falling_asleep_under_load_loses_nothing(counters):
 def test_who_may_not_wait_is_told_so(counters):
     counters.create("a")
     with pytest.raises(orion.WouldBlock):            # asleep
-        counters.get("a").fetch(orion.Request("GET", "/", wait=False))
+        counters.get("a").fetch(orion.Request("GET", "/", wait=0))
     assert counters.get("a").fetch(orion.Request("GET", "/")).status == 200
-    assert counters.get("a").fetch(orion.Request("GET", "/", wait=False)).status == 200
+    assert counters.get("a").fetch(orion.Request("GET", "/", wait=0)).status == 200
     with counters.objects["a"].turn, pytest.raises(orion.WouldBlock):
-        counters.get("a").fetch(orion.Request("GET", "/", wait=False))
+        counters.get("a").fetch(orion.Request("GET", "/", wait=0))
 
 
 def test_three_thousand_tenants_open_one_after_another_with_1024_descriptors(tmp_path):
@@ -1716,6 +1716,22 @@ def test_the_home_page_shows_my_workspaces_with_role_and_count(server):
     assert "/w/" not in Person(server).get("/").text
 
 
+def test_a_workspace_that_is_busy_holds_up_neither_the_home_page_nor_its_other_counts(server):
+    acme, bob = server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")), Person(server, "bob")
+    with acme.turn:
+        text = bob.get("/").text
+    assert text.count("3 open") == 1 and '<span class="count">busy</span>' in text
+
+
+def test_who_waits_no_longer_for_what_is_busy_is_told_so(server):
+    def busy(request, env):
+        raise orion.WouldBlock
+    bob = Person(server, "bob", datastar=True)
+    server.edge.env = server.edge.env._replace(front=busy)
+    answer = bob.get("/w/acme/todos")
+    assert answer.status == 503 and "busy" in answer.text and answer.headers["retry-after"] == "1"
+
+
 def test_the_home_page_pages(server):
     bob = Person(server, "bob")
     for n in range(30):
@@ -1917,10 +1933,10 @@ def test_a_stream_is_held_when_it_is_whole(server):
         def add(self, held):
             super().add(held)
             if type(held) is orion.Stream:
-                found.append((held.account, held.key[0], held.channel))
+                found.append((held.account, held.viewer["x-role"], held.channel))
     server.edge.call(lambda: setattr(server.edge, "held", Looked(server.edge.held)))
     Ear(Person(server, "bob"), "/w/acme/todos/live").event()
-    assert found == [("bob", "/todos/live", None)]
+    assert found == [("bob", "owner", None)]
 
 
 def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, monkeypatch):
@@ -1939,6 +1955,53 @@ def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, m
     broker.regate("bob"), broker.regate("")
     go.set()
     eventually(lambda: at_work == [0, "done", 0, "done"])
+
+
+def test_a_workspace_that_is_busy_does_not_hold_up_verdicts_about_the_streams_of_others(server, monkeypatch):
+    bob, asked, ask_again = Person(server, "bob"), [], server.edge.broker.ask_again
+    acmes, globexs = Ear(bob, "/w/acme/todos/live"), Ear(bob, "/w/globex/todos/live")
+    acmes.event(), globexs.event()
+    with server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")).turn:
+        server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'bob'")
+        monkeypatch.setattr(server.edge.broker, "ask_again", lambda stream: asked.append(stream) or ask_again(stream))
+        server.edge.broker.regate("bob")
+        assert globexs.until_it_says("disabled")
+        eventually(lambda: len(asked) > 2)           # the one that is busy, once more
+    assert acmes.until_it_says("disabled")
+
+
+def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_others(server, monkeypatch):
+    broker, at_work, most, done = server.edge.broker, [], [], []
+    ears = [Ear(Person(server, "bob"), f"/w/acme/todos/live?pages={n}") for n in range(2, 12)]
+    [ear.event() for ear in ears]
+    eventually(lambda: not [one for of in broker.channels.values() for one in of.values() if one.busy])
+    refresh, id = broker.refresh, server.env.workspaces.id_from_name("acme")
+
+    def counted(channel):
+        at_work.append(channel)
+        most.append(len(at_work))
+        refresh(channel)
+        at_work.remove(channel)
+        done.append(channel)
+    monkeypatch.setattr(broker, "refresh", counted)
+    with server.env.workspaces.wake(id).turn:
+        server.edge.call(lambda: [broker.mark(channel) for channel in broker.channels[id].values()])
+        eventually(lambda: at_work)
+        Person(server, "dave").post("/w/globex/todos", title="x")      # whatever else was in line is begun by then
+    eventually(lambda: len(done) == 10)
+    assert set(most) == {1}
+
+
+def test_what_changes_nobodys_role_wakes_nobody_who_is_watched(server):
+    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
+    ear.event()
+    asked = server.directory().verdicts.copy()
+    server.env.workspaces.rest(idle=-1)
+    server.edge.broker.regate("")
+    eventually(lambda: server.directory().verdicts != asked and not server.edge.pool.lanes)
+    assert not server.env.workspaces.objects
+    Person(server, "carol").post("/w/acme/todos", title="Seen all the same")
+    assert ear.until_it_says("Seen all the same")
 
 
 def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatch):
@@ -2018,12 +2081,13 @@ def test_a_stream_whose_request_breaks_when_it_is_asked_for_again_is_closed_and_
     bobs, erins = [Ear(Person(server, name, datastar=True), "/w/acme/todos/live") for name in ("bob", "erin")]
     for ear in (bobs, erins):
         ear.event()
-    heeding, asked = orion.heed, []
+    admitting, asked = orion.admit, []
 
-    def heed(verdict, request, env):
+    def admit(request, env):
+        verdict = admitting(request, env)
         asked.append(dict(verdict.headers)["x-account"])
-        return heeding(verdict, request, env) if asked[-1] == "bob" else 1 / 0
-    monkeypatch.setattr(orion, "heed", heed)
+        return verdict if asked[-1] == "bob" else 1 / 0
+    monkeypatch.setattr(orion, "admit", admit)
     server.edge.broker.regate("")
     with pytest.raises(EOFError):
         while erins.event():
@@ -2777,6 +2841,15 @@ def test_a_workspace_that_can_not_be_read_hides_no_other(server):
     assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
 
 
+def test_a_workspace_that_is_busy_holds_up_neither_the_console_nor_a_probe(server):
+    acme, bob = server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")), Person(server, "bob", datastar=True)
+    with acme.turn:
+        text = bob.get("/console").text
+        assert "busy</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
+        assert "The gate lets bob into acme" in probe(bob, "acme")
+        assert bob.post("/console/retry", workspace="acme").status == 503
+
+
 def test_the_console_pages_through_many_workspaces(server):
     alice = Person(server, "alice")
     for n in range(30):
@@ -3252,6 +3325,22 @@ def test_an_end_of_access_reaches_the_streams_on_a_node(fleet, front):
     ear.event()
     assert bob.delete(f"/w/{name}/members/eve").status in (200, 204, 303)
     assert "no longer" in ear.until_it_says("no longer")
+
+
+@needs_nginx
+def test_a_stream_follows_its_workspace_to_another_node(fleet, front):
+    first, second = fleet.nodes
+    name, bob = fleet.found(on=first), front.sign_in("bob", datastar=True)
+    ear = Ear(bob, f"/w/{name}/todos/live")
+    ear.event()
+    fleet.cli("node", "move", name, second.address)
+    with pytest.raises(EOFError):                    # its client comes back by itself
+        while ear.event():
+            pass
+    again = Ear(bob, f"/w/{name}/todos/live")
+    again.event()
+    bob.post(f"/w/{name}/todos", title="seen over there")
+    assert again.until_it_says("seen over there")
 
 
 @needs_nginx
