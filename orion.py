@@ -559,7 +559,7 @@ class Store:
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False,
                                   cached_statements=10)
         self.db.row_factory = sqlite3.Row
-        self.on_commit: List[Callable[[], None]] = []
+        self.on_commit: List[Tuple[Any, ...]] = []   # calls, (function, *args)
         self.cursor = self.db.cursor()               # one for all: each would stay on record, with 200 others
         self.db.executescript(self.PRAGMAS)
 
@@ -610,7 +610,7 @@ class Store:
         self.exec("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
-        """Durable first, told to others second. What waits in on_commit is dropped when the commit fails."""
+        """Durable first, told to others second, and each thing once. When the commit fails nothing is told."""
         waiting, self.on_commit = self.on_commit, []
         try:
             self.exec("COMMIT")
@@ -618,8 +618,8 @@ class Store:
             if self.db.in_transaction:
                 self.exec("ROLLBACK")
             raise
-        for tell in waiting:
-            tell()
+        for tell, *what in dict.fromkeys(waiting):
+            tell(*what)
 
     def migrate(self, slice: str, entries: Sequence[str], apply: bool = True) -> None:
         """Run the entries, each one statement, that did not run here yet: all or none; apply=False: only remember them,
@@ -726,7 +726,8 @@ class Part:
 
 # ==== 7. Bus =========================================================================================================
 # A topic is a name with a version. Publishing moves the version on and wakes who waits; it says that something changed,
-# never what. Inside a transaction a publish waits for the commit, and a rollback takes it back.
+# never what. Inside a transaction a publish waits for the commit, which tells of each topic once, and a rollback takes
+# it back.
 
 class Bus:
     """One object's topics. `turn` is its Condition: the lock must be held to publish, the notify is the bus."""
@@ -737,12 +738,13 @@ class Bus:
         self.listeners: List[Callable[[str], None]] = []
 
     def publish(self, topic: str) -> None:
-        def tell() -> None:
-            self.versions[topic] += 1
-            self.turn.notify_all()
-            for listener in self.listeners:
-                listener(topic)
-        self.store.on_commit.append(tell) if self.store.db.in_transaction else tell()
+        self.store.on_commit.append((self.tell, topic)) if self.store.db.in_transaction else self.tell(topic)
+
+    def tell(self, topic: str) -> None:
+        self.versions[topic] += 1
+        self.turn.notify_all()
+        for listener in self.listeners:
+            listener(topic)
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
         """listener(topic) is called after each publish, with the lock held: it may take a note, not do the work."""
@@ -1084,7 +1086,7 @@ class Queue:
     def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
         row = self.names[job], json.dumps(args), who, due
         self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
-        self.store.on_commit.append(lambda: self.alarm(due))
+        self.store.on_commit.append((self.alarm, due))
 
     def due(self) -> Optional[float]:
         """When the next one is."""
@@ -1117,7 +1119,7 @@ class Queue:
     def retry(self) -> None:
         """Those that were given up have all their tries again."""
         self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", time.time())
-        self.store.on_commit.append(lambda: self.alarm(time.time()))
+        self.store.on_commit.append((self.alarm, time.time()))
 
     def facts(self) -> Dict[str, Any]:
         given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
@@ -3600,6 +3602,7 @@ def save_memory() -> None:
 LANE = re.compile(r"(?:(?i:https?)://[^/?]*)?(/w/[^/?]+)/(?!members\b)")
 
 
+@functools.lru_cache(maxsize=1024)
 def lane_of(target: str) -> str:
     """Where a request for a workspace's own object waits, however its address is written; "": it waits for another."""
     found = LANE.match(urllib.parse.unquote(target))

@@ -574,6 +574,16 @@ def test_a_publish_inside_a_transaction_is_heard_when_it_commits(bus, store):
         assert heard == ["todos"] and bus.versions["todos"] == 1
 
 
+def test_a_commit_tells_of_each_topic_once(bus, store):
+    heard = []
+    bus.subscribe(heard.append)
+    with bus.turn, store.tx():
+        for topic in ("todos", "members", "todos"):
+            with store.tx():
+                bus.publish(topic)
+    assert heard == ["todos", "members"]
+
+
 def test_a_publish_that_is_rolled_back_is_never_heard(bus, store):
     heard = []
     bus.subscribe(heard.append)
