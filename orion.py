@@ -3833,7 +3833,7 @@ def known_host(host: str, names: FrozenSet[str]) -> bool:
 class Edge(ThreadingHTTPServer):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
-    DRAIN_SECONDS, TICK_SECONDS, BATCH_SECONDS = 5.0, 1.0, 0.05
+    DRAIN_SECONDS, TICK_SECONDS, BATCH_SECONDS, CALLS_SECONDS = 5.0, 1.0, 0.05, 0.002
     EAGER_SECONDS = 0.0001, 0.0005                   # with no job under way; with one, where there is a single core
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
 
@@ -3887,8 +3887,11 @@ class Edge(ThreadingHTTPServer):
                 self.tick(time.monotonic())
             for key, events in self.ready():
                 guarded(key.data, events)
+            until = time.monotonic() + self.CALLS_SECONDS
             for _ in range(len(self.calls)):
                 guarded(*self.calls.popleft())
+                if time.monotonic() > until:         # it is the turn of the sockets again
+                    break
         self.pool.rouse()
         self.stopped.set()
 

@@ -2108,6 +2108,19 @@ def test_a_stream_whose_request_breaks_when_it_is_asked_for_again_is_closed_and_
     assert bobs.until_it_says("Still heard") and sorted(asked) == ["bob", "erin"] and "ZeroDivisionError" in capfd.readouterr().err
 
 
+def test_however_much_the_loop_was_given_to_do_a_request_has_its_turn(server):
+    done, hold, bob = [], threading.Event(), Person(server, "bob")
+    bob.get("/w/acme/todos")                         # the next one is answered by the loop
+
+    def work():
+        hold.wait(0.005)
+        done.append(1)
+    server.edge.call(lambda: [server.edge.call(work) for _ in range(2000)])
+    eventually(lambda: done)
+    assert bob.get("/w/acme/todos").status == 200 and len(done) < 1000
+    hold.set()
+
+
 def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
     begun, go, edge = [], threading.Event(), server.edge
     edge.chores, edge.due = ((lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9),), [0.0]
