@@ -35,10 +35,11 @@ The words, used in one meaning from here to the last line:
 
 Read it from top to bottom: what a line does needs only what stands above it; a type hint may name what comes later.
 
-     1 Settings         2 Markup           3 Requests         4 Events           5 Trace            6 Store
-     7 Bus              8 Objects          9 Jobs            10 Slices          11 Todos           12 Workspace
-    13 Seals           14 Directory       15 Worker          16 Reader          17 Streams         18 Console
-    19 Snapshots       20 Planes          21 Edge            22 Composition     23 Administration  24 Command line
+     1 Settings        2 Markup          3 Requests        4 Events          5 Trace           6 Store
+     7 Bus             8 Objects         9 Jobs           10 Slices         11 Todos          12 Workspace
+    13 Seals          14 Directory      15 Worker         16 Reader         17 Answers        18 Process
+    19 Streams        20 Console        21 Snapshots      22 Planes         23 Figures        24 Edge
+    25 Composition    26 Administration 27 Command line
 
 What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
 """
@@ -547,7 +548,7 @@ class Store:
     """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
     time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
     # Small pages and 10 kept statements: an awake tenant takes 93 KB, 32 of them the index of its WAL. With SQLite's
-    # 4,096 bytes, Python's 128 and 20 pages set aside (section 21) it takes 183.
+    # 4,096 bytes, Python's 128 and 20 pages set aside (section 18) it takes 183.
     PRAGMAS = ("PRAGMA page_size=1024; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON; "
                "PRAGMA cache_size=-512")
 
@@ -1286,7 +1287,7 @@ NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the fi
 
 def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "",
          status: int = 200) -> Response:
-    """A whole page. Each answer puts a nonce of its own where the mark is (section 21)."""
+    """A whole page. Each answer puts a nonce of its own where the mark is (section 17)."""
     text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
                               signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
                               operator=viewer.operator, how="read-only" if viewer.read_only else "writing")
@@ -2253,7 +2254,7 @@ class Env(NamedTuple):
     trace: Trace
     front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
     admit: Callable[[Request, Env], Optional[Response]]      # the verdict that front will heed
-    console: Callable[[Request], Response] = lambda request: Response(404)       # section 18
+    console: Callable[[Request], Response] = lambda request: Response(404)       # section 20
 
 
 def worker(request: Request, env: Env) -> Response:
@@ -2557,7 +2558,198 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
     return plain_path(path), query
 
 
-# ==== 17. Streams ====================================================================================================
+# ==== 17. Answers ====================================================================================================
+# How a Response leaves: head and body in one piece, with the headers that keep a page to itself. A page runs no script
+# but its own, by a nonce that is new with each answer. A refusal says what to do next.
+
+REASONS = http.client.responses
+NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
+POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
+          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
+            "x-frame-options": "DENY", "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin"}
+STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"}
+NONCED = {"content-security-policy": POLICY % f" 'nonce-{NONCE}'"}
+
+
+@functools.lru_cache(maxsize=256)
+def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: bool) -> str:
+    """The part of a head that does not change from one answer to the next."""
+    special = STREAMING if live else NONCED if type == PAGE else {}
+    fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
+
+
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+
+
+def accepts_gzip(request: Request) -> bool:
+    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
+
+
+def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
+    """The bytes of an answer, to leave in one send."""
+    status, body, live, zipped = response.status, response.body, response.watch is not None, accepts_gzip(request)
+    head = head_of(status, response.type, response.headers, live)
+    if response.type == PAGE:
+        nonce = secrets.token_hex(16)
+        head, body = head.replace(NONCE, nonce, 1), body.replace(NONCE.encode(), nonce.encode(), 1)
+    if live:
+        body = first_frame(request, response.rendering, zipped)
+    else:
+        zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
+        body = gzipped(body) if zipped else body
+    length = f"content-length: {len(body)}\r\n" if not live and status not in (204, 304) else ""
+    coding = "content-encoding: gzip\r\nvary: accept-encoding\r\n" if zipped else ""
+    close = "" if keep else "connection: close\r\n"
+    return f"{head}date: {date}\r\n{length}{coding}{close}\r\n".encode("latin-1") + (b"" if head_only else body)
+
+
+def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
+    """The region, or a word that the page shows this very version already: it is live again."""
+    if request.headers.get("last-event-id") == rendering.etag:
+        return chunk(GZIP_HEAD + deflated(CURRENT) if zipped else CURRENT)
+    return chunk(GZIP_HEAD) + rendering.zipped if zipped else rendering.frame
+
+
+def gzipped(body: bytes) -> bytes:
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return squeeze.compress(body) + squeeze.flush()
+
+
+def refused(request: Request, no: Refused) -> Response:
+    """A page for a browser's own navigation, a line of text for everybody else."""
+    if request.datastar or "text/html" not in request.headers.get("accept", ""):
+        return Response(no.status, f"{no.message}\n".encode("utf-8", "replace"), headers=no.headers)
+    if no.status == 401:
+        return login_form(local_path(request.path), problem=no.message, status=401)
+    body = template("error")(status=no.status, reason=REASONS.get(no.status, ""), message=no.message)
+    return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
+
+
+# ==== 18. Process ====================================================================================================
+# What all parts of the process share: the threads that think, the log that hears of trouble, and the memory.
+
+class Pool:
+    """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
+    command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
+    thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
+    there are lanes: what must be done in order, and better together, waits in one."""
+    TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
+    END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
+
+    def __init__(self, size: int) -> None:
+        self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
+        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
+        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
+        for thread in self.threads:
+            thread.start()
+
+    def put(self, *job: Any) -> None:
+        """put(function, *args). No job at all ends one thread."""
+        getattr(self.own, "put", self.share)(*job)
+
+    def share(self, *job: Any) -> None:
+        """put(), for a job that whoever is free should do."""
+        self.jobs.append(job)
+        self.wake()
+
+    def wake(self) -> None:
+        try:
+            self.idle.pop().release()
+        except IndexError:                           # all are busy, and look at the line before they fall idle
+            return
+
+    def defer(self) -> None:
+        """What this thread puts in from now on wakes nobody before rouse(): whoever woke in the midst of its own work
+        would only contend with it for the interpreter."""
+        self.own.put = lambda *job: self.jobs.append(job)
+
+    def rouse(self) -> None:
+        for _ in range(min(len(self.jobs), len(self.idle))):
+            self.wake()
+
+    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None]) -> None:
+        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time."""
+        with self.lock:
+            driven = lane in self.lanes
+            self.lanes.setdefault(lane, collections.deque()).append(item)
+        if not driven:
+            self.put(self.drive, lane, job)
+
+    def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
+        waiting = self.lanes[lane]
+        try:
+            job([waiting.popleft() for _ in range(min(len(waiting), self.TOGETHER))])
+        finally:
+            with self.lock:
+                more = waiting or self.lanes.pop(lane)
+            if more:                                 # behind the others, if there are any
+                (self.share if self.jobs else self.put)(self.drive, lane, job)
+
+    def work(self) -> None:
+        own, turn = collections.deque(), threading.Lock()
+        self.own.put = lambda *job: own.append(job)
+        turn.acquire()
+        while (job := own.popleft() if own else self.next(turn)):
+            guarded(*job)
+
+    def next(self, turn: threading.Lock) -> Tuple[Any, ...]:
+        while True:
+            try:
+                return self.jobs.popleft()
+            except IndexError:
+                self.idle.append(turn)
+            if self.jobs:                            # put in just before, when this thread was not idle yet
+                self.wake()
+            turn.acquire()
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.share()
+        until = time.monotonic() + self.END_SECONDS
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def guarded(call: Callable[..., None], *args: Any) -> None:
+    """One request's trouble must end neither the loop nor a thread that others need."""
+    try:
+        call(*args)
+    except StorageFault as fault:
+        log(str(fault))
+    except CRASH:
+        log(f"error in {call}: {traceback.format_exc()}")
+
+
+def log(message: str) -> None:
+    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
+    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def give_back_memory() -> None:
+    """What was freed, glibc keeps until it is told; no other library knows the word."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def save_memory() -> None:
+    """What can be set only while nobody uses it. SQLite takes memory for 20 pages with each file it opens, and most
+    tenants have fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc gives each
+    thread a heap of its own, where what one has freed is of no use to the others (mallopt(3), M_ARENA_MAX)."""
+    if sys.platform == "linux" and threading.active_count() == 1:
+        with contextlib.suppress(OSError, AttributeError):
+            sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
+            sqlite.sqlite3_shutdown()
+            sqlite.sqlite3_config(7, None, 0, 0)
+            sqlite.sqlite3_initialize()
+            ctypes.CDLL(None).mallopt(-8, 1)
+
+
+# ==== 19. Streams ====================================================================================================
 # The broker. An open stream is a socket in the edge's loop and a place in a channel; it takes no thread and keeps no
 # Workspace awake. All streams that must show the same thing share a channel: when its topic is published, the Workspace
 # is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
@@ -2634,13 +2826,6 @@ class Channel:
     def __init__(self, watch: Watch) -> None:
         self.watch, self.streams, self.busy, self.stale = watch, set(), False, False
         self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
-
-
-GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
-
-
-def accepts_gzip(request: Request) -> bool:
-    return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
 class Stream(Held):
@@ -2721,7 +2906,7 @@ class Stream(Held):
         super().close()
 
 
-CONSOLE = "console"                                  # the id of what is watched and is no object (section 18)
+CONSOLE = "console"                                  # the id of what is watched and is no object (section 20)
 
 
 class Broker:
@@ -2892,7 +3077,7 @@ class Broker:
                 self.mark(channel)
 
 
-# ==== 18. Console ====================================================================================================
+# ==== 20. Console ====================================================================================================
 # The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
@@ -3097,7 +3282,7 @@ def clock(at: float, digits: int = 0) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.{digits}f}"[1:] if digits else "")
 
 
-# ==== 19. Snapshots ==================================================================================================
+# ==== 21. Snapshots ==================================================================================================
 # Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
 # when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
 
@@ -3225,7 +3410,7 @@ def snapshot_again(settings: Settings) -> None:
         shutil.rmtree(old)
 
 
-# ==== 20. Planes =====================================================================================================
+# ==== 22. Planes =====================================================================================================
 # One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate,
 # and brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a
 # node believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
@@ -3476,128 +3661,77 @@ def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] =
         store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
 
 
-# ==== 21. Edge =======================================================================================================
+# ==== 23. Figures ====================================================================================================
+# What a server did, for whoever runs it: a line in the access log for each answer, and numbers for Prometheus.
+
+def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
+    return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
+
+
+class Figures:
+    BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
+    TYPE = "text/plain; version=0.0.4; charset=utf-8"          # Prometheus' text format
+
+    def __init__(self, log: str) -> None:
+        """log: common, json or off."""
+        self.log, self.lock, self.date = log, threading.Lock(), ""
+        self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
+        self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
+        self.scribe = threading.Thread(target=self.write, daemon=True)
+
+    def count(self, method: str, request: Request, response: Response, seconds: float) -> None:
+        with self.lock:
+            self.statuses[response.status] += 1
+            self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+            self.seconds += seconds
+        if self.log != "off":
+            self.accesses.append(self.line(method, request, response.status, response.size, seconds))
+
+    def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
+        """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
+        path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
+        if self.log == "json":
+            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
+                               "status": status, "bytes": size, "seconds": round(seconds, 6)})
+        return f'{request.peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
+
+    def write(self) -> None:
+        """In a thread of its own, so that a reader of the log who is slow, or gone, keeps nobody waiting."""
+        while (lines := self.batches.get()):
+            with contextlib.suppress(OSError, ValueError):
+                print("\n".join(lines), flush=True)
+
+    def flush(self) -> None:
+        """Once a second."""
+        self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+        lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
+        if lines and self.batches.qsize() < 10:
+            self.batches.put(lines)
+
+    def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
+        """Families of figures, each with its name, its kind and its samples: these, and more."""
+        with self.lock:
+            counted = [*itertools.accumulate(self.durations)]
+            buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)}
+            own = (("requests_total", "counter", labelled("status", self.statuses)),
+                   ("request_seconds", "histogram", {**buckets, "_sum": self.seconds, "_count": counted[-1]}))
+        lines = []
+        for name, kind, samples in (*own, *more):
+            lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
+        return "".join(lines)
+
+    def close(self) -> None:
+        self.flush()
+        self.batches.put(None)
+        if self.scribe.is_alive():                   # not if the port was taken, and nothing began
+            self.scribe.join(0.5)
+
+
+# ==== 24. Edge =======================================================================================================
 # The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
 # for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
 # reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves
 # from the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
-
-class Pool:
-    """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
-    command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
-    thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
-    there are lanes: what must be done in order, and better together, waits in one."""
-    TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
-    END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
-
-    def __init__(self, size: int) -> None:
-        self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
-        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
-        for thread in self.threads:
-            thread.start()
-
-    def put(self, *job: Any) -> None:
-        """put(function, *args). No job at all ends one thread."""
-        getattr(self.own, "put", self.share)(*job)
-
-    def share(self, *job: Any) -> None:
-        """put(), for a job that whoever is free should do."""
-        self.jobs.append(job)
-        self.wake()
-
-    def wake(self) -> None:
-        try:
-            self.idle.pop().release()
-        except IndexError:                           # all are busy, and look at the line before they fall idle
-            return
-
-    def defer(self) -> None:
-        """What this thread puts in from now on wakes nobody before rouse(): whoever woke in the midst of its own work
-        would only contend with it for the interpreter."""
-        self.own.put = lambda *job: self.jobs.append(job)
-
-    def rouse(self) -> None:
-        for _ in range(min(len(self.jobs), len(self.idle))):
-            self.wake()
-
-    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None]) -> None:
-        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time."""
-        with self.lock:
-            driven = lane in self.lanes
-            self.lanes.setdefault(lane, collections.deque()).append(item)
-        if not driven:
-            self.put(self.drive, lane, job)
-
-    def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
-        waiting = self.lanes[lane]
-        try:
-            job([waiting.popleft() for _ in range(min(len(waiting), self.TOGETHER))])
-        finally:
-            with self.lock:
-                more = waiting or self.lanes.pop(lane)
-            if more:                                 # behind the others, if there are any
-                (self.share if self.jobs else self.put)(self.drive, lane, job)
-
-    def work(self) -> None:
-        own, turn = collections.deque(), threading.Lock()
-        self.own.put = lambda *job: own.append(job)
-        turn.acquire()
-        while (job := own.popleft() if own else self.next(turn)):
-            guarded(*job)
-
-    def next(self, turn: threading.Lock) -> Tuple[Any, ...]:
-        while True:
-            try:
-                return self.jobs.popleft()
-            except IndexError:
-                self.idle.append(turn)
-            if self.jobs:                            # put in just before, when this thread was not idle yet
-                self.wake()
-            turn.acquire()
-
-    def close(self) -> None:
-        for _ in self.threads:
-            self.share()
-        until = time.monotonic() + self.END_SECONDS
-        for thread in self.threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-
-def guarded(call: Callable[..., None], *args: Any) -> None:
-    """One request's trouble must end neither the loop nor a thread that others need."""
-    try:
-        call(*args)
-    except StorageFault as fault:
-        log(str(fault))
-    except CRASH:
-        log(f"error in {call}: {traceback.format_exc()}")
-
-
-def log(message: str) -> None:
-    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
-        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
-
-
-def give_back_memory() -> None:
-    """What was freed, glibc keeps until it is told; no other library knows the word."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def save_memory() -> None:
-    """What can be set only while nobody uses it. SQLite takes memory for 20 pages with each file it opens, and most
-    tenants have fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc gives each
-    thread a heap of its own, where what one has freed is of no use to the others (mallopt(3), M_ARENA_MAX)."""
-    if sys.platform == "linux" and threading.active_count() == 1:
-        with contextlib.suppress(OSError, AttributeError):
-            sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
-            sqlite.sqlite3_shutdown()
-            sqlite.sqlite3_config(7, None, 0, 0)
-            sqlite.sqlite3_initialize()
-            ctypes.CDLL(None).mallopt(-8, 1)
-
 
 LANE = re.compile(r"(?:(?i:https?)://[^/?]*)?(/w/[^/?]+)/(?!members\b)")
 
@@ -3708,7 +3842,7 @@ class Connection(Held):
         self.written() if sent == len(data) and self.keep else self.edge.call(self.wrote, data, sent)
 
     def encoded(self, reading: Reading, request: Request, response: Response) -> bytes:
-        self.edge.count(reading.method, request, response, time.perf_counter() - self.started)
+        self.edge.figures.count(reading.method, request, response, time.perf_counter() - self.started)
         self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
         return encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
 
@@ -3741,73 +3875,13 @@ class Connection(Held):
         self.busy, self.begun, self.keep = True, False, False
         request = Request("GET", "/", peer=self.peer)
         response = refused(request, no)
-        self.edge.count("-", request, response, 0.0)
+        self.edge.figures.count("-", request, response, 0.0)
         self.write(encode(request, response, False, False, self.edge.date))
 
     def tick(self, now: float) -> None:
         if (self.busy and not self.rest and not self.spare) or now < self.deadline:      # busy first: threads end it
             return
         self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
-
-
-REASONS = http.client.responses
-NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
-POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
-          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
-            "x-frame-options": "DENY", "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin"}
-STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"}
-NONCED = {"content-security-policy": POLICY % f" 'nonce-{NONCE}'"}
-
-
-@functools.lru_cache(maxsize=256)
-def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: bool) -> str:
-    """The part of a head that does not change from one answer to the next."""
-    special = STREAMING if live else NONCED if type == PAGE else {}
-    fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
-    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
-
-
-def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
-    """The bytes of an answer, to leave in one send."""
-    status, body, live, zipped = response.status, response.body, response.watch is not None, accepts_gzip(request)
-    head = head_of(status, response.type, response.headers, live)
-    if response.type == PAGE:
-        nonce = secrets.token_hex(16)
-        head, body = head.replace(NONCE, nonce, 1), body.replace(NONCE.encode(), nonce.encode(), 1)
-    if live:
-        body = first_frame(request, response.rendering, zipped)
-    else:
-        zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
-        body = gzipped(body) if zipped else body
-    length = f"content-length: {len(body)}\r\n" if not live and status not in (204, 304) else ""
-    coding = "content-encoding: gzip\r\nvary: accept-encoding\r\n" if zipped else ""
-    close = "" if keep else "connection: close\r\n"
-    return f"{head}date: {date}\r\n{length}{coding}{close}\r\n".encode("latin-1") + (b"" if head_only else body)
-
-
-def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
-    """The region, or a word that the page shows this very version already: it is live again."""
-    if request.headers.get("last-event-id") == rendering.etag:
-        return chunk(GZIP_HEAD + deflated(CURRENT) if zipped else CURRENT)
-    return chunk(GZIP_HEAD) + rendering.zipped if zipped else rendering.frame
-
-
-def gzipped(body: bytes) -> bytes:
-    squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return squeeze.compress(body) + squeeze.flush()
-
-
-def refused(request: Request, no: Refused) -> Response:
-    """A page for a browser's own navigation, a line of text for everybody else."""
-    if request.datastar or "text/html" not in request.headers.get("accept", ""):
-        return Response(no.status, f"{no.message}\n".encode("utf-8", "replace"), headers=no.headers)
-    if no.status == 401:
-        return login_form(local_path(request.path), problem=no.message, status=401)
-    body = template("error")(status=no.status, reason=REASONS.get(no.status, ""), message=no.message)
-    return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3835,7 +3909,6 @@ class Edge(ThreadingHTTPServer):
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
     DRAIN_SECONDS, TICK_SECONDS, BATCH_SECONDS, CALLS_SECONDS = 5.0, 1.0, 0.05, 0.002
     EAGER_SECONDS = 0.0001, 0.0005                   # with no job under way; with one, where there is a single core
-    BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
 
     def __init__(self, env: Env) -> None:
         self.env, self.settings = env, env.settings
@@ -3844,17 +3917,13 @@ class Edge(ThreadingHTTPServer):
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.eager, self.brisk = self.EAGER_SECONDS[:2 if cores == 1 else 1], False      # brisk: it pays just now
-        self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
         self.hosts = frozenset(["", "localhost", socket.gethostname().lower(), env.settings.host,
                                 *env.settings.allow_host])
         self.chores = ((give_back_memory, 5.0),
                        (lambda: self.broker.try_again(), 5.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
-        self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
-        self.scribe = threading.Thread(target=self.write_log, daemon=True)
-        self.counting = threading.Lock()
-        self.pool, self.broker = Pool(env.settings.threads), Broker(self)
+        self.pool, self.broker, self.figures = Pool(env.settings.threads), Broker(self), Figures(env.settings.log)
         self.alarms = Alarms(env.workspaces, self.pool.share)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
@@ -3877,7 +3946,7 @@ class Edge(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
-        self.scribe.start()
+        self.figures.scribe.start()
         self.pool.defer()
         self.pool.put(self.alarms.look)
         next_tick = 0.0
@@ -3943,8 +4012,8 @@ class Edge(ThreadingHTTPServer):
 
     def tick(self, now: float) -> None:
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
-        self.date, self.log_date = formatdate(usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        self.flush_log()
+        self.date = formatdate(usegmt=True)
+        self.figures.flush()
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
@@ -4050,35 +4119,6 @@ class Edge(ThreadingHTTPServer):
             return only_read(request) or self.metrics(request)
         return self.env.trace.follow(request, lambda request: self.env.front(request, self.env))
 
-    # -- figures
-
-    def count(self, method: str, request: Request, response: Response, seconds: float) -> None:
-        with self.counting:
-            self.statuses[response.status] += 1
-            self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
-            self.seconds += seconds
-        if self.settings.log != "off":
-            self.accesses.append(self.line(method, request, response.status, response.size, seconds))
-
-    def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
-        """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
-        path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
-        if self.settings.log == "json":
-            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
-                               "status": status, "bytes": size, "seconds": round(seconds, 6)})
-        return f'{request.peer or "-"} - - [{self.log_date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
-
-    def write_log(self) -> None:
-        """In a thread of its own, so that a reader of the log who is slow, or gone, keeps nobody waiting."""
-        while (lines := self.batches.get()):
-            with contextlib.suppress(OSError, ValueError):
-                print("\n".join(lines), flush=True)
-
-    def flush_log(self) -> None:
-        lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
-        if lines and self.batches.qsize() < 10:
-            self.batches.put(lines)
-
     def metrics(self, request: Request) -> Response:
         """Prometheus text format 0.0.4."""
         if not request.wait:                         # who may see them is asked of the Directory
@@ -4088,23 +4128,13 @@ class Edge(ThreadingHTTPServer):
                 or self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
             raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
                                "one.")
-        def label(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
-            return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
         verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
-        with self.counting:
-            counted = [*itertools.accumulate(self.durations)]
-            buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)}
-            families = (("requests_total", "counter", label("status", self.statuses)),
-                        ("request_seconds", "histogram", {**buckets, "_sum": self.seconds, "_count": counted[-1]}),
-                        ("gate_verdicts_total", "counter", label("verdict", verdicts)),
-                        ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
-                        ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
-                        ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
-                        ("frames_total", "counter", label("result", self.broker.frames)))
-        lines = []
-        for name, kind, samples in families:
-            lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
-        return Response(200, "".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return Response(200, self.figures.text(
+            ("gate_verdicts_total", "counter", labelled("verdict", verdicts)),
+            ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
+            ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
+            ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
+            ("frames_total", "counter", labelled("result", self.broker.frames))).encode(), Figures.TYPE)
 
     # -- the end
 
@@ -4131,17 +4161,14 @@ class Edge(ThreadingHTTPServer):
     def server_close(self) -> None:
         """After serve_forever: end the threads, move every WAL into its file."""
         self.pool.close()
-        self.flush_log()
-        self.batches.put(None)
-        if self.scribe.is_alive():                   # not if the port was taken, and nothing began
-            self.scribe.join(0.5)
+        self.figures.close()
         self.env.workspaces.rest(idle=-1)
         self.env.directory.namespace.rest(idle=-1)
         for held in (*self.held, self.socket, self.selector, self.waker, self.woken):
             held.close()
 
 
-# ==== 22. Composition ================================================================================================
+# ==== 25. Composition ================================================================================================
 # Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
 
 def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
@@ -4279,7 +4306,7 @@ def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
-# ==== 23. Administration =============================================================================================
+# ==== 26. Administration =============================================================================================
 # What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
 # server looks each second whether another one wrote to the Directory.
 
@@ -4733,7 +4760,7 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
           "nodes, copy secret.key to them before that")
 
 
-# ==== 24. Command line ===============================================================================================
+# ==== 27. Command line ===============================================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
 
 def size(text: str) -> int:
