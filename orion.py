@@ -3194,6 +3194,7 @@ class Console:
         for id in ids:
             slept = id not in self.env.workspaces.objects
             facts[id] = facts_of(self.env.workspaces.get(id))
+            self.stale |= facts[id]["count"] == "busy"         # then it is asked again
             woken = self.env.workspaces.objects.get(id)
             if slept and woken:
                 woken.sleep(time.monotonic())

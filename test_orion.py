@@ -2968,6 +2968,7 @@ def test_a_workspace_that_is_busy_holds_up_neither_the_console_nor_a_probe(serve
         assert "busy</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
         assert "The gate lets bob into acme" in probe(bob, "acme")
         assert bob.post("/console/retry", workspace="acme").status == 503
+    eventually(lambda: bob.get("/console").text.count("<td>3</td><td></td></tr>") == 3)
 
 
 def test_the_console_pages_through_many_workspaces(server):
