@@ -215,6 +215,12 @@ class Ear:
         self.socket.close()
 
 
+def at_rest(server):
+    """Wait until each stream has joined its channel, and what is watched there was read and shown."""
+    channels = lambda: [held.channel for held in [*server.edge.held] if type(held) is orion.Stream]
+    eventually(lambda: not [channel for channel in channels() if channel is None or channel.busy])
+
+
 def raw(server, data, half_close=False):
     """What comes back for these bytes until the server closes or says no more for a moment: (bytes, closed)."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
@@ -1984,7 +1990,7 @@ def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_o
     broker, at_work, most, done = server.edge.broker, [], [], []
     ears = [Ear(Person(server, "bob"), f"/w/acme/todos/live?pages={n}") for n in range(2, 12)]
     [ear.event() for ear in ears]
-    eventually(lambda: not [one for of in broker.channels.values() for one in of.values() if one.busy])
+    at_rest(server)
     refresh, id = broker.refresh, server.env.workspaces.id_from_name("acme")
 
     def counted(channel):
@@ -2005,8 +2011,9 @@ def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_o
 def test_what_changes_nobodys_role_wakes_nobody_who_is_watched(server):
     ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
     ear.event()
+    at_rest(server)
     asked = server.directory().verdicts.copy()
-    server.env.workspaces.rest(idle=-1)
+    eventually(lambda: server.env.workspaces.rest(idle=-1) or not server.env.workspaces.objects)
     server.edge.broker.regate("")
     eventually(lambda: server.directory().verdicts != asked and not server.edge.pool.lanes)
     assert not server.env.workspaces.objects
@@ -2036,7 +2043,7 @@ def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch, capf
     ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
     ear.event()
     broken = orion.StorageFault(pathlib.Path("acme.db"), sqlite3.OperationalError("disk I/O error"))
-    eventually(lambda: not [one for of in server.edge.broker.channels.values() for one in of.values() if one.busy])
+    at_rest(server)
     reading, failures = orion.Stub.fetch, []
 
     def fails(stub, request):
@@ -2064,7 +2071,7 @@ def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(s
     bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
     bobs = Ear(bob, "/w/acme/todos/live")
     bobs.event()
-    eventually(lambda: not [one for of in server.edge.broker.channels.values() for one in of.values() if one.busy])
+    at_rest(server)
     reading, read, go = orion.Stub.fetch, threading.Event(), threading.Event()
 
     def slow(stub, request):
