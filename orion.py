@@ -3302,8 +3302,10 @@ def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
     os.replace(part, target)
     if fcntl:                                        # POSIX, where the name is durable when its folder is
         folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -3311,7 +3313,8 @@ def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Where a file, or a folder, is made that will be target. What breaks off is removed, or a full disk would be
     fuller after each try."""
     def remove() -> None:
-        part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+        for left in (part, part.with_name(f"{part.name}-journal")):
+            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
     part = beside(target, "part")
     remove()
     try:

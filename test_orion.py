@@ -3204,6 +3204,14 @@ def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
     assert not list(tmp_path.glob("copy*")) + list(tmp_path.glob("snapshot*"))
 
 
+def test_what_breaks_off_leaves_nothing_beside_its_target(tmp_path):
+    with pytest.raises(OSError), orion.in_the_making(tmp_path / "copy.db") as part:
+        for path in (part, part.with_name("copy.db.part-journal")):
+            path.write_bytes(b"some of it")
+        raise OSError("the disk is full")
+    assert not list(tmp_path.iterdir())
+
+
 def test_snapshots_are_made_while_it_runs_share_what_did_not_change_and_the_oldest_go(start):
     server = start(backup_every=0.1, keep=2)
     folder = server.env.settings.data / "backups"
