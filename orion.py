@@ -3160,7 +3160,8 @@ class Console:
                 403: f"Refused at the gate: {account} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
         proof = "No workspace was contacted; only these store calls were made:"
         if verdict == 200:
-            proof = "It was contacted with the verdict: role {x-role}, grants {x-grants}.".format(**trip.legs[0].said)
+            how = "It was contacted" if trip.legs[1:] else "It is busy just now, and would be contacted"
+            proof = f"{how} with the verdict: role {{x-role}}, grants {{x-grants}}.".format(**trip.legs[0].said)
         result = template("console.probe")(
             kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
             proof="".join([f"Requests to {name}: {before[id]} before, {served[id]} after. " for id in names]) + proof,
@@ -3626,8 +3627,10 @@ def node_errand(request: Request, env: Env) -> Response:
     if not request.wait:
         raise WouldBlock
     id, what = request.path.split("/")[2:4]
-    if what in ("_counts", "_retry"):
-        return env.workspaces.get(id).fetch(request._replace(path=f"/{what}"))
+    if what == "_counts":
+        return as_json(facts_of(env.workspaces.get(id)))
+    if what == "_retry":
+        return env.workspaces.get(id).fetch(Request("POST", "/_retry", wait=LOOK_SECONDS))
     said = do_errand(env, id, what, request.method, request.query, request.body)
     return Response(200, said, "application/octet-stream")
 
@@ -3740,7 +3743,6 @@ class Figures:
 LANE = re.compile(r"(?:(?i:https?)://[^/?]*)?(/w/[^/?]+)/(?!members\b)")
 
 
-@functools.lru_cache(maxsize=1024)
 def lane_of(target: str) -> str:
     """Where a request for a workspace's own object waits, however its address is written; "": it waits for another."""
     found = LANE.match(urllib.parse.unquote(target))

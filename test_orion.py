@@ -3445,6 +3445,14 @@ def test_an_errand_is_believed_with_the_body_it_was_sealed_with_alone(fleet):
     assert [Person(node).ask("POST", f"{path}?at=0", body, x_verdict=seal).status for body in (b"somebody's", b"the directory's")] == [403, 200]
 
 
+def test_a_workspace_that_is_busy_on_its_node_hides_no_other_from_the_home_page(fleet):
+    node, bob = fleet.nodes[0], Person(fleet.directory)
+    bob.headers["Cookie"], name, _ = fleet.cookie("bob"), fleet.found(on=node), fleet.found(on=node)
+    with node.env.workspaces.wake(node.env.workspaces.id_from_name(name)).turn:
+        text = bob.get("/").text
+    assert text.count('<span class="count">busy</span>') == 1 and "0 open" in text and "can&#x27;t" not in text
+
+
 def test_a_node_writes_nothing_for_a_page_of_another_site(fleet):
     node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
     said = {**verdict_of(fleet, fleet.cookie("bob"), name), "Content-Type": "application/json"}
