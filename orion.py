@@ -943,12 +943,16 @@ class DurableObject:
         return store is not None and not store.intact()
 
     def shut(self) -> None:
-        if self.torn:                                # it gets what it lacks: who takes its place must find no WAL of it
+        torn = self.torn
+        if torn:                                     # it gets what it lacks: who takes its place must find no WAL of it
             with contextlib.suppress(sqlite3.Error):
                 self.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
+        if torn and self.namespace.path(self.id).exists():     # whatever was watched, another file says it now
+            for listener in self.namespace.listeners:
+                listener(self.id, "")
 
 
 def mark_of(id: str) -> int:
@@ -2925,12 +2929,12 @@ class Broker:
         self.failed = set()                                    # channels whose object could not be asked
 
     def published(self, id: str, topic: str) -> None:
-        """Called by an object right after a commit."""
+        """Called by an object right after a commit. topic "": all of it."""
         if topic.startswith("access:"):
             self.changed = time.monotonic()
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
-            if channel.watch.topic == topic:
+            if topic in ("", channel.watch.topic):
                 self.mark(channel)
 
     def mark(self, channel: Channel) -> None:

@@ -2923,9 +2923,20 @@ def test_a_stream_that_closed_while_the_gate_was_asked_for_it_is_not_taken_up_ag
     watch = stream.channel.watch
     ear.close()
     eventually(lambda: not server.edge.broker.channels)
-    server.edge.call(server.edge.broker.rejoin, stream, watch)
+    server.edge.call(server.edge.broker.rejoin, stream, orion.Response(200, watch=watch, which="bob"), None)
     server.edge.call(done.set)
-    assert done.wait(PATIENCE) and not server.edge.broker.channels
+    assert done.wait(PATIENCE) and not server.edge.broker.channels and not capfd.readouterr().err
+
+
+def test_who_watches_sees_the_file_that_took_the_place_of_another(server, tmp_path):
+    ear, path = Ear(Person(server, "bob"), "/w/acme/todos/live"), server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+    ear.event()
+    at_rest(server)
+    orion.copy_database(path, tmp_path / "copy.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy, copy:
+        copy.execute("INSERT INTO todos (title) VALUES ('From the other file')")
+    os.replace(tmp_path / "copy.db", path)
+    assert ear.until_it_says("From the other file")
 
 
 def test_a_sleeping_workspace_keeps_its_streams_and_wakes_for_a_command(start):
