@@ -2832,6 +2832,11 @@ class Channel:
         self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
 
 
+def viewer_of(live: Response) -> Dict[str, str]:
+    """Whom a live answer is for, in the words of a verdict."""
+    return {**live.watch.request.headers, "x-account": live.which}
+
+
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
     __slots__ = ("again", "account", "viewer", "zipped", "channel", "seen", "here", "latest", "beat")
@@ -2842,7 +2847,7 @@ class Stream(Held):
         cookie = {"cookie": request.headers.get("cookie", "")}
         self.again = Request("GET", request.path, request.query, cookie, wait=LOOK_SECONDS, scheme=request.scheme)
         self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
-        self.viewer = response.watch.request.headers           # the verdict, without the account
+        self.viewer = viewer_of(response)            # as the last verdict said
         self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
@@ -3031,27 +3036,33 @@ class Broker:
 
     def gate_again(self, those: List[Any]) -> None:
         """In the pool."""
+        busy = set()                                 # workspaces that were waited for once, in vain
         for held in [*self.edge.held]:
-            if type(held) is Stream and not {held, held.account, ""}.isdisjoint(those):
-                guarded(self.ask_again, held)
+            if type(held) is Stream and not {held, held.viewer["x-account"], ""}.isdisjoint(those):
+                guarded(self.ask_again, held, busy)
 
-    def ask_again(self, stream: Stream) -> None:
+    def ask_again(self, stream: Stream, busy: set) -> None:
         """The right ones stay, and wake nobody; a changed role sees what it may now; who may no longer look is told."""
         try:
-            verdict, whole = admit(stream.again, self.edge.env), None
-            said = {**dict(verdict.headers), "x-account": ""} if verdict else {}
-            if said and all([said.get(name, "") == value for name, value in stream.viewer.items()]):
+            verdict = admit(stream.again, self.edge.env)
+            said, before = dict(verdict.headers) if verdict else {}, stream.viewer
+            if said and all([said.get(name, "") == value for name, value in before.items()]):
                 return
-            watch = heed(verdict, stream.again, self.edge.env).watch
-            if watch and watch.request.headers != stream.viewer:       # the page around the region is for a role, too
+            if "x-id" in said and said.get("x-node", "") != before["x-node"]:
+                return self.edge.call(stream.close)  # the workspace has moved; the client comes back, and goes there
+            if said.get("x-id", "") in busy:
+                raise WouldBlock
+            answer, whole = heed(verdict, stream.again, self.edge.env), None
+            if viewer_of(answer) != before:          # the page around the region is for a viewer, too
                 around = stream.again._replace(path=stream.again.path.removesuffix("/live"))
                 page = heed(verdict, around, self.edge.env)
                 whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
-                stream.viewer = watch.request.headers
-            self.edge.call(self.rejoin, stream, watch, whole)
+            stream.viewer = viewer_of(answer)
+            self.edge.call(self.rejoin, stream, answer, whole)
         except Refused as no:
             self.edge.call(stream.end, no.status)
         except WouldBlock:
+            busy.add(stream.viewer.get("x-id"))
             self.regate(stream)                      # behind the others
         except CRASH:
             self.edge.call(stream.close)             # its client comes back, and hears more
@@ -3063,10 +3074,12 @@ class Broker:
         if time.monotonic() < self.changed + SEALED_SECONDS:
             self.regate(stream)
 
-    def rejoin(self, stream: Stream, watch: Optional[Watch], whole: Optional[Rendering]) -> None:
-        if stream.channel and watch:                           # it is still open
+    def rejoin(self, stream: Stream, answer: Response, whole: Optional[Rendering]) -> None:
+        if stream.channel:                                     # it is still open
+            self.leave(stream)
+            stream.account = answer.which            # a masquerade begins, or ends
             stream.show_page(whole) if whole else None
-            self.join(stream, watch)
+            self.join(stream, answer.watch)
 
     def look_elsewhere(self) -> None:
         """In the pool: has another process, say the command line, changed the Directory?"""

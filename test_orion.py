@@ -1958,7 +1958,7 @@ def test_a_stream_is_held_when_it_is_whole(server):
 def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, monkeypatch):
     broker, at_work, first, go = server.edge.broker, [], threading.Event(), threading.Event()
 
-    def asks(stream):
+    def asks(stream, busy):
         at_work.append(len(at_work) - at_work.count("done") * 2)
         first.set()
         assert go.wait(PATIENCE)
@@ -1979,11 +1979,35 @@ def test_a_workspace_that_is_busy_does_not_hold_up_verdicts_about_the_streams_of
     acmes.event(), globexs.event()
     with server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")).turn:
         server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'bob'")
-        monkeypatch.setattr(server.edge.broker, "ask_again", lambda stream: asked.append(stream) or ask_again(stream))
+        monkeypatch.setattr(server.edge.broker, "ask_again", lambda *call: asked.append(call) or ask_again(*call))
         server.edge.broker.regate("bob")
         assert globexs.until_it_says("disabled")
         eventually(lambda: len(asked) > 2)           # the one that is busy, once more
     assert acmes.until_it_says("disabled")
+
+
+def test_however_many_streams_of_a_busy_workspace_are_asked_again_it_is_waited_for_once(server, monkeypatch):
+    ears = [Ear(Person(server, "carol"), "/w/acme/todos/live") for _ in range(5)]
+    [ear.event() for ear in ears]
+    at_rest(server)
+    server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'carol'")
+    heed, heeded, later = orion.heed, [], []
+    monkeypatch.setattr(orion, "heed", lambda *call: heeded.append(call) or heed(*call))
+    monkeypatch.setattr(server.edge.broker, "regate", later.append)
+    with server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")).turn:
+        server.edge.broker.gate_again(["carol"])
+    assert len(heeded) == 1 and len(later) == 5
+
+
+def test_a_stream_whose_workspace_is_on_another_node_now_is_closed(server, monkeypatch):
+    ear, admit = Ear(Person(server, "bob"), "/w/acme/todos/live"), orion.admit
+    ear.event()
+    moved = lambda *call: (lambda verdict: verdict._replace(headers=(*verdict.headers, ("x-node", "10.0.0.2:80"))))(admit(*call))
+    monkeypatch.setattr(orion, "admit", moved)
+    server.edge.broker.regate("bob")
+    with pytest.raises(EOFError):
+        while ear.event():
+            pass
 
 
 def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_others(server, monkeypatch):
@@ -2033,10 +2057,10 @@ def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatc
         return orion.Response(200, headers=tuple(verdicts[len(asked) - 1].items()))
     monkeypatch.setattr(orion, "admit", admit)
     monkeypatch.setattr(server.edge.broker, "rejoin", lambda *call: shown.append(call))
-    server.edge.broker.ask_again(stream)
+    server.edge.broker.ask_again(stream, set())
     eventually(lambda: shown)
-    (_, watch, whole), = shown
-    assert "todos:write" in watch.request.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
+    (_, answer, whole), = shown
+    assert "todos:write" in answer.watch.request.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
 
 
 def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch, capfd):
@@ -2916,7 +2940,7 @@ def test_a_thousand_connects_and_disconnects_leave_nothing_behind(server):
     assert descriptors() <= before + 1 and threading.active_count() == threads
 
 
-def test_a_stream_that_closed_while_the_gate_was_asked_for_it_is_not_taken_up_again(server):
+def test_a_stream_that_closed_while_the_gate_was_asked_for_it_is_not_taken_up_again(server, capfd):
     ear, done = Ear(Person(server, "bob"), "/w/acme/todos/live"), threading.Event()
     eventually(lambda: server.edge.broker.channels)
     stream, = [held for held in [*server.edge.held] if type(held) is orion.Stream]
@@ -3094,6 +3118,28 @@ def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
     assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
     assert ops.post("/masquerade/end", form={}).status == 303
     assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
+
+
+@cases("ending, seen", [("logout", "You are signed out"), ("end", "disabled"), ("time", "disabled"), ("expelled", "no longer")])
+def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside, ending, seen):
+    ops, ann = outside.sign_in("ops", datastar=True), outside.sign_in("ann", datastar=True)
+    ann.post("/w/acme/todos", title="x"), ann.post("/w/acme/members", account="ops", role="viewer")
+    ear = Ear(ops, "/w/acme/todos/live")
+    ear.event()
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    while "disabled" in (ear.event() or "disabled"):
+        pass
+    eventually(lambda: +outside.edge.broker.accounts == {"ann": 1})
+    if ending == "logout":
+        ops.post("/logout", form={})
+    if ending == "end":
+        ops.post("/masquerade/end", form={})
+    if ending == "time":
+        outside.write("UPDATE masquerades SET until = 1")
+    if ending == "expelled":
+        outside.write("UPDATE memberships SET role = 'owner' WHERE account = 'ops'")       # ann is not the last one
+        ann.delete("/w/acme/members/ann")
+    ear.until_it_says(seen)
 
 
 def test_an_operator_who_asks_for_it_writes_in_the_name_of_both(outside):
