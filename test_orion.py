@@ -3946,6 +3946,7 @@ def hits(server):
 
 
 def test_commands_that_wait_for_one_workspace_share_a_commit(server):
+    server.edge.BATCH_SECONDS = PATIENCE             # a slow machine must not close one earlier
     with busy(server, "acme") as one:
         commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 70
