@@ -814,6 +814,7 @@ class DurableObject:
     schema: Sequence[Tuple[str, Sequence[str]]]
     handle: Callable[[Request], Response]
     STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
+    VAIN_SECONDS = 0.25                              # in which all who stand in line have their turn
 
     def __init__(self, id: str, namespace: Namespace) -> None:
         self.id, self.namespace = id, namespace
@@ -821,6 +822,7 @@ class DurableObject:
         self.asleep, self.used = False, time.monotonic()
         self.store: Optional[Store] = None
         self.batch: Optional[Batch] = None           # whose transaction is open
+        self.vain = 0.0, ""                          # until when none is begun, for one could not be; and why
 
     def fetch(self, request: Request) -> Response:
         """Answer one request; a command is durable then, or when its batch is closed. WouldBlock: it may not wait."""
@@ -900,13 +902,21 @@ class DurableObject:
         batch.size += 1
 
     def begin(self) -> None:
-        """A transaction in the file that is at the path: nobody takes it away while we have its write lock."""
-        self.store.begin()
-        while self.torn:
-            self.store.exec("ROLLBACK")
-            self.shut()
-            self.open()
+        """A transaction in the file that is at the path: nobody takes it away while we have its write lock. Who waited
+        in vain for another process to give that up did so for all who stand in line."""
+        until, why = self.vain
+        if time.monotonic() < until:
+            raise sqlite3.OperationalError(why)
+        try:
             self.store.begin()
+            while self.torn:
+                self.store.exec("ROLLBACK")
+                self.shut()
+                self.open()
+                self.store.begin()
+        except sqlite3.OperationalError as error:
+            self.vain = time.monotonic() + self.VAIN_SECONDS, str(error)
+            raise
 
     def commit(self) -> None:
         """What is open, if anything is. An error is for those whose batch it was."""
