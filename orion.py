@@ -770,6 +770,9 @@ class StorageFault(Exception):
                 "locked": "another process holds it: end that one",
                 "interrupted": "a statement ran too long: give it an index, or ask for less",
                 "readonly": "make the file and its folder writable",
+                "unable to open": "make the file and its folder readable, and let the process have more descriptors",
+                "I/O": "see what the system's log says of the disk",
+                "constraint": "a slice left it to the commit to find that; have it looked for before",
                 "": "restore it from a backup: orion.py check says what is wrong, restore brings it back"}
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
@@ -778,6 +781,13 @@ class StorageFault(Exception):
         self.refusal = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
         if word == "full":
             self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
+
+    @classmethod
+    def is_behind(cls, error: Exception) -> bool:
+        """Is it the file, and not a statement that asks for what can't be: a constraint, a name, a value?"""
+        if isinstance(error, sqlite3.OperationalError):
+            return any([word in str(error) for word in cls.REMEDIES if word])
+        return type(error) in (sqlite3.DatabaseError, MigrationError)
 
 
 class Asleep(Exception):
@@ -838,6 +848,8 @@ class DurableObject:
                 self.open()
             return self.read(request) if request.method in SAFE else self.command(request)
         except (sqlite3.Error, MigrationError) as error:
+            if not StorageFault.is_behind(error):
+                raise
             raise StorageFault(self.namespace.path(self.id), error) from error
         finally:
             self.turn.release()

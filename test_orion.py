@@ -746,7 +746,7 @@ def test_a_commit_that_fails_is_a_no_for_all_who_shared_it_and_for_nobody_after(
     with pytest.raises(orion.StorageFault):
         batch.close()
     assert fetch(orion.Request("GET", "/")).body == b"0"
-    with pytest.raises(orion.StorageFault):          # alone
+    with pytest.raises(sqlite3.IntegrityError):      # alone
         fetch(orion.Request("POST", "/2"))
     assert fetch(orion.Request("POST", "/1", batch=batch)).body == b"1" and batch.settled
     ledgers.rest(idle=-1)
@@ -970,6 +970,24 @@ def test_a_statement_that_runs_too_long_is_interrupted(start, monkeypatch):
     server = start((orion.todos, slow))
     bob = Person(server, "bob")
     assert bob.get("/w/acme/slow").status == 503 and bob.get("/w/acme/todos").status == 200
+
+
+@cases("sql, args, why", [
+    ("INSERT INTO mine VALUES (1), (1)", (), "UNIQUE constraint failed: mine.n"), ("INSERT INTO mine VALUES (-1)", (), "CHECK constraint failed"),
+    ("INSERT INTO mine VALUES", (), "incomplete input"), ("SELECT m FROM mine", (), "no such column: m"), ("SELECT * FROM yours", (), "no such table: yours"),
+    ("INSERT INTO mine VALUES (?)", (), "Incorrect number of bindings"), ("INSERT INTO mine VALUES (?)", ({},), "Error binding parameter"),
+    ("INSERT INTO mine VALUES (?)", (2 ** 70,), "OverflowError"), ("SELECT 1; SELECT 2", (), "one statement at a time"), ("SELECT abs(?)", (-2 ** 63,), "integer overflow")])
+def test_a_statement_that_asks_for_what_can_not_be_is_the_slices_mistake_and_no_fault_of_the_file(start, capfd, sql, args, why):
+    def run(ctx):
+        ctx.store.exec("INSERT INTO mine VALUES (2)")
+        ctx.store.exec(sql, *args)
+    wrong = orion.Slice("wrong", ("CREATE TABLE mine (n UNIQUE CHECK (n > 0))",), routes=(orion.Route("POST", "/wrong", "todos:write", run),))
+    server = start((orion.todos, wrong))
+    assert Person(server, "bob").post("/w/acme/wrong").status == 500
+    said = "".join(iter(lambda: capfd.readouterr().err, ""))
+    assert why in said and "in run" in said and "backup" not in said
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT count(*) FROM mine").fetchone() == (0,)
 
 
 # ==== 9. Jobs ========================================================================================================
