@@ -3320,7 +3320,7 @@ def variant_of(params: Dict[str, str]) -> str:
 
 def clock(at: float, digits: int = 0) -> str:
     """The time of day of a time stamp, with digits of a second."""
-    return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.{digits}f}"[1:] if digits else "")
+    return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.9f}"[1:digits + 2] if digits else "")
 
 
 # ==== 21. Snapshots ==================================================================================================

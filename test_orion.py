@@ -3216,6 +3216,10 @@ def test_nobody_but_an_operator_looks_on_as_others(outside):
     assert outside.sign_in("ops").post("/masquerade", form={"account": "nobody"}).status == 404
 
 
+def test_a_moment_just_before_a_second_is_not_shown_a_second_early():
+    assert orion.clock(59.9996, 3).endswith(":59.999") and orion.clock(60.25, 3).endswith(":00.250") and orion.clock(59.9).endswith(":59")
+
+
 def test_the_footer_tells_the_truth_about_a_page(server):
     bob = Person(server, "bob")
     bob.post("/w/acme/todos", title="x")
