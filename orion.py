@@ -2389,7 +2389,7 @@ def asset(request: Request) -> Response:
     return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
 
 
-LOOK_SECONDS = 0.2                                   # for which a look at many workspaces waits for one that is busy
+LOOK_SECONDS = 0.2                                   # for which the server's own questions wait for a busy workspace
 
 
 def facts_of(workspace: Stub) -> Dict[str, Any]:
