@@ -5039,7 +5039,8 @@ def test_a_title_is_edited_in_place(site, windows):
     bob, carol = site.at("bob", windows[0]), site.at("carol", windows[1])
     bob.click("#todo-2 textarea")
     bob.press("Control+a", "N", "e", "w", "Enter")
-    carol.wait("document.querySelector('#todo-2 span').textContent === 'New'")
+    for window in (bob, carol):
+        window.wait("document.querySelector('#todo-2 span').textContent === 'New'")
     bob.click("#todo-2 textarea")
     bob.press("x", "Escape")
     assert bob.js("return document.querySelector('#todo-2 textarea').value") == "New"
