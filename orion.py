@@ -142,6 +142,9 @@ def escape(value: Any) -> Html:
     return value if type(value) in (Html, int) else Html(html.escape(str(value)))
 
 
+HOLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
+
+
 class Template:
     """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line like
     `<!-- row -->` is its part row. In the hole {{row}} a dict, or a row of a store, stands for that part, where the
@@ -150,13 +153,16 @@ class Template:
 
     def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
         text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
-        self.format = re.sub(r"\{\{(\w+)\}\}", r"%(\1)s", text.rstrip("\n").replace("%", "%%"))
-        self.holes = {*re.findall(r"\{\{(\w+)\}\}", text)}
+        self.format = HOLE.sub(r"%(\1)s", text.rstrip("\n").replace("%", "%%"))
+        self.holes = {*HOLE.findall(text)}
         self.parts = {} if parts is None else parts
         self.parts.update({name: Template(part, self.parts) for name, part in zip(pieces[::2], pieces[1::2])})
 
     def __call__(self, **values: Any) -> Html:
-        return Html(self.filled(values))
+        try:
+            return Html(self.filled(values))
+        except KeyError as name:
+            raise KeyError(f"nothing fills the hole {name}, or there is no such part in this template") from name
 
     def filled(self, values: Dict[str, Any]) -> str:
         return self.format % {name: html.escape(value) if type(value := values[name]) is str else
@@ -235,6 +241,18 @@ class Response(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.rendering.frame if self.rendering else self.body)
+
+
+NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
+
+
+def sound(response: Any) -> Response:
+    """response, if it can be sent. TypeError, ValueError: it can't."""
+    if type(response) is not Response or type(response.body) is not bytes:
+        raise TypeError(f"an answer is a Response with bytes for a body, such as done(ctx), and not {response!r:.200}")
+    if any([NO_VALUE.search(value) for _, value in response.headers]):
+        raise ValueError(f"a character that no header value can have, in {response.headers!r:.200}")
+    return response
 
 
 class Refused(Exception):
@@ -540,8 +558,10 @@ NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3
                 sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
 ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_TRANSACTION,
               sqlite3.SQLITE_SAVEPOINT}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE,
-        sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE, *WRITES}
+REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent
+                FROM sqlite_master AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
 
 
 class Store:
@@ -645,21 +665,37 @@ class Store:
             self.judged(slice, sql)
         except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
             raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
-        return " ".join(self.tables() - known)
+        made, owners = self.tables() - known, {table.lower(): owner for table, owner in self.owners().items()}
+        for child, parent in self.query(REFERENCES):
+            if owners.get(child, slice) != owners.get(parent, slice):
+                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers to table {parent!r} of "
+                                     f"slice {owners[parent]!r}, which could not delete a row of it any more")
+        if any([re.search(r"\s", table) for table in made]):
+            raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in the name of a table")
+        return " ".join(made)
 
-    def judged(self, slice: str, sql: str, *args: Any, rows_only: bool = False) -> None:
-        """Execute sql. PermissionError: it touches another slice's table, or more than tables; or, with rows_only, more
-        than rows. SQLite itself is the judge of what a statement touches (sqlite.org/c3ref/set_authorizer.html)."""
-        ran, foreign = self.query("SELECT slice, tables FROM _migrations"), []
-        owners = {table: row["slice"] for row in ran for table in row["tables"].split()}
-        if not rows_only:
+    def owners(self) -> Dict[str, str]:
+        """Whose each table is."""
+        ran = self.query("SELECT slice, tables FROM _migrations")
+        return {table: row["slice"] for row in ran for table in row["tables"].split()}
+
+    def judged(self, slice: str, sql: str, *args: Any, writes: Optional[bool] = None) -> None:
+        """Execute sql; writes: may it write rows? None: it is a migration, and may do more. PermissionError: it does
+        what it may not, or touches another slice's table. SQLite itself is the judge of what a statement touches
+        (sqlite.org/c3ref/set_authorizer.html)."""
+        owners, foreign = self.owners(), []
+        if writes is None:
             owners.pop("sqlite_sequence", None)      # a line in it goes with each table whose ids are given once
 
         def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
             table = second if action in NAMED_SECOND else first
-            owner = "orion" if table == "_migrations" or action in ORIONS_OWN else owners.get(table, slice)
-            if rows_only and action not in ROWS:
+            owner = "orion" if table == "_migrations" else owners.get(table, slice)
+            if writes is False and action in WRITES:
+                foreign.append("writes, which only a command or a job may")
+            elif writes is not None and action not in ROWS:
                 foreign.append("does more than read and write rows, which is for migrations")
+            elif action in ORIONS_OWN:
+                foreign.append("uses PRAGMA, ATTACH or a transaction, as virtual tables do too; no slice may")
             elif owner != slice:
                 foreign.append(f"touches table {table!r} of slice {owner!r}; ask for what that slice exports")
             return sqlite3.SQLITE_DENY if foreign else sqlite3.SQLITE_OK
@@ -698,30 +734,31 @@ class Borders:
         for slice, entries in schema:
             self.empty.migrate(slice, entries)
 
-    def check(self, slice: str, sql: str, args: Sequence[Any]) -> None:
-        """PermissionError: sql leaves the slice's tables, or would change one itself."""
-        if (slice, sql) in self.passed:
+    def check(self, slice: str, writes: bool, sql: str, args: Sequence[Any]) -> None:
+        """PermissionError: sql leaves the slice's tables, would change one itself, or writes where it may not."""
+        if (slice, writes, sql) in self.passed:
             return
         with self.lock:
             try:
-                self.empty.judged(slice, f"EXPLAIN {sql}", *args, rows_only=True)
+                self.empty.judged(slice, f"EXPLAIN {sql}", *args, writes=writes)
             except PermissionError as error:
                 raise PermissionError(f"slice {slice!r} {error}: {sql}") from error
             if len(self.passed) > 10_000:            # somebody makes SQL from values, instead of passing them
                 self.passed.clear()
-            self.passed.add((slice, sql))
+            self.passed.add((slice, writes, sql))
 
 
 class Part:
-    """A store as one slice sees it: the same methods, and no table but its own."""
-    __slots__ = ("store", "slice", "check", "cursor", "tx")
+    """A store as one slice sees it: the same methods, and no table but its own; one that only reads, or writes too."""
+    __slots__ = ("store", "slice", "writes", "check", "cursor", "tx")
     query, one, exec = Store.query, Store.one, Store.exec            # by way of call
 
-    def __init__(self, store: Store, slice: str, borders: Borders) -> None:
-        self.store, self.slice, self.check, self.cursor, self.tx = store, slice, borders.check, store.cursor, store.tx
+    def __init__(self, store: Store, slice: str, borders: Borders, writes: bool) -> None:
+        self.store, self.slice, self.writes, self.check = store, slice, writes, borders.check
+        self.cursor, self.tx = store.cursor, store.tx
 
     def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
-        self.check(self.slice, sql, args)
+        self.check(self.slice, self.writes, sql, args)
         return self.store.call(sql, args)
 
 
@@ -766,7 +803,8 @@ class Bus:
 class StorageFault(Exception):
     """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
     client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
-    REMEDIES = {"full": "make room on the disk, or raise the quota",
+    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, and it is tried again",
+                "full": "make room on the disk, or raise the quota",
                 "locked": "another process holds it: end that one",
                 "interrupted": "a statement ran too long: give it an index, or ask for less",
                 "readonly": "make the file and its folder writable",
@@ -1102,6 +1140,20 @@ JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT N
 CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
 
 
+def log(message: str) -> None:
+    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
+    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def log_error(where: str, error: BaseException) -> None:
+    """What it is and which line of a slice it comes from, before all the rest."""
+    stack = traceback.extract_tb(error.__traceback__)
+    at = ([frame for frame in stack if frame.filename != __file__] or stack)[-1]
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    log(f"error: {where}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}): {rest}")
+
+
 class Queue:
     """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
     TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
@@ -1111,6 +1163,8 @@ class Queue:
         self.names = {job: name for name, job in known.items()}
 
     def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
+        if job not in self.names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
         row = self.names[job], json.dumps(args), who, due
         self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
         self.store.on_commit.append((self.alarm, due))
@@ -1140,6 +1194,7 @@ class Queue:
         except CRASH as error:
             if not self.store.db.in_transaction:
                 raise
+            log_error(f"job {row['job']}, try {row['tries']}", error)
             why = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "backslashreplace").decode()
             self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", why, id)
 
@@ -1207,6 +1262,12 @@ class Alarms:
 # once: the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # in place of a grant
+ROLES: Dict[str, Tuple[str, ...]] = {
+    "owner": ("todos:read", "todos:write", "todos:delete", "members:manage", "workspace:delete"),
+    "admin": ("todos:read", "todos:write", "todos:delete", "members:manage"),
+    "member": ("todos:read", "todos:write"),
+    "viewer": ("todos:read",),
+}
 
 
 class Context(NamedTuple):
@@ -1228,8 +1289,10 @@ class Context(NamedTuple):
         self.host.queue.put(self.viewer.account, job, time.time() + after, args)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(store, *args) with the tables of the slice that exports it. KeyError: none does."""
-        return function(self.host.parts[self.host.router.exports[function]], *args)
+        """function(store, *args) with the tables of the slice that exports it. LookupError: none does."""
+        if function not in self.host.router.exports:
+            raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
+        return function(self.host.parts[self.store.writes][self.host.router.exports[function]], *args)
 
     def field(self, name: str, otherwise: str = "") -> str:
         """What was sent along under this name, as text."""
@@ -1273,6 +1336,43 @@ class Slice(NamedTuple):
     count: Optional[Callable[[Store], int]] = None
     jobs: Sequence[Callable[..., None]] = ()
     exports: Sequence[Callable[..., Any]] = ()
+
+
+class BadSlice(Exception):
+    """A slice can't work as it is written; the text says which one and why."""
+
+
+PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
+
+
+def check_slices(slices: Sequence[Slice]) -> None:
+    """BadSlice: what would be found out later, or never."""
+    grants, names, taken = {grant for role in ROLES.values() for grant in role}, {"orion", "directory"}, set()
+    for slice in slices:
+        if type(slice) is not Slice or isinstance(slice.migrations, str):
+            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a tuple: (one,) has a comma too")
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
+            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
+        names.add(slice.name)
+        for kind, rows in ((Live, slice.live), (Route, slice.routes)):
+            for row in rows:
+                why = wrong_with(row, kind, grants) if type(row) is kind else f"it is no {kind.__name__}"
+                address = re.sub("<.*?>", "<>", row.path), getattr(row, "method", "GET")
+                if why or address in taken:
+                    raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
+                taken.add(address)
+
+
+def wrong_with(row: Any, kind: type, grants: Iterable[str]) -> str:
+    if not PATH.fullmatch(row.path) or (kind is Live and "<" in row.path):
+        return "a path is as /things or, for a Route, /things/<id>"
+    if row.path.split("/")[1] == "members":
+        return "/members is the Directory's"
+    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
+        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
+    if kind is Route and row.method not in METHODS:
+        return f"a method is one of {', '.join(METHODS)}"
+    return "" if callable(row.region if kind is Live else row.run) else "region or run can't be called"
 
 
 class Rendering:
@@ -1344,19 +1444,21 @@ class Router:
         for slice in slices:
             streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
             for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
-                self.rows[re.sub(r"<\w+>", "([^/]+)", path)][method] = (slice.name, row)
+                self.rows[re.sub(r"<\w+>", "([^/]+)", re.escape(path))][method] = (slice.name, row)
         self.match = functools.lru_cache(maxsize=1024)(self.find)
 
     def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
         """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
+        methods = set()
         for pattern, rows in self.rows.items():
             hit = re.fullmatch(pattern, path)
             if hit and method in rows:
                 return (*rows[method], hit.groups())
-            if hit:
-                allow = ", ".join(sorted([*rows, "HEAD"] if "GET" in rows else rows))
-                raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
-        raise nothing_here()
+            methods.update(rows if hit else ())
+        if not methods:
+            raise nothing_here()
+        allow = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+        raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
 class SliceHost(DurableObject):
@@ -1369,12 +1471,16 @@ class SliceHost(DurableObject):
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def on_open(self) -> None:
-        self.kept.clear()
-        self.bus.subscribe(lambda topic: self.kept.clear())
-        self.parts = {slice.name: Part(self.store, slice.name, self.router.borders) for slice in self.router.slices}
+        self.sweep()
+        self.bus.subscribe(self.sweep)
+        self.parts = {writes: {slice.name: Part(self.store, slice.name, self.router.borders, writes)
+                               for slice in self.router.slices} for writes in (False, True)}
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
         with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
             self.namespace.alarm(self.id, self.queue.due())
+
+    def sweep(self, topic: str = "") -> None:
+        self.kept.clear()
 
     def viewer(self, request: Request) -> Viewer:
         said = request.headers.get
@@ -1390,14 +1496,16 @@ class SliceHost(DurableObject):
         slice, row, args = self.router_of(request).match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
-        ctx = Context(self.parts[slice], viewer, request, self.bus.publish, self.scope(request), self)
+        part = self.parts[request.method not in SAFE][slice]
+        ctx = Context(part, viewer, request, self.bus.publish, self.scope(request), self)
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
         if not request.wait:
             raise WouldBlock
         before = self.store.db.total_changes
-        response = row.run(ctx, *args)
+        response = sound(row.run(ctx, *args))
         if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
+            self.store.on_commit.append((self.sweep, ""))    # nor show a new page what was before, if it tells nobody
             which = response.which or "/".join(args) or self.store.cursor.lastrowid
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
@@ -1406,8 +1514,9 @@ class SliceHost(DurableObject):
         return self.router
 
     def facts(self, request: Request) -> Dict[str, Any]:
-        return {"count": sum([slice.count(self.store) for slice in self.router.slices if slice.count]),
-                "schema": self.store.one("SELECT count(*) FROM _migrations")[0], **self.queue.facts()}
+        counts = [slice.count(self.parts[False][slice.name]) for slice in self.router.slices if slice.count]
+        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
+        return {"count": sum(counts), "schema": schema, **self.queue.facts()}
 
     # what the server itself asks; the worker lets no path like these in from outside
     OWN = {"/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
@@ -1416,8 +1525,10 @@ class SliceHost(DurableObject):
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
-        viewer, part = Viewer(row["who"]), self.parts[row["job"].partition(".")[0]]
-        job(Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self), **json.loads(row["args"]))
+        viewer, part = Viewer(row["who"]), self.parts[True][row["job"].partition(".")[0]]
+        ctx = Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self)
+        if job(ctx, **json.loads(row["args"])) is not None:
+            raise TypeError("a job returns nothing, and is neither async nor a generator")
         self.journal(viewer, row["job"], str(row["id"]))
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
@@ -1435,7 +1546,9 @@ class SliceHost(DurableObject):
                 raise
             typed = urllib.parse.urlencode({**request.fields(), "password": "", "new": "", "problem": no.message})
             again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed)
-            return self.read(again)._replace(status=422)
+            with contextlib.suppress(Refused):       # there is no page at this address
+                return self.read(again)._replace(status=422)
+            raise
 
     def keep(self, live: Live, ctx: Context, key: Tuple[Any, ...], make: Callable[[Live, Context], Any]) -> Any:
         """What make(live, ctx) returned for this key since the last publish, or returns now."""
@@ -1457,6 +1570,8 @@ class SliceHost(DurableObject):
     def render(self, live: Live, ctx: Context) -> Rendering:
         started = time.perf_counter()
         region = live.region(ctx)
+        if type(region) is not Html or not re.match(r"\s*<\w[^>]*\bid=", region):
+            raise TypeError(f"the region of {live.path} is to be Html, one element with an id, and not {region!r:.200}")
         return Rendering(region, micros(time.perf_counter() - started))
 
     def stream(self, live: Live, ctx: Context) -> Response:
@@ -1765,15 +1880,9 @@ class Throttle:
 
 # ==== 14. Directory ==================================================================================================
 # The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
-# else; the roles are one table. Its gate is asked before anything else moves, and asks its store each time, so that a
-# membership that ended a moment ago is already over.
+# else, but for the table of roles (section 10). Its gate is asked before anything else moves, and asks its store each
+# time, so that a membership that ended a moment ago is already over.
 
-ROLES: Dict[str, Tuple[str, ...]] = {
-    "owner": ("todos:read", "todos:write", "todos:delete", "members:manage", "workspace:delete"),
-    "admin": ("todos:read", "todos:write", "todos:delete", "members:manage"),
-    "member": ("todos:read", "todos:write"),
-    "viewer": ("todos:read",),
-}
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 SESSION_SECONDS = 30 * 86400                         # sliding: renewed by a request in the second half
@@ -2112,8 +2221,9 @@ class Directory(SliceHost):
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
         shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
         body = template("home")(
-            workspace=shown, none=not shown, more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
-            demo=bool(personas), persona=personas, name=typed.get("name", ""), problem=typed.get("problem", ""),
+            workspace=shown, start=self.pages[0].path, none=not shown, more=len(mine) > NAMES_A_PAGE,
+            after=shown[-1]["name"] if shown else "", demo=bool(personas), persona=personas,
+            name=typed.get("name", ""), problem=typed.get("problem", ""),
             console=bool(personas) or self.is_operator(ctx.viewer.operator or account))
         return page("Workspaces", body, ctx.viewer)
 
@@ -2126,8 +2236,9 @@ class Directory(SliceHost):
         if self.settings.plane and not place(ctx.store, name):
             raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
         add_workspace(ctx.store, self.workspaces, name, [(account, "owner")])
-        plain = ctx.request.form and not ctx.request.datastar
-        return see_other(f"/w/{name}/todos")._replace(which=name) if plain else done(ctx, name, name="", problem="")
+        if ctx.request.form and not ctx.request.datastar:
+            return see_other(f"/w/{name}{self.pages[0].path}")._replace(which=name)
+        return done(ctx, name, name="", problem="")
 
 
 def free_name(store: Store, name: str) -> str:
@@ -2280,6 +2391,7 @@ class Env(NamedTuple):
     trace: Trace
     front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
     admit: Callable[[Request, Env], Optional[Response]]      # the verdict that front will heed
+    start: str = "/todos"                            # the page of a workspace that comes first
     console: Callable[[Request], Response] = lambda request: Response(404)       # section 20
 
 
@@ -2303,7 +2415,7 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
     """To the object that answers for the rest of the path, with the verdict as trusted headers."""
     _, _, workspace, *rest = request.path.split("/")
     if not rest or rest == [""]:
-        return see_other(f"/w/{workspace}/todos")
+        return see_other(f"/w/{workspace}{env.start}")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
     forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer},
@@ -2399,6 +2511,9 @@ def facts_of(workspace: Stub) -> Dict[str, Any]:
     except WouldBlock:
         return {"count": "busy"}
     except (StorageFault, Refused):
+        return {"count": "can't be read"}
+    except CRASH as error:
+        log_error("a slice's count", error)
         return {"count": "can't be read"}
 
 
@@ -2589,7 +2704,6 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
 # but its own, by a nonce that is new with each answer. A refusal says what to do next.
 
 REASONS = http.client.responses
-NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
 POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
           "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
@@ -2656,7 +2770,7 @@ def refused(request: Request, no: Refused) -> Response:
 
 
 # ==== 18. Process ====================================================================================================
-# What all parts of the process share: the threads that think, the log that hears of trouble, and the memory.
+# What all parts of the process share: the threads that think, and the memory.
 
 class Pool:
     """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
@@ -2746,14 +2860,8 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
         call(*args)
     except StorageFault as fault:
         log(str(fault))
-    except CRASH:
-        log(f"error in {call}: {traceback.format_exc()}")
-
-
-def log(message: str) -> None:
-    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
-        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+    except CRASH as error:
+        log_error(getattr(call, "__qualname__", str(call)), error)
 
 
 def give_back_memory() -> None:
@@ -3191,7 +3299,7 @@ class Console:
         names = self.names({"name": name})["named"] if WORKSPACE_NAME.fullmatch(name) else {}
         served, cookie = self.env.workspaces.served, {"cookie": request.headers.get("cookie", "")}
         before = {id: served[id] for id in names}
-        asked = Request("GET", f"/w/{name}/todos", "", cookie, wait=LOOK_SECONDS, scheme=request.scheme)
+        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie, wait=LOOK_SECONDS, scheme=request.scheme)
         trip = self.trace.probe(asked, lambda request: worker(request, self.env))
         verdict = trip.legs[0].status if trip.legs else trip.status
         said = {200: f"The gate lets {account} into {name}.",
@@ -4113,9 +4221,7 @@ class Edge(ThreadingHTTPServer):
         request = Request("GET", "/", "", reading.headers)
         try:
             request = self.request(reading, peer, wait, batch)
-            response = self.route(request)
-            if type(response.body) is not bytes or any([NO_VALUE.search(value) for _, value in response.headers]):
-                raise ValueError("a body that is not bytes, or a character that no header value can have")
+            response = sound(self.route(request))
         except WouldBlock:
             if not wait:
                 raise
@@ -4127,8 +4233,8 @@ class Edge(ThreadingHTTPServer):
             response = refused(request, fault.refusal)
         except UnicodeEncodeError:                   # half a surrogate pair: JSON can write it, but it is no character
             response = refused(request, Refused(400, "There is a character in this that is none. Type it again."))
-        except CRASH:
-            log(f"error: {request.method} {request.path}: {traceback.format_exc()}")
+        except CRASH as error:
+            log_error(f"{request.method} {request.path}", error)
             response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
         return request, response
 
@@ -4231,9 +4337,9 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     with contextlib.closing(Store(settings.directory_file)) as store:
         for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
             store.migrate(f"workspace/{name}", entries, apply=False)
-    env = Env(settings, directory, workspaces, trace, worker, admit)
+    env = Env(settings, directory, workspaces, trace, worker, admit, pages[0].path)
     if fresh and settings.demo:
-        seed(env)
+        seed(env, slices)
     return env
 
 
@@ -4282,9 +4388,9 @@ def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     root = namespace.get(namespace.id_from_name(""))
     namespace.create(root.id)
     root.fetch(Request("GET", "/_version"))
-    env = Env(settings, root, namespace, namespace.trace, single_front, admit)
+    env = Env(settings, root, namespace, namespace.trace, single_front, admit, pages_of(slices)[0].path)
     if fresh and settings.demo:
-        seed(env, {"acme": DEMO_WORKSPACES["acme"]})
+        seed(env, slices, {"acme": DEMO_WORKSPACES["acme"]})
     return env
 
 
@@ -4303,17 +4409,20 @@ def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     if not (settings.data / "secret.key").exists() or not settings.directory:
         raise FileNotFoundError("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
     trace, awake = Trace(), settings.awake or awake_by_default()
-    build = functools.partial(Workspace, router=Router(slices), pages=pages_of(slices))
+    pages = pages_of(slices)
+    build = functools.partial(Workspace, router=Router(slices), pages=pages)
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
     directory = Namespace("directory", settings.data, away, 1, float("inf"), trace).get("directory")
-    return Env(settings._replace(demo=False), directory, workspaces, trace, node_front, node_admit)
+    return Env(settings._replace(demo=False), directory, workspaces, trace, node_front, node_admit, pages[0].path)
 
 
 PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
 
 
 def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+    """BadSlice, MigrationError: not with these slices."""
+    check_slices(slices)
     return (single_root if settings.single else PLANES[settings.plane])(settings, slices)
 
 
@@ -4331,7 +4440,7 @@ DEMO_WORKSPACES = {
 }
 
 
-def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
+def seed(env: Env, slices: Sequence[Slice], workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
     directory = env.directory.namespace.wake(env.directory.id)
     env.directory.ask("/_version")
@@ -4349,7 +4458,7 @@ def seed(env: Env, workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
         viewer = dict(verdict(owner, "owner", name, env.workspaces.id_from_name(name)).headers)
         for account, role in others:
             post(env.directory, "/members", viewer, account=account, role=role)
-        for title in titles:
+        for title in titles if todos in slices else ():
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
@@ -4994,7 +5103,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         with locked(settings.data, taken):           # two would each believe to be a tenant's only writer
             serve(settings, slices)
         return 0
-    except (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
+    except (Refused, Unusable, BadSlice, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
         print(f"orion: {error.message if isinstance(error, Refused) else error}", file=sys.stderr)
         return 2
 
