@@ -553,6 +553,23 @@ def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
     return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
 
 
+def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{tail}")
+
+
+def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    if fcntl:                                        # POSIX, where the name is durable when its folder is
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 # What SQLite says of a statement while it compiles it, sorted by what it means for who owns which table.
 NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
                 sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
@@ -850,9 +867,6 @@ class Batch:
         if self.object:
             with self.object.turn:
                 self.object.commit() if not self.settled else None
-        self.check()
-
-    def check(self) -> None:
         if self.error:
             raise self.error
 
@@ -927,9 +941,14 @@ class DurableObject:
     def command(self, request: Request) -> Response:
         """Group commit: the file is made durable once for all commands of a batch. Each runs in a savepoint, so it can
         fail alone."""
-        if request.batch is None or not request.batch.takes(self):
-            return self.alone(request)
-        self.join(request.batch)
+        batch = request.batch if request.batch and request.batch.takes(self) else None
+        if batch is None or self.batch is not batch:
+            self.commit()
+            self.begin()
+        if batch is None:                            # alone, it needs no savepoint
+            with self.store.tx(begun=True):
+                return self.handle(request)
+        self.batch, batch.object, batch.size = batch, self, batch.size + 1
         try:
             with self.store.tx():
                 return self.handle(request)
@@ -937,19 +956,6 @@ class DurableObject:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
                 self.settle(error)
             raise
-
-    def alone(self, request: Request) -> Response:
-        self.commit()
-        self.begin()
-        with self.store.tx(begun=True):
-            return self.handle(request)
-
-    def join(self, batch: Batch) -> None:
-        if self.batch is not batch:
-            self.commit()
-            self.begin()
-            self.batch, batch.object = batch, self
-        batch.size += 1
 
     def begin(self) -> None:
         """A transaction in the file that is at the path: nobody takes it away while we have its write lock. Who waited
@@ -970,16 +976,15 @@ class DurableObject:
 
     def commit(self) -> None:
         """What is open, if anything is. An error is for those whose batch it was."""
-        failed = None
         try:
             if self.batch:
                 self.store.commit()
         except sqlite3.Error as error:
-            failed = error
+            self.settle(error)
         finally:
-            self.settle(failed)
+            self.settle()
 
-    def settle(self, error: Optional[Exception]) -> None:
+    def settle(self, error: Optional[Exception] = None) -> None:
         batch, self.batch = self.batch, None
         if batch:
             batch.settled, batch.error = True, error and StorageFault(self.namespace.path(self.id), error)
@@ -1019,13 +1024,11 @@ def mark_of(id: str) -> int:
     return zlib.crc32(id.encode()) >> 1
 
 
-class Stub:
+class Stub(NamedTuple):
     """The address of an object, whether it is awake or not. watched(more): streams on it came (1) or went (-1)."""
-    __slots__ = ("id", "namespace")
+    id: str
+    namespace: Namespace
     watched = staticmethod(lambda more: None)        # an object may sleep while it is watched
-
-    def __init__(self, id: str, namespace: Namespace) -> None:
-        self.id, self.namespace = id, namespace
 
     def fetch(self, request: Request) -> Response:
         if not self.namespace.trace.watched:
@@ -1792,12 +1795,10 @@ def password_matches(password: str, stored: str) -> bool:
 def add_key(path: pathlib.Path, keep: int = 2) -> None:
     """A new key in front of the others, of which the newest stay: what they sealed holds until the next rotation."""
     keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
-    part = path.with_name(f"{path.name}.part")
+    part = beside(path, "part")
     with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
         file.write("\n".join(keys[:keep]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())                      # a power cut leaves the whole file or the one before
-    os.replace(part, path)
+    put_in_place(part, path)
 
 
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
@@ -1872,10 +1873,14 @@ class Throttle:
             while len(self.failures) > self.KEYS:
                 self.failures.popitem(last=False)
 
-    def succeeded(self, *keys: str) -> None:
+    def succeeded(self, own: str, *keys: str) -> None:
+        """What failed under own was no guessing, and counts no more under the others; what failed elsewhere does."""
         with self.lock:
+            mine, _ = self.failures.pop(own, (0, 0.0))
             for key in keys:
-                self.failures.pop(key, None)
+                count, until = self.failures.pop(key, (0, 0.0))
+                if count > mine:
+                    self.failures[key] = count - mine, until
 
 
 # ==== 14. Directory ==================================================================================================
@@ -2112,9 +2117,9 @@ class Directory(SliceHost):
         self.throttle.check(*keys)
         stored = json.loads(super().fetch(Request("GET", "/_password", headers={"x-account": name})).body)
         if not password_matches(password, stored):
-            self.throttle.failed(*keys)
+            self.throttle.failed(known, *keys)
             return request._replace(headers={**request.headers, "x-proved": ""})
-        self.throttle.succeeded(*keys)
+        self.throttle.succeeded(known, *keys)
         self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
         hashed = hash_password(new) if new else ""
         return request._replace(headers={**request.headers, "x-proved": name, "x-hashed": hashed})
@@ -2251,14 +2256,15 @@ def free_name(store: Store, name: str) -> str:
 
 
 def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
-                  make: Optional[Callable[[str], None]] = None) -> None:
-    """members: accounts with their roles. The file comes first (make(id); else an empty one): a row without one means
+                  source: Optional[pathlib.Path] = None) -> None:
+    """members: accounts with their roles. The file (source; else an empty one) comes first: a row without one means
     that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
-    None if node else (make or workspaces.create)(id)
+    if not node:
+        os.replace(source, workspaces.path(id)) if source else workspaces.create(id)
     store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)",
                id, name, name, node, node != "")
     for account, role in members:
@@ -2418,8 +2424,7 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
         return see_other(f"/w/{workspace}{env.start}")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
         raise nothing_here()
-    forwarded = Request(request.method, "/" + "/".join(rest), request.query, {**request.headers, **viewer},
-                        request.body, request.peer, request.wait, request.scheme, request.batch)
+    forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
     return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
@@ -2740,7 +2745,9 @@ def encode(request: Request, response: Response, keep: bool, head_only: bool, da
         body = first_frame(request, response.rendering, zipped)
     else:
         zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
-        body = gzipped(body) if zipped else body
+        if zipped:
+            squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+            body = squeeze.compress(body) + squeeze.flush()
     length = f"content-length: {len(body)}\r\n" if not live and status not in (204, 304) else ""
     coding = "content-encoding: gzip\r\nvary: accept-encoding\r\n" if zipped else ""
     close = "" if keep else "connection: close\r\n"
@@ -2752,11 +2759,6 @@ def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
     if request.headers.get("last-event-id") == rendering.etag:
         return chunk(GZIP_HEAD + deflated(CURRENT) if zipped else CURRENT)
     return chunk(GZIP_HEAD) + rendering.zipped if zipped else rendering.frame
-
-
-def gzipped(body: bytes) -> bytes:
-    squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return squeeze.compress(body) + squeeze.flush()
 
 
 def refused(request: Request, no: Refused) -> Response:
@@ -3115,9 +3117,9 @@ class Broker:
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, rendering, streams[self.SOME:])
         with self.lock:
-            channel.busy = channel.stale and bool(channel.streams)
-        if channel.busy:
-            self.edge.pool.gather(channel.watch.stub.id, channel, self.refresh_all)
+            channel.busy, again = False, channel.stale and channel.streams
+        if again:
+            self.mark(channel)
 
     def join(self, stream: Stream, watch: Watch) -> None:
         """And look once more: something may have been published between the first frame and now."""
@@ -3441,23 +3443,6 @@ def stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 1000)) + f"-{now % 1000:03d}"
 
 
-def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{tail}")
-
-
-def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
-    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, target)
-    if fcntl:                                        # POSIX, where the name is durable when its folder is
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 @contextlib.contextmanager
 def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Where a file, or a folder, is made that will be target. What breaks off is removed, or a full disk would be
@@ -3523,34 +3508,29 @@ def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
 
 
 def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id."""
-    with in_the_making(target) as part:
-        held = copy_deployment(settings, part, before)
-        part.rename(target)
-    return held
-
-
-def copy_deployment(settings: Settings, part: pathlib.Path, before: Optional[pathlib.Path]) -> Dict[str, Any]:
-    """The Directory is copied first, so that each workspace that it names is there; a node has none."""
-    (part / "workspaces").mkdir(parents=True)
+    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id. The
+    Directory is copied first, so that each workspace that it names is there; a node has none."""
     held, ids = {}, [path.stem for path in (settings.data / "workspaces").glob("*.db") if not settings.single]
-    if settings.directory_file.exists():
-        copy = part / "directory.db"
-        held["directory"] = {"rows": copy_database(settings.directory_file, copy), "seen": ""}
-        with contextlib.closing(Store(copy)) as store:
-            ids = [] if settings.single else [row["id"] for row in store.query(
-                "SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
     known = json.loads((before / "manifest.json").read_text()) if before else {}
-    for id in with_progress(ids, "copied"):
-        source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
-        seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
-        if known.get(id, {}).get("seen") == seen:
-            os.link(before / "workspaces" / copy.name, copy)
-            held[id] = known[id]
-        else:
-            held[id] = {"rows": copy_database(source, copy), "seen": seen}
-    shutil.copy2(settings.key_file, part / "secret.key")
-    (part / "manifest.json").write_text(json.dumps(held))
+    with in_the_making(target) as part:
+        (part / "workspaces").mkdir(parents=True)
+        if settings.directory_file.exists():
+            copy = part / "directory.db"
+            held["directory"] = {"rows": copy_database(settings.directory_file, copy), "seen": ""}
+            with contextlib.closing(Store(copy)) as store:
+                ids = [] if settings.single else [row["id"] for row in store.query(
+                    "SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
+        for id in with_progress(ids, "copied"):
+            source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
+            seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
+            if known.get(id, {}).get("seen") == seen:
+                os.link(before / "workspaces" / copy.name, copy)
+                held[id] = known[id]
+            else:
+                held[id] = {"rows": copy_database(source, copy), "seen": seen}
+        shutil.copy2(settings.key_file, part / "secret.key")
+        (part / "manifest.json").write_text(json.dumps(held))
+        part.rename(target)
     return held
 
 
@@ -3607,13 +3587,11 @@ def is_errand(request: Request, settings: Settings) -> bool:
     return request.path.startswith("/_") and believed(request.headers.get("x-verdict", ""), parts, keys_now(settings))
 
 
+keys_of = functools.lru_cache(maxsize=4)(lambda path, mtime: load_keys(path))
+
+
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
-    return cached_keys(settings.key_file, settings.key_file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)
-def cached_keys(path: pathlib.Path, mtime: int) -> Tuple[bytes, ...]:
-    return load_keys(path)
+    return keys_of(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
 def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST", query: str = "",
@@ -3630,7 +3608,7 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
 
 class Elsewhere:
     """An object that lives in another process, at address(id); in a namespace it stands where one of ours would."""
-    asleep, torn, store, used, verdicts = False, False, None, 0.0, {}
+    torn, store, verdicts = False, None, {}
 
     def __init__(self, id: str, namespace: Namespace, settings: Settings, address: Callable[[str], str]) -> None:
         self.id, self.namespace, self.settings, self.address = id, namespace, settings, address
@@ -3646,13 +3624,6 @@ class Elsewhere:
 
     def sleep(self, unused_since: float) -> None:
         self.namespace.forget(self)
-
-
-class Remote(Namespace):
-    """Objects that live in other processes: no file in the folder is one of theirs."""
-
-    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
-        return iter(())
 
 
 def directory_front(request: Request, env: Env) -> Response:
@@ -3686,11 +3657,8 @@ def node_front(request: Request, env: Env) -> Response:
     """The worker of a node: the proxy asked the gate and brought the verdict. Without one nothing here is contacted."""
     if request.path.startswith("/_node/") and is_errand(request, env.settings):
         return node_errand(request, env)
-    verdict = node_admit(request, env)
-    if verdict.status != 200:
-        return refusal(request, verdict)
     own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
-    return forward(request._replace(headers=own), dict(verdict.headers), env)
+    return heed(node_admit(request, env), request._replace(headers=own), env)
 
 
 # -- errands about a workspace's file, done by whoever has it. Each can be asked twice, for an answer may be lost.
@@ -4072,8 +4040,8 @@ class Edge(ThreadingHTTPServer):
         self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.eager, self.brisk = self.EAGER_SECONDS[:2 if cores == 1 else 1], False      # brisk: it pays just now
-        self.hosts = frozenset(["", "localhost", socket.gethostname().lower(), env.settings.host,
-                                *env.settings.allow_host])
+        names = "", "localhost", socket.gethostname(), env.settings.host, *env.settings.allow_host
+        self.hosts = frozenset([name.lower() for name in names])
         self.chores = ((give_back_memory, 5.0),
                        (lambda: self.broker.try_again(), 5.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
@@ -4399,7 +4367,8 @@ def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> E
     env = two_planes(settings._replace(demo=False), slices)
     build = functools.partial(Elsewhere, settings=settings,
                               address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
-    workspaces = Remote("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
+    workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
+    workspaces.files = lambda: iter(())              # what is in the folder is none of theirs
     return env._replace(workspaces=workspaces, front=directory_front)
 
 
@@ -4661,7 +4630,7 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
                 added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
                 if added and not account[2]:
                     print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
-            add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
+            add_workspace(store, env.workspaces, name, members, copy)
         open_on_node(settings, name, copy)
     print(f"{name}: {len(members)} members")
 
@@ -4704,7 +4673,7 @@ def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy:
         with opened(settings, "workspace restore", name) as (store, env):
             members = store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])
-            add_workspace(store, env.workspaces, name, members, lambda id: os.replace(copy, env.workspaces.path(id)))
+            add_workspace(store, env.workspaces, name, members, copy)
         open_on_node(settings, name, copy)
     print(f"{name}: as {given.name} was in {given.at}")
 
@@ -4919,33 +4888,63 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
 # ==== 27. Command line ===============================================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
 
-def size(text: str) -> int:
-    """Bytes: "500M" is 524,288,000."""
-    found = re.fullmatch(r"([0-9]+)([KMGT]?)", text.upper())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: say 500M or 10G")
-    return int(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+def typed(pattern: Any, hint: str, read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:
+    """A type for argparse: what read() makes of a text that matches. None: it is none after all."""
+    def kind(text: str) -> Any:
+        found = re.fullmatch(pattern, text)
+        value = read(found) if found else None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
+        return value
+    return kind
 
 
-def port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: say 0 to 65535")
-    return int(text)
+size = typed("([0-9]+)([KMGTkmgt]?)", "no size: say 500M or 10G",
+             lambda found: int(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)([smhd]?)", "no time: say 90, 15m or 1h",
+                lambda found: float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]])
+port = typed("[0-9]{1,5}", "no port: say 0 to 65535", lambda found: int(found[0]) if int(found[0]) < 65536 else None)
+address = typed(HOST, "no address: say HOST:PORT", lambda found: found[1] and found[0])
 
 
-def address(text: str) -> str:
-    found = HOST.fullmatch(text)
-    if not found or not found[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address: say HOST:PORT")
-    return text
+def several(text: str) -> Tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-def seconds(text: str) -> float:
-    """"1h" is 3600."""
-    found = re.fullmatch(r"([0-9.]+)([smhd]?)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: say 90, 15m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+def networks(text: str) -> Tuple[str, ...]:
+    try:
+        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
+
+
+OPTIONS = (
+    ("--host", "address to listen on", str),
+    ("--port", "port to listen on; 0: any free one", port),
+    ("--data", "folder with all state", pathlib.Path),
+    ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
+    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
+     bool),
+    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
+     int),
+    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
+    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
+    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
+    ("--connections", "connections at most; more get a 503", int),
+    ("--allow-host", "names that this server goes by, with commas between", several),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
+     "between", networks),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes",
+     typed("|".join(PLANES), "no plane: say directory or data")),
+    ("--directory", "HOST:PORT of the directory, for --plane data", str),
+    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
+     seconds),
+    ("--keep", "backups to keep", int),
+    ("--log", "access log on standard output: common, json or off",
+     typed("common|json|off", "no log: say common, json or off")),
+)
 
 
 FILE, FOLDER = ("file", pathlib.Path), ("folder", pathlib.Path)
@@ -5047,52 +5046,6 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     return settings._replace(data=data, demo=demo), given
 
 
-def several(text: str) -> Tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def networks(text: str) -> Tuple[str, ...]:
-    try:
-        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    def kind(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"{text!r} is not known here: say {' or '.join(filter(None, words))}")
-        return text
-    return kind
-
-
-OPTIONS = (
-    ("--host", "address to listen on", str),
-    ("--port", "port to listen on; 0: any free one", port),
-    ("--data", "folder with all state", pathlib.Path),
-    ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
-     bool),
-    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
-     int),
-    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
-    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
-    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
-    ("--connections", "connections at most; more get a 503", int),
-    ("--allow-host", "names that this server goes by, with commas between", several),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
-     "between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes", one_of(*PLANES)),
-    ("--directory", "HOST:PORT of the directory, for --plane data", str),
-    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
-     seconds),
-    ("--keep", "backups to keep", int),
-    ("--log", "access log on standard output: common, json or off", one_of("common", "json", "off")),
-)
-
-
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
     """The exit status: 0; 1 when a check found something; 2 with one line on standard error."""
     settings, given = read_command_line(argv)
@@ -5122,7 +5075,8 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
     signal.set_wakeup_fd(server.waker.fileno())
-    print(f"orion: http://{settings.host}:{server.server_port}", flush=True)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(f"orion: http://{host}:{server.server_port}", flush=True)
     if server.settings.demo:
         print("orion: demo: open the address and choose a persona; bob and carol share the workspace acme", flush=True)
     notify("READY=1")

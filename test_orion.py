@@ -1980,6 +1980,16 @@ def test_an_address_that_guesses_at_many_accounts_is_slowed(outside, monkeypatch
     assert guesses == [422] * 10 + [429] * 2
 
 
+def test_who_signs_in_between_guesses_is_slowed_too_but_not_for_ones_own_mistakes(outside, monkeypatch):
+    monkeypatch.setattr(orion, "password_matches", lambda password, stored: password == "long enough")
+    sign_in = lambda name, password: Person(outside).post("/login", form={"username": name, "password": password}).status
+    for _ in range(4):
+        assert [sign_in("ann", "mistyped") for _ in range(3)] == [422] * 3 and sign_in("ann", "long enough") == 303
+    for n in range(5):
+        assert [sign_in(name, "guessed") for name in (f"n{n}", f"m{n}")] == [422, 422]
+        assert sign_in("ann", "long enough") == (303 if n < 4 else 429)
+
+
 def test_one_sees_ones_sessions_and_ends_the_others(outside):
     here, there = outside.sign_in("ann"), outside.sign_in("ann")
     ear = Ear(there, "/w/acme/todos/live")
@@ -4300,7 +4310,7 @@ def test_two_servers_live_in_one_process(start):
 
 
 def test_a_name_that_is_not_ours_is_refused_and_one_that_is_allowed_is_not(start):
-    server = start(allow_host=("todo.example",))
+    server = start(allow_host=("Todo.Example",))
     ask = lambda host: Person(server).get("/healthz", Host=host).status
     assert [ask("todo.example"), ask(f"localhost:{server.port}"), ask("10.1.2.3"), ask("[::1]:80"), ask("evil.example")] == [200] * 4 + [421]
 
