@@ -96,7 +96,7 @@ class Settings(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8000                     # 0: any free one
     data: pathlib.Path = pathlib.Path("data")
-    demo: bool = False
+    demo: Optional[bool] = None          # None: where nobody but this machine gets in
     idle: float = 60.0                   # seconds until an unused workspace goes to sleep
     awake: int = 0                       # workspaces awake at most; 0: a quarter of the descriptors, up to 1,024
     threads: int = 16
@@ -1792,6 +1792,10 @@ def password_matches(password: str, stored: str) -> bool:
     return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
 
 
+class Unusable(Exception):
+    """It can't be done; the text is one line that says why and what to do."""
+
+
 def add_key(path: pathlib.Path, keep: int = 2) -> None:
     """A new key in front of the others, of which the newest stay: what they sealed holds until the next rotation."""
     keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
@@ -1802,11 +1806,17 @@ def add_key(path: pathlib.Path, keep: int = 2) -> None:
 
 
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """The keys of secret.key, newest first. FileNotFoundError: it is gone, and a new one would sign everybody out
-    without a word. PermissionError: others can read it."""
+    """The keys of secret.key, newest first. Unusable: it is gone, and a new one would sign everybody out without a
+    word; or others can read it; or there is no key in it."""
+    lost = "restore it from a backup; without it everybody is signed out"
+    if not path.exists():
+        raise Unusable(f"{path} is missing; {lost}")
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        raise PermissionError(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
-    return tuple([bytes.fromhex(line) for line in path.read_text().split()])
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
+    lines = path.read_bytes().split()
+    if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
+        raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
+    return tuple([bytes.fromhex(line.decode()) for line in lines])
 
 
 def seal(token: str, key: bytes) -> str:
@@ -3450,7 +3460,7 @@ def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
     def remove() -> None:
         for left in (part, part.with_name(f"{part.name}-journal")):
             left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
-    part = beside(target, "part")
+    part = beside(target, "making")                  # nobody else's name
     remove()
     try:
         yield part
@@ -3507,31 +3517,45 @@ def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
             print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
 
 
-def snapshot(settings: Settings, target: pathlib.Path, before: Optional[pathlib.Path] = None) -> Dict[str, Any]:
-    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id. The
-    Directory is copied first, so that each workspace that it names is there; a node has none."""
-    held, ids = {}, [path.stem for path in (settings.data / "workspaces").glob("*.db") if not settings.single]
-    known = json.loads((before / "manifest.json").read_text()) if before else {}
+def snapshot(settings: Settings, target: pathlib.Path,
+             before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
+    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id, and
+    what is wrong with files that can't be copied: of these it has what the one before had, and the others are not kept
+    waiting. The Directory is copied first, so that each workspace that it names is there; a node has none."""
+    held, faults, known = {}, [], json.loads((before / "manifest.json").read_text()) if before else {}
     with in_the_making(target) as part:
         (part / "workspaces").mkdir(parents=True)
         if settings.directory_file.exists():
-            copy = part / "directory.db"
-            held["directory"] = {"rows": copy_database(settings.directory_file, copy), "seen": ""}
-            with contextlib.closing(Store(copy)) as store:
-                ids = [] if settings.single else [row["id"] for row in store.query(
-                    "SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND node = ''")]
-        for id in with_progress(ids, "copied"):
-            source, copy = settings.data / "workspaces" / f"{id}.db", part / "workspaces" / f"{id}.db"
+            held["directory"] = {"rows": copy_database(settings.directory_file, part / "directory.db"), "seen": ""}
+        for id in with_progress(ids_in(settings, part / "directory.db"), "copied"):
+            source, name = settings.data / "workspaces" / f"{id}.db", f"workspaces/{id}.db"
             seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
-            if known.get(id, {}).get("seen") == seen:
-                os.link(before / "workspaces" / copy.name, copy)
+            try:
+                if known.get(id, {}).get("seen") != seen:
+                    held[id] = {"rows": copy_database(source, part / name), "seen": seen}
+                    continue
+            except sqlite3.OperationalError:         # not this file's fault alone: no room, say
+                raise
+            except sqlite3.DatabaseError as error:
+                faults.append(str(StorageFault(source, error)))
+            if id in known:
+                os.link(before / name, part / name)
                 held[id] = known[id]
-            else:
-                held[id] = {"rows": copy_database(source, copy), "seen": seen}
         shutil.copy2(settings.key_file, part / "secret.key")
         (part / "manifest.json").write_text(json.dumps(held))
         part.rename(target)
-    return held
+    return held, faults
+
+
+def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
+    """Of the workspaces whose files are here: those that a Directory names or, on a node, all."""
+    if settings.single:
+        return []
+    if not directory.exists():
+        return [path.stem for path in (settings.data / "workspaces").glob("*.db")]
+    with contextlib.closing(Store(directory)) as store:
+        return [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND "
+                                                 "node = ''")]
 
 
 def snapshot_again(settings: Settings) -> None:
@@ -3539,7 +3563,9 @@ def snapshot_again(settings: Settings) -> None:
     folder = settings.data / "backups"
     folder.mkdir(exist_ok=True)
     kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
-    snapshot(settings, folder / stamp(), kept[-1] if kept else None)
+    _, faults = snapshot(settings, folder / stamp(), kept[-1] if kept else None)
+    for fault in faults:
+        log(f"not in the new snapshot, but as it was in the one before: {fault}")
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
 
@@ -4305,6 +4331,7 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     with contextlib.closing(Store(settings.directory_file)) as store:
         for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
             store.migrate(f"workspace/{name}", entries, apply=False)
+    directory.ask("/_version")                       # what is wrong with it is heard now, not at the first request
     env = Env(settings, directory, workspaces, trace, worker, admit, pages[0].path)
     if fresh and settings.demo:
         seed(env, slices)
@@ -4312,12 +4339,16 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
 
 
 def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
-    """Whether it is a demo, whether there is nothing yet, and the keys."""
+    """Whether it is a demo, whether there is nothing yet, and the keys. Unusable: the Directory was lost, and a new one
+    would open its workspaces to whoever names one."""
     (settings.data if settings.single else settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh, demo = not settings.directory_file.exists(), settings.demo
     if demo and not fresh:
         with contextlib.closing(Store(settings.directory_file)) as directory:
             demo = directory.one("SELECT 1 FROM accounts WHERE persona") is not None
+    if fresh and not settings.single and any((settings.data / "workspaces").glob("*.db")):
+        raise Unusable(f"{settings.directory_file} is missing, and there are workspaces; restore it from a backup, or "
+                       "name another folder with --data (a node is started with --plane data)")
     if fresh and not settings.key_file.exists():
         add_key(settings.key_file)
     return settings._replace(demo=demo), fresh, load_keys(settings.key_file)
@@ -4435,10 +4466,6 @@ def seed(env: Env, slices: Sequence[Slice], workspaces: Dict[str, Any] = DEMO_WO
 # What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
 # server looks each second whether another one wrote to the Directory.
 
-class Unusable(Exception):
-    """It can't be done; the text is one line that says why and what to do."""
-
-
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, taken: str) -> Iterator[None]:
     """One process at a time in a folder. Unusable: it is no good or, with the text taken, another one is in it."""
@@ -4461,12 +4488,16 @@ def locked(folder: pathlib.Path, taken: str) -> Iterator[None]:
             os.close(handle)
 
 
+BEGINNINGS = ("account add", "workspace import", "node add")
+
+
 @contextlib.contextmanager
 def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tuple[Store, Env]]:
-    """The Directory's store, made if there is none yet, and the world around it. What is done to it is one transaction,
-    and journalled if it has a name."""
+    """The Directory's store, and the world around it. What is done to it is one transaction, and journalled if it has a
+    name. Unusable: there is none, and this is not one of the BEGINNINGS, which make it."""
+    if not settings.directory_file.exists() and what not in BEGINNINGS:
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
     env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
-    env.directory.ask("/_version")                   # migrated from here on
     with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
@@ -4484,8 +4515,8 @@ def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
 def new_password(name: str) -> str:
     """Asked for, or read from standard input; hashed."""
     password = getpass.getpass(f"Password of {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    if not 8 <= len(password) <= 256:
-        raise Unusable("a password has 8 to 256 characters")
+    if not 8 <= len(password) <= 256 or not password.isprintable():
+        raise Unusable("a password has 8 to 256 characters, all of which can be printed")
     return hash_password(password)
 
 
@@ -4562,19 +4593,31 @@ def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
 def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
     id is not given again."""
-    with opened(settings, "workspace remove", given.name) as (store, env):
+    with opened(settings) as (store, env):
         row = movable(settings, store, given.name)
-        store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-        store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
     ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
-    if not given.now and json.loads(ask("has", "GET")):
+    with locked(settings.data / "workspaces", "a move is under way; try again when it is over"):
+        there = json.loads(ask("has", "GET"))        # if it can't be reached, nothing is done
+        with opened(settings, "workspace remove", given.name) as (store, _):
+            if row_of(store, "workspaces", given.name) != row:
+                raise Unusable("it was moved just now; try again")
+            members = members_of(store, row["id"])
+            store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+            store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+    if there and not given.now:
         removed.mkdir(exist_ok=True)
-        bring_here(ask, "aside", removed / f"{given.name}-{stamp()}.db")
-        print(f"a copy stays in {removed} for 30 days")
+        copy = removed / f"{given.name}-{stamp()}.db"
+        bring_here(ask, "aside", copy, given.name, members)
+        print(f"a copy stays for 30 days; workspace import {copy} brings it back")
     for old in removed.glob("*.db"):
         if old.stat().st_mtime < time.time() - 30 * 86400:
             old.unlink()
     ask("drop")
+
+
+def members_of(store: Store, id: str) -> List[Tuple[str, str]]:
+    """Accounts with their roles."""
+    return [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY account", id))]
 
 
 def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
@@ -4584,14 +4627,18 @@ def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
     return row_of(store, "workspaces", name)
 
 
-def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path) -> int:
-    """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it."""
+def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path, name: str, members: Sequence[Any]) -> int:
+    """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it. Its
+    name and members are added, for workspace import."""
     rows, of = json.loads(ask(what)), "moved" if what == "aside" else "copy"
     with in_the_making(target) as part:
         with open(part, "wb") as file:
             while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
                 file.write(piece)
         rows_of(part)
+        with contextlib.closing(sqlite3.connect(part)) as db, db:
+            db.execute("CREATE TABLE _export (about TEXT)")
+            db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": name, "members": members}),))
         put_in_place(part, target)
     return rows
 
@@ -4599,15 +4646,20 @@ def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path) -> in
 def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
     """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the
     last word; the gate says 503 until the name is removed here."""
+    if given.file.exists():
+        raise Unusable(f"{given.file} exists; name a new file")
     with opened(settings, "workspace export", given.name) as (store, env):
         row = movable(settings, store, given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
-        members = [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"]))]
+        members = members_of(store, row["id"])
     ask = keeper(settings, env, row["id"], row["node"])
-    rows = bring_here(ask, "aside" if given.move else "copy", given.file)
-    with contextlib.closing(sqlite3.connect(given.file)) as db, db:
-        db.execute("CREATE TABLE _export (about TEXT)")
-        db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": given.name, "members": members}),))
+    try:
+        rows = bring_here(ask, "aside" if given.move else "copy", given.file, given.name, members)
+    except BaseException:
+        if given.move and not row["moving"]:         # all is as it was
+            placed(settings, row["id"], row["node"], "workspace export failed")
+            ask("back")
+        raise
     None if given.move else ask("forget")
     print(f"{given.file}: {rows} rows, {len(members)} members")
 
@@ -4617,7 +4669,7 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     an export it comes without a password."""
     try:
         with contextlib.closing(Store(given.file)) as source:
-            old_name, members, accounts = about_file(source)
+            old_name, members, accounts = about_file(source, given.name)
     except sqlite3.Error as error:
         raise Unusable(f"{given.file}: {error}; name a file that workspace export made, or a single root") from error
     unknown = sorted({role for _, role in members} - {*ROLES})
@@ -4635,13 +4687,17 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     print(f"{name}: {len(members)} members")
 
 
-def about_file(store: Store) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
+def about_file(store: Store, name: Optional[str]) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
     """The name of the workspace in it, its members with their roles, and their accounts: name, label, password."""
     if "_export" in store.tables():
         about = json.loads(store.one("SELECT about FROM _export")[0])
         return about["name"], about["members"], [(account, account, "") for account, _ in about["members"]]
+    if "_migrations" not in store.tables() or store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
+        raise Unusable(f"{store.path} is no workspace; name an export, a single root or a file of workspaces")
     if "memberships" not in store.tables():
-        raise Unusable(f"{store.path} is neither an export nor a single root; workspace export makes one")
+        if not name:
+            raise Unusable(f"{store.path} does not know its name; give it one with --name")
+        return name, [], []
     members = store.query("SELECT account, role FROM memberships ORDER BY account")
     accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN (SELECT account FROM memberships)")
     return store.one("SELECT name FROM workspaces")[0], [*map(tuple, members)], [*map(tuple, accounts)]
@@ -4667,12 +4723,14 @@ def adopted(settings: Settings, source: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     """As it was in a snapshot, beside the present one and with its members; never over it."""
-    name = given.new or f"{given.name}-{pathlib.Path(given.at).name}"
+    name = given.new or f"{given.name}-{given.at.name}"
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Unusable(f"{name} is no name for a workspace; give it another with --new")
     with opened(settings) as (store, _):
         row = movable(settings, store, given.name)
     with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy:
         with opened(settings, "workspace restore", name) as (store, env):
-            members = store.query("SELECT account, role FROM memberships WHERE workspace = ?", row["id"])
+            members = members_of(store, row["id"])
             add_workspace(store, env.workspaces, name, members, copy)
         open_on_node(settings, name, copy)
     print(f"{name}: as {given.name} was in {given.at}")
@@ -4694,16 +4752,17 @@ def member_set(settings: Settings, given: argparse.Namespace) -> None:
 
 def member_list(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, _):
-        id = row_of(store, "workspaces", given.workspace)["id"]
-        table(store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY account", id))
+        table(members_of(store, row_of(store, "workspaces", given.workspace)["id"]))
 
 
-def backup(settings: Settings, given: argparse.Namespace) -> None:
+def backup(settings: Settings, given: argparse.Namespace) -> int:
+    """1: some files can't be copied, and each line says which and why; all others are in it."""
     if given.folder.exists():
         raise Unusable(f"{given.folder} exists; name a new folder")
-    if not settings.key_file.exists():
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
-    print(contents(given.folder, snapshot(settings, given.folder)))
+    load_keys(settings.key_file)                     # there is a deployment, and it can be restored
+    held, faults = snapshot(settings, given.folder)
+    print("\n".join([*faults, contents(given.folder, held)]))
+    return 1 if faults else 0
 
 
 def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
@@ -4712,8 +4771,9 @@ def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
     """Into a data folder that has no deployment yet."""
-    if settings.directory_file.exists():
-        raise Unusable(f"{settings.directory_file} is there already; name an empty folder with --data")
+    there = [settings.directory_file, *(() if settings.single else (settings.data / "workspaces").glob("*.db"))]
+    if there[1:] or there[0].exists():
+        raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
     if not (given.folder / "manifest.json").exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads((given.folder / "manifest.json").read_text())
@@ -4752,8 +4812,8 @@ def check(settings: Settings, given: argparse.Namespace) -> int:
                for id, path in files if id not in dict(named)]
     try:
         load_keys(settings.key_file)
-    except (OSError, ValueError) as error:
-        faults.append(f"{settings.key_file}: {error}; restore it from a backup, or everybody is signed out")
+    except Unusable as error:
+        faults.append(str(error))
     print("\n".join(faults) or f"{len(named)} workspaces, all is well")
     return 1 if faults else 0
 
@@ -4843,10 +4903,15 @@ def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there
 def node_replace(settings: Settings, given: argparse.Namespace) -> int:
     """The workspaces of a node that is lost come up on another, from a backup of it. 1: some are not in the backup."""
     with opened(settings) as (store, env):
-        known_node(store, given.new)
+        if known_node(store, given.lost) == known_node(store, given.new):
+            raise Unusable("a node can't take its own place; name another one")
         lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name",
                            given.lost)
     missing = []
+    for row in lost[:1]:
+        with contextlib.suppress(Refused):           # it does not answer, as is to be expected
+            if json.loads(keeper(settings, env, row["id"], given.lost)("has", "GET")):
+                raise Unusable(f"{given.lost} answers, and has {row['name']}; node move takes it from there")
     for row in lost:
         ask, file = keeper(settings, env, row["id"], given.new), given.backup / "workspaces" / f"{row['id']}.db"
         if not file.exists():
@@ -4858,6 +4923,7 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
         ask("ring")
         print(row["name"], f"{rows} rows", f"on {given.new} now", sep="\t")
     table(missing)
+    print(f"node remove {given.lost} keeps new workspaces away from it")
     return 1 if missing else 0
 
 
@@ -4880,6 +4946,7 @@ def nginx(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
+    load_keys(settings.key_file)                     # there are some, and they are good
     add_key(settings.key_file)
     print("there is a new key; the one before holds for those who are signed in, until the next rotation; if there are "
           "nodes, copy secret.key to them before that")
@@ -4907,6 +4974,11 @@ port = typed("[0-9]{1,5}", "no port: say 0 to 65535", lambda found: int(found[0]
 address = typed(HOST, "no address: say HOST:PORT", lambda found: found[1] and found[0])
 
 
+listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
+number = typed("[0-9]{1,9}", "no number: say 0 or more", lambda found: int(found[0]))
+some = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", lambda found: int(found[0]))
+
+
 def several(text: str) -> Tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
@@ -4923,15 +4995,15 @@ OPTIONS = (
     ("--port", "port to listen on; 0: any free one", port),
     ("--data", "folder with all state", pathlib.Path),
     ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address a new data folder has them anyway",
-     bool),
+    ("--demo", "personas and workspaces to click through; on a loopback address, with no proxy in front, a new data "
+     "folder has them anyway", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
-     int),
+     number),
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
-    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", int),
-    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", int),
-    ("--connections", "connections at most; more get a 503", int),
+    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", number),
+    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", number),
+    ("--connections", "connections at most; more get a 503", some),
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
      "between", networks),
@@ -4941,7 +5013,7 @@ OPTIONS = (
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
      seconds),
-    ("--keep", "backups to keep", int),
+    ("--keep", "backups to keep", some),
     ("--log", "access log on standard output: common, json or off",
      typed("common|json|off", "no log: say common, json or off")),
 )
@@ -4984,7 +5056,7 @@ VERBS = (
     ("node replace", "bring the workspaces of a lost node up on another, from a backup of it",
      node_replace, (("lost", address), ("new", address), ("backup", pathlib.Path))),
     ("nginx", "print the configuration of an nginx in front of a directory and its nodes",
-     nginx, (("--directory=", address), ("--node=+", address), "--listen=?")),
+     nginx, (("--directory=", address), ("--node=+", address), ("--listen=?", listen))),
     ("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate, ()),
 )
 
@@ -5026,9 +5098,10 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     parser.set_defaults(run=None)
     for flag, help, kind in OPTIONS:
         key = flag[2:].replace("-", "_")
-        default = os.environ.get(f"ORION_{key.upper()}", getattr(Settings(), key))
-        default = default not in ("", "0", "no", "off", "false", False) if kind is bool else default
-        shape = {"action": "store_true"} if kind is bool else {"type": kind}
+        default = os.environ.get(f"ORION_{key.upper()}") or getattr(Settings(), key)
+        if kind is bool and default is not None:
+            default = default.lower() not in ("0", "no", "off", "false")
+        shape = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
@@ -5042,22 +5115,31 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     given = parser.parse_args(argv)
     settings = Settings(**{key: value for key, value in vars(given).items() if key in Settings._fields})
     data = settings.single.parent if settings.single else settings.data
-    demo = settings.demo or settings.host == "localhost" or is_loopback(settings.host)
-    return settings._replace(data=data, demo=demo), given
+    here = settings.host == "localhost" or is_loopback(settings.host)
+    alone = here and not (settings.allow_host or settings.trust_proxy or settings.plane)       # and not behind a proxy
+    return settings._replace(data=data, demo=alone if settings.demo is None else settings.demo), given
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
     """The exit status: 0; 1 when a check found something; 2 with one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace") if hasattr(stream, "reconfigure") else None
     settings, given = read_command_line(argv)
     try:
+        if settings.single and settings.plane:
+            raise Unusable("--single is one file with both planes; leave --plane out")
         if given.run:
             return given.run(settings, given) or 0
         taken = f"another server uses the data folder {settings.data}; stop it, or name another with --data"
         with locked(settings.data, taken):           # two would each believe to be a tenant's only writer
             serve(settings, slices)
         return 0
-    except (Refused, Unusable, BadSlice, MigrationError, StorageFault, OSError, sqlite3.Error) as error:
-        print(f"orion: {error.message if isinstance(error, Refused) else error}", file=sys.stderr)
+    except KeyboardInterrupt:                        # at a question: what was begun is undone
+        return 130
+    except (Refused, Unusable, BadSlice, MigrationError, StorageFault, OSError, sqlite3.Error, EOFError, ValueError,
+            OverflowError) as error:
+        why = error.message if isinstance(error, Refused) else str(error) or "nothing was typed"
+        print(f"orion: {why}", file=sys.stderr)
         return 2
 
 
@@ -5071,7 +5153,7 @@ def serve(settings: Settings, slices: Sequence[Slice]) -> None:
         server = Edge(env)
     except OSError as error:
         where, why = f"{settings.host}:{settings.port}", error.strerror or error
-        raise Unusable(f"can't listen on {where} ({why}); choose another with --port") from error
+        raise Unusable(f"can't listen on {where} ({why}); choose another with --host or --port") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
     signal.set_wakeup_fd(server.waker.fileno())
