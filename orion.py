@@ -280,6 +280,9 @@ class Viewer(NamedTuple):
         return grant in self.grants
 
 
+STRANGERS = "One process takes the other for a stranger. Copy the directory's secret.key to each node; compare clocks."
+
+
 def nothing_here() -> Refused:
     return Refused(404, "There is nothing at this address. Go back, or start from the home page.")
 
@@ -1038,8 +1041,13 @@ class Stub(NamedTuple):
 
     def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http",
             method: str = "GET", wait: float = threading.TIMEOUT_MAX) -> Any:
-        """What the object says to a question of the server itself."""
-        return json.loads(self.fetch(Request(method, path, query, headers, wait=wait, scheme=scheme)).body)
+        """What the object says to a question of the server itself. Refused(503): it is in another process, which can't
+        say so now, or does not know us."""
+        answer = self.fetch(Request(method, path, query, headers, wait=wait, scheme=scheme))
+        if answer.status != 200:
+            said = answer.body.decode("utf-8", "replace").strip()
+            raise Refused(503, STRANGERS if answer.status in (403, 404) else said)
+        return json.loads(answer.body)
 
     def reach(self, request: Request) -> Response:
         while True:
@@ -1147,6 +1155,9 @@ def log(message: str) -> None:
     """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
     with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+log_news = functools.lru_cache(maxsize=1)(log)       # what is found out again each second
 
 
 def log_error(where: str, error: BaseException) -> None:
@@ -3226,8 +3237,11 @@ class Broker:
     def look_elsewhere(self) -> None:
         """In the pool: has another process, say the command line, changed the Directory?"""
         directory, before = self.edge.env.directory, self.version
-        with self.edge.env.trace.silence(), contextlib.suppress(Refused):      # it is elsewhere, and can't be reached
-            self.version = directory.ask("/_version")
+        try:
+            with self.edge.env.trace.silence():
+                self.version = directory.ask("/_version")
+        except Refused as no:                        # it is in another process
+            log_news(f"the directory: {no.message}")
         if before not in (0, self.version):
             self.changed = time.monotonic()
             self.regate("")
@@ -3627,6 +3641,8 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
         raise Refused(503, "This workspace is on no node yet. node move brings it to one.", (("retry-after", "60"),))
     patience = 600.0 if what in ("aside", "copy", "adopt") else 5.0        # they copy, or read, all of a file
     answer = errand(settings, node, Request(method, f"/_node/{id}/{what}", query, body=body), patience)
+    if answer.status == 403:
+        raise Refused(503, f"{node}: {STRANGERS}")
     if answer.status != 200:
         raise Refused(503, f"{node} answered {answer.status}: {answer.body.decode('utf-8', 'replace').strip()}")
     return answer.body

@@ -3761,6 +3761,24 @@ def test_a_stream_follows_its_workspace_to_another_node(fleet, front):
     assert again.until_it_says("seen over there")
 
 
+def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, capfd):
+    first, _ = doomed.nodes
+    name = doomed.found(on=first)
+    (first.folder / "secret.key").write_text("0" * 64 + "\n")
+    assert "Copy the directory's secret.key" in doomed.cli("workspace", "export", name, str(tmp_path / "x.db"), status=2)
+    assert logged(capfd, "the directory: One process takes the other for a stranger.")
+
+
+@needs_nginx
+def test_what_the_gate_could_not_be_asked_is_told_by_the_directory_or_as_a_bad_gateway(doomed, tmp_path_factory):
+    front = Front(doomed, tmp_path_factory.mktemp("nginx"))
+    name, bob = doomed.found(), front.sign_in("bob")
+    assert bob.get(f"/w/{name}/todos", Host="evil.example").status == 421
+    doomed.directory.close()
+    assert bob.get(f"/w/{name}/todos").status == 502
+    front.close()
+
+
 @needs_nginx
 def test_a_node_that_is_lost_harms_no_other_and_its_workspaces_come_up_elsewhere(doomed, tmp_path_factory, tmp_path):
     fleet, front = doomed, Front(doomed, tmp_path_factory.mktemp("nginx"))
@@ -4909,6 +4927,46 @@ def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, 
     assert not list(tmp_path.rglob("*-wal"))
 
 
+@cases("words, demo", [((), True), (("--no-demo",), False), (("--allow-host", "todo.example.org"), False), (("--trust-proxy", "127.0.0.1"), False),
+                       (("--allow-host", "todo.example.org", "--demo"), True), (("--host", "0.0.0.0"), False), (("--plane", "directory"), False)])
+def test_there_is_a_demo_by_itself_only_where_nobody_but_this_machine_gets_in(words, demo):
+    assert orion.read_command_line(words)[0].demo is demo
+
+
+@cases("words", [("--keep", "0"), ("--keep", "-1"), ("--connections", "0"), ("--streams", "-1"), ("--awake", "x"), ("--max-workspaces", "-2"), ("--idle", "1.2.3"),
+                 ("nginx", "--directory", "a:1", "--node", "b:2", "--listen", "80; evil"), ("workspace", "quota", "acme", "99999999999999999T")])
+def test_a_number_that_makes_no_sense_is_refused_in_one_line(run, settled, words, capsys):
+    with contextlib.suppress(SystemExit):
+        assert run(*words, data=settled)[0] == 2
+    said = capsys.readouterr().err
+    assert said == "" or said.count("\n") == 1 and said.startswith("orion: ")
+
+
+def test_a_variable_that_is_empty_says_nothing(monkeypatch):
+    for name in ("ORION_SINGLE", "ORION_DATA", "ORION_DEMO", "ORION_PORT"):
+        monkeypatch.setenv(name, "")
+    settings, _ = orion.read_command_line([])
+    assert (settings.single, settings.data, settings.demo, settings.port) == (None, pathlib.Path("data"), True, 8000)
+
+
+@cases("given, status", [(EOFError(), 2), (KeyboardInterrupt(), 130)])
+def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run, tmp_path, monkeypatch, given, status):
+    monkeypatch.setattr(orion, "new_password", mock.Mock(side_effect=given))
+    got, _, err = run("account", "add", "ann", data=tmp_path / "d")
+    assert got == status and err in ("", "orion: nothing was typed\n") and not (tmp_path / "d" / "directory.db").exists()
+
+
+@cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave --plane out"),
+                      (("workspace", "restore", "acme", "--at", "My Backup"), "give it another with --new")])
+def test_what_makes_no_sense_is_one_line_and_no_traceback(run, settled, words, why):
+    status, _, err = run(*words, data=settled)
+    assert status == 2 and err.count("\n") == 1 and (why in err or "surrogates" in err)
+
+
+def test_a_password_that_is_no_text_is_refused(run, tmp_path):
+    assert "can be printed" in run("account", "add", "ann", data=tmp_path / "d", stdin="pass\x00word12\n")[2]
+
+
 def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
     with Command("--port", 0, "--data", tmp_path / "d") as command:
         command.end()
@@ -4916,7 +4974,7 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
-@cases("trouble, words", [("port", "another with --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "choose from")])
+@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(tmp_path, trouble, words):
     (tmp_path / "file").write_text("")
     with Command("--port", 0, "--data", tmp_path / "d") as first:
