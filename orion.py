@@ -5073,7 +5073,7 @@ VERBS = (
      node_replace, (("lost", address), ("new", address), ("backup", pathlib.Path))),
     ("nginx", "print the configuration of an nginx in front of a directory and its nodes",
      nginx, (("--directory=", address), ("--node=+", address), ("--listen=?", listen))),
-    ("keys rotate", "a new key seals sessions; nobody is signed out", keys_rotate, ()),
+    ("keys rotate", "a new key seals sessions; those of the key before hold until the next rotation", keys_rotate, ()),
 )
 
 
