@@ -680,13 +680,13 @@ class Store:
 
     def _apply(self, slice: str, number: int, sql: str) -> str:
         """Returns the tables that it made: they are the slice's own from now on."""
-        known = self.tables()
+        known, referred = self.tables(), self.query(REFERENCES)
         try:
             self.judged(slice, sql)
         except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
             raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
         made, owners = self.tables() - known, {table.lower(): owner for table, owner in self.owners().items()}
-        for child, parent in self.query(REFERENCES):
+        for child, parent in {*self.query(REFERENCES)} - {*referred}:
             if owners.get(child, slice) != owners.get(parent, slice):
                 raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers to table {parent!r} of "
                                      f"slice {owners[parent]!r}, which could not delete a row of it any more")
@@ -1483,6 +1483,14 @@ class SliceHost(DurableObject):
         super().__init__(id, namespace)
         self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
         self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
+
+    def open(self, create: bool = False) -> None:
+        """Refused(422): it is to be new, and there are rows; the Directory that knew whose they are was lost."""
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.shut()
+            raise Refused(422, "There is a file of such a workspace already. Choose another name, or have an operator "
+                               "import it.")
 
     def on_open(self) -> None:
         self.sweep()
@@ -3765,7 +3773,7 @@ ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
     ("POST", "copy"): lambda path, **_: copy_database(path, beside(path, "copy")), ("GET", "piece"): read_piece,
     ("POST", "piece"): write_piece, ("POST", "adopt"): take_in, ("POST", "drop"): drop,
     ("POST", "forget"): forget_copies,
-    ("POST", "create"): lambda path, env, **_: path.exists() or env.workspaces.create(path.stem),
+    ("POST", "create"): lambda path, env, **_: env.workspaces.create(path.stem),
     ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
 
 

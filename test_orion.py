@@ -4833,6 +4833,17 @@ def test_a_lost_directory_is_not_made_anew_where_there_are_workspaces(start, run
     assert status == 2 and "is there already" in err
 
 
+def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_not_know(served):
+    served.write("DELETE FROM memberships"), served.write("DELETE FROM workspaces")
+    alice = Person(served, "alice")
+    assert alice.post("/workspaces", form={"name": "acme"}).status == 422 and alice.get("/w/acme/todos").status == 403
+    assert "a file of such a workspace already" in served.run("workspace", "add", "acme", "--owner", "alice")[2]
+    file = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
+    file.unlink()
+    assert alice.post("/workspaces", form={"name": "acme"}).status == 303 and titles(alice) == []
+
+
 @cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
 def test_only_a_beginning_makes_a_deployment(run, tmp_path, words):
     status, out, err = run(*words.split(), *([tmp_path / "b"] if words == "backup" else []), data=tmp_path / "typo")
