@@ -680,19 +680,23 @@ class Store:
 
     def _apply(self, slice: str, number: int, sql: str) -> str:
         """Returns the tables that it made: they are the slice's own from now on."""
-        known, referred = self.tables(), self.query(REFERENCES)
+        known, referred = self.tables(), self.references(sql)
         try:
             self.judged(slice, sql)
         except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
             raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
         made, owners = self.tables() - known, {table.lower(): owner for table, owner in self.owners().items()}
-        for child, parent in {*self.query(REFERENCES)} - {*referred}:
+        for child, parent in self.references(sql) - referred:
             if owners.get(child, slice) != owners.get(parent, slice):
                 raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers to table {parent!r} of "
                                      f"slice {owners[parent]!r}, which could not delete a row of it any more")
         if any([re.search(r"\s", table) for table in made]):
             raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in the name of a table")
         return " ".join(made)
+
+    def references(self, sql: str) -> set:
+        """Which table refers to which; asked only where sql may add to that, for it takes as long as an entry."""
+        return {*self.query(REFERENCES)} if "references" in sql.lower() else set()
 
     def owners(self) -> Dict[str, str]:
         """Whose each table is."""
