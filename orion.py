@@ -1372,25 +1372,30 @@ def check_slices(slices: Sequence[Slice]) -> None:
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
             raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
         names.add(slice.name)
-        for kind, rows in ((Live, slice.live), (Route, slice.routes)):
-            for row in rows:
-                why = wrong_with(row, kind, grants) if type(row) is kind else f"it is no {kind.__name__}"
-                address = re.sub("<.*?>", "<>", row.path), getattr(row, "method", "GET")
-                if why or address in taken:
-                    raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
-                taken.add(address)
+        for kind, row in [*((Live, row) for row in slice.live), *((Route, row) for row in slice.routes)]:
+            why = wrong_with(row, grants) if type(row) is kind else f"it is no {kind.__name__}; (one,) has a comma too"
+            at = set() if why else {(re.sub("<.*?>", "<>", path), method) for method, path in addresses(row)}
+            if why or at & taken:
+                raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
+            taken |= at
 
 
-def wrong_with(row: Any, kind: type, grants: Iterable[str]) -> str:
-    if not PATH.fullmatch(row.path) or (kind is Live and "<" in row.path):
+def addresses(row: Any) -> List[Tuple[str, str]]:
+    """Methods and paths of a Live or a Route."""
+    return [("GET", row.path), ("GET", f"{row.path}/live")] if type(row) is Live else [(row.method, row.path)]
+
+
+def wrong_with(row: Any, grants: Iterable[str]) -> str:
+    live = type(row) is Live
+    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
         return "a path is as /things or, for a Route, /things/<id>"
     if row.path.split("/")[1] == "members":
         return "/members is the Directory's"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
         return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
-    if kind is Route and row.method not in METHODS:
+    if not live and row.method not in METHODS:
         return f"a method is one of {', '.join(METHODS)}"
-    return "" if callable(row.region if kind is Live else row.run) else "region or run can't be called"
+    return "" if callable(row.region if live else row.run) else "region or run can't be called"
 
 
 class Rendering:
@@ -1459,10 +1464,9 @@ class Router:
         self.exports = {function: slice.name for slice in slices for function in slice.exports}
         self.schema = [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]
         self.borders = Borders(self.schema)
-        for slice in slices:
-            streams = [("GET", live.path + end, live) for live in slice.live for end in ("", "/live")]
-            for method, path, row in streams + [(route.method, route.path, route) for route in slice.routes]:
-                self.rows[re.sub(r"<\w+>", "([^/]+)", re.escape(path))][method] = (slice.name, row)
+        rows = [(slice.name, row) for slice in slices for row in (*slice.live, *slice.routes)]
+        for method, path, row in [(*address, row) for row in rows for address in addresses(row[1])]:
+            self.rows[re.sub(r"<\w+>", "([^/]+)", re.escape(path))][method] = row
         self.match = functools.lru_cache(maxsize=1024)(self.find)
 
     def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:

@@ -1303,7 +1303,7 @@ LIVE, ROUTE = orion.Live("/n", "todos:read", "n", "N", nothing), orion.Route("PO
     ("/members is the Directory's", [orion.Slice("a", (), (LIVE._replace(path="/members"),))]),
     ("no role has the grant 'todo:read'", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("a method is", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
     ("can't be called", [orion.Slice("a", (), (LIVE._replace(region=None),))]), ("can't be called", [orion.Slice("a", (), (), (ROUTE._replace(run=None),))]),
-    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("another has this address", [orion.Slice("a", (), (LIVE, LIVE))]),
+    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("another has this address", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("it is no Live", [orion.Slice("a", (), (LIVE))]), ("it is no Route", [orion.Slice("a", (), (), (ROUTE))]), ("another has this address", [orion.Slice("a", (), (LIVE, LIVE))]),
     ("another has this address", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
 def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
     with pytest.raises(orion.BadSlice, match=re.escape(why)):
