@@ -1162,6 +1162,7 @@ def log(message: str) -> None:
 
 
 log_news = functools.lru_cache(maxsize=1)(log)       # what is found out again each second
+log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
 
 
 def log_error(where: str, error: BaseException) -> None:
@@ -1462,6 +1463,7 @@ class Router:
         self.slices, self.rows = slices, collections.defaultdict(dict)
         self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
         self.exports = {function: slice.name for slice in slices for function in slice.exports}
+        self.topics = {live.topic for slice in slices for live in slice.live}
         self.schema = [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]
         self.borders = Borders(self.schema)
         rows = [(slice.name, row) for slice in slices for row in (*slice.live, *slice.routes)]
@@ -1786,6 +1788,13 @@ class Workspace(SliceHost):
                 self.store.exec(f"PRAGMA user_version = {pages}")
             self.quota = quota
         return super().handle(request)
+
+    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+        """Whoever writes a slice and forgets to publish would see old pages and no error; so it is said, once."""
+        super().journal(viewer, what, which)
+        told = {topic[0] for call, *topic in self.store.on_commit if call == self.bus.tell}
+        if not told & self.router.topics:
+            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open page will show it")
 
 
 # ==== 13. Seals ======================================================================================================

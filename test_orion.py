@@ -1359,6 +1359,18 @@ def test_what_was_written_and_not_published_is_on_the_page_that_is_asked_for_nex
     assert ">0</p>" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204 and ">1</p>" in bob.get("/w/acme/n").text
 
 
+@cases("topic", [None, "smal"])
+def test_a_command_whose_write_no_open_page_will_show_is_told_once_in_the_log(start, capfd, topic):
+    def forgetful(ctx):
+        ctx.store.exec("INSERT INTO small (n) VALUES (NULL)")
+        ctx.publish(topic) if topic else None
+        return orion.done(ctx)
+    orion.log_once.cache_clear()
+    bob = Person(start((orion.todos, small(("POST", "/n", forgetful)))), "bob", datastar=True)
+    bob.post("/w/acme/n"), bob.post("/w/acme/n"), bob.post("/w/acme/todos", title="published")
+    assert capfd.readouterr().err == f"small.forgetful wrote, and published {topic or 'nothing'}: no open page will show it\n"
+
+
 def test_a_form_that_is_refused_where_there_is_no_page_is_told_why(start):
     def refuse(ctx):
         raise orion.Refused(422, "Say more.")
