@@ -113,6 +113,7 @@ class Settings(NamedTuple):
     plane: str = ""                      # directory or data: one plane alone, with others in other processes
     directory: str = ""                  # HOST:PORT of the directory, for a data plane
     node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
+    slices: Sequence[Slice] = ()         # of the program whose command line it is; (): todos
 
     @property
     def key_file(self) -> pathlib.Path:
@@ -408,6 +409,7 @@ LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\nd
 # ==== 5. Trace =======================================================================================================
 # What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
 # taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
+# What goes wrong stands in the log, whoever watches.
 
 class Call(NamedTuple):
     """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
@@ -531,6 +533,27 @@ def micros(seconds: float) -> int:
     return round(1e6 * seconds)
 
 
+CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
+
+
+def log(message: str) -> None:
+    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
+    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
+
+
+def log_error(where: str, error: BaseException) -> None:
+    """What it is and which line of a slice it comes from, before all the rest."""
+    stack = traceback.extract_tb(error.__traceback__)
+    ours = __file__, os.path.dirname(os.__file__)
+    at = ([frame for frame in stack if not frame.filename.startswith(ours)] or stack)[-1]
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    log(f"error: {where}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}): {rest}")
+
+
 # ==== 6. Store =======================================================================================================
 # One SQLite file, five synchronous methods. A view calls store.query() with no await, which is what lets one loop serve
 # every region; a store that answers later would make every view, model and command wait in another language.
@@ -564,6 +587,8 @@ def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
     """Durable first, then by its name: a power cut leaves the whole file or the one before."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
+    for tail in ("-wal", "-shm"):                    # of a database that was there: SQLite would add it to this one
+        target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
     os.replace(part, target)
     if fcntl:                                        # POSIX, where the name is durable when its folder is
         folder = os.open(target.parent, os.O_RDONLY)
@@ -828,27 +853,29 @@ class StorageFault(Exception):
     """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
     client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
     REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, and it is tried again",
-                "full": "make room on the disk, or raise the quota",
-                "locked": "another process holds it: end that one",
+                "disk is full": "make room on the disk, or raise the quota",
+                "is locked": "another process holds it: end that one",
                 "interrupted": "a statement ran too long: give it an index, or ask for less",
-                "readonly": "make the file and its folder writable",
-                "unable to open": "make the file and its folder readable, and let the process have more descriptors",
-                "I/O": "see what the system's log says of the disk",
-                "constraint": "a slice left it to the commit to find that; have it looked for before",
+                "readonly database": "make the file and its folder writable",
+                "unable to open database file": "make it readable; let the process have more descriptors",
+                "disk I/O error": "see what the system's log says of the disk",
+                "constraint failed": "a slice left it to the commit to find that; have it looked for before",
+                "unsupported file format": "restore it from a backup",
                 "": "restore it from a backup: orion.py check says what is wrong, restore brings it back"}
 
     def __init__(self, path: pathlib.Path, error: Exception) -> None:
         word = next(word for word in self.REMEDIES if word in str(error))
         super().__init__(f"{path}: {error}; {self.REMEDIES[word]}")
         self.refusal = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-        if word == "full":
+        if word == "disk is full":
             self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
 
     @classmethod
     def is_behind(cls, error: Exception) -> bool:
         """Is it the file, and not a statement that asks for what can't be: a constraint, a name, a value?"""
         if isinstance(error, sqlite3.OperationalError):
-            return any([word in str(error) for word in cls.REMEDIES if word])
+            known = tuple(filter(None, cls.REMEDIES))          # the words are SQLite's, and not a name in a statement
+            return str(error).endswith(known) and not str(error).startswith("no such")
         return type(error) in (sqlite3.DatabaseError, MigrationError)
 
 
@@ -1049,8 +1076,8 @@ class Stub(NamedTuple):
         say so now, or does not know us."""
         answer = self.fetch(Request(method, path, query, headers, wait=wait, scheme=scheme))
         if answer.status != 200:
-            said = answer.body.decode("utf-8", "replace").strip()
-            raise Refused(503, STRANGERS if answer.status in (403, 404) else said)
+            log_once(STRANGERS) if answer.status in (403, 404) else None
+            raise Refused(503, "This can't be found out just now. Try again in a minute.", (("retry-after", "60"),))
         return json.loads(answer.body)
 
     def reach(self, request: Request) -> Response:
@@ -1152,25 +1179,6 @@ class Namespace:
 JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
         "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",
         "CREATE INDEX jobs_due ON jobs (due)")
-CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
-
-
-def log(message: str) -> None:
-    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
-        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
-
-
-log_news = functools.lru_cache(maxsize=1)(log)       # what is found out again each second
-log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
-
-
-def log_error(where: str, error: BaseException) -> None:
-    """What it is and which line of a slice it comes from, before all the rest."""
-    stack = traceback.extract_tb(error.__traceback__)
-    at = ([frame for frame in stack if frame.filename != __file__] or stack)[-1]
-    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    log(f"error: {where}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}): {rest}")
 
 
 class Queue:
@@ -1304,7 +1312,10 @@ class Context(NamedTuple):
 
     def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
         """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
-        runs again when it fails, so what it does outside of the store should bear to be done twice."""
+        runs again when it fails, so what it does outside of the store should bear to be done twice. PermissionError:
+        this is no command and no job."""
+        if not self.store.writes:
+            raise PermissionError("only a command or a job puts in a job")
         self.host.queue.put(self.viewer.account, job, time.time() + after, args)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -1355,6 +1366,9 @@ class Slice(NamedTuple):
     count: Optional[Callable[[Store], int]] = None
     jobs: Sequence[Callable[..., None]] = ()
     exports: Sequence[Callable[..., Any]] = ()
+
+
+REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")       # an element with an id
 
 
 class BadSlice(Exception):
@@ -1485,6 +1499,9 @@ class Router:
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
+TAKEN = 422, "There is a file of such a workspace already. Choose another name; an operator may move and import it."
+
+
 class SliceHost(DurableObject):
     """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
     FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
@@ -1499,8 +1516,7 @@ class SliceHost(DurableObject):
         super().open(create)
         if create and self.store.one("SELECT 1 FROM journal"):
             self.shut()
-            raise Refused(422, "There is a file of such a workspace already. Choose another name, or have an operator "
-                               "import it.")
+            raise Refused(*TAKEN)
 
     def on_open(self) -> None:
         self.sweep()
@@ -1537,7 +1553,8 @@ class SliceHost(DurableObject):
         before = self.store.db.total_changes
         response = sound(row.run(ctx, *args))
         if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
-            self.store.on_commit.append((self.sweep, ""))    # nor show a new page what was before, if it tells nobody
+            if slice != "directory":                 # nor show a new page what was before, if it tells nobody
+                self.store.on_commit.append((self.sweep, ""))
             which = response.which or "/".join(args) or self.store.cursor.lastrowid
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
@@ -1561,6 +1578,7 @@ class SliceHost(DurableObject):
         ctx = Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self)
         if job(ctx, **json.loads(row["args"])) is not None:
             raise TypeError("a job returns nothing, and is neither async nor a generator")
+        self.store.on_commit.append((self.sweep, ""))
         self.journal(viewer, row["job"], str(row["id"]))
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
@@ -1602,7 +1620,7 @@ class SliceHost(DurableObject):
     def render(self, live: Live, ctx: Context) -> Rendering:
         started = time.perf_counter()
         region = live.region(ctx)
-        if type(region) is not Html or not re.match(r"\s*<\w[^>]*\bid=", region):
+        if type(region) is not Html or not REGION.match(region):
             raise TypeError(f"the region of {live.path} is to be Html, one element with an id, and not {region!r:.200}")
         return Rendering(region, micros(time.perf_counter() - started))
 
@@ -1922,8 +1940,8 @@ class Throttle:
     def succeeded(self, own: str, *keys: str) -> None:
         """What failed under own was no guessing, and counts no more under the others; what failed elsewhere does."""
         with self.lock:
-            mine, _ = self.failures.pop(own, (0, 0.0))
-            for key in keys:
+            mine, ends = self.failures.pop(own, (0, 0.0))
+            for key in keys if ends > time.monotonic() else ():
                 count, until = self.failures.pop(key, (0, 0.0))
                 if count > mine:
                     self.failures[key] = count - mine, until
@@ -2309,8 +2327,10 @@ def add_workspace(store: Store, workspaces: Namespace, name: str, members: Itera
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
+    if source and workspaces.path(id).exists():
+        raise Refused(*TAKEN)
     if not node:
-        os.replace(source, workspaces.path(id)) if source else workspaces.create(id)
+        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
     store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)",
                id, name, name, node, node != "")
     for account, role in members:
@@ -3103,7 +3123,7 @@ class Broker:
     def __init__(self, edge: Edge) -> None:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
-        self.version = 0                                       # of the Directory's file, which others may change
+        self.version, self.alone = 0, False                    # of the Directory's file; and that can't be reached
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
         self.accounts = collections.Counter()                  # how many streams each has open
@@ -3265,8 +3285,10 @@ class Broker:
         try:
             with self.edge.env.trace.silence():
                 self.version = directory.ask("/_version")
+            self.alone = False
         except Refused as no:                        # it is in another process
-            log_news(f"the directory: {no.message}")
+            log(f"the directory: {no.message}") if not self.alone else None
+            self.alone = True
         if before not in (0, self.version):
             self.changed = time.monotonic()
             self.regate("")
@@ -3573,10 +3595,10 @@ def snapshot(settings: Settings, target: pathlib.Path,
                 if known.get(id, {}).get("seen") != seen:
                     held[id] = {"rows": copy_database(source, part / name), "seen": seen}
                     continue
-            except sqlite3.OperationalError:         # not this file's fault alone: no room, say
-                raise
             except sqlite3.DatabaseError as error:
-                faults.append(str(StorageFault(source, error)))
+                if "disk is full" in str(error):
+                    raise
+                faults.append(f"{StorageFault(source, error)}{'; as it was in the one before' * (id in known)}")
             if id in known:
                 os.link(before / name, part / name)
                 held[id] = known[id]
@@ -3604,7 +3626,7 @@ def snapshot_again(settings: Settings) -> None:
     kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
     _, faults = snapshot(settings, folder / stamp(), kept[-1] if kept else None)
     for fault in faults:
-        log(f"not in the new snapshot, but as it was in the one before: {fault}")
+        log(f"not in the new snapshot: {fault}")
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
 
@@ -4538,12 +4560,20 @@ def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tupl
     name. Unusable: there is none, and this is not one of the BEGINNINGS, which make it."""
     if not settings.directory_file.exists() and what not in BEGINNINGS:
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
-    env = (single_root if settings.single else two_planes)(settings._replace(demo=False))
+    root = single_root if settings.single else two_planes
+    env = root(settings._replace(demo=False), settings.slices or (todos,))
     with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
             row = time.time(), "(command line)", what, which
             store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
+
+
+def begun(settings: Settings) -> None:
+    """Unusable: there is no deployment, or its key is no good."""
+    if not settings.directory_file.exists() and not (settings.data / "workspaces").exists():
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
+    load_keys(settings.key_file)
 
 
 def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
@@ -4637,15 +4667,17 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings) as (store, env):
         row = movable(settings, store, given.name)
     ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
+    if_it_answers = contextlib.suppress(Refused) if given.now else contextlib.nullcontext()    # a node may be lost
     with locked(settings.data / "workspaces", "a move is under way; try again when it is over"):
-        there = json.loads(ask("has", "GET"))        # if it can't be reached, nothing is done
+        with if_it_answers:
+            there = json.loads(ask("has", "GET"))
         with opened(settings, "workspace remove", given.name) as (store, _):
             if row_of(store, "workspaces", given.name) != row:
                 raise Unusable("it was moved just now; try again")
             members = members_of(store, row["id"])
             store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
             store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-    if there and not given.now:
+    if not given.now and there:
         removed.mkdir(exist_ok=True)
         copy = removed / f"{given.name}-{stamp()}.db"
         bring_here(ask, "aside", copy, given.name, members)
@@ -4653,7 +4685,8 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     for old in removed.glob("*.db"):
         if old.stat().st_mtime < time.time() - 30 * 86400:
             old.unlink()
-    ask("drop")
+    with if_it_answers:
+        ask("drop")
 
 
 def members_of(store: Store, id: str) -> List[Tuple[str, str]]:
@@ -4698,8 +4731,8 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
         rows = bring_here(ask, "aside" if given.move else "copy", given.file, given.name, members)
     except BaseException:
         if given.move and not row["moving"]:         # all is as it was
-            placed(settings, row["id"], row["node"], "workspace export failed")
             ask("back")
+            placed(settings, row["id"], row["node"], "workspace export failed")
         raise
     None if given.move else ask("forget")
     print(f"{given.file}: {rows} rows, {len(members)} members")
@@ -4800,7 +4833,7 @@ def backup(settings: Settings, given: argparse.Namespace) -> int:
     """1: some files can't be copied, and each line says which and why; all others are in it."""
     if given.folder.exists():
         raise Unusable(f"{given.folder} exists; name a new folder")
-    load_keys(settings.key_file)                     # there is a deployment, and it can be restored
+    begun(settings)
     held, faults = snapshot(settings, given.folder)
     print("\n".join([*faults, contents(given.folder, held)]))
     return 1 if faults else 0
@@ -4987,7 +5020,7 @@ def nginx(settings: Settings, given: argparse.Namespace) -> None:
 
 
 def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
-    load_keys(settings.key_file)                     # there are some, and they are good
+    begun(settings)
     add_key(settings.key_file)
     print("there is a new key; the one before holds for those who are signed in, until the next rotation; if there are "
           "nodes, copy secret.key to them before that")
@@ -5166,7 +5199,9 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace") if hasattr(stream, "reconfigure") else None
     settings, given = read_command_line(argv)
+    settings = settings._replace(slices=slices)
     try:
+        check_slices(slices)
         if settings.single and settings.plane:
             raise Unusable("--single is one file with both planes; leave --plane out")
         if given.run:

@@ -864,13 +864,14 @@ def spoil(path, how):
         path.rename(elsewhere)
     {"missing": lambda: None, "empty": lambda: path.write_bytes(b""), "garbage": lambda: path.write_bytes(os.urandom(9000)),
      "cut short": lambda: os.truncate(path, 3000), "a link": lambda: path.symlink_to(elsewhere), "a folder": path.mkdir,
+     "of another format": lambda: path.write_bytes(path.read_bytes()[:44] + b"\0\0\0\xff" + path.read_bytes()[48:]),
      "another's": lambda: shutil.copy(path.with_name(path.name.replace(*SWAP)), path)}[how]()
 
 
 SWAP = tuple(hashlib.sha256(f"workspace:{name}".encode()).hexdigest() for name in ("acme", "globex"))
 
 
-@cases("how", ["missing", "empty", "garbage", "cut short", "a link", "a folder", "another's"])
+@cases("how", ["missing", "empty", "garbage", "cut short", "of another format", "a link", "a folder", "another's"])
 def test_a_spoilt_file_is_a_503_for_its_tenant_alone_and_nothing_is_made_anew(server, capfd, how):
     bob = Person(server, "bob")
     server.env.workspaces.rest(idle=-1)
@@ -980,7 +981,7 @@ def test_a_statement_that_runs_too_long_is_interrupted(start, monkeypatch):
 
 @cases("sql, args, why", [
     ("INSERT INTO mine VALUES (1), (1)", (), "UNIQUE constraint failed: mine.n"), ("INSERT INTO mine VALUES (-1)", (), "CHECK constraint failed"),
-    ("INSERT INTO mine VALUES", (), "incomplete input"), ("SELECT m FROM mine", (), "no such column: m"), ("SELECT * FROM yours", (), "no such table: yours"),
+    ("INSERT INTO mine VALUES", (), "incomplete input"), ("SELECT m FROM mine", (), "no such column: m"), ("SELECT * FROM yours", (), "no such table: yours"), ("UPDATE mine SET full = 1", (), "no such column: full"), ("SELECT * FROM locked", (), "no such table: locked"),
     ("INSERT INTO mine VALUES (?)", (), "Incorrect number of bindings"), ("INSERT INTO mine VALUES (?)", ({},), "Error binding parameter"),
     ("INSERT INTO mine VALUES (?)", (2 ** 70,), "OverflowError"), ("SELECT 1; SELECT 2", (), "one statement at a time"), ("SELECT abs(?)", (-2 ** 63,), "integer overflow")])
 def test_a_statement_that_asks_for_what_can_not_be_is_the_slices_mistake_and_no_fault_of_the_file(start, capfd, sql, args, why):
@@ -1096,6 +1097,13 @@ def test_a_job_that_fails_is_logged_with_the_line_that_failed(office, capfd):
     assert logged(capfd, f"error: job letters.post_letter, try 1: RuntimeError: the post office is closed ({__file__}:{line})")
 
 
+def test_an_error_in_the_library_is_logged_with_the_slices_own_line(start, capfd):
+    def run(ctx):
+        return json.loads("{bad")
+    Person(start((orion.todos, small(("POST", "/n", run)))), "bob").post("/w/acme/n")
+    assert logged(capfd, f"({__file__}:{run.__code__.co_firstlineno + 1}): ")
+
+
 def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
     async def later(ctx):
         pass
@@ -1108,6 +1116,15 @@ def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
         Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
         assert logged(capfd, "a job returns nothing, and is neither async nor a generator")
         gc.collect()
+
+
+def test_what_a_job_wrote_is_on_the_page_that_is_asked_for_next_even_if_it_published_nothing(start):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO small VALUES (1)")
+    server = start((orion.todos, small(("POST", "/n", lambda ctx: (ctx.enqueue(write), orion.done(ctx, "x"))[1]), jobs=(write,))))
+    bob = Person(server, "bob", datastar=True)
+    assert ">0</p>" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204
+    assert eventually(lambda: ">1</p>" in bob.get("/w/acme/n").text)
 
 
 def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
@@ -1339,7 +1356,7 @@ def test_a_command_that_answers_what_can_not_be_sent_leaves_nothing(start, capfd
     assert bob.post("/w/acme/n").status == 500 and ">0</p>" in bob.get("/w/acme/n").text and logged(capfd, "error: POST /w/acme/n: ")
 
 
-@cases("where", ["a region", "a GET", "a count", "what another exports"])
+@cases("where", ["a region", "a GET", "a count", "what another exports", "a GET that enqueues"])
 def test_only_a_command_or_a_job_writes(start, capfd, where):
     def write(store):
         return store.exec("DELETE FROM small")
@@ -1347,10 +1364,11 @@ def test_only_a_command_or_a_job_writes(start, capfd, where):
     def region(ctx):
         write(ctx.store) if where == "a region" else ctx.ask(write) if where == "what another exports" else None
         return orion.Template('<p id="n">x</p>')()
-    slice = small(("GET", "/write", lambda ctx: orion.Response(200, b"%d" % write(ctx.store))), region=region, exports=(write,), count=write if where == "a count" else None)
+    run = lambda ctx: ctx.enqueue(nothing) if where == "a GET that enqueues" else orion.Response(200, b"%d" % write(ctx.store))
+    slice = small(("GET", "/write", run), jobs=(nothing,), region=region, exports=(write,), count=write if where == "a count" else None)
     bob = Person(start((orion.todos, slice)), "bob")
-    answer = bob.get({"a GET": "/w/acme/write", "a count": "/"}.get(where, "/w/acme/n"))
-    assert answer.status == (200 if where == "a count" else 500) and logged(capfd, "writes, which only a command or a job may")
+    answer = bob.get({"a GET": "/w/acme/write", "a GET that enqueues": "/w/acme/write", "a count": "/"}.get(where, "/w/acme/n"))
+    assert answer.status == (200 if where == "a count" else 500) and logged(capfd, "only a command or a job")
     assert where != "a count" or "read</span>" in answer.text
 
 
@@ -1409,6 +1427,17 @@ def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
     careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "n", "N", lambda ctx: orion.Html("<p id=n>") + "<img src=x>"),))
     bob = Person(start((orion.todos, careless)), "bob", datastar=True)
     assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500 and logged(capfd, "the region of /n is to be Html")
+
+
+@cases("markup", ['<div data-show="$n > 0" id="n">x</div>', "\n<p\n class='a>b'\n id=n>x</p>", '<x-y id = "n">x</x-y>'])
+def test_a_region_is_any_element_with_an_id(start, markup):
+    assert Person(start((orion.todos, small(region=lambda ctx: orion.Template(markup)()))), "bob").get("/w/acme/n").status == 200
+
+
+@cases("markup", ["", "text", "<p>x</p>", '<p data-id="n">x</p>', "<!-- id= -->", '<p title="id=n">x</p>'])
+def test_a_region_without_an_id_is_refused(start, capfd, markup):
+    assert Person(start((orion.todos, small(region=lambda ctx: orion.Template(markup)()))), "bob").get("/w/acme/n").status == 500
+    assert logged(capfd, "one element with an id")
 
 
 def test_a_region_that_did_not_change_is_not_sent_again(start):
@@ -1704,6 +1733,18 @@ def test_ten_failures_close_a_key_for_a_while_and_no_other(monkeypatch):
     assert refused.value.status == 429 and 0 < int(dict(refused.value.headers)["retry-after"]) <= 601
     monkeypatch.setattr(orion.time, "monotonic", lambda later=time.monotonic() + 700: later)
     throttle.check("a")
+
+
+def test_failures_of_ones_own_that_are_forgotten_take_none_of_the_others_back(monkeypatch):
+    throttle, now = orion.Throttle(), time.monotonic()
+    for _ in range(9):
+        throttle.failed("me here", "here")
+    monkeypatch.setattr(orion.time, "monotonic", lambda: now + 700)
+    for _ in range(10):
+        throttle.failed("here")
+    throttle.succeeded("me here", "here")
+    with pytest.raises(orion.Refused):
+        throttle.check("here")
 
 
 def test_a_throttle_forgets_the_oldest_key_when_it_has_too_many():
@@ -3458,7 +3499,7 @@ def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
     assert not list(tmp_path.glob("copy*"))
 
 
-@cases("how", ["missing", "garbage"])
+@cases("how", ["missing", "garbage", "of another format"])
 def test_a_file_that_can_not_be_copied_keeps_no_other_out_of_a_backup(server, tmp_path, capsys, how):
     settings, source = server.env.settings, server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
     Person(server, "bob").post("/w/globex/todos", title="kept")
@@ -3776,9 +3817,12 @@ def test_a_stream_follows_its_workspace_to_another_node(fleet, front):
 def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, capfd):
     first, _ = doomed.nodes
     name = doomed.found(on=first)
+    orion.log_once.cache_clear()
     (first.folder / "secret.key").write_text("0" * 64 + "\n")
     assert "Copy the directory's secret.key" in doomed.cli("workspace", "export", name, str(tmp_path / "x.db"), status=2)
-    assert logged(capfd, "the directory: One process takes the other for a stranger.")
+    assert logged(capfd, "One process takes the other for a stranger.")
+    answer = Person(first).get("/metrics", X_Forwarded_For="203.0.113.9")
+    assert answer.status == 503 and "secret.key" not in answer.text
 
 
 @needs_nginx
@@ -3805,6 +3849,10 @@ def test_a_node_that_is_lost_harms_no_other_and_its_workspaces_come_up_elsewhere
     first.close()
     assert bob.get(f"/w/{lost}/todos").status == 502 and bob.get(f"/w/{kept}/todos").status == 200
     assert "can&#x27;t be read" in bob.get("/").text and "0 open" in bob.get("/").text
+    gone = fleet.found(on=second)
+    fleet.directory.write("UPDATE workspaces SET node = ? WHERE name = ?", first.address, gone)
+    assert "can't be reached" in fleet.cli("workspace", "remove", gone, status=2)
+    fleet.cli("workspace", "remove", gone, "--now")                # nothing of it is left to wait for
     orion.DOWN.clear()
     assert f"{lost}\t" in fleet.cli(*replace)
     assert "in the backup" in bob.get(f"/w/{lost}/todos").text and bob.get(f"/w/{kept}/todos").status == 200
@@ -4767,6 +4815,13 @@ def test_what_is_there_is_not_overwritten(served, tmp_path):
     assert served.run("backup", tmp_path / "monday")[0] == 0 and (tmp_path / "monday.part").exists()
 
 
+def test_a_workspace_whose_export_can_not_be_undone_stays_closed(served, tmp_path, monkeypatch):
+    monkeypatch.setitem(orion.ERRANDS, ("POST", "back"), mock.Mock(side_effect=OSError("the disk is gone")))
+    assert served.run("workspace", "export", "acme", tmp_path / "nowhere" / "acme.db", "--move")[0] == 2
+    answer = Person(served, "bob").get("/w/acme/todos")
+    assert answer.status == 503 and "is being moved" in answer.text
+
+
 def test_an_export_that_fails_leaves_all_as_it_was(served, tmp_path):
     assert served.run("workspace", "export", "acme", tmp_path / "nowhere" / "acme.db", "--move")[0] == 2
     bob = Person(served, "bob", datastar=True)
@@ -4852,14 +4907,27 @@ def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_no
     assert "a file of such a workspace already" in served.run("workspace", "add", "acme", "--owner", "alice")[2]
     file = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
     assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
+    before = file.read_bytes()
+    assert "a file of such a workspace already" in served.run("workspace", "import", file, "--name", "acme")[2] and file.read_bytes() == before
     file.unlink()
     assert alice.post("/workspaces", form={"name": "acme"}).status == 303 and titles(alice) == []
+
+
+def test_an_apps_own_command_line_knows_its_slices_and_no_others(tmp_path, monkeypatch, capsys):
+    own = orion.Slice("chores", ("CREATE TABLE todos (x)",), (orion.Live("/todos", "todos:read", "chores", "Chores", lambda ctx: orion.Template("<p id=c>x</p>")()),))
+    monkeypatch.setattr(orion, "new_password", lambda name: orion.hash_password("long enough"))
+    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann")):
+        assert orion.main([own], [*words, "--data", str(tmp_path / "d")]) == 0, capsys.readouterr().err
+    file, = (tmp_path / "d" / "workspaces").glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert {slice for slice, in db.execute("SELECT slice FROM _migrations")} == {"orion", "chores"}
+    orion.compose(orion.Settings(data=tmp_path / "d"), [own]).directory.namespace.rest(idle=-1)
 
 
 @cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
 def test_only_a_beginning_makes_a_deployment(run, tmp_path, words):
     status, out, err = run(*words.split(), *([tmp_path / "b"] if words == "backup" else []), data=tmp_path / "typo")
-    assert status in (1, 2) and "missing" in out + err or "there is no deployment in" in err
+    assert status == 1 and "missing" in out if words == "check" else status == 2 and "there is no deployment in" in err
     assert not (tmp_path / "typo").exists()
 
 
