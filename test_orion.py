@@ -5439,6 +5439,68 @@ def test_a_title_is_edited_in_place(site, windows):
     assert bob.js("return document.querySelector('#todo-2 textarea').value") == "New"
 
 
+def test_the_second_half_of_a_double_click_does_not_remove_the_next_row_too(site, windows):
+    bob = site.at("bob", windows[0])
+    click = "const row = [...document.querySelectorAll('%s > button')].pop().parentNode; row.lastElementChild.dispatchEvent(new MouseEvent('click', {bubbles: true, detail: %d})); return row.hasAttribute('aria-busy')"
+    for path, rows in (("/w/acme/todos", "#todos li"), ("/w/acme/members", "#members li")):
+        bob.open(site.origin + path)
+        bob.wait("document.querySelector('.link').textContent === 'Live'")
+        before = bob.js(f"return document.querySelectorAll('{rows}').length")
+        assert bob.js(click % (rows, 2)) is False and bob.js(click % (rows, 1)) is True
+        bob.wait(f"document.querySelectorAll('{rows}').length === {before - 1}")
+
+
+def test_what_is_typed_while_an_add_is_under_way_stays(site, windows):
+    bob = site.at("bob", windows[0])
+    with busy(site, "acme"):
+        bob.type("#title", "slow one")
+        bob.press("Enter")
+        bob.wait("document.querySelector('#title').value === ''")
+        bob.type("#title", "and the next")
+    bob.wait(f"{TODOS}[0] === 'slow one'")
+    assert bob.js("return document.querySelector('#title').value") == "and the next"
+
+
+def test_a_half_typed_todo_is_there_after_a_reload_and_only_for_whom_typed_it(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.type("#title", "half ty")
+    bob.open(site.origin + "/w/acme/todos?show=open")
+    bob.wait("document.querySelector('#title')?.value === 'half ty'")
+    assert site.at("carol", windows[0]).js("return document.querySelector('#title').value") == ""
+
+
+def test_a_title_that_somebody_else_renames_meanwhile_does_not_take_what_is_being_typed(site, windows):
+    bob, carol = site.at("bob", windows[0]), Person(site, "carol")
+    bob.click("#todo-2 textarea")
+    bob.press("x", "y", "z")
+    typed = bob.js("return document.activeElement.value")
+    carol.patch("/w/acme/todos/2", title="Renamed")
+    bob.wait("document.querySelector('#todo-2 span').textContent === 'Renamed'")
+    assert bob.js("return document.activeElement.value") == typed and "xyz" in typed
+
+
+def test_an_edit_that_could_not_be_sent_stays_in_sight(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.cdp("Network.enable")
+    bob.cdp("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    bob.click("#todo-2 textarea")
+    bob.press("Control+a", "N", "e", "w", "Enter")
+    bob.wait("document.querySelector('#todo-2 textarea[aria-invalid]')?.value === 'New'")
+    opacity = bob.js("return getComputedStyle(document.querySelector('#todo-2 textarea')).opacity")
+    bob.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    assert opacity == "1"
+
+
+def test_the_focus_goes_to_the_next_row_when_a_ticked_one_leaves_the_filter(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.open(site.origin + "/w/acme/todos?show=open")
+    bob.wait("document.querySelector('.link').textContent === 'Live'")
+    bob.js("document.querySelector('#todos li input').focus()")
+    bob.press("Space")
+    bob.wait("document.querySelectorAll('#todos li').length === 2")
+    assert bob.js("return document.activeElement.closest('#todos li') !== null")
+
+
 def test_who_leaves_is_gone_from_the_others_page(site, windows):
     bob, carol = site.at("bob", windows[0]), site.at("carol", windows[1])
     bob.wait("document.querySelector('#here').textContent.includes('carol')")
