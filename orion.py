@@ -3578,36 +3578,6 @@ def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
             print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
 
 
-def snapshot(settings: Settings, target: pathlib.Path,
-             before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
-    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id, and
-    what is wrong with files that can't be copied: of these it has what the one before had, and the others are not kept
-    waiting. The Directory is copied first, so that each workspace that it names is there; a node has none."""
-    held, faults, known = {}, [], json.loads((before / "manifest.json").read_text()) if before else {}
-    with in_the_making(target) as part:
-        (part / "workspaces").mkdir(parents=True)
-        if settings.directory_file.exists():
-            held["directory"] = {"rows": copy_database(settings.directory_file, part / "directory.db"), "seen": ""}
-        for id in with_progress(ids_in(settings, part / "directory.db"), "copied"):
-            source, name = settings.data / "workspaces" / f"{id}.db", f"workspaces/{id}.db"
-            seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
-            try:
-                if known.get(id, {}).get("seen") != seen:
-                    held[id] = {"rows": copy_database(source, part / name), "seen": seen}
-                    continue
-            except sqlite3.DatabaseError as error:
-                if "disk is full" in str(error):
-                    raise
-                faults.append(f"{StorageFault(source, error)}{'; as it was in the one before' * (id in known)}")
-            if id in known:
-                os.link(before / name, part / name)
-                held[id] = known[id]
-        shutil.copy2(settings.key_file, part / "secret.key")
-        (part / "manifest.json").write_text(json.dumps(held))
-        part.rename(target)
-    return held, faults
-
-
 def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
     """Of the workspaces whose files are here: those that a Directory names or, on a node, all."""
     if settings.single:
@@ -3619,6 +3589,44 @@ def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
                                                  "node = ''")]
 
 
+def copied(settings: Settings, name: str, part: pathlib.Path, before: Optional[pathlib.Path],
+           last: Optional[Dict[str, Any]]) -> Tuple[Optional[Dict[str, Any]], str]:
+    """A workspace's file into a snapshot; where it did not change, or can't be read, as it was in the one before. What
+    the manifest says of it, and what is wrong with it. sqlite3.Error: the disk is full."""
+    source, fault = settings.data / name, ""
+    seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
+    try:
+        if not last or last["seen"] != seen:
+            return {"rows": copy_database(source, part / name), "seen": seen}, ""
+    except sqlite3.DatabaseError as error:
+        if "disk is full" in str(error):
+            raise
+        fault = f"{StorageFault(source, error)}{'; here it is as it was in the snapshot before' if last else ''}"
+    if last:
+        os.link(before / name, part / name)
+    return last, fault
+
+
+def snapshot(settings: Settings, target: pathlib.Path,
+             before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
+    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id, and
+    what is wrong with files that can't be copied: the others are not kept waiting. The Directory is copied first, so
+    that each workspace that it names is there; a node has none."""
+    held, faults, known = {}, [], json.loads((before / "manifest.json").read_text()) if before else {}
+    with in_the_making(target) as part:
+        (part / "workspaces").mkdir(parents=True)
+        if settings.directory_file.exists():
+            held["directory"] = {"rows": copy_database(settings.directory_file, part / "directory.db"), "seen": ""}
+        for id in with_progress(ids_in(settings, part / "directory.db"), "copied"):
+            about, fault = copied(settings, f"workspaces/{id}.db", part, before, known.get(id))
+            held.update({id: about} if about else {})
+            faults += [fault] if fault else []
+        shutil.copy2(settings.key_file, part / "secret.key")
+        (part / "manifest.json").write_text(json.dumps(held))
+        part.rename(target)
+    return held, faults
+
+
 def snapshot_again(settings: Settings) -> None:
     """The next one in data/backups; the oldest go."""
     folder = settings.data / "backups"
@@ -3626,7 +3634,7 @@ def snapshot_again(settings: Settings) -> None:
     kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
     _, faults = snapshot(settings, folder / stamp(), kept[-1] if kept else None)
     for fault in faults:
-        log(f"not in the new snapshot: {fault}")
+        log(f"the snapshot lacks what can't be read: {fault}")
     for old in kept[:max(0, len(kept) + 1 - settings.keep)]:
         shutil.rmtree(old)
 
@@ -4752,13 +4760,18 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     name = given.name or old_name
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", name) as (store, env):
-            for account in accounts:
-                added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
-                if added and not account[2]:
-                    print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
+            add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, members, copy)
         open_on_node(settings, name, copy)
     print(f"{name}: {len(members)} members")
+
+
+def add_accounts(store: Store, accounts: Iterable[Sequence[str]]) -> None:
+    """Name, label and password of each; who is here already stays as they are."""
+    for account in accounts:
+        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
+        if added and not account[2]:
+            print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
 
 
 def about_file(store: Store, name: Optional[str]) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
