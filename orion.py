@@ -1707,13 +1707,19 @@ def the_todo(ctx: Context, id: str) -> sqlite3.Row:
     return known
 
 
+@functools.lru_cache(maxsize=1024)
+def todo_row(id: int, title: str, done: int, write: bool, delete: bool) -> Html:
+    """Most are as they were a command ago, and are not made again."""
+    return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write, delete=delete)
+
+
 def todos_region(ctx: Context) -> Html:
     given, may = ctx.request.params, ctx.viewer.can
     show, most = given.get("show", ""), TODOS_A_PAGE * int(given.get("pages", 1))
     some = some_todos(ctx.store, show, most + 1)
     return template("todos.region")(
-        row=[{"id": todo["id"], "title": todo["title"], "checked": bool(todo["done"])} for todo in some[:most]],
-        disabled=not may("todos:write"), delete=may("todos:delete"), **todo_counts(ctx.store),
+        row=Html().join([todo_row(*todo, may("todos:write"), may("todos:delete")) for todo in some[:most]]),
+        **todo_counts(ctx.store),
         more=len(some) > most, last=some[:most][-1]["id"] if some else "",
         next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
         empty="" if some else template(f"todos.empty_{show or 'all'}")())
