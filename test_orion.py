@@ -981,7 +981,7 @@ def test_a_statement_that_runs_too_long_is_interrupted(start, monkeypatch):
 
 @cases("sql, args, why", [
     ("INSERT INTO mine VALUES (1), (1)", (), "UNIQUE constraint failed: mine.n"), ("INSERT INTO mine VALUES (-1)", (), "CHECK constraint failed"),
-    ("INSERT INTO mine VALUES", (), "incomplete input"), ("SELECT m FROM mine", (), "no such column: m"), ("SELECT * FROM yours", (), "no such table: yours"), ("UPDATE mine SET full = 1", (), "no such column: full"), ("SELECT * FROM locked", (), "no such table: locked"),
+    ("INSERT INTO mine VALUES", (), "incomplete input"), ("SELECT m FROM mine", (), "no such column: m"), ("SELECT * FROM yours", (), "no such table: yours"), ("UPDATE mine SET interrupted = 1", (), "no such column: interrupted"), ("SELECT * FROM locked", (), "no such table: locked"),
     ("INSERT INTO mine VALUES (?)", (), "Incorrect number of bindings"), ("INSERT INTO mine VALUES (?)", ({},), "Error binding parameter"),
     ("INSERT INTO mine VALUES (?)", (2 ** 70,), "OverflowError"), ("SELECT 1; SELECT 2", (), "one statement at a time"), ("SELECT abs(?)", (-2 ** 63,), "integer overflow")])
 def test_a_statement_that_asks_for_what_can_not_be_is_the_slices_mistake_and_no_fault_of_the_file(start, capfd, sql, args, why):
