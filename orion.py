@@ -1322,7 +1322,7 @@ class Context(NamedTuple):
         """function(store, *args) with the tables of the slice that exports it. LookupError: none does."""
         if function not in self.host.router.exports:
             raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
-        return function(self.host.parts[self.store.writes][self.host.router.exports[function]], *args)
+        return function(self.host.part(self.host.router.exports[function], self.store.writes), *args)
 
     def field(self, name: str, otherwise: str = "") -> str:
         """What was sent along under this name, as text."""
@@ -1521,11 +1521,12 @@ class SliceHost(DurableObject):
     def on_open(self) -> None:
         self.sweep()
         self.bus.subscribe(self.sweep)
-        self.parts = {writes: {slice.name: Part(self.store, slice.name, self.router.borders, writes)
-                               for slice in self.router.slices} for writes in (False, True)}
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
         with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
             self.namespace.alarm(self.id, self.queue.due())
+
+    def part(self, slice: str, writes: bool) -> Part:
+        return Part(self.store, slice, self.router.borders, writes)
 
     def sweep(self, topic: str = "") -> None:
         self.kept.clear()
@@ -1544,7 +1545,7 @@ class SliceHost(DurableObject):
         slice, row, args = self.router_of(request).match(request.method, request.path)
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
-        part = self.parts[request.method not in SAFE][slice]
+        part = self.part(slice, request.method not in SAFE)
         ctx = Context(part, viewer, request, self.bus.publish, self.scope(request), self)
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
@@ -1563,7 +1564,7 @@ class SliceHost(DurableObject):
         return self.router
 
     def facts(self, request: Request) -> Dict[str, Any]:
-        counts = [slice.count(self.parts[False][slice.name]) for slice in self.router.slices if slice.count]
+        counts = [slice.count(self.part(slice.name, False)) for slice in self.router.slices if slice.count]
         schema = self.store.one("SELECT count(*) FROM _migrations")[0]
         return {"count": sum(counts), "schema": schema, **self.queue.facts()}
 
@@ -1574,7 +1575,7 @@ class SliceHost(DurableObject):
 
     def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
         """In the name of who enqueued it; what they may was asked then."""
-        viewer, part = Viewer(row["who"]), self.parts[True][row["job"].partition(".")[0]]
+        viewer, part = Viewer(row["who"]), self.part(row["job"].partition(".")[0], True)
         ctx = Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self)
         if job(ctx, **json.loads(row["args"])) is not None:
             raise TypeError("a job returns nothing, and is neither async nor a generator")
@@ -1707,7 +1708,7 @@ def the_todo(ctx: Context, id: str) -> sqlite3.Row:
     return known
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def todo_row(id: int, title: str, done: int, write: bool, delete: bool) -> Html:
     """Most are as they were a command ago, and are not made again."""
     return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write, delete=delete)
