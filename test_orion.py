@@ -5485,7 +5485,7 @@ def test_an_edit_that_could_not_be_sent_stays_in_sight(site, windows):
     bob.cdp("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
     bob.click("#todo-2 textarea")
     bob.press("Control+a", "N", "e", "w", "Enter")
-    bob.wait("document.querySelector('#todo-2 textarea[aria-invalid]')?.value === 'New'")
+    bob.wait("document.querySelector('#todo-2 textarea:invalid')?.value === 'New'")
     opacity = bob.js("return getComputedStyle(document.querySelector('#todo-2 textarea')).opacity")
     bob.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
     assert opacity == "1"
