@@ -3819,8 +3819,8 @@ def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, cap
     name = doomed.found(on=first)
     orion.log_once.cache_clear()
     (first.folder / "secret.key").write_text("0" * 64 + "\n")
+    assert logged(capfd, "One process takes the other for a stranger.")        # before the command line has standard error
     assert "Copy the directory's secret.key" in doomed.cli("workspace", "export", name, str(tmp_path / "x.db"), status=2)
-    assert logged(capfd, "One process takes the other for a stranger.")
     answer = Person(first).get("/metrics", X_Forwarded_For="203.0.113.9")
     assert answer.status == 503 and "secret.key" not in answer.text
 
