@@ -1378,6 +1378,25 @@ class BadSlice(Exception):
 PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
 
 
+def addresses(row: Any) -> List[Tuple[str, str]]:
+    """Methods and paths of a Live or a Route."""
+    return [("GET", row.path), ("GET", f"{row.path}/live")] if type(row) is Live else [(row.method, row.path)]
+
+
+def wrong_with(row: Any, grants: Iterable[str]) -> str:
+    """Why a Live or a Route would never do what it is for; "": it may."""
+    live = type(row) is Live
+    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
+        return "a path is as /things or, for a Route, /things/<id>"
+    if row.path.split("/")[1] == "members":
+        return "/members is the Directory's"
+    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
+        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
+    if not live and row.method not in METHODS:
+        return f"a method is one of {', '.join(METHODS)}"
+    return "" if callable(row.region if live else row.run) else "region or run can't be called"
+
+
 def check_slices(slices: Sequence[Slice]) -> None:
     """BadSlice: what would be found out later, or never."""
     grants, names, taken = {grant for role in ROLES.values() for grant in role}, {"orion", "directory"}, set()
@@ -1393,24 +1412,6 @@ def check_slices(slices: Sequence[Slice]) -> None:
             if why or at & taken:
                 raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
             taken |= at
-
-
-def addresses(row: Any) -> List[Tuple[str, str]]:
-    """Methods and paths of a Live or a Route."""
-    return [("GET", row.path), ("GET", f"{row.path}/live")] if type(row) is Live else [(row.method, row.path)]
-
-
-def wrong_with(row: Any, grants: Iterable[str]) -> str:
-    live = type(row) is Live
-    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
-        return "a path is as /things or, for a Route, /things/<id>"
-    if row.path.split("/")[1] == "members":
-        return "/members is the Directory's"
-    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
-    if not live and row.method not in METHODS:
-        return f"a method is one of {', '.join(METHODS)}"
-    return "" if callable(row.region if live else row.run) else "region or run can't be called"
 
 
 class Rendering:
