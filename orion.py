@@ -2852,13 +2852,14 @@ class Pool:
     """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
     command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
-    there are lanes: what must be done in order, and better together, waits in one."""
+    there are lanes: what must be done in order, and better together, waits in one. halve(): only half of it is done at
+    a time, so that what comes of it, frames for instance, has its turn in between."""
     TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
     END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, halve: Callable[[], Any] = lambda: False) -> None:
         self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
-        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
+        self.lock, self.lanes, self.halve = threading.Lock(), {}, halve      # lanes: what waits in each that is driven
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
@@ -2897,8 +2898,9 @@ class Pool:
 
     def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
         waiting = self.lanes[lane]
+        most = len(waiting) + 1 >> 1 if self.halve() else len(waiting)
         try:
-            job([waiting.popleft() for _ in range(min(len(waiting), self.TOGETHER))])
+            job([waiting.popleft() for _ in range(min(most, self.TOGETHER))])
         finally:
             with self.lock:
                 more = waiting or self.lanes.pop(lane)
@@ -4151,7 +4153,8 @@ class Edge(ThreadingHTTPServer):
                        (lambda: self.broker.try_again(), 5.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
-        self.pool, self.broker, self.figures = Pool(env.settings.threads), Broker(self), Figures(env.settings.log)
+        self.pool = Pool(env.settings.threads, halve=lambda: self.broker.channels)       # while somebody watches
+        self.broker, self.figures = Broker(self), Figures(env.settings.log)
         self.alarms = Alarms(env.workspaces, self.pool.share)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)

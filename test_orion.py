@@ -3011,8 +3011,9 @@ def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
     assert len(waited) == 3 and 0 < waited[0] <= 0.1 and waited[1:] == [0.0, 0.0]
 
 
-def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
-    pool, done, both = orion.Pool(1), [], threading.Barrier(2)
+@cases("halve, together", [(False, [[*range(1, 65)], [65, 66]]), (True, [[*range(1, 34)], [*range(34, 51)], [*range(51, 59)], [*range(59, 63)], [63, 64], [65], [66]])])
+def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between(halve, together):
+    pool, done, both = orion.Pool(1, lambda: halve), [], threading.Barrier(2)
 
     def job(items):
         done.append(items)
@@ -3024,9 +3025,9 @@ def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
         pool.gather("a", n, job)
     pool.share(job, "another")
     both.wait(PATIENCE)
-    eventually(lambda: len(done) == 4 and not pool.lanes)
+    eventually(lambda: not pool.lanes)
     pool.close()
-    assert done == [[0], "another", [*range(1, 65)], [65, 66]]
+    assert done == [[0], "another", *together]
 
 
 def test_what_a_deferring_thread_puts_in_wakes_nobody_until_it_says_so():
@@ -4250,6 +4251,17 @@ def test_commands_that_wait_for_one_workspace_share_a_commit(server):
         commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 70
     assert len(commits) <= 3 and server.store("acme").execute("SELECT count(*) FROM todos").fetchone() == (73,)
+
+
+def test_while_somebody_watches_only_half_of_the_commands_in_line_share_a_commit(server):
+    """Then the frames have their turn."""
+    server.edge.BATCH_SECONDS = PATIENCE
+    carol = Ear(Person(server, "carol"), "/w/acme/todos/live")
+    at_rest(server)
+    with busy(server, "acme") as one:
+        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 8)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 8 and len(commits) >= 4      # of 1, 4, 2 and 1
+    assert carol.until_it_says("11 of 11")
 
 
 @cases("failing, sql, after", [("number 4", "INSERT INTO hits VALUES (2)", []), ("number 2", "INSERT OR ROLLBACK INTO known VALUES (1)", [204, 204])])
