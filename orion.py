@@ -2852,14 +2852,13 @@ class Pool:
     """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
     command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
-    there are lanes: what must be done in order, and better together, waits in one. halve(): only half of it is done at
-    a time, so that what comes of it, frames for instance, has its turn in between."""
+    there are lanes: what must be done in order, and better together, waits in one."""
     TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
     END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
 
-    def __init__(self, size: int, halve: Callable[[], Any] = lambda: False) -> None:
+    def __init__(self, size: int) -> None:
         self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
-        self.lock, self.lanes, self.halve = threading.Lock(), {}, halve      # lanes: what waits in each that is driven
+        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
@@ -2888,24 +2887,25 @@ class Pool:
         for _ in range(min(len(self.jobs), len(self.idle))):
             self.wake()
 
-    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None]) -> None:
-        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time."""
+    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None], halve: Callable[[], Any] = bool) -> None:
+        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time. halve():
+        only with half of it, so that what comes of that has its turn before the rest."""
         with self.lock:
             driven = lane in self.lanes
             self.lanes.setdefault(lane, collections.deque()).append(item)
         if not driven:
-            self.put(self.drive, lane, job)
+            self.put(self.drive, lane, job, halve)
 
-    def drive(self, lane: str, job: Callable[[List[Any]], None]) -> None:
+    def drive(self, lane: str, job: Callable[[List[Any]], None], halve: Callable[[], Any]) -> None:
         waiting = self.lanes[lane]
-        most = len(waiting) + 1 >> 1 if self.halve() else len(waiting)
+        most = (len(waiting) + 1) // 2 if halve() else len(waiting)
         try:
             job([waiting.popleft() for _ in range(min(most, self.TOGETHER))])
         finally:
             with self.lock:
                 more = waiting or self.lanes.pop(lane)
             if more:                                 # behind the others, if there are any
-                (self.share if self.jobs else self.put)(self.drive, lane, job)
+                (self.share if self.jobs else self.put)(self.drive, lane, job, halve)
 
     def work(self) -> None:
         own, turn = collections.deque(), threading.Lock()
@@ -4043,7 +4043,8 @@ class Connection(Held):
 
     def take_up(self, reading: Reading) -> None:
         """At once what is ready; else in the pool. A workspace is a lane there: its requests would wait for each other
-        anyway, its commands can share a commit, and however many there are, the other threads are for the others."""
+        anyway, its commands can share a commit, and however many there are, the other threads are for the others. While
+        somebody watches, half of them do, and then the frames have their turn."""
         self.started = time.perf_counter()
         try:
             answer = self.edge.answer(reading, self.peer, wait=0) if reading.method in SAFE else None
@@ -4052,7 +4053,8 @@ class Connection(Held):
         if answer:
             return self.reply(reading, *answer)
         if (lane := lane_of(reading.target)):
-            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all)
+            watched = lambda: self.edge.broker.channels
+            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=watched)
         self.edge.pool.put(self.think, reading)
 
     def think(self, reading: Reading) -> None:
@@ -4153,8 +4155,7 @@ class Edge(ThreadingHTTPServer):
                        (lambda: self.broker.try_again(), 5.0),
                        (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
         self.due = [time.monotonic() + every for _, every in self.chores]
-        self.pool = Pool(env.settings.threads, halve=lambda: self.broker.channels)       # while somebody watches
-        self.broker, self.figures = Broker(self), Figures(env.settings.log)
+        self.pool, self.broker, self.figures = Pool(env.settings.threads), Broker(self), Figures(env.settings.log)
         self.alarms = Alarms(env.workspaces, self.pool.share)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)

@@ -3013,16 +3013,16 @@ def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
 
 @cases("halve, together", [(False, [[*range(1, 65)], [65, 66]]), (True, [[*range(1, 34)], [*range(34, 51)], [*range(51, 59)], [*range(59, 63)], [63, 64], [65], [66]])])
 def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between(halve, together):
-    pool, done, both = orion.Pool(1, lambda: halve), [], threading.Barrier(2)
+    pool, done, both = orion.Pool(1), [], threading.Barrier(2)
 
     def job(items):
         done.append(items)
         if items == [0]:
             both.wait(PATIENCE)
-    pool.gather("a", 0, job)
+    pool.gather("a", 0, job, lambda: halve)
     eventually(lambda: done)
     for n in range(1, orion.Pool.TOGETHER + 3):
-        pool.gather("a", n, job)
+        pool.gather("a", n, job, lambda: halve)
     pool.share(job, "another")
     both.wait(PATIENCE)
     eventually(lambda: not pool.lanes)
