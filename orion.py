@@ -1298,7 +1298,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 
 
 class Context(NamedTuple):
-    """What a region, command or job sees: tables, who looks, what they ask. scope: whose rows, in a file of many."""
+    """What a region, command or job sees: tables, who looks, what they ask. scope: whose rows, in the Directory."""
     store: Part
     viewer: Viewer
     request: Request
@@ -1537,9 +1537,6 @@ class SliceHost(DurableObject):
         return viewer(said("x-account", ""), said("x-role", ""), said("x-grants", ""), said("x-operator", ""),
                       said("x-read-only", ""))
 
-    def scope(self, request: Request) -> str:
-        return ""
-
     def handle(self, request: Request) -> Response:
         if request.path in self.OWN:
             return as_json(self.OWN[request.path](self, request))
@@ -1547,7 +1544,8 @@ class SliceHost(DurableObject):
         viewer = self.viewer(request)
         permit(row.grant, viewer, request.method)
         part = self.part(slice, request.method not in SAFE)
-        ctx = Context(part, viewer, request, self.bus.publish, self.scope(request), self)
+        scope = request.headers.get("x-id", "") if slice == "directory" else ""
+        ctx = Context(part, viewer, request, self.bus.publish, scope, self)
         if type(row) is Live:
             return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
         if not request.wait:
@@ -2119,9 +2117,6 @@ class Directory(SliceHost):
 
     OWN = {**SliceHost.OWN, "/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
            "/_node_of": node_of, "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
-
-    def scope(self, request: Request) -> str:
-        return request.headers.get("x-id", "") if request.path.startswith("/members") else ""
 
     # -- the gate
 
