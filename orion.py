@@ -1510,7 +1510,6 @@ class SliceHost(DurableObject):
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
         super().__init__(id, namespace)
         self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
-        self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages; the next publish sweeps them away
 
     def open(self, create: bool = False) -> None:
         """Refused(422): it is to be new, and there are rows; the Directory that knew whose they are was lost."""
@@ -1520,17 +1519,14 @@ class SliceHost(DurableObject):
             raise Refused(*TAKEN)
 
     def on_open(self) -> None:
-        self.sweep()
-        self.bus.subscribe(self.sweep)
+        self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages, until the next publish
+        self.bus.subscribe(lambda topic: self.kept.clear())
         self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
         with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
             self.namespace.alarm(self.id, self.queue.due())
 
     def part(self, slice: str, writes: bool) -> Part:
         return Part(self.store, slice, self.router.borders, writes)
-
-    def sweep(self, topic: str = "") -> None:
-        self.kept.clear()
 
     def viewer(self, request: Request) -> Viewer:
         said = request.headers.get
@@ -1554,7 +1550,7 @@ class SliceHost(DurableObject):
         response = sound(row.run(ctx, *args))
         if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
             if slice != "directory":                 # nor show a new page what was before, if it tells nobody
-                self.store.on_commit.append((self.sweep, ""))
+                self.store.on_commit.append((self.kept.clear,))
             which = response.which or "/".join(args) or self.store.cursor.lastrowid
             self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
         return response
@@ -1578,7 +1574,7 @@ class SliceHost(DurableObject):
         ctx = Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self)
         if job(ctx, **json.loads(row["args"])) is not None:
             raise TypeError("a job returns nothing, and is neither async nor a generator")
-        self.store.on_commit.append((self.sweep, ""))
+        self.store.on_commit.append((self.kept.clear,))
         self.journal(viewer, row["job"], str(row["id"]))
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
