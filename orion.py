@@ -2499,8 +2499,7 @@ def single_front(request: Request, env: Env) -> Response:
     """The worker where gate and rows are one object: without the hop between them."""
     if not request.path.startswith("/w/"):
         return worker(request, env)
-    if request.method not in SAFE:
-        refuse_foreign(request)
+    refuse_foreign(request)
     own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
     try:
         whose = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}
@@ -2511,8 +2510,7 @@ def single_front(request: Request, env: Env) -> Response:
 
 def admit(request: Request, env: Env) -> Optional[Response]:
     """The gate's verdict; None: nobody needs one, for it is not about a workspace."""
-    if request.method not in SAFE:
-        refuse_foreign(request)
+    refuse_foreign(request)
     if not request.path.startswith("/w/"):
         return None
     workspace = request.path.split("/")[2]
@@ -2523,6 +2521,8 @@ def admit(request: Request, env: Env) -> Optional[Response]:
 def refuse_foreign(request: Request) -> None:
     """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch
     Metadata, Origin). None at all is a no, and so is one that contradicts."""
+    if request.method in SAFE:
+        return
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     ours = f"{request.scheme}://{request.headers.get('host', '')}"
     if (site, origin) == (None, None) or site not in (None, "same-origin") or origin not in (None, ours):
@@ -3742,8 +3742,7 @@ def node_admit(request: Request, env: Env) -> Response:
     theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
     if not theirs or not believed(seal, parts, keys_now(env.settings)):
         raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
-    if request.method not in SAFE:
-        refuse_foreign(request)
+    refuse_foreign(request)
     age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
     verdict = Response(200, headers=tuple(said.items())) if age < FRESH_SECONDS else admit(request, env)
     if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
