@@ -2580,10 +2580,9 @@ def facts_of(workspace: Stub) -> Dict[str, Any]:
         return workspace.ask("/_counts", wait=LOOK_SECONDS)
     except WouldBlock:
         return {"count": "busy"}
-    except (StorageFault, Refused):
-        return {"count": "can't be read"}
     except CRASH as error:
-        log_error("a slice's count", error)
+        if not isinstance(error, (StorageFault, Refused)):
+            log_error("a slice's count", error)
         return {"count": "can't be read"}
 
 
