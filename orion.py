@@ -2041,8 +2041,7 @@ class Directory(SliceHost):
 
     def on_open(self) -> None:
         super().on_open()
-        self.admitted: Dict[Tuple[Optional[str], ...], Tuple[Response, float]] = {}    # verdicts, and until when
-        self.as_of = None
+        self.as_of, self.admitted = None, {}         # the state of the file; its verdicts, by cookie, and until when
         self.bus.subscribe(lambda topic: self.bus.versions.update(["access"] if topic.startswith("access:") else []))
 
     def fetch(self, request: Request) -> Response:
