@@ -2064,12 +2064,11 @@ class Directory(SliceHost):
         so what is over ends here."""
         now = time.time()
         over = self.store.query(OVER, now, now)
-        with self.store.tx() if over else contextlib.nullcontext():
-            for account, owner in over:
-                self.bus.publish(f"access:{account}")
-                if owner:
-                    self.journal(Viewer(account, operator=owner), "directory.unmask", "time is over")
-            if over:
+        if over:
+            with self.store.tx():
+                for account, owner in over:
+                    self.bus.publish(f"access:{account}")
+                    self.journal(Viewer(account, operator=owner), "directory.unmask", "time is over") if owner else None
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
         self.keys = load_keys(self.settings.key_file)
