@@ -1379,8 +1379,9 @@ PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
 
 
 def addresses(row: Any) -> List[Tuple[str, str]]:
-    """Methods and paths of a Live or a Route."""
-    return [("GET", row.path), ("GET", f"{row.path}/live")] if type(row) is Live else [(row.method, row.path)]
+    """Methods and patterns, which a request's path matches, of a Live or a Route."""
+    pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(row.path))
+    return [("GET", pattern), ("GET", f"{pattern}/live")] if type(row) is Live else [(row.method, pattern)]
 
 
 def wrong_with(row: Any, grants: Iterable[str]) -> str:
@@ -1406,12 +1407,11 @@ def check_slices(slices: Sequence[Slice]) -> None:
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
             raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
         names.add(slice.name)
-        for kind, row in [*((Live, row) for row in slice.live), *((Route, row) for row in slice.routes)]:
+        for kind, row in [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]:
             why = wrong_with(row, grants) if type(row) is kind else f"it is no {kind.__name__}; (one,) has a comma too"
-            at = set() if why else {(re.sub("<.*?>", "<>", path), method) for method, path in addresses(row)}
-            if why or at & taken:
+            if why or not taken.isdisjoint(addresses(row)):
                 raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
-            taken |= at
+            taken.update(addresses(row))
 
 
 class Rendering:
@@ -1481,9 +1481,9 @@ class Router:
         self.topics = {live.topic for slice in slices for live in slice.live}
         self.schema = [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]
         self.borders = Borders(self.schema)
-        rows = [(slice.name, row) for slice in slices for row in (*slice.live, *slice.routes)]
-        for method, path, row in [(*address, row) for row in rows for address in addresses(row[1])]:
-            self.rows[re.sub(r"<\w+>", "([^/]+)", re.escape(path))][method] = row
+        for slice, row in [(slice.name, row) for slice in slices for row in (*slice.live, *slice.routes)]:
+            for method, pattern in addresses(row):
+                self.rows[pattern][method] = slice, row
         self.match = functools.lru_cache(maxsize=1024)(self.find)
 
     def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
