@@ -1507,7 +1507,7 @@ class SliceHost(DurableObject):
     """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
     FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
 
-    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live] = ()) -> None:
+    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live]) -> None:
         super().__init__(id, namespace)
         self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
 
@@ -2460,7 +2460,7 @@ class Env(NamedTuple):
     trace: Trace
     front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
     admit: Callable[[Request, Env], Optional[Response]]      # the verdict that front will heed
-    start: str = "/todos"                            # the page of a workspace that comes first
+    start: str                                       # the page of a workspace that comes first
     console: Callable[[Request], Response] = lambda request: Response(404)       # section 20
 
 
