@@ -1852,12 +1852,12 @@ class Unusable(Exception):
     """It can't be done; the text is one line that says why and what to do."""
 
 
-def add_key(path: pathlib.Path, keep: int = 2) -> None:
-    """A new key in front of the others, of which the newest stay: what they sealed holds until the next rotation."""
+def add_key(path: pathlib.Path) -> None:
+    """A new key in front of the newest, the only other that stays: what it sealed holds until the next rotation."""
     keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
     part = beside(path, "part")
     with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
-        file.write("\n".join(keys[:keep]) + "\n")
+        file.write("\n".join(keys[:2]) + "\n")
     put_in_place(part, path)
 
 

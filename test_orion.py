@@ -4043,8 +4043,8 @@ def test_a_job_that_is_due_while_a_move_fails_runs_once_and_where_it_was(tmp_pat
 
 
 def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
-    for node in doomed.nodes:
-        orion.add_key(node.folder / "secret.key", keep=1)
+    for node in doomed.nodes * 2:                    # after two rotations the directory's key is none of theirs
+        orion.add_key(node.folder / "secret.key")
     person = Person(doomed.directory)
     person.headers["Cookie"] = doomed.cookie("bob")
     assert person.post("/workspaces", form={"name": "fresh"}).status == 503 and "fresh" not in doomed.cli("workspace", "list")
