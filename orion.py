@@ -3688,8 +3688,8 @@ def keys_now(settings: Settings) -> Tuple[bytes, ...]:
 
 
 def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST", query: str = "",
-             body: bytes = b"") -> bytes:
-    """Refused(503): the node can't be reached, or said no."""
+             body: bytes = b"") -> Any:
+    """What the errand returned there. Refused(503): the node can't be reached, or said no."""
     if not node:
         raise Refused(503, "This workspace is on no node yet. node move brings it to one.", (("retry-after", "60"),))
     patience = 600.0 if what in ("aside", "copy", "adopt") else 5.0        # they copy, or read, all of a file
@@ -3698,7 +3698,7 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
         raise Refused(503, f"{node}: {STRANGERS}")
     if answer.status != 200:
         raise Refused(503, f"{node} answered {answer.status}: {answer.body.decode('utf-8', 'replace').strip()}")
-    return answer.body
+    return answer.body if what == "piece" else json.loads(answer.body)
 
 
 class Elsewhere:
@@ -3715,7 +3715,7 @@ class Elsewhere:
             return errand(self.settings, self.address(self.id), request)
         if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the proxy in front.")
-        return Response(200, ask_node(self.settings, self.address(self.id), self.id, request.path[1:], request.method))
+        return as_json(ask_node(self.settings, self.address(self.id), self.id, request.path[1:], request.method))
 
     def sleep(self, unused_since: float) -> None:
         self.namespace.forget(self)
@@ -3821,20 +3821,19 @@ ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
     ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
 
 
-def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "", body: bytes = b"") -> bytes:
-    """The answer is JSON, or a piece. Refused(404): there is no such errand; StorageFault: the file is no good."""
+def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "", body: bytes = b"") -> Any:
+    """What it returned. Refused(404): there is no such errand; StorageFault: the file is no good."""
     do, path = ERRANDS.get((method, what)), env.workspaces.path(id)
     if do is None:
         raise nothing_here()
     try:
-        said = do(path, env=env, params=dict(urllib.parse.parse_qsl(query)), body=body)
+        return do(path, env=env, params=dict(urllib.parse.parse_qsl(query)), body=body)
     except (sqlite3.Error, OSError) as error:
         raise StorageFault(path, error) from error
-    return said if isinstance(said, bytes) else json.dumps(said).encode()
 
 
 def node_errand(request: Request, env: Env) -> Response:
-    """What the directory has a node do."""
+    """What the directory has a node do. The answer is JSON, or a piece of a file."""
     if not request.wait:
         raise WouldBlock
     id, what = request.path.split("/")[2:4]
@@ -3843,15 +3842,16 @@ def node_errand(request: Request, env: Env) -> Response:
     if what == "_retry":
         return env.workspaces.get(id).fetch(Request("POST", "/_retry", wait=LOOK_SECONDS))
     said = do_errand(env, id, what, request.method, request.query, request.body)
-    return Response(200, said, "application/octet-stream")
+    body = said if isinstance(said, bytes) else json.dumps(said).encode()
+    return Response(200, body, "application/octet-stream")
 
 
-def keeper(settings: Settings, env: Env, id: str, node: str) -> Callable[..., bytes]:
+def keeper(settings: Settings, env: Env, id: str, node: str) -> Callable[..., Any]:
     """Does errands with a workspace's file, wherever that is: keeper(...)(what, method, query, body)."""
     return functools.partial(ask_node, settings, node, id) if node else functools.partial(do_errand, env, id)
 
 
-def send_pieces(ask: Callable[..., bytes], piece_from: Callable[[int], bytes]) -> None:
+def send_pieces(ask: Callable[..., Any], piece_from: Callable[[int], bytes]) -> None:
     """piece_from(at): what of the file begins there, empty at its end."""
     at = 0
     while (piece := piece_from(at)):
@@ -4677,7 +4677,7 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
     if_it_answers = contextlib.suppress(Refused) if given.now else contextlib.nullcontext()    # a node may be lost
     with locked(settings.data / "workspaces", "a move is under way; try again when it is over"):
         with if_it_answers:
-            there = json.loads(ask("has", "GET"))
+            there = ask("has", "GET")
         with opened(settings, "workspace remove", given.name) as (store, _):
             if row_of(store, "workspaces", given.name) != row:
                 raise Unusable("it was moved just now; try again")
@@ -4708,10 +4708,10 @@ def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
     return row_of(store, "workspaces", name)
 
 
-def bring_here(ask: Callable[..., bytes], what: str, target: pathlib.Path, name: str, members: Sequence[Any]) -> int:
+def bring_here(ask: Callable[..., Any], what: str, target: pathlib.Path, name: str, members: Sequence[Any]) -> int:
     """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it. Its
     name and members are added, for workspace import."""
-    rows, of = json.loads(ask(what)), "moved" if what == "aside" else "copy"
+    rows, of = ask(what), "moved" if what == "aside" else "copy"
     with in_the_making(target) as part:
         with open(part, "wb") as file:
             while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
@@ -4951,7 +4951,7 @@ def node_move(settings: Settings, given: argparse.Namespace) -> None:
         with opened(settings) as (store, _):
             if row_of(store, "workspaces", given.workspace) != row:          # one that ended just now
                 raise Unusable(another)
-        if not json.loads(old("has", "GET")):
+        if not old("has", "GET"):
             raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it "
                            "up from a backup, workspace remove frees the name")
         if row["node"] == new:                       # it was cut short, and is not to go after all
@@ -4959,13 +4959,12 @@ def node_move(settings: Settings, given: argparse.Namespace) -> None:
             placed(settings, row["id"], new, "node move taken back")
         else:
             rows = moved(settings, row, old, there, new)
-    print(f"{given.workspace}: {json.loads(rows)} rows, on {new} now")
+    print(f"{given.workspace}: {rows} rows, on {new} now")
     with contextlib.suppress(Refused):               # who visits it wakes its jobs too
         there("ring"), old("forget")
 
 
-def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there: Callable[..., bytes],
-          new: str) -> bytes:
+def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., Any], there: Callable[..., Any], new: str) -> int:
     """The number of rows that arrived. Nobody is let in from here on, until it is placed."""
     sent = False
     try:
@@ -4975,7 +4974,7 @@ def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., bytes], there
         sent = True
         arrived = there("adopt")
         if arrived != rows:
-            raise Unusable(f"{json.loads(rows)} rows left, and {json.loads(arrived)} arrived; try again")
+            raise Unusable(f"{rows} rows left, and {arrived} arrived; try again")
         placed(settings, row["id"], new, "node move")
         return rows
     except BaseException:
@@ -4996,7 +4995,7 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
     missing = []
     for row in lost[:1]:
         with contextlib.suppress(Refused):           # it does not answer, as is to be expected
-            if json.loads(keeper(settings, env, row["id"], given.lost)("has", "GET")):
+            if keeper(settings, env, row["id"], given.lost)("has", "GET"):
                 raise Unusable(f"{given.lost} answers, and has {row['name']}; node move takes it from there")
     for row in lost:
         ask, file = keeper(settings, env, row["id"], given.new), given.backup / "workspaces" / f"{row['id']}.db"
@@ -5004,7 +5003,7 @@ def node_replace(settings: Settings, given: argparse.Namespace) -> int:
             missing.append((row["name"], "is not in this backup; try another"))
             continue
         send_pieces(ask, functools.partial(piece_at, file))
-        rows = json.loads(ask("adopt"))
+        rows = ask("adopt")
         placed(settings, row["id"], given.new, given.verb)
         ask("ring")
         print(row["name"], f"{rows} rows", f"on {given.new} now", sep="\t")
