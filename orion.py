@@ -3421,33 +3421,33 @@ class Console:
 
     def region(self, params: Dict[str, str], with_feed: bool) -> Html:
         found = self.names(params)
-        names, awake = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE)), {*self.env.workspaces.objects}
+        names = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
         self.count_all(names)
-        rows = [self.object_row(self.env.directory.namespace, self.env.directory.id, "Directory", found, True)]
-        rows += [self.object_row(self.env.workspaces, id, name, self.facts[id], id in awake)
-                 for id, name in names.items()]
+        rows = [self.object_row(self.env.directory, "Directory", found)]
+        rows += [self.object_row(self.env.workspaces.get(id), name, self.facts[id]) for id, name in names.items()]
         dead = [{"name": name, "job": self.facts[id]["failed"]} for id, name in names.items()
                 if self.facts[id].get("failed")]
         return template("console.region")(
-            object=rows, all=found["all"], asked=len(names), micros=self.micros, awake=len(awake), dead=dead,
-            more=len(found["page"]) > NAMES_A_PAGE, after=max(names.values(), default=""),
-            feed=self.feed(params, names) if with_feed else "", **self.drawing(names, awake), **self.streams(names))
+            object=rows, all=found["all"], asked=len(names), awake=len(self.env.workspaces.objects), dead=dead,
+            micros=self.micros, more=len(found["page"]) > NAMES_A_PAGE, after=max(names.values(), default=""),
+            feed=self.feed(params, names) if with_feed else "", **self.drawing(names), **self.streams(names))
 
-    def object_row(self, namespace: Namespace, id: str, name: str, facts: Dict[str, int], awake: bool) -> Dict:
+    def object_row(self, stub: Stub, name: str, facts: Dict[str, Any]) -> Dict[str, Any]:
+        id, namespace = stub
         file, one = namespace.path(id), namespace.objects.get(id)
         size = sum([part.stat().st_size for part in with_wal(file)])
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
         return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
                 "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
-                "state": f"awake since {clock(one.awake_since)}" if awake and one and one.store else "asleep",
+                "state": f"awake since {clock(one.awake_since)}" if one and one.store else "asleep",
                 "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", ""),
                 "jobs": ", ".join([f"{facts[kind]} {kind}" for kind in ("waiting", "given up") if facts.get(kind)])}
 
-    def drawing(self, names: Dict[str, str], awake: Iterable[str]) -> Dict[str, Any]:
+    def drawing(self, names: Dict[str, str]) -> Dict[str, Any]:
         """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
         some = [*names.items()][:4] + ([("", "others")] if len(names) > 4 else [])
-        places = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}
+        places, awake = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}, self.env.workspaces.objects
         nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
                   "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
                  for index, (id, name) in enumerate(some)]
@@ -3470,7 +3470,7 @@ class Console:
         return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
                 "size": trip.size, "leg": legs, "kind": "refused" if trip.status in (401, 403) else "ok",
                 "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
-                "stop": any([leg.kind == "gate" and leg.status != 200 for leg in trip.legs[-1:]])}
+                "stop": trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200}
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
         channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
@@ -3480,7 +3480,7 @@ class Console:
         return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
 
     def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
-        trace, object, paused = self.trace, params.get("object", ""), "paused=1" in variant_of(params)
+        trace, object, paused = self.trace, params.get("object", ""), params.get("paused") == "1"
         calls = [call for call in [*trace.calls] if object in ("", call.object)]
         trace.shown = trace.noted
         lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
