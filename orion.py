@@ -4512,12 +4512,9 @@ DEMO_WORKSPACES = {
 
 def seed(env: Env, slices: Sequence[Slice], workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
-    directory = env.directory.namespace.wake(env.directory.id)
-    env.directory.ask("/_version")
-    with directory.turn, directory.store.tx():
+    with contextlib.closing(Store(env.settings.directory_file)) as store, store.tx():
         for name, group in DEMO_ACCOUNTS.items():
-            label = f"{name} · {group}"
-            directory.store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, label)
+            store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, f"{name} · {group}")
 
     def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
         headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
