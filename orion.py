@@ -113,7 +113,7 @@ class Settings(NamedTuple):
     plane: str = ""                      # directory or data: one plane alone, with others in other processes
     directory: str = ""                  # HOST:PORT of the directory, for a data plane
     node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
-    slices: Sequence[Slice] = ()         # of the program whose command line it is; (): todos
+    slices: Sequence[Slice] = ()         # the features that it serves
 
     @property
     def key_file(self) -> pathlib.Path:
@@ -4388,10 +4388,10 @@ class Edge(ThreadingHTTPServer):
 # ==== 25. Composition ================================================================================================
 # Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
 
-def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+def two_planes(settings: Settings) -> Env:
     """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 15)."""
     settings, fresh, keys = prepared(settings)
-    trace, pages, router = Trace(with_args=settings.demo), pages_of(slices), Router(slices)
+    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), Router(settings.slices)
     build, awake = functools.partial(Workspace, router=router, pages=pages), settings.awake or awake_by_default()
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
@@ -4404,7 +4404,7 @@ def two_planes(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     directory.ask("/_version")                       # what is wrong with it is heard now, not at the first request
     env = Env(settings, directory, workspaces, trace, worker, admit, pages[0].path)
     if fresh and settings.demo:
-        seed(env, slices)
+        seed(env, DEMO_WORKSPACES)
     return env
 
 
@@ -4448,24 +4448,24 @@ class OneFile(Namespace):
         None if self.file.exists() else super().create(id)
 
 
-def single_root(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+def single_root(settings: Settings) -> Env:
     """One object and one file, with the same slices; the first workspace that is founded is the only one."""
     settings, fresh, keys = prepared(settings)
-    build = functools.partial(Single, settings=settings, keys=keys, pages=pages_of(slices), slices=slices)
-    namespace = OneFile(settings.single, lambda id, own: build(id, own, workspaces=own), 1, float("inf"),
-                        Trace(with_args=settings.demo))
+    trace, pages = Trace(with_args=settings.demo), pages_of(settings.slices)
+    build = functools.partial(Single, settings=settings, keys=keys, pages=pages, slices=settings.slices)
+    namespace = OneFile(settings.single, lambda id, own: build(id, own, workspaces=own), 1, float("inf"), trace)
     root = namespace.get(namespace.id_from_name(""))
     namespace.create(root.id)
     root.fetch(Request("GET", "/_version"))
-    env = Env(settings, root, namespace, namespace.trace, single_front, admit, pages_of(slices)[0].path)
+    env = Env(settings, root, namespace, trace, single_front, admit, pages[0].path)
     if fresh and settings.demo:
-        seed(env, slices, {"acme": DEMO_WORKSPACES["acme"]})
+        seed(env, {"acme": DEMO_WORKSPACES["acme"]})
     return env
 
 
-def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+def directory_plane(settings: Settings) -> Env:
     """Accounts, sessions and the gate; the workspaces are on the nodes that its table names."""
-    env = two_planes(settings._replace(demo=False), slices)
+    env = two_planes(settings._replace(demo=False))
     build = functools.partial(Elsewhere, settings=settings,
                               address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
     workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
@@ -4473,14 +4473,13 @@ def directory_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> E
     return env._replace(workspaces=workspaces, front=directory_front)
 
 
-def data_plane(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+def data_plane(settings: Settings) -> Env:
     """A node: workspaces, and the Directory in another process, whose key it shares."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
     if not (settings.data / "secret.key").exists() or not settings.directory:
         raise FileNotFoundError("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
-    trace, awake = Trace(), settings.awake or awake_by_default()
-    pages = pages_of(slices)
-    build = functools.partial(Workspace, router=Router(slices), pages=pages)
+    trace, pages, awake = Trace(), pages_of(settings.slices), settings.awake or awake_by_default()
+    build = functools.partial(Workspace, router=Router(settings.slices), pages=pages)
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
     directory = Namespace("directory", settings.data, away, 1, float("inf"), trace).get("directory")
@@ -4493,7 +4492,8 @@ PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
 def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
     """BadSlice, MigrationError: not with these slices."""
     check_slices(slices)
-    return (single_root if settings.single else PLANES[settings.plane])(settings, slices)
+    root = single_root if settings.single else PLANES[settings.plane]
+    return root(settings._replace(slices=slices))
 
 
 def awake_by_default() -> int:
@@ -4510,7 +4510,7 @@ DEMO_WORKSPACES = {
 }
 
 
-def seed(env: Env, slices: Sequence[Slice], workspaces: Dict[str, Any] = DEMO_WORKSPACES) -> None:
+def seed(env: Env, workspaces: Dict[str, Any]) -> None:
     """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
     with contextlib.closing(Store(env.settings.directory_file)) as store, store.tx():
         for name, group in DEMO_ACCOUNTS.items():
@@ -4525,7 +4525,7 @@ def seed(env: Env, slices: Sequence[Slice], workspaces: Dict[str, Any] = DEMO_WO
         viewer = dict(verdict(owner, "owner", name, env.workspaces.id_from_name(name)).headers)
         for account, role in others:
             post(env.directory, "/members", viewer, account=account, role=role)
-        for title in titles if todos in slices else ():
+        for title in titles if todos in env.settings.slices else ():
             post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
 
 
@@ -4565,7 +4565,7 @@ def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tupl
     if not settings.directory_file.exists() and what not in BEGINNINGS:
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
     root = single_root if settings.single else two_planes
-    env = root(settings._replace(demo=False), settings.slices or (todos,))
+    env = root(settings._replace(demo=False))
     with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
@@ -5216,7 +5216,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
             return given.run(settings, given) or 0
         taken = f"another server uses the data folder {settings.data}; stop it, or name another with --data"
         with locked(settings.data, taken):           # two would each believe to be a tenant's only writer
-            serve(settings, slices)
+            serve(settings)
         return 0
     except KeyboardInterrupt:                        # at a question: what was begun is undone
         return 130
@@ -5227,12 +5227,12 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         return 2
 
 
-def serve(settings: Settings, slices: Sequence[Slice]) -> None:
+def serve(settings: Settings) -> None:
     if resource:                                     # a stream is a descriptor; take what the system grants
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     save_memory()
-    env = compose(settings, slices)
+    env = compose(settings, settings.slices)
     try:
         server = Edge(env)
     except OSError as error:
