@@ -4854,8 +4854,9 @@ def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
     """Into a data folder that has no deployment yet."""
-    there = [settings.directory_file, *(() if settings.single else (settings.data / "workspaces").glob("*.db"))]
-    if there[1:] or there[0].exists():
+    workspaces = () if settings.single else (settings.data / "workspaces").glob("*.db")
+    there = [file for file in (settings.directory_file, *workspaces) if file.exists()]
+    if there:
         raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
     if not (given.folder / "manifest.json").exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
