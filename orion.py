@@ -5018,11 +5018,11 @@ def placed(settings: Settings, id: str, node: str, why: str, moving: int = 0) ->
 def nginx(settings: Settings, given: argparse.Namespace) -> None:
     """The configuration of a proxy that does the Worker's part for several nodes."""
     upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
-    names = [(name, name.replace("-", "_")) for name in (*VERDICT, "x-verdict")]
+    variables = {name: name.replace("-", "_") for name in (*VERDICT, "x-verdict")}
     holes = {"upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}" for node, name in upstreams.items()],
              "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
-             "taken": [f"        auth_request_set $orion_{name} $upstream_http_{name};" for _, name in names],
-             "given": [f"        proxy_set_header {name} $orion_{variable};" for name, variable in names]}
+             "taken": [f"        auth_request_set $orion_{one} $upstream_http_{one};" for one in variables.values()],
+             "given": [f"        proxy_set_header {name} $orion_{one};" for name, one in variables.items()]}
     text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
     lines = {name: Html("\n".join(lines)) for name, lines in holes.items()}
     print(text(directory=given.directory, listen=given.listen or 80, **lines))
