@@ -5055,11 +5055,9 @@ seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)([smhd]?)", "no time: say 90, 15m o
                 lambda found: float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]])
 port = typed("[0-9]{1,5}", "no port: say 0 to 65535", lambda found: int(found[0]) if int(found[0]) < 65536 else None)
 address = typed(HOST, "no address: say HOST:PORT", lambda found: found[1] and found[0])
-
-
 listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
 number = typed("[0-9]{1,9}", "no number: say 0 or more", lambda found: int(found[0]))
-some = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", lambda found: int(found[0]))
+at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", lambda found: int(found[0]))
 
 
 def several(text: str) -> Tuple[str, ...]:
@@ -5086,7 +5084,7 @@ OPTIONS = (
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
     ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", number),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", number),
-    ("--connections", "connections at most; more get a 503", some),
+    ("--connections", "connections at most; more get a 503", at_least_1),
     ("--allow-host", "names that this server goes by, with commas between", several),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
      "between", networks),
@@ -5096,7 +5094,7 @@ OPTIONS = (
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
      seconds),
-    ("--keep", "backups to keep", some),
+    ("--keep", "backups to keep", at_least_1),
     ("--log", "access log on standard output: common, json or off",
      typed("common|json|off", "no log: say common, json or off")),
 )
@@ -5159,8 +5157,8 @@ HELP = {"name": "of the account or workspace", "workspace": "its name", "account
 
 def add_verb(groups: Dict[str, Any], parent: argparse.ArgumentParser, words: str, help: str,
              run: Callable[[Settings, argparse.Namespace], Optional[int]], arguments: Sequence[Any]) -> None:
-    *group, word = words.split()
-    parser = groups[" ".join(group)].add_parser(word, help=help, description=help, parents=[parent])
+    group, _, word = words.rpartition(" ")
+    parser = groups[group].add_parser(word, help=help, description=help, parents=[parent])
     parser.set_defaults(run=run, verb=words)
     for argument in arguments:
         name, kind = argument if isinstance(argument, tuple) else (argument, str)
