@@ -4474,10 +4474,11 @@ def directory_plane(settings: Settings) -> Env:
 
 
 def data_plane(settings: Settings) -> Env:
-    """A node: workspaces, and the Directory in another process, whose key it shares."""
+    """A node: workspaces, and the Directory in another process, whose key it shares. Unusable: it knows none, or has no
+    key."""
     (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
-    if not (settings.data / "secret.key").exists() or not settings.directory:
-        raise FileNotFoundError("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
+    if not settings.key_file.exists() or not settings.directory:
+        raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
     trace, pages, awake = Trace(), pages_of(settings.slices), settings.awake or awake_by_default()
     build = functools.partial(Workspace, router=Router(settings.slices), pages=pages)
     workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
