@@ -4565,8 +4565,7 @@ def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tupl
     name. Unusable: there is none, and this is not one of the BEGINNINGS, which make it."""
     if not settings.directory_file.exists() and what not in BEGINNINGS:
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
-    root = single_root if settings.single else two_planes
-    env = root(settings._replace(demo=False))
+    env = compose(settings._replace(demo=False, plane=""), settings.slices)   # the files are here, whoever serves them
     with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
