@@ -659,8 +659,7 @@ class Store:
             self.begin() if outer else self.exec("SAVEPOINT part")
         try:
             yield
-            if not outer:
-                self.exec("RELEASE part")
+            self.commit() if outer else self.exec("RELEASE part")
         except BaseException:
             del self.on_commit[mark:]
             if self.db.in_transaction:               # a full disk can have rolled back already
@@ -668,8 +667,6 @@ class Store:
                 if not outer:
                     self.exec("RELEASE part")        # it is still there, and would be what the next one goes back to
             raise
-        if outer:
-            self.commit()
 
     def begin(self) -> None:
         """IMMEDIATE: a transaction that takes its write lock late can fail at once, whatever the timeout."""
