@@ -985,7 +985,7 @@ class DurableObject:
                 return self.handle(request)
         except Exception as error:
             if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
-                self.settle(error)
+                self.batch, batch.settled, batch.error = None, True, StorageFault(self.namespace.path(self.id), error)
             raise
 
     def begin(self) -> None:
@@ -1007,18 +1007,13 @@ class DurableObject:
 
     def commit(self) -> None:
         """What is open, if anything is. An error is for those whose batch it was."""
-        try:
-            if self.batch:
-                self.store.commit()
-        except sqlite3.Error as error:
-            self.settle(error)
-        finally:
-            self.settle()
-
-    def settle(self, error: Optional[Exception] = None) -> None:
         batch, self.batch = self.batch, None
         if batch:
-            batch.settled, batch.error = True, error and StorageFault(self.namespace.path(self.id), error)
+            batch.settled = True
+            try:
+                self.store.commit()
+            except sqlite3.Error as error:
+                batch.error = StorageFault(self.namespace.path(self.id), error)
 
     def sleep(self, unused_since: float) -> None:
         """Close the file, unless somebody used it since or uses it now. A new object takes over when asked."""
