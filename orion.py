@@ -621,7 +621,7 @@ class Store:
                  name: str = "") -> None:
         self.trace, self.name = trace or Trace(), name         # name: whose calls these are, in the notes
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
-        self.path, self.inode = path, identity(path) if path and not create else None
+        self.path, self.inode = path, identity(path) if path and not create else None      # None: it is made just now
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False,
                                   cached_statements=10)
         self.db.row_factory = sqlite3.Row
@@ -757,14 +757,6 @@ class Store:
 
     def tables(self) -> set:
         return {row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
-
-    def intact(self) -> bool:
-        """Is this still the file at its path? SQLite would go on writing to one that was deleted, and say nothing."""
-        try:
-            self.inode = self.inode or identity(self.path)
-            return identity(self.path) == self.inode
-        except sqlite3.Error:
-            return False
 
     def close(self) -> None:
         self.db.set_progress_handler(None, 0)        # it may know who owns this store, which 3.9 could not free then
@@ -1029,9 +1021,12 @@ class DurableObject:
 
     @property
     def torn(self) -> bool:
-        """Open, and the file is gone, or another one is in its place."""
+        """Open, and the file is gone, or another is in its place. SQLite would go on writing to it, and say nothing."""
         store = self.store
-        return store is not None and not store.intact()
+        try:
+            return store is not None and store.inode not in (None, identity(store.path))
+        except sqlite3.Error:
+            return True
 
     def shut(self) -> None:
         torn = self.torn
