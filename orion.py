@@ -1029,16 +1029,15 @@ class DurableObject:
             return True
 
     def shut(self) -> None:
-        torn = self.torn
-        if torn:                                     # it gets what it lacks: who takes its place must find no WAL of it
+        if self.torn:                                # it gets what it lacks: who takes its place must find no WAL of it
             with contextlib.suppress(sqlite3.Error):
                 self.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if self.namespace.path(self.id).exists():          # whatever was watched, another file says it now
+                for listener in self.namespace.listeners:
+                    listener(self.id, "")
         if self.store:
             self.store.close()
         self.store = self.bus = None                 # they know this object, and would keep it alive
-        if torn and self.namespace.path(self.id).exists():     # whatever was watched, another file says it now
-            for listener in self.namespace.listeners:
-                listener(self.id, "")
 
 
 def mark_of(id: str) -> int:
