@@ -329,18 +329,18 @@ def plain_path(path: str) -> str:
 # What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
 # function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
 
-def event(kind: str, options: Sequence[Tuple[str, Any]], key: str, text: str, event_id: Optional[str],
-          retry: Optional[int]) -> bytes:
-    """A server-sent event (WHATWG HTML, 9.2.5). key: before each line of text. ValueError: a line break elsewhere."""
-    data = [("data", f"{name} {value}") for name, value in options if value]
-    fields = [("event", kind), ("id", event_id), ("retry", retry), *data]
-    head = [f"{name}: {value}\n" for name, value in fields if value is not None]
-    if any([re.search(r"[\r\n\0]", line[:-1]) for line in head]):
+def event(what: str, text: str, options: Dict[str, Any], event_id: Optional[str], retry: Optional[int]) -> bytes:
+    """A server-sent event (WHATWG HTML, 9.2.5). what: elements or signals. ValueError: a line break outside of text."""
+    fields = [("event", f"datastar-patch-{what}"), ("id", event_id), ("retry", retry),
+              *[("data", f"{name} {value}") for name, value in options.items() if value]]
+    lines = [f"{name}: {value}" for name, value in fields if value is not None]
+    if re.search(r"[\r\n\0]", "".join(lines)):
         raise ValueError("a line break or NUL inside a line of an event")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.replace("\0", "\ufffd").replace("\n", f"\ndata: {key} ")
-    return ("".join(head) + (f"data: {key} {text}\n\n" if text else "\n")).encode("utf-8", "replace")
+    text = text.replace("\0", "\ufffd").replace("\n", f"\ndata: {what} ")
+    lines += [f"data: {what} {text}"] if text else []
+    return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
 
 
 def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: str = "outer",
@@ -348,17 +348,16 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: 
                    event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
     """Morph elements into the page, by their own ids or at selector. mode: outer, inner, replace, prepend, append,
     before, after, remove. retry: milliseconds. Defaults are left out of the wire."""
-    options = (("selector", selector), ("mode", mode if mode != "outer" else None), ("namespace", namespace),
-               ("useViewTransition", "true" if use_view_transition else None))
-    return event("datastar-patch-elements", options, "elements", elements, event_id, retry)
+    options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
+               "useViewTransition": "true" if use_view_transition else None}
+    return event("elements", elements, options, event_id, retry)
 
 
 def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
                   retry: Optional[int] = None) -> bytes:
     """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
     text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
-    options = (("onlyIfMissing", "true" if only_if_missing else None),)
-    return event("datastar-patch-signals", options, "signals", text, event_id, retry)
+    return event("signals", text, {"onlyIfMissing": "true" if only_if_missing else None}, event_id, retry)
 
 
 def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
@@ -370,8 +369,8 @@ def execute_script(script: str, *, auto_remove: bool = True, attributes: Optiona
     """Run script in the page. ValueError: it contains `</script`, which would end its element early."""
     if "</script" in script.lower():
         raise ValueError("a script must not contain </script")
-    given = {**({"data-effect": "el.remove()"} if auto_remove else {}), **(attributes or {})}
-    opening = "".join([f' {name}="{escape(value)}"' for name, value in given.items()])
+    given = {"data-effect": "el.remove()"} if auto_remove else {}
+    opening = "".join([f' {name}="{escape(value)}"' for name, value in {**given, **(attributes or {})}.items()])
     return patch_elements(f"<script{opening}>{script}</script>", selector="body", mode="append",
                           event_id=event_id, retry=retry)
 
