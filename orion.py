@@ -1112,11 +1112,10 @@ class Namespace:
         with self.lock:
             self.fetches += 1
             self.served[id] += served
-            found = self.objects.get(id)
-            if found is None:
-                found = self.objects[id] = self.build(id, self)
+            if id not in self.objects:
+                self.objects[id] = self.build(id, self)
             self.objects.move_to_end(id)
-            return found
+            return self.objects[id]
 
     def make_room(self) -> None:
         """The least recently used go to sleep; one that is busy just now is passed over."""
