@@ -281,11 +281,8 @@ class Viewer(NamedTuple):
         return grant in self.grants
 
 
+NOTHING_HERE = 404, "There is nothing at this address. Go back, or start from the home page."
 STRANGERS = "One process takes the other for a stranger. Copy the directory's secret.key to each node; compare clocks."
-
-
-def nothing_here() -> Refused:
-    return Refused(404, "There is nothing at this address. Go back, or start from the home page.")
 
 
 def as_json(data: Any) -> Response:
@@ -1479,7 +1476,7 @@ class Router:
                 return (*rows[method], hit.groups())
             methods.update(rows if hit else ())
         if not methods:
-            raise nothing_here()
+            raise Refused(*NOTHING_HERE)
         allow = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
@@ -2181,7 +2178,7 @@ class Directory(SliceHost):
     def persona(self, ctx: Context) -> Response:
         account = ctx.field("account")
         if not self.settings.demo:
-            raise nothing_here()
+            raise Refused(*NOTHING_HERE)
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
             raise Refused(403, "This account is not part of the demo. Choose one that the home page shows.")
         return self.open_session(ctx, account)
@@ -2470,7 +2467,7 @@ def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
     if not rest or rest == [""]:
         return see_other(f"/w/{workspace}{env.start}")
     if rest[0].startswith("_"):                      # these addresses are for the worker itself
-        raise nothing_here()
+        raise Refused(*NOTHING_HERE)
     forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
     if rest[0] == "members":                         # membership is policy, so the Directory answers
         return env.directory.fetch(forwarded)
@@ -2541,7 +2538,7 @@ def apex(request: Request, env: Env) -> Response:
         counts = {id: count_of(env.workspaces.get(id)) for id in mine}
         request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
     elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
-        raise nothing_here()
+        raise Refused(*NOTHING_HERE)
     return env.directory.fetch(request)
 
 
@@ -3809,7 +3806,7 @@ def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "
     """What it returned. Refused(404): there is no such errand; StorageFault: the file is no good."""
     do, path = ERRANDS.get((method, what)), env.workspaces.path(id)
     if do is None:
-        raise nothing_here()
+        raise Refused(*NOTHING_HERE)
     try:
         return do(path, env=env, params=dict(urllib.parse.parse_qsl(query)), body=body)
     except (sqlite3.Error, OSError) as error:
