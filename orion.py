@@ -708,7 +708,7 @@ class Store:
             if owners.get(child, slice) != owners.get(parent, slice):
                 raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers to table {parent!r} of "
                                      f"slice {owners[parent]!r}, which could not delete a row of it any more")
-        if any([re.search(r"\s", table) for table in made]):
+        if re.search(r"\s", "".join(made)):
             raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in the name of a table")
         return " ".join(made)
 
@@ -1063,9 +1063,9 @@ class Stub(NamedTuple):
         return json.loads(answer.body)
 
     def reach(self, request: Request) -> Response:
+        served = not request.path.startswith("/_") or request.path.startswith("/_gate")
         while True:
             try:
-                served = not request.path.startswith("/_") or request.path.startswith("/_gate")
                 return self.namespace.wake(self.id, served).fetch(request)
             except Asleep:
                 continue
@@ -1129,11 +1129,11 @@ class Namespace:
         if due <= time.time():
             self.on_alarm()
 
-    def next_due(self, now: float) -> Optional[str]:
+    def next_due(self) -> Optional[str]:
         """The id of an object with a job that is due by now; its alarm is taken out."""
         with self.lock:
             id = min(self.alarms, key=self.alarms.__getitem__, default=None)
-            if id is None or self.alarms[id] > now:
+            if id is None or self.alarms[id] > time.time():
                 return None
             del self.alarms[id]
             return id
@@ -1243,7 +1243,7 @@ class Alarms:
 
     def ring(self) -> None:
         while self.at_once.acquire(blocking=False):
-            id = self.namespace.next_due(time.time())
+            id = self.namespace.next_due()
             if id is None:
                 return self.at_once.release()
             self.put(self.work, id)
