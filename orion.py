@@ -3168,7 +3168,6 @@ class Broker:
 
     def join(self, stream: Stream, watch: Watch) -> None:
         """And look once more: something may have been published between the first frame and now."""
-        self.leave(stream)
         stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
         stream.channel.streams.add(stream)
         self.accounts[stream.account] += 1
@@ -3269,11 +3268,9 @@ class Broker:
             log(f"the directory: {no.message}") if not self.alone else None
             self.alone = True
         if before not in (0, self.version):
-            self.changed = time.monotonic()
-            self.regate("")
+            self.published(directory.id, "access:")            # anybody's
+            self.published(directory.id, "")
             self.edge.alarms.look()
-            for channel in [*self.channels.get(directory.id, {}).values()]:
-                self.mark(channel)
 
 
 # ==== 20. Console ====================================================================================================
