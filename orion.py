@@ -2856,18 +2856,18 @@ class Pool:
         for _ in range(min(len(self.jobs), len(self.idle))):
             self.wake()
 
-    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None], halve: Callable[[], Any] = bool) -> None:
-        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time. halve():
-        only with half of it, so that what comes of that has its turn before the rest."""
+    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None], halve: Any = False) -> None:
+        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time. halve: if
+        it is true then, or not empty, only with half of it, so that what comes of that has its turn before the rest."""
         with self.lock:
             driven = lane in self.lanes
             self.lanes.setdefault(lane, collections.deque()).append(item)
         if not driven:
             self.put(self.drive, lane, job, halve)
 
-    def drive(self, lane: str, job: Callable[[List[Any]], None], halve: Callable[[], Any]) -> None:
+    def drive(self, lane: str, job: Callable[[List[Any]], None], halve: Any) -> None:
         waiting = self.lanes[lane]
-        most = (len(waiting) + 1) // 2 if halve() else len(waiting)
+        most = (len(waiting) + 1) // 2 if halve else len(waiting)
         try:
             job([waiting.popleft() for _ in range(min(most, self.TOGETHER))])
         finally:
@@ -4018,8 +4018,7 @@ class Connection(Held):
         if answer:
             return self.reply(reading, *answer)
         if (lane := lane_of(reading.target)):
-            watched = lambda: self.edge.broker.channels
-            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=watched)
+            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=self.edge.broker.channels)
         self.edge.pool.put(self.think, reading)
 
     def think(self, reading: Reading) -> None:

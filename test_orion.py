@@ -3019,10 +3019,10 @@ def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between(halve,
         done.append(items)
         if items == [0]:
             both.wait(PATIENCE)
-    pool.gather("a", 0, job, lambda: halve)
+    pool.gather("a", 0, job, halve)
     eventually(lambda: done)
     for n in range(1, orion.Pool.TOGETHER + 3):
-        pool.gather("a", n, job, lambda: halve)
+        pool.gather("a", n, job, halve)
     pool.share(job, "another")
     both.wait(PATIENCE)
     eventually(lambda: not pool.lanes)
