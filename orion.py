@@ -61,7 +61,6 @@ import itertools
 import json
 import os
 import pathlib
-import queue
 import random
 import re
 import secrets
@@ -2823,7 +2822,6 @@ class Pool:
     thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
     there are lanes: what must be done in order, and better together, waits in one."""
     TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
-    END_SECONDS = 5.0                                # for all threads together; a job that takes longer is left behind
 
     def __init__(self, size: int) -> None:
         self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
@@ -2893,10 +2891,11 @@ class Pool:
                 self.wake()
             turn.acquire()
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
+        """patience: seconds for all threads together; a job that takes longer is left behind."""
         for _ in self.threads:
             self.share()
-        until = time.monotonic() + self.END_SECONDS
+        until = time.monotonic() + patience
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
 
@@ -3872,8 +3871,7 @@ class Figures:
         """log: common, json or off."""
         self.log, self.lock, self.date = log, threading.Lock(), ""
         self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        self.accesses, self.batches = collections.deque(maxlen=100_000), queue.SimpleQueue()
-        self.scribe = threading.Thread(target=self.write, daemon=True)
+        self.accesses, self.scribe = collections.deque(maxlen=100_000), Pool(1)
 
     def count(self, method: str, request: Request, response: Response, seconds: float) -> None:
         with self.lock:
@@ -3891,18 +3889,17 @@ class Figures:
                                "status": status, "bytes": size, "seconds": round(seconds, 6)})
         return f'{request.peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
 
-    def write(self) -> None:
+    def write(self, lines: Iterable[str]) -> None:
         """In a thread of its own, so that a reader of the log who is slow, or gone, keeps nobody waiting."""
-        while (lines := self.batches.get()):
-            with contextlib.suppress(OSError, ValueError):
-                print("\n".join(lines), flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print("\n".join(lines), flush=True)
 
     def flush(self) -> None:
         """Once a second."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
-        if lines and self.batches.qsize() < 10:
-            self.batches.put(lines)
+        if lines and len(self.scribe.jobs) < 10:
+            self.scribe.put(self.write, lines)
 
     def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
         """Families of figures, each with its name, its kind and its samples: these, and more."""
@@ -3918,9 +3915,7 @@ class Figures:
 
     def close(self) -> None:
         self.flush()
-        self.batches.put(None)
-        if self.scribe.is_alive():                   # not if the port was taken, and nothing began
-            self.scribe.join(0.5)
+        self.scribe.close(0.5)
 
 
 # ==== 24. Edge =======================================================================================================
@@ -4103,7 +4098,8 @@ def known_host(host: str, names: FrozenSet[str]) -> bool:
 class Edge(ThreadingHTTPServer):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
     request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
-    DRAIN_SECONDS, TICK_SECONDS, BATCH_SECONDS, CALLS_SECONDS = 5.0, 1.0, 0.05, 0.002
+    DRAIN_SECONDS, END_SECONDS = 5.0, 5.0            # for the requests in flight; then for the threads
+    TICK_SECONDS, BATCH_SECONDS, CALLS_SECONDS = 1.0, 0.05, 0.002
     EAGER_SECONDS = 0.0001, 0.0005                   # with no job under way; with one, where there is a single core
 
     def __init__(self, env: Env) -> None:
@@ -4142,7 +4138,6 @@ class Edge(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
-        self.figures.scribe.start()
         self.pool.defer()
         self.pool.put(self.alarms.look)
         next_tick = 0.0
@@ -4354,7 +4349,7 @@ class Edge(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """After serve_forever: end the threads, move every WAL into its file."""
-        self.pool.close()
+        self.pool.close(self.END_SECONDS)
         self.figures.close()
         self.env.workspaces.rest(idle=-1)
         self.env.directory.namespace.rest(idle=-1)

@@ -3000,13 +3000,12 @@ def test_every_refusal_says_what_to_do_next(server, accept, kind):
 # ==== 18. Process ====================================================================================================
 
 def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
-    monkeypatch.setattr(orion.Pool, "END_SECONDS", 0.1)
     pool, go, waited = orion.Pool(3), threading.Event(), []
     for _ in pool.threads:
         pool.put(go.wait)
     eventually(lambda: not pool.idle and not pool.jobs)
     monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout: waited.append(timeout) or go.wait(timeout))
-    pool.close()
+    pool.close(0.1)
     go.set()
     assert len(waited) == 3 and 0 < waited[0] <= 0.1 and waited[1:] == [0.0, 0.0]
 
@@ -3026,7 +3025,7 @@ def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between(halve,
     pool.share(job, "another")
     both.wait(PATIENCE)
     eventually(lambda: not pool.lanes)
-    pool.close()
+    pool.close(PATIENCE)
     assert done == [[0], "another", *together]
 
 
@@ -3039,7 +3038,7 @@ def test_what_a_deferring_thread_puts_in_wakes_nobody_until_it_says_so():
     assert len(pool.jobs) == len(pool.idle) == 2     # in line, and nobody was called to it
     pool.rouse()
     eventually(lambda: sorted(done) == ["a job", "an item"])
-    pool.close()
+    pool.close(PATIENCE)
     assert not [thread for thread in pool.threads if thread.is_alive()]
 
 
@@ -3052,7 +3051,7 @@ def test_a_lane_whose_job_fails_goes_on(capfd):
     for n in range(3):
         pool.gather("a", n, job)
     eventually(lambda: len(done) == 3 and not pool.lanes)
-    pool.close()
+    pool.close(PATIENCE)
     assert done == [0, 1, 2] and logged(capfd, "ZeroDivisionError")
 
 
