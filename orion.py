@@ -4106,7 +4106,7 @@ class Edge(ThreadingHTTPServer):
         self.env, self.settings = env, env.settings
         self.held, self.selector, self.calls = set(), selectors.DefaultSelector(), collections.deque()
         self.waker, self.woken = socket.socketpair()
-        self.awake, self.stopping, self.stopped_at, self.stopped = False, False, 0.0, threading.Event()
+        self.awake, self.stopping, self.stopped = False, 0.0, threading.Event()      # stopping: since when; 0: not
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.eager, self.brisk = self.EAGER_SECONDS[:2 if cores == 1 else 1], False      # brisk: it pays just now
         names = "", "localhost", socket.gethostname(), env.settings.host, *env.settings.allow_host
@@ -4329,19 +4329,18 @@ class Edge(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Take no more requests, and end when those in flight are answered. Also from a signal handler."""
-        self.stopping = True
+        self.stopping = self.stopping or time.monotonic()
         self.wake()
 
     def drained(self) -> bool:
         """Closes what merely waits; a stream closes without its last chunk, so its client comes back by itself."""
-        if not self.stopped_at:
-            self.stopped_at = time.monotonic()
+        if self.socket.fileno() >= 0:
             with contextlib.suppress(KeyError):      # it was out of descriptors just now
                 self.selector.unregister(self.socket)
             self.socket.close()
         for held in [held for held in self.held if type(held) is Stream or not held.busy]:
             held.close()
-        return not self.held or time.monotonic() > self.stopped_at + self.DRAIN_SECONDS
+        return not self.held or time.monotonic() > self.stopping + self.DRAIN_SECONDS
 
     def shutdown(self) -> None:
         self.stop()
