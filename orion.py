@@ -3967,7 +3967,7 @@ class Connection(Held):
             return self.refuse(no)
         if step:
             self.busy, self.begun = True, False
-            return self.take_up(step) if step.body is not None else self.edge.pool.put(self.foresee, step)
+            return self.take_up(step) if step.body is not None else self.edge.pool.put(self.attempt, self.foresee, step)
         if self.ended:
             return self.close()
         if some and not self.begun:                  # the deadline is for all of it; a byte now and then moves nothing
@@ -3985,9 +3985,6 @@ class Connection(Held):
             self.edge.call(self.refuse, no)
         except StorageFault as fault:
             self.edge.call(self.refuse, fault.refusal)
-        except CRASH:
-            self.edge.call(self.close)
-            raise
 
     def go_on(self) -> None:
         self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
@@ -4014,14 +4011,18 @@ class Connection(Held):
             return self.reply(reading, *answer)
         if (lane := lane_of(reading.target)):
             return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=self.edge.broker.channels)
-        self.edge.pool.put(self.think, reading)
+        self.edge.pool.put(self.attempt, self.think, reading)
 
-    def think(self, reading: Reading) -> None:
+    def attempt(self, work: Callable[..., None], *args: Any) -> None:
+        """In the pool. Where not even a refusal could be made of it, the connection is closed."""
         try:
-            self.answered(reading, *self.edge.answer(reading, self.peer))
-        except CRASH:                                # not even a refusal could be made of it
+            work(*args)
+        except CRASH:
             self.edge.call(self.close)
             raise
+
+    def think(self, reading: Reading) -> None:
+        self.answered(reading, *self.edge.answer(reading, self.peer))
 
     def answered(self, reading: Reading, request: Request, response: Response) -> None:
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
@@ -4222,34 +4223,33 @@ class Edge(ThreadingHTTPServer):
     # -- answering, in the loop (wait=0) and in the pool
 
     def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
-        """In the pool: what came for one workspace. The answer to a command waits until its batch is durable; a batch
-        is closed before somebody would notice that it is open."""
+        """In the pool: what came for one workspace."""
         if len(asked) == 1:                          # it shares nothing, and needs no savepoint
             connection, reading = asked[0]
-            return connection.think(reading)
-        batch, answers, since = Batch(), [], time.monotonic()
-        for connection, reading in asked:
-            guarded(self.answer_in, batch, answers, connection, reading)
-            if batch.object is None or batch.settled or time.monotonic() > since + self.BATCH_SECONDS:
-                self.close_batch(batch, answers)
-                batch, answers, since = Batch(), [], time.monotonic()
-        self.close_batch(batch, answers)
+            return connection.attempt(connection.think, reading)
+        waiting = collections.deque(asked)
+        while waiting:
+            self.answer_batch(waiting)
 
-    def answer_in(self, batch: Batch, answers: List[Any], connection: Connection, reading: Reading) -> None:
-        before = batch.size
-        try:
-            answer = self.answer(reading, connection.peer, batch=batch)
-        except CRASH:
-            self.call(connection.close)
-            raise
-        answers.append((batch.size > before, connection, reading, *answer))
-
-    def close_batch(self, batch: Batch, answers: List[Any]) -> None:
+    def answer_batch(self, waiting: collections.deque) -> None:
+        """The answer to a command waits until its batch is durable; a batch is closed before somebody would notice that
+        it is open, and at once while nothing is in it."""
+        batch, answers, until = Batch(), [], time.monotonic() + self.BATCH_SECONDS
+        while waiting:
+            connection, reading = waiting.popleft()
+            guarded(connection.attempt, self.answer_in, batch, answers, connection, reading)
+            if batch.object is None or batch.settled or time.monotonic() > until:
+                break
         guarded(batch.close)
         for joined, connection, reading, request, response in answers:
             if joined and batch.error and response.status < 400:
                 response = refused(request, batch.error.refusal)
             guarded(connection.answered, reading, request, response)
+
+    def answer_in(self, batch: Batch, answers: List[Any], connection: Connection, reading: Reading) -> None:
+        before = batch.size
+        answer = self.answer(reading, connection.peer, batch=batch)
+        answers.append((batch.size > before, connection, reading, *answer))
 
     def answer(self, reading: Reading, peer: str, wait: float = threading.TIMEOUT_MAX,
                batch: Optional[Batch] = None) -> Tuple[Request, Response]:
