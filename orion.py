@@ -2614,7 +2614,7 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
         if reading.length != 0:
             if "expect" in reading.headers and reading.modern:
                 yield reading._replace(body=None)
-            body = yield from read_chunks(buffer) if reading.length is None else take(buffer, reading.length)
+            body = yield from (read_chunks(buffer) if reading.length is None else take(buffer, reading.length))
             reading = reading._replace(body=body)
         yield reading
 
@@ -2622,8 +2622,8 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
 def check_beginning(buffer: bytearray) -> None:
     """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once."""
     line, complete, _ = buffer.partition(b"\r\n")
-    sound = REQUEST_LINE.match(buffer) if complete else BEGINNING.fullmatch(line)
-    if buffer and (not sound or re.search(rb"(?<!\r)\n", buffer)):
+    fits = REQUEST_LINE.match(buffer) if complete else BEGINNING.fullmatch(line)
+    if buffer and (not fits or re.search(rb"(?<!\r)\n", buffer)):
         raise why_not(bytes(line))
     if len(line) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
