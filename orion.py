@@ -4112,11 +4112,10 @@ class Edge(ThreadingHTTPServer):
         self.eager, self.brisk = self.EAGER_SECONDS[:2 if cores == 1 else 1], False      # brisk: it pays just now
         names = "", "localhost", socket.gethostname(), env.settings.host, *env.settings.allow_host
         self.hosts = frozenset([name.lower() for name in names])
-        self.chores = ((give_back_memory, 5.0),
-                       (lambda: self.broker.try_again(), 5.0),
-                       (functools.partial(snapshot_again, env.settings), env.settings.backup_every))    # 0: never
-        self.due = [time.monotonic() + every for _, every in self.chores]
         self.pool, self.broker, self.figures = Pool(env.settings.threads), Broker(self), Figures(env.settings.log)
+        snapshots = functools.partial(snapshot_again, env.settings), env.settings.backup_every       # 0: never
+        self.chores = (give_back_memory, 5.0), (self.broker.try_again, 5.0), snapshots
+        self.due = [time.monotonic() + every for _, every in self.chores]
         self.alarms = Alarms(env.workspaces, self.pool.share)
         self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
         super().__init__((env.settings.host, env.settings.port), Connection)
