@@ -190,7 +190,7 @@ def template(name: str) -> Template:
 SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
            "x-quota", "x-node")                                        # what the gate says of a viewer
-TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-hashed", "x-counts"}  # what nobody outside may say
+TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-known", "x-hashed", "x-counts", "x-problem"}  # nobody outside may say
 
 
 class Request(NamedTuple):
@@ -299,7 +299,7 @@ def see_other(path: str, *headers: Tuple[str, str]) -> Response:
 
 def local_path(path: str) -> str:
     """path if it leads to this server, else "/": //host, /\\host and schemes would lead elsewhere."""
-    return path if re.fullmatch(r"/(?![/\\])[!-\[\]-~]*", path) else "/"
+    return path if re.fullmatch(r"/(?![/\\])[!-\[\]-~]{0,2000}", path) else "/"
 
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
@@ -1290,6 +1290,13 @@ class Context(NamedTuple):
     def workspace(self) -> str:
         return self.request.headers.get("x-workspace", "")
 
+    @property
+    def typed(self) -> Dict[str, str]:
+        """Where a page shows a form again: what was typed into it and, as problem, what is wrong with that. No link to
+        the page can say so in our name."""
+        problem = self.request.headers.get("x-problem")
+        return {**self.request.params, "problem": problem} if problem else {}
+
     def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
         """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
         runs again when it fails, so what it does outside of the store should bear to be done twice. PermissionError:
@@ -1394,6 +1401,10 @@ def check_slices(slices: Sequence[Slice]) -> None:
             taken.update(addresses(row))
 
 
+KEPT_BYTES = 4 * 2 ** 20                             # of an object's renderings and pages, before they are let go
+LARGE = 2 ** 18                                      # bytes; to compress so many would keep the loop from others
+
+
 class Rendering:
     """A region at one version, made once, and kept as the frame that all streams get. The etag is made of the content,
     so it means the same after a restart and in another process. told: a page has said how long it took."""
@@ -1409,6 +1420,10 @@ class Rendering:
     def html(self) -> Html:
         """For the page. Read out of the frame: of a thousand tenants each would have its region in memory twice."""
         return Html("\n".join(unchunk(self.frame)[:-2].decode().split("\ndata: elements ")[1:]))
+
+    @property
+    def size(self) -> int:
+        return len(self.frame)
 
     @property
     def zipped(self) -> bytes:
@@ -1523,7 +1538,10 @@ class SliceHost(DurableObject):
         scope = request.headers.get("x-id", "") if slice == "directory" else ""
         ctx = Context(part, viewer, request, self.bus.publish, scope, self)
         if type(row) is Live:
-            return (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
+            response = (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
+            if not request.wait and response.size > LARGE:
+                raise WouldBlock
+            return response
         if not request.wait:
             raise WouldBlock
         before = self.store.db.total_changes
@@ -1570,8 +1588,9 @@ class SliceHost(DurableObject):
                 return as_json({no.signal: no.message})
             if no.status != 422 or not request.form:
                 raise
-            typed = urllib.parse.urlencode({**request.fields(), "password": "", "new": "", "problem": no.message})
-            again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed)
+            typed = urllib.parse.urlencode({**request.fields(), "password": "", "new": ""})
+            again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed,
+                                     headers={**request.headers, "x-problem": no.message})
             with contextlib.suppress(Refused):       # there is no page at this address
                 return self.read(again)._replace(status=422)
             raise
@@ -1581,7 +1600,7 @@ class SliceHost(DurableObject):
         if key not in self.kept:
             if not ctx.request.wait:
                 raise WouldBlock
-            if len(self.kept) >= 64:
+            if len(self.kept) >= 64 or sum([one.size for one in self.kept.values()]) > KEPT_BYTES:
                 self.kept.clear()
             self.kept[key] = make(live, ctx)
         return self.kept[key]
@@ -1671,7 +1690,7 @@ def count_todos(store: Store) -> int:
 
 
 def todos_variant(params: Dict[str, str]) -> str:
-    return heeded(params, show="open|done", pages="[2-9]|[1-9][0-9]")
+    return heeded(params, show="open|done", pages="[2-9]|1[0-9]|2[0-5]")
 
 
 def the_todo(ctx: Context, id: str) -> sqlite3.Row:
@@ -1706,7 +1725,7 @@ def todos_page(ctx: Context, region: Html) -> Html:
     links = {name: current if name == given.get("show", "all") else "" for name in ("all", "open", "done")}
     return template("todos")(region=region, workspace=ctx.workspace, variant=todos_variant(given), form=write,
                              readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
-                             title=given.get("title", ""), problem=given.get("problem", ""), **links)
+                             title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""), **links)
 
 
 def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
@@ -1859,15 +1878,19 @@ def seal(token: str, key: bytes) -> str:
     return hmac.digest(key, b"session:" + token.encode(), "sha256").hex()
 
 
-@functools.lru_cache(maxsize=4096)
 def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
     """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one
     was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
     values = [value for key, _, value in pairs if key == name]
     found = re.fullmatch(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})", values[0]) if len(values) == 1 else None
-    genuine = found and any([hmac.compare_digest(seal(found[1], key), found[2]) for key in keys])
-    return hashlib.sha256(found[1].encode()).digest() if genuine else None
+    return token_digest(*found.groups(), keys) if found else None
+
+
+@functools.lru_cache(maxsize=4096)
+def token_digest(token: str, sealed: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
+    genuine = any([hmac.compare_digest(seal(token, key), sealed) for key in keys])
+    return hashlib.sha256(token.encode()).digest() if genuine else None
 
 
 COOKIES = {"http": "sid", "https": "__Host-sid"}     # no neighbour can set the second (RFC 6265bis, 4.1.3.2)
@@ -1895,9 +1918,10 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
 
 class Throttle:
     """Counts failures by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
-    FAILURES, SECONDS, KEYS = 10, 600.0, 10_000
+    SECONDS, KEYS = 600.0, 10_000
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 10) -> None:
+        self.most = most
         self.failures: collections.OrderedDict = collections.OrderedDict()    # key: (how many, until when)
         self.lock = threading.Lock()
 
@@ -1905,7 +1929,7 @@ class Throttle:
         """Refused(429): one of the keys has to wait."""
         with self.lock:
             waits = [self.failures.get(key, (0, 0.0)) for key in keys]
-        left = max([until - time.monotonic() for count, until in waits if count >= self.FAILURES], default=0)
+        left = max([until - time.monotonic() for count, until in waits if count >= self.most], default=0)
         if left > 0:
             retry_after = ("retry-after", str(int(left) + 1))
             raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
@@ -2017,7 +2041,7 @@ class Directory(SliceHost):
         self.outside, self.inside = (Router([own]), Router(slices)) if slices else (self.router, None)
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
-        self.throttle, self.regulars, self.elsewhere = Throttle(), {}, 0
+        self.throttle, self.sign_ins, self.regulars, self.elsewhere = Throttle(), Throttle(30), {}, 0
 
     def on_open(self) -> None:
         super().on_open()
@@ -2151,28 +2175,37 @@ class Directory(SliceHost):
     def prove(self, request: Request) -> Request:
         fields = request.fields()
         name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
-        if max(len(password), len(new)) > 256:
-            raise Refused(400, "A password has at most 256 characters.")
+        if max(len(name), len(password), len(new)) > 256:
+            raise Refused(400, "A name and a password have at most 256 characters.")
         known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
         keys = [f"from {request.peer}", *([] if known in self.regulars else [f"to {name}"])]
         self.throttle.check(*keys)
+        self.sign_ins.check(known)
         stored = json.loads(super().fetch(Request("GET", "/_password", headers={"x-account": name})).body)
         if not password_matches(password, stored):
             self.throttle.failed(known, *keys)
             return request._replace(headers={**request.headers, "x-proved": ""})
         self.throttle.succeeded(known, *keys)
+        self.sign_ins.failed(known)                  # each takes 0.1 s and a row: nobody needs so many
         self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
         hashed = hash_password(new) if new else ""
-        return request._replace(headers={**request.headers, "x-proved": name, "x-hashed": hashed})
+        return request._replace(headers={**request.headers, "x-proved": name, "x-known": stored, "x-hashed": hashed})
+
+    def proved(self, ctx: Context) -> str:
+        """Whose password came along. Nobody's (""): it was wrong, or was changed while it was checked."""
+        name = ctx.request.headers["x-proved"]
+        row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
+        return name if row and row["password"] == ctx.request.headers["x-known"] else ""
 
     def login_page(self, ctx: Context) -> Response:
-        given = ctx.request.params
-        return login_form(local_path(given.get("next", "/")), given.get("username", ""), given.get("problem", ""))
+        next = local_path(ctx.request.params.get("next", "/"))
+        return login_form(next, ctx.typed.get("username", ""), ctx.typed.get("problem", ""))
 
     def login(self, ctx: Context) -> Response:
-        if not ctx.request.headers["x-proved"]:
+        account = self.proved(ctx)
+        if not account:
             raise Refused(422, "Name and password do not go together. Try again.")
-        return self.open_session(ctx, ctx.request.headers["x-proved"])
+        return self.open_session(ctx, account)
 
     def persona(self, ctx: Context) -> Response:
         account = ctx.field("account")
@@ -2205,7 +2238,7 @@ class Directory(SliceHost):
 
     def account_page(self, ctx: Context) -> Response:
         """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
-        mine, typed = self.session(ctx.request), ctx.request.params
+        mine, typed = self.session(ctx.request), ctx.typed
         found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
                                 "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
         sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
@@ -2225,7 +2258,7 @@ class Directory(SliceHost):
     def change_password(self, ctx: Context) -> Response:
         """Proved like a sign-in; all other sessions of the account end."""
         account, new, mine = ctx.viewer.account, ctx.field("new"), self.session(ctx.request)
-        if ctx.request.headers["x-proved"] != account:
+        if self.proved(ctx) != account:
             raise Refused(422, "The present password is not right. Try again.")
         if not 8 <= len(new) <= 256:
             raise Refused(422, "A password has 8 to 256 characters.")
@@ -2261,7 +2294,7 @@ class Directory(SliceHost):
 
     def home(self, ctx: Context) -> Response:
         """The counts come with the request: the worker asked each workspace for its own."""
-        account, typed, personas = ctx.viewer.account, ctx.request.params, self.personas(ctx.viewer.account)
+        account, typed, personas = ctx.viewer.account, ctx.typed, self.personas(ctx.viewer.account)
         if not account:
             return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
         mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
@@ -2355,7 +2388,7 @@ def members_region(ctx: Context) -> Html:
 
 
 def members_page(ctx: Context, region: Html) -> Html:
-    typed = ctx.request.params
+    typed = ctx.typed
     return template("members")(region=region, workspace=ctx.workspace, form=ctx.viewer.can("members:manage"),
                                option=role_choice(ctx.viewer, typed.get("role", "member")), me=ctx.viewer.account,
                                account=typed.get("account", ""), problem=typed.get("problem", ""))
@@ -2416,7 +2449,8 @@ class Single(Directory):
 
     def on_open(self) -> None:
         super().on_open()
-        self.store.exec(f"PRAGMA max_page_count = {self.settings.quota // self.store.one('PRAGMA page_size')[0]}")
+        pages = max(1, self.settings.quota // self.store.one("PRAGMA page_size")[0])             # 0 would be no limit
+        self.store.exec(f"PRAGMA max_page_count = {pages}")
 
     def viewer(self, request: Request) -> Viewer:
         if "x-workspace" not in request.headers or "x-account" in request.headers:
@@ -2575,8 +2609,10 @@ def count_of(workspace: Stub) -> str:
 # it does not match does somebody look for the reason.
 
 LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536   # bytes; FIELD_LIMIT counts header fields
+FRAMING_LIMIT = 8_192                                # bytes around the chunks of a body
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
-FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")      # RFC 9112, 5; not folded
+FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)"
+                   rb"[ \t]*\r\n")                  # RFC 9112, 5; not folded, and in linear time
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
                   rb"((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
@@ -2584,6 +2620,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
 BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
+BARE_LF = re.compile(rb"(?<!\r)\n")
 TOO_LONG = 414, "The address is too long. Send what is long in the body."
 
 
@@ -2606,8 +2643,10 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
             yield None
         if buffer.startswith(b"\r\n"):               # one empty line in front is tolerated (RFC 9112, 2.2)
             del buffer[:2]
-        while (end := buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)) < 0:
-            check_beginning(buffer)
+        seen = 0                                     # each byte is looked at once, however slowly they come
+        while (end := buffer.find(b"\r\n\r\n", max(0, seen - 3), HEAD_LIMIT)) < 0:
+            check_beginning(buffer, seen)
+            seen = len(buffer)
             yield None
         head = yield from take(buffer, end + 4)
         reading = (parse_head if len(head) > 1024 else parse_again)(head)
@@ -2619,11 +2658,13 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
         yield reading
 
 
-def check_beginning(buffer: bytearray) -> None:
-    """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once."""
-    line, complete, _ = buffer.partition(b"\r\n")
-    fits = REQUEST_LINE.match(buffer) if complete else BEGINNING.fullmatch(line)
-    if buffer and (not fits or re.search(rb"(?<!\r)\n", buffer)):
+def check_beginning(buffer: bytearray, seen: int) -> None:
+    """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once. seen: bytes
+    that were looked at before."""
+    end = buffer.find(b"\r\n")
+    line = buffer[:end] if end >= 0 else buffer
+    fits = BEGINNING.fullmatch(line) if end < 0 else end + 1 < seen or REQUEST_LINE.match(buffer)
+    if buffer and (not fits or BARE_LF.search(buffer, seen)):
         raise why_not(bytes(line))
     if len(line) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
@@ -2648,7 +2689,7 @@ def parse_head(head: bytes) -> Reading:
     if "host" not in headers if modern else "transfer-encoding" in headers:
         raise Refused(400, "Send a Host header field; in HTTP/1.0, no Transfer-Encoding.")
     host = HOST.fullmatch(headers.get("host", "-"))
-    if not host or int(host[1] or 0) > 65535:
+    if not host or len(host[0]) > 270 or int(host[1] or 0) > 65535:      # a name has 255 characters (RFC 1035, 2.3.4)
         raise Refused(400, "The Host header field is no name or address with an optional port.")
     connection = headers.get("connection", "" if modern else "close").lower()
     length = body_length(headers)
@@ -2713,11 +2754,12 @@ def take_line(buffer: bytearray, limit: int) -> Iterator[None]:
 
 def read_chunks(buffer: bytearray) -> Iterator[None]:
     """Returns the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
-    body = bytearray()
+    body, framing = bytearray(), 0
     while True:
-        size = CHUNK_SIZE.fullmatch((yield from take_line(buffer, 256)))
-        if not size:
-            raise Refused(400, "A chunk begins with its size in hexadecimal digits.")
+        line = yield from take_line(buffer, 256)
+        size, framing = CHUNK_SIZE.fullmatch(line), framing + len(line) + 4
+        if not size or framing > FRAMING_LIMIT:
+            raise Refused(400, "A chunk begins with its size in hexadecimal digits; send few, and large ones.")
         length = int(size[1], 16)
         if len(body) + length > BODY_LIMIT:
             raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
@@ -2984,9 +3026,10 @@ class Held:
     def wrote(self, data: bytes, sent: int) -> None:
         if sent < 0:
             return self.close()
-        waited, self.rest = bool(self.rest), data[sent:]
-        if not self.rest:
+        waited, self.rest = bool(self.rest), b""
+        if sent == len(data):
             return self.written()
+        self.rest = memoryview(data)[sent:]          # all who are slow share the same bytes
         if sent or not waited:
             self.deadline = time.monotonic() + self.STUCK_SECONDS
         self.listen(self.events | WRITE)
@@ -3883,7 +3926,7 @@ class Figures:
 
     def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
         """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
-        path = request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path)
+        path = (request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path))[:500]
         if self.log == "json":
             return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
                                "status": status, "bytes": size, "seconds": round(seconds, 6)})
@@ -4027,6 +4070,8 @@ class Connection(Held):
     def answered(self, reading: Reading, request: Request, response: Response) -> None:
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
         when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
+        if response.watch and accepts_gzip(request):
+            response.rendering.zipped                # compressed here and not in the loop
         if response.watch or self.edge.pool.jobs:
             return self.edge.call(self.reply, reading, request, response)
         data = self.encoded(reading, request, response)

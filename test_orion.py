@@ -1724,7 +1724,7 @@ def test_a_cookie_of_the_key_before_still_holds(start):
 
 def test_ten_failures_close_a_key_for_a_while_and_no_other(monkeypatch):
     throttle = orion.Throttle()
-    for _ in range(throttle.FAILURES):
+    for _ in range(throttle.most):
         throttle.check("a", "b")
         throttle.failed("a")
     throttle.check("b")
@@ -2031,7 +2031,7 @@ def test_guessing_is_slowed_and_the_owner_gets_in_from_where_they_were(outside):
     ann = outside.sign_in("ann")
     guess = lambda: Person(outside).post("/login", form={"username": "ann", "password": "wrong wrong"}).status
     directory = outside.directory()
-    for _ in range(orion.Throttle.FAILURES):
+    for _ in range(10):
         directory.throttle.failed("to ann")          # by others, from elsewhere
     assert guess() == 422 and ann.get("/account").status == 200, "from an address of ann's own it is not slowed by them"
     directory.regulars = frozenset()
