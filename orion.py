@@ -250,9 +250,14 @@ def sound(response: Any) -> Response:
     """response, if it can be sent. TypeError, ValueError: it can't."""
     if type(response) is not Response or type(response.body) is not bytes:
         raise TypeError(f"an answer is a Response with bytes for a body, such as done(ctx), and not {response!r:.200}")
-    if any([NO_VALUE.search(value) for _, value in response.headers]):
-        raise ValueError(f"a character that no header value can have, in {response.headers!r:.200}")
+    check_values(response.headers)
     return response
+
+
+def check_values(headers: Iterable[Tuple[str, str]]) -> None:
+    """ValueError: one of them would end its line, and begin another."""
+    if any([NO_VALUE.search(value) for _, value in headers]):
+        raise ValueError(f"a character that no header value can have, in {headers!r:.200}")
 
 
 class Refused(Exception):
@@ -261,6 +266,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
         super().__init__(status, message)
+        check_values(headers)
         self.status, self.message, self.headers, self.signal = status, message, headers, signal
 
 
@@ -4044,7 +4050,8 @@ class Connection(Held):
     def take_up(self, reading: Reading) -> None:
         """At once what is ready; else in the pool. A workspace is a lane there: its requests would wait for each other
         anyway, its commands can share a commit, and however many there are, the other threads are for the others. While
-        somebody watches, half of them do, and then the frames have their turn."""
+        somebody watches, half of them do, and then the frames have their turn. Who was never let in has a lane apart:
+        how long strangers wait for their no must not tell them that there is such a workspace, and that it is busy."""
         self.started = time.perf_counter()
         try:
             answer = self.edge.answer(reading, self.peer, wait=0) if reading.method in SAFE else None
@@ -4053,8 +4060,12 @@ class Connection(Held):
         if answer:
             return self.reply(reading, *answer)
         if (lane := lane_of(reading.target)):
+            lane = lane if self.pass_of(reading) in self.edge.insiders else f"{self.peer} {lane}"
             return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=self.edge.broker.channels)
         self.edge.pool.put(self.attempt, self.think, reading)
+
+    def pass_of(self, reading: Reading) -> int:
+        return hash((lane_of(reading.target), reading.headers.get("cookie")))
 
     def attempt(self, work: Callable[..., None], *args: Any) -> None:
         """In the pool. Where not even a refusal could be made of it, the connection is closed."""
@@ -4070,6 +4081,8 @@ class Connection(Held):
     def answered(self, reading: Reading, request: Request, response: Response) -> None:
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
         when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
+        if response.status < 400:
+            self.edge.insiders.add(self.pass_of(reading))
         if response.watch and accepts_gzip(request):
             response.rendering.zipped                # compressed here and not in the loop
         if response.watch or self.edge.pool.jobs:
@@ -4151,6 +4164,7 @@ class Edge(ThreadingHTTPServer):
     def __init__(self, env: Env) -> None:
         self.env, self.settings = env, env.settings
         self.held, self.selector, self.calls = set(), selectors.DefaultSelector(), collections.deque()
+        self.insiders = set()                        # who was let in where of late: hashes of lane and cookie
         self.waker, self.woken = socket.socketpair()
         self.awake, self.stopping, self.stopped = False, 0.0, threading.Event()      # stopping: since when; 0: not
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -4250,6 +4264,7 @@ class Edge(ThreadingHTTPServer):
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
         self.date = formatdate(usegmt=True)
         self.figures.flush()
+        self.insiders.clear() if len(self.insiders) > 100_000 else None
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)

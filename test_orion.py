@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import weakref
 import zlib
@@ -1539,6 +1540,13 @@ def test_a_plain_form_with_a_bad_title_gets_the_page_back_with_what_was_typed(se
     assert answer.status == 422 and f'value="{"y" * 501}"' in answer.text and "1 to 500 characters" in answer.text
 
 
+@cases("path", ["/login", "/", "/account", "/w/acme/todos", "/w/acme/members"])
+def test_no_link_makes_a_page_say_what_is_not_so(server, path):
+    bob = Person(server, "bob")
+    answer = (Person(server) if path == "/login" else bob).get(f"{path}?problem=Call+0900&title=0900&username=0900&account=0900&name=0900")
+    assert answer.status == 200 and "0900" not in re.sub('href="[^"]*"', "", answer.text)
+
+
 def test_a_title_may_have_500_characters_of_any_script(server):
     carol = Person(server, "carol")
     assert carol.post("/w/acme/todos", title="ש" * 499 + "🚀").status == 204 or True
@@ -2037,6 +2045,25 @@ def test_guessing_is_slowed_and_the_owner_gets_in_from_where_they_were(outside):
     directory.regulars = frozenset()
     answer = Person(outside).post("/login", form={"username": "ann", "password": "long enough"})
     assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
+
+
+@cases("path, form", [("/login", {"username": "ann", "password": "long enough"}), ("/account/password", {"username": "ann", "password": "long enough", "new": "another one"})])
+def test_a_password_that_was_changed_while_it_was_checked_lets_nobody_in(outside, monkeypatch, path, form):
+    ann, matches = outside.sign_in("ann"), orion.password_matches
+
+    def slow(password, stored):
+        outside.write("UPDATE accounts SET password = ? WHERE name = 'ann'", orion.hash_password("changed meanwhile"))
+        return matches(password, stored)
+    monkeypatch.setattr(orion, "password_matches", slow)
+    assert ann.post(path, form=form).status == 422
+    monkeypatch.undo()
+    assert Person(outside).post("/login", form={"username": "ann", "password": "changed meanwhile"}).status == 303
+
+
+def test_signing_in_again_and_again_is_slowed_too(outside, monkeypatch):
+    monkeypatch.setattr(orion, "password_matches", lambda password, stored: bool(stored))
+    sign_in = lambda name: Person(outside).post("/login", form={"username": name, "password": "x"}).status
+    assert [sign_in("ops") for _ in range(31)] == [303] * 30 + [429] and sign_in("ann") == 303
 
 
 def test_an_address_that_guesses_at_many_accounts_is_slowed(outside, monkeypatch):
@@ -2883,6 +2910,56 @@ def test_a_chunked_body_is_decoded(server):
                  line="POST /w/acme/todos HTTP/1.1")
     got, closed = raw(server, start + body + OK)
     assert statuses(got) == [303, 200] and titles(bob)[0] == "In pieces"
+
+
+def test_a_body_in_very_many_chunks_is_refused(server):
+    """Each costs far more than its bytes."""
+    bob = Person(server, "bob")
+    fields = "Origin: http://h", f"Cookie: {bob.cookie}", "Content-Type: application/json", "Transfer-Encoding: chunked"
+    body = b'{"title": "' + b"a" * 2_000 + b'"}'
+    many = b"".join([b"1\r\n%c\r\n" % byte for byte in body]) + b"0\r\n\r\n"
+    answer, closed = raw(server, head(*fields, line="POST /w/acme/todos HTTP/1.1") + many)
+    assert statuses(answer) == [400] and closed
+
+
+def test_a_long_head_that_comes_in_drops_is_looked_at_once(monkeypatch):
+    """However it is cut, it is read the same; and what was looked at is not looked at again."""
+    looked, search = [], orion.BARE_LF.search
+    monkeypatch.setattr(orion, "BARE_LF", types.SimpleNamespace(search=lambda buffer, at: looked.append(len(buffer) - at) or search(buffer, at)))
+    whole, buffer = head(*[f"X{n}: {'y' * 100}" for n in range(60)], line="GET /a HTTP/1.1"), bytearray()
+    reader = orion.read_requests(buffer)
+    readings = [reading for byte in whole if (buffer.append(byte), reading := next(reader))[1]]
+    assert [reading.target for reading in readings] == ["/a"] and sum(looked) < 2 * len(whole)
+
+
+@cases("cut", range(1, 6))
+def test_a_line_feed_alone_is_found_wherever_a_head_is_cut(cut):
+    buffer, reader = bytearray(), None
+    reader = orion.read_requests(buffer)
+    with pytest.raises(orion.Refused):
+        for part in (b"GET / HTTP/1.1\r\nA: b\nC: d"[:18 + cut], b"GET / HTTP/1.1\r\nA: b\nC: d"[18 + cut:], b"\r\n\r\n"):
+            buffer += part
+            next(reader)
+
+
+def test_spaces_inside_a_field_take_no_longer_than_letters():
+    """A pattern that goes back for each of them takes a thousand times as long."""
+    def seconds(byte):
+        started = time.thread_time()
+        assert orion.parse_head(head("A: b" + byte * 31_000 + "c")).headers["a"] == "b" + byte * 31_000 + "c"
+        return time.thread_time() - started
+    assert min([seconds(" ") for _ in range(5)]) < 50 * min([seconds("x") for _ in range(5)]) + 0.01
+
+
+def test_a_refusal_can_not_begin_another_header():
+    with pytest.raises(ValueError):
+        orion.Refused(404, "no", (("x-a", "a\r\nset-cookie: b=1"),))
+
+
+def test_a_host_is_no_longer_than_a_name_can_be():
+    with pytest.raises(orion.Refused) as refused:
+        orion.parse_head(b"GET / HTTP/1.1\r\nHost: " + b"a" * 300 + b"\r\n\r\n")
+    assert refused.value.status == 400
 
 
 def test_a_thousand_requests_sent_ahead_are_answered_in_order(server):
@@ -4220,6 +4297,7 @@ def busy(server, workspace):
 def post_at_once(server, path, count):
     """So many commands, each on a connection of its own; the server has read them all."""
     bob, links = Person(server, "bob"), []
+    server.edge.insiders.add(hash((orion.lane_of(path), bob.cookie)))      # as if it had written before
     for n in range(count):
         body = json.dumps({"title": f"number {n}"}).encode()
         links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
@@ -4261,6 +4339,34 @@ def test_while_somebody_watches_only_half_of_the_commands_in_line_share_a_commit
         commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 8)
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 8 and len(commits) >= 4      # of 1, 4, 2 and 1
     assert carol.until_it_says("11 of 11")
+
+
+def test_how_long_a_stranger_waits_for_a_no_does_not_tell_that_a_workspace_is_busy(server):
+    alice = Person(server, "alice", datastar=True)
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 3)
+        assert [alice.post(f"/w/{name}/todos", title="x").status for name in ("acme", "nowhere")] == [403, 403]
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 3
+
+
+def test_a_page_that_takes_long_to_compress_is_not_left_to_the_loop(server, monkeypatch):
+    id = server.env.workspaces.id_from_name("acme")
+    verdict = dict(orion.verdict("bob", "owner", "acme", id).headers)
+    ask = lambda **more: server.env.workspaces.get(id).fetch(orion.Request("GET", "/todos", "", verdict, **more))
+    assert [ask().status for _ in range(3)] == [200] * 3 and ask(wait=0).status == 200
+    monkeypatch.setattr(orion, "LARGE", 1000)
+    with pytest.raises(orion.WouldBlock):
+        ask(wait=0)
+    assert ask().status == 200
+
+
+def test_what_is_kept_of_a_workspace_is_bounded_by_its_bytes(server, monkeypatch):
+    monkeypatch.setattr(orion, "KEPT_BYTES", 5_000)
+    bob = Person(server, "bob")
+    for pages in range(2, 26):
+        assert bob.get(f"/w/acme/todos?pages={pages}").status == 200
+    kept = server.env.workspaces.wake(server.env.workspaces.id_from_name("acme")).kept
+    assert 0 < sum([one.size for one in kept.values()]) < 10_000
 
 
 @cases("failing, sql, after", [("number 4", "INSERT INTO hits VALUES (2)", []), ("number 2", "INSERT OR ROLLBACK INTO known VALUES (1)", [204, 204])])
