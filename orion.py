@@ -2615,7 +2615,7 @@ def count_of(workspace: Stub) -> str:
 # it does not match does somebody look for the reason.
 
 LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536   # bytes; FIELD_LIMIT counts header fields
-FRAMING_LIMIT = 8_192                                # bytes around the chunks of a body
+FRAMING_LIMIT = 4_096                                # bytes around the chunks of a body
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
 FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)"
                    rb"[ \t]*\r\n")                  # RFC 9112, 5; not folded, and in linear time
