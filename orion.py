@@ -4065,6 +4065,7 @@ class Connection(Held):
         self.edge.pool.put(self.attempt, self.think, reading)
 
     def pass_of(self, reading: Reading) -> int:
+        """Who asks where: what the edge remembers of whom was let in."""
         return hash((lane_of(reading.target), reading.headers.get("cookie")))
 
     def attempt(self, work: Callable[..., None], *args: Any) -> None:
@@ -4081,7 +4082,7 @@ class Connection(Held):
     def answered(self, reading: Reading, request: Request, response: Response) -> None:
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
         when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
-        if response.status < 400:
+        if response.status < 400 and reading.method not in SAFE:       # to a GET, a no can be a 200 (section 15)
             self.edge.insiders.add(self.pass_of(reading))
         if response.watch and accepts_gzip(request):
             response.rendering.zipped                # compressed here and not in the loop

@@ -4349,6 +4349,17 @@ def test_how_long_a_stranger_waits_for_a_no_does_not_tell_that_a_workspace_is_bu
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 3
 
 
+def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(server):
+    """It is a 200."""
+    def front(request, env):
+        if not request.wait:                         # not in the loop
+            raise orion.WouldBlock
+        return orion.worker(request, env)
+    server.edge.env, alice = server.edge.env._replace(front=front), Person(server, "alice", datastar=True)
+    assert "no longer" in alice.get("/w/acme/todos/live").text
+    assert hash((orion.lane_of("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
+
+
 def test_a_page_that_takes_long_to_compress_is_not_left_to_the_loop(server, monkeypatch):
     id = server.env.workspaces.id_from_name("acme")
     verdict = dict(orion.verdict("bob", "owner", "acme", id).headers)
