@@ -3928,7 +3928,8 @@ class Figures:
             self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             self.seconds += seconds
         if self.log != "off":
-            self.accesses.append(self.line(method, request, response.status, response.size, seconds))
+            line = self.line(method, request, response.status, response.size, seconds)
+            self.accesses.append(line)               # only now: flush() may just have exchanged them
 
     def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
         """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
@@ -4033,6 +4034,7 @@ class Connection(Held):
         except Refused as no:
             self.edge.call(self.refuse, no)
         except StorageFault as fault:
+            log(f"storage: {fault}")
             self.edge.call(self.refuse, fault.refusal)
 
     def go_on(self) -> None:
