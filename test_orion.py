@@ -375,6 +375,10 @@ def test_a_hole_may_have_spaces_and_one_that_nothing_fills_is_named():
         orion.Template("<b>{{name}}</b>")()
 
 
+def test_an_address_to_come_back_to_is_short_enough_to_be_kept():
+    assert [orion.local_path(f"/{'a' * length}") for length in (2_000, 2_001)] == [f"/{'a' * 2_000}", "/"]
+
+
 # ==== 4. Events ======================================================================================================
 
 @cases("call, wire", [
@@ -2135,6 +2139,13 @@ def test_a_session_that_is_over_is_gone_and_ends_its_streams(outside):
     outside.write("UPDATE sessions SET expires = ?", time.time() - 1)
     assert "You are signed out" in ear.until_it_says("ended")
     assert not outside.directory().store.query("SELECT 1 FROM sessions")
+
+
+def test_a_tiny_quota_is_one_on_a_single_root_too(tmp_path):
+    env = orion.compose(orion.Settings(single=tmp_path / "all.db", quota=500, demo=False))
+    store = env.workspaces.wake(env.directory.id).store
+    assert store.one("PRAGMA max_page_count")[0] == store.one("PRAGMA page_count")[0]
+    env.workspaces.rest(-1)
 
 
 # ==== 15. Worker =====================================================================================================
