@@ -246,18 +246,18 @@ class Response(NamedTuple):
 NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
 
 
+def check_values(headers: Iterable[Tuple[str, str]]) -> None:
+    """ValueError: one of them would end its line, and begin another."""
+    if any([NO_VALUE.search(value) for _, value in headers]):
+        raise ValueError(f"a character that no header value can have, in {headers!r:.200}")
+
+
 def sound(response: Any) -> Response:
     """response, if it can be sent. TypeError, ValueError: it can't."""
     if type(response) is not Response or type(response.body) is not bytes:
         raise TypeError(f"an answer is a Response with bytes for a body, such as done(ctx), and not {response!r:.200}")
     check_values(response.headers)
     return response
-
-
-def check_values(headers: Iterable[Tuple[str, str]]) -> None:
-    """ValueError: one of them would end its line, and begin another."""
-    if any([NO_VALUE.search(value) for _, value in headers]):
-        raise ValueError(f"a character that no header value can have, in {headers!r:.200}")
 
 
 class Refused(Exception):
@@ -1923,7 +1923,7 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
 
 
 class Throttle:
-    """Counts failures by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
+    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
     SECONDS, KEYS = 600.0, 10_000
 
     def __init__(self, most: int = 10) -> None:
@@ -4062,13 +4062,13 @@ class Connection(Held):
         if answer:
             return self.reply(reading, *answer)
         if (lane := lane_of(reading.target)):
-            lane = lane if self.pass_of(reading) in self.edge.insiders else f"{self.peer} {lane}"
+            lane = lane if self.pass_of(lane, reading) in self.edge.insiders else f"{self.peer} {lane}"
             return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=self.edge.broker.channels)
         self.edge.pool.put(self.attempt, self.think, reading)
 
-    def pass_of(self, reading: Reading) -> int:
+    def pass_of(self, lane: str, reading: Reading) -> int:
         """Who asks where: what the edge remembers of whom was let in."""
-        return hash((lane_of(reading.target), reading.headers.get("cookie")))
+        return hash((lane, reading.headers.get("cookie")))
 
     def attempt(self, work: Callable[..., None], *args: Any) -> None:
         """In the pool. Where not even a refusal could be made of it, the connection is closed."""
@@ -4085,7 +4085,7 @@ class Connection(Held):
         """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
         when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
         if response.status < 400 and reading.method not in SAFE:       # to a GET, a no can be a 200 (section 15)
-            self.edge.insiders.add(self.pass_of(reading))
+            self.edge.insiders.add(self.pass_of(lane_of(reading.target), reading))
         if response.watch and accepts_gzip(request):
             response.rendering.zipped                # compressed here and not in the loop
         if response.watch or self.edge.pool.jobs:
