@@ -1923,7 +1923,8 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
 
 
 class Throttle:
-    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the oldest are forgotten."""
+    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the
+    oldest are forgotten."""
     SECONDS, KEYS = 600.0, 10_000
 
     def __init__(self, most: int = 10) -> None:
