@@ -5574,8 +5574,9 @@ def test_a_changed_role_changes_the_whole_open_page_and_takes_no_typed_text(site
     bob.patch("/w/acme/members/carol", role="admin")
     carol.wait("document.querySelector('.xray').textContent.includes('members:manage') && document.querySelector('#todos li > button')")
     assert carol.js("return [document.querySelector('#title').value, document.activeElement.id]") == ["half a thou", "title"]
+    carol.js("window.said = document.querySelector('p.hint[role=status]')")        # one that was there before is read aloud
     bob.patch("/w/acme/members/carol", role="viewer")
-    carol.wait("!document.querySelector('form.new, .tools button, #todos li > button') && document.querySelector('.hint').textContent.includes('may read')")
+    carol.wait("!document.querySelector('form.new, .tools button, #todos li > button') && said.isConnected && said.textContent.includes('may read')")
     carol.wait("document.querySelector('#here').textContent.includes('carol') && document.querySelector('.link').textContent === 'Live'")
     bob.post("/w/acme/todos", title="still live")
     carol.wait(f"{TODOS}[0] === 'still live'")
@@ -5633,6 +5634,27 @@ def test_a_half_typed_todo_is_there_after_a_reload_and_only_for_whom_typed_it(si
     bob.open(site.origin + "/w/acme/todos?show=open")
     bob.wait("document.querySelector('#title')?.value === 'half ty'")
     assert site.at("carol", windows[0]).js("return document.querySelector('#title').value") == ""
+
+
+def test_who_signs_out_takes_what_was_half_typed_along(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.type("#title", "half a secret")
+    bob.wait("sessionStorage.length > 0")
+    bob.click(".account button")
+    bob.wait("document.querySelector('.demo')")
+    assert bob.js("return sessionStorage.length") == 0
+
+
+def test_a_role_is_changed_when_it_was_chosen_and_not_at_each_arrow_key(site, windows):
+    bob, carol = site.at("bob", windows[0], "/w/acme/members"), Person(site, "carol")
+    role = "document.querySelector('#member-carol select').value"
+    for last, wanted in (("Tab", "viewer"), ("Enter", "admin")):
+        bob.js("document.querySelector('#member-carol select').focus()")
+        before = bob.js(f"return {role}")
+        bob.press(*["ArrowDown" if wanted == "viewer" else "ArrowUp"] * (1 if wanted == "viewer" else 2))
+        assert bob.js(f"return {role}") == wanted and carol.get("/_gate/acme").headers["x-role"] == before
+        bob.press(last)
+        eventually(lambda: carol.get("/_gate/acme").headers["x-role"] == wanted)
 
 
 def test_a_title_that_somebody_else_renames_meanwhile_does_not_take_what_is_being_typed(site, windows):
