@@ -2028,7 +2028,7 @@ class Directory(SliceHost):
     FORMS = {"/workspaces": "/", "/account/password": "/account"}
 
     def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...],
-                 workspaces: Namespace, pages: Sequence[Live], slices: Sequence[Slice] = ()):
+                 workspaces: Namespace, pages: Sequence[Live], slices: Optional[Sequence[Slice]] = None):
         routes = (Route("GET", "/", PUBLIC, self.home),
                   Route("GET", "/login", PUBLIC, self.login_page),
                   Route("POST", "/login", PUBLIC, self.login),
@@ -2044,8 +2044,8 @@ class Directory(SliceHost):
                   Route("PATCH", "/members/<account>", "members:manage", change_role),
                   Route("DELETE", "/members/<account>", MEMBER, expel))
         own = Slice("directory", DIRECTORY_TABLES, (MEMBERS,), routes)
-        super().__init__(id, namespace, Router([own, *slices]), pages)
-        self.outside, self.inside = (Router([own]), Router(slices)) if slices else (self.router, None)
+        super().__init__(id, namespace, Router([own, *(slices or ())]), pages)
+        self.outside, self.inside = (self.router, None) if slices is None else (Router([own]), Router(slices))
         self.settings, self.keys, self.workspaces = settings, keys, workspaces
         self.verdicts: Dict[int, int] = collections.Counter()
         self.throttle, self.sign_ins, self.regulars, self.elsewhere = Throttle(), Throttle(30), {}, 0

@@ -4714,6 +4714,13 @@ def single(start, tmp_path):
     return start((orion.todos, letters), single=tmp_path / "data" / "team.db")
 
 
+@cases("root", [{}, {"single": pathlib.Path("alone.db")}])
+def test_without_a_slice_there_are_members(start, tmp_path, root):
+    bob = Person(start((), **{name: tmp_path / file for name, file in root.items()}), "bob")
+    assert bob.get("/w/acme").headers["location"] == "/w/acme/members"
+    assert "carol" in bob.get("/w/acme/members").text and bob.get("/w/acme/todos").status == 404
+
+
 def test_a_single_root_keeps_everything_in_one_file(single):
     bob = Person(single, "bob")
     ear = Ear(bob, "/w/acme/todos/live")
