@@ -122,6 +122,11 @@ class Settings(NamedTuple):
     def directory_file(self) -> pathlib.Path:
         return self.single or self.data / "directory.db"
 
+    @property
+    def workspaces(self) -> pathlib.Path:
+        """The folder of the tenants' files."""
+        return self.data / "workspaces"
+
 
 # ==== 2. Markup ======================================================================================================
 # Text becomes markup in one place. A template has holes; whatever is put in a hole is escaped unless it is Html, and
@@ -2486,10 +2491,15 @@ class Env(NamedTuple):
 
 
 def worker(request: Request, env: Env) -> Response:
-    if not TRUSTED.isdisjoint(request.headers):
-        own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
-        request = request._replace(headers=own)
+    request = stripped(request)
     return heed(admit(request, env), request, env)
+
+
+def stripped(request: Request) -> Request:
+    """Without what nobody outside may say."""
+    if TRUSTED.isdisjoint(request.headers):
+        return request
+    return request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
 
 
 def heed(verdict: Optional[Response], request: Request, env: Env) -> Response:
@@ -2519,10 +2529,9 @@ def single_front(request: Request, env: Env) -> Response:
     if not request.path.startswith("/w/"):
         return worker(request, env)
     refuse_foreign(request)
-    own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
     try:
         whose = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}
-        return forward(request._replace(headers=own), whose, env)
+        return forward(stripped(request), whose, env)
     except Refused as no:
         return refusal(request, Response(no.status, no.message.encode(), headers=no.headers))
 
@@ -3608,7 +3617,7 @@ def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
     if settings.single:
         return []
     if not directory.exists():
-        return [path.stem for path in (settings.data / "workspaces").glob("*.db")]
+        return [path.stem for path in settings.workspaces.glob("*.db")]
     with contextlib.closing(Store(directory)) as store:
         return [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND "
                                                  "node = ''")]
@@ -3778,8 +3787,7 @@ def node_front(request: Request, env: Env) -> Response:
     """The worker of a node: the proxy asked the gate and brought the verdict. Without one nothing here is contacted."""
     if request.path.startswith("/_node/") and is_errand(request, env.settings):
         return node_errand(request, env)
-    own = {name: value for name, value in request.headers.items() if name not in TRUSTED}
-    return heed(node_admit(request, env), request._replace(headers=own), env)
+    return heed(node_admit(request, env), stripped(request), env)
 
 
 # -- errands about a workspace's file, done by whoever has it. Each can be asked twice, for an answer may be lost.
@@ -4427,7 +4435,7 @@ def two_planes(settings: Settings) -> Env:
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), Router(settings.slices)
     build, awake = functools.partial(Workspace, router=router, pages=pages), settings.awake or awake_by_default()
-    workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
+    workspaces = Namespace("workspace", settings.workspaces, build, awake, settings.idle, trace)
     build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
     directory = Namespace("directory", settings.data, build, 1, float("inf"), trace).get("directory")
     if fresh:
@@ -4445,12 +4453,12 @@ def two_planes(settings: Settings) -> Env:
 def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
     """Whether it is a demo, whether there is nothing yet, and the keys. Unusable: the Directory was lost, and a new one
     would open its workspaces to whoever names one."""
-    (settings.data if settings.single else settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    (settings.data if settings.single else settings.workspaces).mkdir(parents=True, exist_ok=True)
     fresh, demo = not settings.directory_file.exists(), settings.demo
     if demo and not fresh:
         with contextlib.closing(Store(settings.directory_file)) as directory:
             demo = directory.one("SELECT 1 FROM accounts WHERE persona") is not None
-    if fresh and not settings.single and any((settings.data / "workspaces").glob("*.db")):
+    if fresh and not settings.single and any(settings.workspaces.glob("*.db")):
         raise Unusable(f"{settings.directory_file} is missing, and there are workspaces; restore it from a backup, or "
                        "name another folder with --data (a node is started with --plane data)")
     if fresh and not settings.key_file.exists():
@@ -4502,7 +4510,7 @@ def directory_plane(settings: Settings) -> Env:
     env = two_planes(settings._replace(demo=False))
     build = functools.partial(Elsewhere, settings=settings,
                               address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
-    workspaces = Namespace("workspace", settings.data / "workspaces", build, 1024, settings.idle, env.trace)
+    workspaces = Namespace("workspace", settings.workspaces, build, 1024, settings.idle, env.trace)
     workspaces.files = lambda: iter(())              # what is in the folder is none of theirs
     return env._replace(workspaces=workspaces, front=directory_front)
 
@@ -4510,12 +4518,12 @@ def directory_plane(settings: Settings) -> Env:
 def data_plane(settings: Settings) -> Env:
     """A node: workspaces, and the Directory in another process, whose key it shares. Unusable: it knows none, or has no
     key."""
-    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    settings.workspaces.mkdir(parents=True, exist_ok=True)
     if not settings.key_file.exists() or not settings.directory:
         raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
     trace, pages, awake = Trace(), pages_of(settings.slices), settings.awake or awake_by_default()
     build = functools.partial(Workspace, router=Router(settings.slices), pages=pages)
-    workspaces = Namespace("workspace", settings.data / "workspaces", build, awake, settings.idle, trace)
+    workspaces = Namespace("workspace", settings.workspaces, build, awake, settings.idle, trace)
     away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
     directory = Namespace("directory", settings.data, away, 1, float("inf"), trace).get("directory")
     return Env(settings._replace(demo=False), directory, workspaces, trace, node_front, node_admit, pages[0].path)
@@ -4609,7 +4617,7 @@ def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tupl
 
 def begun(settings: Settings) -> None:
     """Unusable: there is no deployment, or its key is no good."""
-    if not settings.directory_file.exists() and not (settings.data / "workspaces").exists():
+    if not settings.directory_file.exists() and not settings.workspaces.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
     load_keys(settings.key_file)
 
@@ -4706,7 +4714,7 @@ def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
         row = movable(settings, store, given.name)
     ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
     if_it_answers = contextlib.suppress(Refused) if given.now else contextlib.nullcontext()    # a node may be lost
-    with locked(settings.data / "workspaces", "a move is under way; try again when it is over"):
+    with locked(settings.workspaces, "a move is under way; try again when it is over"):
         with if_it_answers:
             there = ask("has", "GET")
         with opened(settings, "workspace remove", given.name) as (store, _):
@@ -4888,14 +4896,14 @@ def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
     """Into a data folder that has no deployment yet."""
-    workspaces = () if settings.single else (settings.data / "workspaces").glob("*.db")
+    workspaces = () if settings.single else settings.workspaces.glob("*.db")
     there = [file for file in (settings.directory_file, *workspaces) if file.exists()]
     if there:
         raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
     if not (given.folder / "manifest.json").exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads((given.folder / "manifest.json").read_text())
-    (settings.data / "workspaces").mkdir(parents=True, exist_ok=True)
+    settings.workspaces.mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.folder / "secret.key", settings.key_file)
     for id, about in with_progress([*held.items()][::-1], "restored"):      # the Directory last: it says all is there
         path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
@@ -4908,7 +4916,7 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
 
 def check(settings: Settings, given: argparse.Namespace) -> int:
     """Looks at every file, changes none. 1: something is wrong, and each line says what and where."""
-    faults, folder = [], settings.data / "workspaces"
+    faults, folder = [], settings.workspaces
 
     def look(path: pathlib.Path, id: str) -> Sequence[Tuple[str, str]]:
         try:
@@ -4979,7 +4987,7 @@ def node_move(settings: Settings, given: argparse.Namespace) -> None:
         raise Unusable(f"{given.workspace} is on {new} already")
     old, there = [keeper(settings, env, row["id"], node) for node in (row["node"], new)]
     another = "another move is under way; try again when it is over"
-    with locked(settings.data / "workspaces", another):     # two would each believe to have the last copy
+    with locked(settings.workspaces, another):      # two would each believe to have the last copy
         with opened(settings) as (store, _):
             if row_of(store, "workspaces", given.workspace) != row:          # one that ended just now
                 raise Unusable(another)
