@@ -2087,7 +2087,10 @@ class Directory(SliceHost):
                     self.journal(Viewer(account, operator=owner), "directory.unmask", "time is over") if owner else None
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
-        self.keys = load_keys(self.settings.key_file)
+        try:
+            self.keys = load_keys(self.settings.key_file)
+        except Unusable as lost:                     # those at hand hold until the server ends
+            log_once(str(lost))
         before, self.elsewhere = self.elsewhere, self.store.one("PRAGMA data_version")[0]
         if self.elsewhere != before:
             self.kept.clear()
@@ -4281,6 +4284,7 @@ class Edge(ThreadingHTTPServer):
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
         self.pool.put(self.env.workspaces.rest)
+        self.pool.put(self.env.directory.namespace.rest)
         self.pool.put(self.broker.look_elsewhere)
         self.alarms.ring()
         self.broker.published(Console.id, Console.id)

@@ -1833,6 +1833,40 @@ def add_account(server, name, password):
     server.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password(password))
 
 
+def test_an_older_copy_in_the_place_of_the_directory_lets_in_whom_it_knows_and_nobody_else(server):
+    file, older = server.env.settings.directory_file, server.env.settings.data / "older.db"
+    with contextlib.closing(sqlite3.connect(file)) as now, contextlib.closing(sqlite3.connect(older)) as then:
+        now.backup(then)
+    bob, dave = Person(server, "bob"), Person(server, "dave")
+    bob.post("/w/acme/members", form={"account": "dave", "role": "member"})
+    ear = Ear(dave, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    os.replace(older, file)
+    assert "signed out" in ear.until_it_says('id="live"') and ear.event() is None      # the older one knows no such session
+    assert dave.get("/_gate/acme").status == 401
+    assert Person(server, "dave").get("/_gate/acme").status == 403 and Person(server, "bob").get("/_gate/acme").status == 200
+
+
+def test_without_its_file_the_gate_lets_nobody_in(server):
+    bob = Person(server, "bob")
+    server.env.settings.directory_file.rename(server.env.settings.data / "elsewhere.db")
+    eventually(lambda: bob.get("/_gate/acme").status == 503)
+    assert bob.get("/w/acme/todos").status == 503
+
+
+def test_a_key_that_is_lost_while_it_runs_is_told_once_and_access_still_ends_at_once(server, capfd):
+    orion.log_once.cache_clear()
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    ear = Ear(carol, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    server.env.settings.key_file.unlink()
+    logged(capfd, "secret.key is missing; restore it from a backup")
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as other, other:
+        other.execute("DELETE FROM memberships WHERE account = 'carol'")
+    assert "no longer" in ear.until_it_says('id="live"') and bob.get("/w/acme/todos").status == 200
+    assert os.pread(2, 1 << 20, 0).count(b"secret.key") == 1
+
+
 def test_signing_in_with_a_password(server):
     add_account(server, "ann", "correct horse")
     ann = Person(server)
