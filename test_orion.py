@@ -5493,6 +5493,10 @@ class Chromium:
         pairs = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.cdp("Emulation.setEmulatedMedia", features=pairs)
 
+    def be(self, person):
+        name, value = person.cookie.split("=", 1)
+        self.cdp("Network.setCookie", name=name, value=value, url=person.server.origin, httpOnly=True)
+
     def javascript(self, on): self.cdp("Emulation.setScriptExecutionDisabled", value=not on)
 
     def screenshot(self, path):
@@ -5548,8 +5552,7 @@ def site(request, start, windows, monkeypatch, tmp_path):
     server = start()
 
     def at(account, window, path="/w/acme/todos"):
-        name, value = Person(server, account).cookie.split("=", 1)
-        window.cdp("Network.setCookie", name=name, value=value, url=server.origin, httpOnly=True)
+        window.be(Person(server, account))
         window.open(server.origin + path)
         window.wait("document.querySelector('.link').textContent === 'Live'")
         return window
@@ -5932,6 +5935,14 @@ def test_the_footer_folds_and_remembers_it(site, windows):
     bob.wait("document.querySelector('.link').textContent === 'Live' && !document.querySelector('.xray details').open")
     bob.click(".xray summary")
     bob.wait("localStorage.getItem('xray') === 'open'")
+
+
+def test_a_page_that_holds_no_stream_does_not_say_that_it_connects(windows, start):
+    still = orion.Live("/still", "todos:read", "still", "Still", lambda ctx: orion.Template("<p id=still></p>")(), lambda ctx, region: region)
+    server = start((orion.todos, orion.Slice("still", (), (still,))))
+    windows[0].be(Person(server, "bob"))
+    windows[0].open(server.origin + "/w/acme/still")
+    windows[0].wait("getComputedStyle(document.querySelector('.link')).visibility === 'hidden'")
 
 
 def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
