@@ -2295,9 +2295,11 @@ class Directory(SliceHost):
         return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
     def unmask(self, ctx: Context) -> Response:
-        row = self.session(ctx.request)
-        if row and ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", row["digest"]):
-            ctx.publish(f"access:{row['account']}")
+        row = self.session(ctx.request)              # of whoever they are by now: its time may be over
+        mask = row and ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", row["digest"])
+        if mask:
+            ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", row["digest"])
+            ctx.publish(f"access:{mask['account']}")
         return see_other("/")._replace(which=ctx.viewer.account)
 
     # -- the home page, and new workspaces
@@ -4794,16 +4796,19 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     try:
         with contextlib.closing(Store(given.file)) as source:
             old_name, members, accounts = about_file(source, given.name)
-    except sqlite3.Error as error:
+        members = dict(members)
+        unknown = sorted({*members.values()} - {*ROLES})
+        nobody = [account for account in members if not ACCOUNT_NAME.fullmatch(account)]
+    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:      # whoever made it may wish us ill
         raise Unusable(f"{given.file}: {error}; name a file that workspace export made, or a single root") from error
-    unknown = sorted({role for _, role in members} - {*ROLES})
-    if unknown:
-        raise Unusable(f"{given.file}: there is no role {unknown[0]!r} here; the roles are {', '.join(ROLES)}")
-    name = given.name or old_name
+    if unknown or nobody:
+        no = f"role {unknown[0]!r}" if unknown else f"account named {nobody[0]!r:.50}"
+        raise Unusable(f"{given.file}: there can be no {no} here; the roles are {', '.join(ROLES)}")
+    name = str(given.name or old_name)
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", name) as (store, env):
             add_accounts(store, accounts)
-            add_workspace(store, env.workspaces, name, members, copy)
+            add_workspace(store, env.workspaces, name, members.items(), copy)
         open_on_node(settings, name, copy)
     print(f"{name}: {len(members)} members")
 

@@ -3556,6 +3556,18 @@ def test_a_masquerade_ends_on_time_also_before_anybody_tidied_up(outside, monkey
     assert ops.get("/w/acme/todos").status == 403
 
 
+def test_who_ends_a_masquerade_just_when_its_time_is_over_leaves_no_stream(outside, monkeypatch):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    ear = Ear(ops, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    at_rest(outside)
+    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)        # nobody has tidied up yet
+    outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
+    assert ops.post("/masquerade/end").status == 303
+    assert "no longer" in ear.until_it_says('id="live"') and ear.event() is None
+
+
 def test_a_masquerade_that_is_over_is_journalled_once(outside):
     outside.sign_in("ops").post("/masquerade", form={"account": "ann"})
     outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
@@ -4991,6 +5003,19 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
         file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
     assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
     assert "acme3" not in run("workspace", "list", data=there)[1]
+
+
+@cases("about", ["{", "[]", "{}", '{"name": "x"}', '{"name": "x", "members": [["bob"]]}', '{"name": "x", "members": [["bob", ["owner"]]]}', '{"name": "x", "members": [[["a"], "owner"]]}',
+                 '{"name": 5, "members": [[7, "owner"]]}', r'{"name": "x", "members": [["x\ny", "owner"]]}', '{"name": "x", "members": [["(command line)", "owner"]]}'])
+def test_an_export_that_somebody_made_by_hand_is_refused_in_one_line(served, run, tmp_path, about):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("UPDATE _export SET about = ?", (about,))
+    there = tmp_path / "there"
+    run("account", "add", "ann", data=there)
+    status, _, error = run("workspace", "import", tmp_path / "acme.db", data=there)
+    assert status == 2 and error.startswith("orion: ") and error.count("\n") == 1
+    assert run("workspace", "list", data=there)[1] == ""
 
 
 def test_a_removed_workspace_is_brought_back_by_importing_its_copy(served):
