@@ -1506,6 +1506,11 @@ class Router:
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
+def only_commands(topic: str) -> None:
+    """A region that publishes would be asked again at once, and for ever."""
+    raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
+
+
 TAKEN = 422, "There is a file of such a workspace already. Choose another name; an operator may move and import it."
 
 
@@ -1547,7 +1552,8 @@ class SliceHost(DurableObject):
         permit(row.grant, viewer, request.method)
         part = self.part(slice, request.method not in SAFE)
         scope = request.headers.get("x-id", "") if slice == "directory" else ""
-        ctx = Context(part, viewer, request, self.bus.publish, scope, self)
+        publish = only_commands if request.method in SAFE else self.bus.publish
+        ctx = Context(part, viewer, request, publish, scope, self)
         if type(row) is Live:
             response = (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
             if not request.wait and response.size > LARGE:
@@ -2245,10 +2251,16 @@ class Directory(SliceHost):
         return see_other("/", set_cookie(ctx.request.scheme, "", 0))._replace(which=ctx.viewer.account)
 
     def close_session(self, ctx: Context) -> None:
-        """And the streams that it opened: whoever hears of access asks the gate again."""
         row = self.session(ctx.request)
-        if row:
-            ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
+        self.end(ctx, "digest = ?", row["digest"]) if row else None
+
+    def end(self, ctx: Context, which: str, *args: Any) -> None:
+        """Sessions, and the streams that they opened, in whoever's name: who hears of access asks the gate again."""
+        those = f"FROM sessions WHERE {which}"
+        names = ctx.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
+                                f"WHERE digest IN (SELECT digest {those})", *args, *args)
+        ctx.store.exec(f"DELETE {those}", *args)
+        for row in names:
             ctx.publish(f"access:{row['account']}")
 
     def account_page(self, ctx: Context) -> Response:
@@ -2266,8 +2278,7 @@ class Directory(SliceHost):
         which, mine = ctx.field("session"), self.session(ctx.request)["digest"]
         for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
             if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
-                ctx.store.exec("DELETE FROM sessions WHERE digest = ?", row["digest"])
-        ctx.publish(f"access:{ctx.viewer.account}")
+                self.end(ctx, "digest = ?", row["digest"])
         return see_other("/account")._replace(which=f"sessions: {which}"[:64])
 
     def change_password(self, ctx: Context) -> Response:
@@ -2278,8 +2289,7 @@ class Directory(SliceHost):
         if not 8 <= len(new) <= 256:
             raise Refused(422, "A password has 8 to 256 characters.")
         ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
-        ctx.store.exec("DELETE FROM sessions WHERE account = ? AND digest <> ?", account, mine["digest"])
-        ctx.publish(f"access:{account}")
+        self.end(ctx, "account = ? AND digest <> ?", account, mine["digest"])
         return see_other("/account")._replace(which=account)
 
     def masquerade(self, ctx: Context) -> Response:
@@ -2289,18 +2299,23 @@ class Directory(SliceHost):
             raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
         if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
             raise Refused(404, "There is no account of this name. Go back and check the spelling.")
-        ctx.store.exec("INSERT OR REPLACE INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
+        self.lift(ctx, row)
+        ctx.store.exec("INSERT INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
                        "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
         ctx.publish(f"access:{row['account']}")
         return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
     def unmask(self, ctx: Context) -> Response:
-        row = self.session(ctx.request)              # of whoever they are by now: its time may be over
-        mask = row and ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", row["digest"])
-        if mask:
-            ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", row["digest"])
-            ctx.publish(f"access:{mask['account']}")
+        row = self.session(ctx.request)
+        self.lift(ctx, row) if row else None
         return see_other("/")._replace(which=ctx.viewer.account)
+
+    def lift(self, ctx: Context, session: sqlite3.Row) -> None:
+        """The mask of a session, also where its time has run out just now."""
+        mask = ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", session["digest"])
+        if mask:
+            ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", session["digest"])
+            ctx.publish(f"access:{mask['account']}")
 
     # -- the home page, and new workspaces
 
@@ -2348,20 +2363,20 @@ def free_name(store: Store, name: str) -> str:
 
 def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
                   source: Optional[pathlib.Path] = None) -> None:
-    """members: accounts with their roles. The file (source; else an empty one) comes first: a row without one means
-    that it was lost."""
+    """members: accounts with their roles. The file (source; else an empty one) is there before the commit: a row
+    without one means that it was lost."""
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
     id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
     if source and workspaces.path(id).exists():
         raise Refused(*TAKEN)
-    if not node:
-        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
     store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)",
                id, name, name, node, node != "")
     for account, role in members:
         store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
+    if not node:
+        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
 
 
 def place(store: Store, name: str) -> str:
@@ -3161,11 +3176,12 @@ CONSOLE = "console"                                  # the id of what is watched
 class Broker:
     """Who watches what. The loop changes it; other threads only mark a channel."""
     SOME = 64                                        # streams that get a frame before others have a turn
+    ALONE_SECONDS = 30.0                             # for which streams stay open while no Directory can be asked
 
     def __init__(self, edge: Edge) -> None:
         self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
         self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
-        self.version, self.alone = 0, False                    # of the Directory's file; and that can't be reached
+        self.version, self.alone = 0, 0.0                      # of the Directory's file; since when it is out of reach
         self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
         self.moved = set()                                     # objects whose watchers came or went since then
         self.accounts = collections.Counter()                  # how many streams each has open
@@ -3326,10 +3342,12 @@ class Broker:
         try:
             with self.edge.env.trace.silence():
                 self.version = directory.ask("/_version")
-            self.alone = False
+            self.alone = 0.0
         except Refused as no:                        # it is in another process
             log(f"the directory: {no.message}") if not self.alone else None
-            self.alone = True
+            self.alone = self.alone or time.monotonic()
+            if time.monotonic() > self.alone + self.ALONE_SECONDS:
+                self.regate("")                      # who may still look, nobody can say
         if before not in (0, self.version):
             self.published(directory.id, "access:")            # anybody's
             self.published(directory.id, "")
@@ -3728,12 +3746,16 @@ def keys_now(settings: Settings) -> Tuple[bytes, ...]:
     return keys_of(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
+PATIENCE = {"aside": 600.0, "copy": 600.0, "adopt": 600.0,     # seconds: they copy, or read, all of a file
+            "_counts": 1.0}                          # a page waits for it, in one of the few threads
+
+
 def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST", query: str = "",
              body: bytes = b"") -> Any:
     """What the errand returned there. Refused(503): the node can't be reached, or said no."""
     if not node:
         raise Refused(503, "This workspace is on no node yet. node move brings it to one.", (("retry-after", "60"),))
-    patience = 600.0 if what in ("aside", "copy", "adopt") else 5.0        # they copy, or read, all of a file
+    patience = PATIENCE.get(what, 5.0)
     answer = errand(settings, node, Request(method, f"/_node/{id}/{what}", query, body=body), patience)
     if answer.status == 403:
         raise Refused(503, f"{node}: {STRANGERS}")
@@ -4774,6 +4796,12 @@ def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
     last word; the gate says 503 until the name is removed here."""
     if given.file.exists():
         raise Unusable(f"{given.file} exists; name a new file")
+    busy = "a move is under way; try again when it is over"
+    with locked(settings.workspaces, busy) if given.move else contextlib.nullcontext():
+        export(settings, given)
+
+
+def export(settings: Settings, given: argparse.Namespace) -> None:
     with opened(settings, "workspace export", given.name) as (store, env):
         row = movable(settings, store, given.name)
         store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])

@@ -1447,6 +1447,12 @@ def test_a_migration_that_stumbles_on_a_tenants_rows_says_so(start, capfd):
     assert bob.get("/w/globex/n").status == 200
 
 
+def test_a_region_that_publishes_is_refused_instead_of_being_asked_for_ever(start, capfd):
+    loop = orion.Live("/n", "todos:read", "n", "N", lambda ctx: (ctx.publish("n"), orion.Template("<p id=n></p>")())[1])
+    assert Person(start((orion.Slice("n", (), (loop,)),)), "bob").get("/w/acme/n").status == 500
+    logged(capfd, "publishes 'n', which only a command or a job may")
+
+
 def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
     careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "n", "N", lambda ctx: orion.Html("<p id=n>") + "<img src=x>"),))
     bob = Person(start((orion.todos, careless)), "bob", datastar=True)
@@ -3568,6 +3574,17 @@ def test_who_ends_a_masquerade_just_when_its_time_is_over_leaves_no_stream(outsi
     assert "no longer" in ear.until_it_says('id="live"') and ear.event() is None
 
 
+@cases("path, form", [("/account/sessions", {"session": "others"}), ("/account/password", {"username": "ops", "password": "long enough", "new": "another one"})])
+def test_a_session_that_is_ended_from_elsewhere_ends_what_it_watches_in_somebodys_name(outside, path, form):
+    here, there = outside.sign_in("ops"), outside.sign_in("ops")
+    there.post("/masquerade", form={"account": "ann"})
+    ear = Ear(there, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    at_rest(outside)
+    assert here.post(path, form=form).status == 303
+    assert "signed out" in ear.until_it_says('id="live"') and ear.event() is None
+
+
 def test_a_masquerade_that_is_over_is_journalled_once(outside):
     outside.sign_in("ops").post("/masquerade", form={"account": "ann"})
     outside.write("UPDATE masquerades SET until = ?", time.time() - 1)
@@ -5003,6 +5020,13 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
         file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
     assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
     assert "acme3" not in run("workspace", "list", data=there)[1]
+
+
+def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
+    with orion.locked(served.env.settings.workspaces, "taken"):
+        status, _, error = served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
+    assert status == 2 and "a move is under way" in error and not (tmp_path / "acme.db").exists()
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
 
 
 @cases("about", ["{", "[]", "{}", '{"name": "x"}', '{"name": "x", "members": [["bob"]]}', '{"name": "x", "members": [["bob", ["owner"]]]}', '{"name": "x", "members": [[["a"], "owner"]]}',
