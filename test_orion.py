@@ -4232,6 +4232,18 @@ def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(
     assert lives(doomed, name)[1].exists()
 
 
+def test_streams_of_a_node_end_when_no_directory_has_vouched_for_them_for_long(doomed, monkeypatch):
+    monkeypatch.setattr(orion.Broker, "ALONE_SECONDS", 0.2)
+    name, node = doomed.found(on=doomed.nodes[0]), doomed.nodes[0]
+    ear = Ear(Person(node), f"/w/{name}/todos/live", Cookie=doomed.cookie("bob"), **verdict_of(doomed, doomed.cookie("bob"), name))
+    ear.event()
+    at_rest(node)
+    doomed.directory.close()
+    with pytest.raises(EOFError):                    # without a last word: its client comes back when somebody knows
+        while ear.event():
+            pass
+
+
 def test_a_rotated_key_lets_members_in_before_the_nodes_have_it(doomed):
     name = doomed.found(on=doomed.nodes[0])
     doomed.cli("keys", "rotate")
