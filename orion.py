@@ -1,390 +1,547 @@
 #!/usr/bin/env python3
 """orion: a live, multi-tenant web server in one file, on the standard library alone.
 
-    python3 orion.py            serves on http://127.0.0.1:8000 with ./data, and a demo to click through
+    python3 orion.py            serves on http://127.0.0.1:8000, with a demo to click through
+    python3 orion.py --plain    serves Part One of this file alone, as it stands
 
-One request, from the socket to the row and back to every screen:
+Teams share pages. When somebody changes a page, everybody who looks at it sees the change
+at once; and no team can see a row of another. A team is called a workspace here. This is
+the way of one click, from the browser to the row and back to every screen:
 
-    browser --- POST /w/acme/todos --> edge --> worker
-                                                  | 1. may they?   GET /_gate/acme
-                                                  v
-                                              Directory   control plane: accounts, sessions, memberships
-                                                  | 2. 200: forward, with the verdict as trusted headers
-                                                  v
-                                              Workspace   data plane: one SQLite file for this tenant
-                                                  | 3. validate, write, commit, publish("todos")
-                                                  v
-    every browser <-- 4. the whole region, read again, rendered once per role --- edge, which holds the streams
+    browser ---- POST /w/acme/todos ---> edge ---> worker
+                                                     | 1. may they?  GET /_gate/acme
+                                                     v
+                                                 Directory   the control plane: accounts,
+                                                     |       sessions, members, roles
+                                                     | 2. 200: forward, and say who it is
+                                                     v
+                                                 Workspace   the data plane: one SQLite
+                                                     |       file for this team alone
+                                                     | 3. write, publish, commit
+                                                     v
+    every browser <-- 4. the list, read again and rendered once for each role -- edge
 
-Events carry no state. A publish only says "read the store again", so a frame that is dropped, coalesced or late harms
-nobody, and reconnecting is just asking again.
+Step 4 is the whole idea of "live". A publish carries no data. It says only "read the store
+again"; it waits for the commit, and a rollback discards it. What is sent then is the
+complete present truth. So a message that comes late, or twice, or is lost does no harm, and
+a browser that was cut off simply asks again.
 
-The words, used in one meaning from here to the last line:
+The pages talk to the server through Datastar, a small script in the browser:
 
-    workspace   a tenant: "acme". Its name never touches the file system; its id, 64 hex digits, does
+    data-init="@get('./todos/live')"    opens a stream: an answer that does not end.
+    event: datastar-patch-elements      Inside a stream: this markup takes the place of the
+                                        element with the same id, and only what differs is
+                                        changed.
+    @post('./todos', {payload: ...})    sends values, called signals, as a JSON object.
+    {"problem": "A title has ..."}      A JSON answer sets these signals in the page.
+    retry: 'always'                     When a stream ends, ask for it again, forever.
+    <div id="live" ...>                 The element that asks; without it nobody asks again.
+
+The words, each with one meaning from here to the last line:
+
+    workspace   a team with its rows: "acme"
     account     somebody who can sign in: "carol"
-    viewer      an account inside a workspace, as the gate saw it: account, role, grants
-    grant       a permission: "todos:delete". A role is a name for a set of grants
-    verdict     the gate's answer: 200 with the viewer as headers, or 401, or 403
-    slice       a feature from its tables to its pages: "todos"
+    grant       a permission: "todos:delete". A role is a name for a set of grants.
+    viewer      an account inside a workspace, with its role and grants
+    verdict     the gate's answer: 200 and the viewer, or 401, or 403
+    object      one SQLite file and one lock: a Workspace, or the Directory
+    slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
-    command     a request that may write
-    job         work that a command leaves for later, in its own transaction
+    command     a request that may write: POST, PUT, PATCH, DELETE
     topic       what a command publishes and a region listens to: "todos"
-    rendering   a region for one role at one version, made once and shared by everybody who looks at it
+    stream      an answer that stays open and carries a region again after each change
+    rendering   a region at one version of the store, made once for a whole role
 
-Read it from top to bottom: what a line does needs only what stands above it; a type hint may name what comes later.
-
-     1 Settings        2 Markup          3 Requests        4 Events          5 Trace           6 Store
-     7 Bus             8 Objects         9 Jobs           10 Slices         11 Todos          12 Workspace
-    13 Seals          14 Directory      15 Worker         16 Reader         17 Answers        18 Process
-    19 Streams        20 Console        21 Snapshots      22 Planes         23 Figures        24 Edge
-    25 Composition    26 Administration 27 Command line
-
-What is not here on purpose: TLS and HTTP/2 (a proxy's work), an ORM, async, a second writer to the same tenant.
+The file has three parts. Part One is the architecture, complete and running by itself. Part
+Two replaces the place where connections and streams are held, to serve thousands of them.
+Part Three is what a product needs around it. Whoever wants to know how it works reads Part
+One, and can stop at its last line.
 """
 from __future__ import annotations
 
 import argparse
-import bisect
 import collections
 import contextlib
-import ctypes
+import dataclasses
 import functools
-import getpass
 import hashlib
 import hmac
 import html
-import http.client
 import ipaddress
-import itertools
 import json
 import os
 import pathlib
-import random
 import re
 import secrets
-import selectors
-import shutil
 import signal
 import socket
 import sqlite3
-import stat
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import urllib.parse
-import zlib
 from email.utils import formatdate
-from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
-
-try:
-    import fcntl
-    import resource
-except ImportError:                      # Windows: no lock on the data folder, no limit of descriptors to raise
-    fcntl = resource = None
+from http.client import responses as REASONS
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 
-# ==== 1. Settings ====================================================================================================
-# All that can be set, by a flag or an ORION_* variable, in one place that never changes while the server runs.
-
-class Settings(NamedTuple):
-    host: str = "127.0.0.1"
-    port: int = 8000                     # 0: any free one
-    data: pathlib.Path = pathlib.Path("data")
-    demo: Optional[bool] = None          # None: where nobody but this machine gets in
-    idle: float = 60.0                   # seconds until an unused workspace goes to sleep
-    awake: int = 0                       # workspaces awake at most; 0: a quarter of the descriptors, up to 1,024
-    threads: int = 16
-    connections: int = 10_000
-    max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
-    quota: int = 10 * 2 ** 30            # bytes of a workspace's file, as of a Durable Object's
-    backup_every: float = 0.0            # seconds between two snapshots in data/backups; 0: none are made
-    keep: int = 24                       # snapshots
-    log: str = "common"                  # access log on standard output: common, json or off
-    streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
-    allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
-    trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
-    single: Optional[pathlib.Path] = None       # one file for everything, in place of the data folder
-    plane: str = ""                      # directory or data: one plane alone, with others in other processes
-    directory: str = ""                  # HOST:PORT of the directory, for a data plane
-    node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
-    slices: Sequence[Slice] = ()         # the features that it serves
-
-    @property
-    def key_file(self) -> pathlib.Path:
-        return self.single.with_name(f"{self.single.name}.key") if self.single else self.data / "secret.key"
-
-    @property
-    def directory_file(self) -> pathlib.Path:
-        return self.single or self.data / "directory.db"
-
-    @property
-    def workspaces(self) -> pathlib.Path:
-        """The folder of the tenants' files."""
-        return self.data / "workspaces"
+# #### Part One: the architecture ########################################################
+#
+#      1 Requests     2 Worker       3 Markup       4 Events       5 Store        6 Bus
+#      7 Objects      8 Slices       9 Todos       10 Workspace   11 Sessions    12 Directory
+#     13 Members     14 Plain edge  15 Composition
+#
+# The first two sections show the way of a request; each later one explains a word of it. To
+# follow one click with a finger: PlainHandler.answer (14), respond (14), worker (2), gate
+# (12), destination (2), Stub.fetch (7), DurableObject.command (7), SliceHost.run (8),
+# create (9), Bus.publish (6), Store.transaction (5), Bus.tell (6). Then, in the thread of
+# each open stream: Watch.wait (7), respond (14), worker (2), SliceHost.rendering (8).
+#
+# Names keep their type, so it is not repeated at each function: request is a Request, ctx a
+# Context, viewer a Viewer, env an Env, store a Store. workspace and account are names; a
+# workspace's id has 64 hexadecimal digits. sql is a statement, args are its parameters.
 
 
-# ==== 2. Markup ======================================================================================================
-# Text becomes markup in one place. A template has holes; whatever is put in a hole is escaped unless it is Html, and
-# only a template makes Html. So markup that a user typed is text on every page, without anybody remembering it.
+# ==== 1. Requests =========================================================================
+# The idea: the worker and the objects speak in requests and responses, as if each of them
+#   were a server of its own. None of them knows of sockets.
+# It promises: a request is never changed, only copied with a difference. Whoever has to say
+#   no raises Refused, with a status and a sentence that says what to do next.
+# Who uses it: every section.
 
-TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
-
-
-class Html(str):
-    """Markup known to be safe. Adding plain text to it gives a plain str again, which the next hole escapes."""
-    __slots__ = ()
-
-    def join(self, parts: Iterable[Any]) -> Html:
-        return Html(str.join(self, map(escape, parts)))
-
-
-def escape(value: Any) -> Html:
-    return value if type(value) in (Html, int) else Html(html.escape(str(value)))
-
-
-HOLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
-
-
-class Template:
-    """Markup with holes: Template("<b>{{name}}</b>")(name="<x>") is "<b>&lt;x&gt;</b>". What follows a line like
-    `<!-- row -->` is its part row. In the hole {{row}} a dict, or a row of a store, stands for that part, where the
-    values around it hold too; a list for one such part after the other; True for the part as it is or, where there is
-    none, as in <input {{checked}}>, for the hole's own name; False for nothing. KeyError: a hole is not filled."""
-
-    def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None) -> None:
-        text, *pieces = re.split(r"(?m)^<!-- (\w+) -->\n", text)
-        self.format = HOLE.sub(r"%(\1)s", text.rstrip("\n").replace("%", "%%"))
-        self.holes = {*HOLE.findall(text)}
-        self.parts = {} if parts is None else parts
-        self.parts.update({name: Template(part, self.parts) for name, part in zip(pieces[::2], pieces[1::2])})
-
-    def __call__(self, **values: Any) -> Html:
-        try:
-            return Html(self.filled(values))
-        except KeyError as name:
-            raise KeyError(f"nothing fills the hole {name}, or there is no such part in this template") from name
-
-    def filled(self, values: Dict[str, Any]) -> str:
-        return self.format % {name: html.escape(value) if type(value := values[name]) is str else
-                              self.held(name, value, values) for name in self.holes}
-
-    def held(self, name: str, value: Any, around: Dict[str, Any]) -> str:
-        if type(value) is bool:
-            return "" if not value else self.parts[name].filled(around) if name in self.parts else name
-        if type(value) is list:
-            return "".join([self.parts[name].filled({**around, **one}) for one in value])
-        return self.parts[name].filled({**around, **value}) if type(value) in (dict, sqlite3.Row) else escape(value)
-
-
-@functools.lru_cache(maxsize=None)
-def template(name: str) -> Template:
-    """The file templates/<name>.html; of "todos.row" its part row."""
-    file, _, part = name.partition(".")
-    return template(file).parts[part] if part else Template((TEMPLATES / f"{file}.html").read_text("utf-8"))
-
-
-# ==== 3. Requests ====================================================================================================
-# Four words that all later sections speak. An object and the worker take a Request and return a Response; neither knows
-# of sockets. Whoever must say no raises Refused, with a status and a sentence that tells what to do next.
-
-SAFE, METHODS = ("GET", "HEAD"), ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node")                                        # what the gate says of a viewer
-TRUSTED = {*VERDICT, "x-verdict", "x-proved", "x-known", "x-hashed", "x-counts", "x-problem"}  # nobody outside may say
+SAFE = ("GET", "HEAD")                                   # methods that change nothing
+METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+EVENTS = "text/event-stream"                             # the content type of a stream
+NOTHING_HERE = (404, "There is nothing at this address. Go back, or start from the home "
+                     "page.")
 
 
 class Request(NamedTuple):
-    """path is decoded, query is not; header names are lower case. wait: seconds for which the thread that asks may be
-    kept in line; 0: it may wait for nothing at all, no file either. batch: whose commit a command may share (section
-    8); None: it is durable when it is answered."""
+    """What came in. path is decoded, query is not; header names are in lower case."""
     method: str
     path: str
     query: str = ""
     headers: Dict[str, str] = {}
     body: bytes = b""
-    peer: str = ""
-    wait: float = threading.TIMEOUT_MAX
-    scheme: str = "http"                             # https: by the word of a trusted proxy
-    batch: Optional[Batch] = None
+    peer: str = ""                                       # the client's address
+    scheme: str = "http"                                 # "https" if a trusted proxy says so
 
     @property
     def datastar(self) -> bool:
+        """Was it sent by Datastar, rather than by the browser itself?"""
         return "datastar-request" in self.headers
 
     @property
+    def stream(self) -> bool:
+        """Does it ask for a stream?"""
+        return self.method == "GET" and self.path.endswith("/live")
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").lower()
+
+    @property
     def form(self) -> bool:
-        return self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded")
+        return self.content_type.startswith("application/x-www-form-urlencoded")
 
     @property
     def params(self) -> Dict[str, str]:
+        """The parameters of the query."""
         return dict(urllib.parse.parse_qsl(self.query))
 
     def fields(self) -> Dict[str, Any]:
-        """What was sent along, as a form or as signals. Refused(415): as neither; Refused(400): not readable."""
+        """What was sent along, as a form or as signals.
+
+        Raises Refused(415) if it is neither, Refused(400) if it cannot be read.
+        """
         if self.form:
-            return dict(urllib.parse.parse_qsl(self.body.decode("utf-8", "replace"), keep_blank_values=True))
-        if self.body and not self.headers.get("content-type", "").lower().startswith("application/json"):
+            text = self.body.decode("utf-8", "replace")
+            return dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
+        if self.body and not self.content_type.startswith("application/json"):
             raise Refused(415, "Send application/json or application/x-www-form-urlencoded.")
         return read_signals(self)
 
 
 class Response(NamedTuple):
-    """rendering: a live answer's first frame; watch: the way to the next. which: what was written, or who looks on."""
+    """What goes out."""
     status: int
     body: bytes = b""
     type: str = "text/plain; charset=utf-8"
     headers: Tuple[Tuple[str, str], ...] = ()
-    rendering: Optional[Rendering] = None
-    watch: Optional[Watch] = None
-    which: str = ""
-
-    @property
-    def size(self) -> int:
-        return len(self.rendering.frame if self.rendering else self.body)
+    nonce: str = ""                                      # of a page; see section 3
+    watch: Optional[Watch] = None                        # of a stream; see section 7
+    which: str = ""                                      # what a command wrote, in words
 
 
-NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")          # what no header value has (RFC 9110, 5.5)
+class Refused(Exception):
+    """A no, with its HTTP status.
+
+    message says what to do next. If it is about what somebody typed (422), or collides with
+    what is there (409), the page shows it where it has the signal of this name.
+    """
+
+    def __init__(self, status: int, message: str,
+                 headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
+        super().__init__(status, message)
+        check_values(headers)
+        self.status = status
+        self.message = message
+        self.headers = headers
+        self.signal = signal
 
 
-def check_values(headers: Iterable[Tuple[str, str]]) -> None:
-    """ValueError: one of them would end its line, and begin another."""
-    if any([NO_VALUE.search(value) for _, value in headers]):
-        raise ValueError(f"a character that no header value can have, in {headers!r:.200}")
+NOT_IN_A_VALUE = re.compile(r"[^\t -~\x80-\xff]")        # RFC 9110, 5.5
 
 
-def sound(response: Any) -> Response:
-    """response, if it can be sent. TypeError, ValueError: it can't."""
+def check_values(headers):
+    """Raises ValueError if a header value would end its line and begin another."""
+    for name, value in headers:
+        if NOT_IN_A_VALUE.search(value):
+            raise ValueError(f"no header value may be {value!r:.200} (of {name})")
+
+
+def sound(response):
+    """Return the response. Raises TypeError or ValueError if it cannot be sent."""
     if type(response) is not Response or type(response.body) is not bytes:
-        raise TypeError(f"an answer is a Response with bytes for a body, such as done(ctx), and not {response!r:.200}")
+        raise TypeError("an answer is a Response whose body is bytes, such as done(ctx), "
+                        f"and not {response!r:.200}")
     check_values(response.headers)
     return response
 
 
-class Refused(Exception):
-    """A no with its HTTP status. message says what to do next; where it is about what they typed (422, 409), it is
-    shown at the field whose signal this is."""
-
-    def __init__(self, status: int, message: str, headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
-        super().__init__(status, message)
-        check_values(headers)
-        self.status, self.message, self.headers, self.signal = status, message, headers, signal
+NOT_SHARED = ("a region is rendered once for a whole role and shown to all who have it, so "
+              "it cannot use the {} of one viewer; put what is theirs alone into page()")
 
 
-class WouldBlock(Exception):
-    """The request may not wait so long for this: a lock, a file or a rendering that is not at hand."""
+PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # beside grants
 
 
-class Viewer(NamedTuple):
-    """Who looks, as the gate saw them; a region, made for a role, sees no account. operator: who looks on as them."""
-    account: str = ""
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """Who looks, as a region may know it: what all have in common who see the same."""
     role: str = ""
     grants: Tuple[str, ...] = ()
-    operator: str = ""
-    read_only: bool = False
+    workspace: str = ""                                  # its name
+    id: str = ""                                         # its id
 
     def can(self, grant: str) -> bool:
         return grant in self.grants
 
+    @property
+    def account(self):
+        raise PermissionError(NOT_SHARED.format("account"))
 
-NOTHING_HERE = 404, "There is nothing at this address. Go back, or start from the home page."
-STRANGERS = "One process takes the other for a stranger. Copy the directory's secret.key to each node; compare clocks."
+
+@dataclasses.dataclass(frozen=True)
+class Viewer(Role):
+    """Who looks, as the verdict says it. Without a workspace: an account, or nobody ("")."""
+    account: str = ""
+
+    def shared(self) -> Role:
+        return Role(self.role, self.grants, self.workspace, self.id)
+
+    def permit(self, grant: str, method: str = "GET") -> None:
+        """Raises Refused(401) or Refused(403) if they may not (see section 8)."""
+        if grant == ACCOUNT and not self.account:
+            raise Refused(401, "Sign in first.")
+        if grant == MEMBER and not self.role:
+            raise Refused(403, "This is for members. Ask an owner to invite you.")
+        if grant not in (PUBLIC, ACCOUNT, MEMBER) and not self.can(grant):
+            raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
+                               "the workspace for it.")
+
+    @property
+    def signature(self) -> str:
+        """Who did it, for the journal."""
+        return self.account
+
+    def banner(self):
+        """What stands on top of each of their pages: nothing. Part Three has more to say."""
+        return ""
 
 
 def as_json(data: Any) -> Response:
     return Response(200, json.dumps(data).encode(), "application/json")
 
 
-def only_read(request: Request) -> None:
-    if request.method not in SAFE:
-        raise Refused(405, "This address takes GET, HEAD.", (("allow", "GET, HEAD"),))
-
-
 def see_other(path: str, *headers: Tuple[str, str]) -> Response:
     return Response(303, headers=(("location", path), *headers))
 
 
+LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
+
+
 def local_path(path: str) -> str:
-    """path if it leads to this server, else "/": //host, /\\host and schemes would lead elsewhere."""
-    return path if re.fullmatch(r"/(?![/\\])[!-\[\]-~]{0,2000}", path) else "/"
+    """Return path if it leads to this server, else "/". //host would lead elsewhere."""
+    return path if LOCAL_PATH.fullmatch(path) else "/"
 
 
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
-AMBIGUOUS = 400, "The path is ambiguous. Write it without empty or dot segments, encoded slashes or control characters."
+# ==== 2. Worker ===========================================================================
+# The idea: a function that decides where a request goes. It asks the Directory whether this
+#   person may enter this workspace, and contacts the Workspace only on the answer 200.
+# It promises: a request of somebody who is no member never reaches a Workspace. What a
+#   Workspace hears about the viewer was said by the gate, never by the person outside.
+# Who uses it: the edge, for each request, and again for each frame of an open stream.
+
+# Headers that the parts of this server believe. Nobody outside may send them.
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
+           "x-session", "x-counts", "x-file"}
 
 
-def plain_path(path: str) -> str:
-    """path, decoded once. Refused(400): a proxy could resolve it to another one."""
-    if PLAIN_PATH.fullmatch(path):
-        return path
-    try:
-        decoded = urllib.parse.unquote(path, errors="strict")
-    except UnicodeDecodeError:
-        raise Refused(*AMBIGUOUS) from None
-    segments = decoded.split("/")[1:]
-    if (re.search(r"%(?![0-9A-Fa-f]{2})", path) or len(segments) != path.count("/") or "" in segments[:-1]
-            or {".", ".."} & {*segments} or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)):
-        raise Refused(*AMBIGUOUS)
-    return decoded
+def ask_the_gate(request, env):
+    """Fetch the verdict on whoever holds this cookie, from the Directory."""
+    workspace = request.path.split("/")[2]
+    headers = {"cookie": request.headers.get("cookie", "")}
+    question = Request("GET", f"/_gate/{workspace}", headers=headers, scheme=request.scheme)
+    return env.directory.fetch(question)
 
 
-# ==== 4. Events ======================================================================================================
-# What goes down a stream, in Datastar's words: patch these elements, patch these signals. The text is framed in one
-# function, which splits it at every line end a browser knows, so that no text can end its event and begin another.
+def apex(request, env):
+    """Answer what is outside of the workspaces: by a door, or by the Directory."""
+    request = stripped(request)
+    if request.path in env.doors:
+        return env.doors[request.path](request, env)
+    if re.match("/_(?!gate(/|$))", request.path):        # questions of the server itself
+        raise Refused(*NOTHING_HERE)
+    return env.directory.fetch(request)
 
-def event(what: str, text: str, options: Dict[str, Any], event_id: Optional[str], retry: Optional[int]) -> bytes:
-    """A server-sent event (WHATWG HTML, 9.2.5). what: elements or signals. ValueError: a line break outside of text."""
-    fields = [("event", f"datastar-patch-{what}"), ("id", event_id), ("retry", retry),
-              *[("data", f"{name} {value}") for name, value in options.items() if value]]
-    lines = [f"{name}: {value}" for name, value in fields if value is not None]
+
+def fetch(stub, request):
+    return stub.fetch(request)
+
+
+@dataclasses.dataclass
+class Env:
+    """All that a worker works with. The composition root (section 15) fills it in.
+
+    The last three are functions, so that another root can take other ones: a server that
+    runs on several machines asks the gate by a message.
+    """
+    directory: Stub
+    workspaces: Namespace
+    doors: Dict[str, Callable[[Request, Env], Response]]     # by path
+    gate: Callable[[Request, Env], Response] = ask_the_gate
+    apex: Callable[[Request, Env], Response] = apex
+    forward: Callable[[Stub, Request], Response] = fetch
+
+
+def worker(request: Request, env: Env) -> Response:
+    """Answer a request from outside: first the gate, then forward. Raises Refused."""
+    refuse_foreign(request)
+    if not request.path.startswith("/w/"):
+        return env.apex(request, env)
+    verdict = admit(request, env)
+    return env.forward(*destination(request, verdict, env))
+
+
+def admit(request, env):
+    """Return the gate's verdict, if it is 200. Raises Refused for any other."""
+    verdict = env.gate(request, env)
+    if verdict.status != 200:
+        raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
+    return verdict
+
+
+def refuse_foreign(request):
+    """Raise Refused(403) if a command does not come from one of our own pages.
+
+    Another site can make a browser send us a form, cookie included (cross-site request
+    forgery). It cannot keep the browser from saying so, in the headers Origin and
+    Sec-Fetch-Site. A request that has neither is refused, too.
+    """
+    if request.method in SAFE:
+        return
+    ours = f"{request.scheme}://{request.headers.get('host', '')}"
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site")
+    said = origin is not None or site is not None
+    if not said or origin not in (None, ours) or site not in (None, "same-origin"):
+        raise Refused(403, "This request came from another site. Open the page here and try "
+                           "again; a script sends its Origin.")
+
+
+def stripped(request):
+    """Return the request without the headers that nobody outside may send."""
+    if TRUSTED.isdisjoint(request.headers):
+        return request
+    headers = {name: request.headers[name] for name in request.headers.keys() - TRUSTED}
+    return request._replace(headers=headers)
+
+
+def destination(request, verdict, env):
+    """Return the stub of the object that answers, and the request as that object sees it.
+
+    The verdict's headers go along. The session cookie does not: no slice needs it.
+    """
+    path = "/" + "/".join(request.path.split("/")[3:])
+    if path.startswith("/_"):                            # questions of the server itself
+        raise Refused(*NOTHING_HERE)
+    said = dict(verdict.headers)
+    headers = {**stripped(request).headers, **said}
+    headers.pop("cookie", None)
+    forwarded = request._replace(path=path, headers=headers)
+    if path.split("/")[1] == "members":                  # who is a member is policy
+        return env.directory, forwarded
+    return env.workspaces.get(said["x-id"]), forwarded
+
+
+# ==== 3. Markup ===========================================================================
+# The idea: text becomes markup in one place only. A template has holes; what goes into a
+#   hole is escaped unless it is Html, and only templates make Html.
+# It promises: markup that a user typed is text on every page. Nobody has to think of it.
+# Who uses it: every region and every page.
+
+TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
+HOLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
+PART = re.compile(r"(?m)^<!-- (\w+) -->\n")
+
+
+class Html(str):
+    """Markup known to be safe. Joined to plain text by + it is plain text again."""
+    __slots__ = ()
+
+    def join(self, pieces: Sequence[Any]) -> Html:
+        return Html(str.join(self, map(escape, pieces)))
+
+
+def escape(value: Any) -> Html:
+    if type(value) in (Html, int):
+        return value
+    return Html(html.escape(str(value)))
+
+
+class Template:
+    """Markup with holes: Template("<b>{{who}}</b>")(who="<x>") is "<b>&lt;x&gt;</b>".
+
+    A line `<!-- row -->` begins the part "row", a template of its own. The hole {{row}} of
+    any part takes text or Html; or a dict, or a row of a store, with which the part of that
+    name is filled, once; or a list of these, once for each. False stands for nothing. True
+    stands for the part as it is or, where there is none of this name, for the name itself:
+    <input {{checked}}>. Raises KeyError if a hole is not filled.
+    """
+
+    def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None):
+        first, *rest = PART.split(text)
+        self.pieces = HOLE.split(first.rstrip("\n"))     # markup, hole, markup, hole ...
+        self.parts = {} if parts is None else parts
+        for name, part in zip(rest[::2], rest[1::2]):
+            self.parts[name] = Template(part, self.parts)
+
+    def __call__(self, **values: Any) -> Html:
+        return Html(self.filled(values))
+
+    def filled(self, values):
+        pieces = self.pieces[:]
+        pieces[1::2] = [self.fill(name, values) for name in pieces[1::2]]
+        return "".join(pieces)
+
+    def fill(self, name, values):
+        if name not in values:
+            raise KeyError(f"nothing fills the hole {name!r}")
+        value = values[name]
+        if type(value) is str:
+            return html.escape(value)
+        if value is True and name not in self.parts:
+            return name
+        if isinstance(value, (bool, dict, list, sqlite3.Row)):
+            return self.fill_part(name, value, values)
+        return str(escape(value))
+
+    def fill_part(self, name, value, around):
+        """Fill the part with each row; the values around it hold inside, too."""
+        if isinstance(value, bool):
+            rows = [{}] if value else []
+        else:
+            rows = value if isinstance(value, list) else [value]
+        if rows and name not in self.parts:
+            raise KeyError(f"there is no part {name!r} in this template")
+        return "".join([self.parts[name].filled({**around, **row}) for row in rows])
+
+
+@functools.lru_cache(maxsize=None)
+def template(name: str) -> Template:
+    """Return the file templates/<name>.html; for "todos.row", its part "row"."""
+    file, _, part = name.partition(".")
+    if part:
+        return template(file).parts[part]
+    return Template((TEMPLATES / f"{file}.html").read_text("utf-8"))
+
+
+def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
+         footer: Any = "", status: int = 200) -> Response:
+    """Return a whole page.
+
+    Its nonce is new each time. The browser runs only scripts that carry it (the policy in
+    section 14), so a script that somebody smuggled in does not run.
+    """
+    viewer = viewer or Viewer()
+    nonce = secrets.token_hex(16)
+    text = template("layout")(title=title, body=body, nonce=nonce, nav=nav, footer=footer,
+                              account=viewer.account, signed=viewer.account != "",
+                              masquerade=viewer.banner())
+    return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                    nonce=nonce)
+
+
+# ==== 4. Events ===========================================================================
+# The idea: the words that a page understands when they come down a stream.
+# It promises: no text, whatever is in it, can end its own event and begin another.
+# Who uses it: streams (section 8), and the worker to say goodbye.
+
+def event(kind, text, options, event_id, retry):
+    """Return a server-sent event (WHATWG HTML, 9.2.5): lines, and an empty one to end it.
+
+    kind is "elements" or "signals". Raises ValueError for a line break outside of text.
+    """
+    lines = [f"event: datastar-patch-{kind}"]
+    if event_id is not None:
+        lines.append(f"id: {event_id}")
+    if retry is not None:
+        lines.append(f"retry: {retry}")
+    lines += [f"data: {name} {value}" for name, value in options.items() if value]
     if re.search(r"[\r\n\0]", "".join(lines)):
         raise ValueError("a line break or NUL inside a line of an event")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.replace("\0", "\ufffd").replace("\n", f"\ndata: {what} ")
-    lines += [f"data: {what} {text}"] if text else []
+    if text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+        lines += [f"data: {kind} {line}" for line in text.split("\n")]
     return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
 
 
-def patch_elements(elements: str = "", *, selector: Optional[str] = None, mode: str = "outer",
-                   namespace: Optional[str] = None, use_view_transition: bool = False,
-                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Morph elements into the page, by their own ids or at selector. mode: outer, inner, replace, prepend, append,
-    before, after, remove. retry: milliseconds. Defaults are left out of the wire."""
-    options = {"selector": selector, "mode": mode if mode != "outer" else None, "namespace": namespace,
-               "useViewTransition": "true" if use_view_transition else None}
+def patch_elements(elements: str = "", *, selector: Optional[str] = None,
+                   mode: str = "outer", namespace: Optional[str] = None,
+                   use_view_transition: bool = False, event_id: Optional[str] = None,
+                   retry: Optional[int] = None) -> bytes:
+    """Return an event that morphs elements into the page, by their own ids or at selector.
+
+    mode: outer, inner, replace, prepend, append, before, after, remove. retry: milliseconds.
+    """
+    options = {"selector": selector, "mode": "" if mode == "outer" else mode,
+               "namespace": namespace,
+               "useViewTransition": "true" if use_view_transition else ""}
     return event("elements", elements, options, event_id, retry)
 
 
-def patch_signals(signals: Any, *, only_if_missing: bool = False, event_id: Optional[str] = None,
-                  retry: Optional[int] = None) -> bytes:
-    """Merge signals (a dict, or JSON text sent as it is) into the page's (RFC 7386): null deletes, arrays replace."""
-    text = signals if isinstance(signals, str) else json.dumps(signals, ensure_ascii=False)
-    return event("signals", text, {"onlyIfMissing": "true" if only_if_missing else None}, event_id, retry)
+def patch_signals(signals: Any, *, only_if_missing: bool = False,
+                  event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
 
-
-def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
-
-
-def execute_script(script: str, *, auto_remove: bool = True, attributes: Optional[Dict[str, str]] = None,
-                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Run script in the page. ValueError: it contains `</script`, which would end its element early."""
-    if "</script" in script.lower():
-        raise ValueError("a script must not contain </script")
-    given = {"data-effect": "el.remove()"} if auto_remove else {}
-    opening = "".join([f' {name}="{escape(value)}"' for name, value in {**given, **(attributes or {})}.items()])
-    return patch_elements(f"<script{opening}>{script}</script>", selector="body", mode="append",
-                          event_id=event_id, retry=retry)
+    signals is a dict, or JSON text that is sent as it is.
+    """
+    if not isinstance(signals, str):
+        signals = json.dumps(signals, ensure_ascii=False)
+    options = {"onlyIfMissing": "true" if only_if_missing else ""}
+    return event("signals", signals, options, event_id, retry)
 
 
 def read_signals(request: Request) -> Dict[str, Any]:
-    """The signals that came along: in the query of GET and DELETE, else in the body. Refused(400): no JSON object."""
-    text = request.params.get("datastar", "") if request.method in (*SAFE, "DELETE") else request.body
+    """Return the signals that came along: of GET and DELETE in the query, else in the body.
+
+    Raises Refused(400) if they are not a JSON object.
+    """
+    in_query = request.method in (*SAFE, "DELETE")
+    text = request.params.get("datastar") if in_query else request.body
     with contextlib.suppress(ValueError, RecursionError):
         signals = json.loads(text or "{}")
         if isinstance(signals, dict):
@@ -392,1400 +549,983 @@ def read_signals(request: Request) -> Dict[str, Any]:
     raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
-def chunk(data: bytes) -> bytes:
-    """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def unchunk(one: bytes) -> bytes:
-    return one[one.index(b"\n") + 1:-2]
-
-
-def deflated(data: bytes) -> bytes:
-    """Compressed so that it can follow anything in a gzip stream: it ends on a byte and looks back at nothing (RFC
-    1951, 3.2.4). So one piece serves all streams, and no stream needs a compressor of its own."""
-    squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
-
-
-GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"                          # RFC 1952, 2.3
-LAST_CHUNK, BEAT, CURRENT = b"0\r\n\r\n", b":\n\n", b"event: datastar-current\ndata: version unchanged\n\n"
-
-
-# ==== 5. Trace =======================================================================================================
-# What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
-# taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
-# What goes wrong stands in the log, whoever watches.
-
-class Call(NamedTuple):
-    """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
-    number: int
-    at: float
-    object: str
-    sql: str
-    args: str
-    rows: int
-    micros: int
-
-
-class Leg(NamedTuple):
-    """A request to one object (kind: gate, directory, workspace). said: the answer's headers. calls: to its store."""
-    kind: str
-    id: str
-    status: int
-    micros: int
-    calls: int
-    said: Dict[str, str]
-
-
-class Trip:
-    """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
-
-    def __init__(self, method: str, path: str) -> None:
-        self.method, self.path, self.number, self.status, self.size = method, path, 0, 0, 0
-        self.legs: List[Leg] = []
-        self.calls: List[Call] = []
-
-
-class OfThread(threading.local):
-    """What one thread does: the trip that it is on, its last one, and whether what it does is not noted."""
-    trip, last, silent = None, None, False
-
-
-class Trace:
-    """The notes of all objects of one server. with_args: parameters are shown, which are what users typed."""
-    KEPT_CALLS, KEPT_TRIPS = 200, 12
-
-    def __init__(self, with_args: bool = False) -> None:
-        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), OfThread()
-        self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
-        self.noted = self.shown = self.dropped = self.followed = 0
-        self.news: Callable[[], None] = lambda: None               # called after each note
-
-    def watch(self, more: int) -> None:
-        """One watcher more (1) or less (-1). With none, a store call costs one look at a number."""
-        with self.lock:
-            self.watched += more
-
-    @contextlib.contextmanager
-    def silence(self, silent: bool = True) -> Iterator[None]:
-        """What this thread does meanwhile is the console's own, and not noted."""
-        before, self.thread.silent = self.thread.silent, silent
-        try:
-            yield
-        finally:
-            self.thread.silent = before
-
-    def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float) -> None:
-        args = args if self.with_args else ()
-        shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
-        with self.lock:
-            self.noted += 1
-            self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
-            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
-            self.calls.append(call)
-        if self.thread.trip:
-            self.thread.trip.calls.append(call)
-        self.news()
-
-    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
-        """route(request), noted as a trip."""
-        if not self.watched or self.thread.silent or request.path.startswith("/console"):
-            return route(request)
-        self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
-        try:
-            response = route(request)
-            trip.status, trip.size = response.status, response.size
-            return response
-        except Refused as no:
-            trip.status, trip.size = no.status, len(no.message)
-            raise
-        finally:
-            self.thread.trip = None
-            if trip.status and trip.legs:            # one that no object was asked for shows nothing of the planes
-                with self.lock:
-                    self.followed = trip.number = self.followed + 1
-                    self.trips.append(trip)
-                self.news()
-
-    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
-        """The trip of one request, whoever watches; also one that was refused."""
-        self.watch(1)
-        try:
-            with self.silence(False), contextlib.suppress(Refused, WouldBlock):
-                self.follow(request, route)
-            return self.thread.last
-        finally:
-            self.watch(-1)
-
-    def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
-        """fetch(request), noted as a leg of this thread's trip."""
-        trip, started, status, said = self.thread.trip, time.perf_counter(), 0, ()
-        before = len(trip.calls) if trip else 0
-        try:
-            response = fetch(request)
-            status, said = response.status, response.headers
-            return response
-        except Refused as no:
-            status = no.status
-            raise
-        finally:
-            if trip and status:
-                took, calls = micros(time.perf_counter() - started), len(trip.calls) - before
-                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
-
-
-def micros(seconds: float) -> int:
-    return round(1e6 * seconds)
-
-
-CRASH = (Exception, SystemExit)                      # what a slice's code may raise: sys.exit() must end no thread
-
-
-def log(message: str) -> None:
-    """One line, whatever is in it: control characters are escaped, so nobody writes the log's next line for us."""
-    with contextlib.suppress(OSError, ValueError):   # nobody listens: no reason to fail a request
-        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
-
-
-log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
-
-
-def log_error(where: str, error: BaseException) -> None:
-    """What it is and which line of a slice it comes from, before all the rest."""
-    stack = traceback.extract_tb(error.__traceback__)
-    ours = __file__, os.path.dirname(os.__file__)
-    at = ([frame for frame in stack if not frame.filename.startswith(ours)] or stack)[-1]
-    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    log(f"error: {where}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}): {rest}")
-
-
-# ==== 6. Store =======================================================================================================
-# One SQLite file, five synchronous methods. A view calls store.query() with no await, which is what lets one loop serve
-# every region; a store that answers later would make every view, model and command wait in another language.
-# A write is durable when its transaction has returned (WAL, synchronous=FULL).
+# ==== 5. Store ============================================================================
+# The idea: one SQLite file behind five plain calls: query, one, exec, tx, migrate. They do
+#   not wait for a network, so a region is an ordinary function from rows to markup.
+# It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and only
+#   then are its messages sent. A table belongs to the slice that made it, and SQLite itself
+#   refuses the statements of the others.
+# Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class MigrationError(Exception):
-    """The file and the slices do not fit together; the text names slice, entry and table."""
-
-
-def identity(path: pathlib.Path) -> Tuple[int, int]:
-    """Which file is at path. sqlite3.DatabaseError: none; an empty one, to SQLite a new database; no regular one."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-        raise sqlite3.DatabaseError(f"{path.name} is {'empty' if found.st_size == 0 else 'no regular file'}")
-    return found.st_dev, found.st_ino
-
-
-def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
-    """The files of a database that there are."""
-    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
-
-
-def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{tail}")
-
-
-def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
-    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    for tail in ("-wal", "-shm"):                    # of a database that was there: SQLite would add it to this one
-        target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
-    os.replace(part, target)
-    if fcntl:                                        # POSIX, where the name is durable when its folder is
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-# What SQLite says of a statement while it compiles it, sorted by what it means for who owns which table.
-NAMED_SECOND = {sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER}      # their table is the second name
-ORIONS_OWN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_TRANSACTION,
-              sqlite3.SQLITE_SAVEPOINT}
-WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE, *WRITES}
-REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent
-                FROM sqlite_master AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
+    """The file and the slices do not fit together. The text names slice, entry and table."""
 
 
 class Store:
-    """One connection to one file, or to memory (path None). Not locked: the object that owns it lets one thread in at a
-    time (section 8). Raises sqlite3.Error as it comes; the edge knows what to tell the client."""
-    # Small pages and 10 kept statements: an awake tenant takes 93 KB, 32 of them the index of its WAL. With SQLite's
-    # 4,096 bytes, Python's 128 and 20 pages set aside (section 18) it takes 183.
-    PRAGMAS = ("PRAGMA page_size=1024; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON; "
-               "PRAGMA cache_size=-512")
+    """A connection to one file. create=True makes it; otherwise it has to be there.
 
-    def __init__(self, path: Optional[pathlib.Path], create: bool = False, trace: Optional[Trace] = None,
-                 name: str = "") -> None:
-        self.trace, self.name = trace or Trace(), name         # name: whose calls these are, in the notes
-        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}" if path else "file::memory:"
-        self.path, self.inode = path, identity(path) if path and not create else None      # None: it is made just now
-        self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None, check_same_thread=False,
-                                  cached_statements=10)
+    Raises sqlite3.Error as it comes.
+    """
+    SETUP = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON"
+    STATEMENTS = 100                                     # kept compiled by Python's sqlite3
+
+    def __init__(self, path: pathlib.Path, create: bool = False):
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        self.path = path
+        self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None,
+                                  check_same_thread=False, cached_statements=self.STATEMENTS)
         self.db.row_factory = sqlite3.Row
-        self.on_commit: List[Tuple[Any, ...]] = []   # calls, (function, *args)
-        self.cursor = self.db.cursor()               # one for all: each would stay on record, with 200 others
-        self.db.executescript(self.PRAGMAS)
+        self.db.executescript(self.SETUP)
+        self.cursor = self.db.cursor()
+        self.after_commit: List[Tuple[Any, ...]] = []    # calls: (function, *args)
+        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
+        self.judge = Judge(self.owners)
+        self.db.set_authorizer(self.judge)
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
-        return self.call(sql, args)
+        return self.run(sql, args)
 
     def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
-        """The first row. All are fetched: a cursor with rows to come would keep its transaction open."""
-        rows = self.call(sql, args)
+        """Return the first row, or None."""
+        rows = self.run(sql, args)
         return rows[0] if rows else None
 
     def exec(self, sql: str, *args: Any) -> int:
-        """The number of rows that changed."""
-        self.call(sql, args)
+        """Return the number of rows that changed."""
+        self.run(sql, args)
         return self.cursor.rowcount
 
-    def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
-        if not self.trace.watched or self.trace.thread.silent:
-            return self.cursor.execute(sql, args).fetchall()
-        started = time.perf_counter()
-        rows = self.cursor.execute(sql, args).fetchall()
-        found = len(rows) if self.cursor.description else self.cursor.rowcount
-        self.trace.note(self.name, sql, args, found, time.perf_counter() - started)
-        return rows
+    def run(self, sql, args):
+        """All rows are fetched: a cursor with rows to come would keep a transaction open."""
+        return self.cursor.execute(sql, args).fetchall()
+
+    def version(self) -> Tuple[int, int]:
+        """Two numbers. While both stand still, no row has changed.
+
+        The first counts what this connection wrote, the second moves when another did.
+        """
+        return self.db.total_changes, self.run("PRAGMA data_version", ())[0][0]
+
+    def tx(self):
+        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone."""
+        return self.savepoint() if self.db.in_transaction else self.transaction()
 
     @contextlib.contextmanager
-    def tx(self, begun: bool = False) -> Iterator[None]:
-        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone. begun: the caller began it."""
-        outer, mark = begun or not self.db.in_transaction, len(self.on_commit)
-        if not begun:
-            self.begin() if outer else self.exec("SAVEPOINT part")
+    def transaction(self):
+        self.begin()
         try:
             yield
-            self.commit() if outer else self.exec("RELEASE part")
+            self.run("COMMIT", ())
         except BaseException:
-            del self.on_commit[mark:]
-            if self.db.in_transaction:               # a full disk can have rolled back already
-                self.exec("ROLLBACK" if outer else "ROLLBACK TO part")
-                if not outer:
-                    self.exec("RELEASE part")        # it is still there, and would be what the next one goes back to
+            self.after_commit = []
+            if self.db.in_transaction:                   # SQLite may have given up already
+                self.run("ROLLBACK", ())
             raise
+        calls, self.after_commit = self.after_commit, []
+        for call, *args in dict.fromkeys(calls):         # each thing is told once
+            call(*args)
 
-    def begin(self) -> None:
-        """IMMEDIATE: a transaction that takes its write lock late can fail at once, whatever the timeout."""
-        self.exec("BEGIN IMMEDIATE")
+    def begin(self):
+        """IMMEDIATE: a transaction that takes its write lock late can fail at once."""
+        self.run("BEGIN IMMEDIATE", ())
 
-    def commit(self) -> None:
-        """Durable first, told to others second, and each thing once. When the commit fails nothing is told."""
-        waiting, self.on_commit = self.on_commit, []
+    @contextlib.contextmanager
+    def savepoint(self):
+        mark = len(self.after_commit)
+        self.run("SAVEPOINT part", ())
         try:
-            self.exec("COMMIT")
+            yield
+            self.run("RELEASE part", ())
         except BaseException:
+            del self.after_commit[mark:]
             if self.db.in_transaction:
-                self.exec("ROLLBACK")
+                self.run("ROLLBACK TO part", ())
+                self.run("RELEASE part", ())
             raise
-        for tell, *what in dict.fromkeys(waiting):
-            tell(*what)
-
-    def migrate(self, slice: str, entries: Sequence[str], apply: bool = True) -> None:
-        """Run the entries, each one statement, that did not run here yet: all or none; apply=False: only remember them,
-        for other files. MigrationError: one that ran was edited or is gone, or touches a table of another slice."""
-        self.db.execute("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest TEXT, tables TEXT, "
-                        "PRIMARY KEY (slice, entry)) WITHOUT ROWID")
-        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
-        ran = self.query("SELECT entry, digest FROM _migrations WHERE slice = ? ORDER BY entry", slice)
-        for row, digest in itertools.zip_longest(ran, digests[:len(ran)]):
-            if row["digest"] != digest:
-                why = "was edited since; append an entry instead" if digest else "is unknown; a newer version wrote it"
-                raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
-        with self.tx() if len(ran) < len(entries) else contextlib.nullcontext():
-            for number in range(len(ran), len(entries)):
-                tables = self._apply(slice, number + 1, entries[number]) if apply else ""
-                self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", slice, number + 1, digests[number], tables)
-
-    def _apply(self, slice: str, number: int, sql: str) -> str:
-        """Returns the tables that it made: they are the slice's own from now on."""
-        known, referred = self.tables(), self.references(sql)
-        try:
-            self.judged(slice, sql)
-        except (sqlite3.Error, sqlite3.Warning, PermissionError) as error:
-            raise MigrationError(f"slice {slice!r}, entry {number}: {error}") from error
-        made, owners = self.tables() - known, {table.lower(): owner for table, owner in self.owners().items()}
-        for child, parent in self.references(sql) - referred:
-            if owners.get(child, slice) != owners.get(parent, slice):
-                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers to table {parent!r} of "
-                                     f"slice {owners[parent]!r}, which could not delete a row of it any more")
-        if re.search(r"\s", "".join(made)):
-            raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in the name of a table")
-        return " ".join(made)
-
-    def references(self, sql: str) -> set:
-        """Which table refers to which; asked only where sql may add to that, for it takes as long as an entry."""
-        return {*self.query(REFERENCES)} if "references" in sql.lower() else set()
-
-    def owners(self) -> Dict[str, str]:
-        """Whose each table is."""
-        ran = self.query("SELECT slice, tables FROM _migrations")
-        return {table: row["slice"] for row in ran for table in row["tables"].split()}
-
-    def judged(self, slice: str, sql: str, *args: Any, writes: Optional[bool] = None) -> None:
-        """Execute sql; writes: may it write rows? None: it is a migration, and may do more. PermissionError: it does
-        what it may not, or touches another slice's table. SQLite itself is the judge of what a statement touches
-        (sqlite.org/c3ref/set_authorizer.html)."""
-        owners, foreign = self.owners(), []
-        if writes is None:
-            owners.pop("sqlite_sequence", None)      # a line in it goes with each table whose ids are given once
-
-        def judge(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
-            table = second if action in NAMED_SECOND else first
-            owner = "orion" if table == "_migrations" else owners.get(table, slice)
-            if writes is False and action in WRITES:
-                foreign.append("writes, which only a command or a job may")
-            elif writes is not None and action not in ROWS:
-                foreign.append("does more than read and write rows, which is for migrations")
-            elif action in ORIONS_OWN:
-                foreign.append("uses PRAGMA, ATTACH or a transaction, as virtual tables do too; no slice may")
-            elif owner != slice:
-                foreign.append(f"touches table {table!r} of slice {owner!r}; ask for what that slice exports")
-            return sqlite3.SQLITE_DENY if foreign else sqlite3.SQLITE_OK
-        self.db.set_authorizer(judge)
-        try:
-            self.exec(sql, *args)
-        except sqlite3.Error as error:
-            if foreign:
-                raise PermissionError(foreign[0]) from error
-            raise
-        finally:
-            self.db.set_authorizer(lambda *_: sqlite3.SQLITE_OK)     # None lifts it only from 3.11 on
-
-    def tables(self) -> set:
-        return {row["name"] for row in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
     def close(self) -> None:
-        self.db.set_progress_handler(None, 0)        # it may know who owns this store, which 3.9 could not free then
-        self.db.close()                              # the last connection out moves the WAL into the file
+        """The last connection that closes moves the write-ahead log into the file."""
+        self.db.close()
+
+    # -- tables and their owners
+
+    def migrate(self, slice: str, entries: Sequence[str]) -> None:
+        """Run those entries, each one statement, that did not run here yet: all or none.
+
+        Entries are only ever appended. Raises MigrationError.
+        """
+        self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest "
+                  "TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
+        ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
+        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
+        for row, digest in zip(ran, digests + [""] * len(ran)):
+            check_history(slice, row, digest)
+        if len(ran) < len(entries):
+            with self.tx():
+                for number in range(len(ran), len(entries)):
+                    tables = self.apply(slice, number + 1, entries[number])
+                    row = slice, number + 1, digests[number], " ".join(tables)
+                    self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
+        self.learn_owners()
+
+    def apply(self, slice, number, sql):
+        """Run one entry. Return the tables that it made: they are the slice's own now."""
+        before = self.tables()
+        self.learn_owners()
+        try:
+            with self.judge.watching(slice, MIGRATE):
+                self.exec(sql)
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            why = self.judge.objection or error
+            raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
+        made = self.tables() - before
+        if re.search(r"\s", "".join(made)):
+            raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in "
+                                 "the name of a table")
+        self.owners.update((table.lower(), slice) for table in made)
+        return made
+
+    def learn_owners(self):
+        """Tables that no slice has made are the server's own: _migrations, for one."""
+        self.owners.clear()
+        self.owners.update((table.lower(), "orion") for table in self.tables())
+        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
+        for row in self.query("SELECT slice, tables FROM _migrations"):
+            self.owners.update((table.lower(), row["slice"]) for table in row["tables"].split()
+                               if not table.startswith("sqlite_"))
+
+    def tables(self) -> set:
+        names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
+        return {row["name"] for row in names}
 
 
-class Borders:
-    """Each slice has its own tables. An empty database with the tables of all is asked once about each statement, so
-    the tenants' own connections are not slowed down by it. MigrationError: the slices' tables do not go together."""
-
-    def __init__(self, schema: Sequence[Tuple[str, Sequence[str]]]) -> None:
-        self.empty, self.lock, self.passed = Store(None), threading.Lock(), set()
-        for slice, entries in schema:
-            self.empty.migrate(slice, entries)
-
-    def check(self, slice: str, writes: bool, sql: str, args: Sequence[Any]) -> None:
-        """PermissionError: sql leaves the slice's tables, would change one itself, or writes where it may not."""
-        if (slice, writes, sql) in self.passed:
-            return
-        with self.lock:
-            try:
-                self.empty.judged(slice, f"EXPLAIN {sql}", *args, writes=writes)
-            except PermissionError as error:
-                raise PermissionError(f"slice {slice!r} {error}: {sql}") from error
-            if len(self.passed) > 10_000:            # somebody makes SQL from values, instead of passing them
-                self.passed.clear()
-            self.passed.add((slice, writes, sql))
+def check_history(slice, row, digest):
+    """Raises MigrationError if an entry that ran here is not the present one."""
+    if row["digest"] == digest:
+        return
+    why = "is unknown; a newer version wrote it"
+    if digest:
+        why = "was edited since; append an entry instead"
+    raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
 
 
-class Part:
-    """A store as one slice sees it: the same methods, and no table but its own; one that only reads, or writes too."""
-    __slots__ = ("store", "slice", "writes", "check", "cursor", "tx")
-    query, one, exec = Store.query, Store.one, Store.exec            # by way of call
+# -- what a statement of a slice may do
 
-    def __init__(self, store: Store, slice: str, borders: Borders, writes: bool) -> None:
-        self.store, self.slice, self.writes, self.check = store, slice, writes, borders.check
-        self.cursor, self.tx = store.cursor, store.tx
+READ, WRITE, MIGRATE = "read", "write", "migrate"
+WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_RECURSIVE, *WRITES}
+TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
+                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
+NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
+                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
+                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
 
-    def call(self, sql: str, args: Sequence[Any]) -> List[sqlite3.Row]:
-        self.check(self.slice, self.writes, sql, args)
-        return self.store.call(sql, args)
+
+class Judge:
+    """SQLite asks it, while it compiles a statement, about each thing that this would do.
+
+    (sqlite.org/c3ref/set_authorizer.html) It guards against mistakes, such as a query that
+    reaches into the tables of another slice. It does not guard against a hostile slice:
+    slices are Python, and can do whatever this process can.
+    """
+
+    def __init__(self, owners: Dict[str, str]):
+        self.owners = owners
+        self.slice = ""                                  # whose statement; "": the server's
+        self.may = ""                                    # READ, WRITE or MIGRATE
+        self.objection = ""                              # why SQLite was told no
+
+    @contextlib.contextmanager
+    def watching(self, slice: str, may: str):
+        self.slice = slice
+        self.may = may
+        self.objection = ""
+        try:
+            yield
+        finally:
+            self.slice = ""
+
+    def __call__(self, action, first, second, *_):
+        if not self.slice:
+            return sqlite3.SQLITE_OK
+        table = second if action in TABLE_IS_SECOND else first
+        objection = self.object_to(action, table or "")
+        if not objection:
+            return sqlite3.SQLITE_OK
+        self.objection = self.objection or objection
+        return sqlite3.SQLITE_DENY
+
+    def object_to(self, action, table):
+        """Return why not, or ""."""
+        migrates = self.may == MIGRATE
+        if not migrates and action not in ROWS:
+            return "does more than read and write rows, which is for migrations"
+        if self.may == READ and action in WRITES:
+            return "writes, which only a command or a job may"
+        if migrates and action in NO_SLICE_MAY:
+            return ("uses PRAGMA, ATTACH, TEMP or a transaction, as virtual tables do too; "
+                    "no slice may")
+        if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
+            return ""
+        owner = self.owners.get(table.lower(), self.slice)
+        if owner != self.slice:
+            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
+        return ""
 
 
-# ==== 7. Bus =========================================================================================================
-# A topic is a name with a version. Publishing moves the version on and wakes who waits; it says that something changed,
-# never what. Inside a transaction a publish waits for the commit, which tells of each topic once, and a rollback takes
-# it back.
+class Tables:
+    """A store as one slice sees it, while it answers one request: its own tables.
+
+    The comment makes the slice's name a part of the statement. So Python's cache of compiled
+    statements, and with it SQLite's judgement, cannot reuse one slice's statement for
+    another. Each statement is judged once, when it is compiled.
+    """
+
+    def __init__(self, store: Store, slice: str, may: str):
+        self.store = store
+        self.slice = slice
+        self.may = may
+        self.mark = f" /* {slice} may {may} */"
+        self.thread = threading.get_ident()              # 0: the request is over
+
+    query = Store.query                                  # all of them go through run()
+    one = Store.one
+
+    def exec(self, sql: str, *args: Any) -> int:
+        self.run(sql, args)
+        return self.store.cursor.rowcount
+
+    def tx(self):
+        """A part of the command that can fail alone."""
+        self.check_thread()
+        return self.store.tx()
+
+    def run(self, sql, args):
+        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
+        self.check_thread()
+        judge = self.store.judge
+        judge.slice, judge.may, judge.objection = self.slice, self.may, ""
+        try:
+            return self.store.run(sql + self.mark, args)
+        except sqlite3.Error as error:
+            if not judge.objection:
+                raise
+            why = f"slice {self.slice!r} {judge.objection}: {sql}"
+            raise PermissionError(why) from error
+        finally:
+            judge.slice = ""
+
+    def check_thread(self):
+        """What a slice kept of its request must not write when nobody waits for it."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError("the request that this store was for is over, or this is "
+                               "another thread; a later write is a job or a new request")
+
+
+# ==== 6. Bus ==============================================================================
+# The idea: a topic is a name with a version. To publish is to move the version on and to
+#   wake whoever waits for that. What changed is not said: they read the store again.
+# It promises: nothing is told before the commit, and nothing at all after a rollback.
+# Who uses it: commands publish, streams wait.
 
 class Bus:
-    """One object's topics. `turn` is its Condition: the lock must be held to publish, the notify is the bus."""
+    """The topics of one object. turn is the object's Condition: its notify is the bus."""
 
-    def __init__(self, turn: threading.Condition, store: Store) -> None:
-        self.turn, self.store = turn, store
-        self.versions: Dict[str, int] = collections.Counter()
-        self.listeners: List[Callable[[str], None]] = []
+    def __init__(self, turn: threading.Condition, store: Store):
+        self.turn = turn
+        self.store = store
+        # No version comes twice, although an object that slept begins anew: the clock.
+        self.versions = collections.defaultdict(lambda start=time.time_ns(): start)
+        self.listeners: List[Callable[[str], None]] = []     # for Part Two; empty here
+        self.waiting = 0                                 # streams that are inside wait()
 
     def publish(self, topic: str) -> None:
-        self.store.on_commit.append((self.tell, topic)) if self.store.db.in_transaction else self.tell(topic)
+        """Tell everybody, when the present transaction commits."""
+        if not self.store.db.in_transaction:
+            raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
+        self.store.after_commit.append((self.tell, topic))
 
-    def tell(self, topic: str) -> None:
+    def tell(self, topic):
         self.versions[topic] += 1
         self.turn.notify_all()
         for listener in self.listeners:
             listener(topic)
 
-    def subscribe(self, listener: Callable[[str], None]) -> None:
-        """listener(topic) is called after each publish, with the lock held: it may take a note, not do the work."""
-        self.listeners.append(listener)
+    def wait(self, topic: str, seen: int, seconds: float) -> None:
+        """Wait until the topic has left the version seen, or for so many seconds.
 
-    def wait(self, topic: str, seen: int, timeout: float) -> int:
-        """The version of topic, as soon as it is past seen, or after timeout seconds. For a thread without a stream."""
-        with self.turn:
-            self.turn.wait_for(lambda: self.versions[topic] > seen, timeout)
-            return self.versions[topic]
-
-
-# ==== 8. Objects =====================================================================================================
-# A Durable Object is one SQLite file and one Condition, whose lock makes it single-threaded: requests come in through
-# fetch() one at a time, from whichever thread. A Namespace turns a name into an id and an id into a stub; the object
-# behind it is built on the first request, put to sleep when nobody asked for a while, and built again.
-
-class StorageFault(Exception):
-    """An object's file can't be used. The text is for the log: the file, what happened, what to do. refusal is what the
-    client hears; only this tenant suffers, and nothing is made anew in place of what was lost."""
-    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, and it is tried again",
-                "disk is full": "make room on the disk, or raise the quota",
-                "is locked": "another process holds it: end that one",
-                "interrupted": "a statement ran too long: give it an index, or ask for less",
-                "readonly database": "make the file and its folder writable",
-                "unable to open database file": "make it readable; let the process have more descriptors",
-                "disk I/O error": "see what the system's log says of the disk",
-                "constraint failed": "a slice left it to the commit to find that; have it looked for before",
-                "unsupported file format": "restore it from a backup",
-                "": "restore it from a backup: orion.py check says what is wrong, restore brings it back"}
-
-    def __init__(self, path: pathlib.Path, error: Exception) -> None:
-        word = next(word for word in self.REMEDIES if word in str(error))
-        super().__init__(f"{path}: {error}; {self.REMEDIES[word]}")
-        self.refusal = Refused(503, "This can't be read just now. Try again in a minute.", (("retry-after", "60"),))
-        if word == "disk is full":
-            self.refusal = Refused(507, "There is no room left here. Delete something, or ask for a larger quota.")
-
-    @classmethod
-    def is_behind(cls, error: Exception) -> bool:
-        """Is it the file, and not a statement that asks for what can't be: a constraint, a name, a value?"""
-        if isinstance(error, sqlite3.OperationalError):
-            known = tuple(filter(None, cls.REMEDIES))          # the words are SQLite's, and not a name in a statement
-            return str(error).endswith(known) and not str(error).startswith("no such")
-        return type(error) in (sqlite3.DatabaseError, MigrationError)
+        The caller holds the turn. The Condition gives it back meanwhile.
+        """
+        self.waiting += 1
+        try:
+            self.turn.wait_for(lambda: self.versions[topic] != seen, seconds)
+        finally:
+            self.waiting -= 1
 
 
-class Asleep(Exception):
-    """The object went to sleep while this request stood in line; the stub wakes it and asks again."""
-
-
-class Batch:
-    """Commands to one object that share a commit, which is made when the batch is closed. Only then may they be
-    answered, and with the error if it has one: whoever passes a batch to fetch() sees to that. settled: it has been
-    committed, or has failed, and takes no more. size: how many it took."""
-    __slots__ = ("object", "settled", "error", "size")
-
-    def __init__(self) -> None:
-        self.object: Optional[DurableObject] = None
-        self.settled, self.error, self.size = False, None, 0
-
-    def takes(self, object: DurableObject) -> bool:
-        return not self.settled and self.object in (None, object)
-
-    def close(self) -> None:
-        """StorageFault: nothing of it was kept."""
-        if self.object:
-            with self.object.turn:
-                self.object.commit() if not self.settled else None
-        if self.error:
-            raise self.error
-
+# ==== 7. Objects ==========================================================================
+# The idea: a Durable Object is one SQLite file and one lock, called its turn. Everything
+#   that happens to a team's rows happens in one place, one request after the other, so
+#   nothing has to be coordinated. `fetch` holds the turn; only `wait` gives it back.
+# It promises: a command is one transaction. It is on the disk before it is answered, or
+#   nothing of it happened. An object sleeps, its file closed, only if nobody asked it for a
+#   while, nobody is served, and no stream is inside `wait`. Asked again, it wakes.
+# Who uses it: the worker, by a Stub: the address of an object, awake or not.
+# Locks are taken in this order: a turn, then a namespace's lock; never the reverse. So no
+#   object may fetch another that might fetch it. One process at a time uses a data folder.
 
 class DurableObject:
-    """Subclasses say what tables they need (schema: slices with their migrations) and answer requests (handle)."""
-    schema: Sequence[Tuple[str, Sequence[str]]]
+    """Subclasses say which tables they need (schema) and answer requests (handle)."""
+    schema: Sequence[Tuple[str, Sequence[str]]] = ()     # slices, with their migrations
     handle: Callable[[Request], Response]
-    STATEMENT_SECONDS = 5.0                          # then SQLite interrupts it, for others wait behind it
-    VAIN_SECONDS = 0.25                              # in which all who stand in line have their turn
 
-    def __init__(self, id: str, namespace: Namespace) -> None:
-        self.id, self.namespace = id, namespace
+    def __init__(self, id: str, namespace: Namespace):
+        self.id = id
+        self.namespace = namespace
         self.turn = threading.Condition(threading.Lock())
-        self.asleep, self.used = False, time.monotonic()
-        self.store: Optional[Store] = None
-        self.batch: Optional[Batch] = None           # whose transaction is open
-        self.vain = 0.0, ""                          # until when none is begun, for one could not be; and why
+        self.used = time.monotonic()
+        self.gone = False                                # asleep; another takes its place
+        self.store: Optional[Store] = None               # None: not opened yet
+        self.bus: Optional[Bus] = None
 
-    def fetch(self, request: Request) -> Response:
-        """Answer one request; a command is durable then, or when its batch is closed. WouldBlock: it may not wait."""
-        if not self.turn.acquire(timeout=request.wait):
-            raise WouldBlock
-        try:
-            if self.asleep:
-                raise Asleep
-            if not request.wait and (self.store is None or self.batch):
-                raise WouldBlock
-            self.used = time.monotonic()
-            if self.store is None:
-                self.open()
-            return self.read(request) if request.method in SAFE else self.command(request)
-        except (sqlite3.Error, MigrationError) as error:
-            if not StorageFault.is_behind(error):
-                raise
-            raise StorageFault(self.namespace.path(self.id), error) from error
-        finally:
-            self.turn.release()
-
-    def read(self, request: Request) -> Response:
-        """Readers see nothing that is not durable."""
-        self.commit()
-        return self.handle(request)
+    def connect(self, create: bool) -> Store:
+        return Store(self.namespace.path(self.id), create)
 
     def open(self, create: bool = False) -> None:
-        self.namespace.make_room()
-        store = Store(self.namespace.path(self.id), create, self.namespace.trace, self.id)
-        store.db.set_progress_handler(lambda: time.monotonic() > self.used + self.STATEMENT_SECONDS, 100_000)
+        self.store = self.connect(create)
         try:
-            self.claim(store)
             for slice, entries in self.schema:
-                store.migrate(slice, entries)
-            self.store, self.bus, self.awake_since = store, Bus(self.turn, store), time.time()
-            self.bus.subscribe(lambda topic: [listener(self.id, topic) for listener in self.namespace.listeners])
+                self.store.migrate(slice, entries)
+            self.bus = Bus(self.turn, self.store)
             self.on_open()
         except BaseException:
-            self.store = self.bus = None
-            store.close()
+            self.store.close()
+            self.store = None
+            self.bus = None
             raise
 
     def on_open(self) -> None:
-        """What a subclass remembers of its file begins anew here, for another one may be in its place."""
+        """What a subclass remembers of its file begins anew here."""
 
-    def claim(self, store: Store) -> None:
-        """A file knows whose it is, so that one put in another's place shows nobody's rows to strangers."""
-        mine, found = mark_of(self.id), store.one("PRAGMA application_id")[0]
-        if found not in (0, mine):
-            raise sqlite3.DatabaseError("the file belongs to another object")
-        if found == 0:
-            store.exec(f"PRAGMA application_id = {mine}")
+    def fetch(self, request: Request) -> Response:
+        """Answer one request. The caller holds the turn."""
+        self.used = time.monotonic()
+        if self.store is None:
+            self.open()
+        if request.method in SAFE:
+            return self.handle(request)
+        return self.command(request)
 
     def command(self, request: Request) -> Response:
-        """Group commit: the file is made durable once for all commands of a batch. Each runs in a savepoint, so it can
-        fail alone."""
-        batch = request.batch if request.batch and request.batch.takes(self) else None
-        if batch is None or self.batch is not batch:
-            self.commit()
-            self.begin()
-        if batch is None:                            # alone, it needs no savepoint
-            with self.store.tx(begun=True):
-                return self.handle(request)
-        self.batch, batch.object, batch.size = batch, self, batch.size + 1
-        try:
-            with self.store.tx():
-                return self.handle(request)
-        except Exception as error:
-            if not self.store.db.in_transaction:     # SQLite gave up the whole transaction, not this savepoint alone
-                self.batch, batch.settled, batch.error = None, True, StorageFault(self.namespace.path(self.id), error)
-            raise
+        with self.store.tx():
+            return self.handle(request)
 
-    def begin(self) -> None:
-        """A transaction in the file that is at the path: nobody takes it away while we have its write lock. Who waited
-        in vain for another process to give that up did so for all who stand in line."""
-        until, why = self.vain
-        if time.monotonic() < until:
-            raise sqlite3.OperationalError(why)
-        try:
-            self.store.begin()
-            while self.torn:
-                self.store.exec("ROLLBACK")
-                self.shut()
-                self.open()
-                self.store.begin()
-        except sqlite3.OperationalError as error:
-            self.vain = time.monotonic() + self.VAIN_SECONDS, str(error)
-            raise
-
-    def commit(self) -> None:
-        """What is open, if anything is. An error is for those whose batch it was."""
-        batch, self.batch = self.batch, None
-        if batch:
-            batch.settled = True
-            try:
-                self.store.commit()
-            except sqlite3.Error as error:
-                batch.error = StorageFault(self.namespace.path(self.id), error)
-
-    def sleep(self, unused_since: float) -> None:
-        """Close the file, unless somebody used it since or uses it now. A new object takes over when asked."""
-        if self.used > unused_since or not self.turn.acquire(blocking=False):
+    def sleep(self, since: float) -> None:
+        """Close the file, unless the object was used after since, or is in use now."""
+        if self.used > since or not self.turn.acquire(blocking=False):
             return
         try:
-            if not (self.asleep or self.batch or self.used > unused_since):
-                self.asleep = True
-                self.shut()
-                self.namespace.forget(self)          # only now may another object open the file
+            if self.used <= since and not self.gone and not self.watched:
+                self.close()
         finally:
             self.turn.release()
 
     @property
-    def torn(self) -> bool:
-        """Open, and the file is gone, or another is in its place. SQLite would go on writing to it, and say nothing."""
-        store = self.store
+    def watched(self) -> bool:
+        return self.bus is not None and self.bus.waiting > 0
+
+    def close(self) -> None:
+        """The caller holds the turn. From here on another object may open the file."""
         try:
-            return store is not None and store.inode not in (None, identity(store.path))
-        except sqlite3.Error:
-            return True
-
-    def shut(self) -> None:
-        if self.torn:                                # it gets what it lacks: who takes its place must find no WAL of it
-            with contextlib.suppress(sqlite3.Error):
-                self.store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            if self.namespace.path(self.id).exists():          # whatever was watched, another file says it now
-                for listener in self.namespace.listeners:
-                    listener(self.id, "")
-        if self.store:
-            self.store.close()
-        self.store = self.bus = None                 # they know this object, and would keep it alive
-
-
-def mark_of(id: str) -> int:
-    return zlib.crc32(id.encode()) >> 1
+            if self.store:
+                self.store.close()
+        finally:
+            self.store = None
+            self.bus = None
+            self.gone = True
+            self.namespace.forget(self)
 
 
 class Stub(NamedTuple):
-    """The address of an object, whether it is awake or not. watched(more): streams on it came (1) or went (-1)."""
+    """The address of an object. It is all that others ever hold of one."""
     id: str
     namespace: Namespace
-    watched = staticmethod(lambda more: None)        # an object may sleep while it is watched
 
     def fetch(self, request: Request) -> Response:
-        if not self.namespace.trace.watched:
-            return self.reach(request)
-        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
-        return self.namespace.trace.leg(kind, self.id, self.reach, request)
-
-    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {}, scheme: str = "http",
-            method: str = "GET", wait: float = threading.TIMEOUT_MAX) -> Any:
-        """What the object says to a question of the server itself. Refused(503): it is in another process, which can't
-        say so now, or does not know us."""
-        answer = self.fetch(Request(method, path, query, headers, wait=wait, scheme=scheme))
-        if answer.status != 200:
-            log_once(STRANGERS) if answer.status in (403, 404) else None
-            raise Refused(503, "This can't be found out just now. Try again in a minute.", (("retry-after", "60"),))
-        return json.loads(answer.body)
-
-    def reach(self, request: Request) -> Response:
-        served = not request.path.startswith("/_") or request.path.startswith("/_gate")
+        """Take the turn, then ask."""
         while True:
-            try:
-                return self.namespace.wake(self.id, served).fetch(request)
-            except Asleep:
-                continue
+            one = self.namespace.awake(self.id)
+            with one.turn:
+                if not one.gone:                         # else it fell asleep just now
+                    return one.fetch(request)
+
+    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {},
+            scheme: str = "http") -> Any:
+        """Put a question of the server itself. Return the answer, taken out of its JSON."""
+        question = Request("GET", path, query, headers, scheme=scheme)
+        return json.loads(self.fetch(question).body)
 
 
 class Namespace:
-    """All objects of one kind: their files in one folder, at most `awake` of them open, none idle for long (`idle`)."""
+    """All objects of one kind: their files, in one folder, and those that are awake.
 
-    def __init__(self, kind: str, folder: pathlib.Path, build: Callable[[str, Namespace], DurableObject], awake: int,
-                 idle: float, trace: Optional[Trace] = None) -> None:
-        self.kind, self.folder, self.build, self.awake, self.idle = kind, folder, build, awake, idle
-        self.trace = trace or Trace()
-        self.lock = threading.Lock()                 # guards what follows; taken after an object's lock, never before
-        self.objects: collections.OrderedDict = collections.OrderedDict()      # the least recently used first
-        self.fetches, self.served = 0, collections.Counter()      # served: by id, without what the server itself asks
-        self.listeners: List[Callable[[str, str], None]] = []                  # told (id, topic) of every publish
-        self.alarms: Dict[str, float] = {}           # by id: when its next job is due
-        self.looked = set()                          # ids whose files need not be looked into for jobs any more
-        self.on_alarm = lambda: None                 # called when one is due at once
+    build(id, namespace) returns an object. idle: seconds until an unused one goes to sleep.
+    """
+
+    def __init__(self, kind: str, folder: pathlib.Path, idle: float,
+                 build: Callable[[str, Namespace], DurableObject]):
+        self.kind = kind
+        self.folder = folder
+        self.idle = idle
+        self.build = build
+        self.lock = threading.Lock()                     # guards the next line
+        self.objects: Dict[str, DurableObject] = collections.OrderedDict()
 
     def id_from_name(self, name: str) -> str:
-        """64 hex digits, always the same for the same name."""
-        return hashlib.sha256(f"{self.kind}:{name}".encode()).hexdigest()
+        """Return 64 hexadecimal digits, always the same for a name.
 
-    def get(self, id: str) -> Stub:
-        return Stub(id, self)
+        So what users type never names a file.
+        """
+        return hashlib.sha256(f"{self.kind}:{name}".encode()).hexdigest()
 
     def path(self, id: str) -> pathlib.Path:
         return self.folder / f"{id}.db"
 
-    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
-        return ((path.stem, path) for path in self.folder.glob("*.db"))
+    def get(self, id: str) -> Stub:
+        return Stub(id, self)
 
     def create(self, id: str) -> None:
-        """Make the file of a new object; whoever finds it missing later knows that it was lost."""
+        """Make the file of a new object.
+
+        Nothing else makes one: a file that is missing later was lost, and is not made anew.
+        """
         made = self.build(id, self)
         made.open(create=True)
         made.store.close()
 
-    def wake(self, id: str, served: bool = False) -> DurableObject:
+    def draft(self) -> str:
+        """Make the file of an object that has no name yet. Return its present id."""
+        id = f"new-{secrets.token_hex(8)}"
+        self.create(id)
+        return id
+
+    def awake(self, id: str) -> DurableObject:
+        """Return the object that stands for this id now. It opens its file when asked."""
         with self.lock:
-            self.fetches += 1
-            self.served[id] += served
             if id not in self.objects:
                 self.objects[id] = self.build(id, self)
-            self.objects.move_to_end(id)
             return self.objects[id]
-
-    def make_room(self) -> None:
-        """The least recently used go to sleep; one that is busy just now is passed over."""
-        with self.lock:
-            excess = list(itertools.islice(self.objects.values(), max(0, len(self.objects) - self.awake)))
-        for one in excess:
-            one.sleep(time.monotonic())
-
-    def alarm(self, id: str, due: Optional[float]) -> None:
-        if due is None:
-            return
-        with self.lock:
-            self.alarms[id] = min(due, self.alarms.get(id, due))
-        if due <= time.time():
-            self.on_alarm()
-
-    def next_due(self) -> Optional[str]:
-        """The id of an object with a job that is due by now; its alarm is taken out."""
-        with self.lock:
-            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
-            if id is None or self.alarms[id] > time.time():
-                return None
-            del self.alarms[id]
-            return id
 
     def forget(self, one: DurableObject) -> None:
         with self.lock:
-            self.objects.pop(one.id, None)
+            if self.objects.get(one.id) is one:
+                del self.objects[one.id]
+
+    def everybody(self) -> List[DurableObject]:
+        with self.lock:
+            return list(self.objects.values())
 
     def rest(self, idle: Optional[float] = None) -> None:
-        """Put to sleep who was not used for idle seconds, and whose file is not at its path any more."""
-        now = time.monotonic()
-        before = now - (self.idle if idle is None else idle)
-        with self.lock:
-            everybody = [(one, now if one.torn else before) for one in self.objects.values()]
-        for one, since in everybody:
+        """Put to sleep whoever was not asked for so many seconds; by default, idle ones."""
+        since = time.monotonic() - (self.idle if idle is None else idle)
+        for one in self.everybody():
             one.sleep(since)
 
-
-# ==== 9. Jobs ========================================================================================================
-# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled
-# back; it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due
-# when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
-
-JOBS = ("CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT NOT NULL, "
-        "who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '')",
-        "CREATE INDEX jobs_due ON jobs (due)")
+    def close(self) -> None:
+        """At the end of the server: close all files, each when its object has its turn."""
+        for one in self.everybody():
+            with one.turn:
+                if not one.gone:
+                    one.close()
 
 
-class Queue:
-    """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
-    TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
+class Watch(NamedTuple):
+    """What a stream waits for: that a topic leaves the version that was shown."""
+    stub: Stub
+    topic: str
+    version: int
 
-    def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
-        self.store, self.known, self.alarm = store, known, alarm
-        self.names = {job: name for name, job in known.items()}
-
-    def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
-        if job not in self.names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        row = self.names[job], json.dumps(args), who, due
-        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
-        self.store.on_commit.append((self.alarm, due))
-
-    def due(self) -> Optional[float]:
-        """When the next one is."""
-        return self.store.one("SELECT min(due) FROM jobs")[0]
-
-    def claim(self) -> Optional[int]:
-        """The id of one that is due. It counts as failed from here on, until it ends well: one that takes the process
-        down, or the transaction, is not the first that is tried next time."""
-        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
-        if row is None:
-            return None
-        id, tries = row["id"], row["tries"] + 1
-        due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' WHERE id = ?", tries, due, id)
-        return id
-
-    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
-        """work(row, job) for one that was claimed."""
-        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
-        try:
-            with self.store.tx():
-                work(row, self.known[row["job"]])
-                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
-        except CRASH as error:
-            if not self.store.db.in_transaction:
-                raise
-            log_error(f"job {row['job']}, try {row['tries']}", error)
-            why = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "backslashreplace").decode()
-            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", why, id)
-
-    def retry(self) -> None:
-        """Those that were given up have all their tries again."""
-        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", time.time())
-        self.store.on_commit.append((self.alarm, time.time()))
-
-    def facts(self) -> Dict[str, Any]:
-        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
-        waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
-        return {"waiting": waiting[0], "given up": waiting[1], "failed": [*map(dict, given_up)]}
+    def wait(self, seconds: float) -> None:
+        one = self.stub.namespace.awake(self.stub.id)
+        with one.turn:
+            if one.bus:                                  # else it slept: ask again at once
+                one.bus.wait(self.topic, self.version, seconds)
 
 
-def due_in(path: pathlib.Path) -> Optional[float]:
-    """When the next job in a file is. One without a WAL is read as it lies, in a quarter of the time, for at a start it
-    may be one of thousands; whoever opens it just then sets its alarm."""
-    as_it_lies = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    with contextlib.closing(Store(path).db if with_wal(path)[1:] else sqlite3.connect(as_it_lies, uri=True)) as db:
-        return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
-
-
-class Alarms:
-    """When which object of a namespace has its next job due, and the ringing. It wakes who sleeps."""
-    AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
-
-    def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
-        self.namespace, self.put = namespace, put    # put(function, *args): into a pool
-        self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
-
-    def look(self) -> None:
-        """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
-        for id, path in self.namespace.files():
-            if id not in self.namespace.looked:
-                self.namespace.looked.add(id)
-                with contextlib.suppress(sqlite3.Error):
-                    self.namespace.alarm(id, due_in(path))
-
-    def ring(self) -> None:
-        while self.at_once.acquire(blocking=False):
-            id = self.namespace.next_due()
-            if id is None:
-                return self.at_once.release()
-            self.put(self.work, id)
-
-    def work(self, id: str) -> None:
-        """In the pool: one job, in a commit of its own. Then it is the turn of whoever waits longest."""
-        stub = self.namespace.get(id)
-        due = time.time() + 60 if self.namespace.path(id).exists() else None     # None: removed, or moved away
-        try:
-            job = due and stub.ask("/_claim", method="POST")
-            try:
-                None if job is None else stub.ask("/_jobs", f"id={job}", method="POST")
-            finally:
-                due = due and stub.ask("/_due")
-        finally:
-            self.namespace.alarm(id, due)
-            self.at_once.release()
-            self.ring()
-
-
-# ==== 10. Slices =====================================================================================================
-# A feature from its tables to its pages: migrations, regions, commands. Its routes are a table with a grant in each
-# row, so a route that nobody thought about permission for can't be written. What every slice needs alike is done here,
-# once: the permission is checked again, a write leaves a journal row, a region is rendered once per role and version.
-
-PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"        # in place of a grant
-ROLES: Dict[str, Tuple[str, ...]] = {
-    "owner": ("todos:read", "todos:write", "todos:delete", "members:manage", "workspace:delete"),
-    "admin": ("todos:read", "todos:write", "todos:delete", "members:manage"),
-    "member": ("todos:read", "todos:write"),
-    "viewer": ("todos:read",),
-}
-
-
-class Context(NamedTuple):
-    """What a region, command or job sees: tables, who looks, what they ask. scope: whose rows, in the Directory."""
-    store: Part
-    viewer: Viewer
-    request: Request
-    publish: Callable[[str], None]
-    scope: str = ""
-    host: Optional[SliceHost] = None
-
-    @property
-    def workspace(self) -> str:
-        return self.request.headers.get("x-workspace", "")
-
-    @property
-    def typed(self) -> Dict[str, str]:
-        """Where a page shows a form again: what was typed into it and, as problem, what is wrong with that. No link to
-        the page can say so in our name."""
-        problem = self.request.headers.get("x-problem")
-        return {**self.request.params, "problem": problem} if problem else {}
-
-    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits. args: what JSON can say. It
-        runs again when it fails, so what it does outside of the store should bear to be done twice. PermissionError:
-        this is no command and no job."""
-        if not self.store.writes:
-            raise PermissionError("only a command or a job puts in a job")
-        self.host.queue.put(self.viewer.account, job, time.time() + after, args)
-
-    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(store, *args) with the tables of the slice that exports it. LookupError: none does."""
-        if function not in self.host.router.exports:
-            raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
-        return function(self.host.part(self.host.router.exports[function], self.store.writes), *args)
-
-    def field(self, name: str, otherwise: str = "") -> str:
-        """What was sent along under this name, as text."""
-        return str(self.request.fields().get(name, otherwise))
-
+# ==== 8. Slices ===========================================================================
+# The idea: a feature is a value. It lists its tables, its live pages and its commands. Each
+#   row of these lists names the grant that it takes, so none can be forgotten.
+# It promises: what all slices need is done here, once. The grant is checked again; a write
+#   leaves a row in the journal, in the same transaction; a region is rendered once for each
+#   role and version of the store, however many people look.
+# Who uses it: Workspace and Directory are hosts; todos and members are slices.
 
 class Route(NamedTuple):
-    """run(ctx, *args) returns a Response; args are what the <parts> of a path like "/todos/<id>" were."""
+    """run(ctx, *args) returns a Response. args are what the <parts> of the path were.
+
+    form: the path of the page whose form comes here, if it is another one.
+    """
     method: str
     path: str
     grant: str
     run: Callable[..., Response]
+    form: str = ""
+
+
+def only_the_region(ctx, region):
+    return template("slice")(region=region, live=True)
 
 
 class Live(NamedTuple):
-    """A page at path and its stream at path + "/live". region(ctx) returns the Html that stays current, one element
-    with an id; it is read again after each publish of topic. page(ctx, region) returns what stands around it.
-    variant(params): the part of the query that the region heeds, in one spelling; each is rendered and kept."""
+    """A page at path and, at path + "/live", a stream of the region in it.
+
+    region(ctx) returns Html, one element with an id. It is called again after each publish
+    of topic, and only reads. page(ctx, region) returns what stands around it. params: the
+    parameters of the query that both depend on, each with the pattern of its values.
+    """
     path: str
     grant: str
     topic: str
     title: str
     region: Callable[[Context], Html]
-    page: Callable[[Context, Html], Html] = lambda ctx, region: template("slice")(region=region, live=True)
-    variant: Callable[[Dict[str, str]], str] = lambda params: ""
+    page: Callable[[Context, Html], Html] = only_the_region
+    params: Dict[str, str] = {}
 
+    def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
+        """Return those of params that it depends on, and that have a valid value."""
+        return {name: params[name] for name, pattern in self.params.items()
+                if re.fullmatch(pattern, params.get(name, ""))}
 
-def heeded(params: Dict[str, str], **valid: str) -> str:
-    """The query of those params whose value matches the pattern of their name, in one spelling: for a variant."""
-    given = {name: params[name] for name, pattern in valid.items() if re.fullmatch(pattern, params.get(name, ""))}
-    return urllib.parse.urlencode(given)
+    def routes(self):
+        return (Route("GET", self.path, self.grant, lambda ctx: ctx.host.page(self, ctx)),
+                Route("GET", f"{self.path}/live", self.grant,
+                      lambda ctx: ctx.host.stream(self, ctx)))
 
 
 class Slice(NamedTuple):
-    """count(store): how full it is, as the home page and the console show. jobs: what may be enqueued, known by its
-    name, for it can outlive the program that enqueued it. exports: functions (store, ...) that other slices may ask."""
+    """count(store) says how full a workspace is: the number on the home page.
+
+    jobs and exports are for Part Three: work that is done later, and functions
+    (store, ...) that other slices may ask.
+    """
     name: str
-    migrations: Sequence[str]
+    migrations: Sequence[str] = ()
     live: Sequence[Live] = ()
     routes: Sequence[Route] = ()
-    count: Optional[Callable[[Store], int]] = None
+    count: Optional[Callable[[Tables], int]] = None
     jobs: Sequence[Callable[..., None]] = ()
     exports: Sequence[Callable[..., Any]] = ()
 
 
-REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")       # an element with an id
+class Context:
+    """What a slice is given to answer one request. It is of no use after that.
+
+    A region gets one that is shared: its viewer is a Role, and there is no request.
+    """
+    __slots__ = ("host", "store", "viewer", "params", "typed", "_request")
+
+    def __init__(self, host: SliceHost, store: Tables, viewer: Role, params: Dict[str, str],
+                 request: Optional[Request], typed: Dict[str, str]):
+        self.host = host                                 # for what the server itself does
+        self.store = store
+        self.viewer = viewer
+        self.params = params                             # of the query; see Live.params
+        self.typed = typed         # a form that was refused: its fields, and "problem"
+        self._request = request
+
+    @property
+    def request(self) -> Request:
+        if self._request is None:
+            raise PermissionError(NOT_SHARED.format("request"))
+        return self._request
+
+    @property
+    def workspace(self) -> str:
+        """Its name."""
+        return self.viewer.workspace
+
+    def publish(self, topic: str) -> None:
+        """Have all regions with this topic read again, when the command commits."""
+        if self.store.may != WRITE:
+            raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
+        self.store.check_thread()
+        self.host.bus.publish(self.host.topic(topic, self.viewer))
+
+    def field(self, name: str, otherwise: str = "") -> str:
+        """Return what was sent along under this name, as text."""
+        return str(self.request.fields().get(name, otherwise))
+
+    def of(self, live: Live) -> Context:
+        """The context of the page: it sees the parameters that it depends on."""
+        params = live.heeded(self.params)
+        return type(self)(self.host, self.store, self.viewer, params, self.request,
+                          self.typed)
+
+    def shared(self, live: Live) -> Context:
+        """The context of the region, which is the same for a whole role."""
+        params = live.heeded(self.params)
+        return type(self)(self.host, self.store, self.viewer.shared(), params, None, {})
+
+    def end(self) -> None:
+        self.store.thread = 0
+        self.host = None
 
 
-class BadSlice(Exception):
-    """A slice can't work as it is written; the text says which one and why."""
-
-
-PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
-
-
-def addresses(row: Any) -> List[Tuple[str, str]]:
-    """Methods and patterns, which a request's path matches, of a Live or a Route."""
-    pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(row.path))
-    return [("GET", pattern), ("GET", f"{pattern}/live")] if type(row) is Live else [(row.method, pattern)]
-
-
-def wrong_with(row: Any, grants: Iterable[str]) -> str:
-    """Why a Live or a Route would never do what it is for; "": it may."""
-    live = type(row) is Live
-    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
-        return "a path is as /things or, for a Route, /things/<id>"
-    if row.path.split("/")[1] == "members":
-        return "/members is the Directory's"
-    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
-    if not live and row.method not in METHODS:
-        return f"a method is one of {', '.join(METHODS)}"
-    return "" if callable(row.region if live else row.run) else "region or run can't be called"
-
-
-def check_slices(slices: Sequence[Slice]) -> None:
-    """BadSlice: what would be found out later, or never."""
-    grants, names, taken = {grant for role in ROLES.values() for grant in role}, {"orion", "directory"}, set()
-    for slice in slices:
-        if type(slice) is not Slice or isinstance(slice.migrations, str):
-            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a tuple: (one,) has a comma too")
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
-            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
-        names.add(slice.name)
-        for kind, row in [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]:
-            why = wrong_with(row, grants) if type(row) is kind else f"it is no {kind.__name__}; (one,) has a comma too"
-            if why or not taken.isdisjoint(addresses(row)):
-                raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
-            taken.update(addresses(row))
-
-
-KEPT_BYTES = 4 * 2 ** 20                             # of an object's renderings and pages, before they are let go
-LARGE = 2 ** 18                                      # bytes; to compress so many would keep the loop from others
-
-
+@dataclasses.dataclass
 class Rendering:
-    """A region at one version, made once, and kept as the frame that all streams get. The etag is made of the content,
-    so it means the same after a restart and in another process. told: a page has said how long it took."""
-    __slots__ = ("etag", "micros", "frame", "told", "_zipped")
+    """A region at one version of the store, made once for all who may see the same."""
+    html: Html
+    made: float                                          # when, by time.perf_counter()
+    micros: int                                          # how long it took
 
-    def __init__(self, html: Html, micros: int = 0, main: bool = True) -> None:
-        """main: the region that a reconnecting browser names as the last it has seen."""
-        self.micros, self.told, self._zipped = micros, False, b""
-        self.etag = hashlib.blake2b(escape(html).encode("utf-8", "replace"), digest_size=9).hexdigest()
-        self.frame = chunk(patch_elements(escape(html), event_id=self.etag if main else None))
-
-    @property
-    def html(self) -> Html:
-        """For the page. Read out of the frame: of a thousand tenants each would have its region in memory twice."""
-        return Html("\n".join(unchunk(self.frame)[:-2].decode().split("\ndata: elements ")[1:]))
-
-    @property
-    def size(self) -> int:
-        return len(self.frame)
-
-    @property
-    def zipped(self) -> bytes:
-        self._zipped = self._zipped or chunk(deflated(unchunk(self.frame)))
-        return self._zipped
+    @functools.cached_property
+    def frame(self) -> bytes:
+        """What a stream gets."""
+        return patch_elements(self.html)
 
 
-class Watch(NamedTuple):
-    """What a live answer leaves behind: whom to ask again, what, and after which topic."""
-    stub: Stub
-    request: Request
-    topic: str
-
-    @property
-    def key(self) -> Tuple[str, ...]:
-        return (self.request.path, self.request.query, *self.request.headers.values())
-
-
-NONCE, PAGE = "(nonce)", "text/html; charset=utf-8"  # the mark stands in the first line, before what users typed
-
-
-def page(title: str, body: Html, viewer: Viewer = Viewer(), nav: Any = "", footer: Any = "",
-         status: int = 200) -> Response:
-    """A whole page. Each answer puts a nonce of its own where the mark is (section 17)."""
-    text = template("layout")(title=title, body=body, nonce=NONCE, nav=nav, footer=footer,
-                              signed=bool(viewer.account), account=viewer.account, masquerade=bool(viewer.operator),
-                              operator=viewer.operator, how="read-only" if viewer.read_only else "writing")
-    return Response(status, text.encode("utf-8", "replace"), PAGE)
-
-
-def done(ctx: Context, which: str = "", **signals: Any) -> Response:
-    """What a command answers when it went well: signals for the one who sent it, or back to the page after a plain
-    form. What it changed is not in it: that reaches everybody, the sender too, through the region."""
-    if ctx.request.form and not ctx.request.datastar:
-        return see_other(f"/w/{ctx.workspace}/{ctx.request.path.split('/')[1]}")._replace(which=which)
-    return (as_json(signals) if signals else Response(204))._replace(which=which)
-
-
-JOURNAL = ("CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL, "
-           "which TEXT NOT NULL)",)
+REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")   # it has an id
 
 
 class Router:
-    """Finds the row for a request among the slices of an object."""
+    """Finds the slice and the route for a request. One is made for all objects of a kind."""
 
-    def __init__(self, slices: Sequence[Slice]) -> None:
-        self.slices, self.rows = slices, collections.defaultdict(dict)
-        self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
-        self.exports = {function: slice.name for slice in slices for function in slice.exports}
-        self.topics = {live.topic for slice in slices for live in slice.live}
-        self.schema = [("orion", JOURNAL + JOBS), *((slice.name, slice.migrations) for slice in slices)]
-        self.borders = Borders(self.schema)
-        for slice, row in [(slice.name, row) for slice in slices for row in (*slice.live, *slice.routes)]:
-            for method, pattern in addresses(row):
-                self.rows[pattern][method] = slice, row
-        self.match = functools.lru_cache(maxsize=1024)(self.find)
+    def __init__(self, slices: Sequence[Slice]):
+        self.slices = slices
+        self.schema = [("orion", HISTORY)]
+        self.schema += [(slice.name, slice.migrations) for slice in slices]
+        self.rows: List[Tuple[re.Pattern, str, Route]] = []
+        for slice in slices:
+            pages = [route for live in slice.live for route in live.routes()]
+            for route in (*slice.routes, *pages):
+                pattern = re.sub("<[a-z]+>", "([^/]+)", re.escape(route.path))
+                self.rows.append((re.compile(pattern), slice.name, route))
 
-    def find(self, method: str, path: str) -> Tuple[str, Any, Sequence[str]]:
-        """The slice's name, its Live or Route, and the arguments. Refused(404), Refused(405)."""
+    def match(self, method: str, path: str) -> Tuple[str, Route, Sequence[str]]:
+        """Return the slice's name, the route and its args. Raises Refused(404), (405)."""
         methods = set()
-        for pattern, rows in self.rows.items():
-            hit = re.fullmatch(pattern, path)
-            if hit and method in rows:
-                return (*rows[method], hit.groups())
-            methods.update(rows if hit else ())
+        for pattern, slice, route in self.rows:
+            found = pattern.fullmatch(path)
+            if found and route.method == method:
+                return slice, route, found.groups()
+            if found:
+                methods.add(route.method)
         if not methods:
             raise Refused(*NOTHING_HERE)
-        allow = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+        if "GET" in methods:
+            methods.add("HEAD")
+        allow = ", ".join(sorted(methods))
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
-def only_commands(topic: str) -> None:
-    """A region that publishes would be asked again at once, and for ever."""
-    raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
-
-
-TAKEN = 422, "There is a file of such a workspace already. Choose another name; an operator may move and import it."
+# The journal, and the table of the jobs in Part Three: what ran once can't be split.
+HISTORY = (
+    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what "
+    "TEXT NOT NULL, which TEXT NOT NULL)",
+    "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
+    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT "
+    "NULL DEFAULT '')",
+    "CREATE INDEX jobs_due ON jobs (due)",
+)
 
 
 class SliceHost(DurableObject):
-    """An object that runs slices. Its viewer comes from the verdict, in trusted headers."""
-    FORMS: Dict[str, str] = {}                       # the page that a form is on, where it isn't the path it goes to
+    """An object that runs slices. pages: those that the navigation shows."""
+    context = Context                                    # Part Three gives slices more
+    KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
-    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live]) -> None:
+    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live]):
         super().__init__(id, namespace)
-        self.router, self.schema, self.pages = router, router.schema, pages        # pages: for the navigation
-
-    def open(self, create: bool = False) -> None:
-        """Refused(422): it is to be new, and there are rows; the Directory that knew whose they are was lost."""
-        super().open(create)
-        if create and self.store.one("SELECT 1 FROM journal"):
-            self.shut()
-            raise Refused(*TAKEN)
-
-    def on_open(self) -> None:
-        self.kept: Dict[Tuple[Any, ...], Any] = {}   # renderings and pages, until the next publish
-        self.bus.subscribe(lambda topic: self.kept.clear())
-        self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
-        with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
-            self.namespace.alarm(self.id, self.queue.due())
-
-    def part(self, slice: str, writes: bool) -> Part:
-        return Part(self.store, slice, self.router.borders, writes)
+        self.router = router
+        self.schema = router.schema
+        self.pages = pages
+        self.version: Any = None                         # of the store, for the next line
+        self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
 
     def viewer(self, request: Request) -> Viewer:
+        """As the verdict described them, in headers that only the worker can set."""
         said = request.headers.get
-        return viewer(said("x-account", ""), said("x-role", ""), said("x-grants", ""), said("x-operator", ""),
-                      said("x-read-only", ""))
+        grants = tuple(said("x-grants", "").split(",")) if said("x-grants") else ()
+        return Viewer(said("x-role", ""), grants, said("x-workspace", ""), said("x-id", ""),
+                      said("x-account", ""))
+
+    def topic(self, name: str, viewer: Role) -> str:
+        """How the bus of this object calls a slice's topic."""
+        return name
+
+    def router_for(self, request: Request) -> Router:
+        return self.router
+
+    # -- a request
 
     def handle(self, request: Request) -> Response:
         if request.path in self.OWN:
             return as_json(self.OWN[request.path](self, request))
-        slice, row, args = self.router_of(request).match(request.method, request.path)
+        return self.run(request, {})
+
+    def run(self, request, typed):
+        """Have the right slice answer. typed: see Context."""
+        router = self.router_for(request)
+        slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
-        permit(row.grant, viewer, request.method)
-        part = self.part(slice, request.method not in SAFE)
-        scope = request.headers.get("x-id", "") if slice == "directory" else ""
-        publish = only_commands if request.method in SAFE else self.bus.publish
-        ctx = Context(part, viewer, request, publish, scope, self)
-        if type(row) is Live:
-            response = (self.stream if request.path.endswith("/live") else self.page)(row, ctx)
-            if not request.wait and response.size > LARGE:
-                raise WouldBlock
-            return response
-        if not request.wait:
-            raise WouldBlock
+        viewer.permit(route.grant, request.method)
+        may = READ if request.method in SAFE else WRITE
         before = self.store.db.total_changes
-        response = sound(row.run(ctx, *args))
-        if self.store.db.total_changes != before:    # journalled in the same transaction, so no slice can forget it
-            if slice != "directory":                 # nor show a new page what was before, if it tells nobody
-                self.store.on_commit.append((self.kept.clear,))
-            which = response.which or "/".join(args) or self.store.cursor.lastrowid
-            self.journal(viewer, f"{slice}.{row.run.__name__}", f"{ctx.scope} {which}".strip())
+        store = Tables(self.store, slice, may)
+        ctx = self.context(self, store, viewer, request.params, request, typed)
+        try:
+            response = sound(route.run(ctx, *args))
+        finally:
+            ctx.end()
+        if self.store.db.total_changes != before:        # no slice can forget the journal
+            which = response.which or "/".join(args) or self.last_row()
+            self.journal(viewer, f"{slice}.{route.run.__name__}", which)
         return response
 
-    def router_of(self, request: Request) -> Router:
-        return self.router
-
-    def facts(self, request: Request) -> Dict[str, Any]:
-        counts = [slice.count(self.part(slice.name, False)) for slice in self.router.slices if slice.count]
-        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
-        return {"count": sum(counts), "schema": schema, **self.queue.facts()}
-
-    # what the server itself asks; the worker lets no path like these in from outside
-    OWN = {"/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
-           "/_jobs": lambda self, request: self.queue.run(int(request.params["id"]), self.work),
-           "/_due": lambda self, request: self.queue.due(), "/_retry": lambda self, request: self.queue.retry()}
-
-    def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
-        """In the name of who enqueued it; what they may was asked then."""
-        viewer, part = Viewer(row["who"]), self.part(row["job"].partition(".")[0], True)
-        ctx = Context(part, viewer, Request("POST", "/_jobs"), self.bus.publish, host=self)
-        if job(ctx, **json.loads(row["args"])) is not None:
-            raise TypeError("a job returns nothing, and is neither async nor a generator")
-        self.store.on_commit.append((self.kept.clear,))
-        self.journal(viewer, row["job"], str(row["id"]))
+    def last_row(self):
+        return str(self.store.one("SELECT last_insert_rowid()")[0])
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        who = f"{viewer.operator} as {viewer.account}" if viewer.operator else viewer.account
-        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", time.time(), who, what, which)
+        """Note who did what to which row."""
+        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                        time.time(), viewer.signature, what, which)
 
     def command(self, request: Request) -> Response:
-        """What is wrong with the input is told at its field: by a signal, or on the page with what they typed."""
         try:
             return super().command(request)
         except Refused as no:
-            if request.datastar and no.status in (409, 422):
-                return as_json({no.signal: no.message})
-            if no.status != 422 or not request.form:
-                raise
-            typed = urllib.parse.urlencode({**request.fields(), "password": "", "new": ""})
-            again = request._replace(method="GET", path=self.FORMS.get(request.path, request.path), query=typed,
-                                     headers={**request.headers, "x-problem": no.message})
-            with contextlib.suppress(Refused):       # there is no page at this address
-                return self.read(again)._replace(status=422)
-            raise
+            return self.refuse(request, no)
 
-    def keep(self, live: Live, ctx: Context, key: Tuple[Any, ...], make: Callable[[Live, Context], Any]) -> Any:
-        """What make(live, ctx) returned for this key since the last publish, or returns now."""
-        if key not in self.kept:
-            if not ctx.request.wait:
-                raise WouldBlock
-            if len(self.kept) >= 64 or sum([one.size for one in self.kept.values()]) > KEPT_BYTES:
-                self.kept.clear()
-            self.kept[key] = make(live, ctx)
-        return self.kept[key]
+    def refuse(self, request, no):
+        """Say what is wrong with the input where it was typed. Raises no, if nowhere.
+
+        Datastar gets a signal. A plain form gets its page again, which finds in ctx.typed
+        what was typed and, as "problem", what is wrong with it.
+        """
+        if request.datastar and no.status in (409, 422):
+            return as_json({no.signal: no.message})
+        if no.status != 422 or not request.form:
+            raise no
+        try:
+            _, route, _ = self.router_for(request).match(request.method, request.path)
+            again = request._replace(method="GET", path=route.form or request.path, query="")
+            typed = {**request.fields(), "problem": no.message}
+            return self.run(again, typed)._replace(status=422)
+        except Refused:                                  # there is no page at this address
+            raise no from None
+
+    def count(self, request):
+        """For the home page: how full this workspace is, as its slices count."""
+        slices = [slice for slice in self.router.slices if slice.count]
+        return sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
+
+    # Questions of the server itself. The worker lets no such path in from outside.
+    OWN: Dict[str, Callable[[Any, Request], Any]] = {"/_count": count}
+
+    # -- live pages
 
     def rendering(self, live: Live, ctx: Context) -> Rendering:
-        """The account is taken away: what a whole role shares can't name one of them."""
-        variant = live.variant(ctx.request.params) if ctx.request.query else ""
-        viewer = ctx.viewer._replace(account="", operator="")
-        shared = ctx._replace(viewer=viewer, request=ctx.request._replace(query=variant))
-        return self.keep(live, shared, (live.path, variant, viewer, ctx.scope), self.render)
+        """Return the region as this role sees it. Only the first who asks waits for it."""
+        version = self.store.version()
+        if version != self.version:                      # what was made before may be old
+            self.renderings.clear()
+            self.version = version
+        shared = ctx.shared(live)
+        key = live.path, shared.viewer, tuple(shared.params.items())
+        if key not in self.renderings:
+            self.make_room()
+            self.renderings[key] = self.render(live, shared)
+        return self.renderings[key]
+
+    def make_room(self):
+        """A query has many parameters: what was made first goes first."""
+        kept = self.renderings
+        while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
+            del kept[next(iter(kept))]
 
     def render(self, live: Live, ctx: Context) -> Rendering:
-        started = time.perf_counter()
+        made = time.perf_counter()
         region = live.region(ctx)
+        micros = round(1e6 * (time.perf_counter() - made))
         if type(region) is not Html or not REGION.match(region):
-            raise TypeError(f"the region of {live.path} is to be Html, one element with an id, and not {region!r:.200}")
-        return Rendering(region, micros(time.perf_counter() - started))
+            raise TypeError(f"the region of {live.path} is to be Html, one element with an "
+                            f"id, and not {region!r:.200}")
+        return Rendering(region, made, micros)
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        headers = {"x-account": "", "x-role": ctx.viewer.role, "x-grants": ",".join(ctx.viewer.grants),
-                   "x-read-only": "true" if ctx.viewer.read_only else "",
-                   **{name: ctx.request.headers.get(name, "") for name in ("x-id", "x-node")}}
-        again = Request("GET", ctx.request.path, live.variant(ctx.request.params), headers)
-        topic = f"{live.topic}:{ctx.scope}" if ctx.scope else live.topic
-        watch, rendering = Watch(self.namespace.get(self.id), again, topic), self.rendering(live, ctx)
-        rendering.told = True
-        return Response(200, type="text/event-stream", rendering=rendering, watch=watch, which=ctx.viewer.account)
+        """The region as it is now, and what to wait for before the same is asked again."""
+        rendering = self.rendering(live, ctx)
+        topic = self.topic(live.topic, ctx.viewer)
+        watch = Watch(self.namespace.get(self.id), topic, self.bus.versions[topic])
+        return Response(200, rendering.frame, EVENTS, watch=watch)
 
     def page(self, live: Live, ctx: Context) -> Response:
-        """Kept for each account until a publish, unless it answers what was typed or says that it was just rendered."""
-        query = ctx.request.query
-        if query and not ctx.request.wait:
-            raise WouldBlock
-        key = (live.path, query, ctx.viewer, ctx.workspace)
-        kept = self.kept.get(key)
-        if kept is None and query == live.variant(ctx.request.params) and self.rendering(live, ctx).told:
-            kept = self.keep(live, ctx, key, self.whole_page)
-        return kept or self.whole_page(live, ctx)
+        asked = time.perf_counter()
+        rendering = self.rendering(live, ctx)
+        body = live.page(ctx.of(live), rendering.html)
+        title = f"{live.title} · {ctx.workspace}"
+        footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
+        return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)
 
-    def whole_page(self, live: Live, ctx: Context) -> Response:
-        rendering, viewer, workspace = self.rendering(live, ctx), ctx.viewer, ctx.workspace
-        how, rendering.told = "from the cache; it took" if rendering.told else "just now, in", True
-        xray = template("xray")(
-            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account, role=viewer.role, how=how,
-            micros=rendering.micros, since=formatdate(self.awake_since, usegmt=True), grants=", ".join(viewer.grants),
-            check="yes" if viewer.can("todos:delete") else "no", watchers=not ctx.scope)
-        links = [{"path": one.path, "title": one.title, "current": one.path == live.path} for one in self.pages]
-        nav = template("layout.workspace")(workspace=workspace, link=links, state=True)
-        return page(f"{live.title} · {workspace}", live.page(ctx, rendering.html), viewer, nav, xray)
+    def navigation(self, current, ctx):
+        links = [{"path": live.path, "title": live.title, "current": live.path == current.path}
+                 for live in self.pages]
+        nav = template("layout.workspace")
+        return nav(workspace=ctx.workspace, link=links, state=True)
 
+    def xray(self, rendering, ctx, fresh):
+        """The foot of a page: which object served it, to whom, and what they may.
 
-@functools.lru_cache(maxsize=1024)
-def viewer(account: str, role: str, grants: str, operator: str, read_only: str) -> Viewer:
-    return Viewer(account, role, tuple(grants.split(",")) if grants else (), operator, bool(read_only))
+        The line about todos:delete is the specification's own example of a permission.
+        """
+        viewer = ctx.viewer
+        return template("xray")(
+            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
+            role=viewer.role, grants=", ".join(viewer.grants),
+            check="yes" if viewer.can("todos:delete") else "no",
+            how="just now, in" if fresh else "from the cache; it took",
+            micros=rendering.micros, more=self.xray_more(ctx))
 
-
-def permit(grant: str, viewer: Viewer, method: str) -> None:
-    """Refused(401), Refused(403): the viewer may not."""
-    if grant == ACCOUNT and not viewer.account:
-        raise Refused(401, "Sign in first.")
-    if viewer.read_only and grant != PUBLIC and method not in SAFE:
-        raise Refused(403, "You look on read-only. End it, or begin again with writing allowed.")
-    if not (grant in (PUBLIC, ACCOUNT) or (viewer.role if grant == MEMBER else viewer.can(grant))):
-        raise Refused(403, f"Your role here does not include {grant}. Ask an owner of the workspace for it.")
+    def xray_more(self, ctx):
+        """For Part Two, where an object may sleep while it is watched."""
+        return ""
 
 
-# ==== 11. Todos ======================================================================================================
-# The slice that comes with it, and the pattern for one's own: the table, the queries with their names, the region, the
-# commands. It knows nothing of tenants, sockets or sessions.
+def done(ctx: Context, which: str = "", **signals: Any) -> Response:
+    """Return what a command answers: signals for its sender or, after a plain form, the page.
 
-TITLE_LIMIT, TODOS_A_PAGE = 500, 200
-
-
-def some_todos(store: Store, show: str, limit: int) -> List[sqlite3.Row]:
-    """The newest of all ("open", "done": of these)."""
-    return store.query("SELECT id, title, done FROM todos WHERE done = ? OR done = ? ORDER BY id DESC LIMIT ?",
-                       show == "done", show != "open", limit)
-
-
-def todo_counts(store: Store) -> sqlite3.Row:
-    return store.one('SELECT count(*) FILTER (WHERE NOT done) AS open, count(*) AS "all" FROM todos')
+    What it changed is not in it: the region brings that to everybody, the sender included.
+    which: what it wrote, for the journal; by default what stood in the path.
+    """
+    if ctx.request.form and not ctx.request.datastar:
+        first = ctx.request.path.split("/")[1]
+        return see_other(f"/w/{ctx.workspace}/{first}")._replace(which=which)
+    answer = as_json(signals) if signals else Response(204)
+    return answer._replace(which=which)
 
 
-def count_todos(store: Store) -> int:
-    """The open ones."""
+# ==== 9. Todos ============================================================================
+# The idea: a slice like any other, and the pattern for your own: a table, a region, a page,
+#   commands. Each command has the same shape: validate, write, publish, done.
+# It promises: it knows nothing of teams, sockets or sessions.
+# Who uses it: the workspaces; section 15 puts it into the list of slices. The grants of a
+#   new slice are added to ROLES (section 12).
+
+TITLE_LIMIT = 500                                        # characters
+TODOS_A_PAGE = 200
+
+
+def some_todos(store, show, limit):
+    """The newest of all or, with show "open" or "done", of these."""
+    return store.query("SELECT id, title, done FROM todos WHERE done = ? OR done = ? "
+                       "ORDER BY id DESC LIMIT ?", show == "done", show != "open", limit)
+
+
+def todo_counts(store):
+    return store.one('SELECT count(*) AS "all", count(*) FILTER (WHERE NOT done) AS open '
+                     "FROM todos")
+
+
+def count_todos(store):
     return todo_counts(store)["open"]
 
 
-def todos_variant(params: Dict[str, str]) -> str:
-    return heeded(params, show="open|done", pages="[2-9]|1[0-9]|2[0-5]")
-
-
-def the_todo(ctx: Context, id: str) -> sqlite3.Row:
-    """Refused(404): there is none in this workspace."""
-    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
-    known = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
-    if known is None:
-        raise Refused(404, "This todo is gone. The page shows what there is now.")
-    return known
-
-
 @functools.lru_cache(maxsize=512)
-def todo_row(id: int, title: str, done: int, write: bool, delete: bool) -> Html:
-    """Most are as they were a command ago, and are not made again."""
-    return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write, delete=delete)
+def todo_row(id, title, done, write, delete):
+    """Most rows are as they were a command ago, and are not made again."""
+    return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write,
+                                 delete=delete)
 
 
-def todos_region(ctx: Context) -> Html:
-    given, may = ctx.request.params, ctx.viewer.can
-    show, most = given.get("show", ""), TODOS_A_PAGE * int(given.get("pages", 1))
-    some = some_todos(ctx.store, show, most + 1)
+def todos_region(ctx):
+    show = ctx.params.get("show", "")
+    most = TODOS_A_PAGE * int(ctx.params.get("pages", 1))
+    found = some_todos(ctx.store, show, most + 1)
+    shown = found[:most]
+    write = ctx.viewer.can("todos:write")
+    delete = ctx.viewer.can("todos:delete")
+    rows = [todo_row(*todo, write, delete) for todo in shown]
+    next_page = todos_query(show, most // TODOS_A_PAGE + 1)
     return template("todos.region")(
-        row=Html().join([todo_row(*todo, may("todos:write"), may("todos:delete")) for todo in some[:most]]),
-        **todo_counts(ctx.store),
-        more=len(some) > most, last=some[:most][-1]["id"] if some else "",
-        next=todos_variant({"show": show, "pages": str(most // TODOS_A_PAGE + 1)}),
-        empty="" if some else template(f"todos.empty_{show or 'all'}")())
+        row=Html().join(rows), empty="" if rows else template(f"todos.empty_{show or 'all'}")(),
+        more=len(found) > most, last=shown[-1]["id"] if shown else "", next=next_page,
+        **todo_counts(ctx.store))
 
 
-def todos_page(ctx: Context, region: Html) -> Html:
-    given, write, current = ctx.request.params, ctx.viewer.can("todos:write"), template("todos.current")()
-    links = {name: current if name == given.get("show", "all") else "" for name in ("all", "open", "done")}
-    return template("todos")(region=region, workspace=ctx.workspace, variant=todos_variant(given), form=write,
-                             readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
-                             title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""), **links)
+def todos_query(show, pages):
+    return urllib.parse.urlencode({"show": show, "pages": pages} if show else {"pages": pages})
 
 
-def valid_title(fields: Dict[str, Any], signal: str = "problem") -> str:
-    """Refused(422): empty, too long, or no text."""
-    title = fields["title"].strip() if isinstance(fields.get("title"), str) else ""
+def todos_page(ctx, region):
+    show = ctx.params.get("show", "all")
+    links = {name: name == show and template("todos.current")()
+             for name in ("all", "open", "done")}
+    write = ctx.viewer.can("todos:write")
+    return template("todos")(
+        region=region, workspace=ctx.workspace, variant=urllib.parse.urlencode(ctx.params),
+        form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
+        title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""), **links)
+
+
+def the_todo(ctx, id):
+    """Return its row. Raises Refused(404)."""
+    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
+    todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
+    if todo is None:
+        raise Refused(404, "This todo is gone. The page shows what there is now.")
+    return todo
+
+
+def valid_title(fields, signal="problem"):
+    """Return the title among the fields. Raises Refused(422)."""
+    given = fields.get("title")
+    title = given.strip() if isinstance(given, str) else ""
     if not 1 <= len(title) <= TITLE_LIMIT:
-        raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has {len(title)}.", signal=signal)
+        raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
+                           f"{len(title)}.", signal=signal)
     return title
 
 
-def create(ctx: Context) -> Response:
-    ctx.store.exec("INSERT INTO todos (title) VALUES (?)", valid_title(ctx.request.fields()))
+def create(ctx):
+    title = valid_title(ctx.request.fields())
+    ctx.store.exec("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
     return done(ctx, title="", problem="")
 
 
-def change(ctx: Context, id: str) -> Response:
-    """The signals done and title are set, where they are given; neither: toggle."""
-    todo, fields = the_todo(ctx, id), ctx.request.fields()
+def change(ctx, id):
+    """Set the title or the done of the signals. If neither is given, tick or untick it."""
+    todo = the_todo(ctx, id)
+    fields = ctx.request.fields()
     title = valid_title(fields, "toast") if "title" in fields else todo["title"]
-    ticked = fields.get("done", bool(todo["done"]) if "title" in fields else not todo["done"])
+    toggled = not todo["done"] if "title" not in fields else bool(todo["done"])
+    ticked = fields.get("done", toggled)
     if type(ticked) is not bool:
         raise Refused(400, "done is true or false. Reload the page and try again.")
-    ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked, todo["id"])
+    ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked,
+                   todo["id"])
     ctx.publish("todos")
     return done(ctx)
 
 
-def delete(ctx: Context, id: str) -> Response:
+def delete(ctx, id):
     ctx.store.exec("DELETE FROM todos WHERE id = ?", the_todo(ctx, id)["id"])
     ctx.publish("todos")
     return done(ctx)
 
 
-def change_all(ctx: Context) -> Response:
-    """The signal done; none: open ones left are done, else all are opened again."""
+def change_all(ctx):
+    """Tick all as the signal done says. If it is not given: all, or none if all are done."""
     ticked = bool(ctx.request.fields().get("done", count_todos(ctx.store)))
     ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
     return done(ctx, "all")
 
 
-def clear(ctx: Context) -> Response:
+def clear(ctx):
     ctx.store.exec("DELETE FROM todos WHERE done")
     ctx.publish("todos")
     return done(ctx, "done ones")
@@ -1793,9 +1533,10 @@ def clear(ctx: Context) -> Response:
 
 todos = Slice(
     name="todos",
-    migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, done INTEGER NOT NULL "
-                "DEFAULT 0)",),
-    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page, todos_variant),),
+    migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
+                "NULL, done INTEGER NOT NULL DEFAULT 0)",),
+    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page,
+               params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]"}),),
     routes=(Route("POST", "/todos", "todos:write", create),
             Route("PATCH", "/todos", "todos:write", change_all),
             Route("DELETE", "/todos", "todos:delete", clear),
@@ -1804,82 +1545,53 @@ todos = Slice(
     count=count_todos, exports=(count_todos,))
 
 
-# ==== 12. Workspace ==================================================================================================
-# The data plane: one tenant's rows and nothing else. It has no query path to another tenant, for its connection is to
-# another file. It trusts the verdict that comes with a request, and still checks the grant in front of each command:
-# the button is a courtesy, the gate is the law.
+# ==== 10. Workspace =======================================================================
+# The idea: the data plane. One team's rows and nothing else: the connection is to this file,
+#   so there is no query that could reach another team.
+# It promises: a slice checks the grant again in front of each command. The button on the
+#   page is a courtesy, the gate is the law, and this is the second lock.
+# Who uses it: the worker, after a verdict of 200.
 
 class Workspace(SliceHost):
-    def on_open(self) -> None:
-        """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
-        super().on_open()
-        self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
-        self.store.exec(f"PRAGMA max_page_count = {pages}") if pages else None
-
-    def handle(self, request: Request) -> Response:
-        if request.method not in SAFE and (quota := request.headers.get("x-quota", "0")) not in ("0", self.quota):
-            pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
-            self.store.exec(f"PRAGMA max_page_count = {pages}")
-            if self.store.one("PRAGMA user_version")[0] != pages:
-                self.store.exec(f"PRAGMA user_version = {pages}")
-            self.quota = quota
-        return super().handle(request)
-
-    def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        """Whoever writes a slice and forgets to publish would see old pages and no error; so it is said, once."""
-        super().journal(viewer, what, which)
-        told = {topic[0] for call, *topic in self.store.on_commit if call == self.bus.tell}
-        if not told & self.router.topics:
-            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open page will show it")
+    """What it does comes from its slices."""
 
 
-# ==== 13. Seals ======================================================================================================
-# Pure functions over secrets. A cookie carries a random token and a seal (HMAC) over it, so a forged one is turned away
-# before any database is asked; the Directory keeps only the token's hash, so its table opens no door. Every comparison
-# takes the same time whether it fails at the first byte or the last.
-
-SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}     # about 0.1 s and 32 MiB for a guess
-SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)    # or they take all RAM
+def front_page(ctx):
+    return see_other(f"/w/{ctx.workspace}{ctx.host.pages[0].path}")
 
 
-def scrypt(password: str, salt: bytes) -> bytes:
-    """Refused(503): so many are in line that they would keep threads from everybody else."""
-    if not SCRYPT_IN_LINE.acquire(blocking=False):
-        raise Refused(503, "Many people are signing in. Try again in a moment.", (("retry-after", "2"),))
-    try:
-        with SCRYPT_AT_ONCE:
-            return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
-    finally:
-        SCRYPT_IN_LINE.release()
+welcome = Slice("welcome", routes=(Route("GET", "/", MEMBER, front_page),))
 
 
-def hash_password(password: str) -> str:
-    salt = secrets.token_bytes(16)
-    return f"{salt.hex()}${scrypt(password, salt).hex()}"
+# ==== 11. Sessions ========================================================================
+# The idea: a cookie carries a random token and a seal over it: an HMAC, made with a key that
+#   only this server has. The Directory keeps the token's hash, never the token.
+# It promises: a forged cookie is turned away before any database is asked. A stolen copy of
+#   the table opens no door: nobody can go from a hash back to its token, nor make a seal.
+#   To compare a wrong seal takes as long as to compare a right one.
+# Who uses it: the Directory.
 
-
-def password_matches(password: str, stored: str) -> bool:
-    """Takes as long, and says no, where nothing is stored."""
-    salt, _, known = (stored or "00$").partition("$")
-    return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
+SESSION_SECONDS = 30 * 86400
+COOKIE_SECONDS = 400 * 86400                             # browsers keep none for longer
+COOKIES = {"http": "sid", "https": "__Host-sid"}         # by scheme (RFC 6265bis, 4.1.3.2)
 
 
 class Unusable(Exception):
-    """It can't be done; the text is one line that says why and what to do."""
+    """It can't be done. The text is one line that says why, and what to do."""
 
 
-def add_key(path: pathlib.Path) -> None:
-    """A new key in front of the newest, the only other that stays: what it sealed holds until the next rotation."""
-    keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
-    part = beside(path, "part")
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
-        file.write("\n".join(keys[:2]) + "\n")
-    put_in_place(part, path)
+def make_key(path: pathlib.Path) -> None:
+    """Write the server's key, at its first start, readable by nobody else."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with open(handle, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
 
 
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """The keys of secret.key, newest first. Unusable: it is gone, and a new one would sign everybody out without a
-    word; or others can read it; or there is no key in it."""
+    """Return the keys in the file, the newest first; older ones still hold.
+
+    Raises Unusable if there are none, or if others can read them.
+    """
     lost = "restore it from a backup; without it everybody is signed out"
     if not path.exists():
         raise Unusable(f"{path} is missing; {lost}")
@@ -1895,763 +1607,1387 @@ def seal(token: str, key: bytes) -> str:
     return hmac.digest(key, b"session:" + token.encode(), "sha256").hex()
 
 
-def session_digest(header: str, name: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
-    """What the Directory knows the session of this Cookie header by. None: there is no cookie of this name, or two (one
-    was planted), or it was not sealed here. A bad neighbour hides nobody, and nothing is unquoted (RFC 6265, 5.4)."""
+def token_hash(token: str) -> bytes:
+    """What the Directory knows a session by."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+SEALED_TOKEN = re.compile(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})")
+
+
+def session_digest(header: str, name: str, keys: Sequence[bytes]) -> Optional[bytes]:
+    """Return the token's hash, from a Cookie header.
+
+    Returns None if there is no cookie of this name, or two of them (then one was planted),
+    or if it was not sealed here.
+    """
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
     values = [value for key, _, value in pairs if key == name]
-    found = re.fullmatch(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})", values[0]) if len(values) == 1 else None
-    return token_digest(*found.groups(), keys) if found else None
-
-
-@functools.lru_cache(maxsize=4096)
-def token_digest(token: str, sealed: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
-    genuine = any([hmac.compare_digest(seal(token, key), sealed) for key in keys])
-    return hashlib.sha256(token.encode()).digest() if genuine else None
-
-
-COOKIES = {"http": "sid", "https": "__Host-sid"}     # no neighbour can set the second (RFC 6265bis, 4.1.3.2)
+    found = SEALED_TOKEN.fullmatch(values[0]) if len(values) == 1 else None
+    if found is None:
+        return None
+    token, sealed = found.groups()
+    genuine = [hmac.compare_digest(seal(token, key), sealed) for key in keys]
+    return token_hash(token) if any(genuine) else None
 
 
 def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
-    secure = "; Secure" if scheme == "https" else ""
-    return "set-cookie", f"{COOKIES[scheme]}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+    attributes = f"Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
+    if scheme == "https":
+        attributes += "; Secure"
+    return "set-cookie", f"{COOKIES[scheme]}={value}; {attributes}"
 
 
-SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
-FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
+# ==== 12. Directory =======================================================================
+# The idea: the control plane: who exists, who is signed in, who belongs where and in which
+#   role. All policy is here and nowhere else.
+# It promises: the gate reads its tables each time, so a membership that ended a moment ago
+#   is over. A workspace of other people and none at all are refused in the same words.
+# Who uses it: the worker, for each verdict, and for the pages outside of the workspaces.
 
+ROLES: Dict[str, Tuple[str, ...]] = {
+    "owner": ("todos:read", "todos:write", "todos:delete", "members:manage",
+              "workspace:delete"),
+    "admin": ("todos:read", "todos:write", "todos:delete", "members:manage"),
+    "member": ("todos:read", "todos:write"),
+    "viewer": ("todos:read",),
+}
 
-def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
-    return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
-
-
-def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
-    """Was this sealed here, over these parts, a short time ago? Clocks may differ by as much as it is believed."""
-    until = int(given.partition(".")[0]) if re.fullmatch("[0-9]{1,11}[.][0-9a-f]{64}", given) else 0
-    return 0 <= until - time.time() <= 2 * SEALED_SECONDS and any(
-        [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys])
-
-
-class Throttle:
-    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the
-    oldest are forgotten."""
-    SECONDS, KEYS = 600.0, 10_000
-
-    def __init__(self, most: int = 10) -> None:
-        self.most = most
-        self.failures: collections.OrderedDict = collections.OrderedDict()    # key: (how many, until when)
-        self.lock = threading.Lock()
-
-    def check(self, *keys: str) -> None:
-        """Refused(429): one of the keys has to wait."""
-        with self.lock:
-            waits = [self.failures.get(key, (0, 0.0)) for key in keys]
-        left = max([until - time.monotonic() for count, until in waits if count >= self.most], default=0)
-        if left > 0:
-            retry_after = ("retry-after", str(int(left) + 1))
-            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
-
-    def failed(self, *keys: str) -> None:
-        now = time.monotonic()
-        with self.lock:
-            for key in keys:
-                count, until = self.failures.pop(key, (0, 0.0))
-                self.failures[key] = (count + 1, until) if until > now else (1, now + self.SECONDS)
-            while len(self.failures) > self.KEYS:
-                self.failures.popitem(last=False)
-
-    def succeeded(self, own: str, *keys: str) -> None:
-        """What failed under own was no guessing, and counts no more under the others; what failed elsewhere does."""
-        with self.lock:
-            mine, ends = self.failures.pop(own, (0, 0.0))
-            for key in keys if ends > time.monotonic() else ():
-                count, until = self.failures.pop(key, (0, 0.0))
-                if count > mine:
-                    self.failures[key] = count - mine, until
-
-
-# ==== 14. Directory ==================================================================================================
-# The control plane: who exists, who is signed in, who belongs where and in which role. Policy lives here and nowhere
-# else, but for the table of roles (section 10). Its gate is asked before anything else moves, and asks its store each
-# time, so that a membership that ended a moment ago is already over.
-
-WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-SESSION_SECONDS = 30 * 86400                         # sliding: renewed by a request in the second half
-MASQUERADE_SECONDS = 15 * 60
-NAMES_A_PAGE = 24
-
+# The history of its tables: what ran once is never edited. Part One uses accounts, sessions,
+# workspaces and memberships; the other tables and columns belong to Part Three.
 DIRECTORY_TABLES = (
-    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL DEFAULT '', persona "
-    "INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
-    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, "
-    "created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL "
+    "DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) "
+    "WITHOUT ROWID",
+    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts "
+    "ON DELETE CASCADE, created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX sessions_of ON sessions (account)",
-    "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE CASCADE, account TEXT NOT NULL "
-    "REFERENCES accounts ON DELETE CASCADE, role TEXT NOT NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
+    "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) "
+    "WITHOUT ROWID",
+    "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE "
+    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, role TEXT NOT NULL, "
+    "PRIMARY KEY (workspace, account)) WITHOUT ROWID",
     "CREATE INDEX memberships_of ON memberships (account)",
-    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, account TEXT NOT NULL "
-    "REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, "
+    "account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, "
+    "until REAL NOT NULL) WITHOUT ROWID",
     "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",      # bytes; 0: the server's --quota
+    "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
     "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
-    "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",         # its address; '': here
+    "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",
 )
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes,
-                 w.id, w.quota, w.moving, w.node, m.role
-          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ?
-          LEFT JOIN workspaces w ON w.name = ?
-          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account)
-          WHERE s.digest = ?"""
-OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
-          SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
-MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w ON w.id = m.workspace
-          WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
-MEMBERS_OF = """SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a ON a.name = m.account
-                WHERE m.workspace = ? ORDER BY a.name"""
+
+WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+NAMES_A_PAGE = 24                                        # on the home page
+SIGNED_IN = "SELECT account FROM sessions WHERE digest = ? AND expires > ?"
+# A workspace that is elsewhere, or on its way, is none that can be entered here (Part Three).
+MEMBERSHIP = """SELECT w.id, m.role FROM workspaces w JOIN memberships m ON m.workspace = w.id
+                WHERE w.name = ? AND m.account = ? AND NOT w.moving AND w.node = ''"""
+MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w
+          ON w.id = m.workspace WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
-MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
-NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask its owner to invite you.\n")
-
-
-@functools.lru_cache(maxsize=1024)
-def verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False,
-            quota: int = 0, node: str = "") -> Response:
-    """The 200 of the gate. What is remembered here is how it reads, not that it holds."""
-    grants = [grant for grant in ROLES.get(role, ()) if not read_only or grant.endswith(":read")]
-    viewer = {"x-account": account, "x-role": role, "x-can-delete": "true" if "todos:delete" in grants else "false",
-              "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, "x-quota": str(quota)}
-    rare = {"x-operator": operator, "x-read-only": "true" if read_only else "", "x-node": node}
-    viewer.update({name: value for name, value in rare.items() if value})
-    return as_json(viewer)._replace(headers=tuple(viewer.items()))
-
-
-def masked(row: Optional[sqlite3.Row]) -> Tuple[str, bool]:
-    """Of a session's row: the operator who looks on in the account's name, and whether read-only."""
-    return ("", False) if row is None or row["writes"] is None else (row["owner"], not row["writes"])
+NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
+                         b"its owner to invite you.\n")
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an operator "
+              "may move and import it.")
 
 
 class Directory(SliceHost):
-    FORMS = {"/workspaces": "/", "/account/password": "/account"}
+    """A host like any other, which also knows the keys, and the files of the workspaces.
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, keys: Tuple[bytes, ...],
-                 workspaces: Namespace, pages: Sequence[Live], slices: Optional[Sequence[Slice]] = None):
-        routes = (Route("GET", "/", PUBLIC, self.home),
-                  Route("GET", "/login", PUBLIC, self.login_page),
-                  Route("POST", "/login", PUBLIC, self.login),
-                  Route("POST", "/logout", PUBLIC, self.logout),
-                  Route("POST", "/persona", PUBLIC, self.persona),
-                  Route("POST", "/workspaces", ACCOUNT, self.found),
-                  Route("GET", "/account", ACCOUNT, self.account_page),
-                  Route("POST", "/account/sessions", ACCOUNT, self.end_sessions),
-                  Route("POST", "/account/password", ACCOUNT, self.change_password),
-                  Route("POST", "/masquerade", ACCOUNT, self.masquerade),
-                  Route("POST", "/masquerade/end", PUBLIC, self.unmask),
-                  Route("POST", "/members", "members:manage", invite),
-                  Route("PATCH", "/members/<account>", "members:manage", change_role),
-                  Route("DELETE", "/members/<account>", MEMBER, expel))
-        own = Slice("directory", DIRECTORY_TABLES, (MEMBERS,), routes)
-        super().__init__(id, namespace, Router([own, *(slices or ())]), pages)
-        self.outside, self.inside = (self.router, None) if slices is None else (Router([own]), Router(slices))
-        self.settings, self.keys, self.workspaces = settings, keys, workspaces
-        self.verdicts: Dict[int, int] = collections.Counter()
-        self.throttle, self.sign_ins, self.regulars, self.elsewhere = Throttle(), Throttle(30), {}, 0
+    demo: everybody may sign in as a persona. limit: workspaces that one account may own.
+    """
 
-    def on_open(self) -> None:
-        super().on_open()
-        self.as_of, self.admitted = None, {}         # the state of the file; its verdicts, by cookie, and until when
-        self.bus.subscribe(lambda topic: self.bus.versions.update(["access"] if topic.startswith("access:") else []))
+    def __init__(self, id, namespace, router, pages, keys: Sequence[bytes],
+                 workspaces: Namespace, demo: bool = False, limit: int = 20):
+        super().__init__(id, namespace, router, pages)
+        self.keys = keys
+        self.workspaces = workspaces
+        self.demo = demo
+        self.limit = limit
 
-    def fetch(self, request: Request) -> Response:
-        """A password is checked, or hashed, before the request takes its turn: 0.1 s in it would hold up every gate."""
-        if request.method == "POST" and request.path in ("/login", "/account/password"):
-            request = self.prove(request)
-        return super().fetch(request)
+    def topic(self, name, viewer):
+        """One object serves all workspaces: each has topics of its own."""
+        return f"{name}:{viewer.id}" if viewer.id else name
 
-    def handle(self, request: Request) -> Response:
-        if request.path.startswith("/_gate"):
-            answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
-            self.verdicts[answer.status] += 1
-            return self.for_proxies(answer) if request.path == "/_gate" else answer
-        return super().handle(request)
+    def fetch(self, request):
+        return super().fetch(self.identified(request))
 
-    # -- what the server's other parts ask; the worker lets no such path in from outside
+    def identified(self, request):
+        """Put the session in the place of the cookie: no slice sees a cookie."""
+        headers = dict(request.headers)
+        cookie = headers.pop("cookie", "")
+        digest = session_digest(cookie, COOKIES[request.scheme], self.keys)
+        if digest:
+            headers["x-session"] = digest.hex()
+        return request._replace(headers=headers)
 
-    def version(self, request: Request) -> Any:
-        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second,
-        so what is over ends here."""
-        now = time.time()
-        over = self.store.query(OVER, now, now)
-        if over:
-            with self.store.tx():
-                for account, owner in over:
-                    self.bus.publish(f"access:{account}")
-                    self.journal(Viewer(account, operator=owner), "directory.unmask", "time is over") if owner else None
-                self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
-                self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
-        try:
-            self.keys = load_keys(self.settings.key_file)
-        except Unusable as lost:                     # those at hand hold until the server ends
-            log_once(str(lost))
-        before, self.elsewhere = self.elsewhere, self.store.one("PRAGMA data_version")[0]
-        if self.elsewhere != before:
-            self.kept.clear()
-        return [self.awake_since, self.elsewhere, self.bus.versions["access"] if self.settings.plane else 0]
+    def session(self, request) -> Optional[sqlite3.Row]:
+        """Return the account of a session that is valid; None if there is none."""
+        digest = bytes.fromhex(request.headers.get("x-session", ""))
+        return self.store.one(SIGNED_IN, digest, time.time())
 
-    def password_of(self, request: Request) -> str:
-        row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
-        return row["password"] if row else ""
-
-    def names(self, request: Request) -> Dict[str, Any]:
-        """For the console: a page of all workspaces and the one of a name, by id, and how many there are."""
-        after, name = [request.params.get(key, "") for key in ("after", "name")]
-        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
-                                NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
-        return {"page": dict(page), "named": dict(named),
-                "all": self.store.one("SELECT count(*) FROM workspaces")[0],
-                "schema": len(DIRECTORY_TABLES + JOURNAL + JOBS)}
-
-    def whoami(self, request: Request) -> Dict[str, Any]:
-        """For the console: who asks, where they belong, whether they run this server."""
+    def viewer(self, request):
+        """By the verdict, if the worker brought one; else by the session, without a role."""
+        if "x-account" in request.headers:
+            return self.still(super().viewer(request))
         row = self.session(request)
-        account, mine = (row["account"], self.store.query(MINE, row["account"], "", 100)) if row else ("", [])
-        return {"account": account, "masked": masked(row), "operator": bool(row) and self.is_operator(row["owner"]),
-                "roles": {name: role for _, name, role in mine}, "personas": self.personas(account)}
+        return Viewer(account=row["account"]) if row else Viewer()
 
-    def is_operator(self, account: str) -> bool:
-        return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
+    def still(self, viewer):
+        """The viewer as of now: since the gate was asked, their role may have changed."""
+        if not viewer.account or not viewer.id:
+            return viewer
+        role = role_of(self.store, viewer.id, viewer.account)
+        if role == NOT_A_MEMBER:
+            raise Refused(NO_ENTRY.status, NO_ENTRY.body.decode().strip())
+        grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
+        return dataclasses.replace(viewer, role=role, grants=grants)
+
+    def place(self, ctx, name, owner):
+        """Add a workspace, and give the file that was made before (found_with_file) its name.
+
+        Raises Refused(422).
+        """
+        check_name(ctx.store, name)
+        id = new_id(ctx.store, self.workspaces, name)
+        add_rows(ctx.store, id, name, [(owner, "owner")])
+        place = self.workspaces.path(id)
+        if place.exists():                               # the Directory that knew it was lost
+            raise Refused(*TAKEN)
+        self.workspaces.path(ctx.request.headers["x-file"]).rename(place)
+
+    def signed_in(self, which, args):
+        """The accounts of some sessions; which is a condition on the table."""
+        return self.store.query(f"SELECT DISTINCT account FROM sessions WHERE {which}", *args)
 
     def personas(self, account: str) -> List[Dict[str, Any]]:
+        """Whom one can sign in as, by choosing them."""
         every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
-        found = self.store.query(every) if self.settings.demo else []
+        found = self.store.query(every) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
 
-    def node_of(self, request: Request) -> str:
-        return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
+    def shows_console(self, account: str) -> bool:
+        """The console is in Part Three."""
+        return False
 
-    OWN = {**SliceHost.OWN, "/_version": version, "/_password": password_of, "/_names": names, "/_whoami": whoami,
-           "/_node_of": node_of, "/_mine": lambda self, request: [row["id"] for row in self.mine(request)]}
+    def mine(self, request):
+        """The ids of the workspaces on this person's home page."""
+        after = request.params.get("after", "")
+        rows = self.store.query(MINE, self.viewer(request).account, after, NAMES_A_PAGE)
+        return [row["id"] for row in rows]
 
-    # -- the gate
-
-    def for_proxies(self, answer: Response) -> Response:
-        """They bring the verdict to a node, sealed as a whole. Most know no answer but 200, 401, 403: for a workspace
-        on its way they hear 200 and no verdict, and whoever they bring the request to asks again."""
-        if answer.status != 200:
-            return Response(200) if answer is MOVING else answer
-        said, oldest = dict(answer.headers), self.keys[-1]       # a node has it still when they were just rotated
-        seal = seal_of([said.get(name, "") for name in VERDICT], oldest, int(time.time()) + SEALED_SECONDS)
-        return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
-
-    def gate(self, request: Request, workspace: str) -> Response:
-        """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte. A 200 is given
-        again while nobody wrote to the file, in this process or another; SQLite's own count of that is asked."""
-        as_of = self.store.db.total_changes, self.store.one("PRAGMA data_version")[0], self.keys
-        if as_of != self.as_of or len(self.admitted) > 1024:
-            self.as_of, self.admitted = as_of, {}
-        key = request.headers.get("cookie"), request.scheme, workspace
-        known, until = self.admitted.get(key, (NO_SESSION, 0.0))
-        return known if time.time() < until else self.judge(request, workspace, key)
-
-    def judge(self, request: Request, workspace: str, key: Tuple[Optional[str], ...]) -> Response:
-        row = self.session(request, workspace)
-        if row is None:
-            return NO_SESSION
-        if not row["role"]:
-            return NO_ENTRY
-        if row["moving"]:
-            return MOVING
-        quota = row["quota"] or self.settings.quota
-        given = verdict(row["account"], row["role"], workspace, row["id"], *masked(row), quota, row["node"])
-        if row["writes"] is None and not self.store.db.in_transaction:       # masquerades end by the clock
-            self.admitted[key] = given, row["expires"] - SESSION_SECONDS / 2
-        return given
-
-    def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
-        """The account of the request's cookie, with its role in workspace. None: no valid session."""
-        digest = session_digest(request.headers.get("cookie", ""), COOKIES[request.scheme], self.keys)
-        now = time.time()
-        row = self.store.one(GATE, now, workspace, digest) if digest else None
-        if row is None or row["expires"] <= now:
-            return None
-        if row["expires"] < now + SESSION_SECONDS / 2:
-            if not request.wait:
-                raise WouldBlock
-            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?", now + SESSION_SECONDS, row["digest"])
-        return row
-
-    # -- sessions
-
-    def viewer(self, request: Request) -> Viewer:
-        if "x-account" in request.headers:           # a verdict came along
-            return super().viewer(request)
-        row = self.session(request)
-        return Viewer(row["account"], "", (), *masked(row)) if row else Viewer()
-
-    def prove(self, request: Request) -> Request:
-        fields = request.fields()
-        name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
-        if max(len(name), len(password), len(new)) > 256:
-            raise Refused(400, "A name and a password have at most 256 characters.")
-        known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
-        keys = [f"from {request.peer}", *([] if known in self.regulars else [f"to {name}"])]
-        self.throttle.check(*keys)
-        self.sign_ins.check(known)
-        stored = json.loads(super().fetch(Request("GET", "/_password", headers={"x-account": name})).body)
-        if not password_matches(password, stored):
-            self.throttle.failed(known, *keys)
-            return request._replace(headers={**request.headers, "x-proved": ""})
-        self.throttle.succeeded(known, *keys)
-        self.sign_ins.failed(known)                  # each takes 0.1 s and a row: nobody needs so many
-        self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
-        hashed = hash_password(new) if new else ""
-        return request._replace(headers={**request.headers, "x-proved": name, "x-known": stored, "x-hashed": hashed})
-
-    def proved(self, ctx: Context) -> str:
-        """Whose password came along. Nobody's (""): it was wrong, or was changed while it was checked."""
-        name = ctx.request.headers["x-proved"]
-        row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
-        return name if row and row["password"] == ctx.request.headers["x-known"] else ""
-
-    def login_page(self, ctx: Context) -> Response:
-        next = local_path(ctx.request.params.get("next", "/"))
-        return login_form(next, ctx.typed.get("username", ""), ctx.typed.get("problem", ""))
-
-    def login(self, ctx: Context) -> Response:
-        account = self.proved(ctx)
-        if not account:
-            raise Refused(422, "Name and password do not go together. Try again.")
-        return self.open_session(ctx, account)
-
-    def persona(self, ctx: Context) -> Response:
-        account = ctx.field("account")
-        if not self.settings.demo:
-            raise Refused(*NOTHING_HERE)
-        if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
-            raise Refused(403, "This account is not part of the demo. Choose one that the home page shows.")
-        return self.open_session(ctx, account)
-
-    def open_session(self, ctx: Context, account: str) -> Response:
-        """Always with a new token: one that was set before signing in is worth nothing after."""
-        self.close_session(ctx)
-        now, token = time.time(), secrets.token_urlsafe(32)
-        digest, agent = hashlib.sha256(token.encode()).digest(), ctx.request.headers.get("user-agent", "")
-        ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", digest, account, now, now + SESSION_SECONDS,
-                       f"{ctx.request.peer} {agent}"[:200])
-        cookie = set_cookie(ctx.request.scheme, f"{token}.{seal(token, self.keys[0])}", 400 * 86400)
-        return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
-
-    def logout(self, ctx: Context) -> Response:
-        self.close_session(ctx)
-        return see_other("/", set_cookie(ctx.request.scheme, "", 0))._replace(which=ctx.viewer.account)
-
-    def close_session(self, ctx: Context) -> None:
-        row = self.session(ctx.request)
-        self.end(ctx, "digest = ?", row["digest"]) if row else None
-
-    def end(self, ctx: Context, which: str, *args: Any) -> None:
-        """Sessions, and the streams that they opened, in whoever's name: who hears of access asks the gate again."""
-        those = f"FROM sessions WHERE {which}"
-        names = ctx.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
-                                f"WHERE digest IN (SELECT digest {those})", *args, *args)
-        ctx.store.exec(f"DELETE {those}", *args)
-        for row in names:
-            ctx.publish(f"access:{row['account']}")
-
-    def account_page(self, ctx: Context) -> Response:
-        """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
-        mine, typed = self.session(ctx.request), ctx.typed
-        found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
-                                "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
-        sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
-                     "agent": row["agent"], "this": row["digest"] == mine["digest"]} for row in found]
-        body = template("account")(session=sessions, account=ctx.viewer.account, problem=typed.get("problem", ""))
-        return page("Account", body, ctx.viewer)
-
-    def end_sessions(self, ctx: Context) -> Response:
-        """The field session is one's name, or all, or others."""
-        which, mine = ctx.field("session"), self.session(ctx.request)["digest"]
-        for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
-            if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
-                self.end(ctx, "digest = ?", row["digest"])
-        return see_other("/account")._replace(which=f"sessions: {which}"[:64])
-
-    def change_password(self, ctx: Context) -> Response:
-        """Proved like a sign-in; all other sessions of the account end."""
-        account, new, mine = ctx.viewer.account, ctx.field("new"), self.session(ctx.request)
-        if self.proved(ctx) != account:
-            raise Refused(422, "The present password is not right. Try again.")
-        if not 8 <= len(new) <= 256:
-            raise Refused(422, "A password has 8 to 256 characters.")
-        ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
-        self.end(ctx, "account = ? AND digest <> ?", account, mine["digest"])
-        return see_other("/account")._replace(which=account)
-
-    def masquerade(self, ctx: Context) -> Response:
-        """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
-        row, account = self.session(ctx.request), ctx.field("account").strip()
-        if not self.is_operator(row["owner"]):
-            raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
-        if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-            raise Refused(404, "There is no account of this name. Go back and check the spelling.")
-        self.lift(ctx, row)
-        ctx.store.exec("INSERT INTO masquerades VALUES (?, ?, ?, ?)", row["digest"], account,
-                       "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
-        ctx.publish(f"access:{row['account']}")
-        return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
-
-    def unmask(self, ctx: Context) -> Response:
-        row = self.session(ctx.request)
-        self.lift(ctx, row) if row else None
-        return see_other("/")._replace(which=ctx.viewer.account)
-
-    def lift(self, ctx: Context, session: sqlite3.Row) -> None:
-        """The mask of a session, also where its time has run out just now."""
-        mask = ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", session["digest"])
-        if mask:
-            ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", session["digest"])
-            ctx.publish(f"access:{mask['account']}")
-
-    # -- the home page, and new workspaces
-
-    def mine(self, request: Request) -> List[sqlite3.Row]:
-        """My workspaces: a page of them, and the first of the next."""
-        row, after = self.session(request), request.params.get("after", "")
-        return self.store.query(MINE, row["account"], after, NAMES_A_PAGE + 1) if row else []
-
-    def home(self, ctx: Context) -> Response:
-        """The counts come with the request: the worker asked each workspace for its own."""
-        account, typed, personas = ctx.viewer.account, ctx.typed, self.personas(ctx.viewer.account)
-        if not account:
-            return page("Welcome", template("home.welcome")(demo=bool(personas), persona=personas))
-        mine, counts = self.mine(ctx.request), json.loads(ctx.request.headers.get("x-counts", "{}"))
-        shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
-        body = template("home")(
-            workspace=shown, start=self.pages[0].path, none=not shown, more=len(mine) > NAMES_A_PAGE,
-            after=shown[-1]["name"] if shown else "", demo=bool(personas), persona=personas,
-            name=typed.get("name", ""), problem=typed.get("problem", ""),
-            console=bool(personas) or self.is_operator(ctx.viewer.operator or account))
-        return page("Workspaces", body, ctx.viewer)
-
-    def found(self, ctx: Context) -> Response:
-        """A new workspace, the caller its owner. A name that was used before gets a new id, and no old rows."""
-        account, name = ctx.viewer.account, ctx.field("name").strip()
-        owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = 'owner'", account)[0]
-        if owned >= (self.settings.max_workspaces or (2000 if self.settings.demo else 20)):
-            raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
-        if self.settings.plane and not place(ctx.store, name):
-            raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
-        add_workspace(ctx.store, self.workspaces, name, [(account, "owner")])
-        if ctx.request.form and not ctx.request.datastar:
-            return see_other(f"/w/{name}{self.pages[0].path}")._replace(which=name)
-        return done(ctx, name, name="", problem="")
+    OWN = {**SliceHost.OWN, "/_mine": mine,
+           "/_account": lambda self, request: self.viewer(request).account}
 
 
-def free_name(store: Store, name: str) -> str:
-    """name. Refused(422): it is none for a workspace, or taken."""
+# -- the gate
+
+def gate(ctx, workspace):
+    """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member."""
+    account = ctx.viewer.account
+    if not account:
+        return NO_SESSION
+    row = ctx.store.one(MEMBERSHIP, workspace, account)
+    if row is None:
+        return NO_ENTRY
+    return verdict(account, row["role"], workspace, row["id"])
+
+
+def verdict(account: str, role: str, workspace: str, id: str, **more: str) -> Response:
+    """The 200 of the gate: headers that the worker passes on, and the same as JSON."""
+    grants = ROLES.get(role, ())
+    said = {"x-account": account, "x-role": role,
+            "x-can-delete": "true" if "todos:delete" in grants else "false",
+            "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, **more}
+    return as_json(said)._replace(headers=tuple(said.items()))
+
+
+# -- signing in and out
+
+def persona(ctx):
+    """Sign in as the demo does it: by choosing who to be."""
+    account = ctx.field("account")
+    if not ctx.host.demo:
+        raise Refused(*NOTHING_HERE)
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
+        raise Refused(403, "This account is not part of the demo. Choose one that the home "
+                           "page shows.")
+    return open_session(ctx, account)
+
+
+def open_session(ctx, account):
+    """Always with a new token: one that was planted before is worth nothing after."""
+    close_session(ctx)
+    now = time.time()
+    ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
+    token = secrets.token_urlsafe(32)
+    agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
+    ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", token_hash(token), account,
+                   now, now + SESSION_SECONDS, agent)
+    value = f"{token}.{seal(token, ctx.host.keys[0])}"
+    cookie = set_cookie(ctx.request.scheme, value, COOKIE_SECONDS)
+    return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
+
+
+def logout(ctx):
+    close_session(ctx)
+    cookie = set_cookie(ctx.request.scheme, "", 0)
+    return see_other("/", cookie)._replace(which=ctx.viewer.account)
+
+
+def close_session(ctx):
+    digest = bytes.fromhex(ctx.request.headers.get("x-session", ""))
+    end_sessions(ctx, "digest = ?", digest)
+
+
+def end_sessions(ctx, which, *args):
+    """which: a condition on the table. Their streams hear of it."""
+    for row in ctx.host.signed_in(which, args):
+        access_changed(ctx, row["account"])
+    ctx.store.exec(f"DELETE FROM sessions WHERE {which}", *args)
+
+
+def access_changed(ctx, account):
+    """Say that what this account may do has changed.
+
+    For an edge without a thread for each stream (Part Two): it says whose streams have to
+    ask the gate again. In Part One all of them do so every two seconds anyway.
+    """
+    ctx.host.bus.publish(f"access:{account}")
+
+
+# -- the home page, and new workspaces
+
+def home(ctx):
+    account = ctx.viewer.account
+    personas = ctx.host.personas(account)
+    if not account:
+        body = template("home.welcome")(demo=bool(personas), persona=personas)
+        return page("Welcome", body)
+    counts = json.loads(ctx.request.headers.get("x-counts", "{}"))
+    mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
+    shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
+    body = template("home")(
+        workspace=shown, start=ctx.host.pages[0].path, none=not shown,
+        more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
+        demo=bool(personas), persona=personas, console=ctx.host.shows_console(ctx.viewer),
+        name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
+    return page("Workspaces", body, ctx.viewer)
+
+
+def home_with_counts(request, env):
+    """A door. The Directory says which workspaces are mine, and each of them its count."""
+    if request.method in SAFE:
+        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
+        counts = {id: f"{env.workspaces.get(id).ask('/_count')} open" for id in mine}
+        headers = {**request.headers, "x-counts": json.dumps(counts)}
+        request = request._replace(headers=headers)
+    return env.directory.fetch(request)
+
+
+def ask_directory(request, env):
+    return env.directory.fetch(request)
+
+
+def found(ctx):
+    """Found a workspace, the caller its owner. A name used again gets a new id."""
+    account = ctx.viewer.account
+    name = ctx.field("name").strip()
+    owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = "
+                          "'owner'", account)[0]
+    if owned >= ctx.host.limit:
+        raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
+    ctx.host.place(ctx, name, account)
+    if ctx.request.form and not ctx.request.datastar:
+        return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
+    return done(ctx, name, name="", problem="")
+
+
+def add_rows(store, id, name, people):
+    """people: accounts with their roles."""
+    store.exec("INSERT INTO workspaces (id, name, born) VALUES (?, ?, ?)", id, name, name)
+    for account, role in people:
+        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
+
+
+def check_name(store, name):
+    """Raises Refused(422) if no workspace can be called so, or one is."""
     if not WORKSPACE_NAME.fullmatch(name):
         raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
     if store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
         raise Refused(422, f"The name {name} is taken. Choose another.")
-    return name
 
 
-def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
-                  source: Optional[pathlib.Path] = None) -> None:
-    """members: accounts with their roles. The file (source; else an empty one) is there before the commit: a row
-    without one means that it was lost."""
-    before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", free_name(store, name))[0]
-    id, node = workspaces.id_from_name(f"{name}#{before}" if before else name), place(store, name)
-    if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
-        raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
-    if source and workspaces.path(id).exists():
-        raise Refused(*TAKEN)
-    store.exec("INSERT INTO workspaces (id, name, born, node, moving) VALUES (?, ?, ?, ?, ?)",
-               id, name, name, node, node != "")
-    for account, role in members:
-        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
-    if not node:
-        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
+def new_id(store, workspaces, name):
+    before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", name)[0]
+    return workspaces.id_from_name(f"{name}#{before}" if before else name)
 
 
-def place(store: Store, name: str) -> str:
-    """The address of a new workspace's node, by rendezvous hashing: each gets its share. "": here."""
-    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
-    return max(nodes, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest(), default="")
+def found_with_file(request, env):
+    """A door. The new file is made before the Directory takes its turn.
+
+    In its turn every gate would wait for the disk.
+    """
+    signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
+    if request.method != "POST" or not signed_in:
+        return env.directory.fetch(request)
+    draft = env.workspaces.draft()
+    try:
+        headers = {**request.headers, "x-file": draft}
+        return env.directory.fetch(request._replace(headers=headers))
+    finally:
+        with contextlib.suppress(FileNotFoundError):     # it has got its name
+            env.workspaces.path(draft).unlink()
 
 
-def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
-    return page("Sign in", template("login")(next=next, username=username, problem=problem), status=status)
+def to_home(ctx):
+    """Part Three has passwords and a page for each account. Here, one chooses a persona."""
+    return see_other("/")
 
 
-def workspace_behind(request: Request) -> str:
-    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
-    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
-    target = targets.pop() if len(targets) == 1 else ""
-    with contextlib.suppress(Refused):
-        hit = re.match(r"/w/([^/]+)", plain_path(target.partition("?")[0]))
-        return hit[1] if hit else ""
-    return ""
+# ==== 13. Members =========================================================================
+# The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
+#   it is as live as every other.
+# It promises: only owners make or change owners, and the last owner stays.
+# Who uses it: every workspace has it beside the pages of its slices.
+
+MEMBERS_OF = """SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a
+                ON a.name = m.account WHERE m.workspace = ? ORDER BY a.name"""
+ROLE_OF = "SELECT role FROM memberships WHERE workspace = ? AND account = ?"
+OWNERS_OF = "SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'"
+NOT_A_MEMBER = ""                                        # in the place of a role
 
 
-def role_of(ctx: Context, account: str) -> str:
-    """"": not a member."""
-    row = ctx.store.one("SELECT role FROM memberships WHERE workspace = ? AND account = ?", ctx.scope, account)
-    return row["role"] if row else ""
+def role_choice(viewer, chosen):
+    """The roles that this viewer can give. Only an owner makes owners."""
+    return [{"role": role, "selected": role == chosen} for role in ROLES
+            if role != "owner" or viewer.role == "owner"]
 
 
-def role_choice(viewer: Viewer, chosen: str) -> List[Dict[str, Any]]:
-    """Only an owner makes owners."""
-    return [{"role": role, "selected": role == chosen} for role in ROLES if role != "owner" or viewer.role == "owner"]
+def member_row(viewer, member):
+    over_them = member["role"] != "owner" or viewer.role == "owner"
+    managed = viewer.can("members:manage") and over_them
+    choice = role_choice(viewer, member["role"])
+    return {**member, "option": choice, "managed": managed, "fixed": not managed}
 
 
-def members_region(ctx: Context) -> Html:
-    rows = []
-    for member in ctx.store.query(MEMBERS_OF, ctx.scope):
-        managed = ctx.viewer.can("members:manage") and (member["role"] != "owner" or ctx.viewer.role == "owner")
-        choice = role_choice(ctx.viewer, member["role"])
-        rows.append({**member, "option": choice, "managed": managed, "fixed": not managed})
+def members_region(ctx):
+    members = ctx.store.query(MEMBERS_OF, ctx.viewer.id)
+    rows = [member_row(ctx.viewer, member) for member in members]
     return template("members.region")(member=rows, all=len(rows))
 
 
-def members_page(ctx: Context, region: Html) -> Html:
+def members_page(ctx, region):
     typed = ctx.typed
-    return template("members")(region=region, workspace=ctx.workspace, form=ctx.viewer.can("members:manage"),
-                               option=role_choice(ctx.viewer, typed.get("role", "member")), me=ctx.viewer.account,
-                               account=typed.get("account", ""), problem=typed.get("problem", ""))
+    return template("members")(
+        region=region, workspace=ctx.workspace, me=ctx.viewer.account,
+        form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
+        option=role_choice(ctx.viewer, typed.get("role", "member")),
+        problem=typed.get("problem", ""))
 
 
-MEMBERS = Live("/members", MEMBER, "members", "Members", members_region, members_page)
+def role_of(store, id, account):
+    row = store.one(ROLE_OF, id, account)
+    return row["role"] if row else NOT_A_MEMBER
 
 
-def invite(ctx: Context) -> Response:
-    account, role = ctx.field("account").strip(), ctx.field("role", "member")
+def invite(ctx):
+    account = ctx.field("account").strip()
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(422, "There is no account of this name. Check the spelling, or ask whoever runs this "
-                           "server to add it.")
-    if role_of(ctx, account):
+        raise Refused(422, "There is no account of this name. Check the spelling, or ask "
+                           "whoever runs this server to add it.")
+    if role_of(ctx.store, ctx.viewer.id, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
-    set_role(ctx, account, "", role)
-    return done(ctx, account, account="", problem="")
+    set_role(ctx, account, NOT_A_MEMBER, valid_role(ctx.field("role", "member")))
+    return done(ctx, f"{ctx.viewer.id} {account}", account="", problem="")
 
 
-def change_role(ctx: Context, account: str) -> Response:
-    set_role(ctx, account, role_of(ctx, account) or None, ctx.field("role"))
-    return done(ctx, account)
+def change_role(ctx, account):
+    before = role_of_member(ctx, account)
+    set_role(ctx, account, before, valid_role(ctx.field("role")))
+    return done(ctx, f"{ctx.viewer.id} {account}")
 
 
-def expel(ctx: Context, account: str) -> Response:
+def expel(ctx, account):
     """Anybody may leave; to send others away takes members:manage."""
     if account != ctx.viewer.account:
-        permit("members:manage", ctx.viewer, ctx.request.method)
-    set_role(ctx, account, role_of(ctx, account) or None, None)
-    return done(ctx, account)
+        ctx.viewer.permit("members:manage")
+    set_role(ctx, account, role_of_member(ctx, account), NOT_A_MEMBER)
+    return done(ctx, f"{ctx.viewer.id} {account}")
 
 
-def set_role(ctx: Context, account: str, before: Optional[str], after: Optional[str]) -> None:
-    """From before ("": not a member yet, None: should have been one) to after (None: no longer one)."""
-    if before is None:
+def role_of_member(ctx, account):
+    """Raises Refused(404)."""
+    role = role_of(ctx.store, ctx.viewer.id, account)
+    if role == NOT_A_MEMBER:
         raise Refused(404, "There is no such member. The page shows who there is now.")
-    if after is not None and after not in ROLES:
+    return role
+
+
+def valid_role(role):
+    """Raises Refused(422)."""
+    if role not in ROLES:
         raise Refused(422, f"A role is one of {', '.join(ROLES)}.")
+    return role
+
+
+def set_role(ctx, account, before, after):
+    """Change a role; NOT_A_MEMBER is one, too. Raises Refused(403), Refused(409)."""
+    id = ctx.viewer.id
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
-    owners = ctx.store.one("SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'", ctx.scope)[0]
-    if before == "owner" != after and owners == 1:
-        raise Refused(409, "This is the last owner. Make somebody else an owner first.", signal="toast")
-    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", ctx.scope, account)
-    if after is not None:
-        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, ?)", ctx.scope, account, after)
-    ctx.publish(f"members:{ctx.scope}")
-    ctx.publish(f"access:{account}")
+    if before == "owner" != after and ctx.store.one(OWNERS_OF, id)[0] == 1:
+        raise Refused(409, "This is the last owner. Make somebody else an owner first.",
+                      signal="toast")
+    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
+    if after != NOT_A_MEMBER:
+        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, after)
+    ctx.publish("members")
+    access_changed(ctx, account)
 
 
-class Single(Directory):
-    """Both planes in one object and one file, for a server with one workspace: who looks is asked in the same breath as
-    there is to see."""
-
-    def router_of(self, request: Request) -> Router:
-        """A workspace's pages are where its gate was asked, and nowhere else."""
-        return self.inside if "x-id" in request.headers and not request.path.startswith("/members") else self.outside
-
-    def on_open(self) -> None:
-        super().on_open()
-        pages = max(1, self.settings.quota // self.store.one("PRAGMA page_size")[0])             # 0 would be no limit
-        self.store.exec(f"PRAGMA max_page_count = {pages}")
-
-    def viewer(self, request: Request) -> Viewer:
-        if "x-workspace" not in request.headers or "x-account" in request.headers:
-            return super().viewer(request)
-        verdict = self.gate(request, request.headers["x-workspace"])
-        if verdict.status != 200:
-            raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
-        return super().viewer(request._replace(headers=dict(verdict.headers)))
+members = Live("/members", MEMBER, "members", "Members", members_region, members_page)
+directory = Slice(
+    name="directory",
+    migrations=DIRECTORY_TABLES,
+    live=(members,),
+    routes=(Route("GET", "/_gate/<workspace>", PUBLIC, gate),
+            Route("GET", "/", PUBLIC, home),
+            Route("GET", "/login", PUBLIC, to_home),
+            Route("GET", "/account", PUBLIC, to_home),
+            Route("POST", "/persona", PUBLIC, persona),
+            Route("POST", "/logout", PUBLIC, logout),
+            Route("POST", "/workspaces", ACCOUNT, found, form="/"),
+            Route("POST", "/members", "members:manage", invite),
+            Route("PATCH", "/members/<account>", "members:manage", change_role),
+            Route("DELETE", "/members/<account>", MEMBER, expel)))
 
 
-# ==== 15. Worker =====================================================================================================
-# The routing function of the two planes, line for line the one that runs in front of Durable Objects: drop what
-# outsiders may not say, ask the gate, and only on its 200 forward, with the verdict as trusted headers. The gate is a
-# real request to the Directory, not a middleware; a stranger is refused before any Workspace is contacted.
+# ==== 14. Plain edge ======================================================================
+# The idea: the edge is the place that knows sockets. This one is the plainest there is: the
+#   standard library's server, with a thread for each connection. An open stream is a thread
+#   that waits on its object's Condition. So the object holds its streams, and stays awake
+#   while one is open; Part Two changes that.
+# It promises: each request comes out with a response, whatever happened on its way. A stream
+#   is a question that is asked again, the whole way: before each frame, and at least every
+#   REGATE_SECONDS, the worker asks the gate whether this person may still look.
+# Who uses it: the network.
 
-class Env(NamedTuple):
-    """What a worker works with: the world in one argument."""
-    settings: Settings
-    directory: Stub
-    workspaces: Namespace
-    trace: Trace
-    front: Callable[[Request, Env], Response]        # what the edge asks: the worker, or its like for one plane
-    admit: Callable[[Request, Env], Optional[Response]]      # the verdict that front will heed
-    start: str                                       # the page of a workspace that comes first
-    console: Callable[[Request], Response] = lambda request: Response(404)       # section 20
-
-
-def worker(request: Request, env: Env) -> Response:
-    request = stripped(request)
-    return heed(admit(request, env), request, env)
-
-
-def stripped(request: Request) -> Request:
-    """Without what nobody outside may say."""
-    if TRUSTED.isdisjoint(request.headers):
-        return request
-    return request._replace(headers={name: value for name, value in request.headers.items() if name not in TRUSTED})
+REGATE_SECONDS = 2.0
+BODY_LIMIT = 65_536                                      # bytes
+BEAT = b":\n\n"                                          # a comment; it changes nothing
+ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
+        "sec-fetch-site", "expect", "cookie"}            # else it could be read as either
+POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
+          "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
+           "x-frame-options": "DENY", "referrer-policy": "same-origin",
+           "cross-origin-opener-policy": "same-origin",
+           "cross-origin-resource-policy": "same-origin"}
+STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no",
+             "cache-control": "no-cache"}
 
 
-def heed(verdict: Optional[Response], request: Request, env: Env) -> Response:
-    """Nothing moves but on its 200. None: nobody needs a verdict for this."""
-    if verdict is None:
-        return apex(request, env)
-    if verdict.status != 200:
-        return refusal(request, verdict)
-    return forward(request, dict(verdict.headers), env)
+# -- from a request to a response, without a socket
 
-
-def forward(request: Request, viewer: Dict[str, str], env: Env) -> Response:
-    """To the object that answers for the rest of the path, with the verdict as trusted headers."""
-    _, _, workspace, *rest = request.path.split("/")
-    if not rest or rest == [""]:
-        return see_other(f"/w/{workspace}{env.start}")
-    if rest[0].startswith("_"):                      # these addresses are for the worker itself
-        raise Refused(*NOTHING_HERE)
-    forwarded = request._replace(path="/" + "/".join(rest), headers={**request.headers, **viewer})
-    if rest[0] == "members":                         # membership is policy, so the Directory answers
-        return env.directory.fetch(forwarded)
-    return env.workspaces.get(viewer["x-id"]).fetch(forwarded)
-
-
-def single_front(request: Request, env: Env) -> Response:
-    """The worker where gate and rows are one object: without the hop between them."""
-    if not request.path.startswith("/w/"):
-        return worker(request, env)
-    refuse_foreign(request)
+def respond(request: Request, env: Env) -> Response:
+    """Return the worker's response or, whatever went wrong, a refusal."""
     try:
-        whose = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id}
-        return forward(stripped(request), whose, env)
-    except Refused as no:
-        return refusal(request, Response(no.status, no.message.encode(), headers=no.headers))
+        return sound(worker(request, env))
+    except (Exception, SystemExit) as error:             # a slice may call sys.exit()
+        return refusal(request, error)
 
 
-def admit(request: Request, env: Env) -> Optional[Response]:
-    """The gate's verdict; None: nobody needs one, for it is not about a workspace."""
-    refuse_foreign(request)
-    if not request.path.startswith("/w/"):
-        return None
-    workspace = request.path.split("/")[2]
-    cookie, wait = {"cookie": request.headers.get("cookie", "")}, request.wait
-    return env.directory.fetch(Request("GET", f"/_gate/{workspace}", "", cookie, wait=wait, scheme=request.scheme))
+def refusal(request: Request, error: BaseException) -> Response:
+    """Return a page to a browser that opens one, and a line of text to everybody else.
 
-
-def refuse_foreign(request: Request) -> None:
-    """Cross-site request forgery: what may write must come from a page of ours, by the browser's own words (Fetch
-    Metadata, Origin). None at all is a no, and so is one that contradicts."""
-    if request.method in SAFE:
-        return
-    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    ours = f"{request.scheme}://{request.headers.get('host', '')}"
-    if (site, origin) == (None, None) or site not in (None, "same-origin") or origin not in (None, ours):
-        raise Refused(403, "This request came from another site. Open the page here and try again; a script sends its "
-                           "Origin.")
-
-
-def refusal(request: Request, verdict: Response) -> Response:
-    """The gate's no, as it is. Only a stream that Datastar would ask for again and again gets it as its last frame."""
-    if verdict.status in (401, 403) and request.datastar and request.method == "GET" and request.path.endswith("/live"):
-        return Response(200, goodbye(verdict.status), "text/event-stream")
-    raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
+    To Datastar, a stream that is refused looks like a connection that was lost: it would
+    ask again forever. So it gets the no as a last frame.
+    """
+    no = as_refused(request, error)
+    if request.stream and request.datastar and no.status in (401, 403):
+        return Response(200, goodbye(no.status), EVENTS)
+    if request.datastar or "text/html" not in request.headers.get("accept", ""):
+        text = f"{no.message}\n".encode("utf-8", "replace")
+        return Response(no.status, text, headers=no.headers)
+    reason = REASONS.get(no.status, "Error")
+    body = template("error")(status=no.status, reason=reason, message=no.message)
+    return page(reason, body, status=no.status)._replace(headers=no.headers)
 
 
 def goodbye(status: int) -> bytes:
-    """Takes the place of the element that holds the stream; nothing is left that could ask again."""
-    return patch_elements(template("goodbye.signed_out" if status == 401 else "goodbye.no_entry")())
+    """Return the last frame of a stream: it replaces the element that would ask again."""
+    part = "signed_out" if status == 401 else "no_entry"
+    return patch_elements(template(f"goodbye.{part}")())
 
 
-ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/style.css": "text/css; charset=utf-8",
-          "/icon.svg": "image/svg+xml"}
+def as_refused(request, error):
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, UnicodeEncodeError):            # half a character, written in JSON
+        return Refused(400, "There is a character in this that is none. Type it again.")
+    log_error(f"{request.method} {request.path}", error)
+    return Refused(500, "Something went wrong on our side; it is in the log. Try again.")
 
 
-def apex(request: Request, env: Env) -> Response:
-    """Everything outside a workspace."""
-    if not request.wait:
-        raise WouldBlock
-    if request.path in ASSETS:
-        return only_read(request) or asset(request)
-    if re.match("/console(/|$)", request.path):
-        return env.console(request)
-    if request.path == "/" and request.method in SAFE:       # a fan-out: each workspace on the page is asked its count
-        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)[:NAMES_A_PAGE]
-        counts = {id: count_of(env.workspaces.get(id)) for id in mine}
-        request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
-    elif request.path.startswith("/_") and not re.match("/_gate(/|$)", request.path):
-        raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request)
+def headers_of(response: Response) -> Dict[str, str]:
+    """Return the headers of an answer: a page keeps to itself, and runs its own script."""
+    nonce = f" 'nonce-{response.nonce}'" if response.nonce else ""
+    return {**HEADERS, "content-type": response.type,
+            "content-security-policy": POLICY.format(nonce),
+            **(STREAMING if response.watch else {}), **dict(response.headers)}
 
 
-def asset(request: Request) -> Response:
-    """A file of templates/. The browser asks each time and gets a 304 while it is the same."""
+def log(message: str) -> None:
+    """Write one line to standard error. Control characters are escaped.
+
+    So nobody whose text is logged can write the log's next line.
+    """
+    with contextlib.suppress(OSError, ValueError):       # nobody reads: not a reason to fail
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def log_error(where: str, error: BaseException) -> None:
+    """Log what it was, and first of all the line of a slice that it comes from."""
+    stack = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, os.path.dirname(os.__file__))
+    frames = [frame for frame in stack if not frame.filename.startswith(ours)] or stack
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
+
+
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
+AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments, encoded "
+                  "slashes or control characters.")
+
+
+def plain_path(path: str) -> str:
+    """Return the path, decoded once. Raises Refused(400) if a proxy could read another one."""
+    if PLAIN_PATH.fullmatch(path):
+        return path
+    try:
+        decoded = urllib.parse.unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise Refused(*AMBIGUOUS) from None
+    segments = decoded.split("/")[1:]
+    ambiguous = (re.search(r"%(?![0-9A-Fa-f]{2})", path)
+                 or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)
+                 or len(segments) != path.count("/")
+                 or not {"", ".", ".."}.isdisjoint(segments[:-1])
+                 or segments[-1] in (".", ".."))
+    if ambiguous:
+        raise Refused(*AMBIGUOUS)
+    return decoded
+
+
+def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
+    """Is this Host header one of ours: one of the names, or any address?
+
+    Another site can have its own name lead here (DNS rebinding), but no address.
+    """
+    name = re.sub(r":[0-9]*$", "", host).lower()
+    if name in names:
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    return False
+
+
+NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can allow it: "
+                     "--allow-host NAME.")
+
+
+# -- a connection, in its own thread
+
+class PlainHandler(BaseHTTPRequestHandler):
+    """The standard library reads the head of a request, this class what it means."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1                                        # head and body leave together
+    timeout = 75                                         # seconds, for a silent peer
+
+    def answer(self):
+        request = Request("GET", "/")
+        try:
+            request = self.request_of()
+            response = respond(request, self.server.env)
+        except Refused as no:                            # what follows could be misread
+            self.close_connection = True
+            response = refusal(request, no)
+        if response.watch and self.command == "GET":
+            return self.hold(request, response)
+        self.begin(response)
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def do_OPTIONS(self):
+        self.begin(Response(204, headers=(("allow", ", ".join(METHODS)),)))
+
+    def request_of(self):
+        """Raises Refused for what can be read in two ways, and for what is too large."""
+        headers = self.header_fields()
+        if not known_host(headers.get("host", "")):
+            raise Refused(*NOT_OUR_NAME)
+        path, _, query = self.path.partition("?")
+        method = "GET" if self.command == "HEAD" else self.command
+        body = self.rfile.read(self.body_length(headers))
+        return Request(method, plain_path(path), query, headers, body,
+                       self.client_address[0])
+
+    def header_fields(self):
+        headers = {}
+        for name, value in self.headers.items():
+            name = name.lower()
+            if name in ONCE and name in headers:
+                raise Refused(400, f"Send the header field {name} once.")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        if any([NOT_IN_A_VALUE.search(value) for value in headers.values()]):
+            raise Refused(400, "The header fields are malformed.")
+        return headers
+
+    def body_length(self, headers):
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers:
+            raise Refused(411, "Send the body with a Content-Length.")
+        if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
+            raise Refused(400, "Content-Length is one plain decimal number.")
+        if int(length) > BODY_LIMIT:
+            raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+        return int(length)
+
+    def begin(self, response):
+        self.send_response(response.status)
+        for name, value in headers_of(response).items():
+            self.send_header(name, value)
+        if not response.watch and response.status not in (204, 304):
+            self.send_header("content-length", str(len(response.body)))
+        if self.close_connection:
+            self.send_header("connection", "close")
+        self.end_headers()
+
+    def hold(self, request, response):
+        """Hold a stream open for as long as the gate agrees."""
+        if self.request_version == "HTTP/1.0":
+            no = Refused(505, "A stream needs HTTP/1.1.")
+            response = refusal(request, no)
+            self.begin(response)
+            return self.wfile.write(response.body)
+        self.close_connection = True
+        self.begin(response)
+        shown = b""
+        while response.watch:
+            # Also when nothing is new, something is sent: so a closed tab is noticed.
+            self.chunk(BEAT if response.body == shown else response.body)
+            shown = response.body
+            response.watch.wait(REGATE_SECONDS)
+            response = respond(request, self.server.env)
+        self.last_word(response)
+
+    def last_word(self, response):
+        """End the stream. Without a proper end, after a fault, its browser comes back."""
+        if response.type == EVENTS:                      # the worker's goodbye
+            self.chunk(response.body)
+            self.chunk(b"")
+        elif response.status in (401, 403):
+            self.chunk(goodbye(response.status))
+            self.chunk(b"")
+
+    def chunk(self, data):
+        """RFC 9112, 7.1: a length, then so many bytes. An empty one ends the answer."""
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def log_message(self, *_):
+        """Part One keeps no access log."""
+
+
+class PlainEdge(ThreadingHTTPServer):
+    daemon_threads = True                                # an open stream keeps no process
+    request_queue_size = 1024
+
+    def __init__(self, host: str, port: int, env: Env):
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), PlainHandler)
+        self.env = env
+        self.stopping = threading.Event()
+
+    def serve_forever(self, poll_interval=0.1):
+        threading.Thread(target=self.put_to_sleep, daemon=True).start()
+        super().serve_forever(poll_interval)
+
+    def put_to_sleep(self):
+        """In a thread of its own: once a second."""
+        while not self.stopping.wait(1.0):
+            try:
+                self.env.workspaces.rest()
+            except Exception as error:
+                log_error("an object that should sleep", error)
+
+    def server_close(self):
+        self.stopping.set()
+        super().server_close()
+        self.env.workspaces.close()
+        self.env.directory.namespace.close()
+
+    def handle_error(self, *_):
+        """A browser that went away in the middle of an answer is no error."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log_error("a connection", error)
+
+
+# ==== 15. Composition =====================================================================
+# The idea: which parts there are and who knows whom is said here and nowhere else. Another
+#   edge, another place for the objects, other slices: only this changes.
+# It promises: importing this file builds nothing.
+# Who uses it: whoever starts a server. Part Three has three further roots.
+
+ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/svg+xml",
+          "/style.css": "text/css; charset=utf-8"}
+
+
+def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice] = (todos,),
+                 demo: bool = True) -> Env:
+    """The two planes of this part: one Directory, and a Workspace for each team."""
+    keys, fresh = prepare(data, data / "directory.db", data / "secret.key")
+    inside = Router([welcome, *slices])
+    outside = Router([directory])
+    pages = [live for slice in slices for live in slice.live] + [members]
+    workspaces = Namespace("workspace", data / "workspaces", idle,
+                           lambda id, own: Workspace(id, own, inside, pages))
+    control = Namespace("directory", data, float("inf"),
+                        lambda id, own: Directory(id, own, outside, pages, keys, workspaces,
+                                                  demo))
+    env = Env(control.get("directory"), workspaces, DOORS)
+    if fresh:
+        control.create("directory")
+        if demo:
+            seed(env, DEMO_WORKSPACES)
+    return env
+
+
+def prepare(data, file, key_file):
+    """Make the folders and the key. Return the keys, and True if there was nothing yet.
+
+    Raises Unusable if the Directory was lost: a new one would open its workspaces to whoever
+    names one.
+    """
+    (data / "workspaces").mkdir(parents=True, exist_ok=True)
+    fresh = not file.exists()
+    if fresh and any((data / "workspaces").glob("*.db")):
+        raise Unusable(f"{file} is missing, and there are workspaces; restore it from a "
+                       "backup, or name another folder with --data (a node is started with "
+                       "--plane data)")
+    if fresh and not key_file.exists():
+        make_key(key_file)
+    return load_keys(key_file), fresh
+
+
+def only_read(request):
+    """Raises Refused(405)."""
+    if request.method not in SAFE:
+        raise Refused(405, "This address takes GET, HEAD.", (("allow", "GET, HEAD"),))
+
+
+def healthz(request, env):
+    only_read(request)
+    return Response(200, b"ok\n")
+
+
+def asset(request, env):
+    """A door: a file of templates/. A browser asks each time whether it is still the same."""
+    only_read(request)
     body = (TEMPLATES / request.path[1:]).read_bytes()
     etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
-    whole = Response(200, body, ASSETS[request.path], (("etag", etag), ("cache-control", "no-cache")))
-    return whole._replace(status=304, body=b"") if request.headers.get("if-none-match") == etag else whole
+    headers = (("etag", etag), ("cache-control", "no-cache"))
+    if request.headers.get("if-none-match") == etag:
+        return Response(304, b"", ASSETS[request.path], headers)
+    return Response(200, body, ASSETS[request.path], headers)
 
 
-LOOK_SECONDS = 0.2                                   # for which the server's own questions wait for a busy workspace
+DOORS = {"/": home_with_counts, "/workspaces": found_with_file, "/healthz": healthz,
+         **dict.fromkeys(ASSETS, asset)}
+
+DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
+                 "erin": "Acme"}
+DEMO_WORKSPACES = {
+    "home": ({"alice": "owner"},
+             ("Water the plants", "Call grandmother", "Book the dentist")),
+    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"},
+             ("Order more anvils", "Test the skates", "Invoice the coyote")),
+    "globex": ({"dave": "owner", "bob": "member"},
+               ("Draft the charter", "Paint the lobby", "Plan the picnic")),
+}
 
 
-def facts_of(workspace: Stub) -> Dict[str, Any]:
-    """What it tells of itself. One that can't be read, or not now, has no count, and hides no other."""
+def seed(env, workspaces):
+    """Fill the demo. Its people go into their table; all else comes by the usual ways."""
+    store = Store(env.directory.namespace.path(env.directory.id))
+    with contextlib.closing(store), store.tx():
+        for name, group in DEMO_ACCOUNTS.items():
+            store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name,
+                       f"{name} · {group}")
+    for name, (people, titles) in workspaces.items():
+        (owner, _), *others = people.items()
+        ask = env.doors.get("/workspaces", ask_directory)
+        ask(command_of("/workspaces", {"x-account": owner}, name=name), env)
+        id = env.workspaces.id_from_name(name)
+        as_owner = dict(verdict(owner, "owner", name, id).headers)
+        for account, role in others:
+            env.directory.fetch(command_of("/members", as_owner, account=account, role=role))
+        for title in titles:
+            env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
+
+
+def command_of(path, viewer, **signals):
+    headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
+    return Request("POST", path, headers=headers, body=json.dumps(signals).encode())
+
+
+def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until SIGTERM or SIGINT. port 0 takes any free one."""
+    server = PlainEdge(host, port, env)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving.start()
+    print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
+          "orion: plain: a thread for each connection and each open page, no limits for "
+          "either, no passwords; for reading, and for small trusted networks", flush=True)
+    stop.wait()
+    server.shutdown()
+    serving.join()
+    server.server_close()
+
+
+def plain_main(argv: Optional[Sequence[str]] = None) -> None:
+    """The command line of this part, if it stands in a file of its own."""
+    parser = argparse.ArgumentParser(description="A live, multi-tenant web server.")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data"))
+    parser.add_argument("--idle", type=float, default=60.0)
+    given = parser.parse_args(argv)
+    serve_plain(plain_planes(given.data, given.idle), port=given.port)
+
+
+# #### Part Two: the edge ################################################################
+#
+#     16 Files      17 Commits     18 Pieces      19 Reader      20 Answers     21 Kept
+#     22 Threads    23 Sockets     24 Broker      25 Loop edge
+#
+# In Part One the object holds its streams: a thread for each of them, and an object that
+# can't sleep while somebody looks at it. This part is the broker that replaces only where
+# the stream is held. One loop holds all sockets, a few threads do the work, and an object
+# may sleep while thousands watch it.
+#
+# What it buys, as ratios of the plain edge to this one: pages at 32 connections 1 : 9; the
+# slowest of 100 pages at 128 connections 10 : 1; the last of 1,000 watchers 13 : 1; memory
+# for a stream 40 : 1; threads for 1,000 streams 999 : 0.
+#
+# It costs a second way to read a request, and three rules that a slice does not see: a page
+# depends on rows and its request alone (so an answer can be kept); commands that wait for
+# the same object share a commit; a rendering is sent as it is to everybody of a role.
+#
+# It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
+# Namespace and DurableObject, and of ThreadingHTTPServer. It uses worker, Env.forward,
+# Bus.listeners, SliceHost.render, SliceHost.stream, Context.shared, headers_of and refusal.
+
+import itertools
+import random
+import selectors
+import stat
+import zlib
+from typing import Iterable, Iterator
+
+try:
+    import fcntl
+    import resource
+except ImportError:                                      # Windows: neither is there
+    fcntl = resource = None
+
+CRASH = (Exception, SystemExit)                          # what a slice's code may raise
+
+
+# ==== 16. Files ===========================================================================
+# The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
+#   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says which
+#   file, what, and what to do.
+# It promises: nothing is made anew in the place of what was lost; nothing is written to a
+#   file that was taken away or exchanged; no statement runs for longer than a few seconds.
+# Who uses it: both planes, through the composition roots of Part Three.
+
+class StorageFault(Refused):
+    """The file of an object can't be used. The text is for the log, message for people."""
+    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, and "
+                            "it is tried again",
+                "disk is full": "make room on the disk, or raise the quota",
+                "is locked": "another process holds it: end that one",
+                "interrupted": "a statement ran too long: give it an index, or ask for less",
+                "readonly database": "make the file and its folder writable",
+                "unable to open database file": "make it readable; let the process have more "
+                                                "descriptors",
+                "disk I/O error": "see what the system's log says of the disk",
+                "constraint failed": "a slice left it to the commit to find that; have it "
+                                     "looked for before",
+                "unsupported file format": "restore it from a backup",
+                "": "restore it from a backup: orion.py check says what is wrong, restore "
+                    "brings it back"}
+
+    def __init__(self, path: pathlib.Path, error: BaseException):
+        word = next(word for word in self.REMEDIES if word in str(error))
+        if word == "disk is full":
+            super().__init__(507, "There is no room left here. Delete something, or ask for a "
+                                  "larger quota.")
+        else:
+            super().__init__(503, "This can't be read just now. Try again in a minute.",
+                             (("retry-after", "60"),))
+        self.text = f"{path}: {error}; {self.REMEDIES[word]}"
+
+    def __str__(self):
+        return self.text
+
+    @classmethod
+    def is_behind(cls, error: BaseException) -> bool:
+        """True if the database file is at fault, False if the SQL statement is."""
+        if isinstance(error, sqlite3.OperationalError):
+            known = tuple(filter(None, cls.REMEDIES))    # SQLite's words, and not a name
+            return str(error).endswith(known) and not str(error).startswith("no such")
+        return type(error) in (sqlite3.DatabaseError, MigrationError)
+
+
+class Torn(Exception):
+    """Another file is at the path of the one that is open, or none."""
+
+
+def identity(path: pathlib.Path) -> Tuple[int, int]:
+    """Which file is at path. Raises sqlite3.DatabaseError if there is none, or no database.
+
+    An empty file would be a new database to SQLite.
+    """
     try:
-        return workspace.ask("/_counts", wait=LOOK_SECONDS)
-    except WouldBlock:
-        return {"count": "busy"}
+        found = os.lstat(path)
+    except FileNotFoundError:
+        raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        how = "empty" if found.st_size == 0 else "no regular file"
+        raise sqlite3.DatabaseError(f"{path.name} is {how}")
+    return found.st_dev, found.st_ino
+
+
+def mark_of(id: str) -> int:
+    """A number in the file that says whose it is."""
+    return zlib.crc32(id.encode()) >> 1
+
+
+REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM sqlite_master
+                AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
+
+
+class GuardedStore(Store):
+    """A store that notices what happens to its file.
+
+    Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index of
+    its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
+    """
+    SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
+    STATEMENTS = 16
+
+    def __init__(self, path: pathlib.Path, create: bool = False):
+        self.inode = None if create else identity(path)  # None: it is made just now
+        super().__init__(path, create)
+
+    @property
+    def torn(self) -> bool:
+        """SQLite would go on writing to a file that nobody finds any more, and say nothing."""
+        try:
+            return self.inode not in (None, identity(self.path))
+        except sqlite3.Error:
+            return True
+
+    def begin(self):
+        """Raises Torn. While we have the write lock, nobody takes the file away."""
+        super().begin()
+        if self.torn:
+            self.run("ROLLBACK", ())
+            raise Torn
+
+    def apply(self, slice, number, sql):
+        """Raises MigrationError also for a reference to a table of another slice.
+
+        That one could not delete a row of it any more.
+        """
+        before = self.references(sql)
+        made = super().apply(slice, number, sql)
+        for child, parent in self.references(sql) - before:
+            owner = self.owners.get(parent, slice)
+            if self.owners.get(child, slice) != owner:
+                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers "
+                                     f"to table {parent!r} of slice {owner!r}, which could "
+                                     "not delete a row of it any more")
+        return made
+
+    def references(self, sql) -> set:
+        """Which table refers to which; asked only if sql may add to that: it takes long."""
+        if "references" not in sql.lower():
+            return set()
+        return {tuple(row) for row in self.query(REFERENCES)}
+
+    def close(self):
+        """What a torn file lacks goes into it: whoever takes its place must find no log."""
+        self.db.set_progress_handler(None, 0)            # it knows the owner of this store
+        if self.torn:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        super().close()
+
+
+class GuardedObject(DurableObject):
+    """An object whose file may fail."""
+    STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
+    opened_at = 0.0                                      # when it woke, by the clock
+
+    def connect(self, create):
+        self.namespace.make_room()
+        store = self.make_store(create)
+        store.db.set_progress_handler(self.too_long, 100_000)
+        try:
+            if not create:
+                self.claim(store)
+        except BaseException:
+            store.close()
+            raise
+        self.opened_at = time.time()
+        return store
+
+    def make_store(self, create) -> GuardedStore:
+        return GuardedStore(self.namespace.path(self.id), create)
+
+    def too_long(self):
+        return time.monotonic() > self.used + self.STATEMENT_SECONDS
+
+    def claim(self, store):
+        """A file in another's place shows nobody's rows to strangers."""
+        found = store.one("PRAGMA application_id")[0]
+        if found not in (0, mark_of(self.id)):
+            raise sqlite3.DatabaseError("the file belongs to another object")
+        if found == 0:
+            store.exec(f"PRAGMA application_id = {mark_of(self.id)}")
+
+    def on_open(self):
+        super().on_open()
+        self.bus.listeners.append(functools.partial(self.namespace.told, self.id))
+
+    def fetch(self, request):
+        """Raises StorageFault. Raises Torn, if nothing was done: the stub asks again."""
+        try:
+            return super().fetch(request)
+        except (sqlite3.Error, MigrationError) as error:
+            if not StorageFault.is_behind(error):
+                raise
+            raise self.fault(error) from error
+
+    def fault(self, error):
+        fault = StorageFault(self.namespace.path(self.id), error)
+        log(f"storage: {fault}")
+        return fault
+
+    @property
+    def torn(self):
+        return self.store is not None and self.store.torn
+
+    def close(self):
+        torn = self.torn
+        self.namespace.changed(self.id)
+        super().close()
+        if torn and self.namespace.path(self.id).exists():   # another file: other rows
+            self.namespace.told(self.id, "")
+
+
+class GuardedStub(Stub):
+    def fetch(self, request):
+        return self.enter(lambda one: one.fetch(request), request)
+
+    def enter(self, ask: Callable[[Any], Any], request: Request, seconds: float = -1) -> Any:
+        """ask(object), in its turn. Raises Busy after so many seconds; -1: never."""
+        self.namespace.count(self.id, request)
+        while True:
+            one = self.namespace.awake(self.id)
+            if not one.turn.acquire(timeout=seconds):
+                raise Busy()
+            try:
+                if not one.gone:
+                    return ask(one)
+            except Torn:
+                one.close()
+            finally:
+                one.turn.release()
+
+    def fetch_within(self, seconds: float, request: Request) -> Response:
+        """As fetch. Raises Busy if the object has no turn for us in so many seconds."""
+        return self.enter(lambda one: one.fetch(request), request, seconds)
+
+    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
+        """See GroupCommit."""
+        return self.enter(lambda one: one.fetch_all(requests), requests[0])
+
+
+class Busy(Refused):
+    def __init__(self):
+        super().__init__(503, "This is busy. Try again in a moment.", (("retry-after", "1"),))
+
+
+class GuardedNamespace(Namespace):
+    """Keeps at most so many objects awake, and tells of what happens to them."""
+
+    def __init__(self, *args: Any, most: int = 1024):
+        super().__init__(*args)
+        self.most = most
+        self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
+        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
+        self.fetches = 0
+        self.served = collections.Counter()              # by id, without our own questions
+
+    def get(self, id):
+        return GuardedStub(id, self)
+
+    def count(self, id, request):
+        self.fetches += 1
+        if not request.path.startswith("/_") or request.path.startswith("/_gate"):
+            self.served[id] += 1
+
+    def told(self, id: str, topic: str) -> None:
+        """topic was published; "": anything may be different."""
+        for listener in self.listeners:
+            listener(id, topic)
+
+    def changed(self, id: str) -> None:
+        """Whatever was answered before may be old."""
+        self.versions[id] += 1
+
+    def awake(self, id):
+        with self.lock:
+            if id not in self.objects:
+                self.objects[id] = self.build(id, self)
+            self.objects.move_to_end(id)                 # the least recently used is first
+            return self.objects[id]
+
+    def touch(self, id: str) -> None:
+        """It was used, although it was not asked."""
+        with self.lock:
+            if id in self.objects:
+                self.objects[id].used = time.monotonic()
+                self.objects.move_to_end(id)
+
+    def make_room(self) -> None:
+        """The least recently used go to sleep; one that is busy just now is passed over."""
+        with self.lock:
+            excess = max(0, len(self.objects) - self.most)
+            first = list(itertools.islice(self.objects.values(), excess))
+        for one in first:
+            one.sleep(time.monotonic())
+
+    def rest(self, idle=None):
+        """Those whose file is not at its path any more go to sleep at once."""
+        for one in self.everybody():
+            if one.torn:
+                one.sleep(time.monotonic())
+        super().rest(idle)
+
+    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+        """The id and the path of each object of this kind, awake or not."""
+        return ((path.stem, path) for path in self.folder.glob("*.db"))
+
+
+# ==== 17. Commits =========================================================================
+# The idea: to make a file durable takes longer than most commands. So commands that wait for
+#   the same object anyway are run one after the other in one transaction, each in a
+#   savepoint, and are made durable together.
+# It promises: none of them is answered before its commit is on the disk. Each can fail
+#   alone. If the commit fails, all that were in it hear so.
+# Who uses it: the loop edge (section 25), for what waited in the lane of an object.
+
+def outcome(call, *args):
+    """Return what the call returned, or the exception that it raised."""
+    try:
+        return call(*args)
+    except Torn:                                         # nothing was done: for the stub
+        raise
     except CRASH as error:
-        if not isinstance(error, (StorageFault, Refused)):
-            log_error("a slice's count", error)
-        return {"count": "can't be read"}
+        return error
 
 
-def count_of(workspace: Stub) -> str:
-    count = facts_of(workspace)["count"]
-    return f"{count} open" if type(count) is int else count
+class GroupCommit(GuardedObject):
+    BATCH_SECONDS = 0.05                                 # until those in front are answered
+
+    def command(self, request):
+        before = self.store.db.total_changes
+        try:
+            return super().command(request)
+        finally:                                         # still in our turn, so: in time
+            if self.store.db.total_changes != before:
+                self.namespace.changed(self.id)
+
+    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
+        """Answer requests that came together. The caller holds the turn.
+
+        Return an outcome for each: a Response, or the exception that it raised. There may be
+        fewer outcomes than requests, but at least one: ask again for the others.
+        """
+        if len(requests) == 1 or all([request.method in SAFE for request in requests]):
+            return [outcome(self.fetch, request) for request in requests]
+        outcomes: List[Any] = []
+        try:
+            self.used = time.monotonic()
+            if self.store is None:
+                self.open()
+            with self.store.tx():
+                self.fetch_each(requests, outcomes)
+            return outcomes
+        except Torn:
+            raise
+        except CRASH as error:                           # nothing of it is on the disk
+            self.forget_renderings()
+            fault = self.fault(error)
+            if not outcomes:
+                return [fault] * len(requests)
+            return [one if failed(one) else fault for one in outcomes]
+
+    def fetch_each(self, requests, outcomes):
+        """Raises the error with which SQLite gave up all of the transaction."""
+        until = time.monotonic() + self.BATCH_SECONDS
+        for request in requests:
+            outcomes.append(outcome(self.fetch, request))
+            if not self.store.db.in_transaction:
+                last = outcomes[-1]
+                lost = sqlite3.OperationalError("a command lost the transaction")
+                raise last if isinstance(last, sqlite3.Error) else lost
+            if time.monotonic() > until:
+                return
+
+    def forget_renderings(self):
+        """They show what was then rolled back."""
 
 
-# ==== 16. Reader =====================================================================================================
-# There is one way to read a request. What could be read in two ways is refused and the connection ends, for whoever
-# stands in front of us might have read it the other way. One regular expression says what a head looks like; only when
-# it does not match does somebody look for the reason.
+def failed(one):
+    return isinstance(one, BaseException) or one.status >= 400
 
-LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT, BODY_LIMIT = 16_384, 32_768, 64, 65_536   # bytes; FIELD_LIMIT counts header fields
+
+# ==== 18. Pieces ==========================================================================
+# The idea: a rendering is kept as the very bytes that all its watchers get, plain and
+#   compressed. Each piece is compressed by itself, so that one serves all streams.
+# It promises: a stream needs no compressor of its own. Its etag is made of the content, so
+#   it means the same after a restart and in another process.
+# Who uses it: the broker (section 24).
+
+GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
+LAST_CHUNK = b"0\r\n\r\n"
+CURRENT = b"event: datastar-current\ndata: version unchanged\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def deflated(data: bytes) -> bytes:
+    """Compress data so that it can follow anything in a gzip stream.
+
+    It ends on a byte and refers to nothing before it (RFC 1951, 3.2.4).
+    """
+    squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
+
+
+@dataclasses.dataclass
+class Piece(Rendering):
+    """A rendering as bytes, which are made when the first stream needs them.
+
+    main: it is the region that a browser names, when it comes back, as the last it has seen.
+    """
+    main: bool = True
+
+    @functools.cached_property
+    def etag(self) -> str:
+        data = self.html.encode("utf-8", "replace")
+        return hashlib.blake2b(data, digest_size=9).hexdigest()
+
+    @property
+    def event(self) -> bytes:
+        return patch_elements(self.html, event_id=self.etag if self.main else None)
+
+    @functools.cached_property
+    def plain(self) -> bytes:
+        return chunk(self.event)
+
+    @functools.cached_property
+    def zipped(self) -> bytes:
+        return chunk(deflated(self.event))
+
+
+class Subscription(NamedTuple):
+    """What a live answer leaves behind: whom to ask again, what, and after which topic."""
+    stub: GuardedStub
+    topic: str
+    again: Request                                       # as a whole role would ask
+    piece: Piece                                         # as it is now
+
+    @property
+    def channel(self) -> Tuple[Any, ...]:
+        """Streams that must show the same have the same."""
+        said = self.again.headers
+        role = tuple([said.get(name, "") for name in ("x-role", "x-grants", "x-workspace")])
+        return self.again.path, self.again.query, *role
+
+
+class Broadcast(GroupCommit, SliceHost):
+    """A SliceHost whose streams are held by a broker."""
+
+    def render(self, live, ctx):
+        rendering = super().render(live, ctx)
+        return Piece(rendering.html, rendering.made, rendering.micros)
+
+    def forget_renderings(self):
+        self.renderings.clear()
+
+    def stream(self, live, ctx):
+        """Instead of something to wait for: something to subscribe to."""
+        shared = ctx.shared(live)
+        role = shared.viewer
+        headers = {"x-account": "", "x-role": role.role, "x-grants": ",".join(role.grants),
+                   "x-workspace": role.workspace, "x-id": role.id}
+        query = urllib.parse.urlencode(shared.params)
+        again = Request("GET", f"{live.path}/live", query, headers)
+        topic = self.topic(live.topic, role)
+        piece = self.rendering(live, ctx)
+        watch = Subscription(self.namespace.get(self.id), topic, again, piece)
+        return Response(200, type=EVENTS, watch=watch, which=ctx.viewer.account)
+
+    def xray_more(self, ctx):
+        since = formatdate(self.opened_at, usegmt=True)
+        return template("xray.watchers")(since=since)
+
+
+# ==== 19. Reader ==========================================================================
+# The idea: there is one way to read a request. What could be read in two ways is refused and
+#   the connection ends, for whoever stands in front of us might have read it the other way.
+# It promises: each byte of a head is looked at once, however slowly it comes.
+# Who uses it: connections (section 25).
+
+LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT = 16_384, 32_768, 64     # bytes; of fields, their number
 FRAMING_LIMIT = 4_096                                # bytes around the chunks of a body
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
 FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)"
                    rb"[ \t]*\r\n")                  # RFC 9112, 5; not folded, and in linear time
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
                   rb"((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
-ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin", "sec-fetch-site", "expect", "cookie"}
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
@@ -2824,27 +3160,22 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
     return plain_path(path), query
 
 
-# ==== 17. Answers ====================================================================================================
-# How a Response leaves: head and body in one piece, with the headers that keep a page to itself. A page runs no script
-# but its own, by a nonce that is new with each answer. A refusal says what to do next.
+# ==== 20. Answers =========================================================================
+# The idea: how a Response leaves: head and body in one piece, in one send.
+# It promises: what does not change from one answer to the next is put together once.
+# Who uses it: connections (section 25).
 
-REASONS = http.client.responses
-POLICY = ("default-src 'none'; script-src 'self'%s; style-src 'self'; img-src 'self'; connect-src 'self'; "
-          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-DEFAULTS = {"cache-control": "no-store", "content-security-policy": POLICY % "", "x-content-type-options": "nosniff",
-            "x-frame-options": "DENY", "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin"}
-STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no", "cache-control": "no-cache"}
-NONCED = {"content-security-policy": POLICY % f" 'nonce-{NONCE}'"}
+MARK = "(nonce)"                                         # where a head has the page's nonce
+COMPRESSED = ("text/html", "text/css", "text/javascript")
 
 
 @functools.lru_cache(maxsize=256)
-def head_of(status: int, type: str, headers: Tuple[Tuple[str, str], ...], live: bool) -> str:
-    """The part of a head that does not change from one answer to the next."""
-    special = STREAMING if live else NONCED if type == PAGE else {}
-    fields = {**DEFAULTS, "content-type": type, **special, **dict(headers)}
-    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(lines)}"
+def head_of(status, type, headers, live, nonced):
+    """The part of a head that does not change; a page's nonce is a mark in it."""
+    watch = live or None
+    response = Response(status, b"", type, headers, MARK if nonced else "", watch)
+    fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
 
 GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
@@ -2854,190 +3185,275 @@ def accepts_gzip(request: Request) -> bool:
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
-def encode(request: Request, response: Response, keep: bool, head_only: bool, date: str) -> bytes:
-    """The bytes of an answer, to leave in one send."""
-    status, body, live, zipped = response.status, response.body, response.watch is not None, accepts_gzip(request)
-    head = head_of(status, response.type, response.headers, live)
-    if response.type == PAGE:
-        nonce = secrets.token_hex(16)
-        head, body = head.replace(NONCE, nonce, 1), body.replace(NONCE.encode(), nonce.encode(), 1)
+def encode(request: Request, response: Response, keep: bool, head_only: bool,
+           date: str) -> bytes:
+    """Return the bytes of an answer. keep: the connection goes on after it."""
+    live = response.watch is not None
+    zipped = accepts_gzip(request)
+    body = response.body
     if live:
-        body = first_frame(request, response.rendering, zipped)
+        body = first_frame(request, response.watch.piece, zipped)
     else:
-        zipped = zipped and len(body) > 1000 and response.type.startswith(("text/html", "text/css", "text/javascript"))
+        zipped = zipped and len(body) > 1000 and response.type.startswith(COMPRESSED)
         if zipped:
             squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
             body = squeeze.compress(body) + squeeze.flush()
-    length = f"content-length: {len(body)}\r\n" if not live and status not in (204, 304) else ""
-    coding = "content-encoding: gzip\r\nvary: accept-encoding\r\n" if zipped else ""
-    close = "" if keep else "connection: close\r\n"
-    return f"{head}date: {date}\r\n{length}{coding}{close}\r\n".encode("latin-1") + (b"" if head_only else body)
+    head = head_of(response.status, response.type, response.headers, live,
+                   response.nonce != "")
+    if response.nonce:
+        head = head.replace(MARK, response.nonce, 1)
+    more = [f"date: {date}\r\n"]
+    if not live and response.status not in (204, 304):
+        more.append(f"content-length: {len(body)}\r\n")
+    if zipped:
+        more.append("content-encoding: gzip\r\nvary: accept-encoding\r\n")
+    if not keep:
+        more.append("connection: close\r\n")
+    head = f"{head}{''.join(more)}\r\n".encode("latin-1")
+    return head if head_only else head + body
 
 
-def first_frame(request: Request, rendering: Rendering, zipped: bool) -> bytes:
-    """The region, or a word that the page shows this very version already: it is live again."""
-    if request.headers.get("last-event-id") == rendering.etag:
-        return chunk(GZIP_HEAD + deflated(CURRENT) if zipped else CURRENT)
-    return chunk(GZIP_HEAD) + rendering.zipped if zipped else rendering.frame
+def first_frame(request, piece, zipped):
+    """The region, or a word that the page shows this very version already: it is live."""
+    if request.headers.get("last-event-id") == piece.etag:
+        return chunk(GZIP_HEAD + deflated(CURRENT)) if zipped else chunk(CURRENT)
+    return chunk(GZIP_HEAD) + piece.zipped if zipped else piece.plain
 
 
-def refused(request: Request, no: Refused) -> Response:
-    """A page for a browser's own navigation, a line of text for everybody else."""
-    if request.datastar or "text/html" not in request.headers.get("accept", ""):
-        return Response(no.status, f"{no.message}\n".encode("utf-8", "replace"), headers=no.headers)
-    if no.status == 401:
-        return login_form(local_path(request.path), problem=no.message, status=401)
-    body = template("error")(status=no.status, reason=REASONS.get(no.status, ""), message=no.message)
-    return page(REASONS.get(no.status, "Error"), body, status=no.status)._replace(headers=no.headers)
+# ==== 21. Kept ============================================================================
+# The idea: a page that was answered before is the same page until one of the two planes was
+#   written to. Each plane has a number that says so. The Directory's file has one that also
+#   moves when another process writes (PRAGMA data_version, seen from a connection of our
+#   own); the commits of a workspace are counted by its namespace.
+# It promises: no page is older than the last commit that was answered before it was asked
+#   for. Both numbers are read before a page is made, so an error only costs a hit.
+# Who uses it: the loop edge, for pages that the worker forwarded.
+
+class Asked(NamedTuple):
+    """A request on its way: from the socket, and what is known of it so far."""
+    connection: Any
+    reading: Any                                         # as it was framed: section 19
+    request: Request
+    policy: Any = None                                   # the Directory's number
+    version: int = 0                                     # the object's
+    stub: Any = None                                     # who is to answer
+    forwarded: Optional[Request] = None                  # and the request as they see it
+    started: float = 0.0                                 # by time.perf_counter()
+
+    @property
+    def key(self) -> Tuple[Any, ...]:
+        headers = self.request.headers
+        return self.request.path, self.request.query, headers.get("cookie"), self.request.scheme
 
 
-# ==== 18. Process ====================================================================================================
-# What all parts of the process share: the threads that think, and the memory.
+class Kept:
+    """Answers, by what was asked. One is kept when it is asked for a second time."""
+    MOST = 32 * 2 ** 20                                  # bytes of all
+    LARGE = 2 ** 18                                      # bytes of one: it is compressed
+    SECONDS = 60.0                                       # sessions end by the clock, too
+
+    def __init__(self, directory: Stub):
+        self.directory = directory
+        self.path = directory.namespace.path(directory.id)
+        self.db: Optional[sqlite3.Connection] = None
+        self.opened = -1                                 # when: by the Directory's version
+        self.answers: Dict[Any, Tuple[Asked, float, Optional[Response]]] = {}
+        self.size = 0
+
+    def policy(self) -> Any:
+        """Moves with each commit to the Directory; None: it can't be said. For the loop."""
+        version = self.directory.namespace.versions[self.directory.id]
+        try:
+            if self.db is None or self.opened != version:
+                self.reopen(version)
+            return version, self.db.execute("PRAGMA data_version").fetchone()[0]
+        except sqlite3.Error:
+            return None
+
+    def reopen(self, version):
+        """The Directory's object has closed its file; another may be in its place."""
+        self.close()
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        self.db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None,
+                                  check_same_thread=False)
+        self.opened = version
+
+    def close(self):
+        if self.db:
+            self.db.close()
+        self.db = None
+        self.answers.clear()
+        self.size = 0
+
+    def find(self, asked: Asked) -> Optional[Response]:
+        before, until, response = self.answers.get(asked.key, (None, 0.0, None))
+        if response is None or until < time.monotonic() or before.policy != asked.policy:
+            return None
+        namespace = before.stub.namespace
+        if namespace.versions[before.stub.id] != before.version:
+            return None
+        namespace.touch(before.stub.id)
+        return response
+
+    def keep(self, asked: Asked, response: Response) -> None:
+        """asked has both numbers as they were before the response was made."""
+        before, _, _ = self.answers.get(asked.key, (None, 0.0, None))
+        again = before is not None and (before.policy, before.version) == (asked.policy,
+                                                                          asked.version)
+        if len(response.body) > self.LARGE or asked.policy is None:
+            return
+        if self.size > self.MOST or len(self.answers) > 50_000:
+            self.answers.clear()
+            self.size = 0
+        until = time.monotonic() + self.SECONDS
+        self.size += len(response.body) if again else 200
+        asked = asked._replace(connection=None, reading=None, forwarded=None)
+        self.answers[asked.key] = asked, until, response if again else None
+
+
+def renewed(response: Response) -> Response:
+    """A page that was kept, with a nonce that nobody has seen yet."""
+    nonce = secrets.token_hex(16)
+    body = response.body.replace(response.nonce.encode(), nonce.encode(), 1)
+    return response._replace(body=body, nonce=nonce)
+
+
+# ==== 22. Threads =========================================================================
+# The idea: a few threads do the work, one loop holds all sockets. What concerns the same
+#   object stands in a lane. One thread at a time works a lane off, all that came at once.
+# It promises: a lane keeps its order, and lets the others have their turn in between. A job
+#   that fails is logged; its thread goes on.
+# Who uses it: the loop edge and the broker.
 
 class Pool:
-    """A few threads that take jobs from one line. What a job puts in is done next by the same thread: to render what a
-    command changed, no other needs to be woken. A job that fails is logged; its thread goes on. A job wakes the one
-    thread that fell idle last; queue.SimpleQueue would wake a second one each time, to find nothing. Beside the line
-    there are lanes: what must be done in order, and better together, waits in one."""
-    TOGETHER = 64                                    # items of a lane at most, lest the first be kept waiting
+    """A fixed number of threads that take jobs from one line.
 
-    def __init__(self, size: int) -> None:
-        self.jobs, self.idle, self.own = collections.deque(), [], threading.local()     # idle: the lock each waits at
-        self.lock, self.lanes = threading.Lock(), {}           # what waits in each lane that is driven
+    The thread that fell idle last is woken first: what it needs is still in the core's cache.
+    """
+    TOGETHER = 64                                        # items of a lane at a time
+
+    def __init__(self, size: int):
+        self.line: collections.deque = collections.deque()   # of jobs: (function, args)
+        self.idle: List[threading.Lock] = []             # what each idle thread waits for
+        self.lock = threading.Lock()                     # guards the next line
+        self.lanes: Dict[Any, collections.deque] = {}    # what waits, where somebody works
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
         for thread in self.threads:
             thread.start()
 
-    def put(self, *job: Any) -> None:
-        """put(function, *args). No job at all ends one thread."""
-        getattr(self.own, "put", self.share)(*job)
-
-    def share(self, *job: Any) -> None:
-        """put(), for a job that whoever is free should do."""
-        self.jobs.append(job)
+    def put(self, job: Optional[Callable[..., None]], *args: Any) -> None:
+        """None ends one thread."""
+        self.line.append((job, args))
         self.wake()
 
-    def wake(self) -> None:
+    def wake(self):
         try:
             self.idle.pop().release()
-        except IndexError:                           # all are busy, and look at the line before they fall idle
+        except IndexError:                               # all are busy, and will look again
             return
 
-    def defer(self) -> None:
-        """What this thread puts in from now on wakes nobody before rouse(): whoever woke in the midst of its own work
-        would only contend with it for the interpreter."""
-        self.own.put = lambda *job: self.jobs.append(job)
-
-    def rouse(self) -> None:
-        for _ in range(min(len(self.jobs), len(self.idle))):
-            self.wake()
-
-    def gather(self, lane: str, item: Any, job: Callable[[List[Any]], None], halve: Any = False) -> None:
-        """Have job(items) done with what has come to this lane until then. No lane has two threads at a time. halve: if
-        it is true then, or not empty, only with half of it, so that what comes of that has its turn before the rest."""
-        with self.lock:
-            driven = lane in self.lanes
-            self.lanes.setdefault(lane, collections.deque()).append(item)
-        if not driven:
-            self.put(self.drive, lane, job, halve)
-
-    def drive(self, lane: str, job: Callable[[List[Any]], None], halve: Any) -> None:
-        waiting = self.lanes[lane]
-        most = (len(waiting) + 1) // 2 if halve else len(waiting)
-        try:
-            job([waiting.popleft() for _ in range(min(most, self.TOGETHER))])
-        finally:
-            with self.lock:
-                more = waiting or self.lanes.pop(lane)
-            if more:                                 # behind the others, if there are any
-                (self.share if self.jobs else self.put)(self.drive, lane, job, halve)
-
-    def work(self) -> None:
-        own, turn = collections.deque(), threading.Lock()
-        self.own.put = lambda *job: own.append(job)
+    def work(self):
+        turn = threading.Lock()
         turn.acquire()
-        while (job := own.popleft() if own else self.next(turn)):
-            guarded(*job)
+        while True:
+            job, args = self.next(turn)
+            if job is None:
+                return
+            guarded(job, *args)
 
-    def next(self, turn: threading.Lock) -> Tuple[Any, ...]:
+    def next(self, turn):
+        """Return the next job, or wait for one."""
         while True:
             try:
-                return self.jobs.popleft()
+                return self.line.popleft()
             except IndexError:
                 self.idle.append(turn)
-            if self.jobs:                            # put in just before, when this thread was not idle yet
+            if self.line:                                # put in just before we were idle
                 self.wake()
             turn.acquire()
 
+    @property
+    def busy(self) -> int:
+        """How many threads have a job."""
+        return len(self.threads) - len(self.idle)
+
+    def gather(self, lane: Any, item: Any, job: Callable[[List[Any]], None]) -> None:
+        """Have job(items) done with all that came to this lane until then."""
+        with self.lock:
+            if lane in self.lanes:
+                self.lanes[lane].append(item)
+                return
+            self.lanes[lane] = collections.deque([item])
+        self.put(self.drive, lane, job)
+
+    def drive(self, lane, job):
+        waiting = self.lanes[lane]
+        some = min(len(waiting), self.TOGETHER)
+        try:
+            job([waiting.popleft() for _ in range(some)])
+        finally:
+            with self.lock:
+                if not waiting:
+                    del self.lanes[lane]
+            if waiting:
+                self.put(self.drive, lane, job)          # behind the others
+
     def close(self, patience: float) -> None:
-        """patience: seconds for all threads together; a job that takes longer is left behind."""
+        """patience: seconds for all threads together. A job that takes longer is left."""
         for _ in self.threads:
-            self.share()
+            self.put(None)
         until = time.monotonic() + patience
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
 
 
 def guarded(call: Callable[..., None], *args: Any) -> None:
-    """One request's trouble must end neither the loop nor a thread that others need."""
+    """The trouble of one request must end neither the loop nor a thread."""
     try:
         call(*args)
-    except StorageFault as fault:
-        log(str(fault))
+    except Refused:
+        return                                           # of a file: it is in the log
     except CRASH as error:
         log_error(getattr(call, "__qualname__", str(call)), error)
 
 
-def give_back_memory() -> None:
-    """What was freed, glibc keeps until it is told; no other library knows the word."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+# ==== 23. Sockets =========================================================================
+# The idea: a socket that waits costs a place in the loop's selector, and no thread.
+# It promises: a reader that is slow delays nobody. It gets the latest frame when it can take
+#   one, not those that it missed; one that takes nothing for 30 seconds is cut off.
+# Who uses it: the loop edge. All methods run in its loop, unless they say otherwise.
 
-
-def save_memory() -> None:
-    """What can be set only while nobody uses it. SQLite takes memory for 20 pages with each file it opens, and most
-    tenants have fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc gives each
-    thread a heap of its own, where what one has freed is of no use to the others (mallopt(3), M_ARENA_MAX)."""
-    if sys.platform == "linux" and threading.active_count() == 1:
-        with contextlib.suppress(OSError, AttributeError):
-            sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
-            sqlite.sqlite3_shutdown()
-            sqlite.sqlite3_config(7, None, 0, 0)
-            sqlite.sqlite3_initialize()
-            ctypes.CDLL(None).mallopt(-8, 1)
-
-
-# ==== 19. Streams ====================================================================================================
-# The broker. An open stream is a socket in the edge's loop and a place in a channel; it takes no thread and keeps no
-# Workspace awake. All streams that must show the same thing share a channel: when its topic is published, the Workspace
-# is asked once, and the same bytes go to every socket. A reader that is slow gets the latest frame when it can take it,
-# not the ones it missed. Every socket belongs to the loop; the threads of the pool only think.
-
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READ, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Held:
-    """A socket that the loop holds. rest: what the kernel would not take yet. deadline: when patience ends."""
-    __slots__ = ("edge", "socket", "events", "rest", "deadline")
+    """A socket that the loop holds. rest: what the kernel would not take yet."""
     STUCK_SECONDS = 30.0
 
-    def __init__(self, edge: Edge, socket: socket.socket) -> None:
-        self.edge, self.socket, self.events, self.rest, self.deadline = edge, socket, 0, b"", 0.0
-        self.listen(READ)
-        edge.held.add(self)                          # last: where it could not be registered, nobody holds it
+    def __init__(self, edge: LoopEdge, socket: socket.socket):
+        self.edge = edge
+        self.socket = socket
+        self.events = 0                                  # what the selector watches for
+        self.rest: Any = b""
+        self.deadline = 0.0                              # when patience ends
+        self.listen(selectors.EVENT_READ)
+        edge.held.add(self)                              # last: others look through it
 
-    def listen(self, events: int) -> None:
-        selector, before, self.events = self.edge.selector, self.events, events
+    def listen(self, events):
+        before = self.events
         if before == events:
             return
+        self.events = events
         if not events:
-            selector.unregister(self.socket)
+            self.edge.selector.unregister(self.socket)
+        elif before:
+            self.edge.selector.modify(self.socket, events, self.ready)
         else:
-            (selector.modify if before else selector.register)(self.socket, events, self.ready)
+            self.edge.selector.register(self.socket, events, self.ready)
 
-    def ready(self, events: int) -> None:
-        if events & WRITE:
-            self.listen(self.events & ~WRITE)
+    def ready(self, events):
+        if events & WRITABLE:
+            self.listen(self.events & ~WRITABLE)
             return self.write(self.rest)
         try:
             data = self.socket.recv(65_536)
@@ -3045,9 +3461,9 @@ class Held:
             return
         except OSError:
             data = b""
-        self.read(data)                              # b"": the other side is gone, one way or another
+        self.read(data)                                  # b"": the other side is gone
 
-    def offer(self, data: bytes) -> int:
+    def offer(self, data) -> int:
         """How many bytes the kernel took; -1: the other side is gone."""
         try:
             return self.socket.send(data)
@@ -3056,328 +3472,2017 @@ class Held:
         except OSError:
             return -1
 
-    def write(self, data: bytes) -> None:
+    def write(self, data):
         self.wrote(data, self.offer(data))
 
-    def wrote(self, data: bytes, sent: int) -> None:
+    def wrote(self, data, sent):
         if sent < 0:
             return self.close()
-        waited, self.rest = bool(self.rest), b""
+        waited = bool(self.rest)
+        self.rest = b""
         if sent == len(data):
             return self.written()
-        self.rest = memoryview(data)[sent:]          # all who are slow share the same bytes
+        self.rest = memoryview(data)[sent:]              # all who are slow share the bytes
         if sent or not waited:
             self.deadline = time.monotonic() + self.STUCK_SECONDS
-        self.listen(self.events | WRITE)
+        self.listen(self.events | WRITABLE)
 
-    def close(self) -> None:
+    def close(self):
         if self in self.edge.held:
             self.edge.held.discard(self)
             self.listen(0)
             self.socket.close()
 
 
-class Channel:
-    """The streams that watch one region for one role. Its states: quiet; busy (being asked or delivered); busy and
-    stale (published again meanwhile, so it goes round once more). That is all the coalescing there is."""
-    __slots__ = ("watch", "streams", "busy", "stale", "frames")
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch, self.streams, self.busy, self.stale = watch, set(), False, False
-        self.frames = collections.Counter()          # sent, coalesced, dropped: for the console
-
-
-def viewer_of(live: Response) -> Dict[str, str]:
-    """Whom a live answer is for, in the words of a verdict."""
-    return {**live.watch.request.headers, "x-account": live.which}
-
-
 class Stream(Held):
-    """An open live answer. It keeps at most the rest of one frame, and the latest after it."""
-    __slots__ = ("again", "account", "viewer", "zipped", "channel", "seen", "here", "latest", "beat")
-    SEND_BUFFER = 131_072                            # bytes the kernel may hold for a reader; it would take megabytes
-    BEAT_SECONDS = (15, 25)                          # spread, or thousands would beat at once
+    """An open live answer. It keeps at most the rest of one frame, and the latest after it.
 
-    def __init__(self, edge: Edge, socket_: socket.socket, request: Request, response: Response) -> None:
-        cookie = {"cookie": request.headers.get("cookie", "")}
-        self.again = Request("GET", request.path, request.query, cookie, wait=LOOK_SECONDS, scheme=request.scheme)
-        self.account, self.zipped, self.channel = response.which, accepts_gzip(request), None
-        self.viewer = viewer_of(response)            # as the last verdict said
-        self.seen, self.here, self.latest = response.rendering.etag, "", {}      # etags shown; what is to be shown next
+    A page shows several pieces, each in a slot: "seen" is the region, "here" who else looks
+    on, "page" all of it, after a change of role.
+    """
+    SEND_BUFFER = 131_072                                # bytes, in the kernel
+    BEAT_SECONDS = (15, 25)                              # spread: thousands beat
+
+    def __init__(self, edge, socket_, request, response, viewer):
+        self.again = Request("GET", request.path, request.query, request.headers,
+                             peer=request.peer, scheme=request.scheme)
+        self.account = response.which
+        self.viewer = viewer                             # as the last verdict said
+        self.zipped = accepts_gzip(request)
+        self.channel: Optional[Channel] = None
+        self.seen = response.watch.piece.etag            # what is shown, by slot
+        self.here = ""
+        self.latest: Dict[str, Piece] = {}               # what is to be shown next, by slot
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
-        if sys.platform == "linux":                  # a peer that vanished without a word answers no heartbeat either
-            socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.STUCK_SECONDS))
-        super().__init__(edge, socket_)              # last: other threads look through what the loop holds
+        if sys.platform == "linux":                      # a peer that vanished silently
+            patience = int(1000 * self.STUCK_SECONDS)
+            socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        super().__init__(edge, socket_)
 
-    def show_page(self, rendering: Rendering) -> None:
-        self.latest, self.seen, self.here = {}, "", ""         # it has the region as well; what waited is older
-        self.send("page", rendering)
+    def show_page(self, piece):
+        """It has the region as well. What waited is older."""
+        self.latest = {}
+        self.seen = ""
+        self.here = ""
+        self.send("page", piece)
 
-    def show_here(self, rendering: Rendering) -> None:
-        if self.here != rendering.etag:
-            self.here = rendering.etag
-            self.send("here", rendering)
+    def show_here(self, piece):
+        if self.here != piece.etag:
+            self.here = piece.etag
+            self.send("here", piece)
 
-    def send(self, slot: str, rendering: Rendering) -> None:
-        if self.show(slot, rendering):
+    def send(self, slot, piece):
+        if self.show(slot, piece):
             self.count("sent")
 
-    def show(self, slot: str, rendering: Rendering) -> bool:
-        """Did it go out, rather than wait behind the rest of another? Whoever shows it counts it."""
+    def show(self, slot, piece) -> bool:
+        """Did it go out, rather than wait behind the rest of another?"""
         if self.rest:
             self.count("coalesced", slot in self.latest)
-            self.latest[slot] = rendering
+            self.latest[slot] = piece
             return False
-        data = rendering.zipped if self.zipped else rendering.frame
-        if (sent := self.offer(data)) != len(data):
+        data = piece.zipped if self.zipped else piece.plain
+        sent = self.offer(data)
+        if sent != len(data):
             self.wrote(data, sent)
         return True
 
-    def count(self, what: str, frames: int = 1) -> None:
+    def count(self, what, frames=1):
         self.edge.broker.frames[what] += frames
         if self.channel:
             self.channel.frames[what] += frames
 
-    def written(self) -> None:
-        if self.latest:
-            latest, self.latest = self.latest, {}
-            for slot, rendering in latest.items():
-                self.send(slot, rendering)
+    def written(self):
+        latest, self.latest = self.latest, {}
+        for slot, piece in latest.items():
+            self.send(slot, piece)
 
-    def read(self, data: bytes) -> None:
-        """A browser says nothing on a stream but goodbye. Whatever else it says is read over."""
+    def read(self, data):
+        """A browser says nothing on a stream but goodbye. The rest is read over."""
         if not data:
             self.close()
 
-    def tick(self, now: float) -> None:
+    def tick(self, now):
         if self.rest and now > self.deadline:
             self.count("dropped")
             self.close()
         elif not self.rest and now > self.beat:
             self.beat = now + random.uniform(*self.BEAT_SECONDS)
-            self.write(chunk(deflated(BEAT) if self.zipped else BEAT))
+            self.write(self.framed(BEAT))
 
-    def end(self, status: int) -> None:
-        """Where it was the gate that closed this stream, not the network: with a last frame and a proper end."""
-        if status in (401, 403) and not self.rest:
-            frame = goodbye(status)
-            self.write(chunk(deflated(frame) if self.zipped else frame) + LAST_CHUNK)
+    def framed(self, data):
+        return chunk(deflated(data) if self.zipped else data)
+
+    def end(self, frame):
+        """With a last frame and a proper end, if the gate closed it and not the network."""
+        if frame and not self.rest:
+            self.write(self.framed(frame) + LAST_CHUNK)
         self.close()
 
-    def close(self) -> None:
+    def close(self):
         self.edge.broker.leave(self)
         super().close()
 
 
-CONSOLE = "console"                                  # the id of what is watched and is no object (section 20)
+# ==== 24. Broker ==========================================================================
+# The idea: streams that must show the same share a channel. When its topic is published, the
+#   object is asked once, and the same bytes go to every socket. The object may sleep.
+# It promises: after a publish each stream gets the latest; those between may be left out.
+#   When somebody's access changes, their streams ask the gate again, at once.
+# Who uses it: the loop edge. Objects only tell it what was published.
+
+class Channel:
+    """Its states: quiet; busy (being asked or delivered); busy and stale (published again
+    meanwhile, so it goes round once more)."""
+
+    def __init__(self, subscription):
+        self.subscription = subscription
+        self.streams = set()
+        self.busy = False
+        self.stale = False
+        self.frames = collections.Counter()              # sent, coalesced, dropped
 
 
 class Broker:
-    """Who watches what. The loop changes it; other threads only mark a channel."""
-    SOME = 64                                        # streams that get a frame before others have a turn
-    ALONE_SECONDS = 30.0                             # for which streams stay open while no Directory can be asked
+    """The loop changes it. Other threads only mark a channel."""
+    SOME = 64                                # streams that get a frame before others' turn
+    ALONE_SECONDS = 30.0                     # for which a Directory may be out of reach
+    LOOK_SECONDS = 0.2                       # for which a busy object is waited for
+    CALM_SECONDS = 30.0                      # after which a change of access has arrived
+    quiet = ()                               # ids of which nobody is told who looks on
 
-    def __init__(self, edge: Edge) -> None:
-        self.edge, self.lock = edge, threading.Lock()          # guards busy and stale of the channels
-        self.channels: Dict[str, Dict[Tuple[str, ...], Channel]] = {}      # by object, then by what is asked of it
-        self.version, self.alone = 0, 0.0                      # of the Directory's file; since when it is out of reach
-        self.here: Dict[str, Rendering] = {}                   # by object: who watches it, as it was last told
-        self.moved = set()                                     # objects whose watchers came or went since then
-        self.accounts = collections.Counter()                  # how many streams each has open
+    def __init__(self, edge: LoopEdge):
+        self.edge = edge
+        self.lock = threading.Lock()                     # guards busy and stale
+        self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by what is asked
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
-        self.changed = float("-inf")                           # when somebody's access last did
-        self.failed = set()                                    # channels whose object could not be asked
+        self.accounts = collections.Counter()            # how many streams each has open
+        self.version = 0                                 # of the Directory
+        self.alone = 0.0                                 # since when it is out of reach
+        self.changed = float("-inf")                     # when somebody's access last did
+        self.here: Dict[str, Piece] = {}                 # by object: who watches it
+        self.moved = set()                               # objects whose watchers changed
+        self.failed = set()                              # channels that could not be asked
+
+    # -- from a publish to the sockets
 
     def published(self, id: str, topic: str) -> None:
-        """Called by an object right after a commit. topic "": all of it."""
+        """Called by an object, right after a commit. topic "": all of it."""
         if topic.startswith("access:"):
             self.changed = time.monotonic()
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
-            if topic in ("", channel.watch.topic):
+            if topic in ("", channel.subscription.topic):
                 self.mark(channel)
 
-    def mark(self, channel: Channel) -> None:
+    def mark(self, channel):
         with self.lock:
-            busy, channel.busy, channel.stale = channel.busy, True, True
+            busy = channel.busy
+            channel.busy = True
+            channel.stale = True
         if not busy:
-            self.edge.pool.gather(channel.watch.stub.id, channel, self.refresh_all)
+            lane = channel.subscription.stub.id
+            self.edge.pool.gather(lane, channel, self.refresh_all)
 
-    def refresh_all(self, channels: List[Channel]) -> None:
-        """In the pool, where an object is a lane: its regions would wait for each other anyway."""
+    def refresh_all(self, channels):
+        """In the pool. An object is a lane there: its regions would wait for each other."""
         for channel in channels:
             guarded(self.refresh, channel)
 
-    def refresh(self, channel: Channel) -> None:
+    def refresh(self, channel):
         """Ask the object what its region is now. It wakes for this if it must."""
-        channel.stale, rendering = False, None
-        streams = [*channel.streams]                 # whoever comes after this has seen as much, or more
+        channel.stale = False
+        piece = None
+        streams = [*channel.streams]                     # who comes later has seen as much
         try:
-            rendering = channel.watch.stub.fetch(channel.watch.request).rendering
+            piece = self.ask(channel.subscription)
             if any([stream.zipped for stream in streams]):
-                rendering.zipped                     # compressed here and not in the loop
+                piece.zipped                             # made here, and not in the loop
         except CRASH:
             self.failed.add(channel)
             raise
         finally:
-            self.edge.call(self.deliver, channel, rendering, streams if rendering else [])
+            self.edge.call(self.deliver, channel, piece, streams if piece else [])
 
-    def try_again(self) -> None:
-        """In the pool: what their watchers see may be old, and nobody need ever publish again."""
+    def ask(self, subscription) -> Piece:
+        return subscription.stub.fetch(subscription.again).watch.piece
+
+    def try_again(self):
+        """In the pool: what their watchers see may be old, and nobody need publish again."""
         for channel in [self.failed.pop() for _ in range(len(self.failed))]:
             if channel.streams:
                 self.mark(channel)
 
-    def deliver(self, channel: Channel, rendering: Optional[Rendering], streams: List[Stream]) -> None:
-        """To a few streams; to the others when the loop has looked after whoever else is there."""
+    def deliver(self, channel, piece, streams):
+        """To some; to the others when the loop has looked after whoever else is there."""
         sent = 0
         for stream in streams[:self.SOME]:
-            if stream.seen != rendering.etag and stream.channel is channel:
-                stream.seen = rendering.etag
-                sent += stream.show("seen", rendering)
+            if stream.seen != piece.etag and stream.channel is channel:
+                stream.seen = piece.etag
+                sent += stream.show("seen", piece)
         self.frames["sent"] += sent
         channel.frames["sent"] += sent
         if len(streams) > self.SOME:
-            return self.edge.call(self.deliver, channel, rendering, streams[self.SOME:])
+            return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
         with self.lock:
-            channel.busy, again = False, channel.stale and channel.streams
+            channel.busy = False
+            again = channel.stale and channel.streams
         if again:
             self.mark(channel)
 
-    def join(self, stream: Stream, watch: Watch) -> None:
-        """And look once more: something may have been published between the first frame and now."""
-        stream.channel = self.channels.setdefault(watch.stub.id, {}).setdefault(watch.key, Channel(watch))
-        stream.channel.streams.add(stream)
+    # -- who watches
+
+    def welcome(self, stream, subscription):
+        """If access changed while its request was on the way, the verdict may be older."""
+        self.join(stream, subscription)
+        if time.monotonic() < self.changed + self.CALM_SECONDS:
+            self.regate(stream)
+
+    def join(self, stream, subscription):
+        id = subscription.stub.id
+        of_object = self.channels.setdefault(id, {})
+        channel = of_object.setdefault(subscription.channel, Channel(subscription))
+        stream.channel = channel
+        channel.streams.add(stream)
         self.accounts[stream.account] += 1
-        watch.stub.watched(1)
-        self.moved.add(watch.stub.id)
-        self.mark(stream.channel)
-        if watch.stub.id in self.here:
-            stream.show_here(self.here[watch.stub.id])
+        self.watched(id, 1)
+        self.mark(channel)                               # something may have come meanwhile
+        if id in self.here:
+            stream.show_here(self.here[id])
         else:
             self.tell_who_is_here()
 
-    def leave(self, stream: Stream) -> None:
-        channel, stream.channel = stream.channel, None
-        if channel:
-            stub = channel.watch.stub
-            channel.streams.discard(stream)
-            self.accounts[stream.account] -= 1
-            stub.watched(-1)
-            self.moved.add(stub.id)
-            if not channel.streams:                  # the last one out
-                del self.channels[stub.id][channel.watch.key]
-            if not self.channels[stub.id]:
-                del self.channels[stub.id]
-                self.here.pop(stub.id, None)
+    def leave(self, stream):
+        channel = stream.channel
+        if channel is None:
+            return
+        stream.channel = None
+        id = channel.subscription.stub.id
+        channel.streams.discard(stream)
+        self.accounts[stream.account] -= 1
+        self.watched(id, -1)
+        if not channel.streams:                          # the last one out
+            del self.channels[id][channel.subscription.channel]
+        if not self.channels[id]:
+            del self.channels[id]
+            self.here.pop(id, None)
 
-    def tell_who_is_here(self) -> None:
-        """Once a second: to those who watch an object of which watchers came or went, the names of all of them."""
+    def watched(self, id, more):
+        """A stream on this object came (1) or went (-1)."""
+        self.moved.add(id)
+
+    def tell_who_is_here(self):
+        """Once a second: to those who watch an object of which watchers came or went."""
         moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {self.edge.env.directory.id, CONSOLE}:
-            streams = [stream for channel in self.channels[id].values() for stream in channel.streams]
-            names = sorted({stream.account for stream in streams})
-            some = [{"account": name} for name in names[:20]]
-            more = f"and {len(names) - 20} more" if len(names) > 20 else ""
-            self.here[id] = Rendering(template("here")(name=some, more=more, watchers=len(streams)), main=False)
+        for id in moved & {*self.channels} - {*self.quiet}:
+            streams = [stream for channel in self.channels[id].values()
+                       for stream in channel.streams]
+            self.here[id] = presence(streams)
             for stream in streams:
                 stream.show_here(self.here[id])
 
-    def regate(self, whose: Any) -> None:
-        """Have the request of a stream, or of all streams of an account ("": of everybody), go through the worker once
-        more. They go one after the other, so that the latest verdict is the last."""
+    # -- who may still watch
+
+    def regate(self, whose):
+        """Have a stream, or all of an account ("": of everybody), ask the gate once more.
+
+        One after the other, so that the latest verdict is the last.
+        """
         self.edge.pool.gather("access", whose, self.gate_again)
 
-    def gate_again(self, those: List[Any]) -> None:
+    def gate_again(self, those):
         """In the pool."""
-        busy = set()                                 # workspaces that were waited for once, in vain
+        busy = set()                                     # objects that were waited for once
         for held in [*self.edge.held]:
-            if type(held) is Stream and not {held, held.viewer["x-account"], ""}.isdisjoint(those):
+            if isinstance(held, Stream) and not {held, held.account, ""}.isdisjoint(those):
                 guarded(self.ask_again, held, busy)
 
-    def ask_again(self, stream: Stream, busy: set) -> None:
-        """The right ones stay, and wake nobody; a changed role sees what it may now; who may no longer look is told."""
+    def ask_again(self, stream, busy):
+        """Send the request of a stream through the worker once more, up to its last step.
+
+        Who may still look stays, and wakes nobody. A changed role sees what it may now. Who
+        may no longer look is told.
+        """
         try:
-            verdict = admit(stream.again, self.edge.env)
-            said, before = dict(verdict.headers) if verdict else {}, stream.viewer
-            if said and all([said.get(name, "") == value for name, value in before.items()]):
+            asked = self.edge.decide_again(stream.again)
+            if isinstance(asked, Response):
+                if not asked.watch:
+                    self.edge.call(stream.end, last_frame(asked))
                 return
-            if "x-id" in said and said.get("x-node", "") != before["x-node"]:
-                return self.edge.call(stream.close)  # the workspace has moved; the client comes back, and goes there
-            if said.get("x-id", "") in busy:
-                raise WouldBlock
-            answer, whole = heed(verdict, stream.again, self.edge.env), None
-            if viewer_of(answer) != before:          # the page around the region is for a viewer, too
-                around = stream.again._replace(path=stream.again.path.removesuffix("/live"))
-                page = heed(verdict, around, self.edge.env)
-                whole = Rendering(Html(page.body.decode().replace(f' data-nonce="{NONCE}"', "")), main=False)
-            stream.viewer = viewer_of(answer)
-            self.edge.call(self.rejoin, stream, answer, whole)
+            viewer = viewer_in(asked.request)
+            if viewer == stream.viewer:
+                return
+            if asked.stub.id in busy:
+                raise Busy()
+            response, whole = self.ask_as(asked)
+            stream.viewer = viewer
+            self.edge.call(self.rejoin, stream, response, whole)
+        except Busy:
+            busy.add(asked.stub.id)
+            self.regate(stream)                          # behind the others
         except Refused as no:
-            self.edge.call(stream.end, no.status)
-        except WouldBlock:
-            busy.add(stream.viewer.get("x-id"))
-            self.regate(stream)                      # behind the others
+            self.edge.call(stream.end, last_frame(Response(no.status)))
         except CRASH:
-            self.edge.call(stream.close)             # its client comes back, and hears more
+            self.edge.call(stream.close)                 # its client comes back
             raise
 
-    def welcome(self, stream: Stream, watch: Watch) -> None:
-        """A new stream. If access changed while its request was on the way, the verdict may be from before."""
-        self.join(stream, watch)
-        if time.monotonic() < self.changed + SEALED_SECONDS:
-            self.regate(stream)
+    def ask_as(self, asked):
+        """Return the stream's answer and, as a piece, the page around it, for a new viewer."""
+        response = asked.stub.fetch_within(self.LOOK_SECONDS, asked.request)
+        path = asked.request.path[:-len("/live")]
+        around = asked.request._replace(path=path)
+        page = asked.stub.fetch_within(self.LOOK_SECONDS, around)
+        html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
+        return response, Piece(Html(html), 0.0, 0, main=False)
 
-    def rejoin(self, stream: Stream, answer: Response, whole: Optional[Rendering]) -> None:
-        if stream.channel:                                     # it is still open
-            self.leave(stream)
-            stream.account = answer.which            # a masquerade begins, or ends
-            stream.show_page(whole) if whole else None
-            self.join(stream, answer.watch)
+    def rejoin(self, stream, response, whole):
+        if stream.channel is None:                       # it was closed meanwhile
+            return
+        self.leave(stream)
+        stream.account = response.which
+        stream.show_page(whole)
+        self.join(stream, response.watch)
 
-    def look_elsewhere(self) -> None:
-        """In the pool: has another process, say the command line, changed the Directory?"""
-        directory, before = self.edge.env.directory, self.version
+    def look_elsewhere(self):
+        """In the pool, once a second: did another process change the Directory?"""
+        directory = self.edge.env.directory
+        before = self.version
         try:
-            with self.edge.env.trace.silence():
-                self.version = directory.ask("/_version")
+            self.version = directory.ask("/_version")
             self.alone = 0.0
-        except Refused as no:                        # it is in another process
-            log(f"the directory: {no.message}") if not self.alone else None
-            self.alone = self.alone or time.monotonic()
+        except Refused as no:                            # it is in another process
+            if not self.alone:
+                log(f"the directory: {no.message}")
+                self.alone = time.monotonic()
             if time.monotonic() > self.alone + self.ALONE_SECONDS:
-                self.regate("")                      # who may still look, nobody can say
+                self.regate("")                          # nobody can say who may still look
         if before not in (0, self.version):
-            self.published(directory.id, "access:")            # anybody's
+            self.published(directory.id, "access:")      # anybody's
             self.published(directory.id, "")
-            self.edge.alarms.look()
+            self.elsewhere()
+
+    def elsewhere(self):
+        """Another process changed something."""
 
 
-# ==== 20. Console ====================================================================================================
+def presence(streams) -> Piece:
+    names = sorted({stream.account for stream in streams})
+    some = [{"account": name} for name in names[:20]]
+    more = f"and {len(names) - 20} more" if len(names) > 20 else ""
+    html = template("here")(name=some, more=more, watchers=len(streams))
+    return Piece(html, 0.0, 0, main=False)
+
+
+SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-operator",
+                   "x-read-only")
+
+
+def viewer_in(forwarded: Request) -> Tuple[str, ...]:
+    """Whom the gate let in, in its own words."""
+    return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
+
+
+def last_frame(response: Response) -> bytes:
+    """b"": the stream breaks off, and its browser comes back."""
+    if response.type == EVENTS:
+        return response.body
+    return goodbye(response.status) if response.status in (401, 403) else b""
+
+
+# ==== 25. Loop edge =======================================================================
+# The idea: one loop reads and writes all sockets. What was kept leaves at once; all else is
+#   answered by the pool.
+# How a request goes: the worker runs as it is, in an Env whose last step, forward, is noted
+#   and not taken. Who is refused is answered. Who is let in is fetched, together with all
+#   that came for the same object.
+# It promises: each request comes out with a response. A connection that idles, reads slowly
+#   or sends slowly costs a buffer and no thread. Who was never let into a workspace does not
+#   stand in its lane: how long strangers wait for their no tells them nothing of it.
+# Who uses it: the network.
+
+class Noted(NamedTuple):
+    """The last step of a worker that only decides: whom to fetch from, and what."""
+    stub: GuardedStub
+    request: Request
+
+
+def lane_of(path: str) -> str:
+    """Where a request for a workspace's own object waits; "": it waits for nobody."""
+    parts = path.split("/")
+    if parts[:2] != ["", "w"] or len(parts) < 4 or parts[3] == "members":
+        return ""
+    return f"/w/{parts[2]}"
+
+
+class Connection(Held):
+    """A connection that is not a stream. It is in one state at a time."""
+    IDLE, ARRIVING, ANSWERING, LEAVING = "idle", "arriving", "answering", "leaving"
+    IDLE_SECONDS = 75.0                  # longer than the 60 s for which proxies keep one
+    REQUEST_SECONDS = 10.0               # for all of it; a byte now and then moves nothing
+    LINGER_SECONDS = 1.0                 # so that who is still sending can read our answer
+    LINGER_BYTES = 65_536
+
+    def __init__(self, socket, address, edge):
+        self.peer = address[0]
+        self.buffer = bytearray()
+        self.reader = read_requests(self.buffer)
+        self.ended = False                               # the other side sends no more
+        self.keep = True                                 # it goes on after this answer
+        self.spare = self.LINGER_BYTES                   # bytes that are read over
+        self.state = self.IDLE
+        super().__init__(edge, socket)
+        self.deadline = time.monotonic() + self.IDLE_SECONDS
+
+    @property
+    def busy(self) -> bool:
+        return self.state == self.ANSWERING
+
+    # -- reading, in the loop
+
+    def read(self, data):
+        self.ended = not data
+        if self.state == self.LEAVING:
+            return self.read_over(data)
+        self.buffer += data
+        if not self.busy:
+            self.advance()
+        elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
+            self.listen(0)                               # read on after the present answer
+
+    def read_over(self, data):
+        self.spare -= len(data)
+        if not data or self.spare <= 0:
+            self.close()
+
+    def advance(self):
+        """Take the next request up, if it is complete."""
+        some = bool(self.buffer)
+        try:
+            reading = next(self.reader)
+        except Refused as no:
+            return self.refuse(no)
+        if reading:
+            self.state = self.ANSWERING
+            if reading.body is None:                     # it waits for a word (RFC 9110, 10.1.1)
+                self.edge.pool.put(self.foresee, reading)
+            else:
+                self.edge.take_up(self, reading)
+        elif self.ended:
+            self.close()
+        elif some and self.state == self.IDLE:
+            self.arriving()
+
+    def arriving(self):
+        self.deadline = time.monotonic() + self.REQUEST_SECONDS
+        self.state = self.ARRIVING
+
+    def foresee(self, reading):
+        """In the pool: the gate's no comes before a body is sent in vain."""
+        try:
+            request = self.edge.request(reading, self.peer)
+            refuse_foreign(request)
+            if request.path.startswith("/w/"):
+                admit(request, self.edge.env)
+            self.edge.call(self.go_on)
+        except Refused as no:
+            self.edge.call(self.refuse, no)
+        except CRASH:
+            self.edge.call(self.close)
+            raise
+
+    def go_on(self):
+        if self in self.edge.held:
+            self.arriving()
+            with contextlib.suppress(OSError):
+                self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.resume()
+
+    def resume(self):
+        """What was sent ahead has its turn when the others had theirs."""
+        if not self.busy and self in self.edge.held:
+            self.listen(0 if self.ended else READ)
+            self.advance()
+
+    # -- answering, in the loop or in the pool: while it is ANSWERING nobody else writes
+
+    def reply(self, asked, response):
+        if response.watch and asked.reading.method != "HEAD":
+            return self.edge.call(self.become_stream, asked, response)
+        data = self.encoded(asked, response)
+        sent = self.offer(data)
+        if sent == len(data) and self.keep:
+            self.written()
+        else:
+            self.edge.call(self.wrote, data, sent)
+
+    def encoded(self, asked, response):
+        reading = asked.reading
+        self.edge.count(asked, response)
+        self.keep = (reading.keep and not self.edge.stopping and response.status != 421
+                     and reading.method != "CONNECT")
+        head_only = reading.method == "HEAD"
+        return encode(asked.request, response, self.keep, head_only, self.edge.date)
+
+    def written(self):
+        """The answer has left."""
+        if not self.keep:
+            return self.leave()
+        self.deadline = time.monotonic() + self.IDLE_SECONDS
+        self.state = self.IDLE                           # first: the loop may be reading
+        if self.buffer or self.ended:
+            self.edge.call(self.resume)
+
+    def leave(self):
+        """Close so that who is still sending can read the answer (RFC 9112, 9.6)."""
+        self.deadline = time.monotonic() + self.LINGER_SECONDS
+        self.state = self.LEAVING
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        if self.ended:
+            self.close()
+        else:
+            self.listen(READ)
+
+    def refuse(self, no):
+        """One answer, and nothing behind it is read."""
+        if self not in self.edge.held:
+            return
+        self.state = self.ANSWERING
+        self.keep = False
+        request = Request("GET", "/", peer=self.peer)
+        response = self.edge.refusal(request, no)
+        self.edge.count(Asked(self, None, request), response)
+        self.write(encode(request, response, False, False, self.edge.date))
+
+    def become_stream(self, asked, response):
+        """In the loop, which counts the streams."""
+        no = self.edge.no_stream(asked, response)
+        if no:
+            return self.reply(asked, self.edge.refusal(asked.request, no))
+        data = self.encoded(asked, response)
+        if self.ended:                                   # nobody is there to hear the rest
+            self.keep = False
+            return self.write(data)
+        self.edge.held.discard(self)
+        self.listen(0)
+        viewer = viewer_in(asked.forwarded or asked.request)
+        stream = Stream(self.edge, self.socket, asked.request, response, viewer)
+        stream.write(data)
+        if stream in self.edge.held:
+            self.edge.broker.welcome(stream, response.watch)
+
+    def tick(self, now):
+        waiting = self.busy and not self.rest            # for a thread, which will end it
+        if waiting or now < self.deadline:
+            return
+        if self.state == self.ARRIVING:
+            self.refuse(Refused(408, "The request took too long to arrive. Send it again."))
+        else:
+            self.close()
+
+
+@functools.lru_cache(maxsize=1024)
+def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip      # IPv4, on a socket for both
+        return any([ip in ipaddress.ip_network(network) for network in networks])
+    return False
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+give_way = getattr(os, "sched_yield", lambda: None)
+known_host_again = functools.lru_cache(maxsize=1024)(known_host)
+
+
+class LoopEdge(ThreadingHTTPServer):
+    """Binds in the constructor, serves in serve_forever(), ends by stop().
+
+    settings: host, port, threads, connections, streams, allow_host and trust_proxy.
+    """
+    request_queue_size = 1024                            # http.server's 5 turns a crowd away
+    DRAIN_SECONDS = 5.0                                  # for the requests in flight
+    END_SECONDS = 5.0                                    # for the threads
+    TICK_SECONDS = 1.0
+    CALLS_SECONDS = 0.002                                # for calls, before the sockets again
+    EAGER_SECONDS = (0.0001,)                            # to stay awake, with no job under way
+    EAGER_ON_ONE_CORE = (0.0001, 0.0005)                 # and with one
+
+    def __init__(self, env: Env, settings: Any):
+        self.settings = settings
+        self.use(dataclasses.replace(env, doors={**env.doors, "/healthz": self.healthz}))
+        self.held = set()
+        self.selector = selectors.DefaultSelector()
+        self.calls = collections.deque()                 # what other threads want done here
+        self.waker, self.woken = socket.socketpair()
+        self.awake = False
+        self.eager = self.EAGER_ON_ONE_CORE if cores() == 1 else self.EAGER_SECONDS
+        self.brisk = False                               # it pays just now to stay awake
+        self.stopping = 0.0                              # since when; 0: it is not
+        self.stopped = threading.Event()
+        self.date = formatdate(usegmt=True)
+        self.insiders = set()                            # hashes of lane and cookie
+        names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
+        self.hosts = frozenset([name.lower() for name in names])
+        self.kept = Kept(env.directory)
+        self.broker = Broker(self)
+        self.pool = Pool(settings.threads)
+        self.chores: Sequence[Tuple[Callable[[], None], float]] = ((self.broker.try_again, 5.0),)
+        self.due: List[float] = []
+        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        super().__init__((settings.host, settings.port), Connection)
+        for one in (self.socket, self.waker, self.woken):
+            one.setblocking(False)
+        env.workspaces.listeners.append(self.broker.published)
+        if env.directory.namespace is not env.workspaces:
+            env.directory.namespace.listeners.append(self.broker.published)
+
+    def use(self, env):
+        """deciding: as env, but a request that may be forwarded is only noted."""
+        self.env = env
+        self.deciding = dataclasses.replace(env, forward=Noted)
+        self.regating = self.deciding                    # for streams that are open
+
+    def server_bind(self):
+        """As http.server's, without the look-up of our own name, which can take seconds."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    # -- the loop
+
+    def serve_forever(self, poll_interval=0.5):
+        self.selector.register(self.socket, READ, self.accept)
+        self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
+        next_tick = 0.0
+        while not (self.stopping and self.drained()):
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + self.TICK_SECONDS
+                self.tick(time.monotonic())
+            for key, events in self.ready():
+                guarded(key.data, events)
+            self.run_calls()
+        self.stopped.set()
+
+    def ready(self):
+        """Wait until a socket can be read or written, or somebody calls.
+
+        A core that fell asleep takes longer to wake than most answers take to make. So the
+        loop stays awake for a moment, if that paid the last time. (Pages on one connection:
+        1.2 x.) A job of the pool needs the interpreter itself, except where it only waits
+        for the disk on the same core. (Commands on one connection: 1.3 x.)
+        """
+        allowed = self.EAGER_SECONDS if self.broker.channels else self.eager
+        busy = self.pool.busy
+        until = time.perf_counter() + (allowed[busy] if busy < len(allowed) else 0.0)
+        while self.brisk and time.perf_counter() < until:
+            found = self.selector.select(0)
+            if found or self.calls:
+                return found
+            give_way()                                   # who else needs this core goes first
+        self.awake = False
+        found = self.selector.select(0 if self.calls else self.TICK_SECONDS)
+        self.awake = True
+        self.brisk = time.perf_counter() < until
+        return found
+
+    def run_calls(self):
+        until = time.monotonic() + self.CALLS_SECONDS
+        for _ in range(len(self.calls)):
+            guarded(*self.calls.popleft())
+            if time.monotonic() > until:                 # it is the turn of the sockets
+                return
+
+    def call(self, *call: Any) -> None:
+        """call(function, *args): have the loop do it soon. From any thread."""
+        self.calls.append(call)
+        if not self.awake:                               # it looks once more before it sleeps
+            self.awake = True
+            self.wake()
+
+    def wake(self):
+        with contextlib.suppress(OSError):               # full: it is awake already
+            self.waker.send(b"\0")
+
+    def accept(self, _):
+        for _ in range(64):                              # then look after the others
+            try:
+                self.process_request(*self.get_request())
+            except BlockingIOError:
+                return
+            except OSError as error:                     # no descriptors, until the next tick
+                log(f"accept: {error}")
+                return self.selector.unregister(self.socket)
+
+    def process_request(self, request, client_address):
+        """A place in the loop, in the place of a thread for this connection."""
+        request.setblocking(False)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = self.RequestHandlerClass(request, client_address, self)
+        if len(self.held) > self.settings.connections:
+            connection.refuse(Refused(503, "The server is full. Try again in a minute.",
+                                      (("retry-after", "60"),)))
+
+    def tick(self, now):
+        """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
+        self.date = formatdate(usegmt=True)
+        if len(self.insiders) > 100_000:
+            self.insiders.clear()
+        for held in [*self.held]:
+            guarded(held.tick, now)
+        guarded(self.broker.tell_who_is_here)
+        self.pool.put(self.env.workspaces.rest)
+        self.pool.put(self.env.directory.namespace.rest)
+        self.pool.put(self.broker.look_elsewhere)
+        self.begin_chores(now)
+        if not self.stopping and self.socket.fileno() not in self.selector.get_map():
+            self.selector.register(self.socket, READ, self.accept)
+
+    def begin_chores(self, now):
+        """Each after its time, and never twice at a time. 0 seconds: never."""
+        if len(self.due) != len(self.chores):
+            self.due = [now + every for _, every in self.chores]
+        for number, (chore, every) in enumerate(self.chores):
+            if every and now >= self.due[number]:
+                self.due[number] = now + every
+                self.pool.gather(f"chore {number}", chore, lambda chores: chores[0]())
+
+    # -- a request: in the loop, then in the pool
+
+    def take_up(self, connection, reading):
+        asked = Asked(connection, reading, Request("GET", "/", "", reading.headers),
+                      started=time.perf_counter())
+        try:
+            request = self.request(reading, connection.peer)
+        except Refused as no:
+            return self.finish(asked, no)
+        asked = asked._replace(request=request)
+        if reading.method in SAFE and self.keeps_answers():
+            asked = asked._replace(policy=self.kept.policy())
+            kept = self.kept.find(asked)
+            if kept:
+                return connection.reply(asked, renewed(kept))
+        lane = lane_of(request.path)
+        if not lane:
+            return self.pool.put(self.answer_all, [asked])
+        if self.place_of(asked) not in self.insiders:    # a stranger, so far
+            lane = f"{connection.peer} {lane}"
+        self.pool.gather(lane, asked, self.answer_all)
+
+    def keeps_answers(self) -> bool:
+        return True
+
+    def place_of(self, asked) -> int:
+        """Who asks where: what is remembered of whom was let in."""
+        return hash((lane_of(asked.request.path), asked.request.headers.get("cookie")))
+
+    def answer_all(self, several):
+        """In the pool: what came for one workspace."""
+        let_in = collections.defaultdict(collections.deque)
+        for asked in several:
+            decided = outcome(self.decide, asked.request)
+            if isinstance(decided, Noted):
+                version = decided.stub.namespace.versions[decided.stub.id]
+                asked = asked._replace(stub=decided.stub, forwarded=decided.request,
+                                       version=version)
+                let_in[decided.stub].append(asked)
+            else:
+                self.finish(asked, decided)
+        for stub, group in let_in.items():
+            while group:
+                self.fetch_some(stub, group)
+
+    def fetch_some(self, stub, group):
+        outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in group])
+        if isinstance(outcomes, BaseException):
+            outcomes = [outcomes] * len(group)
+        for response in outcomes:
+            self.finish(group.popleft(), response)
+
+    def decide(self, request) -> Any:
+        """The worker's response, or what it would forward, Noted. Raises Refused."""
+        if request.method == "OPTIONS":
+            return Response(204, headers=(("allow", ", ".join(METHODS)),))
+        return worker(request, self.deciding)
+
+    def finish(self, asked, response):
+        """If not even a refusal can be made of it, the connection is closed."""
+        try:
+            if isinstance(response, BaseException):
+                response = self.refusal(asked.request, response)
+            if asked.request.method not in SAFE and response.status < 400:
+                self.insiders.add(self.place_of(asked))
+            if response.nonce and response.status == 200 and asked.stub:
+                self.kept.keep(asked, response)
+            if response.watch and accepts_gzip(asked.request):
+                response.watch.piece.zipped              # made here, and not in the loop
+            asked.connection.reply(asked, response)
+        except CRASH as error:
+            self.call(asked.connection.close)
+            log_error(f"{asked.request.method} {asked.request.path}", error)
+
+    def request(self, reading, peer) -> Request:
+        """What a sound frame asks for. Raises Refused: its target, method or host is not ours."""
+        headers = reading.headers
+        method = "GET" if reading.method == "HEAD" else reading.method
+        scheme = "http"
+        if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
+            scheme = "https" if headers["x-forwarded-proto"] == "https" else "http"
+            peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
+        if not known_host_again(headers.get("host", ""), self.hosts):
+            raise Refused(*NOT_OUR_NAME)
+        if method not in METHODS:
+            status = 405 if method in ("TRACE", "CONNECT") else 501
+            allow = ", ".join(METHODS)
+            raise Refused(status, f"The methods here are {allow}.", (("allow", allow),))
+        path, query = "*", ""
+        if method != "OPTIONS":
+            path, query = parse_target(reading.target, headers.get("host", ""))
+        return Request(method, path, query, headers, reading.body or b"", peer, scheme)
+
+    def no_stream(self, asked, response) -> Optional[Refused]:
+        """Why this one can't be opened; None: it can."""
+        if not asked.reading.modern:
+            return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the "
+                                "proxy.")
+        if self.broker.accounts[response.which] >= self.most_streams():
+            return Refused(429, "Too many windows are open for this account. Close some.",
+                           (("retry-after", "30"),))
+        return None
+
+    def most_streams(self) -> int:
+        return self.settings.streams or 100
+
+    def refusal(self, request, error) -> Response:
+        return refusal(request, error)
+
+    def count(self, asked, response):
+        """For Part Three: figures, and the access log."""
+
+    def healthz(self, request, env):
+        """A door."""
+        only_read(request)
+        return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
+
+    def decide_again(self, request) -> Any:
+        """For the broker: as decide, for a request whose answer is an open stream."""
+        return worker(request, self.regating)
+
+    # -- the end
+
+    def stop(self) -> None:
+        """Take no more requests; end when those in flight are answered. From any thread."""
+        self.stopping = self.stopping or time.monotonic()
+        self.wake()
+
+    def drained(self):
+        """Close what merely waits. A stream breaks off, so its browser comes back."""
+        if self.socket.fileno() >= 0:
+            with contextlib.suppress(KeyError):          # it was out of descriptors just now
+                self.selector.unregister(self.socket)
+            self.socket.close()
+        for held in [held for held in self.held if isinstance(held, Stream) or not held.busy]:
+            held.close()
+        return not self.held or time.monotonic() > self.stopping + self.DRAIN_SECONDS
+
+    def shutdown(self):
+        self.stop()
+        self.stopped.wait()
+
+    def server_close(self):
+        """After serve_forever: end the threads, move every write-ahead log into its file."""
+        self.pool.close(self.END_SECONDS)
+        self.kept.close()                                # first: whoever closes last tidies up
+        self.env.workspaces.close()
+        self.env.directory.namespace.close()
+        for one in (*self.held, self.socket, self.selector, self.waker, self.woken):
+            one.close()
+
+
+# #### Part Three: running it ############################################################
+#
+#     26 Settings       27 Trace       28 Jobs        29 Slices, checked   30 Workspaces
+#     31 Passwords      32 Accounts    33 Verdicts    34 Console           35 Snapshots
+#     36 Planes         37 Figures     38 Server      39 Roots             40 Administration
+#     41 Command line
+#
+# What makes a product of it: passwords, a console, jobs, snapshots, figures, other roots,
+# commands for operators. It attaches to the parts before it by subclasses, by further routes
+# of the Directory and by doors, which the roots in section 39 choose.
+
+import bisect
+import ctypes
+import getpass
+import http.client
+import shutil
+import tempfile
+import types
+
+
+# ==== 26. Settings ========================================================================
+# All that can be set, by a flag or an ORION_* variable, in one place that never changes while the server runs.
+
+class Settings(NamedTuple):
+    host: str = "127.0.0.1"
+    port: int = 8000                     # 0: any free one
+    data: pathlib.Path = pathlib.Path("data")
+    demo: Optional[bool] = None          # None: where nobody but this machine gets in
+    idle: float = 60.0                   # seconds until an unused workspace goes to sleep
+    awake: int = 0                       # workspaces awake at most; 0: a quarter of the descriptors, up to 1,024
+    threads: int = 16
+    connections: int = 10_000
+    max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
+    quota: int = 10 * 2 ** 30            # bytes of a workspace's file, as of a Durable Object's
+    backup_every: float = 0.0            # seconds between two snapshots in data/backups; 0: none are made
+    keep: int = 24                       # snapshots
+    log: str = "common"                  # access log on standard output: common, json or off
+    streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
+    allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
+    trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
+    single: Optional[pathlib.Path] = None       # one file for everything, in place of the data folder
+    plain: bool = False                  # Part One alone
+    plane: str = ""                      # directory or data: one plane alone, with others in other processes
+    directory: str = ""                  # HOST:PORT of the directory, for a data plane
+    node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
+    slices: Sequence[Slice] = ()         # the features that it serves
+
+    @property
+    def key_file(self) -> pathlib.Path:
+        return self.single.with_name(f"{self.single.name}.key") if self.single else self.data / "secret.key"
+
+    @property
+    def directory_file(self) -> pathlib.Path:
+        return self.single or self.data / "directory.db"
+
+    @property
+    def workspaces(self) -> pathlib.Path:
+        """The folder of the tenants' files."""
+        return self.data / "workspaces"
+
+
+# ==== 27. Trace ===========================================================================
+# What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
+# taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
+# What goes wrong stands in the log, whoever watches.
+
+class Call(NamedTuple):
+    """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
+    number: int
+    at: float
+    object: str
+    sql: str
+    args: str
+    rows: int
+    micros: int
+
+
+class Leg(NamedTuple):
+    """A request to one object (kind: gate, directory, workspace). said: the answer's headers. calls: to its store."""
+    kind: str
+    id: str
+    status: int
+    micros: int
+    calls: int
+    said: Dict[str, str]
+
+
+class Trip:
+    """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
+
+    def __init__(self, method: str, path: str) -> None:
+        self.method, self.path, self.number, self.status, self.size = method, path, 0, 0, 0
+        self.legs: List[Leg] = []
+        self.calls: List[Call] = []
+
+
+class OfThread(threading.local):
+    """What one thread does: the trip that it is on, its last one, and whether what it does is not noted."""
+    trip, last, silent = None, None, False
+
+
+class Trace:
+    """The notes of all objects of one server. with_args: parameters are shown, which are what users typed."""
+    KEPT_CALLS, KEPT_TRIPS = 200, 12
+
+    def __init__(self, with_args: bool = False) -> None:
+        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), OfThread()
+        self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
+        self.noted = self.shown = self.dropped = self.followed = 0
+        self.news: Callable[[], None] = lambda: None               # called after each note
+
+    def watch(self, more: int) -> None:
+        """One watcher more (1) or less (-1). With none, a store call costs one look at a number."""
+        with self.lock:
+            self.watched += more
+
+    @contextlib.contextmanager
+    def silence(self, silent: bool = True) -> Iterator[None]:
+        """What this thread does meanwhile is the console's own, and not noted."""
+        before, self.thread.silent = self.thread.silent, silent
+        try:
+            yield
+        finally:
+            self.thread.silent = before
+
+    def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float) -> None:
+        args = args if self.with_args else ()
+        shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
+        with self.lock:
+            self.noted += 1
+            self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
+            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
+            self.calls.append(call)
+        if self.thread.trip:
+            self.thread.trip.calls.append(call)
+        self.news()
+
+    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
+        """route(request), noted as a trip."""
+        if not self.watched or self.thread.silent or request.path.startswith("/console"):
+            return route(request)
+        self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
+        try:
+            response = route(request)
+            trip.status, trip.size = response.status, size_of(response)
+            return response
+        except Refused as no:
+            trip.status, trip.size = no.status, len(no.message)
+            raise
+        finally:
+            self.thread.trip = None
+            if trip.status and trip.legs:            # one that no object was asked for shows nothing of the planes
+                with self.lock:
+                    self.followed = trip.number = self.followed + 1
+                    self.trips.append(trip)
+                self.news()
+
+    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
+        """The trip of one request, whoever watches; also one that was refused."""
+        self.watch(1)
+        try:
+            with self.silence(False), contextlib.suppress(Refused):
+                self.follow(request, route)
+            return self.thread.last
+        finally:
+            self.watch(-1)
+
+    def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
+        """fetch(request), noted as a leg of this thread's trip."""
+        trip, started, status, said = self.thread.trip, time.perf_counter(), 0, ()
+        before = len(trip.calls) if trip else 0
+        try:
+            response = fetch(request)
+            status, said = response.status, response.headers
+            return response
+        except Refused as no:
+            status = no.status
+            raise
+        finally:
+            if trip and status:
+                took, calls = micros(time.perf_counter() - started), len(trip.calls) - before
+                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
+
+
+def micros(seconds: float) -> int:
+    return round(1e6 * seconds)
+
+
+log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
+
+
+def size_of(response: Response) -> int:
+    """Bytes of an answer's body."""
+    return len(response.watch.piece.plain if response.watch else response.body)
+
+
+class TracedStore(GuardedStore):
+    """A store whose calls are noted while somebody watches."""
+    trace = Trace()
+    name = ""                                        # whose calls these are, in the notes
+
+    def run(self, sql, args):
+        if not self.trace.watched or self.trace.thread.silent:
+            return super().run(sql, args)
+        started = time.perf_counter()
+        rows = super().run(sql, args)
+        found = len(rows) if self.cursor.description else self.cursor.rowcount
+        shown = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
+        self.trace.note(self.name, shown, args, found, time.perf_counter() - started)
+        return rows
+
+
+class TracedStub(GuardedStub):
+    def enter(self, ask, request, seconds=-1):
+        trace = self.namespace.trace
+        if not trace.watched:
+            return super().enter(ask, request, seconds)
+        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
+        enter = super().enter
+        return trace.leg(kind, self.id, lambda request: enter(ask, request, seconds), request)
+
+    def fetch_all(self, requests):
+        if not self.namespace.trace.watched:
+            return super().fetch_all(requests)
+        return [outcome(self.fetch, request) for request in requests]
+
+
+class TracedNamespace(GuardedNamespace):
+    def __init__(self, *args: Any, trace: Optional[Trace] = None, most: int = 1024):
+        super().__init__(*args, most=most)
+        self.trace = trace or Trace()
+        self.alarms: Dict[str, float] = {}           # by id: when its next job is due
+        self.looked = set()                          # ids whose files need not be looked into for jobs any more
+        self.on_alarm = lambda: None                 # called when one is due at once
+
+    def get(self, id):
+        return TracedStub(id, self)
+
+    def alarm(self, id: str, due: Optional[float]) -> None:
+        if due is None:
+            return
+        with self.lock:
+            self.alarms[id] = min(due, self.alarms.get(id, due))
+        if due <= time.time():
+            self.on_alarm()
+
+    def next_due(self) -> Optional[str]:
+        """The id of an object with a job that is due by now; its alarm is taken out."""
+        with self.lock:
+            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
+            if id is None or self.alarms[id] > time.time():
+                return None
+            del self.alarms[id]
+            return id
+
+
+# ==== 28. Jobs ============================================================================
+# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled
+# back; it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due
+# when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
+
+class Queue:
+    """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
+    TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
+
+    def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
+        self.store, self.known, self.alarm = store, known, alarm
+        self.names = {job: name for name, job in known.items()}
+
+    def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
+        if job not in self.names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+        row = self.names[job], json.dumps(args), who, due
+        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
+        self.store.after_commit.append((self.alarm, due))
+
+    def due(self) -> Optional[float]:
+        """When the next one is."""
+        return self.store.one("SELECT min(due) FROM jobs")[0]
+
+    def claim(self) -> Optional[int]:
+        """The id of one that is due. It counts as failed from here on, until it ends well: one that takes the process
+        down, or the transaction, is not the first that is tried next time."""
+        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
+        if row is None:
+            return None
+        id, tries = row["id"], row["tries"] + 1
+        due = time.time() + 2 ** tries if tries < self.TRIES else None
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' WHERE id = ?", tries, due, id)
+        return id
+
+    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
+        """work(row, job) for one that was claimed."""
+        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
+        try:
+            with self.store.tx():
+                work(row, self.known[row["job"]])
+                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
+        except CRASH as error:
+            if not self.store.db.in_transaction:
+                raise
+            log_error(f"job {row['job']}, try {row['tries']}", error)
+            why = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "backslashreplace").decode()
+            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", why, id)
+
+    def retry(self) -> None:
+        """Those that were given up have all their tries again."""
+        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", time.time())
+        self.store.after_commit.append((self.alarm, time.time()))
+
+    def facts(self) -> Dict[str, Any]:
+        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
+        waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
+        return {"waiting": waiting[0], "given up": waiting[1], "failed": [*map(dict, given_up)]}
+
+
+def due_in(path: pathlib.Path) -> Optional[float]:
+    """When the next job in a file is. One without a WAL is read as it lies, in a quarter of the time, for at a start it
+    may be one of thousands; whoever opens it just then sets its alarm."""
+    as_it_lies = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    with contextlib.closing(Store(path).db if with_wal(path)[1:] else sqlite3.connect(as_it_lies, uri=True)) as db:
+        return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+
+
+class Alarms:
+    """When which object of a namespace has its next job due, and the ringing. It wakes who sleeps."""
+    AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
+
+    def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
+        self.namespace, self.put = namespace, put    # put(function, *args): into a pool
+        self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
+
+    def look(self) -> None:
+        """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
+        for id, path in self.namespace.files():
+            if id not in self.namespace.looked:
+                self.namespace.looked.add(id)
+                with contextlib.suppress(sqlite3.Error):
+                    self.namespace.alarm(id, due_in(path))
+
+    def ring(self) -> None:
+        while self.at_once.acquire(blocking=False):
+            id = self.namespace.next_due()
+            if id is None:
+                return self.at_once.release()
+            self.put(self.work, id)
+
+    def work(self, id: str) -> None:
+        """In the pool: one job, in a commit of its own. Then it is the turn of whoever waits longest."""
+        stub = self.namespace.get(id)
+        due = time.time() + 60 if self.namespace.path(id).exists() else None     # None: removed, or moved away
+        try:
+            job = due and json.loads(stub.fetch(Request("POST", "/_claim")).body)
+            try:
+                None if job is None else stub.fetch(Request("POST", "/_jobs", f"id={job}"))
+            finally:
+                due = due and stub.ask("/_due")
+        finally:
+            self.namespace.alarm(id, due)
+            self.at_once.release()
+            self.ring()
+
+
+# -- jobs and other slices, for a slice
+
+class FullContext(Context):
+    """What a slice of the full server is given besides: jobs, and the exports of others."""
+    __slots__ = ()
+
+    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
+
+        args: what JSON can say. It runs again when it fails, so what it does outside of the
+        store should bear to be done twice. Raises PermissionError outside of a command or job.
+        """
+        if self.store.may != WRITE:
+            raise PermissionError("only a command or a job puts in a job")
+        self.store.check_thread()
+        self.host.queue.put(self.viewer.account, job, time.time() + after, args)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(store, *args), with the tables of the slice that exports it.
+
+        Raises LookupError if none does.
+        """
+        slice = self.host.router.exports.get(function)
+        if slice is None:
+            raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
+        store = Tables(self.host.store, slice, self.store.may)
+        try:
+            return function(store, *args)
+        finally:
+            store.thread = 0
+
+
+class FullRouter(Router):
+    """Also knows the jobs, the exports and the topics of its slices."""
+
+    def __init__(self, slices: Sequence[Slice]):
+        super().__init__(slices)
+        self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
+        self.exports = {function: slice.name for slice in slices for function in slice.exports}
+        self.topics = {live.topic for slice in slices for live in slice.live}
+        self.match = functools.lru_cache(maxsize=1024)(super().match)
+
+
+class FullHost(Broadcast):
+    """A host with jobs, whose store calls can be watched."""
+    context = FullContext
+
+    def make_store(self, create):
+        store = TracedStore(self.namespace.path(self.id), create)
+        store.trace = self.namespace.trace
+        store.name = self.id
+        return store
+
+    def open(self, create=False):
+        """Refused(422): it is to be new, and there are rows; the Directory that knew whose was lost."""
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.store.close()
+            raise Refused(*TAKEN)
+
+    def on_open(self):
+        super().on_open()
+        self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
+        with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
+            self.namespace.alarm(self.id, self.queue.due())
+
+    def close(self):
+        self.queue = None                            # it knows the store, and 3.9 frees no ring
+        super().close()
+
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        return masked(viewer, request.headers.get("x-operator"), request.headers.get("x-read-only"))
+
+    def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
+        """In the name of who enqueued it; what they may was asked then."""
+        viewer = Viewer(account=row["who"])
+        store = Tables(self.store, row["job"].partition(".")[0], WRITE)
+        ctx = self.context(self, store, viewer, {}, Request("POST", "/_jobs"), {})
+        try:
+            if job(ctx, **json.loads(row["args"])) is not None:
+                raise TypeError("a job returns nothing, and is neither async nor a generator")
+        finally:
+            ctx.end()
+        self.journal(viewer, row["job"], str(row["id"]))
+
+    def facts(self, request: Request) -> Dict[str, Any]:
+        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
+        return {"count": self.count(request), "schema": schema, **self.queue.facts()}
+
+    OWN = {**SliceHost.OWN, "/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
+           "/_jobs": lambda self, request: self.queue.run(int(request.params["id"]), self.work),
+           "/_due": lambda self, request: self.queue.due(), "/_retry": lambda self, request: self.queue.retry()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest(Viewer):
+    """An operator who looks on in somebody's name."""
+    operator: str = ""
+    read_only: bool = False
+
+    def permit(self, grant, method="GET"):
+        super().permit(grant, method)
+        if self.read_only and grant != PUBLIC and method not in SAFE:
+            raise Refused(403, "You look on read-only. End it, or begin again with writing allowed.")
+
+    @property
+    def signature(self):
+        return f"{self.operator} as {self.account}"
+
+    def banner(self):
+        how = "read-only" if self.read_only else "writing"
+        return template("layout.masquerade")(operator=self.operator, account=self.account, how=how)
+
+
+def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
+    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only)) if operator else viewer
+
+
+# ==== 29. Slices, checked ==================================================================
+# What a slice can't mean is told when the server starts, with the reason. And what Datastar can besides.
+
+
+class BadSlice(Exception):
+    """A slice can't work as it is written; the text says which one and why."""
+
+
+PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
+
+
+def addresses(row: Any) -> List[Tuple[str, str]]:
+    """Methods and patterns, which a request's path matches, of a Live or a Route."""
+    pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(row.path))
+    return [("GET", pattern), ("GET", f"{pattern}/live")] if type(row) is Live else [(row.method, pattern)]
+
+
+def wrong_with(row: Any, grants: Iterable[str]) -> str:
+    """Why a Live or a Route would never do what it is for; "": it may."""
+    live = type(row) is Live
+    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
+        return "a path is as /things or, for a Route, /things/<id>"
+    if row.path.split("/")[1] == "members":
+        return "/members is the Directory's"
+    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
+        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
+    if not live and row.method not in METHODS:
+        return f"a method is one of {', '.join(METHODS)}"
+    return "" if callable(row.region if live else row.run) else "region or run can't be called"
+
+
+def check_slices(slices: Sequence[Slice]) -> None:
+    """BadSlice: what would be found out later, or never."""
+    grants, names, taken = {grant for role in ROLES.values() for grant in role}, {"orion", "directory", "welcome"}, set()
+    for slice in slices:
+        if type(slice) is not Slice or isinstance(slice.migrations, str):
+            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a tuple: (one,) has a comma too")
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
+            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
+        names.add(slice.name)
+        for kind, row in [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]:
+            why = wrong_with(row, grants) if type(row) is kind else f"it is no {kind.__name__}; (one,) has a comma too"
+            if why or not taken.isdisjoint(addresses(row)):
+                raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
+            taken.update(addresses(row))
+
+
+def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
+
+
+def execute_script(script: str, *, auto_remove: bool = True, attributes: Optional[Dict[str, str]] = None,
+                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Run script in the page. ValueError: it contains `</script`, which would end its element early."""
+    if "</script" in script.lower():
+        raise ValueError("a script must not contain </script")
+    given = {"data-effect": "el.remove()"} if auto_remove else {}
+    opening = "".join([f' {name}="{escape(value)}"' for name, value in {**given, **(attributes or {})}.items()])
+    return patch_elements(f"<script{opening}>{script}</script>", selector="body", mode="append",
+                          event_id=event_id, retry=retry)
+
+
+def heeded(params: Dict[str, str], **valid: str) -> str:
+    """The query of those params whose value matches the pattern of their name, in one spelling: for a variant."""
+    given = {name: params[name] for name, pattern in valid.items() if re.fullmatch(pattern, params.get(name, ""))}
+    return urllib.parse.urlencode(given)
+
+
+# ==== 30. Workspaces ======================================================================
+# A workspace of the full server has a quota, which SQLite itself enforces, and tells the developer of a slice what
+# no page will show.
+
+class FullWorkspace(FullHost, Workspace):
+    def on_open(self) -> None:
+        """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
+        super().on_open()
+        self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
+        if pages:
+            self.store.exec(f"PRAGMA max_page_count = {pages}")
+
+    def handle(self, request: Request) -> Response:
+        quota = request.headers.get("x-quota", "0")
+        if request.method not in SAFE and quota not in ("0", self.quota):
+            self.set_quota(quota)
+        return super().handle(request)
+
+    def set_quota(self, quota: str) -> None:
+        pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
+        self.store.exec(f"PRAGMA max_page_count = {pages}")
+        if self.store.one("PRAGMA user_version")[0] != pages:
+            self.store.exec(f"PRAGMA user_version = {pages}")
+        self.quota = quota
+
+    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+        """Whoever writes a slice and forgets to publish would see old pages and no error; so it is said, once."""
+        super().journal(viewer, what, which)
+        told = {topic[0] for call, *topic in self.store.after_commit if call == self.bus.tell}
+        if not told & self.router.topics:
+            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open page will show it")
+
+
+# ==== 31. Passwords =======================================================================
+# A password is hashed so that each guess costs 0.1 s and 32 MiB. That takes place outside of any object's turn, for
+# in the Directory's every gate would wait; and guesses are counted.
+
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}     # about 0.1 s and 32 MiB for a guess
+SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)    # or they take all RAM
+
+
+def scrypt(password: str, salt: bytes) -> bytes:
+    """Refused(503): so many are in line that they would keep threads from everybody else."""
+    if not SCRYPT_IN_LINE.acquire(blocking=False):
+        raise Refused(503, "Many people are signing in. Try again in a moment.", (("retry-after", "2"),))
+    try:
+        with SCRYPT_AT_ONCE:
+            return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+    finally:
+        SCRYPT_IN_LINE.release()
+
+
+def hash_password(password: str) -> str:
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${scrypt(password, salt).hex()}"
+
+
+def password_matches(password: str, stored: str) -> bool:
+    """Takes as long, and says no, where nothing is stored."""
+    salt, _, known = (stored or "00$").partition("$")
+    return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
+
+
+class Throttle:
+    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the
+    oldest are forgotten."""
+    SECONDS, KEYS = 600.0, 10_000
+
+    def __init__(self, most: int = 10) -> None:
+        self.most = most
+        self.failures: collections.OrderedDict = collections.OrderedDict()    # key: (how many, until when)
+        self.lock = threading.Lock()
+
+    def check(self, *keys: str) -> None:
+        """Refused(429): one of the keys has to wait."""
+        with self.lock:
+            waits = [self.failures.get(key, (0, 0.0)) for key in keys]
+        left = max([until - time.monotonic() for count, until in waits if count >= self.most], default=0)
+        if left > 0:
+            retry_after = ("retry-after", str(int(left) + 1))
+            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
+
+    def failed(self, *keys: str) -> None:
+        now = time.monotonic()
+        with self.lock:
+            for key in keys:
+                count, until = self.failures.pop(key, (0, 0.0))
+                self.failures[key] = (count + 1, until) if until > now else (1, now + self.SECONDS)
+            while len(self.failures) > self.KEYS:
+                self.failures.popitem(last=False)
+
+    def succeeded(self, own: str, *keys: str) -> None:
+        """What failed under own was no guessing, and counts no more under the others; what failed elsewhere does."""
+        with self.lock:
+            mine, ends = self.failures.pop(own, (0, 0.0))
+            for key in keys if ends > time.monotonic() else ():
+                count, until = self.failures.pop(key, (0, 0.0))
+                if count > mine:
+                    self.failures[key] = count - mine, until
+
+
+class Passwords:
+    """Doors to the Directory. They prove a password before the request takes the Directory's turn."""
+
+    def __init__(self) -> None:
+        self.throttle, self.sign_ins, self.regulars = Throttle(), Throttle(30), {}
+
+    def door(self, request: Request, env: Env) -> Response:
+        if request.method == "POST":
+            request = self.prove(request, env.directory)
+        return env.directory.fetch(request)
+
+    def prove(self, request: Request, directory: Stub) -> Request:
+        fields = request.fields()
+        name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
+        if max(len(name), len(password), len(new)) > 256:
+            raise Refused(400, "A name and a password have at most 256 characters.")
+        known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
+        keys = [f"from {request.peer}", *([] if known in self.regulars else [f"to {name}"])]
+        self.throttle.check(*keys)
+        self.sign_ins.check(known)
+        stored = directory.ask("/_password", headers={"x-account": name})
+        if not password_matches(password, stored):
+            self.throttle.failed(known, *keys)
+            return request._replace(headers={**request.headers, "x-proved": ""})
+        self.throttle.succeeded(known, *keys)
+        self.sign_ins.failed(known)                  # each takes 0.1 s and a row: nobody needs so many
+        self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
+        hashed = hash_password(new) if new else ""
+        return request._replace(headers={**request.headers, "x-proved": name, "x-known": stored, "x-hashed": hashed})
+
+
+def proved(ctx: Context) -> str:
+    """Whose password came along. Nobody's (""): it was wrong, or was changed while it was checked."""
+    name = ctx.request.headers["x-proved"]
+    row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
+    return name if row and row["password"] == ctx.request.headers["x-known"] else ""
+
+
+def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
+    return page("Sign in", template("login")(next=next, username=username, problem=problem), status=status)
+
+
+def login_page(ctx: Context) -> Response:
+    next = local_path(ctx.params.get("next", "/"))
+    return login_form(next, ctx.typed.get("username", ""), ctx.typed.get("problem", ""))
+
+
+def login(ctx: Context) -> Response:
+    account = proved(ctx)
+    if not account:
+        raise Refused(422, "Name and password do not go together. Try again.")
+    return open_session(ctx, account)
+
+
+# ==== 32. Accounts ========================================================================
+# Further pages of the Directory: one's own sessions and password; and an operator's look on in somebody's name.
+
+MASQUERADE_SECONDS = 15 * 60
+ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+def my_digest(ctx: Context) -> bytes:
+    return bytes.fromhex(ctx.request.headers["x-session"])
+
+
+def account_page(ctx: Context) -> Response:
+    """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
+    mine = my_digest(ctx)
+    found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
+                            "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
+    sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
+                 "agent": row["agent"], "this": row["digest"] == mine} for row in found]
+    body = template("account")(session=sessions, account=ctx.viewer.account, problem=ctx.typed.get("problem", ""))
+    return page("Account", body, ctx.viewer)
+
+
+def choose_sessions(ctx: Context) -> Response:
+    """End some. The field session is one's name, or all, or others."""
+    which, mine = ctx.field("session"), my_digest(ctx)
+    for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
+        if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
+            end_sessions(ctx, "digest = ?", row["digest"])
+    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
+
+
+def change_password(ctx: Context) -> Response:
+    """Proved like a sign-in; all other sessions of the account end."""
+    account, new = ctx.viewer.account, ctx.field("new")
+    if proved(ctx) != account:
+        raise Refused(422, "The present password is not right. Try again.")
+    if not 8 <= len(new) <= 256:
+        raise Refused(422, "A password has 8 to 256 characters.")
+    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
+    end_sessions(ctx, "account = ? AND digest <> ?", account, my_digest(ctx))
+    return see_other("/account")._replace(which=account)
+
+
+def masquerade(ctx: Context) -> Response:
+    """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
+    row, account = ctx.host.session(ctx.request), ctx.field("account").strip()
+    if not ctx.host.is_operator(row["owner"]):
+        raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
+        raise Refused(404, "There is no account of this name. Go back and check the spelling.")
+    lift_mask(ctx)
+    ctx.store.exec("INSERT INTO masquerades VALUES (?, ?, ?, ?)", my_digest(ctx), account,
+                   "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
+    access_changed(ctx, row["account"])
+    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
+
+
+def unmask(ctx: Context) -> Response:
+    if "x-session" in ctx.request.headers:
+        lift_mask(ctx)
+    return see_other("/")._replace(which=ctx.viewer.account)
+
+
+def lift_mask(ctx: Context) -> None:
+    """The mask of a session, also where its time has run out just now."""
+    mask = ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", my_digest(ctx))
+    if mask:
+        ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", my_digest(ctx))
+        access_changed(ctx, mask["account"])
+
+
+further = Slice("accounts", routes=(
+    Route("GET", "/login", PUBLIC, login_page),
+    Route("POST", "/login", PUBLIC, login),
+    Route("GET", "/account", ACCOUNT, account_page),
+    Route("POST", "/account/sessions", ACCOUNT, choose_sessions),
+    Route("POST", "/account/password", ACCOUNT, change_password, form="/account"),
+    Route("POST", "/masquerade", ACCOUNT, masquerade),
+    Route("POST", "/masquerade/end", PUBLIC, unmask)))
+
+
+def together(name: str, *slices: Slice) -> Slice:
+    """One slice of several, which share the tables. Where two have the same address, the first one answers."""
+    migrations, live, routes = [], [], []
+    for slice in slices:
+        migrations += slice.migrations
+        live += slice.live
+        routes += slice.routes
+    return Slice(name, tuple(migrations), tuple(live), tuple(routes))
+
+
+# ==== 33. Verdicts ========================================================================
+# The Directory of the full server: its gate knows of moves, quotas, nodes and masks; it gives a verdict again while
+# nobody wrote to its file; and it answers what the server's other parts ask.
+
+SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
+FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
+           "x-quota", "x-node")                      # what the gate says of a viewer
+TRUSTED.update(VERDICT, ("x-verdict", "x-proved", "x-known", "x-hashed"))
+STRANGERS = "One process takes the other for a stranger. Copy the directory's secret.key to each node; compare clocks."
+GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes,
+                 w.id, w.quota, w.moving, w.node, m.role
+          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ?
+          LEFT JOIN workspaces w ON w.name = ?
+          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account)
+          WHERE s.digest = ?"""
+OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
+          SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
+MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
+
+
+def add_key(path: pathlib.Path) -> None:
+    """A new key in front of the newest, the only other that stays: what it sealed holds until the next rotation."""
+    keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
+    part = beside(path, "part")
+    with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+        file.write("\n".join(keys[:2]) + "\n")
+    put_in_place(part, path)
+
+
+def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
+    return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
+
+
+def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
+    """Was this sealed here, over these parts, a short time ago? Clocks may differ by as much as it is believed."""
+    until = int(given.partition(".")[0]) if re.fullmatch("[0-9]{1,11}[.][0-9a-f]{64}", given) else 0
+    return 0 <= until - time.time() <= 2 * SEALED_SECONDS and any(
+        [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys])
+
+
+digest_again = functools.lru_cache(maxsize=4096)(session_digest)
+
+
+def mask_of(row: Optional[sqlite3.Row]) -> Tuple[str, bool]:
+    """Of a session's row: the operator who looks on in the account's name, and whether read-only."""
+    return ("", False) if row is None or row["writes"] is None else (row["owner"], not row["writes"])
+
+
+@functools.lru_cache(maxsize=1024)
+def full_verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False,
+                 quota: int = 0, node: str = "") -> Response:
+    """What is remembered here is how it reads, not that it holds."""
+    said = dict(verdict(account, role, workspace, id).headers)
+    if read_only:
+        grants = [grant for grant in said["x-grants"].split(",") if grant.endswith(":read")]
+        said.update({"x-grants": ",".join(grants), "x-can-delete": "false"})
+    rare = {"x-operator": operator, "x-read-only": "true" if read_only else "", "x-node": node}
+    said.update({"x-quota": str(quota), **{name: value for name, value in rare.items() if value}})
+    return as_json(said)._replace(headers=tuple(said.items()))
+
+
+def workspace_behind(request: Request) -> str:
+    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
+    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
+    target = targets.pop() if len(targets) == 1 else ""
+    with contextlib.suppress(Refused):
+        hit = re.match(r"/w/([^/]+)", plain_path(target.partition("?")[0]))
+        return hit[1] if hit else ""
+    return ""
+
+
+def free_name(store: Store, name: str) -> str:
+    """name. Refused(422): it is none for a workspace, or taken."""
+    check_name(store, name)
+    return name
+
+
+def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
+                  source: Optional[pathlib.Path] = None) -> None:
+    """members: accounts with their roles. The file (source; else an empty one) is there before the commit: a row
+    without one means that it was lost."""
+    id, node = new_id(store, workspaces, free_name(store, name)), place(store, name)
+    if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
+        raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
+    if source and workspaces.path(id).exists():
+        raise Refused(*TAKEN)
+    add_rows(store, id, name, members)
+    store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, node != "", id)
+    if not node:
+        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
+
+
+def place(store: Store, name: str) -> str:
+    """The address of a new workspace's node, by rendezvous hashing: each gets its share. "": here."""
+    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
+    return max(nodes, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest(), default="")
+
+
+class FullDirectory(FullHost, Directory):
+    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live], keys: Sequence[bytes],
+                 workspaces: Namespace, settings: Settings) -> None:
+        limit = settings.max_workspaces or (2000 if settings.demo else 20)
+        super().__init__(id, namespace, router, pages, keys, workspaces, bool(settings.demo), limit)
+        self.settings = settings
+        self.verdicts: Dict[int, int] = collections.Counter()
+        self.elsewhere = 0
+
+    def on_open(self) -> None:
+        super().on_open()
+        self.as_of, self.admitted = None, {}         # the state of the file; its verdicts, and until when
+        self.bus.listeners.append(functools.partial(count_access, self.bus.versions))
+
+    def identified(self, request):
+        digest = digest_again(request.headers.get("cookie", ""), COOKIES[request.scheme], self.keys)
+        headers = {name: value for name, value in request.headers.items() if name != "cookie"}
+        if digest:
+            headers["x-session"] = digest.hex()
+        return request._replace(headers=headers)
+
+    def handle(self, request: Request) -> Response:
+        if request.path.startswith("/_gate/") or request.path == "/_gate":
+            if request.method not in SAFE:
+                only_read(request)
+            answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
+            self.verdicts[answer.status] += 1
+            return self.for_proxies(answer) if request.path == "/_gate" else answer
+        return super().handle(request)
+
+    # -- what the server's other parts ask; the worker lets no such path in from outside
+
+    def version_now(self, request: Request) -> Any:
+        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second,
+        so what is over ends here."""
+        now = time.time()
+        over = self.store.query(OVER, now, now)
+        if over:
+            with self.store.tx():
+                for account, owner in over:
+                    self.bus.publish(f"access:{account}")
+                    if owner:
+                        self.journal(masked(Viewer(account=account), owner, False), "directory.unmask", "time is over")
+                self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
+                self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
+        try:
+            self.keys = load_keys(self.settings.key_file)
+        except Unusable as lost:                     # those at hand hold until the server ends
+            log_once(str(lost))
+        self.elsewhere = self.store.one("PRAGMA data_version")[0]
+        return [self.opened_at, self.elsewhere, self.bus.versions["access"] if self.settings.plane else 0]
+
+    def password_of(self, request: Request) -> str:
+        row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
+        return row["password"] if row else ""
+
+    def names(self, request: Request) -> Dict[str, Any]:
+        """For the console: a page of all workspaces and the one of a name, by id, and how many there are."""
+        after, name = [request.params.get(key, "") for key in ("after", "name")]
+        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
+                                NAMES_A_PAGE + 1)
+        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
+        return {"page": dict(page), "named": dict(named),
+                "all": self.store.one("SELECT count(*) FROM workspaces")[0],
+                "schema": len(DIRECTORY_TABLES + HISTORY)}
+
+    def whoami(self, request: Request) -> Dict[str, Any]:
+        """For the console: who asks, where they belong, whether they run this server."""
+        row = self.session(request)
+        account, mine = (row["account"], self.store.query(MINE, row["account"], "", 100)) if row else ("", [])
+        return {"account": account, "masked": mask_of(row), "operator": bool(row) and self.is_operator(row["owner"]),
+                "roles": {name: role for _, name, role in mine}, "personas": self.personas(account)}
+
+    def is_operator(self, account: str) -> bool:
+        return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
+
+    def signed_in(self, which, args):
+        """And in whose names they look on."""
+        those = f"FROM sessions WHERE {which}"
+        return self.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
+                                f"WHERE digest IN (SELECT digest {those})", *args, *args)
+
+    def shows_console(self, viewer: Viewer) -> bool:
+        return bool(self.personas("")) or self.is_operator(getattr(viewer, "operator", viewer.account))
+
+    def place(self, ctx: Context, name: str, owner: str) -> None:
+        if not self.settings.plane:
+            return super().place(ctx, name, owner)
+        if not place(ctx.store, name):
+            raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
+        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+
+    def node_of(self, request: Request) -> str:
+        return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
+
+    OWN = {**FullHost.OWN, **Directory.OWN, "/_version": version_now, "/_password": password_of, "/_names": names,
+           "/_whoami": whoami, "/_node_of": node_of}
+
+    # -- the gate
+
+    def for_proxies(self, answer: Response) -> Response:
+        """They bring the verdict to a node, sealed as a whole. Most know no answer but 200, 401, 403: for a workspace
+        on its way they hear 200 and no verdict, and whoever they bring the request to asks again."""
+        if answer.status != 200:
+            return Response(200) if answer is MOVING else answer
+        said, oldest = dict(answer.headers), self.keys[-1]       # a node has it still when they were just rotated
+        seal = seal_of([said.get(name, "") for name in VERDICT], oldest, int(time.time()) + SEALED_SECONDS)
+        return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
+
+    def gate(self, request: Request, workspace: str) -> Response:
+        """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte. A 200 is given
+        again while nobody wrote to the file, in this process or another; SQLite's own count of that is asked."""
+        as_of = *self.store.version(), self.keys
+        if as_of != self.as_of or len(self.admitted) > 1024:
+            self.as_of, self.admitted = as_of, {}
+        key = request.headers.get("x-session"), workspace
+        known, until = self.admitted.get(key, (NO_SESSION, 0.0))
+        return known if time.time() < until else self.judge(request, workspace, key)
+
+    def judge(self, request: Request, workspace: str, key: Tuple[Optional[str], ...]) -> Response:
+        row = self.session(request, workspace)
+        if row is None:
+            return NO_SESSION
+        if not row["role"]:
+            return NO_ENTRY
+        if row["moving"]:
+            return MOVING
+        quota = row["quota"] or self.settings.quota
+        given = full_verdict(row["account"], row["role"], workspace, row["id"], *mask_of(row), quota, row["node"])
+        if row["writes"] is None and not self.store.db.in_transaction:       # masquerades end by the clock
+            self.admitted[key] = given, row["expires"] - SESSION_SECONDS / 2
+        return given
+
+    def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
+        """The account of the request's session, with its role in workspace. None: it is not valid. Sessions slide: one
+        in the second half of its time is renewed."""
+        digest, now = bytes.fromhex(request.headers.get("x-session", "")), time.time()
+        row = self.store.one(GATE, now, workspace, digest) if digest else None
+        if row is None or row["expires"] <= now:
+            return None
+        if row["expires"] < now + SESSION_SECONDS / 2:
+            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?", now + SESSION_SECONDS, digest)
+        return row
+
+    def viewer(self, request: Request) -> Viewer:
+        if "x-account" in request.headers:           # a verdict came along
+            return super().viewer(request)
+        row = self.session(request)
+        return masked(Viewer(account=row["account"]), *mask_of(row)) if row else Viewer()
+
+
+def single_gate(request: Request, env: Env) -> Response:
+    """Whose rows they are. Whether somebody may see them, the object itself asks."""
+    root = env.directory.namespace.awake(env.directory.id)
+    said = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id,
+            "x-session": root.identified(request).headers.get("x-session", "")}
+    return Response(200, headers=tuple(said.items()))
+
+
+def count_access(versions: Dict[str, int], topic: str) -> None:
+    if topic.startswith("access:"):
+        versions["access"] += 1
+
+
+class Single(FullDirectory):
+    """Both planes in one object and one file, for a server with one workspace."""
+
+    def __init__(self, *args: Any, inside: Router, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.outside, self.router = self.router, inside
+        self.schema = [*self.outside.schema, *inside.schema[1:]]
+
+    def router_for(self, request: Request) -> Router:
+        """A workspace's pages are for whom its gate let in, and nobody else."""
+        inside = "x-id" in request.headers and not re.match("/members(/|$)", request.path)
+        return self.router if inside else self.outside
+
+    def place(self, ctx, name, owner):
+        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+
+    def viewer(self, request: Request) -> Viewer:
+        """Who looks is asked in the same breath as there is to see: no request to a gate."""
+        if "x-workspace" not in request.headers or "x-account" in request.headers:
+            return super().viewer(request)
+        answer = self.gate(request, request.headers["x-workspace"])
+        if answer.status != 200:
+            raise Refused(answer.status, answer.body.decode().strip(), answer.headers)
+        return super().viewer(request._replace(headers=dict(answer.headers)))
+
+    def topic(self, name, viewer):
+        return super().topic(name, viewer) if name == "members" else name
+
+    def on_open(self) -> None:
+        super().on_open()
+        pages = max(1, self.settings.quota // self.store.one("PRAGMA page_size")[0])             # 0 would be no limit
+        self.store.exec(f"PRAGMA max_page_count = {pages}")
+
+
+# ==== 34. Console =========================================================================
 # The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Console:
-    id, PAUSE = CONSOLE, 0.25                        # seconds between two frames, however much happens
+    id, PAUSE = "console", 0.25                        # seconds between two frames, however much happens
 
     def __init__(self, env: Env, broker: Broker) -> None:
         self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
-        self.watched, self.stale, self.due = env.trace.watch, True, False
+        self.stale, self.due = True, False
         self.facts, self.counted, self.micros = {}, 0.0, 0     # what each object told of itself; when, in what time
-        self.router = Router([Slice(self.id, (), routes=(
+        self.router = Router([Slice("console", (), routes=(
             Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
             Route("POST", "/console/probe", ACCOUNT, self.probe),
             Route("POST", "/console/retry", ACCOUNT, self.retry)))])
         env.trace.news = self.news
         env.workspaces.listeners.append(self.published)
 
-    def answer(self, request: Request) -> Response:
-        """For the worker. In the demo everybody may look, else operators."""
+    def answer(self, request: Request, env: Env) -> Response:
+        """A door. In the demo everybody may look, else operators."""
         with self.trace.silence():
             me = self.env.directory.ask("/_whoami", "", request.headers, request.scheme)
             if not (self.env.settings.demo or me["operator"]):
-                permit(ACCOUNT, Viewer(me["account"]), request.method)
+                Viewer(account=me["account"]).permit(ACCOUNT)
                 raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
             return self.router.match(request.method, request.path)[1].run(request, me)
 
@@ -3400,11 +5505,12 @@ class Console:
     def fetch(self, request: Request) -> Response:
         """For the broker."""
         with self.trace.silence(), self.lock:
-            return Response(200, rendering=Rendering(self.region(request.params, not request.params.get("paused"))))
+            html = self.region(request.params, not request.params.get("paused"))
+            return Response(200, type=EVENTS, watch=Subscription(self, self.id, request, Piece(html, 0.0, 0)))
 
     def stream(self, request: Request, me: Dict[str, Any]) -> Response:
-        watch = Watch(self, Request("GET", "/console/live", variant_of(request.params)), self.id)
-        return self.fetch(watch.request)._replace(type="text/event-stream", watch=watch, which=me["account"])
+        again = Request("GET", "/console/live", variant_of(request.params))
+        return self.fetch(again)._replace(which=me["account"])
 
     # -- the page, and the probe
 
@@ -3421,7 +5527,7 @@ class Console:
             option=[{"name": name} for name in names], result=result or template("console.idle")(),
             standing=f"{account} is {standing}." if account else "Nobody is signed in.",
             who=f"You are {account}" if account else "You are nobody yet")
-        return page("Console", body, Viewer(account, "", (), *me["masked"]), template("layout.console")(state=True))
+        return page("Console", body, masked(Viewer(account=account), *me["masked"]), template("layout.console")(state=True))
 
     def probe(self, request: Request, me: Dict[str, Any]) -> Response:
         """Ask for a workspace's page as whoever is signed in, and show how far that came."""
@@ -3429,8 +5535,9 @@ class Console:
         names = self.names({"name": name})["named"] if WORKSPACE_NAME.fullmatch(name) else {}
         served, cookie = self.env.workspaces.served, {"cookie": request.headers.get("cookie", "")}
         before = {id: served[id] for id in names}
-        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie, wait=LOOK_SECONDS, scheme=request.scheme)
-        trip = self.trace.probe(asked, lambda request: worker(request, self.env))
+        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie, scheme=request.scheme)
+        briefly = dataclasses.replace(self.env, forward=lambda stub, request: stub.fetch_within(LOOK_SECONDS, request))
+        trip = self.trace.probe(asked, lambda request: worker(request, briefly))
         verdict = trip.legs[0].status if trip.legs else trip.status
         said = {200: f"The gate lets {account} into {name}.",
                 401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
@@ -3449,9 +5556,9 @@ class Console:
 
     def retry(self, request: Request, me: Dict[str, Any]) -> Response:
         """The jobs that a workspace gave up begin anew."""
-        permit(ACCOUNT, Viewer(me["account"], read_only=me["masked"][1]), request.method)
+        masked(Viewer(account=me["account"]), *me["masked"]).permit(ACCOUNT, request.method)
         for id in self.names({"name": str(request.fields().get("workspace", ""))})["named"]:
-            self.env.workspaces.get(id).fetch(Request("POST", "/_retry", wait=LOOK_SECONDS))
+            self.env.workspaces.get(id).fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
         self.stale = True
         return Response(204) if request.datastar else see_other("/console")
 
@@ -3498,7 +5605,7 @@ class Console:
         streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
         return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
                 "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
-                "state": f"awake since {clock(one.awake_since)}" if one and one.store else "asleep",
+                "state": f"awake since {clock(one.opened_at)}" if one and one.store else "asleep",
                 "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
                 "count": facts.get("count", ""),
                 "jobs": ", ".join([f"{facts[kind]} {kind}" for kind in ("waiting", "given up") if facts.get(kind)])}
@@ -3533,8 +5640,8 @@ class Console:
 
     def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
         channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
-        rows = [{"object": self.label(one.watch.stub.id, names), "path": one.watch.request.path,
-                 "role": one.watch.request.headers.get("x-role", ""), "open": len(one.streams),
+        rows = [{"object": self.label(one.subscription.stub.id, names), "path": one.subscription.again.path,
+                 "role": one.subscription.again.headers.get("x-role", ""), "open": len(one.streams),
                  **dict.fromkeys(self.broker.frames, 0), **one.frames} for one in channels[:50]]
         return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
 
@@ -3561,9 +5668,33 @@ def clock(at: float, digits: int = 0) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.9f}"[1:digits + 2] if digits else "")
 
 
-# ==== 21. Snapshots ==================================================================================================
+# ==== 35. Snapshots =======================================================================
 # Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
 # when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
+
+def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+    """The files of a database that there are."""
+    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+
+
+def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{tail}")
+
+
+def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    for tail in ("-wal", "-shm"):                    # of a database that was there: SQLite would add it to this one
+        target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
+    os.replace(part, target)
+    if fcntl:                                        # POSIX, where the name is durable when its folder is
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
 
 def stamp() -> str:
     """Now, in UTC and to the millisecond: such names sort by age, and two in one second are two."""
@@ -3590,7 +5721,7 @@ def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
     """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
     with in_the_making(target) as part:
-        with contextlib.closing(Store(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
+        with contextlib.closing(GuardedStore(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
             original.db.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
             rows = verified(copy)
@@ -3610,7 +5741,7 @@ def verified(db: sqlite3.Connection) -> int:
 def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
     """Remove a database that others may have open: they see that it is gone before their next command. The number of
     rows in the copy."""
-    with contextlib.closing(Store(path)) as store:
+    with contextlib.closing(GuardedStore(path)) as store:
         store.begin()                                # commands that are on their way finish first, and are in the copy
         rows = copy_database(path, copy) if copy else 0
         path.unlink()
@@ -3641,7 +5772,7 @@ def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
         return []
     if not directory.exists():
         return [path.stem for path in settings.workspaces.glob("*.db")]
-    with contextlib.closing(Store(directory)) as store:
+    with contextlib.closing(GuardedStore(directory)) as store:
         return [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND "
                                                  "node = ''")]
 
@@ -3696,7 +5827,7 @@ def snapshot_again(settings: Settings) -> None:
         shutil.rmtree(old)
 
 
-# ==== 22. Planes =====================================================================================================
+# ==== 36. Planes ==========================================================================
 # One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate,
 # and brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a
 # node believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
@@ -3764,24 +5895,46 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
     return answer.body if what == "piece" else json.loads(answer.body)
 
 
-class Elsewhere:
-    """An object that lives in another process, at address(id); in a namespace it stands where one of ours would."""
-    torn, store, verdicts = False, None, {}
+class RemoteStub(GuardedStub):
+    """The address of an object that lives in another process."""
 
-    def __init__(self, id: str, namespace: Namespace, settings: Settings, address: Callable[[str], str]) -> None:
-        self.id, self.namespace, self.settings, self.address = id, namespace, settings, address
+    def fetch(self, request):
+        return self.namespace.send(self.id, request)
 
-    def fetch(self, request: Request) -> Response:
-        if not request.wait:
-            raise WouldBlock
-        if self.namespace.kind == "directory":
-            return errand(self.settings, self.address(self.id), request)
+    def fetch_within(self, seconds, request):
+        return self.fetch(request)
+
+    def fetch_all(self, requests):
+        return [outcome(self.fetch, request) for request in requests]
+
+    def ask(self, path, query="", headers={}, scheme="http"):
+        """Refused(503): it can't say so now, or does not know us."""
+        answer = self.fetch(Request("GET", path, query, headers, scheme=scheme))
+        if answer.status != 200:
+            log_once(STRANGERS) if answer.status in (403, 404) else None
+            raise Refused(503, "This can't be found out just now. Try again in a minute.", (("retry-after", "60"),))
+        return json.loads(answer.body)
+
+
+class RemoteNamespace(TracedNamespace):
+    """Objects that live in other processes, at address(id)."""
+
+    def __init__(self, *args: Any, settings: Settings, address: Callable[[str], str], trace: Trace) -> None:
+        super().__init__(*args, None, trace=trace)
+        self.settings, self.address = settings, address
+
+    def get(self, id):
+        return RemoteStub(id, self)
+
+    def files(self):
+        return iter(())                              # what is in the folder is none of theirs
+
+    def send(self, id: str, request: Request) -> Response:
+        if self.kind == "directory":
+            return errand(self.settings, self.address(id), request)
         if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the proxy in front.")
-        return as_json(ask_node(self.settings, self.address(self.id), self.id, request.path[1:], request.method))
-
-    def sleep(self, unused_since: float) -> None:
-        self.namespace.forget(self)
+        return as_json(ask_node(self.settings, self.address(id), id, request.path[1:], request.method))
 
 
 def directory_front(request: Request, env: Env) -> Response:
@@ -3789,32 +5942,47 @@ def directory_front(request: Request, env: Env) -> Response:
     if re.match("/_(version|whoami|gate/.*)$", request.path) and is_errand(request, env.settings):
         return env.directory.fetch(request._replace(scheme=request.headers["x-forwarded-proto"]))
     response = worker(request, env)
-    if request.method == "POST" and request.path == "/workspaces" and response.which:
+    if request.method == "POST" and request.path == "/workspaces" and type(response) is Response and response.which:
         open_on_node(env.settings, response.which)
     return response
-
-
-def node_admit(request: Request, env: Env) -> Response:
-    """The verdict that a proxy brought from the gate. It holds for this node, for the workspace that the path names,
-    and for a short time; when it is not fresh, for the request was long on its way, the gate is asked again."""
-    said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
-    seal, parts = request.headers.get("x-verdict", ""), [said.get(name, "") for name in VERDICT]
-    theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
-    if not theirs or not believed(seal, parts, keys_now(env.settings)):
-        raise Refused(403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy.")
-    refuse_foreign(request)
-    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
-    verdict = Response(200, headers=tuple(said.items())) if age < FRESH_SECONDS else admit(request, env)
-    if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
-        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
-    return verdict
 
 
 def node_front(request: Request, env: Env) -> Response:
     """The worker of a node: the proxy asked the gate and brought the verdict. Without one nothing here is contacted."""
     if request.path.startswith("/_node/") and is_errand(request, env.settings):
         return node_errand(request, env)
-    return heed(node_admit(request, env), stripped(request), env)
+    if request.path in ("/healthz", "/metrics"):
+        return env.doors[request.path](stripped(request), env)
+    if not request.path.startswith("/w/"):
+        raise Refused(*NO_VERDICT)
+    return worker(request, env)
+
+
+NO_VERDICT = 403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy."
+
+
+def node_gate(request: Request, env: Env) -> Response:
+    """The verdict that a proxy brought from the gate. It holds for this node, for the workspace that the path names,
+    and for a short time; when it is not fresh, for the request was long on its way, the gate is asked again."""
+    said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
+    seal, parts = request.headers.get("x-verdict", ""), [said.get(name, "") for name in VERDICT]
+    theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
+    if not theirs or not believed(seal, parts, keys_now(env.settings)):
+        raise Refused(*NO_VERDICT)
+    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
+    return here(Response(200, headers=tuple(said.items())) if age < FRESH_SECONDS else ask_the_gate(request, env), env)
+
+
+def node_regate(request: Request, env: Env) -> Response:
+    """For an open stream the gate is asked anew. If the workspace moved, the stream breaks off, and its client goes there."""
+    return here(ask_the_gate(request, env), env)
+
+
+def here(verdict: Response, env: Env) -> Response:
+    """The verdict, if the workspace is on this node."""
+    if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
+        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
+    return verdict
 
 
 # -- errands about a workspace's file, done by whoever has it. Each can be asked twice, for an answer may be lost.
@@ -3896,13 +6064,11 @@ def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "
 
 def node_errand(request: Request, env: Env) -> Response:
     """What the directory has a node do. The answer is JSON, or a piece of a file."""
-    if not request.wait:
-        raise WouldBlock
     id, what = request.path.split("/")[2:4]
     if what == "_counts":
         return as_json(facts_of(env.workspaces.get(id)))
     if what == "_retry":
-        return env.workspaces.get(id).fetch(Request("POST", "/_retry", wait=LOOK_SECONDS))
+        return env.workspaces.get(id).fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
     said = do_errand(env, id, what, request.method, request.query, request.body)
     body = said if isinstance(said, bytes) else json.dumps(said).encode()
     return Response(200, body, "application/octet-stream")
@@ -3924,7 +6090,7 @@ def send_pieces(ask: Callable[..., Any], piece_from: Callable[[int], bytes]) -> 
 def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] = None) -> None:
     """Have a new workspace's node make its file, or take source in; then let people in. Refused: it did not; the name
     is free again."""
-    with contextlib.closing(Store(settings.directory_file)) as store:
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
         row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
         if row is None:
             return
@@ -3941,7 +6107,7 @@ def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] =
         store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
 
 
-# ==== 23. Figures ====================================================================================================
+# ==== 37. Figures =========================================================================
 # What a server did, for whoever runs it: a line in the access log for each answer, and numbers for Prometheus.
 
 def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
@@ -3964,7 +6130,7 @@ class Figures:
             self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             self.seconds += seconds
         if self.log != "off":
-            line = self.line(method, request, response.status, response.size, seconds)
+            line = self.line(method, request, response.status, size_of(response), seconds)
             self.accesses.append(line)               # only now: flush() may just have exchanged them
 
     def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
@@ -3984,7 +6150,7 @@ class Figures:
         """Once a second."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
-        if lines and len(self.scribe.jobs) < 10:
+        if lines and len(self.scribe.line) < 10:
             self.scribe.put(self.write, lines)
 
     def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
@@ -4004,505 +6170,260 @@ class Figures:
         self.scribe.close(0.5)
 
 
-# ==== 24. Edge =======================================================================================================
-# The only place that knows sockets. http.server's ThreadingHTTPServer starts a thread for each connection and keeps it
-# for the connection's life; here that one policy is exchanged. Every socket is held by one loop: idle, sending slowly,
-# reading slowly or streaming, it costs a buffer and no thread. What is ready, a page that was rendered before, leaves
-# from the loop at once; whatever must read, write or wake goes to a small fixed set of threads.
+# ==== 38. Server ==========================================================================
+# The loop edge with everything around it: figures, console, jobs, snapshots, other processes.
 
-LANE = re.compile(r"(?:(?i:https?)://[^/?]*)?(/w/[^/?]+)/(?!members\b)")
+LOOK_SECONDS = 0.2                                   # for which the server's own questions wait for a busy workspace
 
 
-def lane_of(target: str) -> str:
-    """Where a request for a workspace's own object waits, however its address is written; "": it waits for another."""
-    found = LANE.match(urllib.parse.unquote(target))
-    return found[1] if found else ""
+@dataclasses.dataclass
+class FullEnv(Env):
+    """What the server's other parts work with, besides."""
+    settings: Settings = None
+    trace: Trace = None
+    start: str = ""                                  # the page of a workspace that comes first
+    front: Callable[[Request, Env], Response] = worker        # what the edge asks: the worker, or its like for one plane
+    regate: Callable[[Request, Env], Response] = ask_the_gate      # for streams that are open
+    passwords: Optional[Passwords] = None
 
 
-class Connection(Held):
-    """A connection that is not, or not yet, a stream. busy: a request of it is being answered. begun: a part of one is
-    here. spare: bytes that are read over before it closes."""
-    __slots__ = ("peer", "buffer", "reader", "busy", "begun", "ended", "keep", "spare", "started")
-    REQUEST_SECONDS, IDLE_SECONDS = 10.0, 75.0       # idle: longer than the 60 s for which proxies keep a connection
-    LINGER_SECONDS, LINGER_BYTES = 1.0, 65_536
-
-    def __init__(self, socket: socket.socket, address: Tuple, edge: Edge) -> None:
-        super().__init__(edge, socket)
-        self.peer, self.buffer, self.spare = address[0], bytearray(), 0
-        self.reader = read_requests(self.buffer)
-        self.busy = self.begun = self.ended = False
-        self.keep, self.deadline = True, time.monotonic() + self.IDLE_SECONDS
-
-    def read(self, data: bytes) -> None:
-        self.ended = not data
-        if self.spare:
-            self.spare -= min(self.spare, len(data))
-            return None if data and self.spare else self.close()
-        self.buffer += data
-        if not self.busy:
-            return self.advance()
-        if self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
-            self.listen(0)                           # read on when the present request is answered
-
-    def advance(self) -> None:
-        """Take the next request up, if it is complete."""
-        some = bool(self.buffer)
-        try:
-            step = next(self.reader)
-        except Refused as no:
-            return self.refuse(no)
-        if step:
-            self.busy, self.begun = True, False
-            return self.take_up(step) if step.body is not None else self.edge.pool.put(self.attempt, self.foresee, step)
-        if self.ended:
-            return self.close()
-        if some and not self.begun:                  # the deadline is for all of it; a byte now and then moves nothing
-            self.begun, self.deadline = True, time.monotonic() + self.REQUEST_SECONDS
-
-    def foresee(self, reading: Reading) -> None:
-        """In the pool: who asks first (RFC 9110, 10.1.1) hears the gate's no before sending a body in vain."""
-        try:
-            request = self.edge.request(reading, self.peer)
-            verdict = self.edge.env.admit(request, self.edge.env)
-            if verdict and verdict.status != 200:
-                refusal(request, verdict)
-            self.edge.call(self.go_on)
-        except Refused as no:
-            self.edge.call(self.refuse, no)
-        except StorageFault as fault:
-            log(f"storage: {fault}")
-            self.edge.call(self.refuse, fault.refusal)
-
-    def go_on(self) -> None:
-        self.busy, self.begun, self.deadline = False, True, time.monotonic() + self.REQUEST_SECONDS
-        with contextlib.suppress(OSError):
-            self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.resume()
-
-    def resume(self) -> None:
-        """What was sent ahead has its turn when the others had theirs."""
-        if not self.busy and self in self.edge.held:
-            self.listen(0 if self.ended else READ)
-            self.advance()
-
-    def take_up(self, reading: Reading) -> None:
-        """At once what is ready; else in the pool. A workspace is a lane there: its requests would wait for each other
-        anyway, its commands can share a commit, and however many there are, the other threads are for the others. While
-        somebody watches, half of them do, and then the frames have their turn. Who was never let in has a lane apart:
-        how long strangers wait for their no must not tell them that there is such a workspace, and that it is busy."""
-        self.started = time.perf_counter()
-        try:
-            answer = self.edge.answer(reading, self.peer, wait=0) if reading.method in SAFE else None
-        except WouldBlock:
-            answer = None
-        if answer:
-            return self.reply(reading, *answer)
-        if (lane := lane_of(reading.target)):
-            lane = lane if self.pass_of(lane, reading) in self.edge.insiders else f"{self.peer} {lane}"
-            return self.edge.pool.gather(lane, (self, reading), self.edge.answer_all, halve=self.edge.broker.channels)
-        self.edge.pool.put(self.attempt, self.think, reading)
-
-    def pass_of(self, lane: str, reading: Reading) -> int:
-        """Who asks where: what the edge remembers of whom was let in."""
-        return hash((lane, reading.headers.get("cookie")))
-
-    def attempt(self, work: Callable[..., None], *args: Any) -> None:
-        """In the pool. Where not even a refusal could be made of it, the connection is closed."""
-        try:
-            work(*args)
-        except CRASH:
-            self.edge.call(self.close)
-            raise
-
-    def think(self, reading: Reading) -> None:
-        self.answered(reading, *self.edge.answer(reading, self.peer))
-
-    def answered(self, reading: Reading, request: Request, response: Response) -> None:
-        """In the pool. Where there is time the answer leaves from here, which spares waking the loop. It is the loop's
-        when others are in line, when it becomes a stream, does not fit, or is the connection's last."""
-        if response.status < 400 and reading.method not in SAFE:       # to a GET, a no can be a 200 (section 15)
-            self.edge.insiders.add(self.pass_of(lane_of(reading.target), reading))
-        if response.watch and accepts_gzip(request):
-            response.rendering.zipped                # compressed here and not in the loop
-        if response.watch or self.edge.pool.jobs:
-            return self.edge.call(self.reply, reading, request, response)
-        data = self.encoded(reading, request, response)
-        sent = self.offer(data)
-        self.written() if sent == len(data) and self.keep else self.edge.call(self.wrote, data, sent)
-
-    def encoded(self, reading: Reading, request: Request, response: Response) -> bytes:
-        self.edge.figures.count(reading.method, request, response, time.perf_counter() - self.started)
-        self.keep = reading.keep and not self.edge.stopping and response.status != 421 and reading.method != "CONNECT"
-        return encode(request, response, self.keep, reading.method == "HEAD", self.edge.date)
-
-    def reply(self, reading: Reading, request: Request, response: Response) -> None:
-        if response.watch:
-            response = self.edge.stream_or_refusal(reading, request, response)
-        data = self.encoded(reading, request, response)
-        if response.watch is None or reading.method == "HEAD" or self.ended:
-            return self.write(data)
-        self.edge.held.discard(self)                 # from here on it is a stream
-        self.listen(0)
-        stream = Stream(self.edge, self.socket, request, response)
-        stream.write(data)
-        if stream in self.edge.held:
-            self.edge.broker.welcome(stream, response.watch)
-
-    def written(self) -> None:
-        """The answer has left: go on, or close so that who is still sending can read it (RFC 9112, 9.6)."""
-        self.deadline = time.monotonic() + (self.IDLE_SECONDS if self.keep else self.LINGER_SECONDS)
-        if self.keep:                                # then this may be the pool; what came meanwhile, the loop left
-            self.busy = False
-            return self.edge.call(self.resume) if self.buffer or self.ended else None
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-        self.spare = self.LINGER_BYTES
-        self.close() if self.ended else self.listen(READ)
-
-    def refuse(self, no: Refused) -> None:
-        """One answer, and nothing behind it is read."""
-        self.busy, self.begun, self.keep = True, False, False
-        request = Request("GET", "/", peer=self.peer)
-        response = refused(request, no)
-        self.edge.figures.count("-", request, response, 0.0)
-        self.write(encode(request, response, False, False, self.edge.date))
-
-    def tick(self, now: float) -> None:
-        if (self.busy and not self.rest and not self.spare) or now < self.deadline:      # busy first: threads end it
-            return
-        self.refuse(Refused(408, "The request took too long to arrive. Send it again.")) if self.begun else self.close()
+def facts_of(workspace: Stub) -> Dict[str, Any]:
+    """What it tells of itself. One that can't be read, or not now, has no count, and hides no other."""
+    try:
+        return json.loads(workspace.fetch_within(LOOK_SECONDS, Request("GET", "/_counts")).body)
+    except Busy:
+        return {"count": "busy"}
+    except CRASH as error:
+        if not isinstance(error, Refused):
+            log_error("a slice's count", error)
+        return {"count": "can't be read"}
 
 
-@functools.lru_cache(maxsize=1024)
-def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip  # who comes by IPv4 to a socket for both
-        return any([ip in ipaddress.ip_network(network) for network in networks])
-    return False
+def count_of(workspace: Stub) -> str:
+    count = facts_of(workspace)["count"]
+    return f"{count} open" if type(count) is int else count
+
+
+def home_with_all_counts(request: Request, env: Env) -> Response:
+    """A door. As in Part One, but a workspace that is busy, or can't be read, holds up no other."""
+    if request.method in SAFE:
+        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
+        counts = {id: count_of(env.workspaces.get(id)) for id in mine}
+        request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
+    return env.directory.fetch(request)
+
+
+def give_back_memory() -> None:
+    """What was freed, glibc keeps until it is told; no other library knows the word."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def save_memory() -> None:
+    """What can be set only while nobody uses it. SQLite takes memory for 20 pages with each file it opens, and most
+    tenants have fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc gives each
+    thread a heap of its own, where what one has freed is of no use to the others (mallopt(3), M_ARENA_MAX)."""
+    if sys.platform == "linux" and threading.active_count() == 1:
+        with contextlib.suppress(OSError, AttributeError):
+            sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
+            sqlite.sqlite3_shutdown()
+            sqlite.sqlite3_config(7, None, 0, 0)
+            sqlite.sqlite3_initialize()
+            ctypes.CDLL(None).mallopt(-8, 1)
+
+
+class FullBroker(Broker):
+    def watched(self, id, more):
+        super().watched(id, more)
+        if id == Console.id:
+            self.edge.env.trace.watch(more)
+
+    def ask(self, subscription):
+        return subscription.stub.fetch(subscription.again).watch.piece
+
+    def look_elsewhere(self):
+        with self.edge.env.trace.silence():
+            super().look_elsewhere()
+
+    def elsewhere(self):
+        self.edge.alarms.look()
 
 
 def is_loopback(address: str) -> bool:
     return in_networks(address, ("127.0.0.0/8", "::1"))
 
 
-@functools.lru_cache(maxsize=1024)
-def known_host(host: str, names: FrozenSet[str]) -> bool:
-    """Is this Host one of ours? Another site can have its own name lead here (DNS rebinding), but no address."""
-    name = re.sub(r":[0-9]*$", "", host).lower()
-    return name in names or in_networks(name.strip("[]"), ("0.0.0.0/0", "::/0"))
-
-
-class Edge(ThreadingHTTPServer):
+class Edge(LoopEdge):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
-    request_queue_size = 1024                        # http.server's 5 turns away a crowd that comes at once
-    DRAIN_SECONDS, END_SECONDS = 5.0, 5.0            # for the requests in flight; then for the threads
-    TICK_SECONDS, BATCH_SECONDS, CALLS_SECONDS = 1.0, 0.05, 0.002
-    EAGER_SECONDS = 0.0001, 0.0005                   # with no job under way; with one, where there is a single core
 
-    def __init__(self, env: Env) -> None:
-        self.env, self.settings = env, env.settings
-        self.held, self.selector, self.calls = set(), selectors.DefaultSelector(), collections.deque()
-        self.insiders = set()                        # who was let in where of late: hashes of lane and cookie
-        self.waker, self.woken = socket.socketpair()
-        self.awake, self.stopping, self.stopped = False, 0.0, threading.Event()      # stopping: since when; 0: not
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.eager, self.brisk = self.EAGER_SECONDS[:2 if cores == 1 else 1], False      # brisk: it pays just now
-        names = "", "localhost", socket.gethostname(), env.settings.host, *env.settings.allow_host
-        self.hosts = frozenset([name.lower() for name in names])
-        self.pool, self.broker, self.figures = Pool(env.settings.threads), Broker(self), Figures(env.settings.log)
-        snapshots = functools.partial(snapshot_again, env.settings), env.settings.backup_every       # 0: never
+    def __init__(self, env: FullEnv) -> None:
+        self.figures = Figures(env.settings.log)
+        super().__init__(env, env.settings)
+        self.broker = FullBroker(self)
+        for namespace in {env.workspaces.kind: env.workspaces, env.directory.namespace.kind: env.directory.namespace}.values():
+            namespace.listeners[-1:] = [self.broker.published]
+        self.alarms = Alarms(env.workspaces, self.pool.put)
+        snapshots = functools.partial(snapshot_again, self.settings), self.settings.backup_every       # 0: never
         self.chores = (give_back_memory, 5.0), (self.broker.try_again, 5.0), snapshots
-        self.due = [time.monotonic() + every for _, every in self.chores]
-        self.alarms = Alarms(env.workspaces, self.pool.share)
-        self.address_family = socket.AF_INET6 if ":" in env.settings.host else socket.AF_INET
-        super().__init__((env.settings.host, env.settings.port), Connection)
-        name = env.settings.node_name or f"{env.settings.host}:{self.server_port}"
-        settings, console = env.settings._replace(node_name=name), Console(env, self.broker)
-        self.env = env._replace(settings=settings, console=console.answer)
-        for waiting in (self.socket, self.waker, self.woken):
-            waiting.setblocking(False)
-        for namespace in {env.workspaces, env.directory.namespace}:
-            namespace.listeners.append(self.broker.published)
-
-    def server_bind(self) -> None:
-        """As http.server's, without the look-up of our own name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
-
-    # -- the loop
+        name = self.settings.node_name or f"{self.settings.host}:{self.server_port}"
+        self.settings = self.settings._replace(node_name=name)
+        self.use(dataclasses.replace(self.env, settings=self.settings))
+        console = Console(self.env, self.broker)
+        doors = {path: console.answer for path in ("/console", "/console/live", "/console/probe", "/console/retry")}
+        self.use(dataclasses.replace(self.env, doors={**self.env.doors, **doors, "/metrics": self.metrics}))
+        self.broker.quiet = (env.directory.id, Console.id)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        self.selector.register(self.socket, READ, self.accept)
-        self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
-        self.pool.defer()
         self.pool.put(self.alarms.look)
-        next_tick = 0.0
-        while not (self.stopping and self.drained()):
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + self.TICK_SECONDS
-                self.tick(time.monotonic())
-            for key, events in self.ready():
-                guarded(key.data, events)
-            until = time.monotonic() + self.CALLS_SECONDS
-            for _ in range(len(self.calls)):
-                guarded(*self.calls.popleft())
-                if time.monotonic() > until:         # it is the turn of the sockets again
-                    break
-        self.pool.rouse()
-        self.stopped.set()
-
-    def ready(self) -> List[Tuple[selectors.SelectorKey, int]]:
-        """What can be read or written. A core that fell asleep takes longer to wake than most answers take to make, so
-        while one request follows close on another the loop stays awake for a moment: whenever that paid last time.
-        Beside a job it would take the interpreter from it, except where the job only waits for the disk on that core.
-        While somebody watches, a job does more: it renders."""
-        self.pool.rouse()
-        jobs, most = len(self.pool.threads) - len(self.pool.idle), 1 if self.broker.channels else len(self.eager)
-        until = time.perf_counter() + (self.eager[jobs] if jobs < most else 0.0)
-        while self.brisk and time.perf_counter() < until:
-            if (found := self.selector.select(0)) or self.calls:
-                return found
-            getattr(os, "sched_yield", bool)()       # who else needs this core goes first
-        self.awake = False
-        found = self.selector.select(0 if self.calls else self.TICK_SECONDS)
-        self.awake, self.brisk = True, time.perf_counter() < until
-        return found
-
-    def call(self, *call: Any) -> None:
-        """call(function, *args): have the loop do it soon; from any thread."""
-        self.calls.append(call)
-        if not self.awake:                           # it looks at the calls once more before it sleeps
-            self.awake = True
-            self.wake()
-
-    def wake(self) -> None:
-        with contextlib.suppress(OSError):           # full: it is awake already
-            self.waker.send(b"\0")
-
-    def accept(self, _: int) -> None:
-        for _ in range(64):                          # then look after the others
-            try:
-                self.process_request(*self.get_request())
-            except BlockingIOError:
-                return
-            except OSError as error:                 # out of descriptors: leave them in the queue until the next tick
-                log(f"accept: {error}")
-                return self.selector.unregister(self.socket)
-
-    def process_request(self, request: socket.socket, client_address: Tuple) -> None:
-        """In place of a thread for this connection: a place in the loop."""
-        request.setblocking(False)
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = self.RequestHandlerClass(request, client_address, self)
-        if len(self.held) > self.settings.connections:
-            connection.refuse(Refused(503, "The server is full. Try again in a minute.", (("retry-after", "60"),)))
+        super().serve_forever(poll_interval)
 
     def tick(self, now: float) -> None:
-        """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
-        self.date = formatdate(usegmt=True)
         self.figures.flush()
-        self.insiders.clear() if len(self.insiders) > 100_000 else None
-        for held in [*self.held]:
-            guarded(held.tick, now)
-        guarded(self.broker.tell_who_is_here)
-        self.pool.put(self.env.workspaces.rest)
-        self.pool.put(self.env.directory.namespace.rest)
-        self.pool.put(self.broker.look_elsewhere)
+        super().tick(now)
         self.alarms.ring()
         self.broker.published(Console.id, Console.id)
-        for number, (chore, every) in enumerate(self.chores):
-            if every and now >= self.due[number]:
-                self.due[number] = now + every
-                self.pool.gather(f"chore {number}", chore, lambda same: same[0]())       # never twice at a time
-        if not self.stopping and self.socket.fileno() not in self.selector.get_map():
-            self.selector.register(self.socket, READ, self.accept)
 
-    # -- answering, in the loop (wait=0) and in the pool
+    def keeps_answers(self) -> bool:
+        """Not on a node, where the verdict comes with the request; nor while somebody watches each trip."""
+        return self.settings.plane != "data" and not self.env.trace.watched
 
-    def answer_all(self, asked: Sequence[Tuple[Connection, Reading]]) -> None:
-        """In the pool: what came for one workspace."""
-        if len(asked) == 1:                          # it shares nothing, and needs no savepoint
-            connection, reading = asked[0]
-            return connection.attempt(connection.think, reading)
-        waiting = collections.deque(asked)
-        while waiting:
-            self.answer_batch(waiting)
+    def use(self, env: FullEnv) -> None:
+        super().use(env)
+        self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
-    def answer_batch(self, waiting: collections.deque) -> None:
-        """The answer to a command waits until its batch is durable; a batch is closed before somebody would notice that
-        it is open, and at once while nothing is in it."""
-        batch, answers, until = Batch(), [], time.monotonic() + self.BATCH_SECONDS
-        while waiting:
-            connection, reading = waiting.popleft()
-            guarded(connection.attempt, self.answer_in, batch, answers, connection, reading)
-            if batch.object is None or batch.settled or time.monotonic() > until:
-                break
-        guarded(batch.close)
-        for joined, connection, reading, request, response in answers:
-            if joined and batch.error and response.status < 400:
-                response = refused(request, batch.error.refusal)
-            guarded(connection.answered, reading, request, response)
-
-    def answer_in(self, batch: Batch, answers: List[Any], connection: Connection, reading: Reading) -> None:
-        before = batch.size
-        answer = self.answer(reading, connection.peer, batch=batch)
-        answers.append((batch.size > before, connection, reading, *answer))
-
-    def answer(self, reading: Reading, peer: str, wait: float = threading.TIMEOUT_MAX,
-               batch: Optional[Batch] = None) -> Tuple[Request, Response]:
-        """Every request comes out of here with a response, whatever happened on its way. WouldBlock: not here."""
-        request = Request("GET", "/", "", reading.headers)
-        try:
-            request = self.request(reading, peer, wait, batch)
-            response = sound(self.route(request))
-        except WouldBlock:
-            if not wait:
-                raise
-            response = refused(request, Refused(503, "This is busy. Try again in a moment.", (("retry-after", "1"),)))
-        except Refused as no:
-            response = refused(request, no)
-        except StorageFault as fault:
-            log(f"storage: {fault}")
-            response = refused(request, fault.refusal)
-        except UnicodeEncodeError:                   # half a surrogate pair: JSON can write it, but it is no character
-            response = refused(request, Refused(400, "There is a character in this that is none. Type it again."))
-        except CRASH as error:
-            log_error(f"{request.method} {request.path}", error)
-            response = refused(request, Refused(500, "Something went wrong on our side; it is in the log. Try again."))
-        return request, response
-
-    def request(self, reading: Reading, peer: str, wait: float = threading.TIMEOUT_MAX,
-                batch: Optional[Batch] = None) -> Request:
-        """What a sound frame asks for. Refused: its target, method or host means nothing here."""
-        headers, method, scheme = reading.headers, "GET" if reading.method == "HEAD" else reading.method, "http"
-        if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
-            scheme = "https" if headers["x-forwarded-proto"] == "https" else "http"
-            peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
-        if not known_host(headers.get("host", ""), self.hosts):
-            raise Refused(421, "This server does not go by that name; whoever runs it can allow it: --allow-host NAME.")
-        if method not in METHODS:
-            status = 405 if method in ("TRACE", "CONNECT") else 501
-            raise Refused(status, f"The methods here are {', '.join(METHODS)}.", (("allow", ", ".join(METHODS)),))
-        path, query = ("*", "") if method == "OPTIONS" else parse_target(reading.target, headers.get("host", ""))
-        return Request(method, path, query, headers, reading.body or b"", peer, wait, scheme, batch)
-
-    def stream_or_refusal(self, reading: Reading, request: Request, response: Response) -> Response:
-        """In the loop, which counts the streams."""
-        most = self.settings.streams or (self.settings.connections if self.settings.demo else 100)
-        if not reading.modern:
-            return refused(request, Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the proxy."))
-        if self.broker.accounts[response.which] >= most and reading.method != "HEAD":
-            return refused(request, Refused(429, "Too many windows are open for this account. Close some.",
-                                            (("retry-after", "30"),)))
-        return response
-
-    def route(self, request: Request) -> Response:
+    def decide(self, request: Request) -> Any:
         if request.method == "OPTIONS":
-            return Response(204, headers=(("allow", ", ".join(METHODS)),))
-        if request.path == "/healthz":
-            return only_read(request) or (Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n"))
-        if request.path == "/metrics":
-            return only_read(request) or self.metrics(request)
-        return self.env.trace.follow(request, lambda request: self.env.front(request, self.env))
+            return super().decide(request)
+        return self.env.front(request, self.deciding)
 
-    def metrics(self, request: Request) -> Response:
-        """Prometheus text format 0.0.4."""
-        if not request.wait:                         # who may see them is asked of the Directory
-            raise WouldBlock
+    def answer_all(self, several: Sequence[Asked]) -> None:
+        """While somebody watches, each request makes its trip alone."""
+        if not self.env.trace.watched:
+            return super().answer_all(several)
+        for asked in several:
+            self.finish(asked, outcome(self.env.trace.follow, asked.request, self.answer))
+
+    def answer(self, request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return super().decide(request)
+        return self.env.front(request, self.env)
+
+    def refusal(self, request: Request, error: BaseException) -> Response:
+        """Who is not signed in gets the form for it."""
+        if isinstance(error, Refused) and error.status == 401 and not request.datastar \
+                and "text/html" in request.headers.get("accept", ""):
+            return login_form(local_path(request.path), problem=error.message, status=401)
+        return refusal(request, error)
+
+    def most_streams(self) -> int:
+        return self.settings.streams or (self.settings.connections if self.settings.demo else 100)
+
+    def count(self, asked: Asked, response: Response) -> None:
+        method = asked.reading.method if asked.reading else "-"
+        seconds = time.perf_counter() - asked.started if asked.started else 0.0
+        self.figures.count(method, asked.request, response, seconds)
+
+    def metrics(self, request: Request, env: Env) -> Response:
+        """A door. Prometheus text format 0.0.4."""
+        only_read(request)
         local, cookie = is_loopback(request.peer), {"cookie": request.headers.get("cookie", "")}
         if not (local and "x-forwarded-for" not in request.headers
-                or self.env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
+                or env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
             raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
                                "one.")
-        verdicts = self.env.directory.namespace.wake(self.env.directory.id).verdicts
+        directory = env.directory.namespace.objects.get(env.directory.id)
         return Response(200, self.figures.text(
-            ("gate_verdicts_total", "counter", labelled("verdict", verdicts)),
-            ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
-            ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
-            ("streams_open", "gauge", {"": sum([type(held) is Stream for held in [*self.held]])}),
+            ("gate_verdicts_total", "counter", labelled("verdict", directory.verdicts if directory else {})),
+            ("workspace_fetches_total", "counter", {"": env.workspaces.fetches}),
+            ("workspaces_awake", "gauge", {"": len(env.workspaces.objects)}),
+            ("streams_open", "gauge", {"": sum([isinstance(held, Stream) for held in [*self.held]])}),
             ("frames_total", "counter", labelled("result", self.broker.frames))).encode(), Figures.TYPE)
 
-    # -- the end
-
-    def stop(self) -> None:
-        """Take no more requests, and end when those in flight are answered. Also from a signal handler."""
-        self.stopping = self.stopping or time.monotonic()
-        self.wake()
-
-    def drained(self) -> bool:
-        """Closes what merely waits; a stream closes without its last chunk, so its client comes back by itself."""
-        if self.socket.fileno() >= 0:
-            with contextlib.suppress(KeyError):      # it was out of descriptors just now
-                self.selector.unregister(self.socket)
-            self.socket.close()
-        for held in [held for held in self.held if type(held) is Stream or not held.busy]:
-            held.close()
-        return not self.held or time.monotonic() > self.stopping + self.DRAIN_SECONDS
-
-    def shutdown(self) -> None:
-        self.stop()
-        self.stopped.wait()
-
     def server_close(self) -> None:
-        """After serve_forever: end the threads, move every WAL into its file."""
-        self.pool.close(self.END_SECONDS)
+        super().server_close()
         self.figures.close()
-        self.env.workspaces.rest(idle=-1)
-        self.env.directory.namespace.rest(idle=-1)
-        for held in (*self.held, self.socket, self.selector, self.waker, self.woken):
-            held.close()
 
 
-# ==== 25. Composition ================================================================================================
-# Which parts there are and who knows whom is said here and nowhere else. Importing this file builds nothing.
+# ==== 39. Roots ===========================================================================
+# Four composition roots: two planes in one process, one file for both, and each plane alone.
 
-def two_planes(settings: Settings) -> Env:
-    """The composition root: one Directory, a Workspace for each tenant, and a worker in front (section 15)."""
+def two_planes(settings: Settings) -> FullEnv:
+    """One Directory, a Workspace for each tenant, and a worker in front."""
     settings, fresh, keys = prepared(settings)
-    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), Router(settings.slices)
-    build, awake = functools.partial(Workspace, router=router, pages=pages), settings.awake or awake_by_default()
-    workspaces = Namespace("workspace", settings.workspaces, build, awake, settings.idle, trace)
-    build = functools.partial(Directory, settings=settings, keys=keys, workspaces=workspaces, pages=pages)
-    directory = Namespace("directory", settings.data, build, 1, float("inf"), trace).get("directory")
+    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
+    build, awake = functools.partial(FullWorkspace, router=router, pages=pages), settings.awake or awake_by_default()
+    check_tables(settings, router)
+    workspaces = TracedNamespace("workspace", settings.workspaces, settings.idle, build, trace=trace, most=awake)
+    outside = FullRouter([together("directory", further, directory)])
+    build = functools.partial(FullDirectory, router=outside, pages=pages, keys=keys, workspaces=workspaces, settings=settings)
+    control = TracedNamespace("directory", settings.data, float("inf"), build, trace=trace)
+    stub = control.get("directory")
     if fresh:
-        directory.namespace.create(directory.id)
-    with contextlib.closing(Store(settings.directory_file)) as store:
+        control.create(stub.id)
+    with contextlib.closing(Ledger(settings.directory_file)) as store:
         for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
-            store.migrate(f"workspace/{name}", entries, apply=False)
-    directory.ask("/_version")                       # what is wrong with it is heard now, not at the first request
-    env = Env(settings, directory, workspaces, trace, worker, admit, pages[0].path)
+            store.migrate(f"workspace/{name}", entries)
+    stub.ask("/_version")                            # what is wrong with it is heard now, not at the first request
+    env = full_env(stub, workspaces, settings, trace, pages)
     if fresh and settings.demo:
-        seed(env, DEMO_WORKSPACES)
+        seed(env, DEMO_WORKSPACES if todos in settings.slices else without_todos(DEMO_WORKSPACES))
     return env
 
 
+def full_env(directory: Stub, workspaces: Namespace, settings: Settings, trace: Trace, pages: Sequence[Live]) -> FullEnv:
+    passwords = Passwords()
+    doors = {**DOORS, "/": home_with_all_counts, "/login": passwords.door, "/account/password": passwords.door}
+    return FullEnv(directory, workspaces, doors, settings=settings, trace=trace, start=pages[0].path, passwords=passwords)
+
+
+class Ledger(GuardedStore):
+    """Remembers entries that run in other files."""
+
+    def apply(self, slice, number, sql):
+        return set()
+
+
+def router_of(settings: Settings) -> FullRouter:
+    return FullRouter([welcome, *settings.slices])
+
+
+def check_tables(settings: Settings, router: Router) -> None:
+    """MigrationError: the slices' tables do not go together. They are made once in memory."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Store(pathlib.Path(folder, "t.db"), True)) as store:
+        for name, entries in router.schema:
+            store.migrate(name, entries)
+
+
+def without_todos(workspaces: Dict[str, Any]) -> Dict[str, Any]:
+    return {name: (people, ()) for name, (people, _) in workspaces.items()}
+
+
 def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
-    """Whether it is a demo, whether there is nothing yet, and the keys. Unusable: the Directory was lost, and a new one
-    would open its workspaces to whoever names one."""
-    (settings.data if settings.single else settings.workspaces).mkdir(parents=True, exist_ok=True)
-    fresh, demo = not settings.directory_file.exists(), settings.demo
+    """Whether it is a demo, whether there is nothing yet, and the keys."""
+    demo = settings.demo
+    if settings.single:
+        settings.data.mkdir(parents=True, exist_ok=True)
+        fresh = not settings.directory_file.exists()
+        if fresh and not settings.key_file.exists():
+            make_key(settings.key_file)
+        keys = load_keys(settings.key_file)
+    else:
+        keys, fresh = prepare(settings.data, settings.directory_file, settings.key_file)
     if demo and not fresh:
-        with contextlib.closing(Store(settings.directory_file)) as directory:
-            demo = directory.one("SELECT 1 FROM accounts WHERE persona") is not None
-    if fresh and not settings.single and any(settings.workspaces.glob("*.db")):
-        raise Unusable(f"{settings.directory_file} is missing, and there are workspaces; restore it from a backup, or "
-                       "name another folder with --data (a node is started with --plane data)")
-    if fresh and not settings.key_file.exists():
-        add_key(settings.key_file)
-    return settings._replace(demo=demo), fresh, load_keys(settings.key_file)
+        with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+            demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
+    return settings._replace(demo=demo), fresh, keys
 
 
 def pages_of(slices: Sequence[Slice]) -> List[Live]:
-    return [live for slice in slices for live in slice.live] + [MEMBERS]
+    return [live for slice in slices for live in slice.live] + [members]
 
 
-class OneFile(Namespace):
+class OneFile(TracedNamespace):
     """Of a single object, whose file may have any name."""
 
-    def __init__(self, file: pathlib.Path, *rest: Any) -> None:
-        super().__init__("workspace", file.parent, *rest)
+    def __init__(self, file: pathlib.Path, *rest: Any, trace: Trace) -> None:
+        super().__init__("workspace", file.parent, *rest, trace=trace, most=1)
         self.file = file
 
     def id_from_name(self, name: str) -> str:
@@ -4515,52 +6436,61 @@ class OneFile(Namespace):
         return iter([(self.id_from_name(""), self.file)])
 
     def create(self, id: str) -> None:
-        None if self.file.exists() else super().create(id)
+        if not self.file.exists():
+            super().create(id)
+
+    def draft(self) -> str:
+        raise Refused(*TAKEN)
 
 
-def single_root(settings: Settings) -> Env:
+def single_root(settings: Settings) -> FullEnv:
     """One object and one file, with the same slices; the first workspace that is founded is the only one."""
     settings, fresh, keys = prepared(settings)
-    trace, pages = Trace(with_args=settings.demo), pages_of(settings.slices)
-    build = functools.partial(Single, settings=settings, keys=keys, pages=pages, slices=settings.slices)
-    namespace = OneFile(settings.single, lambda id, own: build(id, own, workspaces=own), 1, float("inf"), trace)
+    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
+    check_tables(settings, router)
+    outside = FullRouter([together("directory", further, directory)])
+    build = functools.partial(Single, router=outside, pages=pages, keys=keys, settings=settings, inside=router)
+    namespace = OneFile(settings.single, float("inf"), lambda id, own: build(id, own, workspaces=own), trace=trace)
     root = namespace.get(namespace.id_from_name(""))
     namespace.create(root.id)
-    root.fetch(Request("GET", "/_version"))
-    env = Env(settings, root, namespace, trace, single_front, admit, pages[0].path)
+    root.ask("/_version")
+    env = full_env(root, namespace, settings, trace, pages)
+    env = dataclasses.replace(env, gate=single_gate)
+    del env.doors["/workspaces"]                     # no file is to be made
     if fresh and settings.demo:
-        seed(env, {"acme": DEMO_WORKSPACES["acme"]})
+        acme = {"acme": DEMO_WORKSPACES["acme"]}
+        seed(env, acme if todos in settings.slices else without_todos(acme))
     return env
 
 
-def directory_plane(settings: Settings) -> Env:
+def directory_plane(settings: Settings) -> FullEnv:
     """Accounts, sessions and the gate; the workspaces are on the nodes that its table names."""
     env = two_planes(settings._replace(demo=False))
-    build = functools.partial(Elsewhere, settings=settings,
-                              address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
-    workspaces = Namespace("workspace", settings.workspaces, build, 1024, settings.idle, env.trace)
-    workspaces.files = lambda: iter(())              # what is in the folder is none of theirs
-    return env._replace(workspaces=workspaces, front=directory_front)
+    workspaces = RemoteNamespace("workspace", settings.workspaces, settings.idle, settings=settings, trace=env.trace,
+                                 address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
+    del env.doors["/workspaces"]                     # the file is made on a node
+    return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
 
 
-def data_plane(settings: Settings) -> Env:
+def data_plane(settings: Settings) -> FullEnv:
     """A node: workspaces, and the Directory in another process, whose key it shares. Unusable: it knows none, or has no
     key."""
     settings.workspaces.mkdir(parents=True, exist_ok=True)
     if not settings.key_file.exists() or not settings.directory:
         raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
     trace, pages, awake = Trace(), pages_of(settings.slices), settings.awake or awake_by_default()
-    build = functools.partial(Workspace, router=Router(settings.slices), pages=pages)
-    workspaces = Namespace("workspace", settings.workspaces, build, awake, settings.idle, trace)
-    away = functools.partial(Elsewhere, settings=settings, address=lambda id: settings.directory)
-    directory = Namespace("directory", settings.data, away, 1, float("inf"), trace).get("directory")
-    return Env(settings._replace(demo=False), directory, workspaces, trace, node_front, node_admit, pages[0].path)
+    build = functools.partial(FullWorkspace, router=router_of(settings), pages=pages)
+    workspaces = TracedNamespace("workspace", settings.workspaces, settings.idle, build, trace=trace, most=awake)
+    directory = RemoteNamespace("directory", settings.data, float("inf"), settings=settings, trace=trace,
+                                address=lambda id: settings.directory).get("directory")
+    env = full_env(directory, workspaces, settings._replace(demo=False), trace, pages)
+    return dataclasses.replace(env, gate=node_gate, regate=node_regate, front=node_front)
 
 
 PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
 
 
-def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> Env:
+def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
     """BadSlice, MigrationError: not with these slices."""
     check_slices(slices)
     root = single_root if settings.single else PLANES[settings.plane]
@@ -4572,35 +6502,7 @@ def awake_by_default() -> int:
     return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
 
 
-DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex", "erin": "Acme"}
-DEMO_WORKSPACES = {
-    "home": ({"alice": "owner"}, ("Water the plants", "Call grandmother", "Book the dentist")),
-    "acme": ({"bob": "owner", "carol": "member", "erin": "viewer"},
-             ("Order more anvils", "Test the skates", "Invoice the coyote")),
-    "globex": ({"dave": "owner", "bob": "member"}, ("Draft the charter", "Paint the lobby", "Plan the picnic")),
-}
-
-
-def seed(env: Env, workspaces: Dict[str, Any]) -> None:
-    """The demo's accounts go to the store; its workspaces, members and todos come through the doors that all use."""
-    with contextlib.closing(Store(env.settings.directory_file)) as store, store.tx():
-        for name, group in DEMO_ACCOUNTS.items():
-            store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, f"{name} · {group}")
-
-    def post(stub: Stub, path: str, viewer: Dict[str, str], **signals: str) -> None:
-        headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
-        stub.fetch(Request("POST", path, headers=headers, body=json.dumps(signals).encode()))
-    for name, (members, titles) in workspaces.items():
-        (owner, _), *others = members.items()
-        post(env.directory, "/workspaces", {"x-account": owner}, name=name)
-        viewer = dict(verdict(owner, "owner", name, env.workspaces.id_from_name(name)).headers)
-        for account, role in others:
-            post(env.directory, "/members", viewer, account=account, role=role)
-        for title in titles if todos in env.settings.slices else ():
-            post(env.workspaces.get(viewer["x-id"]), "/todos", viewer, title=title)
-
-
-# ==== 26. Administration =============================================================================================
+# ==== 40. Administration ==================================================================
 # What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
 # server looks each second whether another one wrote to the Directory.
 
@@ -4636,7 +6538,7 @@ def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tupl
     if not settings.directory_file.exists() and what not in BEGINNINGS:
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
     env = compose(settings._replace(demo=False, plane=""), settings.slices)   # the files are here, whoever serves them
-    with contextlib.closing(Store(settings.directory_file)) as store, store.tx():
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
             row = time.time(), "(command line)", what, which
@@ -4822,7 +6724,7 @@ def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
     """An export or a single root, under its name or another, with its members. Who has no account here gets one; from
     an export it comes without a password."""
     try:
-        with contextlib.closing(Store(given.file)) as source:
+        with contextlib.closing(GuardedStore(given.file)) as source:
             old_name, members, accounts = about_file(source, given.name)
         members = dict(members)
         unknown = sorted({*members.values()} - {*ROLES})
@@ -4898,18 +6800,24 @@ def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
     print(f"{name}: as {given.name} was in {given.at}")
 
 
+def nobody_hears(topic: str) -> None:
+    """A running server looks each second whether another process wrote."""
+
+
 def member_set(settings: Settings, given: argparse.Namespace) -> None:
     """add, role and remove, by the rules that the members page has too."""
     role = getattr(given, "role", None)
     with opened(settings, given.verb, f"{given.workspace} {given.account} {role or ''}".strip()) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
         row_of(store, "accounts", given.account)
-        ctx = Context(store, Viewer("(command line)", "owner"), Request("POST", "/"), lambda topic: None, id)
-        before = role_of(ctx, given.account)
+        viewer = Viewer("owner", (), given.workspace, id, "(command line)")
+        ctx = types.SimpleNamespace(store=store, viewer=viewer, publish=nobody_hears,
+                                    host=types.SimpleNamespace(bus=types.SimpleNamespace(publish=nobody_hears)))
+        before = role_of(store, id, given.account)
         if bool(before) == (given.verb == "member add"):
             why = "a member already; member role changes the role" if before else "no member; member add makes one"
             raise Unusable(f"{given.account} is {why}")
-        set_role(ctx, given.account, before, role)
+        set_role(ctx, given.account, before, NOT_A_MEMBER if role is None else valid_role(role))
 
 
 def member_list(settings: Settings, given: argparse.Namespace) -> None:
@@ -5114,7 +7022,7 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
           "nodes, copy secret.key to them before that")
 
 
-# ==== 27. Command line ===============================================================================================
+# ==== 41. Command line ====================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
 
 def typed(pattern: Any, hint: str, read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:
@@ -5157,6 +7065,7 @@ OPTIONS = (
     ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
     ("--demo", "personas and workspaces to click through; on a loopback address, with no proxy in front, a new data "
      "folder has them anyway", bool),
+    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for small trusted networks", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", seconds),
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
      number),
@@ -5259,7 +7168,7 @@ def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse
     for flag, help, kind in OPTIONS:
         key = flag[2:].replace("-", "_")
         default = os.environ.get(f"ORION_{key.upper()}") or getattr(Settings(), key)
-        if kind is bool and default is not None:
+        if kind is bool and isinstance(default, str):
             default = default.lower() not in ("0", "no", "off", "false")
         shape = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
@@ -5288,6 +7197,8 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     settings = settings._replace(slices=slices)
     try:
         check_slices(slices)
+        if settings.plain and (settings.single or settings.plane):
+            raise Unusable("--plain has the two planes in one process; leave --single and --plane out")
         if settings.single and settings.plane:
             raise Unusable("--single is one file with both planes; leave --plane out")
         if given.run:
@@ -5309,6 +7220,9 @@ def serve(settings: Settings) -> None:
     if resource:                                     # a stream is a descriptor; take what the system grants
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if settings.plain:
+        return serve_plain(plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo)),
+                           settings.host, settings.port)
     save_memory()
     env = compose(settings, settings.slices)
     try:
