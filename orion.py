@@ -204,10 +204,11 @@ def check_values(headers):
 
 def sound(response):
     """Return the response. Raises TypeError or ValueError if it cannot be sent."""
-    if type(response) is not Response or type(response.body) is not bytes:
-        raise TypeError("an answer is a Response whose body is bytes, such as done(ctx), "
+    if type(response) is not Response or type(response.body) is not bytes \
+            or type(response.status) is not int:
+        raise TypeError("an answer is a Response with a number and bytes, such as done(ctx), "
                         f"and not {response!r:.200}")
-    check_values(response.headers)
+    check_values((*response.headers, ("content-type", response.type)))
     return response
 
 
@@ -329,6 +330,8 @@ class Env:
 
 def worker(request: Request, env: Env) -> Response:
     """Answer a request from outside: first the gate, then forward. Raises Refused."""
+    if request.method == "OPTIONS":
+        return Response(204, headers=(("allow", ", ".join(METHODS)),))
     refuse_foreign(request)
     if not request.path.startswith("/w/"):
         return env.apex(request, env)
@@ -521,18 +524,6 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None,
                "namespace": namespace,
                "useViewTransition": "true" if use_view_transition else ""}
     return event("elements", elements, options, event_id, retry)
-
-
-def patch_signals(signals: Any, *, only_if_missing: bool = False,
-                  event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
-
-    signals is a dict, or JSON text that is sent as it is.
-    """
-    if not isinstance(signals, str):
-        signals = json.dumps(signals, ensure_ascii=False)
-    options = {"onlyIfMissing": "true" if only_if_missing else ""}
-    return event("signals", signals, options, event_id, retry)
 
 
 def read_signals(request: Request) -> Dict[str, Any]:
@@ -798,10 +789,12 @@ class Tables:
         self.run(sql, args)
         return self.store.cursor.rowcount
 
+    @contextlib.contextmanager
     def tx(self):
         """A part of the command that can fail alone."""
         self.check_thread()
-        return self.store.tx()
+        with self.store.tx():
+            yield
 
     def run(self, sql, args):
         """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
@@ -981,6 +974,7 @@ class Namespace:
         self.folder = folder
         self.idle = idle
         self.build = build
+        self.closed = False
         self.lock = threading.Lock()                     # guards the next line
         self.objects: Dict[str, DurableObject] = collections.OrderedDict()
 
@@ -1012,8 +1006,23 @@ class Namespace:
         self.create(id)
         return id
 
+    def name_draft(self, draft: str, id: str) -> None:
+        """Give that file its name. Raises Refused(422) if somebody's rows have it.
+
+        The Directory that knew them was lost. A file without a journal was left behind by a
+        founding that failed.
+        """
+        place = self.path(id)
+        if place.exists():
+            with contextlib.closing(Store(place)) as store:
+                if store.one("SELECT 1 FROM journal"):
+                    raise Refused(*TAKEN)
+        self.path(draft).rename(place)
+
     def awake(self, id: str) -> DurableObject:
         """Return the object that stands for this id now. It opens its file when asked."""
+        if self.closed:
+            raise Refused(503, "The server is stopping. Try again in a moment.")
         with self.lock:
             if id not in self.objects:
                 self.objects[id] = self.build(id, self)
@@ -1036,6 +1045,7 @@ class Namespace:
 
     def close(self) -> None:
         """At the end of the server: close all files, each when its object has its turn."""
+        self.closed = True
         for one in self.everybody():
             with one.turn:
                 if not one.gone:
@@ -1097,7 +1107,7 @@ class Live(NamedTuple):
     def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
         """Return those of params that it depends on, and that have a valid value."""
         return {name: params[name] for name, pattern in self.params.items()
-                if re.fullmatch(pattern, params.get(name, ""))}
+                if name in params and re.fullmatch(pattern, params[name])}
 
     def routes(self):
         return (Route("GET", self.path, self.grant, lambda ctx: ctx.host.page(self, ctx)),
@@ -1106,10 +1116,10 @@ class Live(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """count(store) says how full a workspace is: the number on the home page.
+    """A feature. The last three are for Part Three.
 
-    jobs and exports are for Part Three: work that is done later, and functions
-    (store, ...) that other slices may ask.
+    count(store) says how full a workspace is: a number for the home page. jobs: work that
+    is done later. exports: functions (store, ...) that other slices may ask.
     """
     name: str
     migrations: Sequence[str] = ()
@@ -1200,8 +1210,8 @@ class Router:
         self.rows: List[Tuple[re.Pattern, str, Route]] = []
         for slice in slices:
             pages = [route for live in slice.live for route in live.routes()]
-            for route in (*slice.routes, *pages):
-                pattern = re.sub("<[a-z]+>", "([^/]+)", re.escape(route.path))
+            for route in (*pages, *slice.routes):
+                pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(route.path))
                 self.rows.append((re.compile(pattern), slice.name, route))
 
     def match(self, method: str, path: str) -> Tuple[str, Route, Sequence[str]]:
@@ -1235,7 +1245,6 @@ HISTORY = (
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
     context = Context                                    # Part Three gives slices more
-    KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live]):
         super().__init__(id, namespace)
@@ -1317,13 +1326,8 @@ class SliceHost(DurableObject):
         except Refused:                                  # there is no page at this address
             raise no from None
 
-    def count(self, request):
-        """For the home page: how full this workspace is, as its slices count."""
-        slices = [slice for slice in self.router.slices if slice.count]
-        return sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
-
-    # Questions of the server itself. The worker lets no such path in from outside.
-    OWN: Dict[str, Callable[[Any, Request], Any]] = {"/_count": count}
+    # Questions of the server itself: (host, request). The worker lets none in from outside.
+    OWN: Dict[str, Callable[[Any, Request], Any]] = {}
 
     # -- live pages
 
@@ -1336,15 +1340,8 @@ class SliceHost(DurableObject):
         shared = ctx.shared(live)
         key = live.path, shared.viewer, tuple(shared.params.items())
         if key not in self.renderings:
-            self.make_room()
             self.renderings[key] = self.render(live, shared)
         return self.renderings[key]
-
-    def make_room(self):
-        """A query has many parameters: what was made first goes first."""
-        kept = self.renderings
-        while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
-            del kept[next(iter(kept))]
 
     def render(self, live: Live, ctx: Context) -> Rendering:
         made = time.perf_counter()
@@ -1754,10 +1751,7 @@ class Directory(SliceHost):
         check_name(ctx.store, name)
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
-        place = self.workspaces.path(id)
-        if place.exists():                               # the Directory that knew it was lost
-            raise Refused(*TAKEN)
-        self.workspaces.path(ctx.request.headers["x-file"]).rename(place)
+        self.workspaces.name_draft(ctx.request.headers["x-file"], id)
 
     def signed_in(self, which, args):
         """The accounts of some sessions; which is a condition on the table."""
@@ -1773,14 +1767,7 @@ class Directory(SliceHost):
         """The console is in Part Three."""
         return False
 
-    def mine(self, request):
-        """The ids of the workspaces on this person's home page."""
-        after = request.params.get("after", "")
-        rows = self.store.query(MINE, self.viewer(request).account, after, NAMES_A_PAGE)
-        return [row["id"] for row in rows]
-
-    OWN = {**SliceHost.OWN, "/_mine": mine,
-           "/_account": lambda self, request: self.viewer(request).account}
+    OWN = {"/_account": lambda self, request: self.viewer(request).account}
 
 
 # -- the gate
@@ -1876,16 +1863,6 @@ def home(ctx):
         demo=bool(personas), persona=personas, console=ctx.host.shows_console(ctx.viewer),
         name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
     return page("Workspaces", body, ctx.viewer)
-
-
-def home_with_counts(request, env):
-    """A door. The Directory says which workspaces are mine, and each of them its count."""
-    if request.method in SAFE:
-        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
-        counts = {id: f"{env.workspaces.get(id).ask('/_count')} open" for id in mine}
-        headers = {**request.headers, "x-counts": json.dumps(counts)}
-        request = request._replace(headers=headers)
-    return env.directory.fetch(request)
 
 
 def ask_directory(request, env):
@@ -2169,6 +2146,8 @@ def plain_path(path: str) -> str:
     """Return the path, decoded once. Raises Refused(400) if a proxy could read another one."""
     if PLAIN_PATH.fullmatch(path):
         return path
+    if not path.startswith("/"):
+        raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
     try:
         decoded = urllib.parse.unquote(path, errors="strict")
     except UnicodeDecodeError:
@@ -2224,17 +2203,14 @@ class PlainHandler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(response.body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
-
-    def do_OPTIONS(self):
-        self.begin(Response(204, headers=(("allow", ", ".join(METHODS)),)))
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def request_of(self):
         """Raises Refused for what can be read in two ways, and for what is too large."""
         headers = self.header_fields()
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
-        path, _, query = self.path.partition("?")
+        path, _, query = self.requestline.split()[1].partition("?")
         method = "GET" if self.command == "HEAD" else self.command
         body = self.rfile.read(self.body_length(headers))
         return Request(method, plain_path(path), query, headers, body,
@@ -2242,6 +2218,8 @@ class PlainHandler(BaseHTTPRequestHandler):
 
     def header_fields(self):
         headers = {}
+        if self.headers.defects:                         # read in a way of their own
+            raise Refused(400, "The header fields are malformed.")
         for name, value in self.headers.items():
             name = name.lower()
             if name in ONCE and name in headers:
@@ -2369,7 +2347,7 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
     if fresh:
         control.create("directory")
         if demo:
-            seed(env, DEMO_WORKSPACES)
+            seed(env, DEMO_WORKSPACES, todos in slices)
     return env
 
 
@@ -2412,7 +2390,7 @@ def asset(request, env):
     return Response(200, body, ASSETS[request.path], headers)
 
 
-DOORS = {"/": home_with_counts, "/workspaces": found_with_file, "/healthz": healthz,
+DOORS = {"/workspaces": found_with_file, "/healthz": healthz,
          **dict.fromkeys(ASSETS, asset)}
 
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
@@ -2427,7 +2405,7 @@ DEMO_WORKSPACES = {
 }
 
 
-def seed(env, workspaces):
+def seed(env, workspaces, with_todos):
     """Fill the demo. Its people go into their table; all else comes by the usual ways."""
     store = Store(env.directory.namespace.path(env.directory.id))
     with contextlib.closing(store), store.tx():
@@ -2442,7 +2420,7 @@ def seed(env, workspaces):
         as_owner = dict(verdict(owner, "owner", name, id).headers)
         for account, role in others:
             env.directory.fetch(command_of("/members", as_owner, account=account, role=role))
-        for title in titles:
+        for title in titles if with_todos else ():
             env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
 
 
@@ -2475,7 +2453,10 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data"))
     parser.add_argument("--idle", type=float, default=60.0)
     given = parser.parse_args(argv)
-    serve_plain(plain_planes(given.data, given.idle), port=given.port)
+    try:
+        serve_plain(plain_planes(given.data, given.idle), port=given.port)
+    except (Unusable, OSError) as error:
+        sys.exit(f"orion: {error}")
 
 
 # #### Part Two: the edge ################################################################
@@ -2773,11 +2754,11 @@ class GuardedNamespace(Namespace):
         self.versions[id] += 1
 
     def awake(self, id):
+        one = super().awake(id)
         with self.lock:
-            if id not in self.objects:
-                self.objects[id] = self.build(id, self)
-            self.objects.move_to_end(id)                 # the least recently used is first
-            return self.objects[id]
+            if id in self.objects:
+                self.objects.move_to_end(id)             # the least recently used is first
+        return one
 
     def touch(self, id: str) -> None:
         """It was used, although it was not asked."""
@@ -2949,10 +2930,18 @@ class Subscription(NamedTuple):
 
 class Broadcast(GroupCommit, SliceHost):
     """A SliceHost whose streams are held by a broker."""
+    KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def render(self, live, ctx):
         rendering = super().render(live, ctx)
         return Piece(rendering.html, rendering.made, rendering.micros)
+
+    def rendering(self, live, ctx):
+        """The parameters of a query can be many: what was made first goes first."""
+        kept = self.renderings
+        while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
+            del kept[next(iter(kept))]
+        return super().rendering(live, ctx)
 
     def forget_renderings(self):
         self.renderings.clear()
@@ -4268,8 +4257,6 @@ class LoopEdge(ThreadingHTTPServer):
 
     def decide(self, request) -> Any:
         """The worker's response, or what it would forward, Noted. Raises Refused."""
-        if request.method == "OPTIONS":
-            return Response(204, headers=(("allow", ", ".join(METHODS)),))
         return worker(request, self.deciding)
 
     def finish(self, asked, response):
@@ -4817,7 +4804,9 @@ class FullHost(Broadcast):
 
     def facts(self, request: Request) -> Dict[str, Any]:
         schema = self.store.one("SELECT count(*) FROM _migrations")[0]
-        return {"count": self.count(request), "schema": schema, **self.queue.facts()}
+        counting = [slice for slice in self.router.slices if slice.count]
+        count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in counting])
+        return {"count": count, "schema": schema, **self.queue.facts()}
 
     OWN = {**SliceHost.OWN, "/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
            "/_jobs": lambda self, request: self.queue.run(int(request.params["id"]), self.work),
@@ -4893,6 +4882,18 @@ def check_slices(slices: Sequence[Slice]) -> None:
             if why or not taken.isdisjoint(addresses(row)):
                 raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
             taken.update(addresses(row))
+
+
+def patch_signals(signals: Any, *, only_if_missing: bool = False,
+                  event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
+
+    signals is a dict, or JSON text that is sent as it is.
+    """
+    if not isinstance(signals, str):
+        signals = json.dumps(signals, ensure_ascii=False)
+    options = {"onlyIfMissing": "true" if only_if_missing else ""}
+    return event("signals", signals, options, event_id, retry)
 
 
 def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
@@ -5343,6 +5344,11 @@ class FullDirectory(FullHost, Directory):
         return self.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
                                 f"WHERE digest IN (SELECT digest {those})", *args, *args)
 
+    def mine(self, request: Request) -> List[str]:
+        """The ids of the workspaces on this person's home page."""
+        rows = self.store.query(MINE, self.viewer(request).account, request.params.get("after", ""), NAMES_A_PAGE)
+        return [row["id"] for row in rows]
+
     def shows_console(self, viewer: Viewer) -> bool:
         return bool(self.personas("")) or self.is_operator(getattr(viewer, "operator", viewer.account))
 
@@ -5357,7 +5363,7 @@ class FullDirectory(FullHost, Directory):
         return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
 
     OWN = {**FullHost.OWN, **Directory.OWN, "/_version": version_now, "/_password": password_of, "/_names": names,
-           "/_whoami": whoami, "/_node_of": node_of}
+           "/_whoami": whoami, "/_node_of": node_of, "/_mine": mine}
 
     # -- the gate
 
@@ -6292,8 +6298,6 @@ class Edge(LoopEdge):
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
     def decide(self, request: Request) -> Any:
-        if request.method == "OPTIONS":
-            return super().decide(request)
         return self.env.front(request, self.deciding)
 
     def answer_all(self, several: Sequence[Asked]) -> None:
@@ -6304,8 +6308,6 @@ class Edge(LoopEdge):
             self.finish(asked, outcome(self.env.trace.follow, asked.request, self.answer))
 
     def answer(self, request: Request) -> Response:
-        if request.method == "OPTIONS":
-            return super().decide(request)
         return self.env.front(request, self.env)
 
     def refusal(self, request: Request, error: BaseException) -> Response:
@@ -6366,7 +6368,7 @@ def two_planes(settings: Settings) -> FullEnv:
     stub.ask("/_version")                            # what is wrong with it is heard now, not at the first request
     env = full_env(stub, workspaces, settings, trace, pages)
     if fresh and settings.demo:
-        seed(env, DEMO_WORKSPACES if todos in settings.slices else without_todos(DEMO_WORKSPACES))
+        seed(env, DEMO_WORKSPACES, todos in settings.slices)
     return env
 
 
@@ -6392,10 +6394,6 @@ def check_tables(settings: Settings, router: Router) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Store(pathlib.Path(folder, "t.db"), True)) as store:
         for name, entries in router.schema:
             store.migrate(name, entries)
-
-
-def without_todos(workspaces: Dict[str, Any]) -> Dict[str, Any]:
-    return {name: (people, ()) for name, (people, _) in workspaces.items()}
 
 
 def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
@@ -6458,8 +6456,7 @@ def single_root(settings: Settings) -> FullEnv:
     env = dataclasses.replace(env, gate=single_gate)
     del env.doors["/workspaces"]                     # no file is to be made
     if fresh and settings.demo:
-        acme = {"acme": DEMO_WORKSPACES["acme"]}
-        seed(env, acme if todos in settings.slices else without_todos(acme))
+        seed(env, {"acme": DEMO_WORKSPACES["acme"]}, todos in settings.slices)
     return env
 
 

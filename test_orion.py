@@ -6,7 +6,9 @@ real sockets, a real browser.
     python3 test_orion.py smoke             one journey without pytest, for any CPython from 3.9 on
 """
 import argparse
+import ast
 import base64
+import builtins
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -4454,7 +4456,7 @@ def test_what_is_kept_of_answers_is_bounded_by_its_bytes(server, monkeypatch):
 
 
 def test_what_is_kept_of_renderings_is_bounded_by_its_bytes(server, monkeypatch):
-    monkeypatch.setattr(orion.SliceHost, "KEPT_RENDERINGS", 5_000)
+    monkeypatch.setattr(orion.Broadcast, "KEPT_RENDERINGS", 5_000)
     bob = Person(server, "bob")
     for pages in range(2, 26):
         assert bob.get(f"/w/acme/todos?pages={pages}").status == 200
@@ -5410,6 +5412,880 @@ def test_to_import_it_runs_nothing(tmp_path):
     found = subprocess.run([sys.executable, "-c", "import threading, orion; print(threading.active_count())"], cwd=tmp_path, text=True,
                            capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
+
+
+# ==== The same journeys on every root ================================================================================
+# What is promised to somebody with a browser holds whatever the server is made of: Part One by itself, the two planes,
+# one file for everything, or a directory and a node with a proxy in front. Each root has the demo.
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The streams of the plain edge ask the gate again after a moment, not after two seconds."""
+    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.1, raising=False)
+
+
+class Plain:
+    """Part One's server in this process, as Server is the full one."""
+
+    def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0):
+        self.env = orion.plain_planes(pathlib.Path(folder), idle=idle, slices=slices, demo=True)
+        self.edge = orion.PlainEdge("127.0.0.1", port, self.env)
+        self.port = self.edge.server_port
+        self.origin = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.edge.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.edge.shutdown()
+        self.thread.join(PATIENCE)
+        self.edge.server_close()
+        assert not self.thread.is_alive()
+
+    def directory(self):
+        """The Directory's object, awake."""
+        Person(self).get("/")
+        return self.env.directory.namespace.objects[self.env.directory.id]
+
+    write, store = Server.write, Server.store
+
+
+def part_one():
+    return pathlib.Path(orion.__file__).read_text("utf-8").partition("\n# #### Part Two")[0]
+
+
+class Alone(Command):
+    """Part One's text in a file of its own, as a process."""
+
+    def __init__(self, folder, port=0, ready=True):
+        folder.mkdir(exist_ok=True)
+        (folder / "part_one.py").write_text(part_one(), "utf-8")
+        if not (folder / "templates").exists():
+            (folder / "templates").symlink_to(orion.TEMPLATES)
+        super().__init__("import part_one; part_one.plain_main()", "--port", port, "--data", folder / "data",
+                         program="-c", cwd=folder, ready=ready)
+
+    def close(self):
+        with self:
+            assert (self.end()[0], self.err) == (0, "")
+
+
+class Way(http.server.BaseHTTPRequestHandler):
+    """A request on its way through a proxy; server.route(path, cookie) says where it leads."""
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        target, verdict = self.server.route(self.path, self.headers.get("Cookie", ""))
+        theirs = {name: value for name, value in self.headers.items() if name.lower() not in orion.TRUSTED}
+        lines = [f"{name}: {value}" for name, value in {**theirs, **verdict, "Connection": "close"}.items()]
+        self.close_connection = True
+        with socket.create_connection(("127.0.0.1", target.port)) as link, contextlib.suppress(OSError):
+            link.sendall("\r\n".join([self.requestline, *lines, "", ""]).encode("latin-1") + body)
+            while data := link.recv(65_536):
+                self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+    log_message = lambda *_: None
+
+
+class Apart(Fleet):
+    """A directory and a node, each a server of its own, and what templates/nginx.txt says of the proxy in front."""
+
+    def __init__(self, folder, port=0):
+        self.folder, self.running, self.settings, ports = folder, [], {}, folder / "ports"
+        fresh = not folder.exists()
+        folder.mkdir(exist_ok=True)
+        ours, its = ports.read_text().split() if ports.exists() else (0, 0)
+        self.directory = self.serve("directory", plane="directory", port=int(ours))
+        (folder / "node").mkdir(exist_ok=True)
+        shutil.copy2(folder / "directory" / "secret.key", folder / "node" / "secret.key")
+        there = f"127.0.0.1:{self.directory.port}"
+        self.nodes = [self.serve("node", plane="data", directory=there, port=int(its))]
+        ports.write_text(f"{self.directory.port} {self.nodes[0].port}")
+        self.env = self.nodes[0].env
+        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", port), Way)
+        self.proxy.route, self.port = self.route, self.proxy.server_port
+        self.origin = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True).start()
+        self.seed() if fresh else None
+
+    def seed(self):
+        self.cli("node", "add", f"127.0.0.1:{self.nodes[0].port}")
+        for name in orion.DEMO_ACCOUNTS:
+            self.cli("account", "add", name, stdin="long enough\n")
+        for name, (people, todos) in orion.DEMO_WORKSPACES.items():
+            (owner, _), *others = people.items()
+            self.cli("workspace", "add", name, "--owner", owner)
+            for account, role in others:
+                self.cli("member", "add", name, account, role)
+            for title in todos:
+                self.sign_in(owner).post(f"/w/{name}/todos", title=title)
+
+    def route(self, path, cookie):
+        """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
+        inside = re.match(r"/w/([^/]+)/(?!members(?:[/?]|$)).", path)
+        verdict = verdict_of(self, cookie, inside[1]) if inside else {}
+        return (self.nodes[0] if verdict else self.directory), verdict
+
+    def sign_in(self, name, **options):
+        person = Person(self, **options)
+        person.headers["Cookie"] = person.cookie = self.cookie(name)
+        return person
+
+    def close(self):
+        self.proxy.shutdown()
+        self.proxy.server_close()
+        super().close()
+
+
+ROOTS = {"plain": Plain,
+         "two planes": Server,
+         "single": lambda folder, **port: Server(folder, single=folder / "team.db", **port),
+         "directory and node": Apart,
+         "Part One alone": Alone}
+
+
+class Root:
+    """A server, started in its own way on an empty folder, and the people at it."""
+
+    def __init__(self, start, folder):
+        self.start, self.folder, self.ears = start, folder, []
+        self.server = start(folder)
+
+    def person(self, name=None, **options):
+        sign_in = getattr(self.server, "sign_in", functools.partial(Person, self.server))
+        return sign_in(name, **options) if name else Person(self.server, **options)
+
+    def ear(self, name, path="/w/acme/todos/live"):
+        """A page that is open, and has got its first event already."""
+        self.ears.append(Ear(self.person(name, datastar=True), path))
+        self.ears[-1].first = self.ears[-1].event()
+        return self.ears[-1]
+
+    def close(self):
+        for ear in self.ears:
+            ear.close()
+        self.server.close()
+
+    def restart(self):
+        """On the same folder and the same port."""
+        self.close()
+        self.server = self.start(self.folder, port=self.server.port)
+
+
+def contacts(server):
+    """How often a workspace was asked: the full server counts it; of Part One's, those that were asked are awake."""
+    return getattr(server.env.workspaces, "fetches", [*server.env.workspaces.objects])
+
+
+def put_to_sleep(server):
+    """All workspaces that nobody uses at this moment."""
+    server.env.workspaces.idle = 0.0
+    eventually(lambda: server.env.workspaces.rest() or not server.env.workspaces.objects)
+
+
+def newest(person):
+    return re.search(r'<li id="todo-(\d+)"', person.get("/w/acme/todos").text)[1]
+
+
+def sign_in_as_a_persona(root):
+    assert "Your workspaces" not in root.person().get("/").text
+    carol = root.person("carol")
+    assert 'href="/w/acme/todos"' in carol.get("/").text and "globex" not in carol.get("/").text
+    assert carol.post("/logout", form={}).status == 303 and carol.get("/w/acme/todos").status == 401
+
+
+def the_gate(root):
+    for name, workspace, status in (("bob", "acme", 200), ("erin", "acme", 200), ("alice", "acme", 403),
+                                    ("alice", "nowhere", 403), (None, "acme", 401), (None, "nowhere", 401)):
+        for path in (f"/_gate/{workspace}", f"/w/{workspace}/todos"):
+            assert root.person(name).get(path).status == status, (name, path)
+    assert root.person("erin").get("/_gate/acme").headers["x-role"] == "viewer"
+
+
+def a_foreign_workspace_looks_like_none(root):
+    alice = root.person("alice")
+    for path in ("/_gate/{}", "/w/{}/todos", "/w/{}/todos/live", "/w/{}/members", "/w/{}/nothing"):
+        foreign, none = [alice.get(path.format(name)) for name in ("acme", "nowhere")]
+        foreign.headers.pop("date"), none.headers.pop("date")
+        assert vars(foreign) == vars(none), path
+
+
+def a_stranger_contacts_no_workspace(root):
+    strangers = root.person("alice"), root.person()
+    root.restart()
+    before = contacts(root.server)
+    for stranger in strangers:
+        for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/", "/w/acme/members", "/w/acme/nothing"):
+            assert stranger.get(path, x_account="bob", x_role="owner", x_workspace="acme").status in (401, 403)
+        assert stranger.post("/w/acme/todos", title="x").status in (401, 403)
+    assert contacts(root.server) == before
+    root.person("bob").get("/w/acme/todos")
+    assert contacts(root.server) != before, "what was counted is not what is meant"
+
+
+def a_todo_by_signals(root):
+    bob, carol = root.person("bob", datastar=True), root.person("carol", datastar=True)
+    assert json.loads(carol.post("/w/acme/todos", title=" Buy rope ").body) == {"title": "", "problem": ""}
+    path = f"/w/acme/todos/{newest(bob)}"
+    assert carol.patch(path, done=True).status == 204 and titles(bob, query="?show=done") == ["Buy rope"]
+    assert carol.patch(path, title="Buy more rope").status == 204 and titles(bob)[0] == "Buy more rope"
+    assert bob.delete(path).status == 204 and len(titles(bob)) == 3
+    assert "1 to 500 characters" in json.loads(carol.post("/w/acme/todos", title=" ").body)["problem"]
+
+
+def a_todo_by_a_plain_form(root):
+    carol = root.person("carol")
+    answer = carol.post("/w/acme/todos", form={"title": "Plain"})
+    assert (answer.status, answer.headers["location"], titles(carol)[0]) == (303, "/w/acme/todos", "Plain")
+    again = carol.post("/w/acme/todos", form={"title": "y" * 501})
+    assert again.status == 422 and f'value="{"y" * 501}"' in again.text and "1 to 500 characters" in again.text
+
+
+def two_watchers(root):
+    ears = root.ear("bob"), root.ear("erin")
+    assert all(["Order more anvils" in ear.first for ear in ears])
+    root.person("carol").post("/w/acme/todos", title="News")
+    assert all([ear.until_it_says("News") for ear in ears])
+
+
+def a_member_can_not_delete(root):
+    bob, carol = root.person("bob"), root.person("carol")
+    assert ["Delete Order more anvils" in one.get("/w/acme/todos").text for one in (bob, carol)] == [True, False]
+    assert [carol.delete(path).status for path in ("/w/acme/todos/1", "/w/acme/todos")] == [403, 403]
+    assert len(titles(carol)) == 3
+
+
+def markup_is_text(root):
+    bob, ear = root.person("bob"), root.ear("carol")
+    for title in HOSTILE[:4]:
+        bob.post("/w/acme/todos", title=title)
+        shown = f'<span dir="auto">{orion.escape(title)}</span>'
+        for text in (bob.get("/w/acme/todos").text, ear.until_it_says(shown)):
+            assert shown in text and title not in text
+
+
+def isolation(root):
+    ear = root.ear("bob", "/w/acme/todos/live")
+    root.person("dave").post("/w/globex/todos", title="theirs alone")
+    root.person("carol").post("/w/acme/todos", title="ours alone")
+    event = ear.event()
+    assert "ours alone" in event and "theirs alone" not in event
+    files = [(path.name.partition(".")[0], path.read_bytes()) for path in root.folder.rglob("*.db*")]
+    ours, theirs = [{name for name, data in files if title in data} for title in (b"ours alone", b"theirs alone")]
+    assert len(ours) == len(theirs) == 1 and ours != theirs
+
+
+def an_end_of_membership(root):
+    carol, ear = root.person("carol", datastar=True), root.ear("carol")
+    assert root.person("bob").delete("/w/acme/members/carol").status == 204
+    assert ear.until_it_says("You no longer have access") and ear.event() is None
+    assert carol.get("/w/acme/todos").status == 403 == carol.post("/w/acme/todos", title="x").status
+    assert "You no longer have access" in carol.get("/w/acme/todos/live").text
+
+
+def a_demotion(root):
+    carol, ear = root.person("carol"), root.ear("carol")
+    assert "disabled" not in ear.first
+    assert root.person("bob").patch("/w/acme/members/carol", role="viewer").status == 204
+    assert ear.until_it_says("disabled") and carol.patch("/w/acme/todos/1", done=True).status == 403
+
+
+def sleep_and_wake(root):
+    carol = root.person("carol")
+    carol.post("/w/acme/todos", title="Kept in its sleep")
+    put_to_sleep(root.server)
+    assert titles(carol)[0] == "Kept in its sleep" and len(root.server.env.workspaces.objects) == 1
+
+
+def a_restart(root):
+    carol, erin = root.person("carol"), root.person("erin")
+    carol.post("/w/acme/todos", title="Kept")
+    root.person("bob").patch("/w/acme/members/erin", role="member")
+    root.restart()
+    assert titles(carol)[0] == "Kept" and erin.post("/w/acme/todos", title="More").status == 200
+    assert titles(carol)[:2] == ["More", "Kept"]
+
+
+JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
+    sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
+    a_todo_by_signals, a_todo_by_a_plain_form, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
+    an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
+
+LEFT_OUT = {("single", "isolation"): "it has one workspace",
+            ("single", "a stranger contacts no workspace"): "gate and rows are one object",
+            ("single", "sleep and wake"): "its one object is never idle",
+            ("directory and node", "sign in as a persona"): "the demo is for one process",
+            ("Part One alone", "a stranger contacts no workspace"): "its objects are in another process",
+            ("Part One alone", "sleep and wake"): "its objects are in another process"}
+
+
+WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
+
+
+@cases("root, journey", [way for way in WAYS if way not in LEFT_OUT])
+def test_a_journey_goes_the_same_way_on_every_root(tmp_path, quick, cheap, root, journey):
+    with contextlib.closing(Root(ROOTS[root], tmp_path / "root")) as root:
+        JOURNEYS[journey](root)
+
+
+def test_no_journey_is_left_out_by_a_slip_of_the_pen():
+    assert LEFT_OUT.keys() <= {*WAYS} and all(LEFT_OUT.values())
+
+
+# ==== Part One alone =================================================================================================
+# Whoever reads no further has read a whole server.
+
+def test_part_one_uses_no_name_that_is_defined_only_behind_it():
+    nodes = [*ast.walk(ast.parse(part_one()))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    for node in nodes:                       # functions, classes and imports; parameters; what imports are called here
+        bound |= {(getattr(node, "name", "") or "").partition(".")[0]}
+        bound |= {getattr(node, "arg", ""), getattr(node, "asname", "")}
+    assert len(used) > 300 and used - bound - {*dir(builtins), "__file__"} == set()
+
+
+def test_part_one_alone_ends_quietly_however_often_it_is_told_to(tmp_path):
+    alone = Alone(tmp_path / "root")
+    with alone, contextlib.closing(Ear(Person(alone, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            alone.process.send_signal(number)
+        assert (alone.wait(), alone.err) == (0, "")
+
+
+@cases("contents", ["", "no key", "ab" * 31])
+def test_part_one_alone_says_in_one_line_why_it_does_not_start(tmp_path, contents):
+    Alone(tmp_path / "root").close()
+    (tmp_path / "root" / "data" / "secret.key").write_text(contents)
+    with Alone(tmp_path / "root", ready=False) as alone:
+        assert alone.wait() != 0 and "secret.key holds no keys" in alone.err and "Traceback" not in alone.err
+
+
+# ==== The same data folder ===========================================================================================
+
+def test_the_full_server_and_part_one_can_take_turns_with_a_folder(tmp_path, quick):
+    port, bob, written = 0, None, []
+    for start in (Server, Plain, Server, Plain):
+        with contextlib.closing(start(tmp_path / "folder", port=port)) as server:
+            port, bob = server.port, bob or Person(server, "bob")
+            assert titles(bob)[:len(written)] == written
+            assert "carol" in bob.get("/w/acme/members").text and "globex" in bob.get("/").text
+            written.insert(0, f"number {len(written)}")
+            bob.post("/w/acme/todos", title=written[0])
+
+
+# ==== Traps ==========================================================================================================
+# What a slice can not get wrong by accident, on either edge.
+
+EDGES = {"plain": Plain, "two planes": Server}
+
+
+@pytest.fixture(params=[*EDGES])
+def serve(request, tmp_path, quick):
+    """serve(*slices): the demo with todos and these slices; on the folder of the one before, if that was closed."""
+    running = []
+
+    def serve(*slices):
+        running.append(EDGES[request.param](tmp_path / "data", (orion.todos, *slices)))
+        return running[-1]
+    yield serve
+    for server in running:
+        if server.thread.is_alive():
+            server.close()
+
+
+on_plain = cases("serve", ["plain"], indirect=True)
+
+
+def looks(*routes, region=lambda ctx: element("x"), **more):
+    """A slice with a table and a page at /n, and these routes: (method, path, run). more: what a Live has, too."""
+    live = orion.Live("/n", "todos:read", "looks", "Looks", region, **more)
+    routes = [orion.Route(method, path, "todos:read", run) for method, path, run in routes]
+    return orion.Slice("looks", ("CREATE TABLE looks (n)",), (live,), tuple(routes))
+
+
+def element(text):
+    return orion.Template('<p id="n">{{text}}</p>')(text=text)
+
+
+def rows(server, table="looks"):
+    with contextlib.closing(server.store("acme")) as file:
+        return file.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def write(ctx, *_):
+    ctx.store.exec("INSERT INTO looks VALUES (1)")
+    ctx.publish("looks")
+    return orion.done(ctx)
+
+
+@cases("asks", [lambda ctx: ctx.viewer.account, lambda ctx: ctx.request, lambda ctx: ctx.field("title")],
+       ids=["for the account", "for the request", "for a field"])
+def test_a_region_that_asks_for_one_of_its_viewers_is_told_where_that_belongs(serve, capfd, asks):
+    bob = Person(serve(looks(region=lambda ctx: element(str(asks(ctx))))), "bob")
+    assert bob.get("/w/acme/n").status == 500 and bob.get("/w/acme/n/live").status == 500
+    assert logged(capfd, "PermissionError") and logged(capfd, "put what is theirs alone into page()")
+
+
+def test_a_region_may_ask_for_what_all_its_viewers_have_in_common(serve):
+    region = lambda ctx: element(f"{ctx.viewer.role} {ctx.viewer.can('todos:delete')} {ctx.viewer.workspace}")
+    assert "member False acme" in Person(serve(looks(region=region)), "carol").get("/w/acme/n").text
+
+
+def test_a_region_knows_its_workspace_on_the_page_and_in_each_frame(serve):
+    server = serve(looks(("POST", "/n", write), region=lambda ctx: element(f"{ctx.workspace} {rows(server)}")))
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        assert ">acme 0<" in bob.get("/w/acme/n").text and ">acme 0<" in ear.event()
+        bob.post("/w/acme/n")
+        assert ">acme 1<" in ear.event()
+
+
+def test_what_somebody_typed_reaches_their_page_and_no_region(serve):
+    def refuse(ctx):
+        raise orion.Refused(422, "Say more.")
+    in_regions, in_pages = [], []
+    slice = looks(("POST", "/n", refuse), region=lambda ctx: in_regions.append(dict(ctx.typed)) or element("x"),
+                  page=lambda ctx, region: in_pages.append(dict(ctx.typed)) or region)
+    bob = Person(serve(slice), "bob")
+    assert bob.post("/w/acme/n", form={"text": "mine"}).status == 422 and bob.get("/w/acme/n").status == 200
+    assert in_pages == [{"text": "mine", "problem": "Say more."}, {}] and not any(in_regions) and in_regions
+
+
+@cases("query, heeded", [("", {}), ("show=open", {"show": "open"}), ("x=1&show=done&y=2", {"show": "done"}),
+                         ("datastar=%7B%7D&show=open", {"show": "open"}), ("show=all", {}), ("show=open%0a", {}),
+                         ("show=", {})])
+def test_page_and_region_see_the_parameters_that_the_page_declares_and_no_other(serve, query, heeded):
+    seen = []
+    slice = looks(("POST", "/n", write), region=lambda ctx: seen.append(ctx.params) or element(f"{len(seen)}"),
+                  page=lambda ctx, region: seen.append(ctx.params) or region, params={"show": "open|done"})
+    bob = Person(serve(slice), "bob")
+    with contextlib.closing(Ear(bob, f"/w/acme/n/live?{query}")) as ear:
+        assert ear.event() and bob.get(f"/w/acme/n?{query}").status == 200
+        bob.post("/w/acme/n")
+        assert ear.event() and len(seen) >= 3 and all([params == heeded for params in seen])
+
+
+def test_a_parameter_that_may_be_empty_may_be_left_out(serve):
+    bob = Person(serve(looks(region=lambda ctx: element(ctx.params.get("q", "")), params={"q": ".*"})), "bob")
+    assert bob.get("/w/acme/n").status == 200 and ">rope<" in bob.get("/w/acme/n?q=rope").text
+
+
+def test_no_slice_sees_a_session(serve):
+    seen = []
+    look = lambda ctx, *_: seen.append(ctx.request) or orion.done(ctx)
+    slice = looks(("POST", "/n", look), ("GET", "/n/raw", look),
+                  page=lambda ctx, region: seen.append(ctx.request) or region)
+    bob = Person(serve(slice), "bob")
+    assert [bob.get(path).status for path in ("/w/acme/n", "/w/acme/n/raw")] == [200, 204]
+    assert bob.post("/w/acme/n").status == 204
+    secret = bob.cookie.partition("=")[2]
+    assert len(secret) > 100 and len(seen) == 3
+    assert not any(["cookie" in request.headers or secret in repr(request) for request in seen])
+
+
+def test_a_region_is_rendered_once_for_all_members_however_many_look(serve):
+    slice, renders = counting()
+    server, names = serve(slice), [f"m{n}" for n in range(100)]
+    for name in names:
+        server.write("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, name)
+        server.write("INSERT INTO memberships SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
+    members = [Person(server, name) for name in names]
+    assert {member.get("/w/acme/n").status for member in members} == {200} and len(renders) == 1
+    members[0].post("/w/acme/n")
+    assert all([">1</section>" in member.get("/w/acme/n").text for member in members]) and len(renders) == 2
+
+
+INSERT = "INSERT INTO looks VALUES (2)"
+KEPT = {"ctx": (lambda ctx: ctx, lambda kept: kept.store.exec(INSERT)),
+        "ctx, to publish": (lambda ctx: ctx, lambda kept: kept.publish("looks")),
+        "ctx.store": (lambda ctx: ctx.store, lambda kept: kept.exec(INSERT)),
+        "ctx.store, to read": (lambda ctx: ctx.store, lambda kept: kept.query("SELECT * FROM looks")),
+        "ctx.store.exec": (lambda ctx: ctx.store.exec, lambda kept: kept(INSERT)),
+        "ctx.publish": (lambda ctx: ctx.publish, lambda kept: kept("looks")),
+        "ctx.store.tx": (lambda ctx: ctx.store.tx, lambda kept: within(kept())),
+        "a transaction": (lambda ctx: ctx.store.tx(), lambda kept: within(kept))}
+
+
+def within(transaction):
+    with transaction:
+        pass
+
+
+def outcome(run, *args):
+    """The name of the exception that it raised; else "done"."""
+    try:
+        run(*args)
+    except Exception as error:
+        return type(error).__name__
+    return "done"
+
+
+@cases("what", KEPT)
+def test_what_a_command_kept_is_of_no_use_after_it(serve, what):
+    keep, use = KEPT[what]
+    kept = []
+    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx))))
+    bob = Person(server, "bob")
+    assert bob.post("/w/acme/n").status == 204
+    assert outcome(use, *kept) in ("RuntimeError", "PermissionError")
+    assert bob.get("/w/acme/n").status == 200 and rows(server) == 0
+
+
+@cases("what", KEPT)
+def test_what_a_command_kept_is_of_no_use_to_the_next_one_in_its_thread(serve, what):
+    keep, use = KEPT[what]
+    kept, outcomes = [], []
+    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx)),
+                         ("PUT", "/n", lambda ctx: outcomes.append(outcome(use, *kept)) or orion.done(ctx))))
+    bob = Person(server, "bob")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as link:
+        for method in ("POST", "PUT"):
+            link.request(method, "/w/acme/n", headers=bob.headers)
+            assert link.getresponse().read() == b""
+    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
+
+
+@cases("what", KEPT)
+def test_what_a_command_gives_to_another_thread_is_of_no_use_there(serve, what):
+    keep, use = KEPT[what]
+    outcomes = []
+
+    def run(ctx):
+        thread = threading.Thread(target=lambda kept: outcomes.append(outcome(use, kept)), args=(keep(ctx),))
+        thread.start(), thread.join()
+        return orion.done(ctx)
+    server = serve(looks(("POST", "/n", run)))
+    assert Person(server, "bob").post("/w/acme/n").status == 204
+    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
+
+
+@cases("run", [lambda ctx: ctx.store.exec(INSERT), lambda ctx: ctx.publish("looks")], ids=["writes", "publishes"])
+@cases("where", ["a route", "a region", "a page"])
+def test_what_is_asked_by_a_get_writes_nothing_and_tells_nobody(serve, capfd, where, run):
+    do = lambda here, ctx: run(ctx) if here == where else None
+    slice = looks(("GET", "/n/raw", lambda ctx: do("a route", ctx) or orion.done(ctx)),
+                  region=lambda ctx: do("a region", ctx) or element("x"),
+                  page=lambda ctx, region: do("a page", ctx) or region)
+    server = serve(slice)
+    answer = Person(server, "bob").get("/w/acme/n/raw" if where == "a route" else "/w/acme/n")
+    assert answer.status == 500 and rows(server) == 0 and logged(capfd, "which only a command or a job may")
+
+
+def test_the_stream_of_a_page_is_not_taken_for_a_part_of_its_path(serve):
+    bob = Person(serve(looks(("GET", "/n/<id>", lambda ctx, id: orion.as_json(id)))), "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        assert '<p id="n">' in ear.event() and bob.get("/w/acme/n/7").text == '"7"'
+
+
+@cases("part", ["<id>", "<todo_id>", "<Id>", "<id2>"])
+def test_a_part_of_a_path_may_have_any_name(serve, part):
+    bob = Person(serve(looks(("GET", f"/n/{part}/x", lambda ctx, id: orion.as_json(id)))), "bob")
+    assert bob.get("/w/acme/n/7/x").text == '"7"'
+
+
+@cases("answer", [orion.Response(b"ok"), orion.Response("200", b"ok"), orion.Response(200, b"ok", "a\r\nX-B: c")],
+       ids=["no status", "text for a status", "a type of two lines"])
+def test_an_answer_that_can_not_be_sent_is_a_500_with_a_line_in_the_log(serve, capfd, answer):
+    server = serve(looks(("POST", "/n", lambda ctx: (write(ctx), answer)[1])))
+    said = Person(server, "bob").post("/w/acme/n")
+    assert said.status == 500 and "x-b" not in said.headers and logged(capfd, "error: POST /w/acme/n: ")
+    assert rows(server) == 0
+
+
+@cases("edge", EDGES)
+def test_a_demo_does_without_todos(tmp_path, quick, edge):
+    with contextlib.closing(EDGES[edge](tmp_path / "data", (looks(),))) as server:
+        assert Person(server, "bob").get("/w/acme").headers["location"] == "/w/acme/n"
+
+
+# ==== Faults at the plain edge =======================================================================================
+# What browsers, networks, disks and slices do wrong; on the full edge as well, where that is promised there too.
+
+def the_workspace(server, name="acme"):
+    """Its object, awake."""
+    Person(server, "bob").get(f"/w/{name}/todos")
+    return server.env.workspaces.objects[server.env.workspaces.id_from_name(name)]
+
+
+@on_plain
+def test_a_tab_that_was_closed_is_noticed_and_its_workspace_may_sleep(serve, monkeypatch):
+    server, ended, hold = serve(), threading.Event(), orion.PlainHandler.hold
+
+    def until_it_ends(*args):
+        with contextlib.ExitStack() as stack:
+            stack.callback(ended.set)
+            hold(*args)
+    monkeypatch.setattr(orion.PlainHandler, "hold", until_it_ends)
+    monkeypatch.setattr(orion, "REGATE_SECONDS", WHOLE)  # it waits, and does nothing else, until it is told something
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        one = the_workspace(server)
+        eventually(lambda: one.bus.waiting == 1)
+        server.env.workspaces.idle = 0.0
+        server.env.workspaces.rest()
+        assert not one.gone, "it slept under somebody's eyes"
+    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.05)
+    Person(server, "bob").post("/w/acme/todos", title="x")
+    assert ended.wait(PATIENCE) and the_workspace(server).bus.waiting == 0
+    put_to_sleep(server)
+
+
+@on_plain
+def test_a_server_that_has_closed_opens_no_file_again(serve, monkeypatch):
+    server, opened = serve(), []
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        server.close()
+        monkeypatch.setattr(orion.DurableObject, "open", lambda self, create=False: opened.append(self.id))
+        with contextlib.suppress(EOFError, ConnectionError):
+            for _ in range(5):
+                ear.event(heartbeats=True)
+    assert opened == []
+
+
+def tick(server, *fields, body=b'{"done": true}'):
+    """What comes back for a command of bob's with these header lines, and whether the todo is ticked now."""
+    bob = Person(server, "bob")
+    lines = ["PATCH /w/acme/todos/1 HTTP/1.1", f"Host: 127.0.0.1:{server.port}", f"Origin: {server.origin}",
+             f"Cookie: {bob.cookie}", "Content-Type: application/json", *fields, "", ""]
+    answer, _ = raw(server, "\r\n".join(lines).encode("latin-1") + body)
+    return statuses(answer), titles(bob, query="?show=done") != []
+
+
+def test_a_sound_request_does_what_the_unsound_ones_below_must_not(serve):
+    assert tick(serve(), "Content-Length: 14") == ([204], True)
+
+
+LENGTH = "Content-Length: 14"
+UNSOUND = {"a negative length": (["Content-Length: -14"], 400), "a length with a sign": (["Content-Length: +14"], 400),
+           "two lengths": ([LENGTH, "Content-Length: 13"], 400), "a second host": ([LENGTH, "Host: elsewhere"], 400),
+           "a body that is too large": (["Content-Length: 65537"], 413)}
+
+
+@cases("how", UNSOUND)
+def test_an_unsound_request_is_refused_and_does_nothing(serve, how):
+    fields, status = UNSOUND[how]
+    assert tick(serve(), *fields) == ([status], False)
+
+
+@on_plain
+def test_the_plain_edge_takes_no_body_in_chunks(serve):
+    assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
+
+
+def test_somebody_who_sends_too_much_is_told_so(serve):
+    server = serve()
+    bob = Person(server, "bob")
+    assert bob.patch("/w/acme/todos/1", done=True, title="x" * 200_000).status == 413
+    assert titles(bob)[-1] == "Order more anvils" and titles(bob, query="?show=done") == []
+
+
+BEHIND = "PATCH /w/acme/todos/1 HTTP/1.1\r\nHost: @\r\nOrigin: http://@\r\nCookie: {}\r\nContent-Length: 0\r\n\r\n"
+
+
+@cases("method, field", [("GET", "Content-Length: {}"), ("OPTIONS", "Content-Length: {}"),
+                         ("GET", "Content-Length : {}"), ("GET", "junk\r\nContent-Length: {}")])
+def test_a_body_is_never_read_as_the_next_request(serve, method, field):
+    server = serve()
+    bob, ours = Person(server, "bob"), f"127.0.0.1:{server.port}"
+    body = BEHIND.format(bob.cookie).replace("@", ours)
+    before = f"{method} /healthz HTTP/1.1\r\nHost: {ours}\r\n{field.format(len(body))}\r\n\r\n"
+    answer, _ = raw(server, (before + body).encode())
+    assert len(statuses(answer)) == 1 and titles(bob, query="?show=done") == []
+
+
+@cases("target", ["*", "todos", "//healthz", "/%", "/w/acme/../acme/todos"])
+def test_a_target_that_is_no_plain_path_is_a_400(serve, target):
+    server = serve()
+    assert statuses(raw(server, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())[0]) == [400]
+
+
+def test_half_a_character_in_json_is_a_400_and_leaves_nothing(serve):
+    server = serve()
+    bob = Person(server, "bob", datastar=True)
+    for path, field in (("todos", "title"), ("members", "account")):
+        half = json.dumps({field: "\ud800"}).encode()
+        assert bob.ask("POST", f"/w/acme/{path}", half, Content_Type="application/json").status == 400
+    assert len(titles(bob)) == 3
+
+
+def test_an_answer_without_a_body_says_nothing_of_its_length(serve):
+    answer = Person(serve(), "bob").patch("/w/acme/todos/1", done=True)
+    assert answer.status == 204 and "content-length" not in answer.headers
+
+
+# -- members
+
+@cases("signals", [{}, {"role": ""}, {"role": "king"}, {"role": None}, {"role": ["owner"]}])
+def test_a_member_whose_new_role_is_none_keeps_the_old_one(serve, signals):
+    server = serve()
+    assert Person(server, "bob").patch("/w/acme/members/carol", **signals).status == 422
+    assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "member"
+
+
+@cases("path", ["/membership", "/members2", "/members-of"])
+def test_only_the_members_page_is_the_members_page(serve, path):
+    bob = Person(serve(looks(("GET", path, lambda ctx: orion.as_json("a slice's own")))), "bob")
+    assert bob.get(f"/w/acme{path}").text == '"a slice\'s own"' and bob.get(f"/w/acme{path}/x").status == 404
+
+
+def test_a_command_on_members_asks_again_what_the_gate_had_said(serve):
+    server = serve()
+    said = orion.verdict("carol", "owner", "acme", server.env.workspaces.id_from_name("acme")).headers
+    request = orion.Request("POST", "/members", headers={"content-type": "application/json", **dict(said)},
+                            body=b'{"account": "dave", "role": "owner"}')
+    with pytest.raises(orion.Refused) as no:
+        server.env.directory.fetch(request)
+    assert no.value.status == 403 and Person(server, "dave").get("/_gate/acme").status == 403
+
+
+def test_a_stream_whose_viewer_may_no_longer_read_it_gets_a_last_word(serve, monkeypatch):
+    monkeypatch.setitem(orion.ROLES, "guest", ())
+    server = serve()
+    with contextlib.closing(Ear(Person(server, "carol", datastar=True), "/w/acme/todos/live")) as ear:
+        ear.event()
+        assert Person(server, "bob").patch("/w/acme/members/carol", role="guest").status == 204
+        assert ear.until_it_says("You no longer have access") and ear.event() is None
+
+
+def test_the_journal_says_of_which_workspace_a_membership_was(serve):
+    server = serve()
+    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
+    bob.patch("/w/acme/members/erin", role="member")
+    bob.delete("/w/acme/members/erin")
+    bob.post("/w/acme/members", account="erin", role="viewer")
+    bob.post("/w/acme/members", form={"account": "alice"})
+    noted = server.directory().store.query("SELECT what, which FROM journal ORDER BY id DESC LIMIT 4")
+    assert [*map(tuple, noted)][::-1] == [("directory.change_role", f"{id} erin"), ("directory.expel", f"{id} erin"),
+                           ("directory.invite", f"{id} erin"), ("directory.invite", f"{id} alice")]
+
+
+def test_sessions_that_are_over_go_with_the_next_that_begins(serve):
+    server = serve()
+    server.write("INSERT INTO sessions (digest, account, created, expires) VALUES (x'00', 'bob', 0, 1)")
+    Person(server, "carol")
+    assert server.directory().store.one("SELECT count(*) FROM sessions WHERE digest = x'00'")[0] == 0
+
+
+# -- files
+
+@cases("sql", ["DELETE FROM _migrations", "UPDATE sqlite_sequence SET seq = 9", "INSERT INTO found VALUES (1)",
+               "SELECT * FROM found", "CREATE TEMP TRIGGER t AFTER INSERT ON looks BEGIN SELECT 1; END",
+               "CREATE TEMP TABLE t (x)", "SELECT sql FROM sqlite_master", "PRAGMA writable_schema = 1"])
+def test_a_slice_touches_no_table_that_it_did_not_make(serve, capfd, sql):
+    slice = looks(("POST", "/n", lambda ctx: (ctx.store.exec(INSERT), ctx.store.exec(sql), orion.done(ctx))[2]))
+    server = serve(slice)
+    server.close()
+    with contextlib.closing(server.store("acme")) as file, file:
+        file.execute("CREATE TABLE found (x)")
+    server = serve(slice)
+    assert Person(server, "bob").post("/w/acme/n").status == 500 and logged(capfd, "slice 'looks' ")
+    assert rows(server) == 0
+
+
+@cases("sql", ["CREATE TEMP TRIGGER t AFTER INSERT ON mine BEGIN SELECT 1; END", "CREATE TEMP TABLE t (x)",
+               "CREATE TEMP VIEW t AS SELECT 1", "DELETE FROM _migrations", "DELETE FROM journal", "DROP TABLE todos",
+               "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "ALTER TABLE todos ADD COLUMN x",
+               "CREATE INDEX i ON todos (title)"])
+def test_a_migration_touches_no_table_but_its_slices_own(serve, capfd, sql):
+    with contextlib.suppress(orion.MigrationError):      # the full server tries them at the start
+        server = serve(orion.Slice("mine", ("CREATE TABLE mine (id INTEGER PRIMARY KEY)", sql)))
+        assert Person(server, "bob").get("/w/acme/todos").status in (500, 503)
+        assert logged(capfd, "slice 'mine', entry 2: ")
+
+
+def test_a_trigger_of_a_slice_reaches_no_further_than_the_slice(serve, capfd):
+    slice = looks(("POST", "/n", write))
+    trigger = "CREATE TRIGGER t AFTER INSERT ON looks BEGIN DELETE FROM todos; END"
+    server = serve(slice._replace(migrations=(*slice.migrations, trigger)))
+    assert Person(server, "bob").post("/w/acme/n").status == 500
+    assert logged(capfd, "touches table 'todos' of slice 'todos'")
+    assert (rows(server), rows(server, "todos")) == (0, 3)
+
+
+@cases("contents", ["", "\n", "no key", "ab" * 31])
+def test_a_key_file_without_a_key_is_refused_at_the_start(serve, tmp_path, contents):
+    serve().close()
+    (tmp_path / "data" / "secret.key").write_text(contents)
+    with pytest.raises(orion.Unusable, match="holds no keys"):
+        serve()
+
+
+def test_a_file_that_fails_to_close_keeps_nobody_waiting(serve):
+    server = serve()
+    one = the_workspace(server)
+    store, server.env.workspaces.idle = one.store, 0.0
+    with mock.patch.object(store, "close", side_effect=sqlite3.OperationalError("disk I/O error")):
+        with contextlib.suppress(sqlite3.Error):
+            server.env.workspaces.rest()
+        store.close.assert_called()
+    assert Person(server, "bob").get("/w/acme/todos").status == 200
+    store.close()
+
+
+def test_a_workspace_whose_file_was_lost_keeps_nobody_from_the_home_page(serve, capfd):
+    server = serve()
+    server.close()
+    server.env.workspaces.path(server.env.workspaces.id_from_name("globex")).unlink()
+    server = serve()
+    home = Person(server, "bob").get("/")
+    assert home.status == 200 and 'href="/w/acme/todos"' in home.text and 'href="/w/globex/todos"' in home.text
+
+
+def test_a_workspaces_file_is_made_while_the_directory_serves_others(serve, monkeypatch):
+    server = serve()
+    turn, create, free = server.directory().turn, orion.Namespace.create, []
+
+    def watched(namespace, id):
+        free.append(turn.acquire(timeout=1.0))
+        turn.release() if free[-1] else None
+        create(namespace, id)
+    monkeypatch.setattr(orion.Namespace, "create", watched)
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
+    assert free == [True] and bob.get("/w/fresh/todos").status == 200
+
+
+@cases("name", ["acme", "No Name", ""])
+def test_a_name_that_is_refused_leaves_no_file(serve, name):
+    server = serve()
+    folder = server.env.workspaces.folder
+    before = {*folder.glob("*.db")}
+    assert Person(server, "bob").post("/workspaces", form={"name": name}).status == 422
+    assert {*folder.glob("*.db")} == before
+
+
+def test_a_name_whose_founding_failed_at_the_last_moment_can_be_tried_again(serve):
+    server = serve()
+    bob = Person(server, "bob", datastar=True)
+    server.write("CREATE TEMP TRIGGER full BEFORE INSERT ON journal BEGIN SELECT RAISE(ABORT, 'no room'); END")
+    assert bob.post("/workspaces", name="fresh").status >= 500
+    server.write("DROP TRIGGER full")
+    assert json.loads(bob.post("/workspaces", name="fresh").body) == {"name": "", "problem": ""}
+    assert bob.get("/w/fresh/todos").status == 200
+
+
+# -- versions
+
+def test_no_version_of_a_topic_comes_twice_though_its_object_slept(serve):
+    server, seen = serve(), []
+    for _ in range(3):
+        Person(server, "bob").post("/w/acme/todos", title="x")
+        seen.append(the_workspace(server).bus.versions["todos"])
+        put_to_sleep(server)
+    assert seen == sorted({*seen})
+
+
+@cases("signals", [{"title": ""}, {"title": "x" * 501}, {}])
+def test_a_command_that_is_refused_has_nothing_rendered_again(serve, signals):
+    slice, renders = counting()
+    bob = Person(serve(slice), "bob", datastar=True)
+    page = bob.get("/w/acme/n").text
+    assert "problem" in json.loads(bob.post("/w/acme/todos", **signals).body)
+    assert bob.get("/w/acme/n").status == 200 and len(renders) == 1 and ">0</section>" in page
 
 
 # ==== The browser ====================================================================================================
