@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """orion: a live, multi-tenant web server in one file, on the standard library alone.
 
-    python3 orion.py            serves on http://127.0.0.1:8000, with a demo to click through
-    python3 orion.py --plain    serves Part One of this file alone, as it stands
+    python3 orion.py           serves on http://127.0.0.1:8000, with a demo to click through
+    python3 orion.py --plain   serves Part One of this file alone, as it stands
 
 Teams share pages. When somebody changes a page, everybody who looks at it sees the change
 at once; and no team can see a row of another. A team is called a workspace here. This is
@@ -71,6 +71,7 @@ import ipaddress
 import json
 import os
 import pathlib
+import queue
 import re
 import secrets
 import signal
@@ -89,9 +90,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 # #### Part One: the architecture ########################################################
 #
-#      1 Requests     2 Worker       3 Markup       4 Events       5 Store        6 Bus
-#      7 Objects      8 Slices       9 Todos       10 Workspace   11 Sessions    12 Directory
-#     13 Members     14 Plain edge  15 Composition
+#      1 Requests    2 Worker       3 Markup        4 Events      5 Store      6 Bus
+#      7 Objects     8 Slices       9 Todos        10 Workspace  11 Sessions  12 Directory
+#     13 Members    14 Plain edge  15 Composition
 #
 # The first two sections show the way of a request; each later one explains a word of it. To
 # follow one click with a finger: PlainHandler.answer (14), respond (14), worker (2), gate
@@ -126,7 +127,7 @@ class Request(NamedTuple):
     headers: Dict[str, str] = {}
     body: bytes = b""
     peer: str = ""                                       # the client's address
-    scheme: str = "http"                                 # "https" if a trusted proxy says so
+    scheme: str = "http"                                 # or "https", by a trusted proxy
 
     @property
     def datastar(self) -> bool:
@@ -160,7 +161,8 @@ class Request(NamedTuple):
             text = self.body.decode("utf-8", "replace")
             return dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
         if self.body and not self.content_type.startswith("application/json"):
-            raise Refused(415, "Send application/json or application/x-www-form-urlencoded.")
+            raise Refused(415, "Send application/json or "
+                               "application/x-www-form-urlencoded.")
         return read_signals(self)
 
 
@@ -206,8 +208,8 @@ def sound(response):
     """Return the response. Raises TypeError or ValueError if it cannot be sent."""
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
-        raise TypeError("an answer is a Response with a number and bytes, such as done(ctx), "
-                        f"and not {response!r:.200}")
+        raise TypeError("an answer is a Response with a number and bytes, such as "
+                        f"done(ctx), and not {response!r:.200}")
     check_values((*response.headers, ("content-type", response.type)))
     return response
 
@@ -237,7 +239,7 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class Viewer(Role):
-    """Who looks, as the verdict says it. Without a workspace: an account, or nobody ("")."""
+    """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
     account: str = ""
 
     def shared(self) -> Role:
@@ -259,7 +261,7 @@ class Viewer(Role):
         return self.account
 
     def banner(self):
-        """What stands on top of each of their pages: nothing. Part Three has more to say."""
+        """What stands on top of each of their pages: nothing. Part Three uses it."""
         return ""
 
 
@@ -361,8 +363,8 @@ def refuse_foreign(request):
     site = request.headers.get("sec-fetch-site")
     said = origin is not None or site is not None
     if not said or origin not in (None, ours) or site not in (None, "same-origin"):
-        raise Refused(403, "This request came from another site. Open the page here and try "
-                           "again; a script sends its Origin.")
+        raise Refused(403, "This request came from another site. Open the page here and "
+                           "try again; a script sends its Origin.")
 
 
 def stripped(request):
@@ -518,7 +520,7 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None,
                    retry: Optional[int] = None) -> bytes:
     """Return an event that morphs elements into the page, by their own ids or at selector.
 
-    mode: outer, inner, replace, prepend, append, before, after, remove. retry: milliseconds.
+    mode: outer, inner, replace, prepend, append, before, after, remove. retry: in ms.
     """
     options = {"selector": selector, "mode": "" if mode == "outer" else mode,
                "namespace": namespace,
@@ -543,13 +545,13 @@ def read_signals(request: Request) -> Dict[str, Any]:
 # ==== 5. Store ============================================================================
 # The idea: one SQLite file behind five plain calls: query, one, exec, tx, migrate. They do
 #   not wait for a network, so a region is an ordinary function from rows to markup.
-# It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and only
-#   then are its messages sent. A table belongs to the slice that made it, and SQLite itself
-#   refuses the statements of the others.
+# It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
+#   only then are its messages sent. A table belongs to the slice that made it, and SQLite
+#   itself refuses the statements of the others.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class MigrationError(Exception):
-    """The file and the slices do not fit together. The text names slice, entry and table."""
+    """File and slices do not fit together. The text names slice, entry and table."""
 
 
 class Store:
@@ -564,7 +566,8 @@ class Store:
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         self.path = path
         self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None,
-                                  check_same_thread=False, cached_statements=self.STATEMENTS)
+                                  check_same_thread=False,
+                                  cached_statements=self.STATEMENTS)
         self.db.row_factory = sqlite3.Row
         self.db.executescript(self.SETUP)
         self.cursor = self.db.cursor()
@@ -587,7 +590,7 @@ class Store:
         return self.cursor.rowcount
 
     def run(self, sql, args):
-        """All rows are fetched: a cursor with rows to come would keep a transaction open."""
+        """Fetch all rows: a cursor with rows to come would keep a transaction open."""
         return self.cursor.execute(sql, args).fetchall()
 
     def version(self) -> Tuple[int, int]:
@@ -645,8 +648,8 @@ class Store:
 
         Entries are only ever appended. Raises MigrationError.
         """
-        self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, digest "
-                  "TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
+        self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, "
+                  "digest TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
         ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
         digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
         for row, digest in zip(ran, digests + [""] * len(ran)):
@@ -657,7 +660,7 @@ class Store:
                     tables = self.apply(slice, number + 1, entries[number])
                     row = slice, number + 1, digests[number], " ".join(tables)
                     self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
-        self.learn_owners()
+            self.learn_owners()
 
     def apply(self, slice, number, sql):
         """Run one entry. Return the tables that it made: they are the slice's own now."""
@@ -682,8 +685,9 @@ class Store:
         self.owners.update((table.lower(), "orion") for table in self.tables())
         self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
         for row in self.query("SELECT slice, tables FROM _migrations"):
-            self.owners.update((table.lower(), row["slice"]) for table in row["tables"].split()
-                               if not table.startswith("sqlite_"))
+            for table in row["tables"].lower().split():
+                if not table.startswith("sqlite_"):
+                    self.owners[table] = row["slice"]
 
     def tables(self) -> set:
         names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -770,8 +774,8 @@ class Judge:
 class Tables:
     """A store as one slice sees it, while it answers one request: its own tables.
 
-    The comment makes the slice's name a part of the statement. So Python's cache of compiled
-    statements, and with it SQLite's judgement, cannot reuse one slice's statement for
+    The comment makes the slice's name a part of the statement. So Python's cache of
+    compiled statements cannot reuse one slice's statement, which SQLite has judged, for
     another. Each statement is judged once, when it is compiled.
     """
 
@@ -892,6 +896,7 @@ class DurableObject:
         try:
             for slice, entries in self.schema:
                 self.store.migrate(slice, entries)
+            self.store.learn_owners()
             self.bus = Bus(self.turn, self.store)
             self.on_open()
         except BaseException:
@@ -1005,6 +1010,11 @@ class Namespace:
         id = f"new-{secrets.token_hex(8)}"
         self.create(id)
         return id
+
+    def tidy(self) -> None:
+        """Remove the drafts that a crash left behind. Only when a server starts."""
+        for file in self.folder.glob("new-*.db*"):
+            file.unlink()
 
     def name_draft(self, draft: str, id: str) -> None:
         """Give that file its name. Raises Refused(422) if somebody's rows have it.
@@ -1201,7 +1211,7 @@ REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")   # it ha
 
 
 class Router:
-    """Finds the slice and the route for a request. One is made for all objects of a kind."""
+    """Finds slice and route for a request. One is made for all objects of a kind."""
 
     def __init__(self, slices: Sequence[Slice]):
         self.slices = slices
@@ -1233,11 +1243,11 @@ class Router:
 
 # The journal, and the table of the jobs in Part Three: what ran once can't be split.
 HISTORY = (
-    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, what "
-    "TEXT NOT NULL, which TEXT NOT NULL)",
+    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
+    "what TEXT NOT NULL, which TEXT NOT NULL)",
     "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
-    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT NOT "
-    "NULL DEFAULT '')",
+    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
+    "NOT NULL DEFAULT '')",
     "CREATE INDEX jobs_due ON jobs (due)",
 )
 
@@ -1246,7 +1256,8 @@ class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
     context = Context                                    # Part Three gives slices more
 
-    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live]):
+    def __init__(self, id: str, namespace: Namespace, router: Router,
+                 pages: Sequence[Live]):
         super().__init__(id, namespace)
         self.router = router
         self.schema = router.schema
@@ -1320,7 +1331,8 @@ class SliceHost(DurableObject):
             raise no
         try:
             _, route, _ = self.router_for(request).match(request.method, request.path)
-            again = request._replace(method="GET", path=route.form or request.path, query="")
+            path = route.form or request.path
+            again = request._replace(method="GET", path=path, query="")
             typed = {**request.fields(), "problem": no.message}
             return self.run(again, typed)._replace(status=422)
         except Refused:                                  # there is no page at this address
@@ -1368,8 +1380,8 @@ class SliceHost(DurableObject):
         return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)
 
     def navigation(self, current, ctx):
-        links = [{"path": live.path, "title": live.title, "current": live.path == current.path}
-                 for live in self.pages]
+        links = [{"path": live.path, "title": live.title,
+                  "current": live.path == current.path} for live in self.pages]
         nav = template("layout.workspace")
         return nav(workspace=ctx.workspace, link=links, state=True)
 
@@ -1392,7 +1404,7 @@ class SliceHost(DurableObject):
 
 
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
-    """Return what a command answers: signals for its sender or, after a plain form, the page.
+    """Answer a command: with signals for its sender or, after a plain form, with the page.
 
     What it changed is not in it: the region brings that to everybody, the sender included.
     which: what it wrote, for the journal; by default what stood in the path.
@@ -1446,14 +1458,15 @@ def todos_region(ctx):
     delete = ctx.viewer.can("todos:delete")
     rows = [todo_row(*todo, write, delete) for todo in shown]
     next_page = todos_query(show, most // TODOS_A_PAGE + 1)
+    empty = "" if rows else template(f"todos.empty_{show or 'all'}")()
     return template("todos.region")(
-        row=Html().join(rows), empty="" if rows else template(f"todos.empty_{show or 'all'}")(),
-        more=len(found) > most, last=shown[-1]["id"] if shown else "", next=next_page,
-        **todo_counts(ctx.store))
+        row=Html().join(rows), empty=empty, more=len(found) > most, next=next_page,
+        last=shown[-1]["id"] if shown else "", **todo_counts(ctx.store))
 
 
 def todos_query(show, pages):
-    return urllib.parse.urlencode({"show": show, "pages": pages} if show else {"pages": pages})
+    shown = {"show": show} if show else {}
+    return urllib.parse.urlencode({**shown, "pages": pages})
 
 
 def todos_page(ctx, region):
@@ -1515,7 +1528,7 @@ def delete(ctx, id):
 
 
 def change_all(ctx):
-    """Tick all as the signal done says. If it is not given: all, or none if all are done."""
+    """Set all to the signal done. If it is not given: tick all, or none if all are done."""
     ticked = bool(ctx.request.fields().get("done", count_todos(ctx.store)))
     ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
@@ -1543,8 +1556,8 @@ todos = Slice(
 
 
 # ==== 10. Workspace =======================================================================
-# The idea: the data plane. One team's rows and nothing else: the connection is to this file,
-#   so there is no query that could reach another team.
+# The idea: the data plane. One team's rows and nothing else: the connection is to this
+#   file, so there is no query that could reach another team.
 # It promises: a slice checks the grant again in front of each command. The button on the
 #   page is a courtesy, the gate is the law, and this is the second lock.
 # Who uses it: the worker, after a verdict of 200.
@@ -1561,8 +1574,8 @@ welcome = Slice("welcome", routes=(Route("GET", "/", MEMBER, front_page),))
 
 
 # ==== 11. Sessions ========================================================================
-# The idea: a cookie carries a random token and a seal over it: an HMAC, made with a key that
-#   only this server has. The Directory keeps the token's hash, never the token.
+# The idea: a cookie carries a random token and a seal over it: an HMAC, made with a key
+#   that only this server has. The Directory keeps the token's hash, never the token.
 # It promises: a forged cookie is turned away before any database is asked. A stolen copy of
 #   the table opens no door: nobody can go from a hash back to its token, nor make a seal.
 #   To compare a wrong seal takes as long as to compare a right one.
@@ -1593,7 +1606,8 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     if not path.exists():
         raise Unusable(f"{path} is missing; {lost}")
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        raise Unusable(f"{path} can be read by others; chmod 600 it, and think of keys rotate")
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and think of keys "
+                       "rotate")
     lines = path.read_bytes().split()
     if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
         raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
@@ -1650,24 +1664,25 @@ ROLES: Dict[str, Tuple[str, ...]] = {
     "viewer": ("todos:read",),
 }
 
-# The history of its tables: what ran once is never edited. Part One uses accounts, sessions,
-# workspaces and memberships; the other tables and columns belong to Part Three.
+# The history of its tables: what ran once is never edited. Part One uses accounts,
+# sessions, workspaces and memberships; all other tables and columns belong to Part Three.
 DIRECTORY_TABLES = (
-    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT NULL "
-    "DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL DEFAULT 0) "
-    "WITHOUT ROWID",
-    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts "
-    "ON DELETE CASCADE, created REAL NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
+    "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
+    "DEFAULT 0) WITHOUT ROWID",
+    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES "
+    "accounts ON DELETE CASCADE, created REAL NOT NULL, expires REAL NOT NULL) WITHOUT "
+    "ROWID",
     "CREATE INDEX sessions_of ON sessions (account)",
     "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) "
     "WITHOUT ROWID",
     "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE "
-    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, role TEXT NOT NULL, "
-    "PRIMARY KEY (workspace, account)) WITHOUT ROWID",
+    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, role TEXT NOT "
+    "NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
     "CREATE INDEX memberships_of ON memberships (account)",
-    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE CASCADE, "
-    "account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, writes INTEGER NOT NULL, "
-    "until REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE "
+    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, writes INTEGER "
+    "NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
     "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
@@ -1678,17 +1693,19 @@ DIRECTORY_TABLES = (
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 NAMES_A_PAGE = 24                                        # on the home page
 SIGNED_IN = "SELECT account FROM sessions WHERE digest = ? AND expires > ?"
-# A workspace that is elsewhere, or on its way, is none that can be entered here (Part Three).
-MEMBERSHIP = """SELECT w.id, m.role FROM workspaces w JOIN memberships m ON m.workspace = w.id
-                WHERE w.name = ? AND m.account = ? AND NOT w.moving AND w.node = ''"""
+# A workspace that is on another machine, or on its way, can't be entered here (Part Three).
+MEMBERSHIP = """SELECT w.id, m.role FROM workspaces w JOIN memberships m
+                ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
+                AND NOT w.moving AND w.node = ''"""
 MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w
-          ON w.id = m.workspace WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
+          ON w.id = m.workspace WHERE m.account = ? AND w.name > ?
+          ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
-TAKEN = (422, "There is a file of such a workspace already. Choose another name; an operator "
-              "may move and import it.")
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
+              "operator may move and import it.")
 
 
 class Directory(SliceHost):
@@ -1727,7 +1744,7 @@ class Directory(SliceHost):
         return self.store.one(SIGNED_IN, digest, time.time())
 
     def viewer(self, request):
-        """By the verdict, if the worker brought one; else by the session, without a role."""
+        """As the verdict says, if there is one; else by the session, without a role."""
         if "x-account" in request.headers:
             return self.still(super().viewer(request))
         row = self.session(request)
@@ -1744,7 +1761,7 @@ class Directory(SliceHost):
         return dataclasses.replace(viewer, role=role, grants=grants)
 
     def place(self, ctx, name, owner):
-        """Add a workspace, and give the file that was made before (found_with_file) its name.
+        """Add a workspace, and give its file, which found_with_file made, its name.
 
         Raises Refused(422).
         """
@@ -1755,7 +1772,8 @@ class Directory(SliceHost):
 
     def signed_in(self, which, args):
         """The accounts of some sessions; which is a condition on the table."""
-        return self.store.query(f"SELECT DISTINCT account FROM sessions WHERE {which}", *args)
+        sql = f"SELECT DISTINCT account FROM sessions WHERE {which}"
+        return self.store.query(sql, *args)
 
     def personas(self, account: str) -> List[Dict[str, Any]]:
         """Whom one can sign in as, by choosing them."""
@@ -1812,8 +1830,8 @@ def open_session(ctx, account):
     ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
     token = secrets.token_urlsafe(32)
     agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
-    ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", token_hash(token), account,
-                   now, now + SESSION_SECONDS, agent)
+    row = token_hash(token), account, now, now + SESSION_SECONDS, agent
+    ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", *row)
     value = f"{token}.{seal(token, ctx.host.keys[0])}"
     cookie = set_cookie(ctx.request.scheme, value, COOKIE_SECONDS)
     return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
@@ -1893,7 +1911,8 @@ def add_rows(store, id, name, people):
 def check_name(store, name):
     """Raises Refused(422) if no workspace can be called so, or one is."""
     if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens inside.")
+        raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens "
+                           "inside.")
     if store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
         raise Refused(422, f"The name {name} is taken. Choose another.")
 
@@ -2019,7 +2038,8 @@ def set_role(ctx, account, before, after):
     if before == "owner" != after and ctx.store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
-    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
+    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id,
+                   account)
     if after != NOT_A_MEMBER:
         ctx.store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, after)
     ctx.publish("members")
@@ -2048,9 +2068,9 @@ directory = Slice(
 #   standard library's server, with a thread for each connection. An open stream is a thread
 #   that waits on its object's Condition. So the object holds its streams, and stays awake
 #   while one is open; Part Two changes that.
-# It promises: each request comes out with a response, whatever happened on its way. A stream
-#   is a question that is asked again, the whole way: before each frame, and at least every
-#   REGATE_SECONDS, the worker asks the gate whether this person may still look.
+# It promises: each request comes out with a response, whatever happened on its way. A
+#   stream is a question that is asked again, the whole way: before each frame, and at least
+#   every REGATE_SECONDS, the worker asks the gate whether this person may still look.
 # Who uses it: the network.
 
 REGATE_SECONDS = 2.0
@@ -2123,7 +2143,7 @@ def log(message: str) -> None:
 
     So nobody whose text is logged can write the log's next line.
     """
-    with contextlib.suppress(OSError, ValueError):       # nobody reads: not a reason to fail
+    with contextlib.suppress(OSError, ValueError):       # nobody reads it: go on
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
 
 
@@ -2143,7 +2163,7 @@ AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments
 
 
 def plain_path(path: str) -> str:
-    """Return the path, decoded once. Raises Refused(400) if a proxy could read another one."""
+    """Return the path, decoded once. Raises Refused(400) if it can be read in two ways."""
     if PLAIN_PATH.fullmatch(path):
         return path
     if not path.startswith("/"):
@@ -2354,8 +2374,8 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
 def prepare(data, file, key_file):
     """Make the folders and the key. Return the keys, and True if there was nothing yet.
 
-    Raises Unusable if the Directory was lost: a new one would open its workspaces to whoever
-    names one.
+    Raises Unusable if the Directory was lost: a new one would open its workspaces to
+    whoever names one.
     """
     (data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh = not file.exists()
@@ -2380,7 +2400,7 @@ def healthz(request, env):
 
 
 def asset(request, env):
-    """A door: a file of templates/. A browser asks each time whether it is still the same."""
+    """A door: a file of templates/. A browser asks each time whether it has changed."""
     only_read(request)
     body = (TEMPLATES / request.path[1:]).read_bytes()
     etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
@@ -2419,7 +2439,8 @@ def seed(env, workspaces, with_todos):
         id = env.workspaces.id_from_name(name)
         as_owner = dict(verdict(owner, "owner", name, id).headers)
         for account, role in others:
-            env.directory.fetch(command_of("/members", as_owner, account=account, role=role))
+            invitation = command_of("/members", as_owner, account=account, role=role)
+            env.directory.fetch(invitation)
         for title in titles if with_todos else ():
             env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
 
@@ -2432,15 +2453,18 @@ def command_of(path, viewer, **signals):
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGTERM or SIGINT. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
-    stop = threading.Event()
+    env.workspaces.tidy()
+    stop: queue.SimpleQueue = queue.SimpleQueue()        # a signal handler may put into it
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: stop.put(number))
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
-          "orion: plain: a thread for each connection and each open page, no limits for "
-          "either, no passwords; for reading, and for small trusted networks", flush=True)
-    stop.wait()
+          "orion: plain: Part One alone, for reading and for small trusted networks. Each\n"
+          "orion: connection and each open page takes a thread: a seventh of the pages a second,\n"
+          "orion: 26 times the memory for a page that is open; no limits, and no passwords",
+          flush=True)
+    stop.get()
     server.shutdown()
     serving.join()
     server.server_close()
@@ -2469,9 +2493,10 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # the stream is held. One loop holds all sockets, a few threads do the work, and an object
 # may sleep while thousands watch it.
 #
-# What it buys, as ratios of the plain edge to this one: pages at 32 connections 1 : 9; the
-# slowest of 100 pages at 128 connections 10 : 1; the last of 1,000 watchers 13 : 1; memory
-# for a stream 40 : 1; threads for 1,000 streams 999 : 0.
+# What it buys, as ratios of the plain edge to this one, measured in one run: pages at 32
+# connections 1 : 7; commands 1 : 5; the slowest of 100 pages at 128 connections 50 : 1; the
+# last of 1,000 watchers 15 : 1; memory for a stream 26 : 1; threads for 1,000 streams 1,003
+# to 18.
 #
 # It costs a second way to read a request, and three rules that a slice does not see: a page
 # depends on rows and its request alone (so an answer can be kept); commands that wait for
@@ -2499,22 +2524,23 @@ CRASH = (Exception, SystemExit)                          # what a slice's code m
 
 # ==== 16. Files ===========================================================================
 # The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
-#   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says which
-#   file, what, and what to do.
+#   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says
+#   which file, what, and what to do.
 # It promises: nothing is made anew in the place of what was lost; nothing is written to a
 #   file that was taken away or exchanged; no statement runs for longer than a few seconds.
 # Who uses it: both planes, through the composition roots of Part Three.
 
 class StorageFault(Refused):
     """The file of an object can't be used. The text is for the log, message for people."""
-    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, and "
-                            "it is tried again",
+    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, "
+                            "and it is tried again",
                 "disk is full": "make room on the disk, or raise the quota",
                 "is locked": "another process holds it: end that one",
-                "interrupted": "a statement ran too long: give it an index, or ask for less",
+                "interrupted": "a statement ran too long: give it an index, or ask for "
+                               "less",
                 "readonly database": "make the file and its folder writable",
-                "unable to open database file": "make it readable; let the process have more "
-                                                "descriptors",
+                "unable to open database file": "make it readable; let the process have "
+                                                "more descriptors",
                 "disk I/O error": "see what the system's log says of the disk",
                 "constraint failed": "a slice left it to the commit to find that; have it "
                                      "looked for before",
@@ -2525,8 +2551,8 @@ class StorageFault(Refused):
     def __init__(self, path: pathlib.Path, error: BaseException):
         word = next(word for word in self.REMEDIES if word in str(error))
         if word == "disk is full":
-            super().__init__(507, "There is no room left here. Delete something, or ask for a "
-                                  "larger quota.")
+            super().__init__(507, "There is no room left here. Delete something, or ask "
+                                  "for a larger quota.")
         else:
             super().__init__(503, "This can't be read just now. Try again in a minute.",
                              (("retry-after", "60"),))
@@ -2575,8 +2601,8 @@ REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM s
 class GuardedStore(Store):
     """A store that notices what happens to its file.
 
-    Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index of
-    its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
+    Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index
+    of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 16
@@ -2587,7 +2613,7 @@ class GuardedStore(Store):
 
     @property
     def torn(self) -> bool:
-        """SQLite would go on writing to a file that nobody finds any more, and say nothing."""
+        """SQLite would go on writing to a file that nobody finds any more, silently."""
         try:
             return self.inode not in (None, identity(self.path))
         except sqlite3.Error:
@@ -2610,9 +2636,9 @@ class GuardedStore(Store):
         for child, parent in self.references(sql) - before:
             owner = self.owners.get(parent, slice)
             if self.owners.get(child, slice) != owner:
-                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} refers "
-                                     f"to table {parent!r} of slice {owner!r}, which could "
-                                     "not delete a row of it any more")
+                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} "
+                                     f"refers to table {parent!r} of slice {owner!r}, "
+                                     "which could not delete a row of it any more")
         return made
 
     def references(self, sql) -> set:
@@ -2696,7 +2722,8 @@ class GuardedStub(Stub):
     def fetch(self, request):
         return self.enter(lambda one: one.fetch(request), request)
 
-    def enter(self, ask: Callable[[Any], Any], request: Request, seconds: float = -1) -> Any:
+    def enter(self, ask: Callable[[Any], Any], request: Request,
+              seconds: float = -1) -> Any:
         """ask(object), in its turn. Raises Busy after so many seconds; -1: never."""
         self.namespace.count(self.id, request)
         while True:
@@ -2722,7 +2749,8 @@ class GuardedStub(Stub):
 
 class Busy(Refused):
     def __init__(self):
-        super().__init__(503, "This is busy. Try again in a moment.", (("retry-after", "1"),))
+        super().__init__(503, "This is busy. Try again in a moment.",
+                         (("retry-after", "1"),))
 
 
 class GuardedNamespace(Namespace):
@@ -2788,8 +2816,8 @@ class GuardedNamespace(Namespace):
 
 
 # ==== 17. Commits =========================================================================
-# The idea: to make a file durable takes longer than most commands. So commands that wait for
-#   the same object anyway are run one after the other in one transaction, each in a
+# The idea: to make a file durable takes longer than most commands. So commands that wait
+#   for the same object anyway are run one after the other in one transaction, each in a
 #   savepoint, and are made durable together.
 # It promises: none of them is answered before its commit is on the disk. Each can fail
 #   alone. If the commit fails, all that were in it hear so.
@@ -2819,8 +2847,8 @@ class GroupCommit(GuardedObject):
     def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
         """Answer requests that came together. The caller holds the turn.
 
-        Return an outcome for each: a Response, or the exception that it raised. There may be
-        fewer outcomes than requests, but at least one: ask again for the others.
+        Return an outcome for each: a Response, or the exception that it raised. There may
+        be fewer outcomes than requests, but at least one: ask again for the others.
         """
         if len(requests) == 1 or all([request.method in SAFE for request in requests]):
             return [outcome(self.fetch, request) for request in requests]
@@ -2891,7 +2919,7 @@ def deflated(data: bytes) -> bytes:
 class Piece(Rendering):
     """A rendering as bytes, which are made when the first stream needs them.
 
-    main: it is the region that a browser names, when it comes back, as the last it has seen.
+    main: the region, which a browser names when it comes back as the last it has seen.
     """
     main: bool = True
 
@@ -3231,8 +3259,9 @@ class Asked(NamedTuple):
 
     @property
     def key(self) -> Tuple[Any, ...]:
-        headers = self.request.headers
-        return self.request.path, self.request.query, headers.get("cookie"), self.request.scheme
+        request = self.request
+        cookie = request.headers.get("cookie")
+        return request.path, request.query, cookie, request.scheme
 
 
 class Kept:
@@ -3317,21 +3346,46 @@ def renewed(response: Response) -> Response:
 class Pool:
     """A fixed number of threads that take jobs from one line.
 
-    The thread that fell idle last is woken first: what it needs is still in the core's cache.
+    The thread that fell idle last is woken first: its memory is still in the core's cache.
     """
     TOGETHER = 64                                        # items of a lane at a time
 
     def __init__(self, size: int):
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # what each idle thread waits for
+        self.own = threading.local()                     # line: what this thread does next
         self.lock = threading.Lock()                     # guards the next line
         self.lanes: Dict[Any, collections.deque] = {}    # what waits, where somebody works
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(size)]
+        self.threads = [threading.Thread(target=self.work, daemon=True)
+                        for _ in range(size)]
         for thread in self.threads:
             thread.start()
 
-    def put(self, job: Optional[Callable[..., None]], *args: Any) -> None:
-        """None ends one thread."""
+    def put(self, job: Callable[..., None], *args: Any) -> None:
+        """What a thread of the pool puts in, it does next itself.
+
+        To render what a command changed, no other thread is woken.
+        """
+        own = getattr(self.own, "line", None)
+        if own is None:
+            self.share(job, *args)
+        else:
+            own.append((job, args))
+
+    def defer(self) -> None:
+        """What this thread puts in wakes nobody from now on, before it calls rouse().
+
+        A thread that woke in the midst of its work would only contend with it for the
+        interpreter. (Commands to 1,000 tenants: 1.2 x.)
+        """
+        self.own.line = self.line
+
+    def rouse(self) -> None:
+        for _ in range(min(len(self.line), len(self.idle))):
+            self.wake()
+
+    def share(self, job: Optional[Callable[..., None]], *args: Any) -> None:
+        """As put, for a job that any thread may do, after all others. None ends one."""
         self.line.append((job, args))
         self.wake()
 
@@ -3342,10 +3396,11 @@ class Pool:
             return
 
     def work(self):
+        own = self.own.line = collections.deque()
         turn = threading.Lock()
         turn.acquire()
         while True:
-            job, args = self.next(turn)
+            job, args = own.popleft() if own else self.next(turn)
             if job is None:
                 return
             guarded(job, *args)
@@ -3385,12 +3440,12 @@ class Pool:
                 if not waiting:
                     del self.lanes[lane]
             if waiting:
-                self.put(self.drive, lane, job)          # behind the others
+                self.share(self.drive, lane, job)        # behind the others
 
     def close(self, patience: float) -> None:
         """patience: seconds for all threads together. A job that takes longer is left."""
         for _ in self.threads:
-            self.put(None)
+            self.share(None)
         until = time.monotonic() + patience
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -3408,8 +3463,8 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
 
 # ==== 23. Sockets =========================================================================
 # The idea: a socket that waits costs a place in the loop's selector, and no thread.
-# It promises: a reader that is slow delays nobody. It gets the latest frame when it can take
-#   one, not those that it missed; one that takes nothing for 30 seconds is cut off.
+# It promises: a reader that is slow delays nobody. It gets the latest frame when it can
+#   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
 # Who uses it: the loop edge. All methods run in its loop, unless they say otherwise.
 
 READ, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -3575,8 +3630,8 @@ class Stream(Held):
 
 
 # ==== 24. Broker ==========================================================================
-# The idea: streams that must show the same share a channel. When its topic is published, the
-#   object is asked once, and the same bytes go to every socket. The object may sleep.
+# The idea: streams that must show the same share a channel. When its topic is published,
+#   the object is asked once, and the same bytes go to every socket. The object may sleep.
 # It promises: after a publish each stream gets the latest; those between may be left out.
 #   When somebody's access changes, their streams ask the gate again, at once.
 # Who uses it: the loop edge. Objects only tell it what was published.
@@ -3604,7 +3659,7 @@ class Broker:
     def __init__(self, edge: LoopEdge):
         self.edge = edge
         self.lock = threading.Lock()                     # guards busy and stale
-        self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by what is asked
+        self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by question
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.accounts = collections.Counter()            # how many streams each has open
         self.version = 0                                 # of the Directory
@@ -3658,7 +3713,7 @@ class Broker:
         return subscription.stub.fetch(subscription.again).watch.piece
 
     def try_again(self):
-        """In the pool: what their watchers see may be old, and nobody need publish again."""
+        """In the pool: what is seen there may be old, and nobody need publish again."""
         for channel in [self.failed.pop() for _ in range(len(self.failed))]:
             if channel.streams:
                 self.mark(channel)
@@ -3777,7 +3832,7 @@ class Broker:
             raise
 
     def ask_as(self, asked):
-        """Return the stream's answer and, as a piece, the page around it, for a new viewer."""
+        """Return the stream's answer and, as a piece, the page around it."""
         response = asked.stub.fetch_within(self.LOOK_SECONDS, asked.request)
         path = asked.request.path[:-len("/live")]
         around = asked.request._replace(path=path)
@@ -3846,8 +3901,8 @@ def last_frame(response: Response) -> bytes:
 #   and not taken. Who is refused is answered. Who is let in is fetched, together with all
 #   that came for the same object.
 # It promises: each request comes out with a response. A connection that idles, reads slowly
-#   or sends slowly costs a buffer and no thread. Who was never let into a workspace does not
-#   stand in its lane: how long strangers wait for their no tells them nothing of it.
+#   or sends slowly costs a buffer and no thread. Requests of people who were never let into
+#   a workspace stay out of its lane: how long they wait for their no tells them nothing.
 # Who uses it: the network.
 
 class Noted(NamedTuple):
@@ -3913,7 +3968,7 @@ class Connection(Held):
             return self.refuse(no)
         if reading:
             self.state = self.ANSWERING
-            if reading.body is None:                     # it waits for a word (RFC 9110, 10.1.1)
+            if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
                 self.edge.pool.put(self.foresee, reading)
             else:
                 self.edge.take_up(self, reading)
@@ -4056,12 +4111,12 @@ class LoopEdge(ThreadingHTTPServer):
 
     settings: host, port, threads, connections, streams, allow_host and trust_proxy.
     """
-    request_queue_size = 1024                            # http.server's 5 turns a crowd away
+    request_queue_size = 1024                            # 5 would turn a crowd away
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
-    CALLS_SECONDS = 0.002                                # for calls, before the sockets again
-    EAGER_SECONDS = (0.0001,)                            # to stay awake, with no job under way
+    CALLS_SECONDS = 0.002                                # for calls, then the sockets
+    EAGER_SECONDS = (0.0001,)                            # to stay awake, without a job
     EAGER_ON_ONE_CORE = (0.0001, 0.0005)                 # and with one
 
     def __init__(self, env: Env, settings: Any):
@@ -4083,7 +4138,8 @@ class LoopEdge(ThreadingHTTPServer):
         self.kept = Kept(env.directory)
         self.broker = Broker(self)
         self.pool = Pool(settings.threads)
-        self.chores: Sequence[Tuple[Callable[[], None], float]] = ((self.broker.try_again, 5.0),)
+        self.chores: Sequence[Tuple[Callable[[], None], float]] = (
+            (self.broker.try_again, 5.0),)
         self.due: List[float] = []
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Connection)
@@ -4110,6 +4166,7 @@ class LoopEdge(ThreadingHTTPServer):
     def serve_forever(self, poll_interval=0.5):
         self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
+        self.pool.defer()
         next_tick = 0.0
         while not (self.stopping and self.drained()):
             if time.monotonic() >= next_tick:
@@ -4118,6 +4175,7 @@ class LoopEdge(ThreadingHTTPServer):
             for key, events in self.ready():
                 guarded(key.data, events)
             self.run_calls()
+        self.pool.rouse()
         self.stopped.set()
 
     def ready(self):
@@ -4128,6 +4186,7 @@ class LoopEdge(ThreadingHTTPServer):
         1.2 x.) A job of the pool needs the interpreter itself, except where it only waits
         for the disk on the same core. (Commands on one connection: 1.3 x.)
         """
+        self.pool.rouse()
         allowed = self.EAGER_SECONDS if self.broker.channels else self.eager
         busy = self.pool.busy
         until = time.perf_counter() + (allowed[busy] if busy < len(allowed) else 0.0)
@@ -4135,7 +4194,7 @@ class LoopEdge(ThreadingHTTPServer):
             found = self.selector.select(0)
             if found or self.calls:
                 return found
-            give_way()                                   # who else needs this core goes first
+            give_way()                                   # others need this core, too
         self.awake = False
         found = self.selector.select(0 if self.calls else self.TICK_SECONDS)
         self.awake = True
@@ -4152,7 +4211,7 @@ class LoopEdge(ThreadingHTTPServer):
     def call(self, *call: Any) -> None:
         """call(function, *args): have the loop do it soon. From any thread."""
         self.calls.append(call)
-        if not self.awake:                               # it looks once more before it sleeps
+        if not self.awake:                               # else it looks before it sleeps
             self.awake = True
             self.wake()
 
@@ -4166,7 +4225,7 @@ class LoopEdge(ThreadingHTTPServer):
                 self.process_request(*self.get_request())
             except BlockingIOError:
                 return
-            except OSError as error:                     # no descriptors, until the next tick
+            except OSError as error:                     # no descriptors; see tick
                 log(f"accept: {error}")
                 return self.selector.unregister(self.socket)
 
@@ -4276,7 +4335,7 @@ class LoopEdge(ThreadingHTTPServer):
             log_error(f"{asked.request.method} {asked.request.path}", error)
 
     def request(self, reading, peer) -> Request:
-        """What a sound frame asks for. Raises Refused: its target, method or host is not ours."""
+        """What a sound frame asks for. Raises Refused for a target, method or host."""
         headers = reading.headers
         method = "GET" if reading.method == "HEAD" else reading.method
         scheme = "http"
@@ -4297,8 +4356,8 @@ class LoopEdge(ThreadingHTTPServer):
     def no_stream(self, asked, response) -> Optional[Refused]:
         """Why this one can't be opened; None: it can."""
         if not asked.reading.modern:
-            return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in the "
-                                "proxy.")
+            return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in "
+                                "the proxy.")
         if self.broker.accounts[response.which] >= self.most_streams():
             return Refused(429, "Too many windows are open for this account. Close some.",
                            (("retry-after", "30"),))
@@ -4332,11 +4391,12 @@ class LoopEdge(ThreadingHTTPServer):
     def drained(self):
         """Close what merely waits. A stream breaks off, so its browser comes back."""
         if self.socket.fileno() >= 0:
-            with contextlib.suppress(KeyError):          # it was out of descriptors just now
+            with contextlib.suppress(KeyError):          # no descriptors just now
                 self.selector.unregister(self.socket)
             self.socket.close()
-        for held in [held for held in self.held if isinstance(held, Stream) or not held.busy]:
-            held.close()
+        for held in [*self.held]:
+            if isinstance(held, Stream) or not held.busy:
+                held.close()
         return not self.held or time.monotonic() > self.stopping + self.DRAIN_SECONDS
 
     def shutdown(self):
@@ -4344,9 +4404,9 @@ class LoopEdge(ThreadingHTTPServer):
         self.stopped.wait()
 
     def server_close(self):
-        """After serve_forever: end the threads, move every write-ahead log into its file."""
+        """After serve_forever: end the threads, close every file."""
         self.pool.close(self.END_SECONDS)
-        self.kept.close()                                # first: whoever closes last tidies up
+        self.kept.close()                                # first: the last one tidies up
         self.env.workspaces.close()
         self.env.directory.namespace.close()
         for one in (*self.held, self.socket, self.selector, self.waker, self.woken):
@@ -6354,7 +6414,7 @@ def two_planes(settings: Settings) -> FullEnv:
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
     build, awake = functools.partial(FullWorkspace, router=router, pages=pages), settings.awake or awake_by_default()
-    check_tables(settings, router)
+    check_tables(router)
     workspaces = TracedNamespace("workspace", settings.workspaces, settings.idle, build, trace=trace, most=awake)
     outside = FullRouter([together("directory", further, directory)])
     build = functools.partial(FullDirectory, router=outside, pages=pages, keys=keys, workspaces=workspaces, settings=settings)
@@ -6389,9 +6449,9 @@ def router_of(settings: Settings) -> FullRouter:
     return FullRouter([welcome, *settings.slices])
 
 
-def check_tables(settings: Settings, router: Router) -> None:
+def check_tables(router: Router) -> None:
     """MigrationError: the slices' tables do not go together. They are made once in memory."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Store(pathlib.Path(folder, "t.db"), True)) as store:
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(GuardedStore(pathlib.Path(folder, "t.db"), True)) as store:
         for name, entries in router.schema:
             store.migrate(name, entries)
 
@@ -6445,7 +6505,7 @@ def single_root(settings: Settings) -> FullEnv:
     """One object and one file, with the same slices; the first workspace that is founded is the only one."""
     settings, fresh, keys = prepared(settings)
     trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
-    check_tables(settings, router)
+    check_tables(router)
     outside = FullRouter([together("directory", further, directory)])
     build = functools.partial(Single, router=outside, pages=pages, keys=keys, settings=settings, inside=router)
     namespace = OneFile(settings.single, float("inf"), lambda id, own: build(id, own, workspaces=own), trace=trace)
@@ -7218,10 +7278,13 @@ def serve(settings: Settings) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if settings.plain:
+        check_tables(router_of(settings))
         return serve_plain(plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo)),
                            settings.host, settings.port)
     save_memory()
     env = compose(settings, settings.slices)
+    if not settings.single:
+        env.workspaces.tidy()
     try:
         server = Edge(env)
     except OSError as error:

@@ -3171,6 +3171,27 @@ def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
     assert done == [[0], "another", [*range(1, 65)], [65, 66]]
 
 
+def test_what_a_deferring_thread_puts_in_wakes_nobody_until_it_says_so():
+    pool, done = orion.Pool(2), []
+    eventually(lambda: len(pool.idle) == 2)
+    pool.defer()
+    pool.put(done.append, "a job")
+    pool.gather("a lane", "an item", done.extend)
+    assert len(pool.line) == len(pool.idle) == 2     # in line, and nobody was called to it
+    pool.rouse()
+    eventually(lambda: sorted(done) == ["a job", "an item"])
+    pool.close(PATIENCE)
+    assert not [thread for thread in pool.threads if thread.is_alive()]
+
+
+def test_what_a_job_puts_in_is_done_next_by_the_same_thread():
+    pool, done = orion.Pool(2), []
+    pool.put(lambda: pool.put(lambda: done.append(threading.current_thread())) or done.append(threading.current_thread()))
+    eventually(lambda: len(done) == 2)
+    pool.close(PATIENCE)
+    assert done[0] is done[1]
+
+
 def test_a_lane_whose_job_fails_goes_on(capfd):
     pool, done = orion.Pool(2), []
 
