@@ -8,20 +8,20 @@ Teams share pages. When somebody changes a page, everybody who looks at it sees 
 at once; and no team can see a row of another. A team is called a workspace here. This is
 the way of one click, from the browser to the row and back to every screen:
 
-    browser ---- POST /w/acme/todos ---> edge ---> worker
-                                                     | 1. may they?  GET /_gate/acme
-                                                     v
-                                                 Directory   the control plane: accounts,
-                                                     |       sessions, members, roles
-                                                     | 2. 200: forward, and say who it is
-                                                     v
-                                                 Workspace   the data plane: one SQLite
-                                                     |       file for this team alone
-                                                     | 3. write, publish, commit
-                                                     v
-    every browser <-- 4. the list, read again and rendered once for each role -- edge
+    browser ---- POST /w/acme/todos ----> edge ----> worker
+                                                     |    |
+       1. may they?  GET /_gate/acme    +------------+    +-----------+   3. forward, with
+       2. yes, and who they are         v                             v      what was said
+                                    Directory                     Workspace
+                                    the control plane:            the data plane:
+                                    accounts, sessions,           one SQLite file for
+                                    members, roles                this team alone
+                                                                      |
+                                                                      | 4. write, publish,
+                                                                      v    commit
+    every browser <---- 5. the list, read again, rendered once for each role ---- edge
 
-Step 4 is the whole idea of "live". A publish carries no data. It says only "read the store
+Step 5 is the whole idea of "live". A publish carries no data. It says only "read the store
 again"; it waits for the commit, and a rollback discards it. What is sent then is the
 complete present truth. So a message that comes late, or twice, or is lost does no harm, and
 a browser that was cut off simply asks again.
@@ -43,19 +43,25 @@ The words, each with one meaning from here to the last line:
     account     somebody who can sign in: "carol"
     grant       a permission: "todos:delete". A role is a name for a set of grants.
     viewer      an account inside a workspace, with its role and grants
-    verdict     the gate's answer: 200 and the viewer, or 401, or 403
-    object      one SQLite file and one lock: a Workspace, or the Directory
+    verdict     the answer of the Directory's gate: 200 and the viewer, or 401, or 403
+    edge        the part that knows sockets
+    object      one SQLite file and one lock: a Workspace, or the Directory. Others hold
+                only a stub, its address.
+    turn        the lock of an object: who has it is served, one after the other
+    door        a function that answers one path outside of the workspaces: "/healthz"
     slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
     command     a request that may write: POST, PUT, PATCH, DELETE
     topic       what a command publishes and a region listens to: "todos"
-    stream      an answer that stays open and carries a region again after each change
-    rendering   a region at one version of the store, made once for a whole role
+    stream      an answer that stays open and carries a region again after each change; each
+                time it is called a frame
+    rendering   a region at one state of the store, made once for a whole role
 
-The file has three parts. Part One is the architecture, complete and running by itself. Part
-Two replaces the place where connections and streams are held, to serve thousands of them.
-Part Three is what a product needs around it. Whoever wants to know how it works reads Part
-One, and can stop at its last line.
+The file has three parts; its markup, style and script are in the folder templates/. Part
+One is the architecture, complete and running by itself. Part Two replaces the place where
+connections and streams are held, to serve thousands of them. Part Three is what a product
+needs around it. Whoever wants to know how it works reads Part One, and can stop at its last
+line. What stands there for the other parts only is marked: [2], [3].
 """
 from __future__ import annotations
 
@@ -92,17 +98,31 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 #
 #      1 Requests    2 Worker       3 Markup        4 Events      5 Store      6 Bus
 #      7 Objects     8 Slices       9 Todos        10 Workspace  11 Sessions  12 Directory
-#     13 Members    14 Plain edge  15 Composition
+#     13 Members    14 Plain edge  15 Composition   16 Tables
 #
-# The first two sections show the way of a request; each later one explains a word of it. To
-# follow one click with a finger: PlainHandler.answer (14), respond (14), worker (2), gate
-# (12), destination (2), Stub.fetch (7), DurableObject.command (7), SliceHost.run (8),
-# create (9), Bus.publish (6), Store.transaction (5), Bus.tell (6). Then, in the thread of
-# each open stream: Watch.wait (7), respond (14), worker (2), SliceHost.rendering (8).
+# The first two sections show the way of a request; each later one explains a word of it.
+# This is the way of one click, by functions and their sections:
 #
-# Names keep their type, so it is not repeated at each function: request is a Request, ctx a
-# Context, viewer a Viewer, env an Env, store a Store. workspace and account are names; a
-# workspace's id has 64 hexadecimal digits. sql is a statement, args are its parameters.
+#     PlainHandler.answer (14)    makes a Request of what came in
+#     respond (14), worker (2)    first the gate: ask_the_gate (2), gate (12)
+#     destination (2)             which object answers; the verdict becomes headers
+#     Stub.fetch (7)              takes the turn of the object
+#     SliceHost.command (8)       opens the transaction: DurableObject.command (7)
+#     SliceHost.run (8)           finds the route, checks the grant, notes it in the journal
+#     create (9)                  validates, writes, publishes: Bus.publish (6)
+#     Store.transaction (5)       commits, and only then: Bus.tell (6)
+#
+# And in the thread of each open stream:
+#
+#     Watch.wait (7)              returns, for the topic was published
+#     respond (14), worker (2)    the same question again, gate included
+#     SliceHost.stream (8)        takes the rendering, which the first of them has made
+#     PlainHandler.hold (14)      sends it
+#
+# A name keeps its type, so that it is not repeated at each function: request is a Request,
+# viewer a Viewer (in a region: a Role), env an Env, ctx a Context, store a Store (in a
+# slice: its Tables). workspace, account and slice are names; a workspace's id has 64
+# hexadecimal digits. sql is a statement, args are its parameters.
 
 
 # ==== 1. Requests =========================================================================
@@ -174,14 +194,14 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
-    which: str = ""                                      # what a command wrote, in words
+    which: str = ""                                      # what a command wrote, in a word
 
 
 class Refused(Exception):
     """A no, with its HTTP status.
 
-    message says what to do next. If it is about what somebody typed (422), or collides with
-    what is there (409), the page shows it where it has the signal of this name.
+    message says what to do next. If the status is 422 (what somebody typed is wrong) or 409
+    (it collides with what is there), the page shows it where it has this signal.
     """
 
     def __init__(self, status: int, message: str,
@@ -198,14 +218,14 @@ NOT_IN_A_VALUE = re.compile(r"[^\t -~\x80-\xff]")        # RFC 9110, 5.5
 
 
 def check_values(headers):
-    """Raises ValueError if a header value would end its line and begin another."""
+    """Raise ValueError if a header value would end its line and begin another."""
     for name, value in headers:
         if NOT_IN_A_VALUE.search(value):
             raise ValueError(f"no header value may be {value!r:.200} (of {name})")
 
 
 def sound(response):
-    """Return the response. Raises TypeError or ValueError if it cannot be sent."""
+    """Return the response. Raise TypeError or ValueError if it cannot be sent."""
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
         raise TypeError("an answer is a Response with a number and bytes, such as "
@@ -214,16 +234,15 @@ def sound(response):
     return response
 
 
+PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
 NOT_SHARED = ("a region is rendered once for a whole role and shown to all who have it, so "
               "it cannot use the {} of one viewer; put what is theirs alone into page()")
 
 
-PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # beside grants
-
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Who looks, as a region may know it: what all have in common who see the same."""
+    """Who looks, as a region may know it: all that viewers of one role have in common."""
     role: str = ""
     grants: Tuple[str, ...] = ()
     workspace: str = ""                                  # its name
@@ -246,7 +265,7 @@ class Viewer(Role):
         return Role(self.role, self.grants, self.workspace, self.id)
 
     def permit(self, grant: str, method: str = "GET") -> None:
-        """Raises Refused(401) or Refused(403) if they may not (see section 8)."""
+        """Raise Refused(401) or Refused(403) if they may not. method: [3]."""
         if grant == ACCOUNT and not self.account:
             raise Refused(401, "Sign in first.")
         if grant == MEMBER and not self.role:
@@ -255,13 +274,15 @@ class Viewer(Role):
             raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
                                "the workspace for it.")
 
+    # [3] An operator can look on in somebody's name. Then these two say more.
+
     @property
     def signature(self) -> str:
         """Who did it, for the journal."""
         return self.account
 
     def banner(self):
-        """What stands on top of each of their pages: nothing. Part Three uses it."""
+        """What stands on top of each of their pages."""
         return ""
 
 
@@ -302,32 +323,32 @@ def ask_the_gate(request, env):
 
 
 def apex(request, env):
-    """Answer what is outside of the workspaces: by a door, or by the Directory."""
+    """Answer what is outside of the workspaces: by a door, or by the Directory.
+
+    The server itself asks its objects questions, at paths that begin with "/_". From
+    outside only the gate can be asked: it tells people about themselves alone.
+    """
     request = stripped(request)
     if request.path in env.doors:
         return env.doors[request.path](request, env)
-    if re.match("/_(?!gate(/|$))", request.path):        # questions of the server itself
+    if request.path.startswith("/_") and request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
     return env.directory.fetch(request)
 
 
-def fetch(stub, request):
-    return stub.fetch(request)
-
-
 @dataclasses.dataclass
 class Env:
-    """All that a worker works with. The composition root (section 15) fills it in.
+    """All that a worker works with. A composition root (section 15) fills it in.
 
-    The last three are functions, so that another root can take other ones: a server that
-    runs on several machines asks the gate by a message.
+    The last three are functions, so that another root can choose others: [2] forwards many
+    requests at once, [3] asks the gate on another machine.
     """
     directory: Stub
     workspaces: Namespace
     doors: Dict[str, Callable[[Request, Env], Response]]     # by path
     gate: Callable[[Request, Env], Response] = ask_the_gate
     apex: Callable[[Request, Env], Response] = apex
-    forward: Callable[[Stub, Request], Response] = fetch
+    forward: Callable[[Stub, Request], Response] = lambda stub, request: stub.fetch(request)
 
 
 def worker(request: Request, env: Env) -> Response:
@@ -361,8 +382,10 @@ def refuse_foreign(request):
     ours = f"{request.scheme}://{request.headers.get('host', '')}"
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
-    said = origin is not None or site is not None
-    if not said or origin not in (None, ours) or site not in (None, "same-origin"):
+    silent = origin is None and site is None
+    foreign_origin = origin not in (None, ours)
+    foreign_site = site not in (None, "same-origin")
+    if silent or foreign_origin or foreign_site:
         raise Refused(403, "This request came from another site. Open the page here and "
                            "try again; a script sends its Origin.")
 
@@ -381,15 +404,15 @@ def destination(request, verdict, env):
     The verdict's headers go along. The session cookie does not: no slice needs it.
     """
     path = "/" + "/".join(request.path.split("/")[3:])
-    if path.startswith("/_"):                            # questions of the server itself
+    if path.startswith("/_"):                            # a question of the server itself
         raise Refused(*NOTHING_HERE)
-    said = dict(verdict.headers)
-    headers = {**stripped(request).headers, **said}
+    viewer_headers = dict(verdict.headers)
+    headers = {**stripped(request).headers, **viewer_headers}
     headers.pop("cookie", None)
     forwarded = request._replace(path=path, headers=headers)
     if path.split("/")[1] == "members":                  # who is a member is policy
         return env.directory, forwarded
-    return env.workspaces.get(said["x-id"]), forwarded
+    return env.workspaces.get(viewer_headers["x-id"]), forwarded
 
 
 # ==== 3. Markup ===========================================================================
@@ -412,7 +435,7 @@ class Html(str):
 
 
 def escape(value: Any) -> Html:
-    if type(value) in (Html, int):
+    if type(value) is Html:
         return value
     return Html(html.escape(str(value)))
 
@@ -452,7 +475,7 @@ class Template:
             return name
         if isinstance(value, (bool, dict, list, sqlite3.Row)):
             return self.fill_part(name, value, values)
-        return str(escape(value))
+        return escape(value)
 
     def fill_part(self, name, value, around):
         """Fill the part with each row; the values around it hold inside, too."""
@@ -493,7 +516,7 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
 # ==== 4. Events ===========================================================================
 # The idea: the words that a page understands when they come down a stream.
 # It promises: no text, whatever is in it, can end its own event and begin another.
-# Who uses it: streams (section 8), and the worker to say goodbye.
+# Who uses it: streams (section 8), and the edge to say goodbye.
 
 def event(kind, text, options, event_id, retry):
     """Return a server-sent event (WHATWG HTML, 9.2.5): lines, and an empty one to end it.
@@ -546,13 +569,9 @@ def read_signals(request: Request) -> Dict[str, Any]:
 # The idea: one SQLite file behind five plain calls: query, one, exec, tx, migrate. They do
 #   not wait for a network, so a region is an ordinary function from rows to markup.
 # It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
-#   only then are its messages sent. A table belongs to the slice that made it, and SQLite
-#   itself refuses the statements of the others.
+#   only then are its messages sent. A slice reaches no table but its own; how, and how
+#   tables are made, is in section 16.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
-
-class MigrationError(Exception):
-    """File and slices do not fit together. The text names slice, entry and table."""
-
 
 class Store:
     """A connection to one file. create=True makes it; otherwise it has to be there.
@@ -572,9 +591,6 @@ class Store:
         self.db.executescript(self.SETUP)
         self.cursor = self.db.cursor()
         self.after_commit: List[Tuple[Any, ...]] = []    # calls: (function, *args)
-        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
-        self.judge = Judge(self.owners)
-        self.db.set_authorizer(self.judge)
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.run(sql, args)
@@ -593,15 +609,18 @@ class Store:
         """Fetch all rows: a cursor with rows to come would keep a transaction open."""
         return self.cursor.execute(sql, args).fetchall()
 
-    def version(self) -> Tuple[int, int]:
-        """Two numbers. While both stand still, no row has changed.
+    def state(self) -> Tuple[int, int]:
+        """Return two numbers. While both stand still, no row has changed.
 
         The first counts what this connection wrote, the second moves when another did.
         """
         return self.db.total_changes, self.run("PRAGMA data_version", ())[0][0]
 
     def tx(self):
-        """All of it or nothing. Inside another tx it is a savepoint: it can fail alone."""
+        """Use it as `with store.tx():`. All of what is inside happens, or nothing.
+
+        Inside another tx it is a savepoint: it can fail alone.
+        """
         return self.savepoint() if self.db.in_transaction else self.transaction()
 
     @contextlib.contextmanager
@@ -620,7 +639,7 @@ class Store:
             call(*args)
 
     def begin(self):
-        """IMMEDIATE: a transaction that takes its write lock late can fail at once."""
+        """IMMEDIATE takes the write lock now; later, SQLite could refuse it at once."""
         self.run("BEGIN IMMEDIATE", ())
 
     @contextlib.contextmanager
@@ -641,186 +660,6 @@ class Store:
         """The last connection that closes moves the write-ahead log into the file."""
         self.db.close()
 
-    # -- tables and their owners
-
-    def migrate(self, slice: str, entries: Sequence[str]) -> None:
-        """Run those entries, each one statement, that did not run here yet: all or none.
-
-        Entries are only ever appended. Raises MigrationError.
-        """
-        self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, "
-                  "digest TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
-        ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
-        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
-        for row, digest in zip(ran, digests + [""] * len(ran)):
-            check_history(slice, row, digest)
-        if len(ran) < len(entries):
-            with self.tx():
-                for number in range(len(ran), len(entries)):
-                    tables = self.apply(slice, number + 1, entries[number])
-                    row = slice, number + 1, digests[number], " ".join(tables)
-                    self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
-            self.learn_owners()
-
-    def apply(self, slice, number, sql):
-        """Run one entry. Return the tables that it made: they are the slice's own now."""
-        before = self.tables()
-        self.learn_owners()
-        try:
-            with self.judge.watching(slice, MIGRATE):
-                self.exec(sql)
-        except (sqlite3.Error, sqlite3.Warning) as error:
-            why = self.judge.objection or error
-            raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
-        made = self.tables() - before
-        if re.search(r"\s", "".join(made)):
-            raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in "
-                                 "the name of a table")
-        self.owners.update((table.lower(), slice) for table in made)
-        return made
-
-    def learn_owners(self):
-        """Tables that no slice has made are the server's own: _migrations, for one."""
-        self.owners.clear()
-        self.owners.update((table.lower(), "orion") for table in self.tables())
-        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
-        for row in self.query("SELECT slice, tables FROM _migrations"):
-            for table in row["tables"].lower().split():
-                if not table.startswith("sqlite_"):
-                    self.owners[table] = row["slice"]
-
-    def tables(self) -> set:
-        names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
-        return {row["name"] for row in names}
-
-
-def check_history(slice, row, digest):
-    """Raises MigrationError if an entry that ran here is not the present one."""
-    if row["digest"] == digest:
-        return
-    why = "is unknown; a newer version wrote it"
-    if digest:
-        why = "was edited since; append an entry instead"
-    raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
-
-
-# -- what a statement of a slice may do
-
-READ, WRITE, MIGRATE = "read", "write", "migrate"
-WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
-        sqlite3.SQLITE_RECURSIVE, *WRITES}
-TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
-                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
-NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
-                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
-                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
-                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
-
-
-class Judge:
-    """SQLite asks it, while it compiles a statement, about each thing that this would do.
-
-    (sqlite.org/c3ref/set_authorizer.html) It guards against mistakes, such as a query that
-    reaches into the tables of another slice. It does not guard against a hostile slice:
-    slices are Python, and can do whatever this process can.
-    """
-
-    def __init__(self, owners: Dict[str, str]):
-        self.owners = owners
-        self.slice = ""                                  # whose statement; "": the server's
-        self.may = ""                                    # READ, WRITE or MIGRATE
-        self.objection = ""                              # why SQLite was told no
-
-    @contextlib.contextmanager
-    def watching(self, slice: str, may: str):
-        self.slice = slice
-        self.may = may
-        self.objection = ""
-        try:
-            yield
-        finally:
-            self.slice = ""
-
-    def __call__(self, action, first, second, *_):
-        if not self.slice:
-            return sqlite3.SQLITE_OK
-        table = second if action in TABLE_IS_SECOND else first
-        objection = self.object_to(action, table or "")
-        if not objection:
-            return sqlite3.SQLITE_OK
-        self.objection = self.objection or objection
-        return sqlite3.SQLITE_DENY
-
-    def object_to(self, action, table):
-        """Return why not, or ""."""
-        migrates = self.may == MIGRATE
-        if not migrates and action not in ROWS:
-            return "does more than read and write rows, which is for migrations"
-        if self.may == READ and action in WRITES:
-            return "writes, which only a command or a job may"
-        if migrates and action in NO_SLICE_MAY:
-            return ("uses PRAGMA, ATTACH, TEMP or a transaction, as virtual tables do too; "
-                    "no slice may")
-        if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
-            return ""
-        owner = self.owners.get(table.lower(), self.slice)
-        if owner != self.slice:
-            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
-        return ""
-
-
-class Tables:
-    """A store as one slice sees it, while it answers one request: its own tables.
-
-    The comment makes the slice's name a part of the statement. So Python's cache of
-    compiled statements cannot reuse one slice's statement, which SQLite has judged, for
-    another. Each statement is judged once, when it is compiled.
-    """
-
-    def __init__(self, store: Store, slice: str, may: str):
-        self.store = store
-        self.slice = slice
-        self.may = may
-        self.mark = f" /* {slice} may {may} */"
-        self.thread = threading.get_ident()              # 0: the request is over
-
-    query = Store.query                                  # all of them go through run()
-    one = Store.one
-
-    def exec(self, sql: str, *args: Any) -> int:
-        self.run(sql, args)
-        return self.store.cursor.rowcount
-
-    @contextlib.contextmanager
-    def tx(self):
-        """A part of the command that can fail alone."""
-        self.check_thread()
-        with self.store.tx():
-            yield
-
-    def run(self, sql, args):
-        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
-        self.check_thread()
-        judge = self.store.judge
-        judge.slice, judge.may, judge.objection = self.slice, self.may, ""
-        try:
-            return self.store.run(sql + self.mark, args)
-        except sqlite3.Error as error:
-            if not judge.objection:
-                raise
-            why = f"slice {self.slice!r} {judge.objection}: {sql}"
-            raise PermissionError(why) from error
-        finally:
-            judge.slice = ""
-
-    def check_thread(self):
-        """What a slice kept of its request must not write when nobody waits for it."""
-        if self.thread != threading.get_ident():
-            raise RuntimeError("the request that this store was for is over, or this is "
-                               "another thread; a later write is a job or a new request")
-
 
 # ==== 6. Bus ==============================================================================
 # The idea: a topic is a name with a version. To publish is to move the version on and to
@@ -834,9 +673,11 @@ class Bus:
     def __init__(self, turn: threading.Condition, store: Store):
         self.turn = turn
         self.store = store
-        # No version comes twice, although an object that slept begins anew: the clock.
-        self.versions = collections.defaultdict(lambda start=time.time_ns(): start)
-        self.listeners: List[Callable[[str], None]] = []     # for Part Two; empty here
+        # Versions begin at the present time in nanoseconds. So when an object has slept,
+        # and another stands for it, no topic gets an old version again.
+        start = time.time_ns()
+        self.versions: Dict[str, int] = collections.defaultdict(lambda: start)
+        self.listeners: List[Callable[[str], None]] = []     # [2]
         self.waiting = 0                                 # streams that are inside wait()
 
     def publish(self, topic: str) -> None:
@@ -868,11 +709,13 @@ class Bus:
 #   that happens to a team's rows happens in one place, one request after the other, so
 #   nothing has to be coordinated. `fetch` holds the turn; only `wait` gives it back.
 # It promises: a command is one transaction. It is on the disk before it is answered, or
-#   nothing of it happened. An object sleeps, its file closed, only if nobody asked it for a
-#   while, nobody is served, and no stream is inside `wait`. Asked again, it wakes.
+#   nothing of it happened. An object sleeps only if nobody asked it for a while, nobody is
+#   served, and no stream is inside `wait`. To sleep means: its file is closed, the object
+#   is forgotten. The next request builds another one, which opens the file again.
 # Who uses it: the worker, by a Stub: the address of an object, awake or not.
-# Locks are taken in this order: a turn, then a namespace's lock; never the reverse. So no
-#   object may fetch another that might fetch it. One process at a time uses a data folder.
+# Locks are taken in this order: a turn, then a namespace's lock; never the reverse. No
+#   object fetches from another that might fetch from it. Only one process may serve a data
+#   folder; Part Three sees to that.
 
 class DurableObject:
     """Subclasses say which tables they need (schema) and answer requests (handle)."""
@@ -884,12 +727,12 @@ class DurableObject:
         self.namespace = namespace
         self.turn = threading.Condition(threading.Lock())
         self.used = time.monotonic()
-        self.gone = False                                # asleep; another takes its place
-        self.store: Optional[Store] = None               # None: not opened yet
+        self.gone = False                                # asleep: another takes its place
+        self.store: Optional[OwnedStore] = None          # None: not opened yet
         self.bus: Optional[Bus] = None
 
-    def connect(self, create: bool) -> Store:
-        return Store(self.namespace.path(self.id), create)
+    def connect(self, create: bool) -> OwnedStore:
+        return OwnedStore(self.namespace.path(self.id), create)
 
     def open(self, create: bool = False) -> None:
         self.store = self.connect(create)
@@ -906,10 +749,10 @@ class DurableObject:
             raise
 
     def on_open(self) -> None:
-        """What a subclass remembers of its file begins anew here."""
+        """What a subclass remembers of its file begins anew here. [2, 3]"""
 
-    def fetch(self, request: Request) -> Response:
-        """Answer one request. The caller holds the turn."""
+    def answer(self, request: Request) -> Response:
+        """Answer one request. The caller holds the turn: see Stub.fetch."""
         self.used = time.monotonic()
         if self.store is None:
             self.open()
@@ -958,11 +801,11 @@ class Stub(NamedTuple):
             one = self.namespace.awake(self.id)
             with one.turn:
                 if not one.gone:                         # else it fell asleep just now
-                    return one.fetch(request)
+                    return one.answer(request)
 
     def ask(self, path: str, query: str = "", headers: Dict[str, str] = {},
             scheme: str = "http") -> Any:
-        """Put a question of the server itself. Return the answer, taken out of its JSON."""
+        """Ask a question of the server itself. Return the answer, taken out of its JSON."""
         question = Request("GET", path, query, headers, scheme=scheme)
         return json.loads(self.fetch(question).body)
 
@@ -999,14 +842,14 @@ class Namespace:
     def create(self, id: str) -> None:
         """Make the file of a new object.
 
-        Nothing else makes one: a file that is missing later was lost, and is not made anew.
+        Nothing else makes one. A file that is missing later was lost; it is not made anew.
         """
         made = self.build(id, self)
         made.open(create=True)
         made.store.close()
 
     def draft(self) -> str:
-        """Make the file of an object that has no name yet. Return its present id."""
+        """Make a file for an object whose id is not known yet. Return a temporary id."""
         id = f"new-{secrets.token_hex(8)}"
         self.create(id)
         return id
@@ -1017,10 +860,11 @@ class Namespace:
             file.unlink()
 
     def name_draft(self, draft: str, id: str) -> None:
-        """Give that file its name. Raises Refused(422) if somebody's rows have it.
+        """Give the file its real id.
 
-        The Directory that knew them was lost. A file without a journal was left behind by a
-        founding that failed.
+        Raises Refused(422) if a file of this id has rows: they are of a workspace that no
+        Directory knows any more. A file without rows was left behind by a command that
+        failed, and is replaced.
         """
         place = self.path(id)
         if place.exists():
@@ -1030,7 +874,10 @@ class Namespace:
         self.path(draft).rename(place)
 
     def awake(self, id: str) -> DurableObject:
-        """Return the object that stands for this id now. It opens its file when asked."""
+        """Return the object that stands for this id now. Build one if there is none.
+
+        It opens its file with its first answer.
+        """
         if self.closed:
             raise Refused(503, "The server is stopping. Try again in a moment.")
         with self.lock:
@@ -1048,13 +895,13 @@ class Namespace:
             return list(self.objects.values())
 
     def rest(self, idle: Optional[float] = None) -> None:
-        """Put to sleep whoever was not asked for so many seconds; by default, idle ones."""
+        """Put to sleep all objects that were not asked for `idle` seconds."""
         since = time.monotonic() - (self.idle if idle is None else idle)
         for one in self.everybody():
             one.sleep(since)
 
     def close(self) -> None:
-        """At the end of the server: close all files, each when its object has its turn."""
+        """At the end of the server: wait for each object's turn, and close its file."""
         self.closed = True
         for one in self.everybody():
             with one.turn:
@@ -1077,16 +924,17 @@ class Watch(NamedTuple):
 
 # ==== 8. Slices ===========================================================================
 # The idea: a feature is a value. It lists its tables, its live pages and its commands. Each
-#   row of these lists names the grant that it takes, so none can be forgotten.
-# It promises: what all slices need is done here, once. The grant is checked again; a write
-#   leaves a row in the journal, in the same transaction; a region is rendered once for each
-#   role and version of the store, however many people look.
-# Who uses it: Workspace and Directory are hosts; todos and members are slices.
+#   live page and each command names the grant that it takes, so none can be forgotten.
+# It promises: what all slices need is done here, once, by their host. The grant is checked
+#   again; a write leaves a row in the journal, in the same transaction; a region is
+#   rendered once for each role and state of the store, however many people look.
+# Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Route(NamedTuple):
-    """run(ctx, *args) returns a Response. args are what the <parts> of the path were.
+    """A way to call a slice. run(ctx, *args) returns a Response.
 
-    form: the path of the page whose form comes here, if it is another one.
+    args are what stood for the <parts> of the path. form: the page on which the form for
+    this is, if it has another path.
     """
     method: str
     path: str
@@ -1096,15 +944,16 @@ class Route(NamedTuple):
 
 
 def only_the_region(ctx, region):
+    """The page of a slice that has nothing to say around its region."""
     return template("slice")(region=region, live=True)
 
 
 class Live(NamedTuple):
     """A page at path and, at path + "/live", a stream of the region in it.
 
-    region(ctx) returns Html, one element with an id. It is called again after each publish
-    of topic, and only reads. page(ctx, region) returns what stands around it. params: the
-    parameters of the query that both depend on, each with the pattern of its values.
+    region(ctx) returns Html, one element with an id. It only reads, and is called again
+    after each publish of topic. page(ctx, region) returns what stands around it. params:
+    the parameters of the query that both depend on, each with the pattern of its values.
     """
     path: str
     grant: str
@@ -1115,7 +964,7 @@ class Live(NamedTuple):
     params: Dict[str, str] = {}
 
     def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
-        """Return those of params that it depends on, and that have a valid value."""
+        """Return those of params that the page depends on, if their value is valid."""
         return {name: params[name] for name, pattern in self.params.items()
                 if name in params and re.fullmatch(pattern, params[name])}
 
@@ -1126,10 +975,10 @@ class Live(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A feature. The last three are for Part Three.
+    """A feature. The last three are for [3].
 
-    count(store) says how full a workspace is: a number for the home page. jobs: work that
-    is done later. exports: functions (store, ...) that other slices may ask.
+    count(store) says how full a workspace is. jobs: work that is done later. exports:
+    functions (store, ...) that other slices may ask.
     """
     name: str
     migrations: Sequence[str] = ()
@@ -1141,19 +990,20 @@ class Slice(NamedTuple):
 
 
 class Context:
-    """What a slice is given to answer one request. It is of no use after that.
+    """What a slice is given to answer one request. After that it can't be used any more.
 
-    A region gets one that is shared: its viewer is a Role, and there is no request.
+    The context of a region is shared by a role: its viewer is a Role, and there is no
+    request.
     """
     __slots__ = ("host", "store", "viewer", "params", "typed", "_request")
 
     def __init__(self, host: SliceHost, store: Tables, viewer: Role, params: Dict[str, str],
                  request: Optional[Request], typed: Dict[str, str]):
-        self.host = host                                 # for what the server itself does
+        self.host = host                                 # for slices of the server itself
         self.store = store
         self.viewer = viewer
         self.params = params                             # of the query; see Live.params
-        self.typed = typed         # a form that was refused: its fields, and "problem"
+        self.typed = typed                               # see SliceHost.refuse
         self._request = request
 
     @property
@@ -1178,14 +1028,13 @@ class Context:
         """Return what was sent along under this name, as text."""
         return str(self.request.fields().get(name, otherwise))
 
-    def of(self, live: Live) -> Context:
-        """The context of the page: it sees the parameters that it depends on."""
+    def for_page(self, live: Live) -> Context:
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, self.viewer, params, self.request,
                           self.typed)
 
     def shared(self, live: Live) -> Context:
-        """The context of the region, which is the same for a whole role."""
+        """Return the context of the region: the same for a whole role."""
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, self.viewer.shared(), params, None, {})
 
@@ -1196,7 +1045,7 @@ class Context:
 
 @dataclasses.dataclass
 class Rendering:
-    """A region at one version of the store, made once for all who may see the same."""
+    """A region at one state of the store, made once for all who may see the same."""
     html: Html
     made: float                                          # when, by time.perf_counter()
     micros: int                                          # how long it took
@@ -1241,7 +1090,8 @@ class Router:
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
-# The journal, and the table of the jobs in Part Three: what ran once can't be split.
+# The tables of each host. A list of migrations that ran somewhere can't be changed, so the
+# table of jobs [3] stands here, too.
 HISTORY = (
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
@@ -1252,9 +1102,12 @@ HISTORY = (
 )
 
 
+NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
+
+
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
-    context = Context                                    # Part Three gives slices more
+    context = Context                                    # [3] has one with more in it
 
     def __init__(self, id: str, namespace: Namespace, router: Router,
                  pages: Sequence[Live]):
@@ -1262,18 +1115,18 @@ class SliceHost(DurableObject):
         self.router = router
         self.schema = router.schema
         self.pages = pages
-        self.version: Any = None                         # of the store, for the next line
+        self.state: Any = None                           # of the store, for the next line
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
 
     def viewer(self, request: Request) -> Viewer:
-        """As the verdict described them, in headers that only the worker can set."""
-        said = request.headers.get
-        grants = tuple(said("x-grants", "").split(",")) if said("x-grants") else ()
-        return Viewer(said("x-role", ""), grants, said("x-workspace", ""), said("x-id", ""),
-                      said("x-account", ""))
+        """Return what the verdict says, in headers that only the worker can set."""
+        header = {**NO_VIEWER, **request.headers}
+        grants = tuple(header["x-grants"].split(",")) if header["x-grants"] else ()
+        return Viewer(header["x-role"], grants, header["x-workspace"], header["x-id"],
+                      header["x-account"])
 
     def topic(self, name: str, viewer: Role) -> str:
-        """How the bus of this object calls a slice's topic."""
+        """Return how the bus of this object calls a slice's topic."""
         return name
 
     def router_for(self, request: Request) -> Router:
@@ -1287,7 +1140,7 @@ class SliceHost(DurableObject):
         return self.run(request, {})
 
     def run(self, request, typed):
-        """Have the right slice answer. typed: see Context."""
+        """Have the right slice answer. typed: see refuse."""
         router = self.router_for(request)
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
@@ -1309,46 +1162,47 @@ class SliceHost(DurableObject):
         return str(self.store.one("SELECT last_insert_rowid()")[0])
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        """Note who did what to which row."""
+        """Note who did what, and to which row."""
         self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                         time.time(), viewer.signature, what, which)
 
     def command(self, request: Request) -> Response:
         try:
             return super().command(request)
-        except Refused as no:
-            return self.refuse(request, no)
+        except Refused as refused:
+            return self.refuse(request, refused)
 
-    def refuse(self, request, no):
-        """Say what is wrong with the input where it was typed. Raises no, if nowhere.
+    def refuse(self, request, refused):
+        """Show what is wrong with the input where it was typed, if that is possible.
 
-        Datastar gets a signal. A plain form gets its page again, which finds in ctx.typed
-        what was typed and, as "problem", what is wrong with it.
+        For Datastar, return a signal. For a plain form, return its page again with status
+        422; there ctx.typed has what was typed and, as "problem", what is wrong with it.
+        Otherwise raise refused.
         """
-        if request.datastar and no.status in (409, 422):
-            return as_json({no.signal: no.message})
-        if no.status != 422 or not request.form:
-            raise no
+        if request.datastar and refused.status in (409, 422):
+            return as_json({refused.signal: refused.message})
+        if refused.status != 422 or not request.form:
+            raise refused
         try:
             _, route, _ = self.router_for(request).match(request.method, request.path)
             path = route.form or request.path
             again = request._replace(method="GET", path=path, query="")
-            typed = {**request.fields(), "problem": no.message}
+            typed = {**request.fields(), "problem": refused.message}
             return self.run(again, typed)._replace(status=422)
-        except Refused:                                  # there is no page at this address
-            raise no from None
+        except Refused:                                  # there is no page at this path
+            raise refused from None
 
-    # Questions of the server itself: (host, request). The worker lets none in from outside.
+    # Questions of the server itself, (host, request): the worker lets none in from outside.
     OWN: Dict[str, Callable[[Any, Request], Any]] = {}
 
     # -- live pages
 
     def rendering(self, live: Live, ctx: Context) -> Rendering:
-        """Return the region as this role sees it. Only the first who asks waits for it."""
-        version = self.store.version()
-        if version != self.version:                      # what was made before may be old
+        """Return the region as this role sees it; make it, if nobody has asked before."""
+        state = self.store.state()
+        if state != self.state:                          # what was made before may be old
             self.renderings.clear()
-            self.version = version
+            self.state = state
         shared = ctx.shared(live)
         key = live.path, shared.viewer, tuple(shared.params.items())
         if key not in self.renderings:
@@ -1365,7 +1219,7 @@ class SliceHost(DurableObject):
         return Rendering(region, made, micros)
 
     def stream(self, live: Live, ctx: Context) -> Response:
-        """The region as it is now, and what to wait for before the same is asked again."""
+        """Return the region as it is now, and what to wait for before asking again."""
         rendering = self.rendering(live, ctx)
         topic = self.topic(live.topic, ctx.viewer)
         watch = Watch(self.namespace.get(self.id), topic, self.bus.versions[topic])
@@ -1374,7 +1228,7 @@ class SliceHost(DurableObject):
     def page(self, live: Live, ctx: Context) -> Response:
         asked = time.perf_counter()
         rendering = self.rendering(live, ctx)
-        body = live.page(ctx.of(live), rendering.html)
+        body = live.page(ctx.for_page(live), rendering.html)
         title = f"{live.title} · {ctx.workspace}"
         footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
         return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)
@@ -1386,10 +1240,7 @@ class SliceHost(DurableObject):
         return nav(workspace=ctx.workspace, link=links, state=True)
 
     def xray(self, rendering, ctx, fresh):
-        """The foot of a page: which object served it, to whom, and what they may.
-
-        The line about todos:delete is the specification's own example of a permission.
-        """
+        """The foot of a page: which object served it, to whom, and what they may."""
         viewer = ctx.viewer
         return template("xray")(
             id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
@@ -1399,7 +1250,7 @@ class SliceHost(DurableObject):
             micros=rendering.micros, more=self.xray_more(ctx))
 
     def xray_more(self, ctx):
-        """For Part Two, where an object may sleep while it is watched."""
+        """[2] knows who else looks."""
         return ""
 
 
@@ -1422,15 +1273,27 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
 # It promises: it knows nothing of teams, sockets or sessions.
 # Who uses it: the workspaces; section 15 puts it into the list of slices. The grants of a
 #   new slice are added to ROLES (section 12).
+#
+# Its template is templates/todos.html, which is in short:
+#
+#     <h1>{{workspace}}</h1> {{form}} {{region}}
+#     <div id="live" data-init="@get('./todos/live', {retry: 'always'})"></div>
+#     <!-- form -->
+#     <form data-on:submit="@post('./todos', {payload: {title: $title}})"> ... </form>
+#     <!-- region -->
+#     <section id="todos"> {{open}} of {{all}} remaining <ul>{{row}}</ul> </section>
+#     <!-- row -->
+#     <li id="todo-{{id}}"> <input type="checkbox" {{checked}}> {{title}} {{delete}} </li>
 
 TITLE_LIMIT = 500                                        # characters
 TODOS_A_PAGE = 200
+SHOWN = {"": "", "open": "WHERE NOT done", "done": "WHERE done"}     # by the parameter show
 
 
 def some_todos(store, show, limit):
-    """The newest of all or, with show "open" or "done", of these."""
-    return store.query("SELECT id, title, done FROM todos WHERE done = ? OR done = ? "
-                       "ORDER BY id DESC LIMIT ?", show == "done", show != "open", limit)
+    """Return the newest todos."""
+    return store.query(f"SELECT id, title, done FROM todos {SHOWN[show]} ORDER BY id DESC "
+                       "LIMIT ?", limit)
 
 
 def todo_counts(store):
@@ -1444,7 +1307,7 @@ def count_todos(store):
 
 @functools.lru_cache(maxsize=512)
 def todo_row(id, title, done, write, delete):
-    """Most rows are as they were a command ago, and are not made again."""
+    """Return the markup of a row. Most rows are as before, and are not made again."""
     return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write,
                                  delete=delete)
 
@@ -1481,7 +1344,7 @@ def todos_page(ctx, region):
 
 
 def the_todo(ctx, id):
-    """Return its row. Raises Refused(404)."""
+    """Return the row of a todo. Raise Refused(404) if there is none."""
     number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
     todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
     if todo is None:
@@ -1490,13 +1353,20 @@ def the_todo(ctx, id):
 
 
 def valid_title(fields, signal="problem"):
-    """Return the title among the fields. Raises Refused(422)."""
+    """Return the title among the fields. Raise Refused(422) if it is no good."""
     given = fields.get("title")
     title = given.strip() if isinstance(given, str) else ""
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
                            f"{len(title)}.", signal=signal)
     return title
+
+
+def valid_done(value):
+    """Return the value. Raise Refused(400) if it is neither True nor False."""
+    if type(value) is not bool:
+        raise Refused(400, "done is true or false. Reload the page and try again.")
+    return value
 
 
 def create(ctx):
@@ -1512,9 +1382,7 @@ def change(ctx, id):
     fields = ctx.request.fields()
     title = valid_title(fields, "toast") if "title" in fields else todo["title"]
     toggled = not todo["done"] if "title" not in fields else bool(todo["done"])
-    ticked = fields.get("done", toggled)
-    if type(ticked) is not bool:
-        raise Refused(400, "done is true or false. Reload the page and try again.")
+    ticked = valid_done(fields.get("done", toggled))
     ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked,
                    todo["id"])
     ctx.publish("todos")
@@ -1528,8 +1396,9 @@ def delete(ctx, id):
 
 
 def change_all(ctx):
-    """Set all to the signal done. If it is not given: tick all, or none if all are done."""
-    ticked = bool(ctx.request.fields().get("done", count_todos(ctx.store)))
+    """Set all to the signal done. Without it, tick all; if all are ticked, untick them."""
+    some_are_open = count_todos(ctx.store) > 0
+    ticked = valid_done(ctx.request.fields().get("done", some_are_open))
     ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
     return done(ctx, "all")
@@ -1558,8 +1427,8 @@ todos = Slice(
 # ==== 10. Workspace =======================================================================
 # The idea: the data plane. One team's rows and nothing else: the connection is to this
 #   file, so there is no query that could reach another team.
-# It promises: a slice checks the grant again in front of each command. The button on the
-#   page is a courtesy, the gate is the law, and this is the second lock.
+# It promises: the grant is checked again in front of each command, by SliceHost.run. The
+#   button on the page is a courtesy, the gate is the law, and this is the second lock.
 # Who uses it: the worker, after a verdict of 200.
 
 class Workspace(SliceHost):
@@ -1576,13 +1445,13 @@ welcome = Slice("welcome", routes=(Route("GET", "/", MEMBER, front_page),))
 # ==== 11. Sessions ========================================================================
 # The idea: a cookie carries a random token and a seal over it: an HMAC, made with a key
 #   that only this server has. The Directory keeps the token's hash, never the token.
-# It promises: a forged cookie is turned away before any database is asked. A stolen copy of
-#   the table opens no door: nobody can go from a hash back to its token, nor make a seal.
+# It promises: a forged cookie never reaches a database. A stolen copy of the table signs
+#   nobody in: there is no way from a hash back to its token, nor to a seal without the key.
 #   To compare a wrong seal takes as long as to compare a right one.
 # Who uses it: the Directory.
 
 SESSION_SECONDS = 30 * 86400
-COOKIE_SECONDS = 400 * 86400                             # browsers keep none for longer
+COOKIE_SECONDS = 400 * 86400                             # the most; the session ends first
 COOKIES = {"http": "sid", "https": "__Host-sid"}         # by scheme (RFC 6265bis, 4.1.3.2)
 
 
@@ -1600,7 +1469,7 @@ def make_key(path: pathlib.Path) -> None:
 def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     """Return the keys in the file, the newest first; older ones still hold.
 
-    Raises Unusable if there are none, or if others can read them.
+    Raise Unusable if there are none, or if others can read them.
     """
     lost = "restore it from a backup; without it everybody is signed out"
     if not path.exists():
@@ -1619,7 +1488,7 @@ def seal(token: str, key: bytes) -> str:
 
 
 def token_hash(token: str) -> bytes:
-    """What the Directory knows a session by."""
+    """Return what the Directory knows a session by."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -1629,7 +1498,7 @@ SEALED_TOKEN = re.compile(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})")
 def session_digest(header: str, name: str, keys: Sequence[bytes]) -> Optional[bytes]:
     """Return the token's hash, from a Cookie header.
 
-    Returns None if there is no cookie of this name, or two of them (then one was planted),
+    Return None if there is no cookie of this name, or two of them (then one was planted),
     or if it was not sealed here.
     """
     pairs = [pair.strip().partition("=") for pair in header.split(";")]
@@ -1665,7 +1534,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 }
 
 # The history of its tables: what ran once is never edited. Part One uses accounts,
-# sessions, workspaces and memberships; all other tables and columns belong to Part Three.
+# sessions, workspaces and memberships; all other tables and columns are for [3].
 DIRECTORY_TABLES = (
     "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
     "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
@@ -1693,7 +1562,7 @@ DIRECTORY_TABLES = (
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 NAMES_A_PAGE = 24                                        # on the home page
 SIGNED_IN = "SELECT account FROM sessions WHERE digest = ? AND expires > ?"
-# A workspace that is on another machine, or on its way, can't be entered here (Part Three).
+# [3] A workspace that is on another machine, or on its way there, can't be entered here.
 MEMBERSHIP = """SELECT w.id, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
                 AND NOT w.moving AND w.node = ''"""
@@ -1726,11 +1595,11 @@ class Directory(SliceHost):
         """One object serves all workspaces: each has topics of its own."""
         return f"{name}:{viewer.id}" if viewer.id else name
 
-    def fetch(self, request):
-        return super().fetch(self.identified(request))
+    def answer(self, request):
+        return super().answer(self.identified(request))
 
     def identified(self, request):
-        """Put the session in the place of the cookie: no slice sees a cookie."""
+        """Replace the cookie by the session that it stands for: no slice sees a cookie."""
         headers = dict(request.headers)
         cookie = headers.pop("cookie", "")
         digest = session_digest(cookie, COOKIES[request.scheme], self.keys)
@@ -1740,18 +1609,20 @@ class Directory(SliceHost):
 
     def session(self, request) -> Optional[sqlite3.Row]:
         """Return the account of a session that is valid; None if there is none."""
-        digest = bytes.fromhex(request.headers.get("x-session", ""))
+        if "x-session" not in request.headers:
+            return None
+        digest = bytes.fromhex(request.headers["x-session"])
         return self.store.one(SIGNED_IN, digest, time.time())
 
     def viewer(self, request):
-        """As the verdict says, if there is one; else by the session, without a role."""
+        """Return whom the verdict names or, without one, whose session it is."""
         if "x-account" in request.headers:
             return self.still(super().viewer(request))
         row = self.session(request)
         return Viewer(account=row["account"]) if row else Viewer()
 
     def still(self, viewer):
-        """The viewer as of now: since the gate was asked, their role may have changed."""
+        """Return the viewer with the role of now: it may have changed since the verdict."""
         if not viewer.account or not viewer.id:
             return viewer
         role = role_of(self.store, viewer.id, viewer.account)
@@ -1761,28 +1632,28 @@ class Directory(SliceHost):
         return dataclasses.replace(viewer, role=role, grants=grants)
 
     def place(self, ctx, name, owner):
-        """Add a workspace, and give its file, which found_with_file made, its name.
+        """Add a workspace. Its file was made before: see create_workspace_with_file.
 
-        Raises Refused(422).
+        Raise Refused(422) for a name that is no good, or taken.
         """
         check_name(ctx.store, name)
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.workspaces.name_draft(ctx.request.headers["x-file"], id)
 
-    def signed_in(self, which, args):
-        """The accounts of some sessions; which is a condition on the table."""
-        sql = f"SELECT DISTINCT account FROM sessions WHERE {which}"
+    def accounts_of(self, where, args):
+        """Return the accounts of the sessions that match where, an SQL condition."""
+        sql = f"SELECT DISTINCT account FROM sessions WHERE {where}"
         return self.store.query(sql, *args)
 
     def personas(self, account: str) -> List[Dict[str, Any]]:
-        """Whom one can sign in as, by choosing them."""
+        """Return whom one can sign in as, by choosing them."""
         every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
         found = self.store.query(every) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
 
-    def shows_console(self, account: str) -> bool:
-        """The console is in Part Three."""
+    def shows_console(self, viewer: Viewer) -> bool:
+        """[3] has a console."""
         return False
 
     OWN = {"/_account": lambda self, request: self.viewer(request).account}
@@ -1824,7 +1695,10 @@ def persona(ctx):
 
 
 def open_session(ctx, account):
-    """Always with a new token: one that was planted before is worth nothing after."""
+    """Begin a session; return the way to the page, with the cookie.
+
+    The token is always new: one that somebody planted before is worth nothing.
+    """
     close_session(ctx)
     now = time.time()
     ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
@@ -1848,18 +1722,18 @@ def close_session(ctx):
     end_sessions(ctx, "digest = ?", digest)
 
 
-def end_sessions(ctx, which, *args):
-    """which: a condition on the table. Their streams hear of it."""
-    for row in ctx.host.signed_in(which, args):
+def end_sessions(ctx, where, *args):
+    """End the sessions that match where, an SQL condition, and their streams."""
+    for row in ctx.host.accounts_of(where, args):
         access_changed(ctx, row["account"])
-    ctx.store.exec(f"DELETE FROM sessions WHERE {which}", *args)
+    ctx.store.exec(f"DELETE FROM sessions WHERE {where}", *args)
 
 
 def access_changed(ctx, account):
     """Say that what this account may do has changed.
 
-    For an edge without a thread for each stream (Part Two): it says whose streams have to
-    ask the gate again. In Part One all of them do so every two seconds anyway.
+    [2] has no thread for each stream. It hears by this whose streams must ask the gate
+    again. In Part One all of them do so every two seconds.
     """
     ctx.host.bus.publish(f"access:{account}")
 
@@ -1887,8 +1761,8 @@ def ask_directory(request, env):
     return env.directory.fetch(request)
 
 
-def found(ctx):
-    """Found a workspace, the caller its owner. A name used again gets a new id."""
+def create_workspace(ctx):
+    """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
     account = ctx.viewer.account
     name = ctx.field("name").strip()
     owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = "
@@ -1909,7 +1783,7 @@ def add_rows(store, id, name, people):
 
 
 def check_name(store, name):
-    """Raises Refused(422) if no workspace can be called so, or one is."""
+    """Raise Refused(422) if no workspace can have this name, or one has it."""
     if not WORKSPACE_NAME.fullmatch(name):
         raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens "
                            "inside.")
@@ -1922,11 +1796,8 @@ def new_id(store, workspaces, name):
     return workspaces.id_from_name(f"{name}#{before}" if before else name)
 
 
-def found_with_file(request, env):
-    """A door. The new file is made before the Directory takes its turn.
-
-    In its turn every gate would wait for the disk.
-    """
+def create_workspace_with_file(request, env):
+    """A door. Make the file before the Directory's turn, in which every gate would wait."""
     signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
     if request.method != "POST" or not signed_in:
         return env.directory.fetch(request)
@@ -1935,12 +1806,12 @@ def found_with_file(request, env):
         headers = {**request.headers, "x-file": draft}
         return env.directory.fetch(request._replace(headers=headers))
     finally:
-        with contextlib.suppress(FileNotFoundError):     # it has got its name
+        with contextlib.suppress(FileNotFoundError):     # it has its real id now
             env.workspaces.path(draft).unlink()
 
 
 def to_home(ctx):
-    """Part Three has passwords and a page for each account. Here, one chooses a persona."""
+    """[3] has passwords, and a page for each account. Here one chooses a persona."""
     return see_other("/")
 
 
@@ -1958,7 +1829,7 @@ NOT_A_MEMBER = ""                                        # in the place of a rol
 
 
 def role_choice(viewer, chosen):
-    """The roles that this viewer can give. Only an owner makes owners."""
+    """Return the roles that this viewer can give. Only an owner makes owners."""
     return [{"role": role, "selected": role == chosen} for role in ROLES
             if role != "owner" or viewer.role == "owner"]
 
@@ -2016,7 +1887,7 @@ def expel(ctx, account):
 
 
 def role_of_member(ctx, account):
-    """Raises Refused(404)."""
+    """Return the role of a member. Raise Refused(404) if they are none."""
     role = role_of(ctx.store, ctx.viewer.id, account)
     if role == NOT_A_MEMBER:
         raise Refused(404, "There is no such member. The page shows who there is now.")
@@ -2024,18 +1895,21 @@ def role_of_member(ctx, account):
 
 
 def valid_role(role):
-    """Raises Refused(422)."""
+    """Return the role. Raise Refused(422) if there is none of this name."""
     if role not in ROLES:
         raise Refused(422, f"A role is one of {', '.join(ROLES)}.")
     return role
 
 
 def set_role(ctx, account, before, after):
-    """Change a role; NOT_A_MEMBER is one, too. Raises Refused(403), Refused(409)."""
+    """Change a role; NOT_A_MEMBER is one, too.
+
+    Raise Refused(403) if only an owner may do this, Refused(409) for the last owner.
+    """
     id = ctx.viewer.id
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
-    if before == "owner" != after and ctx.store.one(OWNERS_OF, id)[0] == 1:
+    if before == "owner" and after != "owner" and ctx.store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
     ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id,
@@ -2057,7 +1931,7 @@ directory = Slice(
             Route("GET", "/account", PUBLIC, to_home),
             Route("POST", "/persona", PUBLIC, persona),
             Route("POST", "/logout", PUBLIC, logout),
-            Route("POST", "/workspaces", ACCOUNT, found, form="/"),
+            Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
             Route("POST", "/members", "members:manage", invite),
             Route("PATCH", "/members/<account>", "members:manage", change_role),
             Route("DELETE", "/members/<account>", MEMBER, expel)))
@@ -2077,7 +1951,7 @@ REGATE_SECONDS = 2.0
 BODY_LIMIT = 65_536                                      # bytes
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
-        "sec-fetch-site", "expect", "cookie"}            # else it could be read as either
+        "sec-fetch-site", "expect", "cookie"}            # header fields that may come once
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
@@ -2131,7 +2005,7 @@ def as_refused(request, error):
 
 
 def headers_of(response: Response) -> Dict[str, str]:
-    """Return the headers of an answer: a page keeps to itself, and runs its own script."""
+    """Return the headers of an answer, with the content security policy of a page."""
     nonce = f" 'nonce-{response.nonce}'" if response.nonce else ""
     return {**HEADERS, "content-type": response.type,
             "content-security-policy": POLICY.format(nonce),
@@ -2163,7 +2037,7 @@ AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments
 
 
 def plain_path(path: str) -> str:
-    """Return the path, decoded once. Raises Refused(400) if it can be read in two ways."""
+    """Return the path, decoded once. Raise Refused(400) if it can be read in two ways."""
     if PLAIN_PATH.fullmatch(path):
         return path
     if not path.startswith("/"):
@@ -2203,7 +2077,7 @@ NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can 
 # -- a connection, in its own thread
 
 class PlainHandler(BaseHTTPRequestHandler):
-    """The standard library reads the head of a request, this class what it means."""
+    """The standard library parses a request's head; this class makes a Request of it."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1                                        # head and body leave together
@@ -2226,19 +2100,22 @@ class PlainHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def request_of(self):
-        """Raises Refused for what can be read in two ways, and for what is too large."""
+        """Raise Refused for what can be read in two ways, and for what is too large."""
         headers = self.header_fields()
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
         path, _, query = self.requestline.split()[1].partition("?")
         method = "GET" if self.command == "HEAD" else self.command
-        body = self.rfile.read(self.body_length(headers))
+        length = self.body_length(headers)
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise Refused(400, "The body is shorter than its Content-Length.")
         return Request(method, plain_path(path), query, headers, body,
                        self.client_address[0])
 
     def header_fields(self):
         headers = {}
-        if self.headers.defects:                         # read in a way of their own
+        if self.headers.defects:                         # the parser stopped at a line
             raise Refused(400, "The header fields are malformed.")
         for name, value in self.headers.items():
             name = name.lower()
@@ -2288,7 +2165,11 @@ class PlainHandler(BaseHTTPRequestHandler):
         self.last_word(response)
 
     def last_word(self, response):
-        """End the stream. Without a proper end, after a fault, its browser comes back."""
+        """End the stream after a response that is none.
+
+        After 401 or 403, say goodbye and end properly, so that the browser stays away.
+        After any other error just stop, so that it tries again.
+        """
         if response.type == EVENTS:                      # the worker's goodbye
             self.chunk(response.body)
             self.chunk(b"")
@@ -2345,7 +2226,7 @@ class PlainEdge(ThreadingHTTPServer):
 # The idea: which parts there are and who knows whom is said here and nowhere else. Another
 #   edge, another place for the objects, other slices: only this changes.
 # It promises: importing this file builds nothing.
-# Who uses it: whoever starts a server. Part Three has three further roots.
+# Who uses it: whoever starts a server. [3] has four further roots.
 
 ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/svg+xml",
           "/style.css": "text/css; charset=utf-8"}
@@ -2374,8 +2255,8 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
 def prepare(data, file, key_file):
     """Make the folders and the key. Return the keys, and True if there was nothing yet.
 
-    Raises Unusable if the Directory was lost: a new one would open its workspaces to
-    whoever names one.
+    Raise Unusable if the Directory was lost: a new one would open its workspaces to whoever
+    names one.
     """
     (data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh = not file.exists()
@@ -2389,7 +2270,7 @@ def prepare(data, file, key_file):
 
 
 def only_read(request):
-    """Raises Refused(405)."""
+    """Raise Refused(405) for a command."""
     if request.method not in SAFE:
         raise Refused(405, "This address takes GET, HEAD.", (("allow", "GET, HEAD"),))
 
@@ -2410,7 +2291,7 @@ def asset(request, env):
     return Response(200, body, ASSETS[request.path], headers)
 
 
-DOORS = {"/workspaces": found_with_file, "/healthz": healthz,
+DOORS = {"/workspaces": create_workspace_with_file, "/healthz": healthz,
          **dict.fromkeys(ASSETS, asset)}
 
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
@@ -2460,9 +2341,9 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
-          "orion: plain: Part One alone, for reading and for small trusted networks. Each\n"
-          "orion: connection and each open page takes a thread: a seventh of the pages a second,\n"
-          "orion: 26 times the memory for a page that is open; no limits, and no passwords",
+          "orion: plain: Part One alone, for reading and for small trusted networks. It has\n"
+          "orion: a thread for each connection and each open page: a seventh of the pages a\n"
+          "orion: second, 26 times the memory for an open page, no limits, no passwords",
           flush=True)
     stop.get()
     server.shutdown()
@@ -2483,10 +2364,215 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
         sys.exit(f"orion: {error}")
 
 
+# ==== 16. Tables ==========================================================================
+# The idea: a table belongs to the slice whose migration made it. SQLite itself is asked
+#   about each statement, and refuses what reaches into the tables of another slice.
+# It promises: each migration runs once in each file. A region only reads; a command reads
+#   and writes rows; only a migration makes tables.
+# Who uses it: objects (section 7) when they open their files; slices, for each statement.
+
+class MigrationError(Exception):
+    """File and slices do not fit together. The text names slice, entry and table."""
+
+
+class OwnedStore(Store):
+    """A store that knows which slice owns which table."""
+
+    def __init__(self, path: pathlib.Path, create: bool = False):
+        super().__init__(path, create)
+        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
+        self.judge = Judge(self.owners)
+        self.db.set_authorizer(self.judge)
+
+    def migrate(self, slice: str, entries: Sequence[str]) -> None:
+        """Run those entries, each one statement, that did not run here yet: all or none.
+
+        Entries are only ever appended. Raises MigrationError.
+        """
+        self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, "
+                  "digest TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
+        ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
+        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
+        for row, digest in zip(ran, digests + [""] * len(ran)):
+            check_history(slice, row, digest)
+        if len(ran) < len(entries):
+            with self.tx():
+                for number in range(len(ran), len(entries)):
+                    tables = self.apply(slice, number + 1, entries[number])
+                    row = slice, number + 1, digests[number], " ".join(tables)
+                    self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
+            self.learn_owners()
+
+    def apply(self, slice, number, sql):
+        """Run one entry. Return the tables that it made: they are the slice's own now."""
+        before = self.tables()
+        self.learn_owners()
+        try:
+            with self.judge.watching(slice, MIGRATE):
+                self.exec(sql)
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            why = self.judge.objection or error
+            raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
+        made = self.tables() - before
+        if re.search(r"\s", "".join(made)):
+            raise MigrationError(f"slice {slice!r}, entry {number}: no space is allowed in "
+                                 "the name of a table")
+        self.owners.update((table.lower(), slice) for table in made)
+        return made
+
+    def learn_owners(self):
+        """Tables that no slice has made are the server's own: _migrations, for one."""
+        self.owners.clear()
+        self.owners.update((table.lower(), "orion") for table in self.tables())
+        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
+        for row in self.query("SELECT slice, tables FROM _migrations"):
+            for table in row["tables"].lower().split():
+                if not table.startswith("sqlite_"):
+                    self.owners[table] = row["slice"]
+
+    def tables(self) -> set:
+        names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
+        return {row["name"] for row in names}
+
+
+def check_history(slice, row, digest):
+    """Raise MigrationError if an entry that ran here is not the present one."""
+    if row["digest"] == digest:
+        return
+    why = "is unknown; a newer version wrote it"
+    if digest:
+        why = "was edited since; append an entry instead"
+    raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
+
+
+# -- what a statement of a slice may do
+
+READ, WRITE, MIGRATE = "read", "write", "migrate"
+WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_RECURSIVE, *WRITES}
+TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
+                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
+NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
+                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
+                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
+
+
+class Judge:
+    """SQLite calls it, while it compiles a statement, for each thing that this would do.
+
+    (See sqlite.org/c3ref/set_authorizer.html.) It guards against mistakes, such as a query
+    that reaches into the tables of another slice. It does not guard against a hostile
+    slice: slices are Python, and can do whatever this process can.
+    """
+
+    def __init__(self, owners: Dict[str, str]):
+        self.owners = owners
+        self.slice = ""                                  # whose statement; "": the server's
+        self.may = ""                                    # READ, WRITE or MIGRATE
+        self.objection = ""                              # why SQLite was told no
+
+    @contextlib.contextmanager
+    def watching(self, slice: str, may: str):
+        self.slice = slice
+        self.may = may
+        self.objection = ""
+        try:
+            yield
+        finally:
+            self.slice = ""
+
+    def __call__(self, action, first, second, *_):
+        if not self.slice:
+            return sqlite3.SQLITE_OK
+        table = second if action in TABLE_IS_SECOND else first
+        objection = self.object_to(action, table or "")
+        if not objection:
+            return sqlite3.SQLITE_OK
+        self.objection = self.objection or objection
+        return sqlite3.SQLITE_DENY
+
+    def object_to(self, action, table):
+        """Return why not, or ""."""
+        migrates = self.may == MIGRATE
+        if not migrates and action not in ROWS:
+            return "does more than read and write rows, which is for migrations"
+        if self.may == READ and action in WRITES:
+            return "writes, which only a command or a job may"
+        if migrates and action in NO_SLICE_MAY:
+            return ("uses PRAGMA, ATTACH, TEMP or a transaction, as virtual tables do too; "
+                    "no slice may")
+        if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
+            return ""
+        owner = self.owners.get(table.lower(), self.slice)
+        if owner != self.slice:
+            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
+        return ""
+
+
+class Tables:
+    """A store as one slice sees it, while it answers one request.
+
+    The comment makes the slice's name a part of the statement. So Python's cache of
+    compiled statements cannot reuse one slice's statement, which SQLite has judged, for
+    another. Each statement is judged once, when it is compiled.
+    """
+
+    def __init__(self, store: Store, slice: str, may: str):
+        self.store = store
+        self.slice = slice
+        self.may = may
+        self.mark = f" /* {slice} may {may} */"
+        self.thread = threading.get_ident()              # 0: the request is over
+
+    def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
+        return self.run(sql, args)
+
+    def one(self, sql: str, *args: Any) -> Optional[sqlite3.Row]:
+        """Return the first row, or None."""
+        rows = self.run(sql, args)
+        return rows[0] if rows else None
+
+    def exec(self, sql: str, *args: Any) -> int:
+        """Return the number of rows that changed."""
+        self.run(sql, args)
+        return self.store.cursor.rowcount
+
+    @contextlib.contextmanager
+    def tx(self):
+        """A part of the command that can fail alone."""
+        self.check_thread()
+        with self.store.tx():
+            yield
+
+    def run(self, sql, args):
+        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
+        self.check_thread()
+        judge = self.store.judge
+        judge.slice, judge.may, judge.objection = self.slice, self.may, ""
+        try:
+            return self.store.run(sql + self.mark, args)
+        except sqlite3.Error as error:
+            if not judge.objection:
+                raise
+            why = f"slice {self.slice!r} {judge.objection}: {sql}"
+            raise PermissionError(why) from error
+        finally:
+            judge.slice = ""
+
+    def check_thread(self):
+        """Raise RuntimeError if the request has ended, or in another thread."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError("this store was for a request that has ended, or for "
+                               "another thread; to write later, use a job or a new request")
+
+
 # #### Part Two: the edge ################################################################
 #
-#     16 Files      17 Commits     18 Pieces      19 Reader      20 Answers     21 Kept
-#     22 Threads    23 Sockets     24 Broker      25 Loop edge
+#     17 Files      18 Commits     19 Pieces      20 Reader      21 Answers     22 Kept
+#     23 Threads    24 Sockets     25 Broker      26 Loop edge
 #
 # In Part One the object holds its streams: a thread for each of them, and an object that
 # can't sleep while somebody looks at it. This part is the broker that replaces only where
@@ -2522,7 +2608,7 @@ except ImportError:                                      # Windows: neither is t
 CRASH = (Exception, SystemExit)                          # what a slice's code may raise
 
 
-# ==== 16. Files ===========================================================================
+# ==== 17. Files ===========================================================================
 # The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
 #   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says
 #   which file, what, and what to do.
@@ -2598,13 +2684,13 @@ REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM s
                 AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
 
 
-class GuardedStore(Store):
+class GuardedStore(OwnedStore):
     """A store that notices what happens to its file.
 
     Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index
     of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
     """
-    SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
+    SETUP = f"PRAGMA page_size=1024; {OwnedStore.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 16
 
     def __init__(self, path: pathlib.Path, create: bool = False):
@@ -2692,10 +2778,10 @@ class GuardedObject(DurableObject):
         super().on_open()
         self.bus.listeners.append(functools.partial(self.namespace.told, self.id))
 
-    def fetch(self, request):
-        """Raises StorageFault. Raises Torn, if nothing was done: the stub asks again."""
+    def answer(self, request):
+        """Raise StorageFault; or Torn, if nothing was done: then the stub asks again."""
         try:
-            return super().fetch(request)
+            return super().answer(request)
         except (sqlite3.Error, MigrationError) as error:
             if not StorageFault.is_behind(error):
                 raise
@@ -2720,7 +2806,7 @@ class GuardedObject(DurableObject):
 
 class GuardedStub(Stub):
     def fetch(self, request):
-        return self.enter(lambda one: one.fetch(request), request)
+        return self.enter(lambda one: one.answer(request), request)
 
     def enter(self, ask: Callable[[Any], Any], request: Request,
               seconds: float = -1) -> Any:
@@ -2740,11 +2826,11 @@ class GuardedStub(Stub):
 
     def fetch_within(self, seconds: float, request: Request) -> Response:
         """As fetch. Raises Busy if the object has no turn for us in so many seconds."""
-        return self.enter(lambda one: one.fetch(request), request, seconds)
+        return self.enter(lambda one: one.answer(request), request, seconds)
 
     def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
         """See GroupCommit."""
-        return self.enter(lambda one: one.fetch_all(requests), requests[0])
+        return self.enter(lambda one: one.answer_all(requests), requests[0])
 
 
 class Busy(Refused):
@@ -2760,7 +2846,7 @@ class GuardedNamespace(Namespace):
         super().__init__(*args)
         self.most = most
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
-        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
+        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 22
         self.fetches = 0
         self.served = collections.Counter()              # by id, without our own questions
 
@@ -2815,13 +2901,13 @@ class GuardedNamespace(Namespace):
         return ((path.stem, path) for path in self.folder.glob("*.db"))
 
 
-# ==== 17. Commits =========================================================================
+# ==== 18. Commits =========================================================================
 # The idea: to make a file durable takes longer than most commands. So commands that wait
 #   for the same object anyway are run one after the other in one transaction, each in a
 #   savepoint, and are made durable together.
 # It promises: none of them is answered before its commit is on the disk. Each can fail
 #   alone. If the commit fails, all that were in it hear so.
-# Who uses it: the loop edge (section 25), for what waited in the lane of an object.
+# Who uses it: the loop edge (section 26), for what waited in the lane of an object.
 
 def outcome(call, *args):
     """Return what the call returned, or the exception that it raised."""
@@ -2844,21 +2930,21 @@ class GroupCommit(GuardedObject):
             if self.store.db.total_changes != before:
                 self.namespace.changed(self.id)
 
-    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
+    def answer_all(self, requests: Sequence[Request]) -> List[Any]:
         """Answer requests that came together. The caller holds the turn.
 
         Return an outcome for each: a Response, or the exception that it raised. There may
         be fewer outcomes than requests, but at least one: ask again for the others.
         """
         if len(requests) == 1 or all([request.method in SAFE for request in requests]):
-            return [outcome(self.fetch, request) for request in requests]
+            return [outcome(self.answer, request) for request in requests]
         outcomes: List[Any] = []
         try:
             self.used = time.monotonic()
             if self.store is None:
                 self.open()
             with self.store.tx():
-                self.fetch_each(requests, outcomes)
+                self.answer_each(requests, outcomes)
             return outcomes
         except Torn:
             raise
@@ -2869,11 +2955,11 @@ class GroupCommit(GuardedObject):
                 return [fault] * len(requests)
             return [one if failed(one) else fault for one in outcomes]
 
-    def fetch_each(self, requests, outcomes):
+    def answer_each(self, requests, outcomes):
         """Raises the error with which SQLite gave up all of the transaction."""
         until = time.monotonic() + self.BATCH_SECONDS
         for request in requests:
-            outcomes.append(outcome(self.fetch, request))
+            outcomes.append(outcome(self.answer, request))
             if not self.store.db.in_transaction:
                 last = outcomes[-1]
                 lost = sqlite3.OperationalError("a command lost the transaction")
@@ -2889,12 +2975,12 @@ def failed(one):
     return isinstance(one, BaseException) or one.status >= 400
 
 
-# ==== 18. Pieces ==========================================================================
+# ==== 19. Pieces ==========================================================================
 # The idea: a rendering is kept as the very bytes that all its watchers get, plain and
 #   compressed. Each piece is compressed by itself, so that one serves all streams.
 # It promises: a stream needs no compressor of its own. Its etag is made of the content, so
 #   it means the same after a restart and in another process.
-# Who uses it: the broker (section 24).
+# Who uses it: the broker (section 25).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
 LAST_CHUNK = b"0\r\n\r\n"
@@ -2992,11 +3078,11 @@ class Broadcast(GroupCommit, SliceHost):
         return template("xray.watchers")(since=since)
 
 
-# ==== 19. Reader ==========================================================================
+# ==== 20. Reader ==========================================================================
 # The idea: there is one way to read a request. What could be read in two ways is refused and
 #   the connection ends, for whoever stands in front of us might have read it the other way.
 # It promises: each byte of a head is looked at once, however slowly it comes.
-# Who uses it: connections (section 25).
+# Who uses it: connections (section 26).
 
 LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT = 16_384, 32_768, 64     # bytes; of fields, their number
 FRAMING_LIMIT = 4_096                                # bytes around the chunks of a body
@@ -3177,10 +3263,10 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
     return plain_path(path), query
 
 
-# ==== 20. Answers =========================================================================
+# ==== 21. Answers =========================================================================
 # The idea: how a Response leaves: head and body in one piece, in one send.
 # It promises: what does not change from one answer to the next is put together once.
-# Who uses it: connections (section 25).
+# Who uses it: connections (section 26).
 
 MARK = "(nonce)"                                         # where a head has the page's nonce
 COMPRESSED = ("text/html", "text/css", "text/javascript")
@@ -3237,7 +3323,7 @@ def first_frame(request, piece, zipped):
     return chunk(GZIP_HEAD) + piece.zipped if zipped else piece.plain
 
 
-# ==== 21. Kept ============================================================================
+# ==== 22. Kept ============================================================================
 # The idea: a page that was answered before is the same page until one of the two planes was
 #   written to. Each plane has a number that says so. The Directory's file has one that also
 #   moves when another process writes (PRAGMA data_version, seen from a connection of our
@@ -3249,7 +3335,7 @@ def first_frame(request, piece, zipped):
 class Asked(NamedTuple):
     """A request on its way: from the socket, and what is known of it so far."""
     connection: Any
-    reading: Any                                         # as it was framed: section 19
+    reading: Any                                         # as it was framed: section 20
     request: Request
     policy: Any = None                                   # the Directory's number
     version: int = 0                                     # the object's
@@ -3264,6 +3350,15 @@ class Asked(NamedTuple):
         return request.path, request.query, cookie, request.scheme
 
 
+class Answer(NamedTuple):
+    """response: None, as long as it was asked for only once."""
+    policy: Any
+    version: int
+    stub: GuardedStub
+    until: float                                         # by time.monotonic()
+    response: Optional[Response]
+
+
 class Kept:
     """Answers, by what was asked. One is kept when it is asked for a second time."""
     MOST = 32 * 2 ** 20                                  # bytes of all
@@ -3275,7 +3370,7 @@ class Kept:
         self.path = directory.namespace.path(directory.id)
         self.db: Optional[sqlite3.Connection] = None
         self.opened = -1                                 # when: by the Directory's version
-        self.answers: Dict[Any, Tuple[Asked, float, Optional[Response]]] = {}
+        self.answers: Dict[Any, Answer] = {}
         self.size = 0
 
     def policy(self) -> Any:
@@ -3304,29 +3399,30 @@ class Kept:
         self.size = 0
 
     def find(self, asked: Asked) -> Optional[Response]:
-        before, until, response = self.answers.get(asked.key, (None, 0.0, None))
-        if response is None or until < time.monotonic() or before.policy != asked.policy:
+        known = self.answers.get(asked.key)
+        if known is None or known.response is None or known.until < time.monotonic():
             return None
-        namespace = before.stub.namespace
-        if namespace.versions[before.stub.id] != before.version:
+        namespace = known.stub.namespace
+        version = namespace.versions[known.stub.id]
+        if (known.policy, known.version) != (asked.policy, version):
             return None
-        namespace.touch(before.stub.id)
-        return response
+        namespace.touch(known.stub.id)
+        return known.response
 
     def keep(self, asked: Asked, response: Response) -> None:
         """asked has both numbers as they were before the response was made."""
-        before, _, _ = self.answers.get(asked.key, (None, 0.0, None))
-        again = before is not None and (before.policy, before.version) == (asked.policy,
-                                                                          asked.version)
         if len(response.body) > self.LARGE or asked.policy is None:
             return
-        if self.size > self.MOST or len(self.answers) > 50_000:
+        if self.size > self.MOST:
             self.answers.clear()
             self.size = 0
+        known = self.answers.get(asked.key)
+        again = known is not None and (known.policy, known.version) == (asked.policy,
+                                                                        asked.version)
         until = time.monotonic() + self.SECONDS
-        self.size += len(response.body) if again else 200
-        asked = asked._replace(connection=None, reading=None, forwarded=None)
-        self.answers[asked.key] = asked, until, response if again else None
+        self.size += 500 + (len(response.body) if again else 0)
+        self.answers[asked.key] = Answer(asked.policy, asked.version, asked.stub, until,
+                                         response if again else None)
 
 
 def renewed(response: Response) -> Response:
@@ -3336,7 +3432,7 @@ def renewed(response: Response) -> Response:
     return response._replace(body=body, nonce=nonce)
 
 
-# ==== 22. Threads =========================================================================
+# ==== 23. Threads =========================================================================
 # The idea: a few threads do the work, one loop holds all sockets. What concerns the same
 #   object stands in a lane. One thread at a time works a lane off, all that came at once.
 # It promises: a lane keeps its order, and lets the others have their turn in between. A job
@@ -3461,7 +3557,7 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
         log_error(getattr(call, "__qualname__", str(call)), error)
 
 
-# ==== 23. Sockets =========================================================================
+# ==== 24. Sockets =========================================================================
 # The idea: a socket that waits costs a place in the loop's selector, and no thread.
 # It promises: a reader that is slow delays nobody. It gets the latest frame when it can
 #   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
@@ -3629,7 +3725,7 @@ class Stream(Held):
         super().close()
 
 
-# ==== 24. Broker ==========================================================================
+# ==== 25. Broker ==========================================================================
 # The idea: streams that must show the same share a channel. When its topic is published,
 #   the object is asked once, and the same bytes go to every socket. The object may sleep.
 # It promises: after a publish each stream gets the latest; those between may be left out.
@@ -3894,7 +3990,7 @@ def last_frame(response: Response) -> bytes:
     return goodbye(response.status) if response.status in (401, 403) else b""
 
 
-# ==== 25. Loop edge =======================================================================
+# ==== 26. Loop edge =======================================================================
 # The idea: one loop reads and writes all sockets. What was kept leaves at once; all else is
 #   answered by the pool.
 # How a request goes: the worker runs as it is, in an Env whose last step, forward, is noted
@@ -4415,14 +4511,14 @@ class LoopEdge(ThreadingHTTPServer):
 
 # #### Part Three: running it ############################################################
 #
-#     26 Settings       27 Trace       28 Jobs        29 Slices, checked   30 Workspaces
-#     31 Passwords      32 Accounts    33 Verdicts    34 Console           35 Snapshots
-#     36 Planes         37 Figures     38 Server      39 Roots             40 Administration
-#     41 Command line
+#     27 Settings       28 Trace       29 Jobs        30 Slices, checked   31 Workspaces
+#     32 Passwords      33 Accounts    34 Verdicts    35 Console           36 Snapshots
+#     37 Planes         38 Figures     39 Server      40 Roots             41 Administration
+#     42 Command line
 #
 # What makes a product of it: passwords, a console, jobs, snapshots, figures, other roots,
 # commands for operators. It attaches to the parts before it by subclasses, by further routes
-# of the Directory and by doors, which the roots in section 39 choose.
+# of the Directory and by doors, which the roots in section 40 choose.
 
 import bisect
 import ctypes
@@ -4433,7 +4529,7 @@ import tempfile
 import types
 
 
-# ==== 26. Settings ========================================================================
+# ==== 27. Settings ========================================================================
 # All that can be set, by a flag or an ORION_* variable, in one place that never changes while the server runs.
 
 class Settings(NamedTuple):
@@ -4474,7 +4570,7 @@ class Settings(NamedTuple):
         return self.data / "workspaces"
 
 
-# ==== 27. Trace ===========================================================================
+# ==== 28. Trace ===========================================================================
 # What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
 # taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
 # What goes wrong stands in the log, whoever watches.
@@ -4669,7 +4765,7 @@ class TracedNamespace(GuardedNamespace):
             return id
 
 
-# ==== 28. Jobs ============================================================================
+# ==== 29. Jobs ============================================================================
 # Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled
 # back; it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due
 # when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
@@ -4897,7 +4993,7 @@ def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
     return Guest(**vars(viewer), operator=operator, read_only=bool(read_only)) if operator else viewer
 
 
-# ==== 29. Slices, checked ==================================================================
+# ==== 30. Slices, checked =================================================================
 # What a slice can't mean is told when the server starts, with the reason. And what Datastar can besides.
 
 
@@ -4977,7 +5073,7 @@ def heeded(params: Dict[str, str], **valid: str) -> str:
     return urllib.parse.urlencode(given)
 
 
-# ==== 30. Workspaces ======================================================================
+# ==== 31. Workspaces ======================================================================
 # A workspace of the full server has a quota, which SQLite itself enforces, and tells the developer of a slice what
 # no page will show.
 
@@ -5010,7 +5106,7 @@ class FullWorkspace(FullHost, Workspace):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open page will show it")
 
 
-# ==== 31. Passwords =======================================================================
+# ==== 32. Passwords =======================================================================
 # A password is hashed so that each guess costs 0.1 s and 32 MiB. That takes place outside of any object's turn, for
 # in the Directory's every gate would wait; and guesses are counted.
 
@@ -5132,7 +5228,7 @@ def login(ctx: Context) -> Response:
     return open_session(ctx, account)
 
 
-# ==== 32. Accounts ========================================================================
+# ==== 33. Accounts ========================================================================
 # Further pages of the Directory: one's own sessions and password; and an operator's look on in somebody's name.
 
 MASQUERADE_SECONDS = 15 * 60
@@ -5223,7 +5319,7 @@ def together(name: str, *slices: Slice) -> Slice:
     return Slice(name, tuple(migrations), tuple(live), tuple(routes))
 
 
-# ==== 33. Verdicts ========================================================================
+# ==== 34. Verdicts ========================================================================
 # The Directory of the full server: its gate knows of moves, quotas, nodes and masks; it gives a verdict again while
 # nobody wrote to its file; and it answers what the server's other parts ask.
 
@@ -5398,9 +5494,9 @@ class FullDirectory(FullHost, Directory):
     def is_operator(self, account: str) -> bool:
         return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
 
-    def signed_in(self, which, args):
+    def accounts_of(self, where, args):
         """And in whose names they look on."""
-        those = f"FROM sessions WHERE {which}"
+        those = f"FROM sessions WHERE {where}"
         return self.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
                                 f"WHERE digest IN (SELECT digest {those})", *args, *args)
 
@@ -5439,7 +5535,7 @@ class FullDirectory(FullHost, Directory):
     def gate(self, request: Request, workspace: str) -> Response:
         """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte. A 200 is given
         again while nobody wrote to the file, in this process or another; SQLite's own count of that is asked."""
-        as_of = *self.store.version(), self.keys
+        as_of = *self.store.state(), self.keys
         if as_of != self.as_of or len(self.admitted) > 1024:
             self.as_of, self.admitted = as_of, {}
         key = request.headers.get("x-session"), workspace
@@ -5525,7 +5621,7 @@ class Single(FullDirectory):
         self.store.exec(f"PRAGMA max_page_count = {pages}")
 
 
-# ==== 34. Console =========================================================================
+# ==== 35. Console =========================================================================
 # The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
 # asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
@@ -5734,7 +5830,7 @@ def clock(at: float, digits: int = 0) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.9f}"[1:digits + 2] if digits else "")
 
 
-# ==== 35. Snapshots =======================================================================
+# ==== 36. Snapshots =======================================================================
 # Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
 # when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
 
@@ -5893,7 +5989,7 @@ def snapshot_again(settings: Settings) -> None:
         shutil.rmtree(old)
 
 
-# ==== 36. Planes ==========================================================================
+# ==== 37. Planes ==========================================================================
 # One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate,
 # and brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a
 # node believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
@@ -6006,7 +6102,8 @@ class RemoteNamespace(TracedNamespace):
 def directory_front(request: Request, env: Env) -> Response:
     """The worker of a directory alone. A workspace that somebody founded is there when its node has made the file."""
     if re.match("/_(version|whoami|gate/.*)$", request.path) and is_errand(request, env.settings):
-        return env.directory.fetch(request._replace(scheme=request.headers["x-forwarded-proto"]))
+        scheme = request.headers["x-forwarded-proto"]
+        return env.directory.fetch(stripped(request)._replace(scheme=scheme))
     response = worker(request, env)
     if request.method == "POST" and request.path == "/workspaces" and type(response) is Response and response.which:
         open_on_node(env.settings, response.which)
@@ -6173,7 +6270,7 @@ def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] =
         store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
 
 
-# ==== 37. Figures =========================================================================
+# ==== 38. Figures =========================================================================
 # What a server did, for whoever runs it: a line in the access log for each answer, and numbers for Prometheus.
 
 def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
@@ -6236,7 +6333,7 @@ class Figures:
         self.scribe.close(0.5)
 
 
-# ==== 38. Server ==========================================================================
+# ==== 39. Server ==========================================================================
 # The loop edge with everything around it: figures, console, jobs, snapshots, other processes.
 
 LOOK_SECONDS = 0.2                                   # for which the server's own questions wait for a busy workspace
@@ -6406,7 +6503,7 @@ class Edge(LoopEdge):
         self.figures.close()
 
 
-# ==== 39. Roots ===========================================================================
+# ==== 40. Roots ===========================================================================
 # Four composition roots: two planes in one process, one file for both, and each plane alone.
 
 def two_planes(settings: Settings) -> FullEnv:
@@ -6559,7 +6656,7 @@ def awake_by_default() -> int:
     return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
 
 
-# ==== 40. Administration ==================================================================
+# ==== 41. Administration ==================================================================
 # What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
 # server looks each second whether another one wrote to the Directory.
 
@@ -7079,7 +7176,7 @@ def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
           "nodes, copy secret.key to them before that")
 
 
-# ==== 41. Command line ====================================================================
+# ==== 42. Command line ====================================================================
 # Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
 
 def typed(pattern: Any, hint: str, read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:

@@ -729,7 +729,7 @@ def on_disk(one):
 def fetch_all(one, *requests):
     """As the edge asks for what came together."""
     with one.turn:
-        return one.fetch_all([orion.Request("POST", *request) for request in requests])
+        return one.answer_all([orion.Request("POST", *request) for request in requests])
 
 
 def test_commands_that_come_together_share_a_commit_and_the_failing_ones_leave_nothing(counter):
@@ -740,7 +740,7 @@ def test_commands_that_come_together_share_a_commit_and_the_failing_ones_leave_n
 
 
 def test_a_command_alone_is_durable_when_it_is_answered(counter):
-    counter.fetch(orion.Request("POST", "/1"))
+    counter.answer(orion.Request("POST", "/1"))
     assert on_disk(counter) == 1
 
 
@@ -749,7 +749,7 @@ def test_a_command_alone_is_one_transaction_with_no_savepoint_in_it(counter, que
     said = []
     counter.store.db.set_trace_callback(said.append)
     with pytest.raises(orion.Refused) if query else contextlib.nullcontext():
-        counter.fetch(orion.Request("POST", "/1", query))
+        counter.answer(orion.Request("POST", "/1", query))
     assert (said[0], said[-1]) == ("BEGIN IMMEDIATE", last) and not [sql for sql in said if "SAVEPOINT" in sql]
     assert on_disk(counter) == rows and not counter.store.db.in_transaction
 
@@ -4457,7 +4457,7 @@ def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(
 
 
 def kept_pages(server):
-    return [response for _, _, response in server.edge.kept.answers.values() if response]
+    return [answer.response for answer in server.edge.kept.answers.values() if answer.response]
 
 
 @cases("large, kept", [(2 ** 18, 1), (1000, 0)])
