@@ -19,7 +19,7 @@ the way of one click, from the browser to the row and back to every screen:
                                                                       |
                                                                       | 4. write, publish,
                                                                       v    commit
-    every browser <---- 5. the list, read again, rendered once for each role ---- edge
+    every browser <---- edge <---- 5. the list, read again, rendered once for each role
 
 Step 5 is the whole idea of "live". A publish carries no data. It says only "read the store
 again"; it waits for the commit, and a rollback discards it. What is sent then is the
@@ -37,17 +37,19 @@ The pages talk to the server through Datastar, a small script in the browser:
     retry: 'always'                     When a stream ends, ask for it again, forever.
     <div id="live" ...>                 The element that asks; without it nobody asks again.
 
-The words, each with one meaning from here to the last line:
+The words. Where one has a second meaning, it is said here:
 
     workspace   a team with its rows: "acme"
     account     somebody who can sign in: "carol"
     grant       a permission: "todos:delete". A role is a name for a set of grants.
-    viewer      an account inside a workspace, with its role and grants
+    viewer      an account inside a workspace, with its role and grants. One of the roles
+                is also called "viewer": those who may only read.
+    owner       a role; in section 16 alone, the slice whose migration made a table
     verdict     the answer of the Directory's gate: 200 and the viewer, or 401, or 403
     edge        the part that knows sockets
     object      one SQLite file and one lock: a Workspace, or the Directory. Others hold
                 only a stub, its address.
-    turn        the lock of an object: who has it is served, one after the other
+    turn        the lock of an object. One thread at a time holds it; the others wait.
     door        a function that answers one path outside of the workspaces: "/healthz"
     slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
@@ -55,13 +57,14 @@ The words, each with one meaning from here to the last line:
     topic       what a command publishes and a region listens to: "todos"
     stream      an answer that stays open and carries a region again after each change; each
                 time it is called a frame
-    rendering   a region at one state of the store, made once for a whole role
+    rendering   a region at one state of the store, made once for all viewers who have the
+                same role and ask with the same parameters
 
 The file has three parts; its markup, style and script are in the folder templates/. Part
-One is the architecture, complete and running by itself. Part Two replaces the place where
-connections and streams are held, to serve thousands of them. Part Three is what a product
-needs around it. Whoever wants to know how it works reads Part One, and can stop at its last
-line. What stands there for the other parts only is marked: [2], [3].
+One is the architecture. It is complete: --plain runs it without the other two. Part Two
+replaces the place where connections and streams are held, to serve thousands of them. Part
+Three is what a product needs around it. To know how it works, read Part One, and stop at
+its last line. What stands there for the other parts only is marked: [2], [3].
 """
 from __future__ import annotations
 
@@ -119,10 +122,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 #     SliceHost.stream (8)        takes the rendering, which the first of them has made
 #     PlainHandler.hold (14)      sends it
 #
-# A name keeps its type, so that it is not repeated at each function: request is a Request,
-# viewer a Viewer (in a region: a Role), env an Env, ctx a Context, store a Store (in a
-# slice: its Tables). workspace, account and slice are names; a workspace's id has 64
-# hexadecimal digits. sql is a statement, args are its parameters.
+# A name has nearly always the same type, so it is not repeated at each function: request is
+# a Request, viewer a Viewer (in a region: a Role), env an Env, ctx a Context, store a Store
+# (in a slice: its Tables). workspace and account are names; slice is a name, too, except in
+# a loop over slices: there it is a Slice. A workspace's id has 64 hexadecimal digits. sql
+# is a statement, args are its parameters.
 
 
 # ==== 1. Requests =========================================================================
@@ -265,7 +269,7 @@ class Viewer(Role):
         return Role(self.role, self.grants, self.workspace, self.id)
 
     def permit(self, grant: str, method: str = "GET") -> None:
-        """Raise Refused(401) or Refused(403) if they may not. method: [3]."""
+        """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
         if grant == ACCOUNT and not self.account:
             raise Refused(401, "Sign in first.")
         if grant == MEMBER and not self.role:
@@ -274,7 +278,7 @@ class Viewer(Role):
             raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
                                "the workspace for it.")
 
-    # [3] An operator can look on in somebody's name. Then these two say more.
+    # [3] An operator can look on in somebody's name. Then the next two say so.
 
     @property
     def signature(self) -> str:
@@ -311,7 +315,7 @@ def local_path(path: str) -> str:
 
 # Headers that the parts of this server believe. Nobody outside may send them.
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-session", "x-counts", "x-file"}
+           "x-session", "x-file", "x-counts"}            # the last one: [3]
 
 
 def ask_the_gate(request, env):
@@ -418,7 +422,9 @@ def destination(request, verdict, env):
 # ==== 3. Markup ===========================================================================
 # The idea: text becomes markup in one place only. A template has holes; what goes into a
 #   hole is escaped unless it is Html, and only templates make Html.
-# It promises: markup that a user typed is text on every page. Nobody has to think of it.
+# It promises: markup that a user typed is text, between tags and in a quoted attribute. Two
+#   places are left to think of, and no user's text may fill a hole there: an attribute that
+#   is code (data-on:..., data-signals: Datastar runs it), and an address (href).
 # Who uses it: every region and every page.
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
@@ -501,8 +507,9 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
          footer: Any = "", status: int = 200) -> Response:
     """Return a whole page.
 
-    Its nonce is new each time. The browser runs only scripts that carry it (the policy in
-    section 14), so a script that somebody smuggled in does not run.
+    Its nonce is new each time. By the policy in section 14 the browser runs this server's
+    own script files, and of the scripts inside a page only those that carry the nonce. So a
+    script that somebody smuggled in does not run.
     """
     viewer = viewer or Viewer()
     nonce = secrets.token_hex(16)
@@ -639,7 +646,7 @@ class Store:
             call(*args)
 
     def begin(self):
-        """IMMEDIATE takes the write lock now; later, SQLite could refuse it at once."""
+        """IMMEDIATE takes the write lock now. Later, SQLite could refuse it at once."""
         self.run("BEGIN IMMEDIATE", ())
 
     @contextlib.contextmanager
@@ -668,7 +675,11 @@ class Store:
 # Who uses it: commands publish, streams wait.
 
 class Bus:
-    """The topics of one object. turn is the object's Condition: its notify is the bus."""
+    """The topics of one object.
+
+    turn is the object's lock, a threading.Condition. A thread that holds it can give it
+    back and wait (wait_for), until a later holder wakes all who wait (notify_all).
+    """
 
     def __init__(self, turn: threading.Condition, store: Store):
         self.turn = turn
@@ -872,6 +883,7 @@ class Namespace:
                 if store.one("SELECT 1 FROM journal"):
                     raise Refused(*TAKEN)
         self.path(draft).rename(place)
+        sync_folder(self.folder)
 
     def awake(self, id: str) -> DurableObject:
         """Return the object that stands for this id now. Build one if there is none.
@@ -909,6 +921,16 @@ class Namespace:
                     one.close()
 
 
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make the names in a folder durable, where it can be opened (POSIX)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class Watch(NamedTuple):
     """What a stream waits for: that a topic leaves the version that was shown."""
     stub: Stub
@@ -925,9 +947,10 @@ class Watch(NamedTuple):
 # ==== 8. Slices ===========================================================================
 # The idea: a feature is a value. It lists its tables, its live pages and its commands. Each
 #   live page and each command names the grant that it takes, so none can be forgotten.
-# It promises: what all slices need is done here, once, by their host. The grant is checked
-#   again; a write leaves a row in the journal, in the same transaction; a region is
-#   rendered once for each role and state of the store, however many people look.
+# It promises: what all slices need is done here, once, by their host. It checks the grant
+#   of the route: the gate says which grants somebody has, not which one a route takes. A
+#   write leaves a row in the journal, in the same transaction. A region is rendered once
+#   for each role and state of the store, however many people look.
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Route(NamedTuple):
@@ -1287,6 +1310,7 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
 
 TITLE_LIMIT = 500                                        # characters
 TODOS_A_PAGE = 200
+MOST_PAGES = 25
 SHOWN = {"": "", "open": "WHERE NOT done", "done": "WHERE done"}     # by the parameter show
 
 
@@ -1322,8 +1346,9 @@ def todos_region(ctx):
     rows = [todo_row(*todo, write, delete) for todo in shown]
     next_page = todos_query(show, most // TODOS_A_PAGE + 1)
     empty = "" if rows else template(f"todos.empty_{show or 'all'}")()
+    more = len(found) > most and most < MOST_PAGES * TODOS_A_PAGE
     return template("todos.region")(
-        row=Html().join(rows), empty=empty, more=len(found) > most, next=next_page,
+        row=Html().join(rows), empty=empty, more=more, next=next_page,
         last=shown[-1]["id"] if shown else "", **todo_counts(ctx.store))
 
 
@@ -1415,7 +1440,7 @@ todos = Slice(
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
                 "NULL, done INTEGER NOT NULL DEFAULT 0)",),
     live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page,
-               params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]"}),),
+               params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]"}),),    # 25
     routes=(Route("POST", "/todos", "todos:write", create),
             Route("PATCH", "/todos", "todos:write", change_all),
             Route("DELETE", "/todos", "todos:delete", clear),
@@ -1427,8 +1452,9 @@ todos = Slice(
 # ==== 10. Workspace =======================================================================
 # The idea: the data plane. One team's rows and nothing else: the connection is to this
 #   file, so there is no query that could reach another team.
-# It promises: the grant is checked again in front of each command, by SliceHost.run. The
-#   button on the page is a courtesy, the gate is the law, and this is the second lock.
+# It promises: SliceHost.run checks the grant of the route before any code of a slice runs.
+#   The gate decides who comes in, this check what they may do inside. That a page hides a
+#   button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
 class Workspace(SliceHost):
@@ -1475,8 +1501,8 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     if not path.exists():
         raise Unusable(f"{path} is missing; {lost}")
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        raise Unusable(f"{path} can be read by others; chmod 600 it, and think of keys "
-                       "rotate")
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
+                       "`keys rotate`")
     lines = path.read_bytes().split()
     if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
         raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
@@ -1522,7 +1548,8 @@ def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
 # The idea: the control plane: who exists, who is signed in, who belongs where and in which
 #   role. All policy is here and nowhere else.
 # It promises: the gate reads its tables each time, so a membership that ended a moment ago
-#   is over. A workspace of other people and none at all are refused in the same words.
+#   is over. It refuses a workspace of other people and one that does not exist in the same
+#   words. (To try to create one does tell that a name is taken.)
 # Who uses it: the worker, for each verdict, and for the pages outside of the workspaces.
 
 ROLES: Dict[str, Tuple[str, ...]] = {
@@ -1746,7 +1773,7 @@ def home(ctx):
     if not account:
         body = template("home.welcome")(demo=bool(personas), persona=personas)
         return page("Welcome", body)
-    counts = json.loads(ctx.request.headers.get("x-counts", "{}"))
+    counts = json.loads(ctx.request.headers.get("x-counts", "{}"))       # [3]
     mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
     shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
     body = template("home")(
@@ -1797,7 +1824,11 @@ def new_id(store, workspaces, name):
 
 
 def create_workspace_with_file(request, env):
-    """A door. Make the file before the Directory's turn, in which every gate would wait."""
+    """A door. Make the file of a workspace first, and only then ask the Directory.
+
+    To make a file takes long. While the Directory's turn is held, every other request would
+    wait for its verdict. The Directory then only renames the file.
+    """
     signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
     if request.method != "POST" or not signed_in:
         return env.directory.fetch(request)
@@ -1940,8 +1971,9 @@ directory = Slice(
 # ==== 14. Plain edge ======================================================================
 # The idea: the edge is the place that knows sockets. This one is the plainest there is: the
 #   standard library's server, with a thread for each connection. An open stream is a thread
-#   that waits on its object's Condition. So the object holds its streams, and stays awake
-#   while one is open; Part Two changes that.
+#   that waits on its object's Condition. Two things keep that object awake: Bus.waiting
+#   counts the thread, and the thread asks again every two seconds, which renews
+#   DurableObject.used. [2] holds the streams elsewhere, so that an object can sleep.
 # It promises: each request comes out with a response, whatever happened on its way. A
 #   stream is a question that is asked again, the whole way: before each frame, and at least
 #   every REGATE_SECONDS, the worker asks the gate whether this person may still look.
@@ -2160,7 +2192,10 @@ class PlainHandler(BaseHTTPRequestHandler):
             # Also when nothing is new, something is sent: so a closed tab is noticed.
             self.chunk(BEAT if response.body == shown else response.body)
             shown = response.body
-            response.watch.wait(REGATE_SECONDS)
+            try:
+                response.watch.wait(REGATE_SECONDS)
+            except Refused:                              # the server is stopping
+                return
             response = respond(request, self.server.env)
         self.last_word(response)
 
@@ -2223,8 +2258,9 @@ class PlainEdge(ThreadingHTTPServer):
 
 
 # ==== 15. Composition =====================================================================
-# The idea: which parts there are and who knows whom is said here and nowhere else. Another
-#   edge, another place for the objects, other slices: only this changes.
+# The idea: a composition root decides which objects, slices, doors and edge there are, and
+#   who knows whom. Another edge, another place for the objects, other slices: this changes
+#   and nothing else, but for ROLES (section 12), which says who has a slice's grants.
 # It promises: importing this file builds nothing.
 # Who uses it: whoever starts a server. [3] has four further roots.
 
@@ -2255,8 +2291,8 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
 def prepare(data, file, key_file):
     """Make the folders and the key. Return the keys, and True if there was nothing yet.
 
-    Raise Unusable if the Directory was lost: a new one would open its workspaces to whoever
-    names one.
+    Raise Unusable if the Directory was lost. A new one would know none of the workspaces,
+    and nobody could enter them.
     """
     (data / "workspaces").mkdir(parents=True, exist_ok=True)
     fresh = not file.exists()
@@ -2326,8 +2362,8 @@ def seed(env, workspaces, with_todos):
             env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
 
 
-def command_of(path, viewer, **signals):
-    headers = {"content-type": "application/json", "datastar-request": "true", **viewer}
+def command_of(path, trusted, **signals):
+    headers = {"content-type": "application/json", "datastar-request": "true", **trusted}
     return Request("POST", path, headers=headers, body=json.dumps(signals).encode())
 
 
@@ -2341,9 +2377,10 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
-          "orion: plain: Part One alone, for reading and for small trusted networks. It has\n"
-          "orion: a thread for each connection and each open page: a seventh of the pages a\n"
-          "orion: second, 26 times the memory for an open page, no limits, no passwords",
+          "orion: plain: Part One alone, for reading and for small trusted networks: a\n"
+          "orion: thread for each connection and each open page. Compared with the full\n"
+          "orion: server, a seventh of the pages a second, and 26 times the memory for an\n"
+          "orion: open page; no limits, and no passwords",
           flush=True)
     stop.get()
     server.shutdown()
@@ -2352,7 +2389,10 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def plain_main(argv: Optional[Sequence[str]] = None) -> None:
-    """The command line of this part, if it stands in a file of its own."""
+    """The command line of this part. Nothing calls it here.
+
+    To run Part One in a file of its own, end that file with: plain_main()
+    """
     parser = argparse.ArgumentParser(description="A live, multi-tenant web server.")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data"))
@@ -5850,12 +5890,7 @@ def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
     for tail in ("-wal", "-shm"):                    # of a database that was there: SQLite would add it to this one
         target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
     os.replace(part, target)
-    if fcntl:                                        # POSIX, where the name is durable when its folder is
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(target.parent)
 
 
 def stamp() -> str:
