@@ -3110,6 +3110,19 @@ def test_a_connection_that_says_nothing_is_closed(server, monkeypatch):
         assert link.recv(1) == b""
 
 
+def test_a_trailer_costs_no_more_than_its_length(server):
+    """Sixteen times as long, it takes some sixteen times as long to look at; with the square of it, it would be 256."""
+    def seconds(length):
+        line = b"a:" + b" " * length + b"\x00\r\n"
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            assert not orion.FIELD.fullmatch(line)
+            times.append(time.perf_counter() - started)
+        return min(times)
+    assert seconds(16_000) < 64 * seconds(1_000)
+
+
 # ==== 17. Answers ====================================================================================================
 
 def test_every_answer_has_the_security_headers(server):
