@@ -5499,7 +5499,10 @@ class FullDirectory(FullHost, Directory):
                 self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
                 self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
         try:
-            self.keys = load_keys(self.settings.key_file)
+            keys = load_keys(self.settings.key_file)
+            if keys != self.keys:
+                self.keys = keys
+                self.namespace.changed(self.id)      # what was answered to cookies of an older key is not kept
         except Unusable as lost:                     # those at hand hold until the server ends
             log_once(str(lost))
         self.elsewhere = self.store.one("PRAGMA data_version")[0]

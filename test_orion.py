@@ -1946,6 +1946,14 @@ def test_no_verdict_outlives_the_key_that_sealed_its_session(server):
         assert directory.gate(orion.Request("GET", "/_gate/acme", headers={"cookie": bob.cookie}), "acme").status == 401
 
 
+def test_no_page_that_was_kept_outlives_the_key_that_sealed_its_session(server):
+    bob = Person(server, "bob")
+    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
+    for _ in range(2):                               # the one before stays for one more rotation
+        orion.add_key(server.env.settings.key_file)
+    eventually(lambda: bob.get("/w/acme/todos").status == 401)
+
+
 def test_a_verdict_for_one_workspace_cookie_or_scheme_is_none_for_another(server):
     bob, carol = Person(server, "bob"), Person(server, "carol")
     assert bob.get("/_gate/acme").headers["x-role"] == "owner"
