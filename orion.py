@@ -3598,7 +3598,7 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
 #   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
 # Who uses it: the loop edge. All methods run in its loop, unless they say otherwise.
 
-READ, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Held:
@@ -4136,7 +4136,7 @@ class Connection(Held):
     def resume(self):
         """What was sent ahead has its turn when the others had theirs."""
         if not self.busy and self in self.edge.held:
-            self.listen(0 if self.ended else READ)
+            self.listen(0 if self.ended else READABLE)
             self.advance()
 
     # -- answering, in the loop or in the pool: while it is ANSWERING nobody else writes
@@ -4177,7 +4177,7 @@ class Connection(Held):
         if self.ended:
             self.close()
         else:
-            self.listen(READ)
+            self.listen(READABLE)
 
     def refuse(self, no):
         """One answer, and nothing behind it is read."""
@@ -4295,8 +4295,8 @@ class LoopEdge(ThreadingHTTPServer):
     # -- the loop
 
     def serve_forever(self, poll_interval=0.5):
-        self.selector.register(self.socket, READ, self.accept)
-        self.selector.register(self.woken, READ, lambda _: self.woken.recv(4096))
+        self.selector.register(self.socket, READABLE, self.accept)
+        self.selector.register(self.woken, READABLE, lambda _: self.woken.recv(4096))
         self.pool.defer()
         next_tick = 0.0
         while not (self.stopping and self.drained()):
@@ -4382,7 +4382,7 @@ class LoopEdge(ThreadingHTTPServer):
         self.pool.put(self.broker.look_elsewhere)
         self.begin_chores(now)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
-            self.selector.register(self.socket, READ, self.accept)
+            self.selector.register(self.socket, READABLE, self.accept)
 
     def begin_chores(self, now):
         """Each after its time, and never twice at a time. 0 seconds: never."""

@@ -9,6 +9,7 @@ import argparse
 import ast
 import base64
 import builtins
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -5788,6 +5789,17 @@ def test_part_one_uses_no_name_that_is_defined_only_behind_it():
         bound |= {(getattr(node, "name", "") or "").partition(".")[0]}
         bound |= {getattr(node, "arg", ""), getattr(node, "asname", "")}
     assert len(used) > 300 and used - bound - {*dir(builtins), "__file__"} == set()
+
+
+def test_no_name_is_given_twice():
+    """A later part that gave one again would change what an earlier one means by it."""
+    given = collections.Counter()
+    for node in ast.parse((HERE / "orion.py").read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            given[node.name] += 1
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            given.update([one.id for one in ast.walk(target) if isinstance(one, ast.Name)] if target else ())
+    assert [name for name, times in given.items() if times > 1] == []
 
 
 def test_part_one_alone_ends_quietly_however_often_it_is_told_to(tmp_path):
