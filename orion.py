@@ -1985,6 +1985,7 @@ directory = Slice(
 
 REGATE_SECONDS = 2.0
 BODY_LIMIT = 65_536                                      # bytes
+REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
         "sec-fetch-site", "expect", "cookie"}            # header fields that may come once
@@ -2113,7 +2114,10 @@ NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can 
 # -- a connection, in its own thread
 
 class PlainHandler(BaseHTTPRequestHandler):
-    """The standard library parses a request's head; this class makes a Request of it."""
+    """The standard library parses a request's head; this class makes a Request of it.
+
+    That parser takes a lone CR for the end of a line. A proxy may not: put none in front.
+    """
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1                                        # head and body leave together
@@ -2135,8 +2139,16 @@ class PlainHandler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
+    def handle_expect_100(self):
+        """Say at once that the body may come."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def request_of(self):
         """Raise Refused for what can be read in two ways, and for what is too large."""
+        if not REQUEST.fullmatch(self.requestline):
+            raise Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
         headers = self.header_fields()
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
@@ -2509,7 +2521,8 @@ class Judge:
 
     (See sqlite.org/c3ref/set_authorizer.html.) It guards against mistakes, such as a query
     that reaches into the tables of another slice. It does not guard against a hostile
-    slice: slices are Python, and can do whatever this process can.
+    slice: slices are Python, and can do whatever this process can. (And SQLite does not
+    tell of the columns that a join names by USING or NATURAL.)
     """
 
     def __init__(self, owners: Dict[str, str]):
@@ -2986,7 +2999,7 @@ class GroupCommit(GuardedObject):
             raise
         except CRASH as error:                           # nothing of it is on the disk
             self.forget_renderings()
-            fault = self.fault(error)
+            fault = error if isinstance(error, StorageFault) else self.fault(error)
             if not outcomes:
                 return [fault] * len(requests)
             return [one if failed(one) else fault for one in outcomes]
@@ -2999,7 +3012,7 @@ class GroupCommit(GuardedObject):
             if not self.store.db.in_transaction:
                 last = outcomes[-1]
                 lost = sqlite3.OperationalError("a command lost the transaction")
-                raise last if isinstance(last, sqlite3.Error) else lost
+                raise last if isinstance(last, (sqlite3.Error, StorageFault)) else lost
             if time.monotonic() > until:
                 return
 
@@ -3364,7 +3377,8 @@ def first_frame(request, piece, zipped):
 #   moves when another process writes (PRAGMA data_version, seen from a connection of our
 #   own); the commits of a workspace are counted by its namespace.
 # It promises: no page is older than the last commit that was answered before it was asked
-#   for. Both numbers are read before a page is made, so an error only costs a hit.
+#   for. Both numbers are read before a page is made, so an error only costs a hit. What
+#   another process writes into a workspace's file is seen after a minute at the latest.
 # Who uses it: the loop edge, for pages that the worker forwarded.
 
 class Asked(NamedTuple):
@@ -4456,7 +4470,8 @@ class LoopEdge(ThreadingHTTPServer):
                 response = self.refusal(asked.request, response)
             if asked.request.method not in SAFE and response.status < 400:
                 self.insiders.add(self.place_of(asked))
-            if response.nonce and response.status == 200 and asked.stub:
+            whose = asked.request.headers.get("cookie")
+            if whose and response.nonce and response.status == 200 and asked.stub:
                 self.kept.keep(asked, response)
             if response.watch and accepts_gzip(asked.request):
                 response.watch.piece.zipped              # made here, and not in the loop
@@ -4929,6 +4944,7 @@ class FullContext(Context):
 
         Raises LookupError if none does.
         """
+        self.store.check_thread()
         slice = self.host.router.exports.get(function)
         if slice is None:
             raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
@@ -5616,7 +5632,7 @@ def single_gate(request: Request, env: Env) -> Response:
     """Whose rows they are. Whether somebody may see them, the object itself asks."""
     root = env.directory.namespace.awake(env.directory.id)
     said = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id,
-            "x-session": root.identified(request).headers.get("x-session", "")}
+            "x-session": root.identified(stripped(request)).headers.get("x-session", "")}
     return Response(200, headers=tuple(said.items()))
 
 

@@ -4824,6 +4824,17 @@ def test_a_single_root_asks_no_gate_but_lets_nobody_else_in(single):
     assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
 
 
+def test_a_session_from_outside_signs_nobody_in_to_a_single_root(single):
+    """Not even who has a copy of the table."""
+    bob = Person(single, "bob")
+    digest = single.directory().store.one("SELECT digest FROM sessions")[0].hex()
+    assert bob.get("/w/acme/todos").status == 200
+    for stolen in (digest, "bob"):
+        assert [Person(single).get("/w/acme/todos", X_Session=stolen).status for _ in range(3)] == [401] * 3
+        assert Person(single).ask("POST", "/w/acme/todos", "{}", X_Session=stolen, Content_Type="application/json").status == 401
+    assert Person(single).get("/w/acme/todos").status == 401
+
+
 def test_an_end_of_access_ends_streams_of_a_single_root(single):
     bob, carol = Person(single, "bob"), Person(single, "carol", datastar=True)
     ear = Ear(carol, "/w/acme/todos/live")
@@ -6130,6 +6141,24 @@ def test_an_unsound_request_is_refused_and_does_nothing(serve, how):
 @on_plain
 def test_the_plain_edge_takes_no_body_in_chunks(serve):
     assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
+
+
+def test_who_waits_for_a_word_before_the_body_gets_it_at_once(serve):
+    server = serve()
+    bob = Person(server, "bob")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(f"POST /w/acme/todos HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nOrigin: {server.origin}\r\nCookie: {bob.cookie}\r\n"
+                     "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert link.recv(100).startswith(b"HTTP/1.1 100 Continue")
+        link.sendall(b"title=x")
+        assert link.recv(100).startswith(b"HTTP/1.1 303 ")
+
+
+@cases("line", [b"GET\x0b/healthz\x0cHTTP/1.1", b"GET /healthz\xa0HTTP/1.1", b"GET /healthz", b"GET /healthz HTTP/1.9"])
+def test_a_request_line_that_is_none_is_refused(serve, line):
+    server = serve()
+    got, closed = raw(server, line + f"\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+    assert b" 200 " not in got and b"ok" not in got and closed
 
 
 def test_somebody_who_sends_too_much_is_told_so(serve):
