@@ -4260,6 +4260,7 @@ class LoopEdge(ThreadingHTTPServer):
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
+    broker_kind = Broker                                 # [3] has one that it adds to
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
     EAGER_SECONDS = (0.0001,)                            # to stay awake, without a job
     EAGER_ON_ONE_CORE = (0.0001, 0.0005)                 # and with one
@@ -4281,7 +4282,7 @@ class LoopEdge(ThreadingHTTPServer):
         names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
         self.hosts = frozenset([name.lower() for name in names])
         self.kept = Kept(env.directory)
-        self.broker = Broker(self)
+        self.broker = self.broker_kind(self)
         self.pool = Pool(settings.threads)
         self.chores: Sequence[Tuple[Callable[[], None], float]] = (
             (self.broker.try_again, 5.0),)
@@ -6450,9 +6451,6 @@ class FullBroker(Broker):
         if id == Console.id:
             self.edge.env.trace.watch(more)
 
-    def ask(self, subscription):
-        return subscription.stub.fetch(subscription.again).watch.piece
-
     def look_elsewhere(self):
         with self.edge.env.trace.silence():
             super().look_elsewhere()
@@ -6467,13 +6465,11 @@ def is_loopback(address: str) -> bool:
 
 class Edge(LoopEdge):
     """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
+    broker_kind = FullBroker
 
     def __init__(self, env: FullEnv) -> None:
         self.figures = Figures(env.settings.log)
         super().__init__(env, env.settings)
-        self.broker = FullBroker(self)
-        for namespace in {env.workspaces.kind: env.workspaces, env.directory.namespace.kind: env.directory.namespace}.values():
-            namespace.listeners[-1:] = [self.broker.published]
         self.alarms = Alarms(env.workspaces, self.pool.put)
         snapshots = functools.partial(snapshot_again, self.settings), self.settings.backup_every       # 0: never
         self.chores = (give_back_memory, 5.0), (self.broker.try_again, 5.0), snapshots
