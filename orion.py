@@ -1162,9 +1162,8 @@ class SliceHost(DurableObject):
     # -- a request
 
     def handle(self, request: Request) -> Response:
-        if request.path in self.OWN:
-            return as_json(self.OWN[request.path](self, request))
-        return self.run(request, {})
+        own = getattr(self, f"own{request.path[1:]}", None)  # "/_account": own_account
+        return as_json(own(request)) if own else self.run(request, {})
 
     def run(self, request, typed):
         """Have the right slice answer. typed: see refuse."""
@@ -1218,9 +1217,6 @@ class SliceHost(DurableObject):
             return self.run(again, typed)._replace(status=422)
         except Refused:                                  # there is no page at this path
             raise refused from None
-
-    # Questions of the server itself, (host, request): the worker lets none in from outside.
-    OWN: Dict[str, Callable[[Any, Request], Any]] = {}
 
     # -- live pages
 
@@ -1588,20 +1584,23 @@ DIRECTORY_TABLES = (
     "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
     "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
     "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN operator TEXT REFERENCES accounts ON DELETE CASCADE",
+    "ALTER TABLE sessions ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX sessions_by ON sessions (operator)",
+    "DROP TABLE masquerades",
 )
 
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 NAMES_A_PAGE = 24                                        # on the home page
-SIGNED_IN = "SELECT account FROM sessions WHERE digest = ? AND expires > ?"
-# [3] A workspace that is on another machine, or on its way there, can't be entered here.
-MEMBERSHIP = """SELECT w.id, m.role FROM workspaces w JOIN memberships m
-                ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
-                AND NOT w.moving AND w.node = ''"""
+MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
+                ON m.workspace = w.id WHERE w.name = ? AND m.account = ?"""
 MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w
           ON w.id = m.workspace WHERE m.account = ? AND w.name > ?
           ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
+MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
+                  headers=(("retry-after", "30"),))      # [3]
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
 TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
@@ -1613,6 +1612,9 @@ class Directory(SliceHost):
 
     demo: everybody may sign in as a persona. limit: workspaces that one account may own.
     """
+    # [3] An operator can look on in somebody's name; not here, where no rule restrains it.
+    SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? AND expires > ? "
+                 "AND operator IS NULL")
 
     def __init__(self, id, namespace, router, pages, keys: Sequence[bytes],
                  workspaces: Namespace, demo: bool = False, limit: int = 20):
@@ -1639,18 +1641,21 @@ class Directory(SliceHost):
         return request._replace(headers=headers)
 
     def session(self, request) -> Optional[sqlite3.Row]:
-        """Return the account of a session that is valid; None if there is none."""
+        """Return the row of a session that is valid; None if there is none."""
         if "x-session" not in request.headers:
             return None
         digest = bytes.fromhex(request.headers["x-session"])
-        return self.store.one(SIGNED_IN, digest, time.time())
+        return self.store.one(self.SIGNED_IN, digest, time.time())
 
     def viewer(self, request):
         """Return whom the verdict names or, without one, whose session it is."""
         if "x-account" in request.headers:
             return self.still(super().viewer(request))
         row = self.session(request)
-        return Viewer(account=row["account"]) if row else Viewer()
+        return self.viewer_of(row) if row else Viewer()
+
+    def viewer_of(self, session: sqlite3.Row) -> Viewer:
+        return Viewer(account=session["account"])
 
     def still(self, viewer):
         """Return the viewer with the role of now: it may have changed since the verdict."""
@@ -1672,6 +1677,13 @@ class Directory(SliceHost):
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.workspaces.name_draft(ctx.request.headers["x-file"], id)
 
+    def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
+        """Return what a verdict says, as headers. [3] says more."""
+        if workspace["node"]:
+            raise Refused(503, "This workspace is on another machine; ask there.")
+        return verdict(viewer.account, workspace["role"], workspace["name"],
+                       workspace["id"])
+
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
         sql = f"SELECT DISTINCT account FROM sessions WHERE {where}"
@@ -1687,7 +1699,9 @@ class Directory(SliceHost):
         """[3] has a console."""
         return False
 
-    OWN = {"/_account": lambda self, request: self.viewer(request).account}
+    # A question of the server itself, at "/_account"; the worker lets none in from outside.
+    def own_account(self, request):
+        return self.viewer(request).account
 
 
 # -- the gate
@@ -1700,16 +1714,18 @@ def gate(ctx, workspace):
     row = ctx.store.one(MEMBERSHIP, workspace, account)
     if row is None:
         return NO_ENTRY
-    return verdict(account, row["role"], workspace, row["id"])
-
-
-def verdict(account: str, role: str, workspace: str, id: str, **more: str) -> Response:
-    """The 200 of the gate: headers that the worker passes on, and the same as JSON."""
-    grants = ROLES.get(role, ())
-    said = {"x-account": account, "x-role": role,
-            "x-can-delete": "true" if "todos:delete" in grants else "false",
-            "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id, **more}
+    if row["moving"]:
+        return MOVING
+    said = ctx.host.say(ctx.viewer, row)
     return as_json(said)._replace(headers=tuple(said.items()))
+
+
+def verdict(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
+    """Return the headers that the worker passes on."""
+    grants = ROLES.get(role, ())
+    return {"x-account": account, "x-role": role,
+            "x-can-delete": "true" if "todos:delete" in grants else "false",
+            "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
 
 
 # -- signing in and out
@@ -1732,11 +1748,12 @@ def open_session(ctx, account):
     """
     close_session(ctx)
     now = time.time()
-    ctx.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
+    ctx.store.exec("DELETE FROM sessions WHERE expires <= ? AND operator IS NULL", now)
     token = secrets.token_urlsafe(32)
     agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
     row = token_hash(token), account, now, now + SESSION_SECONDS, agent
-    ctx.store.exec("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", *row)
+    ctx.store.exec("INSERT INTO sessions (digest, account, created, expires, agent) "
+                   "VALUES (?, ?, ?, ?, ?)", *row)
     value = f"{token}.{seal(token, ctx.host.keys[0])}"
     cookie = set_cookie(ctx.request.scheme, value, COOKIE_SECONDS)
     return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
@@ -2370,7 +2387,7 @@ def seed(env, workspaces, with_todos):
         ask = env.doors.get("/workspaces", ask_directory)
         ask(command_of("/workspaces", {"x-account": owner}, name=name), env)
         id = env.workspaces.id_from_name(name)
-        as_owner = dict(verdict(owner, "owner", name, id).headers)
+        as_owner = verdict(owner, "owner", name, id)
         for account, role in others:
             invitation = command_of("/members", as_owner, account=account, role=role)
             env.directory.fetch(invitation)
@@ -2896,6 +2913,7 @@ class GuardedNamespace(Namespace):
         self.most = most
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
         self.versions: Dict[str, int] = collections.Counter()    # by id: see section 22
+        self.settings: Any = None                        # [3]
         self.fetches = 0
         self.served = collections.Counter()              # by id, without our own questions
 
@@ -2948,6 +2966,12 @@ class GuardedNamespace(Namespace):
     def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
         """The id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db"))
+
+
+def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+    """Return those files of a database that there are: itself, and its log."""
+    wal = path.with_name(f"{path.name}-wal")
+    return [file for file in (path, wal) if file.exists()]
 
 
 # ==== 18. Commits =========================================================================
@@ -4560,56 +4584,203 @@ class LoopEdge(ThreadingHTTPServer):
             one.close()
 
 
+# ==== 27. Hosts ===========================================================================
+# The idea: a verdict of the gate is kept, as a page is, while the Directory's file stands
+#   still.
+# It promises: a verdict is never older than the last commit, whichever process made it. Nor
+#   is it older than a second: some rights end by the clock.
+# Who uses it: the composition roots of Part Three.
+
+def size_of(response: Response) -> int:
+    """Return how many bytes the body of an answer has."""
+    return len(response.watch.piece.plain if response.watch else response.body)
+
+
+class QuickRouter(Router):
+    """A router that remembers what it found."""
+
+    def __init__(self, slices: Sequence[Slice]):
+        super().__init__(slices)
+        self.match = functools.lru_cache(maxsize=1024)(super().match)
+
+
+class EdgeWorkspace(Broadcast, Workspace):
+    """A Workspace whose streams are held by a broker."""
+
+    def open(self, create=False):
+        """Raises Refused(422) if it is to be new, and there are rows of an older one."""
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.store.close()
+            raise Refused(*TAKEN)
+
+
+class EdgeDirectory(Broadcast, Directory):
+    """A Directory whose streams are held by a broker, and which keeps its verdicts."""
+    VERDICT_SECONDS = 1.0
+    MOST_VERDICTS = 1024
+
+    def on_open(self):
+        super().on_open()
+        self.as_of: Any = None                           # of file and keys; for the next
+        self.given: Dict[Any, Tuple[float, Response]] = {}   # verdicts, and until when
+
+    def handle(self, request):
+        if request.method in SAFE and request.path.startswith("/_gate/"):
+            return self.verdict(request)
+        return super().handle(request)
+
+    def verdict(self, request):
+        as_of = *self.store.state(), self.keys
+        if as_of != self.as_of or len(self.given) > self.MOST_VERDICTS:
+            self.given.clear()
+            self.as_of = as_of
+        key = request.headers.get("x-session"), request.path
+        until, known = self.given.get(key, (0.0, None))
+        if time.monotonic() < until:
+            return known
+        answer = super().handle(request)
+        if answer.status == 200:
+            self.given[key] = time.monotonic() + self.VERDICT_SECONDS, answer
+        return answer
+
+    def own_version(self, request):
+        """Asked once a second. The answer moves when another process has written here."""
+        self.each_second()
+        return [self.opened_at, self.store.one("PRAGMA data_version")[0]]
+
+    def each_second(self):
+        """[3] ends what is over."""
+
+
 # #### Part Three: running it ############################################################
 #
-#     27 Settings       28 Trace       29 Jobs        30 Slices, checked   31 Workspaces
-#     32 Passwords      33 Accounts    34 Verdicts    35 Console           36 Snapshots
-#     37 Planes         38 Figures     39 Server      40 Roots             41 Administration
-#     42 Command line
+#     28 Settings       29 Keys         30 Accounts     31 Sessions      32 Masquerade
+#     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
+#     38 Trace          39 Console      40 Figures      41 Copies        42 Snapshots
+#     43 Exports        44 Members      45 Single       46 Nodes         47 Server
+#     48 Roots          49 Command line
 #
-# What makes a product of it: passwords, a console, jobs, snapshots, figures, other roots,
-# commands for operators. It attaches to the parts before it by subclasses, by further routes
-# of the Directory and by doors, which the roots in section 40 choose.
+# What makes a product of it. Each section is one feature, and each can be struck out of this
+# file: the others go on without it. Where one needs another, its head says "It needs".
+#
+# This works because nobody calls a feature by its name. It adds itself, in one of these
+# ways:
+#
+#     @addition                     a class whose methods come before those of its base
+#     DIRECTORY_SLICES.append(...)  a slice of the Directory: pages outside of workspaces
+#     @verb("backup", ...)          a command of the command line
+#     @root_for(condition)          a composition root for some settings
+#
+# Four sections are the frame that the others stand in: Settings, Server, Roots and Command
+# line. Without one of them Part One is left.
 
 import bisect
-import ctypes
 import getpass
 import http.client
 import shutil
 import tempfile
 import types
 
+ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
+DIRECTORY_SLICES: List[Slice] = []
+ROOTS: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []     # (wanted, root)
+CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
+VERBS: Dict[str, Verb] = {}                              # by their words
+NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
 
-# ==== 27. Settings ========================================================================
-# All that can be set, by a flag or an ORION_* variable, in one place that never changes while the server runs.
+
+log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
+
+
+def addition(cls: type) -> type:
+    """Mark a class: it is a part of its base, in every server that is composed."""
+    ADDED[cls.__bases__[0]].append(cls)
+    return cls
+
+
+@functools.lru_cache(maxsize=None)
+def whole(base: type) -> type:
+    """Return base with all additions to it, and to its own bases.
+
+    Of several, the last one is asked first, and goes on by super().
+    """
+    bases = []
+    for one in base.__mro__:
+        bases += reversed(ADDED[one])
+        if one is base:
+            bases.append(base)
+    return type(base.__name__, tuple(bases), {})
+
+
+class Verb(NamedTuple):
+    """A command: run(settings, given) returns an exit status, or None for 0."""
+    run: Callable[..., Optional[int]]
+    help: str
+    arguments: Sequence[str]
+
+
+def verb(words: str, help: str, *arguments: str):
+    """Mark a function as a command of the command line.
+
+    An argument is a name or a flag. "--flag=" has a value; "--flag=?" may be left out, and
+    "--flag=+" may come several times.
+    """
+    def mark(run):
+        VERBS[words] = Verb(run, help, arguments)
+        return run
+    return mark
+
+
+def node_verb(words: str):
+    """Mark a function as what a command does on a node."""
+    def mark(run):
+        NODE_VERBS[words] = run
+        return run
+    return mark
+
+
+def root_for(wanted: Callable[[Settings], bool]):
+    """Mark a function as the composition root for settings for which wanted is true."""
+    def mark(root):
+        ROOTS.append((wanted, root))
+        return root
+    return mark
+
+
+# ==== 28. Settings ========================================================================
+# The idea: all that can be set is here. It never changes while the server runs.
+# Who uses it: everything in this part. The command line (section 49) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
-    port: int = 8000                     # 0: any free one
+    port: int = 8000                                     # 0: any free one
     data: pathlib.Path = pathlib.Path("data")
-    demo: Optional[bool] = None          # None: where nobody but this machine gets in
-    idle: float = 60.0                   # seconds until an unused workspace goes to sleep
-    awake: int = 0                       # workspaces awake at most; 0: a quarter of the descriptors, up to 1,024
+    demo: Optional[bool] = None                          # None: if it is for this machine
+    idle: float = 60.0                                   # seconds until one sleeps
+    awake: int = 0                                       # workspaces; 0: by descriptors
     threads: int = 16
     connections: int = 10_000
-    max_workspaces: int = 0              # for one account to own; 0: 20, in the demo 2,000
-    quota: int = 10 * 2 ** 30            # bytes of a workspace's file, as of a Durable Object's
-    backup_every: float = 0.0            # seconds between two snapshots in data/backups; 0: none are made
-    keep: int = 24                       # snapshots
-    log: str = "common"                  # access log on standard output: common, json or off
-    streams: int = 0                     # for one account to have open; 0: 100, in the demo as many as connections
-    allow_host: Tuple[str, ...] = ()     # names that this server goes by, besides localhost, its own and any address
-    trust_proxy: Tuple[str, ...] = ()    # networks whose X-Forwarded-For and -Proto are believed
-    single: Optional[pathlib.Path] = None       # one file for everything, in place of the data folder
-    plain: bool = False                  # Part One alone
-    plane: str = ""                      # directory or data: one plane alone, with others in other processes
-    directory: str = ""                  # HOST:PORT of the directory, for a data plane
-    node_name: str = ""                  # HOST:PORT that the directory knows a data plane by; "": as it listens
-    slices: Sequence[Slice] = ()         # the features that it serves
+    max_workspaces: int = 0                              # of an account; 0: 20, demo 2,000
+    quota: int = 10 * 2 ** 30                            # bytes of one workspace
+    backup_every: float = 0.0                            # seconds; 0: never
+    keep: int = 24                                       # snapshots
+    log: str = "common"                                  # common, json or off
+    streams: int = 0                                     # of an account; 0: 100
+    allow_host: Tuple[str, ...] = ()                     # further names of this server
+    trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
+    single: Optional[pathlib.Path] = None                # one file instead of a folder
+    plain: bool = False                                  # Part One alone
+    plane: str = ""                                      # "directory" or "data": one alone
+    directory: str = ""                                  # its HOST:PORT, for a data plane
+    node_name: str = ""                                  # HOST:PORT; "": as it listens
+    slices: Sequence[Slice] = ()
 
     @property
     def key_file(self) -> pathlib.Path:
-        return self.single.with_name(f"{self.single.name}.key") if self.single else self.data / "secret.key"
+        if self.single:
+            return self.single.with_name(f"{self.single.name}.key")
+        return self.data / "secret.key"
 
     @property
     def directory_file(self) -> pathlib.Path:
@@ -4621,404 +4792,407 @@ class Settings(NamedTuple):
         return self.data / "workspaces"
 
 
-# ==== 28. Trace ===========================================================================
-# What the console shows of a running server: each store call, and each request on its way through the planes. Notes are
-# taken while somebody watches, and only the last are kept: a server faster than eyes drops notes, it does not wait.
-# What goes wrong stands in the log, whoever watches.
-
-class Call(NamedTuple):
-    """A store call. object: the id of the object whose store it was. rows: found or changed by it; -1: it has none."""
-    number: int
-    at: float
-    object: str
-    sql: str
-    args: str
-    rows: int
-    micros: int
+LOOPBACK = ("127.0.0.0/8", "::1")
 
 
-class Leg(NamedTuple):
-    """A request to one object (kind: gate, directory, workspace). said: the answer's headers. calls: to its store."""
-    kind: str
-    id: str
-    status: int
-    micros: int
-    calls: int
-    said: Dict[str, str]
+# ==== 29. Keys ============================================================================
+# The idea: a new key seals sessions from now on. What the key before it has sealed holds
+#   until the next rotation.
+# It promises: a running server takes a new key within a second, and no open page notices.
+
+def add_key(path: pathlib.Path) -> None:
+    """Put a new key in front of the newest, the only other one that stays."""
+    keys = [secrets.token_hex(32)]
+    if path.exists():
+        keys += path.read_text().split()
+    part = path.with_name(f"{path.name}.part")
+    handle = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write("\n".join(keys[:2]) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
 
 
-class Trip:
-    """A request from outside: its legs, its store calls, how it ended. size: bytes of the answer's body."""
+@addition
+class ReadsKeysAgain(EdgeDirectory):
+    def each_second(self):
+        """Take the keys that are in the file now. If they are lost, the old ones hold."""
+        super().each_second()
+        try:
+            keys = load_keys(self.namespace.settings.key_file)
+        except Unusable as lost:
+            return log_once(str(lost))
+        if keys != self.keys:
+            self.keys = keys
+            self.namespace.changed(self.id)              # for old cookies no page is kept
 
-    def __init__(self, method: str, path: str) -> None:
-        self.method, self.path, self.number, self.status, self.size = method, path, 0, 0, 0
-        self.legs: List[Leg] = []
-        self.calls: List[Call] = []
+
+@verb("keys rotate", "a new key seals sessions; those of the key before hold until the next "
+                     "rotation")
+def keys_rotate(settings, given):
+    begun(settings)
+    add_key(settings.key_file)
+    print("there is a new key; the one before holds until the next rotation; if there are "
+          "nodes, copy secret.key to them before that")
 
 
-class OfThread(threading.local):
-    """What one thread does: the trip that it is on, its last one, and whether what it does is not noted."""
-    trip, last, silent = None, None, False
+# ==== 30. Accounts ========================================================================
+# The idea: one signs in with a name and a password. A password is hashed so that each guess
+#   costs 0.1 s and 32 MiB, and guesses are counted.
+# It promises: the hash is made before the request takes the Directory's turn, for meanwhile
+#   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
+#   signed in from an address before is not locked out by the guesses of others.
+
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
+SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
+SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
+ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+TRUSTED.update({"x-proved", "x-known", "x-hashed"})      # by Passwords.prove
 
 
-class Trace:
-    """The notes of all objects of one server. with_args: parameters are shown, which are what users typed."""
-    KEPT_CALLS, KEPT_TRIPS = 200, 12
+def scrypt(password: str, salt: bytes) -> bytes:
+    """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
+    if not SCRYPT_IN_LINE.acquire(blocking=False):
+        raise Refused(503, "Many people are signing in. Try again in a moment.",
+                      (("retry-after", "2"),))
+    try:
+        with SCRYPT_AT_ONCE:
+            data = password.encode("utf-8", "replace")
+            return hashlib.scrypt(data, salt=salt, **SCRYPT)
+    finally:
+        SCRYPT_IN_LINE.release()
 
-    def __init__(self, with_args: bool = False) -> None:
-        self.with_args, self.watched, self.lock, self.thread = with_args, 0, threading.Lock(), OfThread()
-        self.calls, self.trips = collections.deque(maxlen=self.KEPT_CALLS), collections.deque(maxlen=self.KEPT_TRIPS)
-        self.noted = self.shown = self.dropped = self.followed = 0
-        self.news: Callable[[], None] = lambda: None               # called after each note
 
-    def watch(self, more: int) -> None:
-        """One watcher more (1) or less (-1). With none, a store call costs one look at a number."""
+def hash_password(password: str) -> str:
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${scrypt(password, salt).hex()}"
+
+
+def password_matches(password: str, stored: str) -> bool:
+    """True if it is the one. If nothing is stored, it takes as long, and is False."""
+    salt, _, known = (stored or "00$").partition("$")
+    found = scrypt(password, bytes.fromhex(salt)).hex()
+    return hmac.compare_digest(found, known) and bool(stored)
+
+
+class Throttle:
+    """Counts failures by key. A key that has too many waits until its time is over.
+
+    It is bounded: the oldest keys are forgotten.
+    """
+    SECONDS = 600.0
+    KEYS = 10_000
+
+    def __init__(self, most: int = 10):
+        self.most = most
+        self.lock = threading.Lock()                     # guards the next line
+        self.failures = collections.OrderedDict()        # key: how many, until when
+
+    def check(self, *keys: str) -> None:
+        """Raise Refused(429) if one of the keys has to wait."""
+        now = time.monotonic()
         with self.lock:
-            self.watched += more
+            found = [self.failures.get(key, (0, 0.0)) for key in keys]
+        waits = [until - now for count, until in found if count >= self.most]
+        longest = max(waits, default=0.0)
+        if longest > 0:
+            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
+                          (("retry-after", str(int(longest) + 1)),))
 
-    @contextlib.contextmanager
-    def silence(self, silent: bool = True) -> Iterator[None]:
-        """What this thread does meanwhile is the console's own, and not noted."""
-        before, self.thread.silent = self.thread.silent, silent
-        try:
-            yield
-        finally:
-            self.thread.silent = before
-
-    def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float) -> None:
-        args = args if self.with_args else ()
-        shown = ", ".join([f"{len(arg)} bytes" if isinstance(arg, bytes) else repr(arg)[:80] for arg in args])
+    def failed(self, *keys: str) -> None:
         with self.lock:
-            self.noted += 1
-            self.dropped += len(self.calls) == self.KEPT_CALLS and self.calls[0].number > self.shown
-            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows, micros(seconds))
-            self.calls.append(call)
-        if self.thread.trip:
-            self.thread.trip.calls.append(call)
-        self.news()
+            for key in keys:
+                self.add(key)
+            while len(self.failures) > self.KEYS:
+                self.failures.popitem(last=False)
 
-    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
-        """route(request), noted as a trip."""
-        if not self.watched or self.thread.silent or request.path.startswith("/console"):
-            return route(request)
-        self.thread.trip = self.thread.last = trip = Trip(request.method, request.path)
-        try:
-            response = route(request)
-            trip.status, trip.size = response.status, size_of(response)
-            return response
-        except Refused as no:
-            trip.status, trip.size = no.status, len(no.message)
-            raise
-        finally:
-            self.thread.trip = None
-            if trip.status and trip.legs:            # one that no object was asked for shows nothing of the planes
-                with self.lock:
-                    self.followed = trip.number = self.followed + 1
-                    self.trips.append(trip)
-                self.news()
+    def add(self, key):
+        now = time.monotonic()
+        count, until = self.failures.pop(key, (0, 0.0))
+        if until <= now:
+            count, until = 0, now + self.SECONDS
+        self.failures[key] = count + 1, until
 
-    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
-        """The trip of one request, whoever watches; also one that was refused."""
-        self.watch(1)
-        try:
-            with self.silence(False), contextlib.suppress(Refused):
-                self.follow(request, route)
-            return self.thread.last
-        finally:
-            self.watch(-1)
-
-    def leg(self, kind: str, id: str, fetch: Callable[[Request], Response], request: Request) -> Response:
-        """fetch(request), noted as a leg of this thread's trip."""
-        trip, started, status, said = self.thread.trip, time.perf_counter(), 0, ()
-        before = len(trip.calls) if trip else 0
-        try:
-            response = fetch(request)
-            status, said = response.status, response.headers
-            return response
-        except Refused as no:
-            status = no.status
-            raise
-        finally:
-            if trip and status:
-                took, calls = micros(time.perf_counter() - started), len(trip.calls) - before
-                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
-
-
-def micros(seconds: float) -> int:
-    return round(1e6 * seconds)
-
-
-log_once = functools.lru_cache(maxsize=256)(log)     # what stays the same as long as the program does
-
-
-def size_of(response: Response) -> int:
-    """Bytes of an answer's body."""
-    return len(response.watch.piece.plain if response.watch else response.body)
-
-
-class TracedStore(GuardedStore):
-    """A store whose calls are noted while somebody watches."""
-    trace = Trace()
-    name = ""                                        # whose calls these are, in the notes
-
-    def run(self, sql, args):
-        if not self.trace.watched or self.trace.thread.silent:
-            return super().run(sql, args)
-        started = time.perf_counter()
-        rows = super().run(sql, args)
-        found = len(rows) if self.cursor.description else self.cursor.rowcount
-        shown = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
-        self.trace.note(self.name, shown, args, found, time.perf_counter() - started)
-        return rows
-
-
-class TracedStub(GuardedStub):
-    def enter(self, ask, request, seconds=-1):
-        trace = self.namespace.trace
-        if not trace.watched:
-            return super().enter(ask, request, seconds)
-        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
-        enter = super().enter
-        return trace.leg(kind, self.id, lambda request: enter(ask, request, seconds), request)
-
-    def fetch_all(self, requests):
-        if not self.namespace.trace.watched:
-            return super().fetch_all(requests)
-        return [outcome(self.fetch, request) for request in requests]
-
-
-class TracedNamespace(GuardedNamespace):
-    def __init__(self, *args: Any, trace: Optional[Trace] = None, most: int = 1024):
-        super().__init__(*args, most=most)
-        self.trace = trace or Trace()
-        self.alarms: Dict[str, float] = {}           # by id: when its next job is due
-        self.looked = set()                          # ids whose files need not be looked into for jobs any more
-        self.on_alarm = lambda: None                 # called when one is due at once
-
-    def get(self, id):
-        return TracedStub(id, self)
-
-    def alarm(self, id: str, due: Optional[float]) -> None:
-        if due is None:
-            return
+    def succeeded(self, own: str, *keys: str) -> None:
+        """Take the failures of own back from the other keys: they were no guesses."""
         with self.lock:
-            self.alarms[id] = min(due, self.alarms.get(id, due))
-        if due <= time.time():
-            self.on_alarm()
+            mine, until = self.failures.pop(own, (0, 0.0))
+            if until > time.monotonic():
+                for key in keys:
+                    self.take_back(key, mine)
 
-    def next_due(self) -> Optional[str]:
-        """The id of an object with a job that is due by now; its alarm is taken out."""
-        with self.lock:
-            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
-            if id is None or self.alarms[id] > time.time():
-                return None
-            del self.alarms[id]
-            return id
+    def take_back(self, key, mine):
+        count, until = self.failures.pop(key, (0, 0.0))
+        if count > mine:
+            self.failures[key] = count - mine, until
 
 
-# ==== 29. Jobs ============================================================================
-# Work for later. A job is a row, put in by the transaction that wants it done, so there is none for what was rolled
-# back; it runs in a transaction that takes the row out, so its writes and its end are one. Which object has a job due
-# when is an index in memory, made again from the files at each start: only a tenant's own file knows its jobs.
+class Passwords:
+    """Two doors. They prove a password, and then ask the Directory."""
+    LONGEST = 256                                        # characters
+    KNOWN = 1000                                         # who signed in, and from where
 
-class Queue:
-    """One object's jobs; due is NULL for one given up. known: what may be put in, by name. alarm(due): it was."""
-    TRIES = 10                                       # with 2, 4, 8 ... seconds between them: 17 minutes in all
+    def __init__(self):
+        self.throttle = Throttle()
+        self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
+        self.known: Dict[str, None] = {}                 # the oldest first
 
-    def __init__(self, store: Store, known: Dict[str, Callable[..., None]], alarm: Callable[[float], None]) -> None:
-        self.store, self.known, self.alarm = store, known, alarm
-        self.names = {job: name for name, job in known.items()}
+    def door(self, request: Request, env: Env) -> Response:
+        if request.method == "POST":
+            request = self.prove(request, env.directory)
+        return env.directory.fetch(request)
 
-    def put(self, who: str, job: Callable[..., None], due: float, args: Dict[str, Any]) -> None:
-        if job not in self.names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        row = self.names[job], json.dumps(args), who, due
-        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
-        self.store.after_commit.append((self.alarm, due))
+    def prove(self, request, directory):
+        """Return the request with the name for which it has the right password."""
+        fields = request.fields()
+        name = str(fields.get("username", ""))
+        password = str(fields.get("password", ""))
+        new = str(fields.get("new", ""))
+        if max(len(name), len(password), len(new)) > self.LONGEST:
+            raise Refused(400, f"A name and a password have at most {self.LONGEST} "
+                               "characters.")
+        here = f"{name} from {request.peer}"
+        keys = [f"from {request.peer}"]
+        if here not in self.known:
+            keys.append(f"to {name}")
+        self.throttle.check(*keys)
+        self.sign_ins.check(here)
+        stored = directory.ask("/_password", headers={"x-account": name})
+        if not password_matches(password, stored):
+            self.throttle.failed(here, *keys)
+            return request._replace(headers={**request.headers, "x-proved": ""})
+        self.throttle.succeeded(here, *keys)
+        self.sign_ins.failed(here)
+        self.known = dict.fromkeys([*self.known][-self.KNOWN:] + [here])
+        said = {"x-proved": name, "x-known": stored,
+                "x-hashed": hash_password(new) if new else ""}
+        return request._replace(headers={**request.headers, **said})
 
-    def due(self) -> Optional[float]:
-        """When the next one is."""
-        return self.store.one("SELECT min(due) FROM jobs")[0]
 
-    def claim(self) -> Optional[int]:
-        """The id of one that is due. It counts as failed from here on, until it ends well: one that takes the process
-        down, or the transaction, is not the first that is tried next time."""
-        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id LIMIT 1", time.time())
-        if row is None:
-            return None
-        id, tries = row["id"], row["tries"] + 1
-        due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' WHERE id = ?", tries, due, id)
-        return id
+def proved(ctx):
+    """Return whose password came along; "" if it was wrong, or has changed just now."""
+    name = ctx.request.headers["x-proved"]
+    row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
+    if row and row["password"] == ctx.request.headers["x-known"]:
+        return name
+    return ""
 
-    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]) -> None:
-        """work(row, job) for one that was claimed."""
-        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
-        try:
+
+def login_form(next: str, username: str = "", problem: str = "",
+               status: int = 200) -> Response:
+    body = template("login")(next=next, username=username, problem=problem)
+    return page("Sign in", body, status=status)
+
+
+def login_page(ctx):
+    next = local_path(ctx.params.get("next", "/"))
+    typed = ctx.typed
+    return login_form(next, typed.get("username", ""), typed.get("problem", ""))
+
+
+def login(ctx):
+    account = proved(ctx)
+    if not account:
+        raise Refused(422, "Name and password do not go together. Try again.")
+    return open_session(ctx, account)
+
+
+def change_password(ctx):
+    """All other sessions of the account end."""
+    account = ctx.viewer.account
+    if proved(ctx) != account:
+        raise Refused(422, "The present password is not right. Try again.")
+    if not 8 <= len(ctx.field("new")) <= Passwords.LONGEST:
+        raise Refused(422, "A password has 8 to 256 characters.")
+    hashed = ctx.request.headers["x-hashed"]
+    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
+    mine = bytes.fromhex(ctx.request.headers["x-session"])
+    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
+    return see_other("/account")._replace(which=account)
+
+
+OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # the sessions of an account
+DIRECTORY_SLICES.append(Slice("passwords", routes=(
+    Route("GET", "/login", PUBLIC, login_page),
+    Route("POST", "/login", PUBLIC, login),
+    Route("POST", "/account/password", ACCOUNT, change_password, form="/account"))))
+
+
+@addition
+class KnowsAccounts(EdgeDirectory):
+    def own_password(self, request):
+        name = request.headers["x-account"]
+        row = self.store.one("SELECT password FROM accounts WHERE name = ?", name)
+        return row["password"] if row else ""
+
+    def own_operator(self, request):
+        """True if the session is an operator's, whoever it looks on as."""
+        row = self.session(request)
+        return bool(row) and self.is_operator(row["operator"] or row["account"])
+
+    def is_operator(self, account):
+        sql = "SELECT 1 FROM accounts WHERE name = ? AND operator"
+        return self.store.one(sql, account) is not None
+
+
+@addition
+class AsksForPasswords(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.passwords = Passwords()
+        self.add_doors({"/login": self.passwords.door,
+                        "/account/password": self.passwords.door})
+
+    def refusal(self, request, error):
+        """A browser that is not signed in gets the form for it."""
+        opens_page = "text/html" in request.headers.get("accept", "")
+        signed_out = isinstance(error, Refused) and error.status == 401
+        if signed_out and opens_page and not request.datastar:
+            return login_form(local_path(request.path), problem=error.message, status=401)
+        return super().refusal(request, error)
+
+
+# -- on the command line
+
+def new_password(name):
+    """Ask for a password, or read one from standard input. Return its hash."""
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"Password of {name}: ")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    if not 8 <= len(password) <= Passwords.LONGEST or not password.isprintable():
+        raise Unusable("a password has 8 to 256 characters, all of which can be printed")
+    return hash_password(password)
+
+
+@verb("account add", "somebody may sign in", "name", "--operator")
+def account_add(settings, given):
+    if not ACCOUNT_NAME.fullmatch(given.name):
+        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and "
+                       "hyphens inside")
+    row = given.name, given.name, new_password(given.name), given.operator
+    with opened(settings, "account add", given.name) as (store, _):
+        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
+                           "operator) VALUES (?, ?, ?, ?)", *row)
+        if not added:
+            raise Unusable(f"there is an account {given.name} already")
+    print(f"{given.name} may sign in now")
+
+
+@verb("account passwd", "a new password; signs out everywhere", "name")
+def account_passwd(settings, given):
+    hashed = new_password(given.name)
+    with opened(settings, "account passwd", given.name) as (store, _):
+        row_of(store, "accounts", given.name)
+        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
+        store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.name, given.name)
+    print(f"{given.name} has a new password, and is signed out everywhere")
+
+
+@verb("account list", "who may sign in")
+def account_list(settings, given):
+    with opened(settings) as (store, _):
+        table(store.query(
+            "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
+            "FROM memberships WHERE account = name) || ' workspaces' FROM accounts "
+            "ORDER BY name"))
+
+
+LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
+                WHERE m.role = 'owner' GROUP BY w.id
+                HAVING count(*) = 1 AND max(m.account) = ?"""
+
+
+@verb("account remove", "take an account away, with its sessions and memberships", "name")
+def account_remove(settings, given):
+    with opened(settings, "account remove", given.name) as (store, _):
+        row_of(store, "accounts", given.name)
+        alone = store.one(LAST_OWNED, given.name)
+        if alone:
+            raise Unusable(f"{given.name} is the last owner of {alone['name']}; make "
+                           "somebody else an owner first, or remove the workspace")
+        store.exec("DELETE FROM accounts WHERE name = ?", given.name)
+
+
+# ==== 31. Sessions ========================================================================
+# The idea: people see where they are signed in, and end what they do not know.
+# It promises: a session that is used goes on; one that is not used for 30 days is over, and
+#   its open pages end within a second.
+# It needs: 30 Accounts.
+
+def my_digest(ctx):
+    return bytes.fromhex(ctx.request.headers["x-session"])
+
+
+def account_page(ctx):
+    """Each session is named by a few digits of a hash, which opens no door."""
+    mine = my_digest(ctx)
+    account = ctx.viewer.account
+    rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
+                           "ORDER BY created DESC LIMIT 100", account, account)
+    sessions = [{"name": row["digest"].hex()[:16], "agent": row["agent"],
+                 "since": formatdate(row["created"], usegmt=True),
+                 "this": row["digest"] == mine} for row in rows]
+    problem = ctx.typed.get("problem", "")
+    body = template("account")(session=sessions, account=account, problem=problem)
+    return page("Account", body, ctx.viewer)
+
+
+def choose_sessions(ctx):
+    """End some. The field session is the name of one, or "all", or "others"."""
+    which = ctx.field("session")
+    mine = my_digest(ctx)
+    account = ctx.viewer.account
+    for row in ctx.store.query(f"SELECT digest FROM sessions WHERE {OWNED}", account,
+                               account):
+        others = which == "others" and row["digest"] != mine
+        if others or which in ("all", row["digest"].hex()[:16]):
+            end_sessions(ctx, "digest = ?", row["digest"])
+    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
+
+
+DIRECTORY_SLICES.append(Slice("sessions", routes=(
+    Route("GET", "/account", ACCOUNT, account_page),
+    Route("POST", "/account/sessions", ACCOUNT, choose_sessions))))
+
+
+@addition
+class EndsSessions(EdgeDirectory):
+    def session(self, request):
+        """A session in the second half of its time begins anew."""
+        row = super().session(request)
+        half = time.time() + SESSION_SECONDS / 2
+        if row and row["expires"] < half and row["operator"] is None:
+            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
+                            time.time() + SESSION_SECONDS, row["digest"])
+        return row
+
+    def each_second(self):
+        super().each_second()
+        over = "FROM sessions WHERE expires <= ? AND operator IS NULL"
+        now = time.time()
+        if self.store.one(f"SELECT 1 {over}", now):
             with self.store.tx():
-                work(row, self.known[row["job"]])
-                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
-        except CRASH as error:
-            if not self.store.db.in_transaction:
-                raise
-            log_error(f"job {row['job']}, try {row['tries']}", error)
-            why = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "backslashreplace").decode()
-            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", why, id)
-
-    def retry(self) -> None:
-        """Those that were given up have all their tries again."""
-        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", time.time())
-        self.store.after_commit.append((self.alarm, time.time()))
-
-    def facts(self) -> Dict[str, Any]:
-        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL ORDER BY id LIMIT 5")
-        waiting = self.store.one("SELECT count(due), count(*) - count(due) FROM jobs")
-        return {"waiting": waiting[0], "given up": waiting[1], "failed": [*map(dict, given_up)]}
+                for row in self.store.query(f"SELECT DISTINCT account {over}", now):
+                    self.bus.publish(f"access:{row['account']}")
+                self.store.exec(f"DELETE {over}", now)
 
 
-def due_in(path: pathlib.Path) -> Optional[float]:
-    """When the next job in a file is. One without a WAL is read as it lies, in a quarter of the time, for at a start it
-    may be one of thousands; whoever opens it just then sets its alarm."""
-    as_it_lies = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    with contextlib.closing(Store(path).db if with_wal(path)[1:] else sqlite3.connect(as_it_lies, uri=True)) as db:
-        return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+# ==== 32. Masquerade ======================================================================
+# The idea: an operator looks on in somebody's name, to see what they see. The account of
+#   the operator's session is exchanged for theirs; the session remembers the operator.
+# It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
+#   Each page says so, and the journal names both.
+# It needs: 30 Accounts, which knows who is an operator.
 
-
-class Alarms:
-    """When which object of a namespace has its next job due, and the ringing. It wakes who sleeps."""
-    AT_ONCE = 4                                      # objects whose jobs run, so that most threads stay for requests
-
-    def __init__(self, namespace: Namespace, put: Callable[..., None]) -> None:
-        self.namespace, self.put = namespace, put    # put(function, *args): into a pool
-        self.at_once, namespace.on_alarm = threading.BoundedSemaphore(self.AT_ONCE), self.ring
-
-    def look(self) -> None:
-        """Into files that were not looked into yet: at the start, and when another process changed the deployment."""
-        for id, path in self.namespace.files():
-            if id not in self.namespace.looked:
-                self.namespace.looked.add(id)
-                with contextlib.suppress(sqlite3.Error):
-                    self.namespace.alarm(id, due_in(path))
-
-    def ring(self) -> None:
-        while self.at_once.acquire(blocking=False):
-            id = self.namespace.next_due()
-            if id is None:
-                return self.at_once.release()
-            self.put(self.work, id)
-
-    def work(self, id: str) -> None:
-        """In the pool: one job, in a commit of its own. Then it is the turn of whoever waits longest."""
-        stub = self.namespace.get(id)
-        due = time.time() + 60 if self.namespace.path(id).exists() else None     # None: removed, or moved away
-        try:
-            job = due and json.loads(stub.fetch(Request("POST", "/_claim")).body)
-            try:
-                None if job is None else stub.fetch(Request("POST", "/_jobs", f"id={job}"))
-            finally:
-                due = due and stub.ask("/_due")
-        finally:
-            self.namespace.alarm(id, due)
-            self.at_once.release()
-            self.ring()
-
-
-# -- jobs and other slices, for a slice
-
-class FullContext(Context):
-    """What a slice of the full server is given besides: jobs, and the exports of others."""
-    __slots__ = ()
-
-    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
-
-        args: what JSON can say. It runs again when it fails, so what it does outside of the
-        store should bear to be done twice. Raises PermissionError outside of a command or job.
-        """
-        if self.store.may != WRITE:
-            raise PermissionError("only a command or a job puts in a job")
-        self.store.check_thread()
-        self.host.queue.put(self.viewer.account, job, time.time() + after, args)
-
-    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return function(store, *args), with the tables of the slice that exports it.
-
-        Raises LookupError if none does.
-        """
-        self.store.check_thread()
-        slice = self.host.router.exports.get(function)
-        if slice is None:
-            raise LookupError(f"{function} is not exported; put it into Slice(exports=...)")
-        store = Tables(self.host.store, slice, self.store.may)
-        try:
-            return function(store, *args)
-        finally:
-            store.thread = 0
-
-
-class FullRouter(Router):
-    """Also knows the jobs, the exports and the topics of its slices."""
-
-    def __init__(self, slices: Sequence[Slice]):
-        super().__init__(slices)
-        self.jobs = {f"{slice.name}.{job.__name__}": job for slice in slices for job in slice.jobs}
-        self.exports = {function: slice.name for slice in slices for function in slice.exports}
-        self.topics = {live.topic for slice in slices for live in slice.live}
-        self.match = functools.lru_cache(maxsize=1024)(super().match)
-
-
-class FullHost(Broadcast):
-    """A host with jobs, whose store calls can be watched."""
-    context = FullContext
-
-    def make_store(self, create):
-        store = TracedStore(self.namespace.path(self.id), create)
-        store.trace = self.namespace.trace
-        store.name = self.id
-        return store
-
-    def open(self, create=False):
-        """Refused(422): it is to be new, and there are rows; the Directory that knew whose was lost."""
-        super().open(create)
-        if create and self.store.one("SELECT 1 FROM journal"):
-            self.store.close()
-            raise Refused(*TAKEN)
-
-    def on_open(self):
-        super().on_open()
-        self.queue = Queue(self.store, self.router.jobs, functools.partial(self.namespace.alarm, self.id))
-        with contextlib.suppress(sqlite3.DatabaseError):     # jobs that can't be read keep nobody out
-            self.namespace.alarm(self.id, self.queue.due())
-
-    def close(self):
-        self.queue = None                            # it knows the store, and 3.9 frees no ring
-        super().close()
-
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        return masked(viewer, request.headers.get("x-operator"), request.headers.get("x-read-only"))
-
-    def work(self, row: sqlite3.Row, job: Callable[..., None]) -> None:
-        """In the name of who enqueued it; what they may was asked then."""
-        viewer = Viewer(account=row["who"])
-        store = Tables(self.store, row["job"].partition(".")[0], WRITE)
-        ctx = self.context(self, store, viewer, {}, Request("POST", "/_jobs"), {})
-        try:
-            if job(ctx, **json.loads(row["args"])) is not None:
-                raise TypeError("a job returns nothing, and is neither async nor a generator")
-        finally:
-            ctx.end()
-        self.journal(viewer, row["job"], str(row["id"]))
-
-    def facts(self, request: Request) -> Dict[str, Any]:
-        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
-        counting = [slice for slice in self.router.slices if slice.count]
-        count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in counting])
-        return {"count": count, "schema": schema, **self.queue.facts()}
-
-    OWN = {**SliceHost.OWN, "/_counts": facts, "/_claim": lambda self, request: self.queue.claim(),
-           "/_jobs": lambda self, request: self.queue.run(int(request.params["id"]), self.work),
-           "/_due": lambda self, request: self.queue.due(), "/_retry": lambda self, request: self.queue.retry()}
+MASQUERADE_SECONDS = 15 * 60
+TRUSTED.update({"x-operator", "x-read-only"})
+BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, expires = ?
+                WHERE digest = ?"""
+END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
+              expires = ? WHERE digest = ? AND operator IS NOT NULL"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5030,7 +5204,8 @@ class Guest(Viewer):
     def permit(self, grant, method="GET"):
         super().permit(grant, method)
         if self.read_only and grant != PUBLIC and method not in SAFE:
-            raise Refused(403, "You look on read-only. End it, or begin again with writing allowed.")
+            raise Refused(403, "You look on read-only. End it, or begin again with writing "
+                               "allowed.")
 
     @property
     def signature(self):
@@ -5038,59 +5213,603 @@ class Guest(Viewer):
 
     def banner(self):
         how = "read-only" if self.read_only else "writing"
-        return template("layout.masquerade")(operator=self.operator, account=self.account, how=how)
+        return template("layout.masquerade")(operator=self.operator, account=self.account,
+                                             how=how)
 
 
 def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
-    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only)) if operator else viewer
+    """Return the viewer as a Guest, if there is an operator behind them."""
+    if not operator:
+        return viewer
+    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
-# ==== 30. Slices, checked =================================================================
-# What a slice can't mean is told when the server starts, with the reason. And what Datastar can besides.
+def masquerade(ctx):
+    session = ctx.host.session(ctx.request)
+    operator = session["operator"] or session["account"]
+    account = ctx.field("account").strip()
+    if not ctx.host.is_operator(operator):
+        raise Refused(403, "Only an operator of this server may do that: account add NAME "
+                           "--operator makes one.")
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
+        raise Refused(404, "There is no account of this name. Go back and check the "
+                           "spelling.")
+    read_only = "writes" not in ctx.request.fields()
+    until = time.time() + MASQUERADE_SECONDS
+    ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
+    access_changed(ctx, session["account"])
+    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
 
-class BadSlice(Exception):
+def unmask(ctx):
+    """Also if its time has run out just now."""
+    digest = bytes.fromhex(ctx.request.headers.get("x-session", ""))
+    row = ctx.store.one("SELECT account, operator FROM sessions WHERE digest = ?", digest)
+    if row and row["operator"]:
+        ctx.store.exec(END_MASK, time.time() + SESSION_SECONDS, digest)
+        access_changed(ctx, row["account"])
+    return see_other("/")._replace(which=ctx.viewer.account)
+
+
+DIRECTORY_SLICES.append(Slice("masquerade", routes=(
+    Route("POST", "/masquerade", ACCOUNT, masquerade),
+    Route("POST", "/masquerade/end", PUBLIC, unmask))))
+
+
+@addition
+class KnowsGuests(Broadcast):
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        operator = request.headers.get("x-operator")
+        if not operator or isinstance(viewer, Guest):
+            return viewer
+        return masked(viewer, operator, request.headers.get("x-read-only"))
+
+
+@addition
+class LetsOperatorsLookOn(EdgeDirectory):
+    SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? "
+                 "AND (expires > ? OR operator IS NOT NULL)")
+
+    def session(self, request):
+        row = super().session(request)
+        if row and row["operator"] and row["expires"] <= time.time():
+            self.time_is_over(row)
+            return super().session(request)
+        return row
+
+    def time_is_over(self, session):
+        with self.store.tx():
+            self.store.exec(END_MASK, time.time() + SESSION_SECONDS, session["digest"])
+            self.bus.publish(f"access:{session['account']}")
+            self.journal(self.viewer_of(session), "directory.unmask", "time is over")
+
+    def viewer_of(self, session):
+        viewer = super().viewer_of(session)
+        return masked(viewer, session["operator"], session["read_only"])
+
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        if not isinstance(viewer, Guest):
+            return said
+        said["x-operator"] = viewer.operator
+        if viewer.read_only:
+            grants = said["x-grants"].split(",")
+            said["x-grants"] = ",".join([one for one in grants if one.endswith(":read")])
+            said["x-can-delete"] = "false"
+            said["x-read-only"] = "true"
+        return said
+
+    def accounts_of(self, where, args):
+        """Whoever looks on has open pages under their own name, too."""
+        return self.store.query(
+            f"SELECT account FROM sessions WHERE {where} UNION SELECT operator FROM "
+            f"sessions WHERE operator IS NOT NULL AND {where}", *args, *args)
+
+    def each_second(self):
+        super().each_second()
+        over = self.store.query("SELECT * FROM sessions WHERE operator IS NOT NULL AND "
+                                "expires <= ?", time.time())
+        for session in over:
+            self.time_is_over(session)
+
+
+# ==== 33. Quotas ==========================================================================
+# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count.
+# It promises: a command that would go past it is refused with 507 and changes nothing.
+
+TRUSTED.add("x-quota")
+LARGEST_FILE = 2 ** 31 - 1                               # pages
+
+
+def limit_pages(store: Store, quota: int) -> int:
+    """Limit the file to so many bytes. Return the limit in pages; 0 would be none."""
+    page_size = store.one("PRAGMA page_size")[0]
+    pages = min(max(1, quota // page_size), LARGEST_FILE)
+    store.exec(f"PRAGMA max_page_count = {pages}")
+    return pages
+
+
+@addition
+class SaysQuotas(EdgeDirectory):
+    def say(self, viewer, workspace):
+        quota = workspace["quota"] or self.namespace.settings.quota
+        return {**super().say(viewer, workspace), "x-quota": str(quota)}
+
+
+@addition
+class KeepsQuota(EdgeWorkspace):
+    def on_open(self):
+        """SQLite forgets the limit at each close, and a job brings no verdict.
+
+        So the file remembers it, as its user_version.
+        """
+        super().on_open()
+        self.quota = ""
+        pages = self.store.one("PRAGMA user_version")[0]
+        if pages:
+            self.store.exec(f"PRAGMA max_page_count = {pages}")
+
+    def handle(self, request):
+        quota = request.headers.get("x-quota", "0")
+        if request.method not in SAFE and quota not in ("0", self.quota):
+            self.set_quota(quota)
+        return super().handle(request)
+
+    def set_quota(self, quota):
+        pages = limit_pages(self.store, int(quota))
+        if self.store.one("PRAGMA user_version")[0] != pages:
+            self.store.exec(f"PRAGMA user_version = {pages}")
+        self.quota = quota
+
+
+@verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota",
+      "name", "size")
+def workspace_quota(settings, given):
+    with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
+        id = row_of(store, "workspaces", given.name)["id"]
+        store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
+
+
+# ==== 34. Counts ==========================================================================
+# The idea: the home page shows how full each workspace is. Their objects are asked, all of
+#   them, before the Directory's turn is taken.
+# It promises: one that is busy, or that can't be read, holds up no other.
+
+LOOK_SECONDS = 0.2                                       # for which a busy one is waited for
+
+
+@addition
+class TellsFacts(Broadcast):
+    def own_counts(self, request):
+        """What an object tells of itself. Other sections add to it."""
+        slices = [slice for slice in self.router.slices if slice.count]
+        count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
+        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
+        return {"count": count, "schema": schema}
+
+
+def facts_of(workspace: Stub) -> Dict[str, Any]:
+    """Return its facts. What can't be said now is said in the place of its count."""
+    try:
+        question = Request("GET", "/_counts")
+        return json.loads(workspace.fetch_within(LOOK_SECONDS, question).body)
+    except Busy:
+        return {"count": "busy"}
+    except CRASH as error:
+        if not isinstance(error, Refused):
+            log_error("a slice's count", error)
+        return {"count": "can't be read"}
+
+
+def count_of(workspace):
+    count = facts_of(workspace)["count"]
+    return f"{count} open" if type(count) is int else count
+
+
+def home_with_counts(request, env):
+    """A door."""
+    if request.method in SAFE:
+        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
+        counts = json.dumps({id: count_of(env.workspaces.get(id)) for id in mine})
+        request = request._replace(headers={**request.headers, "x-counts": counts})
+    return env.directory.fetch(request)
+
+
+@addition
+class KnowsMine(EdgeDirectory):
+    def own_mine(self, request):
+        """Return the ids of the workspaces on this person's home page."""
+        account = self.viewer(request).account
+        after = request.params.get("after", "")
+        return [row["id"] for row in self.store.query(MINE, account, after, NAMES_A_PAGE)]
+
+
+@addition
+class CountsAtHome(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.add_doors({"/": home_with_counts})
+
+
+# ==== 35. Jobs ============================================================================
+# The idea: work for later is a row, which the command's own transaction writes. So there is
+#   no job for what was rolled back.
+# It promises: a job runs in a transaction that also takes its row out: its writes and its
+#   end are one. If it fails it is tried again; after ten tries it is given up, and kept.
+#   Jobs wake an object that sleeps, and outlive a restart.
+# How it knows when: only a tenant's own file knows its jobs. When the next one of each is
+#   due, is an index in memory, made from the files at each start.
+
+class Queue:
+    """The jobs of one object; due is NULL for one that was given up.
+
+    known: what may be put in, by name. alarm(due) is called for each that was.
+    """
+    TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
+
+    def __init__(self, store: Store, known: Dict[str, Callable[..., None]],
+                 alarm: Callable[[float], None]):
+        self.store = store
+        self.known = known
+        self.alarm = alarm
+        self.names = {job: name for name, job in known.items()}
+
+    def put(self, who: str, job: Callable[..., None], due: float,
+            args: Dict[str, Any]) -> None:
+        """Raises LookupError if no slice has this job."""
+        if job not in self.names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+        row = self.names[job], json.dumps(args), who, due
+        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
+        self.store.after_commit.append((self.alarm, due))
+
+    def due(self) -> Optional[float]:
+        """When the next one is; None: there is none."""
+        return self.store.one("SELECT min(due) FROM jobs")[0]
+
+    def claim(self) -> Optional[int]:
+        """Return the id of one that is due.
+
+        It counts as failed until it ends well. So one that takes the process down is not
+        the first that is tried next time.
+        """
+        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id "
+                             "LIMIT 1", time.time())
+        if row is None:
+            return None
+        tries = row["tries"] + 1
+        due = time.time() + 2 ** tries if tries < self.TRIES else None
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
+                        "WHERE id = ?", tries, due, row["id"])
+        return row["id"]
+
+    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]):
+        """Call work(row, job) for one that was claimed."""
+        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
+        try:
+            with self.store.tx():
+                work(row, self.known[row["job"]])
+                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
+        except CRASH as error:
+            if not self.store.db.in_transaction:
+                raise
+            log_error(f"job {row['job']}, try {row['tries']}", error)
+            text = f"{type(error).__name__}: {error}"[:500]
+            text = text.encode("utf-8", "backslashreplace").decode()
+            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", text, id)
+
+    def retry(self) -> None:
+        """Those that were given up have all their tries again."""
+        now = time.time()
+        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", now)
+        self.store.after_commit.append((self.alarm, now))
+
+    def facts(self) -> Dict[str, Any]:
+        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL "
+                                    "ORDER BY id LIMIT 5")
+        waiting, failed = self.store.one("SELECT count(due), count(*) - count(due) "
+                                         "FROM jobs")
+        return {"waiting": waiting, "given up": failed,
+                "failed": [dict(row) for row in given_up]}
+
+
+# -- when
+
+def due_in(path: pathlib.Path) -> Optional[float]:
+    """Return when the next job in a file is due.
+
+    A file without a write-ahead log is read as it lies, in a quarter of the time: at a
+    start it may be one of thousands. Whoever opens it just then sets its alarm.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    if with_wal(path) == [path]:
+        uri += "&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+
+
+@addition
+class HasAlarms(GuardedNamespace):
+    """Of a namespace: when which object has its next job due."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.alarms: Dict[str, float] = {}               # by id
+        self.looked = set()                              # ids whose file was looked into
+        self.on_alarm = lambda: None                     # called if one is due at once
+
+    def alarm(self, id: str, due: Optional[float]) -> None:
+        if due is None:
+            return
+        with self.lock:
+            self.alarms[id] = min(due, self.alarms.get(id, due))
+        if due <= time.time():
+            self.on_alarm()
+
+    def next_due(self) -> Optional[str]:
+        """Take out the alarm of an object that has a job due. Return its id, or None."""
+        with self.lock:
+            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
+            if id is None or self.alarms[id] > time.time():
+                return None
+            del self.alarms[id]
+            return id
+
+
+class Alarms:
+    """Has jobs done when they are due. It wakes whoever sleeps."""
+    AT_ONCE = 4                                          # most threads stay for requests
+
+    def __init__(self, namespace: Namespace, put: Callable[..., None]):
+        self.namespace = namespace
+        self.put = put                                   # put(function, *args): in a pool
+        self.free = threading.BoundedSemaphore(self.AT_ONCE)
+        namespace.on_alarm = self.ring
+
+    def look(self) -> None:
+        """Look into the files that were not looked into yet."""
+        for id, path in self.namespace.files():
+            if id not in self.namespace.looked:
+                self.namespace.looked.add(id)
+                with contextlib.suppress(sqlite3.Error):
+                    self.namespace.alarm(id, due_in(path))
+
+    def ring(self) -> None:
+        while self.free.acquire(blocking=False):
+            id = self.namespace.next_due()
+            if id is None:
+                return self.free.release()
+            self.put(self.work, id)
+
+    def work(self, id: str) -> None:
+        """In the pool: do one job. Then it is the turn of whoever waits longest."""
+        due = None                                       # it was removed, or moved away
+        try:
+            if self.namespace.path(id).exists():
+                due = time.time() + 60                   # if all of this fails
+                due = self.one_job(self.namespace.get(id))
+        finally:
+            self.namespace.alarm(id, due)
+            self.free.release()
+            self.ring()
+
+    def one_job(self, stub):
+        """In a commit of its own. Return when the next one is due."""
+        job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
+        try:
+            if job is not None:
+                stub.fetch(Request("POST", "/_jobs", f"id={job}"))
+        except StorageFault:                             # it is in the log
+            pass
+        return stub.ask("/_due")
+
+
+@addition
+class RingsAlarms(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.alarms = Alarms(self.env.workspaces, self.pool.put)
+
+    def serve_forever(self, poll_interval=0.5):
+        self.pool.put(self.alarms.look)
+        super().serve_forever(poll_interval)
+
+    def tick(self, now):
+        super().tick(now)
+        self.alarms.ring()
+
+
+@addition
+class LooksForJobs(Broker):
+    def elsewhere(self):
+        super().elsewhere()
+        self.edge.alarms.look()
+
+
+# -- for slices
+
+class FullContext(Context):
+    """What a slice is given besides: jobs, and what other slices export."""
+    __slots__ = ()
+
+    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
+
+        args: what JSON can say. It runs again when it fails, so what it does outside of the
+        store should bear to be done twice. Raises PermissionError outside of a command or
+        job, LookupError if no slice has this job.
+        """
+        if self.store.may != WRITE:
+            raise PermissionError("only a command or a job puts in a job")
+        self.store.check_thread()
+        due = time.time() + after
+        self.host.queue.put(self.viewer.account, job, due, args)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(store, *args), with the tables of the slice that exports it.
+
+        Raises LookupError if none does.
+        """
+        self.store.check_thread()
+        slice = self.host.router.exports.get(function)
+        if slice is None:
+            raise LookupError(f"{function} is not exported; put it into "
+                              "Slice(exports=...)")
+        store = Tables(self.host.store, slice, self.store.may)
+        try:
+            return function(store, *args)
+        finally:
+            store.thread = 0
+
+
+@addition
+class KnowsJobs(QuickRouter):
+    def __init__(self, slices):
+        super().__init__(slices)
+        self.jobs = {f"{slice.name}.{job.__name__}": job
+                     for slice in slices for job in slice.jobs}
+        self.exports = {function: slice.name
+                        for slice in slices for function in slice.exports}
+
+
+@addition
+class HasJobs(Broadcast):
+    context = FullContext
+
+    def on_open(self):
+        super().on_open()
+        alarm = functools.partial(self.namespace.alarm, self.id)
+        self.queue = Queue(self.store, self.router.jobs, alarm)
+        with contextlib.suppress(sqlite3.DatabaseError):     # of jobs: keeps nobody out
+            alarm(self.queue.due())
+
+    def close(self):
+        self.queue = None                                # else it holds the closed store
+        super().close()
+
+    def own_claim(self, request):
+        return self.queue.claim()
+
+    def own_jobs(self, request):
+        return self.queue.run(int(request.params["id"]), self.work)
+
+    def own_due(self, request):
+        return self.queue.due()
+
+    def own_retry(self, request):
+        return self.queue.retry()
+
+    def own_counts(self, request):
+        return {**super().own_counts(request), **self.queue.facts()}
+
+    def work(self, row, job):
+        """In the name of who enqueued it; what they may was asked then."""
+        viewer = Viewer(account=row["who"])
+        store = Tables(self.store, row["job"].partition(".")[0], WRITE)
+        ctx = self.context(self, store, viewer, {}, Request("POST", "/_jobs"), {})
+        try:
+            if job(ctx, **json.loads(row["args"])) is not None:
+                raise TypeError("a job returns nothing, and is neither async nor a "
+                                "generator")
+        finally:
+            ctx.end()
+        self.journal(viewer, row["job"], str(row["id"]))
+
+
+# ==== 36. Checks ==========================================================================
+# The idea: what a slice can't mean is said when the server starts, with the reason. What no
+#   open page will show is said when it happens, once.
+
+class BadSlice(Unusable):
     """A slice can't work as it is written; the text says which one and why."""
 
 
 PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
 
 
-def addresses(row: Any) -> List[Tuple[str, str]]:
-    """Methods and patterns, which a request's path matches, of a Live or a Route."""
+def addresses(row):
+    """Return (method, pattern) of each request that a Live or a Route answers."""
     pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(row.path))
-    return [("GET", pattern), ("GET", f"{pattern}/live")] if type(row) is Live else [(row.method, pattern)]
+    if type(row) is Live:
+        return [("GET", pattern), ("GET", f"{pattern}/live")]
+    return [(row.method, pattern)]
 
 
-def wrong_with(row: Any, grants: Iterable[str]) -> str:
-    """Why a Live or a Route would never do what it is for; "": it may."""
-    live = type(row) is Live
-    if not PATH.fullmatch(row.path) or (live and "<" in row.path):
+def wrong_with(row, kind, grants):
+    """Return why a Live or a Route would never do what it is for, or ""."""
+    if type(row) is not kind:
+        return f"it is no {kind.__name__}; (one,) has a comma too"
+    if not PATH.fullmatch(row.path) or (kind is Live and "<" in row.path):
         return "a path is as /things or, for a Route, /things/<id>"
     if row.path.split("/")[1] == "members":
         return "/members is the Directory's"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that should"
-    if not live and row.method not in METHODS:
+        return (f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that "
+                "should")
+    if kind is Route and row.method not in METHODS:
         return f"a method is one of {', '.join(METHODS)}"
-    return "" if callable(row.region if live else row.run) else "region or run can't be called"
+    if not callable(row.region if kind is Live else row.run):
+        return "region or run can't be called"
+    return ""
 
 
 def check_slices(slices: Sequence[Slice]) -> None:
-    """BadSlice: what would be found out later, or never."""
-    grants, names, taken = {grant for role in ROLES.values() for grant in role}, {"orion", "directory", "welcome"}, set()
+    """Raise BadSlice for what would be found out later, or never."""
+    grants = {grant for role in ROLES.values() for grant in role}
+    names = {"orion", "directory", "welcome"}
+    taken = set()
     for slice in slices:
         if type(slice) is not Slice or isinstance(slice.migrations, str):
-            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a tuple: (one,) has a comma too")
+            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a "
+                           "tuple: (one,) has a comma too")
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
-            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and not orion or directory")
+            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
+                           "not orion or directory")
         names.add(slice.name)
-        for kind, row in [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]:
-            why = wrong_with(row, grants) if type(row) is kind else f"it is no {kind.__name__}; (one,) has a comma too"
-            if why or not taken.isdisjoint(addresses(row)):
-                raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why or 'another has this address'}")
-            taken.update(addresses(row))
+        check_rows(slice, grants, taken)
 
+
+def check_rows(slice, grants, taken):
+    rows = [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]
+    for kind, row in rows:
+        why = wrong_with(row, kind, grants)
+        if not why and not taken.isdisjoint(addresses(row)):
+            why = "another has this address"
+        if why:
+            raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why}")
+        taken.update(addresses(row))
+
+
+def check_tables(slices: Sequence[Slice]) -> None:
+    """Make the tables once in a file of their own. Raise MigrationError if they clash."""
+    router = Router([welcome, *slices])
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "tables.db")
+        with contextlib.closing(GuardedStore(file, create=True)) as store:
+            for name, entries in router.schema:
+                store.migrate(name, entries)
+
+
+CHECKS.append(lambda settings: check_slices(settings.slices))
+CHECKS.append(lambda settings: check_tables(settings.slices))
+
+
+@addition
+class NoticesSilence(EdgeWorkspace):
+    def journal(self, viewer, what, which):
+        """A command that forgets to publish leaves old pages, and raises no error."""
+        super().journal(viewer, what, which)
+        told = {topic[0] for call, *topic in self.store.after_commit
+                if call == self.bus.tell}
+        known = {live.topic for slice in self.router.slices for live in slice.live}
+        if not told & known:
+            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
+                     "page will show it")
+
+
+# ==== 37. More events =====================================================================
+# The idea: what Datastar understands besides patched elements.
 
 def patch_signals(signals: Any, *, only_if_missing: bool = False,
                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
@@ -5104,609 +5823,337 @@ def patch_signals(signals: Any, *, only_if_missing: bool = False,
     return event("signals", signals, options, event_id, retry)
 
 
-def remove_elements(selector: str, *, event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+def remove_elements(selector: str, *, event_id: Optional[str] = None,
+                    retry: Optional[int] = None) -> bytes:
     return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
 
 
-def execute_script(script: str, *, auto_remove: bool = True, attributes: Optional[Dict[str, str]] = None,
+def execute_script(script: str, *, auto_remove: bool = True,
+                   attributes: Optional[Dict[str, str]] = None,
                    event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Run script in the page. ValueError: it contains `</script`, which would end its element early."""
+    """Return an event that runs script in the page.
+
+    Raises ValueError if it contains "</script", which would end its element early.
+    """
     if "</script" in script.lower():
         raise ValueError("a script must not contain </script")
     given = {"data-effect": "el.remove()"} if auto_remove else {}
-    opening = "".join([f' {name}="{escape(value)}"' for name, value in {**given, **(attributes or {})}.items()])
-    return patch_elements(f"<script{opening}>{script}</script>", selector="body", mode="append",
-                          event_id=event_id, retry=retry)
+    given.update(attributes or {})
+    said = "".join([f' {name}="{escape(value)}"' for name, value in given.items()])
+    return patch_elements(f"<script{said}>{script}</script>", selector="body",
+                          mode="append", event_id=event_id, retry=retry)
 
+
+# ==== 38. Trace ===========================================================================
+# The idea: notes of each request on its way through the planes, and of each store call.
+# It promises: notes are taken while somebody watches, and only the last are kept. A server
+#   that is faster than eyes drops notes; it does not wait.
+# Who uses it: the console. What goes wrong is in the log, whoever watches.
+
+class Call(NamedTuple):
+    """A store call. object: the id of the object whose store it was."""
+    number: int
+    at: float                                            # by the clock
+    object: str
+    sql: str
+    args: str
+    rows: int                                            # found or changed; -1: none
+    micros: int
+
+
+class Leg(NamedTuple):
+    """A request to one object."""
+    kind: str                                            # gate, directory or workspace
+    id: str
+    status: int
+    micros: int
+    calls: int                                           # to its store
+    said: Dict[str, str]                                 # the answer's headers
+
+
+class Trip:
+    """A request from outside: its legs, its store calls, and how it ended."""
+
+    def __init__(self, method: str, path: str):
+        self.method = method
+        self.path = path
+        self.number = 0
+        self.status = 0
+        self.size = 0                                    # bytes of the answer's body
+        self.legs: List[Leg] = []
+        self.calls: List[Call] = []
+
+
+class OfThread(threading.local):
+    """What one thread does: its trip, the last one, and whether it is not to be noted."""
+    trip: Optional[Trip] = None
+    last: Optional[Trip] = None
+    silent = False
+
+
+class Trace:
+    """The notes of one server. with_args: also what users typed."""
+    KEPT_CALLS = 200
+    KEPT_TRIPS = 12
+
+    def __init__(self, with_args: bool = False):
+        self.with_args = with_args
+        self.watched = 0                                 # how many watch
+        self.thread = OfThread()
+        self.lock = threading.Lock()                     # guards all that follows
+        self.calls = collections.deque(maxlen=self.KEPT_CALLS)
+        self.trips = collections.deque(maxlen=self.KEPT_TRIPS)
+        self.noted = 0                                   # the number of the last call
+        self.shown = 0                                   # and of the last one shown
+        self.dropped = 0                                 # calls that nobody was shown
+        self.followed = 0                                # the number of the last trip
+        self.news: Callable[[], None] = lambda: None     # called after each note
+
+    def watch(self, more: int) -> None:
+        """One watcher more (1) or less (-1). With none, a call costs one look."""
+        with self.lock:
+            self.watched += more
+
+    @contextlib.contextmanager
+    def silence(self, silent: bool = True):
+        """What this thread does meanwhile is the console's own."""
+        before = self.thread.silent
+        self.thread.silent = silent
+        try:
+            yield
+        finally:
+            self.thread.silent = before
+
+    def note(self, object: str, sql: str, args: Sequence[Any], rows: int,
+             seconds: float) -> None:
+        shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
+        with self.lock:
+            full = len(self.calls) == self.KEPT_CALLS
+            if full and self.calls[0].number > self.shown:
+                self.dropped += 1
+            self.noted += 1
+            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows,
+                        micros(seconds))
+            self.calls.append(call)
+        if self.thread.trip:
+            self.thread.trip.calls.append(call)
+        self.news()
+
+    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
+        """Return route(request), noted as a trip."""
+        own = request.path.startswith("/console")
+        if own or not self.watched or self.thread.silent:
+            return route(request)
+        trip = Trip(request.method, request.path)
+        self.thread.trip = trip
+        self.thread.last = trip
+        try:
+            response = route(request)
+            trip.status = response.status
+            trip.size = size_of(response)
+            return response
+        except Refused as no:
+            trip.status = no.status
+            trip.size = len(no.message)
+            raise
+        finally:
+            self.thread.trip = None
+            self.keep(trip)
+
+    def keep(self, trip):
+        """A trip to no object shows nothing of the planes."""
+        if not trip.status or not trip.legs:
+            return
+        with self.lock:
+            self.followed += 1
+            trip.number = self.followed
+            self.trips.append(trip)
+        self.news()
+
+    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
+        """Return the trip of one request, whoever watches; also of one that is refused."""
+        self.watch(1)
+        try:
+            with self.silence(False), contextlib.suppress(Refused):
+                self.follow(request, route)
+            return self.thread.last
+        finally:
+            self.watch(-1)
+
+    def leg(self, kind: str, id: str, fetch: Callable[[], Response]) -> Response:
+        """Return fetch(), noted as a leg of this thread's trip."""
+        trip = self.thread.trip
+        if trip is None:
+            return fetch()
+        started = time.perf_counter()
+        before = len(trip.calls)
+        status, said = 0, ()
+        try:
+            response = fetch()
+            status, said = response.status, response.headers
+            return response
+        except Refused as no:
+            status = no.status
+            raise
+        finally:
+            if status:
+                took = micros(time.perf_counter() - started)
+                calls = len(trip.calls) - before
+                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
+
+
+def argument(value):
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return repr(value)[:80]
+
+
+def micros(seconds: float) -> int:
+    return round(1e6 * seconds)
+
+
+class TracedStore(GuardedStore):
+    """A store whose calls are noted while somebody watches."""
+
+    def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):
+        self.owner = owner
+        super().__init__(path, create)
+
+    def run(self, sql, args):
+        trace = self.owner.namespace.trace
+        if not trace.watched or trace.thread.silent:
+            return super().run(sql, args)
+        started = time.perf_counter()
+        rows = super().run(sql, args)
+        found = len(rows) if self.cursor.description else self.cursor.rowcount
+        plain = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
+        trace.note(self.owner.id, plain, args, found, time.perf_counter() - started)
+        return rows
+
+
+class TracedStub(GuardedStub):
+    def enter(self, ask, request, seconds=-1):
+        trace = self.namespace.trace
+        enter = functools.partial(super().enter, ask, request, seconds)
+        if not trace.watched:
+            return enter()
+        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
+        return trace.leg(kind, self.id, enter)
+
+    def fetch_all(self, requests):
+        if not self.namespace.trace.watched:
+            return super().fetch_all(requests)
+        return [outcome(self.fetch, request) for request in requests]
+
+
+@addition
+class IsTraced(GuardedNamespace):
+    trace = Trace()                                      # nobody watches this one
+
+    def get(self, id):
+        return TracedStub(id, self)
+
+
+@addition
+class TracesItsStore(GuardedObject):
+    def make_store(self, create):
+        return TracedStore(self.namespace.path(self.id), create, self)
+
+
+@addition
+class Follows(LoopEdge):
+    """While somebody watches, each request makes its trip alone, and none is kept."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.trace = Trace(with_args=bool(self.settings.demo))
+        self.env.directory.namespace.trace = self.trace
+        self.env.workspaces.trace = self.trace
+
+    def keeps_answers(self):
+        return super().keeps_answers() and not self.trace.watched
+
+    def answer_all(self, several):
+        if not self.trace.watched:
+            return super().answer_all(several)
+        for asked in several:
+            self.finish(asked, outcome(self.trace.follow, asked.request, self.answer))
+
+    def answer(self, request):
+        return self.env.front(request, self.env)
+
+
+# ==== 39. Console =========================================================================
+# The idea: the running server seen from the inside: both planes, each request on its way,
+#   each store call as it lands. The console is asked like an object and streamed like a
+#   region, but it has no store: what it shows is read from the objects that run.
+# It promises: to look changes nothing. An object that slept goes back to sleep.
+# Who uses it: operators; in the demo, everybody.
+# It needs: 30 Accounts, 34 Counts, 37 More events, 38 Trace.
 
 def heeded(params: Dict[str, str], **valid: str) -> str:
-    """The query of those params whose value matches the pattern of their name, in one spelling: for a variant."""
-    given = {name: params[name] for name, pattern in valid.items() if re.fullmatch(pattern, params.get(name, ""))}
+    """Return, as a query, those params whose value matches the pattern of their name."""
+    given = {name: params[name] for name, pattern in valid.items()
+             if re.fullmatch(pattern, params.get(name, ""))}
     return urllib.parse.urlencode(given)
 
 
-# ==== 31. Workspaces ======================================================================
-# A workspace of the full server has a quota, which SQLite itself enforces, and tells the developer of a slice what
-# no page will show.
+def variant_of(params: Dict[str, str]) -> str:
+    """What the region heeds: the names after one, the calls of one object, or a pause."""
+    return heeded(params, after=WORKSPACE_NAME.pattern, object="directory|[0-9a-f]{64}",
+                  paused="1")
+
+
+def clock(at: float, digits: int = 0) -> str:
+    """Return the time of day, with so many digits of a second."""
+    text = time.strftime("%H:%M:%S", time.localtime(at))
+    if digits:
+        text += f"{at % 1:.9f}"[1:digits + 2]
+    return text
 
-class FullWorkspace(FullHost, Workspace):
-    def on_open(self) -> None:
-        """SQLite forgets max_page_count at each close, and a job brings no verdict: so the file remembers it."""
-        super().on_open()
-        self.quota, pages = "", self.store.one("PRAGMA user_version")[0]
-        if pages:
-            self.store.exec(f"PRAGMA max_page_count = {pages}")
-
-    def handle(self, request: Request) -> Response:
-        quota = request.headers.get("x-quota", "0")
-        if request.method not in SAFE and quota not in ("0", self.quota):
-            self.set_quota(quota)
-        return super().handle(request)
-
-    def set_quota(self, quota: str) -> None:
-        pages = min(max(1, int(quota) // self.store.one("PRAGMA page_size")[0]), 2 ** 31 - 1)
-        self.store.exec(f"PRAGMA max_page_count = {pages}")
-        if self.store.one("PRAGMA user_version")[0] != pages:
-            self.store.exec(f"PRAGMA user_version = {pages}")
-        self.quota = quota
-
-    def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        """Whoever writes a slice and forgets to publish would see old pages and no error; so it is said, once."""
-        super().journal(viewer, what, which)
-        told = {topic[0] for call, *topic in self.store.after_commit if call == self.bus.tell}
-        if not told & self.router.topics:
-            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open page will show it")
-
-
-# ==== 32. Passwords =======================================================================
-# A password is hashed so that each guess costs 0.1 s and 32 MiB. That takes place outside of any object's turn, for
-# in the Directory's every gate would wait; and guesses are counted.
-
-SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}     # about 0.1 s and 32 MiB for a guess
-SCRYPT_AT_ONCE, SCRYPT_IN_LINE = threading.BoundedSemaphore(2), threading.BoundedSemaphore(6)    # or they take all RAM
-
-
-def scrypt(password: str, salt: bytes) -> bytes:
-    """Refused(503): so many are in line that they would keep threads from everybody else."""
-    if not SCRYPT_IN_LINE.acquire(blocking=False):
-        raise Refused(503, "Many people are signing in. Try again in a moment.", (("retry-after", "2"),))
-    try:
-        with SCRYPT_AT_ONCE:
-            return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
-    finally:
-        SCRYPT_IN_LINE.release()
-
-
-def hash_password(password: str) -> str:
-    salt = secrets.token_bytes(16)
-    return f"{salt.hex()}${scrypt(password, salt).hex()}"
-
-
-def password_matches(password: str, stored: str) -> bool:
-    """Takes as long, and says no, where nothing is stored."""
-    salt, _, known = (stored or "00$").partition("$")
-    return hmac.compare_digest(scrypt(password, bytes.fromhex(salt)).hex(), known) and bool(stored)
-
-
-class Throttle:
-    """Counts failures, or what else is to be rare, by key; one with too many waits until the window ends. Bounded: the
-    oldest are forgotten."""
-    SECONDS, KEYS = 600.0, 10_000
-
-    def __init__(self, most: int = 10) -> None:
-        self.most = most
-        self.failures: collections.OrderedDict = collections.OrderedDict()    # key: (how many, until when)
-        self.lock = threading.Lock()
-
-    def check(self, *keys: str) -> None:
-        """Refused(429): one of the keys has to wait."""
-        with self.lock:
-            waits = [self.failures.get(key, (0, 0.0)) for key in keys]
-        left = max([until - time.monotonic() for count, until in waits if count >= self.most], default=0)
-        if left > 0:
-            retry_after = ("retry-after", str(int(left) + 1))
-            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.", (retry_after,))
-
-    def failed(self, *keys: str) -> None:
-        now = time.monotonic()
-        with self.lock:
-            for key in keys:
-                count, until = self.failures.pop(key, (0, 0.0))
-                self.failures[key] = (count + 1, until) if until > now else (1, now + self.SECONDS)
-            while len(self.failures) > self.KEYS:
-                self.failures.popitem(last=False)
-
-    def succeeded(self, own: str, *keys: str) -> None:
-        """What failed under own was no guessing, and counts no more under the others; what failed elsewhere does."""
-        with self.lock:
-            mine, ends = self.failures.pop(own, (0, 0.0))
-            for key in keys if ends > time.monotonic() else ():
-                count, until = self.failures.pop(key, (0, 0.0))
-                if count > mine:
-                    self.failures[key] = count - mine, until
-
-
-class Passwords:
-    """Doors to the Directory. They prove a password before the request takes the Directory's turn."""
-
-    def __init__(self) -> None:
-        self.throttle, self.sign_ins, self.regulars = Throttle(), Throttle(30), {}
-
-    def door(self, request: Request, env: Env) -> Response:
-        if request.method == "POST":
-            request = self.prove(request, env.directory)
-        return env.directory.fetch(request)
-
-    def prove(self, request: Request, directory: Stub) -> Request:
-        fields = request.fields()
-        name, password, new = [str(fields.get(key, "")) for key in ("username", "password", "new")]
-        if max(len(name), len(password), len(new)) > 256:
-            raise Refused(400, "A name and a password have at most 256 characters.")
-        known = f"{name} from {request.peer}"        # who got in from there before is not locked out by others' guesses
-        keys = [f"from {request.peer}", *([] if known in self.regulars else [f"to {name}"])]
-        self.throttle.check(*keys)
-        self.sign_ins.check(known)
-        stored = directory.ask("/_password", headers={"x-account": name})
-        if not password_matches(password, stored):
-            self.throttle.failed(known, *keys)
-            return request._replace(headers={**request.headers, "x-proved": ""})
-        self.throttle.succeeded(known, *keys)
-        self.sign_ins.failed(known)                  # each takes 0.1 s and a row: nobody needs so many
-        self.regulars = dict.fromkeys([*self.regulars][-1000:] + [known])
-        hashed = hash_password(new) if new else ""
-        return request._replace(headers={**request.headers, "x-proved": name, "x-known": stored, "x-hashed": hashed})
-
-
-def proved(ctx: Context) -> str:
-    """Whose password came along. Nobody's (""): it was wrong, or was changed while it was checked."""
-    name = ctx.request.headers["x-proved"]
-    row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
-    return name if row and row["password"] == ctx.request.headers["x-known"] else ""
-
-
-def login_form(next: str, username: str = "", problem: str = "", status: int = 200) -> Response:
-    return page("Sign in", template("login")(next=next, username=username, problem=problem), status=status)
-
-
-def login_page(ctx: Context) -> Response:
-    next = local_path(ctx.params.get("next", "/"))
-    return login_form(next, ctx.typed.get("username", ""), ctx.typed.get("problem", ""))
-
-
-def login(ctx: Context) -> Response:
-    account = proved(ctx)
-    if not account:
-        raise Refused(422, "Name and password do not go together. Try again.")
-    return open_session(ctx, account)
-
-
-# ==== 33. Accounts ========================================================================
-# Further pages of the Directory: one's own sessions and password; and an operator's look on in somebody's name.
-
-MASQUERADE_SECONDS = 15 * 60
-ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-
-
-def my_digest(ctx: Context) -> bytes:
-    return bytes.fromhex(ctx.request.headers["x-session"])
-
-
-def account_page(ctx: Context) -> Response:
-    """One's own sessions, wherever they are. Each is named by a few digits of a hash that opens no door."""
-    mine = my_digest(ctx)
-    found = ctx.store.query("SELECT digest, created, agent FROM sessions WHERE account = ? "
-                            "ORDER BY created DESC LIMIT 100", ctx.viewer.account)
-    sessions = [{"name": row["digest"].hex()[:16], "since": formatdate(row["created"], usegmt=True),
-                 "agent": row["agent"], "this": row["digest"] == mine} for row in found]
-    body = template("account")(session=sessions, account=ctx.viewer.account, problem=ctx.typed.get("problem", ""))
-    return page("Account", body, ctx.viewer)
-
-
-def choose_sessions(ctx: Context) -> Response:
-    """End some. The field session is one's name, or all, or others."""
-    which, mine = ctx.field("session"), my_digest(ctx)
-    for row in ctx.store.query("SELECT digest FROM sessions WHERE account = ?", ctx.viewer.account):
-        if which in ("all", row["digest"].hex()[:16]) or (which == "others" and row["digest"] != mine):
-            end_sessions(ctx, "digest = ?", row["digest"])
-    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
-
-
-def change_password(ctx: Context) -> Response:
-    """Proved like a sign-in; all other sessions of the account end."""
-    account, new = ctx.viewer.account, ctx.field("new")
-    if proved(ctx) != account:
-        raise Refused(422, "The present password is not right. Try again.")
-    if not 8 <= len(new) <= 256:
-        raise Refused(422, "A password has 8 to 256 characters.")
-    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", ctx.request.headers["x-hashed"], account)
-    end_sessions(ctx, "account = ? AND digest <> ?", account, my_digest(ctx))
-    return see_other("/account")._replace(which=account)
-
-
-def masquerade(ctx: Context) -> Response:
-    """An operator looks on in somebody's name, for 15 minutes; read-only, unless they ask for more."""
-    row, account = ctx.host.session(ctx.request), ctx.field("account").strip()
-    if not ctx.host.is_operator(row["owner"]):
-        raise Refused(403, "Only an operator of this server may do that: account add NAME --operator makes one.")
-    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(404, "There is no account of this name. Go back and check the spelling.")
-    lift_mask(ctx)
-    ctx.store.exec("INSERT INTO masquerades VALUES (?, ?, ?, ?)", my_digest(ctx), account,
-                   "writes" in ctx.request.fields(), time.time() + MASQUERADE_SECONDS)
-    access_changed(ctx, row["account"])
-    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
-
-
-def unmask(ctx: Context) -> Response:
-    if "x-session" in ctx.request.headers:
-        lift_mask(ctx)
-    return see_other("/")._replace(which=ctx.viewer.account)
-
-
-def lift_mask(ctx: Context) -> None:
-    """The mask of a session, also where its time has run out just now."""
-    mask = ctx.store.one("SELECT account FROM masquerades WHERE digest = ?", my_digest(ctx))
-    if mask:
-        ctx.store.exec("DELETE FROM masquerades WHERE digest = ?", my_digest(ctx))
-        access_changed(ctx, mask["account"])
-
-
-further = Slice("accounts", routes=(
-    Route("GET", "/login", PUBLIC, login_page),
-    Route("POST", "/login", PUBLIC, login),
-    Route("GET", "/account", ACCOUNT, account_page),
-    Route("POST", "/account/sessions", ACCOUNT, choose_sessions),
-    Route("POST", "/account/password", ACCOUNT, change_password, form="/account"),
-    Route("POST", "/masquerade", ACCOUNT, masquerade),
-    Route("POST", "/masquerade/end", PUBLIC, unmask)))
-
-
-def together(name: str, *slices: Slice) -> Slice:
-    """One slice of several, which share the tables. Where two have the same address, the first one answers."""
-    migrations, live, routes = [], [], []
-    for slice in slices:
-        migrations += slice.migrations
-        live += slice.live
-        routes += slice.routes
-    return Slice(name, tuple(migrations), tuple(live), tuple(routes))
-
-
-# ==== 34. Verdicts ========================================================================
-# The Directory of the full server: its gate knows of moves, quotas, nodes and masks; it gives a verdict again while
-# nobody wrote to its file; and it answers what the server's other parts ask.
-
-SEALED_SECONDS = 30                                  # for which a sealed message between two processes is believed
-FRESH_SECONDS = 2                                    # and a verdict, without asking the gate again
-VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id", "x-operator", "x-read-only",
-           "x-quota", "x-node")                      # what the gate says of a viewer
-TRUSTED.update(VERDICT, ("x-verdict", "x-proved", "x-known", "x-hashed"))
-STRANGERS = "One process takes the other for a stranger. Copy the directory's secret.key to each node; compare clocks."
-GATE = """SELECT s.digest, s.expires, s.account AS owner, ifnull(q.account, s.account) AS account, q.writes,
-                 w.id, w.quota, w.moving, w.node, m.role
-          FROM sessions s LEFT JOIN masquerades q ON q.digest = s.digest AND q.until > ?
-          LEFT JOIN workspaces w ON w.name = ?
-          LEFT JOIN memberships m ON m.workspace = w.id AND m.account = ifnull(q.account, s.account)
-          WHERE s.digest = ?"""
-OVER = """SELECT account, '' AS owner FROM sessions WHERE expires <= ? UNION
-          SELECT q.account, s.account FROM masquerades q JOIN sessions s ON s.digest = q.digest WHERE q.until <= ?"""
-MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n", headers=(("retry-after", "30"),))
-
-
-def add_key(path: pathlib.Path) -> None:
-    """A new key in front of the newest, the only other that stays: what it sealed holds until the next rotation."""
-    keys = [secrets.token_hex(32), *(path.read_text().split() if path.exists() else [])]
-    part = beside(path, "part")
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
-        file.write("\n".join(keys[:2]) + "\n")
-    put_in_place(part, path)
-
-
-def seal_of(parts: Iterable[str], key: bytes, until: int) -> str:
-    return f"{until}.{hmac.digest(key, b'plane:' + json.dumps([until, *parts]).encode(), 'sha256').hex()}"
-
-
-def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
-    """Was this sealed here, over these parts, a short time ago? Clocks may differ by as much as it is believed."""
-    until = int(given.partition(".")[0]) if re.fullmatch("[0-9]{1,11}[.][0-9a-f]{64}", given) else 0
-    return 0 <= until - time.time() <= 2 * SEALED_SECONDS and any(
-        [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys])
-
-
-digest_again = functools.lru_cache(maxsize=4096)(session_digest)
-
-
-def mask_of(row: Optional[sqlite3.Row]) -> Tuple[str, bool]:
-    """Of a session's row: the operator who looks on in the account's name, and whether read-only."""
-    return ("", False) if row is None or row["writes"] is None else (row["owner"], not row["writes"])
-
-
-@functools.lru_cache(maxsize=1024)
-def full_verdict(account: str, role: str, workspace: str, id: str, operator: str = "", read_only: bool = False,
-                 quota: int = 0, node: str = "") -> Response:
-    """What is remembered here is how it reads, not that it holds."""
-    said = dict(verdict(account, role, workspace, id).headers)
-    if read_only:
-        grants = [grant for grant in said["x-grants"].split(",") if grant.endswith(":read")]
-        said.update({"x-grants": ",".join(grants), "x-can-delete": "false"})
-    rare = {"x-operator": operator, "x-read-only": "true" if read_only else "", "x-node": node}
-    said.update({"x-quota": str(quota), **{name: value for name, value in rare.items() if value}})
-    return as_json(said)._replace(headers=tuple(said.items()))
-
-
-def workspace_behind(request: Request) -> str:
-    """For a proxy that asks for a verdict: the workspace of the request that it holds. "": none, or more than one."""
-    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri") if name in request.headers}
-    target = targets.pop() if len(targets) == 1 else ""
-    with contextlib.suppress(Refused):
-        hit = re.match(r"/w/([^/]+)", plain_path(target.partition("?")[0]))
-        return hit[1] if hit else ""
-    return ""
-
-
-def free_name(store: Store, name: str) -> str:
-    """name. Refused(422): it is none for a workspace, or taken."""
-    check_name(store, name)
-    return name
-
-
-def add_workspace(store: Store, workspaces: Namespace, name: str, members: Iterable[Sequence[str]],
-                  source: Optional[pathlib.Path] = None) -> None:
-    """members: accounts with their roles. The file (source; else an empty one) is there before the commit: a row
-    without one means that it was lost."""
-    id, node = new_id(store, workspaces, free_name(store, name)), place(store, name)
-    if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
-        raise Refused(422, "This server has one workspace. workspace import takes its file to a server of many.")
-    if source and workspaces.path(id).exists():
-        raise Refused(*TAKEN)
-    add_rows(store, id, name, members)
-    store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, node != "", id)
-    if not node:
-        put_in_place(source, workspaces.path(id)) if source else workspaces.create(id)
-
-
-def place(store: Store, name: str) -> str:
-    """The address of a new workspace's node, by rendezvous hashing: each gets its share. "": here."""
-    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
-    return max(nodes, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest(), default="")
-
-
-class FullDirectory(FullHost, Directory):
-    def __init__(self, id: str, namespace: Namespace, router: Router, pages: Sequence[Live], keys: Sequence[bytes],
-                 workspaces: Namespace, settings: Settings) -> None:
-        limit = settings.max_workspaces or (2000 if settings.demo else 20)
-        super().__init__(id, namespace, router, pages, keys, workspaces, bool(settings.demo), limit)
-        self.settings = settings
-        self.verdicts: Dict[int, int] = collections.Counter()
-        self.elsewhere = 0
-
-    def on_open(self) -> None:
-        super().on_open()
-        self.as_of, self.admitted = None, {}         # the state of the file; its verdicts, and until when
-        self.bus.listeners.append(functools.partial(count_access, self.bus.versions))
-
-    def identified(self, request):
-        digest = digest_again(request.headers.get("cookie", ""), COOKIES[request.scheme], self.keys)
-        headers = {name: value for name, value in request.headers.items() if name != "cookie"}
-        if digest:
-            headers["x-session"] = digest.hex()
-        return request._replace(headers=headers)
-
-    def handle(self, request: Request) -> Response:
-        if request.path.startswith("/_gate/") or request.path == "/_gate":
-            if request.method not in SAFE:
-                only_read(request)
-            answer = self.gate(request, workspace_behind(request) if request.path == "/_gate" else request.path[7:])
-            self.verdicts[answer.status] += 1
-            return self.for_proxies(answer) if request.path == "/_gate" else answer
-        return super().handle(request)
-
-    # -- what the server's other parts ask; the worker lets no such path in from outside
-
-    def version_now(self, request: Request) -> Any:
-        """Moves when another process has written, and for nodes also when somebody's access changed. Asked each second,
-        so what is over ends here."""
-        now = time.time()
-        over = self.store.query(OVER, now, now)
-        if over:
-            with self.store.tx():
-                for account, owner in over:
-                    self.bus.publish(f"access:{account}")
-                    if owner:
-                        self.journal(masked(Viewer(account=account), owner, False), "directory.unmask", "time is over")
-                self.store.exec("DELETE FROM sessions WHERE expires <= ?", now)
-                self.store.exec("DELETE FROM masquerades WHERE until <= ?", now)
-        try:
-            keys = load_keys(self.settings.key_file)
-            if keys != self.keys:
-                self.keys = keys
-                self.namespace.changed(self.id)      # what was answered to cookies of an older key is not kept
-        except Unusable as lost:                     # those at hand hold until the server ends
-            log_once(str(lost))
-        self.elsewhere = self.store.one("PRAGMA data_version")[0]
-        return [self.opened_at, self.elsewhere, self.bus.versions["access"] if self.settings.plane else 0]
-
-    def password_of(self, request: Request) -> str:
-        row = self.store.one("SELECT password FROM accounts WHERE name = ?", request.headers["x-account"])
-        return row["password"] if row else ""
-
-    def names(self, request: Request) -> Dict[str, Any]:
-        """For the console: a page of all workspaces and the one of a name, by id, and how many there are."""
-        after, name = [request.params.get(key, "") for key in ("after", "name")]
-        page = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY name LIMIT ?", after,
-                                NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
-        return {"page": dict(page), "named": dict(named),
-                "all": self.store.one("SELECT count(*) FROM workspaces")[0],
-                "schema": len(DIRECTORY_TABLES + HISTORY)}
-
-    def whoami(self, request: Request) -> Dict[str, Any]:
-        """For the console: who asks, where they belong, whether they run this server."""
-        row = self.session(request)
-        account, mine = (row["account"], self.store.query(MINE, row["account"], "", 100)) if row else ("", [])
-        return {"account": account, "masked": mask_of(row), "operator": bool(row) and self.is_operator(row["owner"]),
-                "roles": {name: role for _, name, role in mine}, "personas": self.personas(account)}
-
-    def is_operator(self, account: str) -> bool:
-        return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator", account) is not None
-
-    def accounts_of(self, where, args):
-        """And in whose names they look on."""
-        those = f"FROM sessions WHERE {where}"
-        return self.store.query(f"SELECT account {those} UNION SELECT account FROM masquerades "
-                                f"WHERE digest IN (SELECT digest {those})", *args, *args)
-
-    def mine(self, request: Request) -> List[str]:
-        """The ids of the workspaces on this person's home page."""
-        rows = self.store.query(MINE, self.viewer(request).account, request.params.get("after", ""), NAMES_A_PAGE)
-        return [row["id"] for row in rows]
-
-    def shows_console(self, viewer: Viewer) -> bool:
-        return bool(self.personas("")) or self.is_operator(getattr(viewer, "operator", viewer.account))
-
-    def place(self, ctx: Context, name: str, owner: str) -> None:
-        if not self.settings.plane:
-            return super().place(ctx, name, owner)
-        if not place(ctx.store, name):
-            raise Refused(503, "There is no node yet that could hold it; node add HOST:PORT names one.")
-        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
-
-    def node_of(self, request: Request) -> str:
-        return self.store.one("SELECT node FROM workspaces WHERE id = ?", request.headers["x-id"])[0]
-
-    OWN = {**FullHost.OWN, **Directory.OWN, "/_version": version_now, "/_password": password_of, "/_names": names,
-           "/_whoami": whoami, "/_node_of": node_of, "/_mine": mine}
-
-    # -- the gate
-
-    def for_proxies(self, answer: Response) -> Response:
-        """They bring the verdict to a node, sealed as a whole. Most know no answer but 200, 401, 403: for a workspace
-        on its way they hear 200 and no verdict, and whoever they bring the request to asks again."""
-        if answer.status != 200:
-            return Response(200) if answer is MOVING else answer
-        said, oldest = dict(answer.headers), self.keys[-1]       # a node has it still when they were just rotated
-        seal = seal_of([said.get(name, "") for name in VERDICT], oldest, int(time.time()) + SEALED_SECONDS)
-        return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
-
-    def gate(self, request: Request, workspace: str) -> Response:
-        """200 with the viewer, 401, or 403: for a workspace of others and for none at all, to the byte. A 200 is given
-        again while nobody wrote to the file, in this process or another; SQLite's own count of that is asked."""
-        as_of = *self.store.state(), self.keys
-        if as_of != self.as_of or len(self.admitted) > 1024:
-            self.as_of, self.admitted = as_of, {}
-        key = request.headers.get("x-session"), workspace
-        known, until = self.admitted.get(key, (NO_SESSION, 0.0))
-        return known if time.time() < until else self.judge(request, workspace, key)
-
-    def judge(self, request: Request, workspace: str, key: Tuple[Optional[str], ...]) -> Response:
-        row = self.session(request, workspace)
-        if row is None:
-            return NO_SESSION
-        if not row["role"]:
-            return NO_ENTRY
-        if row["moving"]:
-            return MOVING
-        quota = row["quota"] or self.settings.quota
-        given = full_verdict(row["account"], row["role"], workspace, row["id"], *mask_of(row), quota, row["node"])
-        if row["writes"] is None and not self.store.db.in_transaction:       # masquerades end by the clock
-            self.admitted[key] = given, row["expires"] - SESSION_SECONDS / 2
-        return given
-
-    def session(self, request: Request, workspace: str = "") -> Optional[sqlite3.Row]:
-        """The account of the request's session, with its role in workspace. None: it is not valid. Sessions slide: one
-        in the second half of its time is renewed."""
-        digest, now = bytes.fromhex(request.headers.get("x-session", "")), time.time()
-        row = self.store.one(GATE, now, workspace, digest) if digest else None
-        if row is None or row["expires"] <= now:
-            return None
-        if row["expires"] < now + SESSION_SECONDS / 2:
-            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?", now + SESSION_SECONDS, digest)
-        return row
-
-    def viewer(self, request: Request) -> Viewer:
-        if "x-account" in request.headers:           # a verdict came along
-            return super().viewer(request)
-        row = self.session(request)
-        return masked(Viewer(account=row["account"]), *mask_of(row)) if row else Viewer()
-
-
-def single_gate(request: Request, env: Env) -> Response:
-    """Whose rows they are. Whether somebody may see them, the object itself asks."""
-    root = env.directory.namespace.awake(env.directory.id)
-    said = {"x-workspace": request.path.split("/")[2], "x-id": env.directory.id,
-            "x-session": root.identified(stripped(request)).headers.get("x-session", "")}
-    return Response(200, headers=tuple(said.items()))
-
-
-def count_access(versions: Dict[str, int], topic: str) -> None:
-    if topic.startswith("access:"):
-        versions["access"] += 1
-
-
-class Single(FullDirectory):
-    """Both planes in one object and one file, for a server with one workspace."""
-
-    def __init__(self, *args: Any, inside: Router, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.outside, self.router = self.router, inside
-        self.schema = [*self.outside.schema, *inside.schema[1:]]
-
-    def router_for(self, request: Request) -> Router:
-        """A workspace's pages are for whom its gate let in, and nobody else."""
-        inside = "x-id" in request.headers and not re.match("/members(/|$)", request.path)
-        return self.router if inside else self.outside
-
-    def place(self, ctx, name, owner):
-        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
-
-    def viewer(self, request: Request) -> Viewer:
-        """Who looks is asked in the same breath as there is to see: no request to a gate."""
-        if "x-workspace" not in request.headers or "x-account" in request.headers:
-            return super().viewer(request)
-        answer = self.gate(request, request.headers["x-workspace"])
-        if answer.status != 200:
-            raise Refused(answer.status, answer.body.decode().strip(), answer.headers)
-        return super().viewer(request._replace(headers=dict(answer.headers)))
-
-    def topic(self, name, viewer):
-        return super().topic(name, viewer) if name == "members" else name
-
-    def on_open(self) -> None:
-        super().on_open()
-        pages = max(1, self.settings.quota // self.store.one("PRAGMA page_size")[0])             # 0 would be no limit
-        self.store.exec(f"PRAGMA max_page_count = {pages}")
-
-
-# ==== 35. Console =========================================================================
-# The running server, seen from the inside: both planes, each request on its way, each store call as it lands. It is
-# asked like an object and streamed like a region; but it has no store: what it shows is read from the objects that run.
 
 class Console:
-    id, PAUSE = "console", 0.25                        # seconds between two frames, however much happens
+    id = "console"                                       # in the place of an object's
+    PAUSE = 0.25                                         # s between frames, at least
 
-    def __init__(self, env: Env, broker: Broker) -> None:
-        self.env, self.broker, self.trace, self.lock = env, broker, env.trace, threading.Lock()
-        self.stale, self.due = True, False
-        self.facts, self.counted, self.micros = {}, 0.0, 0     # what each object told of itself; when, in what time
-        self.router = Router([Slice("console", (), routes=(
-            Route("GET", "/console", ACCOUNT, self.page), Route("GET", "/console/live", ACCOUNT, self.stream),
+    def __init__(self, edge: LoopEdge):
+        self.edge = edge
+        self.broker = edge.broker
+        self.trace = edge.trace
+        self.lock = threading.Lock()
+        self.due = False                                 # a frame is on its way
+        self.stale = True                                # the facts may be old
+        self.facts: Dict[str, Dict[str, Any]] = {}       # by id: what each object told
+        self.counted = 0.0                               # when it was asked
+        self.micros = 0                                  # how long all of them took
+        self.router = Router([Slice("console", routes=(
+            Route("GET", "/console", ACCOUNT, self.page),
+            Route("GET", "/console/live", ACCOUNT, self.stream),
             Route("POST", "/console/probe", ACCOUNT, self.probe),
             Route("POST", "/console/retry", ACCOUNT, self.retry)))])
-        env.trace.news = self.news
-        env.workspaces.listeners.append(self.published)
+        self.trace.news = self.news
+        edge.env.workspaces.listeners.append(self.published)
+
+    @property
+    def env(self) -> FullEnv:
+        return self.edge.env
 
     def answer(self, request: Request, env: Env) -> Response:
-        """A door. In the demo everybody may look, else operators."""
+        """A door."""
         with self.trace.silence():
-            me = self.env.directory.ask("/_whoami", "", request.headers, request.scheme)
-            if not (self.env.settings.demo or me["operator"]):
+            me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
+            if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)
-                raise Refused(403, "The console is for operators: account add NAME --operator makes one.")
-            return self.router.match(request.method, request.path)[1].run(request, me)
+                raise Refused(403, "The console is for operators: account add NAME "
+                                   "--operator makes one.")
+            _, route, _ = self.router.match(request.method, request.path)
+            return route.run(request, me)
 
     # -- what makes a frame: news, a second that passed, somebody who came
 
     def published(self, id: str, topic: str) -> None:
-        self.stale = True                            # the next frame counts again
+        """The next frame counts again."""
+        self.stale = True
 
     def news(self) -> None:
         if not self.due:
@@ -5720,257 +6167,576 @@ class Console:
         self.broker.published(self.id, self.id)
 
     def fetch(self, request: Request) -> Response:
-        """For the broker."""
+        """For the broker, to which this is a stub."""
         with self.trace.silence(), self.lock:
             html = self.region(request.params, not request.params.get("paused"))
-            return Response(200, type=EVENTS, watch=Subscription(self, self.id, request, Piece(html, 0.0, 0)))
+            watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
+            return Response(200, type=EVENTS, watch=watch)
 
-    def stream(self, request: Request, me: Dict[str, Any]) -> Response:
+    def stream(self, request, me):
         again = Request("GET", "/console/live", variant_of(request.params))
         return self.fetch(again)._replace(which=me["account"])
 
-    # -- the page, and the probe
+    # -- the page
 
-    def page(self, request: Request, me: Dict[str, Any], result: Any = "", probed: str = "") -> Response:
-        given, account, demo = request.params, me["account"], self.env.settings.demo
-        grants = [{"grant": grant, "cell": [{"yes": grant in some, "no": grant not in some} for some in ROLES.values()]}
-                  for grant in ROLES["owner"]]
-        standing = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()]) or "member of no workspace"
+    def page(self, request, me, result="", probed=""):
+        given = request.params
+        demo = bool(self.env.settings.demo)
         with self.lock:
-            region, names = self.region(given, True), self.names(given)["page"].values()
+            region = self.region(given, True)
+            names = self.names(given)["page"].values()
         body = template("console")(
-            region=region, variant=variant_of(given), personas=demo, masquerade=not demo, grant=grants, probed=probed,
-            persona=me["personas"], role=[{"role": role, "current": role in me["roles"].values()} for role in ROLES],
-            option=[{"name": name} for name in names], result=result or template("console.idle")(),
-            standing=f"{account} is {standing}." if account else "Nobody is signed in.",
-            who=f"You are {account}" if account else "You are nobody yet")
-        return page("Console", body, masked(Viewer(account=account), *me["masked"]), template("layout.console")(state=True))
+            region=region, variant=variant_of(given), personas=demo, masquerade=not demo,
+            grant=grant_rows(), probed=probed, persona=me["personas"],
+            role=[{"role": role, "current": role in me["roles"].values()} for role in ROLES],
+            option=[{"name": name} for name in names],
+            result=result or template("console.idle")(), **who_is(me))
+        nav = template("layout.console")(state=True)
+        return page("Console", body, guest_of(me), nav)
 
-    def probe(self, request: Request, me: Dict[str, Any]) -> Response:
-        """Ask for a workspace's page as whoever is signed in, and show how far that came."""
-        name, account = str(request.fields().get("workspace", "")).strip()[:63], me["account"]
-        names = self.names({"name": name})["named"] if WORKSPACE_NAME.fullmatch(name) else {}
-        served, cookie = self.env.workspaces.served, {"cookie": request.headers.get("cookie", "")}
+    def probe(self, request, me):
+        """Ask for a workspace's page as whoever is signed in; show how far that came."""
+        name = str(request.fields().get("workspace", "")).strip()[:63]
+        names = {}
+        if WORKSPACE_NAME.fullmatch(name):
+            names = self.names({"name": name})["named"]
+        served = self.env.workspaces.served
         before = {id: served[id] for id in names}
-        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie, scheme=request.scheme)
-        briefly = dataclasses.replace(self.env, forward=lambda stub, request: stub.fetch_within(LOOK_SECONDS, request))
-        trip = self.trace.probe(asked, lambda request: worker(request, briefly))
+        trip = self.trip_to(name, request)
         verdict = trip.legs[0].status if trip.legs else trip.status
-        said = {200: f"The gate lets {account} into {name}.",
-                401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
-                403: f"Refused at the gate: {account} has no access to {name}."}.get(verdict, f"No verdict: {verdict}.")
-        proof = "No workspace was contacted; only these store calls were made:"
-        if verdict == 200:
-            how = "It was contacted" if trip.legs[1:] else "It is busy just now, and would be contacted"
-            proof = f"{how} with the verdict: role {{x-role}}, grants {{x-grants}}.".format(**trip.legs[0].said)
+        said = verdict_in_words(verdict, name, me["account"])
+        counts = "".join([f"Requests to {name}: {before[id]} before, {served[id]} after. "
+                          for id in names])
+        calls = [{**call._asdict(), "object": self.label(call.object, names)}
+                 for call in trip.calls]
         result = template("console.probe")(
             kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
-            proof="".join([f"Requests to {name}: {before[id]} before, {served[id]} after. " for id in names]) + proof,
-            call=[{**call._asdict(), "object": self.label(call.object, names)} for call in trip.calls])
+            proof=counts + proof_of(trip, verdict), call=calls)
         if request.datastar:
-            return Response(200, patch_elements(result) + patch_signals({"toast": said}), "text/event-stream")
+            body = patch_elements(result) + patch_signals({"toast": said})
+            return Response(200, body, EVENTS)
         return self.page(request, me, result, name)
 
-    def retry(self, request: Request, me: Dict[str, Any]) -> Response:
+    def trip_to(self, name, request):
+        """Send a request of our own, with this person's cookie. A busy one is not waited
+        for."""
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
+                        scheme=request.scheme)
+        briefly = dataclasses.replace(
+            self.env, forward=lambda stub, request: stub.fetch_within(LOOK_SECONDS, request))
+        return self.trace.probe(asked, lambda request: worker(request, briefly))
+
+    def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
-        masked(Viewer(account=me["account"]), *me["masked"]).permit(ACCOUNT, request.method)
-        for id in self.names({"name": str(request.fields().get("workspace", ""))})["named"]:
-            self.env.workspaces.get(id).fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
+        guest_of(me).permit(ACCOUNT, request.method)
+        name = str(request.fields().get("workspace", ""))
+        for id in self.names({"name": name})["named"]:
+            stub = self.env.workspaces.get(id)
+            stub.fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
         self.stale = True
         return Response(204) if request.datastar else see_other("/console")
 
     # -- the region
 
-    def names(self, params: Dict[str, str]) -> Dict[str, Any]:
-        """Of the workspaces on a page of the console, by id, all in order of their names."""
+    def names(self, params):
+        """Ask the Directory for the workspaces on a page of the console."""
         return self.env.directory.ask("/_names", urllib.parse.urlencode(params))
 
-    def label(self, id: str, names: Dict[str, str]) -> str:
+    def label(self, id, names):
         return {self.env.directory.id: "Directory", **names}.get(id, id[:8])
 
-    def count_all(self, ids: Iterable[str]) -> None:
-        """A fan-out: one request to each object. Who slept goes back to sleep."""
-        if self.facts.keys() == {*ids} and not (self.stale and time.time() > self.counted + 1):
+    def count_all(self, ids):
+        """Ask each object for its facts, if something may have changed in the last
+        second."""
+        fresh = not self.stale or time.time() < self.counted + 1
+        if fresh and self.facts.keys() == {*ids}:
             return
-        self.stale, started, facts = False, time.perf_counter(), {}
-        for id in ids:
-            slept = id not in self.env.workspaces.objects
-            facts[id] = facts_of(self.env.workspaces.get(id))
-            self.stale |= facts[id]["count"] == "busy"         # then it is asked again
-            woken = self.env.workspaces.objects.get(id)
-            if slept and woken:
-                woken.sleep(time.monotonic())
-        self.counted, self.micros, self.facts = time.time(), micros(time.perf_counter() - started), facts
+        self.stale = False
+        started = time.perf_counter()
+        self.facts = {id: self.count(id) for id in ids}
+        self.micros = micros(time.perf_counter() - started)
+        self.counted = time.time()
 
-    def region(self, params: Dict[str, str], with_feed: bool) -> Html:
+    def count(self, id):
+        workspaces = self.env.workspaces
+        slept = id not in workspaces.objects
+        facts = facts_of(workspaces.get(id))
+        if facts["count"] == "busy":
+            self.stale = True                            # it is asked again
+        woken = workspaces.objects.get(id)
+        if slept and woken:
+            woken.sleep(time.monotonic())
+        return facts
+
+    def region(self, params, with_feed):
         found = self.names(params)
         names = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
         self.count_all(names)
         rows = [self.object_row(self.env.directory, "Directory", found)]
-        rows += [self.object_row(self.env.workspaces.get(id), name, self.facts[id]) for id, name in names.items()]
-        dead = [{"name": name, "job": self.facts[id]["failed"]} for id, name in names.items()
-                if self.facts[id].get("failed")]
+        rows += [self.object_row(self.env.workspaces.get(id), name, self.facts[id])
+                 for id, name in names.items()]
+        dead = [{"name": name, "job": self.facts[id]["failed"]}
+                for id, name in names.items() if self.facts[id].get("failed")]
         return template("console.region")(
-            object=rows, all=found["all"], asked=len(names), awake=len(self.env.workspaces.objects), dead=dead,
-            micros=self.micros, more=len(found["page"]) > NAMES_A_PAGE, after=max(names.values(), default=""),
-            feed=self.feed(params, names) if with_feed else "", **self.drawing(names), **self.streams(names))
+            object=rows, all=found["all"], asked=len(names), dead=dead, micros=self.micros,
+            awake=len(self.env.workspaces.objects), more=len(found["page"]) > NAMES_A_PAGE,
+            after=max(names.values(), default=""),
+            feed=self.feed(params, names) if with_feed else "",
+            **self.drawing(names), **self.streams(names))
 
-    def object_row(self, stub: Stub, name: str, facts: Dict[str, Any]) -> Dict[str, Any]:
+    def object_row(self, stub, name, facts):
         id, namespace = stub
-        file, one = namespace.path(id), namespace.objects.get(id)
+        file = namespace.path(id)
+        one = namespace.objects.get(id)
         size = sum([part.stat().st_size for part in with_wal(file)])
-        streams = sum([len(channel.streams) for channel in [*self.broker.channels.get(id, {}).values()]])
-        return {"id": id, "name": name, "query": variant_of({"object": id}), "size": -(-size // 1024),
+        channels = [*self.broker.channels.get(id, {}).values()]
+        jobs = [f"{facts[kind]} {kind}" for kind in ("waiting", "given up")
+                if facts.get(kind)]
+        return {"id": id, "name": name, "query": variant_of({"object": id}),
                 "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
-                "state": f"awake since {clock(one.opened_at)}" if one and one.store else "asleep",
-                "schema": facts.get("schema", "?"), "streams": streams, "served": namespace.served[id],
-                "count": facts.get("count", ""),
-                "jobs": ", ".join([f"{facts[kind]} {kind}" for kind in ("waiting", "given up") if facts.get(kind)])}
+                "size": -(-size // 1024), "schema": facts.get("schema", "?"),
+                "state": f"awake since {clock(one.opened_at)}" if one and one.store
+                         else "asleep",
+                "streams": sum([len(channel.streams) for channel in channels]),
+                "served": namespace.served[id], "count": facts.get("count", ""),
+                "jobs": ", ".join(jobs)}
 
-    def drawing(self, names: Dict[str, str]) -> Dict[str, Any]:
-        """The planes, and the path of each request that came of late. The last place is for all other workspaces."""
-        some = [*names.items()][:4] + ([("", "others")] if len(names) > 4 else [])
-        places, awake = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}, self.env.workspaces.objects
-        nodes = [{"index": index, "name": name if len(name) < 12 else f"{name[:10]}…", "middle": places[id][0],
-                  "x": places[id][0] - 46, "state": "awake" if id in awake else "asleep" if id else ""}
+    # -- the drawing: places in it are (x, y)
+
+    BROWSER, WORKER, DIRECTORY, REFUSED = (70, 160), (270, 160), (560, 76), (462, 104)
+
+    def drawing(self, names):
+        """The planes, and the way of each request of late. The last place is for all
+        others."""
+        some = [*names.items()][:4]
+        if len(names) > 4:
+            some.append(("", "others"))
+        places = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}
+        nodes = [self.node(index, id, name, places[id])
                  for index, (id, name) in enumerate(some)]
-        trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
+        trips = [self.trip_row(trip, names, places) for trip in reversed(self.trace.trips)]
+        wires = "".join([f"M270 160L{x} {y}" for x, y in places.values()])
         return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
-                "wires": "".join([f"M270 160L{x} {y}" for x, y in places.values()])}
+                "wires": wires}
 
-    def way(self, trip: Trip, places: Dict[str, Tuple[int, int]]) -> List[Tuple[int, int]]:
-        browser, worker, directory = (70, 160), (270, 160), (560, 76)
+    def node(self, index, id, name, place):
+        awake = id in self.env.workspaces.objects
+        state = "awake" if awake else "asleep" if id else ""
+        short = name if len(name) < 12 else f"{name[:10]}…"
+        return {"index": index, "name": short, "middle": place[0], "x": place[0] - 46,
+                "state": state}
+
+    def way(self, trip, places):
         if trip.status in (401, 403) and len(trip.legs) == 1:
-            return [browser, worker, (462, 104)]
-        others = places.get("", worker)
-        stops = [places.get(leg.id, others) if leg.kind == "workspace" else directory for leg in trip.legs]
-        return [browser, worker, *[point for stop in stops for point in (stop, worker)], browser]
+            return [self.BROWSER, self.WORKER, self.REFUSED]
+        way = [self.BROWSER, self.WORKER]
+        for leg in trip.legs:
+            stop = self.DIRECTORY
+            if leg.kind == "workspace":
+                stop = places.get(leg.id) or places.get("", self.WORKER)
+            way += [stop, self.WORKER]
+        return [*way, self.BROWSER]
 
-    def trip_row(self, trip: Trip, names: Dict[str, str], places: Dict[str, Tuple[int, int]]) -> Dict[str, Any]:
-        legs = [{"object": "gate" if leg.kind == "gate" else self.label(leg.id, names), "status": leg.status,
-                 "micros": leg.micros, "how": "from the cache" if leg.kind == "workspace" and not leg.calls else
-                 f"{leg.calls or 'no'} store call{'s' * (leg.calls != 1)}"} for leg in trip.legs]
-        return {"number": trip.number, "method": trip.method, "path": trip.path[:80], "status": trip.status,
-                "size": trip.size, "leg": legs, "kind": "refused" if trip.status in (401, 403) else "ok",
-                "points": " ".join([f"{x},{y}" for x, y in self.way(trip, places)]),
-                "stop": trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200}
+    def trip_row(self, trip, names, places):
+        last = trip.legs[-1]
+        points = " ".join([f"{x},{y}" for x, y in self.way(trip, places)])
+        return {"number": trip.number, "method": trip.method, "path": trip.path[:80],
+                "status": trip.status, "size": trip.size, "points": points,
+                "kind": "refused" if trip.status in (401, 403) else "ok",
+                "stop": last.kind == "gate" and last.status != 200,
+                "leg": [self.leg_row(leg, names) for leg in trip.legs]}
 
-    def streams(self, names: Dict[str, str]) -> Dict[str, Any]:
-        channels = [channel for of_object in [*self.broker.channels.values()] for channel in [*of_object.values()]]
-        rows = [{"object": self.label(one.subscription.stub.id, names), "path": one.subscription.again.path,
-                 "role": one.subscription.again.headers.get("x-role", ""), "open": len(one.streams),
-                 **dict.fromkeys(self.broker.frames, 0), **one.frames} for one in channels[:50]]
-        return {"stream": rows, "open": sum([len(channel.streams) for channel in channels]), **self.broker.frames}
+    def leg_row(self, leg, names):
+        object = "gate" if leg.kind == "gate" else self.label(leg.id, names)
+        plural = "" if leg.calls == 1 else "s"
+        how = f"{leg.calls or 'no'} store call{plural}"
+        if leg.kind == "workspace" and not leg.calls:
+            how = "from the cache"
+        return {"object": object, "status": leg.status, "micros": leg.micros, "how": how}
 
-    def feed(self, params: Dict[str, str], names: Dict[str, str]) -> Html:
-        trace, object, paused = self.trace, params.get("object", ""), params.get("paused") == "1"
-        calls = [call for call in [*trace.calls] if object in ("", call.object)]
-        trace.shown = trace.noted
-        lines = [{**call._asdict(), "time": clock(call.at, 3), "object": self.label(call.object, names),
-                  "rows": "" if call.rows < 0 else call.rows} for call in reversed(calls)]
-        other, whole = variant_of({**params, "paused": "" if paused else "1"}), variant_of({**params, "object": ""})
-        links = [{"text": "Go on" if paused else "Pause", "query": other}, {"text": "All objects", "query": whole}]
-        whose = f" of {self.label(object, names)}" if object else ""
-        return template("console.feed")(line=lines, link=links if object else links[:1], noted=trace.noted,
-                                        missed=trace.dropped, whose=whose)
+    # -- streams and store calls
+
+    def streams(self, names):
+        channels = [channel for of_object in [*self.broker.channels.values()]
+                    for channel in [*of_object.values()]]
+        rows = [self.stream_row(channel, names) for channel in channels[:50]]
+        count = sum([len(channel.streams) for channel in channels])
+        return {"stream": rows, "open": count, **self.broker.frames}
+
+    def stream_row(self, channel, names):
+        again = channel.subscription.again
+        none = dict.fromkeys(self.broker.frames, 0)
+        return {"object": self.label(channel.subscription.stub.id, names),
+                "path": again.path, "role": again.headers.get("x-role", ""),
+                "open": len(channel.streams), **none, **channel.frames}
+
+    def feed(self, params, names):
+        object = params.get("object", "")
+        paused = params.get("paused") == "1"
+        calls = [call for call in [*self.trace.calls] if object in ("", call.object)]
+        self.trace.shown = self.trace.noted
+        lines = [self.call_row(call, names) for call in reversed(calls)]
+        other = variant_of({**params, "paused": "" if paused else "1"})
+        links = [{"text": "Go on" if paused else "Pause", "query": other}]
+        whose = ""
+        if object:
+            everything = variant_of({**params, "object": ""})
+            links.append({"text": "All objects", "query": everything})
+            whose = f" of {self.label(object, names)}"
+        return template("console.feed")(line=lines, link=links, noted=self.trace.noted,
+                                        missed=self.trace.dropped, whose=whose)
+
+    def call_row(self, call, names):
+        return {**call._asdict(), "time": clock(call.at, 3),
+                "object": self.label(call.object, names),
+                "rows": "" if call.rows < 0 else call.rows}
 
 
-def variant_of(params: Dict[str, str]) -> str:
-    """What the console's region heeds: the workspaces after a name, the store calls of one object, or none of them."""
-    return heeded(params, after=WORKSPACE_NAME.pattern, object="directory|[0-9a-f]{64}", paused="1")
+def grant_rows():
+    """Which role has which grant, as a table."""
+    return [{"grant": grant,
+             "cell": [{"yes": grant in some, "no": grant not in some}
+                      for some in ROLES.values()]} for grant in ROLES["owner"]]
 
 
-def clock(at: float, digits: int = 0) -> str:
-    """The time of day of a time stamp, with digits of a second."""
-    return time.strftime("%H:%M:%S", time.localtime(at)) + (f"{at % 1:.9f}"[1:digits + 2] if digits else "")
+def guest_of(me) -> Viewer:
+    viewer = Viewer(account=me["account"])
+    if not me["mask"]:
+        return viewer
+    return Guest(**vars(viewer), operator=me["mask"], read_only=me["read_only"])
 
 
-# ==== 36. Snapshots =======================================================================
-# Databases are copied by SQLite's own backup, which is consistent while others write, and a copy gets its final name
-# when it is whole and checked. A snapshot copies the whole deployment; what did not change since the last is linked.
+def who_is(me):
+    account = me["account"]
+    if not account:
+        return {"standing": "Nobody is signed in.", "who": "You are nobody yet"}
+    roles = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()])
+    return {"standing": f"{account} is {roles or 'member of no workspace'}.",
+            "who": f"You are {account}"}
 
-def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
-    """The files of a database that there are."""
-    return [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
 
+def verdict_in_words(verdict, name, account):
+    return {200: f"The gate lets {account} into {name}.",
+            401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
+            403: f"Refused at the gate: {account} has no access to {name}.",
+            }.get(verdict, f"No verdict: {verdict}.")
+
+
+def proof_of(trip, verdict):
+    if verdict != 200:
+        return "No workspace was contacted; only these store calls were made:"
+    said = trip.legs[0].said
+    how = "It is busy just now, and would be contacted"
+    if trip.legs[1:]:
+        how = "It was contacted"
+    return f"{how} with the verdict: role {said['x-role']}, grants {said['x-grants']}."
+
+
+@addition
+class AnswersTheConsole(EdgeDirectory):
+    def own_names(self, request):
+        """A page of all workspaces, and the one of a name, by id; and how many there are."""
+        after = request.params.get("after", "")
+        name = request.params.get("name", "")
+        some = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY "
+                                "name LIMIT ?", after, NAMES_A_PAGE + 1)
+        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
+        schema = self.store.one("SELECT count(*) FROM _migrations WHERE slice IN "
+                                "('orion', 'directory')")[0]
+        count = self.store.one("SELECT count(*) FROM workspaces")[0]
+        return {"page": dict(some), "named": dict(named), "all": count, "schema": schema}
+
+    def own_onlooker(self, request):
+        """Who asks, where they belong, and whether they run this server."""
+        viewer = self.viewer(request)
+        mine = self.store.query(MINE, viewer.account, "", 100)
+        return {"account": viewer.account, "operator": self.own_operator(request),
+                "mask": getattr(viewer, "operator", ""),
+                "read_only": getattr(viewer, "read_only", False),
+                "roles": {row["name"]: row["role"] for row in mine},
+                "personas": self.personas(viewer.account)}
+
+    def shows_console(self, viewer):
+        account = getattr(viewer, "operator", viewer.account)
+        return bool(self.personas("")) or self.is_operator(account)
+
+
+@addition
+class HasConsole(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.console = Console(self)
+        self.broker.quiet = (self.env.directory.id, Console.id)
+        paths = ("/console", "/console/live", "/console/probe", "/console/retry")
+        self.add_doors(dict.fromkeys(paths, self.console.answer))
+
+    def tick(self, now):
+        super().tick(now)
+        self.broker.published(Console.id, Console.id)
+
+
+@addition
+class CountsConsoles(Broker):
+    def watched(self, id, more):
+        super().watched(id, more)
+        if id == Console.id:
+            self.edge.trace.watch(more)
+
+    def look_elsewhere(self):
+        """What the server asks itself each second is not shown."""
+        with self.edge.trace.silence():
+            super().look_elsewhere()
+
+
+# ==== 40. Figures =========================================================================
+# The idea: what a server did, for whoever runs it: a line in the access log for each
+#   answer, and numbers for Prometheus.
+# It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
+# It needs: 30 Accounts, for who is an operator.
+
+def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
+    return {f'{{{name}="{key}"}}': figures[key] for key in sorted(figures)}
+
+
+class Figures:
+    BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
+    TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
+    LATE = 10                                            # seconds of lines, then they go
+
+    def __init__(self, log: str):
+        """log: common, json or off."""
+        self.log = log
+        self.date = ""                                   # of this second
+        self.lines = collections.deque(maxlen=100_000)
+        self.scribe = Pool(1)                            # its thread writes them
+        self.lock = threading.Lock()                     # guards the next three
+        self.statuses = collections.Counter()
+        self.durations = [0] * (len(self.BOUNDS) + 1)
+        self.seconds = 0.0
+
+    def count(self, method: str, request: Request, response: Response,
+              seconds: float) -> None:
+        bucket = bisect.bisect_left(self.BOUNDS, seconds)
+        with self.lock:
+            self.statuses[response.status] += 1
+            self.durations[bucket] += 1
+            self.seconds += seconds
+        if self.log != "off":
+            line = self.line(method, request, response.status, size_of(response),
+                             seconds)
+            self.lines.append(line)                      # only now: flush() exchanges them
+
+    def line(self, method: str, request: Request, status: int, size: int,
+             seconds: float) -> str:
+        """The common log format and the seconds it took, or JSON.
+
+        Without the query: users typed it.
+        """
+        path = request.path
+        if not PLAIN_PATH.fullmatch(path):
+            path = urllib.parse.quote(path)
+        path = path[:500]
+        if self.log == "json":
+            return json.dumps({"time": round(time.time(), 3), "peer": request.peer,
+                               "method": method, "path": path, "status": status,
+                               "bytes": size, "seconds": round(seconds, 6)})
+        return (f'{request.peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" '
+                f"{status} {size} {seconds:.6f}")
+
+    def write(self, lines: Sequence[str]) -> None:
+        """In a thread of its own."""
+        with contextlib.suppress(OSError, ValueError):
+            print("\n".join(lines), flush=True)
+
+    def flush(self) -> None:
+        """Once a second."""
+        self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+        lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
+        if lines and len(self.scribe.line) < self.LATE:
+            self.scribe.put(self.write, lines)
+
+    def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
+        """Families of figures, each with its name, its kind and its samples."""
+        lines = []
+        for name, kind, samples in (*self.families(), *more):
+            lines.append(f"# TYPE orion_{name} {kind}\n")
+            lines += [f"orion_{name}{end} {value}\n" for end, value in samples.items()]
+        return "".join(lines)
+
+    def families(self):
+        with self.lock:
+            counted = [*itertools.accumulate(self.durations)]
+            bounds = (*self.BOUNDS, "+Inf")
+            samples = {f'_bucket{{le="{bound}"}}': count
+                       for bound, count in zip(bounds, counted)}
+            samples["_sum"] = self.seconds
+            samples["_count"] = counted[-1]
+            return (("requests_total", "counter", labelled("status", self.statuses)),
+                    ("request_seconds", "histogram", samples))
+
+    def close(self) -> None:
+        self.flush()
+        self.scribe.close(0.5)
+
+
+@addition
+class CountsVerdicts(EdgeDirectory):
+    verdicts: Dict[int, int] = {}
+
+    def handle(self, request):
+        response = super().handle(request)
+        if request.path.startswith("/_gate"):
+            if not self.verdicts:
+                self.verdicts = collections.Counter()
+            self.verdicts[response.status] += 1
+        return response
+
+
+@addition
+class HasFigures(LoopEdge):
+    def __init__(self, env, settings):
+        self.figures = Figures(settings.log)             # first: it is closed in any case
+        super().__init__(env, settings)
+        self.add_doors({"/metrics": self.metrics})
+
+    def tick(self, now):
+        self.figures.flush()
+        super().tick(now)
+
+    def count(self, asked, response):
+        method = asked.reading.method if asked.reading else "-"
+        seconds = time.perf_counter() - asked.started if asked.started else 0.0
+        self.figures.count(method, asked.request, response, seconds)
+
+    def metrics(self, request, env):
+        """A door, for this machine and for operators."""
+        only_read(request)
+        here = in_networks(request.peer, LOOPBACK)
+        if not here or "x-forwarded-for" in request.headers:
+            cookie = {"cookie": request.headers.get("cookie", "")}
+            if not env.directory.ask("/_operator", "", cookie, request.scheme):
+                raise Refused(403, "The figures are for this machine and for operators. Ask "
+                                   "from 127.0.0.1, or sign in as one.")
+        return Response(200, self.figures.text(*self.families()).encode(), Figures.TYPE)
+
+    def families(self):
+        directory = self.env.directory.namespace.objects.get(self.env.directory.id)
+        verdicts = directory.verdicts if directory else {}
+        streams = sum([isinstance(held, Stream) for held in [*self.held]])
+        return (("gate_verdicts_total", "counter", labelled("verdict", verdicts)),
+                ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
+                ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
+                ("streams_open", "gauge", {"": streams}),
+                ("frames_total", "counter", labelled("result", self.broker.frames)))
+
+    def server_close(self):
+        super().server_close()
+        self.figures.close()
+
+
+# ==== 41. Copies ==========================================================================
+# The idea: SQLite's own backup copies a database while others write to it. The copy gets its
+#   final name when it is whole, checked and on the disk.
+# It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
+#   or the one before.
+# Who uses it: snapshots and exports.
 
 def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
     return path.with_name(f"{path.name}.{tail}")
 
 
 def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
-    """Durable first, then by its name: a power cut leaves the whole file or the one before."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
-    for tail in ("-wal", "-shm"):                    # of a database that was there: SQLite would add it to this one
+    for tail in ("-wal", "-shm"):                        # SQLite would add them to this one
         target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
     os.replace(part, target)
     sync_folder(target.parent)
 
 
 def stamp() -> str:
-    """Now, in UTC and to the millisecond: such names sort by age, and two in one second are two."""
+    """Return now, in UTC. Such names sort by age; two in a second are two."""
     now = time.time_ns() // 1_000_000
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 1000)) + f"-{now % 1000:03d}"
+    seconds = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 1000))
+    return f"{seconds}-{now % 1000:03d}"
 
 
 @contextlib.contextmanager
-def in_the_making(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Where a file, or a folder, is made that will be target. What breaks off is removed, or a full disk would be
-    fuller after each try."""
-    def remove() -> None:
-        for left in (part, part.with_name(f"{part.name}-journal")):
-            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
-    part = beside(target, "making")                  # nobody else's name
-    remove()
+def in_the_making(target: pathlib.Path):
+    """Give a path beside target where a file, or a folder, is made. Remove what is left."""
+    part = beside(target, "making")
+    remove_any(part)
     try:
         yield part
-    except BaseException:
-        remove()
-        raise
+    finally:
+        remove_any(part)
 
 
-def copy_database(source: pathlib.Path, target: pathlib.Path) -> int:
-    """The number of rows in it. sqlite3.DatabaseError: source is damaged; then there is no target."""
+def remove_any(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    for file in (path, path.with_name(f"{path.name}-journal")):
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+
+
+def copy_database(source: pathlib.Path, target: pathlib.Path, about: Any = None) -> int:
+    """Copy a database. Return its number of rows.
+
+    about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
+    damaged; then there is no target.
+    """
     with in_the_making(target) as part:
-        with contextlib.closing(GuardedStore(source)) as original, contextlib.closing(sqlite3.connect(part)) as copy:
+        with contextlib.closing(GuardedStore(source)) as original, \
+                contextlib.closing(sqlite3.connect(part)) as copy:
             original.db.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
             rows = verified(copy)
+            if about is not None:
+                copy.execute("CREATE TABLE _export (about TEXT)")
+                copy.execute("INSERT INTO _export VALUES (?)", (json.dumps(about),))
+                copy.commit()
         put_in_place(part, target)
     return rows
 
 
 def verified(db: sqlite3.Connection) -> int:
-    """The number of rows. sqlite3.DatabaseError: what SQLite's own check finds."""
+    """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
         raise sqlite3.DatabaseError(f"damaged: {found[0]}")
-    tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
-    return sum([db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table, in tables])
+    tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT "
+                        "LIKE 'sqlite_%'").fetchall()
+    return sum([db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
+                for name, in tables])
 
 
-def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None) -> int:
-    """Remove a database that others may have open: they see that it is gone before their next command. The number of
-    rows in the copy."""
+def opened_to_read(path: pathlib.Path):
+    """Connect to a database only to read it; close it after a with statement."""
+    identity(path)
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return contextlib.closing(sqlite3.connect(uri, uri=True))
+
+
+def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None,
+              about: Any = None) -> int:
+    """Remove a database that others may have open. Return the number of rows in the copy.
+
+    Commands that are on their way finish first, and are in the copy. The others see that
+    the file is gone, before they write.
+    """
     with contextlib.closing(GuardedStore(path)) as store:
-        store.begin()                                # commands that are on their way finish first, and are in the copy
-        rows = copy_database(path, copy) if copy else 0
+        store.begin()
+        rows = copy_database(path, copy, about) if copy else 0
         path.unlink()
     for tail in ("-wal", "-shm"):
         path.with_name(path.name + tail).unlink(missing_ok=True)
     return rows
 
 
-def rows_of(path: pathlib.Path) -> int:
-    """The number of rows in a database that is whole. sqlite3.DatabaseError: it is not, or there is none."""
-    identity(path)
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-        return verified(db)
-
-
-def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
-    """One after the other, counted for somebody who waits at a terminal; silent in a pipe."""
+def with_progress(all: Sequence[Any], what: str):
+    """Yield one after the other, counted for somebody who waits at a terminal."""
     for number, one in enumerate(all, 1):
         yield one
         if sys.stderr.isatty():
@@ -5978,49 +6744,75 @@ def with_progress(all: Sequence[Any], what: str) -> Iterator[Any]:
             print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
 
 
+# ==== 42. Snapshots =======================================================================
+# The idea: a snapshot is a folder with the whole deployment. What did not change since the
+#   one before is linked, and takes no room.
+# It promises: a snapshot has its name when it is complete. Of a file that is damaged it
+#   keeps what the one before had. The Directory is copied first, so each workspace that it
+#   names is there.
+# It needs: 41 Copies.
+
 def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
-    """Of the workspaces whose files are here: those that a Directory names or, on a node, all."""
+    """Return the ids of the workspaces here: those that the Directory names or, on a node,
+    all."""
     if settings.single:
         return []
     if not directory.exists():
         return [path.stem for path in settings.workspaces.glob("*.db")]
     with contextlib.closing(GuardedStore(directory)) as store:
-        return [row["id"] for row in store.query("SELECT id FROM workspaces WHERE name IS NOT NULL AND NOT moving AND "
-                                                 "node = ''")]
+        return [row["id"] for row in store.query(NAMED_HERE)]
 
 
-def copied(settings: Settings, name: str, part: pathlib.Path, before: Optional[pathlib.Path],
-           last: Optional[Dict[str, Any]]) -> Tuple[Optional[Dict[str, Any]], str]:
-    """A workspace's file into a snapshot; where it did not change, or can't be read, as it was in the one before. What
-    the manifest says of it, and what is wrong with it. sqlite3.Error: the disk is full."""
-    source, fault = settings.data / name, ""
-    seen = repr([(file.st_mtime_ns, file.st_size) for file in map(os.stat, with_wal(source))])
+NAMED_HERE = """SELECT id, name FROM workspaces WHERE name IS NOT NULL AND NOT moving
+                AND node = ''"""
+
+
+def copied(settings, name, part, before, last):
+    """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
+
+    If it did not change, or can't be read, it is linked from the snapshot before. Raises
+    sqlite3.Error if the disk is full.
+    """
+    source = settings.data / name
+    seen = repr([(file.st_mtime_ns, file.st_size)
+                 for file in map(os.stat, with_wal(source))])
+    if last and last["seen"] == seen:
+        os.link(before / name, part / name)
+        return last, ""
     try:
-        if not last or last["seen"] != seen:
-            return {"rows": copy_database(source, part / name), "seen": seen}, ""
+        return {"rows": copy_database(source, part / name), "seen": seen}, ""
     except sqlite3.DatabaseError as error:
         if "disk is full" in str(error):
             raise
-        fault = f"{StorageFault(source, error)}{'; here it is as it was in the snapshot before' if last else ''}"
+        fault = str(StorageFault(source, error))
     if last:
         os.link(before / name, part / name)
+        fault += "; here it is as it was in the snapshot before"
     return last, fault
 
 
 def snapshot(settings: Settings, target: pathlib.Path,
              before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
-    """A folder with the whole deployment, which gets its name when it is complete. Returns what it holds, by id, and
-    what is wrong with files that can't be copied: the others are not kept waiting. The Directory is copied first, so
-    that each workspace that it names is there; a node has none."""
-    held, faults, known = {}, [], json.loads((before / "manifest.json").read_text()) if before else {}
+    """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
+
+    before: the snapshot before, for what did not change.
+    """
+    held = {}
+    faults = []
+    known = json.loads((before / "manifest.json").read_text()) if before else {}
     with in_the_making(target) as part:
         (part / "workspaces").mkdir(parents=True)
-        if settings.directory_file.exists():
-            held["directory"] = {"rows": copy_database(settings.directory_file, part / "directory.db"), "seen": ""}
-        for id in with_progress(ids_in(settings, part / "directory.db"), "copied"):
-            about, fault = copied(settings, f"workspaces/{id}.db", part, before, known.get(id))
-            held.update({id: about} if about else {})
-            faults += [fault] if fault else []
+        directory = part / "directory.db"
+        if settings.directory_file.exists():             # a node has none
+            rows = copy_database(settings.directory_file, directory)
+            held["directory"] = {"rows": rows, "seen": ""}
+        for id in with_progress(ids_in(settings, directory), "copied"):
+            name = f"workspaces/{id}.db"
+            about, fault = copied(settings, name, part, before, known.get(id))
+            if about:
+                held[id] = about
+            if fault:
+                faults.append(fault)
         shutil.copy2(settings.key_file, part / "secret.key")
         (part / "manifest.json").write_text(json.dumps(held))
         part.rename(target)
@@ -6028,7 +6820,7 @@ def snapshot(settings: Settings, target: pathlib.Path,
 
 
 def snapshot_again(settings: Settings) -> None:
-    """The next one in data/backups; the oldest go."""
+    """Make the next one in data/backups. The oldest go."""
     folder = settings.data / "backups"
     folder.mkdir(exist_ok=True)
     kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
@@ -6039,72 +6831,687 @@ def snapshot_again(settings: Settings) -> None:
         shutil.rmtree(old)
 
 
-# ==== 37. Planes ==========================================================================
-# One process goes far. Past one machine the same file runs as a directory and as several nodes: a proxy asks the gate,
-# and brings its verdict to the node where the Directory placed the workspace. What crosses the network is sealed, so a
-# node believes the verdict and not who brings it; and it speaks to the Directory as to any object, by fetch.
-
-DOWN: Dict[str, float] = {}                          # addresses that did not answer, and until when nobody asks them
-
-
-def unreachable(address: str, why: Any) -> Refused:
-    return Refused(503, f"{address} can't be reached ({why}). Try again in a minute.", (("retry-after", "30"),))
+@addition
+class MakesSnapshots(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        again = functools.partial(snapshot_again, self.settings)
+        self.chores = (*self.chores, (again, self.settings.backup_every))
 
 
-def errand(settings: Settings, address: str, request: Request, patience: float = 5.0) -> Response:
-    """Send request to another process of this deployment. Refused(503): it can't be reached in so many seconds; any
-    other: as it said."""
-    if time.monotonic() < DOWN.get(address, 0.0):
-        raise unreachable(address, "it did not answer a moment ago")
-    target = urllib.parse.quote(request.path) + (f"?{request.query}" if request.query else "")
-    seal = seal_of(errand_parts(request, request.scheme), keys_now(settings)[-1], int(time.time()) + SEALED_SECONDS)
-    headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""), "x-forwarded-proto": request.scheme,
-               "x-verdict": seal}
+# -- on the command line
+
+@verb("backup", "copy the whole deployment to a new folder, while the server runs", "folder")
+def backup(settings, given):
+    """Return 1 if some files can't be copied. All others are in it."""
+    if given.folder.exists():
+        raise Unusable(f"{given.folder} exists; name a new folder")
+    begun(settings)
+    held, faults = snapshot(settings, given.folder)
+    for fault in faults:
+        print(fault)
+    print(contents(given.folder, held))
+    return 1 if faults else 0
+
+
+def contents(folder, held):
+    rows = sum([part["rows"] for part in held.values()])
+    return f"{folder}: {len(held)} databases, {rows} rows, checked"
+
+
+@verb("restore", "bring such a copy into an empty data folder", "folder")
+def restore(settings, given):
+    there = [settings.directory_file] if settings.directory_file.exists() else []
+    if not settings.single:
+        there += settings.workspaces.glob("*.db")
+    if there:
+        raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
+    manifest = given.folder / "manifest.json"
+    if not manifest.exists():
+        raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
+    held = json.loads(manifest.read_text())
+    settings.workspaces.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(given.folder / "secret.key", settings.key_file)
+    last_the_directory = [*held.items()][::-1]           # it says that all is there
+    for id, about in with_progress(last_the_directory, "restored"):
+        restore_one(settings, given.folder, id, about)
+    print(contents(settings.data, held))
+
+
+def restore_one(settings, folder, id, about):
+    source = folder / "workspaces" / f"{id}.db"
+    target = settings.workspaces / f"{id}.db"
+    if id == "directory":
+        source = folder / "directory.db"
+        target = settings.directory_file
+    rows = copy_database(source, target)
+    if rows != about["rows"]:
+        raise Unusable(f"{source} has {rows} rows, and had {about['rows']} when it was "
+                       "copied")
+
+
+@verb("check", "look at every file, and say what is wrong")
+def check(settings, given):
+    """It changes nothing. Return 1 if something is wrong; each line says what and where."""
+    files = {} if settings.single else {path.stem: path
+                                        for path in settings.workspaces.glob("*.db")}
+    faults = []
+    ids = [*files]
+    if settings.plane != "data":
+        faults += wrong_with_file(settings, settings.directory_file, "directory")
+        ids = [] if faults else ids_in(settings, settings.directory_file)
+    for id in with_progress(ids, "checked"):
+        faults += wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
+    faults += [f"{path}: no workspace of the Directory has this file; import it, or move it "
+               "away" for id, path in files.items() if id not in ids]
     try:
-        with contextlib.closing(http.client.HTTPConnection(address, timeout=patience)) as link:
-            link.request(request.method, target, request.body, headers)
-            answer = link.getresponse()
-            body = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        DOWN[address] = time.monotonic() + 2
-        raise unreachable(address, error) from error
-    said = tuple([(name.lower(), value) for name, value in answer.getheaders() if name.lower() in TRUSTED])
-    return Response(answer.status, body, answer.headers.get("content-type", ""), said)
+        load_keys(settings.key_file)
+    except Unusable as error:
+        faults.append(str(error))
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"{len(ids)} workspaces, all is well")
+    return 1 if faults else 0
 
 
-def errand_parts(request: Request, scheme: str) -> Tuple[str, ...]:
-    digest = hashlib.sha256(request.body).hexdigest()
-    return request.method, request.path, request.query, request.headers.get("cookie", ""), scheme, digest
+def wrong_with_file(settings, path, id):
+    try:
+        with opened_to_read(path) as db:
+            verified(db)
+            mark = db.execute("PRAGMA application_id").fetchone()[0]
+            if not settings.single and mark not in (0, mark_of(id)):
+                raise sqlite3.DatabaseError("the file belongs to another object")
+    except sqlite3.Error as error:
+        return [str(StorageFault(path, error))]
+    return []
 
 
-def is_errand(request: Request, settings: Settings) -> bool:
-    parts = errand_parts(request, request.headers.get("x-forwarded-proto", ""))
-    return request.path.startswith("/_") and believed(request.headers.get("x-verdict", ""), parts, keys_now(settings))
+# ==== 43. Exports =========================================================================
+# The idea: a workspace goes into one file, with its name and its members, and out of it
+#   into another deployment.
+# It promises: with --move, nobody is let in from before the copy on; so the file is the last
+#   word. A file from elsewhere is checked before anything is done, and is never trusted:
+#   whoever made it may wish us ill.
+# It needs: 30 Accounts, 41 Copies. On a node, 46 Nodes does the same in another way.
+
+BUSY_FOLDER = "a move is under way; try again when it is over"
 
 
-keys_of = functools.lru_cache(maxsize=4)(lambda path, mtime: load_keys(path))
+def add_workspace(store: Store, workspaces: Namespace, name: str,
+                  members: Sequence[Sequence[str]],
+                  source: Optional[pathlib.Path] = None) -> None:
+    """Add a workspace with these members (accounts with their roles).
+
+    Its file (source, or an empty one) is there before the commit: a row without a file
+    means that it was lost.
+    """
+    check_name(store, name)
+    id = new_id(store, workspaces, name)
+    if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
+        raise Refused(422, "This server has one workspace. workspace import takes its file "
+                           "to a server of many.")
+    if source and workspaces.path(id).exists():
+        raise Refused(*TAKEN)
+    add_rows(store, id, name, members)
+    workspaces.put(store, id, name, source)
+
+
+@addition
+class KeepsFiles(GuardedNamespace):
+    """What happens to the file of a workspace. On a node it is another machine that has it:
+    section 46."""
+
+    def put(self, store: Store, id: str, name: str, source: Optional[pathlib.Path]) -> None:
+        """Have a file for a new workspace, before its row is committed."""
+        if source:
+            put_in_place(source, self.path(id))
+        else:
+            self.create(id)
+
+    def settle(self, store: Store, name: str) -> None:
+        """After that commit."""
+
+    def check_removable(self, row: sqlite3.Row, now: bool) -> None:
+        """Raise Unusable if its file can't be removed."""
+
+    def remove(self, row: sqlite3.Row, about: Dict[str, Any], now: bool) -> None:
+        """Remove the file. Unless now, a copy stays for 30 days."""
+        copy = remove_file(self.settings, self.path(row["id"]), about, now)
+        if copy:
+            print(f"a copy stays for 30 days; workspace import {copy} brings it back")
+
+
+def members_of(store: Store, id: str) -> List[Tuple[str, str]]:
+    """Return accounts with their roles."""
+    rows = store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY "
+                       "account", id)
+    return [(row["account"], row["role"]) for row in rows]
+
+
+def with_file(settings, store, name):
+    """Return the row of a workspace that has a file of its own here."""
+    if settings.single:
+        raise Unusable(f"{name} is part of a single root; the file {settings.single} is "
+                       "all of it")
+    row = row_of(store, "workspaces", name)
+    if row["node"]:
+        raise Unusable(f"{name} is on {row['node']}; do this on that machine")
+    return row
+
+
+@verb("workspace add", "a new workspace; without an owner member add lets people in",
+      "name", "--owner=?")
+def workspace_add(settings, given):
+    with opened(settings, "workspace add", given.name) as (store, env):
+        owners = []
+        if given.owner:
+            row_of(store, "accounts", given.owner)
+            owners = [(given.owner, "owner")]
+        add_workspace(store, env.workspaces, given.name, owners)
+    settle(settings, env, given.name)
+
+
+@verb("workspace list", "name, id, bytes and quota of each")
+def workspace_list(settings, given):
+    with opened(settings) as (store, env):
+        rows = store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name")
+        for row in rows:
+            path = env.workspaces.path(row["id"])
+            size = path.stat().st_size if path.exists() else "missing"
+            where = f"on {row['node']}" if row["node"] else size
+            moving = "moving" if row["moving"] else ""
+            quota = row["quota"] or settings.quota
+            print(row["name"], row["id"], where, f"of {quota}", moving, sep="\t")
+
+
+@verb("workspace rename", "moves no file, and keeps the members", "name", "new")
+def workspace_rename(settings, given):
+    with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
+        row = row_of(store, "workspaces", given.name)
+        check_name(store, given.new)
+        store.exec("UPDATE workspaces SET name = ? WHERE id = ?", given.new, row["id"])
+
+
+@verb("workspace remove", "a copy stays for 30 days, unless --now", "name", "--now")
+def workspace_remove(settings, given):
+    """First it leaves the Directory, so nobody is let in any more; then its file goes.
+
+    Its row stays, without a name: the id is not given again.
+    """
+    if settings.single:
+        raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
+    with locked(settings.workspaces, BUSY_FOLDER):
+        with opened(settings, "workspace remove", given.name) as (store, env):
+            row = row_of(store, "workspaces", given.name)
+            members = members_of(store, row["id"])
+            env.workspaces.check_removable(row, given.now)
+            store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+            store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+        about = {"name": given.name, "members": members}
+        env.workspaces.remove(row, about, given.now)
+
+
+def settle(settings, env, name):
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+        env.workspaces.settle(store, name)
+
+
+def remove_file(settings: Settings, path: pathlib.Path, about: Dict[str, Any],
+                now: bool) -> Optional[pathlib.Path]:
+    """Remove a workspace's file. Return its copy, which stays for 30 days."""
+    removed = settings.data / "removed"
+    copy = None
+    if path.exists() and not now:
+        removed.mkdir(exist_ok=True)
+        copy = removed / f"{about['name']}-{stamp()}.db"
+    if path.exists():
+        take_away(path, copy, about)
+    for old in removed.glob("*.db"):
+        if old.stat().st_mtime < time.time() - 30 * 86400:
+            old.unlink()
+    return copy
+
+
+@verb("workspace export", "all of it in one file, while the server runs; --move: and nobody "
+                          "writes here after", "name", "file", "--move")
+def workspace_export(settings, given):
+    """With --move, the gate says 503 until the name is removed here."""
+    if given.file.exists():
+        raise Unusable(f"{given.file} exists; name a new file")
+    if not given.move:
+        return export(settings, given)
+    with locked(settings.workspaces, BUSY_FOLDER):
+        export(settings, given)
+
+
+def export(settings, given):
+    with opened(settings, "workspace export", given.name) as (store, env):
+        row = with_file(settings, store, given.name)
+        members = members_of(store, row["id"])
+        if given.move:
+            set_moving(store, row["id"], 1)
+    about = {"name": given.name, "members": members}
+    path = env.workspaces.path(row["id"])
+    try:
+        rows = (take_away if given.move else copy_database)(path, given.file, about)
+    except BaseException:
+        if given.move and not row["moving"]:             # all is as it was
+            with opened(settings, "workspace export failed", given.name) as (store, _):
+                set_moving(store, row["id"], 0)
+        raise
+    print(f"{given.file}: {rows} rows, {len(members)} members")
+
+
+def set_moving(store, id, moving):
+    store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", moving, id)
+
+
+class About(NamedTuple):
+    """What a file says of itself."""
+    name: str
+    members: Dict[str, str]                              # account: role
+    accounts: List[Tuple[str, str, str]]                 # name, label, password
+
+
+@verb("workspace import", "such a file, with its members", "file", "--name=?")
+def workspace_import(settings, given):
+    """An export, or a single root. Who has no account here gets one.
+
+    From an export an account comes without a password.
+    """
+    about = about_file(given.file, given.name)
+    with adopted(settings, given.file) as copy:
+        with opened(settings, "workspace import", about.name) as (store, env):
+            add_accounts(store, about.accounts)
+            add_workspace(store, env.workspaces, about.name, [*about.members.items()],
+                          copy)
+    settle(settings, env, about.name)
+    print(f"{about.name}: {len(about.members)} members")
+
+
+def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
+    """Raise Unusable if it is no export, no single root and no file of workspaces."""
+    try:
+        with contextlib.closing(GuardedStore(file)) as store:
+            about = about_store(store, name)
+        unknown = sorted({*about.members.values()} - {*ROLES})
+        nobody = [one for one in about.members if not ACCOUNT_NAME.fullmatch(one)]
+    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        raise Unusable(f"{file}: {error}; name a file that workspace export made, or a "
+                       "single root") from error
+    if unknown:
+        raise Unusable(f"{file}: there can be no role {unknown[0]!r} here; the roles are "
+                       f"{', '.join(ROLES)}")
+    if nobody:
+        raise Unusable(f"{file}: there can be no account named {nobody[0]!r:.50} here; the "
+                       f"roles are {', '.join(ROLES)}")
+    return about
+
+
+def about_store(store, name):
+    tables = store.tables()
+    if "_export" in tables:
+        about = json.loads(store.one("SELECT about FROM _export")["about"])
+        members = dict(about["members"])
+        accounts = [(account, account, "") for account in members]
+        return About(str(name or about["name"]), members, accounts)
+    if "_migrations" not in tables or \
+            store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
+        raise Unusable(f"{store.path} is no workspace; name an export, a single root or a "
+                       "file of workspaces")
+    if "memberships" in tables:
+        return about_single(store, name)
+    if not name:
+        raise Unusable(f"{store.path} does not know its name; give it one with --name")
+    return About(name, {}, [])
+
+
+def about_single(store, name):
+    members = store.query("SELECT account, role FROM memberships ORDER BY account")
+    accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN "
+                           "(SELECT account FROM memberships)")
+    old_name = store.one("SELECT name FROM workspaces")["name"]
+    return About(name or old_name, dict(map(tuple, members)), [*map(tuple, accounts)])
+
+
+def add_accounts(store, accounts):
+    """Whoever is here already stays as they are."""
+    for name, label, password in accounts:
+        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES "
+                           "(?, ?, ?)", name, label, password)
+        if added and not password:
+            print(f"{name} is new here; account passwd {name} lets them in")
+
+
+@contextlib.contextmanager
+def adopted(settings: Settings, source: pathlib.Path):
+    """Give a copy of another deployment's file, which an object of this one will claim.
+
+    Of a single root, give the part that is the workspace's.
+    """
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
+        path = pathlib.Path(folder) / "adopted.db"
+        copy_database(source, path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            strip_directory(db)
+        yield path
+
+
+def strip_directory(db):
+    made = db.execute("SELECT tables FROM _migrations WHERE slice = 'directory'").fetchall()
+    for table in ("_export", *" ".join([tables for tables, in made]).split()):
+        db.execute(f'DROP TABLE IF EXISTS "{table}"')
+    db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
+    db.execute("VACUUM")                                 # no password is left in free pages
+    db.execute("PRAGMA application_id = 0")
+
+
+@verb("workspace restore", "as it was in a snapshot, beside the present one",
+      "name", "--at=", "--new=?")
+def workspace_restore(settings, given):
+    """With its members. It never takes the place of the present one."""
+    name = given.new or f"{given.name}-{given.at.name}"
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Unusable(f"{name} is no name for a workspace; give it another with --new")
+    with opened(settings) as (store, _):
+        row = with_file(settings, store, given.name)
+    with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy, \
+            opened(settings, "workspace restore", name) as (store, env):
+        add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
+    print(f"{name}: as {given.name} was in {given.at}")
+
+
+# ==== 44. Members of a workspace ==========================================================
+# The idea: what the members page does, on the command line and by the same rules.
+
+def nobody_hears(topic):
+    """A running server looks each second whether another process wrote."""
+
+
+@verb("member add", "let an account into a workspace", "workspace", "account", "role")
+@verb("member role", "change a member's role", "workspace", "account", "role")
+@verb("member remove", "end a membership, open pages included", "workspace", "account")
+def member_set(settings, given):
+    role = getattr(given, "role", NOT_A_MEMBER)
+    which = f"{given.workspace} {given.account} {role}".strip()
+    with opened(settings, given.verb, which) as (store, _):
+        id = row_of(store, "workspaces", given.workspace)["id"]
+        row_of(store, "accounts", given.account)
+        before = role_of(store, id, given.account)
+        if before and given.verb == "member add":
+            raise Unusable(f"{given.account} is a member already; member role changes the "
+                           "role")
+        if not before and given.verb != "member add":
+            raise Unusable(f"{given.account} is no member; member add makes one")
+        if role != NOT_A_MEMBER:
+            valid_role(role)
+        viewer = Viewer("owner", (), given.workspace, id, "(command line)")
+        host = types.SimpleNamespace(bus=types.SimpleNamespace(publish=nobody_hears))
+        ctx = types.SimpleNamespace(store=store, viewer=viewer, host=host,
+                                    publish=nobody_hears)
+        set_role(ctx, given.account, before, role)
+
+
+@verb("member list", "who is in a workspace", "workspace")
+def member_list(settings, given):
+    with opened(settings) as (store, _):
+        id = row_of(store, "workspaces", given.workspace)["id"]
+        table(store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER "
+                          "BY account", id))
+
+
+# ==== 45. Single ==========================================================================
+# The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
+#   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
+#   it, a Workspace. The slices are the same.
+# It promises: the first workspace that is founded is the only one.
+# It needs: 33 Quotas, 43 Exports.
+
+class Single(EdgeDirectory):
+    """The Directory of a single root. inside: its Workspace."""
+
+    def __init__(self, id, namespace, router, pages, keys, workspaces, demo, limit,
+                 inside: Inside):
+        super().__init__(id, namespace, router, pages, keys, workspaces, demo, limit)
+        self.inside = inside
+        self.schema = [*router.schema, *inside.schema[1:]]
+        inside.outside = self
+        inside.turn = self.turn
+
+    def on_open(self):
+        super().on_open()
+        limit_pages(self.store, self.namespace.settings.quota)
+
+    def place(self, ctx, name, owner):
+        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+
+    def close(self):
+        if self.inside.store:
+            self.inside.leave()
+        super().close()
+
+
+class Inside(EdgeWorkspace):
+    """The Workspace of a single root. It opens and closes with the Directory."""
+    outside: Single
+
+    def open(self, create=False):
+        if self.outside.store is None:
+            self.outside.open()
+        self.store = self.outside.store
+        self.bus = self.outside.bus
+        self.opened_at = self.outside.opened_at
+        self.on_open()
+
+    def leave(self):
+        """Forget the store, without closing it."""
+        self.namespace.changed(self.id)
+        self.queue = None
+        self.store = None
+        self.bus = None
+        self.gone = True
+
+    def close(self):
+        self.outside.close()
+
+
+class OneFile(GuardedNamespace):
+    """The namespace of a single root's Directory. The file may have any name."""
+
+    def __init__(self, file: pathlib.Path, build: Callable[..., Single]):
+        super().__init__("directory", file.parent, float("inf"), build, most=1)
+        self.file = file
+
+    def id_from_name(self, name):
+        return hashlib.sha256(b"workspace:single").hexdigest()
+
+    def path(self, id):
+        return self.file
+
+    def create(self, id):
+        if not self.file.exists():
+            super().create(id)
+
+
+class InOneFile(OneFile):
+    """The namespace of its Workspace."""
+
+    def __init__(self, root: OneFile):
+        super().__init__(root.file, None)
+        self.kind = "workspace"
+        self.root = root
+
+    def awake(self, id):
+        inside = self.root.awake(id).inside
+        with self.lock:
+            self.objects[id] = inside
+        return inside
+
+    def files(self):
+        return iter([(self.id_from_name(""), self.file)])
+
+    def put(self, store, id, name, source):
+        """The file is there: it is the one in which the row of this workspace is."""
+
+    def draft(self):
+        raise Refused(*TAKEN)
+
+    def rest(self, idle=None):
+        """It sleeps when the Directory does."""
+
+    def close(self):
+        """It closes when the Directory does."""
+
+
+@root_for(lambda settings: settings.single)
+def single_root(settings):
+    settings, fresh, keys = prepared(settings)
+    inside_router = workspace_router(settings)
+    pages = pages_of(settings.slices)
+
+    def build(id, own):
+        inside = whole(Inside)(id, workspaces, inside_router, pages)
+        return whole(Single)(id, own, directory_router(), pages, keys, workspaces,
+                             bool(settings.demo), most_workspaces(settings), inside)
+
+    control = whole(OneFile)(settings.single, build)
+    workspaces = whole(InOneFile)(control)
+    for namespace in (control, workspaces):
+        namespace.settings = settings
+    stub = control.get(control.id_from_name(""))
+    control.create(stub.id)
+    stub.ask("/_version")
+    env = full_env(stub, workspaces, settings)
+    del env.doors["/workspaces"]                         # no file is to be made
+    if fresh and settings.demo:
+        seed(env, {"acme": DEMO_WORKSPACES["acme"]}, todos in settings.slices)
+    return env
+
+
+# ==== 46. Nodes ===========================================================================
+# The idea: past one machine, the same file runs as one directory and several nodes. A proxy
+#   asks the directory's gate, and brings its verdict to the node where the workspace lives.
+# It promises: what crosses the network is sealed with the key that all share. So a node
+#   believes the verdict, and not whoever brings it; it holds for one workspace, one node
+#   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
+#   where each is.
+# It needs: 34 Counts, 41 Copies, 43 Exports.
+
+SEALED_SECONDS = 30                                      # clocks may differ by as much
+FRESH_SECONDS = 2                                        # then the gate is asked again
+TRUSTED.update({"x-node", "x-verdict"})
+VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
+           "x-operator", "x-read-only", "x-quota", "x-node")     # what is sealed
+STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
+             "to each node; compare clocks.")
+NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict. Ask "
+                   "through the proxy.")
+
+
+# -- seals
+
+def seal_of(parts: Sequence[str], key: bytes, until: int) -> str:
+    """Return a seal over parts, which holds until then (seconds by the clock)."""
+    data = b"plane:" + json.dumps([until, *parts]).encode()
+    return f"{until}.{hmac.digest(key, data, 'sha256').hex()}"
+
+
+SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
+
+
+def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
+    """Was this sealed here, over these parts, a short time ago?"""
+    found = SEAL.fullmatch(given)
+    if not found:
+        return False
+    until = int(found[1])
+    in_time = 0 <= until - time.time() <= 2 * SEALED_SECONDS
+    genuine = [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys]
+    return in_time and any(genuine)
+
+
+@functools.lru_cache(maxsize=4)
+def keys_of(path, mtime):
+    return load_keys(path)
 
 
 def keys_now(settings: Settings) -> Tuple[bytes, ...]:
     return keys_of(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
-PATIENCE = {"aside": 600.0, "copy": 600.0, "adopt": 600.0,     # seconds: they copy, or read, all of a file
-            "_counts": 1.0}                          # a page waits for it, in one of the few threads
+# -- requests from one process to another
+
+DOWN: Dict[str, float] = {}                              # address: until when nobody asks
+DOWN_SECONDS = 2.0
+PATIENCE = {"remove": 600.0, "_counts": 1.0}             # seconds; for all others 5
 
 
-def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST", query: str = "",
+def unreachable(address, why):
+    return Refused(503, f"{address} can't be reached ({why}). Try again in a minute.",
+                   (("retry-after", "30"),))
+
+
+def send_sealed(settings: Settings, address: str, request: Request,
+                patience: float = 5.0) -> Response:
+    """Send a request to another process of this deployment. Return its answer.
+
+    Raises Refused(503) if it can't be reached in so many seconds.
+    """
+    if time.monotonic() < DOWN.get(address, 0.0):
+        raise unreachable(address, "it did not answer a moment ago")
+    target = urllib.parse.quote(request.path)
+    if request.query:
+        target += f"?{request.query}"
+    until = int(time.time()) + SEALED_SECONDS
+    seal = seal_of(sealed_parts(request, request.scheme), keys_now(settings)[-1], until)
+    headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""),
+               "x-forwarded-proto": request.scheme, "x-verdict": seal}
+    try:
+        link = http.client.HTTPConnection(address, timeout=patience)
+        with contextlib.closing(link):
+            link.request(request.method, target, request.body, headers)
+            answer = link.getresponse()
+            body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        DOWN[address] = time.monotonic() + DOWN_SECONDS
+        raise unreachable(address, error) from error
+    said = tuple([(name.lower(), value) for name, value in answer.getheaders()
+                  if name.lower() in TRUSTED])
+    return Response(answer.status, body, answer.headers.get("content-type", ""), said)
+
+
+def sealed_parts(request: Request, scheme: str) -> Tuple[str, ...]:
+    body = hashlib.sha256(request.body).hexdigest()
+    cookie = request.headers.get("cookie", "")
+    return request.method, request.path, request.query, cookie, scheme, body
+
+
+def is_sealed(request: Request, settings: Settings) -> bool:
+    """Does it come from another process of this deployment?"""
+    parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
+    seal = request.headers.get("x-verdict", "")
+    return request.path.startswith("/_") and believed(seal, parts, keys_now(settings))
+
+
+def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST",
              body: bytes = b"") -> Any:
-    """What the errand returned there. Refused(503): the node can't be reached, or said no."""
+    """Have a node do something with a workspace. Return what it says.
+
+    Raises Refused(503) if it can't be reached, or says no.
+    """
     if not node:
-        raise Refused(503, "This workspace is on no node yet. node move brings it to one.", (("retry-after", "60"),))
-    patience = PATIENCE.get(what, 5.0)
-    answer = errand(settings, node, Request(method, f"/_node/{id}/{what}", query, body=body), patience)
+        raise Refused(503, "This workspace is on no node yet. node assign places it.",
+                      (("retry-after", "60"),))
+    question = Request(method, f"/_node/{id}/{what}", body=body)
+    answer = send_sealed(settings, node, question, PATIENCE.get(what, 5.0))
     if answer.status == 403:
         raise Refused(503, f"{node}: {STRANGERS}")
     if answer.status != 200:
-        raise Refused(503, f"{node} answered {answer.status}: {answer.body.decode('utf-8', 'replace').strip()}")
-    return answer.body if what == "piece" else json.loads(answer.body)
+        words = answer.body.decode("utf-8", "replace").strip()
+        raise Refused(503, f"{node} answered {answer.status}: {words}")
+    return json.loads(answer.body)
 
 
 class RemoteStub(GuardedStub):
@@ -6120,50 +7527,230 @@ class RemoteStub(GuardedStub):
         return [outcome(self.fetch, request) for request in requests]
 
     def ask(self, path, query="", headers={}, scheme="http"):
-        """Refused(503): it can't say so now, or does not know us."""
+        """Raises Refused(503) if it can't say so now, or does not know us."""
         answer = self.fetch(Request("GET", path, query, headers, scheme=scheme))
+        if answer.status in (403, 404):
+            log_once(STRANGERS)
         if answer.status != 200:
-            log_once(STRANGERS) if answer.status in (403, 404) else None
-            raise Refused(503, "This can't be found out just now. Try again in a minute.", (("retry-after", "60"),))
+            raise Refused(503, "This can't be found out just now. Try again in a minute.",
+                          (("retry-after", "60"),))
         return json.loads(answer.body)
 
 
-class RemoteNamespace(TracedNamespace):
-    """Objects that live in other processes, at address(id)."""
-
-    def __init__(self, *args: Any, settings: Settings, address: Callable[[str], str], trace: Trace) -> None:
-        super().__init__(*args, None, trace=trace)
-        self.settings, self.address = settings, address
+class RemoteNamespace(GuardedNamespace):
+    """Objects that live in other processes."""
 
     def get(self, id):
         return RemoteStub(id, self)
 
     def files(self):
-        return iter(())                              # what is in the folder is none of theirs
+        """What is in the folder is none of theirs."""
+        return iter(())
 
-    def send(self, id: str, request: Request) -> Response:
-        if self.kind == "directory":
-            return errand(self.settings, self.address(id), request)
+
+class RemoteDirectory(RemoteNamespace):
+    def send(self, id, request):
+        return send_sealed(self.settings, self.settings.directory, request)
+
+
+class RemoteWorkspaces(RemoteNamespace):
+    directory: Stub                                      # knows which node has which
+
+    def send(self, id, request):
         if not request.path.startswith("/_"):
-            raise Refused(421, "Workspaces are served by the nodes. Ask again through the proxy in front.")
-        return as_json(ask_node(self.settings, self.address(id), id, request.path[1:], request.method))
+            raise Refused(421, "Workspaces are served by the nodes. Ask again through the "
+                               "proxy in front.")
+        node = self.directory.ask("/_node_of", headers={"x-id": id})
+        said = ask_node(self.settings, node, id, request.path[1:], request.method)
+        return as_json(said)
 
 
-def directory_front(request: Request, env: Env) -> Response:
-    """The worker of a directory alone. A workspace that somebody founded is there when its node has made the file."""
-    if re.match("/_(version|whoami|gate/.*)$", request.path) and is_errand(request, env.settings):
+# -- the directory's side: placement
+
+def node_for(store: Store, name: str) -> str:
+    """Return the address of a new workspace's node, by rendezvous hashing; "": here.
+
+    Each node gets its share. A node more, or less, moves no other workspace.
+    """
+    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
+    return max(nodes, default="",
+               key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
+
+
+def workspace_behind(request: Request) -> str:
+    """Return the workspace of the request for which a proxy asks; "": none, or two."""
+    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri")
+               if name in request.headers}
+    if len(targets) != 1:
+        return ""
+    with contextlib.suppress(Refused):
+        path = plain_path(targets.pop().partition("?")[0])
+        if path.startswith("/w/"):
+            return path.split("/")[2]
+    return ""
+
+
+def gate_for_proxies(ctx):
+    """The verdict, sealed as a whole, for a proxy to bring to a node.
+
+    Most proxies know no answers but 200, 401 and 403. So for a workspace on its way they
+    hear 200 and no verdict: whoever they bring the request to asks again.
+    """
+    answer = gate(ctx, workspace_behind(ctx.request))
+    if answer is MOVING:
+        return Response(200)
+    if answer.status != 200:
+        return answer
+    said = dict(answer.headers)
+    oldest = ctx.host.keys[-1]                           # a node still has it after a rotation
+    until = int(time.time()) + SEALED_SECONDS
+    seal = seal_of([said.get(name, "") for name in VERDICT], oldest, until)
+    return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
+
+
+DIRECTORY_SLICES.append(Slice("nodes", routes=(
+    Route("GET", "/_gate", PUBLIC, gate_for_proxies),)))
+
+
+@addition
+class PlacesWorkspaces(EdgeDirectory):
+    def on_open(self):
+        super().on_open()
+        self.access = 0                                  # moves when somebody's access does
+        self.bus.listeners.append(functools.partial(count_access, self))
+
+    def place(self, ctx, name, owner):
+        if not self.namespace.settings.plane:
+            return super().place(ctx, name, owner)
+        if not node_for(ctx.store, name):
+            raise Refused(503, "There is no node yet that could hold it; node add "
+                               "HOST:PORT names one.")
+        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+
+    def say(self, viewer, workspace):
+        if not workspace["node"] or not self.namespace.settings.plane:
+            return super().say(viewer, workspace)
+        said = super().say(viewer, {**workspace, "node": ""})
+        return {**said, "x-node": workspace["node"]}
+
+    def own_version(self, request):
+        """Nodes hear by it of each change of access, too."""
+        version = super().own_version(request)
+        return [*version, self.access] if self.namespace.settings.plane else version
+
+    def own_node_of(self, request):
+        id = request.headers["x-id"]
+        return self.store.one("SELECT node FROM workspaces WHERE id = ?", id)["node"]
+
+    def own_id_of(self, request):
+        """Return the id of a workspace, by its name; None: there is none."""
+        row = self.workspace_named(request)
+        return row and row["id"]
+
+    def own_leave(self, request):
+        """A node is about to give a workspace away: nobody is let in from now on."""
+        row = self.workspace_named(request)
+        if row is None or request.method in SAFE:
+            return None
+        self.store.exec("UPDATE workspaces SET moving = 1 WHERE id = ?", row["id"])
+        for account, _ in members_of(self.store, row["id"]):
+            self.bus.publish(f"access:{account}")
+        self.journal(Viewer(account="(node)"), "workspace export", row["name"])
+        return row["id"]
+
+    def workspace_named(self, request):
+        name = request.params.get("name", "")
+        return self.store.one("SELECT * FROM workspaces WHERE name = ?", name)
+
+
+def count_access(directory, topic):
+    if topic.startswith("access:"):
+        directory.access += 1
+
+
+@addition
+class PlacesFiles(GuardedNamespace):
+    """If there are nodes, they have the files."""
+
+    def put(self, store, id, name, source):
+        node = node_for(store, name)
+        if not node:
+            return super().put(store, id, name, source)
+        if source:                                       # it takes its own way to a node
+            node = ""
+        store.exec("UPDATE workspaces SET node = ?, moving = 1 WHERE id = ?", node, id)
+
+    def settle(self, store, name):
+        """Have the node make its file, then let people in.
+
+        Raises Refused if it did not; the name is free again.
+        """
+        row = store.one("SELECT * FROM workspaces WHERE name = ? AND moving", name)
+        if row is None:
+            return
+        if not row["node"]:
+            print(f"{name} has its members; now copy the file to a node, do workspace "
+                  f"import there, then here: node assign {name} HOST:PORT")
+            return
+        try:
+            ask_node(self.settings, row["node"], row["id"], "create")
+        except BaseException:
+            with store.tx():
+                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
+                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+            raise
+        set_moving(store, row["id"], 0)
+
+    def check_removable(self, row, now):
+        super().check_removable(row, now)
+        if row["node"] and not now:
+            ask_node(self.settings, row["node"], row["id"], "has", "GET")
+
+    def remove(self, row, about, now):
+        if not row["node"]:
+            return super().remove(row, about, now)
+        body = json.dumps({**about, "now": now}).encode()
+        lost = contextlib.suppress(Refused) if now else contextlib.nullcontext()
+        with lost:
+            copy = ask_node(self.settings, row["node"], row["id"], "remove", body=body)
+            if copy:
+                print(f"{row['node']} keeps a copy for 30 days: {copy}")
+
+
+DIRECTORY_ANSWERS = re.compile("/_(version|operator|id_of|leave|gate/[^/]*)")
+
+
+def directory_front(request, env):
+    """The worker of a directory alone: nodes may ask it some questions."""
+    if DIRECTORY_ANSWERS.fullmatch(request.path) and is_sealed(request, env.settings):
         scheme = request.headers["x-forwarded-proto"]
         return env.directory.fetch(stripped(request)._replace(scheme=scheme))
     response = worker(request, env)
-    if request.method == "POST" and request.path == "/workspaces" and type(response) is Response and response.which:
-        open_on_node(env.settings, response.which)
+    if (request.method, request.path) == ("POST", "/workspaces") and \
+            type(response) is Response and response.which:
+        with contextlib.closing(GuardedStore(env.settings.directory_file)) as store:
+            env.workspaces.settle(store, response.which)
     return response
 
 
-def node_front(request: Request, env: Env) -> Response:
-    """The worker of a node: the proxy asked the gate and brought the verdict. Without one nothing here is contacted."""
-    if request.path.startswith("/_node/") and is_errand(request, env.settings):
-        return node_errand(request, env)
+@root_for(lambda settings: settings.plane == "directory")
+def directory_plane(settings):
+    """Accounts, sessions and the gate. The workspaces are on the nodes of its table."""
+    env = two_planes(settings._replace(demo=False))
+    workspaces = whole(RemoteWorkspaces)("workspace", settings.workspaces, settings.idle,
+                                         None)
+    workspaces.settings = env.settings
+    workspaces.directory = env.directory
+    del env.doors["/workspaces"]                         # the file is made on a node
+    return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
+
+
+# -- a node's side
+
+def node_front(request, env):
+    """The worker of a node. Without a verdict, nothing here is contacted."""
+    if request.path.startswith("/_node/") and is_sealed(request, env.settings):
+        return answer_directory(request, env)
     if request.path in ("/healthz", "/metrics"):
         return env.doors[request.path](stripped(request), env)
     if not request.path.startswith("/w/"):
@@ -6171,413 +7758,397 @@ def node_front(request: Request, env: Env) -> Response:
     return worker(request, env)
 
 
-NO_VERDICT = 403, "This node takes what a proxy brings with the gate's verdict. Ask through the proxy."
+def node_gate(request, env):
+    """Return the verdict that a proxy brought.
 
-
-def node_gate(request: Request, env: Env) -> Response:
-    """The verdict that a proxy brought from the gate. It holds for this node, for the workspace that the path names,
-    and for a short time; when it is not fresh, for the request was long on its way, the gate is asked again."""
+    It holds for the workspace that the path names. If it is not fresh, for the request was
+    long on its way, the gate is asked again.
+    """
     said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
-    seal, parts = request.headers.get("x-verdict", ""), [said.get(name, "") for name in VERDICT]
+    seal = request.headers.get("x-verdict", "")
+    parts = [said.get(name, "") for name in VERDICT]
     theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
     if not theirs or not believed(seal, parts, keys_now(env.settings)):
         raise Refused(*NO_VERDICT)
-    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])         # in seconds, if the clocks agree
-    return here(Response(200, headers=tuple(said.items())) if age < FRESH_SECONDS else ask_the_gate(request, env), env)
+    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])
+    if age >= FRESH_SECONDS:
+        return node_regate(request, env)
+    return here(Response(200, headers=tuple(said.items())), env)
 
 
-def node_regate(request: Request, env: Env) -> Response:
-    """For an open stream the gate is asked anew. If the workspace moved, the stream breaks off, and its client goes there."""
+def node_regate(request, env):
+    """For an open stream, the gate is asked anew."""
     return here(ask_the_gate(request, env), env)
 
 
-def here(verdict: Response, env: Env) -> Response:
-    """The verdict, if the workspace is on this node."""
-    if verdict.status == 200 and dict(verdict.headers).get("x-node") != env.settings.node_name:
-        raise Refused(421, "This workspace lives on another node. Ask again through the proxy.")
+def here(verdict, env):
+    """Return the verdict, if it is for a workspace on this node."""
+    node = dict(verdict.headers).get("x-node")
+    if verdict.status == 200 and node != env.settings.node_name:
+        raise Refused(421, "This workspace lives on another node. Ask again through the "
+                           "proxy.")
     return verdict
 
 
-# -- errands about a workspace's file, done by whoever has it. Each can be asked twice, for an answer may be lost.
-
-PIECE = 48 * 1024                                    # bytes of a file to a request
-
-
-def set_aside(path: pathlib.Path, **_: Any) -> int:
-    """Nobody writes to it any more, and whoever did so before has finished. The number of rows."""
-    return take_away(path, beside(path, "moved")) if path.exists() else rows_of(beside(path, "moved"))
+def has_file(request, env, id):
+    return env.workspaces.path(id).exists()
 
 
-def bring_back(path: pathlib.Path, env: Env, **_: Any) -> int:
-    """Undo that. What is in its place was never set aside, or came later."""
-    if not path.exists():
-        os.replace(beside(path, "moved"), path)
-    env.workspaces.alarm(path.stem, time.time())
-    return rows_of(path)
+def create_file(request, env, id):
+    return env.workspaces.create(id)
 
 
-def piece_at(path: pathlib.Path, at: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(at)
-        return file.read(PIECE)
+def remove_here(request, env, id):
+    about = json.loads(request.body)
+    now = about.pop("now")
+    copy = remove_file(env.settings, env.workspaces.path(id), about, now)
+    return str(copy) if copy else None
 
 
-def read_piece(path: pathlib.Path, params: Dict[str, str], **_: Any) -> bytes:
-    return piece_at(beside(path, "copy" if params.get("of") == "copy" else "moved"), int(params["at"]))
+def counts_here(request, env, id):
+    return facts_of(env.workspaces.get(id))
 
 
-def write_piece(path: pathlib.Path, params: Dict[str, str], body: bytes, **_: Any) -> None:
-    at = int(params["at"])
-    with open(beside(path, "part"), "r+b" if at else "wb") as file:
-        file.seek(at)
-        file.write(body)
+def retry_here(request, env, id):
+    again = Request("POST", "/_retry")
+    return json.loads(env.workspaces.get(id).fetch_within(LOOK_SECONDS, again).body)
 
 
-def take_in(path: pathlib.Path, env: Env, **_: Any) -> int:
-    """What came in pieces takes its place, if it is whole. The number of rows in it. Its jobs do not run yet."""
-    part = beside(path, "part")
-    rows = rows_of(part if part.exists() else path)
-    if part.exists():
-        env.workspaces.looked.add(path.stem)
-        put_in_place(part, path)
-        beside(path, "moved").unlink(missing_ok=True)                  # it left, and is back
-    return rows
+FOR_DIRECTORY = {("GET", "has"): has_file, ("POST", "create"): create_file,
+                 ("POST", "remove"): remove_here, ("GET", "_counts"): counts_here,
+                 ("POST", "_retry"): retry_here}
 
 
-def drop(path: pathlib.Path, **_: Any) -> None:
-    take_away(path) if path.exists() else None
-    forget_copies(path)
-
-
-def forget_copies(path: pathlib.Path, **_: Any) -> None:
-    for tail in ("moved", "copy", "part"):
-        beside(path, tail).unlink(missing_ok=True)
-
-
-ERRANDS: Dict[Tuple[str, str], Callable[..., Any]] = {
-    ("GET", "has"): lambda path, **_: path.exists() or beside(path, "moved").exists(),
-    ("POST", "aside"): set_aside, ("POST", "back"): bring_back,
-    ("POST", "copy"): lambda path, **_: copy_database(path, beside(path, "copy")), ("GET", "piece"): read_piece,
-    ("POST", "piece"): write_piece, ("POST", "adopt"): take_in, ("POST", "drop"): drop,
-    ("POST", "forget"): forget_copies,
-    ("POST", "create"): lambda path, env, **_: env.workspaces.create(path.stem),
-    ("POST", "ring"): lambda path, env, **_: env.workspaces.alarm(path.stem, time.time())}
-
-
-def do_errand(env: Env, id: str, what: str, method: str = "POST", query: str = "", body: bytes = b"") -> Any:
-    """What it returned. Refused(404): there is no such errand; StorageFault: the file is no good."""
-    do, path = ERRANDS.get((method, what)), env.workspaces.path(id)
-    if do is None:
+def answer_directory(request, env):
+    """Do what the directory asks. Each can be asked twice, for an answer may be lost."""
+    id, what = request.path.split("/")[2:4]
+    do = FOR_DIRECTORY.get((request.method, what))
+    if do is None or not re.fullmatch("[0-9a-f]{64}", id):
         raise Refused(*NOTHING_HERE)
     try:
-        return do(path, env=env, params=dict(urllib.parse.parse_qsl(query)), body=body)
+        return as_json(do(request, env, id))
     except (sqlite3.Error, OSError) as error:
-        raise StorageFault(path, error) from error
+        raise StorageFault(env.workspaces.path(id), error) from error
 
 
-def node_errand(request: Request, env: Env) -> Response:
-    """What the directory has a node do. The answer is JSON, or a piece of a file."""
-    id, what = request.path.split("/")[2:4]
-    if what == "_counts":
-        return as_json(facts_of(env.workspaces.get(id)))
-    if what == "_retry":
-        return env.workspaces.get(id).fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
-    said = do_errand(env, id, what, request.method, request.query, request.body)
-    body = said if isinstance(said, bytes) else json.dumps(said).encode()
-    return Response(200, body, "application/octet-stream")
+@root_for(lambda settings: settings.plane == "data")
+def data_plane(settings):
+    """A node. The Directory is in another process, whose key it shares."""
+    settings.workspaces.mkdir(parents=True, exist_ok=True)
+    check_node(settings)
+    settings = settings._replace(demo=False)
+    workspaces = workspaces_of(settings, workspace_router(settings))
+    control = whole(RemoteDirectory)("directory", settings.data, float("inf"), None)
+    control.settings = settings
+    env = full_env(control.get("directory"), workspaces, settings)
+    return dataclasses.replace(env, gate=node_gate, regate=node_regate, front=node_front)
 
 
-def keeper(settings: Settings, env: Env, id: str, node: str) -> Callable[..., Any]:
-    """Does errands with a workspace's file, wherever that is: keeper(...)(what, method, query, body)."""
-    return functools.partial(ask_node, settings, node, id) if node else functools.partial(do_errand, env, id)
+def check_node(settings):
+    if not settings.key_file.exists() or not settings.directory:
+        raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a "
+                       "copy of secret.key")
 
 
-def send_pieces(ask: Callable[..., Any], piece_from: Callable[[int], bytes]) -> None:
-    """piece_from(at): what of the file begins there, empty at its end."""
-    at = 0
-    while (piece := piece_from(at)):
-        ask("piece", "POST", f"at={at}", piece)
-        at += len(piece)
+@addition
+class BringsVerdicts(LoopEdge):
+    def keeps_answers(self):
+        """Not on a node: the verdict comes with each request."""
+        return super().keeps_answers() and self.settings.plane != "data"
 
 
-def open_on_node(settings: Settings, name: str, source: Optional[pathlib.Path] = None) -> None:
-    """Have a new workspace's node make its file, or take source in; then let people in. Refused: it did not; the name
-    is free again."""
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
-        row = store.one("SELECT id, node FROM workspaces WHERE name = ? AND moving AND node <> ''", name)
-        if row is None:
-            return
-        ask = functools.partial(ask_node, settings, row["node"], row["id"])
-        try:
-            if source:
-                send_pieces(ask, functools.partial(piece_at, source))
-            ask("adopt" if source else "create")
-        except BaseException:
-            with store.tx():
-                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-            raise
-        store.exec("UPDATE workspaces SET moving = 0 WHERE id = ?", row["id"])
+# -- on the command line
+
+def known_node(store, address):
+    if not store.one("SELECT 1 FROM nodes WHERE address = ?", address):
+        raise Unusable(f"there is no node {address}; node add {address} makes it one, node "
+                       "list tells what there is")
+    return address
 
 
-# ==== 38. Figures =========================================================================
-# What a server did, for whoever runs it: a line in the access log for each answer, and numbers for Prometheus.
-
-def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
-    return {f'{{{name}="{key}"}}': n for key, n in sorted(figures.items())}
-
-
-class Figures:
-    BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds, of the histogram
-    TYPE = "text/plain; version=0.0.4; charset=utf-8"          # Prometheus' text format
-
-    def __init__(self, log: str) -> None:
-        """log: common, json or off."""
-        self.log, self.lock, self.date = log, threading.Lock(), ""
-        self.statuses, self.durations, self.seconds = collections.Counter(), [0] * (len(self.BOUNDS) + 1), 0.0
-        self.accesses, self.scribe = collections.deque(maxlen=100_000), Pool(1)
-
-    def count(self, method: str, request: Request, response: Response, seconds: float) -> None:
-        with self.lock:
-            self.statuses[response.status] += 1
-            self.durations[bisect.bisect_left(self.BOUNDS, seconds)] += 1
-            self.seconds += seconds
-        if self.log != "off":
-            line = self.line(method, request, response.status, size_of(response), seconds)
-            self.accesses.append(line)               # only now: flush() may just have exchanged them
-
-    def line(self, method: str, request: Request, status: int, size: int, seconds: float) -> str:
-        """One access: the common log format and the seconds it took, or JSON. Without the query, which users typed."""
-        path = (request.path if PLAIN_PATH.fullmatch(request.path) else urllib.parse.quote(request.path))[:500]
-        if self.log == "json":
-            return json.dumps({"time": round(time.time(), 3), "peer": request.peer, "method": method, "path": path,
-                               "status": status, "bytes": size, "seconds": round(seconds, 6)})
-        return f'{request.peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" {status} {size} {seconds:.6f}'
-
-    def write(self, lines: Iterable[str]) -> None:
-        """In a thread of its own, so that a reader of the log who is slow, or gone, keeps nobody waiting."""
-        with contextlib.suppress(OSError, ValueError):
-            print("\n".join(lines), flush=True)
-
-    def flush(self) -> None:
-        """Once a second."""
-        self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        lines, self.accesses = self.accesses, collections.deque(maxlen=self.accesses.maxlen)
-        if lines and len(self.scribe.line) < 10:
-            self.scribe.put(self.write, lines)
-
-    def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
-        """Families of figures, each with its name, its kind and its samples: these, and more."""
-        with self.lock:
-            counted = [*itertools.accumulate(self.durations)]
-            buckets = {f'_bucket{{le="{bound}"}}': n for bound, n in zip((*self.BOUNDS, "+Inf"), counted)}
-            own = (("requests_total", "counter", labelled("status", self.statuses)),
-                   ("request_seconds", "histogram", {**buckets, "_sum": self.seconds, "_count": counted[-1]}))
-        lines = []
-        for name, kind, samples in (*own, *more):
-            lines += [f"# TYPE orion_{name} {kind}\n", *[f"orion_{name}{end} {n}\n" for end, n in samples.items()]]
-        return "".join(lines)
-
-    def close(self) -> None:
-        self.flush()
-        self.scribe.close(0.5)
+@verb("node add", "workspaces can be placed on it: HOST:PORT of a data plane", "address")
+def node_add(settings, given):
+    with opened(settings, "node add", given.address) as (store, _):
+        store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
 
 
-# ==== 39. Server ==========================================================================
-# The loop edge with everything around it: figures, console, jobs, snapshots, other processes.
+@verb("node list", "the nodes, and how many workspaces each has")
+def node_list(settings, given):
+    with opened(settings) as (store, _):
+        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = "
+                          "address AND name IS NOT NULL) FROM nodes"))
 
-LOOK_SECONDS = 0.2                                   # for which the server's own questions wait for a busy workspace
 
+@verb("node remove", "a node that has no workspaces", "address")
+def node_remove(settings, given):
+    with opened(settings, "node remove", given.address) as (store, _):
+        node = known_node(store, given.address)
+        held = len(workspaces_on(store, node))
+        if held:
+            raise Unusable(f"{node} has {held} workspaces; bring them elsewhere, and node "
+                           "assign them")
+        store.exec("DELETE FROM nodes WHERE address = ?", node)
+
+
+def workspaces_on(store, node):
+    return store.query("SELECT * FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER "
+                       "BY name", node)
+
+
+@verb("node assign", "the file of a workspace, or all files of a lost node, are on this node "
+                     "now", "placed", "address")
+def node_assign(settings, given):
+    """Return 1 if the node lacks some of the files. Those stay where they were."""
+    with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
+        node = known_node(store, given.address)
+        if ":" in given.placed:
+            rows = workspaces_on(store, known_node(store, given.placed))
+        else:
+            rows = [row_of(store, "workspaces", given.placed)]
+        lost = [assign(settings, store, row, node) for row in rows]
+    for row, missing in zip(rows, lost):
+        print(row["name"], missing or f"on {node} now", sep="\t")
+    return 1 if any(lost) else 0
+
+
+def assign(settings, store, row, node):
+    """Return why not, or ""."""
+    if row["node"] != node:
+        check_given_up(settings, row)
+    if not ask_node(settings, node, row["id"], "has", "GET"):
+        return f"{node} has no file of it; do workspace import there first"
+    store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ?", node, row["id"])
+    return ""
+
+
+def check_given_up(settings, row):
+    """Raise Unusable if the file is still where it was: there would be two."""
+    if not row["node"]:
+        if not row["moving"] and (settings.workspaces / f"{row['id']}.db").exists():
+            raise Unusable(f"{row['name']} is here; workspace export {row['name']} FILE "
+                           "--move takes it away first")
+        return
+    with contextlib.suppress(Refused):                   # it is lost, as is to be expected
+        if ask_node(settings, row["node"], row["id"], "has", "GET"):
+            raise Unusable(f"{row['node']} still has {row['name']}; workspace export "
+                           f"{row['name']} FILE --move there takes it away first")
+
+
+def ask_directory_of(settings, path, name, method="GET"):
+    """Ask about a workspace by its name. Return its id."""
+    check_node(settings)
+    query = urllib.parse.urlencode({"name": name})
+    answer = send_sealed(settings, settings.directory, Request(method, path, query))
+    if answer.status != 200:
+        raise Unusable(f"{settings.directory} answered {answer.status}. {STRANGERS}")
+    id = json.loads(answer.body)
+    if not id:
+        raise Unusable(f"the directory knows no workspace {name}; workspace list there "
+                       "tells what there is")
+    return id
+
+
+@node_verb("workspace export")
+def export_from_node(settings, given):
+    """With --move, the gate says 503 until node assign."""
+    if given.file.exists():
+        raise Unusable(f"{given.file} exists; name a new file")
+    id = ask_directory_of(settings, "/_id_of", given.name)
+    path = settings.workspaces / f"{id}.db"
+    if not path.exists():
+        raise Unusable(f"{given.name} is not on this node; workspace list on the directory's "
+                       "machine tells where it is")
+    about = {"name": given.name, "members": []}
+    if not given.move:
+        rows = copy_database(path, given.file, about)
+        print(f"{given.file}: {rows} rows")
+        return
+    ask_directory_of(settings, "/_leave", given.name, "POST")
+    try:
+        rows = take_away(path, given.file, about)
+    except BaseException:
+        print(f"orion: node assign {given.name} with the address of this node lets people "
+              "in again", file=sys.stderr)
+        raise
+    print(f"{given.file}: {rows} rows; workspace import it on another node, then node "
+          f"assign {given.name} HOST:PORT on the directory's machine")
+
+
+@node_verb("workspace import")
+def import_on_node(settings, given):
+    """A file that is named by an id is from the workspaces of a node, or of its backup."""
+    id = given.file.stem
+    name = given.name
+    if name or not re.fullmatch("[0-9a-f]{64}", id):
+        name = about_file(given.file, name).name
+        id = ask_directory_of(settings, "/_id_of", name)
+    path = settings.workspaces / f"{id}.db"
+    if path.exists():
+        raise Unusable(f"{path} is there already; move it away first")
+    settings.workspaces.mkdir(parents=True, exist_ok=True)
+    with adopted(settings, given.file) as copy:
+        put_in_place(copy, path)
+    print(f"{path}: now on the directory's machine: node assign {name or 'NAME'} with the "
+          "address of this node")
+
+
+@verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
+      "--directory=", "--node=+", "--listen=?")
+def nginx(settings, given):
+    """A proxy that does the worker's part for several nodes."""
+    upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
+    names = {name: name.replace("-", "_") for name in (*VERDICT, "x-verdict")}
+    holes = {
+        "upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}"
+                      for node, name in upstreams.items()],
+        "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
+        "taken": [f"        auth_request_set $orion_{one} $upstream_http_{one};"
+                  for one in names.values()],
+        "given": [f"        proxy_set_header {name} $orion_{one};"
+                  for name, one in names.items()]}
+    text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
+    lines = {name: Html("\n".join(lines)) for name, lines in holes.items()}
+    print(text(directory=given.directory, listen=given.listen or 80, **lines))
+
+
+# ==== 47. Server ==========================================================================
+# The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
 class FullEnv(Env):
-    """What the server's other parts work with, besides."""
+    """front: what the edge asks: the worker, or its like in one plane alone. regate: who
+    judges streams that are open. start: the page with which a workspace begins."""
     settings: Settings = None
-    trace: Trace = None
-    start: str = ""                                  # the page of a workspace that comes first
-    front: Callable[[Request, Env], Response] = worker        # what the edge asks: the worker, or its like for one plane
-    regate: Callable[[Request, Env], Response] = ask_the_gate      # for streams that are open
-    passwords: Optional[Passwords] = None
+    start: str = ""
+    front: Callable[[Request, Env], Response] = worker
+    regate: Callable[[Request, Env], Response] = ask_the_gate
 
 
-def facts_of(workspace: Stub) -> Dict[str, Any]:
-    """What it tells of itself. One that can't be read, or not now, has no count, and hides no other."""
-    try:
-        return json.loads(workspace.fetch_within(LOOK_SECONDS, Request("GET", "/_counts")).body)
-    except Busy:
-        return {"count": "busy"}
-    except CRASH as error:
-        if not isinstance(error, Refused):
-            log_error("a slice's count", error)
-        return {"count": "can't be read"}
-
-
-def count_of(workspace: Stub) -> str:
-    count = facts_of(workspace)["count"]
-    return f"{count} open" if type(count) is int else count
-
-
-def home_with_all_counts(request: Request, env: Env) -> Response:
-    """A door. As in Part One, but a workspace that is busy, or can't be read, holds up no other."""
-    if request.method in SAFE:
-        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
-        counts = {id: count_of(env.workspaces.get(id)) for id in mine}
-        request = request._replace(headers={**request.headers, "x-counts": json.dumps(counts)})
-    return env.directory.fetch(request)
-
-
-def give_back_memory() -> None:
-    """What was freed, glibc keeps until it is told; no other library knows the word."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def save_memory() -> None:
-    """What can be set only while nobody uses it. SQLite takes memory for 20 pages with each file it opens, and most
-    tenants have fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc gives each
-    thread a heap of its own, where what one has freed is of no use to the others (mallopt(3), M_ARENA_MAX)."""
-    if sys.platform == "linux" and threading.active_count() == 1:
-        with contextlib.suppress(OSError, AttributeError):
-            sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
-            sqlite.sqlite3_shutdown()
-            sqlite.sqlite3_config(7, None, 0, 0)
-            sqlite.sqlite3_initialize()
-            ctypes.CDLL(None).mallopt(-8, 1)
-
-
-class FullBroker(Broker):
-    def watched(self, id, more):
-        super().watched(id, more)
-        if id == Console.id:
-            self.edge.env.trace.watch(more)
-
-    def look_elsewhere(self):
-        with self.edge.env.trace.silence():
-            super().look_elsewhere()
-
-    def elsewhere(self):
-        self.edge.alarms.look()
-
-
-def is_loopback(address: str) -> bool:
-    return in_networks(address, ("127.0.0.0/8", "::1"))
-
-
-class Edge(LoopEdge):
-    """Binds in the constructor, serves in serve_forever(), ends by shutdown() in another thread and server_close()."""
-    broker_kind = FullBroker
-
-    def __init__(self, env: FullEnv) -> None:
-        self.figures = Figures(env.settings.log)
-        super().__init__(env, env.settings)
-        self.alarms = Alarms(env.workspaces, self.pool.put)
-        snapshots = functools.partial(snapshot_again, self.settings), self.settings.backup_every       # 0: never
-        self.chores = (give_back_memory, 5.0), (self.broker.try_again, 5.0), snapshots
-        name = self.settings.node_name or f"{self.settings.host}:{self.server_port}"
+@addition
+class Server(LoopEdge):
+    def __init__(self, *args):
+        self.broker_kind = whole(Broker)
+        super().__init__(*args)
+        name = f"{self.settings.host}:{self.server_port}"
+        name = self.settings.node_name or name
         self.settings = self.settings._replace(node_name=name)
         self.use(dataclasses.replace(self.env, settings=self.settings))
-        console = Console(self.env, self.broker)
-        doors = {path: console.answer for path in ("/console", "/console/live", "/console/probe", "/console/retry")}
-        self.use(dataclasses.replace(self.env, doors={**self.env.doors, **doors, "/metrics": self.metrics}))
-        self.broker.quiet = (env.directory.id, Console.id)
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        self.pool.put(self.alarms.look)
-        super().serve_forever(poll_interval)
+    def add_doors(self, doors):
+        self.use(dataclasses.replace(self.env, doors={**self.env.doors, **doors}))
 
-    def tick(self, now: float) -> None:
-        self.figures.flush()
-        super().tick(now)
-        self.alarms.ring()
-        self.broker.published(Console.id, Console.id)
-
-    def keeps_answers(self) -> bool:
-        """Not on a node, where the verdict comes with the request; nor while somebody watches each trip."""
-        return self.settings.plane != "data" and not self.env.trace.watched
-
-    def use(self, env: FullEnv) -> None:
+    def use(self, env):
         super().use(env)
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
-    def decide(self, request: Request) -> Any:
+    def decide(self, request):
         return self.env.front(request, self.deciding)
 
-    def answer_all(self, several: Sequence[Asked]) -> None:
-        """While somebody watches, each request makes its trip alone."""
-        if not self.env.trace.watched:
-            return super().answer_all(several)
-        for asked in several:
-            self.finish(asked, outcome(self.env.trace.follow, asked.request, self.answer))
-
-    def answer(self, request: Request) -> Response:
-        return self.env.front(request, self.env)
-
-    def refusal(self, request: Request, error: BaseException) -> Response:
-        """Who is not signed in gets the form for it."""
-        if isinstance(error, Refused) and error.status == 401 and not request.datastar \
-                and "text/html" in request.headers.get("accept", ""):
-            return login_form(local_path(request.path), problem=error.message, status=401)
-        return refusal(request, error)
-
-    def most_streams(self) -> int:
-        return self.settings.streams or (self.settings.connections if self.settings.demo else 100)
-
-    def count(self, asked: Asked, response: Response) -> None:
-        method = asked.reading.method if asked.reading else "-"
-        seconds = time.perf_counter() - asked.started if asked.started else 0.0
-        self.figures.count(method, asked.request, response, seconds)
-
-    def metrics(self, request: Request, env: Env) -> Response:
-        """A door. Prometheus text format 0.0.4."""
-        only_read(request)
-        local, cookie = is_loopback(request.peer), {"cookie": request.headers.get("cookie", "")}
-        if not (local and "x-forwarded-for" not in request.headers
-                or env.directory.ask("/_whoami", "", cookie, request.scheme)["operator"]):
-            raise Refused(403, "The figures are for this machine and for operators. Ask from 127.0.0.1, or sign in as "
-                               "one.")
-        directory = env.directory.namespace.objects.get(env.directory.id)
-        return Response(200, self.figures.text(
-            ("gate_verdicts_total", "counter", labelled("verdict", directory.verdicts if directory else {})),
-            ("workspace_fetches_total", "counter", {"": env.workspaces.fetches}),
-            ("workspaces_awake", "gauge", {"": len(env.workspaces.objects)}),
-            ("streams_open", "gauge", {"": sum([isinstance(held, Stream) for held in [*self.held]])}),
-            ("frames_total", "counter", labelled("result", self.broker.frames))).encode(), Figures.TYPE)
-
-    def server_close(self) -> None:
-        super().server_close()
-        self.figures.close()
+    def most_streams(self):
+        if self.settings.demo and not self.settings.streams:
+            return self.settings.connections
+        return super().most_streams()
 
 
-# ==== 40. Roots ===========================================================================
-# Four composition roots: two planes in one process, one file for both, and each plane alone.
+def Edge(env: FullEnv) -> LoopEdge:
+    """Return a server; it is bound already."""
+    return whole(LoopEdge)(env, env.settings)
+
+
+# ==== 48. Roots ===========================================================================
+# The idea: the composition root of the product: two planes in one process. Single and Nodes
+#   bring further roots.
+
+def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
+    """Raises BadSlice or MigrationError if it can't be with these slices."""
+    settings = settings._replace(slices=slices)
+    for check in CHECKS:
+        check(settings)
+    for wanted, root in ROOTS:
+        if wanted(settings):
+            return root(settings)
+    return two_planes(settings)
+
 
 def two_planes(settings: Settings) -> FullEnv:
     """One Directory, a Workspace for each tenant, and a worker in front."""
     settings, fresh, keys = prepared(settings)
-    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
-    build, awake = functools.partial(FullWorkspace, router=router, pages=pages), settings.awake or awake_by_default()
-    check_tables(router)
-    workspaces = TracedNamespace("workspace", settings.workspaces, settings.idle, build, trace=trace, most=awake)
-    outside = FullRouter([together("directory", further, directory)])
-    build = functools.partial(FullDirectory, router=outside, pages=pages, keys=keys, workspaces=workspaces, settings=settings)
-    control = TracedNamespace("directory", settings.data, float("inf"), build, trace=trace)
+    router = workspace_router(settings)
+    workspaces = workspaces_of(settings, router)
+    build = functools.partial(
+        whole(EdgeDirectory), router=directory_router(), pages=pages_of(settings.slices),
+        keys=keys, workspaces=workspaces, demo=bool(settings.demo),
+        limit=most_workspaces(settings))
+    control = whole(GuardedNamespace)("directory", settings.data, float("inf"), build)
+    control.settings = settings
     stub = control.get("directory")
     if fresh:
         control.create(stub.id)
-    with contextlib.closing(Ledger(settings.directory_file)) as store:
-        for name, entries in router.schema:          # before any tenant is opened: do they go with what ran before?
-            store.migrate(f"workspace/{name}", entries)
-    stub.ask("/_version")                            # what is wrong with it is heard now, not at the first request
-    env = full_env(stub, workspaces, settings, trace, pages)
+    check_ledger(settings, router)
+    stub.ask("/_version")                                # what is wrong is heard now
+    env = full_env(stub, workspaces, settings)
     if fresh and settings.demo:
         seed(env, DEMO_WORKSPACES, todos in settings.slices)
     return env
 
 
-def full_env(directory: Stub, workspaces: Namespace, settings: Settings, trace: Trace, pages: Sequence[Live]) -> FullEnv:
-    passwords = Passwords()
-    doors = {**DOORS, "/": home_with_all_counts, "/login": passwords.door, "/account/password": passwords.door}
-    return FullEnv(directory, workspaces, doors, settings=settings, trace=trace, start=pages[0].path, passwords=passwords)
+def prepared(settings):
+    """Return the settings, whether there is nothing yet, and the keys.
+
+    A folder that has no personas is no demo, whatever was asked for.
+    """
+    if settings.single:
+        settings.data.mkdir(parents=True, exist_ok=True)
+        fresh = not settings.directory_file.exists()
+        if fresh and not settings.key_file.exists():
+            make_key(settings.key_file)
+        keys = load_keys(settings.key_file)
+    else:
+        keys, fresh = prepare(settings.data, settings.directory_file, settings.key_file)
+    demo = settings.demo
+    if demo and not fresh:
+        with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+            demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
+    return settings._replace(demo=demo), fresh, keys
+
+
+def workspace_router(settings):
+    return whole(QuickRouter)([welcome, *settings.slices])
+
+
+def directory_router():
+    """One slice of several: they share the tables. Where two have the same address, the
+    first one answers."""
+    slices = [*DIRECTORY_SLICES, directory]
+    live = [row for slice in slices for row in slice.live]
+    routes = [row for slice in slices for row in slice.routes]
+    return whole(QuickRouter)([Slice("directory", DIRECTORY_TABLES, live, routes)])
+
+
+def pages_of(slices):
+    return [live for slice in slices for live in slice.live] + [members]
+
+
+def workspaces_of(settings, router):
+    build = functools.partial(whole(EdgeWorkspace), router=router,
+                              pages=pages_of(settings.slices))
+    most = settings.awake or awake_by_default()
+    workspaces = whole(GuardedNamespace)("workspace", settings.workspaces, settings.idle,
+                                         build, most=most)
+    workspaces.settings = settings
+    return workspaces
+
+
+def awake_by_default() -> int:
+    """An awake workspace takes three descriptors; the last quarter is for sockets."""
+    if resource is None:
+        return 256
+    return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+
+def most_workspaces(settings):
+    """Of one account."""
+    return settings.max_workspaces or (2000 if settings.demo else 20)
 
 
 class Ledger(GuardedStore):
@@ -6587,135 +8158,240 @@ class Ledger(GuardedStore):
         return set()
 
 
-def router_of(settings: Settings) -> FullRouter:
-    return FullRouter([welcome, *settings.slices])
-
-
-def check_tables(router: Router) -> None:
-    """MigrationError: the slices' tables do not go together. They are made once in memory."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(GuardedStore(pathlib.Path(folder, "t.db"), True)) as store:
+def check_ledger(settings, router):
+    """Do the slices go with what ran before? Asked before any tenant is opened."""
+    with contextlib.closing(Ledger(settings.directory_file)) as store:
         for name, entries in router.schema:
-            store.migrate(name, entries)
+            store.migrate(f"workspace/{name}", entries)
 
 
-def prepared(settings: Settings) -> Tuple[Settings, bool, Tuple[bytes, ...]]:
-    """Whether it is a demo, whether there is nothing yet, and the keys."""
-    demo = settings.demo
+def full_env(directory, workspaces, settings):
+    start = pages_of(settings.slices)[0].path
+    return FullEnv(directory, workspaces, {**DOORS}, settings=settings, start=start)
+
+
+# ==== 49. Command line ====================================================================
+# The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
+#   goes into its files, whether its server runs or not: SQLite lets several processes at a
+#   file, and the server looks each second whether another one wrote to the Directory.
+# It promises: what prevents a command is one line on standard error, and exit status 2.
+
+def typed(pattern: Any, hint: str,
+          read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:
+    """Return a type for argparse: what read() makes of a text that matches.
+
+    If it makes None, the text is refused, too.
+    """
+    def kind(text):
+        found = re.fullmatch(pattern, text)
+        value = read(found) if found else None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
+        return value
+    return kind
+
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def read_size(found):
+    return int(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")
+
+
+def read_seconds(found):
+    return float(found[1]) * UNITS[found[2]]
+
+
+def read_port(found):
+    return int(found[0]) if int(found[0]) < 65536 else None
+
+
+def read_address(found):
+    return found[0] if found[1] else None
+
+
+def read_number(found):
+    return int(found[0])
+
+
+size = typed("([0-9]+)([KMGTkmgt]?)", "no size: say 500M or 10G", read_size)
+seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)([smhd]?)", "no time: say 90, 15m or 1h",
+                read_seconds)
+port = typed("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
+address = typed(HOST, "no address: say HOST:PORT", read_address)
+listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
+number = typed("[0-9]{1,9}", "no number: say 0 or more", read_number)
+at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", read_number)
+plane = typed("(directory|data)?", "no plane: say directory or data")
+log_kind = typed("common|json|off", "no log: say common, json or off")
+
+
+def several(text):
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def networks(text):
+    try:
+        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
+
+
+# Flags, what --help says of them, and their types. Their defaults are in Settings.
+OPTIONS = (
+    ("--host", "address to listen on", str),
+    ("--port", "port to listen on; 0: any free one", port),
+    ("--data", "folder with all state", pathlib.Path),
+    ("--single", "one file that holds everything, for one workspace, in place of the data "
+     "folder", pathlib.Path),
+    ("--demo", "personas and workspaces to click through; on a loopback address, with no "
+     "proxy in front, a new data folder has them anyway", bool),
+    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
+     "small trusted networks", bool),
+    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
+     "descriptors, at most 1,024", number),
+    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
+    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000",
+     number),
+    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
+     "connections", number),
+    ("--connections", "connections at most; more get a 503", at_least_1),
+    ("--allow-host", "names that this server goes by, with commas between", several),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
+     "believed, with commas between", networks),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes",
+     plane),
+    ("--directory", "HOST:PORT of the directory, for --plane data", str),
+    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
+     "it listens", str),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the "
+     "data folder; 0: never", seconds),
+    ("--keep", "backups to keep", at_least_1),
+    ("--log", "access log on standard output: common, json or off", log_kind),
+)
+
+# What --help says of the arguments of commands, and their types.
+ARGUMENTS = {
+    "name": ("of the account or workspace", str),
+    "new": ("the new name", str),
+    "workspace": ("its name", str),
+    "account": ("its name", str),
+    "role": (f"one of {', '.join(ROLES)}", str),
+    "size": ("as 500M or 10G", size),
+    "file": ("path of the file", pathlib.Path),
+    "folder": ("path of the folder", pathlib.Path),
+    "address": ("HOST:PORT of the node", address),
+    "placed": ("name of the workspace, or HOST:PORT of a lost node", str),
+    "--operator": ("may open the console, and look on in others' names", None),
+    "--owner": ("account that owns it", str),
+    "--now": ("keep no copy", None),
+    "--move": ("it goes elsewhere: nobody is let in here from now on", None),
+    "--name": ("in place of the name in the file", str),
+    "--at": ("folder of a snapshot: data/backups/... or a backup", pathlib.Path),
+    "--new": ("name of what comes up; by default the name and the snapshot's", str),
+    "--directory": ("HOST:PORT of the directory", address),
+    "--node": ("HOST:PORT of a node; once for each", address),
+    "--listen": ("port of the proxy; by default 80", listen),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"orion: {message}; --help tells what there is\n")
+
+
+def read_command_line(argv: Optional[Sequence[str]]
+                      ) -> Tuple[Settings, argparse.Namespace]:
+    """Return the settings, and what a command was given. Its verb is "" to serve."""
+    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
+                    "file. Without a command it serves.", epilog="Every option is an "
+                    "environment variable too: ORION_PORT=80 is --port 80.")
+    parser.set_defaults(verb="")
+    for option in OPTIONS:
+        add_option(parser, *option)
+    add_verbs(parser)
+    given = parser.parse_args(argv)
+    said = {name: value for name, value in vars(given).items() if name in Settings._fields}
+    settings = Settings(**said)
     if settings.single:
-        settings.data.mkdir(parents=True, exist_ok=True)
-        fresh = not settings.directory_file.exists()
-        if fresh and not settings.key_file.exists():
-            make_key(settings.key_file)
-        keys = load_keys(settings.key_file)
-    else:
-        keys, fresh = prepare(settings.data, settings.directory_file, settings.key_file)
-    if demo and not fresh:
-        with contextlib.closing(GuardedStore(settings.directory_file)) as store:
-            demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
-    return settings._replace(demo=demo), fresh, keys
+        settings = settings._replace(data=settings.single.parent)
+    if settings.demo is None:
+        settings = settings._replace(demo=is_private(settings))
+    return settings, given
 
 
-def pages_of(slices: Sequence[Slice]) -> List[Live]:
-    return [live for slice in slices for live in slice.live] + [members]
+def is_private(settings):
+    """Does nobody but this machine get in? (Behind a proxy, others do.)"""
+    here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
+    proxied = settings.allow_host or settings.trust_proxy or settings.plane
+    return here and not proxied
 
 
-class OneFile(TracedNamespace):
-    """Of a single object, whose file may have any name."""
-
-    def __init__(self, file: pathlib.Path, *rest: Any, trace: Trace) -> None:
-        super().__init__("workspace", file.parent, *rest, trace=trace, most=1)
-        self.file = file
-
-    def id_from_name(self, name: str) -> str:
-        return super().id_from_name("single")
-
-    def path(self, id: str) -> pathlib.Path:
-        return self.file
-
-    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
-        return iter([(self.id_from_name(""), self.file)])
-
-    def create(self, id: str) -> None:
-        if not self.file.exists():
-            super().create(id)
-
-    def draft(self) -> str:
-        raise Refused(*TAKEN)
+def add_option(parser, flag, help, kind):
+    name = flag[2:].replace("-", "_")
+    default = os.environ.get(f"ORION_{name.upper()}") or getattr(Settings(), name)
+    help = f"{help} (default: {default})"
+    if kind is not bool:
+        return parser.add_argument(flag, help=help, default=default, type=kind)
+    if isinstance(default, str):
+        default = default.lower() not in ("0", "no", "off", "false")
+    parser.add_argument(flag, help=help, default=default,
+                        action=argparse.BooleanOptionalAction)
 
 
-def single_root(settings: Settings) -> FullEnv:
-    """One object and one file, with the same slices; the first workspace that is founded is the only one."""
-    settings, fresh, keys = prepared(settings)
-    trace, pages, router = Trace(with_args=settings.demo), pages_of(settings.slices), router_of(settings)
-    check_tables(router)
-    outside = FullRouter([together("directory", further, directory)])
-    build = functools.partial(Single, router=outside, pages=pages, keys=keys, settings=settings, inside=router)
-    namespace = OneFile(settings.single, float("inf"), lambda id, own: build(id, own, workspaces=own), trace=trace)
-    root = namespace.get(namespace.id_from_name(""))
-    namespace.create(root.id)
-    root.ask("/_version")
-    env = full_env(root, namespace, settings, trace, pages)
-    env = dataclasses.replace(env, gate=single_gate)
-    del env.doors["/workspaces"]                     # no file is to be made
-    if fresh and settings.demo:
-        seed(env, {"acme": DEMO_WORKSPACES["acme"]}, todos in settings.slices)
-    return env
+def add_verbs(parser):
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS,
+                        help="folder with all state")
+    common.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS,
+                        help="or the file with all state")
+    groups = {"": parser.add_subparsers(title="commands", metavar="command")}
+    for words, one in VERBS.items():
+        group, _, word = words.rpartition(" ")
+        if group not in groups:
+            add_group(groups, group)
+        sub = groups[group].add_parser(word, help=one.help, description=one.help,
+                                       parents=[common])
+        sub.set_defaults(verb=words)
+        for argument in one.arguments:
+            add_argument(sub, argument)
 
 
-def directory_plane(settings: Settings) -> FullEnv:
-    """Accounts, sessions and the gate; the workspaces are on the nodes that its table names."""
-    env = two_planes(settings._replace(demo=False))
-    workspaces = RemoteNamespace("workspace", settings.workspaces, settings.idle, settings=settings, trace=env.trace,
-                                 address=lambda id: env.directory.ask("/_node_of", headers={"x-id": id}))
-    del env.doors["/workspaces"]                     # the file is made on a node
-    return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
+def add_group(groups, name):
+    group = groups[""].add_parser(name, help=f"see {name} --help")
+    groups[name] = group.add_subparsers(required=True, metavar="command")
 
 
-def data_plane(settings: Settings) -> FullEnv:
-    """A node: workspaces, and the Directory in another process, whose key it shares. Unusable: it knows none, or has no
-    key."""
-    settings.workspaces.mkdir(parents=True, exist_ok=True)
-    if not settings.key_file.exists() or not settings.directory:
-        raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a copy of secret.key")
-    trace, pages, awake = Trace(), pages_of(settings.slices), settings.awake or awake_by_default()
-    build = functools.partial(FullWorkspace, router=router_of(settings), pages=pages)
-    workspaces = TracedNamespace("workspace", settings.workspaces, settings.idle, build, trace=trace, most=awake)
-    directory = RemoteNamespace("directory", settings.data, float("inf"), settings=settings, trace=trace,
-                                address=lambda id: settings.directory).get("directory")
-    env = full_env(directory, workspaces, settings._replace(demo=False), trace, pages)
-    return dataclasses.replace(env, gate=node_gate, regate=node_regate, front=node_front)
+def add_argument(parser, argument):
+    """argument: see verb."""
+    name, valued, how = argument.partition("=")
+    help, kind = ARGUMENTS[name]
+    if kind is None:
+        return parser.add_argument(name, help=help, action="store_true")
+    options = {"help": help, "type": kind}
+    if valued:
+        options["required"] = how != "?"
+        options["action"] = "append" if how == "+" else "store"
+    parser.add_argument(name, **options)
 
 
-PLANES = {"": two_planes, "directory": directory_plane, "data": data_plane}
-
-
-def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
-    """BadSlice, MigrationError: not with these slices."""
-    check_slices(slices)
-    root = single_root if settings.single else PLANES[settings.plane]
-    return root(settings._replace(slices=slices))
-
-
-def awake_by_default() -> int:
-    """An awake workspace takes three descriptors; a quarter of all, thrice, leaves the last quarter to sockets."""
-    return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if resource else 256
-
-
-# ==== 41. Administration ==================================================================
-# What operators do to a deployment, whether its server runs or not: SQLite lets several processes at a file, and the
-# server looks each second whether another one wrote to the Directory.
+# -- what all commands need
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, taken: str) -> Iterator[None]:
-    """One process at a time in a folder. Unusable: it is no good or, with the text taken, another one is in it."""
+def locked(folder: pathlib.Path, taken: str):
+    """One process at a time in a folder.
+
+    Raises Unusable if the folder is no good or, with the text taken, if another is in it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY) if fcntl else None
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        why = error.strerror or error
-        raise Unusable(f"the data folder {folder} can't be used ({why}); name another with --data") from error
+        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}"
+                       "); name another with --data") from error
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6731,726 +8407,144 @@ BEGINNINGS = ("account add", "workspace import", "node add")
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, what: str = "", which: str = "") -> Iterator[Tuple[Store, Env]]:
-    """The Directory's store, and the world around it. What is done to it is one transaction, and journalled if it has a
-    name. Unusable: there is none, and this is not one of the BEGINNINGS, which make it."""
-    if not settings.directory_file.exists() and what not in BEGINNINGS:
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or begin one with account add")
-    env = compose(settings._replace(demo=False, plane=""), settings.slices)   # the files are here, whoever serves them
+def opened(settings: Settings, what: str = "", which: str = ""):
+    """Give the Directory's store, and the env around it. All of it is one transaction.
+
+    With a name (what) it is noted in the journal. Raises Unusable if there is no deployment
+    and this is none of the BEGINNINGS, which make one.
+    """
+    if what not in BEGINNINGS and not settings.directory_file.exists():
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or "
+                       "begin one with account add")
+    env = compose(settings._replace(demo=False, plane=""), settings.slices)
     with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
         yield store, env
         if what:
-            row = time.time(), "(command line)", what, which
-            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)", *row)
+            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                       time.time(), "(command line)", what, which)
 
 
-def begun(settings: Settings) -> None:
-    """Unusable: there is no deployment, or its key is no good."""
+def begun(settings):
+    """Raise Unusable if there is no deployment, or its key is no good."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
     load_keys(settings.key_file)
 
 
-def row_of(store: Store, table: str, name: str) -> sqlite3.Row:
+def row_of(store, table, name):
     row = store.one(f"SELECT * FROM {table} WHERE name = ?", name)
     if row is None:
-        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what there is")
+        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what "
+                       "there is")
     return row
 
 
-def new_password(name: str) -> str:
-    """Asked for, or read from standard input; hashed."""
-    password = getpass.getpass(f"Password of {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-    if not 8 <= len(password) <= 256 or not password.isprintable():
-        raise Unusable("a password has 8 to 256 characters, all of which can be printed")
-    return hash_password(password)
-
-
-def table(rows: Iterable[Sequence[Any]]) -> None:
+def table(rows):
     for row in rows:
         print(*row, sep="\t")
 
 
-def account_add(settings: Settings, given: argparse.Namespace) -> None:
-    if not ACCOUNT_NAME.fullmatch(given.name):
-        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and hyphens inside")
-    hashed = new_password(given.name)
-    with opened(settings, "account add", given.name) as (store, _):
-        row = given.name, given.name, hashed, given.operator
-        if not store.exec("INSERT OR IGNORE INTO accounts (name, label, password, operator) VALUES (?, ?, ?, ?)", *row):
-            raise Unusable(f"there is an account {given.name} already")
-    print(f"{given.name} may sign in now")
-
-
-def account_passwd(settings: Settings, given: argparse.Namespace) -> None:
-    hashed = new_password(given.name)
-    with opened(settings, "account passwd", given.name) as (store, _):
-        row_of(store, "accounts", given.name)
-        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
-        store.exec("DELETE FROM sessions WHERE account = ?", given.name)
-    print(f"{given.name} has a new password, and is signed out everywhere")
-
-
-def account_list(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
-        table(store.query("SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) FROM "
-                          "memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY name"))
-
-
-def account_remove(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "account remove", given.name) as (store, _):
-        row_of(store, "accounts", given.name)
-        alone = store.one("SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.role = "
-                          "'owner' GROUP BY w.id HAVING count(*) = 1 AND max(m.account) = ?", given.name)
-        if alone:
-            remedy = "make somebody else an owner first, or remove the workspace"
-            raise Unusable(f"{given.name} is the last owner of {alone[0]}; {remedy}")
-        store.exec("DELETE FROM accounts WHERE name = ?", given.name)
-
-
-def workspace_add(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "workspace add", given.name) as (store, env):
-        owners = [(row_of(store, "accounts", given.owner)["name"], "owner")] if given.owner else []
-        add_workspace(store, env.workspaces, given.name, owners)
-    open_on_node(settings, given.name)
-
-
-def workspace_list(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, env):
-        for row in store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"):
-            path, quota = env.workspaces.path(row["id"]), row["quota"] or settings.quota
-            size = path.stat().st_size if path.exists() else "missing"
-            where = f"on {row['node']}" if row["node"] else size
-            print(row["name"], row["id"], where, f"of {quota}", "moving" if row["moving"] else "", sep="\t")
-
-
-def workspace_rename(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
-        row = row_of(store, "workspaces", given.name)
-        store.exec("UPDATE workspaces SET name = ? WHERE id = ?", free_name(store, given.new), row["id"])
-
-
-def workspace_quota(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
-        row = row_of(store, "workspaces", given.name)
-        store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, row["id"])
-
-
-def workspace_remove(settings: Settings, given: argparse.Namespace) -> None:
-    """Out of the Directory first, so that nobody is let in any more; then the file. The row stays, without a name: the
-    id is not given again."""
-    with opened(settings) as (store, env):
-        row = movable(settings, store, given.name)
-    ask, removed = keeper(settings, env, row["id"], row["node"]), settings.data / "removed"
-    if_it_answers = contextlib.suppress(Refused) if given.now else contextlib.nullcontext()    # a node may be lost
-    with locked(settings.workspaces, "a move is under way; try again when it is over"):
-        with if_it_answers:
-            there = ask("has", "GET")
-        with opened(settings, "workspace remove", given.name) as (store, _):
-            if row_of(store, "workspaces", given.name) != row:
-                raise Unusable("it was moved just now; try again")
-            members = members_of(store, row["id"])
-            store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-            store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
-    if not given.now and there:
-        removed.mkdir(exist_ok=True)
-        copy = removed / f"{given.name}-{stamp()}.db"
-        bring_here(ask, "aside", copy, given.name, members)
-        print(f"a copy stays for 30 days; workspace import {copy} brings it back")
-    for old in removed.glob("*.db"):
-        if old.stat().st_mtime < time.time() - 30 * 86400:
-            old.unlink()
-    with if_it_answers:
-        ask("drop")
-
-
-def members_of(store: Store, id: str) -> List[Tuple[str, str]]:
-    """Accounts with their roles."""
-    return [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY account", id))]
-
-
-def movable(settings: Settings, store: Store, name: str) -> sqlite3.Row:
-    """The row of a workspace that has a file of its own."""
-    if settings.single:
-        raise Unusable(f"{name} is part of a single root; the file {settings.single} is all of it")
-    return row_of(store, "workspaces", name)
-
-
-def bring_here(ask: Callable[..., Any], what: str, target: pathlib.Path, name: str, members: Sequence[Any]) -> int:
-    """A copy that is made where a workspace lives, or with the errand aside its last. The number of rows in it. Its
-    name and members are added, for workspace import."""
-    rows, of = ask(what), "moved" if what == "aside" else "copy"
-    with in_the_making(target) as part:
-        with open(part, "wb") as file:
-            while (piece := ask("piece", "GET", f"of={of}&at={file.tell()}")):
-                file.write(piece)
-        rows_of(part)
-        with contextlib.closing(sqlite3.connect(part)) as db, db:
-            db.execute("CREATE TABLE _export (about TEXT)")
-            db.execute("INSERT INTO _export VALUES (?)", (json.dumps({"name": name, "members": members}),))
-        put_in_place(part, target)
-    return rows
-
-
-def workspace_export(settings: Settings, given: argparse.Namespace) -> None:
-    """One file with all rows, the name and the members. move: from before the copy on nobody is let in, so it is the
-    last word; the gate says 503 until the name is removed here."""
-    if given.file.exists():
-        raise Unusable(f"{given.file} exists; name a new file")
-    busy = "a move is under way; try again when it is over"
-    with locked(settings.workspaces, busy) if given.move else contextlib.nullcontext():
-        export(settings, given)
-
-
-def export(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "workspace export", given.name) as (store, env):
-        row = movable(settings, store, given.name)
-        store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", row["moving"] or given.move, row["id"])
-        members = members_of(store, row["id"])
-    ask = keeper(settings, env, row["id"], row["node"])
-    try:
-        rows = bring_here(ask, "aside" if given.move else "copy", given.file, given.name, members)
-    except BaseException:
-        if given.move and not row["moving"]:         # all is as it was
-            ask("back")
-            placed(settings, row["id"], row["node"], "workspace export failed")
-        raise
-    None if given.move else ask("forget")
-    print(f"{given.file}: {rows} rows, {len(members)} members")
-
-
-def workspace_import(settings: Settings, given: argparse.Namespace) -> None:
-    """An export or a single root, under its name or another, with its members. Who has no account here gets one; from
-    an export it comes without a password."""
-    try:
-        with contextlib.closing(GuardedStore(given.file)) as source:
-            old_name, members, accounts = about_file(source, given.name)
-        members = dict(members)
-        unknown = sorted({*members.values()} - {*ROLES})
-        nobody = [account for account in members if not ACCOUNT_NAME.fullmatch(account)]
-    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:      # whoever made it may wish us ill
-        raise Unusable(f"{given.file}: {error}; name a file that workspace export made, or a single root") from error
-    if unknown or nobody:
-        no = f"role {unknown[0]!r}" if unknown else f"account named {nobody[0]!r:.50}"
-        raise Unusable(f"{given.file}: there can be no {no} here; the roles are {', '.join(ROLES)}")
-    name = str(given.name or old_name)
-    with adopted(settings, given.file) as copy:
-        with opened(settings, "workspace import", name) as (store, env):
-            add_accounts(store, accounts)
-            add_workspace(store, env.workspaces, name, members.items(), copy)
-        open_on_node(settings, name, copy)
-    print(f"{name}: {len(members)} members")
-
-
-def add_accounts(store: Store, accounts: Iterable[Sequence[str]]) -> None:
-    """Name, label and password of each; who is here already stays as they are."""
-    for account in accounts:
-        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)", *account)
-        if added and not account[2]:
-            print(f"{account[0]} is new here; account passwd {account[0]} lets them in")
-
-
-def about_file(store: Store, name: Optional[str]) -> Tuple[str, List[Tuple[str, str]], List[Tuple[str, str, str]]]:
-    """The name of the workspace in it, its members with their roles, and their accounts: name, label, password."""
-    if "_export" in store.tables():
-        about = json.loads(store.one("SELECT about FROM _export")[0])
-        return about["name"], about["members"], [(account, account, "") for account, _ in about["members"]]
-    if "_migrations" not in store.tables() or store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
-        raise Unusable(f"{store.path} is no workspace; name an export, a single root or a file of workspaces")
-    if "memberships" not in store.tables():
-        if not name:
-            raise Unusable(f"{store.path} does not know its name; give it one with --name")
-        return name, [], []
-    members = store.query("SELECT account, role FROM memberships ORDER BY account")
-    accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN (SELECT account FROM memberships)")
-    return store.one("SELECT name FROM workspaces")[0], [*map(tuple, members)], [*map(tuple, accounts)]
-
-
-@contextlib.contextmanager
-def adopted(settings: Settings, source: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A copy of another deployment's file, which will be claimed by an object of this one. Of a single root, the part
-    that is the workspace's."""
-    settings.data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
-        path = pathlib.Path(folder) / "adopted.db"
-        copy_database(source, path)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-            made = db.execute("SELECT tables FROM _migrations WHERE slice = 'directory'").fetchall()
-            for table in ("_export", *" ".join([tables for tables, in made]).split()):
-                db.execute(f"DROP TABLE IF EXISTS {table}")
-            db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
-            db.execute("VACUUM")                     # nothing of sessions and passwords is left in free pages
-            db.execute("PRAGMA application_id = 0")
-        yield path
-
-
-def workspace_restore(settings: Settings, given: argparse.Namespace) -> None:
-    """As it was in a snapshot, beside the present one and with its members; never over it."""
-    name = given.new or f"{given.name}-{given.at.name}"
-    if not WORKSPACE_NAME.fullmatch(name):
-        raise Unusable(f"{name} is no name for a workspace; give it another with --new")
-    with opened(settings) as (store, _):
-        row = movable(settings, store, given.name)
-    with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy:
-        with opened(settings, "workspace restore", name) as (store, env):
-            members = members_of(store, row["id"])
-            add_workspace(store, env.workspaces, name, members, copy)
-        open_on_node(settings, name, copy)
-    print(f"{name}: as {given.name} was in {given.at}")
-
-
-def nobody_hears(topic: str) -> None:
-    """A running server looks each second whether another process wrote."""
-
-
-def member_set(settings: Settings, given: argparse.Namespace) -> None:
-    """add, role and remove, by the rules that the members page has too."""
-    role = getattr(given, "role", None)
-    with opened(settings, given.verb, f"{given.workspace} {given.account} {role or ''}".strip()) as (store, _):
-        id = row_of(store, "workspaces", given.workspace)["id"]
-        row_of(store, "accounts", given.account)
-        viewer = Viewer("owner", (), given.workspace, id, "(command line)")
-        ctx = types.SimpleNamespace(store=store, viewer=viewer, publish=nobody_hears,
-                                    host=types.SimpleNamespace(bus=types.SimpleNamespace(publish=nobody_hears)))
-        before = role_of(store, id, given.account)
-        if bool(before) == (given.verb == "member add"):
-            why = "a member already; member role changes the role" if before else "no member; member add makes one"
-            raise Unusable(f"{given.account} is {why}")
-        set_role(ctx, given.account, before, NOT_A_MEMBER if role is None else valid_role(role))
-
-
-def member_list(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
-        table(members_of(store, row_of(store, "workspaces", given.workspace)["id"]))
-
-
-def backup(settings: Settings, given: argparse.Namespace) -> int:
-    """1: some files can't be copied, and each line says which and why; all others are in it."""
-    if given.folder.exists():
-        raise Unusable(f"{given.folder} exists; name a new folder")
-    begun(settings)
-    held, faults = snapshot(settings, given.folder)
-    print("\n".join([*faults, contents(given.folder, held)]))
-    return 1 if faults else 0
-
-
-def contents(folder: pathlib.Path, held: Dict[str, Any]) -> str:
-    return f"{folder}: {len(held)} databases, {sum([part['rows'] for part in held.values()])} rows, checked"
-
-
-def restore(settings: Settings, given: argparse.Namespace) -> None:
-    """Into a data folder that has no deployment yet."""
-    workspaces = () if settings.single else settings.workspaces.glob("*.db")
-    there = [file for file in (settings.directory_file, *workspaces) if file.exists()]
-    if there:
-        raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
-    if not (given.folder / "manifest.json").exists():
-        raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
-    held = json.loads((given.folder / "manifest.json").read_text())
-    settings.workspaces.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(given.folder / "secret.key", settings.key_file)
-    for id, about in with_progress([*held.items()][::-1], "restored"):      # the Directory last: it says all is there
-        path = pathlib.Path("directory.db" if id == "directory" else f"workspaces/{id}.db")
-        target = settings.directory_file if id == "directory" else settings.data / path
-        rows = copy_database(given.folder / path, target)
-        if rows != about["rows"]:
-            raise Unusable(f"{given.folder / path} has {rows} rows, and had {about['rows']} when it was copied")
-    print(contents(settings.data, held))
-
-
-def check(settings: Settings, given: argparse.Namespace) -> int:
-    """Looks at every file, changes none. 1: something is wrong, and each line says what and where."""
-    faults, folder = [], settings.workspaces
-
-    def look(path: pathlib.Path, id: str) -> Sequence[Tuple[str, str]]:
-        try:
-            identity(path)
-            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-                verified(db)
-                if not settings.single and db.execute("PRAGMA application_id").fetchone()[0] not in (0, mark_of(id)):
-                    raise sqlite3.DatabaseError("the file belongs to another object")
-                names = "SELECT id, name FROM workspaces WHERE name IS NOT NULL AND node = ''"
-                return db.execute(names).fetchall() if id == "directory" else ()
-        except sqlite3.Error as error:
-            faults.append(str(StorageFault(path, error)))
-            return ()
-    files = [] if settings.single else [(path.stem, path) for path in folder.glob("*.db")]
-    named = files if settings.plane == "data" else look(settings.directory_file, "directory")
-    for id, _ in with_progress(() if settings.single else named, "checked"):
-        look(folder / f"{id}.db", id)
-    faults += [f"{path}: no workspace of the Directory has this file; import it, or move it away"
-               for id, path in files if id not in dict(named)]
-    try:
-        load_keys(settings.key_file)
-    except Unusable as error:
-        faults.append(str(error))
-    print("\n".join(faults) or f"{len(named)} workspaces, all is well")
-    return 1 if faults else 0
-
-
-def new(settings: Settings, given: argparse.Namespace) -> None:
-    """A file to begin with: a slice of one's own, that runs."""
+@verb("new", "write a file with a slice of your own to begin with", "file")
+def new(settings, given):
     if given.file.exists():
         raise Unusable(f"{given.file} exists; name a new file")
     given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
     print(f"{given.file}: a guestbook; python3 {given.file} serves it")
 
 
-def known_node(store: Store, address: str) -> str:
-    if not store.one("SELECT 1 FROM nodes WHERE address = ?", address):
-        raise Unusable(f"there is no node {address}; node add {address} makes it one, node list tells what there is")
-    return address
+# -- to serve
 
-
-def node_add(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "node add", given.address) as (store, _):
-        store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
-
-
-def node_list(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings) as (store, _):
-        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = address AND name IS NOT NULL) "
-                          "FROM nodes"))
-
-
-def node_remove(settings: Settings, given: argparse.Namespace) -> None:
-    with opened(settings, "node remove", given.address) as (store, _):
-        node = known_node(store, given.address)
-        held = store.one("SELECT count(*) FROM workspaces WHERE node = ? AND name IS NOT NULL", node)[0]
-        if held:
-            raise Unusable(f"{node} has {held} workspaces; node move or node replace brings them elsewhere first")
-        store.exec("DELETE FROM nodes WHERE address = ?", node)
-
-
-def node_move(settings: Settings, given: argparse.Namespace) -> None:
-    """From the node it is on, or from here, to another. The gate says 503 meanwhile; if it fails, all is as it was. One
-    that was cut short is ended by asking again, or taken back by naming the node it came from."""
-    with opened(settings) as (store, env):
-        row, new = movable(settings, store, given.workspace), known_node(store, given.node)
-    if (row["node"], row["moving"]) == (new, 0):
-        raise Unusable(f"{given.workspace} is on {new} already")
-    old, there = [keeper(settings, env, row["id"], node) for node in (row["node"], new)]
-    another = "another move is under way; try again when it is over"
-    with locked(settings.workspaces, another):      # two would each believe to have the last copy
-        with opened(settings) as (store, _):
-            if row_of(store, "workspaces", given.workspace) != row:          # one that ended just now
-                raise Unusable(another)
-        if not old("has", "GET"):
-            raise Unusable(f"{row['node'] or settings.data} has no file of {given.workspace}; node replace brings it "
-                           "up from a backup, workspace remove frees the name")
-        if row["node"] == new:                       # it was cut short, and is not to go after all
-            rows = there("back")
-            placed(settings, row["id"], new, "node move taken back")
-        else:
-            rows = moved(settings, row, old, there, new)
-    print(f"{given.workspace}: {rows} rows, on {new} now")
-    with contextlib.suppress(Refused):               # who visits it wakes its jobs too
-        there("ring"), old("forget")
-
-
-def moved(settings: Settings, row: sqlite3.Row, old: Callable[..., Any], there: Callable[..., Any], new: str) -> int:
-    """The number of rows that arrived. Nobody is let in from here on, until it is placed."""
-    sent = False
-    try:
-        placed(settings, row["id"], row["node"], "node move begins", moving=1)
-        rows = old("aside")
-        send_pieces(there, lambda at: old("piece", "GET", f"of=moved&at={at}"))
-        sent = True
-        arrived = there("adopt")
-        if arrived != rows:
-            raise Unusable(f"{rows} rows left, and {arrived} arrived; try again")
-        placed(settings, row["id"], new, "node move")
-        return rows
-    except BaseException:
-        if sent:
-            there("drop")                            # if that fails nobody is let in, here or there, until all is clear
-        old("back")
-        placed(settings, row["id"], row["node"], "node move failed")
-        raise
-
-
-def node_replace(settings: Settings, given: argparse.Namespace) -> int:
-    """The workspaces of a node that is lost come up on another, from a backup of it. 1: some are not in the backup."""
-    with opened(settings) as (store, env):
-        if known_node(store, given.lost) == known_node(store, given.new):
-            raise Unusable("a node can't take its own place; name another one")
-        lost = store.query("SELECT id, name FROM workspaces WHERE node = ? AND name IS NOT NULL ORDER BY name",
-                           given.lost)
-    missing = []
-    for row in lost[:1]:
-        with contextlib.suppress(Refused):           # it does not answer, as is to be expected
-            if keeper(settings, env, row["id"], given.lost)("has", "GET"):
-                raise Unusable(f"{given.lost} answers, and has {row['name']}; node move takes it from there")
-    for row in lost:
-        ask, file = keeper(settings, env, row["id"], given.new), given.backup / "workspaces" / f"{row['id']}.db"
-        if not file.exists():
-            missing.append((row["name"], "is not in this backup; try another"))
-            continue
-        send_pieces(ask, functools.partial(piece_at, file))
-        rows = ask("adopt")
-        placed(settings, row["id"], given.new, given.verb)
-        ask("ring")
-        print(row["name"], f"{rows} rows", f"on {given.new} now", sep="\t")
-    table(missing)
-    print(f"node remove {given.lost} keeps new workspaces away from it")
-    return 1 if missing else 0
-
-
-def placed(settings: Settings, id: str, node: str, why: str, moving: int = 0) -> None:
-    with opened(settings, why, f"{id} {node}") as (store, _):
-        store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, moving, id)
-
-
-def nginx(settings: Settings, given: argparse.Namespace) -> None:
-    """The configuration of a proxy that does the Worker's part for several nodes."""
-    upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
-    variables = {name: name.replace("-", "_") for name in (*VERDICT, "x-verdict")}
-    holes = {"upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}" for node, name in upstreams.items()],
-             "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
-             "taken": [f"        auth_request_set $orion_{one} $upstream_http_{one};" for one in variables.values()],
-             "given": [f"        proxy_set_header {name} $orion_{one};" for name, one in variables.items()]}
-    text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
-    lines = {name: Html("\n".join(lines)) for name, lines in holes.items()}
-    print(text(directory=given.directory, listen=given.listen or 80, **lines))
-
-
-def keys_rotate(settings: Settings, given: argparse.Namespace) -> None:
-    begun(settings)
-    add_key(settings.key_file)
-    print("there is a new key; the one before holds for those who are signed in, until the next rotation; if there are "
-          "nodes, copy secret.key to them before that")
-
-
-# ==== 42. Command line ====================================================================
-# Flags, or ORION_* variables, into Settings; one line and exit status 2 for whatever prevents it.
-
-def typed(pattern: Any, hint: str, read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:
-    """A type for argparse: what read() makes of a text that matches. None: it is none after all."""
-    def kind(text: str) -> Any:
-        found = re.fullmatch(pattern, text)
-        value = read(found) if found else None
-        if value is None:
-            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
-        return value
-    return kind
-
-
-size = typed("([0-9]+)([KMGTkmgt]?)", "no size: say 500M or 10G",
-             lambda found: int(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
-seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)([smhd]?)", "no time: say 90, 15m or 1h",
-                lambda found: float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]])
-port = typed("[0-9]{1,5}", "no port: say 0 to 65535", lambda found: int(found[0]) if int(found[0]) < 65536 else None)
-address = typed(HOST, "no address: say HOST:PORT", lambda found: found[1] and found[0])
-listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
-number = typed("[0-9]{1,9}", "no number: say 0 or more", lambda found: int(found[0]))
-at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", lambda found: int(found[0]))
-
-
-def several(text: str) -> Tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, text.split(","))))
-
-
-def networks(text: str) -> Tuple[str, ...]:
-    try:
-        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
-
-
-OPTIONS = (
-    ("--host", "address to listen on", str),
-    ("--port", "port to listen on; 0: any free one", port),
-    ("--data", "folder with all state", pathlib.Path),
-    ("--single", "one file that holds everything, for one workspace, in place of the data folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address, with no proxy in front, a new data "
-     "folder has them anyway", bool),
-    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for small trusted networks", bool),
-    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the descriptors, at most 1,024",
-     number),
-    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
-    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000", number),
-    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as connections", number),
-    ("--connections", "connections at most; more get a 503", at_least_1),
-    ("--allow-host", "names that this server goes by, with commas between", several),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, with commas "
-     "between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes",
-     typed("|".join(PLANES), "no plane: say directory or data")),
-    ("--directory", "HOST:PORT of the directory, for --plane data", str),
-    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the data folder; 0: never",
-     seconds),
-    ("--keep", "backups to keep", at_least_1),
-    ("--log", "access log on standard output: common, json or off",
-     typed("common|json|off", "no log: say common, json or off")),
-)
-
-
-FILE, FOLDER = ("file", pathlib.Path), ("folder", pathlib.Path)
-# A command, what --help says of it, run(settings, given) with the exit status (None: 0), and its arguments. Each is a
-# name or a flag, or one of them with the type that reads it. --flag= has a value, --flag=? may be left out, --flag=+
-# may come several times.
-VERBS = (
-    ("account add", "somebody may sign in", account_add, ("name", "--operator")),
-    ("account passwd", "a new password; signs out everywhere", account_passwd, ("name",)),
-    ("account list", "who may sign in", account_list, ()),
-    ("account remove", "take an account away, with its sessions and memberships", account_remove, ("name",)),
-    ("workspace add", "a new workspace; without an owner member add lets people in",
-     workspace_add, ("name", "--owner=?")),
-    ("workspace list", "name, id, bytes and quota of each", workspace_list, ()),
-    ("workspace rename", "moves no file, and keeps the members", workspace_rename, ("name", "new")),
-    ("workspace remove", "a copy stays for 30 days, unless --now", workspace_remove, ("name", "--now")),
-    ("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota",
-     workspace_quota, ("name", ("size", size))),
-    ("workspace export", "all of it in one file, while the server runs; --move: and nobody writes here after",
-     workspace_export, ("name", FILE, "--move")),
-    ("workspace import", "such a file, with its members", workspace_import, (FILE, "--name=?")),
-    ("workspace restore", "as it was in a snapshot, beside the present one",
-     workspace_restore, ("name", ("--at=", pathlib.Path), "--new=?")),
-    ("member add", "let an account into a workspace", member_set, ("workspace", "account", "role")),
-    ("member role", "change a member's role", member_set, ("workspace", "account", "role")),
-    ("member remove", "end a membership, open pages included", member_set, ("workspace", "account")),
-    ("member list", "who is in a workspace", member_list, ("workspace",)),
-    ("backup", "copy the whole deployment to a new folder, while the server runs", backup, (FOLDER,)),
-    ("restore", "bring such a copy into an empty data folder", restore, (FOLDER,)),
-    ("check", "look at every file, and say what is wrong", check, ()),
-    ("new", "write a file with a slice of your own to begin with", new, (FILE,)),
-    ("node add", "workspaces can be placed on it: HOST:PORT of a data plane", node_add, (("address", address),)),
-    ("node list", "the nodes, and how many workspaces each has", node_list, ()),
-    ("node remove", "a node that has no workspaces", node_remove, (("address", address),)),
-    ("node move", "bring a workspace to another node, while the servers run",
-     node_move, ("workspace", ("node", address))),
-    ("node replace", "bring the workspaces of a lost node up on another, from a backup of it",
-     node_replace, (("lost", address), ("new", address), ("backup", pathlib.Path))),
-    ("nginx", "print the configuration of an nginx in front of a directory and its nodes",
-     nginx, (("--directory=", address), ("--node=+", address), ("--listen=?", listen))),
-    ("keys rotate", "a new key seals sessions; those of the key before hold until the next rotation", keys_rotate, ()),
-)
-
-
-HELP = {"name": "of the account or workspace", "workspace": "its name", "account": "its name",
-        "role": f"one of {', '.join(ROLES)}", "size": "as 500M or 10G",
-        "file": "path of the file", "folder": "path of the folder", "address": "HOST:PORT of the node",
-        "node": "HOST:PORT of the node that it goes to", "lost": "HOST:PORT of the node that is gone",
-        "new": "the new name, or HOST:PORT of the node that takes over", "backup": "folder of the lost node's backup",
-        "--operator": "may open the console, and look on in others' names", "--owner": "account that owns it",
-        "--now": "keep no copy", "--move": "it goes elsewhere: nobody is let in here from now on",
-        "--name": "in place of the name in the file", "--at": "folder of a snapshot: data/backups/... or a backup",
-        "--new": "name of what comes up; by default the name and the snapshot's",
-        "--directory": "HOST:PORT of the directory", "--node": "HOST:PORT of a node; once for each",
-        "--listen": "port of the proxy; by default 80"}
-
-
-def add_verb(groups: Dict[str, Any], parent: argparse.ArgumentParser, words: str, help: str,
-             run: Callable[[Settings, argparse.Namespace], Optional[int]], arguments: Sequence[Any]) -> None:
-    group, _, word = words.rpartition(" ")
-    parser = groups[group].add_parser(word, help=help, description=help, parents=[parent])
-    parser.set_defaults(run=run, verb=words)
-    for argument in arguments:
-        name, kind = argument if isinstance(argument, tuple) else (argument, str)
-        flag, valued, how_often = name.partition("=")
-        options = {"type": kind} if valued or not flag.startswith("--") else {"action": "store_true"}
-        if valued:
-            options.update(required=how_often != "?", action="append" if how_often == "+" else "store")
-        parser.add_argument(flag, help=HELP[flag], **options)
-
-
-def read_command_line(argv: Optional[Sequence[str]]) -> Tuple[Settings, argparse.Namespace]:
-    """Settings, and what a command was given; its run is None to serve."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, why: str) -> None:
-            self.exit(2, f"orion: {why}; --help tells what there is\n")
-    parser = Parser(prog="orion.py", epilog="Every option is an environment variable too: ORION_PORT=80 is --port 80.",
-                    description="A live, multi-tenant web server in one file. Without a command it serves.")
-    parser.set_defaults(run=None)
-    for flag, help, kind in OPTIONS:
-        key = flag[2:].replace("-", "_")
-        default = os.environ.get(f"ORION_{key.upper()}") or getattr(Settings(), key)
-        if kind is bool and isinstance(default, str):
-            default = default.lower() not in ("0", "no", "off", "false")
-        shape = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(flag, help=f"{help} (default: {default})", default=default, **shape)
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS, help="folder with all state")
-    parent.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS, help="or the file with all state")
-    groups = {"": parser.add_subparsers(title="commands", metavar="command")}
-    for name in ("account", "workspace", "member", "node", "keys"):
-        group = groups[""].add_parser(name, help=f"see {name} --help")
-        groups[name] = group.add_subparsers(required=True, metavar="command")
-    for verb in VERBS:
-        add_verb(groups, parent, *verb)
-    given = parser.parse_args(argv)
-    settings = Settings(**{key: value for key, value in vars(given).items() if key in Settings._fields})
-    data = settings.single.parent if settings.single else settings.data
-    here = settings.host == "localhost" or is_loopback(settings.host)
-    alone = here and not (settings.allow_host or settings.trust_proxy or settings.plane)       # and not behind a proxy
-    return settings._replace(data=data, demo=alone if settings.demo is None else settings.demo), given
+FAILURES = (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error, EOFError,
+            ValueError, OverflowError)
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
-    """The exit status: 0; 1 when a check found something; 2 with one line on standard error."""
+    """Return the exit status: 0; 1 when a check found something; 2 with one line on
+    standard error."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace") if hasattr(stream, "reconfigure") else None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     settings, given = read_command_line(argv)
-    settings = settings._replace(slices=slices)
     try:
-        check_slices(slices)
-        if settings.plain and (settings.single or settings.plane):
-            raise Unusable("--plain has the two planes in one process; leave --single and --plane out")
-        if settings.single and settings.plane:
-            raise Unusable("--single is one file with both planes; leave --plane out")
-        if given.run:
-            return given.run(settings, given) or 0
-        taken = f"another server uses the data folder {settings.data}; stop it, or name another with --data"
-        with locked(settings.data, taken):           # two would each believe to be a tenant's only writer
-            serve(settings)
-        return 0
-    except KeyboardInterrupt:                        # at a question: what was begun is undone
+        return do(settings._replace(slices=slices), given) or 0
+    except KeyboardInterrupt:                            # at a question: it is undone
         return 130
-    except (Refused, Unusable, BadSlice, MigrationError, StorageFault, OSError, sqlite3.Error, EOFError, ValueError,
-            OverflowError) as error:
-        why = error.message if isinstance(error, Refused) else str(error) or "nothing was typed"
-        print(f"orion: {why}", file=sys.stderr)
+    except FAILURES as error:
+        why = error.message if isinstance(error, Refused) else str(error)
+        print(f"orion: {why or 'nothing was typed'}", file=sys.stderr)
         return 2
 
 
+def do(settings, given):
+    if settings.plain and (settings.single or settings.plane):
+        raise Unusable("--plain has the two planes in one process; leave --single and "
+                       "--plane out")
+    if settings.single and settings.plane:
+        raise Unusable("--single is one file with both planes; leave --plane out")
+    if settings.plane == "data" and given.verb in NODE_VERBS:
+        return NODE_VERBS[given.verb](settings, given)
+    if given.verb:
+        return VERBS[given.verb].run(settings, given)
+    # Two servers would each believe to be the only one that writes to a tenant's file.
+    with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
+                               "it, or name another with --data"):
+        serve(settings)
+
+
 def serve(settings: Settings) -> None:
-    if resource:                                     # a stream is a descriptor; take what the system grants
+    if resource:                                         # each open page is a descriptor
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if settings.plain:
-        check_tables(router_of(settings))
-        return serve_plain(plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo)),
-                           settings.host, settings.port)
-    save_memory()
+        for check in CHECKS:
+            check(settings)
+        env = plain_planes(settings.data, settings.idle, settings.slices,
+                           bool(settings.demo))
+        return serve_plain(env, settings.host, settings.port)
     env = compose(settings, settings.slices)
     if not settings.single:
         env.workspaces.tidy()
-    try:
-        server = Edge(env)
-    except OSError as error:
-        where, why = f"{settings.host}:{settings.port}", error.strerror or error
-        raise Unusable(f"can't listen on {where} ({why}); choose another with --host or --port") from error
+    server = bound(env)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(1) if server.stopping else server.stop())
+        signal.signal(number, lambda *_: stop_or_leave(server))
     signal.set_wakeup_fd(server.waker.fileno())
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"orion: http://{host}:{server.server_port}", flush=True)
     if server.settings.demo:
-        print("orion: demo: open the address and choose a persona; bob and carol share the workspace acme", flush=True)
+        print("orion: demo: open the address and choose a persona; bob and carol share the "
+              "workspace acme", flush=True)
     notify("READY=1")
     server.serve_forever()
     notify("STOPPING=1")
     server.server_close()
 
 
+def bound(env):
+    try:
+        return Edge(env)
+    except OSError as error:
+        where = f"{env.settings.host}:{env.settings.port}"
+        raise Unusable(f"can't listen on {where} ({error.strerror or error}); choose "
+                       "another with --host or --port") from error
+
+
+def stop_or_leave(server):
+    """The second signal does not wait for requests in flight."""
+    if server.stopping:
+        os._exit(1)
+    server.stop()
+
+
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), if it asked to be told."""
+    """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, contextlib.suppress(OSError):
-            link.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+    if not address:
+        return
+    if address.startswith("@"):                          # Linux: not in the file system
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, \
+            contextlib.suppress(OSError):
+        link.sendto(state.encode(), address)
 
 
 if __name__ == "__main__":
