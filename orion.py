@@ -4657,9 +4657,9 @@ class EdgeDirectory(Broadcast, Directory):
 #
 #     28 Settings       29 Keys         30 Accounts     31 Sessions      32 Masquerade
 #     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
-#     38 Trace          39 Console      40 Figures      41 Copies        42 Snapshots
-#     43 Exports        44 Members      45 Single       46 Nodes         47 Server
-#     48 Roots          49 Command line
+#     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
+#     43 Members        44 Single       45 Nodes        46 Server        47 Roots
+#     48 Command line
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of this
 # file: the others go on without it. Where one needs another, its head says "It needs".
@@ -4750,7 +4750,7 @@ def root_for(wanted: Callable[[Settings], bool]):
 
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 49) fills it in.
+# Who uses it: everything in this part. The command line (section 48) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -5844,11 +5844,17 @@ def execute_script(script: str, *, auto_remove: bool = True,
                           mode="append", event_id=event_id, retry=retry)
 
 
-# ==== 38. Trace ===========================================================================
-# The idea: notes of each request on its way through the planes, and of each store call.
+# ==== 38. Console =========================================================================
+# The idea: the running server seen from the inside: both planes, each request on its way,
+#   each store call as it lands. The console is asked like an object and streamed like a
+#   region, but it has no store: what it shows is read from the objects that run.
 # It promises: notes are taken while somebody watches, and only the last are kept. A server
-#   that is faster than eyes drops notes; it does not wait.
-# Who uses it: the console. What goes wrong is in the log, whoever watches.
+#   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
+#   object that slept goes back to sleep.
+# Who uses it: operators; in the demo, everybody.
+# It needs: 30 Accounts, 32 Masquerade, 34 Counts, 37 More events.
+
+# -- notes: what happened
 
 class Call(NamedTuple):
     """A store call. object: the id of the object whose store it was."""
@@ -6083,13 +6089,7 @@ class Follows(LoopEdge):
         return self.env.front(request, self.env)
 
 
-# ==== 39. Console =========================================================================
-# The idea: the running server seen from the inside: both planes, each request on its way,
-#   each store call as it lands. The console is asked like an object and streamed like a
-#   region, but it has no store: what it shows is read from the objects that run.
-# It promises: to look changes nothing. An object that slept goes back to sleep.
-# Who uses it: operators; in the demo, everybody.
-# It needs: 30 Accounts, 34 Counts, 37 More events, 38 Trace.
+# -- the console: what it shows of that
 
 def heeded(params: Dict[str, str], **valid: str) -> str:
     """Return, as a query, those params whose value matches the pattern of their name."""
@@ -6489,7 +6489,7 @@ class CountsConsoles(Broker):
             super().look_elsewhere()
 
 
-# ==== 40. Figures =========================================================================
+# ==== 39. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
@@ -6635,7 +6635,7 @@ class HasFigures(LoopEdge):
         self.figures.close()
 
 
-# ==== 41. Copies ==========================================================================
+# ==== 40. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets its
 #   final name when it is whole, checked and on the disk.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
@@ -6744,13 +6744,13 @@ def with_progress(all: Sequence[Any], what: str):
             print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
 
 
-# ==== 42. Snapshots =======================================================================
+# ==== 41. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there.
-# It needs: 41 Copies.
+# It needs: 40 Copies.
 
 def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
     """Return the ids of the workspaces here: those that the Directory names or, on a node,
@@ -6927,13 +6927,13 @@ def wrong_with_file(settings, path, id):
     return []
 
 
-# ==== 43. Exports =========================================================================
+# ==== 42. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, nobody is let in from before the copy on; so the file is the last
 #   word. A file from elsewhere is checked before anything is done, and is never trusted:
 #   whoever made it may wish us ill.
-# It needs: 30 Accounts, 41 Copies. On a node, 46 Nodes does the same in another way.
+# It needs: 30 Accounts, 40 Copies. On a node, 45 Nodes does the same in another way.
 
 BUSY_FOLDER = "a move is under way; try again when it is over"
 
@@ -6960,7 +6960,7 @@ def add_workspace(store: Store, workspaces: Namespace, name: str,
 @addition
 class KeepsFiles(GuardedNamespace):
     """What happens to the file of a workspace. On a node it is another machine that has it:
-    section 46."""
+    section 45."""
 
     def put(self, store: Store, id: str, name: str, source: Optional[pathlib.Path]) -> None:
         """Have a file for a new workspace, before its row is committed."""
@@ -7223,7 +7223,7 @@ def workspace_restore(settings, given):
     print(f"{name}: as {given.name} was in {given.at}")
 
 
-# ==== 44. Members of a workspace ==========================================================
+# ==== 43. Members of a workspace ===========================================================
 # The idea: what the members page does, on the command line and by the same rules.
 
 def nobody_hears(topic):
@@ -7262,12 +7262,12 @@ def member_list(settings, given):
                           "BY account", id))
 
 
-# ==== 45. Single ==========================================================================
+# ==== 44. Single ==========================================================================
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
 # It promises: the first workspace that is founded is the only one.
-# It needs: 33 Quotas, 43 Exports.
+# It needs: 33 Quotas, 42 Exports.
 
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
@@ -7390,14 +7390,14 @@ def single_root(settings):
     return env
 
 
-# ==== 46. Nodes ===========================================================================
+# ==== 45. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. A proxy
 #   asks the directory's gate, and brings its verdict to the node where the workspace lives.
 # It promises: what crosses the network is sealed with the key that all share. So a node
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 34 Counts, 41 Copies, 43 Exports.
+# It needs: 34 Counts, 40 Copies, 42 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # then the gate is asked again
@@ -8011,7 +8011,7 @@ def nginx(settings, given):
     print(text(directory=given.directory, listen=given.listen or 80, **lines))
 
 
-# ==== 47. Server ==========================================================================
+# ==== 46. Server ==========================================================================
 # The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
@@ -8055,7 +8055,7 @@ def Edge(env: FullEnv) -> LoopEdge:
     return whole(LoopEdge)(env, env.settings)
 
 
-# ==== 48. Roots ===========================================================================
+# ==== 47. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
@@ -8170,7 +8170,7 @@ def full_env(directory, workspaces, settings):
     return FullEnv(directory, workspaces, {**DOORS}, settings=settings, start=start)
 
 
-# ==== 49. Command line ====================================================================
+# ==== 48. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.

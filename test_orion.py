@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -4822,9 +4823,9 @@ def test_a_single_root_lets_nobody_else_in(single):
     bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
     assert bob.get("/w/acme/todos").status == 200
     for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_counts"):
-        told = {} if "_counts" in path else {"x_account": "bob", "x_role": "owner"}
-        assert nobody.get(path, **told).status == (404 if "_counts" in path else 401)
-        assert alice.get(path, **told).status == (404 if "_counts" in path else 403)
+        told = {"x_account": "bob", "x_role": "owner", "x_id": single.env.directory.id}
+        assert nobody.get(path, **told).status == 401 and alice.get(path, **told).status == 403
+    assert bob.get("/w/acme/_counts").status == 404
     assert erin.post("/w/acme/todos", title="no").status == 403 == erin.delete("/w/acme/todos/1").status
     assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
 
@@ -5833,6 +5834,90 @@ def test_part_one_alone_says_in_one_line_why_it_does_not_start(tmp_path, content
     (tmp_path / "root" / "data" / "secret.key").write_text(contents)
     with Alone(tmp_path / "root", ready=False) as alone:
         assert alone.wait() != 0 and "secret.key holds no keys" in alone.err and "Traceback" not in alone.err
+
+
+# ==== Without a section ===============================================================================================
+# Each section of Part Three can be struck out: the others go on without it.
+
+FRAME = ("Settings", "Server", "Roots", "Command line")          # without one of these, Part One is left
+
+
+@functools.lru_cache(maxsize=None)
+def sections():
+    """Of Part Three, by title: the first line and the one behind the last; and all of the file, parsed."""
+    text = (HERE / "orion.py").read_text("utf-8")
+    lines = text.split("\n")
+    begins = lines.index(next(line for line in lines if line.startswith("# #### Part Three")))
+    banners = [(number, re.match(r"# ==== \d+\. (.+?) =+$", line)) for number, line in enumerate(lines, 1) if number > begins]
+    banners = [(number, found[1]) for number, found in banners if found]
+    ends = [number for number, _ in banners[1:]] + [len(lines) - 2]                # the last three lines call main()
+    return {title: range(number, end) for (number, title), end in zip(banners, ends)}, ast.parse(text), lines
+
+
+def of_part_three():
+    text = (HERE / "orion.py").read_text("utf-8")
+    return re.findall(r"(?m)^# ==== \d+\. (.+?) =+$", text[text.index("# #### Part Three"):])
+
+
+class Struck:
+    """A server of the file without one section: its full edge or, if the frame is incomplete, the plain one."""
+
+    def __init__(self, folder, title):
+        found, tree, _ = sections()
+        rest = [node for node in tree.body if (node.decorator_list[0] if getattr(node, "decorator_list", None) else node).lineno not in found[title]]
+        module = sys.modules["struck"] = types.ModuleType("struck")
+        module.__file__ = str(HERE / "orion.py")
+        exec(compile(ast.Module(rest, []), "struck.py", "exec"), vars(module))
+        if title in FRAME:
+            module.REGATE_SECONDS = 0.1
+            self.edge = module.PlainEdge("127.0.0.1", 0, module.plain_planes(folder))
+        else:
+            self.edge = module.Edge(module.compose(module.Settings(port=0, data=folder, demo=True, log="off")))
+        self.port = self.edge.server_port
+        self.origin = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.edge.serve_forever, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.edge.shutdown()
+        self.thread.join(PATIENCE)
+        self.edge.server_close()
+        del sys.modules["struck"]
+
+
+@cases("title", of_part_three())
+def test_without_one_section_the_others_go_on(tmp_path, title):
+    with contextlib.closing(Struck(tmp_path, title)) as server:
+        bob, carol, alice = [Person(server, name) for name in ("bob", "carol", "alice")]
+        with contextlib.closing(Ear(carol, "/w/acme/todos/live")) as ear:
+            ear.event()
+            assert bob.post("/w/acme/todos", title="seen by all").status in (200, 204)
+            ear.until_it_says("seen by all")
+            assert carol.delete("/w/acme/todos/1").status == 403 == alice.get("/w/acme/todos").status
+            assert "seen by all" in carol.get("/w/acme/todos").text and Person(server).get("/w/acme/todos").status == 401
+            assert bob.delete("/w/acme/members/carol").status in (200, 204)
+            assert "no longer" in ear.until_it_says("no longer")
+
+
+@cases("title", of_part_three())
+def test_a_section_that_needs_another_says_so(title):
+    """What it uses of other sections' names; those of the frame are always there."""
+    found, tree, lines = sections()
+    given = collections.defaultdict(set)
+    for node in tree.body:
+        names = [getattr(node, "name", "")] + [one.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target
+                                               for one in ast.walk(target) if isinstance(one, ast.Name)]
+        for other, place in found.items():
+            if node.lineno in place:
+                given[other].update(filter(None, names))
+    own = [node for node in tree.body if node.lineno in found[title]]
+    nodes = [node for one in own for node in ast.walk(one)]
+    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)} | {getattr(node, "arg", "") for node in nodes}
+    used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines[found[title].start:])
+    said = {words.strip() for words in re.findall(r"(?<=\d\d )[A-Z][a-z ]+", " ".join(head).partition("It needs:")[2].partition(".")[0])}
+    needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
+    assert needs <= said <= {*found}
 
 
 # ==== The same data folder ===========================================================================================
