@@ -3152,104 +3152,166 @@ class Broadcast(GroupCommit, SliceHost):
 
 
 # ==== 20. Reader ==========================================================================
-# The idea: there is one way to read a request. What could be read in two ways is refused and
-#   the connection ends, for whoever stands in front of us might have read it the other way.
+# The idea: there is one way to read a request. What could be read in two ways is refused
+#   and the connection ends: a proxy in front of us might have read it the other way.
 # It promises: each byte of a head is looked at once, however slowly it comes.
 # Who uses it: connections (section 26).
 
-LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT = 16_384, 32_768, 64     # bytes; of fields, their number
-FRAMING_LIMIT = 4_096                                # bytes around the chunks of a body
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                         # RFC 9110, 5.6.2
-FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")      # RFC 9112, 5
+LINE_LIMIT = 16_384                                      # bytes of a request line
+HEAD_LIMIT = 32_768                                      # bytes of it and all header fields
+FIELD_LIMIT = 64                                         # header fields
+FRAMING_LIMIT = 4_096                                    # bytes around a body's chunks
+CHUNK_LINE_LIMIT = 256                                   # bytes
+TRAILER_LIMIT = 1_024                                    # bytes
+NAME_LIMIT = 270                                         # a name, by RFC 1035, and a port
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                 # RFC 9110, 5.6.2
+VALUE = rb"[^\x00-\x08\x0a-\x1f\x7f]*"                   # RFC 9110, 5.5
+FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
-                  rb"((?:" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
-HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")     # RFC 3986, 3.2.2
+                  rb"((?:" + TOKEN + rb":" + VALUE + rb"\r\n)*)\r\n")
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
-BEGINNING = re.compile(TOKEN + rb"(?: [!-~]*(?: [!-~]*\r?)?)?")                   # of a request, as far as it came
+METHOD_SO_FAR = re.compile(rb"(?:" + TOKEN + rb")?")
+VISIBLE_SO_FAR = re.compile(rb"[!-~]*")
+LINE_PARTS = ((METHOD_SO_FAR, ord(" ")), (VISIBLE_SO_FAR, ord(" ")),
+              (VISIBLE_SO_FAR, ord("\r")))              # each with the byte that ends it
 BARE_LF = re.compile(rb"(?<!\r)\n")
-TOO_LONG = 414, "The address is too long. Send what is long in the body."
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
+HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
+                  r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
+LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
+ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
+
+TOO_LONG = (414, "The address is too long. Send what is long in the body.")
+TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
 
 
 class Reading(NamedTuple):
-    """A request as it was framed. What its target means is not asked yet: a bad one is a mistake in a sound frame."""
+    """A request as it was framed.
+
+    What its target means is asked later: a bad target is a mistake inside a sound frame.
+    """
     method: str
     target: str
     headers: Dict[str, str]
-    keep: bool                                       # the connection goes on after it
-    modern: bool                                     # HTTP/1.1
-    length: Optional[int]                            # of the body, in bytes; None: it comes in chunks
-    body: Optional[bytes] = b""                      # None: the client waits for a word before it sends it
+    keep: bool                                           # the connection goes on after it
+    modern: bool                                         # HTTP/1.1
+    length: Optional[int]                                # of the body; None: in chunks
+    body: Optional[bytes] = b""                          # None: the client waits for a 100
 
 
 def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
-    """A coroutine over a buffer that grows: yields None for more bytes, or a Reading. Refused: the framing is broken,
-    and nothing behind it may be read."""
+    """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
+
+    Raises Refused if the framing is broken. Then nothing behind it may be read.
+    """
     while True:
         while buffer == b"\r":
             yield None
-        if buffer.startswith(b"\r\n"):               # one empty line in front is tolerated (RFC 9112, 2.2)
+        if buffer.startswith(b"\r\n"):                   # one is tolerated (RFC 9112, 2.2)
             del buffer[:2]
-        seen = 0                                     # each byte is looked at once, however slowly they come
-        while (end := buffer.find(b"\r\n\r\n", max(0, seen - 3), HEAD_LIMIT)) < 0:
-            check_beginning(buffer, seen)
-            seen = len(buffer)
+        head = yield from read_head(buffer)
+        parse = parse_again if len(head) <= 1024 else parse_head
+        reading = parse(head)
+        if reading.length == 0:
+            yield reading
+            continue
+        if "expect" in reading.headers and reading.modern:
+            yield reading._replace(body=None)
+        if reading.length is None:
+            body = yield from read_chunks(buffer)
+        else:
+            body = yield from take(buffer, reading.length)
+        yield reading._replace(body=body)
+
+
+def read_head(buffer: bytearray) -> Iterator[None]:
+    """Return the next head. Refuse as early as possible what can't become one."""
+    seen = 0                                             # so many bytes were looked at
+    line = None
+    while (end := buffer.find(b"\r\n\r\n", max(0, seen - 3), HEAD_LIMIT)) < 0:
+        line = line or check_line(buffer)
+        next(line)
+        if BARE_LF.search(buffer, seen):
+            raise why_not(bytes(buffer))
+        if len(buffer) >= HEAD_LIMIT:
+            raise Refused(431, "The header is too long. Send fewer or shorter fields.")
+        seen = len(buffer)
+        yield None
+    return (yield from take(buffer, end + 4))
+
+
+def check_line(buffer: bytearray) -> Iterator[None]:
+    """A coroutine: raises Refused as soon as the buffer does not begin with a request.
+
+    So a client that speaks TLS or SSH to us learns at once that we do not.
+    """
+    at = 0                                               # what is before it is sound
+    for so_far, end in LINE_PARTS:
+        while (at := so_far.match(buffer, at).end()) == len(buffer):
+            if at > LINE_LIMIT:
+                raise Refused(*TOO_LONG)
             yield None
-        head = yield from take(buffer, end + 4)
-        reading = (parse_head if len(head) > 1024 else parse_again)(head)
-        if reading.length != 0:
-            if "expect" in reading.headers and reading.modern:
-                yield reading._replace(body=None)
-            body = yield from (read_chunks(buffer) if reading.length is None else take(buffer, reading.length))
-            reading = reading._replace(body=body)
-        yield reading
-
-
-def check_beginning(buffer: bytearray, seen: int) -> None:
-    """Refused: whatever comes after this, it is no request. Who speaks TLS or SSH to us learns it at once. seen: bytes
-    that were looked at before."""
-    end = buffer.find(b"\r\n")
-    line = buffer[:end] if end >= 0 else buffer
-    fits = BEGINNING.fullmatch(line) if end < 0 else end + 1 < seen or REQUEST_LINE.match(buffer)
-    if buffer and (not fits or BARE_LF.search(buffer, seen)):
-        raise why_not(bytes(line))
-    if len(line) > LINE_LIMIT:
+        if at == 0 or buffer[at] != end:
+            raise why_not(bytes(buffer))
+        at += 1
+    while len(buffer) == at:
+        yield None
+    if not REQUEST_LINE.match(buffer):
+        raise why_not(bytes(buffer))
+    if at > LINE_LIMIT + 1:
         raise Refused(*TOO_LONG)
-    if len(buffer) >= HEAD_LIMIT:
-        raise Refused(431, "The header is too long.")
+    while True:                                          # the fields are not its business
+        yield None
 
 
 def parse_head(head: bytes) -> Reading:
+    """Return the Reading of a whole head, without a body."""
     found = HEAD.fullmatch(head)
     if found is None:
         raise why_not(head)
     method, target, minor, block = found.groups()
-    pairs = [(name, value.strip(b" \t")) for name, value in FIELD.findall(block)]
-    headers = {name.decode().lower(): value.decode("latin-1") for name, value in pairs}
     if len(method) + len(target) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
+    pairs = [(name.decode().lower(), value.strip(b" \t").decode("latin-1"))
+             for name, value in FIELD.findall(block)]
     if len(pairs) > FIELD_LIMIT:
         raise Refused(431, f"Send at most {FIELD_LIMIT} header fields.")
+    headers = dict(pairs)
     if len(headers) != len(pairs):
         headers = joined(pairs)
     modern = minor == b"1"
-    if "host" not in headers if modern else "transfer-encoding" in headers:
-        raise Refused(400, "Send a Host header field; in HTTP/1.0, no Transfer-Encoding.")
-    host = HOST.fullmatch(headers.get("host", "-"))
-    if not host or len(host[0]) > 270 or int(host[1] or 0) > 65535:      # a name has 255 characters (RFC 1035, 2.3.4)
-        raise Refused(400, "The Host header field is no name or address with an optional port.")
+    check_host(headers, modern)
     connection = headers.get("connection", "" if modern else "close").lower()
+    keep = "close" not in connection
     length = body_length(headers)
-    return Reading(method.decode(), target.decode(), headers, "close" not in connection, modern, length)
+    return Reading(method.decode(), target.decode(), headers, keep, modern, length)
 
 
-parse_again = functools.lru_cache(maxsize=1024)(parse_head)      # a browser's heads are mostly the same, time and again
+# The heads that a browser sends are mostly the same, time and again.
+parse_again = functools.lru_cache(maxsize=1024)(parse_head)
 
 
-def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
-    """Fields of which some came more than once: a list (RFC 9110, 5.3), except where two could be read as either."""
+def check_host(headers, modern):
+    """Raise Refused(400) for a Host that is missing or none, and for mixed versions."""
+    if modern and "host" not in headers:
+        raise Refused(400, "Send a Host header field.")
+    if not modern and "transfer-encoding" in headers:
+        raise Refused(400, "In HTTP/1.0 there is no Transfer-Encoding.")
+    host = headers.get("host", "-")
+    found = HOST.fullmatch(host)
+    if not found or len(host) > NAME_LIMIT or int(found[1] or 0) > 65_535:
+        raise Refused(400, "The Host header field is no name or address with an optional "
+                           "port.")
+
+
+def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
+    """Join fields that came more than once to a list (RFC 9110, 5.3).
+
+    Raises Refused(400) if it is a field of which two could be read as either.
+    """
     headers: Dict[str, str] = {}
-    for name, value in ((name.decode().lower(), value.decode("latin-1")) for name, value in pairs):
+    for name, value in pairs:
         if name in headers and name in ONCE:
             raise Refused(400, f"Send the header field {name} once.")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -3257,32 +3319,37 @@ def joined(pairs: Sequence[Tuple[bytes, bytes]]) -> Dict[str, str]:
 
 
 def why_not(head: bytes) -> Refused:
-    version = REQUEST_LINE.match(head)
-    if version and version[1] != b"1":
+    """Return what is wrong with the beginning of a head that is malformed."""
+    line = REQUEST_LINE.match(head)
+    if not line:
+        return Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
+    if line[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
-    malformed = "header fields are malformed." if version else "request line is malformed: METHOD /path HTTP/1.1."
-    return Refused(400, f"The {malformed}")
+    return Refused(400, "The header fields are malformed.")
 
 
 def body_length(headers: Dict[str, str]) -> Optional[int]:
-    """Bytes, or None for chunks (RFC 9112, 6). Digits that int() would take and a proxy would not, or the other way,
-    are refused, and so is a body that comes with two lengths."""
-    if "expect" in headers and headers["expect"].lower() != "100-continue":
+    """Return the length of the body in bytes, or None for chunks (RFC 9112, 6).
+
+    Refuse a body with two lengths, and digits that int() would read in another way than a
+    proxy.
+    """
+    if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
     if "transfer-encoding" in headers:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
     length = headers.get("content-length", "0")
-    if length != "0" and not re.fullmatch("[1-9][0-9]{0,18}", length):
+    if not LENGTH.fullmatch(length):
         raise Refused(400, "Content-Length is one plain decimal number.")
     if int(length) > BODY_LIMIT:
-        raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+        raise Refused(*TOO_LARGE)
     return int(length)
 
 
 def take(buffer: bytearray, length: int) -> Iterator[None]:
-    """Returns the next length bytes."""
+    """Return the next length bytes."""
     while len(buffer) < length:
         yield None
     data = bytes(buffer[:length])
@@ -3291,43 +3358,59 @@ def take(buffer: bytearray, length: int) -> Iterator[None]:
 
 
 def take_line(buffer: bytearray, limit: int) -> Iterator[None]:
-    """Returns the next line without its CR LF."""
+    """Return the next line without its CR LF."""
     while (end := buffer.find(b"\r\n", 0, limit)) < 0:
         if len(buffer) >= limit:
             raise Refused(400, "A line of the chunked body is too long.")
         yield None
-    return (yield from take(buffer, end + 2))[:-2]
+    line = yield from take(buffer, end + 2)
+    return line[:-2]
 
 
 def read_chunks(buffer: bytearray) -> Iterator[None]:
-    """Returns the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
-    body, framing = bytearray(), 0
+    """Return the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
+    body = bytearray()
+    framing = 0                                          # bytes around the chunks so far
     while True:
-        line = yield from take_line(buffer, 256)
-        size, framing = CHUNK_SIZE.fullmatch(line), framing + len(line) + 4
+        line = yield from take_line(buffer, CHUNK_LINE_LIMIT)
+        framing += len(line) + 4
+        size = CHUNK_SIZE.fullmatch(line)
         if not size or framing > FRAMING_LIMIT:
-            raise Refused(400, "A chunk begins with its size in hexadecimal digits; send few, and large ones.")
+            raise Refused(400, "A chunk begins with its size in hexadecimal digits; send "
+                               "few, and large ones.")
         length = int(size[1], 16)
         if len(body) + length > BODY_LIMIT:
-            raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+            raise Refused(*TOO_LARGE)
         if length == 0:
             break
         data = yield from take(buffer, length + 2)
         if not data.endswith(b"\r\n"):
             raise Refused(400, "A chunk ends with CR LF.")
         body += data[:-2]
-    room = 1024
-    while (line := (yield from take_line(buffer, room))):
-        room -= len(line)
-        if not FIELD.fullmatch(line + b"\r\n") or room < 2:
-            raise Refused(400, "A trailer is malformed, or there are too many.")
+    yield from skip_trailers(buffer)
     return bytes(body)
 
 
+def skip_trailers(buffer: bytearray) -> Iterator[None]:
+    """Read over the header fields behind a chunked body."""
+    room = TRAILER_LIMIT
+    while True:
+        line = yield from take_line(buffer, room)
+        if not line:
+            return
+        room -= len(line)
+        if not FIELD.fullmatch(line + b"\r\n") or room < 2:
+            raise Refused(400, "A trailer is malformed, or there are too many.")
+
+
 def parse_target(target: str, host: str) -> Tuple[str, str]:
-    """The path, decoded once, and the query as it is. Refused(400): not a path, or one with two meanings."""
-    if not target.startswith("/"):                   # absolute form (RFC 9112, 3.2.2): it must name the host it came to
-        found = re.fullmatch(r"(?i:https?)://([^/?]+)/?(.*)", target)
+    """Return the path, decoded once, and the query as it is.
+
+    Raises Refused(400) if it is no path, or one with two meanings. A target in absolute
+    form must name the host that it came to.
+    """
+    if not target.startswith("/"):
+        found = ABSOLUTE.fullmatch(target)
         if not found or found[1].lower() != host.lower():
             raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
         target = f"/{found[2]}"

@@ -3013,6 +3013,35 @@ def test_a_long_head_that_comes_in_drops_is_looked_at_once(monkeypatch):
     assert [reading.target for reading in readings] == ["/a"] and sum(looked) < 2 * len(whole)
 
 
+def test_a_long_request_line_that_comes_in_drops_is_looked_at_once(monkeypatch):
+    looked = []
+
+    def watched(pattern):
+        def match(buffer, at):
+            looked.append(len(buffer) - at)
+            return pattern.match(buffer, at)
+        return types.SimpleNamespace(match=match)
+    parts = [(watched(pattern), end) for pattern, end in orion.LINE_PARTS]
+    monkeypatch.setattr(orion, "LINE_PARTS", parts)
+    buffer = bytearray()
+    reader = orion.read_requests(buffer)
+    for byte in b"GET /" + b"a" * 5_000 + b" HTTP/1.1":
+        buffer.append(byte)
+        assert next(reader) is None
+    assert sum(looked) < 2 * len(buffer)
+
+
+@cases("beginning", [b"\x16", b"\xff", b" ", b"\n", b"GE[", b"GET\t", b"GET /\x80", b"GET / HTTP/1.1 ", b"GET\r"])
+def test_what_can_become_no_request_is_refused_as_soon_as_that_is_certain(beginning):
+    buffer = bytearray(beginning[:-1])
+    reader = orion.read_requests(buffer)
+    assert next(reader) is None
+    buffer += beginning[-1:]
+    with pytest.raises(orion.Refused) as refused:
+        next(reader)
+    assert refused.value.status == 400
+
+
 @cases("cut", range(1, 6))
 def test_a_line_feed_alone_is_found_wherever_a_head_is_cut(cut):
     buffer, reader = bytearray(), None
