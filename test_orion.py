@@ -3167,6 +3167,120 @@ def test_a_trailer_costs_no_more_than_its_length(server):
     assert seconds(16_000) < 64 * seconds(1_000)
 
 
+# -- regular expressions: a new one has to be listed here, either with what makes it work hardest or with the reason why
+# nothing from outside reaches it. (how it is used, what it is given: a beginning, what is repeated, an end)
+
+FROM_OUTSIDE = {
+    "NOT_IN_A_VALUE": ("search", ("", "a", ""), ("", "\t", "")),
+    "LOCAL_PATH": ("fullmatch", ("/", "a", " "), ("/", "/", "")),
+    "REGION": ("match", ("", " ", ""), ("<a", " id", ">"), ("<a", " id ", ">"), ("<a id", " ", "x"), ("<a", '"', ""),
+               ("<a", "''", '"'), ("<a ", '"', "'"), ("<a", ' x="a"', ">"), ("<a '", "a", "")),
+    "SEALED_TOKEN": ("fullmatch", ("", "a", "."), ("a" * 43 + ".", "0", "")),
+    "WORKSPACE_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
+    "ACCOUNT_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
+    "REQUEST": ("fullmatch", ("", "A", ""), ("GET ", "a", ""), ("GET /", "a", " HTTP/1.1 ")),
+    "PLAIN_PATH": ("fullmatch", ("", "/a", "%"), ("", "/", ""), ("/", "a", "%"), ("/", "a.", "%")),
+    "FIELD": ("fullmatch", ("", "a", ""), ("a:", " ", "\0\r\n"), ("a:", "a", "\r")),
+    "HEAD": ("fullmatch", ("", "A", ""), ("GET ", "a", ""), ("GET / HTTP/1.1\r\n", "a", "\r\n\r\n"),
+             ("GET / HTTP/1.1\r\n", "a:\r\n", "\0\r\n"), ("GET / HTTP/1.1\r\n", "a: b\r\n", " c\r\n\r\n"),
+             ("GET / HTTP/1.1\r\na:", " ", "\0\r\n\r\n")),
+    "REQUEST_LINE": ("match", ("", "A", ""), ("GET ", "a", ""), ("GET ", "a ", "")),
+    "METHOD_SO_FAR": ("match", ("", "A", ""), ("", "A", "\0")),
+    "VISIBLE_SO_FAR": ("match", ("", "a", ""), ("", "a", "\0")),
+    "BARE_LF": ("search", ("", "\r", ""), ("", "\r\n", ""), ("", "a", "")),
+    "CHUNK_SIZE": ("fullmatch", ("", "0", ""), ("7", " ", "x"), ("7", " \t", ""), ("7;", " ", "\0"), ("7", ";", "\0")),
+    "HOST": ("fullmatch", ("", "a", "/"), ("", "a.", "."), ("", "a.", ""), ("[", ":", ""), ("[", "1:", ""), ("a:", "1", "")),
+    "LENGTH": ("fullmatch", ("", "1", ""), ("", "0", "")),
+    "ABSOLUTE": ("fullmatch", ("http://", "a", "\n"), ("http://", "a", "/\n"), ("http:", "/", "\n"), ("http://a/", "\n", "")),
+    "GZIP": ("search", ("", "gzip", ""), ("", "gzip ", ""), ("gzip", " ", ""), ("gzip", " ", ";"), ("gzip;", " ", ""),
+             ("gzip;q=0.", "0", "1"), ("gzip;q=0", " ", "x"), ("", "gzip;q=0 ", "x"), ("", "gzip ; ", ""), ("", " ;", "")),
+    r"[\r\n\0]": ("search", ("", "a", "")),
+    r"[0-9]{1,18}": ("fullmatch", ("", "1", "")),
+    r"%(?![0-9A-Fa-f]{2})": ("search", ("", "%00", ""), ("", "a", "")),
+    r"[\x00-\x1f\x7f\\;#]": ("search", ("", "a", "")),
+    r":[0-9]*$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
+    r"0|[1-9][0-9]{0,18}": ("fullmatch", ("", "1", ""), ("", "0", "")),
+    r"[0-9]{1,11}[.][0-9a-f]{64}": ("fullmatch", ("", "1", "."), ("1.", "0", "")),
+    r"/w/([^/]+)": ("match", ("/w/", "a", ""), ("/w/", "/", "")),
+    r"/members(/|$)": ("match", ("/members", "/", ""), ("/members", "a", "")),
+    r"/_(version|whoami|gate/.*)$": ("match", ("/_gate/", "a", "\n"), ("/_gate/", "\n", "")),
+}
+FROM_INSIDE = {
+    "HOLE": "templates", "PART": "templates", "PATH": "the routes of a slice", r"<\w+>": "the routes of a slice",
+    r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
+    r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
+    "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+}
+PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
+         "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
+
+
+def expressions():
+    """Those of orion.py: the name of each, or its text if it has none."""
+    tree = ast.parse((HERE / "orion.py").read_text("utf-8"))
+    named = {node.value: node.targets[0].id for node in tree.body if isinstance(node, ast.Assign) and len(node.targets) == 1
+             and isinstance(node.targets[0], ast.Name)}
+    for node in ast.walk(tree):
+        of_re = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "re"
+        if of_re and node.func.attr != "escape":
+            text = node.args[0]
+            what = getattr(text, "value", None) or ast.unparse(text)
+            yield named.get(node) or (what.decode() if isinstance(what, bytes) else what)
+
+
+def seconds_for(ask, text, times=4):
+    """The least of several: whatever else this machine does can only add to one."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        ask(text)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def is_linear(expression, method, beginning, repeated, end):
+    """Does four times as much take four times as long? With the square of it, it would be sixteen."""
+    ask = getattr(expression, method)
+
+    def text(length):
+        whole = beginning + repeated * (length // len(repeated)) + end
+        return whole.encode("latin-1") if isinstance(expression.pattern, bytes) else whole
+    short, long = text(2_000), text(8_000)
+    if seconds_for(ask, long, times=1) < 0.001:      # the square would be thirty million steps
+        return True
+    return any([seconds_for(ask, long) < 8 * seconds_for(ask, short) + 0.0001 for _ in range(3)])
+
+
+def test_every_regular_expression_is_listed_with_what_makes_it_work_hard():
+    assert {*expressions()} == {*FROM_OUTSIDE, *FROM_INSIDE}
+
+
+@cases("name", FROM_OUTSIDE)
+def test_an_expression_takes_time_in_proportion_to_what_it_is_given(name):
+    expression = getattr(orion, name) if name.isidentifier() else re.compile(name)
+    method, *worst = FROM_OUTSIDE[name]
+    beginnings = {"", *[beginning for beginning, _, _ in worst]}
+    pumped = [(beginning, pump, "\0") for beginning in beginnings for pump in PUMPS]
+    assert [given for given in worst + pumped if not is_linear(expression, method, *given)] == []
+
+
+def test_the_patterns_of_routes_and_of_parameters_take_time_in_proportion_too(server):
+    workspace, directory = the_workspace(server), server.directory()
+    routers = (workspace.router, directory.router)
+    paths = {pattern for router in routers for pattern, _, _ in router.rows}
+    lives = [live for router in routers for slice in router.slices for live in slice.live]
+    values = {re.compile(pattern) for live in lives for pattern in live.params.values()}
+    assert len(paths) > 10 and values
+    for expression in paths | values:
+        beginnings = {"", expression.pattern.partition("(")[0].replace("\\", "")}
+        given = [(beginning, pump, "\0") for beginning in beginnings for pump in PUMPS]
+        assert [one for one in given if not is_linear(expression, "fullmatch", *one)] == [], expression.pattern
+
+
+def test_an_expression_that_takes_longer_than_that_is_noticed():
+    assert not is_linear(re.compile("a*b"), "search", "", "a", "c")
+
+
 # ==== 17. Answers ====================================================================================================
 
 def test_every_answer_has_the_security_headers(server):
