@@ -3167,6 +3167,41 @@ def test_a_trailer_costs_no_more_than_its_length(server):
     assert seconds(16_000) < 64 * seconds(1_000)
 
 
+@cases("others", ["a=b; " * 6_000, ";" * 32_000, "xsid=; " * 4_000, "sid" * 10_000 + "; ", "sid" + " " * 32_000 + "=; "], ids=range(5))
+def test_a_session_cookie_is_found_among_very_many_others(others):
+    key, token = b"k" * 32, "t" * 43
+    sealed = f"sid={token}.{orion.seal(token, key)}"
+    digest = orion.token_hash(token)
+    for header in (f"{others}{sealed}", f"{sealed} ;\t{others}", f"{others}{sealed}; {others}"):
+        assert orion.session_digest(header, "sid", [key]) == digest
+    assert orion.session_digest(f"{sealed}; {others}{sealed}", "sid", [key]) is None
+    assert orion.session_digest(f"{others}__Host-{sealed}", "sid", [key]) is None
+    assert orion.session_digest(f"{others}__Host-{sealed}", "__Host-sid", [key]) == digest
+    assert orion.session_digest(others, "sid", [key]) is None
+
+
+@cases("sealed", ["sid ={}", "x sid={}", "sid= {}", "sid=\"{}\"", "SID={}", "sid={}x", "\xa0sid={}"])
+def test_what_only_looks_like_the_session_cookie_is_nobody(sealed):
+    key, token = b"k" * 32, "t" * 43
+    assert orion.session_digest(sealed.format(f"{token}.{orion.seal(token, key)}"), "sid", [key]) is None
+
+
+MANY = "&".join([f"a{n}=b" for n in range(101)])
+
+
+@cases("many, status", [(MANY, 400), (MANY.rpartition("&")[0], 200)], ids=["101", "100"])
+def test_a_query_has_at_most_a_hundred_parameters(serve, many, status):
+    answer = Person(serve(), "bob").get(f"/w/acme/todos?{many}")
+    assert answer.status == status and ("at most 100 parameters" in answer.text) == (status == 400)
+
+
+@cases("many, status", [(f"title=x&{MANY}", 400), (f"title=x&{MANY[7:].partition('&')[2]}", 303)], ids=["102", "100"])
+def test_a_form_has_at_most_a_hundred_fields(serve, many, status):
+    form = "application/x-www-form-urlencoded"
+    answer = Person(serve(), "bob").ask("POST", "/w/acme/todos", many, Content_Type=form)
+    assert answer.status == status and ("at most 100 parameters or fields" in answer.text) == (status == 400)
+
+
 # -- regular expressions: a new one has to be listed here, either with what makes it work hardest or with the reason why
 # nothing from outside reaches it. (how it is used, what it is given: a beginning, what is repeated, an end)
 
@@ -3175,6 +3210,7 @@ FROM_OUTSIDE = {
     "LOCAL_PATH": ("fullmatch", ("/", "a", " "), ("/", "/", "")),
     "REGION": ("match", ("", " ", ""), ("<a", " id", ">"), ("<a", " id ", ">"), ("<a id", " ", "x"), ("<a", '"', ""),
                ("<a", "''", '"'), ("<a ", '"', "'"), ("<a", ' x="a"', ">"), ("<a '", "a", "")),
+    "COOKIE_NAMED.format(name)": ("findall", (";", " ", "x"), ("", "; ", ""), ("", ";", ""), ("", ";sid=", ""), ("", ";__Host-", ""), (";sid=", "a", "")),
     "SEALED_TOKEN": ("fullmatch", ("", "a", "."), ("a" * 43 + ".", "0", "")),
     "WORKSPACE_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
     "ACCOUNT_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
@@ -3257,7 +3293,8 @@ def test_every_regular_expression_is_listed_with_what_makes_it_work_hard():
 
 @cases("name", FROM_OUTSIDE)
 def test_an_expression_takes_time_in_proportion_to_what_it_is_given(name):
-    expression = getattr(orion, name) if name.isidentifier() else re.compile(name)
+    made = {"COOKIE_NAMED.format(name)": orion.COOKIE_NAMED.format("sid")}
+    expression = getattr(orion, name) if name.isidentifier() else re.compile(made.get(name, name))
     method, *worst = FROM_OUTSIDE[name]
     beginnings = {"", *[beginning for beginning, _, _ in worst]}
     pumped = [(beginning, pump, "\0") for beginning in beginnings for pump in PUMPS]
