@@ -3435,7 +3435,8 @@ def parse_target(target: str, host: str) -> Tuple[str, str]:
 
 
 # ==== 21. Answers =========================================================================
-# The idea: how a Response leaves: head and body in one piece, in one send.
+# The idea: how a Response leaves: head and body in one piece, in one send. The frames of a
+#   stream come after its head, for many streams share the bytes of one.
 # It promises: what does not change from one answer to the next is put together once.
 # Who uses it: connections (section 26).
 
@@ -3466,7 +3467,7 @@ def encode(request: Request, response: Response, keep: bool, head_only: bool,
     zipped = accepts_gzip(request)
     body = response.body
     if live:
-        body = first_frame(request, response.watch.piece, zipped)
+        body = beginning(request, response.watch.piece, zipped)
     else:
         zipped = zipped and len(body) > 1000 and response.type.startswith(COMPRESSED)
         if zipped:
@@ -3487,11 +3488,23 @@ def encode(request: Request, response: Response, keep: bool, head_only: bool,
     return head if head_only else head + body
 
 
-def first_frame(request, piece, zipped):
-    """The region, or a word that the page shows this very version already: it is live."""
-    if request.headers.get("last-event-id") == piece.etag:
-        return chunk(GZIP_HEAD + deflated(CURRENT)) if zipped else chunk(CURRENT)
-    return chunk(GZIP_HEAD) + piece.zipped if zipped else piece.plain
+def beginning(request, piece, zipped):
+    """Return what a stream says before its first frame."""
+    if not shows(request, piece):
+        return chunk(GZIP_HEAD) if zipped else b""
+    return chunk(GZIP_HEAD + deflated(CURRENT)) if zipped else chunk(CURRENT)
+
+
+def shows(request, piece) -> bool:
+    """Does the page of this request show this very version already?"""
+    return request.headers.get("last-event-id") == piece.etag
+
+
+def first_frame(request, piece) -> bytes:
+    """Return the region; b"" if the page shows it already."""
+    if shows(request, piece):
+        return b""
+    return piece.zipped if accepts_gzip(request) else piece.plain
 
 
 # ==== 22. Kept ============================================================================
@@ -3733,14 +3746,93 @@ def guarded(call: Callable[..., None], *args: Any) -> None:
 # The idea: a socket that waits costs a place in the loop's selector, and no thread.
 # It promises: a reader that is slow delays nobody. It gets the latest frame when it can
 #   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
+#   What waits for slow readers is bounded. Past a bound, who has waited longest is cut off.
 # Who uses it: the loop edge. All methods run in its loop, unless they say otherwise.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+class Unread:
+    """What waits for some readers, the one that has waited longest first.
+
+    A reader is a Held; for it wait bytes and pieces. Several may wait for the same one,
+    which is in memory once, so it counts once.
+    """
+
+    def __init__(self, most: int):
+        self.most = most                                 # bytes
+        self.size = 0                                    # of all that waits, in bytes
+        self.readers: Dict[Held, Dict[int, Any]] = collections.OrderedDict()
+        self.sharers = collections.Counter()             # how many wait for it, by its id
+
+    def note(self, reader, things):
+        """things: all that waits for this reader now, by id. It keeps its place."""
+        for id, thing in things.items():
+            self.sharers[id] += 1
+            if self.sharers[id] == 1:
+                self.size += bytes_of(thing)
+        for id, thing in self.readers.get(reader, {}).items():
+            self.sharers[id] -= 1
+            if self.sharers[id] == 0:
+                del self.sharers[id]
+                self.size -= bytes_of(thing)
+        if things:
+            self.readers[reader] = things                # this keeps them, and so their ids
+        else:
+            self.readers.pop(reader, None)
+
+
+def bytes_of(thing):
+    return len(thing) if isinstance(thing, bytes) else len(thing.html)
+
+
+class Backlog:
+    """What waits for slow readers: of all, and of each account (or address, without one).
+
+    A connection has one answer at a time; a stream has the rest of one frame, and the
+    latest pieces. So to bound what waits for one of them is to bound the size of an answer.
+    """
+    ANSWER = 64 * 2 ** 20                # bytes of one; no browser shows as much in comfort
+    ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
+    ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
+
+    def __init__(self, edge: LoopEdge):
+        self.edge = edge
+        self.all = Unread(self.ALL)
+        self.accounts: Dict[str, Unread] = {}
+
+    def note(self, reader):
+        """To be called whenever what waits for this reader has changed."""
+        things = {}
+        if reader in self.edge.held:
+            things = {id(thing): thing for thing in reader.unread()}
+        if not things and reader not in self.all.readers:
+            return
+        whose = reader.whose
+        if whose not in self.accounts:
+            self.accounts[whose] = Unread(self.ACCOUNT)
+        for unread in (self.accounts[whose], self.all):
+            unread.note(reader, things)
+            if unread.size > unread.most:                # soon: the caller needs its reader
+                self.edge.call(self.relieve, unread)
+        if not self.accounts[whose].readers:
+            del self.accounts[whose]
+
+    def relieve(self, unread):
+        """Cut off those that have waited longest, until the others are few enough."""
+        while unread.size > unread.most:
+            reader = next(iter(unread.readers))
+            reader.cut_off()
+            self.note(reader)
+
+
 class Held:
-    """A socket that the loop holds. rest: what the kernel would not take yet."""
+    """A socket that the loop holds. rest: what the kernel would not take yet.
+
+    whose: an account or, without one, an address. It stays while something waits.
+    """
     STUCK_SECONDS = 30.0
+    whose = ""
 
     def __init__(self, edge: LoopEdge, socket: socket.socket):
         self.edge = edge
@@ -3793,17 +3885,33 @@ class Held:
         waited = bool(self.rest)
         self.rest = b""
         if sent == len(data):
-            return self.written()
-        self.rest = memoryview(data)[sent:]              # all who are slow share the bytes
-        if sent or not waited:
+            self.written()
+        else:
+            self.wait_with(memoryview(data)[sent:], sent or not waited)
+        self.edge.backlog.note(self)
+
+    def wait_with(self, rest, moved):
+        """rest: all who are slow share the bytes. moved: the kernel has taken some."""
+        self.rest = rest
+        if moved:
             self.deadline = time.monotonic() + self.STUCK_SECONDS
         self.listen(self.events | WRITABLE)
+
+    def unread(self) -> List[Any]:
+        """All that waits for this reader. A rest keeps the whole of which it is one."""
+        return [self.rest.obj] if self.rest else []
+
+    def cut_off(self):
+        """It does not read."""
+        self.close()
 
     def close(self):
         if self in self.edge.held:
             self.edge.held.discard(self)
             self.listen(0)
             self.socket.close()
+            self.rest = b""
+            self.edge.backlog.note(self)
 
 
 class Stream(Held):
@@ -3819,6 +3927,7 @@ class Stream(Held):
         self.again = Request("GET", request.path, request.query, request.headers,
                              peer=request.peer, scheme=request.scheme)
         self.account = response.which
+        self.whose = self.account or request.peer
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
         self.channel: Optional[Channel] = None
@@ -3853,6 +3962,7 @@ class Stream(Held):
         if self.rest:
             self.count("coalesced", slot in self.latest)
             self.latest[slot] = piece
+            self.edge.backlog.note(self)
             return False
         data = piece.zipped if self.zipped else piece.plain
         sent = self.offer(data)
@@ -3877,11 +3987,17 @@ class Stream(Held):
 
     def tick(self, now):
         if self.rest and now > self.deadline:
-            self.count("dropped")
-            self.close()
+            self.cut_off()
         elif not self.rest and now > self.beat:
             self.beat = now + random.uniform(*self.BEAT_SECONDS)
             self.write(self.framed(BEAT))
+
+    def unread(self):
+        return [*super().unread(), *self.latest.values()]
+
+    def cut_off(self):
+        self.count("dropped")
+        self.close()
 
     def framed(self, data):
         return chunk(deflated(data) if self.zipped else data)
@@ -4197,6 +4313,7 @@ class Connection(Held):
 
     def __init__(self, socket, address, edge):
         self.peer = address[0]
+        self.whose = self.peer
         self.buffer = bytearray()
         self.reader = read_requests(self.buffer)
         self.ended = False                               # the other side sends no more
@@ -4281,12 +4398,24 @@ class Connection(Held):
     def reply(self, asked, response):
         if response.watch and asked.reading.method != "HEAD":
             return self.edge.call(self.become_stream, asked, response)
+        self.whose = asked.request.peer
+        if asked.forwarded:
+            self.whose = asked.forwarded.headers.get("x-account", self.whose)
+        if len(response.body) > Backlog.ANSWER:
+            response = self.too_large(asked, response)
         data = self.encoded(asked, response)
         sent = self.offer(data)
         if sent == len(data) and self.keep:
             self.written()
         else:
             self.edge.call(self.wrote, data, sent)
+
+    def too_large(self, asked, response):
+        """Only whoever made this page can make it smaller, so it is in the log, too."""
+        log(f"{asked.request.method} {asked.request.path}: an answer of "
+            f"{len(response.body)} bytes; at most {Backlog.ANSWER} are sent. Show less.")
+        no = Refused(500, "This page is too large to be sent. Ask for a part of it.")
+        return self.edge.refusal(asked.request, no)
 
     def encoded(self, asked, response):
         reading = asked.reading
@@ -4333,14 +4462,18 @@ class Connection(Held):
         if no:
             return self.reply(asked, self.edge.refusal(asked.request, no))
         data = self.encoded(asked, response)
+        piece = response.watch.piece
+        frame = first_frame(asked.request, piece)
         if self.ended:                                   # nobody is there to hear the rest
             self.keep = False
-            return self.write(data)
+            return self.write(data + frame)
         self.edge.held.discard(self)
         self.listen(0)
         viewer = viewer_in(asked.forwarded or asked.request)
         stream = Stream(self.edge, self.socket, asked.request, response, viewer)
         stream.write(data)
+        if frame:
+            stream.show("seen", piece)
         if stream in self.edge.held:
             self.edge.broker.welcome(stream, response.watch)
 
@@ -4405,6 +4538,7 @@ class LoopEdge(ThreadingHTTPServer):
         names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
         self.hosts = frozenset([name.lower() for name in names])
         self.kept = Kept(env.directory)
+        self.backlog = Backlog(self)
         self.broker = self.broker_kind(self)
         self.pool = Pool(settings.threads)
         self.chores: Sequence[Tuple[Callable[[], None], float]] = (
@@ -4577,9 +4711,12 @@ class LoopEdge(ThreadingHTTPServer):
                 self.fetch_some(stub, group)
 
     def fetch_some(self, stub, group):
-        outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in group])
+        """Commands share a commit. Pages may be large: each leaves before the next is made."""
+        first = group[0]
+        some = [first] if first.request.method in SAFE else [*group]
+        outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in some])
         if isinstance(outcomes, BaseException):
-            outcomes = [outcomes] * len(group)
+            outcomes = [outcomes] * len(some)
         for response in outcomes:
             self.finish(group.popleft(), response)
 
@@ -4597,8 +4734,8 @@ class LoopEdge(ThreadingHTTPServer):
             whose = asked.request.headers.get("cookie")
             if whose and response.nonce and response.status == 200 and asked.stub:
                 self.kept.keep(asked, response)
-            if response.watch and accepts_gzip(asked.request):
-                response.watch.piece.zipped              # made here, and not in the loop
+            if response.watch:                           # made here, and not in the loop
+                first_frame(asked.request, response.watch.piece)
             asked.connection.reply(asked, response)
         except CRASH as error:
             self.call(asked.connection.close)

@@ -3573,6 +3573,176 @@ def test_a_sleeping_workspace_keeps_its_streams_and_wakes_for_a_command(start):
     eventually(asleep)
 
 
+# -- answers that nobody reads
+
+MB = 2 ** 20
+
+
+def large(size=8 * MB):
+    """A slice with a page of this size, and with a region of it that each command changes."""
+    def region(ctx):
+        return orion.Template('<p id="n">{{text}}</p>')(text=str(ctx.store.query("SELECT n FROM large")[0][0]) + "x" * size)
+
+    def change(ctx):
+        ctx.store.exec("UPDATE large SET n = n + 1")
+        ctx.publish("large")
+        return orion.done(ctx)
+    routes = (orion.Route("GET", "/large", orion.MEMBER, lambda ctx: orion.Response(200, bytes(size))),
+              orion.Route("POST", "/n", orion.MEMBER, change))
+    tables = ("CREATE TABLE large (n)", "INSERT INTO large VALUES (1)")
+    return orion.Slice("large", tables, (orion.Live("/n", orion.MEMBER, "large", "Large", region),), routes)
+
+
+def deaf(server, person, path):
+    """A connection that asks, and does not read. The server has an answer that waits for it."""
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    link.settimeout(PATIENCE)
+    link.connect(("127.0.0.1", server.port))
+    link.sendall(head(f"Cookie: {person.cookie}", line=f"GET /w/acme/{path} HTTP/1.1"))
+    eventually(lambda: link.getsockname() in peers(server), "nothing waits for it")
+    return link
+
+
+def peers(server):
+    """The addresses of those for whom something waits."""
+    readers = [held for held in [*server.edge.held] if held.rest]
+    with contextlib.suppress(OSError):               # it was closed just now
+        return [held.socket.getpeername() for held in readers]
+    return []
+
+
+def is_whole(link, size=8 * MB):
+    """Does the whole answer come, if it is read in the end?"""
+    got = 0
+    with contextlib.suppress(ConnectionError):
+        while got < size and (data := link.recv(MB)):
+            got += len(data)
+    return got >= size
+
+
+@cases("bound", ["ACCOUNT", "ALL"])
+def test_past_a_bound_whoever_has_waited_longest_for_an_answer_is_cut_off(start, monkeypatch, bound):
+    monkeypatch.setattr(orion.Backlog, bound, 20 * MB)
+    server = start((orion.todos, large()))
+    bob = Person(server, "bob")
+    links = [deaf(server, bob, "large") for _ in range(4)]
+    eventually(lambda: len(server.edge.backlog.all.readers) == 2)
+    assert [is_whole(link) for link in links] == [False, False, True, True]
+
+
+def test_what_one_account_does_not_read_cuts_nobody_else_off(start, monkeypatch):
+    monkeypatch.setattr(orion.Backlog, "ACCOUNT", 12 * MB)
+    server = start((orion.todos, large()))
+    carol = deaf(server, Person(server, "carol"), "large")
+    links = [deaf(server, Person(server, "bob"), "large") for _ in range(3)]
+    eventually(lambda: len(server.edge.backlog.all.readers) == 2)
+    assert is_whole(carol) and [is_whole(link) for link in links] == [False, False, True]
+
+
+def test_answers_that_were_read_in_the_end_leave_nothing_behind(start):
+    server = start((orion.todos, large()))
+    links = [deaf(server, Person(server, name), "large") for name in ("bob", "carol")]
+    backlog = server.edge.backlog
+    assert backlog.all.size > 16 * MB and {*backlog.accounts} == {"bob", "carol"}
+    assert [is_whole(link) for link in links] == [True, True]
+    eventually(lambda: not backlog.all.readers)
+    assert (backlog.all.size, backlog.all.sharers, backlog.accounts) == (0, {}, {})
+
+
+def test_a_frame_that_many_wait_for_is_in_memory_once_and_counts_once(start, monkeypatch):
+    monkeypatch.setattr(orion.Backlog, "ACCOUNT", 5 * MB)
+    server = start((orion.todos, large(3 * MB)))
+    bob = Person(server, "bob")
+    links = [deaf(server, bob, "n/live") for _ in range(5)]
+    at_rest(server)
+    waiting = {id(held.rest.obj) for held in [*server.edge.held] if held.rest}
+    assert len(server.edge.backlog.all.readers) == 5 and len(waiting) == 1
+    assert 3 * MB < server.edge.backlog.all.size < 4 * MB
+    for link in links:
+        link.close()
+
+
+def test_a_stream_that_is_not_read_keeps_the_rest_of_one_frame_and_the_latest(start):
+    server = start((orion.todos, large()))
+    bob = Person(server, "bob")
+    link = deaf(server, bob, "n/live")
+    stream, = [held for held in [*server.edge.held] if type(held) is orion.Stream]
+    for number in range(2, 6):
+        assert bob.post("/w/acme/n").status < 400
+        eventually(lambda: stream.latest.get("seen") and f">{number}x" in stream.latest["seen"].html[:99])
+    at_rest(server)
+    assert 16 * MB < server.edge.backlog.all.size < 17 * MB
+    link.close()
+
+
+def test_a_stream_that_is_cut_off_for_what_it_does_not_read_counts_as_dropped(start, monkeypatch):
+    server = start((orion.todos, large()))
+    bob = Person(server, "bob")
+    link = deaf(server, bob, "n/live")
+    at_rest(server)
+    server.edge.backlog.all.most = 12 * MB
+    bob.post("/w/acme/n")
+    eventually(lambda: server.edge.broker.frames["dropped"] == 1)
+    assert not is_whole(link) and not server.edge.broker.channels and server.edge.backlog.all.size == 0
+
+
+def test_an_answer_that_is_too_large_to_wait_for_anybody_is_refused(start, monkeypatch, capfd):
+    monkeypatch.setattr(orion.Backlog, "ANSWER", MB)
+    answer = Person(start((orion.todos, large())), "bob").get("/w/acme/large")
+    assert answer.status == 500 and "too large" in answer.text and logged(capfd, "at most 1048576 are sent")
+
+
+def test_pages_that_waited_together_are_not_in_memory_together(start, monkeypatch):
+    done, finish = [], orion.LoopEdge.finish
+
+    def leave(edge, asked, response):
+        finish(edge, asked, response)
+        if asked.request.path == "/w/acme/page":
+            done.append("left")
+    monkeypatch.setattr(orion.LoopEdge, "finish", leave)
+    page = orion.Route("GET", "/page", orion.MEMBER, lambda ctx: (done.append("made"), orion.Response(200))[1])
+    server = start((orion.todos, orion.Slice("page", (), routes=(page,))))
+    bob, links = Person(server, "bob"), []
+    with busy(server, "acme"):
+        for _ in range(10):
+            links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+            links[-1].sendall(head(f"Cookie: {bob.cookie}", line="GET /w/acme/page HTTP/1.1"))
+        eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == 10)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 10
+    eventually(lambda: len(done) == 20)
+    assert done == ["made", "left"] * 10
+
+
+def test_to_cut_off_four_times_as_many_takes_four_times_as_long():
+    """The oldest of a plain dict is found behind all that were taken out in front of it."""
+    class Reader:
+        whose = ""
+
+        def __init__(self, edge):
+            self.edge, self.waiting = edge, [b"x" * 100]
+            edge.held.add(self)
+
+        def unread(self):
+            return self.waiting
+
+        def cut_off(self):
+            self.edge.held.discard(self)
+
+    def seconds(readers):
+        edge = types.SimpleNamespace(held=set(), call=lambda *_: None)
+        backlog = orion.Backlog(edge)
+        for _ in range(readers):
+            backlog.note(Reader(edge))
+        backlog.all.most = 0
+        started = time.perf_counter()
+        backlog.relieve(backlog.all)
+        assert backlog.all.size == 0 and not edge.held
+        return time.perf_counter() - started
+    least = lambda readers: min([seconds(readers) for _ in range(3)])
+    assert any([least(40_000) < 8 * least(10_000) for _ in range(3)])
+
+
 # ==== 20. Console ====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
