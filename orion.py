@@ -183,7 +183,8 @@ class Request(NamedTuple):
         many fields.
         """
         if self.form:
-            return decoded_pairs(self.body.decode("utf-8", "replace"), keep_blank_values=True)
+            text = self.body.decode("utf-8", "replace")
+            return decoded_pairs(text, keep_blank_values=True)
         if self.body and not self.content_type.startswith("application/json"):
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
@@ -4711,7 +4712,7 @@ class LoopEdge(ThreadingHTTPServer):
                 self.fetch_some(stub, group)
 
     def fetch_some(self, stub, group):
-        """Commands share a commit. Pages may be large: each leaves before the next is made."""
+        """Commands share a commit. A page can be large: it leaves before the next."""
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
         outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in some])
