@@ -5068,7 +5068,7 @@ class ReadsKeysAgain(EdgeDirectory):
             self.namespace.changed(self.id)              # for old cookies no page is kept
 
 
-@verb("keys rotate", "a new key seals sessions; those of the key before hold until the next "
+@verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
                      "rotation")
 def keys_rotate(settings, given):
     begun(settings)
@@ -5306,7 +5306,7 @@ def new_password(name):
     return hash_password(password)
 
 
-@verb("account add", "somebody may sign in", "name", "--operator")
+@verb("account add", "let somebody sign in", "name", "--operator")
 def account_add(settings, given):
     if not ACCOUNT_NAME.fullmatch(given.name):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and "
@@ -5320,7 +5320,7 @@ def account_add(settings, given):
     print(f"{given.name} may sign in now")
 
 
-@verb("account passwd", "a new password; signs out everywhere", "name")
+@verb("account passwd", "set a new password; it signs the account out everywhere", "name")
 def account_passwd(settings, given):
     hashed = new_password(given.name)
     with opened(settings, "account passwd", given.name) as (store, _):
@@ -5330,7 +5330,7 @@ def account_passwd(settings, given):
     print(f"{given.name} has a new password, and is signed out everywhere")
 
 
-@verb("account list", "who may sign in")
+@verb("account list", "list who may sign in")
 def account_list(settings, given):
     with opened(settings) as (store, _):
         table(store.query(
@@ -5344,7 +5344,7 @@ LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.w
                 HAVING count(*) = 1 AND max(m.account) = ?"""
 
 
-@verb("account remove", "take an account away, with its sessions and memberships", "name")
+@verb("account remove", "remove an account, with its sessions and memberships", "name")
 def account_remove(settings, given):
     with opened(settings, "account remove", given.name) as (store, _):
         row_of(store, "accounts", given.name)
@@ -5602,8 +5602,8 @@ class KeepsQuota(EdgeWorkspace):
         self.quota = quota
 
 
-@verb("workspace quota", "bytes that it may have, as 500M or 10G; 0: the server's --quota",
-      "name", "size")
+@verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
+                         "server's --quota", "name", "size")
 def workspace_quota(settings, given):
     with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
         id = row_of(store, "workspaces", given.name)["id"]
@@ -7098,7 +7098,7 @@ def contents(folder, held):
     return f"{folder}: {len(held)} databases, {rows} rows, checked"
 
 
-@verb("restore", "bring such a copy into an empty data folder", "folder")
+@verb("restore", "bring such a copy up in an empty data folder", "folder")
 def restore(settings, given):
     there = [settings.directory_file] if settings.directory_file.exists() else []
     if not settings.single:
@@ -7129,7 +7129,7 @@ def restore_one(settings, folder, id, about):
                        "copied")
 
 
-@verb("check", "look at every file, and say what is wrong")
+@verb("check", "look at every file and say what is wrong")
 def check(settings, given):
     """It changes nothing. Return 1 if something is wrong; each line says what and where."""
     files = {} if settings.single else {path.stem: path
@@ -7470,8 +7470,8 @@ def nobody_hears(topic):
 
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
-@verb("member role", "change a member's role", "workspace", "account", "role")
-@verb("member remove", "end a membership, open pages included", "workspace", "account")
+@verb("member role", "change the role of a member", "workspace", "account", "role")
+@verb("member remove", "end a membership; the open pages of the member end, too", "workspace", "account")
 def member_set(settings, given):
     role = getattr(given, "role", NOT_A_MEMBER)
     which = f"{given.workspace} {given.account} {role}".strip()
@@ -7493,7 +7493,7 @@ def member_set(settings, given):
         set_role(ctx, given.account, before, role)
 
 
-@verb("member list", "who is in a workspace", "workspace")
+@verb("member list", "list the members of a workspace", "workspace")
 def member_list(settings, given):
     with opened(settings) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
@@ -8610,7 +8610,8 @@ def is_private(settings):
 def add_option(parser, flag, help, kind):
     name = flag[2:].replace("-", "_")
     default = os.environ.get(f"ORION_{name.upper()}") or getattr(Settings(), name)
-    help = f"{help} (default: {default})"
+    if default:
+        help += f" (default: {default})"
     if kind is not bool:
         return parser.add_argument(flag, help=help, default=default, type=kind)
     if isinstance(default, str):
@@ -8626,7 +8627,7 @@ def add_verbs(parser):
     common.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS,
                         help="or the file with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
-    for words, one in VERBS.items():
+    for words, one in sorted(VERBS.items()):
         group, _, word = words.rpartition(" ")
         if group not in groups:
             add_group(groups, group)
