@@ -4898,8 +4898,8 @@ class EdgeDirectory(Broadcast, Directory):
 #     43 Members        44 Single       45 Nodes        46 Memory        47 Server
 #     48 Roots          49 Command line
 #
-# What makes a product of it. Each section is one feature, and each can be struck out of this
-# file: the others go on without it. Where one needs another, its head says "It needs".
+# What makes a product of it. Each section is one feature, and each can be struck out of
+# this file: the others go on without it. Where one needs another, its head says "It needs".
 #
 # This works because nobody calls a feature by its name. It adds itself, in one of these
 # ways:
@@ -5252,7 +5252,7 @@ def change_password(ctx):
     return see_other("/account")._replace(which=account)
 
 
-OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # the sessions of an account
+OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 DIRECTORY_SLICES.append(Slice("passwords", routes=(
     Route("GET", "/login", PUBLIC, login_page),
     Route("POST", "/login", PUBLIC, login),
@@ -5615,7 +5615,7 @@ def workspace_quota(settings, given):
 #   them, before the Directory's turn is taken.
 # It promises: one that is busy, or that can't be read, holds up no other.
 
-LOOK_SECONDS = 0.2                                       # for which a busy one is waited for
+LOOK_SECONDS = 0.2                                       # to wait for a busy workspace
 
 
 @addition
@@ -6427,7 +6427,8 @@ class Console:
         body = template("console")(
             region=region, variant=variant_of(given), personas=demo, masquerade=not demo,
             grant=grant_rows(), probed=probed, persona=me["personas"],
-            role=[{"role": role, "current": role in me["roles"].values()} for role in ROLES],
+            role=[{"role": role, "current": role in me["roles"].values()}
+                  for role in ROLES],
             option=[{"name": name} for name in names],
             result=result or template("console.idle")(), **who_is(me))
         nav = template("layout.console")(state=True)
@@ -6462,8 +6463,7 @@ class Console:
         cookie = {"cookie": request.headers.get("cookie", "")}
         asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
                         scheme=request.scheme)
-        briefly = dataclasses.replace(
-            self.env, forward=lambda stub, request: stub.fetch_within(LOOK_SECONDS, request))
+        briefly = dataclasses.replace(self.env, forward=fetch_briefly)
         return self.trace.probe(asked, lambda request: worker(request, briefly))
 
     def retry(self, request, me):
@@ -6632,6 +6632,10 @@ class Console:
                 "rows": "" if call.rows < 0 else call.rows}
 
 
+def fetch_briefly(stub, request):
+    return stub.fetch_within(LOOK_SECONDS, request)
+
+
 def grant_rows():
     """Which role has which grant, as a table."""
     return [{"grant": grant,
@@ -6675,7 +6679,7 @@ def proof_of(trip, verdict):
 @addition
 class AnswersTheConsole(EdgeDirectory):
     def own_names(self, request):
-        """A page of all workspaces, and the one of a name, by id; and how many there are."""
+        """Some of all workspaces, and the one of a name, by id; and how many there are."""
         after = request.params.get("after", "")
         name = request.params.get("name", "")
         some = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY "
@@ -6855,8 +6859,8 @@ class HasFigures(LoopEdge):
         if not here or "x-forwarded-for" in request.headers:
             cookie = {"cookie": request.headers.get("cookie", "")}
             if not env.directory.ask("/_operator", "", cookie, request.scheme):
-                raise Refused(403, "The figures are for this machine and for operators. Ask "
-                                   "from 127.0.0.1, or sign in as one.")
+                raise Refused(403, "The figures are for this machine and for operators. "
+                                   "Ask from 127.0.0.1, or sign in as one.")
         return Response(200, self.figures.text(*self.families()).encode(), Figures.TYPE)
 
     def families(self):
@@ -6875,8 +6879,8 @@ class HasFigures(LoopEdge):
 
 
 # ==== 40. Copies ==========================================================================
-# The idea: SQLite's own backup copies a database while others write to it. The copy gets its
-#   final name when it is whole, checked and on the disk.
+# The idea: SQLite's own backup copies a database while others write to it. The copy gets
+#   its final name when it is whole, checked and on the disk.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
 #   or the one before.
 # Who uses it: snapshots and exports.
@@ -7080,7 +7084,8 @@ class MakesSnapshots(LoopEdge):
 
 # -- on the command line
 
-@verb("backup", "copy the whole deployment to a new folder, while the server runs", "folder")
+@verb("backup", "copy the whole deployment to a new folder, while the server runs",
+      "folder")
 def backup(settings, given):
     """Return 1 if some files can't be copied. All others are in it."""
     if given.folder.exists():
@@ -7141,8 +7146,8 @@ def check(settings, given):
         ids = [] if faults else ids_in(settings, settings.directory_file)
     for id in with_progress(ids, "checked"):
         faults += wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
-    faults += [f"{path}: no workspace of the Directory has this file; import it, or move it "
-               "away" for id, path in files.items() if id not in ids]
+    faults += [f"{path}: no workspace of the Directory has this file; import it, or move "
+               "it away" for id, path in files.items() if id not in ids]
     try:
         load_keys(settings.key_file)
     except Unusable as error:
@@ -7462,7 +7467,7 @@ def workspace_restore(settings, given):
     print(f"{name}: as {given.name} was in {given.at}")
 
 
-# ==== 43. Members of a workspace ===========================================================
+# ==== 43. Members of a workspace ==========================================================
 # The idea: what the members page does, on the command line and by the same rules.
 
 def nobody_hears(topic):
@@ -7471,7 +7476,8 @@ def nobody_hears(topic):
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
-@verb("member remove", "end a membership; the open pages of the member end, too", "workspace", "account")
+@verb("member remove", "end a membership; the open pages of the member end, too",
+      "workspace", "account")
 def member_set(settings, given):
     role = getattr(given, "role", NOT_A_MEMBER)
     which = f"{given.workspace} {given.account} {role}".strip()
@@ -8513,7 +8519,8 @@ def networks(text):
     try:
         return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}: say 10.0.0.0/8, or an address") from error
+        hint = f"{error}: say 10.0.0.0/8, or an address"
+        raise argparse.ArgumentTypeError(hint) from error
 
 
 # Flags, what --help says of them, and their types. Their defaults are in Settings.
@@ -8544,8 +8551,8 @@ OPTIONS = (
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
      "it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in the "
-     "data folder; 0: never", seconds),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
+     "the data folder; 0: never", seconds),
     ("--keep", "backups to keep", at_least_1),
     ("--log", "access log on standard output: common, json or off", log_kind),
 )
@@ -8694,8 +8701,8 @@ def opened(settings: Settings, what: str = "", which: str = ""):
     and this is none of the BEGINNINGS, which make one.
     """
     if what not in BEGINNINGS and not settings.directory_file.exists():
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, or "
-                       "begin one with account add")
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
+                       "or begin one with account add")
     env = compose(settings._replace(demo=False, plane=""), settings.slices)
     with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
         yield store, env
@@ -8734,8 +8741,8 @@ def new(settings, given):
 
 # -- to serve
 
-FAILURES = (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error, EOFError,
-            ValueError, OverflowError)
+FAILURES = (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error,
+            EOFError, ValueError, OverflowError)
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
