@@ -8262,16 +8262,133 @@ server.serve_forever()
 """
 LOOP = """
 import selectors, socket, sys
-frame, many = b"%x\\r\\n" % int(sys.argv[1]) + b"x" * int(sys.argv[1]) + b"\\r\\n", int(sys.argv[2])
+size, many = map(int, sys.argv[1:])
+frame = b"%x\\r\\n" % size + b"x" * size + b"\\r\\n"
 listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
 print(listener.getsockname()[1], flush=True)
 links = [listener.accept()[0] for _ in range(many)]
 for link in links:
     link.setblocking(False)
-while links[0].send(b"") == 0 and sys.stdin.readline():
+while sys.stdin.readline():
     for link in links:
         link.send(frame)
 """
+PIN = ["taskset", "-c", "0"] if shutil.which("taskset") and os.cpu_count() > 1 else []
+
+
+def bench(rounds=3, seconds=1.5, watchers=1000):
+    """Compare the full edge with Part One's, with a stock ThreadingHTTPServer that sends a constant of the same size, and
+    with a bare loop of sends. They take turns in one run, because on a machine with neighbours only ratios mean something.
+    Each figure is the median of the rounds."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    if PIN:
+        os.sched_setaffinity(0, {1})                 # the clients; servers have the other core
+    asked, watched = zip(*[(measure_requests(seconds), measure_streams(watchers)) for _ in range(rounds)])
+    print_table("connections", "stock", asked)
+    print_table(f"{watchers:,} open streams", "bare loop", watched)
+
+
+def measure_requests(seconds):
+    """A dict from (what was measured, server) to a figure."""
+    found = {}
+    with orion_with_todos("--plain") as plain, orion_with_todos() as full:
+        size = len(full.bob.get("/w/acme/todos").body)
+        with program("-c", STOCK, size) as stock:
+            stock.page = full.page
+            for many in (1, 32, 128):
+                for name, server in (("plain", plain), ("full", full), ("stock", stock)):
+                    rate, p99 = closed_loop(server.port, server.page, many, seconds)
+                    found[f"pages/s at {many}", name] = rate
+                    found[f"p99 in ms at {many}", name] = p99
+        for many in (1, 32):
+            for name, server in (("plain", plain), ("full", full)):
+                rate, _ = closed_loop(server.port, server.command("PATCH", "/w/acme/todos/1"), many, seconds)
+                found[f"commands/s at {many}", name] = rate
+    return found
+
+
+def measure_streams(many, times=5):
+    """One server after the other, for the threads of the plain edge ask the gate again while they wait."""
+    found = {}
+    for name, words in (("plain", ["--plain"]), ("full", [])):
+        with orion_with_todos(*words) as server:
+            before = memory(server.pid)
+            ears = [Ear(server.bob, "/w/acme/todos/live") for _ in range(many)]
+            size = [len(ear.event().encode()) for ear in ears][0]
+            links = [ear.socket for ear in ears]
+            found["ms to the last watcher", name] = statistics.median(
+                last_watcher(links, f"News {n}<".encode(), b"\n\n\r\n", functools.partial(server.tell, f"News {n}"))
+                for n in range(times))
+            found["kB of memory for each", name] = (memory(server.pid) - before) / many
+            found["threads", name] = len(os.listdir(f"/proc/{server.pid}/task"))
+    with program("-c", LOOP, size, many) as loop:
+        links = [socket.create_connection(("127.0.0.1", loop.port)) for _ in range(many)]
+        found["ms to the last watcher", "bare loop"] = statistics.median(
+            last_watcher(links, b"x", b"x\r\n", lambda: print(file=loop.stdin, flush=True)) for _ in range(times))
+    return found
+
+
+def print_table(title, third, rounds):
+    print(f"\n| {title} | plain | full | {third} | plain : full | {third} : full |\n|---|--:|--:|--:|--:|--:|")
+    for what in dict.fromkeys(what for what, _ in rounds[0]):
+        plain, full, other = [statistics.median(found[what, name] for found in rounds) if (what, name) in rounds[0] else None
+                              for name in ("plain", "full", third)]
+        print("|", what, "|", figure(plain), "|", figure(full), "|", figure(other), "|",
+              ratio(plain, full), "|", ratio(other, full), "|")
+
+
+def figure(value):
+    return "" if value is None else f"{round(value, 1 if value < 100 else None):,}"
+
+
+def ratio(one, two):
+    if one is None:
+        return ""
+    factor = max(one, two) / min(one, two)
+    text = f"{factor:.1f}" if factor < 10 else f"{factor:.0f}"
+    return f"1 : {text}" if one < two else f"{text} : 1"
+
+
+@contextlib.contextmanager
+def program(*words):
+    """A running Python program whose first line ends with its port. What it prints goes to a file, as a log does."""
+    with tempfile.NamedTemporaryFile() as said:
+        process = subprocess.Popen([*PIN, sys.executable, *map(str, words)], stdin=subprocess.PIPE, stdout=said,
+                                   stderr=subprocess.DEVNULL, text=True)
+        process.port = int(eventually(lambda: re.search(r"(\d+)\n", pathlib.Path(said.name).read_text()))[1])
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@contextlib.contextmanager
+def orion_with_todos(*words):
+    """orion.py with bob signed in and 20 todos in his workspace."""
+    with tempfile.TemporaryDirectory() as folder, program(HERE / "orion.py", "--port", 0, "--data", folder, *words) as server:
+        server.origin = f"http://127.0.0.1:{server.port}"
+        server.bob = bob = Person(server, "bob")
+        for n in range(17):
+            bob.post("/w/acme/todos", form={"title": f"Seeded todo number {n}"})
+
+        def request(method, path, body="", more=""):
+            return (f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nCookie: {bob.cookie}\r\n{more}\r\n{body}").encode()
+
+        def command(method, path, **signals):
+            body = json.dumps(signals)
+            return request(method, path, body, f"Origin: {server.origin}\r\nContent-Type: application/json\r\n"
+                                               f"Content-Length: {len(body)}\r\n")
+
+        def tell(title):
+            """Send it, and do not wait for the answer: the watchers are what is measured."""
+            link = socket.create_connection(("127.0.0.1", server.port))
+            link.sendall(command("POST", "/w/acme/todos", title=title))
+            server.last = link                       # open until the next one comes
+
+        server.page, server.command, server.tell = request("GET", "/w/acme/todos"), command, tell
+        yield server
 
 
 def closed_loop(port, request, connections, seconds):
@@ -8288,7 +8405,9 @@ def closed_loop(port, request, connections, seconds):
             state[1] += key.fileobj.recv(1 << 18)
             if not state[2] and b"\r\n\r\n" in state[1]:
                 head = state[1].split(b"\r\n\r\n")[0]
-                state[2] = len(head) + 4 + int(re.search(rb"(?i)content-length: (\d+)", head)[1])
+                assert head.startswith(b"HTTP/1.1 20"), head
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                state[2] = len(head) + 4 + (int(length[1]) if length else 0)
             if state[2] and len(state[1]) >= state[2]:
                 taken.append(time.perf_counter() - state[0])
                 state[:] = [time.perf_counter(), b"", 0]
@@ -8298,68 +8417,25 @@ def closed_loop(port, request, connections, seconds):
     return len(taken) / seconds, 1000 * statistics.quantiles(taken, n=100)[98]
 
 
-def last_watcher(links, end, trigger):
-    """Milliseconds from trigger() until every one of links has received something that ends with end."""
-    selector, waiting = selectors.DefaultSelector(), len(links)
+def last_watcher(links, words, end, trigger):
+    """Milliseconds from trigger() until each of links has received these words, and what ends so."""
+    selector, waiting, got = selectors.DefaultSelector(), len(links), collections.defaultdict(bytes)
     for link in links:
         selector.register(link, selectors.EVENT_READ)
     started = time.perf_counter()
     trigger()
     while waiting:
         for key, _ in selector.select(PATIENCE):
-            if key.fileobj.recv(1 << 18).endswith(end):
+            got[key.fd] += key.fileobj.recv(1 << 18)
+            if words in got[key.fd] and got[key.fd].endswith(end):
                 selector.unregister(key.fileobj)
                 waiting -= 1
     return 1000 * (time.perf_counter() - started)
 
 
 def memory(pid):
+    """Resident, in kB."""
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
-
-
-def bench(seconds=3, watchers=2000):
-    """Pages and p99 against a stock ThreadingHTTPServer with a constant page of the same size, fan-out against a bare loop of
-    sends, and the memory of a stream; everything in one run, so that the ratios mean something on a noisy machine."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    pin = ["taskset", "-c", "0"] if shutil.which("taskset") and os.cpu_count() > 1 else []
-    if pin:
-        os.sched_setaffinity(0, {1})
-    with tempfile.TemporaryDirectory() as folder:
-        ours = subprocess.Popen([*pin, sys.executable, str(HERE / "orion.py"), "--port", "0", "--data", folder + "/d"], stdout=subprocess.PIPE, text=True)
-        ours.port = int(re.search(r":(\d+)\s*$", ours.stdout.readline())[1])
-        ours.origin = f"http://127.0.0.1:{ours.port}"
-        bob = Person(ours, "bob")
-        for n in range(17):
-            bob.post("/w/acme/todos", form={"title": f"Seeded todo number {n}"})
-        size = len(bob.get("/w/acme/todos").body)
-        stock = subprocess.Popen([*pin, sys.executable, "-c", STOCK, str(size)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        stock.port = int(stock.stdout.readline())
-        request = f"GET /w/acme/todos HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {bob.cookie}\r\n\r\n".encode()
-        print(f"| page of {size} bytes | orion.py req/s | stock req/s | ratio | orion.py p99 ms | stock p99 ms | ratio |\n|---|---|---|---|---|---|---|")
-        for connections in (1, 32, 128):
-            (rate, p99), (rate0, p990) = [closed_loop(server.port, request, connections, seconds) for server in (ours, stock)]
-            print(f"| {connections} connections | {rate:,.0f} | {rate0:,.0f} | {rate / rate0:.2f} | {p99:.1f} | {p990:.1f} | {p99 / p990:.2f} |")
-        before = memory(ours.pid)
-        ears = [Ear(bob, "/w/acme/todos/live") for _ in range(watchers)]
-        frame = len(ears[0].event()) + 10
-        for ear in ears[1:]:
-            ear.event()
-        eventually(lambda: Person(ours).get("/metrics").text.count(f"orion_streams_open {watchers}\n"))
-        after = memory(ours.pid)
-        loop = subprocess.Popen([*pin, sys.executable, "-c", LOOP, str(frame), str(watchers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        port = int(loop.stdout.readline())
-        links = [socket.create_connection(("127.0.0.1", port)) for _ in range(watchers)]
-        def say():
-            loop.stdin.write("\n")
-            loop.stdin.flush()
-        pairs = [(last_watcher([ear.socket for ear in ears], b"\n\n\r\n", lambda: bob.post("/w/acme/todos", form={"title": f"News {n}"})),
-                  last_watcher(links, b"\r\n", say)) for n in range(8)][1:]
-        one, two = (statistics.median(column) for column in zip(*pairs))
-        print(f"\n| fan-out to {watchers} streams | orion.py ms | bare loop ms | ratio | kB a stream |\n|---|---|---|---|---|")
-        print(f"| to the last one | {one:.1f} | {two:.1f} | {one / two:.2f} | {(after - before) / watchers:.1f} |")
-        for server in (ours, stock, loop):
-            server.terminate()
-            server.wait()
 
 
 if __name__ == "__main__":
