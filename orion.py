@@ -2662,10 +2662,18 @@ class Tables(Reads):
 # the stream is held. One loop holds all sockets, a few threads do the work, and an object
 # may sleep while thousands watch it.
 #
-# What it buys, as ratios of the plain edge to this one, measured in one run: pages at 32
-# connections 1 : 7; commands 1 : 5; the slowest of 100 pages at 128 connections 50 : 1; the
-# last of 1,000 watchers 15 : 1; memory for a stream 26 : 1; threads for 1,000 streams 1,003
-# to 18.
+# What it buys, measured in one run by "test_orion.py bench" on two quiet cores:
+#
+#                                             plain edge     this one     ratio
+#     pages a second, 1 connection                 2,500       10,000    1 : 4
+#     pages a second, 32 connections               2,900       26,900    1 : 9
+#     pages a second, 128 connections              3,000       25,400    1 : 9
+#     the slowest of 100 pages, 128 connections   401 ms       9.2 ms   44 : 1
+#     commands a second, 1 connection              1,560        2,660    1 : 1.7
+#     commands a second, 32 connections            1,970        9,660    1 : 5
+#     time to the last of 1,000 watchers          213 ms        12 ms   18 : 1
+#     memory for a stream                          48 kB       1.9 kB   26 : 1
+#     threads for 1,000 streams                    1,004           18   56 : 1
 #
 # It costs a second way to read a request, and three rules that a slice does not see: a page
 # depends on rows and its request alone (so an answer can be kept); commands that wait for
