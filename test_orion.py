@@ -8225,6 +8225,65 @@ def test_nonce_mode_is_fast_with_distinct_expressions(show, browser):
     print("%s: 2,000 distinct expressions in nonce mode: %.0f ms" % (browser.client, took))
 
 
+# ==== README =========================================================================================================
+# What it shows can be pasted: each block of commands runs in a shell of its own, as in a new terminal.
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def curl_blocks(server, jars):
+    section = README.partition("### Five minutes with curl\n")[2].partition("\n## ")[0]
+    assert "http://127.0.0.1:8000" in section and "/tmp/orion-curl" in section
+    section = section.replace("http://127.0.0.1:8000", server.origin).replace("/tmp/orion-curl", str(jars))
+    return [re.sub("(?m)^    ", "", block) for block in re.findall(r"(?:^    .*\n)+", section, re.M)]
+
+
+def promised(block):
+    """The statuses that its comments tell."""
+    return [int(code) for code in re.findall(r"# (\d{3})\b", block)]
+
+
+def paste(block, folder):
+    return subprocess.Popen(["bash", "-c", block], cwd=folder, env={"PATH": os.environ["PATH"]}, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_each_block_of_curl_in_the_readme_keeps_its_promises_in_a_shell_of_its_own(server, tmp_path):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    sign_in, watch, write = curl_blocks(server, tmp_path / "jars")
+
+    said = paste(sign_in, folder).communicate()[0]
+    assert statuses(said) == promised(sign_in) == [303, 303, 303, 200, 403, 403]
+    assert b"x-role: member\r\n" in said and b"x-can-delete: false\r\n" in said
+    not_in_acme, nowhere = re.sub(rb"date: .*", b"", said).split(b"HTTP/1.1 ")[-2:]
+    assert not_in_acme == nowhere
+
+    with paste(watch, folder) as watching:
+        try:
+            seen = b"".join(iter(watching.stdout.readline, b"event: datastar-patch-elements\n"))
+            assert statuses(seen) == promised(watch) == [200]
+            said = paste(write, folder).communicate()[0]
+            assert statuses(said) == promised(write) == [303, 403, 204]
+            assert b"orion_gate_verdicts_total" in said and b"orion_streams_open 1" in said
+            while b"Buy rope" not in watching.stdout.readline():
+                pass
+        finally:
+            os.killpg(watching.pid, signal.SIGKILL)
+    assert not [*folder.iterdir()]                   # the cookies are not in the checkout
+
+
+def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
+    pictures = re.findall(r"!\[[^]]+\]\((templates/[a-z-]+\.png)\)", README)
+    assert len(pictures) == 2
+    for picture in pictures:
+        data = (HERE / picture).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n") and len(data) < 150_000
+        for path in ("/" + picture, picture[picture.index("/"):]):
+            assert Person(server).get(path).status == 404
+
+
 # ==== Without pytest =================================================================================================
 
 def smoke():
