@@ -2429,7 +2429,7 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
           "orion: plain: Part One alone, for reading and for small trusted networks: a\n"
           "orion: thread for each connection and each open page. Compared with the full\n"
-          "orion: server, a seventh of the pages a second, and 26 times the memory for an\n"
+          "orion: server, a ninth of the pages a second, and 26 times the memory for an\n"
           "orion: open page; no limits, and no passwords",
           flush=True)
     stop.get()
