@@ -1975,18 +1975,20 @@ def set_role(ctx, account, before, after):
 
     Raise Refused(403) if only an owner may do this, Refused(409) for the last owner.
     """
-    id = ctx.viewer.id
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
-    if before == "owner" and after != "owner" and ctx.store.one(OWNERS_OF, id)[0] == 1:
-        raise Refused(409, "This is the last owner. Make somebody else an owner first.",
-                      signal="toast")
-    ctx.store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id,
-                   account)
-    if after != NOT_A_MEMBER:
-        ctx.store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, after)
+    store_role(ctx.store, ctx.viewer.id, account, before, after)
     ctx.publish("members")
     access_changed(ctx, account)
+
+
+def store_role(store, id, account, before, after):
+    if before == "owner" and after != "owner" and store.one(OWNERS_OF, id)[0] == 1:
+        raise Refused(409, "This is the last owner. Make somebody else an owner first.",
+                      signal="toast")
+    store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
+    if after != NOT_A_MEMBER:
+        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, after)
 
 
 members = Live("/members", MEMBER, "members", "Members", members_region, members_page)
@@ -2688,7 +2690,7 @@ import random
 import selectors
 import stat
 import zlib
-from typing import Iterable, Iterator
+from typing import Iterator
 
 try:
     import fcntl
@@ -4907,7 +4909,7 @@ class EdgeDirectory(Broadcast, Directory):
 #     48 Roots          49 Command line
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
-# this file: the others go on without it. Where one needs another, its head says "It needs".
+# this file, together with those whose heads say that they need it. The others go on.
 #
 # This works because nobody calls a feature by its name. It adds itself, in one of these
 # ways:
@@ -4917,8 +4919,22 @@ class EdgeDirectory(Broadcast, Directory):
 #     @verb("backup", ...)          a command of the command line
 #     @root_for(condition)          a composition root for some settings
 #
+# So the Directory of this part is a chain of classes, and super() goes along it:
+#
+#     LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs -> Broadcast ...
+#
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
-# line. Without one of them Part One is left.
+# line. Without one of them, only --plain is left. Commands use opened(), row_of() and table()
+# of section 49: the Directory's store, a row by its name, and rows as lines of text.
+#
+# Further words:
+#
+#     deployment  all state of one server: its data folder
+#     root        a composition root (section 15); "single root": one with one workspace
+#     node        a machine that has workspaces, but not the Directory
+#     plane       the Directory (control) or the workspaces (data), as processes of their own
+#     snapshot    a copy of a whole deployment; "backup": one that somebody asked for
+#     tenant      a workspace, seen by whoever runs the server
 
 import bisect
 import ctypes
@@ -4926,7 +4942,6 @@ import getpass
 import http.client
 import shutil
 import tempfile
-import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
@@ -4941,22 +4956,21 @@ log_once = functools.lru_cache(maxsize=256)(log)         # for what is found eac
 
 
 def addition(cls: type) -> type:
-    """Mark a class: it is a part of its base, in every server that is composed."""
+    """Mark a class: its methods come before those of its base, in each server."""
     ADDED[cls.__bases__[0]].append(cls)
     return cls
 
 
 @functools.lru_cache(maxsize=None)
 def whole(base: type) -> type:
-    """Return base with all additions to it, and to its own bases.
+    """Return a class of base with all additions to it, and to its own bases.
 
-    Of several, the last one is asked first, and goes on by super().
+    A method is looked for in the additions to base, the last written first, then in base;
+    then in the additions to its next base, and so on.
     """
-    bases = []
-    for one in base.__mro__:
+    bases = [*reversed(ADDED[base]), base]
+    for one in base.__mro__[1:]:
         bases += reversed(ADDED[one])
-        if one is base:
-            bases.append(base)
     return type(base.__name__, tuple(bases), {})
 
 
@@ -4970,8 +4984,7 @@ class Verb(NamedTuple):
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    An argument is a name or a flag. "--flag=" has a value; "--flag=?" may be left out, and
-    "--flag=+" may come several times.
+    arguments: keys of ARGUMENTS in section 49.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -5003,17 +5016,17 @@ class Settings(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8000                                     # 0: any free one
     data: pathlib.Path = pathlib.Path("data")
-    demo: Optional[bool] = None                          # None: if it is for this machine
-    idle: float = 60.0                                   # seconds until one sleeps
-    awake: int = 0                                       # workspaces; 0: by descriptors
+    demo: Optional[bool] = None                          # None: if only we can reach it
+    idle: float = 60.0                                   # s until a workspace sleeps
+    awake: int = 0                                       # 0: a quarter of the descriptors
     threads: int = 16
     connections: int = 10_000
-    max_workspaces: int = 0                              # of an account; 0: 20, demo 2,000
+    max_workspaces: int = 0                              # one may own; 0: 20, demo 2,000
     quota: int = 10 * 2 ** 30                            # bytes of one workspace
     backup_every: float = 0.0                            # seconds; 0: never
     keep: int = 24                                       # snapshots
     log: str = "common"                                  # common, json or off
-    streams: int = 0                                     # of an account; 0: 100
+    streams: int = 0                                     # pages one may open; 0: 100
     allow_host: Tuple[str, ...] = ()                     # further names of this server
     trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
     single: Optional[pathlib.Path] = None                # one file instead of a folder
@@ -5048,7 +5061,7 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 # It promises: a running server takes a new key within a second, and no open page notices.
 
 def add_key(path: pathlib.Path) -> None:
-    """Put a new key in front of the newest, the only other one that stays."""
+    """Write a new key, and keep the newest one behind it. Older ones go."""
     keys = [secrets.token_hex(32)]
     if path.exists():
         keys += path.read_text().split()
@@ -5073,7 +5086,7 @@ class ReadsKeysAgain(EdgeDirectory):
             return log_once(str(lost))
         if keys != self.keys:
             self.keys = keys
-            self.namespace.changed(self.id)              # for old cookies no page is kept
+            self.namespace.changed(self.id)              # forget pages of old cookies
 
 
 @verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
@@ -5096,7 +5109,7 @@ SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
 SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
 SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-TRUSTED.update({"x-proved", "x-known", "x-hashed"})      # by Passwords.prove
+TRUSTED.update({"x-proved", "x-stored", "x-hashed"})     # by Passwords.prove
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -5125,7 +5138,7 @@ def password_matches(password: str, stored: str) -> bool:
 
 
 class Throttle:
-    """Counts failures by key. A key that has too many waits until its time is over.
+    """Counts attempts by key. A key with too many is refused until its time is over.
 
     It is bounded: the oldest keys are forgotten.
     """
@@ -5135,56 +5148,57 @@ class Throttle:
     def __init__(self, most: int = 10):
         self.most = most
         self.lock = threading.Lock()                     # guards the next line
-        self.failures = collections.OrderedDict()        # key: how many, until when
+        self.counts = collections.OrderedDict()          # key: how many, until when
 
     def check(self, *keys: str) -> None:
         """Raise Refused(429) if one of the keys has to wait."""
         now = time.monotonic()
         with self.lock:
-            found = [self.failures.get(key, (0, 0.0)) for key in keys]
+            found = [self.counts.get(key, (0, 0.0)) for key in keys]
         waits = [until - now for count, until in found if count >= self.most]
         longest = max(waits, default=0.0)
         if longest > 0:
             raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
                           (("retry-after", str(int(longest) + 1)),))
 
-    def failed(self, *keys: str) -> None:
+    def count(self, *keys: str) -> None:
         with self.lock:
             for key in keys:
                 self.add(key)
-            while len(self.failures) > self.KEYS:
-                self.failures.popitem(last=False)
+            while len(self.counts) > self.KEYS:
+                self.counts.popitem(last=False)
 
     def add(self, key):
         now = time.monotonic()
-        count, until = self.failures.pop(key, (0, 0.0))
+        count, until = self.counts.pop(key, (0, 0.0))
         if until <= now:
             count, until = 0, now + self.SECONDS
-        self.failures[key] = count + 1, until
+        self.counts[key] = count + 1, until
 
-    def succeeded(self, own: str, *keys: str) -> None:
-        """Take the failures of own back from the other keys: they were no guesses."""
+    def forgive(self, own: str, *keys: str) -> None:
+        """Forget what own has, and take it from the other keys: it was mistyped."""
         with self.lock:
-            mine, until = self.failures.pop(own, (0, 0.0))
+            mine, until = self.counts.pop(own, (0, 0.0))
             if until > time.monotonic():
                 for key in keys:
                     self.take_back(key, mine)
 
     def take_back(self, key, mine):
-        count, until = self.failures.pop(key, (0, 0.0))
+        count, until = self.counts.pop(key, (0, 0.0))
         if count > mine:
-            self.failures[key] = count - mine, until
+            self.counts[key] = count - mine, until
 
 
 class Passwords:
-    """Two doors. They prove a password, and then ask the Directory."""
+    """Two doors: /login and /account/password. They prove a password before the Directory's
+    turn is taken, and pass on what they found, in headers."""
     LONGEST = 256                                        # characters
-    KNOWN = 1000                                         # who signed in, and from where
+    WELCOME = 1000                                       # names from addresses
 
     def __init__(self):
-        self.throttle = Throttle()
+        self.guesses = Throttle()
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
-        self.known: Dict[str, None] = {}                 # the oldest first
+        self.welcome: Dict[str, None] = {}               # signed in before; oldest first
 
     def door(self, request: Request, env: Env) -> Response:
         if request.method == "POST":
@@ -5192,7 +5206,7 @@ class Passwords:
         return env.directory.fetch(request)
 
     def prove(self, request, directory):
-        """Return the request with the name for which it has the right password."""
+        """Return the request with x-proved: whose password came along, or ""."""
         fields = request.fields()
         name = str(fields.get("username", ""))
         password = str(fields.get("password", ""))
@@ -5201,19 +5215,19 @@ class Passwords:
             raise Refused(400, f"A name and a password have at most {self.LONGEST} "
                                "characters.")
         here = f"{name} from {request.peer}"
-        keys = [f"from {request.peer}"]
-        if here not in self.known:
-            keys.append(f"to {name}")
-        self.throttle.check(*keys)
+        slowed = [f"from {request.peer}"]
+        if here not in self.welcome:                     # else others' guesses don't matter
+            slowed.append(f"to {name}")
+        self.guesses.check(*slowed)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
-            self.throttle.failed(here, *keys)
+            self.guesses.count(here, *slowed)
             return request._replace(headers={**request.headers, "x-proved": ""})
-        self.throttle.succeeded(here, *keys)
-        self.sign_ins.failed(here)
-        self.known = dict.fromkeys([*self.known][-self.KNOWN:] + [here])
-        said = {"x-proved": name, "x-known": stored,
+        self.guesses.forgive(here, *slowed)
+        self.sign_ins.count(here)
+        self.welcome = dict.fromkeys([*self.welcome][-self.WELCOME:] + [here])
+        said = {"x-proved": name, "x-stored": stored,
                 "x-hashed": hash_password(new) if new else ""}
         return request._replace(headers={**request.headers, **said})
 
@@ -5222,7 +5236,7 @@ def proved(ctx):
     """Return whose password came along; "" if it was wrong, or has changed just now."""
     name = ctx.request.headers["x-proved"]
     row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
-    if row and row["password"] == ctx.request.headers["x-known"]:
+    if row and row["password"] == ctx.request.headers["x-stored"]:
         return name
     return ""
 
@@ -5234,8 +5248,8 @@ def login_form(next: str, username: str = "", problem: str = "",
 
 
 def login_page(ctx):
-    next = local_path(ctx.params.get("next", "/"))
     typed = ctx.typed
+    next = local_path(typed.get("next") or ctx.params.get("next", "/"))
     return login_form(next, typed.get("username", ""), typed.get("problem", ""))
 
 
@@ -5297,7 +5311,9 @@ class AsksForPasswords(LoopEdge):
         opens_page = "text/html" in request.headers.get("accept", "")
         signed_out = isinstance(error, Refused) and error.status == 401
         if signed_out and opens_page and not request.datastar:
-            return login_form(local_path(request.path), problem=error.message, status=401)
+            target = f"{request.path}?{request.query}" if request.query else request.path
+            next = local_path(target) if request.method in SAFE else "/"
+            return login_form(next, problem=error.message, status=401)
         return super().refusal(request, error)
 
 
@@ -5428,8 +5444,8 @@ class EndsSessions(EdgeDirectory):
 
 
 # ==== 32. Masquerade ======================================================================
-# The idea: an operator looks on in somebody's name, to see what they see. The account of
-#   the operator's session is exchanged for theirs; the session remembers the operator.
+# The idea: an operator looks on in somebody's name, to see what they see. The operator's
+#   session is given the other account, and remembers the operator.
 # It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
 #   Each page says so, and the journal names both.
 # It needs: 30 Accounts, which knows who is an operator.
@@ -5489,7 +5505,7 @@ def masquerade(ctx):
 
 
 def unmask(ctx):
-    """Also if its time has run out just now."""
+    """End it. Its time may have run out just now, so the viewer can be the operator."""
     digest = bytes.fromhex(ctx.request.headers.get("x-session", ""))
     row = ctx.store.one("SELECT account, operator FROM sessions WHERE digest = ?", digest)
     if row and row["operator"]:
@@ -5548,7 +5564,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
         return said
 
     def accounts_of(self, where, args):
-        """Whoever looks on has open pages under their own name, too."""
+        """Return the operators, too: their own open pages end as well."""
         return self.store.query(
             f"SELECT account FROM sessions WHERE {where} UNION SELECT operator FROM "
             f"sessions WHERE operator IS NOT NULL AND {where}", *args, *args)
@@ -5587,9 +5603,9 @@ class SaysQuotas(EdgeDirectory):
 @addition
 class KeepsQuota(EdgeWorkspace):
     def on_open(self):
-        """SQLite forgets the limit at each close, and a job brings no verdict.
+        """SQLite forgets the limit when the file is closed, and jobs bring no x-quota.
 
-        So the file remembers it, as its user_version.
+        So the file remembers it, as its user_version; 0: there is none.
         """
         super().on_open()
         self.quota = ""
@@ -5619,11 +5635,11 @@ def workspace_quota(settings, given):
 
 
 # ==== 34. Counts ==========================================================================
-# The idea: the home page shows how full each workspace is. Their objects are asked, all of
-#   them, before the Directory's turn is taken.
+# The idea: the home page shows how full each workspace is. Each is asked before the request
+#   takes the Directory's turn.
 # It promises: one that is busy, or that can't be read, holds up no other.
 
-LOOK_SECONDS = 0.2                                       # to wait for a busy workspace
+LOOK_SECONDS = 0.2                                       # how long to wait for a busy one
 
 
 @addition
@@ -5637,7 +5653,7 @@ class TellsFacts(Broadcast):
 
 
 def facts_of(workspace: Stub) -> Dict[str, Any]:
-    """Return its facts. What can't be said now is said in the place of its count."""
+    """Return its facts. If it is busy or can't be read, its count says so in words."""
     try:
         question = Request("GET", "/_counts")
         return json.loads(workspace.fetch_within(LOOK_SECONDS, question).body)
@@ -5685,86 +5701,15 @@ class CountsAtHome(LoopEdge):
 # It promises: a job runs in a transaction that also takes its row out: its writes and its
 #   end are one. If it fails it is tried again; after ten tries it is given up, and kept.
 #   Jobs wake an object that sleeps, and outlive a restart.
-# How it knows when: only a tenant's own file knows its jobs. When the next one of each is
-#   due, is an index in memory, made from the files at each start.
-
-class Queue:
-    """The jobs of one object; due is NULL for one that was given up.
-
-    known: what may be put in, by name. alarm(due) is called for each that was.
-    """
-    TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
-
-    def __init__(self, store: Store, known: Dict[str, Callable[..., None]],
-                 alarm: Callable[[float], None]):
-        self.store = store
-        self.known = known
-        self.alarm = alarm
-        self.names = {job: name for name, job in known.items()}
-
-    def put(self, who: str, job: Callable[..., None], due: float,
-            args: Dict[str, Any]) -> None:
-        """Raises LookupError if no slice has this job."""
-        if job not in self.names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        row = self.names[job], json.dumps(args), who, due
-        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
-        self.store.after_commit.append((self.alarm, due))
-
-    def due(self) -> Optional[float]:
-        """When the next one is; None: there is none."""
-        return self.store.one("SELECT min(due) FROM jobs")[0]
-
-    def claim(self) -> Optional[int]:
-        """Return the id of one that is due.
-
-        It counts as failed until it ends well. So one that takes the process down is not
-        the first that is tried next time.
-        """
-        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id "
-                             "LIMIT 1", time.time())
-        if row is None:
-            return None
-        tries = row["tries"] + 1
-        due = time.time() + 2 ** tries if tries < self.TRIES else None
-        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
-                        "WHERE id = ?", tries, due, row["id"])
-        return row["id"]
-
-    def run(self, id: int, work: Callable[[sqlite3.Row, Callable[..., None]], None]):
-        """Call work(row, job) for one that was claimed."""
-        row = self.store.one("SELECT * FROM jobs WHERE id = ?", id)
-        try:
-            with self.store.tx():
-                work(row, self.known[row["job"]])
-                self.store.exec("DELETE FROM jobs WHERE id = ?", id)
-        except CRASH as error:
-            if not self.store.db.in_transaction:
-                raise
-            log_error(f"job {row['job']}, try {row['tries']}", error)
-            text = f"{type(error).__name__}: {error}"[:500]
-            text = text.encode("utf-8", "backslashreplace").decode()
-            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", text, id)
-
-    def retry(self) -> None:
-        """Those that were given up have all their tries again."""
-        now = time.time()
-        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", now)
-        self.store.after_commit.append((self.alarm, now))
-
-    def facts(self) -> Dict[str, Any]:
-        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL "
-                                    "ORDER BY id LIMIT 5")
-        waiting, failed = self.store.one("SELECT count(due), count(*) - count(due) "
-                                         "FROM jobs")
-        return {"waiting": waiting, "given up": failed,
-                "failed": [dict(row) for row in given_up]}
-
-
-# -- when
+# One job, on its way:
+#   Alarms.ring     takes the id of an object whose alarm is due
+#   POST /_claim    one commit: the try is counted, and the time of the next one is set
+#   POST /_jobs     one commit: the job runs, and its row goes
+#   GET  /_due      when the object's next job is due: its next alarm
+# Alarms are an index in memory, built from the files at each start.
 
 def due_in(path: pathlib.Path) -> Optional[float]:
-    """Return when the next job in a file is due.
+    """Return when the next job in a file is due; None: there is none.
 
     A file without a write-ahead log is read as it lies, in a quarter of the time: at a
     start it may be one of thousands. Whoever opens it just then sets its alarm.
@@ -5778,13 +5723,13 @@ def due_in(path: pathlib.Path) -> Optional[float]:
 
 @addition
 class HasAlarms(GuardedNamespace):
-    """Of a namespace: when which object has its next job due."""
+    """Knows which object has its next job due, and when."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
         self.alarms: Dict[str, float] = {}               # by id
         self.looked = set()                              # ids whose file was looked into
-        self.on_alarm = lambda: None                     # called if one is due at once
+        self.on_alarm = lambda: None                     # set by Alarms: one is due at once
 
     def alarm(self, id: str, due: Optional[float]) -> None:
         if due is None:
@@ -5816,7 +5761,9 @@ class Alarms:
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
-        for id, path in self.namespace.files():
+        files = dict(self.namespace.files())
+        self.namespace.looked &= files.keys()            # one may come back
+        for id, path in files.items():
             if id not in self.namespace.looked:
                 self.namespace.looked.add(id)
                 with contextlib.suppress(sqlite3.Error):
@@ -5830,7 +5777,7 @@ class Alarms:
             self.put(self.work, id)
 
     def work(self, id: str) -> None:
-        """In the pool: do one job. Then it is the turn of whoever waits longest."""
+        """In the pool: do one job of this object. Then ring for another object."""
         due = None                                       # it was removed, or moved away
         try:
             if self.namespace.path(id).exists():
@@ -5842,7 +5789,7 @@ class Alarms:
             self.ring()
 
     def one_job(self, stub):
-        """In a commit of its own. Return when the next one is due."""
+        """Claim a job and run it, in two commits. Return when the next one is due."""
         job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
         try:
             if job is not None:
@@ -5890,8 +5837,7 @@ class FullContext(Context):
         if self.store.may != WRITE:
             raise PermissionError("only a command or a job puts in a job")
         self.store.check_thread()
-        due = time.time() + after
-        self.host.queue.put(self.viewer.account, job, due, args)
+        self.host.enqueue(self.viewer.signature, job, time.time() + after, args)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(store, *args), with the tables of the slice that exports it.
@@ -5916,42 +5862,73 @@ class KnowsJobs(QuickRouter):
         super().__init__(slices)
         self.jobs = {f"{slice.name}.{job.__name__}": job
                      for slice in slices for job in slice.jobs}
+        self.job_names = {job: name for name, job in self.jobs.items()}
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
 
 
 @addition
 class HasJobs(Broadcast):
+    """An object with a table of jobs. due is NULL for a job that was given up."""
     context = FullContext
+    TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
 
     def on_open(self):
         super().on_open()
-        alarm = functools.partial(self.namespace.alarm, self.id)
-        self.queue = Queue(self.store, self.router.jobs, alarm)
-        with contextlib.suppress(sqlite3.DatabaseError):     # of jobs: keeps nobody out
-            alarm(self.queue.due())
+        with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
+            self.namespace.alarm(self.id, self.own_due(None))
 
-    def close(self):
-        self.queue = None                                # else it holds the closed store
-        super().close()
+    def enqueue(self, who: str, job: Callable[..., None], due: float,
+                args: Dict[str, Any]) -> None:
+        """Raises LookupError if no slice has this job."""
+        if job not in self.router.job_names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+        row = self.router.job_names[job], json.dumps(args), who, due
+        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
+        self.alarm_after_commit(due)
 
-    def own_claim(self, request):
-        return self.queue.claim()
-
-    def own_jobs(self, request):
-        return self.queue.run(int(request.params["id"]), self.work)
+    def alarm_after_commit(self, due):
+        self.store.after_commit.append((self.namespace.alarm, self.id, due))
 
     def own_due(self, request):
-        return self.queue.due()
+        """Return when the next job is due; None: there is none."""
+        return self.store.one("SELECT min(due) FROM jobs")[0]
 
-    def own_retry(self, request):
-        return self.queue.retry()
+    def own_claim(self, request):
+        """Count a try of the first job that is due. Return its id; None: none is due.
 
-    def own_counts(self, request):
-        return {**super().own_counts(request), **self.queue.facts()}
+        The try is committed before the job runs. So a job that takes the process down is
+        not the first that is tried forever.
+        """
+        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id "
+                             "LIMIT 1", time.time())
+        if row is None:
+            return None
+        tries = row["tries"] + 1
+        due = time.time() + 2 ** tries if tries < self.TRIES else None
+        self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
+                        "WHERE id = ?", tries, due, row["id"])
+        return row["id"]
+
+    def own_jobs(self, request):
+        """Run a job that was claimed. Delete its row or, if it fails, note the error."""
+        row = self.store.one("SELECT * FROM jobs WHERE id = ?", request.params["id"])
+        if row is None:                                  # it was claimed twice, and is done
+            return
+        try:
+            with self.store.tx():
+                self.work(row, self.router.jobs[row["job"]])
+                self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+        except CRASH as error:
+            if not self.store.db.in_transaction:         # SQLite gave all of it up
+                raise
+            log_error(f"job {row['job']}, try {row['tries']}", error)
+            text = f"{type(error).__name__}: {error}"[:500]
+            text = text.encode("utf-8", "backslashreplace").decode()
+            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", text, row["id"])
 
     def work(self, row, job):
-        """In the name of who enqueued it; what they may was asked then."""
+        """In the name of who enqueued it. Grants were checked then."""
         viewer = Viewer(account=row["who"])
         store = Tables(self.store, row["job"].partition(".")[0], WRITE)
         ctx = self.context(self, store, viewer, {}, Request("POST", "/_jobs"), {})
@@ -5963,10 +5940,24 @@ class HasJobs(Broadcast):
             ctx.end()
         self.journal(viewer, row["job"], str(row["id"]))
 
+    def own_retry(self, request):
+        """Those that were given up have all their tries again."""
+        now = time.time()
+        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", now)
+        self.alarm_after_commit(now)
+
+    def own_counts(self, request):
+        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL "
+                                    "ORDER BY id LIMIT 5")
+        waiting, failed = self.store.one("SELECT count(due), count(*) - count(due) "
+                                         "FROM jobs")
+        return {**super().own_counts(request), "waiting": waiting, "given up": failed,
+                "failed": [dict(row) for row in given_up]}
+
 
 # ==== 36. Checks ==========================================================================
-# The idea: what a slice can't mean is said when the server starts, with the reason. What no
-#   open page will show is said when it happens, once.
+# The idea: a slice that can't work is refused when the server starts, with the reason. If a
+#   command writes what no open page will show, the log says so, once.
 
 class BadSlice(Unusable):
     """A slice can't work as it is written; the text says which one and why."""
@@ -6012,7 +6003,7 @@ def check_slices(slices: Sequence[Slice]) -> None:
                            "tuple: (one,) has a comma too")
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
             raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
-                           "not orion or directory")
+                           "not orion, directory or welcome")
         names.add(slice.name)
         check_rows(slice, grants, taken)
 
@@ -6047,10 +6038,12 @@ class NoticesSilence(EdgeWorkspace):
     def journal(self, viewer, what, which):
         """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        told = {topic[0] for call, *topic in self.store.after_commit
-                if call == self.bus.tell}
+        told = [topic[0] for call, *topic in self.store.after_commit
+                if call == self.bus.tell]
+        if len(told) < len(self.store.after_commit):     # a job follows, and may publish
+            return
         known = {live.topic for slice in self.router.slices for live in slice.live}
-        if not told & known:
+        if known.isdisjoint(told):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
                      "page will show it")
 
@@ -6138,7 +6131,7 @@ class Trip:
 
 
 class OfThread(threading.local):
-    """What one thread does: its trip, the last one, and whether it is not to be noted."""
+    """What one thread does. last: its trip before. silent: it is not to be noted."""
     trip: Optional[Trip] = None
     last: Optional[Trip] = None
     silent = False
@@ -6163,7 +6156,7 @@ class Trace:
         self.news: Callable[[], None] = lambda: None     # called after each note
 
     def watch(self, more: int) -> None:
-        """One watcher more (1) or less (-1). With none, a call costs one look."""
+        """One watcher more (1) or less (-1). With none, a call costs a comparison."""
         with self.lock:
             self.watched += more
 
@@ -6214,7 +6207,7 @@ class Trace:
             self.keep(trip)
 
     def keep(self, trip):
-        """A trip to no object shows nothing of the planes."""
+        """Not one that reached no object: there is nothing to draw."""
         if not trip.status or not trip.legs:
             return
         with self.lock:
@@ -6338,17 +6331,18 @@ class Follows(LoopEdge):
 
 # -- the console: what it shows of that
 
-def heeded(params: Dict[str, str], **valid: str) -> str:
-    """Return, as a query, those params whose value matches the pattern of their name."""
-    given = {name: params[name] for name, pattern in valid.items()
-             if re.fullmatch(pattern, params.get(name, ""))}
-    return urllib.parse.urlencode(given)
+VARIANT = {"after": WORKSPACE_NAME.pattern, "object": "directory|[0-9a-f]{64}",
+           "paused": "1"}
 
 
 def variant_of(params: Dict[str, str]) -> str:
-    """What the region heeds: the names after one, the calls of one object, or a pause."""
-    return heeded(params, after=WORKSPACE_NAME.pattern, object="directory|[0-9a-f]{64}",
-                  paused="1")
+    """Return, as a query, those parameters on which the region depends, if valid.
+
+    after: the workspaces after this name. object: only the calls of this id. paused: none.
+    """
+    given = {name: params[name] for name, pattern in VARIANT.items()
+             if re.fullmatch(pattern, params.get(name, ""))}
+    return urllib.parse.urlencode(given)
 
 
 def clock(at: float, digits: int = 0) -> str:
@@ -6373,11 +6367,10 @@ class Console:
         self.facts: Dict[str, Dict[str, Any]] = {}       # by id: what each object told
         self.counted = 0.0                               # when it was asked
         self.micros = 0                                  # how long all of them took
-        self.router = Router([Slice("console", routes=(
-            Route("GET", "/console", ACCOUNT, self.page),
-            Route("GET", "/console/live", ACCOUNT, self.stream),
-            Route("POST", "/console/probe", ACCOUNT, self.probe),
-            Route("POST", "/console/retry", ACCOUNT, self.retry)))])
+        self.actions = {("GET", "/console"): self.page,
+                        ("GET", "/console/live"): self.stream,
+                        ("POST", "/console/probe"): self.probe,
+                        ("POST", "/console/retry"): self.retry}
         self.trace.news = self.news
         edge.env.workspaces.listeners.append(self.published)
 
@@ -6386,20 +6379,22 @@ class Console:
         return self.edge.env
 
     def answer(self, request: Request, env: Env) -> Response:
-        """A door."""
+        """A door, for operators. In the demo it is open to everybody."""
+        action = self.actions.get((request.method, request.path))
+        if action is None:
+            raise Refused(405, "The console is read with GET, and used from its own page.")
         with self.trace.silence():
             me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
             if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)
                 raise Refused(403, "The console is for operators: account add NAME "
                                    "--operator makes one.")
-            _, route, _ = self.router.match(request.method, request.path)
-            return route.run(request, me)
+            return action(request, me)
 
     # -- what makes a frame: news, a second that passed, somebody who came
 
     def published(self, id: str, topic: str) -> None:
-        """The next frame counts again."""
+        """Have the next frame ask the objects for their facts."""
         self.stale = True
 
     def news(self) -> None:
@@ -6494,10 +6489,10 @@ class Console:
         return {self.env.directory.id: "Directory", **names}.get(id, id[:8])
 
     def count_all(self, ids):
-        """Ask each object for its facts, if something may have changed in the last
-        second."""
-        fresh = not self.stale or time.time() < self.counted + 1
-        if fresh and self.facts.keys() == {*ids}:
+        """Ask each object for its facts, if something was published; once a second at
+        most."""
+        too_soon = time.time() < self.counted + 1
+        if self.facts.keys() == {*ids} and (too_soon or not self.stale):
             return
         self.stale = False
         started = time.perf_counter()
@@ -6564,7 +6559,8 @@ class Console:
                  for index, (id, name) in enumerate(some)]
         trips = [self.trip_row(trip, names, places) for trip in reversed(self.trace.trips)]
         wires = "".join([f"M270 160L{x} {y}" for x, y in places.values()])
-        return {"node": nodes, "path": trips[2::-1], "trip": trips, "none": not trips,
+        newest_on_top = trips[:3][::-1]
+        return {"node": nodes, "path": newest_on_top, "trip": trips, "none": not trips,
                 "wires": wires}
 
     def node(self, index, id, name, place):
@@ -6652,10 +6648,7 @@ def grant_rows():
 
 
 def guest_of(me) -> Viewer:
-    viewer = Viewer(account=me["account"])
-    if not me["mask"]:
-        return viewer
-    return Guest(**vars(viewer), operator=me["mask"], read_only=me["read_only"])
+    return masked(Viewer(account=me["account"]), me["mask"], me["read_only"])
 
 
 def who_is(me):
@@ -6718,7 +6711,9 @@ class HasConsole(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
         self.console = Console(self)
-        self.broker.quiet = (self.env.directory.id, Console.id)
+        self.broker.quiet = (Console.id,)
+        if self.env.directory.namespace.kind == "directory":
+            self.broker.quiet += ("directory",)
         paths = ("/console", "/console/live", "/console/probe", "/console/retry")
         self.add_doors(dict.fromkeys(paths, self.console.answer))
 
@@ -6776,7 +6771,7 @@ class Figures:
         if self.log != "off":
             line = self.line(method, request, response.status, size_of(response),
                              seconds)
-            self.lines.append(line)                      # only now: flush() exchanges them
+            self.lines.append(line)                      # flush() may have exchanged them
 
     def line(self, method: str, request: Request, status: int, size: int,
              seconds: float) -> str:
@@ -6833,13 +6828,13 @@ class Figures:
 
 @addition
 class CountsVerdicts(EdgeDirectory):
-    verdicts: Dict[int, int] = {}
+    @functools.cached_property
+    def verdicts(self):
+        return collections.Counter()                     # by status
 
     def handle(self, request):
         response = super().handle(request)
         if request.path.startswith("/_gate"):
-            if not self.verdicts:
-                self.verdicts = collections.Counter()
             self.verdicts[response.status] += 1
         return response
 
@@ -6847,7 +6842,7 @@ class CountsVerdicts(EdgeDirectory):
 @addition
 class HasFigures(LoopEdge):
     def __init__(self, env, settings):
-        self.figures = Figures(settings.log)             # first: it is closed in any case
+        self.figures = Figures(settings.log)             # a failed bind closes it at once
         super().__init__(env, settings)
         self.add_doors({"/metrics": self.metrics})
 
@@ -7124,8 +7119,8 @@ def restore(settings, given):
     held = json.loads(manifest.read_text())
     settings.workspaces.mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.folder / "secret.key", settings.key_file)
-    last_the_directory = [*held.items()][::-1]           # it says that all is there
-    for id, about in with_progress(last_the_directory, "restored"):
+    directory_last = [*held.items()][::-1]               # it says that all is there
+    for id, about in with_progress(directory_last, "restored"):
         restore_one(settings, given.folder, id, about)
     print(contents(settings.data, held))
 
@@ -7253,7 +7248,7 @@ def with_file(settings, store, name):
 
 
 @verb("workspace add", "a new workspace; without an owner member add lets people in",
-      "name", "--owner=?")
+      "name", "--owner")
 def workspace_add(settings, given):
     with opened(settings, "workspace add", given.name) as (store, env):
         owners = []
@@ -7366,7 +7361,7 @@ class About(NamedTuple):
     accounts: List[Tuple[str, str, str]]                 # name, label, password
 
 
-@verb("workspace import", "such a file, with its members", "file", "--name=?")
+@verb("workspace import", "such a file, with its members", "file", "--name")
 def workspace_import(settings, given):
     """An export, or a single root. Who has no account here gets one.
 
@@ -7461,7 +7456,7 @@ def strip_directory(db):
 
 
 @verb("workspace restore", "as it was in a snapshot, beside the present one",
-      "name", "--at=", "--new=?")
+      "name", "--at", "--new")
 def workspace_restore(settings, given):
     """With its members. It never takes the place of the present one."""
     name = given.new or f"{given.name}-{given.at.name}"
@@ -7478,16 +7473,15 @@ def workspace_restore(settings, given):
 # ==== 43. Members of a workspace ==========================================================
 # The idea: what the members page does, on the command line and by the same rules.
 
-def nobody_hears(topic):
-    """A running server looks each second whether another process wrote."""
-
-
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
 @verb("member remove", "end a membership; the open pages of the member end, too",
       "workspace", "account")
 def member_set(settings, given):
-    role = getattr(given, "role", NOT_A_MEMBER)
+    """Nothing is published: a running server sees within a second that we wrote."""
+    role = NOT_A_MEMBER
+    if "role" in given:
+        role = valid_role(given.role)
     which = f"{given.workspace} {given.account} {role}".strip()
     with opened(settings, given.verb, which) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
@@ -7498,13 +7492,7 @@ def member_set(settings, given):
                            "role")
         if not before and given.verb != "member add":
             raise Unusable(f"{given.account} is no member; member add makes one")
-        if role != NOT_A_MEMBER:
-            valid_role(role)
-        viewer = Viewer("owner", (), given.workspace, id, "(command line)")
-        host = types.SimpleNamespace(bus=types.SimpleNamespace(publish=nobody_hears))
-        ctx = types.SimpleNamespace(store=store, viewer=viewer, host=host,
-                                    publish=nobody_hears)
-        set_role(ctx, given.account, before, role)
+        store_role(store, id, given.account, before, role)
 
 
 @verb("member list", "list the members of a workspace", "workspace")
@@ -7529,13 +7517,14 @@ class Single(EdgeDirectory):
                  inside: Inside):
         super().__init__(id, namespace, router, pages, keys, workspaces, demo, limit)
         self.inside = inside
-        self.schema = [*router.schema, *inside.schema[1:]]
+        self.schema = [*router.schema, *inside.schema[1:]]   # one journal for both
         inside.outside = self
         inside.turn = self.turn
 
     def on_open(self):
         super().on_open()
-        limit_pages(self.store, self.namespace.settings.quota)
+        if self.namespace.settings.quota:
+            limit_pages(self.store, self.namespace.settings.quota)
 
     def place(self, ctx, name, owner):
         add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
@@ -7561,7 +7550,6 @@ class Inside(EdgeWorkspace):
     def leave(self):
         """Forget the store, without closing it."""
         self.namespace.changed(self.id)
-        self.queue = None
         self.store = None
         self.bus = None
         self.gone = True
@@ -7572,13 +7560,15 @@ class Inside(EdgeWorkspace):
 
 class OneFile(GuardedNamespace):
     """The namespace of a single root's Directory. The file may have any name."""
+    ID = hashlib.sha256(b"workspace:single").hexdigest()
 
     def __init__(self, file: pathlib.Path, build: Callable[..., Single]):
-        super().__init__("directory", file.parent, float("inf"), build, most=1)
+        super().__init__("single", file.parent, float("inf"), build, most=1)
         self.file = file
 
     def id_from_name(self, name):
-        return hashlib.sha256(b"workspace:single").hexdigest()
+        """There is one object, whatever the name."""
+        return self.ID
 
     def path(self, id):
         return self.file
@@ -7603,7 +7593,7 @@ class InOneFile(OneFile):
         return inside
 
     def files(self):
-        return iter([(self.id_from_name(""), self.file)])
+        return iter([(self.ID, self.file)])
 
     def put(self, store, id, name, source):
         """The file is there: it is the one in which the row of this workspace is."""
@@ -7630,10 +7620,10 @@ def single_root(settings):
                              bool(settings.demo), most_workspaces(settings), inside)
 
     control = whole(OneFile)(settings.single, build)
-    workspaces = whole(InOneFile)(control)
+    workspaces = whole(InOneFile)(control)               # before anything is built
     for namespace in (control, workspaces):
         namespace.settings = settings
-    stub = control.get(control.id_from_name(""))
+    stub = control.get(OneFile.ID)
     control.create(stub.id)
     stub.ask("/_version")
     env = full_env(stub, workspaces, settings)
@@ -8246,7 +8236,7 @@ def import_on_node(settings, given):
 
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
-      "--directory=", "--node=+", "--listen=?")
+      "--directory", "--node", "--listen")
 def nginx(settings, given):
     """A proxy that does the worker's part for several nodes."""
     upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
@@ -8445,14 +8435,17 @@ def most_workspaces(settings):
 
 
 class Ledger(GuardedStore):
-    """Remembers entries that run in other files."""
+    """Notes the migrations that tenants' files run, without running them."""
 
     def apply(self, slice, number, sql):
         return set()
 
 
 def check_ledger(settings, router):
-    """Do the slices go with what ran before? Asked before any tenant is opened."""
+    """Raise MigrationError if a slice's migrations do not continue those that ran before.
+
+    So it is known before any tenant's file is opened.
+    """
     with contextlib.closing(Ledger(settings.directory_file)) as store:
         for name, entries in router.schema:
             store.migrate(f"workspace/{name}", entries)
@@ -8565,28 +8558,33 @@ OPTIONS = (
     ("--log", "access log on standard output: common, json or off", log_kind),
 )
 
-# What --help says of the arguments of commands, and their types.
+# The arguments of commands, for argparse.
 ARGUMENTS = {
-    "name": ("of the account or workspace", str),
-    "new": ("the new name", str),
-    "workspace": ("its name", str),
-    "account": ("its name", str),
-    "role": (f"one of {', '.join(ROLES)}", str),
-    "size": ("as 500M or 10G", size),
-    "file": ("path of the file", pathlib.Path),
-    "folder": ("path of the folder", pathlib.Path),
-    "address": ("HOST:PORT of the node", address),
-    "placed": ("name of the workspace, or HOST:PORT of a lost node", str),
-    "--operator": ("may open the console, and look on in others' names", None),
-    "--owner": ("account that owns it", str),
-    "--now": ("keep no copy", None),
-    "--move": ("it goes elsewhere: nobody is let in here from now on", None),
-    "--name": ("in place of the name in the file", str),
-    "--at": ("folder of a snapshot: data/backups/... or a backup", pathlib.Path),
-    "--new": ("name of what comes up; by default the name and the snapshot's", str),
-    "--directory": ("HOST:PORT of the directory", address),
-    "--node": ("HOST:PORT of a node; once for each", address),
-    "--listen": ("port of the proxy; by default 80", listen),
+    "name": {"help": "of the account or workspace"},
+    "new": {"help": "the new name"},
+    "workspace": {"help": "its name"},
+    "account": {"help": "its name"},
+    "role": {"help": f"one of {', '.join(ROLES)}"},
+    "size": {"help": "as 500M or 10G", "type": size},
+    "file": {"help": "path of the file", "type": pathlib.Path},
+    "folder": {"help": "path of the folder", "type": pathlib.Path},
+    "address": {"help": "HOST:PORT of the node", "type": address},
+    "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
+    "--operator": {"help": "may open the console, and look on in others' names",
+                   "action": "store_true"},
+    "--owner": {"help": "account that owns it"},
+    "--now": {"help": "keep no copy", "action": "store_true"},
+    "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
+               "action": "store_true"},
+    "--name": {"help": "in place of the name in the file"},
+    "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
+             "type": pathlib.Path, "required": True},
+    "--new": {"help": "name of what comes up; by default the name and the snapshot's"},
+    "--directory": {"help": "HOST:PORT of the directory", "type": address,
+                    "required": True},
+    "--node": {"help": "HOST:PORT of a node; once for each", "type": address,
+               "action": "append", "required": True},
+    "--listen": {"help": "port of the proxy; by default 80", "type": listen},
 }
 
 
@@ -8626,7 +8624,7 @@ def add_option(parser, flag, help, kind):
     name = flag[2:].replace("-", "_")
     default = os.environ.get(f"ORION_{name.upper()}") or getattr(Settings(), name)
     if default:
-        help += f" (default: {default})"
+        help += f" (default: {default})".replace("%", "%%")
     if kind is not bool:
         return parser.add_argument(flag, help=help, default=default, type=kind)
     if isinstance(default, str):
@@ -8650,25 +8648,12 @@ def add_verbs(parser):
                                        parents=[common])
         sub.set_defaults(verb=words)
         for argument in one.arguments:
-            add_argument(sub, argument)
+            sub.add_argument(argument, **ARGUMENTS[argument])
 
 
 def add_group(groups, name):
     group = groups[""].add_parser(name, help=f"see {name} --help")
     groups[name] = group.add_subparsers(required=True, metavar="command")
-
-
-def add_argument(parser, argument):
-    """argument: see verb."""
-    name, valued, how = argument.partition("=")
-    help, kind = ARGUMENTS[name]
-    if kind is None:
-        return parser.add_argument(name, help=help, action="store_true")
-    options = {"help": help, "type": kind}
-    if valued:
-        options["required"] = how != "?"
-        options["action"] = "append" if how == "+" else "store"
-    parser.add_argument(name, **options)
 
 
 # -- what all commands need
@@ -8762,10 +8747,11 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     settings, given = read_command_line(argv)
     try:
         return do(settings._replace(slices=slices), given) or 0
-    except KeyboardInterrupt:                            # at a question: it is undone
+    except KeyboardInterrupt:                            # at the question for a password
         return 130
     except FAILURES as error:
-        why = error.message if isinstance(error, Refused) else str(error)
+        known = isinstance(error, Refused) and not isinstance(error, StorageFault)
+        why = error.message if known else str(error)
         print(f"orion: {why or 'nothing was typed'}", file=sys.stderr)
         return 2
 

@@ -1070,6 +1070,30 @@ def test_a_job_of_a_command_that_was_refused_never_was(office):
     assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms
 
 
+def test_a_command_that_only_enqueues_a_job_is_not_said_to_be_silent(office, capfd):
+    orion.log_once.cache_clear()
+    assert office.write_letter(text="later", after=3600).status == 204
+    assert "published nothing" not in capfd.readouterr().err
+
+
+def test_a_job_that_was_claimed_twice_and_is_done_does_nothing(office):
+    office.write_letter(text="once", after=3600)
+    stub = office.env.workspaces.get(office.acme)
+    assert stub.fetch(orion.Request("POST", "/_jobs", "id=4711")).status == 200
+    assert office.rows("SELECT count(*) FROM jobs") == [(1,)]
+
+
+def test_a_job_of_whoever_looks_on_is_journalled_with_both_names(outside, start):
+    outside.close()
+    server = start((orion.todos, letters), demo=False)
+    ops = Person(server)
+    ops.headers["Cookie"] = ops.post("/login", form={"username": "ops", "password": "long enough"}).headers["set-cookie"].split(";")[0]
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert ops.post("/w/acme/letters", text="in her name").status == 204
+    with contextlib.closing(server.store("acme")) as file:
+        eventually(lambda: ("ops as ann", "letters.post_letter") in file.execute("SELECT who, what FROM journal").fetchall())
+
+
 def test_a_job_can_enqueue_another(office):
     office.write_letter(text="chain")
     assert eventually(lambda: office.rows("SELECT text FROM sent") == [("chain",), ("the next of the chain",)])
@@ -1150,7 +1174,7 @@ def test_what_a_job_wrote_is_on_the_page_that_is_asked_for_next_even_if_it_publi
 
 
 def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
-    monkeypatch.setattr(orion.Queue, "TRIES", 1)
+    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
     office.write_letter(text="fail")
     eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
     assert office.acme not in office.env.workspaces.alarms
@@ -1761,7 +1785,7 @@ def test_ten_failures_close_a_key_for_a_while_and_no_other(monkeypatch):
     throttle = orion.Throttle()
     for _ in range(throttle.most):
         throttle.check("a", "b")
-        throttle.failed("a")
+        throttle.count("a")
     throttle.check("b")
     with pytest.raises(orion.Refused) as refused:
         throttle.check("b", "a")
@@ -1773,11 +1797,11 @@ def test_ten_failures_close_a_key_for_a_while_and_no_other(monkeypatch):
 def test_failures_of_ones_own_that_are_forgotten_take_none_of_the_others_back(monkeypatch):
     throttle, now = orion.Throttle(), time.monotonic()
     for _ in range(9):
-        throttle.failed("me here", "here")
+        throttle.count("me here", "here")
     monkeypatch.setattr(orion.time, "monotonic", lambda: now + 700)
     for _ in range(10):
-        throttle.failed("here")
-    throttle.succeeded("me here", "here")
+        throttle.count("here")
+    throttle.forgive("me here", "here")
     with pytest.raises(orion.Refused):
         throttle.check("here")
 
@@ -1786,8 +1810,8 @@ def test_a_throttle_forgets_the_oldest_key_when_it_has_too_many():
     throttle = orion.Throttle()
     throttle.KEYS = 3
     for key in "abcd":
-        throttle.failed(key)
-    assert [*throttle.failures] == ["b", "c", "d"]
+        throttle.count(key)
+    assert [*throttle.counts] == ["b", "c", "d"]
 
 
 def test_only_so_many_passwords_are_checked_at_once():
@@ -2104,14 +2128,25 @@ def test_an_unknown_member_is_not_found(server):
     assert Person(server, "bob").patch("/w/acme/members/nobody", role="member").status == 404
 
 
+def test_where_one_was_going_is_kept_over_a_mistyped_password(outside):
+    wrong = {"username": "ann", "password": "mistyped", "next": "/w/acme/todos"}
+    assert 'name="next" value="/w/acme/todos"' in Person(outside).post("/login", form=wrong).text
+
+
+@cases("method, path, next", [("GET", "/w/acme/todos?show=open", "/w/acme/todos?show=open"), ("POST", "/workspaces", "/")])
+def test_signing_in_leads_to_where_one_was_and_never_to_a_command(outside, method, path, next):
+    answer = Person(outside).ask(method, path, Accept="text/html")
+    assert answer.status == 401 and f'name="next" value="{next}"' in answer.text
+
+
 def test_guessing_is_slowed_and_the_owner_gets_in_from_where_they_were(outside):
     ann = outside.sign_in("ann")
     guess = lambda: Person(outside).post("/login", form={"username": "ann", "password": "wrong wrong"}).status
     passwords = outside.edge.passwords
     for _ in range(10):
-        passwords.throttle.failed("to ann")          # by others, from elsewhere
+        passwords.guesses.count("to ann")          # by others, from elsewhere
     assert guess() == 422 and ann.get("/account").status == 200, "from an address of ann's own it is not slowed by them"
-    passwords.known = {}
+    passwords.welcome = {}
     answer = Person(outside).post("/login", form={"username": "ann", "password": "long enough"})
     assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
 
@@ -5149,6 +5184,17 @@ def single(start, tmp_path):
     return start((orion.todos, letters), single=tmp_path / "data" / "team.db")
 
 
+def test_on_a_single_root_one_sees_who_else_is_here(single):
+    with contextlib.closing(Ear(Person(single, "bob"), "/w/acme/todos/live")) as ear:
+        while 'id="here"' not in ear.event(heartbeats=True):
+            pass
+
+
+def test_without_a_quota_a_single_root_has_none_either(start, tmp_path):
+    bob = Person(start(single=tmp_path / "team.db", quota=0), "bob", datastar=True)
+    assert [bob.post("/w/acme/todos", title="x" * 400).status for _ in range(30)] == [200] * 30
+
+
 @cases("root", [{}, {"single": pathlib.Path("alone.db")}])
 def test_without_a_slice_there_are_members(start, tmp_path, root):
     bob = Person(start((), **{name: tmp_path / file for name, file in root.items()}), "bob")
@@ -5284,6 +5330,13 @@ def settled(tmp_path_factory):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
         orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
     return folder
+
+
+@cases("verb", ["add", "role"])
+def test_no_role_is_not_taken_for_a_removal(served, verb):
+    account = "dave" if verb == "add" else "carol"
+    assert served.run("member", verb, "acme", account, "")[0] == 2
+    assert "carol\tmember" in served.run("member", "list", "acme")[1]
 
 
 def test_the_members_page_follows_the_command_line_while_it_is_open(served):
