@@ -80,7 +80,6 @@ import ipaddress
 import json
 import os
 import pathlib
-import queue
 import re
 import secrets
 import signal
@@ -2423,9 +2422,11 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGTERM or SIGINT. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
     env.workspaces.tidy()
-    stop: queue.SimpleQueue = queue.SimpleQueue()        # a signal handler may put into it
+    told, teller = socket.socketpair()                   # the first gets a byte at a signal
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.put(number))
+        signal.signal(number, lambda *_: None)
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
@@ -2434,7 +2435,8 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
           "orion: server, a ninth of the pages a second, and 26 times the memory for an\n"
           "orion: open page; no limits, and no passwords",
           flush=True)
-    stop.get()
+    told.recv(1)
+    signal.set_wakeup_fd(-1)
     server.shutdown()
     serving.join()
     server.server_close()
