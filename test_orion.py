@@ -4164,12 +4164,24 @@ class Fleet:
         self.cli("node", "add", server.address)
         return server
 
-    def cli(self, *words, stdin=None, status=0, data="directory"):
-        """As a process of its own would, without the time that it takes to start."""
+    def cli(self, *words, stdin=None, status=0, data="directory", on=None):
+        """As a process of its own would, without the time that it takes to start. on: a node, on whose machine it is."""
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-            assert orion.main(argv=[*words, "--data", str(self.folder / data)]) == status, said.getvalue()
+            assert orion.main(argv=self.words(*words, data=data, on=on)) == status, said.getvalue()
         return said.getvalue()
+
+    def words(self, *words, data="directory", on=None):
+        before = ("--plane", "data", "--directory", f"127.0.0.1:{self.directory.port}") if on else ()
+        return [*map(str, (*before, *words)), "--data", str(on.folder if on else self.folder / data)]
+
+    def move(self, name, node):
+        """All the steps of it. Return the file that it went by."""
+        here, file = lives(self, name)[0], self.folder / f"{name}-{orion.stamp()}.db"
+        self.cli("workspace", "export", name, file, "--move", on=here)
+        self.cli("workspace", "import", file, on=node)
+        assert f"on {node.address} now" in self.cli("node", "assign", name, node.address)
+        return file
 
     @functools.lru_cache(maxsize=None)
     def cookie(self, name):
@@ -4342,23 +4354,84 @@ def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, 
     assert answer.status == (421 if how == "another node's" else 403) and fetched(node) == before
 
 
-def test_a_node_does_the_directorys_errands_for_nobody_else(fleet):
-    node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
-    id = fleet.directory.env.workspaces.id_from_name(name)
-    for what in ("aside", "create", "back", "adopt", "_counts"):
-        assert Person(node).post(f"/_node/{id}/{what}").status == 403
-    parts = orion.errand_parts(orion.Request("POST", f"/_node/{id}/_counts"), "")
-    seal = orion.seal_of(parts, orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
-    assert Person(node).ask("POST", f"/_node/{id}/aside", x_verdict=seal).status == 403
-    assert Person(node).ask("POST", f"/_node/{id}/_counts", x_verdict=seal).status == 200
+ASKED_OF_NODES = [("GET", "has"), ("POST", "open"), ("POST", "create"), ("POST", "remove"), ("GET", "_counts"), ("POST", "_retry")]
 
 
-def test_an_errand_is_believed_with_the_body_it_was_sealed_with_alone(fleet):
+def test_all_that_a_directory_asks_of_nodes_is_tried_here():
+    assert {*ASKED_OF_NODES} == {*orion.FOR_DIRECTORY}
+
+
+def sealed(server, method, path, query="", body=b"", seconds=9, key=None):
+    """The answer to what another process of this deployment asks."""
+    parts = orion.sealed_parts(orion.Request(method, path, query, body=body), "http")
+    seal = orion.seal_of(parts, key or orion.keys_now(server.env.settings)[0], int(time.time()) + seconds)
+    return Person(server).ask(method, path + (f"?{query}" if query else ""), body, x_verdict=seal, x_forwarded_proto="http")
+
+
+@cases("method, what", ASKED_OF_NODES)
+@cases("how", ["no seal", "another seal", "a verdict", "another key", "over", "too early"])
+def test_a_node_does_what_the_directory_asks_for_nobody_else(fleet, method, what, how):
+    node = fleet.nodes[0]
+    name = getattr(node, "tried", None) or fleet.found(on=node)
+    node.tried, (_, file) = name, lives(fleet, name)
+    path = f"/_node/{file.stem}/{what}"
+    if how in ("another key", "over", "too early"):
+        more = {"another key": {"key": b"another"}, "over": {"seconds": -1}, "too early": {"seconds": 99}}[how]
+        assert sealed(node, method, path, **more).status == 403
+    else:
+        other = orion.Request("PUT", path)
+        seal = {"no seal": None, "a verdict": verdict_of(fleet, fleet.cookie("bob"), name)["x-verdict"], "another seal": orion.seal_of(
+            orion.sealed_parts(other, ""), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)}[how]
+        assert Person(node).ask(method, path, x_verdict=seal).status == 403
+    assert file.exists()
+
+
+@cases("path", ["/_leave", "/_id_of", "/_node_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
+@cases("method", ["GET", "POST"])
+@cases("where", ["directory", "node", "members page", "workspace"])
+def test_nobody_outside_is_told_what_processes_ask_each_other(fleet, path, method, where):
+    name = fleet.tried = getattr(fleet, "tried", None) or fleet.found(on=fleet.nodes[0])
+    said = verdict_of(fleet, fleet.cookie("bob"), name)
+    query = f"?id={said['x-id']}&name={name}"
+    server = fleet.nodes[0] if where in ("node", "workspace") else fleet.directory
+    at = {"members page": f"/w/{name}/members{path}", "workspace": f"/w/{name}{path}"}.get(where, path)
+    answer = Person(server).ask(method, at + query, **said, Cookie=fleet.cookie("bob"), x_forwarded_proto="http")
+    assert answer.status in (403, 404, 405, 421) and said["x-id"] not in answer.text
+    assert verdict_of(fleet, fleet.cookie("bob"), name)["x-id"] == said["x-id"], "its members are let in still"
+
+
+def test_a_directory_lets_a_workspace_leave_for_who_has_the_key_alone(fleet):
+    name = fleet.found(on=fleet.nodes[0])
+    id = lives(fleet, name)[1].stem
+    assert sealed(fleet.directory, "POST", "/_leave", f"id={id}", key=b"another").status == 404
+    assert sealed(fleet.directory, "GET", "/_leave", f"id={id}").text == "null" == sealed(fleet.directory, "POST", "/_leave", "id=x").text
+    assert lives(fleet, name)[1].stem == id
+    assert sealed(fleet.directory, "POST", "/_leave", f"id={id}").text == f'"{name}"'
+    assert not verdict_of(fleet, fleet.cookie("bob"), name)
+
+
+def test_what_the_directory_asks_is_believed_with_the_body_it_was_sealed_with_alone(fleet):
     node, name = fleet.nodes[0], fleet.found(on=fleet.nodes[0])
-    path = f"/_node/{fleet.directory.env.workspaces.id_from_name(name)}/piece"
-    request = orion.Request("POST", path, "at=0", body=b"the directory's")
-    seal = orion.seal_of(orion.errand_parts(request, ""), orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
-    assert [Person(node).ask("POST", f"{path}?at=0", body, x_verdict=seal).status for body in (b"somebody's", b"the directory's")] == [403, 200]
+    path = f"/_node/{lives(fleet, name)[1].stem}/_retry"
+    seal = orion.seal_of(orion.sealed_parts(orion.Request("POST", path, body=b"the directory's"), ""),
+                         orion.keys_now(node.env.settings)[0], int(time.time()) + 9)
+    assert [Person(node).ask("POST", path, body, x_verdict=seal).status for body in (b"somebody's", b"the directory's")] == [403, 200]
+
+
+@cases("body", [b"", b"x", b"[]", b"7", b"{}", b'{"now": false}', b'{"now": false, "name": null}', b'{"now": false, "name": "a/b"}',
+                b'{"now": false, "name": "../../outside"}', b'{"name": "acme"}', b"\xff"])
+def test_what_names_no_workspace_removes_nothing_on_a_node(fleet, body):
+    node = fleet.nodes[0]
+    name = node.tried = getattr(node, "tried", None) or fleet.found(on=node)
+    file, before = lives(fleet, name)[1], {*fleet.folder.rglob("*.db")}
+    assert sealed(node, "POST", f"/_node/{file.stem}/remove", body=body).status == 400
+    assert before <= {*fleet.folder.rglob("*.db")} and not {*fleet.folder.parent.rglob("outside*")}
+
+
+@cases("id", ["x", "..", "%2e%2e", "..%2fsecret", "A" * 64, "a" * 63, "a" * 64 + "%0a", "a" * 64 + "/..", ""])
+def test_what_is_no_id_leads_to_no_file_of_a_node(fleet, id):
+    body = b'{"now": true, "name": "acme"}'
+    assert sealed(fleet.nodes[0], "POST", f"/_node/{id}/remove", body=body).status in (400, 403, 404)
 
 
 def test_a_workspace_that_is_busy_on_its_node_hides_no_other_from_the_home_page(fleet):
@@ -4393,7 +4466,7 @@ def test_a_stream_follows_its_workspace_to_another_node(fleet, front):
     name, bob = fleet.found(on=first), front.sign_in("bob", datastar=True)
     ear = Ear(bob, f"/w/{name}/todos/live")
     ear.event()
-    fleet.cli("node", "move", name, second.address)
+    fleet.move(name, second)
     with pytest.raises(EOFError):                    # its client comes back by itself
         while ear.event():
             pass
@@ -4404,12 +4477,13 @@ def test_a_stream_follows_its_workspace_to_another_node(fleet, front):
 
 
 def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, capfd):
-    first, _ = doomed.nodes
+    first, second = doomed.nodes
     name = doomed.found(on=first)
     orion.log_once.cache_clear()
     (first.folder / "secret.key").write_text("0" * 64 + "\n")
     assert logged(capfd, "One process takes the other for a stranger.")        # before the command line has standard error
-    assert "Copy the directory's secret.key" in doomed.cli("workspace", "export", name, str(tmp_path / "x.db"), status=2)
+    for words, on in ((("workspace", "export", name, tmp_path / "x.db"), first), (("node", "assign", name, first.address), None)):
+        assert "Copy the directory's secret.key" in doomed.cli(*words, on=on, status=2)
     answer = Person(first).get("/metrics", X_Forwarded_For="203.0.113.9")
     assert answer.status == 503 and "secret.key" not in answer.text
 
@@ -4431,10 +4505,8 @@ def test_a_node_that_is_lost_harms_no_other_and_its_workspaces_come_up_elsewhere
     lost, kept = fleet.found(on=first), fleet.found(on=second)
     bob = front.sign_in("bob")
     bob.post(f"/w/{lost}/todos", title="in the backup")
-    fleet.cli("backup", str(tmp_path / "backup"), data="one")
-    replace = "node", "replace", first.address, second.address, str(tmp_path / "backup")
-    assert "answers, and has" in fleet.cli(*replace, status=2)     # then it is not lost
-    assert "own place" in fleet.cli(*replace[:3], first.address, "x", status=2) and "no node" in fleet.cli(*replace[:2], "h:1", second.address, "x", status=2)
+    fleet.cli("backup", tmp_path / "backup", data="one")
+    assert "no node" in fleet.cli("node", "assign", "h:1", second.address, status=2)
     first.close()
     assert bob.get(f"/w/{lost}/todos").status == 502 and bob.get(f"/w/{kept}/todos").status == 200
     assert "can&#x27;t be read" in bob.get("/").text and "0 open" in bob.get("/").text
@@ -4442,10 +4514,40 @@ def test_a_node_that_is_lost_harms_no_other_and_its_workspaces_come_up_elsewhere
     fleet.directory.write("UPDATE workspaces SET node = ? WHERE name = ?", first.address, gone)
     assert "can't be reached" in fleet.cli("workspace", "remove", gone, status=2)
     fleet.cli("workspace", "remove", gone, "--now")                # nothing of it is left to wait for
-    orion.DOWN.clear()
-    assert f"{lost}\t" in fleet.cli(*replace)
+    fleet.cli("workspace", "import", tmp_path / "backup" / "workspaces" / f"{id_of(fleet, lost)}.db", on=second)
+    assert f"{lost}\ton {second.address} now" in fleet.cli("node", "assign", first.address, second.address)
     assert "in the backup" in bob.get(f"/w/{lost}/todos").text and bob.get(f"/w/{kept}/todos").status == 200
+    fleet.cli("node", "remove", first.address)
     front.close()
+
+
+def test_the_files_of_a_lost_node_are_assigned_but_for_those_that_are_missing(doomed, tmp_path):
+    first, second = doomed.nodes
+    names = [doomed.found(on=first) for _ in range(3)]
+    write_on(doomed, names[0])
+    doomed.cli("backup", tmp_path / "backup", data="one")
+    first.close()
+    for name in names[:2]:
+        doomed.cli("workspace", "import", tmp_path / "backup" / "workspaces" / f"{id_of(doomed, name)}.db", on=second)
+    said = doomed.cli("node", "assign", first.address, second.address, status=1)
+    assert said.count(f"on {second.address} now") == 2 and f"{names[2]}\t{second.address} has no file of it" in said
+    assert kept(doomed, names[0]) and lives(doomed, names[2])[0] is first
+    assert "has 1 workspaces" in doomed.cli("node", "remove", first.address, status=2)
+
+
+def test_a_lost_node_comes_up_from_its_backup_in_an_empty_folder(doomed, tmp_path):
+    first, second = doomed.nodes
+    name = doomed.found(on=first)
+    write_on(doomed, name)
+    doomed.cli("backup", tmp_path / "backup", data="one")
+    first.close()
+    doomed.cli("restore", tmp_path / "backup", data="three")
+    third = doomed.node("three")
+    orion.DOWN.clear()
+    assert f"on {third.address} now" in doomed.cli("node", "assign", first.address, third.address)
+    doomed.nodes.append(third)
+    assert kept(doomed, name)
+    write_on(doomed, name, "goes on")
 
 
 @needs_nginx
@@ -4464,40 +4566,18 @@ def test_a_move_between_nodes_under_load_loses_nothing_and_doubles_nothing(fleet
     writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
     for thread in writers:
         thread.start()
-    eventually(lambda: len(acknowledged) > 50)
-    assert f"on {second.address} now" in fleet.cli("node", "move", name, second.address)
+    for there in (second, first):                    # and back
+        moved = len(acknowledged)
+        eventually(lambda: len(acknowledged) > moved + 50)
+        fleet.move(name, there)
     moved = len(acknowledged)
     eventually(lambda: len(acknowledged) > moved + 50)
     stop.set()
     for thread in writers:
         thread.join(PATIENCE)
-    id = fleet.directory.env.workspaces.id_from_name(name)
-    with contextlib.closing(sqlite3.connect(second.folder / "workspaces" / f"{id}.db")) as db:
-        titles = [row[0] for row in db.execute("SELECT title FROM todos")]
+    titles = titles_on(fleet, name)
     assert len(titles) == len({*titles}) and {*acknowledged} <= {*titles}
-    assert not (first.folder / "workspaces" / f"{id}.db").exists()
-
-
-def test_a_move_that_fails_leaves_everything_as_it_was(doomed):
-    fleet = doomed
-    first, second = fleet.nodes
-    name = fleet.found(on=first)
-    second.close()
-    assert "can't be reached" in fleet.cli("node", "move", name, second.address, status=2)
-    id = fleet.directory.env.workspaces.id_from_name(name)
-    assert (first.folder / "workspaces" / f"{id}.db").exists() and first.address in str(fleet.cli("node", "list"))
-    person = Person(fleet.directory)
-    person.headers["Cookie"] = fleet.cookie("bob")
-    assert person.get(f"/_gate/{name}").headers["x-node"] == first.address
-
-
-def test_a_move_by_which_rows_would_be_lost_does_not_happen(fleet, monkeypatch):
-    first, second = fleet.nodes
-    name, adopt = fleet.found(on=first), ("POST", "adopt")
-    monkeypatch.setitem(orion.ERRANDS, adopt, lambda path, **more: orion.take_in(path, **more) - 1)
-    assert "4 rows left, and 3 arrived" in fleet.cli("node", "move", name, second.address, status=2)
-    assert verdict_of(fleet, fleet.cookie("bob"), name)["x-node"] == first.address
-    assert Person(first).ask("GET", f"/w/{name}/todos", **verdict_of(fleet, fleet.cookie("bob"), name)).status == 200
+    assert not (second.folder / "workspaces" / lives(fleet, name)[1].name).exists()
 
 
 def test_a_workspace_whose_node_can_not_be_reached_is_not_founded_and_its_name_stays_free(doomed):
@@ -4525,109 +4605,386 @@ def write_on(fleet, name, title="precious"):
     assert Person(node).ask("POST", f"/w/{name}/todos", json.dumps({"title": title}), **said, Content_Type="application/json").status == 200
 
 
+def titles_on(fleet, name):
+    with contextlib.closing(sqlite3.connect(lives(fleet, name)[1])) as db:
+        return [title for title, in db.execute("SELECT title FROM todos")]
+
+
 def kept(fleet, name, title="precious"):
-    _, path = lives(fleet, name)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return (title,) in db.execute("SELECT title FROM todos").fetchall()
+    return titles_on(fleet, name).count(title) == 1
 
 
-def test_a_move_that_fails_never_brings_back_an_older_copy(doomed, monkeypatch):
-    first, second = doomed.nodes
-    name = doomed.found(on=first)
-    doomed.cli("node", "move", name, second.address), doomed.cli("node", "move", name, first.address)
+def id_of(fleet, name):
+    return fleet.directory.env.workspaces.id_from_name(name)
+
+
+def is_closed(fleet, name):
+    """Are its members told that it is on its way?"""
+    person = Person(fleet.directory)
+    person.headers["Cookie"] = fleet.cookie("bob")
+    return "is being moved" in person.get(f"/_gate/{name}").text
+
+
+@cases("how", ["the disk is full", "there is no such folder", "the answer of the directory is lost"])
+def test_an_export_that_fails_with_move_lets_people_in_again_when_it_is_assigned(doomed, tmp_path, monkeypatch, how):
+    first, _ = doomed.nodes
+    name, file, send = doomed.found(on=first), tmp_path / "x.db", orion.send_sealed
     write_on(doomed, name)
-    first.env.workspaces.rest(idle=-1)
-    orion.beside(lives(doomed, name)[1], "moved").write_bytes(b"older")       # nobody could tell the node to forget it
-    monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
-    doomed.cli("node", "move", name, second.address, status=2)
+
+    def lose(settings, address, request, *more):
+        answer = send(settings, address, request, *more)
+        if request.path == "/_leave":
+            raise orion.Unreachable(address, "timed out")
+        return answer
+    if how == "the disk is full":
+        monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+    elif how == "the answer of the directory is lost":
+        monkeypatch.setattr(orion, "send_sealed", lose)
+    else:
+        file = tmp_path / "nowhere" / "x.db"
+    said = doomed.cli("workspace", "export", name, file, "--move", on=first, status=2)
+    monkeypatch.undo()
+    assert f"node assign {name} with the address of this node" in said and is_closed(doomed, name) and not file.exists()
+    doomed.cli("node", "assign", name, first.address)
+    assert kept(doomed, name)
+    write_on(doomed, name, "goes on")
+
+
+def test_an_export_of_a_node_that_fails_leaves_everything_as_it_was(fleet, tmp_path):
+    name, first = fleet.found(on=fleet.nodes[0]), fleet.nodes[0]
+    fleet.cli("workspace", "export", name, tmp_path / "nowhere" / "x.db", on=first, status=2)
+    assert not is_closed(fleet, name)
+    write_on(fleet, name)
+
+
+def test_an_export_of_a_node_is_a_copy_and_the_workspace_goes_on(fleet, tmp_path):
+    name, first = fleet.found(on=fleet.nodes[0]), fleet.nodes[0]
+    write_on(fleet, name)
+    assert "rows" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first)
+    write_on(fleet, name, "later")
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as db:
+        assert db.execute("SELECT title FROM todos").fetchall() == [("precious",)]
+    assert "exists; name a new file" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first, status=2)
+
+
+def test_what_is_not_on_a_node_is_not_exported_there(fleet, tmp_path):
+    name, (_, second) = fleet.found(on=fleet.nodes[0]), fleet.nodes
+    for words in ((name, tmp_path / "x.db", "--move"), ("nowhere", tmp_path / "x.db", "--move")):
+        fleet.cli("workspace", "export", *words, on=second, status=2)
+    assert not is_closed(fleet, name) and not [*tmp_path.iterdir()]
+
+
+def test_while_the_directory_is_away_nothing_leaves_a_node(doomed, tmp_path):
+    name = doomed.found(on=doomed.nodes[0])
+    file = lives(doomed, name)[1]
+    doomed.directory.close()
+    for move in ((), ("--move",)):
+        assert "can't be reached" in doomed.cli("workspace", "export", name, tmp_path / "x.db", *move, on=doomed.nodes[0], status=2)
+    assert file.exists() and not (tmp_path / "x.db").exists()
+
+
+CUTS = {"before the directory knows": "o.ask_directory_of = lambda settings, path, *a, ask=o.ask_directory_of, **k: ask(settings, path, *a, **k) "
+                                      "if path == '/_id_of' else os._exit(9)",
+        "before the copy": "o.take_away = lambda *a: os._exit(9)",
+        "before the copy has its name": "o.put_in_place = lambda *a: os._exit(9)",
+        "after the copy": "o.copy_database = lambda *a, copy=o.copy_database: (copy(*a), os._exit(9))",
+        "before its log is gone": "o.pathlib.Path.unlink = lambda path, *a, unlink=o.pathlib.Path.unlink, **k: "
+                                  "os._exit(9) if path.parent.name == 'workspaces' and path.name.endswith('-wal') else unlink(path, *a, **k)",
+        "at the end": "o.take_away = lambda *a, take=o.take_away: (take(*a), os._exit(9))"}
+
+
+@cases("when", CUTS)
+def test_an_export_that_was_killed_loses_no_row_and_doubles_none(doomed, tmp_path, when):
+    first, second = doomed.nodes
+    name, file = doomed.found(on=first), tmp_path / "x.db"
+    write_on(doomed, name)
+    source = lives(doomed, name)[1]
+    words = doomed.words("workspace", "export", name, file, "--move", on=first)
+    program = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport orion as o\n{CUTS[when]}\no.main(argv={words!r})"
+    assert subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL).returncode == 9
+    assert is_closed(doomed, name) == (when != "before the directory knows")
+    if source.exists():                              # then it is the last word, whatever else there is
+        assert "still has" in doomed.cli("node", "assign", name, second.address, status=2)
+        doomed.cli("node", "assign", name, first.address)
+        write_on(doomed, name, "meanwhile")
+        doomed.move(name, second)
+        assert kept(doomed, name, "meanwhile")
+    else:
+        doomed.cli("workspace", "import", file, on=second), doomed.cli("node", "assign", name, second.address)
+    assert kept(doomed, name)
+    doomed.move(name, first)                         # nothing of what was left behind is taken for its own
+    assert kept(doomed, name) and lives(doomed, name)[0] is first
+    write_on(doomed, name, "goes on")
+
+
+def test_an_export_that_is_asked_for_twice_is_done_once(doomed, tmp_path, monkeypatch):
+    name, take, again = doomed.found(on=doomed.nodes[0]), orion.take_away, []
+    write_on(doomed, name)
+
+    def meanwhile(*given):
+        if not again:                                # the operator is impatient
+            again.append("asked")
+            again.append(doomed.cli("workspace", "export", name, tmp_path / "again.db", "--move", on=doomed.nodes[0], status=2))
+        return take(*given)
+    monkeypatch.setattr(orion, "take_away", meanwhile)
+    doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=doomed.nodes[0])
+    assert "a move is under way" in again[1] and [*tmp_path.glob("*.db")] == [tmp_path / "x.db"]
+
+
+def test_a_workspace_that_is_renamed_while_it_leaves_closes_no_other(doomed, tmp_path, monkeypatch):
+    first, second = doomed.nodes
+    name, other, ask = doomed.found(on=first), doomed.found(on=first), orion.id_there
+    write_on(doomed, name)
+
+    def rename(*given):
+        id = ask(*given)
+        doomed.cli("workspace", "rename", name, "renamed"), doomed.cli("workspace", "rename", other, name)
+        return id
+    monkeypatch.setattr(orion, "id_there", rename)
+    doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
+    monkeypatch.undo()
+    assert is_closed(doomed, "renamed") and not is_closed(doomed, name)
+    doomed.cli("workspace", "import", tmp_path / "x.db", on=second), doomed.cli("node", "assign", "renamed", second.address)
+    assert kept(doomed, "renamed") and titles_on(doomed, name) == []
+
+
+def test_a_workspace_that_is_renamed_on_its_way_is_imported_under_its_new_name(doomed, tmp_path):
+    first, second = doomed.nodes
+    name, file = doomed.found(on=first), tmp_path / "x.db"
+    write_on(doomed, name)
+    doomed.cli("workspace", "export", name, file, "--move", on=first)
+    doomed.cli("workspace", "rename", name, "renamed")
+    assert "knows no workspace" in doomed.cli("workspace", "import", file, on=second, status=2)
+    doomed.cli("workspace", "import", file, "--name", "renamed", on=second), doomed.cli("node", "assign", "renamed", second.address)
+    assert kept(doomed, "renamed")
+
+
+def test_a_file_that_was_taken_for_another_workspace_does_not_take_its_place(doomed, tmp_path):
+    first, second = doomed.nodes
+    name, other = doomed.found(on=first), doomed.found(on=first)
+    write_on(doomed, other)
+    doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
+    doomed.cli("workspace", "rename", name, "renamed"), doomed.cli("workspace", "rename", other, name)
+    doomed.cli("workspace", "import", tmp_path / "x.db", on=second)            # it says the name that another has by now
+    assert "still has" in doomed.cli("node", "assign", name, second.address, status=2)
     assert kept(doomed, name)
 
 
-def test_a_move_that_is_asked_for_twice_is_done_once(doomed, monkeypatch):
-    first, second = doomed.nodes
-    name, piece, again = doomed.found(on=first), orion.ERRANDS["POST", "piece"], []
-
-    def meanwhile(path, **more):
-        if not again:                                # the operator is impatient
-            again.append("asked")
-            again.append(doomed.cli("node", "move", name, second.address, status=2))
-        return piece(path, **more)
-    monkeypatch.setitem(orion.ERRANDS, ("POST", "piece"), meanwhile)
-    doomed.cli("node", "move", name, second.address)
-    assert "another move is under way" in again[1] and lives(doomed, name)[0] is second
+def test_two_nodes_never_have_a_workspace_at_once(fleet, tmp_path):
+    first, second = fleet.nodes
+    name = fleet.found(on=first)
+    fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first)
+    fleet.cli("workspace", "import", tmp_path / "x.db", on=second)             # a copy, while it goes on
+    write_on(fleet, name)
+    assert f"{first.address} still has {name}" in fleet.cli("node", "assign", name, second.address, status=2)
+    assert kept(fleet, name) and lives(fleet, name)[0] is first
 
 
-def test_a_move_that_read_where_the_workspace_is_before_another_ended_moves_nothing(doomed, monkeypatch):
-    first, second = doomed.nodes
-    name, keeper, again = doomed.found(on=first), orion.keeper, []
-
-    def meanwhile(*given):
-        if not again:
-            again.append("asked")
-            doomed.cli("node", "move", name, second.address)
-            write_on(doomed, name)
-        return keeper(*given)
-    monkeypatch.setattr(orion, "keeper", meanwhile)
-    assert "another move is under way" in doomed.cli("node", "move", name, second.address, status=2)
-    assert lives(doomed, name)[0] is second and kept(doomed, name)
+def test_a_workspace_is_not_assigned_to_a_node_that_has_no_file_of_it(fleet, tmp_path):
+    first, second = fleet.nodes
+    name = fleet.found(on=first)
+    write_on(fleet, name)
+    fleet.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
+    for node in fleet.nodes:
+        assert "has no file of it" in fleet.cli("node", "assign", name, node.address, status=1)
+    assert is_closed(fleet, name)
+    fleet.cli("workspace", "import", tmp_path / "x.db", on=first), fleet.cli("node", "assign", name, first.address)
+    assert kept(fleet, name)
 
 
-def test_a_move_of_a_file_that_is_lost_says_so_and_what_to_do(doomed):
+@cases("how", ["takes us for strangers", "has a bad disk"])
+def test_a_node_that_only_can_not_say_whether_it_has_a_file_is_not_lost(doomed, tmp_path, monkeypatch, how):
     first, second = doomed.nodes
     name = doomed.found(on=first)
-    lives(doomed, name)[1].unlink()
-    assert "node replace" in doomed.cli("node", "move", name, second.address, status=2)
+    doomed.cli("workspace", "export", name, tmp_path / "x.db", on=first), doomed.cli("workspace", "import", tmp_path / "x.db", on=second)
+    if how == "takes us for strangers":
+        (first.folder / "secret.key").write_text("0" * 64 + "\n")
+    else:
+        monkeypatch.setitem(orion.FOR_DIRECTORY, ("GET", "has"), mock.Mock(side_effect=OSError("input/output error")))
+    assert "if it is lost, stop it first" in doomed.cli("node", "assign", name, second.address, status=2)
+    assert lives(doomed, name)[0] is first
 
 
-@cases("how", ["finished", "taken back"])
-def test_a_move_that_was_cut_short_is_finished_or_taken_back_by_asking_again(doomed, monkeypatch, how):
+@cases("words", ["assign", "remove"])
+def test_people_sign_in_while_an_operator_waits_for_a_node(doomed, tmp_path, monkeypatch, words):
     first, second = doomed.nodes
-    name, placed = doomed.found(on=first), orion.placed
+    name, has, signed_in = doomed.found(on=first), orion.has_file, []
+
+    def slow(*given):
+        eve = Person(doomed.directory).post("/login", form={"username": "eve", "password": "long enough"})
+        signed_in.append(eve.status)
+        return has(*given)
+    monkeypatch.setitem(orion.FOR_DIRECTORY, ("GET", "has"), slow)
+    doomed.cli(*(("node", "assign", name, second.address) if words == "assign" else ("workspace", "remove", name)), status=2 * (words == "assign"))
+    assert signed_in == [303]
+
+
+def test_a_workspace_that_leaves_while_it_is_assigned_stays_closed(doomed, tmp_path, monkeypatch):
+    first, _ = doomed.nodes
+    name, open_file = doomed.found(on=first), orion.open_file
+
+    def meanwhile(*given):
+        there = open_file(*given)
+        doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
+        return there
+    monkeypatch.setitem(orion.FOR_DIRECTORY, ("POST", "open"), meanwhile)
+    assert "meanwhile; try again" in doomed.cli("node", "assign", name, first.address, status=1)
+    assert is_closed(doomed, name)
+
+
+def test_a_file_that_is_there_already_is_not_replaced_by_an_import(fleet, tmp_path):
+    first, _ = fleet.nodes
+    name = fleet.found(on=first)
+    fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first)
+    write_on(fleet, name)
+    assert "this node has that workspace already" in fleet.cli("workspace", "import", tmp_path / "x.db", on=first, status=2)
+    assert kept(fleet, name)
+
+
+@cases("what", ["another workspace", "garbage", "an empty file", "no file", "the directory", "an unknown export", "a workspace without a name"])
+def test_what_is_no_file_of_a_workspace_is_not_imported_on_a_node(fleet, tmp_path, what):
+    first, second = fleet.nodes
+    name, file = fleet.found(on=first), tmp_path / f"{'a' * 64}.db"
+    write_on(fleet, name)
+    fleet.cli("backup", tmp_path / "backup", data="one"), fleet.cli("backup", tmp_path / "directory", data="directory")
+    if what in ("another workspace", "a workspace without a name"):
+        file = tmp_path / f"{'a' * 64 if what == 'another workspace' else 'file'}.db"
+        shutil.copy2(tmp_path / "backup" / "workspaces" / f"{id_of(fleet, name)}.db", file)
+    elif what == "the directory":
+        shutil.copy2(tmp_path / "directory" / "directory.db", file)
+    elif what == "an unknown export":
+        file = tmp_path / "x.db"
+        fleet.cli("workspace", "export", name, file, on=first), fleet.cli("workspace", "rename", name, f"{name}-new")
+    elif what != "no file":
+        file.write_bytes(b"garbage" * 999 if what == "garbage" else b"")
+    before = {*(second.folder / "workspaces").iterdir()}
+    assert fleet.cli("workspace", "import", file, on=second, status=2).count("\n") == 1
+    assert {*(second.folder / "workspaces").iterdir()} == before
+
+
+@pytest.fixture
+def exported(start, run, tmp_path):
+    """acme of another deployment: bob and carol are its members."""
+    server = start(folder="elsewhere")
+    assert run("workspace", "export", "acme", tmp_path / "acme.db", data=server.env.settings.data)[0] == 0
+    return tmp_path / "acme.db"
+
+
+@cases("name", ["acme", "w0"])
+def test_a_workspace_of_another_deployment_is_imported_in_three_steps(doomed, exported, name):
+    first, second = doomed.nodes
+    doomed.found(on=first) if name == "acme" else None
+    doomed.cli("workspace", "add", "acme") if name != "acme" else None         # its own name is another's here
+    said = doomed.cli("workspace", "import", exported, "--name", name)
+    assert f"workspace import FILE --name {name}" in said and f"node assign {name} HOST:PORT" in said and is_closed(doomed, name)
+    assert "account passwd carol" in said
+    doomed.cli("workspace", "import", exported, "--name", name, on=second), doomed.cli("node", "assign", name, second.address)
+    assert lives(doomed, name)[0] is second and len(titles_on(doomed, name)) == 3
     write_on(doomed, name)
-
-    def killed(settings, id, node, why, moving=0):
-        if why != "node move begins":                # nor does it undo anything
-            raise SystemExit
-        placed(settings, id, node, why, moving)
-    monkeypatch.setattr(orion, "placed", killed)
-    monkeypatch.setattr(orion, "bring_back", mock.Mock(side_effect=SystemExit))
-    with pytest.raises(SystemExit):
-        doomed.cli("node", "move", name, second.address)
-    monkeypatch.undo()
-    node = second if how == "finished" else first
-    assert f"on {node.address} now" in doomed.cli("node", "move", name, node.address)
-    assert lives(doomed, name)[0] is node and kept(doomed, name)
+    assert "carol\t" in doomed.cli("member", "list", name)
 
 
-@cases("fails", ["before it left", "after it arrived"])
-def test_a_job_that_is_due_while_a_move_fails_runs_once_and_where_it_was(tmp_path, monkeypatch, fails):
-    ran, done = [], threading.Event()
+def test_a_workspace_of_the_time_before_the_nodes_goes_to_one(doomed, tmp_path):
+    first, second = doomed.nodes
+    for node in doomed.nodes:
+        doomed.cli("node", "remove", node.address)
+    doomed.cli("workspace", "add", "old", "--owner", "bob"), doomed.cli("backup", tmp_path / "backup")
+    for node in doomed.nodes:
+        doomed.cli("node", "add", node.address)
+    assert "old is here" in doomed.cli("node", "assign", "old", second.address, status=2)
+    said = doomed.cli("workspace", "restore", "old", "--at", tmp_path / "backup", "--new", "older")
+    assert "workspace import FILE --name older" in said and is_closed(doomed, "older")
+    file = tmp_path / "backup" / "workspaces" / f"{id_of(doomed, 'old')}.db"
+    doomed.cli("workspace", "import", file, "--name", "older", on=first), doomed.cli("node", "assign", "older", first.address)
+    doomed.cli("workspace", "export", "old", tmp_path / "old.db", "--move")
+    doomed.cli("workspace", "import", tmp_path / "old.db", on=second), doomed.cli("node", "assign", "old", second.address)
+    assert [lives(doomed, name)[0] for name in ("older", "old")] == [first, second]
+    write_on(doomed, "older"), write_on(doomed, "old")
 
-    def ring(ctx):
-        ran.append(ctx.store.store.path.parent.parent.name)
-        done.set()
-    fleet, placed = Fleet(tmp_path, slices=(orion.todos, working(ring))), orion.placed
-    with contextlib.closing(fleet):
-        first, second = fleet.nodes
-        name = fleet.found(on=first)
-        said = verdict_of(fleet, fleet.cookie("bob"), name)
-        node, path = lives(fleet, name)
+
+def test_an_export_from_the_time_before_the_nodes_that_was_killed_keeps_its_file(doomed, tmp_path):
+    first, _ = doomed.nodes
+    for node in doomed.nodes:
+        doomed.cli("node", "remove", node.address)
+    doomed.cli("workspace", "add", "old", "--owner", "bob")
+    doomed.cli("workspace", "export", "old", tmp_path / "earlier.db"), doomed.cli("node", "add", first.address)
+    doomed.cli("workspace", "import", tmp_path / "earlier.db", on=first)
+    doomed.directory.write("UPDATE workspaces SET moving = 1 WHERE name = 'old'")
+    assert "old is here" in doomed.cli("node", "assign", "old", first.address, status=2)
+
+
+def test_nobody_founds_a_workspace_in_the_place_of_one_that_is_on_its_way(doomed, tmp_path):
+    first, second = doomed.nodes
+    name, person = doomed.found(on=first), Person(doomed.directory)
+    write_on(doomed, name)
+    doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
+    person.headers["Cookie"] = doomed.cookie("bob")
+    assert person.post("/workspaces", form={"name": name}).status == 422
+    doomed.cli("workspace", "add", name, status=2)
+    assert is_closed(doomed, name)
+    doomed.cli("workspace", "import", tmp_path / "x.db", on=first), doomed.cli("node", "assign", name, first.address)
+    assert kept(doomed, name)
+
+
+def test_the_machine_of_a_node_does_not_become_a_deployment_of_its_own_by_an_import(doomed, exported):
+    assert "--plane data" in doomed.cli("workspace", "import", exported, data="two", status=2)
+    assert not (doomed.folder / "two" / "directory.db").exists()
+
+
+class Ringing(Fleet):
+    """It has a job that notes on which node it runs."""
+
+    def __init__(self, folder):
+        def ring(ctx):
+            self.ran.append(ctx.store.store.path.parent.parent.name)
+            self.rang.set()
+        self.ran, self.rang = [], threading.Event()
+        super().__init__(folder, slices=(orion.todos, working(ring)))
+
+    def enqueue(self, name):
+        """One that is due in an hour."""
+        node, _ = lives(self, name)
         body = json.dumps({"job": "ring", "after": 3600})
-        assert Person(node, datastar=True).ask("POST", f"/w/{name}/work", body, **said, Content_Type="application/json").status == 204
-        with contextlib.closing(sqlite3.connect(path)) as db, db:
-            db.execute("UPDATE jobs SET due = 0")
+        answer = Person(node, datastar=True).ask("POST", f"/w/{name}/work", body, **verdict_of(self, self.cookie("bob"), name), Content_Type="application/json")
+        assert answer.status == 204
 
-        def fail(settings, id, node, why, moving=0):
-            if why == "node move":
-                raise sqlite3.OperationalError("database is locked")
-            placed(settings, id, node, why, moving)
-        if fails == "after it arrived":
-            monkeypatch.setattr(orion, "placed", fail)
-        else:
-            monkeypatch.setattr(orion, "send_pieces", mock.Mock(side_effect=orion.Unusable("no")))
-        fleet.cli("node", "move", name, second.address, status=2)
-        monkeypatch.undo()
-        assert done.wait(PATIENCE) and ran == ["one"] and lives(fleet, name)[0] is first
+
+@pytest.fixture
+def ringing(tmp_path):
+    fleet = Ringing(tmp_path)
+    yield fleet
+    fleet.close()
+
+
+def hour_later(file):
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE jobs SET due = 0")
+
+
+@cases("how", ["goes on", "fails"])
+def test_a_job_that_is_due_on_the_way_runs_once_and_where_the_workspace_is_then(ringing, how):
+    first, second = ringing.nodes
+    name, file = ringing.found(on=first), ringing.folder / "x.db"
+    ringing.enqueue(name)
+    ringing.cli("workspace", "export", name, file, "--move", on=first)
+    hour_later(file)
+    there = second if how == "goes on" else first
+    ringing.cli("workspace", "import", file, on=there), ringing.cli("node", "assign", name, there.address)
+    assert ringing.rang.wait(PATIENCE) and ringing.ran == [there.folder.name]
+
+
+def test_a_job_of_a_workspace_that_comes_back_to_a_node_runs_there(ringing, monkeypatch):
+    first, second = ringing.nodes
+    name = ringing.found(on=first)
+    at_rest = lambda: eventually(lambda: [node.edge.broker.version for node in ringing.nodes] == [ringing.directory.env.directory.ask("/_version")] * 2)
+    at_rest()                                        # the first node has looked for jobs
+    ringing.move(name, second), at_rest()
+    ringing.enqueue(name)
+    file = ringing.folder / "back.db"
+    ringing.cli("workspace", "export", name, file, "--move", on=second), at_rest()
+    hour_later(file)
+    ringing.cli("workspace", "import", file, on=first), ringing.cli("node", "assign", name, first.address)
+    assert ringing.rang.wait(PATIENCE) and ringing.ran == ["one"]
 
 
 def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
@@ -4639,7 +4996,7 @@ def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
 
 
 def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(doomed, monkeypatch):
-    monkeypatch.setattr(orion, "open_on_node", lambda *_: None)
+    monkeypatch.setattr(orion.PlacesFiles, "settle", lambda *_: None)
     name = doomed.found()
     monkeypatch.undo()
     person = Person(doomed.directory)
@@ -4667,17 +5024,26 @@ def test_a_rotated_key_lets_members_in_before_the_nodes_have_it(doomed):
     assert Person(doomed.nodes[0]).ask("GET", f"/w/{name}/todos", **verdict_of(doomed, doomed.cookie("bob"), name)).status == 200
 
 
-def test_workspaces_on_nodes_are_exported_imported_and_removed_like_others(doomed, tmp_path):
-    name, file = doomed.found(on=doomed.nodes[0]), tmp_path / "export.db"
+def test_a_workspace_that_is_removed_stays_for_a_while_on_the_machine_of_its_node(doomed):
+    first, second = doomed.nodes
+    name = doomed.found(on=first)
     write_on(doomed, name)
-    doomed.cli("workspace", "export", name, str(file)), doomed.cli("workspace", "import", str(file), "--name", "again")
-    assert kept(doomed, name) and kept(doomed, "again")
-    assert f"on {doomed.nodes[0].address}" in doomed.cli("workspace", "list")
+    assert f"on {first.address}" in doomed.cli("workspace", "list")
     path = lives(doomed, name)[1]
-    assert "a copy stays" in doomed.cli("workspace", "remove", name) and not path.exists()
-    copy, = (doomed.folder / "directory" / "removed").iterdir()
-    with contextlib.closing(sqlite3.connect(copy)) as db:
-        assert ("precious",) in db.execute("SELECT title FROM todos").fetchall()
+    said = doomed.cli("workspace", "remove", name)
+    copy, = (first.folder / "removed").iterdir()
+    assert f"{first.address} keeps a copy for 30 days: {copy}" in said and not path.exists()
+    assert "bob" in doomed.cli("workspace", "import", copy) + doomed.cli("member", "list", name)
+    doomed.cli("workspace", "import", copy, on=second), doomed.cli("node", "assign", name, second.address)
+    assert kept(doomed, name) and lives(doomed, name)[1] != path
+
+
+def test_a_workspace_that_is_removed_now_leaves_no_copy_on_its_node(doomed):
+    first, _ = doomed.nodes
+    name = doomed.found(on=first)
+    path = lives(doomed, name)[1]
+    doomed.cli("workspace", "remove", name, "--now")
+    assert not path.exists() and not (first.folder / "removed").exists()
 
 
 def test_a_workspace_that_its_node_can_not_read_hides_no_other(doomed):
@@ -5499,13 +5865,6 @@ def test_what_is_there_is_not_overwritten(served, tmp_path):
     (tmp_path / "precious").write_text("precious"), (tmp_path / "monday.part").mkdir()
     assert "exists" in served.run("workspace", "export", "acme", tmp_path / "precious")[2] and (tmp_path / "precious").read_text() == "precious"
     assert served.run("backup", tmp_path / "monday")[0] == 0 and (tmp_path / "monday.part").exists()
-
-
-def test_a_workspace_whose_export_can_not_be_undone_stays_closed(served, tmp_path, monkeypatch):
-    monkeypatch.setitem(orion.ERRANDS, ("POST", "back"), mock.Mock(side_effect=OSError("the disk is gone")))
-    assert served.run("workspace", "export", "acme", tmp_path / "nowhere" / "acme.db", "--move")[0] == 2
-    answer = Person(served, "bob").get("/w/acme/todos")
-    assert answer.status == 503 and "is being moved" in answer.text
 
 
 def test_an_export_that_fails_leaves_all_as_it_was(served, tmp_path):
