@@ -7291,10 +7291,12 @@ def workspace_remove(settings, given):
     if settings.single:
         raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
     with locked(settings.workspaces, BUSY_FOLDER):
+        with opened(settings) as (store, env):
+            row = row_of(store, "workspaces", given.name)
+        env.workspaces.check_removable(row, given.now)   # may take a while
         with opened(settings, "workspace remove", given.name) as (store, env):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
-            env.workspaces.check_removable(row, given.now)
             store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
             store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
         about = {"name": given.name, "members": members}
@@ -7369,6 +7371,7 @@ def workspace_import(settings, given):
 
     From an export an account comes without a password.
     """
+    check_no_node(settings)
     about = about_file(given.file, given.name)
     with adopted(settings, given.file) as copy:
         with opened(settings, "workspace import", about.name) as (store, env):
@@ -7377,6 +7380,15 @@ def workspace_import(settings, given):
                           copy)
     settle(settings, env, about.name)
     print(f"{about.name}: {len(about.members)} members")
+
+
+def check_no_node(settings):
+    """Raise Unusable for the folder of a node: a Directory there would be a second one."""
+    if settings.single or settings.directory_file.exists():
+        return
+    if settings.key_file.exists():
+        raise Unusable(f"{settings.data} has a key and no Directory, as a node has; there "
+                       "say orion.py --plane data --directory HOST:PORT workspace import")
 
 
 def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
@@ -7470,6 +7482,7 @@ def workspace_restore(settings, given):
             opened(settings, "workspace restore", name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
     print(f"{name}: as {given.name} was in {given.at}")
+    settle(settings, env, name)
 
 
 # ==== 43. Members of a workspace ==========================================================
@@ -7693,19 +7706,22 @@ DOWN_SECONDS = 2.0
 PATIENCE = {"remove": 600.0, "_counts": 1.0}             # seconds; for all others 5
 
 
-def unreachable(address, why):
-    return Refused(503, f"{address} can't be reached ({why}). Try again in a minute.",
-                   (("retry-after", "30"),))
+class Unreachable(Refused):
+    """Another process gave no answer at all."""
+
+    def __init__(self, address: str, why: Any):
+        super().__init__(503, f"{address} can't be reached ({why}). Try again in a minute.",
+                         (("retry-after", "30"),))
 
 
 def send_sealed(settings: Settings, address: str, request: Request,
                 patience: float = 5.0) -> Response:
     """Send a request to another process of this deployment. Return its answer.
 
-    Raises Refused(503) if it can't be reached in so many seconds.
+    Raises Unreachable if there is none in so many seconds.
     """
     if time.monotonic() < DOWN.get(address, 0.0):
-        raise unreachable(address, "it did not answer a moment ago")
+        raise Unreachable(address, "it did not answer a moment ago")
     target = urllib.parse.quote(request.path)
     if request.query:
         target += f"?{request.query}"
@@ -7721,7 +7737,7 @@ def send_sealed(settings: Settings, address: str, request: Request,
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         DOWN[address] = time.monotonic() + DOWN_SECONDS
-        raise unreachable(address, error) from error
+        raise Unreachable(address, error) from error
     said = tuple([(name.lower(), value) for name, value in answer.getheaders()
                   if name.lower() in TRUSTED])
     return Response(answer.status, body, answer.headers.get("content-type", ""), said)
@@ -7744,7 +7760,7 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
              body: bytes = b"") -> Any:
     """Have a node do something with a workspace. Return what it says.
 
-    Raises Refused(503) if it can't be reached, or says no.
+    Raises Unreachable, or Refused(503) if it says no.
     """
     if not node:
         raise Refused(503, "This workspace is on no node yet. node assign places it.",
@@ -7889,23 +7905,25 @@ class PlacesWorkspaces(EdgeDirectory):
 
     def own_id_of(self, request):
         """Return the id of a workspace, by its name; None: there is none."""
-        row = self.workspace_named(request)
+        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
+                             request.params.get("name", ""))
         return row and row["id"]
 
     def own_leave(self, request):
-        """A node is about to give a workspace away: nobody is let in from now on."""
-        row = self.workspace_named(request)
+        """A node is about to give a workspace away: nobody is let in from now on.
+
+        It is named by its id, for its name may be another's by now. Return its name; None:
+        there is none.
+        """
+        row = self.store.one("SELECT * FROM workspaces WHERE id = ? AND name IS NOT NULL",
+                             request.params.get("id", ""))
         if row is None or request.method in SAFE:
             return None
         self.store.exec("UPDATE workspaces SET moving = 1 WHERE id = ?", row["id"])
         for account, _ in members_of(self.store, row["id"]):
             self.bus.publish(f"access:{account}")
         self.journal(Viewer(account="(node)"), "workspace export", row["name"])
-        return row["id"]
-
-    def workspace_named(self, request):
-        name = request.params.get("name", "")
-        return self.store.one("SELECT * FROM workspaces WHERE name = ?", name)
+        return row["name"]
 
 
 def count_access(directory, topic):
@@ -7934,8 +7952,8 @@ class PlacesFiles(GuardedNamespace):
         if row is None:
             return
         if not row["node"]:
-            print(f"{name} has its members; now copy the file to a node, do workspace "
-                  f"import there, then here: node assign {name} HOST:PORT")
+            print(f"{name} has its members; now copy the file to a node, there do workspace "
+                  f"import FILE --name {name}, then here: node assign {name} HOST:PORT")
             return
         try:
             ask_node(self.settings, row["node"], row["id"], "create")
@@ -8039,15 +8057,36 @@ def has_file(request, env, id):
     return env.workspaces.path(id).exists()
 
 
+def open_file(request, env, id):
+    """Return whether it is here. Its object hears of the jobs that came with it."""
+    if not has_file(request, env, id):
+        return False
+    env.workspaces.rest()                                # whoever has the file before it open
+    facts_of(env.workspaces.get(id))
+    return True
+
+
 def create_file(request, env, id):
     return env.workspaces.create(id)
 
 
 def remove_here(request, env, id):
-    about = json.loads(request.body)
-    now = about.pop("now")
+    about, now = removal(request.body)
     copy = remove_file(env.settings, env.workspaces.path(id), about, now)
     return str(copy) if copy else None
+
+
+def removal(body):
+    """Return what the copy will say of itself, and whether there is to be none.
+
+    Its name becomes a part of a path, so no other than a workspace's will do.
+    """
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        about = json.loads(body)
+        now = about.pop("now")
+        if WORKSPACE_NAME.fullmatch(about["name"]):
+            return about, now
+    raise Refused(400, "There is no such thing to remove.")
 
 
 def counts_here(request, env, id):
@@ -8059,20 +8098,24 @@ def retry_here(request, env, id):
     return json.loads(env.workspaces.get(id).fetch_within(LOOK_SECONDS, again).body)
 
 
-FOR_DIRECTORY = {("GET", "has"): has_file, ("POST", "create"): create_file,
-                 ("POST", "remove"): remove_here, ("GET", "_counts"): counts_here,
-                 ("POST", "_retry"): retry_here}
+FOR_DIRECTORY = {("GET", "has"): has_file, ("POST", "open"): open_file,
+                 ("POST", "create"): create_file, ("POST", "remove"): remove_here,
+                 ("GET", "_counts"): counts_here, ("POST", "_retry"): retry_here}
+
+
+def is_id(text):
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def answer_directory(request, env):
     """Do what the directory asks. Each can be asked twice, for an answer may be lost."""
-    id, what = request.path.split("/")[2:4]
+    id, _, what = request.path[len("/_node/"):].partition("/")
     do = FOR_DIRECTORY.get((request.method, what))
-    if do is None or not re.fullmatch("[0-9a-f]{64}", id):
+    if do is None or not is_id(id):
         raise Refused(*NOTHING_HERE)
     try:
         return as_json(do(request, env, id))
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, Torn) as error:
         raise StorageFault(env.workspaces.path(id), error) from error
 
 
@@ -8143,50 +8186,86 @@ def workspaces_on(store, node):
 @verb("node assign", "the file of a workspace, or all files of a lost node, are on this node "
                      "now", "placed", "address")
 def node_assign(settings, given):
-    """Return 1 if the node lacks some of the files. Those stay where they were."""
-    with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
+    """Return 1 if the node lacks some of the files. Those stay where they were.
+
+    Nodes are asked outside of any transaction: while one is waited for, people sign in.
+    """
+    with opened(settings) as (store, _):
         node = known_node(store, given.address)
-        if ":" in given.placed:
-            rows = workspaces_on(store, known_node(store, given.placed))
-        else:
-            rows = [row_of(store, "workspaces", given.placed)]
-        lost = [assign(settings, store, row, node) for row in rows]
-    for row, missing in zip(rows, lost):
-        print(row["name"], missing or f"on {node} now", sep="\t")
-    return 1 if any(lost) else 0
+        rows = assignable(store, given.placed)
+    missing = [why_not(settings, row, node) for row in rows]
+    with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
+        missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
+    for row, why in zip(rows, missing):
+        print(row["name"], why or f"on {node} now", sep="\t")
+    return 1 if any(missing) else 0
 
 
-def assign(settings, store, row, node):
-    """Return why not, or ""."""
+def assignable(store, placed):
+    """Return the rows of one workspace, or of all on a node."""
+    if ":" in placed:
+        return workspaces_on(store, known_node(store, placed))
+    return [row_of(store, "workspaces", placed)]
+
+
+def why_not(settings, row, node):
+    """Return why a workspace can't be on this node, or ""."""
     if row["node"] != node:
         check_given_up(settings, row)
-    if not ask_node(settings, node, row["id"], "has", "GET"):
+    if not ask_node(settings, node, row["id"], "open"):
         return f"{node} has no file of it; do workspace import there first"
-    store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ?", node, row["id"])
     return ""
+
+
+def assign(store, row, node):
+    """Return why not, or ""."""
+    done = store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ? AND name = ? "
+                      "AND node = ? AND moving = ?", node, row["id"], row["name"],
+                      row["node"], row["moving"])
+    return "" if done else "something else was done with it meanwhile; try again"
 
 
 def check_given_up(settings, row):
     """Raise Unusable if the file is still where it was: there would be two."""
+    name = row["name"]
     if not row["node"]:
-        if not row["moving"] and (settings.workspaces / f"{row['id']}.db").exists():
-            raise Unusable(f"{row['name']} is here; workspace export {row['name']} FILE "
-                           "--move takes it away first")
+        if (settings.workspaces / f"{row['id']}.db").exists():
+            raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it "
+                           "away first")
         return
-    with contextlib.suppress(Refused):                   # it is lost, as is to be expected
-        if ask_node(settings, row["node"], row["id"], "has", "GET"):
-            raise Unusable(f"{row['node']} still has {row['name']}; workspace export "
-                           f"{row['name']} FILE --move there takes it away first")
+    with contextlib.suppress(Unreachable):               # it is lost, as is to be expected
+        if node_has(settings, row):
+            raise Unusable(f"{row['node']} still has {name}; workspace export {name} FILE "
+                           "--move there takes it away first")
 
 
-def ask_directory_of(settings, path, name, method="GET"):
-    """Ask about a workspace by its name. Return its id."""
+def node_has(settings, row):
+    """Raises Unreachable, or Unusable if a node that is there can't say so."""
+    try:
+        return ask_node(settings, row["node"], row["id"], "has", "GET")
+    except Unreachable:
+        raise
+    except Refused as no:
+        raise Unusable(f"{no.message} It may still have {row['name']}; if it is lost, stop "
+                       "it first") from no
+
+
+def ask_directory_of(settings, path, method="GET", **what):
+    """Ask about a workspace. Return what the directory says; None: there is none."""
     check_node(settings)
-    query = urllib.parse.urlencode({"name": name})
+    query = urllib.parse.urlencode(what)
     answer = send_sealed(settings, settings.directory, Request(method, path, query))
-    if answer.status != 200:
+    if answer.status in (403, 404):
         raise Unusable(f"{settings.directory} answered {answer.status}. {STRANGERS}")
-    id = json.loads(answer.body)
+    if answer.status != 200:
+        words = answer.body.decode("utf-8", "replace").strip()
+        raise Unusable(f"{settings.directory} answered {answer.status}: {words}")
+    return json.loads(answer.body)
+
+
+def id_there(settings, name):
+    """Return the id that the directory knows for a name."""
+    id = ask_directory_of(settings, "/_id_of", name=name)
     if not id:
         raise Unusable(f"the directory knows no workspace {name}; workspace list there "
                        "tells what there is")
@@ -8198,25 +8277,30 @@ def export_from_node(settings, given):
     """With --move, the gate says 503 until node assign."""
     if given.file.exists():
         raise Unusable(f"{given.file} exists; name a new file")
-    id = ask_directory_of(settings, "/_id_of", given.name)
+    id = id_there(settings, given.name)
     path = settings.workspaces / f"{id}.db"
     if not path.exists():
         raise Unusable(f"{given.name} is not on this node; workspace list on the directory's "
                        "machine tells where it is")
-    about = {"name": given.name, "members": []}
-    if not given.move:
-        rows = copy_database(path, given.file, about)
-        print(f"{given.file}: {rows} rows")
-        return
-    ask_directory_of(settings, "/_leave", given.name, "POST")
-    try:
-        rows = take_away(path, given.file, about)
-    except BaseException:
-        print(f"orion: node assign {given.name} with the address of this node lets people "
-              "in again", file=sys.stderr)
-        raise
+    if given.move:
+        return leave_node(settings, given, id, path)
+    rows = copy_database(path, given.file, {"name": given.name, "members": []})
+    print(f"{given.file}: {rows} rows")
+
+
+def leave_node(settings, given, id, path):
+    with locked(settings.workspaces, BUSY_FOLDER):
+        try:
+            name = ask_directory_of(settings, "/_leave", "POST", id=id)
+            if not name:
+                raise Unusable(f"{given.name} was removed just now")
+            rows = take_away(path, given.file, {"name": name, "members": []})
+        except BaseException:
+            print(f"orion: node assign {given.name} with the address of this node lets "
+                  "people in again", file=sys.stderr)
+            raise
     print(f"{given.file}: {rows} rows; workspace import it on another node, then node "
-          f"assign {given.name} HOST:PORT on the directory's machine")
+          f"assign {name} HOST:PORT on the directory's machine")
 
 
 @node_verb("workspace import")
@@ -8224,17 +8308,30 @@ def import_on_node(settings, given):
     """A file that is named by an id is from the workspaces of a node, or of its backup."""
     id = given.file.stem
     name = given.name
-    if name or not re.fullmatch("[0-9a-f]{64}", id):
+    if name or not is_id(id):
         name = about_file(given.file, name).name
-        id = ask_directory_of(settings, "/_id_of", name)
+        id = id_there(settings, name)
+    else:
+        check_whose(given.file, id)
     path = settings.workspaces / f"{id}.db"
-    if path.exists():
-        raise Unusable(f"{path} is there already; move it away first")
     settings.workspaces.mkdir(parents=True, exist_ok=True)
-    with adopted(settings, given.file) as copy:
-        put_in_place(copy, path)
+    with locked(settings.workspaces, BUSY_FOLDER):
+        if path.exists():
+            raise Unusable(f"this node has that workspace already, in {path}; --name takes "
+                           "the file for another")
+        with adopted(settings, given.file) as copy:
+            put_in_place(copy, path)
     print(f"{path}: now on the directory's machine: node assign {name or 'NAME'} with the "
           "address of this node")
+
+
+def check_whose(file, id):
+    """Raise Unusable if a file is not the workspace that its name says."""
+    about_file(file, id)
+    with opened_to_read(file) as db:
+        mark = db.execute("PRAGMA application_id").fetchone()[0]
+    if mark not in (0, mark_of(id)):
+        raise Unusable(f"{file} is another workspace's; --name says whose it shall be")
 
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
