@@ -7903,11 +7903,12 @@ class PlacesWorkspaces(EdgeDirectory):
         id = request.headers["x-id"]
         return self.store.one("SELECT node FROM workspaces WHERE id = ?", id)["node"]
 
-    def own_id_of(self, request):
-        """Return the id of a workspace, by its name; None: there is none."""
-        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
-                             request.params.get("name", ""))
-        return row and row["id"]
+    def own_place_of(self, request):
+        """Return what is known of a workspace, by its id or name; None: there is none."""
+        row = self.store.one("SELECT id, name, node, moving FROM workspaces WHERE name "
+                             "IS NOT NULL AND (id = ? OR name = ?)",
+                             request.params.get("id"), request.params.get("name"))
+        return row and dict(row)
 
     def own_leave(self, request):
         """A node is about to give a workspace away: nobody is let in from now on.
@@ -7952,8 +7953,9 @@ class PlacesFiles(GuardedNamespace):
         if row is None:
             return
         if not row["node"]:
-            print(f"{name} has its members; now copy the file to a node, there do workspace "
-                  f"import FILE --name {name}, then here: node assign {name} HOST:PORT")
+            print(f"{name} has its members; now copy the file to a node, there do "
+                  f"workspace import FILE --name {name}, then here: node assign {name} "
+                  "HOST:PORT")
             return
         try:
             ask_node(self.settings, row["node"], row["id"], "create")
@@ -7980,7 +7982,7 @@ class PlacesFiles(GuardedNamespace):
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
 
 
-DIRECTORY_ANSWERS = re.compile("/_(version|operator|id_of|leave|gate/[^/]*)")
+DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|leave|gate/[^/]*)")
 
 
 def directory_front(request, env):
@@ -8061,7 +8063,7 @@ def open_file(request, env, id):
     """Return whether it is here. Its object hears of the jobs that came with it."""
     if not has_file(request, env, id):
         return False
-    env.workspaces.rest()                                # whoever has the file before it open
+    env.workspaces.rest()                                # who has the file before it open
     facts_of(env.workspaces.get(id))
     return True
 
@@ -8219,24 +8221,27 @@ def why_not(settings, row, node):
 
 def assign(store, row, node):
     """Return why not, or ""."""
-    done = store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ? AND name = ? "
-                      "AND node = ? AND moving = ?", node, row["id"], row["name"],
-                      row["node"], row["moving"])
-    return "" if done else "something else was done with it meanwhile; try again"
+    changed = store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ? AND name "
+                         "= ? AND node = ? AND moving = ?", node, row["id"], row["name"],
+                         row["node"], row["moving"])
+    return "" if changed else "something else was done with it meanwhile; try again"
 
 
 def check_given_up(settings, row):
     """Raise Unusable if the file is still where it was: there would be two."""
     name = row["name"]
-    if not row["node"]:
-        if (settings.workspaces / f"{row['id']}.db").exists():
-            raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it "
-                           "away first")
-        return
-    with contextlib.suppress(Unreachable):               # it is lost, as is to be expected
-        if node_has(settings, row):
-            raise Unusable(f"{row['node']} still has {name}; workspace export {name} FILE "
-                           "--move there takes it away first")
+    if not row["node"] and (settings.workspaces / f"{row['id']}.db").exists():
+        raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it away "
+                       "first")
+    check_left(settings, row)
+
+
+def check_left(settings, row):
+    """Raise Unusable if its node still has it. That of one which is lost is no more."""
+    with contextlib.suppress(Unreachable):
+        if row["node"] and node_has(settings, row):
+            raise Unusable(f"{row['node']} still has {row['name']}; workspace export "
+                           f"{row['name']} FILE --move there takes it away first")
 
 
 def node_has(settings, row):
@@ -8263,13 +8268,13 @@ def ask_directory_of(settings, path, method="GET", **what):
     return json.loads(answer.body)
 
 
-def id_there(settings, name):
-    """Return the id that the directory knows for a name."""
-    id = ask_directory_of(settings, "/_id_of", name=name)
-    if not id:
-        raise Unusable(f"the directory knows no workspace {name}; workspace list there "
-                       "tells what there is")
-    return id
+def place_of(settings, **what):
+    """Return what the directory knows of a workspace, by its id or its name."""
+    place = ask_directory_of(settings, "/_place_of", **what)
+    if not place:
+        raise Unusable(f"the directory knows no workspace {[*what.values()][0]}; workspace "
+                       "list there tells what there is")
+    return place
 
 
 @node_verb("workspace export")
@@ -8277,7 +8282,7 @@ def export_from_node(settings, given):
     """With --move, the gate says 503 until node assign."""
     if given.file.exists():
         raise Unusable(f"{given.file} exists; name a new file")
-    id = id_there(settings, given.name)
+    id = place_of(settings, name=given.name)["id"]
     path = settings.workspaces / f"{id}.db"
     if not path.exists():
         raise Unusable(f"{given.name} is not on this node; workspace list on the directory's "
@@ -8305,24 +8310,35 @@ def leave_node(settings, given, id, path):
 
 @node_verb("workspace import")
 def import_on_node(settings, given):
-    """A file that is named by an id is from the workspaces of a node, or of its backup."""
-    id = given.file.stem
-    name = given.name
-    if name or not is_id(id):
-        name = about_file(given.file, name).name
-        id = id_there(settings, name)
-    else:
-        check_whose(given.file, id)
-    path = settings.workspaces / f"{id}.db"
+    """A file that is named by an id is from the workspaces of a node, or of its backup.
+
+    While another node has the workspace, it stays there alone: its jobs would run twice.
+    """
+    place = place_of(settings, **meant(given))
+    name = place["name"]
+    path = settings.workspaces / f"{place['id']}.db"
     settings.workspaces.mkdir(parents=True, exist_ok=True)
     with locked(settings.workspaces, BUSY_FOLDER):
         if path.exists():
-            raise Unusable(f"this node has that workspace already, in {path}; --name takes "
-                           "the file for another")
+            raise Unusable(f"this node has {name} already, in {path}; --name takes the "
+                           "file for another")
+        if not place["node"] and not place["moving"]:
+            raise Unusable(f"{name} is on the directory's machine; workspace export {name} "
+                           "FILE --move there takes it away first")
+        check_left(settings, place)
         with adopted(settings, given.file) as copy:
             put_in_place(copy, path)
-    print(f"{path}: now on the directory's machine: node assign {name or 'NAME'} with the "
-          "address of this node")
+    print(f"{path}: now on the directory's machine: node assign {name} with the address of "
+          "this node")
+
+
+def meant(given):
+    """Return by what the directory knows the workspace that a file is to be."""
+    id = given.file.stem
+    if given.name or not is_id(id):
+        return {"name": about_file(given.file, given.name).name}
+    check_whose(given.file, id)
+    return {"id": id}
 
 
 def check_whose(file, id):

@@ -4191,7 +4191,7 @@ class Fleet:
         """A workspace, on the node on: the name decides where it goes."""
         taken = [line.split()[0] for line in self.cli("workspace", "list").splitlines()]
         addresses = [node.address for node in self.nodes]
-        name = next(name for name in (f"w{n}" for n in range(99)) if name not in taken and (
+        name = next(name for name in (f"w{n}" for n in range(999)) if name not in taken and (
             on is None or max(addresses, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest()) == on.address))
         self.cli("workspace", "add", name, "--owner", owner)
         return name
@@ -4386,7 +4386,7 @@ def test_a_node_does_what_the_directory_asks_for_nobody_else(fleet, method, what
     assert file.exists()
 
 
-@cases("path", ["/_leave", "/_id_of", "/_node_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
+@cases("path", ["/_leave", "/_place_of", "/_node_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
 @cases("method", ["GET", "POST"])
 @cases("where", ["directory", "node", "members page", "workspace"])
 def test_nobody_outside_is_told_what_processes_ask_each_other(fleet, path, method, where):
@@ -4684,7 +4684,7 @@ def test_while_the_directory_is_away_nothing_leaves_a_node(doomed, tmp_path):
 
 
 CUTS = {"before the directory knows": "o.ask_directory_of = lambda settings, path, *a, ask=o.ask_directory_of, **k: ask(settings, path, *a, **k) "
-                                      "if path == '/_id_of' else os._exit(9)",
+                                      "if path == '/_place_of' else os._exit(9)",
         "before the copy": "o.take_away = lambda *a: os._exit(9)",
         "before the copy has its name": "o.put_in_place = lambda *a: os._exit(9)",
         "after the copy": "o.copy_database = lambda *a, copy=o.copy_database: (copy(*a), os._exit(9))",
@@ -4733,14 +4733,14 @@ def test_an_export_that_is_asked_for_twice_is_done_once(doomed, tmp_path, monkey
 
 def test_a_workspace_that_is_renamed_while_it_leaves_closes_no_other(doomed, tmp_path, monkeypatch):
     first, second = doomed.nodes
-    name, other, ask = doomed.found(on=first), doomed.found(on=first), orion.id_there
+    name, other, ask = doomed.found(on=first), doomed.found(on=first), orion.place_of
     write_on(doomed, name)
 
-    def rename(*given):
-        id = ask(*given)
+    def rename(*given, **what):
+        place = ask(*given, **what)
         doomed.cli("workspace", "rename", name, "renamed"), doomed.cli("workspace", "rename", other, name)
-        return id
-    monkeypatch.setattr(orion, "id_there", rename)
+        return place
+    monkeypatch.setattr(orion, "place_of", rename)
     doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
     monkeypatch.undo()
     assert is_closed(doomed, "renamed") and not is_closed(doomed, name)
@@ -4759,22 +4759,37 @@ def test_a_workspace_that_is_renamed_on_its_way_is_imported_under_its_new_name(d
     assert kept(doomed, "renamed")
 
 
-def test_a_file_that_was_taken_for_another_workspace_does_not_take_its_place(doomed, tmp_path):
+def test_a_file_that_is_taken_for_another_workspace_does_not_take_its_place(doomed, tmp_path):
     first, second = doomed.nodes
     name, other = doomed.found(on=first), doomed.found(on=first)
     write_on(doomed, other)
     doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
     doomed.cli("workspace", "rename", name, "renamed"), doomed.cli("workspace", "rename", other, name)
-    doomed.cli("workspace", "import", tmp_path / "x.db", on=second)            # it says the name that another has by now
-    assert "still has" in doomed.cli("node", "assign", name, second.address, status=2)
-    assert kept(doomed, name)
+    said = doomed.cli("workspace", "import", tmp_path / "x.db", on=second, status=2)       # it says the name that another has by now
+    assert f"{first.address} still has {name}" in said and kept(doomed, name)
 
 
-def test_two_nodes_never_have_a_workspace_at_once(fleet, tmp_path):
+def carry(fleet, name, node):
+    """Put a copy of its file on a node, as somebody does who knows no better."""
+    file = lives(fleet, name)[1]
+    fleet.cli("workspace", "export", name, fleet.folder / f"{name}-copy.db", on=lives(fleet, name)[0])
+    shutil.copy2(fleet.folder / f"{name}-copy.db", node.folder / "workspaces" / file.name)
+
+
+def test_a_workspace_that_another_node_has_is_not_imported(fleet, tmp_path):
     first, second = fleet.nodes
     name = fleet.found(on=first)
-    fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first)
-    fleet.cli("workspace", "import", tmp_path / "x.db", on=second)             # a copy, while it goes on
+    file = lives(fleet, name)[1]
+    fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first), fleet.cli("backup", tmp_path / "backup", data="one")
+    for copy in (tmp_path / "x.db", tmp_path / "backup" / "workspaces" / file.name):
+        assert f"{first.address} still has {name}" in fleet.cli("workspace", "import", copy, on=second, status=2)
+    assert not (second.folder / "workspaces" / file.name).exists()
+
+
+def test_a_workspace_that_another_node_has_is_not_assigned(fleet):
+    first, second = fleet.nodes
+    name = fleet.found(on=first)
+    carry(fleet, name, second)
     write_on(fleet, name)
     assert f"{first.address} still has {name}" in fleet.cli("node", "assign", name, second.address, status=2)
     assert kept(fleet, name) and lives(fleet, name)[0] is first
@@ -4796,7 +4811,7 @@ def test_a_workspace_is_not_assigned_to_a_node_that_has_no_file_of_it(fleet, tmp
 def test_a_node_that_only_can_not_say_whether_it_has_a_file_is_not_lost(doomed, tmp_path, monkeypatch, how):
     first, second = doomed.nodes
     name = doomed.found(on=first)
-    doomed.cli("workspace", "export", name, tmp_path / "x.db", on=first), doomed.cli("workspace", "import", tmp_path / "x.db", on=second)
+    carry(doomed, name, second)
     if how == "takes us for strangers":
         (first.folder / "secret.key").write_text("0" * 64 + "\n")
     else:
@@ -4837,19 +4852,22 @@ def test_a_file_that_is_there_already_is_not_replaced_by_an_import(fleet, tmp_pa
     name = fleet.found(on=first)
     fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first)
     write_on(fleet, name)
-    assert "this node has that workspace already" in fleet.cli("workspace", "import", tmp_path / "x.db", on=first, status=2)
+    assert f"this node has {name} already" in fleet.cli("workspace", "import", tmp_path / "x.db", on=first, status=2)
     assert kept(fleet, name)
 
 
-@cases("what", ["another workspace", "garbage", "an empty file", "no file", "the directory", "an unknown export", "a workspace without a name"])
+@cases("what", ["another workspace", "garbage", "an empty file", "no file", "the directory", "an unknown export", "a workspace without a name", "an unknown id"])
 def test_what_is_no_file_of_a_workspace_is_not_imported_on_a_node(fleet, tmp_path, what):
     first, second = fleet.nodes
     name, file = fleet.found(on=first), tmp_path / f"{'a' * 64}.db"
     write_on(fleet, name)
     fleet.cli("backup", tmp_path / "backup", data="one"), fleet.cli("backup", tmp_path / "directory", data="directory")
-    if what in ("another workspace", "a workspace without a name"):
-        file = tmp_path / f"{'a' * 64 if what == 'another workspace' else 'file'}.db"
+    if what in ("another workspace", "a workspace without a name", "an unknown id"):
+        file = tmp_path / f"{'file' if what == 'a workspace without a name' else 'a' * 64}.db"
         shutil.copy2(tmp_path / "backup" / "workspaces" / f"{id_of(fleet, name)}.db", file)
+        if what == "an unknown id":                  # of which the file says nothing
+            with contextlib.closing(sqlite3.connect(file)) as db:
+                db.execute("PRAGMA application_id = 0")
     elif what == "the directory":
         shutil.copy2(tmp_path / "directory" / "directory.db", file)
     elif what == "an unknown export":
@@ -4892,9 +4910,10 @@ def test_a_workspace_of_the_time_before_the_nodes_goes_to_one(doomed, tmp_path):
     for node in doomed.nodes:
         doomed.cli("node", "add", node.address)
     assert "old is here" in doomed.cli("node", "assign", "old", second.address, status=2)
+    file = tmp_path / "backup" / "workspaces" / f"{id_of(doomed, 'old')}.db"
+    assert "on the directory's machine" in doomed.cli("workspace", "import", file, on=second, status=2)
     said = doomed.cli("workspace", "restore", "old", "--at", tmp_path / "backup", "--new", "older")
     assert "workspace import FILE --name older" in said and is_closed(doomed, "older")
-    file = tmp_path / "backup" / "workspaces" / f"{id_of(doomed, 'old')}.db"
     doomed.cli("workspace", "import", file, "--name", "older", on=first), doomed.cli("node", "assign", "older", first.address)
     doomed.cli("workspace", "export", "old", tmp_path / "old.db", "--move")
     doomed.cli("workspace", "import", tmp_path / "old.db", on=second), doomed.cli("node", "assign", "old", second.address)
@@ -4908,7 +4927,7 @@ def test_an_export_from_the_time_before_the_nodes_that_was_killed_keeps_its_file
         doomed.cli("node", "remove", node.address)
     doomed.cli("workspace", "add", "old", "--owner", "bob")
     doomed.cli("workspace", "export", "old", tmp_path / "earlier.db"), doomed.cli("node", "add", first.address)
-    doomed.cli("workspace", "import", tmp_path / "earlier.db", on=first)
+    shutil.copy2(tmp_path / "earlier.db", first.folder / "workspaces" / f"{id_of(doomed, 'old')}.db")
     doomed.directory.write("UPDATE workspaces SET moving = 1 WHERE name = 'old'")
     assert "old is here" in doomed.cli("node", "assign", "old", first.address, status=2)
 
