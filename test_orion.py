@@ -5710,7 +5710,7 @@ def served(server, run):
 def settled(tmp_path_factory):
     """A folder in which ann owns acme, and ops is nobody's member."""
     folder = tmp_path_factory.mktemp("settled")
-    with orion.opened(orion.Settings(data=folder), "account add") as (store, env):
+    with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), "account add") as (store, env):
         for name in ("ann", "ops"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
         orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
@@ -5767,10 +5767,13 @@ def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path
                              ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
                              ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
 def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, settled, words, stdin, why):
-    before = [run(*asked, data=settled) for asked in (("member", "list", "acme"), ("account", "list"), ("workspace", "list"))]
+    def state():
+        with contextlib.closing(sqlite3.connect(settled / "directory.db")) as db:
+            return [*db.iterdump()], sorted((path.name, path.read_bytes()) for path in settled.rglob("workspaces/*.db"))
+    before = state()
     status, out, err = run(*words.split(), data=settled, stdin=stdin)
     assert (status, out) == (2, "") and why in err and err.count("\n") == 1 and err.startswith("orion: ")
-    assert before == [run(*asked, data=settled) for asked in (("member", "list", "acme"), ("account", "list"), ("workspace", "list"))]
+    assert before == state()
 
 
 def test_a_new_password_by_the_command_line_signs_out_everywhere(outside, run):
@@ -6132,8 +6135,9 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
 @cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(tmp_path, trouble, words):
     (tmp_path / "file").write_text("")
-    with Command("--port", 0, "--data", tmp_path / "d") as first:
-        arguments = {"port": ["--port", first.port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"], "twice": ["--data", tmp_path / "d", "--port", 0],
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(Command("--port", 0, "--data", tmp_path / "d")).port if trouble in ("port", "twice") else 0
+        arguments = {"port": ["--port", port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"], "twice": ["--data", tmp_path / "d", "--port", 0],
                      "flag": ["--nope"], "command": ["nonsense"]}[trouble]
         with Command(*arguments, ready=False) as second:
             assert second.wait() == 2 and second.out == ""
@@ -6294,16 +6298,22 @@ def part_one():
     return pathlib.Path(orion.__file__).read_text("utf-8").partition("\n# #### Part Two")[0]
 
 
+@functools.lru_cache(maxsize=None)
+def part_one_apart():
+    """A folder with Part One in a file of its own. Its bytecode is kept: it starts many times."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "part_one.py").write_text(part_one(), "utf-8")
+    (folder / "templates").symlink_to(orion.TEMPLATES)
+    return folder
+
+
 class Alone(Command):
-    """Part One's text in a file of its own, as a process."""
+    """Part One's text in a file of its own, as a process; its streams ask the gate again after a moment, as with quick."""
 
     def __init__(self, folder, port=0, ready=True):
         folder.mkdir(exist_ok=True)
-        (folder / "part_one.py").write_text(part_one(), "utf-8")
-        if not (folder / "templates").exists():
-            (folder / "templates").symlink_to(orion.TEMPLATES)
-        super().__init__("import part_one; part_one.plain_main()", "--port", port, "--data", folder / "data",
-                         program="-c", cwd=folder, ready=ready)
+        super().__init__("import part_one; part_one.REGATE_SECONDS = 0.1; part_one.plain_main()", "--port", port, "--data", folder / "data",
+                         program="-c", cwd=part_one_apart(), ready=ready, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
 
     def close(self):
         with self:
@@ -6350,16 +6360,18 @@ class Apart(Fleet):
         self.seed() if fresh else None
 
     def seed(self):
+        """As the command line would: it has tests of its own, and to read its words 14 times takes a while."""
         self.cli("node", "add", f"127.0.0.1:{self.nodes[0].port}")
         for name in orion.DEMO_ACCOUNTS:
-            self.cli("account", "add", name, stdin="long enough\n")
+            self.directory.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password("long enough"))
         for name, (people, todos) in orion.DEMO_WORKSPACES.items():
             (owner, _), *others = people.items()
             self.cli("workspace", "add", name, "--owner", owner)
             for account, role in others:
-                self.cli("member", "add", name, account, role)
+                self.directory.write("INSERT INTO memberships SELECT id, ?, ? FROM workspaces WHERE name = ?", account, role, name)
+            owner = self.sign_in(owner)
             for title in todos:
-                self.sign_in(owner).post(f"/w/{name}/todos", title=title)
+                owner.post(f"/w/{name}/todos", title=title)
 
     def route(self, path, cookie):
         """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
@@ -6633,6 +6645,16 @@ def sections():
     return {title: range(number, end) for (number, title), end in zip(banners, ends)}, ast.parse(text), lines
 
 
+@functools.lru_cache(maxsize=None)
+def compiled():
+    """Each statement of the file by itself, with the line where it, or its first decorator, begins: to compile it all takes
+    longer than to run it."""
+    nodes = sections()[1].body
+    future = next(node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    begins = lambda node: (node.decorator_list[0] if getattr(node, "decorator_list", None) else node).lineno
+    return [(begins(node), compile(ast.Module([future, node], []), "struck.py", "exec")) for node in nodes]
+
+
 def of_part_three():
     text = (HERE / "orion.py").read_text("utf-8")
     return re.findall(r"(?m)^# ==== \d+\. (.+?) =+$", text[text.index("# #### Part Three"):])
@@ -6642,11 +6664,12 @@ class Struck:
     """A server of the file without one section: its full edge or, if the frame is incomplete, the plain one."""
 
     def __init__(self, folder, title):
-        found, tree, _ = sections()
-        rest = [node for node in tree.body if (node.decorator_list[0] if getattr(node, "decorator_list", None) else node).lineno not in found[title]]
+        place = sections()[0][title]
         module = sys.modules["struck"] = types.ModuleType("struck")
         module.__file__ = str(HERE / "orion.py")
-        exec(compile(ast.Module(rest, []), "struck.py", "exec"), vars(module))
+        for line, code in compiled():
+            if line not in place:
+                exec(code, vars(module))
         if title in FRAME:
             module.REGATE_SECONDS = 0.1
             self.edge = module.PlainEdge("127.0.0.1", 0, module.plain_planes(folder))
