@@ -862,14 +862,14 @@ def test_who_waits_for_an_object_only_so_long_is_told_that_it_is_busy(counters):
     assert ask().status == 200
 
 
-def test_three_thousand_tenants_open_one_after_another_with_1024_descriptors(tmp_path):
+def test_fifteen_hundred_tenants_open_one_after_another_with_1024_descriptors(tmp_path):
     script = f"""
 import resource, pathlib, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 sys.path[:0] = [{str(HERE)!r}, {str(HERE)!r}]
 import orion, test_orion
 space = orion.whole(orion.GuardedNamespace)("counter", pathlib.Path({str(tmp_path)!r}), 60, test_orion.Counter, most=orion.awake_by_default())
-for n in range(3000):
+for n in range(1500):
     space.create(f"t{{n}}")
     assert space.get(f"t{{n}}").fetch(orion.Request("GET", "/")).body == b"0"
 print(len(space.objects))
@@ -2978,8 +2978,7 @@ def converse(server, pieces, half_close=False, enough=10_000):
 def fortress(tmp_path_factory):
     """A server that nothing of what follows may harm; so one is enough."""
     server = Server(tmp_path_factory.mktemp("fortress"))
-    with mock.patch.object(orion.Connection, "REQUEST_SECONDS", 0.5):
-        yield server, {name: Person(server, name) for name in ("bob", "alice")}
+    yield server, {name: Person(server, name) for name in ("bob", "alice")}
     assert orion.worker and Person(server, "bob").get("/w/acme/todos").status == 200
     server.close()
 
@@ -2992,7 +2991,8 @@ def promise(fortress, case, half_close=False):
     kept = connection == "kept"
     if not half_close and status != 408:
         pieces[-1] += tail                           # answered where the connection is kept, and never where it is not
-    seen, closed = converse(fortress[0], pieces, half_close, len(want) + kept + (not kept) * 1000)
+    with mock.patch.object(orion.Connection, "REQUEST_SECONDS", 0.1 if status == 408 else PATIENCE):
+        seen, closed = converse(fortress[0], pieces, half_close, len(want) + kept + (not kept) * 1000)
     assert len(seen) == len(want) + kept and closed is not kept, (seen, closed)
     assert all(one in (right if isinstance(right, set) else {right}) for one, right in zip(seen, want + [200] * kept)), seen
 
@@ -3773,7 +3773,7 @@ def test_to_cut_off_four_times_as_many_takes_four_times_as_long():
         assert backlog.all.size == 0 and not edge.held
         return time.perf_counter() - started
     least = lambda readers: min([seconds(readers) for _ in range(3)])
-    assert any([least(40_000) < 8 * least(10_000) for _ in range(3)])
+    assert any([least(20_000) < 8 * least(5_000) for _ in range(3)])
 
 
 # ==== 20. Console ====================================================================================================
@@ -6847,7 +6847,7 @@ def test_no_slice_sees_a_session(serve):
 
 def test_a_region_is_rendered_once_for_all_members_however_many_look(serve):
     slice, renders = counting()
-    server, names = serve(slice), [f"m{n}" for n in range(100)]
+    server, names = serve(slice), [f"m{n}" for n in range(30)]
     for name in names:
         server.write("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, name)
         server.write("INSERT INTO memberships SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
@@ -7077,7 +7077,7 @@ def test_a_body_is_never_read_as_the_next_request(serve, method, field):
 @cases("target", ["*", "todos", "//healthz", "/%", "/w/acme/../acme/todos"])
 def test_a_target_that_is_no_plain_path_is_a_400(serve, target):
     server = serve()
-    assert statuses(raw(server, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())[0]) == [400]
+    assert statuses(raw(server, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode(), half_close=True)[0]) == [400]
 
 
 def test_half_a_character_in_json_is_a_400_and_leaves_nothing(serve):
@@ -8152,8 +8152,7 @@ def test_wire(show, case):
     pieces = [raw[i:i + 1] for i in range(len(raw))] if case["name"] == "utf8_split" else [raw]
     page = show(WIRE_BODY.partition(">")[2] and "<div %s" % WIRE_BODY[len("<body "):].replace("</body>", "</div>"),
                 answers={"/stream": lambda handler: (handler.stream(*pieces), handler.wfile.write(b"0\r\n\r\n"))})
-    page.js("window.U = '/stream'")
-    page.click("#b")
+    page.js("window.U = '/stream'; $('#b').click()")
     page.wait("names().includes('finished')")
     assert page.js("return events") == case["fetch_events"]
     settle(page)
