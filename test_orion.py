@@ -1250,7 +1250,7 @@ def leave(ctx):
 
 
 @cases("job", [endless, odd, leave])
-def test_a_job_that_breaks_in_an_odd_way_is_counted_and_the_next_one_runs(start, monkeypatch, job):
+def test_a_job_that_breaks_in_an_odd_way_is_counted_and_the_next_one_runs(monkeypatch, start, job):
     monkeypatch.setattr(orion.GuardedObject, "STATEMENT_SECONDS", 0.2)
     server = start((orion.todos, working(job, note)))
     bob = Person(server, "bob", datastar=True)
