@@ -3869,6 +3869,13 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
+        try:
+            self.go_on_with(events)
+        except CRASH:                                    # it would only come again
+            self.close()
+            raise
+
+    def go_on_with(self, events):
         if events & WRITABLE:
             self.listen(self.events & ~WRITABLE)
             return self.write(self.rest)
@@ -8195,7 +8202,7 @@ def node_assign(settings, given):
     with opened(settings) as (store, _):
         node = known_node(store, given.address)
         rows = assignable(store, given.placed)
-    missing = [why_not(settings, row, node) for row in rows]
+    missing = [not_assigned(settings, row, node) for row in rows]
     with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
         missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
     for row, why in zip(rows, missing):
@@ -8210,7 +8217,7 @@ def assignable(store, placed):
     return [row_of(store, "workspaces", placed)]
 
 
-def why_not(settings, row, node):
+def not_assigned(settings, row, node):
     """Return why a workspace can't be on this node, or ""."""
     if row["node"] != node:
         check_given_up(settings, row)

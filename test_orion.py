@@ -5510,6 +5510,14 @@ def mutated(rng, whole):
     return bytes(data)
 
 
+def test_a_fault_of_our_own_while_reading_ends_one_connection_and_is_logged_once(server, monkeypatch):
+    said = []
+    monkeypatch.setattr(orion, "log", said.append)
+    monkeypatch.setattr(orion, "parse_head", mock.Mock(side_effect=ZeroDivisionError))
+    assert raw(server, b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 2000 + b"\r\n\r\n") == (b"", True)
+    assert Person(server).get("/healthz").status == 200 and "".join(said).count("ZeroDivisionError:") == 1
+
+
 def test_twenty_thousand_mutated_requests_harm_nothing(start):
     """None hangs, none is answered with a 5xx that says we were surprised, no descriptor and no thread is left behind."""
     seed = random.randrange(10 ** 9)
