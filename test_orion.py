@@ -6442,6 +6442,7 @@ def put_to_sleep(server):
     """All workspaces that nobody uses at this moment."""
     server.env.workspaces.idle = 0.0
     eventually(lambda: server.env.workspaces.rest() or not server.env.workspaces.objects)
+    server.env.workspaces.idle = 60.0                # or the next tick would put them to sleep again
 
 
 def newest(person):
