@@ -6936,6 +6936,11 @@ def remove_any(path):
             file.unlink()
 
 
+class Original(GuardedStore):
+    """A file that is only read, and stays as it is."""
+    SETUP = "PRAGMA query_only=ON"
+
+
 def copy_database(source: pathlib.Path, target: pathlib.Path, about: Any = None) -> int:
     """Copy a database. Return its number of rows.
 
@@ -6943,7 +6948,7 @@ def copy_database(source: pathlib.Path, target: pathlib.Path, about: Any = None)
     damaged; then there is no target.
     """
     with in_the_making(target) as part:
-        with contextlib.closing(GuardedStore(source)) as original, \
+        with contextlib.closing(Original(source)) as original, \
                 contextlib.closing(sqlite3.connect(part)) as copy:
             original.db.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
@@ -7054,7 +7059,7 @@ def snapshot(settings: Settings, target: pathlib.Path,
     """
     held = {}
     faults = []
-    known = json.loads((before / "manifest.json").read_text()) if before else {}
+    known = manifest_of(before) if before else {}
     with in_the_making(target) as part:
         (part / "workspaces").mkdir(parents=True)
         directory = part / "directory.db"
@@ -7069,9 +7074,19 @@ def snapshot(settings: Settings, target: pathlib.Path,
             if fault:
                 faults.append(fault)
         shutil.copy2(settings.key_file, part / "secret.key")
-        (part / "manifest.json").write_text(json.dumps(held))
+        with open(part / "manifest.json", "w") as manifest:
+            json.dump(held, manifest)
+            manifest.flush()
+            os.fsync(manifest.fileno())
         part.rename(target)
     return held, faults
+
+
+def manifest_of(snapshot):
+    """Return what it holds. If that can't be read, nothing is linked from there."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads((snapshot / "manifest.json").read_text())
+    return {}
 
 
 def snapshot_again(settings: Settings) -> None:
@@ -7186,9 +7201,9 @@ def wrong_with_file(settings, path, id):
 # ==== 42. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
-# It promises: with --move, nobody is let in from before the copy on; so the file is the last
-#   word. A file from elsewhere is checked before anything is done, and is never trusted:
-#   whoever made it may wish us ill.
+# It promises: with --move, people are shut out before the copy is made, so nothing can be
+#   written after it. A file from elsewhere is checked first, and never trusted: whoever made
+#   it may wish us ill.
 # It needs: 30 Accounts, 40 Copies. On a node, 45 Nodes does the same in another way.
 
 BUSY_FOLDER = "a move is under way; try again when it is over"
@@ -7215,8 +7230,10 @@ def add_workspace(store: Store, workspaces: Namespace, name: str,
 
 @addition
 class KeepsFiles(GuardedNamespace):
-    """What happens to the file of a workspace. On a node it is another machine that has it:
-    section 45."""
+    """The file of a workspace, when it is added or removed.
+
+    Each step is a method because with nodes (section 45) another machine has the file.
+    """
 
     def put(self, store: Store, id: str, name: str, source: Optional[pathlib.Path]) -> None:
         """Have a file for a new workspace, before its row is committed."""
@@ -7226,7 +7243,7 @@ class KeepsFiles(GuardedNamespace):
             self.create(id)
 
     def settle(self, store: Store, name: str) -> None:
-        """After that commit."""
+        """After that commit, when another machine may be asked. Here nothing is left."""
 
     def check_removable(self, row: sqlite3.Row, now: bool) -> None:
         """Raise Unusable if its file can't be removed."""
@@ -7374,9 +7391,9 @@ class About(NamedTuple):
 
 @verb("workspace import", "such a file, with its members", "file", "--name")
 def workspace_import(settings, given):
-    """An export, or a single root. Who has no account here gets one.
+    """Take in an export, or a single root. A member without an account here gets one.
 
-    From an export an account comes without a password.
+    Accounts of an export come without a password.
     """
     check_no_node(settings)
     about = about_file(given.file, given.name)
@@ -7401,7 +7418,7 @@ def check_no_node(settings):
 def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
     """Raise Unusable if it is no export, no single root and no file of workspaces."""
     try:
-        with contextlib.closing(GuardedStore(file)) as store:
+        with contextlib.closing(Original(file)) as store:
             about = about_store(store, name)
         unknown = sorted({*about.members.values()} - {*ROLES})
         nobody = [one for one in about.members if not ACCOUNT_NAME.fullmatch(one)]
@@ -7412,8 +7429,8 @@ def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
         raise Unusable(f"{file}: there can be no role {unknown[0]!r} here; the roles are "
                        f"{', '.join(ROLES)}")
     if nobody:
-        raise Unusable(f"{file}: there can be no account named {nobody[0]!r:.50} here; the "
-                       f"roles are {', '.join(ROLES)}")
+        raise Unusable(f"{file}: there can be no account named {nobody[0]!r:.50} here; a "
+                       "name is of a to z, 0 to 9 and hyphens")
     return about
 
 
@@ -7444,7 +7461,7 @@ def about_single(store, name):
 
 
 def add_accounts(store, accounts):
-    """Whoever is here already stays as they are."""
+    """Accounts that exist are not changed."""
     for name, label, password in accounts:
         added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES "
                            "(?, ?, ?)", name, label, password)
@@ -7657,7 +7674,13 @@ def single_root(settings):
 
 # ==== 45. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. A proxy
-#   asks the directory's gate, and brings its verdict to the node where the workspace lives.
+#   asks the directory's gate, and brings its verdict to the node where the workspace lives:
+#
+#     browser -> proxy -> directory   GET /_gate: a verdict, with a seal over all of it
+#                proxy -> node        the request, with that verdict: see node_gate
+#     node      -> directory          /_version, /_gate/<name> ...: see directory_front
+#     directory -> node               /_node/<id>/create ...: see answer_directory
+#
 # It promises: what crosses the network is sealed with the key that all share. So a node
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
@@ -7665,10 +7688,10 @@ def single_root(settings):
 # It needs: 34 Counts, 40 Copies, 42 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
-FRESH_SECONDS = 2                                        # then the gate is asked again
+FRESH_SECONDS = 2                                        # an older verdict is asked anew
 TRUSTED.update({"x-node", "x-verdict"})
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-operator", "x-read-only", "x-quota", "x-node")     # what is sealed
+           "x-operator", "x-read-only", "x-quota", "x-node")     # under the seal, in order
 STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
              "to each node; compare clocks.")
 NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict. Ask "
@@ -7687,7 +7710,7 @@ SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
 def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
-    """Was this sealed here, over these parts, a short time ago?"""
+    """Is the seal ours, over exactly these parts, and not older than SEALED_SECONDS?"""
     found = SEAL.fullmatch(given)
     if not found:
         return False
