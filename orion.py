@@ -4930,18 +4930,18 @@ class EdgeDirectory(Broadcast, Directory):
 #
 # So the Directory of this part is a chain of classes, and super() goes along it:
 #
-#     LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs -> Broadcast ...
+#     LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs -> Broadcast
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
-# line. Without one of them, only --plain is left. Commands use opened(), row_of() and table()
-# of section 49: the Directory's store, a row by its name, and rows as lines of text.
+# line. Without one of them, only --plain is left. Commands use opened(), row_of() and
+# table() of section 49: the Directory's store, a row by its name, rows as lines of text.
 #
 # Further words:
 #
 #     deployment  all state of one server: its data folder
 #     root        a composition root (section 15); "single root": one with one workspace
 #     node        a machine that has workspaces, but not the Directory
-#     plane       the Directory (control) or the workspaces (data), as processes of their own
+#     plane       the Directory (control), or workspaces (data), in a process of its own
 #     snapshot    a copy of a whole deployment; "backup": one that somebody asked for
 #     tenant      a workspace, seen by whoever runs the server
 
@@ -7202,8 +7202,8 @@ def wrong_with_file(settings, path, id):
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, people are shut out before the copy is made, so nothing can be
-#   written after it. A file from elsewhere is checked first, and never trusted: whoever made
-#   it may wish us ill.
+#   written after it. A file from elsewhere is checked first, and never trusted: whoever
+#   made it may wish us ill.
 # It needs: 30 Accounts, 40 Copies. On a node, 45 Nodes does the same in another way.
 
 BUSY_FOLDER = "a move is under way; try again when it is over"
@@ -7273,7 +7273,7 @@ def with_file(settings, store, name):
     return row
 
 
-@verb("workspace add", "a new workspace; without an owner member add lets people in",
+@verb("workspace add", "make a workspace; without --owner, member add lets people in",
       "name", "--owner")
 def workspace_add(settings, given):
     with opened(settings, "workspace add", given.name) as (store, env):
@@ -7285,7 +7285,7 @@ def workspace_add(settings, given):
     settle(settings, env, given.name)
 
 
-@verb("workspace list", "name, id, bytes and quota of each")
+@verb("workspace list", "list name, id, bytes and quota of each")
 def workspace_list(settings, given):
     with opened(settings) as (store, env):
         rows = store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name")
@@ -7298,7 +7298,7 @@ def workspace_list(settings, given):
             print(row["name"], row["id"], where, f"of {quota}", moving, sep="\t")
 
 
-@verb("workspace rename", "moves no file, and keeps the members", "name", "new")
+@verb("workspace rename", "rename a workspace; its members and its file stay", "name", "new")
 def workspace_rename(settings, given):
     with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
         row = row_of(store, "workspaces", given.name)
@@ -7306,7 +7306,7 @@ def workspace_rename(settings, given):
         store.exec("UPDATE workspaces SET name = ? WHERE id = ?", given.new, row["id"])
 
 
-@verb("workspace remove", "a copy stays for 30 days, unless --now", "name", "--now")
+@verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now", "name", "--now")
 def workspace_remove(settings, given):
     """First it leaves the Directory, so nobody is let in any more; then its file goes.
 
@@ -7348,8 +7348,8 @@ def remove_file(settings: Settings, path: pathlib.Path, about: Dict[str, Any],
     return copy
 
 
-@verb("workspace export", "all of it in one file, while the server runs; --move: and nobody "
-                          "writes here after", "name", "file", "--move")
+@verb("workspace export", "write all of it to one file, while the server runs; with --move "
+                          "nobody is let in any more", "name", "file", "--move")
 def workspace_export(settings, given):
     """With --move, the gate says 503 until the name is removed here."""
     if given.file.exists():
@@ -7389,7 +7389,7 @@ class About(NamedTuple):
     accounts: List[Tuple[str, str, str]]                 # name, label, password
 
 
-@verb("workspace import", "such a file, with its members", "file", "--name")
+@verb("workspace import", "take in such a file, with its members", "file", "--name")
 def workspace_import(settings, given):
     """Take in an export, or a single root. A member without an account here gets one.
 
@@ -7493,7 +7493,7 @@ def strip_directory(db):
     db.execute("PRAGMA application_id = 0")
 
 
-@verb("workspace restore", "as it was in a snapshot, beside the present one",
+@verb("workspace restore", "bring it up as it was in a snapshot, beside the present one",
       "name", "--at", "--new")
 def workspace_restore(settings, given):
     """With its members. It never takes the place of the present one."""
@@ -7893,7 +7893,7 @@ def gate_for_proxies(ctx):
     if answer.status != 200:
         return answer
     said = dict(answer.headers)
-    oldest = ctx.host.keys[-1]                           # a node still has it after a rotation
+    oldest = ctx.host.keys[-1]                           # nodes may lack a newer one
     until = int(time.time()) + SEALED_SECONDS
     seal = seal_of([said.get(name, "") for name in VERDICT], oldest, until)
     return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
@@ -8186,20 +8186,20 @@ def known_node(store, address):
     return address
 
 
-@verb("node add", "workspaces can be placed on it: HOST:PORT of a data plane", "address")
+@verb("node add", "let new workspaces be placed on a data plane", "address")
 def node_add(settings, given):
     with opened(settings, "node add", given.address) as (store, _):
         store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
 
 
-@verb("node list", "the nodes, and how many workspaces each has")
+@verb("node list", "list the nodes, and how many workspaces each has")
 def node_list(settings, given):
     with opened(settings) as (store, _):
         table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = "
                           "address AND name IS NOT NULL) FROM nodes"))
 
 
-@verb("node remove", "a node that has no workspaces", "address")
+@verb("node remove", "forget a node that has no workspaces", "address")
 def node_remove(settings, given):
     with opened(settings, "node remove", given.address) as (store, _):
         node = known_node(store, given.address)
@@ -8215,8 +8215,8 @@ def workspaces_on(store, node):
                        "BY name", node)
 
 
-@verb("node assign", "the file of a workspace, or all files of a lost node, are on this node "
-                     "now", "placed", "address")
+@verb("node assign", "say that the file of a workspace, or that all files of a lost node, "
+                     "are on this node now", "placed", "address")
 def node_assign(settings, given):
     """Return 1 if the node lacks some of the files. Those stay where they were.
 
@@ -8315,8 +8315,8 @@ def export_from_node(settings, given):
     id = place_of(settings, name=given.name)["id"]
     path = settings.workspaces / f"{id}.db"
     if not path.exists():
-        raise Unusable(f"{given.name} is not on this node; workspace list on the directory's "
-                       "machine tells where it is")
+        raise Unusable(f"{given.name} is not on this node; workspace list on the "
+                       "directory's machine tells where it is")
     if given.move:
         return leave_node(settings, given, id, path)
     rows = copy_database(path, given.file, {"name": given.name, "members": []})
