@@ -7298,7 +7298,8 @@ def workspace_list(settings, given):
             print(row["name"], row["id"], where, f"of {quota}", moving, sep="\t")
 
 
-@verb("workspace rename", "rename a workspace; its members and its file stay", "name", "new")
+@verb("workspace rename", "rename a workspace; its members and its file stay",
+      "name", "new")
 def workspace_rename(settings, given):
     with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
         row = row_of(store, "workspaces", given.name)
@@ -7306,7 +7307,8 @@ def workspace_rename(settings, given):
         store.exec("UPDATE workspaces SET name = ? WHERE id = ?", given.new, row["id"])
 
 
-@verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now", "name", "--now")
+@verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now",
+      "name", "--now")
 def workspace_remove(settings, given):
     """First it leaves the Directory, so nobody is let in any more; then its file goes.
 
