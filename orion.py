@@ -3039,7 +3039,7 @@ class GroupCommit(GuardedObject):
         be fewer outcomes than requests, but at least one: ask again for the others.
         """
         if len(requests) == 1 or all([request.method in SAFE for request in requests]):
-            return [outcome(self.answer, request) for request in requests]
+            return [outcome(self.answer, request) for request in self.in_time(requests)]
         outcomes: List[Any] = []
         try:
             self.used = time.monotonic()
@@ -3057,17 +3057,22 @@ class GroupCommit(GuardedObject):
                 return [fault] * len(requests)
             return [one if failed(one) else fault for one in outcomes]
 
-    def answer_each(self, requests, outcomes):
-        """Raises the error with which SQLite gave up all of the transaction."""
+    def in_time(self, requests):
+        """Yield those that need not wait for what takes long in front of them."""
         until = time.monotonic() + self.BATCH_SECONDS
         for request in requests:
+            yield request
+            if time.monotonic() > until:
+                return
+
+    def answer_each(self, requests, outcomes):
+        """Raises the error with which SQLite gave up all of the transaction."""
+        for request in self.in_time(requests):
             outcomes.append(outcome(self.answer, request))
             if not self.store.db.in_transaction:
                 last = outcomes[-1]
                 lost = sqlite3.OperationalError("a command lost the transaction")
                 raise last if isinstance(last, (sqlite3.Error, StorageFault)) else lost
-            if time.monotonic() > until:
-                return
 
     def forget_renderings(self):
         """They show what was then rolled back."""
@@ -3540,6 +3545,7 @@ class Asked(NamedTuple):
     stub: Any = None                                     # who is to answer
     forwarded: Optional[Request] = None                  # and the request as they see it
     started: float = 0.0                                 # by time.perf_counter()
+    account: str = ""                                    # to whom it is charged
 
     @property
     def key(self) -> Tuple[Any, ...]:
@@ -3633,9 +3639,25 @@ def renewed(response: Response) -> Response:
 # ==== 23. Threads =========================================================================
 # The idea: a few threads do the work, one loop holds all sockets. What concerns the same
 #   object stands in a lane. One thread at a time works a lane off, all that came at once.
-# It promises: a lane keeps its order, and lets the others have their turn in between. A job
-#   that fails is logged; its thread goes on.
+# It promises: a lane keeps its order, and lets the others have their turn in between. One
+#   account has at most an eighth of the threads, however many lanes it fills: its lanes
+#   take turns, and those of the others find threads free. A job that fails is logged; its
+#   thread goes on.
 # Who uses it: the loop edge and the broker.
+
+class Lane:
+    """Items that wait for the same job, in their order, each with its account.
+
+    payer: the account to which the lane's place in line, or its thread, is charged. None:
+    it has neither, because the accounts of its items have no more to spend.
+    """
+
+    def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
+        self.name = name
+        self.job = job
+        self.items: collections.deque = collections.deque()
+        self.payer: Optional[str] = None
+
 
 class Pool:
     """A fixed number of threads that take jobs from one line.
@@ -3648,8 +3670,11 @@ class Pool:
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # what each idle thread waits for
         self.own = threading.local()                     # line: what this thread does next
-        self.lock = threading.Lock()                     # guards the next line
-        self.lanes: Dict[Any, collections.deque] = {}    # what waits, where somebody works
+        self.most = max(1, size // 8)                    # lanes in line, for one account
+        self.lock = threading.Lock()                     # guards the next three lines
+        self.lanes: Dict[Any, Lane] = {}                 # in which something waits
+        self.taken: Dict[str, int] = collections.Counter()   # by account: lanes in line
+        self.parked: Dict[str, Dict[Lane, None]] = {}    # by account: those that are not
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -3690,13 +3715,23 @@ class Pool:
             return
 
     def work(self):
-        own = self.own.line = collections.deque()
+        self.own.line = collections.deque()
+        self.own.account = ""
         turn = threading.Lock()
         turn.acquire()
         while True:
-            job, args = own.popleft() if own else self.next(turn)
+            job, args = self.next(turn)
             if job is None:
                 return
+            guarded(job, *args)
+            while self.own.line:
+                self.follow_up()
+
+    def follow_up(self):
+        """Do what this thread has put in until now."""
+        own = self.own.line
+        for _ in range(len(own)):
+            job, args = own.popleft()
             guarded(job, *args)
 
     def next(self, turn):
@@ -3715,26 +3750,89 @@ class Pool:
         """How many threads have a job."""
         return len(self.threads) - len(self.idle)
 
-    def gather(self, lane: Any, item: Any, job: Callable[[List[Any]], None]) -> None:
-        """Have job(items) done with all that came to this lane until then."""
-        with self.lock:
-            if lane in self.lanes:
-                self.lanes[lane].append(item)
-                return
-            self.lanes[lane] = collections.deque([item])
-        self.put(self.drive, lane, job)
+    # -- lanes, and who pays for them
 
-    def drive(self, lane, job):
-        waiting = self.lanes[lane]
-        some = min(len(waiting), self.TOGETHER)
+    @property
+    def account(self) -> str:
+        """Whom the present job of this thread is charged to."""
+        return getattr(self.own, "account", "")
+
+    def gather(self, name: Any, item: Any, job: Callable[[List[Any]], Any],
+               account: str = "") -> None:
+        """Have job(items) done with all that came to the lane of this name until then.
+
+        job returns what it left undone, or None; that stays in front. account: to whom it
+        is charged; "": to nobody. What a thread of the pool puts in is a part of the job
+        that it does already.
+        """
+        payer = "" if hasattr(self.own, "account") else account
+        with self.lock:
+            lane = self.lanes.get(name)
+            if lane is None:
+                lane = self.lanes[name] = Lane(name, job)
+            lane.items.append((item, account))
+            begins = lane.payer is None and self.admit(lane, payer)
+        if begins:
+            self.put(self.drive, lane)
+
+    def admit(self, lane, account) -> bool:
+        """Charge the lane to the account, or park it. The caller holds the lock."""
+        if account and self.taken[account] >= self.most:
+            parked = self.parked.setdefault(account, collections.OrderedDict())
+            parked[lane] = None
+            return False
+        self.taken[account] += 1
+        lane.payer = account
+        return True
+
+    def drive(self, lane):
+        payer = lane.payer
+        before = self.own.account
+        self.own.account = payer or before
+        some = min(len(lane.items), self.TOGETHER)
+        items = [lane.items.popleft()[0] for _ in range(some)]
+        left = None
         try:
-            job([waiting.popleft() for _ in range(some)])
+            left = lane.job(items)
         finally:
-            with self.lock:
-                if not waiting:
-                    del self.lanes[lane]
-            if waiting:
-                self.share(self.drive, lane, job)        # behind the others
+            self.put_back(lane, left or (), payer)
+            self.follow_up()
+            self.release(payer)
+            self.own.account = before
+
+    def put_back(self, lane, left, payer):
+        """Have the rest of the lane done behind the others."""
+        with self.lock:
+            lane.items.extendleft([(item, payer) for item in reversed(left)])
+            lane.payer = None
+            if not lane.items:
+                del self.lanes[lane.name]
+                return
+            _, account = lane.items[0]
+            begins = self.admit(lane, account)
+        if begins:
+            self.share(self.drive, lane)
+
+    def release(self, account):
+        """A job of this account is done. Begin with the lane that was parked first."""
+        with self.lock:
+            self.taken[account] -= 1
+            lane = self.next_parked(account)
+            if not self.taken[account]:
+                del self.taken[account]
+        if lane:                                         # this thread looks for work now
+            self.line.append((self.drive, (lane,)))
+
+    def next_parked(self, account) -> Optional[Lane]:
+        """Another account may have paid for a lane meanwhile; such a one is passed over."""
+        parked = self.parked.get(account)
+        while parked:
+            lane, _ = parked.popitem(last=False)
+            if lane.payer is None and lane.items:
+                self.admit(lane, account)
+                return lane
+        self.parked.pop(account, None)
+        return None
 
     def close(self, patience: float) -> None:
         """patience: seconds for all threads together. A job that takes longer is left."""
@@ -4046,6 +4144,7 @@ class Channel:
 
     def __init__(self, subscription):
         self.subscription = subscription
+        self.account = ""                                # to whom it is charged: section 23
         self.streams = set()
         self.busy = False
         self.stale = False
@@ -4076,7 +4175,10 @@ class Broker:
     # -- from a publish to the sockets
 
     def published(self, id: str, topic: str) -> None:
-        """Called by an object, right after a commit. topic "": all of it."""
+        """Called by an object, right after a commit. topic "": all of it.
+
+        Whose command it was pays for what follows from it.
+        """
         if topic.startswith("access:"):
             self.changed = time.monotonic()
             self.regate(topic[7:])
@@ -4089,9 +4191,10 @@ class Broker:
             busy = channel.busy
             channel.busy = True
             channel.stale = True
+            channel.account = self.edge.pool.account or channel.account
         if not busy:
             lane = channel.subscription.stub.id
-            self.edge.pool.gather(lane, channel, self.refresh_all)
+            self.edge.pool.gather(lane, channel, self.refresh_all, channel.account)
 
     def refresh_all(self, channels):
         """In the pool. An object is a lane there: its regions would wait for each other."""
@@ -4155,6 +4258,7 @@ class Broker:
         channel.streams.add(stream)
         self.accounts[stream.account] += 1
         self.watched(id, 1)
+        channel.account = channel.account or stream.account
         self.mark(channel)                               # something may have come meanwhile
         if id in self.here:
             stream.show_here(self.here[id])
@@ -4536,6 +4640,7 @@ class LoopEdge(ThreadingHTTPServer):
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
+    TOGETHER_SECONDS = 0.05                              # then others have this thread
     broker_kind = Broker                                 # [3] has one that it adds to
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
     EAGER_SECONDS = (0.0001,)                            # to stay awake, without a job
@@ -4555,6 +4660,7 @@ class LoopEdge(ThreadingHTTPServer):
         self.stopped = threading.Event()
         self.date = formatdate(usegmt=True)
         self.insiders = set()                            # hashes of lane and cookie
+        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
         names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
         self.hosts = frozenset([name.lower() for name in names])
         self.kept = Kept(env.directory)
@@ -4664,8 +4770,9 @@ class LoopEdge(ThreadingHTTPServer):
     def tick(self, now):
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
         self.date = formatdate(usegmt=True)
-        if len(self.insiders) > 100_000:
-            self.insiders.clear()
+        for memory in (self.insiders, self.accounts):
+            if len(memory) > 100_000:
+                memory.clear()
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
@@ -4700,12 +4807,16 @@ class LoopEdge(ThreadingHTTPServer):
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, renewed(kept))
-        lane = lane_of(request.path)
+        self.line_up(asked)
+
+    def line_up(self, asked):
+        lane = lane_of(asked.request.path)
         if not lane:
-            return self.pool.put(self.answer_all, [asked])
-        if self.place_of(asked) not in self.insiders:    # a stranger, so far
-            lane = f"{connection.peer} {lane}"
-        self.pool.gather(lane, asked, self.answer_all)
+            lane = asked.connection                      # it waits for nobody
+        elif self.place_of(asked) not in self.insiders:  # a stranger, so far
+            lane = f"{asked.connection.peer} {lane}"
+        asked = asked._replace(account=self.account_of(asked.request))
+        self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
         return True
@@ -4714,24 +4825,53 @@ class LoopEdge(ThreadingHTTPServer):
         """Who asks where: what is remembered of whom was let in."""
         return hash((lane_of(asked.request.path), asked.request.headers.get("cookie")))
 
-    def answer_all(self, several):
-        """In the pool: what came for one workspace."""
+    def account_of(self, request) -> str:
+        """Return to whom a thread is charged, before the gate has spoken.
+
+        It is the account that the gate saw in this cookie before. Until it has seen one,
+        all at the same address are charged together.
+        """
+        known = self.accounts.get(hash(request.headers.get("cookie")))
+        return known or f"somebody at {request.peer}"
+
+    def recognized(self, asked, decided) -> bool:
+        """True if the request was charged to the right account; else it is from now on."""
+        cookie = asked.request.headers.get("cookie")
+        account = decided.request.headers.get("x-account")
+        if not cookie or not account or asked.account == account:
+            return True
+        self.accounts[hash(cookie)] = account
+        return False
+
+    def answer_all(self, several) -> List[Asked]:
+        """In the pool: what came for one workspace. Return what is to be asked again.
+
+        If commands take long, others have this thread in between.
+        """
         let_in = collections.defaultdict(collections.deque)
         for asked in several:
             decided = outcome(self.decide, asked.request)
-            if isinstance(decided, Noted):
+            if not isinstance(decided, Noted):
+                self.finish(asked, decided)
+            elif self.recognized(asked, decided):
                 version = decided.stub.namespace.versions[decided.stub.id]
                 asked = asked._replace(stub=decided.stub, forwarded=decided.request,
                                        version=version)
                 let_in[decided.stub].append(asked)
-            else:
-                self.finish(asked, decided)
+            else:                                        # who it is may be busy already
+                self.call(self.line_up, asked)
+        until = time.monotonic() + self.TOGETHER_SECONDS
         for stub, group in let_in.items():
-            while group:
+            self.fetch_some(stub, group)
+            while group and time.monotonic() < until:
                 self.fetch_some(stub, group)
+        return [asked for group in let_in.values() for asked in group]
 
     def fetch_some(self, stub, group):
-        """Commands share a commit. A page can be large: it leaves before the next."""
+        """Commands share a commit. A page can be large: it leaves before the next.
+
+        Those that were answered leave the group.
+        """
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
         outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in some])

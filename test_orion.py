@@ -3446,6 +3446,73 @@ def test_a_lane_whose_job_fails_goes_on(capfd):
     assert done == [0, 1, 2] and logged(capfd, "ZeroDivisionError")
 
 
+@contextlib.contextmanager
+def spent(pool, account):
+    """Lanes of this account have all the threads that it may have; gives what they wait for."""
+    go, begun = threading.Event(), []
+    for n in range(pool.most):
+        pool.gather(f"{account} {n}", n, lambda items: begun.extend(items) or go.wait(PATIENCE) and None, account)
+    eventually(lambda: len(begun) == pool.most)
+    try:
+        yield go
+    finally:
+        go.set()
+        eventually(lambda: not pool.lanes)
+        pool.close(PATIENCE)
+
+
+def test_however_many_lanes_one_account_fills_threads_are_left_for_another():
+    pool, done = orion.Pool(16), threading.Event()
+    with spent(pool, "a"):
+        for n in range(18):
+            pool.gather(f"more {n}", n, lambda items: None, "a")
+        assert len(pool.line) == 0
+        pool.gather("another", 0, lambda items: done.set(), "b")
+        assert done.wait(PATIENCE)
+
+
+def test_lanes_of_one_account_take_turns():
+    pool, done = orion.Pool(8), []
+    with spent(pool, "a"):
+        for lane in "xyz":
+            for n in range(orion.Pool.TOGETHER + 1):
+                pool.gather(lane, lane, lambda items: done.append((items[0], len(items))), "a")
+    assert done == [("x", 64), ("y", 64), ("z", 64), ("x", 1), ("y", 1), ("z", 1)]
+
+
+def test_a_lane_that_waits_for_one_account_goes_on_as_soon_as_another_one_pays():
+    pool, done = orion.Pool(16), []
+    with spent(pool, "a"):
+        pool.gather("both", 1, done.extend, "a")
+        pool.gather("both", 2, done.extend, "b")
+        eventually(lambda: done == [1, 2])
+    assert not pool.taken and not pool.parked
+
+
+def test_what_follows_from_a_job_is_charged_with_it():
+    pool, done, go = orion.Pool(8), [], threading.Event()
+    follow = lambda items: done.extend(items) or go.wait(PATIENCE) and None
+    pool.gather("lane", 1, lambda items: pool.gather("further", 2, follow, "a"), "a")
+    eventually(lambda: done == [2])
+    pool.gather("next", 3, lambda items: done.extend(items), "a")
+    assert not pool.line
+    go.set()
+    eventually(lambda: done == [2, 3])
+    pool.close(PATIENCE)
+
+
+def test_what_a_job_leaves_undone_stays_in_front_of_its_lane():
+    pool, done = orion.Pool(8), []
+
+    def one_at_a_time(items):
+        done.append(items[0])
+        return items[1:]
+    with spent(pool, "a"):
+        for n in range(5):
+            pool.gather("lane", n, one_at_a_time, "a")
+    assert done == [0, 1, 2, 3, 4]
+
+
 def test_what_is_written_to_the_log_is_one_line_and_a_closed_log_harms_nobody(capfd, monkeypatch):
     orion.log("a\r\n\x1b[2Jb\u2028c")
     assert capfd.readouterr().err == "a\\r\\n\\x1b[2Jb\\u2028c\n"
@@ -5370,8 +5437,94 @@ def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
     server = start(threads=2)
     with busy(server, "acme"):
         links = post_at_once(server, "/w/acme/todos", 20)
-        assert Person(server, "bob", datastar=True).post("/w/globex/todos", title="Meanwhile").status == 200
+        assert Person(server, "dave", datastar=True).post("/w/globex/todos", title="Meanwhile").status == 200
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
+
+
+def waiting():
+    """A slice whose command, and whose page, wait for an event; gives the event, and who waits."""
+    go, begun = threading.Event(), []
+
+    def wait(ctx):
+        begun.append(ctx.workspace)
+        assert go.wait(PATIENCE)
+        return orion.Response(204)
+    return orion.Slice("waiting", (), routes=tuple([orion.Route(method, "/waiting", orion.MEMBER, wait) for method in ("GET", "POST")])), go, begun
+
+
+def send(server, person, method, path):
+    """A request whose answer nobody waits for yet."""
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    link.sendall(head("Origin: http://h", f"Cookie: {person.cookie}", "Content-Length: 0", line=f"{method} {path} HTTP/1.1"))
+    return link
+
+
+def in_line(server, count):
+    """So many requests were read, and the loop has had to do with something else since."""
+    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
+    since = threading.Event()
+    server.edge.call(since.set)
+    assert since.wait(PATIENCE)
+
+
+@cases("method", ["GET", "POST"])
+def test_one_account_keeps_no_other_waiting_however_many_workspaces_and_sessions_it_has(start, method):
+    slice, go, begun = waiting()
+    server = start((orion.todos, slice))
+    sessions = [Person(server, "bob") for _ in range(3)]
+    for n in range(18):
+        assert sessions[0].post("/workspaces", form={"name": f"n{n}"}).status == 303
+    links = [send(server, sessions[n % 3], method, f"/w/n{n}/waiting") for n in range(18)]
+    eventually(lambda: len(begun) >= 2)
+    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
+    assert len(begun) == 2
+    go.set()
+    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 18
+
+
+def test_regions_of_one_account_that_take_long_keep_no_other_waiting(start):
+    go, slow = threading.Event(), []
+
+    def region(ctx):
+        if slow:
+            slow.append(ctx.workspace)
+            assert go.wait(PATIENCE)
+        return orion.Html('<section id="waiting"></section>')
+    page = orion.Live("/waiting", orion.MEMBER, "waiting", "Waiting", region)
+    server = start((orion.todos, orion.Slice("waiting", ("CREATE TABLE waits (n)",), (page,))))
+    bob, broker = Person(server, "bob"), server.edge.broker
+    for n in range(18):
+        bob.post("/workspaces", form={"name": f"n{n}"})
+    ears = [Ear(bob, f"/w/n{n}/waiting/live") for n in range(18)]
+    [ear.event() for ear in ears]
+    at_rest(server)
+    slow.append("from now on")
+    for n in range(18):
+        with contextlib.closing(server.store(f"n{n}")) as db, db:
+            db.execute("INSERT INTO waits VALUES (1)")
+    server.edge.call(lambda: [broker.mark(channel) for of_object in broker.channels.values() for channel in of_object.values()])
+    eventually(lambda: len(slow) >= 3)
+    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
+    go.set()
+
+
+@cases("method", ["GET", "POST"])
+def test_requests_that_take_long_give_their_thread_back_in_between(start, monkeypatch, method):
+    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", -1)
+    slice, go, begun = waiting()
+    server = start((orion.todos, slice), threads=1)
+    bob, dave, free = Person(server, "bob"), Person(server, "dave"), threading.Event()
+    go.set()
+    assert bob.post("/w/acme/waiting").status == dave.post("/w/globex/waiting").status == 204    # they are let in
+    begun.clear()
+    server.edge.pool.put(free.wait, PATIENCE)
+    links = [send(server, bob, method, "/w/acme/waiting") for _ in range(5)]
+    in_line(server, 5)
+    links.append(send(server, dave, method, "/w/globex/waiting"))
+    in_line(server, 6)
+    free.set()
+    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 6
+    assert begun.index("globex") == 1
 
 
 @cases("target, lane", [
