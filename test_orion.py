@@ -980,12 +980,12 @@ def test_a_disk_that_is_full_is_a_507_reads_go_on_and_room_helps(server):
     assert bob.post("/w/acme/todos", title="x").status == 200 and len(titles(bob)) == many + 1
 
 
-def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server):
+def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
     bob = Person(server, "bob", datastar=True)
     bob.get("/w/acme/todos")
     with contextlib.closing(server.store("acme")) as other:
         other.execute("BEGIN IMMEDIATE")
-        server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).store.db.execute("PRAGMA busy_timeout = 50")
         assert bob.post("/w/acme/todos", title="x").status == 503 and bob.get("/w/acme/todos").status == 200
         other.rollback()
     eventually(lambda: bob.post("/w/acme/todos", title="x").status == 200)
@@ -1192,12 +1192,12 @@ def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
     assert office.env.workspaces.alarms[office.acme] < time.time() + 1801
 
 
-def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office):
+def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
     office.write_letter(text="later", after=3600)
     alarms = office.env.workspaces.alarms
     with contextlib.closing(office.store("acme")) as other:
         other.execute("BEGIN IMMEDIATE")
-        office.env.workspaces.awake(office.acme).store.db.execute("PRAGMA busy_timeout = 50")
         office.env.workspaces.alarm(office.acme, time.time())
         assert eventually(lambda: time.time() < alarms.get(office.acme, 0) <= time.time() + 60)
 
@@ -5413,17 +5413,80 @@ def test_a_command_that_came_alone_is_told_when_it_can_not_be_committed(start, c
     assert hits(server) == 2 and logged(capfd, "constraint failed")
 
 
-def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd):
+def complaints(words):
+    """How often standard error has said so."""
+    return os.pread(2, 1 << 20, 0).decode("utf-8", "replace").count(words)
+
+
+def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0)
     with contextlib.closing(server.store("acme")) as other:
         other.execute("BEGIN IMMEDIATE")
-        with busy(server, "acme") as one:
-            begun = []
-            one.store.db.execute("PRAGMA busy_timeout = 50")
-            one.store.db.set_trace_callback(lambda sql: begun.append(sql) if sql == "BEGIN IMMEDIATE" else None)
+        with busy(server, "acme"):
             links = post_at_once(server, "/w/acme/todos", 20)
         assert [statuses(link.recv(65_536)) for link in links] == [[503]] * 20
-    assert len(begun) <= 2 and logged(capfd, "another process holds it")      # the first came alone
+    assert complaints("another process holds it") == 1                 # the first came alone
     assert Person(server, "bob").post("/w/acme/todos", title="x").status == 200
+
+
+@contextlib.contextmanager
+def locked(server, how="IMMEDIATE"):
+    """Another program has begun to write to the Directory's file; gives its connection."""
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file, isolation_level=None)) as other:
+        other.execute(f"BEGIN {how}")
+        yield other
+
+
+def sign_in_from(server, address):
+    """Somebody at this address, whom a proxy brings; gives the connection."""
+    link, body = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE), b"account=bob"
+    link.sendall(head("Origin: http://h", f"X-Forwarded-For: {address}", "X-Forwarded-Proto: http", "Content-Type: application/x-www-form-urlencoded",
+                      f"Content-Length: {len(body)}", line="POST /persona HTTP/1.1") + body)
+    return link
+
+
+def soon(call, *args, **more):
+    """The status that it returned, long before a lock is given up."""
+    since = time.monotonic()
+    answer = call(*args, **more)
+    assert time.monotonic() - since < 2.0
+    return answer.status
+
+
+@cases("how", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, how):
+    bob, dave = Person(server, "bob"), Person(server, "dave", datastar=True)
+    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3     # it is kept now
+    with locked(server, how):
+        links = [sign_in_from(server, "127.0.0.1") for _ in range(5)]
+        in_line(server, 5)
+        assert soon(bob.get, "/w/acme/todos") == 200
+        assert soon(bob.get, "/w/acme/todos?pages=2") == 200
+        assert soon(dave.post, "/w/globex/todos", title="Meanwhile") == 200
+    assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 5
+
+
+def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start):
+    server = start(trust_proxy=("127.0.0.1/32",))
+    bob = Person(server, "bob")
+    with locked(server):
+        links = [sign_in_from(server, f"10.0.0.{n}") for n in range(40)]
+        in_line(server, 4)
+        assert soon(bob.get, "/w/acme/todos") == 200
+    answers = [link.recv(65_536) for link in links]
+    assert sorted(map(statuses, answers)) == [[303]] * 4 + [[503]] * 36
+    assert [b"retry-after: 1\r\n" in answer for answer in answers].count(True) == 36
+
+
+def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0, raising=False)
+    with locked(server):
+        links = [sign_in_from(server, "127.0.0.1") for _ in range(12)]
+        answers = [link.recv(65_536) for link in links]
+        assert [statuses(answer) for answer in answers] == [[503]] * 12
+        assert {b"Another program is writing" in answer and b"retry-after: 5\r\n" in answer for answer in answers} == {True}
+    assert 1 <= complaints("another process holds it") <= 2
+    assert Person(server).post("/persona", form={"account": "bob"}).status == 303
 
 
 def test_a_commit_does_not_wait_for_slow_ones(server, monkeypatch):
