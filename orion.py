@@ -3718,9 +3718,9 @@ def renewed(response: Response) -> Response:
 # The idea: a few threads do the work, one loop holds all sockets. What concerns the same
 #   object stands in a lane. One thread at a time works a lane off, all that came at once.
 # It promises: a lane keeps its order, and lets the others have their turn in between. One
-#   account has at most an eighth of the threads, however many lanes it fills: its lanes
-#   take turns, and those of the others find threads free. A job that fails is logged; its
-#   thread goes on.
+#   account has at most half of the threads, and an eighth while others are there, however
+#   many lanes it fills: its lanes take turns, and those of the others find threads free. A
+#   job that fails is logged; its thread goes on.
 # Who uses it: the loop edge and the broker.
 
 class Lane:
@@ -3742,19 +3742,22 @@ class Pool:
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
 
-    An account has an eighth of the threads. (While one sends commands to 18 workspaces on
-    360 connections, a command of another one, alone 1.6 ms, takes 5. With a quarter it
-    takes 5 to 11, with all threads 20 to 50; with a single one 2.5, but then commands to 32
-    workspaces of one account are 1.2 x slower.)
+    While one account sends commands to 18 workspaces, on 360 connections, a command of
+    another one, alone 1.6 ms, takes 5 with an eighth of the threads for each, 5 to 11 with
+    a quarter, 20 to 50 with all. An account that is alone has more, because a slow disk
+    makes several files durable in the time of one.
     """
     TOGETHER = 64                                        # items of a lane at a time
+    ALONE_SECONDS = 1.0                                  # until an account counts as alone
 
     def __init__(self, size: int):
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # what each idle thread waits for
         self.own = threading.local()                     # line: what this thread does next
-        self.most = max(1, size // 8)                    # lanes in line, for one account
-        self.lock = threading.Lock()                     # guards the next three lines
+        self.most = max(1, size // 2)                    # lanes in line, for one account
+        self.fair = max(1, size // 8)                    # and while there are others
+        self.lock = threading.Lock()                     # guards the next four lines
+        self.crowded = float("-inf")                     # when there were others last
         self.lanes: Dict[Any, Lane] = {}                 # in which something waits
         self.taken: Dict[str, int] = collections.Counter()   # by account: lanes in line
         self.parked: Dict[str, Dict[Lane, None]] = {}    # by account: those that are not
@@ -3812,9 +3815,9 @@ class Pool:
 
     def follow_up(self):
         """Do what this thread has put in until now."""
-        own = self.own.line
-        for _ in range(len(own)):
-            job, args = own.popleft()
+        jobs = [*self.own.line]
+        self.own.line.clear()                            # a job may call this, too
+        for job, args in jobs:
             guarded(job, *args)
 
     def next(self, turn):
@@ -3860,13 +3863,21 @@ class Pool:
 
     def admit(self, lane, account) -> bool:
         """Charge the lane to the account, or park it. The caller holds the lock."""
-        if account and self.taken[account] >= self.most:
+        if account and self.taken[account] >= self.limit(account):
             parked = self.parked.setdefault(account, collections.OrderedDict())
             parked[lane] = None
             return False
         self.taken[account] += 1
         lane.payer = account
         return True
+
+    def limit(self, account) -> int:
+        """Return how many lanes the account may have in line now."""
+        now = time.monotonic()
+        others = len(self.taken) - (account in self.taken) - ("" in self.taken)
+        if others > 0:
+            self.crowded = now
+        return self.fair if now < self.crowded + self.ALONE_SECONDS else self.most
 
     def drive(self, lane):
         payer = lane.payer
@@ -3897,25 +3908,26 @@ class Pool:
             self.share(self.drive, lane)
 
     def release(self, account):
-        """A job of this account is done. Begin with the lane that was parked first."""
+        """A job of this account is done. Begin with those of its lanes that may now."""
         with self.lock:
             self.taken[account] -= 1
-            lane = self.next_parked(account)
+            begun = [*self.unpark(account)]
             if not self.taken[account]:
                 del self.taken[account]
-        if lane:                                         # this thread looks for work now
-            self.line.append((self.drive, (lane,)))
+        self.line.extend([(self.drive, (lane,)) for lane in begun])
+        for _ in begun[1:]:                              # one is for this thread
+            self.wake()
 
-    def next_parked(self, account) -> Optional[Lane]:
+    def unpark(self, account) -> Iterator[Lane]:
         """Another account may have paid for a lane meanwhile; such a one is passed over."""
         parked = self.parked.get(account)
-        while parked:
+        while parked and self.taken[account] < self.limit(account):
             lane, _ = parked.popitem(last=False)
             if lane.payer is None and lane.items:
                 self.admit(lane, account)
-                return lane
-        self.parked.pop(account, None)
-        return None
+                yield lane
+        if not parked:
+            self.parked.pop(account, None)
 
     def close(self, patience: float) -> None:
         """patience: seconds for all threads together. A job that takes longer is left."""
@@ -4884,7 +4896,7 @@ class LoopEdge(ThreadingHTTPServer):
             request = self.request(reading, connection.peer)
         except Refused as no:
             return self.finish(asked, no)
-        asked = asked._replace(request=request)
+        asked = asked._replace(request=request, account=self.account_of(request))
         if reading.method in SAFE and self.keeps_answers():
             asked = asked._replace(policy=self.kept.policy())
             kept = self.kept.find(asked)
@@ -4898,7 +4910,6 @@ class LoopEdge(ThreadingHTTPServer):
             lane = asked.connection                      # it waits for nobody
         elif self.place_of(asked) not in self.insiders:  # a stranger, so far
             lane = f"{asked.connection.peer} {lane}"
-        asked = asked._replace(account=self.account_of(asked.request))
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
@@ -4944,6 +4955,7 @@ class LoopEdge(ThreadingHTTPServer):
                                        version=version)
                 let_in[decided.stub].append(asked)
             else:                                        # who it is may be busy already
+                asked = asked._replace(account=self.account_of(asked.request))
                 self.call(self.line_up, asked)
         until = time.monotonic() + self.TOGETHER_SECONDS
         for stub, group in let_in.items():

@@ -3449,7 +3449,7 @@ def test_a_lane_whose_job_fails_goes_on(capfd):
 @contextlib.contextmanager
 def spent(pool, account):
     """Lanes of this account have all the threads that it may have; gives what they wait for."""
-    go, begun = threading.Event(), []
+    go, begun, pool.most = threading.Event(), [], pool.fair
     for n in range(pool.most):
         pool.gather(f"{account} {n}", n, lambda items: begun.extend(items) or go.wait(PATIENCE) and None, account)
     eventually(lambda: len(begun) == pool.most)
@@ -3489,8 +3489,25 @@ def test_a_lane_that_waits_for_one_account_goes_on_as_soon_as_another_one_pays()
     assert not pool.taken and not pool.parked
 
 
+def test_who_is_alone_has_more_threads_until_somebody_else_comes():
+    pool, go, begun = orion.Pool(16), threading.Event(), []
+    wait = lambda items: begun.extend(items) or go.wait(PATIENCE) and None
+    for n in range(10):
+        pool.gather(f"a {n}", "a", wait, "a")
+    eventually(lambda: begun == ["a"] * 8)
+    for n in range(10):
+        pool.gather(f"b {n}", "b", wait, "b")
+    eventually(lambda: begun == ["a"] * 8 + ["b"] * 2)
+    pool.gather("c", "c", begun.extend, "c")
+    eventually(lambda: begun == ["a"] * 8 + ["b"] * 2 + ["c"])
+    go.set()
+    eventually(lambda: not pool.lanes)
+    pool.close(PATIENCE)
+    assert len(begun) == 21
+
+
 def test_what_follows_from_a_job_is_charged_with_it():
-    pool, done, go = orion.Pool(8), [], threading.Event()
+    pool, done, go = orion.Pool(2), [], threading.Event()
     follow = lambda items: done.extend(items) or go.wait(PATIENCE) and None
     pool.gather("lane", 1, lambda items: pool.gather("further", 2, follow, "a"), "a")
     eventually(lambda: done == [2])
@@ -3498,6 +3515,19 @@ def test_what_follows_from_a_job_is_charged_with_it():
     assert not pool.line
     go.set()
     eventually(lambda: done == [2, 3])
+    pool.close(PATIENCE)
+
+
+def test_all_that_follows_from_a_job_is_done_once_and_its_account_goes_on():
+    pool, done = orion.Pool(2), []
+
+    def job(items):
+        pool.gather("further", 2, done.extend, "a")
+        pool.put(done.append, 3)
+    pool.gather("lane", 1, job, "a")
+    eventually(lambda: done == [2, 3])
+    pool.gather("next", 4, done.extend, "a")
+    eventually(lambda: done == [2, 3, 4])
     pool.close(PATIENCE)
 
 
@@ -5458,12 +5488,12 @@ def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, h
     bob, dave = Person(server, "bob"), Person(server, "dave", datastar=True)
     assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3     # it is kept now
     with locked(server, how):
-        links = [sign_in_from(server, "127.0.0.1") for _ in range(5)]
-        in_line(server, 5)
+        links = [sign_in_from(server, "127.0.0.1") for _ in range(4)]
+        in_line(server, 4)
         assert soon(bob.get, "/w/acme/todos") == 200
         assert soon(bob.get, "/w/acme/todos?pages=2") == 200
         assert soon(dave.post, "/w/globex/todos", title="Meanwhile") == 200
-    assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 5
+    assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 4
 
 
 def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start):
@@ -5480,6 +5510,7 @@ def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(s
 
 def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, monkeypatch):
     monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0, raising=False)
+    server.edge.pool.most = 2                        # the others stand in line
     with locked(server):
         links = [sign_in_from(server, "127.0.0.1") for _ in range(12)]
         answers = [link.recv(65_536) for link in links]
@@ -5534,6 +5565,7 @@ def in_line(server, count):
 def test_one_account_keeps_no_other_waiting_however_many_workspaces_and_sessions_it_has(start, method):
     slice, go, begun = waiting()
     server = start((orion.todos, slice))
+    server.edge.pool.most = 2
     sessions = [Person(server, "bob") for _ in range(3)]
     for n in range(18):
         assert sessions[0].post("/workspaces", form={"name": f"n{n}"}).status == 303
