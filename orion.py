@@ -6570,6 +6570,7 @@ class Follows(LoopEdge):
             return super().answer_all(several)
         for asked in several:
             self.finish(asked, outcome(self.trace.follow, asked.request, self.answer))
+        return []
 
     def answer(self, request):
         return self.env.front(request, self.env)
