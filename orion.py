@@ -4735,7 +4735,6 @@ class LoopEdge(ThreadingHTTPServer):
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
-    TOGETHER_SECONDS = 0.05                              # then others have this thread
     broker_kind = Broker                                 # [3] has one that it adds to
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
     EAGER_SECONDS = (0.0001,)                            # to stay awake, without a job
@@ -4957,7 +4956,7 @@ class LoopEdge(ThreadingHTTPServer):
             else:                                        # who it is may be busy already
                 asked = asked._replace(account=self.account_of(asked.request))
                 self.call(self.line_up, asked)
-        until = time.monotonic() + self.TOGETHER_SECONDS
+        until = time.monotonic() + GroupCommit.BATCH_SECONDS
         for stub, group in let_in.items():
             self.fetch_some(stub, group)
             while group and time.monotonic() < until:
