@@ -5138,7 +5138,8 @@ class EdgeDirectory(Broadcast, Directory):
 
     def own_version(self, request):
         """Asked once a second. The answer moves when another process has written here."""
-        self.each_second()
+        with contextlib.suppress(sqlite3.OperationalError):  # locked: in the next second
+            self.each_second()
         return [self.opened_at, self.store.one("PRAGMA data_version")[0]]
 
     def each_second(self):
@@ -5673,8 +5674,9 @@ class EndsSessions(EdgeDirectory):
         row = super().session(request)
         half = time.time() + SESSION_SECONDS / 2
         if row and row["expires"] < half and row["operator"] is None:
-            self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
-                            time.time() + SESSION_SECONDS, row["digest"])
+            with contextlib.suppress(sqlite3.OperationalError):  # locked: the next time
+                self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
+                                time.time() + SESSION_SECONDS, row["digest"])
         return row
 
     def each_second(self):

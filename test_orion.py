@@ -61,7 +61,7 @@ PATIENCE = 10.0                          # seconds until something that should h
 WHOLE = 60.0                          # and a whole test
 
 
-# ==== Harness ========================================================================================================
+# ==== Harness =========================================================================================================
 # A server in a thread, a person with one cookie, an ear on one stream, raw bytes on a socket. Nothing here sleeps: who
 # waits, waits for the event, and gives up at a deadline.
 
@@ -359,7 +359,744 @@ class Command:
             pipe.close()
 
 
-# ==== 2. Markup ======================================================================================================
+class Fleet:
+    def __init__(self, folder, **settings):
+        self.folder, self.running, self.settings = folder, [], settings
+        self.directory = self.serve("directory", plane="directory")
+        self.cli("account", "add", "bob", stdin="long enough\n"), self.cli("account", "add", "eve", stdin="long enough\n")
+        self.nodes = [self.node("one"), self.node("two")]
+
+    def serve(self, name, **settings):
+        (self.folder / name).mkdir(exist_ok=True)
+        self.running.append(Server(self.folder / name, demo=False, **settings, **self.settings))
+        return self.running[-1]
+
+    def node(self, name, port=0):
+        (self.folder / name).mkdir(exist_ok=True)
+        shutil.copy2(self.folder / "directory" / "secret.key", self.folder / name / "secret.key")
+        server = self.serve(name, plane="data", directory=f"127.0.0.1:{self.directory.port}", port=port)
+        server.address, server.folder = f"127.0.0.1:{server.port}", self.folder / name
+        self.cli("node", "add", server.address)
+        return server
+
+    def cli(self, *words, stdin=None, status=0, data="directory", on=None):
+        """As a process of its own would, without the time that it takes to start. on: a node, on whose machine it is."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+            assert orion.main(argv=self.words(*words, data=data, on=on)) == status, said.getvalue()
+        return said.getvalue()
+
+    def words(self, *words, data="directory", on=None):
+        before = ("--plane", "data", "--directory", f"127.0.0.1:{self.directory.port}") if on else ()
+        return [*map(str, (*before, *words)), "--data", str(on.folder if on else self.folder / data)]
+
+    def move(self, name, node):
+        """All the steps of it. Return the file that it went by."""
+        here, file = lives(self, name)[0], self.folder / f"{name}-{orion.stamp()}.db"
+        self.cli("workspace", "export", name, file, "--move", on=here)
+        self.cli("workspace", "import", file, on=node)
+        assert f"on {node.address} now" in self.cli("node", "assign", name, node.address)
+        return file
+
+    @functools.lru_cache(maxsize=None)
+    def cookie(self, name):
+        return Person(self.directory).post("/login", form={"username": name, "password": "long enough"}).headers["set-cookie"].split(";")[0]
+
+    def found(self, owner="bob", on=None):
+        """A workspace, on the node on: the name decides where it goes."""
+        taken = [line.split()[0] for line in self.cli("workspace", "list").splitlines()]
+        addresses = [node.address for node in self.nodes]
+        name = next(name for name in (f"w{n}" for n in range(999)) if name not in taken and (
+            on is None or max(addresses, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest()) == on.address))
+        self.cli("workspace", "add", name, "--owner", owner)
+        return name
+
+    def close(self):
+        for server in self.running:
+            if server.thread.is_alive():
+                server.close()
+
+
+# #### Every root ######################################################################################################
+
+# ==== The same journeys on every root =================================================================================
+# What is promised to somebody with a browser holds whatever the server is made of: Part One by itself, the two planes,
+# one file for everything, or a directory and a node with a proxy in front. Each root has the demo.
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The streams of the plain edge ask the gate again after a moment, not after two seconds."""
+    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.1, raising=False)
+
+
+class Plain:
+    """Part One's server in this process, as Server is the full one."""
+
+    def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0):
+        self.env = orion.plain_planes(pathlib.Path(folder), idle=idle, slices=slices, demo=True)
+        self.edge = orion.PlainEdge("127.0.0.1", port, self.env)
+        self.port = self.edge.server_port
+        self.origin = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.edge.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.edge.shutdown()
+        self.thread.join(PATIENCE)
+        self.edge.server_close()
+        assert not self.thread.is_alive()
+
+    def directory(self):
+        """The Directory's object, awake."""
+        Person(self).get("/")
+        return self.env.directory.namespace.objects[self.env.directory.id]
+
+    write, store = Server.write, Server.store
+
+
+def part_one():
+    return pathlib.Path(orion.__file__).read_text("utf-8").partition("\n# #### Part Two")[0]
+
+
+@functools.lru_cache(maxsize=None)
+def part_one_apart():
+    """A folder with Part One in a file of its own. Its bytecode is kept: it starts many times."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "part_one.py").write_text(part_one(), "utf-8")
+    (folder / "templates").symlink_to(orion.TEMPLATES)
+    return folder
+
+
+class Alone(Command):
+    """Part One's text in a file of its own, as a process; its streams ask the gate again after a moment, as with quick."""
+
+    def __init__(self, folder, port=0, ready=True):
+        folder.mkdir(exist_ok=True)
+        super().__init__("import part_one; part_one.REGATE_SECONDS = 0.1; part_one.plain_main()", "--port", port, "--data", folder / "data",
+                         program="-c", cwd=part_one_apart(), ready=ready, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
+
+    def close(self):
+        with self:
+            assert (self.end()[0], self.err) == (0, "")
+
+
+class Way(http.server.BaseHTTPRequestHandler):
+    """A request on its way through a proxy; server.route(path, cookie) says where it leads."""
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        target, verdict = self.server.route(self.path, self.headers.get("Cookie", ""))
+        theirs = {name: value for name, value in self.headers.items() if name.lower() not in orion.TRUSTED}
+        lines = [f"{name}: {value}" for name, value in {**theirs, **verdict, "Connection": "close"}.items()]
+        self.close_connection = True
+        with socket.create_connection(("127.0.0.1", target.port)) as link, contextlib.suppress(OSError):
+            link.sendall("\r\n".join([self.requestline, *lines, "", ""]).encode("latin-1") + body)
+            while data := link.recv(65_536):
+                self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+    log_message = lambda *_: None
+
+
+class Apart(Fleet):
+    """A directory and a node, each a server of its own, and what templates/nginx.txt says of the proxy in front."""
+
+    def __init__(self, folder, port=0):
+        self.folder, self.running, self.settings, ports = folder, [], {}, folder / "ports"
+        fresh = not folder.exists()
+        folder.mkdir(exist_ok=True)
+        ours, its = ports.read_text().split() if ports.exists() else (0, 0)
+        self.directory = self.serve("directory", plane="directory", port=int(ours))
+        (folder / "node").mkdir(exist_ok=True)
+        shutil.copy2(folder / "directory" / "secret.key", folder / "node" / "secret.key")
+        there = f"127.0.0.1:{self.directory.port}"
+        self.nodes = [self.serve("node", plane="data", directory=there, port=int(its))]
+        ports.write_text(f"{self.directory.port} {self.nodes[0].port}")
+        self.env = self.nodes[0].env
+        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", port), Way)
+        self.proxy.route, self.port = self.route, self.proxy.server_port
+        self.origin = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True).start()
+        self.seed() if fresh else None
+
+    def seed(self):
+        """As the command line would: it has tests of its own, and to read its words 14 times takes a while."""
+        self.cli("node", "add", f"127.0.0.1:{self.nodes[0].port}")
+        for name in orion.DEMO_ACCOUNTS:
+            self.directory.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password("long enough"))
+        for name, (people, todos) in orion.DEMO_WORKSPACES.items():
+            (owner, _), *others = people.items()
+            self.cli("workspace", "add", name, "--owner", owner)
+            for account, role in others:
+                self.directory.write("INSERT INTO memberships SELECT id, ?, ? FROM workspaces WHERE name = ?", account, role, name)
+            owner = self.sign_in(owner)
+            for title in todos:
+                owner.post(f"/w/{name}/todos", title=title)
+
+    def route(self, path, cookie):
+        """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
+        inside = re.match(r"/w/([^/]+)/(?!members(?:[/?]|$)).", path)
+        verdict = verdict_of(self, cookie, inside[1]) if inside else {}
+        return (self.nodes[0] if verdict else self.directory), verdict
+
+    def sign_in(self, name, **options):
+        person = Person(self, **options)
+        person.headers["Cookie"] = person.cookie = self.cookie(name)
+        return person
+
+    def close(self):
+        self.proxy.shutdown()
+        self.proxy.server_close()
+        super().close()
+
+
+ROOTS = {"plain": Plain,
+         "two planes": Server,
+         "single": lambda folder, **port: Server(folder, single=folder / "team.db", **port),
+         "directory and node": Apart,
+         "Part One alone": Alone}
+
+
+class Root:
+    """A server, started in its own way on an empty folder, and the people at it."""
+
+    def __init__(self, start, folder):
+        self.start, self.folder, self.ears = start, folder, []
+        self.server = start(folder)
+
+    def person(self, name=None, **options):
+        sign_in = getattr(self.server, "sign_in", functools.partial(Person, self.server))
+        return sign_in(name, **options) if name else Person(self.server, **options)
+
+    def ear(self, name, path="/w/acme/todos/live"):
+        """A page that is open, and has got its first event already."""
+        self.ears.append(Ear(self.person(name, datastar=True), path))
+        self.ears[-1].first = self.ears[-1].event()
+        return self.ears[-1]
+
+    def close(self):
+        for ear in self.ears:
+            ear.close()
+        self.server.close()
+
+    def restart(self):
+        """On the same folder and the same port."""
+        self.close()
+        self.server = self.start(self.folder, port=self.server.port)
+
+
+def contacts(server):
+    """How often a workspace was asked: the full server counts it; of Part One's, those that were asked are awake."""
+    return getattr(server.env.workspaces, "fetches", [*server.env.workspaces.objects])
+
+
+def put_to_sleep(server):
+    """All workspaces that nobody uses at this moment."""
+    server.env.workspaces.idle = 0.0
+    eventually(lambda: server.env.workspaces.rest() or not server.env.workspaces.objects)
+    server.env.workspaces.idle = 60.0                # or the next tick would put them to sleep again
+
+
+def newest(person):
+    return re.search(r'<li id="todo-(\d+)"', person.get("/w/acme/todos").text)[1]
+
+
+def sign_in_as_a_persona(root):
+    assert "Your workspaces" not in root.person().get("/").text
+    carol = root.person("carol")
+    assert 'href="/w/acme/todos"' in carol.get("/").text and "globex" not in carol.get("/").text
+    assert carol.post("/logout", form={}).status == 303 and carol.get("/w/acme/todos").status == 401
+
+
+def the_gate(root):
+    for name, workspace, status in (("bob", "acme", 200), ("erin", "acme", 200), ("alice", "acme", 403),
+                                    ("alice", "nowhere", 403), (None, "acme", 401), (None, "nowhere", 401)):
+        for path in (f"/_gate/{workspace}", f"/w/{workspace}/todos"):
+            assert root.person(name).get(path).status == status, (name, path)
+    assert root.person("erin").get("/_gate/acme").headers["x-role"] == "viewer"
+
+
+def a_foreign_workspace_looks_like_none(root):
+    alice = root.person("alice")
+    for path in ("/_gate/{}", "/w/{}/todos", "/w/{}/todos/live", "/w/{}/members", "/w/{}/nothing"):
+        foreign, none = [alice.get(path.format(name)) for name in ("acme", "nowhere")]
+        foreign.headers.pop("date"), none.headers.pop("date")
+        assert vars(foreign) == vars(none), path
+
+
+def a_stranger_contacts_no_workspace(root):
+    strangers = root.person("alice"), root.person()
+    root.restart()
+    before = contacts(root.server)
+    for stranger in strangers:
+        for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/", "/w/acme/members", "/w/acme/nothing"):
+            assert stranger.get(path, x_account="bob", x_role="owner", x_workspace="acme").status in (401, 403)
+        assert stranger.post("/w/acme/todos", title="x").status in (401, 403)
+    assert contacts(root.server) == before
+    root.person("bob").get("/w/acme/todos")
+    assert contacts(root.server) != before, "what was counted is not what is meant"
+
+
+def a_todo_by_signals(root):
+    bob, carol = root.person("bob", datastar=True), root.person("carol", datastar=True)
+    assert json.loads(carol.post("/w/acme/todos", title=" Buy rope ").body) == {"title": "", "problem": ""}
+    path = f"/w/acme/todos/{newest(bob)}"
+    assert carol.patch(path, done=True).status == 204 and titles(bob, query="?show=done") == ["Buy rope"]
+    assert carol.patch(path, title="Buy more rope").status == 204 and titles(bob)[0] == "Buy more rope"
+    assert bob.delete(path).status == 204 and len(titles(bob)) == 3
+    assert "1 to 500 characters" in json.loads(carol.post("/w/acme/todos", title=" ").body)["problem"]
+
+
+def a_todo_by_a_plain_form(root):
+    carol = root.person("carol")
+    answer = carol.post("/w/acme/todos", form={"title": "Plain"})
+    assert (answer.status, answer.headers["location"], titles(carol)[0]) == (303, "/w/acme/todos", "Plain")
+    again = carol.post("/w/acme/todos", form={"title": "y" * 501})
+    assert again.status == 422 and f'value="{"y" * 501}"' in again.text and "1 to 500 characters" in again.text
+
+
+def two_watchers(root):
+    ears = root.ear("bob"), root.ear("erin")
+    assert all(["Order more anvils" in ear.first for ear in ears])
+    root.person("carol").post("/w/acme/todos", title="News")
+    assert all([ear.until_it_says("News") for ear in ears])
+
+
+def a_member_can_not_delete(root):
+    bob, carol = root.person("bob"), root.person("carol")
+    assert ["Delete Order more anvils" in one.get("/w/acme/todos").text for one in (bob, carol)] == [True, False]
+    assert [carol.delete(path).status for path in ("/w/acme/todos/1", "/w/acme/todos")] == [403, 403]
+    assert len(titles(carol)) == 3
+
+
+def markup_is_text(root):
+    bob, ear = root.person("bob"), root.ear("carol")
+    for title in HOSTILE[:4]:
+        bob.post("/w/acme/todos", title=title)
+        shown = f'<span dir="auto">{orion.escape(title)}</span>'
+        for text in (bob.get("/w/acme/todos").text, ear.until_it_says(shown)):
+            assert shown in text and title not in text
+
+
+def isolation(root):
+    ear = root.ear("bob", "/w/acme/todos/live")
+    root.person("dave").post("/w/globex/todos", title="theirs alone")
+    root.person("carol").post("/w/acme/todos", title="ours alone")
+    event = ear.event()
+    assert "ours alone" in event and "theirs alone" not in event
+    files = [(path.name.partition(".")[0], path.read_bytes()) for path in root.folder.rglob("*.db*")]
+    ours, theirs = [{name for name, data in files if title in data} for title in (b"ours alone", b"theirs alone")]
+    assert len(ours) == len(theirs) == 1 and ours != theirs
+
+
+def an_end_of_membership(root):
+    carol, ear = root.person("carol", datastar=True), root.ear("carol")
+    assert root.person("bob").delete("/w/acme/members/carol").status == 204
+    assert ear.until_it_says("You no longer have access") and ear.event() is None
+    assert carol.get("/w/acme/todos").status == 403 == carol.post("/w/acme/todos", title="x").status
+    assert "You no longer have access" in carol.get("/w/acme/todos/live").text
+
+
+def a_demotion(root):
+    carol, ear = root.person("carol"), root.ear("carol")
+    assert "disabled" not in ear.first
+    assert root.person("bob").patch("/w/acme/members/carol", role="viewer").status == 204
+    assert ear.until_it_says("disabled") and carol.patch("/w/acme/todos/1", done=True).status == 403
+
+
+def sleep_and_wake(root):
+    carol = root.person("carol")
+    carol.post("/w/acme/todos", title="Kept in its sleep")
+    put_to_sleep(root.server)
+    assert titles(carol)[0] == "Kept in its sleep" and len(root.server.env.workspaces.objects) == 1
+
+
+def a_restart(root):
+    carol, erin = root.person("carol"), root.person("erin")
+    carol.post("/w/acme/todos", title="Kept")
+    root.person("bob").patch("/w/acme/members/erin", role="member")
+    root.restart()
+    assert titles(carol)[0] == "Kept" and erin.post("/w/acme/todos", title="More").status == 200
+    assert titles(carol)[:2] == ["More", "Kept"]
+
+
+JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
+    sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
+    a_todo_by_signals, a_todo_by_a_plain_form, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
+    an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
+
+LEFT_OUT = {("single", "isolation"): "it has one workspace",
+            ("single", "a stranger contacts no workspace"): "gate and rows are one object",
+            ("single", "sleep and wake"): "its one object is never idle",
+            ("directory and node", "sign in as a persona"): "the demo is for one process",
+            ("Part One alone", "a stranger contacts no workspace"): "its objects are in another process",
+            ("Part One alone", "sleep and wake"): "its objects are in another process"}
+
+
+WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
+
+
+@cases("root, journey", [way for way in WAYS if way not in LEFT_OUT])
+def test_a_journey_goes_the_same_way_on_every_root(tmp_path, quick, cheap, root, journey):
+    with contextlib.closing(Root(ROOTS[root], tmp_path / "root")) as root:
+        JOURNEYS[journey](root)
+
+
+def test_no_journey_is_left_out_by_a_slip_of_the_pen():
+    assert LEFT_OUT.keys() <= {*WAYS} and all(LEFT_OUT.values())
+
+
+# ==== The same data folder ============================================================================================
+
+def test_the_full_server_and_part_one_can_take_turns_with_a_folder(tmp_path, quick):
+    port, bob, written = 0, None, []
+    for start in (Server, Plain, Server, Plain):
+        with contextlib.closing(start(tmp_path / "folder", port=port)) as server:
+            port, bob = server.port, bob or Person(server, "bob")
+            assert titles(bob)[:len(written)] == written
+            assert "carol" in bob.get("/w/acme/members").text and "globex" in bob.get("/").text
+            written.insert(0, f"number {len(written)}")
+            bob.post("/w/acme/todos", title=written[0])
+
+
+# #### Part One: the architecture ######################################################################################
+
+# ==== 2. Worker =======================================================================================================
+
+def test_a_stranger_is_refused_before_any_workspace_is_contacted(server):
+    alice, nobody = Person(server, "alice"), Person(server)
+    before = server.figure("orion_workspace_fetches_total"), server.figure('orion_gate_verdicts_total{verdict="403"}') if alice.get("/_gate/acme") else 0
+    for method in ("GET", "POST", "PATCH", "DELETE", "HEAD"):
+        for path in ("/w/acme/todos", "/w/acme/todos/1", "/w/acme/todos/live", "/w/acme/_counts"):
+            assert alice.ask(method, path).status == 403 and nobody.ask(method, path).status == 401
+    assert server.figure("orion_workspace_fetches_total") == before[0]
+    assert server.figure('orion_gate_verdicts_total{verdict="403"}') == before[1] + 20
+
+
+@cases("headers", [{"X-Role": "owner", "X-Account": "bob"}, {"x-role": "owner", "x-account": "bob", "X-Grants": "todos:read,todos:write,todos:delete"},
+                   {"X-Id": "0" * 64}, {"X-Workspace": "home"}, {"X-Can-Delete": "true"}, {"X-Proved": "bob"}, {"X-Counts": "{}"}])
+def test_trusted_headers_from_outside_are_dropped(server, headers):
+    carol, nobody = Person(server, "carol"), Person(server)
+    given = {name.replace("-", "_"): value for name, value in headers.items()}
+    assert carol.ask("DELETE", "/w/acme/todos/1", **given).status == 403
+    assert carol.get("/_gate/acme", **given).headers["x-role"] == "member" and carol.get("/w/home/todos", **given).status == 403
+    assert nobody.get("/w/acme/todos", **given).status == 401 and nobody.get("/w/acme/members", **given).status == 401
+    assert nobody.ask("POST", "/workspaces", b'{"name": "mars"}', Content_Type="application/json", **given).status == 401
+    assert nobody.ask("POST", "/login", b"username=bob&password=x", Content_Type="application/x-www-form-urlencoded", **given).status == 422
+
+
+def test_the_journal_names_the_account_of_the_session_whatever_the_headers_say(server):
+    assert Person(server, "carol").ask("POST", "/w/acme/todos", '{"title": "x"}', Content_Type="application/json", X_Operator="bob").status == 200
+    with contextlib.closing(server.store("acme")) as store:
+        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("carol", "todos.create")
+
+
+@cases("headers, status", [({}, 303), ({"Origin": None}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://evil.example"}, 403),
+                           ({"Origin": "http://127.0.0.1:1"}, 403), ({"Origin": None, "Sec-Fetch-Site": "same-origin"}, 303),
+                           ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "none"}, 403)])
+def test_what_writes_must_come_from_the_same_origin(server, headers, status):
+    carol = Person(server, "carol")
+    answer = carol.ask("POST", "/w/acme/todos", b"title=x", Content_Type="application/x-www-form-urlencoded",
+                       **{name.replace("-", "_"): value for name, value in headers.items()})
+    assert answer.status == status and len(titles(carol)) == (4 if status == 303 else 3)
+
+
+def test_revoking_a_membership_ends_the_open_stream_with_a_last_word(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol", datastar=True)
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    bob.delete("/w/acme/members/carol")
+    last = ear.event()
+    assert 'id="live"' in last and "no longer have access" in last and ear.event() is None
+    again = carol.get("/w/acme/todos/live")
+    assert again.status == 200 and again.text.count("event:") == 1 and "no longer have access" in again.text, "or it would be asked for ever"
+    assert Person(server, "carol").get("/w/acme/todos/live").status == 403
+
+
+def test_a_connection_that_the_loop_can_not_watch_is_not_held(server, monkeypatch):
+    register, tried = server.edge.selector.register, []
+
+    def full(socket, *rest):
+        if not tried and socket is not server.edge.socket:
+            tried.append(socket)
+            raise OSError("no room for another")
+        return register(socket, *rest)
+    monkeypatch.setattr(server.edge.selector, "register", full)
+    with socket.create_connection(("127.0.0.1", server.port)):
+        eventually(lambda: tried)
+        assert Person(server).get("/healthz").status == 200
+        assert not [held for held in server.edge.held if held.socket is tried[0]]
+
+
+def test_a_stream_is_held_when_it_is_whole(server):
+    """Others look through what is held, for the streams of an account."""
+    found = []
+
+    class Looked(set):
+        def add(self, held):
+            super().add(held)
+            if type(held) is orion.Stream:
+                found.append((held.account, held.viewer[1], held.channel))
+    server.edge.call(lambda: setattr(server.edge, "held", Looked(server.edge.held)))
+    Ear(Person(server, "bob"), "/w/acme/todos/live").event()
+    assert found == [("bob", "owner", None)]
+
+
+def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, monkeypatch):
+    broker, at_work, first, go = server.edge.broker, [], threading.Event(), threading.Event()
+
+    def asks(stream, busy):
+        at_work.append(len(at_work) - at_work.count("done") * 2)
+        first.set()
+        assert go.wait(PATIENCE)
+        at_work.append("done")
+    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    ear.event()
+    monkeypatch.setattr(broker, "ask_again", asks)
+    broker.regate("bob")
+    assert first.wait(PATIENCE)
+    broker.regate("bob"), broker.regate("")
+    go.set()
+    eventually(lambda: at_work == [0, "done", 0, "done"])
+
+
+def test_a_workspace_that_is_busy_does_not_hold_up_verdicts_about_the_streams_of_others(server, monkeypatch):
+    bob, asked, ask_again = Person(server, "bob"), [], server.edge.broker.ask_again
+    acmes, globexs = Ear(bob, "/w/acme/todos/live"), Ear(bob, "/w/globex/todos/live")
+    acmes.event(), globexs.event()
+    with server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).turn:
+        server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'bob'")
+        monkeypatch.setattr(server.edge.broker, "ask_again", lambda *call: asked.append(call) or ask_again(*call))
+        server.edge.broker.regate("bob")
+        assert globexs.until_it_says("disabled")
+        eventually(lambda: len(asked) > 2)           # the one that is busy, once more
+    assert acmes.until_it_says("disabled")
+
+
+def test_however_many_streams_of_a_busy_workspace_are_asked_again_it_is_waited_for_once(server, monkeypatch):
+    ears = [Ear(Person(server, "carol"), "/w/acme/todos/live") for _ in range(5)]
+    [ear.event() for ear in ears]
+    at_rest(server)
+    server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'carol'")
+    fetch, waited, later = orion.GuardedStub.fetch_within, [], []
+    monkeypatch.setattr(orion.GuardedStub, "fetch_within", lambda *call: waited.append(call) or fetch(*call))
+    monkeypatch.setattr(server.edge.broker, "regate", later.append)
+    with server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).turn:
+        server.edge.broker.gate_again(["carol"])
+    assert len(waited) == 1 and len(later) == 5
+
+
+def regated(server, gate):
+    """Open streams ask this gate from now on."""
+    server.edge.regating = dataclasses.replace(server.edge.regating, gate=gate)
+
+
+def test_a_stream_whose_workspace_is_elsewhere_now_breaks_off(server):
+    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    ear.event()
+
+    def elsewhere(request, env):
+        raise orion.Refused(421, "This workspace lives on another node.")
+    regated(server, elsewhere)
+    server.edge.broker.regate("bob")
+    with pytest.raises(EOFError):
+        while ear.event():
+            pass
+
+
+def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_others(server, monkeypatch):
+    broker, at_work, most, done = server.edge.broker, [], [], []
+    ears = [Ear(Person(server, "bob"), f"/w/acme/todos/live?pages={n}") for n in range(2, 12)]
+    [ear.event() for ear in ears]
+    at_rest(server)
+    refresh, id = broker.refresh, server.env.workspaces.id_from_name("acme")
+
+    def counted(channel):
+        at_work.append(channel)
+        most.append(len(at_work))
+        refresh(channel)
+        at_work.remove(channel)
+        done.append(channel)
+    monkeypatch.setattr(broker, "refresh", counted)
+    with server.env.workspaces.awake(id).turn:
+        server.edge.call(lambda: [broker.mark(channel) for channel in broker.channels[id].values()])
+        eventually(lambda: at_work)
+        Person(server, "dave").post("/w/globex/todos", title="x")      # whatever else was in line is begun by then
+    eventually(lambda: len(done) == 10)
+    assert set(most) == {1}
+
+
+def test_what_changes_nobodys_role_wakes_nobody_who_is_watched(server):
+    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
+    ear.event()
+    at_rest(server)
+    asked = server.directory().verdicts.copy()
+    eventually(lambda: server.env.workspaces.rest(idle=-1) or not server.env.workspaces.objects)
+    server.edge.broker.regate("")
+    eventually(lambda: server.directory().verdicts != asked and not server.edge.pool.lanes)
+    assert not server.env.workspaces.objects
+    Person(server, "carol").post("/w/acme/todos", title="Seen all the same")
+    assert ear.until_it_says("Seen all the same")
+
+
+def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatch):
+    ear = Ear(Person(server, "erin"), "/w/acme/todos/live")
+    ear.event()
+    stream, = [held for held in server.edge.held if type(held) is orion.Stream]
+    asked, shown = [], []
+    verdicts = [orion.verdict("erin", role, "acme", server.env.workspaces.id_from_name("acme")) for role in ("member", "viewer")]
+
+    def gate(request, env):
+        asked.append(request.path)
+        return orion.Response(200, headers=tuple(verdicts[len(asked) - 1].items()))
+    regated(server, gate)
+    monkeypatch.setattr(server.edge.broker, "rejoin", lambda *call: shown.append(call))
+    server.edge.broker.ask_again(stream, set())
+    eventually(lambda: shown)
+    (_, answer, whole), = shown
+    assert "todos:write" in answer.watch.again.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
+
+
+def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch):
+    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
+    ear.event()
+    broken = orion.StorageFault(pathlib.Path("acme.db"), sqlite3.OperationalError("disk I/O error"))
+    at_rest(server)
+    reading, failures = orion.GuardedStub.fetch, []
+
+    def fails(stub, request):
+        if request.path.endswith("/live") and not failures:
+            failures.append(request)
+            raise broken
+        return reading(stub, request)
+    monkeypatch.setattr(orion.GuardedStub, "fetch", fails)
+    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Seen in the end")
+    eventually(lambda: server.edge.broker.failed)
+    server.edge.broker.try_again()
+    assert ear.until_it_says("Seen in the end")
+
+
+def test_a_region_that_could_not_be_read_and_that_nobody_watches_is_let_go(server, monkeypatch):
+    broker, marked = server.edge.broker, []
+    nobody = orion.Subscription(server.env.workspaces.get("nobody"), "todos", orion.Request("GET", "/todos/live"), None)
+    broker.failed = {orion.Channel(nobody)}
+    monkeypatch.setattr(broker, "mark", marked.append)
+    broker.try_again()
+    assert not marked and not broker.failed
+
+
+def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(server, monkeypatch):
+    bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
+    bobs = Ear(bob, "/w/acme/todos/live")
+    bobs.event()
+    at_rest(server)
+    reading, read, go = orion.GuardedStub.fetch, threading.Event(), threading.Event()
+
+    def slow(stub, request):
+        response = reading(stub, request)
+        if threading.current_thread() in server.edge.pool.threads and request.path.endswith("/live") and "x-role" in request.headers and not read.is_set():
+            read.set()
+            assert go.wait(PATIENCE)
+        return response
+    monkeypatch.setattr(orion.GuardedStub, "fetch", slow)
+    carol.post("/w/acme/todos", title="First")
+    assert read.wait(PATIENCE)
+    carol.post("/w/acme/todos", title="Second")
+    again = Ear(bob, "/w/acme/todos/live")
+    assert "Second" in again.event()
+    eventually(lambda: sum(server.edge.broker.accounts.values()) == 2)
+    go.set()
+    assert bobs.until_it_says("Second")
+    carol.post("/w/acme/todos", title="Third")
+    while "Third" not in (seen := again.event()):
+        assert "Second" in seen
+
+
+def test_a_stream_whose_request_breaks_when_it_is_asked_for_again_is_closed_and_the_others_are_asked(server, capfd):
+    bobs, erins = [Ear(Person(server, name, datastar=True), "/w/acme/todos/live") for name in ("bob", "erin")]
+    for ear in (bobs, erins):
+        ear.event()
+    asked = []
+
+    def gate(request, env):
+        verdict = orion.ask_the_gate(request, env)
+        asked.append(dict(verdict.headers)["x-account"])
+        return verdict if asked[-1] == "bob" else 1 / 0
+    regated(server, gate)
+    server.edge.broker.regate("")
+    with pytest.raises(EOFError):
+        while erins.event():
+            pass
+    eventually(lambda: len(asked) == 2)
+    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Still heard")
+    assert bobs.until_it_says("Still heard") and sorted(asked) == ["bob", "erin"] and logged(capfd, "ZeroDivisionError")
+
+
+def test_however_much_the_loop_was_given_to_do_a_request_has_its_turn(server):
+    done, hold, bob = [], threading.Event(), Person(server, "bob")
+    bob.get("/w/acme/todos")                         # the next one is answered by the loop
+
+    def work():
+        hold.wait(0.005)
+        done.append(1)
+    server.edge.call(lambda: [server.edge.call(work) for _ in range(2000)])
+    eventually(lambda: done)
+    assert bob.get("/w/acme/todos").status == 200 and len(done) < 1000
+    hold.set()
+
+
+def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
+    begun, go, edge = [], threading.Event(), server.edge
+    edge.chores, edge.due = ((lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9),), [0.0]
+    eventually(lambda: begun)
+    ticks, tick = [], edge.tick
+    edge.tick = lambda now: (tick(now), ticks.append(now))
+    eventually(lambda: len(ticks) == 2)
+    assert len(begun) == 1
+    edge.chores = ()
+    go.set()
+
+
+def test_a_changed_role_changes_what_the_open_stream_shows(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    ear = Ear(carol, "/w/acme/todos/live")
+    assert "Delete" not in ear.event()
+    bob.patch("/w/acme/members/carol", role="admin")
+    assert "Delete" in ear.event()
+    bob.patch("/w/acme/members/carol", role="viewer")
+    assert "disabled" in ear.event()
+    bob.post("/w/acme/todos", form={"title": "Goes on"})
+    assert "Goes on" in ear.event()
+
+
+def test_another_process_can_revoke_too(server):
+    carol = Person(server, "carol")
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    with contextlib.closing(sqlite3.connect(server.env.settings.data / "directory.db", timeout=PATIENCE)) as other, other:
+        eventually(lambda: server.edge.broker.version, "the edge never looked")
+        other.execute("DELETE FROM memberships WHERE account = 'carol'")
+    assert "no longer have access" in ear.event()
+
+
+def test_who_is_here_is_told_to_all_who_are(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    first = Ear(bob, "/w/acme/todos/live")
+    second = Ear(carol, "/w/acme/todos/live")
+
+    def here(ear):
+        while 'id="here"' not in (event := ear.event(heartbeats=True)):
+            pass
+        return [name for name in ("bob", "carol") if f">{name}<" in event]
+    while here(first) != ["bob", "carol"]:
+        pass
+    while here(second) != ["bob", "carol"]:
+        pass
+    second.close()
+    assert here(first) == ["bob"]
+
+
+# ==== 3. Markup =======================================================================================================
 
 @cases("value, markup", [
     ("<b>", "&lt;b&gt;"), ('"', "&quot;"), ("'", "&#x27;"), ("a & b", "a &amp; b"), (7, "7"), ("100%s", "100%s"),
@@ -407,7 +1144,7 @@ def test_an_address_to_come_back_to_is_short_enough_to_be_kept():
     assert [orion.local_path(f"/{'a' * length}") for length in (2_000, 2_001)] == [f"/{'a' * 2_000}", "/"]
 
 
-# ==== 4. Events ======================================================================================================
+# ==== 4. Events =======================================================================================================
 
 @cases("call, wire", [
     (lambda: orion.patch_elements("<b id=a>x</b>"), "event: datastar-patch-elements\ndata: elements <b id=a>x</b>\n\n"),
@@ -448,63 +1185,7 @@ def test_signals_are_a_json_object_or_a_bad_request(method, query, body, signals
         assert orion.read_signals(request) == signals
 
 
-# ==== 5. Trace =======================================================================================================
-
-@pytest.fixture
-def traced(tmp_path):
-    trace = orion.Trace(with_args=True)
-    owner = types.SimpleNamespace(id="it", namespace=types.SimpleNamespace(trace=trace))
-    store = orion.TracedStore(tmp_path / "t.db", True, owner)
-    store.exec("CREATE TABLE t (n)")
-    yield trace, store
-    store.close()
-
-
-def test_a_store_call_is_noted_while_somebody_watches_and_only_then(traced):
-    trace, store = traced
-    store.exec("INSERT INTO t VALUES (1)")
-    trace.watch(1)
-    store.exec("INSERT INTO t  VALUES (?)", 2)
-    trace.watch(-1)
-    store.exec("INSERT INTO t VALUES (3)")
-    assert [(call.object, call.sql, call.args, call.rows) for call in trace.calls] == [("it", "INSERT INTO t VALUES (?)", "2", 1)]
-
-
-def test_what_the_console_itself_asks_is_not_noted(traced):
-    trace, store = traced
-    trace.watch(1)
-    with trace.silence():
-        store.query("SELECT * FROM t")
-    assert not trace.calls
-
-
-def test_a_note_tells_how_many_rows_a_call_found_or_changed(traced):
-    trace, store = traced
-    trace.watch(1)
-    store.exec("INSERT INTO t VALUES (1), (2), (3)")
-    store.query("SELECT * FROM t")
-    store.one("SELECT * FROM t")
-    store.one("SELECT * FROM t WHERE n = 9")
-    store.begin()
-    assert [call.rows for call in trace.calls] == [3, 3, 3, 0, -1]
-
-
-def test_bytes_and_long_values_are_not_shown_in_full(traced):
-    trace, store = traced
-    trace.watch(1)
-    store.one("SELECT ?, ?", b"secret", "x" * 1000)
-    assert "secret" not in trace.calls[0].args and "6 bytes" in trace.calls[0].args and len(trace.calls[0].args) < 100
-
-
-def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(traced):
-    trace, store = traced
-    trace.watch(1)
-    for _ in range(trace.KEPT_CALLS + 7):
-        store.one("SELECT 1")
-    assert (len(trace.calls), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
-
-
-# ==== 6. Store =======================================================================================================
+# ==== 5. Store, 16. Tables ============================================================================================
 
 @pytest.fixture
 def store(tmp_path):
@@ -610,7 +1291,7 @@ def test_what_was_written_before_a_part_that_failed_goes_with_its_transaction(tm
     store.close()
 
 
-# ==== 7. Bus =========================================================================================================
+# ==== 6. Bus ==========================================================================================================
 
 @pytest.fixture
 def bus(store):
@@ -672,7 +1353,7 @@ def test_who_waits_for_a_topic_wakes_when_it_is_published(bus, store):
     assert bus.waiting == 0
 
 
-# ==== 8. Objects =====================================================================================================
+# ==== 7. Objects ======================================================================================================
 
 class Counter(orion.GroupCommit):
     """Counts in its file; fails when it is told to."""
@@ -1019,294 +1700,7 @@ def test_a_statement_that_asks_for_what_can_not_be_is_the_slices_mistake_and_no_
         assert db.execute("SELECT count(*) FROM mine").fetchone() == (0,)
 
 
-# ==== 9. Jobs ========================================================================================================
-
-def post_letter(ctx, text):
-    if text == "fail":
-        ctx.store.exec("INSERT INTO sent VALUES ('half a letter')")
-        raise RuntimeError("the post office is closed")
-    ctx.store.exec("INSERT INTO sent VALUES (?)", text)
-    ctx.publish("letters")
-    if text == "chain":
-        ctx.enqueue(post_letter, text="the next of the chain")
-
-
-def write_letter(ctx):
-    fields = ctx.request.fields()
-    ctx.enqueue(post_letter, after=fields.get("after", 0), text=fields["text"])
-    if fields.get("refused"):
-        raise orion.Refused(409, "after all, no", signal="toast")
-    return orion.done(ctx, "a letter")
-
-
-letters = orion.Slice(
-    "letters", ("CREATE TABLE sent (text TEXT)",), jobs=(post_letter,), routes=(orion.Route("POST", "/letters", "todos:write", write_letter),),
-    live=(orion.Live("/letters", "todos:read", "letters", "Letters",
-                     lambda ctx: orion.Template("<p id=sent>{{all}}</p>")(all=", ".join(row["text"] for row in ctx.store.query("SELECT text FROM sent")))),))
-
-
-@pytest.fixture
-def office(start):
-    """A server with the letters slice, and a look into acme's file."""
-    server = start((orion.todos, letters))
-    bob = Person(server, "bob", datastar=True)
-    server.rows = lambda sql: [tuple(row) for row in server.store("acme").execute(sql)]
-    server.acme = server.env.workspaces.id_from_name("acme")
-    server.write_letter = lambda **fields: bob.post("/w/acme/letters", **fields)
-    server.bob = bob
-    return server
-
-
-def test_a_job_runs_after_the_command_that_enqueued_it_and_is_seen_live(office):
-    ear = Ear(office.bob, "/w/acme/letters/live")
-    assert office.write_letter(text="dear carol").status == 204
-    ear.until_it_says("dear carol")
-    assert eventually(lambda: office.rows("SELECT count(*) FROM jobs") == [(0,)])
-    assert ("bob", "letters.post_letter") in office.rows("SELECT who, what FROM journal")
-
-
-def test_a_job_of_a_command_that_was_refused_never_was(office):
-    assert office.write_letter(text="never", refused=True).status == 200
-    assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms
-
-
-def test_a_command_that_only_enqueues_a_job_is_not_said_to_be_silent(office, capfd):
-    orion.log_once.cache_clear()
-    assert office.write_letter(text="later", after=3600).status == 204
-    assert "published nothing" not in capfd.readouterr().err
-
-
-def test_a_job_that_was_claimed_twice_and_is_done_does_nothing(office):
-    office.write_letter(text="once", after=3600)
-    stub = office.env.workspaces.get(office.acme)
-    assert stub.fetch(orion.Request("POST", "/_jobs", "id=4711")).status == 200
-    assert office.rows("SELECT count(*) FROM jobs") == [(1,)]
-
-
-def test_a_job_of_whoever_looks_on_is_journalled_with_both_names(outside, start):
-    outside.close()
-    server = start((orion.todos, letters), demo=False)
-    ops = Person(server)
-    ops.headers["Cookie"] = ops.post("/login", form={"username": "ops", "password": "long enough"}).headers["set-cookie"].split(";")[0]
-    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
-    assert ops.post("/w/acme/letters", text="in her name").status == 204
-    with contextlib.closing(server.store("acme")) as file:
-        eventually(lambda: ("ops as ann", "letters.post_letter") in file.execute("SELECT who, what FROM journal").fetchall())
-
-
-def test_a_job_can_enqueue_another(office):
-    office.write_letter(text="chain")
-    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("chain",), ("the next of the chain",)])
-
-
-def test_a_job_waits_for_its_time_and_wakes_a_workspace_that_sleeps(office):
-    office.write_letter(text="later", after=3600)
-    assert office.env.workspaces.alarms[office.acme] > time.time() + 3500
-    office.env.workspaces.rest(idle=-1)
-    assert office.acme not in office.env.workspaces.objects
-    with contextlib.closing(office.store("acme")) as db, db:
-        db.execute("UPDATE jobs SET due = ?", (time.time(),))
-    office.env.workspaces.alarm(office.acme, time.time())
-    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("later",)])
-
-
-def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
-    office.write_letter(text="left over", after=0.5)
-    office.close()
-    server = start((orion.todos, letters))
-    assert eventually(lambda: server.store("acme").execute("SELECT text FROM sent").fetchall() == [("left over",)])
-
-
-@cases("lies", ["at rest", "with what a killed server left in its log"])
-def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tmp_path, lies):
-    office.write_letter(text="later", after=3600)
-    due, file = office.env.workspaces.alarms[office.acme], office.env.workspaces.path(office.acme)
-    if lies == "at rest":
-        office.env.workspaces.rest(idle=-1)
-    for part in orion.with_wal(file):
-        shutil.copy(part, tmp_path / part.name)
-    assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
-    assert orion.due_in(tmp_path / file.name) == due
-
-
-def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
-    office.write_letter(text="fail")
-    eventually(lambda: office.rows("SELECT tries, error FROM jobs") == [(1, "RuntimeError: the post office is closed")])
-    (due,), = office.rows("SELECT due FROM jobs")
-    assert time.time() < due <= time.time() + 2 and office.rows("SELECT * FROM sent") == []
-    assert eventually(lambda: office.env.workspaces.alarms.get(office.acme) == due)
-
-
-def test_a_job_that_fails_is_logged_with_the_line_that_failed(office, capfd):
-    line = post_letter.__code__.co_firstlineno + 3
-    office.write_letter(text="fail")
-    assert logged(capfd, f"error: job letters.post_letter, try 1: RuntimeError: the post office is closed ({__file__}:{line})")
-
-
-def test_an_error_in_the_library_is_logged_with_the_slices_own_line(start, capfd):
-    def run(ctx):
-        return json.loads("{bad")
-    Person(start((orion.todos, small(("POST", "/n", run)))), "bob").post("/w/acme/n")
-    assert logged(capfd, f"({__file__}:{run.__code__.co_firstlineno + 1}): ")
-
-
-def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
-    async def later(ctx):
-        pass
-
-    def begin(ctx):
-        ctx.enqueue(later)
-        return orion.done(ctx, "later")
-    slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
-    with pytest.warns(RuntimeWarning, match="never awaited"):
-        Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
-        assert logged(capfd, "a job returns nothing, and is neither async nor a generator")
-        gc.collect()
-
-
-def test_what_a_job_wrote_is_on_the_page_that_is_asked_for_next_even_if_it_published_nothing(start):
-    def write(ctx):
-        ctx.store.exec("INSERT INTO small VALUES (1)")
-    server = start((orion.todos, small(("POST", "/n", lambda ctx: (ctx.enqueue(write), orion.done(ctx, "x"))[1]), jobs=(write,))))
-    bob = Person(server, "bob", datastar=True)
-    assert ">0</p>" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204
-    assert eventually(lambda: ">1</p>" in bob.get("/w/acme/n").text)
-
-
-def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
-    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
-    office.write_letter(text="fail")
-    eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
-    assert office.acme not in office.env.workspaces.alarms
-    text = eventually(lambda: (lambda text: "<td>1 given up</td>" in text and text)(office.bob.get("/console").text))
-    assert "<b>letters.post_letter</b> failed 1 times: RuntimeError: the post office is closed" in text
-    with contextlib.closing(office.store("acme")) as db, db:
-        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
-    assert office.bob.post("/console/retry", workspace="acme").status == 204
-    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("at last",)])
-
-
-def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
-    office.write_letter(text="sooner", after=1800)
-    office.write_letter(text="later", after=3600)
-    assert office.env.workspaces.alarms[office.acme] < time.time() + 1801
-
-
-def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
-    office.write_letter(text="later", after=3600)
-    alarms = office.env.workspaces.alarms
-    with contextlib.closing(office.store("acme")) as other:
-        other.execute("BEGIN IMMEDIATE")
-        office.env.workspaces.alarm(office.acme, time.time())
-        assert eventually(lambda: time.time() < alarms.get(office.acme, 0) <= time.time() + 60)
-
-
-def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
-    release, began = threading.Event(), threading.Event()
-
-    def slow(ctx):
-        began.set()
-        release.wait(PATIENCE)
-
-    def begin(ctx):
-        ctx.enqueue(slow)
-        return orion.done(ctx, "slow")
-    server = start((orion.todos, orion.Slice("slow", (), jobs=(slow,), routes=(orion.Route("POST", "/slow", "todos:write", begin),))))
-    assert Person(server, "bob").post("/w/acme/slow").status == 204
-    assert began.wait(PATIENCE)
-    assert Person(server, "dave").post("/w/globex/todos", title="not delayed").status == 200
-    release.set()
-
-
-def working(*jobs, migrations=("CREATE TABLE sent (text TEXT)",), routes=()):
-    """A slice with these jobs: POST /work puts the named one in."""
-    def begin(ctx):
-        fields = ctx.request.fields()
-        ctx.enqueue(next(job for job in jobs if job.__name__ == fields["job"]), after=fields.get("after", 0))
-        return orion.done(ctx, "work")
-    return orion.Slice("work", migrations, jobs=jobs, routes=(orion.Route("POST", "/work", "todos:write", begin), *routes))
-
-
-def note(ctx):
-    ctx.store.exec("INSERT INTO sent VALUES ('noted')")
-
-
-def noted(server, workspace="acme"):
-    with contextlib.closing(server.store(workspace)) as db:
-        return db.execute("SELECT text FROM sent").fetchall() == [("noted",)]
-
-
-def endless(ctx):
-    ctx.store.exec("INSERT INTO sent WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0")
-
-
-def odd(ctx):
-    raise OSError("no such file: \udcff")
-
-
-def leave(ctx):
-    sys.exit("usage: ...")
-
-
-@cases("job", [endless, odd, leave])
-def test_a_job_that_breaks_in_an_odd_way_is_counted_and_the_next_one_runs(monkeypatch, start, job):
-    monkeypatch.setattr(orion.GuardedObject, "STATEMENT_SECONDS", 0.2)
-    server = start((orion.todos, working(job, note)))
-    bob = Person(server, "bob", datastar=True)
-    for name in (job.__name__, "note"):
-        assert bob.post("/w/acme/work", job=name).status == 204
-    eventually(lambda: noted(server))
-    with contextlib.closing(server.store("acme")) as db:
-        assert db.execute("SELECT job, tries > 0, error <> '' FROM jobs").fetchall() == [(f"work.{job.__name__}", 1, 1)]
-
-
-def test_jobs_that_exit_cost_no_thread(start):
-    server = start((orion.todos, working(leave, note)), threads=2)
-    bob, dave = Person(server, "bob", datastar=True), Person(server, "dave", datastar=True)
-    for _ in range(6):
-        bob.post("/w/acme/work", job="leave")
-    dave.post("/w/globex/work", job="note")
-    assert eventually(lambda: noted(server, "globex")) and all([thread.is_alive() for thread in server.edge.pool.threads])
-
-
-def test_tenants_whose_jobs_never_end_leave_others_a_turn(start):
-    stop = threading.Event()
-
-    def again(ctx):
-        stop.wait(0.001) or ctx.enqueue(again)
-    server = start((orion.todos, working(again, note)))
-    bob = Person(server, "bob", datastar=True)
-    for number in range(5):
-        bob.post("/workspaces", name=f"n{number}")
-    for number in range(4):
-        bob.post(f"/w/n{number}/work", job="again")
-    bob.post("/w/n4/work", job="note")
-    eventually(lambda: noted(server, "n4"))
-    stop.set()
-
-
-def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
-    full = threading.Event()
-
-    def grow(ctx):
-        try:
-            for _ in range(400):
-                ctx.store.exec("INSERT INTO sent VALUES (?)", "x" * 10_000)
-        except sqlite3.OperationalError:
-            full.set()
-            raise
-    server = start((orion.todos, working(grow)), quota=200 * 1024)
-    Person(server, "bob", datastar=True).post("/w/acme/work", job="grow", after=3600)
-    server.env.workspaces.rest(idle=-1)
-    with contextlib.closing(server.store("acme")) as db:
-        with db:
-            db.execute("UPDATE jobs SET due = 0")
-        server.env.workspaces.alarm(server.env.workspaces.id_from_name("acme"), time.time())
-        assert full.wait(PATIENCE) and db.execute("SELECT count(*) FROM sent").fetchall() == [(0,)]
-
-
-# ==== 10. Slices =====================================================================================================
+# ==== 8. Slices =======================================================================================================
 
 def counting(name="counted"):
     """A slice that knows how often it was rendered, and a page for it."""
@@ -1553,7 +1947,7 @@ def test_a_slice_asks_another_for_what_it_exports(start):
     ear.until_it_says("4 open")
 
 
-# ==== 11. Todos ======================================================================================================
+# ==== 9. Todos ========================================================================================================
 
 def titles(person, workspace="acme", query=""):
     return re.findall(r'<span dir="auto">(.*?)</span>', person.get(f"/w/{workspace}/todos{query}").text)
@@ -1674,7 +2068,7 @@ def test_a_hostile_title_is_text_on_the_page_and_in_the_stream(server, title):
     assert re.split("[\r\n]", escaped)[0] in event
 
 
-# ==== 12. Workspace ==================================================================================================
+# ==== 10. Workspace ===================================================================================================
 
 def test_tenants_never_meet(server):
     alice, dave = Person(server, "alice"), Person(server, "dave")
@@ -1715,7 +2109,7 @@ def test_a_role_may_what_the_table_says(server, method, path, body, wanted, acco
     assert answer.status == (204 if (method, path, answer.status) == ("POST", "/w/acme/todos", 204) else wanted[account])
 
 
-# ==== 13. Seals ======================================================================================================
+# ==== 11. Sessions ====================================================================================================
 
 def test_a_password_matches_itself_alone_and_nothing_matches_no_password():
     stored = orion.hash_password("correct horse")
@@ -1830,7 +2224,7 @@ def test_over_https_the_cookie_is_secure_and_no_neighbour_can_set_it():
     assert orion.set_cookie("http", "x", 9) == ("set-cookie", "sid=x; Path=/; Max-Age=9; HttpOnly; SameSite=Lax")
 
 
-# ==== 14. Directory ==================================================================================================
+# ==== 12. Directory, 13. Members ======================================================================================
 
 def test_the_gate_says_who_one_is(server):
     answer = Person(server, "carol").get("/_gate/acme")
@@ -1999,6 +2393,14 @@ def test_signing_in_makes_a_new_token_and_ends_the_old_one(server):
     bob = Person(server, "bob")
     answer = bob.post("/persona", form={"account": "carol"})
     assert answer.headers["set-cookie"].split(";")[0] != bob.cookie and bob.get("/_gate/acme").status == 401
+
+
+def test_a_session_that_can_not_be_renewed_just_now_is_good_all_the_same(server):
+    bob = Person(server, "bob")
+    server.write("UPDATE sessions SET expires = ?", time.time() + 60)
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert bob.get("/w/acme/todos").status == 200
 
 
 def test_a_session_ends_when_its_time_is_up_and_is_renewed_in_its_second_half(server):
@@ -2247,342 +2649,581 @@ def test_a_tiny_quota_is_one_on_a_single_root_too(tmp_path):
     env.workspaces.rest(-1)
 
 
-# ==== 15. Worker =====================================================================================================
+# ==== Part One alone ==================================================================================================
+# Whoever reads no further has read a whole server.
 
-def test_a_stranger_is_refused_before_any_workspace_is_contacted(server):
-    alice, nobody = Person(server, "alice"), Person(server)
-    before = server.figure("orion_workspace_fetches_total"), server.figure('orion_gate_verdicts_total{verdict="403"}') if alice.get("/_gate/acme") else 0
-    for method in ("GET", "POST", "PATCH", "DELETE", "HEAD"):
-        for path in ("/w/acme/todos", "/w/acme/todos/1", "/w/acme/todos/live", "/w/acme/_counts"):
-            assert alice.ask(method, path).status == 403 and nobody.ask(method, path).status == 401
-    assert server.figure("orion_workspace_fetches_total") == before[0]
-    assert server.figure('orion_gate_verdicts_total{verdict="403"}') == before[1] + 20
-
-
-@cases("headers", [{"X-Role": "owner", "X-Account": "bob"}, {"x-role": "owner", "x-account": "bob", "X-Grants": "todos:read,todos:write,todos:delete"},
-                   {"X-Id": "0" * 64}, {"X-Workspace": "home"}, {"X-Can-Delete": "true"}, {"X-Proved": "bob"}, {"X-Counts": "{}"}])
-def test_trusted_headers_from_outside_are_dropped(server, headers):
-    carol, nobody = Person(server, "carol"), Person(server)
-    given = {name.replace("-", "_"): value for name, value in headers.items()}
-    assert carol.ask("DELETE", "/w/acme/todos/1", **given).status == 403
-    assert carol.get("/_gate/acme", **given).headers["x-role"] == "member" and carol.get("/w/home/todos", **given).status == 403
-    assert nobody.get("/w/acme/todos", **given).status == 401 and nobody.get("/w/acme/members", **given).status == 401
-    assert nobody.ask("POST", "/workspaces", b'{"name": "mars"}', Content_Type="application/json", **given).status == 401
-    assert nobody.ask("POST", "/login", b"username=bob&password=x", Content_Type="application/x-www-form-urlencoded", **given).status == 422
+def test_part_one_uses_no_name_that_is_defined_only_behind_it():
+    nodes = [*ast.walk(ast.parse(part_one()))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    for node in nodes:                       # functions, classes and imports; parameters; what imports are called here
+        bound |= {(getattr(node, "name", "") or "").partition(".")[0]}
+        bound |= {getattr(node, "arg", ""), getattr(node, "asname", "")}
+    assert len(used) > 300 and used - bound - {*dir(builtins), "__file__"} == set()
 
 
-def test_the_journal_names_the_account_of_the_session_whatever_the_headers_say(server):
-    assert Person(server, "carol").ask("POST", "/w/acme/todos", '{"title": "x"}', Content_Type="application/json", X_Operator="bob").status == 200
-    with contextlib.closing(server.store("acme")) as store:
-        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("carol", "todos.create")
+def test_no_name_is_given_twice():
+    """A later part that gave one again would change what an earlier one means by it."""
+    given = collections.Counter()
+    for node in ast.parse((HERE / "orion.py").read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            given[node.name] += 1
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            given.update([one.id for one in ast.walk(target) if isinstance(one, ast.Name)] if target else ())
+    assert [name for name, times in given.items() if times > 1] == []
 
 
-@cases("headers, status", [({}, 303), ({"Origin": None}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://evil.example"}, 403),
-                           ({"Origin": "http://127.0.0.1:1"}, 403), ({"Origin": None, "Sec-Fetch-Site": "same-origin"}, 303),
-                           ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "none"}, 403)])
-def test_what_writes_must_come_from_the_same_origin(server, headers, status):
-    carol = Person(server, "carol")
-    answer = carol.ask("POST", "/w/acme/todos", b"title=x", Content_Type="application/x-www-form-urlencoded",
-                       **{name.replace("-", "_"): value for name, value in headers.items()})
-    assert answer.status == status and len(titles(carol)) == (4 if status == 303 else 3)
-
-
-def test_revoking_a_membership_ends_the_open_stream_with_a_last_word(server):
-    bob, carol = Person(server, "bob"), Person(server, "carol", datastar=True)
-    ear = Ear(carol, "/w/acme/todos/live")
-    ear.event()
-    bob.delete("/w/acme/members/carol")
-    last = ear.event()
-    assert 'id="live"' in last and "no longer have access" in last and ear.event() is None
-    again = carol.get("/w/acme/todos/live")
-    assert again.status == 200 and again.text.count("event:") == 1 and "no longer have access" in again.text, "or it would be asked for ever"
-    assert Person(server, "carol").get("/w/acme/todos/live").status == 403
-
-
-def test_a_connection_that_the_loop_can_not_watch_is_not_held(server, monkeypatch):
-    register, tried = server.edge.selector.register, []
-
-    def full(socket, *rest):
-        if not tried and socket is not server.edge.socket:
-            tried.append(socket)
-            raise OSError("no room for another")
-        return register(socket, *rest)
-    monkeypatch.setattr(server.edge.selector, "register", full)
-    with socket.create_connection(("127.0.0.1", server.port)):
-        eventually(lambda: tried)
-        assert Person(server).get("/healthz").status == 200
-        assert not [held for held in server.edge.held if held.socket is tried[0]]
-
-
-def test_a_stream_is_held_when_it_is_whole(server):
-    """Others look through what is held, for the streams of an account."""
-    found = []
-
-    class Looked(set):
-        def add(self, held):
-            super().add(held)
-            if type(held) is orion.Stream:
-                found.append((held.account, held.viewer[1], held.channel))
-    server.edge.call(lambda: setattr(server.edge, "held", Looked(server.edge.held)))
-    Ear(Person(server, "bob"), "/w/acme/todos/live").event()
-    assert found == [("bob", "owner", None)]
-
-
-def test_verdicts_about_open_streams_are_asked_for_one_after_the_other(server, monkeypatch):
-    broker, at_work, first, go = server.edge.broker, [], threading.Event(), threading.Event()
-
-    def asks(stream, busy):
-        at_work.append(len(at_work) - at_work.count("done") * 2)
-        first.set()
-        assert go.wait(PATIENCE)
-        at_work.append("done")
-    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
-    ear.event()
-    monkeypatch.setattr(broker, "ask_again", asks)
-    broker.regate("bob")
-    assert first.wait(PATIENCE)
-    broker.regate("bob"), broker.regate("")
-    go.set()
-    eventually(lambda: at_work == [0, "done", 0, "done"])
-
-
-def test_a_workspace_that_is_busy_does_not_hold_up_verdicts_about_the_streams_of_others(server, monkeypatch):
-    bob, asked, ask_again = Person(server, "bob"), [], server.edge.broker.ask_again
-    acmes, globexs = Ear(bob, "/w/acme/todos/live"), Ear(bob, "/w/globex/todos/live")
-    acmes.event(), globexs.event()
-    with server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).turn:
-        server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'bob'")
-        monkeypatch.setattr(server.edge.broker, "ask_again", lambda *call: asked.append(call) or ask_again(*call))
-        server.edge.broker.regate("bob")
-        assert globexs.until_it_says("disabled")
-        eventually(lambda: len(asked) > 2)           # the one that is busy, once more
-    assert acmes.until_it_says("disabled")
-
-
-def test_however_many_streams_of_a_busy_workspace_are_asked_again_it_is_waited_for_once(server, monkeypatch):
-    ears = [Ear(Person(server, "carol"), "/w/acme/todos/live") for _ in range(5)]
-    [ear.event() for ear in ears]
-    at_rest(server)
-    server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'carol'")
-    fetch, waited, later = orion.GuardedStub.fetch_within, [], []
-    monkeypatch.setattr(orion.GuardedStub, "fetch_within", lambda *call: waited.append(call) or fetch(*call))
-    monkeypatch.setattr(server.edge.broker, "regate", later.append)
-    with server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).turn:
-        server.edge.broker.gate_again(["carol"])
-    assert len(waited) == 1 and len(later) == 5
-
-
-def regated(server, gate):
-    """Open streams ask this gate from now on."""
-    server.edge.regating = dataclasses.replace(server.edge.regating, gate=gate)
-
-
-def test_a_stream_whose_workspace_is_elsewhere_now_breaks_off(server):
-    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
-    ear.event()
-
-    def elsewhere(request, env):
-        raise orion.Refused(421, "This workspace lives on another node.")
-    regated(server, elsewhere)
-    server.edge.broker.regate("bob")
-    with pytest.raises(EOFError):
-        while ear.event():
-            pass
-
-
-def test_however_many_regions_of_one_workspace_are_stale_other_threads_are_for_others(server, monkeypatch):
-    broker, at_work, most, done = server.edge.broker, [], [], []
-    ears = [Ear(Person(server, "bob"), f"/w/acme/todos/live?pages={n}") for n in range(2, 12)]
-    [ear.event() for ear in ears]
-    at_rest(server)
-    refresh, id = broker.refresh, server.env.workspaces.id_from_name("acme")
-
-    def counted(channel):
-        at_work.append(channel)
-        most.append(len(at_work))
-        refresh(channel)
-        at_work.remove(channel)
-        done.append(channel)
-    monkeypatch.setattr(broker, "refresh", counted)
-    with server.env.workspaces.awake(id).turn:
-        server.edge.call(lambda: [broker.mark(channel) for channel in broker.channels[id].values()])
-        eventually(lambda: at_work)
-        Person(server, "dave").post("/w/globex/todos", title="x")      # whatever else was in line is begun by then
-    eventually(lambda: len(done) == 10)
-    assert set(most) == {1}
-
-
-def test_what_changes_nobodys_role_wakes_nobody_who_is_watched(server):
-    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
-    ear.event()
-    at_rest(server)
-    asked = server.directory().verdicts.copy()
-    eventually(lambda: server.env.workspaces.rest(idle=-1) or not server.env.workspaces.objects)
-    server.edge.broker.regate("")
-    eventually(lambda: server.directory().verdicts != asked and not server.edge.pool.lanes)
-    assert not server.env.workspaces.objects
-    Person(server, "carol").post("/w/acme/todos", title="Seen all the same")
-    assert ear.until_it_says("Seen all the same")
-
-
-def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatch):
-    ear = Ear(Person(server, "erin"), "/w/acme/todos/live")
-    ear.event()
-    stream, = [held for held in server.edge.held if type(held) is orion.Stream]
-    asked, shown = [], []
-    verdicts = [orion.verdict("erin", role, "acme", server.env.workspaces.id_from_name("acme")) for role in ("member", "viewer")]
-
-    def gate(request, env):
-        asked.append(request.path)
-        return orion.Response(200, headers=tuple(verdicts[len(asked) - 1].items()))
-    regated(server, gate)
-    monkeypatch.setattr(server.edge.broker, "rejoin", lambda *call: shown.append(call))
-    server.edge.broker.ask_again(stream, set())
-    eventually(lambda: shown)
-    (_, answer, whole), = shown
-    assert "todos:write" in answer.watch.again.headers["x-grants"] and 'class="new"' in whole.html and asked == ["/w/acme/todos/live"]
-
-
-def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch):
-    ear = Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")
-    ear.event()
-    broken = orion.StorageFault(pathlib.Path("acme.db"), sqlite3.OperationalError("disk I/O error"))
-    at_rest(server)
-    reading, failures = orion.GuardedStub.fetch, []
-
-    def fails(stub, request):
-        if request.path.endswith("/live") and not failures:
-            failures.append(request)
-            raise broken
-        return reading(stub, request)
-    monkeypatch.setattr(orion.GuardedStub, "fetch", fails)
-    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Seen in the end")
-    eventually(lambda: server.edge.broker.failed)
-    server.edge.broker.try_again()
-    assert ear.until_it_says("Seen in the end")
-
-
-def test_a_region_that_could_not_be_read_and_that_nobody_watches_is_let_go(server, monkeypatch):
-    broker, marked = server.edge.broker, []
-    nobody = orion.Subscription(server.env.workspaces.get("nobody"), "todos", orion.Request("GET", "/todos/live"), None)
-    broker.failed = {orion.Channel(nobody)}
-    monkeypatch.setattr(broker, "mark", marked.append)
-    broker.try_again()
-    assert not marked and not broker.failed
-
-
-def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(server, monkeypatch):
-    bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
-    bobs = Ear(bob, "/w/acme/todos/live")
-    bobs.event()
-    at_rest(server)
-    reading, read, go = orion.GuardedStub.fetch, threading.Event(), threading.Event()
-
-    def slow(stub, request):
-        response = reading(stub, request)
-        if threading.current_thread() in server.edge.pool.threads and request.path.endswith("/live") and "x-role" in request.headers and not read.is_set():
-            read.set()
-            assert go.wait(PATIENCE)
-        return response
-    monkeypatch.setattr(orion.GuardedStub, "fetch", slow)
-    carol.post("/w/acme/todos", title="First")
-    assert read.wait(PATIENCE)
-    carol.post("/w/acme/todos", title="Second")
-    again = Ear(bob, "/w/acme/todos/live")
-    assert "Second" in again.event()
-    eventually(lambda: sum(server.edge.broker.accounts.values()) == 2)
-    go.set()
-    assert bobs.until_it_says("Second")
-    carol.post("/w/acme/todos", title="Third")
-    while "Third" not in (seen := again.event()):
-        assert "Second" in seen
-
-
-def test_a_stream_whose_request_breaks_when_it_is_asked_for_again_is_closed_and_the_others_are_asked(server, capfd):
-    bobs, erins = [Ear(Person(server, name, datastar=True), "/w/acme/todos/live") for name in ("bob", "erin")]
-    for ear in (bobs, erins):
+def test_part_one_alone_ends_quietly_however_often_it_is_told_to(tmp_path):
+    alone = Alone(tmp_path / "root")
+    with alone, contextlib.closing(Ear(Person(alone, "bob"), "/w/acme/todos/live")) as ear:
         ear.event()
-    asked = []
-
-    def gate(request, env):
-        verdict = orion.ask_the_gate(request, env)
-        asked.append(dict(verdict.headers)["x-account"])
-        return verdict if asked[-1] == "bob" else 1 / 0
-    regated(server, gate)
-    server.edge.broker.regate("")
-    with pytest.raises(EOFError):
-        while erins.event():
-            pass
-    eventually(lambda: len(asked) == 2)
-    Person(server, "carol", datastar=True).post("/w/acme/todos", title="Still heard")
-    assert bobs.until_it_says("Still heard") and sorted(asked) == ["bob", "erin"] and logged(capfd, "ZeroDivisionError")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            alone.process.send_signal(number)
+        assert (alone.wait(), alone.err) == (0, "")
 
 
-def test_however_much_the_loop_was_given_to_do_a_request_has_its_turn(server):
-    done, hold, bob = [], threading.Event(), Person(server, "bob")
-    bob.get("/w/acme/todos")                         # the next one is answered by the loop
-
-    def work():
-        hold.wait(0.005)
-        done.append(1)
-    server.edge.call(lambda: [server.edge.call(work) for _ in range(2000)])
-    eventually(lambda: done)
-    assert bob.get("/w/acme/todos").status == 200 and len(done) < 1000
-    hold.set()
+@cases("contents", ["", "no key", "ab" * 31])
+def test_part_one_alone_says_in_one_line_why_it_does_not_start(tmp_path, contents):
+    Alone(tmp_path / "root").close()
+    (tmp_path / "root" / "data" / "secret.key").write_text(contents)
+    with Alone(tmp_path / "root", ready=False) as alone:
+        assert alone.wait() != 0 and "secret.key holds no keys" in alone.err and "Traceback" not in alone.err
 
 
-def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
-    begun, go, edge = [], threading.Event(), server.edge
-    edge.chores, edge.due = ((lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9),), [0.0]
-    eventually(lambda: begun)
-    ticks, tick = [], edge.tick
-    edge.tick = lambda now: (tick(now), ticks.append(now))
-    eventually(lambda: len(ticks) == 2)
-    assert len(begun) == 1
-    edge.chores = ()
-    go.set()
+# ==== Traps ===========================================================================================================
+# What a slice can not get wrong by accident, on either edge.
+
+EDGES = {"plain": Plain, "two planes": Server}
 
 
-def test_a_changed_role_changes_what_the_open_stream_shows(server):
-    bob, carol = Person(server, "bob"), Person(server, "carol")
-    ear = Ear(carol, "/w/acme/todos/live")
-    assert "Delete" not in ear.event()
-    bob.patch("/w/acme/members/carol", role="admin")
-    assert "Delete" in ear.event()
-    bob.patch("/w/acme/members/carol", role="viewer")
-    assert "disabled" in ear.event()
-    bob.post("/w/acme/todos", form={"title": "Goes on"})
-    assert "Goes on" in ear.event()
+@pytest.fixture(params=[*EDGES])
+def serve(request, tmp_path, quick):
+    """serve(*slices): the demo with todos and these slices; on the folder of the one before, if that was closed."""
+    running = []
+
+    def serve(*slices):
+        running.append(EDGES[request.param](tmp_path / "data", (orion.todos, *slices)))
+        return running[-1]
+    yield serve
+    for server in running:
+        if server.thread.is_alive():
+            server.close()
 
 
-def test_another_process_can_revoke_too(server):
-    carol = Person(server, "carol")
-    ear = Ear(carol, "/w/acme/todos/live")
-    ear.event()
-    with contextlib.closing(sqlite3.connect(server.env.settings.data / "directory.db", timeout=PATIENCE)) as other, other:
-        eventually(lambda: server.edge.broker.version, "the edge never looked")
-        other.execute("DELETE FROM memberships WHERE account = 'carol'")
-    assert "no longer have access" in ear.event()
+on_plain = cases("serve", ["plain"], indirect=True)
 
 
-def test_who_is_here_is_told_to_all_who_are(server):
-    bob, carol = Person(server, "bob"), Person(server, "carol")
-    first = Ear(bob, "/w/acme/todos/live")
-    second = Ear(carol, "/w/acme/todos/live")
+def looks(*routes, region=lambda ctx: element("x"), **more):
+    """A slice with a table and a page at /n, and these routes: (method, path, run). more: what a Live has, too."""
+    live = orion.Live("/n", "todos:read", "looks", "Looks", region, **more)
+    routes = [orion.Route(method, path, "todos:read", run) for method, path, run in routes]
+    return orion.Slice("looks", ("CREATE TABLE looks (n)",), (live,), tuple(routes))
 
-    def here(ear):
-        while 'id="here"' not in (event := ear.event(heartbeats=True)):
-            pass
-        return [name for name in ("bob", "carol") if f">{name}<" in event]
-    while here(first) != ["bob", "carol"]:
+
+def element(text):
+    return orion.Template('<p id="n">{{text}}</p>')(text=text)
+
+
+def rows(server, table="looks"):
+    with contextlib.closing(server.store("acme")) as file:
+        return file.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def write(ctx, *_):
+    ctx.store.exec("INSERT INTO looks VALUES (1)")
+    ctx.publish("looks")
+    return orion.done(ctx)
+
+
+@cases("asks", [lambda ctx: ctx.viewer.account, lambda ctx: ctx.request, lambda ctx: ctx.field("title")],
+       ids=["for the account", "for the request", "for a field"])
+def test_a_region_that_asks_for_one_of_its_viewers_is_told_where_that_belongs(serve, capfd, asks):
+    bob = Person(serve(looks(region=lambda ctx: element(str(asks(ctx))))), "bob")
+    assert bob.get("/w/acme/n").status == 500 and bob.get("/w/acme/n/live").status == 500
+    assert logged(capfd, "PermissionError") and logged(capfd, "put what is theirs alone into page()")
+
+
+def test_a_region_may_ask_for_what_all_its_viewers_have_in_common(serve):
+    region = lambda ctx: element(f"{ctx.viewer.role} {ctx.viewer.can('todos:delete')} {ctx.viewer.workspace}")
+    assert "member False acme" in Person(serve(looks(region=region)), "carol").get("/w/acme/n").text
+
+
+def test_a_region_knows_its_workspace_on_the_page_and_in_each_frame(serve):
+    server = serve(looks(("POST", "/n", write), region=lambda ctx: element(f"{ctx.workspace} {rows(server)}")))
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        assert ">acme 0<" in bob.get("/w/acme/n").text and ">acme 0<" in ear.event()
+        bob.post("/w/acme/n")
+        assert ">acme 1<" in ear.event()
+
+
+def test_what_somebody_typed_reaches_their_page_and_no_region(serve):
+    def refuse(ctx):
+        raise orion.Refused(422, "Say more.")
+    in_regions, in_pages = [], []
+    slice = looks(("POST", "/n", refuse), region=lambda ctx: in_regions.append(dict(ctx.typed)) or element("x"),
+                  page=lambda ctx, region: in_pages.append(dict(ctx.typed)) or region)
+    bob = Person(serve(slice), "bob")
+    assert bob.post("/w/acme/n", form={"text": "mine"}).status == 422 and bob.get("/w/acme/n").status == 200
+    assert in_pages == [{"text": "mine", "problem": "Say more."}, {}] and not any(in_regions) and in_regions
+
+
+@cases("query, heeded", [("", {}), ("show=open", {"show": "open"}), ("x=1&show=done&y=2", {"show": "done"}),
+                         ("datastar=%7B%7D&show=open", {"show": "open"}), ("show=all", {}), ("show=open%0a", {}),
+                         ("show=", {})])
+def test_page_and_region_see_the_parameters_that_the_page_declares_and_no_other(serve, query, heeded):
+    seen = []
+    slice = looks(("POST", "/n", write), region=lambda ctx: seen.append(ctx.params) or element(f"{len(seen)}"),
+                  page=lambda ctx, region: seen.append(ctx.params) or region, params={"show": "open|done"})
+    bob = Person(serve(slice), "bob")
+    with contextlib.closing(Ear(bob, f"/w/acme/n/live?{query}")) as ear:
+        assert ear.event() and bob.get(f"/w/acme/n?{query}").status == 200
+        bob.post("/w/acme/n")
+        assert ear.event() and len(seen) >= 3 and all([params == heeded for params in seen])
+
+
+def test_a_parameter_that_may_be_empty_may_be_left_out(serve):
+    bob = Person(serve(looks(region=lambda ctx: element(ctx.params.get("q", "")), params={"q": ".*"})), "bob")
+    assert bob.get("/w/acme/n").status == 200 and ">rope<" in bob.get("/w/acme/n?q=rope").text
+
+
+def test_no_slice_sees_a_session(serve):
+    seen = []
+    look = lambda ctx, *_: seen.append(ctx.request) or orion.done(ctx)
+    slice = looks(("POST", "/n", look), ("GET", "/n/raw", look),
+                  page=lambda ctx, region: seen.append(ctx.request) or region)
+    bob = Person(serve(slice), "bob")
+    assert [bob.get(path).status for path in ("/w/acme/n", "/w/acme/n/raw")] == [200, 204]
+    assert bob.post("/w/acme/n").status == 204
+    secret = bob.cookie.partition("=")[2]
+    assert len(secret) > 100 and len(seen) == 3
+    assert not any(["cookie" in request.headers or secret in repr(request) for request in seen])
+
+
+def test_a_region_is_rendered_once_for_all_members_however_many_look(serve):
+    slice, renders = counting()
+    server, names = serve(slice), [f"m{n}" for n in range(30)]
+    for name in names:
+        server.write("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, name)
+        server.write("INSERT INTO memberships SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
+    members = [Person(server, name) for name in names]
+    assert {member.get("/w/acme/n").status for member in members} == {200} and len(renders) == 1
+    members[0].post("/w/acme/n")
+    assert all([">1</section>" in member.get("/w/acme/n").text for member in members]) and len(renders) == 2
+
+
+INSERT = "INSERT INTO looks VALUES (2)"
+KEPT = {"ctx": (lambda ctx: ctx, lambda kept: kept.store.exec(INSERT)),
+        "ctx, to publish": (lambda ctx: ctx, lambda kept: kept.publish("looks")),
+        "ctx.store": (lambda ctx: ctx.store, lambda kept: kept.exec(INSERT)),
+        "ctx.store, to read": (lambda ctx: ctx.store, lambda kept: kept.query("SELECT * FROM looks")),
+        "ctx.store.exec": (lambda ctx: ctx.store.exec, lambda kept: kept(INSERT)),
+        "ctx.publish": (lambda ctx: ctx.publish, lambda kept: kept("looks")),
+        "ctx.store.tx": (lambda ctx: ctx.store.tx, lambda kept: within(kept())),
+        "a transaction": (lambda ctx: ctx.store.tx(), lambda kept: within(kept))}
+
+
+def within(transaction):
+    with transaction:
         pass
-    while here(second) != ["bob", "carol"]:
-        pass
-    second.close()
-    assert here(first) == ["bob"]
 
 
-# ==== 16. Reader =====================================================================================================
+def outcome(run, *args):
+    """The name of the exception that it raised; else "done"."""
+    try:
+        run(*args)
+    except Exception as error:
+        return type(error).__name__
+    return "done"
+
+
+@cases("what", KEPT)
+def test_what_a_command_kept_is_of_no_use_after_it(serve, what):
+    keep, use = KEPT[what]
+    kept = []
+    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx))))
+    bob = Person(server, "bob")
+    assert bob.post("/w/acme/n").status == 204
+    assert outcome(use, *kept) in ("RuntimeError", "PermissionError")
+    assert bob.get("/w/acme/n").status == 200 and rows(server) == 0
+
+
+@cases("what", KEPT)
+def test_what_a_command_kept_is_of_no_use_to_the_next_one_in_its_thread(serve, what):
+    keep, use = KEPT[what]
+    kept, outcomes = [], []
+    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx)),
+                         ("PUT", "/n", lambda ctx: outcomes.append(outcome(use, *kept)) or orion.done(ctx))))
+    bob = Person(server, "bob")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as link:
+        for method in ("POST", "PUT"):
+            link.request(method, "/w/acme/n", headers=bob.headers)
+            assert link.getresponse().read() == b""
+    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
+
+
+@cases("what", KEPT)
+def test_what_a_command_gives_to_another_thread_is_of_no_use_there(serve, what):
+    keep, use = KEPT[what]
+    outcomes = []
+
+    def run(ctx):
+        thread = threading.Thread(target=lambda kept: outcomes.append(outcome(use, kept)), args=(keep(ctx),))
+        thread.start(), thread.join()
+        return orion.done(ctx)
+    server = serve(looks(("POST", "/n", run)))
+    assert Person(server, "bob").post("/w/acme/n").status == 204
+    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
+
+
+@cases("run", [lambda ctx: ctx.store.exec(INSERT), lambda ctx: ctx.publish("looks")], ids=["writes", "publishes"])
+@cases("where", ["a route", "a region", "a page"])
+def test_what_is_asked_by_a_get_writes_nothing_and_tells_nobody(serve, capfd, where, run):
+    do = lambda here, ctx: run(ctx) if here == where else None
+    slice = looks(("GET", "/n/raw", lambda ctx: do("a route", ctx) or orion.done(ctx)),
+                  region=lambda ctx: do("a region", ctx) or element("x"),
+                  page=lambda ctx, region: do("a page", ctx) or region)
+    server = serve(slice)
+    answer = Person(server, "bob").get("/w/acme/n/raw" if where == "a route" else "/w/acme/n")
+    assert answer.status == 500 and rows(server) == 0 and logged(capfd, "which only a command or a job may")
+
+
+def test_the_stream_of_a_page_is_not_taken_for_a_part_of_its_path(serve):
+    bob = Person(serve(looks(("GET", "/n/<id>", lambda ctx, id: orion.as_json(id)))), "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        assert '<p id="n">' in ear.event() and bob.get("/w/acme/n/7").text == '"7"'
+
+
+@cases("part", ["<id>", "<todo_id>", "<Id>", "<id2>"])
+def test_a_part_of_a_path_may_have_any_name(serve, part):
+    bob = Person(serve(looks(("GET", f"/n/{part}/x", lambda ctx, id: orion.as_json(id)))), "bob")
+    assert bob.get("/w/acme/n/7/x").text == '"7"'
+
+
+@cases("answer", [orion.Response(b"ok"), orion.Response("200", b"ok"), orion.Response(200, b"ok", "a\r\nX-B: c")],
+       ids=["no status", "text for a status", "a type of two lines"])
+def test_an_answer_that_can_not_be_sent_is_a_500_with_a_line_in_the_log(serve, capfd, answer):
+    server = serve(looks(("POST", "/n", lambda ctx: (write(ctx), answer)[1])))
+    said = Person(server, "bob").post("/w/acme/n")
+    assert said.status == 500 and "x-b" not in said.headers and logged(capfd, "error: POST /w/acme/n: ")
+    assert rows(server) == 0
+
+
+@cases("edge", EDGES)
+def test_a_demo_does_without_todos(tmp_path, quick, edge):
+    with contextlib.closing(EDGES[edge](tmp_path / "data", (looks(),))) as server:
+        assert Person(server, "bob").get("/w/acme").headers["location"] == "/w/acme/n"
+
+
+# ==== 14. Plain edge: faults ==========================================================================================
+# What browsers, networks, disks and slices do wrong; on the full edge as well, where that is promised there too.
+
+def the_workspace(server, name="acme"):
+    """Its object, awake."""
+    Person(server, "bob").get(f"/w/{name}/todos")
+    return server.env.workspaces.objects[server.env.workspaces.id_from_name(name)]
+
+
+@on_plain
+def test_a_tab_that_was_closed_is_noticed_and_its_workspace_may_sleep(serve, monkeypatch):
+    server, ended, hold = serve(), threading.Event(), orion.PlainHandler.hold
+
+    def until_it_ends(*args):
+        with contextlib.ExitStack() as stack:
+            stack.callback(ended.set)
+            hold(*args)
+    monkeypatch.setattr(orion.PlainHandler, "hold", until_it_ends)
+    monkeypatch.setattr(orion, "REGATE_SECONDS", WHOLE)  # it waits, and does nothing else, until it is told something
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        one = the_workspace(server)
+        eventually(lambda: one.bus.waiting == 1)
+        server.env.workspaces.idle = 0.0
+        server.env.workspaces.rest()
+        assert not one.gone, "it slept under somebody's eyes"
+    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.05)
+    Person(server, "bob").post("/w/acme/todos", title="x")
+    assert ended.wait(PATIENCE) and the_workspace(server).bus.waiting == 0
+    put_to_sleep(server)
+
+
+@on_plain
+def test_a_server_that_has_closed_opens_no_file_again(serve, monkeypatch):
+    server, opened = serve(), []
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        server.close()
+        monkeypatch.setattr(orion.DurableObject, "open", lambda self, create=False: opened.append(self.id))
+        with contextlib.suppress(EOFError, ConnectionError):
+            for _ in range(5):
+                ear.event(heartbeats=True)
+    assert opened == []
+
+
+def tick(server, *fields, body=b'{"done": true}'):
+    """What comes back for a command of bob's with these header lines, and whether the todo is ticked now."""
+    bob = Person(server, "bob")
+    lines = ["PATCH /w/acme/todos/1 HTTP/1.1", f"Host: 127.0.0.1:{server.port}", f"Origin: {server.origin}",
+             f"Cookie: {bob.cookie}", "Content-Type: application/json", *fields, "", ""]
+    answer, _ = raw(server, "\r\n".join(lines).encode("latin-1") + body)
+    return statuses(answer), titles(bob, query="?show=done") != []
+
+
+def test_a_sound_request_does_what_the_unsound_ones_below_must_not(serve):
+    assert tick(serve(), "Content-Length: 14") == ([204], True)
+
+
+LENGTH = "Content-Length: 14"
+UNSOUND = {"a negative length": (["Content-Length: -14"], 400), "a length with a sign": (["Content-Length: +14"], 400),
+           "two lengths": ([LENGTH, "Content-Length: 13"], 400), "a second host": ([LENGTH, "Host: elsewhere"], 400),
+           "a body that is too large": (["Content-Length: 65537"], 413)}
+
+
+@cases("how", UNSOUND)
+def test_an_unsound_request_is_refused_and_does_nothing(serve, how):
+    fields, status = UNSOUND[how]
+    assert tick(serve(), *fields) == ([status], False)
+
+
+@on_plain
+def test_the_plain_edge_takes_no_body_in_chunks(serve):
+    assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
+
+
+def test_who_waits_for_a_word_before_the_body_gets_it_at_once(serve):
+    server = serve()
+    bob = Person(server, "bob")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(f"POST /w/acme/todos HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nOrigin: {server.origin}\r\nCookie: {bob.cookie}\r\n"
+                     "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert link.recv(100).startswith(b"HTTP/1.1 100 Continue")
+        link.sendall(b"title=x")
+        assert link.recv(100).startswith(b"HTTP/1.1 303 ")
+
+
+@cases("line", [b"GET\x0b/healthz\x0cHTTP/1.1", b"GET /healthz\xa0HTTP/1.1", b"GET /healthz", b"GET /healthz HTTP/1.9"])
+def test_a_request_line_that_is_none_is_refused(serve, line):
+    server = serve()
+    got, closed = raw(server, line + f"\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+    assert b" 200 " not in got and b"ok" not in got and closed
+
+
+def test_somebody_who_sends_too_much_is_told_so(serve):
+    server = serve()
+    bob = Person(server, "bob")
+    assert bob.patch("/w/acme/todos/1", done=True, title="x" * 200_000).status == 413
+    assert titles(bob)[-1] == "Order more anvils" and titles(bob, query="?show=done") == []
+
+
+BEHIND = "PATCH /w/acme/todos/1 HTTP/1.1\r\nHost: @\r\nOrigin: http://@\r\nCookie: {}\r\nContent-Length: 0\r\n\r\n"
+
+
+@cases("method, field", [("GET", "Content-Length: {}"), ("OPTIONS", "Content-Length: {}"),
+                         ("GET", "Content-Length : {}"), ("GET", "junk\r\nContent-Length: {}")])
+def test_a_body_is_never_read_as_the_next_request(serve, method, field):
+    server = serve()
+    bob, ours = Person(server, "bob"), f"127.0.0.1:{server.port}"
+    body = BEHIND.format(bob.cookie).replace("@", ours)
+    before = f"{method} /healthz HTTP/1.1\r\nHost: {ours}\r\n{field.format(len(body))}\r\n\r\n"
+    answer, _ = raw(server, (before + body).encode())
+    assert len(statuses(answer)) == 1 and titles(bob, query="?show=done") == []
+
+
+@cases("target", ["*", "todos", "//healthz", "/%", "/w/acme/../acme/todos"])
+def test_a_target_that_is_no_plain_path_is_a_400(serve, target):
+    server = serve()
+    assert statuses(raw(server, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode(), half_close=True)[0]) == [400]
+
+
+def test_half_a_character_in_json_is_a_400_and_leaves_nothing(serve):
+    server = serve()
+    bob = Person(server, "bob", datastar=True)
+    for path, field in (("todos", "title"), ("members", "account")):
+        half = json.dumps({field: "\ud800"}).encode()
+        assert bob.ask("POST", f"/w/acme/{path}", half, Content_Type="application/json").status == 400
+    assert len(titles(bob)) == 3
+
+
+def test_an_answer_without_a_body_says_nothing_of_its_length(serve):
+    answer = Person(serve(), "bob").patch("/w/acme/todos/1", done=True)
+    assert answer.status == 204 and "content-length" not in answer.headers
+
+
+# -- members
+
+@cases("signals", [{}, {"role": ""}, {"role": "king"}, {"role": None}, {"role": ["owner"]}])
+def test_a_member_whose_new_role_is_none_keeps_the_old_one(serve, signals):
+    server = serve()
+    assert Person(server, "bob").patch("/w/acme/members/carol", **signals).status == 422
+    assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "member"
+
+
+@cases("path", ["/membership", "/members2", "/members-of"])
+def test_only_the_members_page_is_the_members_page(serve, path):
+    bob = Person(serve(looks(("GET", path, lambda ctx: orion.as_json("a slice's own")))), "bob")
+    assert bob.get(f"/w/acme{path}").text == '"a slice\'s own"' and bob.get(f"/w/acme{path}/x").status == 404
+
+
+def test_a_command_on_members_asks_again_what_the_gate_had_said(serve):
+    server = serve()
+    said = orion.verdict("carol", "owner", "acme", server.env.workspaces.id_from_name("acme"))
+    request = orion.Request("POST", "/members", headers={"content-type": "application/json", **dict(said)},
+                            body=b'{"account": "dave", "role": "owner"}')
+    with pytest.raises(orion.Refused) as no:
+        server.env.directory.fetch(request)
+    assert no.value.status == 403 and Person(server, "dave").get("/_gate/acme").status == 403
+
+
+def test_a_stream_whose_viewer_may_no_longer_read_it_gets_a_last_word(serve, monkeypatch):
+    monkeypatch.setitem(orion.ROLES, "guest", ())
+    server = serve()
+    with contextlib.closing(Ear(Person(server, "carol", datastar=True), "/w/acme/todos/live")) as ear:
+        ear.event()
+        assert Person(server, "bob").patch("/w/acme/members/carol", role="guest").status == 204
+        assert ear.until_it_says("You no longer have access") and ear.event() is None
+
+
+def test_the_journal_says_of_which_workspace_a_membership_was(serve):
+    server = serve()
+    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
+    bob.patch("/w/acme/members/erin", role="member")
+    bob.delete("/w/acme/members/erin")
+    bob.post("/w/acme/members", account="erin", role="viewer")
+    bob.post("/w/acme/members", form={"account": "alice"})
+    noted = server.directory().store.query("SELECT what, which FROM journal ORDER BY id DESC LIMIT 4")
+    assert [*map(tuple, noted)][::-1] == [("directory.change_role", f"{id} erin"), ("directory.expel", f"{id} erin"),
+                           ("directory.invite", f"{id} erin"), ("directory.invite", f"{id} alice")]
+
+
+def test_sessions_that_are_over_go_with_the_next_that_begins(serve):
+    server = serve()
+    server.write("INSERT INTO sessions (digest, account, created, expires) VALUES (x'00', 'bob', 0, 1)")
+    Person(server, "carol")
+    assert server.directory().store.one("SELECT count(*) FROM sessions WHERE digest = x'00'")[0] == 0
+
+
+# -- files
+
+@cases("sql", ["DELETE FROM _migrations", "UPDATE sqlite_sequence SET seq = 9", "INSERT INTO found VALUES (1)",
+               "SELECT * FROM found", "CREATE TEMP TRIGGER t AFTER INSERT ON looks BEGIN SELECT 1; END",
+               "CREATE TEMP TABLE t (x)", "SELECT sql FROM sqlite_master", "PRAGMA writable_schema = 1"])
+def test_a_slice_touches_no_table_that_it_did_not_make(serve, capfd, sql):
+    slice = looks(("POST", "/n", lambda ctx: (ctx.store.exec(INSERT), ctx.store.exec(sql), orion.done(ctx))[2]))
+    server = serve(slice)
+    server.close()
+    with contextlib.closing(server.store("acme")) as file, file:
+        file.execute("CREATE TABLE found (x)")
+    server = serve(slice)
+    assert Person(server, "bob").post("/w/acme/n").status == 500 and logged(capfd, "slice 'looks' ")
+    assert rows(server) == 0
+
+
+@cases("sql", ["CREATE TEMP TRIGGER t AFTER INSERT ON mine BEGIN SELECT 1; END", "CREATE TEMP TABLE t (x)",
+               "CREATE TEMP VIEW t AS SELECT 1", "DELETE FROM _migrations", "DELETE FROM journal", "DROP TABLE todos",
+               "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "ALTER TABLE todos ADD COLUMN x",
+               "CREATE INDEX i ON todos (title)"])
+def test_a_migration_touches_no_table_but_its_slices_own(serve, capfd, sql):
+    with contextlib.suppress(orion.MigrationError):      # the full server tries them at the start
+        server = serve(orion.Slice("mine", ("CREATE TABLE mine (id INTEGER PRIMARY KEY)", sql)))
+        assert Person(server, "bob").get("/w/acme/todos").status in (500, 503)
+        assert logged(capfd, "slice 'mine', entry 2: ")
+
+
+def test_a_trigger_of_a_slice_reaches_no_further_than_the_slice(serve, capfd):
+    slice = looks(("POST", "/n", write))
+    trigger = "CREATE TRIGGER t AFTER INSERT ON looks BEGIN DELETE FROM todos; END"
+    server = serve(slice._replace(migrations=(*slice.migrations, trigger)))
+    assert Person(server, "bob").post("/w/acme/n").status == 500
+    assert logged(capfd, "touches table 'todos' of slice 'todos'")
+    assert (rows(server), rows(server, "todos")) == (0, 3)
+
+
+@cases("contents", ["", "\n", "no key", "ab" * 31])
+def test_a_key_file_without_a_key_is_refused_at_the_start(serve, tmp_path, contents):
+    serve().close()
+    (tmp_path / "data" / "secret.key").write_text(contents)
+    with pytest.raises(orion.Unusable, match="holds no keys"):
+        serve()
+
+
+def test_a_file_that_fails_to_close_keeps_nobody_waiting(serve):
+    server = serve()
+    one = the_workspace(server)
+    store, server.env.workspaces.idle = one.store, 0.0
+    with mock.patch.object(store, "close", side_effect=sqlite3.OperationalError("disk I/O error")):
+        with contextlib.suppress(sqlite3.Error):
+            server.env.workspaces.rest()
+        store.close.assert_called()
+    assert Person(server, "bob").get("/w/acme/todos").status == 200
+    store.close()
+
+
+def test_a_workspace_whose_file_was_lost_keeps_nobody_from_the_home_page(serve, capfd):
+    server = serve()
+    server.close()
+    server.env.workspaces.path(server.env.workspaces.id_from_name("globex")).unlink()
+    server = serve()
+    home = Person(server, "bob").get("/")
+    assert home.status == 200 and 'href="/w/acme/todos"' in home.text and 'href="/w/globex/todos"' in home.text
+
+
+def test_a_workspaces_file_is_made_while_the_directory_serves_others(serve, monkeypatch):
+    server = serve()
+    turn, create, free = server.directory().turn, orion.Namespace.create, []
+
+    def watched(namespace, id):
+        free.append(turn.acquire(timeout=1.0))
+        turn.release() if free[-1] else None
+        create(namespace, id)
+    monkeypatch.setattr(orion.Namespace, "create", watched)
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
+    assert free == [True] and bob.get("/w/fresh/todos").status == 200
+
+
+@cases("name", ["acme", "No Name", ""])
+def test_a_name_that_is_refused_leaves_no_file(serve, name):
+    server = serve()
+    folder = server.env.workspaces.folder
+    before = {*folder.glob("*.db")}
+    assert Person(server, "bob").post("/workspaces", form={"name": name}).status == 422
+    assert {*folder.glob("*.db")} == before
+
+
+def test_a_name_whose_founding_failed_at_the_last_moment_can_be_tried_again(serve):
+    server = serve()
+    bob = Person(server, "bob", datastar=True)
+    server.write("CREATE TEMP TRIGGER full BEFORE INSERT ON journal BEGIN SELECT RAISE(ABORT, 'no room'); END")
+    assert bob.post("/workspaces", name="fresh").status >= 500
+    server.write("DROP TRIGGER full")
+    assert json.loads(bob.post("/workspaces", name="fresh").body) == {"name": "", "problem": ""}
+    assert bob.get("/w/fresh/todos").status == 200
+
+
+# -- versions
+
+def test_no_version_of_a_topic_comes_twice_though_its_object_slept(serve):
+    server, seen = serve(), []
+    for _ in range(3):
+        Person(server, "bob").post("/w/acme/todos", title="x")
+        seen.append(the_workspace(server).bus.versions["todos"])
+        put_to_sleep(server)
+    assert seen == sorted({*seen})
+
+
+@cases("signals", [{"title": ""}, {"title": "x" * 501}, {}])
+def test_a_command_that_is_refused_has_nothing_rendered_again(serve, signals):
+    slice, renders = counting()
+    bob = Person(serve(slice), "bob", datastar=True)
+    page = bob.get("/w/acme/n").text
+    assert "problem" in json.loads(bob.post("/w/acme/todos", **signals).body)
+    assert bob.get("/w/acme/n").status == 200 and len(renders) == 1 and ">0</section>" in page
+
+
+# #### Part Two: the edge ##############################################################################################
+
+# ==== 20. Reader ======================================================================================================
 # What a connection must do with these bytes: (what is promised, bytes, status, is it kept?). A status is a number; a set,
 # any of them; a tuple, these answers in this order; None, closed without a word. @HOST@ and the like are filled in.
 
@@ -3351,7 +3992,7 @@ def test_an_expression_that_takes_longer_than_that_is_noticed():
     assert not is_linear(re.compile("a*b"), "search", "", "a", "c")
 
 
-# ==== 17. Answers ====================================================================================================
+# ==== 21. Answers =====================================================================================================
 
 def test_every_answer_has_the_security_headers(server):
     bob = Person(server, "bob")
@@ -3381,7 +4022,7 @@ def test_every_refusal_says_what_to_do_next(server, accept, kind):
     assert "Sign in" in Person(server).get("/w/acme/todos", Accept=accept).text
 
 
-# ==== 18. Process ====================================================================================================
+# ==== 23. Threads =====================================================================================================
 
 def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
     pool, go, waited = orion.Pool(3), threading.Event(), []
@@ -3552,7 +4193,7 @@ def test_what_is_written_to_the_log_is_one_line_and_a_closed_log_harms_nobody(ca
     orion.log("nobody listens")
 
 
-# ==== 19. Streams ====================================================================================================
+# ==== 24. Sockets, 25. Broker =========================================================================================
 
 def test_a_stream_begins_with_the_present_and_then_tells_each_change(server):
     bob = Person(server, "bob")
@@ -3873,7 +4514,911 @@ def test_to_cut_off_four_times_as_many_takes_four_times_as_long():
     assert any(least(40_000) < 8 * least(10_000) for _ in range(3))
 
 
-# ==== 20. Console ====================================================================================================
+# ==== 26. Loop edge ===================================================================================================
+
+def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
+    before, server = threading.active_count(), start(threads=2)
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(512)]
+    cookie = Person(server, "bob").cookie
+    for _ in range(2):
+        for link in links:
+            link.sendall(head(f"Cookie: {cookie}", line="GET /w/acme/members HTTP/1.1"))
+        for link in links:
+            assert statuses(link.recv(65536)) == [200]
+    assert threading.active_count() <= before + 4
+    for link in links:
+        link.close()
+
+
+class Script:
+    """A selector that finds what is written here, one list at each look, and notes how long it was given."""
+
+    def __init__(self, *found):
+        self.found, self.given = [*found], []
+
+    def select(self, timeout):
+        self.given.append(timeout)
+        return self.found.pop(0)
+
+
+@cases("eager, jobs, watched, awake", [
+    ((60.0,), 0, False, True), ((60.0,), 0, True, True), ((0.0,), 0, False, False), ((60.0,), 1, False, False),
+    ((0.0, 60.0), 1, False, True), ((0.0, 60.0), 1, True, False), ((60.0, 60.0), 2, False, False)])
+def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, watched, awake):
+    """eager: so many seconds it may, by the number of jobs that are under way."""
+    server, done = start(), threading.Event()
+    server.edge.shutdown()                           # its loop has ended, its threads are there
+    pool = server.edge.pool
+    at_work = lambda: len(pool.line) + pool.busy
+    eventually(lambda: at_work() == 0)
+    for _ in range(jobs):
+        pool.put(done.wait)
+    eventually(lambda: at_work() == jobs)
+    script, found = Script(["a request"], [], [], ["the next"]), []
+    watch = mock.patch.dict(server.edge.broker.channels, {"a workspace": {}} if watched else {})
+    with watch, mock.patch.multiple(server.edge, selector=script, eager=eager, EAGER_SECONDS=eager[:1], brisk=False):
+        while script.found:
+            found += server.edge.ready()
+    done.set()
+    assert found == ["a request", "the next"] and script.given[1:] == [0 if awake else script.given[0]] * 3
+
+
+@contextlib.contextmanager
+def busy(server, workspace):
+    """Somebody has the workspace's turn; gives its object."""
+    Person(server, "bob").get(f"/w/{workspace}/todos")
+    one = server.env.workspaces.objects[server.env.workspaces.id_from_name(workspace)]
+    with one.turn:
+        yield one
+
+
+def post_at_once(server, path, count):
+    """So many commands, each on a connection of its own; the server has read them all."""
+    bob, links = Person(server, "bob"), []
+    server.edge.insiders.add(hash((orion.lane_of(path), bob.cookie)))      # as if it had written before
+    for n in range(count):
+        body = json.dumps({"title": f"number {n}"}).encode()
+        links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+        links[-1].sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Datastar-Request: true", "Content-Type: application/json",
+                               f"Content-Length: {len(body)}", line=f"POST {path} HTTP/1.1") + body)
+    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
+    return links
+
+
+def statuses_of(server, path, count):
+    """Of so many commands that waited together."""
+    with busy(server, "acme"):
+        links = post_at_once(server, path, count)
+    return [status for link in links for status in statuses(link.recv(65_536))]
+
+
+def ledger(run):
+    return orion.Slice("ledger", Ledger.schema[0][1], routes=(orion.Route("POST", "/ledger", orion.MEMBER, run),))
+
+
+def hits(server):
+    return server.store("acme").execute("SELECT count(*) FROM hits").fetchone()[0]
+
+
+def test_commands_that_wait_for_one_workspace_share_a_commit(server, monkeypatch):
+    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", PATIENCE)      # a slow machine must not close one earlier
+    with busy(server, "acme") as one:
+        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 70
+    assert len(commits) <= 3 and server.store("acme").execute("SELECT count(*) FROM todos").fetchone() == (73,)
+
+
+def test_how_long_a_stranger_waits_for_a_no_does_not_tell_that_a_workspace_is_busy(server):
+    alice = Person(server, "alice", datastar=True)
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 3)
+        assert [alice.post(f"/w/{name}/todos", title="x").status for name in ("acme", "nowhere")] == [403, 403]
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 3
+
+
+def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(server):
+    """It is a 200."""
+    alice = Person(server, "alice", datastar=True)
+    assert "no longer" in alice.get("/w/acme/todos/live").text
+    assert hash((orion.lane_of("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
+
+
+def kept_pages(server):
+    return [answer.response for answer in server.edge.kept.answers.values() if answer.response]
+
+
+@cases("large, kept", [(2 ** 18, 1), (1000, 0)])
+def test_a_page_that_takes_long_to_compress_is_not_left_to_the_loop(server, monkeypatch, large, kept):
+    monkeypatch.setattr(orion.Kept, "LARGE", large)
+    bob = Person(server, "bob")
+    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
+    assert len(kept_pages(server)) == kept
+
+
+def test_what_is_kept_of_answers_is_bounded_by_its_bytes(server, monkeypatch):
+    monkeypatch.setattr(orion.Kept, "MOST", 50_000)
+    bob = Person(server, "bob")
+    for pages in range(2, 26):
+        assert [bob.get(f"/w/acme/todos?pages={pages}").status for _ in range(2)] == [200, 200]
+    assert 0 < sum([len(page.body) for page in kept_pages(server)]) < 70_000
+
+
+def test_what_is_kept_of_renderings_is_bounded_by_its_bytes(server, monkeypatch):
+    monkeypatch.setattr(orion.Broadcast, "KEPT_RENDERINGS", 5_000)
+    bob = Person(server, "bob")
+    for pages in range(2, 26):
+        assert bob.get(f"/w/acme/todos?pages={pages}").status == 200
+    kept = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).renderings
+    assert 0 < sum([len(one.html) for one in kept.values()]) < 10_000
+
+
+@cases("failing, sql, after", [("number 4", "INSERT INTO hits VALUES (2)", []), ("number 2", "INSERT OR ROLLBACK INTO known VALUES (1)", [204, 204])])
+def test_commands_whose_transaction_fails_are_all_told_so_and_nothing_of_them_stays(start, capfd, failing, sql, after):
+    """At the commit, or in the middle; those after it have no part in it."""
+    def run(ctx):
+        ctx.store.exec(sql if ctx.field("title") == failing else "INSERT INTO hits VALUES (1)")
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    got = statuses_of(server, "/w/acme/ledger", 5)
+    before, rest = got[:5 - len(after)], got[5 - len(after):]
+    failed = [status >= 500 for status in before]    # 503, and 500 for the one whose statement it was
+    assert failed == sorted(failed) and failed[-1] and rest == after and logged(capfd, "constraint failed")
+    assert hits(server) == got.count(204)
+    assert Person(server, "bob", datastar=True).post("/w/acme/ledger", title="Again").status == 204
+
+
+def test_a_transaction_that_a_command_lost_and_kept_silent_about_is_lost_for_its_batch_alone(start):
+    def run(ctx):
+        try:
+            ctx.store.exec("INSERT OR ROLLBACK INTO known VALUES (1)" if ctx.field("title") == "number 2" else "INSERT INTO hits VALUES (1)")
+        except sqlite3.IntegrityError:
+            raise orion.Refused(404, "It is known already.") from None
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    got = statuses_of(server, "/w/acme/ledger", 5)
+    assert got[2:] == [404, 204, 204] and hits(server) == got.count(204)
+
+
+def test_what_can_not_even_be_refused_harms_none_of_those_who_waited_with_it(start, monkeypatch):
+    def run(ctx):
+        if ctx.field("title") == "number 2":
+            raise orion.Refused(404, "\ud800")
+        ctx.store.exec("INSERT INTO hits VALUES (1)")
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    assert statuses_of(server, "/w/acme/ledger", 5) == [204, 204, 404, 204, 204]
+    refusing = orion.refusal
+    monkeypatch.setattr(orion, "refusal", lambda request, no: 1 / 0 if no.status == 404 else refusing(request, no))
+    assert statuses_of(server, "/w/acme/ledger", 5) == [204] * 4, "the one in the middle is closed without an answer"
+    assert hits(server) == 8
+
+
+@cases("path", ["/w/acme/ledger", "/nothing"])
+def test_what_can_not_even_be_refused_is_closed_where_it_came_alone(start, monkeypatch, capfd, path):
+    def run(ctx):
+        raise orion.Refused(404, "There is none.")
+    server = start((orion.todos, ledger(run)))
+    bob = Person(server, "bob", datastar=True)
+    monkeypatch.setattr(orion, "refusal", lambda request, no: 1 / 0)
+    with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+        bob.post(path)
+    assert logged(capfd, "ZeroDivisionError")
+
+
+def test_a_command_that_came_alone_is_told_when_it_can_not_be_committed(start, capfd):
+    def run(ctx):
+        ctx.store.exec("INSERT INTO hits VALUES (?)", int(ctx.field("title")))
+        return orion.done(ctx, "hit")
+    server = start((orion.todos, ledger(run)))
+    bob = Person(server, "bob", datastar=True)
+    assert [bob.post("/w/acme/ledger", title=n).status for n in "121"] == [204, 500, 204]
+    assert hits(server) == 2 and logged(capfd, "constraint failed")
+
+
+def complaints(words):
+    """How often standard error has said so."""
+    return os.pread(2, 1 << 20, 0).decode("utf-8", "replace").count(words)
+
+
+def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0)
+    with contextlib.closing(server.store("acme")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with busy(server, "acme"):
+            links = post_at_once(server, "/w/acme/todos", 20)
+        assert [statuses(link.recv(65_536)) for link in links] == [[503]] * 20
+    assert complaints("another process holds it") == 1                 # the first came alone
+    assert Person(server, "bob").post("/w/acme/todos", title="x").status == 200
+
+
+@contextlib.contextmanager
+def locked(server, how="IMMEDIATE"):
+    """Another program has begun to write to the Directory's file; gives its connection."""
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file, isolation_level=None)) as other:
+        other.execute(f"BEGIN {how}")
+        yield other
+
+
+def sign_in_from(server, address):
+    """Somebody at this address, whom a proxy brings; gives the connection."""
+    link, body = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE), b"account=bob"
+    link.sendall(head("Origin: http://h", f"X-Forwarded-For: {address}", "X-Forwarded-Proto: http", "Content-Type: application/x-www-form-urlencoded",
+                      f"Content-Length: {len(body)}", line="POST /persona HTTP/1.1") + body)
+    return link
+
+
+def soon(call, *args, **more):
+    """The status that it returned, long before a lock is given up."""
+    since = time.monotonic()
+    answer = call(*args, **more)
+    assert time.monotonic() - since < 2.0
+    return answer.status
+
+
+@cases("how", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, how):
+    bob, dave = Person(server, "bob"), Person(server, "dave", datastar=True)
+    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3     # it is kept now
+    with locked(server, how):
+        links = [sign_in_from(server, "127.0.0.1") for _ in range(4)]
+        in_line(server, 4)
+        assert soon(bob.get, "/w/acme/todos") == 200
+        assert soon(bob.get, "/w/acme/todos?pages=2") == 200
+        assert soon(dave.post, "/w/globex/todos", title="Meanwhile") == 200
+    assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 4
+
+
+def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start):
+    server = start(trust_proxy=("127.0.0.1/32",))
+    bob = Person(server, "bob")
+    with locked(server):
+        links = [sign_in_from(server, f"10.0.0.{n}") for n in range(40)]
+        in_line(server, 4)
+        assert soon(bob.get, "/w/acme/todos") == 200
+    answers = [link.recv(65_536) for link in links]
+    assert sorted(map(statuses, answers)) == [[303]] * 4 + [[503]] * 36
+    assert [b"retry-after: 1\r\n" in answer for answer in answers].count(True) == 36
+
+
+def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0, raising=False)
+    server.edge.pool.most = 2                        # the others stand in line
+    with locked(server):
+        links = [sign_in_from(server, "127.0.0.1") for _ in range(12)]
+        answers = [link.recv(65_536) for link in links]
+        assert [statuses(answer) for answer in answers] == [[503]] * 12
+        assert {b"Another program is writing" in answer and b"retry-after: 5\r\n" in answer for answer in answers} == {True}
+    assert 1 <= complaints("another process holds it") <= 2
+    assert Person(server).post("/persona", form={"account": "bob"}).status == 303
+
+
+def test_a_commit_does_not_wait_for_slow_ones(server, monkeypatch):
+    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", -1)
+    with busy(server, "acme") as one:
+        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 5)
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 5 and len(commits) == 5
+
+
+def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
+    server = start(threads=2)
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 20)
+        assert Person(server, "dave", datastar=True).post("/w/globex/todos", title="Meanwhile").status == 200
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
+
+
+def waiting():
+    """A slice whose command, and whose page, wait for an event; gives the event, and who waits."""
+    go, begun = threading.Event(), []
+
+    def wait(ctx):
+        begun.append(ctx.workspace)
+        assert go.wait(PATIENCE)
+        return orion.Response(204)
+    return orion.Slice("waiting", (), routes=tuple([orion.Route(method, "/waiting", orion.MEMBER, wait) for method in ("GET", "POST")])), go, begun
+
+
+def send(server, person, method, path):
+    """A request whose answer nobody waits for yet."""
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    link.sendall(head("Origin: http://h", f"Cookie: {person.cookie}", "Content-Length: 0", line=f"{method} {path} HTTP/1.1"))
+    return link
+
+
+def in_line(server, count):
+    """So many requests were read, and the loop has had to do with something else since."""
+    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
+    since = threading.Event()
+    server.edge.call(since.set)
+    assert since.wait(PATIENCE)
+
+
+@cases("method", ["GET", "POST"])
+def test_one_account_keeps_no_other_waiting_however_many_workspaces_and_sessions_it_has(start, method):
+    slice, go, begun = waiting()
+    server = start((orion.todos, slice))
+    server.edge.pool.most = 2
+    sessions = [Person(server, "bob") for _ in range(3)]
+    for n in range(18):
+        assert sessions[0].post("/workspaces", form={"name": f"n{n}"}).status == 303
+    links = [send(server, sessions[n % 3], method, f"/w/n{n}/waiting") for n in range(18)]
+    eventually(lambda: len(begun) >= 2)
+    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
+    assert len(begun) == 2
+    go.set()
+    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 18
+
+
+def test_regions_of_one_account_that_take_long_keep_no_other_waiting(start):
+    go, slow = threading.Event(), []
+
+    def region(ctx):
+        if slow:
+            slow.append(ctx.workspace)
+            assert go.wait(PATIENCE)
+        return orion.Html('<section id="waiting"></section>')
+    page = orion.Live("/waiting", orion.MEMBER, "waiting", "Waiting", region)
+    server = start((orion.todos, orion.Slice("waiting", ("CREATE TABLE waits (n)",), (page,))))
+    bob, broker = Person(server, "bob"), server.edge.broker
+    for n in range(18):
+        bob.post("/workspaces", form={"name": f"n{n}"})
+    ears = [Ear(bob, f"/w/n{n}/waiting/live") for n in range(18)]
+    [ear.event() for ear in ears]
+    at_rest(server)
+    slow.append("from now on")
+    for n in range(18):
+        with contextlib.closing(server.store(f"n{n}")) as db, db:
+            db.execute("INSERT INTO waits VALUES (1)")
+    server.edge.call(lambda: [broker.mark(channel) for of_object in broker.channels.values() for channel in of_object.values()])
+    eventually(lambda: len(slow) >= 3)
+    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
+    go.set()
+
+
+@cases("method", ["GET", "POST"])
+def test_requests_that_take_long_give_their_thread_back_in_between(start, monkeypatch, method):
+    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", -1)
+    slice, go, begun = waiting()
+    server = start((orion.todos, slice), threads=1)
+    bob, dave, free = Person(server, "bob"), Person(server, "dave"), threading.Event()
+    go.set()
+    assert bob.post("/w/acme/waiting").status == dave.post("/w/globex/waiting").status == 204    # they are let in
+    begun.clear()
+    server.edge.pool.put(free.wait, PATIENCE)
+    links = [send(server, bob, method, "/w/acme/waiting") for _ in range(5)]
+    in_line(server, 5)
+    links.append(send(server, dave, method, "/w/globex/waiting"))
+    in_line(server, 6)
+    free.set()
+    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 6
+    assert begun.index("globex") == 1
+
+
+@cases("target, lane", [
+    ("/w/acme/todos", "/w/acme"), ("/w/acme/todos/7?show=open", "/w/acme"), ("/w/%61cme/todos", "/w/acme"), ("/%77/acme/todos", "/w/acme"), ("/w/acme/memberships", "/w/acme"),
+    ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h/w/acme/todos", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w/acme", ""), ("/login", "")])
+def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
+    path, _ = orion.parse_target(target, "h")
+    assert orion.lane_of(path) == lane
+
+
+def test_slow_senders_cost_no_thread_and_delay_nobody(start):
+    server = start(threads=1)
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(100)]
+    for link in links:
+        link.sendall(OK[:20])
+    assert Person(server, "bob").get("/w/acme/todos").status == 200
+    for link in links:
+        link.sendall(OK[20:])
+        assert statuses(link.recv(65536)) == [200]
+        link.close()
+
+
+def test_a_full_server_says_so_and_lives(start):
+    server = start(connections=3)
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(3)]
+    eventually(lambda: len(server.edge.held) == 3)
+    got, closed = raw(server, OK)
+    assert statuses(got) == [503] and closed and b"retry-after: 60" in got
+    for link in links:
+        link.close()
+    eventually(lambda: not server.edge.held)
+    assert Person(server).get("/healthz").status == 200
+
+
+def test_an_asset_that_did_not_change_is_not_sent_again(server):
+    etag = Person(server).get("/style.css").headers["etag"]
+    again = Person(server).get("/style.css", If_None_Match=etag)
+    assert (again.status, again.body) == (304, b"")
+
+
+def test_a_fault_in_a_slice_is_a_500_without_details_and_the_server_lives(start):
+    slice, _ = counting()
+    server = start((orion.todos, slice))
+    bob = Person(server, "bob")
+    answer = bob.post("/w/acme/n?fail")
+    assert answer.status == 500 and "ZeroDivision" not in answer.text and bob.get("/w/acme/n").status == 200
+
+
+def test_a_tenant_whose_file_is_lost_or_damaged_is_the_only_one_that_suffers(start):
+    server = start()
+    bob = Person(server, "bob")
+    acme, globex = (server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex"))
+    server.env.workspaces.rest(idle=-1)
+    acme.unlink()
+    globex.write_bytes(b"garbage" * 1000)
+    for name in ("acme", "globex"):
+        assert bob.get(f"/w/{name}/todos").status == 503
+    assert not acme.exists(), "a lost file must not be made anew"
+    assert bob.get("/").status == 200 and Person(server, "alice").get("/w/home/todos").status == 200
+
+
+def test_two_servers_live_in_one_process(start):
+    one, two = start(folder="one"), start(folder="two")
+    Person(one, "bob").post("/w/acme/todos", form={"title": "Only in one"})
+    assert "Only in one" in Person(one, "bob").get("/w/acme/todos").text and "Only in one" not in Person(two, "bob").get("/w/acme/todos").text
+
+
+def test_a_name_that_is_not_ours_is_refused_and_one_that_is_allowed_is_not(start):
+    server = start(allow_host=("Todo.Example",))
+    ask = lambda host: Person(server).get("/healthz", Host=host).status
+    assert [ask("todo.example"), ask(f"localhost:{server.port}"), ask("10.1.2.3"), ask("[::1]:80"), ask("evil.example")] == [200] * 4 + [421]
+
+
+def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
+    server = start(trust_proxy=("127.0.0.0/8",))
+    proxied = {"X_Forwarded_Proto": "https", "X_Forwarded_For": "evil, 203.0.113.9"}
+    bob = Person(server)
+    form = urllib.parse.urlencode({"account": "bob"})
+    there = lambda **headers: bob.ask("POST", "/persona", form, Content_Type="application/x-www-form-urlencoded", **headers)
+    assert there(**proxied).status == 403, "http is another origin"
+    cookie = there(**proxied, Origin=server.origin.replace("http", "https")).headers["set-cookie"]
+    assert cookie.startswith("__Host-sid=") and cookie.endswith("; Secure")
+    bob.headers["Cookie"] = cookie.split(";")[0]
+    assert bob.get("/w/acme/todos", **proxied).status == 200 and bob.get("/w/acme/todos").status == 401
+    secure = {**proxied, "Origin": server.origin.replace("http", "https")}
+    probed = bob.ask("POST", "/console/probe", "workspace=acme", Content_Type="application/x-www-form-urlencoded", **secure)
+    assert "You are bob" in bob.get("/console", **proxied).text and "lets bob into acme" in probed.text
+    assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
+
+
+def test_a_proxy_that_is_not_trusted_is_not_believed(server):
+    answer = Person(server).ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", X_Forwarded_Proto="https")
+    assert answer.status == 303 and "Secure" not in answer.headers["set-cookie"]
+    assert Person(server).get("/metrics", X_Forwarded_For="203.0.113.9").status == 403, "nor taken for this machine"
+
+
+def test_an_account_opens_only_so_many_streams_and_head_opens_none(start):
+    server = start(streams=3)
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    bob.ask("HEAD", "/w/acme/todos/live")
+    ears = [Ear(bob, "/w/acme/todos/live") for _ in range(3)]
+    assert bob.get("/w/acme/todos/live").status == 429 and Ear(carol, "/w/acme/todos/live").status == 200
+    ears.pop().close()
+    eventually(lambda: Ear(bob, "/w/acme/todos/live").status == 200)
+
+
+def test_streams_that_are_asked_for_all_at_once_are_counted_too(start):
+    server = start(streams=3)
+    bob = Person(server, "bob")
+    with busy(server, "acme"):
+        links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(20)]
+        for link in links:
+            link.sendall(head(f"Cookie: {bob.cookie}", line="GET /w/acme/todos/live HTTP/1.1"))
+        eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == 20)
+    assert sorted([int(link.recv(12)[9:]) for link in links]) == [200] * 3 + [429] * 17
+
+
+def mutated(rng, whole):
+    data = bytearray(whole)
+    for _ in range(rng.randint(1, 4)):
+        at, kind = rng.randrange(len(data)), rng.randrange(6)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            del data[at:at + rng.randint(1, 9)]
+        elif kind == 2:
+            data[at:at] = rng.choice([b"\r", b"\n", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9\r\n"])
+        elif kind == 3:
+            data[at:at] = data[at:at + rng.randint(1, 40)]
+        elif kind == 4:
+            data[at:at + 1] = b"%02x" % data[at]
+        else:
+            data[at:] = data[at:][::-1]
+        if not data:
+            return b"\0"
+    return bytes(data)
+
+
+def test_a_fault_of_our_own_while_reading_ends_one_connection_and_is_logged_once(server, monkeypatch):
+    said = []
+    monkeypatch.setattr(orion, "log", said.append)
+    monkeypatch.setattr(orion, "parse_head", mock.Mock(side_effect=ZeroDivisionError))
+    assert raw(server, b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 2000 + b"\r\n\r\n") == (b"", True)
+    assert Person(server).get("/healthz").status == 200 and "".join(said).count("ZeroDivisionError:") == 1
+
+
+def test_twenty_thousand_mutated_requests_harm_nothing(start):
+    """None hangs, none is answered with a 5xx that says we were surprised, no descriptor and no thread is left behind."""
+    seed = random.randrange(10 ** 9)
+    print("seed", seed)                              # pytest shows it when this fails
+    server, rng = start(), random.Random(seed)
+    bob = Person(server, "bob")
+    fields = ["Origin: " + server.origin, f"Cookie: {bob.cookie}", "Accept: text/html", "Accept-Encoding: gzip", "Last-Event-ID: 7"]
+    wholes = [head(*fields, line=f"GET {path} HTTP/1.1") for path in ("/", "/w/acme/todos", "/w/acme/todos?show=open&pages=2", "/w/acme/members/live", "/console",
+                                                                      "/_gate/acme", "/login?next=/x", "/account", "/style.css", "/metrics")]
+    wholes += [head(*fields, f"Content-Type: {kind}", f"Content-Length: {len(body)}", line=f"{method} {path} HTTP/1.1") + body
+               for method, path, kind, body in (("POST", "/w/acme/todos", "application/json", b'{"title":"x"}'), ("PATCH", "/w/acme/todos/1", "application/json", b'{"done":true}'),
+                                                ("DELETE", "/w/acme/todos/2", "application/json", b"{}"), ("POST", "/w/acme/members", "application/x-www-form-urlencoded", b"account=dave&role=viewer"),
+                                                ("POST", "/console/probe", "application/json", b'{"workspace":"acme"}'), ("POST", "/workspaces", "application/x-www-form-urlencoded", b"name=%00"))]
+    wholes += [head(*fields, "Content-Type: application/json", "Transfer-Encoding: chunked", line="POST /w/acme/todos HTTP/1.1") + orion.chunk(b'{"title":') + orion.chunk(b'"y"}') + b"0\r\n\r\n"]
+    before, threads = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0, threading.active_count()
+
+    def one(data):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+            with contextlib.suppress(ConnectionError):
+                link.sendall(data)
+                link.shutdown(socket.SHUT_WR)
+            got = b""
+            with contextlib.suppress(ConnectionError):
+                while (more := link.recv(65_536)) and b"text/event-stream" not in got:
+                    got += more
+        assert not got or got.startswith(b"HTTP/1.1 "), (data, got[:100])
+        assert not {500, 503} & {*statuses(got)}, (data, got[:200])
+    for _ in range(20_000):
+        one(mutated(rng, rng.choice(wholes)))
+    assert Person(server, "bob").get("/w/acme/todos").status == 200
+    eventually(lambda: threading.active_count() <= threads)      # others may have left theirs to end by now
+    if before:
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
+
+
+# #### Part Three: running it ##########################################################################################
+
+# ==== 35. Jobs ========================================================================================================
+
+def post_letter(ctx, text):
+    if text == "fail":
+        ctx.store.exec("INSERT INTO sent VALUES ('half a letter')")
+        raise RuntimeError("the post office is closed")
+    ctx.store.exec("INSERT INTO sent VALUES (?)", text)
+    ctx.publish("letters")
+    if text == "chain":
+        ctx.enqueue(post_letter, text="the next of the chain")
+
+
+def write_letter(ctx):
+    fields = ctx.request.fields()
+    ctx.enqueue(post_letter, after=fields.get("after", 0), text=fields["text"])
+    if fields.get("refused"):
+        raise orion.Refused(409, "after all, no", signal="toast")
+    return orion.done(ctx, "a letter")
+
+
+letters = orion.Slice(
+    "letters", ("CREATE TABLE sent (text TEXT)",), jobs=(post_letter,), routes=(orion.Route("POST", "/letters", "todos:write", write_letter),),
+    live=(orion.Live("/letters", "todos:read", "letters", "Letters",
+                     lambda ctx: orion.Template("<p id=sent>{{all}}</p>")(all=", ".join(row["text"] for row in ctx.store.query("SELECT text FROM sent")))),))
+
+
+@pytest.fixture
+def office(start):
+    """A server with the letters slice, and a look into acme's file."""
+    server = start((orion.todos, letters))
+    bob = Person(server, "bob", datastar=True)
+    server.rows = lambda sql: [tuple(row) for row in server.store("acme").execute(sql)]
+    server.acme = server.env.workspaces.id_from_name("acme")
+    server.write_letter = lambda **fields: bob.post("/w/acme/letters", **fields)
+    server.bob = bob
+    return server
+
+
+def test_a_job_runs_after_the_command_that_enqueued_it_and_is_seen_live(office):
+    ear = Ear(office.bob, "/w/acme/letters/live")
+    assert office.write_letter(text="dear carol").status == 204
+    ear.until_it_says("dear carol")
+    assert eventually(lambda: office.rows("SELECT count(*) FROM jobs") == [(0,)])
+    assert ("bob", "letters.post_letter") in office.rows("SELECT who, what FROM journal")
+
+
+def test_a_job_of_a_command_that_was_refused_never_was(office):
+    assert office.write_letter(text="never", refused=True).status == 200
+    assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms
+
+
+def test_a_command_that_only_enqueues_a_job_is_not_said_to_be_silent(office, capfd):
+    orion.log_once.cache_clear()
+    assert office.write_letter(text="later", after=3600).status == 204
+    assert "published nothing" not in capfd.readouterr().err
+
+
+def test_a_job_that_was_claimed_twice_and_is_done_does_nothing(office):
+    office.write_letter(text="once", after=3600)
+    stub = office.env.workspaces.get(office.acme)
+    assert stub.fetch(orion.Request("POST", "/_jobs", "id=4711")).status == 200
+    assert office.rows("SELECT count(*) FROM jobs") == [(1,)]
+
+
+def test_a_job_of_whoever_looks_on_is_journalled_with_both_names(outside, start):
+    outside.close()
+    server = start((orion.todos, letters), demo=False)
+    ops = Person(server)
+    ops.headers["Cookie"] = ops.post("/login", form={"username": "ops", "password": "long enough"}).headers["set-cookie"].split(";")[0]
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert ops.post("/w/acme/letters", text="in her name").status == 204
+    with contextlib.closing(server.store("acme")) as file:
+        eventually(lambda: ("ops as ann", "letters.post_letter") in file.execute("SELECT who, what FROM journal").fetchall())
+
+
+def test_a_job_can_enqueue_another(office):
+    office.write_letter(text="chain")
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("chain",), ("the next of the chain",)])
+
+
+def test_a_job_waits_for_its_time_and_wakes_a_workspace_that_sleeps(office):
+    office.write_letter(text="later", after=3600)
+    assert office.env.workspaces.alarms[office.acme] > time.time() + 3500
+    office.env.workspaces.rest(idle=-1)
+    assert office.acme not in office.env.workspaces.objects
+    with contextlib.closing(office.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET due = ?", (time.time(),))
+    office.env.workspaces.alarm(office.acme, time.time())
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("later",)])
+
+
+def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
+    office.write_letter(text="left over", after=0.5)
+    office.close()
+    server = start((orion.todos, letters))
+    assert eventually(lambda: server.store("acme").execute("SELECT text FROM sent").fetchall() == [("left over",)])
+
+
+@cases("lies", ["at rest", "with what a killed server left in its log"])
+def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tmp_path, lies):
+    office.write_letter(text="later", after=3600)
+    due, file = office.env.workspaces.alarms[office.acme], office.env.workspaces.path(office.acme)
+    if lies == "at rest":
+        office.env.workspaces.rest(idle=-1)
+    for part in orion.with_wal(file):
+        shutil.copy(part, tmp_path / part.name)
+    assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
+    assert orion.due_in(tmp_path / file.name) == due
+
+
+def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
+    office.write_letter(text="fail")
+    eventually(lambda: office.rows("SELECT tries, error FROM jobs") == [(1, "RuntimeError: the post office is closed")])
+    (due,), = office.rows("SELECT due FROM jobs")
+    assert time.time() < due <= time.time() + 2 and office.rows("SELECT * FROM sent") == []
+    assert eventually(lambda: office.env.workspaces.alarms.get(office.acme) == due)
+
+
+def test_a_job_that_fails_is_logged_with_the_line_that_failed(office, capfd):
+    line = post_letter.__code__.co_firstlineno + 3
+    office.write_letter(text="fail")
+    assert logged(capfd, f"error: job letters.post_letter, try 1: RuntimeError: the post office is closed ({__file__}:{line})")
+
+
+def test_an_error_in_the_library_is_logged_with_the_slices_own_line(start, capfd):
+    def run(ctx):
+        return json.loads("{bad")
+    Person(start((orion.todos, small(("POST", "/n", run)))), "bob").post("/w/acme/n")
+    assert logged(capfd, f"({__file__}:{run.__code__.co_firstlineno + 1}): ")
+
+
+def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
+    async def later(ctx):
+        pass
+
+    def begin(ctx):
+        ctx.enqueue(later)
+        return orion.done(ctx, "later")
+    slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
+    with pytest.warns(RuntimeWarning, match="never awaited"):
+        Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
+        assert logged(capfd, "a job returns nothing, and is neither async nor a generator")
+        gc.collect()
+
+
+def test_what_a_job_wrote_is_on_the_page_that_is_asked_for_next_even_if_it_published_nothing(start):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO small VALUES (1)")
+    server = start((orion.todos, small(("POST", "/n", lambda ctx: (ctx.enqueue(write), orion.done(ctx, "x"))[1]), jobs=(write,))))
+    bob = Person(server, "bob", datastar=True)
+    assert ">0</p>" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204
+    assert eventually(lambda: ">1</p>" in bob.get("/w/acme/n").text)
+
+
+def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_tried_again(office, monkeypatch):
+    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
+    office.write_letter(text="fail")
+    eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
+    assert office.acme not in office.env.workspaces.alarms
+    text = eventually(lambda: (lambda text: "<td>1 given up</td>" in text and text)(office.bob.get("/console").text))
+    assert "<b>letters.post_letter</b> failed 1 times: RuntimeError: the post office is closed" in text
+    with contextlib.closing(office.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
+    assert office.bob.post("/console/retry", workspace="acme").status == 204
+    assert eventually(lambda: office.rows("SELECT text FROM sent") == [("at last",)])
+
+
+def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
+    office.write_letter(text="sooner", after=1800)
+    office.write_letter(text="later", after=3600)
+    assert office.env.workspaces.alarms[office.acme] < time.time() + 1801
+
+
+def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
+    office.write_letter(text="later", after=3600)
+    alarms = office.env.workspaces.alarms
+    with contextlib.closing(office.store("acme")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        office.env.workspaces.alarm(office.acme, time.time())
+        assert eventually(lambda: time.time() < alarms.get(office.acme, 0) <= time.time() + 60)
+
+
+def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
+    release, began = threading.Event(), threading.Event()
+
+    def slow(ctx):
+        began.set()
+        release.wait(PATIENCE)
+
+    def begin(ctx):
+        ctx.enqueue(slow)
+        return orion.done(ctx, "slow")
+    server = start((orion.todos, orion.Slice("slow", (), jobs=(slow,), routes=(orion.Route("POST", "/slow", "todos:write", begin),))))
+    assert Person(server, "bob").post("/w/acme/slow").status == 204
+    assert began.wait(PATIENCE)
+    assert Person(server, "dave").post("/w/globex/todos", title="not delayed").status == 200
+    release.set()
+
+
+def working(*jobs, migrations=("CREATE TABLE sent (text TEXT)",), routes=()):
+    """A slice with these jobs: POST /work puts the named one in."""
+    def begin(ctx):
+        fields = ctx.request.fields()
+        ctx.enqueue(next(job for job in jobs if job.__name__ == fields["job"]), after=fields.get("after", 0))
+        return orion.done(ctx, "work")
+    return orion.Slice("work", migrations, jobs=jobs, routes=(orion.Route("POST", "/work", "todos:write", begin), *routes))
+
+
+def note(ctx):
+    ctx.store.exec("INSERT INTO sent VALUES ('noted')")
+
+
+def noted(server, workspace="acme"):
+    with contextlib.closing(server.store(workspace)) as db:
+        return db.execute("SELECT text FROM sent").fetchall() == [("noted",)]
+
+
+def endless(ctx):
+    ctx.store.exec("INSERT INTO sent WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0")
+
+
+def odd(ctx):
+    raise OSError("no such file: \udcff")
+
+
+def leave(ctx):
+    sys.exit("usage: ...")
+
+
+@cases("job", [endless, odd, leave])
+def test_a_job_that_breaks_in_an_odd_way_is_counted_and_the_next_one_runs(monkeypatch, start, job):
+    monkeypatch.setattr(orion.GuardedObject, "STATEMENT_SECONDS", 0.2)
+    server = start((orion.todos, working(job, note)))
+    bob = Person(server, "bob", datastar=True)
+    for name in (job.__name__, "note"):
+        assert bob.post("/w/acme/work", job=name).status == 204
+    eventually(lambda: noted(server))
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT job, tries > 0, error <> '' FROM jobs").fetchall() == [(f"work.{job.__name__}", 1, 1)]
+
+
+def test_jobs_that_exit_cost_no_thread(start):
+    server = start((orion.todos, working(leave, note)), threads=2)
+    bob, dave = Person(server, "bob", datastar=True), Person(server, "dave", datastar=True)
+    for _ in range(6):
+        bob.post("/w/acme/work", job="leave")
+    dave.post("/w/globex/work", job="note")
+    assert eventually(lambda: noted(server, "globex")) and all([thread.is_alive() for thread in server.edge.pool.threads])
+
+
+def test_tenants_whose_jobs_never_end_leave_others_a_turn(start):
+    stop = threading.Event()
+
+    def again(ctx):
+        stop.wait(0.001) or ctx.enqueue(again)
+    server = start((orion.todos, working(again, note)))
+    bob = Person(server, "bob", datastar=True)
+    for number in range(5):
+        bob.post("/workspaces", name=f"n{number}")
+    for number in range(4):
+        bob.post(f"/w/n{number}/work", job="again")
+    bob.post("/w/n4/work", job="note")
+    eventually(lambda: noted(server, "n4"))
+    stop.set()
+
+
+def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
+    full = threading.Event()
+
+    def grow(ctx):
+        try:
+            for _ in range(400):
+                ctx.store.exec("INSERT INTO sent VALUES (?)", "x" * 10_000)
+        except sqlite3.OperationalError:
+            full.set()
+            raise
+    server = start((orion.todos, working(grow)), quota=200 * 1024)
+    Person(server, "bob", datastar=True).post("/w/acme/work", job="grow", after=3600)
+    server.env.workspaces.rest(idle=-1)
+    with contextlib.closing(server.store("acme")) as db:
+        with db:
+            db.execute("UPDATE jobs SET due = 0")
+        server.env.workspaces.alarm(server.env.workspaces.id_from_name("acme"), time.time())
+        assert full.wait(PATIENCE) and db.execute("SELECT count(*) FROM sent").fetchall() == [(0,)]
+
+
+# ==== 38. Console: notes ==============================================================================================
+
+@pytest.fixture
+def traced(tmp_path):
+    trace = orion.Trace(with_args=True)
+    owner = types.SimpleNamespace(id="it", namespace=types.SimpleNamespace(trace=trace))
+    store = orion.TracedStore(tmp_path / "t.db", True, owner)
+    store.exec("CREATE TABLE t (n)")
+    yield trace, store
+    store.close()
+
+
+def test_a_store_call_is_noted_while_somebody_watches_and_only_then(traced):
+    trace, store = traced
+    store.exec("INSERT INTO t VALUES (1)")
+    trace.watch(1)
+    store.exec("INSERT INTO t  VALUES (?)", 2)
+    trace.watch(-1)
+    store.exec("INSERT INTO t VALUES (3)")
+    assert [(call.object, call.sql, call.args, call.rows) for call in trace.calls] == [("it", "INSERT INTO t VALUES (?)", "2", 1)]
+
+
+def test_what_the_console_itself_asks_is_not_noted(traced):
+    trace, store = traced
+    trace.watch(1)
+    with trace.silence():
+        store.query("SELECT * FROM t")
+    assert not trace.calls
+
+
+def test_a_note_tells_how_many_rows_a_call_found_or_changed(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.exec("INSERT INTO t VALUES (1), (2), (3)")
+    store.query("SELECT * FROM t")
+    store.one("SELECT * FROM t")
+    store.one("SELECT * FROM t WHERE n = 9")
+    store.begin()
+    assert [call.rows for call in trace.calls] == [3, 3, 3, 0, -1]
+
+
+def test_bytes_and_long_values_are_not_shown_in_full(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.one("SELECT ?, ?", b"secret", "x" * 1000)
+    assert "secret" not in trace.calls[0].args and "6 bytes" in trace.calls[0].args and len(trace.calls[0].args) < 100
+
+
+def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(traced):
+    trace, store = traced
+    trace.watch(1)
+    for _ in range(trace.KEPT_CALLS + 7):
+        store.one("SELECT 1")
+    assert (len(trace.calls), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
+
+
+# ==== 38. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -4136,7 +5681,32 @@ def test_the_footer_counts_those_who_watch(server):
         pass
 
 
-# ==== 21. Snapshots ==================================================================================================
+# ==== 39. Figures =====================================================================================================
+
+def test_the_figures_are_prometheus_text(server):
+    Person(server, "bob").get("/w/acme/todos")
+    text = Person(server).get("/metrics").text
+    families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
+    assert families == {"orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_gate_verdicts_total": "counter",
+                        "orion_workspace_fetches_total": "counter", "orion_workspaces_awake": "gauge", "orion_streams_open": "gauge", "orion_frames_total": "counter"}
+    samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
+    assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
+    assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
+    buckets = [int(n) for name, n in samples.items() if "_bucket" in name]
+    assert buckets == sorted(buckets) and all(name.endswith("_total") for name, kind in families.items() if kind == "counter")
+    family = ""
+    for line in text.splitlines():
+        family = line.split()[2] if line.startswith("# TYPE ") else family
+        assert line.startswith(("# TYPE ", family)), "a sample stands under another family's name"
+
+
+def test_the_figures_are_for_operators_too(outside):
+    elsewhere = {"X_Forwarded_For": "203.0.113.9"}
+    assert outside.sign_in("ops").get("/metrics", **elsewhere).status == 200
+    assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
+
+
+# ==== 40. Copies, 41. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -4238,66 +5808,8 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 22. Planes =====================================================================================================
+# ==== 45. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
-
-class Fleet:
-    def __init__(self, folder, **settings):
-        self.folder, self.running, self.settings = folder, [], settings
-        self.directory = self.serve("directory", plane="directory")
-        self.cli("account", "add", "bob", stdin="long enough\n"), self.cli("account", "add", "eve", stdin="long enough\n")
-        self.nodes = [self.node("one"), self.node("two")]
-
-    def serve(self, name, **settings):
-        (self.folder / name).mkdir(exist_ok=True)
-        self.running.append(Server(self.folder / name, demo=False, **settings, **self.settings))
-        return self.running[-1]
-
-    def node(self, name, port=0):
-        (self.folder / name).mkdir(exist_ok=True)
-        shutil.copy2(self.folder / "directory" / "secret.key", self.folder / name / "secret.key")
-        server = self.serve(name, plane="data", directory=f"127.0.0.1:{self.directory.port}", port=port)
-        server.address, server.folder = f"127.0.0.1:{server.port}", self.folder / name
-        self.cli("node", "add", server.address)
-        return server
-
-    def cli(self, *words, stdin=None, status=0, data="directory", on=None):
-        """As a process of its own would, without the time that it takes to start. on: a node, on whose machine it is."""
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-            assert orion.main(argv=self.words(*words, data=data, on=on)) == status, said.getvalue()
-        return said.getvalue()
-
-    def words(self, *words, data="directory", on=None):
-        before = ("--plane", "data", "--directory", f"127.0.0.1:{self.directory.port}") if on else ()
-        return [*map(str, (*before, *words)), "--data", str(on.folder if on else self.folder / data)]
-
-    def move(self, name, node):
-        """All the steps of it. Return the file that it went by."""
-        here, file = lives(self, name)[0], self.folder / f"{name}-{orion.stamp()}.db"
-        self.cli("workspace", "export", name, file, "--move", on=here)
-        self.cli("workspace", "import", file, on=node)
-        assert f"on {node.address} now" in self.cli("node", "assign", name, node.address)
-        return file
-
-    @functools.lru_cache(maxsize=None)
-    def cookie(self, name):
-        return Person(self.directory).post("/login", form={"username": name, "password": "long enough"}).headers["set-cookie"].split(";")[0]
-
-    def found(self, owner="bob", on=None):
-        """A workspace, on the node on: the name decides where it goes."""
-        taken = [line.split()[0] for line in self.cli("workspace", "list").splitlines()]
-        addresses = [node.address for node in self.nodes]
-        name = next(name for name in (f"w{n}" for n in range(999)) if name not in taken and (
-            on is None or max(addresses, key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest()) == on.address))
-        self.cli("workspace", "add", name, "--owner", owner)
-        return name
-
-    def close(self):
-        for server in self.running:
-            if server.thread.is_alive():
-                server.close()
-
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
@@ -5217,591 +6729,7 @@ def test_a_deployment_becomes_a_directory_and_its_workspaces_wait_for_a_node(sta
     assert "can&#x27;t be read" in ann.get("/").text and ann.get("/w/acme/todos").status == 421
 
 
-# ==== 23. Figures ====================================================================================================
-
-def test_the_figures_are_prometheus_text(server):
-    Person(server, "bob").get("/w/acme/todos")
-    text = Person(server).get("/metrics").text
-    families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
-    assert families == {"orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_gate_verdicts_total": "counter",
-                        "orion_workspace_fetches_total": "counter", "orion_workspaces_awake": "gauge", "orion_streams_open": "gauge", "orion_frames_total": "counter"}
-    samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
-    assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
-    assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
-    buckets = [int(n) for name, n in samples.items() if "_bucket" in name]
-    assert buckets == sorted(buckets) and all(name.endswith("_total") for name, kind in families.items() if kind == "counter")
-    family = ""
-    for line in text.splitlines():
-        family = line.split()[2] if line.startswith("# TYPE ") else family
-        assert line.startswith(("# TYPE ", family)), "a sample stands under another family's name"
-
-
-def test_the_figures_are_for_operators_too(outside):
-    elsewhere = {"X_Forwarded_For": "203.0.113.9"}
-    assert outside.sign_in("ops").get("/metrics", **elsewhere).status == 200
-    assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
-
-
-# ==== 24. Edge =======================================================================================================
-
-def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
-    before, server = threading.active_count(), start(threads=2)
-    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(512)]
-    cookie = Person(server, "bob").cookie
-    for _ in range(2):
-        for link in links:
-            link.sendall(head(f"Cookie: {cookie}", line="GET /w/acme/members HTTP/1.1"))
-        for link in links:
-            assert statuses(link.recv(65536)) == [200]
-    assert threading.active_count() <= before + 4
-    for link in links:
-        link.close()
-
-
-class Script:
-    """A selector that finds what is written here, one list at each look, and notes how long it was given."""
-
-    def __init__(self, *found):
-        self.found, self.given = [*found], []
-
-    def select(self, timeout):
-        self.given.append(timeout)
-        return self.found.pop(0)
-
-
-@cases("eager, jobs, watched, awake", [
-    ((60.0,), 0, False, True), ((60.0,), 0, True, True), ((0.0,), 0, False, False), ((60.0,), 1, False, False),
-    ((0.0, 60.0), 1, False, True), ((0.0, 60.0), 1, True, False), ((60.0, 60.0), 2, False, False)])
-def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, watched, awake):
-    """eager: so many seconds it may, by the number of jobs that are under way."""
-    server, done = start(), threading.Event()
-    server.edge.shutdown()                           # its loop has ended, its threads are there
-    pool = server.edge.pool
-    at_work = lambda: len(pool.line) + pool.busy
-    eventually(lambda: at_work() == 0)
-    for _ in range(jobs):
-        pool.put(done.wait)
-    eventually(lambda: at_work() == jobs)
-    script, found = Script(["a request"], [], [], ["the next"]), []
-    watch = mock.patch.dict(server.edge.broker.channels, {"a workspace": {}} if watched else {})
-    with watch, mock.patch.multiple(server.edge, selector=script, eager=eager, EAGER_SECONDS=eager[:1], brisk=False):
-        while script.found:
-            found += server.edge.ready()
-    done.set()
-    assert found == ["a request", "the next"] and script.given[1:] == [0 if awake else script.given[0]] * 3
-
-
-@contextlib.contextmanager
-def busy(server, workspace):
-    """Somebody has the workspace's turn; gives its object."""
-    Person(server, "bob").get(f"/w/{workspace}/todos")
-    one = server.env.workspaces.objects[server.env.workspaces.id_from_name(workspace)]
-    with one.turn:
-        yield one
-
-
-def post_at_once(server, path, count):
-    """So many commands, each on a connection of its own; the server has read them all."""
-    bob, links = Person(server, "bob"), []
-    server.edge.insiders.add(hash((orion.lane_of(path), bob.cookie)))      # as if it had written before
-    for n in range(count):
-        body = json.dumps({"title": f"number {n}"}).encode()
-        links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
-        links[-1].sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Datastar-Request: true", "Content-Type: application/json",
-                               f"Content-Length: {len(body)}", line=f"POST {path} HTTP/1.1") + body)
-    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
-    return links
-
-
-def statuses_of(server, path, count):
-    """Of so many commands that waited together."""
-    with busy(server, "acme"):
-        links = post_at_once(server, path, count)
-    return [status for link in links for status in statuses(link.recv(65_536))]
-
-
-def ledger(run):
-    return orion.Slice("ledger", Ledger.schema[0][1], routes=(orion.Route("POST", "/ledger", orion.MEMBER, run),))
-
-
-def hits(server):
-    return server.store("acme").execute("SELECT count(*) FROM hits").fetchone()[0]
-
-
-def test_commands_that_wait_for_one_workspace_share_a_commit(server, monkeypatch):
-    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", PATIENCE)      # a slow machine must not close one earlier
-    with busy(server, "acme") as one:
-        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 70)
-    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 70
-    assert len(commits) <= 3 and server.store("acme").execute("SELECT count(*) FROM todos").fetchone() == (73,)
-
-
-def test_how_long_a_stranger_waits_for_a_no_does_not_tell_that_a_workspace_is_busy(server):
-    alice = Person(server, "alice", datastar=True)
-    with busy(server, "acme"):
-        links = post_at_once(server, "/w/acme/todos", 3)
-        assert [alice.post(f"/w/{name}/todos", title="x").status for name in ("acme", "nowhere")] == [403, 403]
-    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 3
-
-
-def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(server):
-    """It is a 200."""
-    alice = Person(server, "alice", datastar=True)
-    assert "no longer" in alice.get("/w/acme/todos/live").text
-    assert hash((orion.lane_of("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
-
-
-def kept_pages(server):
-    return [answer.response for answer in server.edge.kept.answers.values() if answer.response]
-
-
-@cases("large, kept", [(2 ** 18, 1), (1000, 0)])
-def test_a_page_that_takes_long_to_compress_is_not_left_to_the_loop(server, monkeypatch, large, kept):
-    monkeypatch.setattr(orion.Kept, "LARGE", large)
-    bob = Person(server, "bob")
-    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
-    assert len(kept_pages(server)) == kept
-
-
-def test_what_is_kept_of_answers_is_bounded_by_its_bytes(server, monkeypatch):
-    monkeypatch.setattr(orion.Kept, "MOST", 50_000)
-    bob = Person(server, "bob")
-    for pages in range(2, 26):
-        assert [bob.get(f"/w/acme/todos?pages={pages}").status for _ in range(2)] == [200, 200]
-    assert 0 < sum([len(page.body) for page in kept_pages(server)]) < 70_000
-
-
-def test_what_is_kept_of_renderings_is_bounded_by_its_bytes(server, monkeypatch):
-    monkeypatch.setattr(orion.Broadcast, "KEPT_RENDERINGS", 5_000)
-    bob = Person(server, "bob")
-    for pages in range(2, 26):
-        assert bob.get(f"/w/acme/todos?pages={pages}").status == 200
-    kept = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).renderings
-    assert 0 < sum([len(one.html) for one in kept.values()]) < 10_000
-
-
-@cases("failing, sql, after", [("number 4", "INSERT INTO hits VALUES (2)", []), ("number 2", "INSERT OR ROLLBACK INTO known VALUES (1)", [204, 204])])
-def test_commands_whose_transaction_fails_are_all_told_so_and_nothing_of_them_stays(start, capfd, failing, sql, after):
-    """At the commit, or in the middle; those after it have no part in it."""
-    def run(ctx):
-        ctx.store.exec(sql if ctx.field("title") == failing else "INSERT INTO hits VALUES (1)")
-        return orion.done(ctx, "hit")
-    server = start((orion.todos, ledger(run)))
-    got = statuses_of(server, "/w/acme/ledger", 5)
-    before, rest = got[:5 - len(after)], got[5 - len(after):]
-    failed = [status >= 500 for status in before]    # 503, and 500 for the one whose statement it was
-    assert failed == sorted(failed) and failed[-1] and rest == after and logged(capfd, "constraint failed")
-    assert hits(server) == got.count(204)
-    assert Person(server, "bob", datastar=True).post("/w/acme/ledger", title="Again").status == 204
-
-
-def test_a_transaction_that_a_command_lost_and_kept_silent_about_is_lost_for_its_batch_alone(start):
-    def run(ctx):
-        try:
-            ctx.store.exec("INSERT OR ROLLBACK INTO known VALUES (1)" if ctx.field("title") == "number 2" else "INSERT INTO hits VALUES (1)")
-        except sqlite3.IntegrityError:
-            raise orion.Refused(404, "It is known already.") from None
-        return orion.done(ctx, "hit")
-    server = start((orion.todos, ledger(run)))
-    got = statuses_of(server, "/w/acme/ledger", 5)
-    assert got[2:] == [404, 204, 204] and hits(server) == got.count(204)
-
-
-def test_what_can_not_even_be_refused_harms_none_of_those_who_waited_with_it(start, monkeypatch):
-    def run(ctx):
-        if ctx.field("title") == "number 2":
-            raise orion.Refused(404, "\ud800")
-        ctx.store.exec("INSERT INTO hits VALUES (1)")
-        return orion.done(ctx, "hit")
-    server = start((orion.todos, ledger(run)))
-    assert statuses_of(server, "/w/acme/ledger", 5) == [204, 204, 404, 204, 204]
-    refusing = orion.refusal
-    monkeypatch.setattr(orion, "refusal", lambda request, no: 1 / 0 if no.status == 404 else refusing(request, no))
-    assert statuses_of(server, "/w/acme/ledger", 5) == [204] * 4, "the one in the middle is closed without an answer"
-    assert hits(server) == 8
-
-
-@cases("path", ["/w/acme/ledger", "/nothing"])
-def test_what_can_not_even_be_refused_is_closed_where_it_came_alone(start, monkeypatch, capfd, path):
-    def run(ctx):
-        raise orion.Refused(404, "There is none.")
-    server = start((orion.todos, ledger(run)))
-    bob = Person(server, "bob", datastar=True)
-    monkeypatch.setattr(orion, "refusal", lambda request, no: 1 / 0)
-    with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
-        bob.post(path)
-    assert logged(capfd, "ZeroDivisionError")
-
-
-def test_a_command_that_came_alone_is_told_when_it_can_not_be_committed(start, capfd):
-    def run(ctx):
-        ctx.store.exec("INSERT INTO hits VALUES (?)", int(ctx.field("title")))
-        return orion.done(ctx, "hit")
-    server = start((orion.todos, ledger(run)))
-    bob = Person(server, "bob", datastar=True)
-    assert [bob.post("/w/acme/ledger", title=n).status for n in "121"] == [204, 500, 204]
-    assert hits(server) == 2 and logged(capfd, "constraint failed")
-
-
-def complaints(words):
-    """How often standard error has said so."""
-    return os.pread(2, 1 << 20, 0).decode("utf-8", "replace").count(words)
-
-
-def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0)
-    with contextlib.closing(server.store("acme")) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with busy(server, "acme"):
-            links = post_at_once(server, "/w/acme/todos", 20)
-        assert [statuses(link.recv(65_536)) for link in links] == [[503]] * 20
-    assert complaints("another process holds it") == 1                 # the first came alone
-    assert Person(server, "bob").post("/w/acme/todos", title="x").status == 200
-
-
-@contextlib.contextmanager
-def locked(server, how="IMMEDIATE"):
-    """Another program has begun to write to the Directory's file; gives its connection."""
-    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file, isolation_level=None)) as other:
-        other.execute(f"BEGIN {how}")
-        yield other
-
-
-def sign_in_from(server, address):
-    """Somebody at this address, whom a proxy brings; gives the connection."""
-    link, body = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE), b"account=bob"
-    link.sendall(head("Origin: http://h", f"X-Forwarded-For: {address}", "X-Forwarded-Proto: http", "Content-Type: application/x-www-form-urlencoded",
-                      f"Content-Length: {len(body)}", line="POST /persona HTTP/1.1") + body)
-    return link
-
-
-def soon(call, *args, **more):
-    """The status that it returned, long before a lock is given up."""
-    since = time.monotonic()
-    answer = call(*args, **more)
-    assert time.monotonic() - since < 2.0
-    return answer.status
-
-
-@cases("how", ["IMMEDIATE", "EXCLUSIVE"])
-def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, how):
-    bob, dave = Person(server, "bob"), Person(server, "dave", datastar=True)
-    assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3     # it is kept now
-    with locked(server, how):
-        links = [sign_in_from(server, "127.0.0.1") for _ in range(4)]
-        in_line(server, 4)
-        assert soon(bob.get, "/w/acme/todos") == 200
-        assert soon(bob.get, "/w/acme/todos?pages=2") == 200
-        assert soon(dave.post, "/w/globex/todos", title="Meanwhile") == 200
-    assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 4
-
-
-def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start):
-    server = start(trust_proxy=("127.0.0.1/32",))
-    bob = Person(server, "bob")
-    with locked(server):
-        links = [sign_in_from(server, f"10.0.0.{n}") for n in range(40)]
-        in_line(server, 4)
-        assert soon(bob.get, "/w/acme/todos") == 200
-    answers = [link.recv(65_536) for link in links]
-    assert sorted(map(statuses, answers)) == [[303]] * 4 + [[503]] * 36
-    assert [b"retry-after: 1\r\n" in answer for answer in answers].count(True) == 36
-
-
-def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0, raising=False)
-    server.edge.pool.most = 2                        # the others stand in line
-    with locked(server):
-        links = [sign_in_from(server, "127.0.0.1") for _ in range(12)]
-        answers = [link.recv(65_536) for link in links]
-        assert [statuses(answer) for answer in answers] == [[503]] * 12
-        assert {b"Another program is writing" in answer and b"retry-after: 5\r\n" in answer for answer in answers} == {True}
-    assert 1 <= complaints("another process holds it") <= 2
-    assert Person(server).post("/persona", form={"account": "bob"}).status == 303
-
-
-def test_a_commit_does_not_wait_for_slow_ones(server, monkeypatch):
-    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", -1)
-    with busy(server, "acme") as one:
-        commits, links = commits_of(one), post_at_once(server, "/w/acme/todos", 5)
-    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 5 and len(commits) == 5
-
-
-def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
-    server = start(threads=2)
-    with busy(server, "acme"):
-        links = post_at_once(server, "/w/acme/todos", 20)
-        assert Person(server, "dave", datastar=True).post("/w/globex/todos", title="Meanwhile").status == 200
-    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
-
-
-def waiting():
-    """A slice whose command, and whose page, wait for an event; gives the event, and who waits."""
-    go, begun = threading.Event(), []
-
-    def wait(ctx):
-        begun.append(ctx.workspace)
-        assert go.wait(PATIENCE)
-        return orion.Response(204)
-    return orion.Slice("waiting", (), routes=tuple([orion.Route(method, "/waiting", orion.MEMBER, wait) for method in ("GET", "POST")])), go, begun
-
-
-def send(server, person, method, path):
-    """A request whose answer nobody waits for yet."""
-    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
-    link.sendall(head("Origin: http://h", f"Cookie: {person.cookie}", "Content-Length: 0", line=f"{method} {path} HTTP/1.1"))
-    return link
-
-
-def in_line(server, count):
-    """So many requests were read, and the loop has had to do with something else since."""
-    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
-    since = threading.Event()
-    server.edge.call(since.set)
-    assert since.wait(PATIENCE)
-
-
-@cases("method", ["GET", "POST"])
-def test_one_account_keeps_no_other_waiting_however_many_workspaces_and_sessions_it_has(start, method):
-    slice, go, begun = waiting()
-    server = start((orion.todos, slice))
-    server.edge.pool.most = 2
-    sessions = [Person(server, "bob") for _ in range(3)]
-    for n in range(18):
-        assert sessions[0].post("/workspaces", form={"name": f"n{n}"}).status == 303
-    links = [send(server, sessions[n % 3], method, f"/w/n{n}/waiting") for n in range(18)]
-    eventually(lambda: len(begun) >= 2)
-    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
-    assert len(begun) == 2
-    go.set()
-    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 18
-
-
-def test_regions_of_one_account_that_take_long_keep_no_other_waiting(start):
-    go, slow = threading.Event(), []
-
-    def region(ctx):
-        if slow:
-            slow.append(ctx.workspace)
-            assert go.wait(PATIENCE)
-        return orion.Html('<section id="waiting"></section>')
-    page = orion.Live("/waiting", orion.MEMBER, "waiting", "Waiting", region)
-    server = start((orion.todos, orion.Slice("waiting", ("CREATE TABLE waits (n)",), (page,))))
-    bob, broker = Person(server, "bob"), server.edge.broker
-    for n in range(18):
-        bob.post("/workspaces", form={"name": f"n{n}"})
-    ears = [Ear(bob, f"/w/n{n}/waiting/live") for n in range(18)]
-    [ear.event() for ear in ears]
-    at_rest(server)
-    slow.append("from now on")
-    for n in range(18):
-        with contextlib.closing(server.store(f"n{n}")) as db, db:
-            db.execute("INSERT INTO waits VALUES (1)")
-    server.edge.call(lambda: [broker.mark(channel) for of_object in broker.channels.values() for channel in of_object.values()])
-    eventually(lambda: len(slow) >= 3)
-    assert Person(server, "dave").post("/w/globex/todos", title="Meanwhile").status == 200
-    go.set()
-
-
-@cases("method", ["GET", "POST"])
-def test_requests_that_take_long_give_their_thread_back_in_between(start, monkeypatch, method):
-    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", -1)
-    slice, go, begun = waiting()
-    server = start((orion.todos, slice), threads=1)
-    bob, dave, free = Person(server, "bob"), Person(server, "dave"), threading.Event()
-    go.set()
-    assert bob.post("/w/acme/waiting").status == dave.post("/w/globex/waiting").status == 204    # they are let in
-    begun.clear()
-    server.edge.pool.put(free.wait, PATIENCE)
-    links = [send(server, bob, method, "/w/acme/waiting") for _ in range(5)]
-    in_line(server, 5)
-    links.append(send(server, dave, method, "/w/globex/waiting"))
-    in_line(server, 6)
-    free.set()
-    assert [statuses(link.recv(65_536)) for link in links] == [[204]] * 6
-    assert begun.index("globex") == 1
-
-
-@cases("target, lane", [
-    ("/w/acme/todos", "/w/acme"), ("/w/acme/todos/7?show=open", "/w/acme"), ("/w/%61cme/todos", "/w/acme"), ("/%77/acme/todos", "/w/acme"), ("/w/acme/memberships", "/w/acme"),
-    ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h/w/acme/todos", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w/acme", ""), ("/login", "")])
-def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
-    path, _ = orion.parse_target(target, "h")
-    assert orion.lane_of(path) == lane
-
-
-def test_slow_senders_cost_no_thread_and_delay_nobody(start):
-    server = start(threads=1)
-    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(100)]
-    for link in links:
-        link.sendall(OK[:20])
-    assert Person(server, "bob").get("/w/acme/todos").status == 200
-    for link in links:
-        link.sendall(OK[20:])
-        assert statuses(link.recv(65536)) == [200]
-        link.close()
-
-
-def test_a_full_server_says_so_and_lives(start):
-    server = start(connections=3)
-    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(3)]
-    eventually(lambda: len(server.edge.held) == 3)
-    got, closed = raw(server, OK)
-    assert statuses(got) == [503] and closed and b"retry-after: 60" in got
-    for link in links:
-        link.close()
-    eventually(lambda: not server.edge.held)
-    assert Person(server).get("/healthz").status == 200
-
-
-def test_an_asset_that_did_not_change_is_not_sent_again(server):
-    etag = Person(server).get("/style.css").headers["etag"]
-    again = Person(server).get("/style.css", If_None_Match=etag)
-    assert (again.status, again.body) == (304, b"")
-
-
-def test_a_fault_in_a_slice_is_a_500_without_details_and_the_server_lives(start):
-    slice, _ = counting()
-    server = start((orion.todos, slice))
-    bob = Person(server, "bob")
-    answer = bob.post("/w/acme/n?fail")
-    assert answer.status == 500 and "ZeroDivision" not in answer.text and bob.get("/w/acme/n").status == 200
-
-
-def test_a_tenant_whose_file_is_lost_or_damaged_is_the_only_one_that_suffers(start):
-    server = start()
-    bob = Person(server, "bob")
-    acme, globex = (server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex"))
-    server.env.workspaces.rest(idle=-1)
-    acme.unlink()
-    globex.write_bytes(b"garbage" * 1000)
-    for name in ("acme", "globex"):
-        assert bob.get(f"/w/{name}/todos").status == 503
-    assert not acme.exists(), "a lost file must not be made anew"
-    assert bob.get("/").status == 200 and Person(server, "alice").get("/w/home/todos").status == 200
-
-
-def test_two_servers_live_in_one_process(start):
-    one, two = start(folder="one"), start(folder="two")
-    Person(one, "bob").post("/w/acme/todos", form={"title": "Only in one"})
-    assert "Only in one" in Person(one, "bob").get("/w/acme/todos").text and "Only in one" not in Person(two, "bob").get("/w/acme/todos").text
-
-
-def test_a_name_that_is_not_ours_is_refused_and_one_that_is_allowed_is_not(start):
-    server = start(allow_host=("Todo.Example",))
-    ask = lambda host: Person(server).get("/healthz", Host=host).status
-    assert [ask("todo.example"), ask(f"localhost:{server.port}"), ask("10.1.2.3"), ask("[::1]:80"), ask("evil.example")] == [200] * 4 + [421]
-
-
-def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
-    server = start(trust_proxy=("127.0.0.0/8",))
-    proxied = {"X_Forwarded_Proto": "https", "X_Forwarded_For": "evil, 203.0.113.9"}
-    bob = Person(server)
-    form = urllib.parse.urlencode({"account": "bob"})
-    there = lambda **headers: bob.ask("POST", "/persona", form, Content_Type="application/x-www-form-urlencoded", **headers)
-    assert there(**proxied).status == 403, "http is another origin"
-    cookie = there(**proxied, Origin=server.origin.replace("http", "https")).headers["set-cookie"]
-    assert cookie.startswith("__Host-sid=") and cookie.endswith("; Secure")
-    bob.headers["Cookie"] = cookie.split(";")[0]
-    assert bob.get("/w/acme/todos", **proxied).status == 200 and bob.get("/w/acme/todos").status == 401
-    secure = {**proxied, "Origin": server.origin.replace("http", "https")}
-    probed = bob.ask("POST", "/console/probe", "workspace=acme", Content_Type="application/x-www-form-urlencoded", **secure)
-    assert "You are bob" in bob.get("/console", **proxied).text and "lets bob into acme" in probed.text
-    assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
-
-
-def test_a_proxy_that_is_not_trusted_is_not_believed(server):
-    answer = Person(server).ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", X_Forwarded_Proto="https")
-    assert answer.status == 303 and "Secure" not in answer.headers["set-cookie"]
-    assert Person(server).get("/metrics", X_Forwarded_For="203.0.113.9").status == 403, "nor taken for this machine"
-
-
-def test_an_account_opens_only_so_many_streams_and_head_opens_none(start):
-    server = start(streams=3)
-    bob, carol = Person(server, "bob"), Person(server, "carol")
-    bob.ask("HEAD", "/w/acme/todos/live")
-    ears = [Ear(bob, "/w/acme/todos/live") for _ in range(3)]
-    assert bob.get("/w/acme/todos/live").status == 429 and Ear(carol, "/w/acme/todos/live").status == 200
-    ears.pop().close()
-    eventually(lambda: Ear(bob, "/w/acme/todos/live").status == 200)
-
-
-def test_streams_that_are_asked_for_all_at_once_are_counted_too(start):
-    server = start(streams=3)
-    bob = Person(server, "bob")
-    with busy(server, "acme"):
-        links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(20)]
-        for link in links:
-            link.sendall(head(f"Cookie: {bob.cookie}", line="GET /w/acme/todos/live HTTP/1.1"))
-        eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == 20)
-    assert sorted([int(link.recv(12)[9:]) for link in links]) == [200] * 3 + [429] * 17
-
-
-def mutated(rng, whole):
-    data = bytearray(whole)
-    for _ in range(rng.randint(1, 4)):
-        at, kind = rng.randrange(len(data)), rng.randrange(6)
-        if kind == 0:
-            data[at] = rng.randrange(256)
-        elif kind == 1:
-            del data[at:at + rng.randint(1, 9)]
-        elif kind == 2:
-            data[at:at] = rng.choice([b"\r", b"\n", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9\r\n"])
-        elif kind == 3:
-            data[at:at] = data[at:at + rng.randint(1, 40)]
-        elif kind == 4:
-            data[at:at + 1] = b"%02x" % data[at]
-        else:
-            data[at:] = data[at:][::-1]
-        if not data:
-            return b"\0"
-    return bytes(data)
-
-
-def test_a_fault_of_our_own_while_reading_ends_one_connection_and_is_logged_once(server, monkeypatch):
-    said = []
-    monkeypatch.setattr(orion, "log", said.append)
-    monkeypatch.setattr(orion, "parse_head", mock.Mock(side_effect=ZeroDivisionError))
-    assert raw(server, b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 2000 + b"\r\n\r\n") == (b"", True)
-    assert Person(server).get("/healthz").status == 200 and "".join(said).count("ZeroDivisionError:") == 1
-
-
-def test_twenty_thousand_mutated_requests_harm_nothing(start):
-    """None hangs, none is answered with a 5xx that says we were surprised, no descriptor and no thread is left behind."""
-    seed = random.randrange(10 ** 9)
-    print("seed", seed)                              # pytest shows it when this fails
-    server, rng = start(), random.Random(seed)
-    bob = Person(server, "bob")
-    fields = ["Origin: " + server.origin, f"Cookie: {bob.cookie}", "Accept: text/html", "Accept-Encoding: gzip", "Last-Event-ID: 7"]
-    wholes = [head(*fields, line=f"GET {path} HTTP/1.1") for path in ("/", "/w/acme/todos", "/w/acme/todos?show=open&pages=2", "/w/acme/members/live", "/console",
-                                                                      "/_gate/acme", "/login?next=/x", "/account", "/style.css", "/metrics")]
-    wholes += [head(*fields, f"Content-Type: {kind}", f"Content-Length: {len(body)}", line=f"{method} {path} HTTP/1.1") + body
-               for method, path, kind, body in (("POST", "/w/acme/todos", "application/json", b'{"title":"x"}'), ("PATCH", "/w/acme/todos/1", "application/json", b'{"done":true}'),
-                                                ("DELETE", "/w/acme/todos/2", "application/json", b"{}"), ("POST", "/w/acme/members", "application/x-www-form-urlencoded", b"account=dave&role=viewer"),
-                                                ("POST", "/console/probe", "application/json", b'{"workspace":"acme"}'), ("POST", "/workspaces", "application/x-www-form-urlencoded", b"name=%00"))]
-    wholes += [head(*fields, "Content-Type: application/json", "Transfer-Encoding: chunked", line="POST /w/acme/todos HTTP/1.1") + orion.chunk(b'{"title":') + orion.chunk(b'"y"}') + b"0\r\n\r\n"]
-    before, threads = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0, threading.active_count()
-
-    def one(data):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
-            with contextlib.suppress(ConnectionError):
-                link.sendall(data)
-                link.shutdown(socket.SHUT_WR)
-            got = b""
-            with contextlib.suppress(ConnectionError):
-                while (more := link.recv(65_536)) and b"text/event-stream" not in got:
-                    got += more
-        assert not got or got.startswith(b"HTTP/1.1 "), (data, got[:100])
-        assert not {500, 503} & {*statuses(got)}, (data, got[:200])
-    for _ in range(20_000):
-        one(mutated(rng, rng.choice(wholes)))
-    assert Person(server, "bob").get("/w/acme/todos").status == 200
-    eventually(lambda: threading.active_count() <= threads)      # others may have left theirs to end by now
-    if before:
-        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
-
-
-# ==== 25. Composition ================================================================================================
+# ==== 48. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -5939,7 +6867,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
-# ==== 26. Administration =============================================================================================
+# ==== 30. Accounts, 42. Exports, 43. Members of a workspace ===========================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -6325,7 +7253,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("account", "list", data=data)[2]
 
 
-# ==== 27. Command line ===============================================================================================
+# ==== 49. Command line ================================================================================================
 
 @cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
@@ -6515,375 +7443,6 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== The same journeys on every root ================================================================================
-# What is promised to somebody with a browser holds whatever the server is made of: Part One by itself, the two planes,
-# one file for everything, or a directory and a node with a proxy in front. Each root has the demo.
-
-@pytest.fixture
-def quick(monkeypatch):
-    """The streams of the plain edge ask the gate again after a moment, not after two seconds."""
-    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.1, raising=False)
-
-
-class Plain:
-    """Part One's server in this process, as Server is the full one."""
-
-    def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0):
-        self.env = orion.plain_planes(pathlib.Path(folder), idle=idle, slices=slices, demo=True)
-        self.edge = orion.PlainEdge("127.0.0.1", port, self.env)
-        self.port = self.edge.server_port
-        self.origin = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.edge.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.edge.shutdown()
-        self.thread.join(PATIENCE)
-        self.edge.server_close()
-        assert not self.thread.is_alive()
-
-    def directory(self):
-        """The Directory's object, awake."""
-        Person(self).get("/")
-        return self.env.directory.namespace.objects[self.env.directory.id]
-
-    write, store = Server.write, Server.store
-
-
-def part_one():
-    return pathlib.Path(orion.__file__).read_text("utf-8").partition("\n# #### Part Two")[0]
-
-
-@functools.lru_cache(maxsize=None)
-def part_one_apart():
-    """A folder with Part One in a file of its own. Its bytecode is kept: it starts many times."""
-    folder = pathlib.Path(tempfile.mkdtemp())
-    (folder / "part_one.py").write_text(part_one(), "utf-8")
-    (folder / "templates").symlink_to(orion.TEMPLATES)
-    return folder
-
-
-class Alone(Command):
-    """Part One's text in a file of its own, as a process; its streams ask the gate again after a moment, as with quick."""
-
-    def __init__(self, folder, port=0, ready=True):
-        folder.mkdir(exist_ok=True)
-        super().__init__("import part_one; part_one.REGATE_SECONDS = 0.1; part_one.plain_main()", "--port", port, "--data", folder / "data",
-                         program="-c", cwd=part_one_apart(), ready=ready, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
-
-    def close(self):
-        with self:
-            assert (self.end()[0], self.err) == (0, "")
-
-
-class Way(http.server.BaseHTTPRequestHandler):
-    """A request on its way through a proxy; server.route(path, cookie) says where it leads."""
-
-    def answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        target, verdict = self.server.route(self.path, self.headers.get("Cookie", ""))
-        theirs = {name: value for name, value in self.headers.items() if name.lower() not in orion.TRUSTED}
-        lines = [f"{name}: {value}" for name, value in {**theirs, **verdict, "Connection": "close"}.items()]
-        self.close_connection = True
-        with socket.create_connection(("127.0.0.1", target.port)) as link, contextlib.suppress(OSError):
-            link.sendall("\r\n".join([self.requestline, *lines, "", ""]).encode("latin-1") + body)
-            while data := link.recv(65_536):
-                self.wfile.write(data)
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
-    log_message = lambda *_: None
-
-
-class Apart(Fleet):
-    """A directory and a node, each a server of its own, and what templates/nginx.txt says of the proxy in front."""
-
-    def __init__(self, folder, port=0):
-        self.folder, self.running, self.settings, ports = folder, [], {}, folder / "ports"
-        fresh = not folder.exists()
-        folder.mkdir(exist_ok=True)
-        ours, its = ports.read_text().split() if ports.exists() else (0, 0)
-        self.directory = self.serve("directory", plane="directory", port=int(ours))
-        (folder / "node").mkdir(exist_ok=True)
-        shutil.copy2(folder / "directory" / "secret.key", folder / "node" / "secret.key")
-        there = f"127.0.0.1:{self.directory.port}"
-        self.nodes = [self.serve("node", plane="data", directory=there, port=int(its))]
-        ports.write_text(f"{self.directory.port} {self.nodes[0].port}")
-        self.env = self.nodes[0].env
-        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", port), Way)
-        self.proxy.route, self.port = self.route, self.proxy.server_port
-        self.origin = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True).start()
-        self.seed() if fresh else None
-
-    def seed(self):
-        """As the command line would: it has tests of its own, and to read its words 14 times takes a while."""
-        self.cli("node", "add", f"127.0.0.1:{self.nodes[0].port}")
-        for name in orion.DEMO_ACCOUNTS:
-            self.directory.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password("long enough"))
-        for name, (people, todos) in orion.DEMO_WORKSPACES.items():
-            (owner, _), *others = people.items()
-            self.cli("workspace", "add", name, "--owner", owner)
-            for account, role in others:
-                self.directory.write("INSERT INTO memberships SELECT id, ?, ? FROM workspaces WHERE name = ?", account, role, name)
-            owner = self.sign_in(owner)
-            for title in todos:
-                owner.post(f"/w/{name}/todos", title=title)
-
-    def route(self, path, cookie):
-        """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
-        inside = re.match(r"/w/([^/]+)/(?!members(?:[/?]|$)).", path)
-        verdict = verdict_of(self, cookie, inside[1]) if inside else {}
-        return (self.nodes[0] if verdict else self.directory), verdict
-
-    def sign_in(self, name, **options):
-        person = Person(self, **options)
-        person.headers["Cookie"] = person.cookie = self.cookie(name)
-        return person
-
-    def close(self):
-        self.proxy.shutdown()
-        self.proxy.server_close()
-        super().close()
-
-
-ROOTS = {"plain": Plain,
-         "two planes": Server,
-         "single": lambda folder, **port: Server(folder, single=folder / "team.db", **port),
-         "directory and node": Apart,
-         "Part One alone": Alone}
-
-
-class Root:
-    """A server, started in its own way on an empty folder, and the people at it."""
-
-    def __init__(self, start, folder):
-        self.start, self.folder, self.ears = start, folder, []
-        self.server = start(folder)
-
-    def person(self, name=None, **options):
-        sign_in = getattr(self.server, "sign_in", functools.partial(Person, self.server))
-        return sign_in(name, **options) if name else Person(self.server, **options)
-
-    def ear(self, name, path="/w/acme/todos/live"):
-        """A page that is open, and has got its first event already."""
-        self.ears.append(Ear(self.person(name, datastar=True), path))
-        self.ears[-1].first = self.ears[-1].event()
-        return self.ears[-1]
-
-    def close(self):
-        for ear in self.ears:
-            ear.close()
-        self.server.close()
-
-    def restart(self):
-        """On the same folder and the same port."""
-        self.close()
-        self.server = self.start(self.folder, port=self.server.port)
-
-
-def contacts(server):
-    """How often a workspace was asked: the full server counts it; of Part One's, those that were asked are awake."""
-    return getattr(server.env.workspaces, "fetches", [*server.env.workspaces.objects])
-
-
-def put_to_sleep(server):
-    """All workspaces that nobody uses at this moment."""
-    server.env.workspaces.idle = 0.0
-    eventually(lambda: server.env.workspaces.rest() or not server.env.workspaces.objects)
-    server.env.workspaces.idle = 60.0                # or the next tick would put them to sleep again
-
-
-def newest(person):
-    return re.search(r'<li id="todo-(\d+)"', person.get("/w/acme/todos").text)[1]
-
-
-def sign_in_as_a_persona(root):
-    assert "Your workspaces" not in root.person().get("/").text
-    carol = root.person("carol")
-    assert 'href="/w/acme/todos"' in carol.get("/").text and "globex" not in carol.get("/").text
-    assert carol.post("/logout", form={}).status == 303 and carol.get("/w/acme/todos").status == 401
-
-
-def the_gate(root):
-    for name, workspace, status in (("bob", "acme", 200), ("erin", "acme", 200), ("alice", "acme", 403),
-                                    ("alice", "nowhere", 403), (None, "acme", 401), (None, "nowhere", 401)):
-        for path in (f"/_gate/{workspace}", f"/w/{workspace}/todos"):
-            assert root.person(name).get(path).status == status, (name, path)
-    assert root.person("erin").get("/_gate/acme").headers["x-role"] == "viewer"
-
-
-def a_foreign_workspace_looks_like_none(root):
-    alice = root.person("alice")
-    for path in ("/_gate/{}", "/w/{}/todos", "/w/{}/todos/live", "/w/{}/members", "/w/{}/nothing"):
-        foreign, none = [alice.get(path.format(name)) for name in ("acme", "nowhere")]
-        foreign.headers.pop("date"), none.headers.pop("date")
-        assert vars(foreign) == vars(none), path
-
-
-def a_stranger_contacts_no_workspace(root):
-    strangers = root.person("alice"), root.person()
-    root.restart()
-    before = contacts(root.server)
-    for stranger in strangers:
-        for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/", "/w/acme/members", "/w/acme/nothing"):
-            assert stranger.get(path, x_account="bob", x_role="owner", x_workspace="acme").status in (401, 403)
-        assert stranger.post("/w/acme/todos", title="x").status in (401, 403)
-    assert contacts(root.server) == before
-    root.person("bob").get("/w/acme/todos")
-    assert contacts(root.server) != before, "what was counted is not what is meant"
-
-
-def a_todo_by_signals(root):
-    bob, carol = root.person("bob", datastar=True), root.person("carol", datastar=True)
-    assert json.loads(carol.post("/w/acme/todos", title=" Buy rope ").body) == {"title": "", "problem": ""}
-    path = f"/w/acme/todos/{newest(bob)}"
-    assert carol.patch(path, done=True).status == 204 and titles(bob, query="?show=done") == ["Buy rope"]
-    assert carol.patch(path, title="Buy more rope").status == 204 and titles(bob)[0] == "Buy more rope"
-    assert bob.delete(path).status == 204 and len(titles(bob)) == 3
-    assert "1 to 500 characters" in json.loads(carol.post("/w/acme/todos", title=" ").body)["problem"]
-
-
-def a_todo_by_a_plain_form(root):
-    carol = root.person("carol")
-    answer = carol.post("/w/acme/todos", form={"title": "Plain"})
-    assert (answer.status, answer.headers["location"], titles(carol)[0]) == (303, "/w/acme/todos", "Plain")
-    again = carol.post("/w/acme/todos", form={"title": "y" * 501})
-    assert again.status == 422 and f'value="{"y" * 501}"' in again.text and "1 to 500 characters" in again.text
-
-
-def two_watchers(root):
-    ears = root.ear("bob"), root.ear("erin")
-    assert all(["Order more anvils" in ear.first for ear in ears])
-    root.person("carol").post("/w/acme/todos", title="News")
-    assert all([ear.until_it_says("News") for ear in ears])
-
-
-def a_member_can_not_delete(root):
-    bob, carol = root.person("bob"), root.person("carol")
-    assert ["Delete Order more anvils" in one.get("/w/acme/todos").text for one in (bob, carol)] == [True, False]
-    assert [carol.delete(path).status for path in ("/w/acme/todos/1", "/w/acme/todos")] == [403, 403]
-    assert len(titles(carol)) == 3
-
-
-def markup_is_text(root):
-    bob, ear = root.person("bob"), root.ear("carol")
-    for title in HOSTILE[:4]:
-        bob.post("/w/acme/todos", title=title)
-        shown = f'<span dir="auto">{orion.escape(title)}</span>'
-        for text in (bob.get("/w/acme/todos").text, ear.until_it_says(shown)):
-            assert shown in text and title not in text
-
-
-def isolation(root):
-    ear = root.ear("bob", "/w/acme/todos/live")
-    root.person("dave").post("/w/globex/todos", title="theirs alone")
-    root.person("carol").post("/w/acme/todos", title="ours alone")
-    event = ear.event()
-    assert "ours alone" in event and "theirs alone" not in event
-    files = [(path.name.partition(".")[0], path.read_bytes()) for path in root.folder.rglob("*.db*")]
-    ours, theirs = [{name for name, data in files if title in data} for title in (b"ours alone", b"theirs alone")]
-    assert len(ours) == len(theirs) == 1 and ours != theirs
-
-
-def an_end_of_membership(root):
-    carol, ear = root.person("carol", datastar=True), root.ear("carol")
-    assert root.person("bob").delete("/w/acme/members/carol").status == 204
-    assert ear.until_it_says("You no longer have access") and ear.event() is None
-    assert carol.get("/w/acme/todos").status == 403 == carol.post("/w/acme/todos", title="x").status
-    assert "You no longer have access" in carol.get("/w/acme/todos/live").text
-
-
-def a_demotion(root):
-    carol, ear = root.person("carol"), root.ear("carol")
-    assert "disabled" not in ear.first
-    assert root.person("bob").patch("/w/acme/members/carol", role="viewer").status == 204
-    assert ear.until_it_says("disabled") and carol.patch("/w/acme/todos/1", done=True).status == 403
-
-
-def sleep_and_wake(root):
-    carol = root.person("carol")
-    carol.post("/w/acme/todos", title="Kept in its sleep")
-    put_to_sleep(root.server)
-    assert titles(carol)[0] == "Kept in its sleep" and len(root.server.env.workspaces.objects) == 1
-
-
-def a_restart(root):
-    carol, erin = root.person("carol"), root.person("erin")
-    carol.post("/w/acme/todos", title="Kept")
-    root.person("bob").patch("/w/acme/members/erin", role="member")
-    root.restart()
-    assert titles(carol)[0] == "Kept" and erin.post("/w/acme/todos", title="More").status == 200
-    assert titles(carol)[:2] == ["More", "Kept"]
-
-
-JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
-    sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
-    a_todo_by_signals, a_todo_by_a_plain_form, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
-    an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
-
-LEFT_OUT = {("single", "isolation"): "it has one workspace",
-            ("single", "a stranger contacts no workspace"): "gate and rows are one object",
-            ("single", "sleep and wake"): "its one object is never idle",
-            ("directory and node", "sign in as a persona"): "the demo is for one process",
-            ("Part One alone", "a stranger contacts no workspace"): "its objects are in another process",
-            ("Part One alone", "sleep and wake"): "its objects are in another process"}
-
-
-WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
-
-
-@cases("root, journey", [way for way in WAYS if way not in LEFT_OUT])
-def test_a_journey_goes_the_same_way_on_every_root(tmp_path, quick, cheap, root, journey):
-    with contextlib.closing(Root(ROOTS[root], tmp_path / "root")) as root:
-        JOURNEYS[journey](root)
-
-
-def test_no_journey_is_left_out_by_a_slip_of_the_pen():
-    assert LEFT_OUT.keys() <= {*WAYS} and all(LEFT_OUT.values())
-
-
-# ==== Part One alone =================================================================================================
-# Whoever reads no further has read a whole server.
-
-def test_part_one_uses_no_name_that_is_defined_only_behind_it():
-    nodes = [*ast.walk(ast.parse(part_one()))]
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
-    bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
-    for node in nodes:                       # functions, classes and imports; parameters; what imports are called here
-        bound |= {(getattr(node, "name", "") or "").partition(".")[0]}
-        bound |= {getattr(node, "arg", ""), getattr(node, "asname", "")}
-    assert len(used) > 300 and used - bound - {*dir(builtins), "__file__"} == set()
-
-
-def test_no_name_is_given_twice():
-    """A later part that gave one again would change what an earlier one means by it."""
-    given = collections.Counter()
-    for node in ast.parse((HERE / "orion.py").read_text("utf-8")).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            given[node.name] += 1
-        for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            given.update([one.id for one in ast.walk(target) if isinstance(one, ast.Name)] if target else ())
-    assert [name for name, times in given.items() if times > 1] == []
-
-
-def test_part_one_alone_ends_quietly_however_often_it_is_told_to(tmp_path):
-    alone = Alone(tmp_path / "root")
-    with alone, contextlib.closing(Ear(Person(alone, "bob"), "/w/acme/todos/live")) as ear:
-        ear.event()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-            alone.process.send_signal(number)
-        assert (alone.wait(), alone.err) == (0, "")
-
-
-@cases("contents", ["", "no key", "ab" * 31])
-def test_part_one_alone_says_in_one_line_why_it_does_not_start(tmp_path, contents):
-    Alone(tmp_path / "root").close()
-    (tmp_path / "root" / "data" / "secret.key").write_text(contents)
-    with Alone(tmp_path / "root", ready=False) as alone:
-        assert alone.wait() != 0 and "secret.key holds no keys" in alone.err and "Traceback" not in alone.err
-
-
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -6979,550 +7538,9 @@ def test_a_section_that_needs_another_says_so(title):
     assert needs <= said <= {*found}
 
 
-# ==== The same data folder ===========================================================================================
+# #### In the browser ##################################################################################################
 
-def test_the_full_server_and_part_one_can_take_turns_with_a_folder(tmp_path, quick):
-    port, bob, written = 0, None, []
-    for start in (Server, Plain, Server, Plain):
-        with contextlib.closing(start(tmp_path / "folder", port=port)) as server:
-            port, bob = server.port, bob or Person(server, "bob")
-            assert titles(bob)[:len(written)] == written
-            assert "carol" in bob.get("/w/acme/members").text and "globex" in bob.get("/").text
-            written.insert(0, f"number {len(written)}")
-            bob.post("/w/acme/todos", title=written[0])
-
-
-# ==== Traps ==========================================================================================================
-# What a slice can not get wrong by accident, on either edge.
-
-EDGES = {"plain": Plain, "two planes": Server}
-
-
-@pytest.fixture(params=[*EDGES])
-def serve(request, tmp_path, quick):
-    """serve(*slices): the demo with todos and these slices; on the folder of the one before, if that was closed."""
-    running = []
-
-    def serve(*slices):
-        running.append(EDGES[request.param](tmp_path / "data", (orion.todos, *slices)))
-        return running[-1]
-    yield serve
-    for server in running:
-        if server.thread.is_alive():
-            server.close()
-
-
-on_plain = cases("serve", ["plain"], indirect=True)
-
-
-def looks(*routes, region=lambda ctx: element("x"), **more):
-    """A slice with a table and a page at /n, and these routes: (method, path, run). more: what a Live has, too."""
-    live = orion.Live("/n", "todos:read", "looks", "Looks", region, **more)
-    routes = [orion.Route(method, path, "todos:read", run) for method, path, run in routes]
-    return orion.Slice("looks", ("CREATE TABLE looks (n)",), (live,), tuple(routes))
-
-
-def element(text):
-    return orion.Template('<p id="n">{{text}}</p>')(text=text)
-
-
-def rows(server, table="looks"):
-    with contextlib.closing(server.store("acme")) as file:
-        return file.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-
-
-def write(ctx, *_):
-    ctx.store.exec("INSERT INTO looks VALUES (1)")
-    ctx.publish("looks")
-    return orion.done(ctx)
-
-
-@cases("asks", [lambda ctx: ctx.viewer.account, lambda ctx: ctx.request, lambda ctx: ctx.field("title")],
-       ids=["for the account", "for the request", "for a field"])
-def test_a_region_that_asks_for_one_of_its_viewers_is_told_where_that_belongs(serve, capfd, asks):
-    bob = Person(serve(looks(region=lambda ctx: element(str(asks(ctx))))), "bob")
-    assert bob.get("/w/acme/n").status == 500 and bob.get("/w/acme/n/live").status == 500
-    assert logged(capfd, "PermissionError") and logged(capfd, "put what is theirs alone into page()")
-
-
-def test_a_region_may_ask_for_what_all_its_viewers_have_in_common(serve):
-    region = lambda ctx: element(f"{ctx.viewer.role} {ctx.viewer.can('todos:delete')} {ctx.viewer.workspace}")
-    assert "member False acme" in Person(serve(looks(region=region)), "carol").get("/w/acme/n").text
-
-
-def test_a_region_knows_its_workspace_on_the_page_and_in_each_frame(serve):
-    server = serve(looks(("POST", "/n", write), region=lambda ctx: element(f"{ctx.workspace} {rows(server)}")))
-    bob = Person(server, "bob")
-    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
-        assert ">acme 0<" in bob.get("/w/acme/n").text and ">acme 0<" in ear.event()
-        bob.post("/w/acme/n")
-        assert ">acme 1<" in ear.event()
-
-
-def test_what_somebody_typed_reaches_their_page_and_no_region(serve):
-    def refuse(ctx):
-        raise orion.Refused(422, "Say more.")
-    in_regions, in_pages = [], []
-    slice = looks(("POST", "/n", refuse), region=lambda ctx: in_regions.append(dict(ctx.typed)) or element("x"),
-                  page=lambda ctx, region: in_pages.append(dict(ctx.typed)) or region)
-    bob = Person(serve(slice), "bob")
-    assert bob.post("/w/acme/n", form={"text": "mine"}).status == 422 and bob.get("/w/acme/n").status == 200
-    assert in_pages == [{"text": "mine", "problem": "Say more."}, {}] and not any(in_regions) and in_regions
-
-
-@cases("query, heeded", [("", {}), ("show=open", {"show": "open"}), ("x=1&show=done&y=2", {"show": "done"}),
-                         ("datastar=%7B%7D&show=open", {"show": "open"}), ("show=all", {}), ("show=open%0a", {}),
-                         ("show=", {})])
-def test_page_and_region_see_the_parameters_that_the_page_declares_and_no_other(serve, query, heeded):
-    seen = []
-    slice = looks(("POST", "/n", write), region=lambda ctx: seen.append(ctx.params) or element(f"{len(seen)}"),
-                  page=lambda ctx, region: seen.append(ctx.params) or region, params={"show": "open|done"})
-    bob = Person(serve(slice), "bob")
-    with contextlib.closing(Ear(bob, f"/w/acme/n/live?{query}")) as ear:
-        assert ear.event() and bob.get(f"/w/acme/n?{query}").status == 200
-        bob.post("/w/acme/n")
-        assert ear.event() and len(seen) >= 3 and all([params == heeded for params in seen])
-
-
-def test_a_parameter_that_may_be_empty_may_be_left_out(serve):
-    bob = Person(serve(looks(region=lambda ctx: element(ctx.params.get("q", "")), params={"q": ".*"})), "bob")
-    assert bob.get("/w/acme/n").status == 200 and ">rope<" in bob.get("/w/acme/n?q=rope").text
-
-
-def test_no_slice_sees_a_session(serve):
-    seen = []
-    look = lambda ctx, *_: seen.append(ctx.request) or orion.done(ctx)
-    slice = looks(("POST", "/n", look), ("GET", "/n/raw", look),
-                  page=lambda ctx, region: seen.append(ctx.request) or region)
-    bob = Person(serve(slice), "bob")
-    assert [bob.get(path).status for path in ("/w/acme/n", "/w/acme/n/raw")] == [200, 204]
-    assert bob.post("/w/acme/n").status == 204
-    secret = bob.cookie.partition("=")[2]
-    assert len(secret) > 100 and len(seen) == 3
-    assert not any(["cookie" in request.headers or secret in repr(request) for request in seen])
-
-
-def test_a_region_is_rendered_once_for_all_members_however_many_look(serve):
-    slice, renders = counting()
-    server, names = serve(slice), [f"m{n}" for n in range(30)]
-    for name in names:
-        server.write("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, name)
-        server.write("INSERT INTO memberships SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
-    members = [Person(server, name) for name in names]
-    assert {member.get("/w/acme/n").status for member in members} == {200} and len(renders) == 1
-    members[0].post("/w/acme/n")
-    assert all([">1</section>" in member.get("/w/acme/n").text for member in members]) and len(renders) == 2
-
-
-INSERT = "INSERT INTO looks VALUES (2)"
-KEPT = {"ctx": (lambda ctx: ctx, lambda kept: kept.store.exec(INSERT)),
-        "ctx, to publish": (lambda ctx: ctx, lambda kept: kept.publish("looks")),
-        "ctx.store": (lambda ctx: ctx.store, lambda kept: kept.exec(INSERT)),
-        "ctx.store, to read": (lambda ctx: ctx.store, lambda kept: kept.query("SELECT * FROM looks")),
-        "ctx.store.exec": (lambda ctx: ctx.store.exec, lambda kept: kept(INSERT)),
-        "ctx.publish": (lambda ctx: ctx.publish, lambda kept: kept("looks")),
-        "ctx.store.tx": (lambda ctx: ctx.store.tx, lambda kept: within(kept())),
-        "a transaction": (lambda ctx: ctx.store.tx(), lambda kept: within(kept))}
-
-
-def within(transaction):
-    with transaction:
-        pass
-
-
-def outcome(run, *args):
-    """The name of the exception that it raised; else "done"."""
-    try:
-        run(*args)
-    except Exception as error:
-        return type(error).__name__
-    return "done"
-
-
-@cases("what", KEPT)
-def test_what_a_command_kept_is_of_no_use_after_it(serve, what):
-    keep, use = KEPT[what]
-    kept = []
-    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx))))
-    bob = Person(server, "bob")
-    assert bob.post("/w/acme/n").status == 204
-    assert outcome(use, *kept) in ("RuntimeError", "PermissionError")
-    assert bob.get("/w/acme/n").status == 200 and rows(server) == 0
-
-
-@cases("what", KEPT)
-def test_what_a_command_kept_is_of_no_use_to_the_next_one_in_its_thread(serve, what):
-    keep, use = KEPT[what]
-    kept, outcomes = [], []
-    server = serve(looks(("POST", "/n", lambda ctx: kept.append(keep(ctx)) or orion.done(ctx)),
-                         ("PUT", "/n", lambda ctx: outcomes.append(outcome(use, *kept)) or orion.done(ctx))))
-    bob = Person(server, "bob")
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as link:
-        for method in ("POST", "PUT"):
-            link.request(method, "/w/acme/n", headers=bob.headers)
-            assert link.getresponse().read() == b""
-    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
-
-
-@cases("what", KEPT)
-def test_what_a_command_gives_to_another_thread_is_of_no_use_there(serve, what):
-    keep, use = KEPT[what]
-    outcomes = []
-
-    def run(ctx):
-        thread = threading.Thread(target=lambda kept: outcomes.append(outcome(use, kept)), args=(keep(ctx),))
-        thread.start(), thread.join()
-        return orion.done(ctx)
-    server = serve(looks(("POST", "/n", run)))
-    assert Person(server, "bob").post("/w/acme/n").status == 204
-    assert outcomes[0] in ("RuntimeError", "PermissionError") and rows(server) == 0
-
-
-@cases("run", [lambda ctx: ctx.store.exec(INSERT), lambda ctx: ctx.publish("looks")], ids=["writes", "publishes"])
-@cases("where", ["a route", "a region", "a page"])
-def test_what_is_asked_by_a_get_writes_nothing_and_tells_nobody(serve, capfd, where, run):
-    do = lambda here, ctx: run(ctx) if here == where else None
-    slice = looks(("GET", "/n/raw", lambda ctx: do("a route", ctx) or orion.done(ctx)),
-                  region=lambda ctx: do("a region", ctx) or element("x"),
-                  page=lambda ctx, region: do("a page", ctx) or region)
-    server = serve(slice)
-    answer = Person(server, "bob").get("/w/acme/n/raw" if where == "a route" else "/w/acme/n")
-    assert answer.status == 500 and rows(server) == 0 and logged(capfd, "which only a command or a job may")
-
-
-def test_the_stream_of_a_page_is_not_taken_for_a_part_of_its_path(serve):
-    bob = Person(serve(looks(("GET", "/n/<id>", lambda ctx, id: orion.as_json(id)))), "bob")
-    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
-        assert '<p id="n">' in ear.event() and bob.get("/w/acme/n/7").text == '"7"'
-
-
-@cases("part", ["<id>", "<todo_id>", "<Id>", "<id2>"])
-def test_a_part_of_a_path_may_have_any_name(serve, part):
-    bob = Person(serve(looks(("GET", f"/n/{part}/x", lambda ctx, id: orion.as_json(id)))), "bob")
-    assert bob.get("/w/acme/n/7/x").text == '"7"'
-
-
-@cases("answer", [orion.Response(b"ok"), orion.Response("200", b"ok"), orion.Response(200, b"ok", "a\r\nX-B: c")],
-       ids=["no status", "text for a status", "a type of two lines"])
-def test_an_answer_that_can_not_be_sent_is_a_500_with_a_line_in_the_log(serve, capfd, answer):
-    server = serve(looks(("POST", "/n", lambda ctx: (write(ctx), answer)[1])))
-    said = Person(server, "bob").post("/w/acme/n")
-    assert said.status == 500 and "x-b" not in said.headers and logged(capfd, "error: POST /w/acme/n: ")
-    assert rows(server) == 0
-
-
-@cases("edge", EDGES)
-def test_a_demo_does_without_todos(tmp_path, quick, edge):
-    with contextlib.closing(EDGES[edge](tmp_path / "data", (looks(),))) as server:
-        assert Person(server, "bob").get("/w/acme").headers["location"] == "/w/acme/n"
-
-
-# ==== Faults at the plain edge =======================================================================================
-# What browsers, networks, disks and slices do wrong; on the full edge as well, where that is promised there too.
-
-def the_workspace(server, name="acme"):
-    """Its object, awake."""
-    Person(server, "bob").get(f"/w/{name}/todos")
-    return server.env.workspaces.objects[server.env.workspaces.id_from_name(name)]
-
-
-@on_plain
-def test_a_tab_that_was_closed_is_noticed_and_its_workspace_may_sleep(serve, monkeypatch):
-    server, ended, hold = serve(), threading.Event(), orion.PlainHandler.hold
-
-    def until_it_ends(*args):
-        with contextlib.ExitStack() as stack:
-            stack.callback(ended.set)
-            hold(*args)
-    monkeypatch.setattr(orion.PlainHandler, "hold", until_it_ends)
-    monkeypatch.setattr(orion, "REGATE_SECONDS", WHOLE)  # it waits, and does nothing else, until it is told something
-    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
-        ear.event()
-        one = the_workspace(server)
-        eventually(lambda: one.bus.waiting == 1)
-        server.env.workspaces.idle = 0.0
-        server.env.workspaces.rest()
-        assert not one.gone, "it slept under somebody's eyes"
-    monkeypatch.setattr(orion, "REGATE_SECONDS", 0.05)
-    Person(server, "bob").post("/w/acme/todos", title="x")
-    assert ended.wait(PATIENCE) and the_workspace(server).bus.waiting == 0
-    put_to_sleep(server)
-
-
-@on_plain
-def test_a_server_that_has_closed_opens_no_file_again(serve, monkeypatch):
-    server, opened = serve(), []
-    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
-        ear.event()
-        server.close()
-        monkeypatch.setattr(orion.DurableObject, "open", lambda self, create=False: opened.append(self.id))
-        with contextlib.suppress(EOFError, ConnectionError):
-            for _ in range(5):
-                ear.event(heartbeats=True)
-    assert opened == []
-
-
-def tick(server, *fields, body=b'{"done": true}'):
-    """What comes back for a command of bob's with these header lines, and whether the todo is ticked now."""
-    bob = Person(server, "bob")
-    lines = ["PATCH /w/acme/todos/1 HTTP/1.1", f"Host: 127.0.0.1:{server.port}", f"Origin: {server.origin}",
-             f"Cookie: {bob.cookie}", "Content-Type: application/json", *fields, "", ""]
-    answer, _ = raw(server, "\r\n".join(lines).encode("latin-1") + body)
-    return statuses(answer), titles(bob, query="?show=done") != []
-
-
-def test_a_sound_request_does_what_the_unsound_ones_below_must_not(serve):
-    assert tick(serve(), "Content-Length: 14") == ([204], True)
-
-
-LENGTH = "Content-Length: 14"
-UNSOUND = {"a negative length": (["Content-Length: -14"], 400), "a length with a sign": (["Content-Length: +14"], 400),
-           "two lengths": ([LENGTH, "Content-Length: 13"], 400), "a second host": ([LENGTH, "Host: elsewhere"], 400),
-           "a body that is too large": (["Content-Length: 65537"], 413)}
-
-
-@cases("how", UNSOUND)
-def test_an_unsound_request_is_refused_and_does_nothing(serve, how):
-    fields, status = UNSOUND[how]
-    assert tick(serve(), *fields) == ([status], False)
-
-
-@on_plain
-def test_the_plain_edge_takes_no_body_in_chunks(serve):
-    assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
-
-
-def test_who_waits_for_a_word_before_the_body_gets_it_at_once(serve):
-    server = serve()
-    bob = Person(server, "bob")
-    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
-        link.sendall(f"POST /w/acme/todos HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nOrigin: {server.origin}\r\nCookie: {bob.cookie}\r\n"
-                     "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n".encode())
-        assert link.recv(100).startswith(b"HTTP/1.1 100 Continue")
-        link.sendall(b"title=x")
-        assert link.recv(100).startswith(b"HTTP/1.1 303 ")
-
-
-@cases("line", [b"GET\x0b/healthz\x0cHTTP/1.1", b"GET /healthz\xa0HTTP/1.1", b"GET /healthz", b"GET /healthz HTTP/1.9"])
-def test_a_request_line_that_is_none_is_refused(serve, line):
-    server = serve()
-    got, closed = raw(server, line + f"\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
-    assert b" 200 " not in got and b"ok" not in got and closed
-
-
-def test_somebody_who_sends_too_much_is_told_so(serve):
-    server = serve()
-    bob = Person(server, "bob")
-    assert bob.patch("/w/acme/todos/1", done=True, title="x" * 200_000).status == 413
-    assert titles(bob)[-1] == "Order more anvils" and titles(bob, query="?show=done") == []
-
-
-BEHIND = "PATCH /w/acme/todos/1 HTTP/1.1\r\nHost: @\r\nOrigin: http://@\r\nCookie: {}\r\nContent-Length: 0\r\n\r\n"
-
-
-@cases("method, field", [("GET", "Content-Length: {}"), ("OPTIONS", "Content-Length: {}"),
-                         ("GET", "Content-Length : {}"), ("GET", "junk\r\nContent-Length: {}")])
-def test_a_body_is_never_read_as_the_next_request(serve, method, field):
-    server = serve()
-    bob, ours = Person(server, "bob"), f"127.0.0.1:{server.port}"
-    body = BEHIND.format(bob.cookie).replace("@", ours)
-    before = f"{method} /healthz HTTP/1.1\r\nHost: {ours}\r\n{field.format(len(body))}\r\n\r\n"
-    answer, _ = raw(server, (before + body).encode())
-    assert len(statuses(answer)) == 1 and titles(bob, query="?show=done") == []
-
-
-@cases("target", ["*", "todos", "//healthz", "/%", "/w/acme/../acme/todos"])
-def test_a_target_that_is_no_plain_path_is_a_400(serve, target):
-    server = serve()
-    assert statuses(raw(server, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode(), half_close=True)[0]) == [400]
-
-
-def test_half_a_character_in_json_is_a_400_and_leaves_nothing(serve):
-    server = serve()
-    bob = Person(server, "bob", datastar=True)
-    for path, field in (("todos", "title"), ("members", "account")):
-        half = json.dumps({field: "\ud800"}).encode()
-        assert bob.ask("POST", f"/w/acme/{path}", half, Content_Type="application/json").status == 400
-    assert len(titles(bob)) == 3
-
-
-def test_an_answer_without_a_body_says_nothing_of_its_length(serve):
-    answer = Person(serve(), "bob").patch("/w/acme/todos/1", done=True)
-    assert answer.status == 204 and "content-length" not in answer.headers
-
-
-# -- members
-
-@cases("signals", [{}, {"role": ""}, {"role": "king"}, {"role": None}, {"role": ["owner"]}])
-def test_a_member_whose_new_role_is_none_keeps_the_old_one(serve, signals):
-    server = serve()
-    assert Person(server, "bob").patch("/w/acme/members/carol", **signals).status == 422
-    assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "member"
-
-
-@cases("path", ["/membership", "/members2", "/members-of"])
-def test_only_the_members_page_is_the_members_page(serve, path):
-    bob = Person(serve(looks(("GET", path, lambda ctx: orion.as_json("a slice's own")))), "bob")
-    assert bob.get(f"/w/acme{path}").text == '"a slice\'s own"' and bob.get(f"/w/acme{path}/x").status == 404
-
-
-def test_a_command_on_members_asks_again_what_the_gate_had_said(serve):
-    server = serve()
-    said = orion.verdict("carol", "owner", "acme", server.env.workspaces.id_from_name("acme"))
-    request = orion.Request("POST", "/members", headers={"content-type": "application/json", **dict(said)},
-                            body=b'{"account": "dave", "role": "owner"}')
-    with pytest.raises(orion.Refused) as no:
-        server.env.directory.fetch(request)
-    assert no.value.status == 403 and Person(server, "dave").get("/_gate/acme").status == 403
-
-
-def test_a_stream_whose_viewer_may_no_longer_read_it_gets_a_last_word(serve, monkeypatch):
-    monkeypatch.setitem(orion.ROLES, "guest", ())
-    server = serve()
-    with contextlib.closing(Ear(Person(server, "carol", datastar=True), "/w/acme/todos/live")) as ear:
-        ear.event()
-        assert Person(server, "bob").patch("/w/acme/members/carol", role="guest").status == 204
-        assert ear.until_it_says("You no longer have access") and ear.event() is None
-
-
-def test_the_journal_says_of_which_workspace_a_membership_was(serve):
-    server = serve()
-    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
-    bob.patch("/w/acme/members/erin", role="member")
-    bob.delete("/w/acme/members/erin")
-    bob.post("/w/acme/members", account="erin", role="viewer")
-    bob.post("/w/acme/members", form={"account": "alice"})
-    noted = server.directory().store.query("SELECT what, which FROM journal ORDER BY id DESC LIMIT 4")
-    assert [*map(tuple, noted)][::-1] == [("directory.change_role", f"{id} erin"), ("directory.expel", f"{id} erin"),
-                           ("directory.invite", f"{id} erin"), ("directory.invite", f"{id} alice")]
-
-
-def test_sessions_that_are_over_go_with_the_next_that_begins(serve):
-    server = serve()
-    server.write("INSERT INTO sessions (digest, account, created, expires) VALUES (x'00', 'bob', 0, 1)")
-    Person(server, "carol")
-    assert server.directory().store.one("SELECT count(*) FROM sessions WHERE digest = x'00'")[0] == 0
-
-
-# -- files
-
-@cases("sql", ["DELETE FROM _migrations", "UPDATE sqlite_sequence SET seq = 9", "INSERT INTO found VALUES (1)",
-               "SELECT * FROM found", "CREATE TEMP TRIGGER t AFTER INSERT ON looks BEGIN SELECT 1; END",
-               "CREATE TEMP TABLE t (x)", "SELECT sql FROM sqlite_master", "PRAGMA writable_schema = 1"])
-def test_a_slice_touches_no_table_that_it_did_not_make(serve, capfd, sql):
-    slice = looks(("POST", "/n", lambda ctx: (ctx.store.exec(INSERT), ctx.store.exec(sql), orion.done(ctx))[2]))
-    server = serve(slice)
-    server.close()
-    with contextlib.closing(server.store("acme")) as file, file:
-        file.execute("CREATE TABLE found (x)")
-    server = serve(slice)
-    assert Person(server, "bob").post("/w/acme/n").status == 500 and logged(capfd, "slice 'looks' ")
-    assert rows(server) == 0
-
-
-@cases("sql", ["CREATE TEMP TRIGGER t AFTER INSERT ON mine BEGIN SELECT 1; END", "CREATE TEMP TABLE t (x)",
-               "CREATE TEMP VIEW t AS SELECT 1", "DELETE FROM _migrations", "DELETE FROM journal", "DROP TABLE todos",
-               "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "ALTER TABLE todos ADD COLUMN x",
-               "CREATE INDEX i ON todos (title)"])
-def test_a_migration_touches_no_table_but_its_slices_own(serve, capfd, sql):
-    with contextlib.suppress(orion.MigrationError):      # the full server tries them at the start
-        server = serve(orion.Slice("mine", ("CREATE TABLE mine (id INTEGER PRIMARY KEY)", sql)))
-        assert Person(server, "bob").get("/w/acme/todos").status in (500, 503)
-        assert logged(capfd, "slice 'mine', entry 2: ")
-
-
-def test_a_trigger_of_a_slice_reaches_no_further_than_the_slice(serve, capfd):
-    slice = looks(("POST", "/n", write))
-    trigger = "CREATE TRIGGER t AFTER INSERT ON looks BEGIN DELETE FROM todos; END"
-    server = serve(slice._replace(migrations=(*slice.migrations, trigger)))
-    assert Person(server, "bob").post("/w/acme/n").status == 500
-    assert logged(capfd, "touches table 'todos' of slice 'todos'")
-    assert (rows(server), rows(server, "todos")) == (0, 3)
-
-
-@cases("contents", ["", "\n", "no key", "ab" * 31])
-def test_a_key_file_without_a_key_is_refused_at_the_start(serve, tmp_path, contents):
-    serve().close()
-    (tmp_path / "data" / "secret.key").write_text(contents)
-    with pytest.raises(orion.Unusable, match="holds no keys"):
-        serve()
-
-
-def test_a_file_that_fails_to_close_keeps_nobody_waiting(serve):
-    server = serve()
-    one = the_workspace(server)
-    store, server.env.workspaces.idle = one.store, 0.0
-    with mock.patch.object(store, "close", side_effect=sqlite3.OperationalError("disk I/O error")):
-        with contextlib.suppress(sqlite3.Error):
-            server.env.workspaces.rest()
-        store.close.assert_called()
-    assert Person(server, "bob").get("/w/acme/todos").status == 200
-    store.close()
-
-
-def test_a_workspace_whose_file_was_lost_keeps_nobody_from_the_home_page(serve, capfd):
-    server = serve()
-    server.close()
-    server.env.workspaces.path(server.env.workspaces.id_from_name("globex")).unlink()
-    server = serve()
-    home = Person(server, "bob").get("/")
-    assert home.status == 200 and 'href="/w/acme/todos"' in home.text and 'href="/w/globex/todos"' in home.text
-
-
-def test_a_workspaces_file_is_made_while_the_directory_serves_others(serve, monkeypatch):
-    server = serve()
-    turn, create, free = server.directory().turn, orion.Namespace.create, []
-
-    def watched(namespace, id):
-        free.append(turn.acquire(timeout=1.0))
-        turn.release() if free[-1] else None
-        create(namespace, id)
-    monkeypatch.setattr(orion.Namespace, "create", watched)
-    bob = Person(server, "bob")
-    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
-    assert free == [True] and bob.get("/w/fresh/todos").status == 200
-
-
-@cases("name", ["acme", "No Name", ""])
-def test_a_name_that_is_refused_leaves_no_file(serve, name):
-    server = serve()
-    folder = server.env.workspaces.folder
-    before = {*folder.glob("*.db")}
-    assert Person(server, "bob").post("/workspaces", form={"name": name}).status == 422
-    assert {*folder.glob("*.db")} == before
-
-
-def test_a_name_whose_founding_failed_at_the_last_moment_can_be_tried_again(serve):
-    server = serve()
-    bob = Person(server, "bob", datastar=True)
-    server.write("CREATE TEMP TRIGGER full BEFORE INSERT ON journal BEGIN SELECT RAISE(ABORT, 'no room'); END")
-    assert bob.post("/workspaces", name="fresh").status >= 500
-    server.write("DROP TRIGGER full")
-    assert json.loads(bob.post("/workspaces", name="fresh").body) == {"name": "", "problem": ""}
-    assert bob.get("/w/fresh/todos").status == 200
-
-
-# -- versions
-
-def test_no_version_of_a_topic_comes_twice_though_its_object_slept(serve):
-    server, seen = serve(), []
-    for _ in range(3):
-        Person(server, "bob").post("/w/acme/todos", title="x")
-        seen.append(the_workspace(server).bus.versions["todos"])
-        put_to_sleep(server)
-    assert seen == sorted({*seen})
-
-
-@cases("signals", [{"title": ""}, {"title": "x" * 501}, {}])
-def test_a_command_that_is_refused_has_nothing_rendered_again(serve, signals):
-    slice, renders = counting()
-    bob = Person(serve(slice), "bob", datastar=True)
-    page = bob.get("/w/acme/n").text
-    assert "problem" in json.loads(bob.post("/w/acme/todos", **signals).body)
-    assert bob.get("/w/acme/n").status == 200 and len(renders) == 1 and ">0</section>" in page
-
-
-# ==== The browser ====================================================================================================
+# ==== The browser =====================================================================================================
 # A real Chromium. The journeys run once with our client and, where ORION_DATASTAR names a copy, once with the official
 # bundle in its place.
 
@@ -8093,7 +8111,7 @@ def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
         windows[0].wait("document.getElementById('words').value === ''")
 
 
-# ==== The client =====================================================================================================
+# ==== The client ======================================================================================================
 # templates/datastar.js and the official bundle, on the same pages with the same results. MORPH and WIRE are what the official
 # 1.0.4 did, measured case by case: the page before, what a user did, the patch, and what came of it.
 
@@ -8935,7 +8953,9 @@ def test_nonce_mode_is_fast_with_distinct_expressions(show, browser):
     print("%s: 2,000 distinct expressions in nonce mode: %.0f ms" % (browser.client, took))
 
 
-# ==== README =========================================================================================================
+# #### README, and without pytest ######################################################################################
+
+# ==== README ==========================================================================================================
 # What it shows can be pasted: each block of commands runs in a shell of its own, as in a new terminal.
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -8994,7 +9014,7 @@ def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
             assert Person(server).get(path).status == 404
 
 
-# ==== Without pytest =================================================================================================
+# ==== Without pytest ==================================================================================================
 
 def smoke():
     """One journey by the interpreter that runs this: start, sign in, write, see it in the stream, end."""
