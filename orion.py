@@ -1628,6 +1628,7 @@ class Directory(SliceHost):
 
     demo: everybody may sign in as a persona. limit: workspaces that one account may own.
     """
+    digest_of = staticmethod(session_digest)             # [2] remembers what it returned
     # [3] An operator can look on in somebody's name; not here, where no rule restrains it.
     SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? AND expires > ? "
                  "AND operator IS NULL")
@@ -1651,7 +1652,7 @@ class Directory(SliceHost):
         """Replace the cookie by the session that it stands for: no slice sees a cookie."""
         headers = dict(request.headers)
         cookie = headers.pop("cookie", "")
-        digest = session_digest(cookie, COOKIES[request.scheme], self.keys)
+        digest = self.digest_of(cookie, COOKIES[request.scheme], self.keys)
         if digest:
             headers["x-session"] = digest.hex()
         return request._replace(headers=headers)
@@ -5111,6 +5112,7 @@ class EdgeDirectory(Broadcast, Directory):
     """A Directory whose streams are held by a broker, and which keeps its verdicts."""
     VERDICT_SECONDS = 1.0
     MOST_VERDICTS = 1024
+    digest_of = staticmethod(functools.lru_cache(maxsize=1024)(session_digest))
 
     def on_open(self):
         super().on_open()
