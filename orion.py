@@ -3646,6 +3646,7 @@ class Kept:
     """Answers, by what was asked. One is kept when it is asked for a second time."""
     MOST = 32 * 2 ** 20                                  # bytes of all
     LARGE = 2 ** 18                                      # bytes of one: it is compressed
+    LONG = 4096                                          # of what was asked, cookie and all
     SECONDS = 60.0                                       # sessions end by the clock, too
 
     def __init__(self, directory: Stub):
@@ -3694,7 +3695,8 @@ class Kept:
 
     def keep(self, asked: Asked, response: Response) -> None:
         """asked has both numbers as they were before the response was made."""
-        if len(response.body) > self.LARGE or asked.policy is None:
+        size = 500 + sum([len(part or "") for part in asked.key])
+        if size > self.LONG or len(response.body) > self.LARGE or asked.policy is None:
             return
         if self.size > self.MOST:
             self.answers.clear()
@@ -3703,7 +3705,7 @@ class Kept:
         again = known is not None and (known.policy, known.version) == (asked.policy,
                                                                         asked.version)
         until = time.monotonic() + self.SECONDS
-        self.size += 500 + (len(response.body) if again else 0)
+        self.size += size + (len(response.body) if again else 0)
         self.answers[asked.key] = Answer(asked.policy, asked.version, asked.stub, until,
                                          response if again else None)
 
@@ -3890,21 +3892,27 @@ class Pool:
         try:
             left = lane.job(items)
         finally:
-            self.put_back(lane, left or (), payer)
+            self.put_back(lane, [(item, getattr(item, "account", payer))
+                                 for item in left or ()])
             self.follow_up()
             self.release(payer)
             self.own.account = before
 
-    def put_back(self, lane, left, payer):
-        """Have the rest of the lane done behind the others."""
+    def put_back(self, lane, left):
+        """Have the rest of the lane done behind the others.
+
+        left: items with their accounts, to be done first. Any account that is among the
+        next items, and has something to spend, can pay for all of them.
+        """
         with self.lock:
-            lane.items.extendleft([(item, payer) for item in reversed(left)])
+            lane.items.extendleft(reversed(left))
             lane.payer = None
             if not lane.items:
                 del self.lanes[lane.name]
                 return
-            _, account = lane.items[0]
-            begins = self.admit(lane, account)
+            some = itertools.islice(lane.items, self.TOGETHER)
+            accounts = dict.fromkeys([account for _, account in some])
+            begins = any(self.admit(lane, account) for account in accounts)
         if begins:
             self.share(self.drive, lane)
 
@@ -4026,9 +4034,15 @@ class Backlog:
             del self.accounts[whose]
 
     def relieve(self, unread):
-        """Cut off those that have waited longest, until the others are few enough."""
+        """Cut off those that have waited longest, until the others are few enough.
+
+        Of all accounts, it is the one for which most waits.
+        """
         while unread.size > unread.most:
-            reader = next(iter(unread.readers))
+            whose = unread
+            if unread is self.all:
+                whose = max(self.accounts.values(), key=lambda one: one.size)
+            reader = next(iter(whose.readers))
             reader.cut_off()
             self.note(reader)
 
@@ -4574,7 +4588,8 @@ class Connection(Held):
         if reading:
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
-                self.edge.pool.put(self.foresee, reading)
+                self.edge.pool.gather(self, reading, self.foresee,
+                                      f"expecting, from {self.peer}")
             else:
                 self.edge.take_up(self, reading)
         elif self.ended:
@@ -4586,10 +4601,10 @@ class Connection(Held):
         self.deadline = time.monotonic() + self.REQUEST_SECONDS
         self.state = self.ARRIVING
 
-    def foresee(self, reading):
+    def foresee(self, readings):
         """In the pool: the gate's no comes before a body is sent in vain."""
         try:
-            request = self.edge.request(reading, self.peer)
+            request = self.edge.request(readings[0], self.peer)
             refuse_foreign(request)
             if request.path.startswith("/w/"):
                 admit(request, self.edge.env)
@@ -4909,7 +4924,7 @@ class LoopEdge(ThreadingHTTPServer):
         if not lane:
             lane = asked.connection                      # it waits for nobody
         elif self.place_of(asked) not in self.insiders:  # a stranger, so far
-            lane = f"{asked.connection.peer} {lane}"
+            lane = f"{asked.request.peer} {lane}"
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
@@ -5756,10 +5771,9 @@ def masquerade(ctx):
 def unmask(ctx):
     """End it. Its time may have run out just now, so the viewer can be the operator."""
     digest = bytes.fromhex(ctx.request.headers.get("x-session", ""))
-    row = ctx.store.one("SELECT account, operator FROM sessions WHERE digest = ?", digest)
-    if row and row["operator"]:
-        ctx.store.exec(END_MASK, time.time() + SESSION_SECONDS, digest)
-        access_changed(ctx, row["account"])
+    session = ctx.store.one("SELECT * FROM sessions WHERE digest = ?", digest)
+    if session and session["operator"]:
+        ctx.host.end_mask(session)
     return see_other("/")._replace(which=ctx.viewer.account)
 
 
@@ -5792,9 +5806,17 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
     def time_is_over(self, session):
         with self.store.tx():
-            self.store.exec(END_MASK, time.time() + SESSION_SECONDS, session["digest"])
-            self.bus.publish(f"access:{session['account']}")
+            self.end_mask(session)
             self.journal(self.viewer_of(session), "directory.unmask", "time is over")
+
+    def end_mask(self, session):
+        """Give the session back to its operator, unless it would be over by now, too."""
+        until = session["expires"] + SESSION_SECONDS
+        if until > time.time():
+            self.store.exec(END_MASK, until, session["digest"])
+        else:
+            self.store.exec("DELETE FROM sessions WHERE digest = ?", session["digest"])
+        self.bus.publish(f"access:{session['account']}")
 
     def viewer_of(self, session):
         viewer = super().viewer_of(session)
@@ -7812,8 +7834,7 @@ class Single(EdgeDirectory):
         add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
 
     def close(self):
-        if self.inside.store:
-            self.inside.leave()
+        self.inside.leave()
         super().close()
 
 

@@ -4024,6 +4024,25 @@ def test_every_refusal_says_what_to_do_next(server, accept, kind):
 
 # ==== 23. Threads =====================================================================================================
 
+def test_a_lane_goes_on_at_the_expense_of_anybody_in_it_who_has_something_to_spend():
+    pool, begun, go, done = orion.Pool(2), threading.Event(), threading.Event(), threading.Event()
+    pool.most = pool.fair = 1
+
+    def job(items):
+        begun.set()
+        go.wait(PATIENCE)
+        if "b's" in items:
+            done.set()
+    pool.gather("shared", "a's", job, "a")
+    assert begun.wait(PATIENCE)
+    pool.gather("shared", "a's", job, "a")
+    pool.gather("shared", "b's", job, "b")
+    pool.taken["a"] += 1                             # another lane of a, that takes long
+    go.set()
+    assert done.wait(PATIENCE)
+    pool.close(PATIENCE)
+
+
 def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
     pool, go, waited = orion.Pool(3), threading.Event(), []
     for _ in pool.threads:
@@ -4625,6 +4644,13 @@ def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(
 
 def kept_pages(server):
     return [answer.response for answer in server.edge.kept.answers.values() if answer.response]
+
+
+def test_no_page_is_kept_for_a_cookie_header_that_is_mostly_something_else(server):
+    bob = Person(server, "bob")
+    for n in range(4):
+        assert bob.get("/w/acme/todos", Cookie=f"{bob.cookie}; z={n // 2}{'z' * 5000}").status == 200
+    assert not server.edge.kept.answers and bob.get("/w/acme/todos").status == 200 and len(server.edge.kept.answers) == 1
 
 
 @cases("large, kept", [(2 ** 18, 1), (1000, 0)])
@@ -5579,7 +5605,7 @@ def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside
     if ending == "end":
         ops.post("/masquerade/end", form={})
     if ending == "time":
-        outside.write("UPDATE sessions SET expires = 1 WHERE operator IS NOT NULL")
+        outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
     if ending == "expelled":
         outside.write("UPDATE memberships SET role = 'owner' WHERE account = 'ops'")       # ann is not the last one
         ann.delete("/w/acme/members/ann")
@@ -5642,6 +5668,15 @@ def test_a_session_that_is_ended_from_elsewhere_ends_what_it_watches_in_somebody
     at_rest(outside)
     assert here.post(path, form=form).status == 303
     assert "signed out" in ear.until_it_says('id="live"') and ear.event() is None
+
+
+@cases("end", ["a page", "the button"])
+def test_a_masquerade_that_ended_long_ago_leaves_no_session(outside, end):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - orion.SESSION_SECONDS - 1)
+    ops.get("/account") if end == "a page" else ops.post("/masquerade/end")
+    assert ops.get("/account").status == 401
 
 
 def test_a_masquerade_that_is_over_is_journalled_once(outside):
