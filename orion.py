@@ -249,6 +249,8 @@ def sound(response):
         raise TypeError("an answer is a Response with a number and bytes, such as "
                         f"done(ctx), and not {response!r:.200}")
     check_values((*response.headers, ("content-type", response.type)))
+    if type(response.headers) is not tuple:              # a list can't be remembered
+        return response._replace(headers=tuple(map(tuple, response.headers)))
     return response
 
 
@@ -613,12 +615,13 @@ class Store(Reads):
     """
     SETUP = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON"
     STATEMENTS = 100                                     # kept compiled by Python's sqlite3
+    LOCK_SECONDS = 5.0                                   # to wait for another process
 
     def __init__(self, path: pathlib.Path, create: bool = False):
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         self.path = path
-        self.db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None,
-                                  check_same_thread=False,
+        self.db = sqlite3.connect(uri, uri=True, timeout=self.LOCK_SECONDS,
+                                  isolation_level=None, check_same_thread=False,
                                   cached_statements=self.STATEMENTS)
         self.db.row_factory = sqlite3.Row
         self.db.executescript(self.SETUP)
@@ -2660,12 +2663,29 @@ class Tables(Reads):
 # #### Part Two: the edge ################################################################
 #
 #     17 Files      18 Commits     19 Pieces      20 Reader      21 Answers     22 Kept
-#     23 Threads    24 Sockets     25 Broker      26 Loop edge
+#     23 Threads    24 Sockets     25 Broker      26 Loop edge   27 Hosts
 #
 # In Part One the object holds its streams: a thread for each of them, and an object that
 # can't sleep while somebody looks at it. This part is the broker that replaces only where
 # the stream is held. One loop holds all sockets, a few threads do the work, and an object
 # may sleep while thousands watch it.
+#
+# The way of one click here. In the loop:
+#
+#     Connection.read, advance (26)   feeds read_requests (20), until a request is complete
+#     LoopEdge.take_up (26)           a page that was kept (22) leaves at once; else:
+#     Pool.gather (23)                puts the request into a lane
+#
+# In a thread of the pool:
+#
+#     LoopEdge.answer_all (26)        runs the worker (2) up to its last step: Noted (26)
+#     GuardedStub.fetch_all (17)      takes the turn of the object
+#     GroupCommit.answer_all (18)     runs all commands of the lane in one transaction
+#     Broker.published (25)           is told what was published, after the commit
+#     LoopEdge.finish (26)            sends the answers: Connection.reply (26)
+#     Broker.refresh (25)             the same thread asks for the region anew
+#
+# And in the loop again: Broker.deliver (25), Stream.show (24).
 #
 # What it buys, measured in one run by "test_orion.py bench" on two quiet cores:
 #
@@ -2680,14 +2700,16 @@ class Tables(Reads):
 #     memory for a stream                          48 kB       1.9 kB   26 : 1
 #     threads for 1,000 streams                    1,004           18   56 : 1
 #
-# It costs a second way to read a request, and three rules that a slice does not see: a page
-# depends on rows and its request alone (so an answer can be kept); commands that wait for
-# the same object share a commit; a rendering is sent as it is to everybody of a role.
+# It costs a second way to read a request, and three rules. Whoever writes a slice has to
+# know one: a page depends on its rows, and on path, query and cookie of the request alone,
+# for it may be kept. Unseen by slices, commands that wait for the same object share a
+# commit, and a rendering is sent as it is to everybody of a role.
 #
 # It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
 # Namespace and DurableObject, and of ThreadingHTTPServer. It uses worker, Env.forward,
 # Bus.listeners, SliceHost.render, SliceHost.stream, Context.shared, headers_of and refusal.
 
+import errno
 import itertools
 import random
 import selectors
@@ -2701,7 +2723,7 @@ try:
 except ImportError:                                      # Windows: neither is there
     fcntl = resource = None
 
-CRASH = (Exception, SystemExit)                          # what a slice's code may raise
+CRASH = BaseException                                    # a slice may call sys.exit()
 
 
 # ==== 17. Files ===========================================================================
@@ -2710,8 +2732,8 @@ CRASH = (Exception, SystemExit)                          # what a slice's code m
 #   which file, what, and what to do.
 # It promises: nothing is made anew in the place of what was lost; nothing is written to a
 #   file that was taken away or exchanged; no statement runs for longer than a few seconds.
-#   Another process that holds the lock of a file delays those who want to write to it, and
-#   who stands behind them in a lane. They wait outside of the object's turn. Others read
+#   While another process holds the write lock of a file, commands to it wait, and so do the
+#   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
 # Who uses it: both planes, through the composition roots of Part Three.
 
@@ -2857,11 +2879,17 @@ class GuardedStore(OwnedStore):
         super().close()
 
 
+class ObjectStore(GuardedStore):
+    """The store of an object: nobody waits for another process while holding a turn."""
+    LOCK_SECONDS = 0.0
+
+
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    LOCK_SECONDS = 5.0                                   # for which a lock is waited for
-    lock_ends = float("-inf")                            # when all give up who wait for it
+    LOCK_SECONDS = 5.0                                   # the longest wait for a lock
+    lock_ends = float("-inf")                            # when everybody stops waiting
+    began = float("inf")                                 # when the present answer did
     opened_at = 0.0                                      # when it woke, by the clock
 
     def connect(self, create):
@@ -2869,7 +2897,6 @@ class GuardedObject(DurableObject):
         store = self.make_store(create)
         store.db.set_progress_handler(self.too_long, 100_000)
         try:
-            store.run("PRAGMA busy_timeout = 0", ())     # nobody waits in our turn
             if not create:
                 self.claim(store)
         except BaseException:
@@ -2879,10 +2906,10 @@ class GuardedObject(DurableObject):
         return store
 
     def make_store(self, create) -> GuardedStore:
-        return GuardedStore(self.namespace.path(self.id), create)
+        return ObjectStore(self.namespace.path(self.id), create)
 
     def too_long(self):
-        return time.monotonic() > self.used + self.STATEMENT_SECONDS
+        return time.monotonic() > self.began + self.STATEMENT_SECONDS
 
     def claim(self, store):
         """A file in another's place shows nobody's rows to strangers."""
@@ -2898,6 +2925,7 @@ class GuardedObject(DurableObject):
 
     def answer(self, request):
         """Raise StorageFault; or Undone: then the stub asks again."""
+        self.began = time.monotonic()
         try:
             response = super().answer(request)
         except (sqlite3.Error, MigrationError) as error:
@@ -2916,10 +2944,10 @@ class GuardedObject(DurableObject):
             raise Locked(self, error) from error
 
     def patience(self) -> float:
-        """Return for how many seconds more it pays to wait for the lock.
+        """Return how many seconds are left to wait for SQLite's lock; <= 0: give up.
 
-        All who wait give up together, when the first has waited long enough. For some
-        seconds after that nobody begins to wait, for it is believed to be the same lock.
+        All who wait share one end. In the LOCK_SECONDS after it nobody starts to wait: it
+        is taken for the same lock.
         """
         now = time.monotonic()
         if now > self.lock_ends + self.LOCK_SECONDS:
@@ -2933,7 +2961,8 @@ class GuardedObject(DurableObject):
 
     @property
     def torn(self):
-        return self.store is not None and self.store.torn
+        store = self.store                               # it may be closed meanwhile
+        return store is not None and store.torn
 
     def close(self):
         torn = self.torn
@@ -2944,6 +2973,12 @@ class GuardedObject(DurableObject):
 
 
 class GuardedStub(Stub):
+    """Takes the turn, asks, and deals with Undone.
+
+    Torn: the object is closed, and the next one is asked. Locked: the turn is given back,
+    and asked for again after a pause, as long as patience() lasts. Whoever gave a limit of
+    seconds does not wait for a lock at all.
+    """
     PAUSES = 0.001, 0.002, 0.005, 0.01, 0.02, 0.05       # seconds
 
     def fetch(self, request):
@@ -2951,7 +2986,10 @@ class GuardedStub(Stub):
 
     def enter(self, ask: Callable[[Any], Any], request: Request,
               seconds: float = -1) -> Any:
-        """ask(object), in its turn. Raises Busy after so many seconds; -1: never."""
+        """Return ask(object), called in its turn.
+
+        seconds: the longest wait for the turn, then Busy; -1: no limit.
+        """
         self.namespace.count(self.id, request)
         try:
             return self.take_turn(ask, seconds)
@@ -3048,7 +3086,7 @@ class GuardedNamespace(Namespace):
         return one
 
     def touch(self, id: str) -> None:
-        """It was used, although it was not asked."""
+        """A kept page of it was served: it is not to sleep."""
         with self.lock:
             if id in self.objects:
                 self.objects[id].used = time.monotonic()
@@ -3119,7 +3157,7 @@ class GroupCommit(GuardedObject):
             return [outcome(self.answer, request) for request in self.in_time(requests)]
         outcomes: List[Any] = []
         try:
-            self.used = time.monotonic()
+            self.used = self.began = time.monotonic()
             if self.store is None:
                 self.open()
             with self.store.tx():
@@ -3633,8 +3671,12 @@ class Asked(NamedTuple):
         return request.path, request.query, cookie, request.scheme
 
 
-class Answer(NamedTuple):
-    """response: None, as long as it was asked for only once."""
+class KeptAnswer(NamedTuple):
+    """What is known of a page.
+
+    response: None after the first request, which only notes that there was one; most pages
+    are asked for once.
+    """
     policy: Any
     version: int
     stub: GuardedStub
@@ -3654,7 +3696,7 @@ class Kept:
         self.path = directory.namespace.path(directory.id)
         self.db: Optional[sqlite3.Connection] = None
         self.opened = -1                                 # when: by the Directory's version
-        self.answers: Dict[Any, Answer] = {}
+        self.answers: Dict[Any, KeptAnswer] = {}
         self.size = 0
 
     def policy(self) -> Any:
@@ -3706,7 +3748,7 @@ class Kept:
                                                                         asked.version)
         until = time.monotonic() + self.SECONDS
         self.size += size + (len(response.body) if again else 0)
-        self.answers[asked.key] = Answer(asked.policy, asked.version, asked.stub, until,
+        self.answers[asked.key] = KeptAnswer(asked.policy, asked.version, asked.stub, until,
                                          response if again else None)
 
 
@@ -3729,8 +3771,10 @@ def renewed(response: Response) -> Response:
 class Lane:
     """Items that wait for the same job, in their order, each with its account.
 
-    payer: the account to which the lane's place in line, or its thread, is charged. None:
-    it has neither, because the accounts of its items have no more to spend.
+    A lane is in line, or a thread works on it: then payer is the account charged, "" if it
+    is nobody. Or it is parked: payer is None, for that account has as many lanes in line as
+    it may. When one of these ends, it takes a parked one out: Pool.release. If another
+    account adds an item to a parked lane, that one pays, and unpark passes it over later.
     """
 
     def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
@@ -3762,17 +3806,18 @@ class Pool:
         self.lock = threading.Lock()                     # guards the next four lines
         self.crowded = float("-inf")                     # when there were others last
         self.lanes: Dict[Any, Lane] = {}                 # in which something waits
-        self.taken: Dict[str, int] = collections.Counter()   # by account: lanes in line
-        self.parked: Dict[str, Dict[Lane, None]] = {}    # by account: those that are not
+        self.taken: Dict[str, int] = collections.Counter()   # lanes in line, by account
+        self.parked: Dict[str, Dict[Lane, None]] = {}    # lanes that wait for that
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
             thread.start()
 
     def put(self, job: Callable[..., None], *args: Any) -> None:
-        """What a thread of the pool puts in, it does next itself.
+        """Have a thread do it.
 
-        To render what a command changed, no other thread is woken.
+        A thread of the pool does what it puts in itself, right after its present job. So to
+        render what a command changed, no other thread is woken.
         """
         own = getattr(self.own, "line", None)
         if own is None:
@@ -3781,12 +3826,12 @@ class Pool:
             own.append((job, args))
 
     def defer(self) -> None:
-        """What this thread puts in wakes nobody from now on, before it calls rouse().
+        """For the loop's thread: from now on put() only adds to the common line.
 
-        A thread that woke in the midst of its work would only contend with it for the
-        interpreter. (Commands to 1,000 tenants: 1.2 x.)
+        rouse() then wakes threads for all of it. In the midst of the loop's work they would
+        only contend with it for the interpreter. (Commands to 1,000 tenants: 1.2 x.)
         """
-        self.own.line = self.line
+        self.own.line = self.line                        # put() appends to it, and no more
 
     def rouse(self) -> None:
         for _ in range(min(len(self.line), len(self.idle))):
@@ -4315,7 +4360,7 @@ class Broker:
         """Ask the object what its region is now. It wakes for this if it must."""
         channel.stale = False
         piece = None
-        streams = [*channel.streams]                     # who comes later has seen as much
+        streams = [*channel.streams]                     # a later one marks it: see join
         try:
             piece = self.ask(channel.subscription)
             if any([stream.zipped for stream in streams]):
@@ -4330,13 +4375,19 @@ class Broker:
         return subscription.stub.fetch(subscription.again).watch.piece
 
     def try_again(self):
-        """In the pool: what is seen there may be old, and nobody need publish again."""
+        """In the pool, every 5 s: ask again for those whose object failed.
+
+        Their streams show an old region, and perhaps nobody publishes again.
+        """
         for channel in [self.failed.pop() for _ in range(len(self.failed))]:
             if channel.streams:
                 self.mark(channel)
 
     def deliver(self, channel, piece, streams):
-        """To some; to the others when the loop has looked after whoever else is there."""
+        """Send the piece to SOME streams; put the rest off, so that others have a turn.
+
+        After the last of them the channel is free, or goes round again.
+        """
         sent = 0
         for stream in streams[:self.SOME]:
             if stream.seen != piece.etag and stream.channel is channel:
@@ -4372,7 +4423,7 @@ class Broker:
         self.mark(channel)                               # something may have come meanwhile
         if id in self.here:
             stream.show_here(self.here[id])
-        else:
+        elif id not in self.quiet:
             self.tell_who_is_here()
 
     def leave(self, stream):
@@ -4421,33 +4472,38 @@ class Broker:
                 guarded(self.ask_again, held, busy)
 
     def ask_again(self, stream, busy):
-        """Send the request of a stream through the worker once more, up to its last step.
+        """Put the request of an open stream to the gate once more.
 
-        Who may still look stays, and wakes nobody. A changed role sees what it may now. Who
-        may no longer look is told.
+        The same viewer as before: nothing happens, and the Workspace is not woken. Another
+        role, or other grants: stream and page are fetched anew. No entry: a last frame.
         """
+        noted = None
         try:
-            asked = self.edge.decide_again(stream.again)
-            if isinstance(asked, Response):
-                if not asked.watch:
-                    self.edge.call(stream.end, last_frame(asked))
+            noted = self.edge.decide_again(stream.again)
+            if isinstance(noted, Response):              # it was answered without forward
+                if not noted.watch:                      # and is no stream any more
+                    self.edge.call(stream.end, last_frame(noted))
                 return
-            viewer = viewer_in(asked.request)
-            if viewer == stream.viewer:
-                return
-            if asked.stub.id in busy:
-                raise Busy()
-            response, whole = self.ask_as(asked)
-            stream.viewer = viewer
-            self.edge.call(self.rejoin, stream, response, whole)
+            viewer = viewer_in(noted.request)
+            if viewer != stream.viewer:
+                self.show_anew(stream, noted, viewer, busy)
         except Busy:
-            busy.add(asked.stub.id)
+            if noted is None:                            # not even the gate could be asked
+                return self.edge.call(stream.close)      # its client comes back
+            busy.add(noted.stub.id)
             self.regate(stream)                          # behind the others
         except Refused as no:
             self.edge.call(stream.end, last_frame(Response(no.status)))
         except CRASH:
-            self.edge.call(stream.close)                 # its client comes back
+            self.edge.call(stream.close)
             raise
+
+    def show_anew(self, stream, noted, viewer, busy):
+        if noted.stub.id in busy:
+            raise Busy()
+        response, whole = self.ask_as(noted)
+        stream.viewer = viewer
+        self.edge.call(self.rejoin, stream, response, whole)
 
     def ask_as(self, asked):
         """Return the stream's answer and, as a piece, the page around it."""
@@ -4738,6 +4794,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 give_way = getattr(os, "sched_yield", lambda: None)
 known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
@@ -4753,8 +4810,8 @@ class LoopEdge(ThreadingHTTPServer):
     TICK_SECONDS = 1.0
     broker_kind = Broker                                 # [3] has one that it adds to
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
-    EAGER_SECONDS = (0.0001,)                            # to stay awake, without a job
-    EAGER_ON_ONE_CORE = (0.0001, 0.0005)                 # and with one
+    EAGER_SECONDS = (0.0001,)                            # to poll, by how many jobs run
+    EAGER_ON_ONE_CORE = (0.0001, 0.0005)
 
     def __init__(self, env: Env, settings: Any):
         self.settings = settings
@@ -4763,7 +4820,7 @@ class LoopEdge(ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self.calls = collections.deque()                 # what other threads want done here
         self.waker, self.woken = socket.socketpair()
-        self.awake = False
+        self.awake = False                               # else call() need not wake it
         self.eager = self.EAGER_ON_ONE_CORE if cores() == 1 else self.EAGER_SECONDS
         self.brisk = False                               # it pays just now to stay awake
         self.stopping = 0.0                              # since when; 0: it is not
@@ -4789,10 +4846,11 @@ class LoopEdge(ThreadingHTTPServer):
             env.directory.namespace.listeners.append(self.broker.published)
 
     def use(self, env):
-        """deciding: as env, but a request that may be forwarded is only noted."""
         self.env = env
+        # Env.forward(stub, request) is replaced by the class Noted. So worker() returns
+        # Noted(stub, request), whom it would ask and what, instead of an answer.
         self.deciding = dataclasses.replace(env, forward=Noted)
-        self.regating = self.deciding                    # for streams that are open
+        self.regating = self.deciding                    # for open streams; [3] changes it
 
     def server_bind(self):
         """As http.server's, without the look-up of our own name, which can take seconds."""
@@ -4864,9 +4922,10 @@ class LoopEdge(ThreadingHTTPServer):
                 self.process_request(*self.get_request())
             except BlockingIOError:
                 return
-            except OSError as error:                     # no descriptors; see tick
+            except OSError as error:
                 log(f"accept: {error}")
-                return self.selector.unregister(self.socket)
+                if error.errno in NO_ROOM:               # until the next tick
+                    return self.selector.unregister(self.socket)
 
     def process_request(self, request, client_address):
         """A place in the loop, in the place of a thread for this connection."""
@@ -4886,12 +4945,15 @@ class LoopEdge(ThreadingHTTPServer):
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
-        self.pool.put(self.env.workspaces.rest)
-        self.pool.put(self.env.directory.namespace.rest)
+        self.pool.gather("rest", 0, lambda _: self.put_to_sleep())
         self.pool.gather("look elsewhere", 0, lambda _: self.broker.look_elsewhere())
         self.begin_chores(now)
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READABLE, self.accept)
+
+    def put_to_sleep(self):
+        self.env.workspaces.rest()
+        self.env.directory.namespace.rest()
 
     def begin_chores(self, now):
         """Each after its time, and never twice at a time. 0 seconds: never."""
@@ -4993,7 +5055,7 @@ class LoopEdge(ThreadingHTTPServer):
             self.finish(group.popleft(), response)
 
     def decide(self, request) -> Any:
-        """The worker's response, or what it would forward, Noted. Raises Refused."""
+        """Return a Noted, or the Response to what is not forwarded. Raises Refused."""
         return worker(request, self.deciding)
 
     def finish(self, asked, response):
@@ -6529,7 +6591,7 @@ def micros(seconds: float) -> int:
     return round(1e6 * seconds)
 
 
-class TracedStore(GuardedStore):
+class TracedStore(ObjectStore):
     """A store whose calls are noted while somebody watches."""
 
     def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):

@@ -3065,6 +3065,12 @@ def test_only_the_members_page_is_the_members_page(serve, path):
     assert bob.get(f"/w/acme{path}").text == '"a slice\'s own"' and bob.get(f"/w/acme{path}/x").status == 404
 
 
+def test_headers_of_an_answer_may_be_a_list(serve):
+    odd = lambda ctx: orion.Response(200, b"well", headers=[["x-odd", "even so"]])
+    answer = Person(serve(looks(("GET", "/odd", odd))), "bob").get("/w/acme/odd")
+    assert (answer.status, answer.text, answer.headers["x-odd"]) == (200, "well", "even so")
+
+
 def test_a_command_on_members_asks_again_what_the_gate_had_said(serve):
     server = serve()
     said = orion.verdict("carol", "owner", "acme", server.env.workspaces.id_from_name("acme"))
@@ -4644,6 +4650,33 @@ def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(
 
 def kept_pages(server):
     return [answer.response for answer in server.edge.kept.answers.values() if answer.response]
+
+
+def test_whatever_a_slice_raises_costs_no_thread(start):
+    class Gone(BaseException):
+        pass
+    server = start((orion.todos, looks(("GET", "/gone", mock.Mock(side_effect=Gone, __name__="gone")))), threads=1)
+    bob = Person(server, "bob")
+    assert [bob.get("/w/acme/gone").status for _ in range(3)] == [500] * 3 and bob.get("/w/acme/todos").status == 200
+
+
+def test_a_kept_page_gives_no_statement_more_time(server):
+    bob, acme = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
+    bob.get("/w/acme/todos")
+    server.env.workspaces.objects[acme].began = time.monotonic() - 60
+    server.env.workspaces.touch(acme)
+    assert server.env.workspaces.objects[acme].too_long()
+
+
+def test_a_stream_for_which_not_even_the_gate_can_be_asked_is_closed(server, monkeypatch):
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        at_rest(server)
+        monkeypatch.setattr(server.edge, "decide_again", mock.Mock(side_effect=orion.Busy))
+        server.edge.broker.regate("bob")
+        with pytest.raises(EOFError):
+            while ear.event():
+                pass
 
 
 def test_no_page_is_kept_for_a_cookie_header_that_is_mostly_something_else(server):
