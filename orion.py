@@ -1539,28 +1539,51 @@ COOKIE_NAMED = r";[ \t]*{}=([^;]*)"                      # in a header with a ; 
 SEALED_TOKEN = re.compile(r"([A-Za-z0-9_-]{43})\.([0-9a-f]{64})")
 
 
-def session_digest(header: str, name: str, keys: Sequence[bytes]) -> Optional[bytes]:
-    """Return the token's hash, from a Cookie header.
+def cookie_name(scheme: str, key: bytes) -> str:
+    """Return the name of a cookie that is sealed with this key.
 
-    Return None if there is no cookie of this name, or two of them (then one was planted),
-    or if it was not sealed here. The others are not taken apart: they can be thousands.
+    Browsers do not tell ports apart (RFC 6265, 8.5). Two servers on one host would sign
+    each other's users out if their cookies had the same name.
     """
+    return f"{COOKIES[scheme]}-{hmac.digest(key, b'cookie', 'sha256').hex()[:8]}"
+
+
+@functools.lru_cache(maxsize=16)
+def cookie_names(scheme: str, keys: Tuple[bytes, ...]) -> List[str]:
+    """Return all names that hold, the newest first. The last one is of older versions."""
+    return [*[cookie_name(scheme, key) for key in keys], COOKIES[scheme]]
+
+
+def session_digest(header: str, scheme: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
+    """Return the token's hash, from a Cookie header; None for nobody.
+
+    A cookie of this name that was not sealed here is a neighbour's, and is passed over. Of
+    two that were, one was planted; then it is nobody.
+    """
+    for name in cookie_names(scheme, keys):
+        tokens = sealed_tokens(header, name, keys)
+        if tokens:
+            return token_hash(tokens[0]) if len(tokens) == 1 else None
+    return None
+
+
+def sealed_tokens(header, name, keys):
+    """Other cookies are not taken apart: they can be thousands."""
     values = re.findall(COOKIE_NAMED.format(name), f";{header}")
-    if len(values) != 1:
-        return None
-    found = SEALED_TOKEN.fullmatch(values[0].rstrip(" \t"))
-    if found is None:
-        return None
-    token, sealed = found.groups()
-    genuine = [hmac.compare_digest(seal(token, key), sealed) for key in keys]
-    return token_hash(token) if any(genuine) else None
+    found = [SEALED_TOKEN.fullmatch(value.rstrip(" \t")) for value in values]
+    pairs = [one.groups() for one in found if one]
+    return [token for token, sealed in pairs if is_genuine(token, sealed, keys)]
 
 
-def set_cookie(scheme: str, value: str, seconds: int) -> Tuple[str, str]:
+def is_genuine(token, sealed, keys):
+    return any([hmac.compare_digest(seal(token, key), sealed) for key in keys])
+
+
+def set_cookie(scheme: str, key: bytes, value: str, seconds: int) -> Tuple[str, str]:
     attributes = f"Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
     if scheme == "https":
         attributes += "; Secure"
-    return "set-cookie", f"{COOKIES[scheme]}={value}; {attributes}"
+    return "set-cookie", f"{cookie_name(scheme, key)}={value}; {attributes}"
 
 
 # ==== 12. Directory =======================================================================
@@ -1655,7 +1678,7 @@ class Directory(SliceHost):
         """Replace the cookie by the session that it stands for: no slice sees a cookie."""
         headers = dict(request.headers)
         cookie = headers.pop("cookie", "")
-        digest = self.digest_of(cookie, COOKIES[request.scheme], self.keys)
+        digest = self.digest_of(cookie, request.scheme, self.keys)
         if digest:
             headers["x-session"] = digest.hex()
         return request._replace(headers=headers)
@@ -1774,14 +1797,15 @@ def open_session(ctx, account):
     row = token_hash(token), account, now, now + SESSION_SECONDS, agent
     ctx.store.exec("INSERT INTO sessions (digest, account, created, expires, agent) "
                    "VALUES (?, ?, ?, ?, ?)", *row)
-    value = f"{token}.{seal(token, ctx.host.keys[0])}"
-    cookie = set_cookie(ctx.request.scheme, value, COOKIE_SECONDS)
+    key = ctx.host.keys[0]
+    value = f"{token}.{seal(token, key)}"
+    cookie = set_cookie(ctx.request.scheme, key, value, COOKIE_SECONDS)
     return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
 
 
 def logout(ctx):
     close_session(ctx)
-    cookie = set_cookie(ctx.request.scheme, "", 0)
+    cookie = set_cookie(ctx.request.scheme, ctx.host.keys[0], "", 0)
     return see_other("/", cookie)._replace(which=ctx.viewer.account)
 
 
@@ -2027,7 +2051,7 @@ BODY_LIMIT = 65_536                                      # bytes
 REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
-        "sec-fetch-site", "expect", "cookie"}            # header fields that may come once
+        "sec-fetch-site", "expect"}                      # header fields that may come once
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
@@ -2133,6 +2157,23 @@ def plain_path(path: str) -> str:
     return decoded
 
 
+def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
+    """Join header fields that came more than once to a list (RFC 9110, 5.3).
+
+    A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
+    Raises Refused(400) if it is a field of which two could be read as either.
+    """
+    headers: Dict[str, str] = {}
+    for name, value in pairs:
+        if name in headers and name in ONCE:
+            raise Refused(400, f"Send the header field {name} once.")
+        if name in headers:
+            comma = "; " if name == "cookie" else ", "
+            value = f"{headers[name]}{comma}{value}"
+        headers[name] = value
+    return headers
+
+
 def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     """Is this Host header one of ours: one of the names, or any address?
 
@@ -2201,14 +2242,9 @@ class PlainHandler(BaseHTTPRequestHandler):
                        self.client_address[0])
 
     def header_fields(self):
-        headers = {}
         if self.headers.defects:                         # the parser stopped at a line
             raise Refused(400, "The header fields are malformed.")
-        for name, value in self.headers.items():
-            name = name.lower()
-            if name in ONCE and name in headers:
-                raise Refused(400, f"Send the header field {name} once.")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        headers = joined([(name.lower(), value) for name, value in self.headers.items()])
         if any([NOT_IN_A_VALUE.search(value) for value in headers.values()]):
             raise Refused(400, "The header fields are malformed.")
         return headers
@@ -3454,19 +3490,6 @@ def check_host(headers, modern):
     if not found or len(host) > NAME_LIMIT or int(found[1] or 0) > 65_535:
         raise Refused(400, "The Host header field is no name or address with an optional "
                            "port.")
-
-
-def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
-    """Join fields that came more than once to a list (RFC 9110, 5.3).
-
-    Raises Refused(400) if it is a field of which two could be read as either.
-    """
-    headers: Dict[str, str] = {}
-    for name, value in pairs:
-        if name in headers and name in ONCE:
-            raise Refused(400, f"Send the header field {name} once.")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
 
 
 def why_not(head: bytes) -> Refused:

@@ -2220,8 +2220,48 @@ def test_only_so_many_passwords_are_checked_at_once():
 
 
 def test_over_https_the_cookie_is_secure_and_no_neighbour_can_set_it():
-    assert orion.set_cookie("https", "x", 9) == ("set-cookie", "__Host-sid=x; Path=/; Max-Age=9; HttpOnly; SameSite=Lax; Secure")
-    assert orion.set_cookie("http", "x", 9) == ("set-cookie", "sid=x; Path=/; Max-Age=9; HttpOnly; SameSite=Lax")
+    (_, secure), (_, plain) = [orion.set_cookie(scheme, b"k", "x", 9) for scheme in ("https", "http")]
+    assert re.fullmatch("__Host-sid-[0-9a-f]{8}=x; Path=/; Max-Age=9; HttpOnly; SameSite=Lax; Secure", secure)
+    assert secure == f"__Host-{plain}; Secure"
+
+
+def test_two_servers_on_one_host_do_not_sign_each_others_users_out(serve, tmp_path):
+    """A browser sends what one port has set to the other, too, and replaces what has the same name."""
+    ours, theirs = serve(), type(serve.running[0])(tmp_path / "another")
+    with contextlib.closing(theirs):
+        jar = dict([Person(server, "bob").cookie.split("=") for server in (ours, theirs)])
+        both = "; ".join([f"{name}={value}" for name, value in jar.items()])
+        assert [Person(server).get("/_gate/acme", Cookie=both).status for server in (ours, theirs)] == [200, 200]
+
+
+def test_a_cookie_by_the_name_that_older_versions_gave_it_still_holds(serve):
+    bob = Person(serve(), "bob")
+    old = f"sid={bob.cookie.partition('=')[2]}"
+    assert bob.get("/_gate/acme", Cookie=old).status == 200
+    dave = Person(bob.server, "dave")
+    assert dave.get("/_gate/acme", Cookie=f"{old}; {dave.cookie}").status == 403, "whoever signed in since is who it is"
+
+
+@cases("theirs", ["{name}=x", "{name}=" + "a" * 43 + "." + "0" * 64, "sid=x", "{name}="])
+def test_a_neighbours_cookie_of_the_same_name_hides_nobody(serve, theirs):
+    """One that another program on this host has set, for a path of its own, comes first (RFC 6265, 5.4)."""
+    bob = Person(serve(), "bob")
+    planted = theirs.format(name=bob.cookie.partition("=")[0])
+    assert bob.get("/_gate/acme", Cookie=f"{planted}; {bob.cookie}").status == 200
+    assert bob.get("/_gate/acme", Cookie=f"{bob.cookie}; {planted}").status == 200
+
+
+def test_cookies_in_several_fields_are_one_list(serve):
+    """RFC 9113, 8.2.3: a proxy that speaks HTTP/2 may send each in a field of its own."""
+    server = serve()
+    bob, dave = Person(server, "bob"), Person(server, "dave")
+
+    def status(*cookies):
+        fields = "".join([f"Cookie: {cookie}\r\n" for cookie in cookies])
+        asked = f"GET /_gate/acme HTTP/1.1\r\nHost: 127.0.0.1\r\n{fields}\r\n".encode()
+        return statuses(raw(server, asked)[0])
+    assert status("theme=dark", bob.cookie, "a=b; c=d") == [200]
+    assert status(bob.cookie, dave.cookie) == status(bob.cookie, "a=b", bob.cookie) == [401]
 
 
 # ==== 12. Directory, 13. Members ======================================================================================
@@ -2295,7 +2335,7 @@ def test_signing_in_with_a_password(server):
     answer = ann.post("/login", form={"username": "ann", "password": "correct horse", "next": "/w/acme/todos"})
     cookie = answer.headers["set-cookie"]
     assert (answer.status, answer.headers["location"]) == (303, "/w/acme/todos")
-    assert re.fullmatch(r"sid=[\w-]{43}\.[0-9a-f]{64}; Path=/; Max-Age=34560000; HttpOnly; SameSite=Lax", cookie)
+    assert re.fullmatch(r"sid-[0-9a-f]{8}=[\w-]{43}\.[0-9a-f]{64}; Path=/; Max-Age=34560000; HttpOnly; SameSite=Lax", cookie)
     assert ann.get("/", Cookie=cookie.split(";")[0]).text.count("Your workspaces") == 1
 
 
@@ -2705,6 +2745,7 @@ def serve(request, tmp_path, quick):
     def serve(*slices):
         running.append(EDGES[request.param](tmp_path / "data", (orion.todos, *slices)))
         return running[-1]
+    serve.running = running
     yield serve
     for server in running:
         if server.thread.is_alive():
@@ -3504,10 +3545,10 @@ FRAMES = [
         ("that is empty", b"sid="), ("without a value", b"sid"), ("with another name", b"xsid=1"), ("that is too long", b"@BOB@0"), ("with a dot behind it", b"@BOB@."),
         ("in quotes", b'sid="x.y"'), ("of 8 KB", b"sid=" + b"a" * 8000), ("of dots", b"sid=" + b"." * 108), ("of the right lengths", b"sid=" + b"a" * 43 + b"." + b"0" * 64),
         ("with bytes above 0x7f", b"sid=" + b"\xff" * 43 + b"." + b"\xe9" * 64), ("percent-encoded", b"sid=%41" + b"a" * 40 + b"." + b"0" * 64))],
-    ("two session cookies in one field are nobody", at(b"/w/acme/todos", cookie=b"@BOB@; sid=x"), 401, "kept"),
-    ("two session cookies, the planted one first, are nobody", at(b"/w/acme/todos", cookie=b"sid=x; @BOB@"), 401, "kept"),
+    ("two session cookies in one field are nobody", at(b"/w/acme/todos", cookie=b"@BOB@; @ALICE@"), 401, "kept"),
+    ("two session cookies, the planted one first, are nobody", at(b"/w/acme/todos", cookie=b"@ALICE@; @BOB@"), 401, "kept"),
     ("the same session cookie twice is nobody", at(b"/w/acme/todos", cookie=b"@BOB@; @BOB@"), 401, "kept"),
-    ("two Cookie fields are refused", at(b"/w/acme/todos", b"Cookie: a=b"), {400, 401}, "closed"),
+    ("two Cookie fields are one list", at(b"/w/acme/todos", b"Cookie: a=b"), 200, "kept"),
     ("a bad neighbour does not sign out", at(b"/w/acme/todos", cookie=b'theme={"x":1}; @BOB@; =; ;;a'), 200, "kept"),
     ("4,000 pairs are nobody", at(b"/w/acme/todos", cookie=b"; ".join([b"a=b"] * 4000)), {401, 431}, "kept"),
     ("30 KB of escaped quotes are nobody", at(b"/w/acme/todos", cookie=b'sid="' + b'\\"' * 15_000 + b'"'), {401, 431}, "kept"),
@@ -3855,17 +3896,17 @@ def test_a_session_cookie_is_found_among_very_many_others(others):
     sealed = f"sid={token}.{orion.seal(token, key)}"
     digest = orion.token_hash(token)
     for header in (f"{others}{sealed}", f"{sealed} ;\t{others}", f"{others}{sealed}; {others}"):
-        assert orion.session_digest(header, "sid", [key]) == digest
-    assert orion.session_digest(f"{sealed}; {others}{sealed}", "sid", [key]) is None
-    assert orion.session_digest(f"{others}__Host-{sealed}", "sid", [key]) is None
-    assert orion.session_digest(f"{others}__Host-{sealed}", "__Host-sid", [key]) == digest
-    assert orion.session_digest(others, "sid", [key]) is None
+        assert orion.session_digest(header, "http", (key,)) == digest
+    assert orion.session_digest(f"{sealed}; {others}{sealed}", "http", (key,)) is None
+    assert orion.session_digest(f"{others}__Host-{sealed}", "http", (key,)) is None
+    assert orion.session_digest(f"{others}__Host-{sealed}", "https", (key,)) == digest
+    assert orion.session_digest(others, "http", (key,)) is None
 
 
 @cases("sealed", ["sid ={}", "x sid={}", "sid= {}", "sid=\"{}\"", "SID={}", "sid={}x", "\xa0sid={}"])
 def test_what_only_looks_like_the_session_cookie_is_nobody(sealed):
     key, token = b"k" * 32, "t" * 43
-    assert orion.session_digest(sealed.format(f"{token}.{orion.seal(token, key)}"), "sid", [key]) is None
+    assert orion.session_digest(sealed.format(f"{token}.{orion.seal(token, key)}"), "http", (key,)) is None
 
 
 MANY = "&".join([f"a{n}=b" for n in range(101)])
@@ -5032,7 +5073,7 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     there = lambda **headers: bob.ask("POST", "/persona", form, Content_Type="application/x-www-form-urlencoded", **headers)
     assert there(**proxied).status == 403, "http is another origin"
     cookie = there(**proxied, Origin=server.origin.replace("http", "https")).headers["set-cookie"]
-    assert cookie.startswith("__Host-sid=") and cookie.endswith("; Secure")
+    assert cookie.startswith("__Host-sid-") and cookie.endswith("; Secure")
     bob.headers["Cookie"] = cookie.split(";")[0]
     assert bob.get("/w/acme/todos", **proxied).status == 200 and bob.get("/w/acme/todos").status == 401
     secure = {**proxied, "Origin": server.origin.replace("http", "https")}
