@@ -2048,6 +2048,10 @@ directory = Slice(
 
 REGATE_SECONDS = 2.0
 BODY_LIMIT = 65_536                                      # bytes
+TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
+NO_FIELDS = (400, "The header fields are malformed.")
+LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
@@ -2165,6 +2169,7 @@ def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
     """
     headers: Dict[str, str] = {}
     for name, value in pairs:
+        name = name.lower()
         if name in headers and name in ONCE:
             raise Refused(400, f"Send the header field {name} once.")
         if name in headers:
@@ -2189,6 +2194,19 @@ def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
 
 NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can allow it: "
                      "--allow-host NAME.")
+
+
+def content_length(headers):
+    """Return how many bytes the body has. Raises Refused(400) or Refused(413).
+
+    That is also for digits that int() would read in another way than a proxy.
+    """
+    length = headers.get("content-length", "0")
+    if not LENGTH.fullmatch(length):
+        raise Refused(400, "Content-Length is one plain decimal number.")
+    if int(length) > BODY_LIMIT:
+        raise Refused(*TOO_LARGE)
+    return int(length)
 
 
 # -- a connection, in its own thread
@@ -2228,13 +2246,15 @@ class PlainHandler(BaseHTTPRequestHandler):
     def request_of(self):
         """Raise Refused for what can be read in two ways, and for what is too large."""
         if not REQUEST.fullmatch(self.requestline):
-            raise Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
+            raise Refused(*NO_REQUEST_LINE)
         headers = self.header_fields()
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
         path, _, query = self.requestline.split()[1].partition("?")
         method = "GET" if self.command == "HEAD" else self.command
-        length = self.body_length(headers)
+        if "transfer-encoding" in headers:
+            raise Refused(411, "Send the body with a Content-Length.")
+        length = content_length(headers)
         body = self.rfile.read(length)
         if len(body) < length:
             raise Refused(400, "The body is shorter than its Content-Length.")
@@ -2242,22 +2262,11 @@ class PlainHandler(BaseHTTPRequestHandler):
                        self.client_address[0])
 
     def header_fields(self):
-        if self.headers.defects:                         # the parser stopped at a line
-            raise Refused(400, "The header fields are malformed.")
-        headers = joined([(name.lower(), value) for name, value in self.headers.items()])
-        if any([NOT_IN_A_VALUE.search(value) for value in headers.values()]):
-            raise Refused(400, "The header fields are malformed.")
+        headers = joined(self.headers.items())
+        stopped = self.headers.defects                   # the parser did, at a line
+        if stopped or any([NOT_IN_A_VALUE.search(value) for value in headers.values()]):
+            raise Refused(*NO_FIELDS)
         return headers
-
-    def body_length(self, headers):
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers:
-            raise Refused(411, "Send the body with a Content-Length.")
-        if not re.fullmatch("0|[1-9][0-9]{0,18}", length):
-            raise Refused(400, "Content-Length is one plain decimal number.")
-        if int(length) > BODY_LIMIT:
-            raise Refused(413, f"The body is too large: at most {BODY_LIMIT} bytes.")
-        return int(length)
 
     def begin(self, response):
         self.send_response(response.status)
@@ -3358,19 +3367,13 @@ FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
                   rb"((?:" + TOKEN + rb":" + VALUE + rb"\r\n)*)\r\n")
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
-METHOD_SO_FAR = re.compile(rb"(?:" + TOKEN + rb")?")
-VISIBLE_SO_FAR = re.compile(rb"[!-~]*")
-LINE_PARTS = ((METHOD_SO_FAR, ord(" ")), (VISIBLE_SO_FAR, ord(" ")),
-              (VISIBLE_SO_FAR, ord("\r")))              # each with the byte that ends it
-BARE_LF = re.compile(rb"(?<!\r)\n")
+NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n")     # in no head
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
                   r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
-LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
 
 TOO_LONG = (414, "The address is too long. Send what is long in the body.")
-TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
 
 
 class Reading(NamedTuple):
@@ -3413,43 +3416,26 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
 
 
 def read_head(buffer: bytearray) -> Iterator[None]:
-    """Return the next head. Refuse as early as possible what can't become one."""
+    """Return the next head. Refuse early what can't become one.
+
+    So a client that speaks TLS or SSH to us learns at once that we do not.
+    """
     seen = 0                                             # so many bytes were looked at
-    line = None
+    line = None                                          # the request line, when it is here
     while (end := buffer.find(b"\r\n\r\n", max(0, seen - 3), HEAD_LIMIT)) < 0:
-        line = line or check_line(buffer)
-        next(line)
-        if BARE_LF.search(buffer, seen):
+        sound = NEVER.search(buffer, seen) is None
+        if line is None and buffer.find(b"\n", seen) >= 0:
+            line = REQUEST_LINE.match(buffer)
+            sound = sound and line
+        if not sound:
             raise why_not(bytes(buffer))
+        if line is None and len(buffer) > LINE_LIMIT:
+            raise Refused(*TOO_LONG)
         if len(buffer) >= HEAD_LIMIT:
             raise Refused(431, "The header is too long. Send fewer or shorter fields.")
         seen = len(buffer)
         yield None
     return (yield from take(buffer, end + 4))
-
-
-def check_line(buffer: bytearray) -> Iterator[None]:
-    """A coroutine: raises Refused as soon as the buffer does not begin with a request.
-
-    So a client that speaks TLS or SSH to us learns at once that we do not.
-    """
-    at = 0                                               # what is before it is sound
-    for so_far, end in LINE_PARTS:
-        while (at := so_far.match(buffer, at).end()) == len(buffer):
-            if at > LINE_LIMIT:
-                raise Refused(*TOO_LONG)
-            yield None
-        if at == 0 or buffer[at] != end:
-            raise why_not(bytes(buffer))
-        at += 1
-    while len(buffer) == at:
-        yield None
-    if not REQUEST_LINE.match(buffer):
-        raise why_not(bytes(buffer))
-    if at > LINE_LIMIT + 1:
-        raise Refused(*TOO_LONG)
-    while True:                                          # the fields are not its business
-        yield None
 
 
 def parse_head(head: bytes) -> Reading:
@@ -3460,13 +3446,11 @@ def parse_head(head: bytes) -> Reading:
     method, target, minor, block = found.groups()
     if len(method) + len(target) > LINE_LIMIT:
         raise Refused(*TOO_LONG)
-    pairs = [(name.decode().lower(), value.strip(b" \t").decode("latin-1"))
+    pairs = [(name.decode(), value.strip(b" \t").decode("latin-1"))
              for name, value in FIELD.findall(block)]
     if len(pairs) > FIELD_LIMIT:
         raise Refused(431, f"Send at most {FIELD_LIMIT} header fields.")
-    headers = dict(pairs)
-    if len(headers) != len(pairs):
-        headers = joined(pairs)
+    headers = joined(pairs)
     modern = minor == b"1"
     check_host(headers, modern)
     connection = headers.get("connection", "" if modern else "close").lower()
@@ -3496,30 +3480,21 @@ def why_not(head: bytes) -> Refused:
     """Return what is wrong with the beginning of a head that is malformed."""
     line = REQUEST_LINE.match(head)
     if not line:
-        return Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
+        return Refused(*NO_REQUEST_LINE)
     if line[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
-    return Refused(400, "The header fields are malformed.")
+    return Refused(*NO_FIELDS)
 
 
 def body_length(headers: Dict[str, str]) -> Optional[int]:
-    """Return the length of the body in bytes, or None for chunks (RFC 9112, 6).
-
-    Refuse a body with two lengths, and digits that int() would read in another way than a
-    proxy.
-    """
+    """Return the length of the body in bytes, or None for chunks (RFC 9112, 6)."""
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
     if "transfer-encoding" in headers:
         if "content-length" in headers or headers["transfer-encoding"].lower() != "chunked":
             raise Refused(400, "Send either Content-Length or Transfer-Encoding: chunked.")
         return None
-    length = headers.get("content-length", "0")
-    if not LENGTH.fullmatch(length):
-        raise Refused(400, "Content-Length is one plain decimal number.")
-    if int(length) > BODY_LIMIT:
-        raise Refused(*TOO_LARGE)
-    return int(length)
+    return content_length(headers)
 
 
 def take(buffer: bytearray, length: int) -> Iterator[None]:
