@@ -403,11 +403,19 @@ def refuse_foreign(request):
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
     silent = origin is None and site is None
-    foreign_origin = origin not in (None, ours)
+    foreign_origin = origin is not None and as_sent(origin) != as_sent(ours)
     foreign_site = site not in (None, "same-origin")
     if silent or foreign_origin or foreign_site:
         raise Refused(403, "This request came from another site. Open the page here and "
                            "try again; a script sends its Origin.")
+
+
+def as_sent(origin: str) -> str:
+    """Return an origin as browsers send it: in lower case, without the port that its scheme
+    has anyway (RFC 6454, 4 and 6.2)."""
+    scheme, _, host = origin.lower().partition("://")
+    usual = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{host.removesuffix(usual)}"
 
 
 def stripped(request):
@@ -2179,6 +2187,19 @@ def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
     return headers
 
 
+def goes_on(headers: Dict[str, str], modern: bool) -> bool:
+    """Is the connection to stay open after this request? modern: HTTP/1.1 (RFC 9112, 9.3)"""
+    said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    return "close" not in said and (modern or "keep-alive" in said)
+
+
+def connection_field(keep: bool, modern: bool) -> str:
+    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
+    if not keep:
+        return "close"
+    return "" if modern else "keep-alive"
+
+
 def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     """Is this Host header one of ours: one of the names, or any address?
 
@@ -2237,6 +2258,10 @@ class PlainHandler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
+    @property
+    def modern(self) -> bool:
+        return self.request_version != "HTTP/1.0"
+
     def handle_expect_100(self):
         """Say at once that the body may come."""
         super().handle_expect_100()
@@ -2248,6 +2273,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         if not REQUEST.fullmatch(self.requestline):
             raise Refused(*NO_REQUEST_LINE)
         headers = self.header_fields()
+        self.close_connection = not goes_on(headers, self.modern)
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
         path, _, query = self.requestline.split()[1].partition("?")
@@ -2274,13 +2300,14 @@ class PlainHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if not response.watch and response.status not in (204, 304):
             self.send_header("content-length", str(len(response.body)))
-        if self.close_connection:
-            self.send_header("connection", "close")
+        connection = connection_field(not self.close_connection, self.modern)
+        if connection:
+            self.send_header("connection", connection)
         self.end_headers()
 
     def hold(self, request, response):
         """Hold a stream open for as long as the gate agrees."""
-        if self.request_version == "HTTP/1.0":
+        if not self.modern:
             no = Refused(505, "A stream needs HTTP/1.1.")
             response = refusal(request, no)
             self.begin(response)
@@ -3453,10 +3480,9 @@ def parse_head(head: bytes) -> Reading:
     headers = joined(pairs)
     modern = minor == b"1"
     check_host(headers, modern)
-    connection = headers.get("connection", "" if modern else "close").lower()
-    keep = "close" not in connection
     length = body_length(headers)
-    return Reading(method.decode(), target.decode(), headers, keep, modern, length)
+    return Reading(method.decode(), target.decode(), headers, goes_on(headers, modern),
+                   modern, length)
 
 
 # The heads that a browser sends are mostly the same, time and again.
@@ -3593,9 +3619,9 @@ def accepts_gzip(request: Request) -> bool:
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
-def encode(request: Request, response: Response, keep: bool, head_only: bool,
+def encode(request: Request, response: Response, connection: str, head_only: bool,
            date: str) -> bytes:
-    """Return the bytes of an answer. keep: the connection goes on after it."""
+    """Return the bytes of an answer. connection: what it says of that; see section 14."""
     live = response.watch is not None
     zipped = accepts_gzip(request)
     body = response.body
@@ -3615,8 +3641,8 @@ def encode(request: Request, response: Response, keep: bool, head_only: bool,
         more.append(f"content-length: {len(body)}\r\n")
     if zipped:
         more.append("content-encoding: gzip\r\nvary: accept-encoding\r\n")
-    if not keep:
-        more.append("connection: close\r\n")
+    if connection:
+        more.append(f"connection: {connection}\r\n")
     head = f"{head}{''.join(more)}\r\n".encode("latin-1")
     return head if head_only else head + body
 
@@ -4711,8 +4737,9 @@ class Connection(Held):
         self.edge.count(asked, response)
         self.keep = (reading.keep and not self.edge.stopping and response.status != 421
                      and reading.method != "CONNECT")
+        connection = connection_field(self.keep, reading.modern)
         head_only = reading.method == "HEAD"
-        return encode(asked.request, response, self.keep, head_only, self.edge.date)
+        return encode(asked.request, response, connection, head_only, self.edge.date)
 
     def written(self):
         """The answer has left."""
@@ -4743,7 +4770,7 @@ class Connection(Held):
         request = Request("GET", "/", peer=self.peer)
         response = self.edge.refusal(request, no)
         self.edge.count(Asked(self, None, request), response)
-        self.write(encode(request, response, False, False, self.edge.date))
+        self.write(encode(request, response, "close", False, self.edge.date))
 
     def become_stream(self, asked, response):
         """In the loop, which counts the streams."""
@@ -5079,7 +5106,9 @@ class LoopEdge(ThreadingHTTPServer):
         method = "GET" if reading.method == "HEAD" else reading.method
         scheme = "http"
         if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
-            scheme = "https" if headers["x-forwarded-proto"] == "https" else "http"
+            # Where several proxies say it, the first is the one that the browser spoke to.
+            said = headers["x-forwarded-proto"].partition(",")[0]
+            scheme = "https" if said.strip().lower() == "https" else "http"
             peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
         if not known_host_again(headers.get("host", ""), self.hosts):
             raise Refused(*NOT_OUR_NAME)

@@ -801,6 +801,15 @@ def test_what_writes_must_come_from_the_same_origin(server, headers, status):
     assert answer.status == status and len(titles(carol)) == (4 if status == 303 else 3)
 
 
+@cases("host, origin, status", [("LocalHost", "http://localhost", 303), ("localhost:80", "http://localhost", 303), ("localhost", "HTTP://LOCALHOST:80", 303),
+                                ("localhost:8080", "http://localhost:8080", 303), ("localhost:443", "http://localhost", 403),
+                                ("localhost", "http://localhost:8080", 403), ("localhost:8080", "http://localhost", 403), ("localhost", "https://localhost", 403)])
+def test_an_origin_is_the_same_however_it_is_written(serve, host, origin, status):
+    """RFC 6454, 4 and 5: in lower case, with the scheme's own port if it has none."""
+    answer = Person(serve()).ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", Host=host, Origin=origin)
+    assert answer.status == status
+
+
 def test_revoking_a_membership_ends_the_open_stream_with_a_last_word(server):
     bob, carol = Person(server, "bob"), Person(server, "carol", datastar=True)
     ear = Ear(carol, "/w/acme/todos/live")
@@ -3032,6 +3041,18 @@ def test_the_plain_edge_takes_no_body_in_chunks(serve):
     assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
 
 
+@cases("version, field, said", [("1.0", "keep-alive", "keep-alive"), ("1.0", "Foo, Keep-Alive", "keep-alive"), ("1.0", None, "close"),
+                                ("1.0", "keep-alive, close", "close"), ("1.1", "foo,close", "close"), ("1.1", "TE, CLOSE", "close"),
+                                ("1.1", "closed", None), ("1.1", "not-close", None), ("1.1", "keep-alive", None), ("1.1", None, None)])
+def test_whether_a_connection_goes_on_is_what_was_asked_for_and_is_said(serve, version, field, said):
+    """RFC 9112, 9.3; and whoever speaks HTTP/1.0 waits for the end, unless it is told that there is none."""
+    server = serve()
+    fields = f"Connection: {field}\r\n" if field else ""
+    got, closed = raw(server, f"GET /healthz HTTP/{version}\r\nHost: 127.0.0.1\r\n{fields}\r\n".encode())
+    found = re.search(rb"(?mi)^connection: (.*)\r$", got)
+    assert (found and found[1].decode(), closed) == (said, said == "close")
+
+
 def test_who_waits_for_a_word_before_the_body_gets_it_at_once(serve):
     server = serve()
     bob = Person(server, "bob")
@@ -5062,6 +5083,22 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     probed = bob.ask("POST", "/console/probe", "workspace=acme", Content_Type="application/x-www-form-urlencoded", **secure)
     assert "You are bob" in bob.get("/console", **proxied).text and "lets bob into acme" in probed.text
     assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
+
+
+@cases("proto, secure", [("https, http", True), ("HTTPS", True), ("https,https", True), ("http, https", False), ("", False)])
+def test_behind_several_proxies_the_page_came_as_the_first_of_them_says(start, proto, secure):
+    """Theirs is the connection of the browser, which tells by its Origin what that is."""
+    server = start(trust_proxy=("127.0.0.0/8",))
+    origin = server.origin.replace("http", "https" if secure else "http")
+    answer = Person(server).ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", Origin=origin, X_Forwarded_Proto=proto)
+    assert answer.status == 303 and answer.headers["set-cookie"].endswith("; Secure") == secure
+
+
+def test_a_proxy_that_says_the_scheme_in_two_fields_is_one_that_says_it_twice(start):
+    server = start(trust_proxy=("127.0.0.0/8",))
+    form = head("Origin: https://h", "X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "Content-Length: 11",
+                "Content-Type: application/x-www-form-urlencoded", line="POST /persona HTTP/1.1") + b"account=bob"
+    assert statuses(raw(server, form)[0]) == [303]
 
 
 def test_a_proxy_that_is_not_trusted_is_not_believed(server):
