@@ -2565,13 +2565,44 @@ class OwnedStore(Store):
         digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
         for row, digest in zip(ran, digests + [""] * len(ran)):
             check_history(slice, row, digest)
-        if len(ran) < len(entries):
+        pending = entries[len(ran):]
+        if not pending:
+            return
+        drops = any(["drop" in sql.lower() for sql in pending])
+        last = f"slice {slice!r}, entry {len(entries)}"
+        with self.unenforced(last) if drops else self.tx():
+            for number in range(len(ran), len(entries)):
+                self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
+                tables = self.apply(slice, number + 1, entries[number])
+                row = slice, number + 1, digests[number], " ".join(tables)
+                self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
+        self.learn_owners()
+
+    @contextlib.contextmanager
+    def unenforced(self, last):
+        """A transaction in which a table can be dropped and its references stay.
+
+        To change a table, one makes a new one, copies the rows and drops the old one
+        (sqlite.org/lang_altertable.html#otheralter). With foreign_keys on, SQLite would
+        do with all rows that refer to it as if its rows were deleted. So references are
+        checked at the end instead. Raises MigrationError, with last, the last entry.
+        """
+        self.exec("PRAGMA foreign_keys=OFF")             # in a transaction it does nothing
+        try:
             with self.tx():
-                for number in range(len(ran), len(entries)):
-                    tables = self.apply(slice, number + 1, entries[number])
-                    row = slice, number + 1, digests[number], " ".join(tables)
-                    self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
-            self.learn_owners()
+                before = self.orphans()
+                yield
+                for tables, many in self.orphans().items():
+                    if many > before.get(tables, 0):
+                        raise MigrationError(last + ORPHANS.format(many, *tables))
+        finally:
+            self.exec("PRAGMA foreign_keys=ON")
+
+    def orphans(self):
+        """Return how many rows refer to a row that is not there, by (table, its parent)."""
+        return {tuple(row)[:2]: row["many"] for row in self.query(
+            'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
+            "GROUP BY 1, 2")}
 
     def apply(self, slice, number, sql):
         """Run one entry. Return the tables that it made: they are the slice's own now."""
@@ -2603,6 +2634,27 @@ class OwnedStore(Store):
     def tables(self) -> set:
         names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
         return {row["name"] for row in names}
+
+
+ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are dropped, "
+           "no other statement cascades)")
+
+
+def makes_way(entries, number) -> bool:
+    """True if the entry renames a table, to make another of its name and to drop it.
+
+    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
+    """
+    words = words_of(entries[number])
+    if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
+        return False
+    later = [words_of(sql)[:3] for sql in entries[number + 1:]]
+    return (["create", "table", words[2]] in later[:1]
+            and ["drop", "table", words[5]] in later)
+
+
+def words_of(sql):
+    return sql.lower().translate(str.maketrans('(;"', "   ")).split()
 
 
 def check_history(slice, row, digest):
@@ -6392,6 +6444,12 @@ def check_tables(slices: Sequence[Slice]) -> None:
         with contextlib.closing(ScratchStore(file, create=True)) as store:
             for name, entries in router.schema:
                 store.migrate(name, entries)
+            there = {table.lower() for table in store.tables()}
+            for child, parent in store.query(REFERENCES):
+                if parent not in there:
+                    raise MigrationError(f"table {child!r} refers to table {parent!r}, "
+                                         "which is not there in the end; to change a table, "
+                                         "copy it, drop it, and rename the copy last")
 
 
 CHECKS.append(lambda settings: check_slices(settings.slices))

@@ -1268,6 +1268,63 @@ def test_a_migration_that_does_not_fit_names_slice_entry_and_table(store, slice,
     assert not store.one("SELECT 1 FROM sqlite_master WHERE name IN ('g', 'mine', 'a')"), "half a migration stayed"
 
 
+ALBUMS = "CREATE TABLE albums (id INTEGER PRIMARY KEY, title TEXT, part_of INTEGER REFERENCES albums)"
+STRICT = "(id INTEGER PRIMARY KEY, title TEXT NOT NULL, part_of INTEGER REFERENCES {})"
+AS_SQLITE_SAYS = ("CREATE TABLE copy " + STRICT.format("albums"), "INSERT INTO copy SELECT * FROM albums", "DROP TABLE albums", "ALTER TABLE copy RENAME TO albums")
+REBUILT = {
+    "as SQLite's documentation says": AS_SQLITE_SAYS, "and the copy refers to itself": ("CREATE TABLE copy " + STRICT.format("copy"), *AS_SQLITE_SAYS[1:]),
+    "the old one is renamed first": ('ALTER TABLE "albums" RENAME TO old', f"CREATE TABLE albums{STRICT.format('albums')}", "INSERT INTO albums SELECT * FROM old", "DROP TABLE old;"),
+    "by way of a copy": ("CREATE TABLE copy AS SELECT * FROM albums", "DROP TABLE albums", "CREATE TABLE albums " + STRICT.format("albums"),
+                         "INSERT INTO albums SELECT * FROM copy", "/* no more */ DROP TABLE copy"),
+    "only renamed": ("ALTER TABLE albums RENAME TO discs",)}
+
+
+def photos(action):
+    return f"CREATE TABLE photos (id INTEGER PRIMARY KEY, album INTEGER REFERENCES albums {action})"
+
+
+@cases("action", ["", "ON DELETE CASCADE", "ON DELETE SET NULL", "ON DELETE RESTRICT", "DEFERRABLE INITIALLY DEFERRED"])
+@cases("how", [*REBUILT])
+def test_a_table_is_rebuilt_by_migrations_and_no_row_that_refers_to_it_is_lost(store, how, action):
+    begun = (ALBUMS, photos(action))
+    store.migrate("gallery", begun)
+    store.exec("INSERT INTO albums VALUES (1, 'all', NULL), (2, 'some', 1)"), store.exec("INSERT INTO photos VALUES (1, 1), (2, 2)")
+    store.migrate("gallery", (*begun, *REBUILT[how]))
+    table = "discs" if how == "only renamed" else "albums"
+    assert [tuple(row) for row in store.query("SELECT * FROM photos")] == [(1, 1), (2, 2)] and store.one(f"SELECT count(*) FROM {table}")[0] == 2
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"), store.tx():
+        store.exec("INSERT INTO photos VALUES (3, 3)")
+    with contextlib.suppress(sqlite3.IntegrityError), store.tx():
+        store.exec(f"DELETE FROM {table} WHERE id = 2")
+    left = {"ON DELETE CASCADE": [(1, 1)], "ON DELETE SET NULL": [(1, 1), (2, None)]}.get(action, [(1, 1), (2, 2)])
+    assert [tuple(row) for row in store.query("SELECT * FROM photos")] == left
+
+
+def test_a_table_that_loses_rows_on_its_way_is_not_rebuilt_and_everything_stays(store):
+    begun, some = (ALBUMS, photos("ON DELETE CASCADE")), "INSERT INTO copy SELECT * FROM albums WHERE id > 1"
+    store.migrate("gallery", begun)
+    store.exec("INSERT INTO albums VALUES (1, 'all', NULL)"), store.exec("INSERT INTO photos VALUES (1, 1), (2, 1)")
+    with pytest.raises(orion.MigrationError, match="slice 'gallery', entry 6: then 2 rows of 'photos' would refer to no row of 'albums'"):
+        store.migrate("gallery", (*begun, AS_SQLITE_SAYS[0], some, *AS_SQLITE_SAYS[2:]))
+    assert store.one("SELECT (SELECT count(*) FROM albums), (SELECT count(*) FROM photos), (SELECT foreign_keys FROM pragma_foreign_keys)")[:] == (1, 2, 1)
+
+
+def test_rows_that_referred_to_nothing_before_keep_no_table_from_being_rebuilt(store):
+    begun = (ALBUMS, photos(""))
+    store.migrate("gallery", begun)
+    store.exec("PRAGMA foreign_keys=OFF"), store.exec("INSERT INTO photos VALUES (1, 7)")
+    store.migrate("gallery", (*begun, *AS_SQLITE_SAYS))
+    assert store.one("SELECT album FROM photos")[0] == 7
+
+
+def test_what_a_migration_deletes_where_no_table_is_dropped_cascades(store):
+    begun = (ALBUMS, photos("ON DELETE CASCADE"))
+    store.migrate("gallery", begun)
+    store.exec("INSERT INTO albums VALUES (1, 'all', NULL)"), store.exec("INSERT INTO photos VALUES (1, 1)")
+    store.migrate("gallery", (*begun, "DELETE FROM albums"))
+    assert store.query("SELECT * FROM photos") == []
+
+
 def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
     start().close()
     edited = orion.todos._replace(migrations=[TODO])
@@ -1856,6 +1913,12 @@ def test_what_a_slice_forgot_to_name_is_told_with_where_to_name_it(start, capfd,
 def test_a_table_that_would_be_in_the_way_of_others_is_refused(start, table, why):
     with pytest.raises(orion.MigrationError, match=re.escape(why)):
         start((orion.todos, orion.Slice("b", (table,))))
+
+
+def test_a_table_that_refers_to_none_in_the_end_is_refused_at_the_start(start):
+    way_off = ("ALTER TABLE albums RENAME TO old", "DROP TABLE IF EXISTS other", "CREATE TABLE albums (id INTEGER PRIMARY KEY)", "DROP TABLE old")
+    with pytest.raises(orion.MigrationError, match="table 'photos' refers to table 'old', which is not there in the end"):
+        start((orion.todos, orion.Slice("gallery", (ALBUMS, photos(""), *way_off))))
 
 
 def test_a_table_may_refer_to_another_of_its_slice(start):
@@ -3196,6 +3259,17 @@ def test_a_migration_touches_no_table_but_its_slices_own(serve, capfd, sql):
         server = serve(orion.Slice("mine", ("CREATE TABLE mine (id INTEGER PRIMARY KEY)", sql)))
         assert Person(server, "bob").get("/w/acme/todos").status in (500, 503)
         assert logged(capfd, "slice 'mine', entry 2: ")
+
+
+def test_a_table_that_is_rebuilt_keeps_what_refers_to_it(serve):
+    begun = ("CREATE TABLE looks (n INTEGER PRIMARY KEY)", "CREATE TABLE seen (n REFERENCES looks ON DELETE CASCADE)")
+    rebuild = ("CREATE TABLE copy (n INTEGER PRIMARY KEY, more TEXT)", "INSERT INTO copy (n) SELECT n FROM looks", "DROP TABLE looks", "ALTER TABLE copy RENAME TO looks")
+    slice = looks(("POST", "/n", lambda ctx: (ctx.store.exec("INSERT INTO looks (n) VALUES (1)"), ctx.store.exec("INSERT INTO seen VALUES (1)"), orion.done(ctx))[2]))
+    server = serve(slice._replace(migrations=begun))
+    assert Person(server, "bob", datastar=True).post("/w/acme/n").status == 204
+    server.close()
+    server = serve(slice._replace(migrations=begun + rebuild))
+    assert Person(server, "bob").get("/w/acme/n").status == 200 and (rows(server), rows(server, "seen")) == (1, 1)
 
 
 def test_a_trigger_of_a_slice_reaches_no_further_than_the_slice(serve, capfd):
