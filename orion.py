@@ -7644,6 +7644,15 @@ def add_workspace(store: Store, workspaces: Namespace, name: str,
 
 
 @addition
+class AddsWorkspaces(EdgeDirectory):
+    def place(self, ctx, name, owner):
+        """If no file was made before, the namespace has one, or another machine."""
+        if "x-file" in ctx.request.headers:
+            return super().place(ctx, name, owner)
+        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+
+
+@addition
 class KeepsFiles(GuardedNamespace):
     """The file of a workspace, when it is added or removed.
 
@@ -7969,11 +7978,10 @@ def member_list(settings, given):
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
 
-    def __init__(self, id, namespace, router, pages, keys, workspaces, demo, limit,
-                 inside: Inside):
-        super().__init__(id, namespace, router, pages, keys, workspaces, demo, limit)
+    def __init__(self, *args, inside: Inside, **more):
+        super().__init__(*args, **more)
         self.inside = inside
-        self.schema = [*router.schema, *inside.schema[1:]]   # one journal for both
+        self.schema = [*self.schema, *inside.schema[1:]]     # one journal for both
         inside.outside = self
         inside.turn = self.turn
 
@@ -7982,12 +7990,11 @@ class Single(EdgeDirectory):
         if self.namespace.settings.quota:
             limit_pages(self.store, self.namespace.settings.quota)
 
-    def place(self, ctx, name, owner):
-        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
-
     def close(self):
-        self.inside.leave()
-        super().close()
+        try:
+            super().close()
+        finally:
+            self.inside.leave()
 
 
 class Inside(EdgeWorkspace):
@@ -8003,89 +8010,54 @@ class Inside(EdgeWorkspace):
         self.on_open()
 
     def leave(self):
-        """Forget the store, without closing it."""
+        """Forget the store, which is closed already."""
         self.namespace.changed(self.id)
         self.store = None
         self.bus = None
         self.gone = True
+        self.namespace.forget(self)
 
     def close(self):
         self.outside.close()
 
 
 class OneFile(GuardedNamespace):
-    """The namespace of a single root's Directory. The file may have any name."""
+    """The namespace of a single root's only Directory, or of its only Workspace."""
     ID = hashlib.sha256(b"workspace:single").hexdigest()
-
-    def __init__(self, file: pathlib.Path, build: Callable[..., Single]):
-        super().__init__("single", file.parent, float("inf"), build, most=1)
-        self.file = file
 
     def id_from_name(self, name):
         """There is one object, whatever the name."""
         return self.ID
 
     def path(self, id):
-        return self.file
-
-    def create(self, id):
-        if not self.file.exists():
-            super().create(id)
-
-
-class InOneFile(OneFile):
-    """The namespace of its Workspace."""
-
-    def __init__(self, root: OneFile):
-        super().__init__(root.file, None)
-        self.kind = "workspace"
-        self.root = root
-
-    def awake(self, id):
-        inside = self.root.awake(id).inside
-        with self.lock:
-            self.objects[id] = inside
-        return inside
+        """The file may have any name."""
+        return self.settings.single
 
     def files(self):
-        return iter([(self.ID, self.file)])
+        return iter([(self.ID, self.settings.single)])
 
     def put(self, store, id, name, source):
         """The file is there: it is the one in which the row of this workspace is."""
-
-    def draft(self):
-        raise Refused(*TAKEN)
-
-    def rest(self, idle=None):
-        """It sleeps when the Directory does."""
-
-    def close(self):
-        """It closes when the Directory does."""
 
 
 @root_for(lambda settings: settings.single)
 def single_root(settings):
     settings, fresh, keys = prepared(settings)
-    inside_router = workspace_router(settings)
-    pages = pages_of(settings.slices)
+    router = workspace_router(settings)
 
     def build(id, own):
-        inside = whole(Inside)(id, workspaces, inside_router, pages)
-        return whole(Single)(id, own, directory_router(), pages, keys, workspaces,
-                             bool(settings.demo), most_workspaces(settings), inside)
+        inside = whole(Inside)(id, workspaces, router, pages_of(settings.slices))
+        return outside(id, own, inside=inside)
 
-    control = whole(OneFile)(settings.single, build)
-    workspaces = whole(InOneFile)(control)               # before anything is built
-    for namespace in (control, workspaces):
-        namespace.settings = settings
-    stub = control.get(OneFile.ID)
-    control.create(stub.id)
-    stub.ask("/_version")
-    env = full_env(stub, workspaces, settings)
-    del env.doors["/workspaces"]                         # no file is to be made
-    if fresh and settings.demo:
-        seed(env, {"acme": DEMO_WORKSPACES["acme"]}, todos in settings.slices)
-    return env
+    def build_inside(id, own):
+        return control.awake(id).inside
+
+    control = whole(OneFile)("single", settings.data, float("inf"), build)
+    workspaces = whole(OneFile)("workspace", settings.data, float("inf"), build_inside)
+    workspaces.settings = settings
+    outside = directory_builder(Single, settings, keys, workspaces)
+    demo = {"acme": DEMO_WORKSPACES["acme"]}
+    return begin(control.get(OneFile.ID), workspaces, settings, fresh, demo)
 
 
 # ==== 45. Nodes ===========================================================================
@@ -8327,12 +8299,10 @@ class PlacesWorkspaces(EdgeDirectory):
         self.bus.listeners.append(functools.partial(count_access, self))
 
     def place(self, ctx, name, owner):
-        if not self.namespace.settings.plane:
-            return super().place(ctx, name, owner)
-        if not node_for(ctx.store, name):
+        if self.namespace.settings.plane and not node_for(ctx.store, name):
             raise Refused(503, "There is no node yet that could hold it; node add "
                                "HOST:PORT names one.")
-        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+        super().place(ctx, name, owner)
 
     def say(self, viewer, workspace):
         if not workspace["node"] or not self.namespace.settings.plane:
@@ -8452,7 +8422,6 @@ def directory_plane(settings):
                                          None)
     workspaces.settings = env.settings
     workspaces.directory = env.directory
-    del env.doors["/workspaces"]                         # the file is made on a node
     return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
 
 
@@ -8919,21 +8888,29 @@ def two_planes(settings: Settings) -> FullEnv:
     settings, fresh, keys = prepared(settings)
     router = workspace_router(settings)
     workspaces = workspaces_of(settings, router)
-    build = functools.partial(
-        whole(EdgeDirectory), router=directory_router(), pages=pages_of(settings.slices),
-        keys=keys, workspaces=workspaces, demo=bool(settings.demo),
-        limit=most_workspaces(settings))
+    build = directory_builder(EdgeDirectory, settings, keys, workspaces)
     control = whole(GuardedNamespace)("directory", settings.data, float("inf"), build)
-    control.settings = settings
-    stub = control.get("directory")
-    if fresh:
-        control.create(stub.id)
+    env = begin(control.get("directory"), workspaces, settings, fresh, DEMO_WORKSPACES)
     check_ledger(settings, router)
-    stub.ask("/_version")                                # what is wrong is heard now
-    env = full_env(stub, workspaces, settings)
-    if fresh and settings.demo:
-        seed(env, DEMO_WORKSPACES, todos in settings.slices)
     return env
+
+
+def begin(directory, workspaces, settings, fresh, demo):
+    """Return the env. What is wrong with the Directory is heard now."""
+    directory.namespace.settings = settings
+    if fresh:
+        directory.namespace.create(directory.id)
+    directory.ask("/_version")
+    env = full_env(directory, workspaces, settings)
+    if fresh and settings.demo:
+        seed(env, demo, todos in settings.slices)
+    return env
+
+
+def directory_builder(kind, settings, keys, workspaces):
+    return functools.partial(
+        whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
+        workspaces=workspaces, demo=bool(settings.demo), limit=most_workspaces(settings))
 
 
 def prepared(settings):
@@ -9005,7 +8982,7 @@ class Ledger(GuardedStore):
 def check_ledger(settings, router):
     """Raise MigrationError if a slice's migrations do not continue those that ran before.
 
-    So it is known before any tenant's file is opened.
+    So it is known before any file of a tenant that was there is opened.
     """
     with contextlib.closing(Ledger(settings.directory_file)) as store:
         for name, entries in router.schema:
@@ -9013,8 +8990,11 @@ def check_ledger(settings, router):
 
 
 def full_env(directory, workspaces, settings):
+    doors = {**DOORS}
+    if settings.single or settings.plane:                # no file is to be made here
+        del doors["/workspaces"]
     start = pages_of(settings.slices)[0].path
-    return FullEnv(directory, workspaces, {**DOORS}, settings=settings, start=start)
+    return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 
 
 # ==== 49. Command line ====================================================================
