@@ -8174,23 +8174,29 @@ def is_sealed(request: Request, settings: Settings) -> bool:
     return request.path.startswith("/_") and believed(seal, parts, keys_now(settings))
 
 
-def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST",
-             body: bytes = b"") -> Any:
-    """Have a node do something with a workspace. Return what it says.
+def ask_process(settings: Settings, address: str, request: Request,
+                patience: float = 5.0) -> Any:
+    """Ask another process. Return its answer, taken out of its JSON.
 
     Raises Unreachable, or Refused(503) if it says no.
     """
+    answer = send_sealed(settings, address, request, patience)
+    if answer.status == 200:
+        return json.loads(answer.body)
+    why = answer.body.decode("utf-8", "replace").strip()
+    if answer.status in (403, 404):
+        why = STRANGERS
+    raise Refused(503, f"{address} answered {answer.status}: {why}")
+
+
+def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST",
+             body: bytes = b"") -> Any:
+    """Have a node do something with a workspace: see FOR_DIRECTORY."""
     if not node:
         raise Refused(503, "This workspace is on no node yet. node assign places it.",
                       (("retry-after", "60"),))
     question = Request(method, f"/_node/{id}/{what}", body=body)
-    answer = send_sealed(settings, node, question, PATIENCE.get(what, 5.0))
-    if answer.status == 403:
-        raise Refused(503, f"{node}: {STRANGERS}")
-    if answer.status != 200:
-        words = answer.body.decode("utf-8", "replace").strip()
-        raise Refused(503, f"{node} answered {answer.status}: {words}")
-    return json.loads(answer.body)
+    return ask_process(settings, node, question, PATIENCE.get(what, 5.0))
 
 
 class RemoteStub(GuardedStub):
@@ -8239,8 +8245,8 @@ class RemoteWorkspaces(RemoteNamespace):
         if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the "
                                "proxy in front.")
-        node = self.directory.ask("/_node_of", headers={"x-id": id})
-        said = ask_node(self.settings, node, id, request.path[1:], request.method)
+        place = self.directory.ask("/_place_of", f"id={id}")
+        said = ask_node(self.settings, place["node"], id, request.path[1:], request.method)
         return as_json(said)
 
 
@@ -8293,11 +8299,6 @@ DIRECTORY_SLICES.append(Slice("nodes", routes=(
 
 @addition
 class PlacesWorkspaces(EdgeDirectory):
-    def on_open(self):
-        super().on_open()
-        self.access = 0                                  # moves when somebody's access does
-        self.bus.listeners.append(functools.partial(count_access, self))
-
     def place(self, ctx, name, owner):
         if self.namespace.settings.plane and not node_for(ctx.store, name):
             raise Refused(503, "There is no node yet that could hold it; node add "
@@ -8313,11 +8314,10 @@ class PlacesWorkspaces(EdgeDirectory):
     def own_version(self, request):
         """Nodes hear by it of each change of access, too."""
         version = super().own_version(request)
-        return [*version, self.access] if self.namespace.settings.plane else version
-
-    def own_node_of(self, request):
-        id = request.headers["x-id"]
-        return self.store.one("SELECT node FROM workspaces WHERE id = ?", id)["node"]
+        if self.namespace.settings.plane:
+            version.append(sum([number for topic, number in self.bus.versions.items()
+                                if topic.startswith("access:")]))
+        return version
 
     def own_place_of(self, request):
         """Return what is known of a workspace, by its id or name; None: there is none."""
@@ -8341,11 +8341,6 @@ class PlacesWorkspaces(EdgeDirectory):
             self.bus.publish(f"access:{account}")
         self.journal(Viewer(account="(node)"), "workspace export", row["name"])
         return row["name"]
-
-
-def count_access(directory, topic):
-    if topic.startswith("access:"):
-        directory.access += 1
 
 
 @addition
@@ -8470,54 +8465,45 @@ def here(verdict, env):
     return verdict
 
 
-def has_file(request, env, id):
-    return env.workspaces.path(id).exists()
-
-
-def open_file(request, env, id):
+def open_file(workspaces, id, body):
     """Return whether it is here. Its object hears of the jobs that came with it."""
-    if not has_file(request, env, id):
+    if not workspaces.path(id).exists():
         return False
-    env.workspaces.rest()                                # who has the file before it open
-    facts_of(env.workspaces.get(id))
+    workspaces.rest()                                    # who has the file before it open
+    facts_of(workspaces.get(id))
     return True
 
 
-def create_file(request, env, id):
-    return env.workspaces.create(id)
+def remove_here(workspaces, id, body):
+    """body: see PlacesFiles.remove.
 
-
-def remove_here(request, env, id):
-    about, now = removal(request.body)
-    copy = remove_file(env.settings, env.workspaces.path(id), about, now)
-    return str(copy) if copy else None
-
-
-def removal(body):
-    """Return what the copy will say of itself, and whether there is to be none.
-
-    Its name becomes a part of a path, so no other than a workspace's will do.
+    The name becomes a part of a path, so no other than a workspace's will do.
     """
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+    try:
         about = json.loads(body)
         now = about.pop("now")
-        if WORKSPACE_NAME.fullmatch(about["name"]):
-            return about, now
-    raise Refused(400, "There is no such thing to remove.")
+        named = WORKSPACE_NAME.fullmatch(about["name"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        named = None
+    if not named:
+        raise Refused(400, "There is no such thing to remove.")
+    copy = remove_file(workspaces.settings, workspaces.path(id), about, now)
+    return copy and str(copy)
 
 
-def counts_here(request, env, id):
-    return facts_of(env.workspaces.get(id))
-
-
-def retry_here(request, env, id):
+def retry_here(workspaces, id, body):
     again = Request("POST", "/_retry")
-    return json.loads(env.workspaces.get(id).fetch_within(LOOK_SECONDS, again).body)
+    return json.loads(workspaces.get(id).fetch_within(LOOK_SECONDS, again).body)
 
 
-FOR_DIRECTORY = {("GET", "has"): has_file, ("POST", "open"): open_file,
-                 ("POST", "create"): create_file, ("POST", "remove"): remove_here,
-                 ("GET", "_counts"): counts_here, ("POST", "_retry"): retry_here}
+# What a directory asks of a node. Each can be asked twice, for an answer may be lost.
+FOR_DIRECTORY: Dict[Tuple[str, str], Callable[[Namespace, str, bytes], Any]] = {
+    ("GET", "has"): lambda workspaces, id, body: workspaces.path(id).exists(),
+    ("POST", "open"): open_file,
+    ("POST", "create"): lambda workspaces, id, body: workspaces.create(id),
+    ("POST", "remove"): remove_here,
+    ("GET", "_counts"): lambda workspaces, id, body: facts_of(workspaces.get(id)),
+    ("POST", "_retry"): retry_here}
 
 
 def is_id(text):
@@ -8525,13 +8511,12 @@ def is_id(text):
 
 
 def answer_directory(request, env):
-    """Do what the directory asks. Each can be asked twice, for an answer may be lost."""
     id, _, what = request.path[len("/_node/"):].partition("/")
     do = FOR_DIRECTORY.get((request.method, what))
     if do is None or not is_id(id):
         raise Refused(*NOTHING_HERE)
     try:
-        return as_json(do(request, env, id))
+        return as_json(do(env.workspaces, id, request.body))
     except (sqlite3.Error, OSError, Torn) as error:
         raise StorageFault(env.workspaces.path(id), error) from error
 
@@ -8609,7 +8594,10 @@ def node_assign(settings, given):
     """
     with opened(settings) as (store, _):
         node = known_node(store, given.address)
-        rows = assignable(store, given.placed)
+        if ":" in given.placed:
+            rows = workspaces_on(store, known_node(store, given.placed))
+        else:
+            rows = [row_of(store, "workspaces", given.placed)]
     missing = [not_assigned(settings, row, node) for row in rows]
     with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
         missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
@@ -8618,17 +8606,17 @@ def node_assign(settings, given):
     return 1 if any(missing) else 0
 
 
-def assignable(store, placed):
-    """Return the rows of one workspace, or of all on a node."""
-    if ":" in placed:
-        return workspaces_on(store, known_node(store, placed))
-    return [row_of(store, "workspaces", placed)]
-
-
 def not_assigned(settings, row, node):
-    """Return why a workspace can't be on this node, or ""."""
+    """Return why a workspace can't be on this node, or "".
+
+    Raises Unusable if its file is still where it was: there would be two.
+    """
+    name = row["name"]
+    if not row["node"] and (settings.workspaces / f"{row['id']}.db").exists():
+        raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it away "
+                       "first")
     if row["node"] != node:
-        check_given_up(settings, row)
+        check_left(settings, row)
     if not ask_node(settings, node, row["id"], "open"):
         return f"{node} has no file of it; do workspace import there first"
     return ""
@@ -8642,45 +8630,27 @@ def assign(store, row, node):
     return "" if changed else "something else was done with it meanwhile; try again"
 
 
-def check_given_up(settings, row):
-    """Raise Unusable if the file is still where it was: there would be two."""
-    name = row["name"]
-    if not row["node"] and (settings.workspaces / f"{row['id']}.db").exists():
-        raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it away "
-                       "first")
-    check_left(settings, row)
-
-
 def check_left(settings, row):
-    """Raise Unusable if its node still has it. That of one which is lost is no more."""
-    with contextlib.suppress(Unreachable):
-        if row["node"] and node_has(settings, row):
-            raise Unusable(f"{row['node']} still has {row['name']}; workspace export "
-                           f"{row['name']} FILE --move there takes it away first")
-
-
-def node_has(settings, row):
-    """Raises Unreachable, or Unusable if a node that is there can't say so."""
+    """Raise Unusable if its node may still have it. On a lost node, it is no more."""
+    node = row["node"]
+    name = row["name"]
     try:
-        return ask_node(settings, row["node"], row["id"], "has", "GET")
+        has = node and ask_node(settings, node, row["id"], "has", "GET")
     except Unreachable:
-        raise
+        return
     except Refused as no:
-        raise Unusable(f"{no.message} It may still have {row['name']}; if it is lost, stop "
-                       "it first") from no
+        raise Unusable(f"{no.message} It may still have {name}; if it is lost, stop it "
+                       "first") from no
+    if has:
+        raise Unusable(f"{node} still has {name}; workspace export {name} FILE --move "
+                       "there takes it away first")
 
 
 def ask_directory_of(settings, path, method="GET", **what):
     """Ask about a workspace. Return what the directory says; None: there is none."""
     check_node(settings)
-    query = urllib.parse.urlencode(what)
-    answer = send_sealed(settings, settings.directory, Request(method, path, query))
-    if answer.status in (403, 404):
-        raise Unusable(f"{settings.directory} answered {answer.status}. {STRANGERS}")
-    if answer.status != 200:
-        words = answer.body.decode("utf-8", "replace").strip()
-        raise Unusable(f"{settings.directory} answered {answer.status}: {words}")
-    return json.loads(answer.body)
+    question = Request(method, path, urllib.parse.urlencode(what))
+    return ask_process(settings, settings.directory, question)
 
 
 def place_of(settings, **what):

@@ -6197,7 +6197,7 @@ def test_a_node_does_what_the_directory_asks_for_nobody_else(fleet, method, what
     assert file.exists()
 
 
-@cases("path", ["/_leave", "/_place_of", "/_node_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
+@cases("path", ["/_leave", "/_place_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
 @cases("method", ["GET", "POST"])
 @cases("where", ["directory", "node", "members page", "workspace"])
 def test_nobody_outside_is_told_what_processes_ask_each_other(fleet, path, method, where):
@@ -6634,7 +6634,7 @@ def test_a_node_that_only_can_not_say_whether_it_has_a_file_is_not_lost(doomed, 
 @cases("words", ["assign", "remove"])
 def test_people_sign_in_while_an_operator_waits_for_a_node(doomed, tmp_path, monkeypatch, words):
     first, second = doomed.nodes
-    name, has, signed_in = doomed.found(on=first), orion.has_file, []
+    name, has, signed_in = doomed.found(on=first), orion.FOR_DIRECTORY["GET", "has"], []
 
     def slow(*given):
         eve = Person(doomed.directory).post("/login", form={"username": "eve", "password": "long enough"})
