@@ -5396,14 +5396,6 @@ def verb(words: str, help: str, *arguments: str):
     return mark
 
 
-def node_verb(words: str):
-    """Mark a function as what a command does on a node."""
-    def mark(run):
-        NODE_VERBS[words] = run
-        return run
-    return mark
-
-
 def root_for(wanted: Callable[[Settings], bool]):
     """Mark a function as the composition root for settings for which wanted is true."""
     def mark(root):
@@ -7312,17 +7304,17 @@ class HasFigures(LoopEdge):
 #   or the one before.
 # Who uses it: snapshots and exports.
 
-def beside(path: pathlib.Path, tail: str) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{tail}")
-
-
 def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
     with open(part, "rb") as file:
         os.fsync(file.fileno())
-    for tail in ("-wal", "-shm"):                        # SQLite would add them to this one
-        target.with_name(f"{target.name}{tail}").unlink(missing_ok=True)
+    remove_log(target)                                   # SQLite would add it to this one
     os.replace(part, target)
     sync_folder(target.parent)
+
+
+def remove_log(path):
+    for tail in ("-wal", "-shm"):
+        path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
 
 
 def stamp() -> str:
@@ -7335,7 +7327,7 @@ def stamp() -> str:
 @contextlib.contextmanager
 def in_the_making(target: pathlib.Path):
     """Give a path beside target where a file, or a folder, is made. Remove what is left."""
-    part = beside(target, "making")
+    part = target.with_name(f"{target.name}.making")
     remove_any(part)
     try:
         yield part
@@ -7347,8 +7339,7 @@ def remove_any(path):
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     for file in (path, path.with_name(f"{path.name}-journal")):
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()
+        file.unlink(missing_ok=True)
 
 
 class Original(GuardedStore):
@@ -7405,8 +7396,7 @@ def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None,
         store.begin()
         rows = copy_database(path, copy, about) if copy else 0
         path.unlink()
-    for tail in ("-wal", "-shm"):
-        path.with_name(path.name + tail).unlink(missing_ok=True)
+    remove_log(path)
     return rows
 
 
@@ -7427,13 +7417,16 @@ def with_progress(all: Sequence[Any], what: str):
 #   names is there.
 # It needs: 40 Copies.
 
+def files_here(settings: Settings) -> List[pathlib.Path]:
+    """Return the files of workspaces, whether the Directory names them or not."""
+    return [] if settings.single else [*settings.workspaces.glob("*.db")]
+
+
 def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
     """Return the ids of the workspaces here: those that the Directory names or, on a node,
     all."""
-    if settings.single:
-        return []
-    if not directory.exists():
-        return [path.stem for path in settings.workspaces.glob("*.db")]
+    if settings.single or not directory.exists():
+        return [path.stem for path in files_here(settings)]
     with contextlib.closing(GuardedStore(directory)) as store:
         return [row["id"] for row in store.query(NAMED_HERE)]
 
@@ -7451,17 +7444,17 @@ def copied(settings, name, part, before, last):
     source = settings.data / name
     seen = repr([(file.st_mtime_ns, file.st_size)
                  for file in map(os.stat, with_wal(source))])
-    if last and last["seen"] == seen:
-        os.link(before / name, part / name)
-        return last, ""
-    try:
-        return {"rows": copy_database(source, part / name), "seen": seen}, ""
-    except sqlite3.DatabaseError as error:
-        if "disk is full" in str(error):
-            raise
-        fault = str(StorageFault(source, error))
+    fault = ""
+    if not last or last["seen"] != seen:
+        try:
+            return {"rows": copy_database(source, part / name), "seen": seen}, ""
+        except sqlite3.DatabaseError as error:
+            if "disk is full" in str(error):
+                raise
+            fault = str(StorageFault(source, error))
     if last:
         os.link(before / name, part / name)
+    if last and fault:
         fault += "; here it is as it was in the snapshot before"
     return last, fault
 
@@ -7530,8 +7523,7 @@ class MakesSnapshots(LoopEdge):
       "folder")
 def backup(settings, given):
     """Return 1 if some files can't be copied. All others are in it."""
-    if given.folder.exists():
-        raise Unusable(f"{given.folder} exists; name a new folder")
+    check_new(given.folder)
     begun(settings)
     held, faults = snapshot(settings, given.folder)
     for fault in faults:
@@ -7547,11 +7539,9 @@ def contents(folder, held):
 
 @verb("restore", "bring such a copy up in an empty data folder", "folder")
 def restore(settings, given):
-    there = [settings.directory_file] if settings.directory_file.exists() else []
-    if not settings.single:
-        there += settings.workspaces.glob("*.db")
-    if there:
-        raise Unusable(f"{there[-1]} is there already; name an empty folder with --data")
+    for file in (*files_here(settings), settings.directory_file):
+        if file.exists():
+            raise Unusable(f"{file} is there already; name an empty folder with --data")
     manifest = given.folder / "manifest.json"
     if not manifest.exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
@@ -7579,17 +7569,14 @@ def restore_one(settings, folder, id, about):
 @verb("check", "look at every file and say what is wrong")
 def check(settings, given):
     """It changes nothing. Return 1 if something is wrong; each line says what and where."""
-    files = {} if settings.single else {path.stem: path
-                                        for path in settings.workspaces.glob("*.db")}
     faults = []
-    ids = [*files]
     if settings.plane != "data":
-        faults += wrong_with_file(settings, settings.directory_file, "directory")
-        ids = [] if faults else ids_in(settings, settings.directory_file)
+        faults = wrong_with_file(settings, settings.directory_file, "directory")
+    ids = [] if faults else ids_in(settings, settings.directory_file)
     for id in with_progress(ids, "checked"):
         faults += wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
     faults += [f"{path}: no workspace of the Directory has this file; import it, or move "
-               "it away" for id, path in files.items() if id not in ids]
+               "it away" for path in files_here(settings) if path.stem not in ids]
     try:
         load_keys(settings.key_file)
     except Unusable as error:
@@ -7621,7 +7608,9 @@ def wrong_with_file(settings, path, id):
 #   made it may wish us ill.
 # It needs: 30 Accounts, 40 Copies. On a node, 45 Nodes does the same in another way.
 
-BUSY_FOLDER = "a move is under way; try again when it is over"
+def one_move(settings):
+    """Raise Unusable if another process moves a workspace here."""
+    return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
 def add_workspace(store: Store, workspaces: Namespace, name: str,
@@ -7706,7 +7695,7 @@ def workspace_add(settings, given):
             row_of(store, "accounts", given.owner)
             owners = [(given.owner, "owner")]
         add_workspace(store, env.workspaces, given.name, owners)
-    settle(settings, env, given.name)
+    settle(env, given.name)
 
 
 @verb("workspace list", "list name, id, bytes and quota of each")
@@ -7740,7 +7729,7 @@ def workspace_remove(settings, given):
     """
     if settings.single:
         raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
-    with locked(settings.workspaces, BUSY_FOLDER):
+    with one_move(settings):
         with opened(settings) as (store, env):
             row = row_of(store, "workspaces", given.name)
         env.workspaces.check_removable(row, given.now)   # may take a while
@@ -7753,8 +7742,8 @@ def workspace_remove(settings, given):
         env.workspaces.remove(row, about, given.now)
 
 
-def settle(settings, env, name):
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+def settle(env, name):
+    with contextlib.closing(GuardedStore(env.settings.directory_file)) as store:
         env.workspaces.settle(store, name)
 
 
@@ -7778,11 +7767,8 @@ def remove_file(settings: Settings, path: pathlib.Path, about: Dict[str, Any],
                           "nobody is let in any more", "name", "file", "--move")
 def workspace_export(settings, given):
     """With --move, the gate says 503 until the name is removed here."""
-    if given.file.exists():
-        raise Unusable(f"{given.file} exists; name a new file")
-    if not given.move:
-        return export(settings, given)
-    with locked(settings.workspaces, BUSY_FOLDER):
+    check_new(given.file)
+    with one_move(settings) if given.move else contextlib.nullcontext():
         export(settings, given)
 
 
@@ -7792,27 +7778,20 @@ def export(settings, given):
         members = members_of(store, row["id"])
         if given.move:
             set_moving(store, row["id"], 1)
+    write_out = take_away if given.move else copy_database
     about = {"name": given.name, "members": members}
-    path = env.workspaces.path(row["id"])
     try:
-        rows = (take_away if given.move else copy_database)(path, given.file, about)
+        rows = write_out(env.workspaces.path(row["id"]), given.file, about)
     except BaseException:
-        if given.move and not row["moving"]:             # all is as it was
+        if given.move:                                   # all is as it was
             with opened(settings, "workspace export failed", given.name) as (store, _):
-                set_moving(store, row["id"], 0)
+                set_moving(store, row["id"], row["moving"])
         raise
     print(f"{given.file}: {rows} rows, {len(members)} members")
 
 
 def set_moving(store, id, moving):
     store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", moving, id)
-
-
-class About(NamedTuple):
-    """What a file says of itself."""
-    name: str
-    members: Dict[str, str]                              # account: role
-    accounts: List[Tuple[str, str, str]]                 # name, label, password
 
 
 @verb("workspace import", "take in such a file, with its members", "file", "--name")
@@ -7822,14 +7801,13 @@ def workspace_import(settings, given):
     Accounts of an export come without a password.
     """
     check_no_node(settings)
-    about = about_file(given.file, given.name)
+    name, members, accounts = about_file(given.file, given.name)
     with adopted(settings, given.file) as copy:
-        with opened(settings, "workspace import", about.name) as (store, env):
-            add_accounts(store, about.accounts)
-            add_workspace(store, env.workspaces, about.name, [*about.members.items()],
-                          copy)
-    settle(settings, env, about.name)
-    print(f"{about.name}: {len(about.members)} members")
+        with opened(settings, "workspace import", name) as (store, env):
+            add_accounts(store, accounts)
+            add_workspace(store, env.workspaces, name, [*members.items()], copy)
+    settle(env, name)
+    print(f"{name}: {len(members)} members")
 
 
 def check_no_node(settings):
@@ -7841,13 +7819,17 @@ def check_no_node(settings):
                        "say orion.py --plane data --directory HOST:PORT workspace import")
 
 
-def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
-    """Raise Unusable if it is no export, no single root and no file of workspaces."""
+def about_file(file: pathlib.Path, name: Optional[str] = None
+               ) -> Tuple[str, Dict[str, str], List[Tuple[str, str, str]]]:
+    """Return its name, its members with their roles, and accounts: name, label, password.
+
+    Raises Unusable if it is no export, no single root and no file of workspaces.
+    """
     try:
         with contextlib.closing(Original(file)) as store:
-            about = about_store(store, name)
-        unknown = sorted({*about.members.values()} - {*ROLES})
-        nobody = [one for one in about.members if not ACCOUNT_NAME.fullmatch(one)]
+            own_name, members, accounts = about_store(store)
+        unknown = sorted({*members.values()} - {*ROLES})
+        nobody = [one for one in members if not ACCOUNT_NAME.fullmatch(one)]
     except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
         raise Unusable(f"{file}: {error}; name a file that workspace export made, or a "
                        "single root") from error
@@ -7857,33 +7839,28 @@ def about_file(file: pathlib.Path, name: Optional[str] = None) -> About:
     if nobody:
         raise Unusable(f"{file}: there can be no account named {nobody[0]!r:.50} here; a "
                        "name is of a to z, 0 to 9 and hyphens")
-    return about
+    if not name and not own_name:
+        raise Unusable(f"{file} does not know its name; give it one with --name")
+    return name or str(own_name), members, accounts
 
 
-def about_store(store, name):
+def about_store(store):
     tables = store.tables()
     if "_export" in tables:
         about = json.loads(store.one("SELECT about FROM _export")["about"])
         members = dict(about["members"])
-        accounts = [(account, account, "") for account in members]
-        return About(str(name or about["name"]), members, accounts)
+        return about["name"], members, [(account, account, "") for account in members]
     if "_migrations" not in tables or \
             store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
         raise Unusable(f"{store.path} is no workspace; name an export, a single root or a "
                        "file of workspaces")
-    if "memberships" in tables:
-        return about_single(store, name)
-    if not name:
-        raise Unusable(f"{store.path} does not know its name; give it one with --name")
-    return About(name, {}, [])
-
-
-def about_single(store, name):
+    if "memberships" not in tables:
+        return "", {}, []
     members = store.query("SELECT account, role FROM memberships ORDER BY account")
     accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN "
                            "(SELECT account FROM memberships)")
-    old_name = store.one("SELECT name FROM workspaces")["name"]
-    return About(name or old_name, dict(map(tuple, members)), [*map(tuple, accounts)])
+    name = store.one("SELECT name FROM workspaces")["name"]
+    return name, dict(map(tuple, members)), [*map(tuple, accounts)]
 
 
 def add_accounts(store, accounts):
@@ -7932,11 +7909,12 @@ def workspace_restore(settings, given):
             opened(settings, "workspace restore", name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
     print(f"{name}: as {given.name} was in {given.at}")
-    settle(settings, env, name)
+    settle(env, name)
 
 
 # ==== 43. Members of a workspace ==========================================================
 # The idea: what the members page does, on the command line and by the same rules.
+# It needs: 42 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
@@ -7964,8 +7942,7 @@ def member_set(settings, given):
 def member_list(settings, given):
     with opened(settings) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
-        table(store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER "
-                          "BY account", id))
+        table(members_of(store, id))
 
 
 # ==== 44. Single ==========================================================================
@@ -8404,8 +8381,7 @@ def directory_front(request, env):
     response = worker(request, env)
     if (request.method, request.path) == ("POST", "/workspaces") and \
             type(response) is Response and response.which:
-        with contextlib.closing(GuardedStore(env.settings.directory_file)) as store:
-            env.workspaces.settle(store, response.which)
+        settle(env, response.which)
     return response
 
 
@@ -8662,11 +8638,9 @@ def place_of(settings, **what):
     return place
 
 
-@node_verb("workspace export")
 def export_from_node(settings, given):
     """With --move, the gate says 503 until node assign."""
-    if given.file.exists():
-        raise Unusable(f"{given.file} exists; name a new file")
+    check_new(given.file)
     id = place_of(settings, name=given.name)["id"]
     path = settings.workspaces / f"{id}.db"
     if not path.exists():
@@ -8679,7 +8653,7 @@ def export_from_node(settings, given):
 
 
 def leave_node(settings, given, id, path):
-    with locked(settings.workspaces, BUSY_FOLDER):
+    with one_move(settings):
         try:
             name = ask_directory_of(settings, "/_leave", "POST", id=id)
             if not name:
@@ -8693,17 +8667,13 @@ def leave_node(settings, given, id, path):
           f"assign {name} HOST:PORT on the directory's machine")
 
 
-@node_verb("workspace import")
 def import_on_node(settings, given):
-    """A file that is named by an id is from the workspaces of a node, or of its backup.
-
-    While another node has the workspace, it stays there alone: its jobs would run twice.
-    """
+    """While another node has the workspace, it stays there alone: its jobs would run
+    twice."""
     place = place_of(settings, **meant(given))
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
-    settings.workspaces.mkdir(parents=True, exist_ok=True)
-    with locked(settings.workspaces, BUSY_FOLDER):
+    with one_move(settings):
         if path.exists():
             raise Unusable(f"this node has {name} already, in {path}; --name takes the "
                            "file for another")
@@ -8718,21 +8688,25 @@ def import_on_node(settings, given):
 
 
 def meant(given):
-    """Return by what the directory knows the workspace that a file is to be."""
+    """Return by what the directory knows the workspace that a file is to be.
+
+    A file that is named by an id is from the workspaces of a node, or of its backup. Raises
+    Unusable if it is not the one that its name says.
+    """
     id = given.file.stem
     if given.name or not is_id(id):
-        return {"name": about_file(given.file, given.name).name}
-    check_whose(given.file, id)
+        return {"name": about_file(given.file, given.name)[0]}
+    about_file(given.file, id)
+    with opened_to_read(given.file) as db:
+        mark = db.execute("PRAGMA application_id").fetchone()[0]
+    if mark not in (0, mark_of(id)):
+        raise Unusable(f"{given.file} is another workspace's; --name says whose it shall "
+                       "be")
     return {"id": id}
 
 
-def check_whose(file, id):
-    """Raise Unusable if a file is not the workspace that its name says."""
-    about_file(file, id)
-    with opened_to_read(file) as db:
-        mark = db.execute("PRAGMA application_id").fetchone()[0]
-    if mark not in (0, mark_of(id)):
-        raise Unusable(f"{file} is another workspace's; --name says whose it shall be")
+NODE_VERBS.update({"workspace export": export_from_node,
+                   "workspace import": import_on_node})
 
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
@@ -9226,6 +9200,11 @@ def begun(settings):
     load_keys(settings.key_file)
 
 
+def check_new(path):
+    if path.exists():
+        raise Unusable(f"{path} exists; name a new one")
+
+
 def row_of(store, table, name):
     row = store.one(f"SELECT * FROM {table} WHERE name = ?", name)
     if row is None:
@@ -9241,8 +9220,7 @@ def table(rows):
 
 @verb("new", "write a file with a slice of your own to begin with", "file")
 def new(settings, given):
-    if given.file.exists():
-        raise Unusable(f"{given.file} exists; name a new file")
+    check_new(given.file)
     given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
     print(f"{given.file}: a guestbook; python3 {given.file} serves it")
 

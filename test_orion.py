@@ -6475,7 +6475,7 @@ def test_an_export_of_a_node_is_a_copy_and_the_workspace_goes_on(fleet, tmp_path
     write_on(fleet, name, "later")
     with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as db:
         assert db.execute("SELECT title FROM todos").fetchall() == [("precious",)]
-    assert "exists; name a new file" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first, status=2)
+    assert "exists; name a new one" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first, status=2)
 
 
 def test_what_is_not_on_a_node_is_not_exported_there(fleet, tmp_path):
