@@ -5342,6 +5342,7 @@ class EdgeDirectory(Broadcast, Directory):
 
 import bisect
 import ctypes
+import datetime
 import getpass
 import http.client
 import shutil
@@ -6353,9 +6354,10 @@ class HasJobs(Broadcast):
     def own_counts(self, request):
         given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL "
                                     "ORDER BY id LIMIT 5")
-        waiting, failed = self.store.one("SELECT count(due), count(*) - count(due) "
-                                         "FROM jobs")
-        return {**super().own_counts(request), "waiting": waiting, "given up": failed,
+        jobs = self.store.query(
+            "SELECT count(*) || CASE WHEN due IS NULL THEN ' given up' ELSE ' waiting' END "
+            "FROM jobs GROUP BY due IS NULL")
+        return {**super().own_counts(request), "jobs": ", ".join([row[0] for row in jobs]),
                 "failed": [dict(row) for row in given_up]}
 
 
@@ -6514,11 +6516,11 @@ def execute_script(script: str, *, auto_remove: bool = True,
 class Call(NamedTuple):
     """A store call. object: the id of the object whose store it was."""
     number: int
-    at: float                                            # by the clock
+    time: str                                            # of the day
     object: str
     sql: str
     args: str
-    rows: int                                            # found or changed; -1: none
+    rows: Any                                            # found or changed; "": neither
     micros: int
 
 
@@ -6535,20 +6537,17 @@ class Leg(NamedTuple):
 class Trip:
     """A request from outside: its legs, its store calls, and how it ended."""
 
-    def __init__(self, method: str, path: str):
-        self.method = method
-        self.path = path
+    def __init__(self, request: Request):
+        self.request = request
         self.number = 0
         self.status = 0
-        self.size = 0                                    # bytes of the answer's body
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
 
 
 class OfThread(threading.local):
-    """What one thread does. last: its trip before. silent: it is not to be noted."""
+    """What one thread does. silent: it is not to be noted."""
     trip: Optional[Trip] = None
-    last: Optional[Trip] = None
     silent = False
 
 
@@ -6589,78 +6588,54 @@ class Trace:
              seconds: float) -> None:
         shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
         with self.lock:
-            full = len(self.calls) == self.KEPT_CALLS
-            if full and self.calls[0].number > self.shown:
-                self.dropped += 1
             self.noted += 1
-            call = Call(self.noted, time.time(), object, " ".join(sql.split()), shown, rows,
+            call = Call(self.noted, clock(time.time(), "milliseconds"), object,
+                        " ".join(sql.split()), shown, rows if rows >= 0 else "",
                         micros(seconds))
             self.calls.append(call)
         if self.thread.trip:
             self.thread.trip.calls.append(call)
         self.news()
 
-    def follow(self, request: Request, route: Callable[[Request], Response]) -> Response:
-        """Return route(request), noted as a trip."""
-        own = request.path.startswith("/console")
-        if own or not self.watched or self.thread.silent:
-            return route(request)
-        trip = Trip(request.method, request.path)
-        self.thread.trip = trip
-        self.thread.last = trip
-        try:
-            response = route(request)
-            trip.status = response.status
-            trip.size = size_of(response)
-            return response
-        except Refused as no:
-            trip.status = no.status
-            trip.size = len(no.message)
-            raise
-        finally:
-            self.thread.trip = None
-            self.keep(trip)
-
-    def keep(self, trip):
-        """Not one that reached no object: there is nothing to draw."""
-        if not trip.status or not trip.legs:
-            return
+    def show(self) -> List[Call]:
+        """Return the calls that are kept. Count those that went before they were shown."""
         with self.lock:
-            self.followed += 1
-            trip.number = self.followed
-            self.trips.append(trip)
-        self.news()
+            self.dropped += max(0, self.noted - self.shown - self.KEPT_CALLS)
+            self.shown = self.noted
+            return [*self.calls]
 
-    def probe(self, request: Request, route: Callable[[Request], Response]) -> Trip:
-        """Return the trip of one request, whoever watches; also of one that is refused."""
-        self.watch(1)
-        try:
-            with self.silence(False), contextlib.suppress(Refused):
-                self.follow(request, route)
-            return self.thread.last
-        finally:
-            self.watch(-1)
+    def follow(self, trip: Trip, route: Callable[..., Response], *args: Any) -> Any:
+        """Return outcome(route, *args), noted as the trip.
+
+        One that reached no object is not kept: there is nothing to draw.
+        """
+        self.thread.trip = trip
+        answer = outcome(route, *args)
+        self.thread.trip = None
+        trip.status = getattr(answer, "status", 500)
+        if trip.legs:
+            with self.lock:
+                self.followed += 1
+                trip.number = self.followed
+                self.trips.append(trip)
+            self.news()
+        return answer
 
     def leg(self, kind: str, id: str, fetch: Callable[[], Response]) -> Response:
         """Return fetch(), noted as a leg of this thread's trip."""
         trip = self.thread.trip
-        if trip is None:
+        if trip is None or self.thread.silent:
             return fetch()
         started = time.perf_counter()
         before = len(trip.calls)
-        status, said = 0, ()
-        try:
-            response = fetch()
-            status, said = response.status, response.headers
-            return response
-        except Refused as no:
-            status = no.status
-            raise
-        finally:
-            if status:
-                took = micros(time.perf_counter() - started)
-                calls = len(trip.calls) - before
-                trip.legs.append(Leg(kind, id, status, took, calls, dict(said)))
+        answer = outcome(fetch)
+        took = micros(time.perf_counter() - started)
+        status = getattr(answer, "status", 500)
+        said = dict(getattr(answer, "headers", ()))
+        trip.legs.append(Leg(kind, id, status, took, len(trip.calls) - before, said))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
 
 def argument(value):
@@ -6671,6 +6646,11 @@ def argument(value):
 
 def micros(seconds: float) -> int:
     return round(1e6 * seconds)
+
+
+def clock(at: float, digits: str = "seconds") -> str:
+    """Return the time of day, cut off after the seconds or after the milliseconds."""
+    return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
 
 
 class TracedStore(ObjectStore):
@@ -6700,11 +6680,6 @@ class TracedStub(GuardedStub):
             return enter()
         kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
         return trace.leg(kind, self.id, enter)
-
-    def fetch_all(self, requests):
-        if not self.namespace.trace.watched:
-            return super().fetch_all(requests)
-        return [outcome(self.fetch, request) for request in requests]
 
 
 @addition
@@ -6738,36 +6713,13 @@ class Follows(LoopEdge):
         if not self.trace.watched:
             return super().answer_all(several)
         for asked in several:
-            self.finish(asked, outcome(self.trace.follow, asked.request, self.answer))
+            trip = Trip(asked.request)
+            answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
+            self.finish(asked, answer)
         return []
-
-    def answer(self, request):
-        return self.env.front(request, self.env)
 
 
 # -- the console: what it shows of that
-
-VARIANT = {"after": WORKSPACE_NAME.pattern, "object": "directory|[0-9a-f]{64}",
-           "paused": "1"}
-
-
-def variant_of(params: Dict[str, str]) -> str:
-    """Return, as a query, those parameters on which the region depends, if valid.
-
-    after: the workspaces after this name. object: only the calls of this id. paused: none.
-    """
-    given = {name: params[name] for name, pattern in VARIANT.items()
-             if re.fullmatch(pattern, params.get(name, ""))}
-    return urllib.parse.urlencode(given)
-
-
-def clock(at: float, digits: int = 0) -> str:
-    """Return the time of day, with so many digits of a second."""
-    text = time.strftime("%H:%M:%S", time.localtime(at))
-    if digits:
-        text += f"{at % 1:.9f}"[1:digits + 2]
-    return text
-
 
 class Console:
     id = "console"                                       # in the place of an object's
@@ -6827,54 +6779,51 @@ class Console:
     def fetch(self, request: Request) -> Response:
         """For the broker, to which this is a stub."""
         with self.trace.silence(), self.lock:
-            html = self.region(request.params, not request.params.get("paused"))
+            html = self.region(request.params, "paused" not in request.params)
             watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
             return Response(200, type=EVENTS, watch=watch)
 
     def stream(self, request, me):
-        again = Request("GET", "/console/live", variant_of(request.params))
+        again = Request("GET", request.path, request.query)
         return self.fetch(again)._replace(which=me["account"])
 
     # -- the page
 
-    def page(self, request, me, result="", probed=""):
-        given = request.params
+    def page(self, request, me, probe=False):
+        account = me["account"]
         demo = bool(self.env.settings.demo)
+        roles = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()])
         with self.lock:
-            region = self.region(given, True)
-            names = self.names(given)["page"].values()
+            region = self.region(request.params, True)
         body = template("console")(
-            region=region, variant=variant_of(given), personas=demo, masquerade=not demo,
-            grant=grant_rows(), probed=probed, persona=me["personas"],
+            region=region, personas=demo, masquerade=not demo, grant=grant_rows(),
+            who=account or "nobody yet", persona=me["personas"], nobody=not account,
+            standing=bool(account), account=account,
+            roles=roles or "member of no workspace", probe=probe, idle=not probe,
+            name=probe["name"] if probe else "",
             role=[{"role": role, "current": role in me["roles"].values()}
-                  for role in ROLES],
-            option=[{"name": name} for name in names],
-            result=result or template("console.idle")(), **who_is(me))
+                  for role in ROLES])
         nav = template("layout.console")(state=True)
         return page("Console", body, guest_of(me), nav)
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
         name = str(request.fields().get("workspace", "")).strip()[:63]
-        names = {}
-        if WORKSPACE_NAME.fullmatch(name):
-            names = self.names({"name": name})["named"]
+        id = self.id_of(name)
         served = self.env.workspaces.served
-        before = {id: served[id] for id in names}
+        before = served[id]
         trip = self.trip_to(name, request)
         verdict = trip.legs[0].status if trip.legs else trip.status
         said = verdict_in_words(verdict, name, me["account"])
-        counts = "".join([f"Requests to {name}: {before[id]} before, {served[id]} after. "
-                          for id in names])
-        calls = [{**call._asdict(), "object": self.label(call.object, names)}
-                 for call in trip.calls]
-        result = template("console.probe")(
-            kind="ok" if verdict == 200 else "refused", verdict=f"{verdict} · {said}",
-            proof=counts + proof_of(trip, verdict), call=calls)
+        names = {self.env.directory.id: "Directory", id: name}
+        result = {"name": name, "verdict": verdict, "said": said, "before": before,
+                  "after": served[id], "call": self.call_rows(trip.calls, names),
+                  "kind": "ok" if verdict == 200 else "refused",
+                  "alone": verdict != 200, "let": verdict == 200 and admission(trip)}
         if request.datastar:
-            body = patch_elements(result) + patch_signals({"toast": said})
-            return Response(200, body, EVENTS)
-        return self.page(request, me, result, name)
+            patch = patch_elements(template("console.probe")(**result))
+            return Response(200, patch + patch_signals({"toast": said}), EVENTS)
+        return self.page(request, me, result)
 
     def trip_to(self, name, request):
         """Send a request of our own, with this person's cookie. A busy one is not waited
@@ -6883,26 +6832,30 @@ class Console:
         asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
                         scheme=request.scheme)
         briefly = dataclasses.replace(self.env, forward=fetch_briefly)
-        return self.trace.probe(asked, lambda request: worker(request, briefly))
+        trip = Trip(asked)
+        self.trace.watch(1)
+        try:
+            with self.trace.silence(False):
+                self.trace.follow(trip, worker, asked, briefly)
+        finally:
+            self.trace.watch(-1)
+        return trip
 
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
         guest_of(me).permit(ACCOUNT, request.method)
-        name = str(request.fields().get("workspace", ""))
-        for id in self.names({"name": name})["named"]:
-            stub = self.env.workspaces.get(id)
-            stub.fetch_within(LOOK_SECONDS, Request("POST", "/_retry"))
+        id = self.id_of(str(request.fields().get("workspace", "")))
+        if id:
+            fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
         self.stale = True
         return Response(204) if request.datastar else see_other("/console")
 
+    def id_of(self, name):
+        """Return the id of the workspace; None: there is none of this name."""
+        query = urllib.parse.urlencode({"name": name})
+        return self.env.directory.ask("/_named", query)
+
     # -- the region
-
-    def names(self, params):
-        """Ask the Directory for the workspaces on a page of the console."""
-        return self.env.directory.ask("/_names", urllib.parse.urlencode(params))
-
-    def label(self, id, names):
-        return {self.env.directory.id: "Directory", **names}.get(id, id[:8])
 
     def count_all(self, ids):
         """Ask each object for its facts, if something was published; once a second at
@@ -6928,91 +6881,70 @@ class Console:
         return facts
 
     def region(self, params, with_feed):
-        found = self.names(params)
-        names = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
-        self.count_all(names)
-        rows = [self.object_row(self.env.directory, "Directory", found)]
-        rows += [self.object_row(self.env.workspaces.get(id), name, self.facts[id])
-                 for id, name in names.items()]
-        dead = [{"name": name, "job": self.facts[id]["failed"]}
-                for id, name in names.items() if self.facts[id].get("failed")]
+        after = params.get("after", "")
+        query = urllib.parse.urlencode({"after": after})
+        found = self.env.directory.ask("/_names", query)
+        page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
+        self.count_all(page)
+        names = {self.env.directory.id: "Directory", **page}
+        rows = [self.object_row(self.env.workspaces.get(id), name, self.facts[id])
+                for id, name in page.items()]
+        first = self.object_row(self.env.directory, "Directory", found)
         return template("console.region")(
-            object=rows, all=found["all"], asked=len(names), dead=dead, micros=self.micros,
+            object=[first, *rows], option=rows, all=found["all"], asked=len(page),
+            dead=[row for row in rows if row["failed"]], micros=self.micros,
             awake=len(self.env.workspaces.objects), more=len(found["page"]) > NAMES_A_PAGE,
-            after=max(names.values(), default=""),
-            feed=self.feed(params, names) if with_feed else "",
-            **self.drawing(names), **self.streams(names))
+            last=max(page.values(), default=""), after=after,
+            feed=with_feed and self.feed(params, names),
+            **self.drawing(rows, found["all"], names), **self.streams(names))
 
     def object_row(self, stub, name, facts):
         id, namespace = stub
         file = namespace.path(id)
         one = namespace.objects.get(id)
+        awake = one is not None and one.store is not None
         size = sum([part.stat().st_size for part in with_wal(file)])
         channels = [*self.broker.channels.get(id, {}).values()]
-        jobs = [f"{facts[kind]} {kind}" for kind in ("waiting", "given up")
-                if facts.get(kind)]
-        return {"id": id, "name": name, "query": variant_of({"object": id}),
-                "file": file.name if len(file.name) < 20 else f"{file.name[:6]}….db",
-                "size": -(-size // 1024), "schema": facts.get("schema", "?"),
-                "state": f"awake since {clock(one.opened_at)}" if one and one.store
-                         else "asleep",
+        return {"count": "", "schema": "?", "jobs": "", "failed": [], **facts,
+                "id": id, "name": name, "file": file.name, "size": size // 1024,
+                "state": "awake" if awake else "asleep",
+                "since": awake and {"opened": clock(one.opened_at)},
                 "streams": sum([len(channel.streams) for channel in channels]),
-                "served": namespace.served[id], "count": facts.get("count", ""),
-                "jobs": ", ".join(jobs)}
+                "served": namespace.served[id]}
 
-    # -- the drawing: places in it are (x, y)
+    # -- the drawing: where a workspace stands in it is its x
 
-    BROWSER, WORKER, DIRECTORY, REFUSED = (70, 160), (270, 160), (560, 76), (462, 104)
+    PLACES = (450, 548, 646, 744)
+    OTHERS = 842
 
-    def drawing(self, names):
-        """The planes, and the way of each request of late. The last place is for all
-        others."""
-        some = [*names.items()][:4]
-        if len(names) > 4:
-            some.append(("", "others"))
-        places = {id: (450 + 98 * index, 232) for index, (id, _) in enumerate(some)}
-        nodes = [self.node(index, id, name, places[id])
-                 for index, (id, name) in enumerate(some)]
-        trips = [self.trip_row(trip, names, places) for trip in reversed(self.trace.trips)]
-        wires = "".join([f"M270 160L{x} {y}" for x, y in places.values()])
+    def drawing(self, rows, all, names):
+        """Both planes, and the way of each request of late."""
+        nodes = [{**row, "x": x, "short": shortened(row["name"])}
+                 for x, row in zip(self.PLACES, rows)]
+        places = {node["id"]: node["x"] for node in nodes}
+        if all > len(nodes):
+            nodes.append({"x": self.OTHERS, "short": "others", "state": ""})
+        trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
         newest_on_top = trips[:3][::-1]
-        return {"node": nodes, "path": newest_on_top, "trip": trips, "none": not trips,
-                "wires": wires}
-
-    def node(self, index, id, name, place):
-        awake = id in self.env.workspaces.objects
-        state = "awake" if awake else "asleep" if id else ""
-        short = name if len(name) < 12 else f"{name[:10]}…"
-        return {"index": index, "name": short, "middle": place[0], "x": place[0] - 46,
-                "state": state}
-
-    def way(self, trip, places):
-        if trip.status in (401, 403) and len(trip.legs) == 1:
-            return [self.BROWSER, self.WORKER, self.REFUSED]
-        way = [self.BROWSER, self.WORKER]
-        for leg in trip.legs:
-            stop = self.DIRECTORY
-            if leg.kind == "workspace":
-                stop = places.get(leg.id) or places.get("", self.WORKER)
-            way += [stop, self.WORKER]
-        return [*way, self.BROWSER]
+        return {"node": nodes, "wire": nodes, "path": newest_on_top, "trip": trips,
+                "none": not trips}
 
     def trip_row(self, trip, names, places):
-        last = trip.legs[-1]
-        points = " ".join([f"{x},{y}" for x, y in self.way(trip, places)])
-        return {"number": trip.number, "method": trip.method, "path": trip.path[:80],
-                "status": trip.status, "size": trip.size, "points": points,
+        legs = [self.leg_row(leg, names, places) for leg in trip.legs]
+        stopped = trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
+        return {"number": trip.number, "method": trip.request.method,
+                "path": trip.request.path[:80], "status": trip.status, "leg": legs,
                 "kind": "refused" if trip.status in (401, 403) else "ok",
-                "stop": last.kind == "gate" and last.status != 200,
-                "leg": [self.leg_row(leg, names) for leg in trip.legs]}
+                "stop": stopped, "barred": stopped, "way": not stopped, "hop": legs}
 
-    def leg_row(self, leg, names):
-        object = "gate" if leg.kind == "gate" else self.label(leg.id, names)
-        plural = "" if leg.calls == 1 else "s"
-        how = f"{leg.calls or 'no'} store call{plural}"
-        if leg.kind == "workspace" and not leg.calls:
-            how = "from the cache"
-        return {"object": object, "status": leg.status, "micros": leg.micros, "how": how}
+    def leg_row(self, leg, names, places):
+        object = "gate" if leg.kind == "gate" else names.get(leg.id, leg.id[:8])
+        calls = "1 store call" if leg.calls == 1 else f"{leg.calls} store calls"
+        if leg.kind != "workspace":
+            return {**leg._asdict(), "object": object, "calls": calls, "x": 560, "y": 76}
+        return {**leg._asdict(), "object": object,
+                "calls": calls if leg.calls else "from the cache",
+                "x": places.get(leg.id, self.OTHERS), "y": 232}
 
     # -- streams and store calls
 
@@ -7024,36 +6956,32 @@ class Console:
         return {"stream": rows, "open": count, **self.broker.frames}
 
     def stream_row(self, channel, names):
-        again = channel.subscription.again
-        none = dict.fromkeys(self.broker.frames, 0)
-        return {"object": self.label(channel.subscription.stub.id, names),
-                "path": again.path, "role": again.headers.get("x-role", ""),
-                "open": len(channel.streams), **none, **channel.frames}
+        stub, _, again, _ = channel.subscription
+        frames = {result: channel.frames[result] for result in self.broker.frames}
+        return {"object": names.get(stub.id, stub.id[:8]), "path": again.path,
+                "role": again.headers.get("x-role", ""), "open": len(channel.streams),
+                **frames}
 
     def feed(self, params, names):
         object = params.get("object", "")
-        paused = params.get("paused") == "1"
-        calls = [call for call in [*self.trace.calls] if object in ("", call.object)]
-        self.trace.shown = self.trace.noted
-        lines = [self.call_row(call, names) for call in reversed(calls)]
-        other = variant_of({**params, "paused": "" if paused else "1"})
-        links = [{"text": "Go on" if paused else "Pause", "query": other}]
-        whose = ""
-        if object:
-            everything = variant_of({**params, "object": ""})
-            links.append({"text": "All objects", "query": everything})
-            whose = f" of {self.label(object, names)}"
-        return template("console.feed")(line=lines, link=links, noted=self.trace.noted,
-                                        missed=self.trace.dropped, whose=whose)
+        calls = [call for call in self.trace.show() if object in ("", call.object)]
+        return {"line": self.call_rows(calls[::-1], names), "noted": self.trace.noted,
+                "missed": self.trace.dropped, "object": object,
+                "whose": object and {"label": names.get(object, object[:8])},
+                "everything": object != "", "paused": "paused" in params,
+                "going": "paused" not in params}
 
-    def call_row(self, call, names):
-        return {**call._asdict(), "time": clock(call.at, 3),
-                "object": self.label(call.object, names),
-                "rows": "" if call.rows < 0 else call.rows}
+    def call_rows(self, calls, names):
+        return [{**call._asdict(), "object": names.get(call.object, call.object[:8])}
+                for call in calls]
 
 
 def fetch_briefly(stub, request):
     return stub.fetch_within(LOOK_SECONDS, request)
+
+
+def shortened(name):
+    return name if len(name) < 12 else f"{name[:10]}…"
 
 
 def grant_rows():
@@ -7067,13 +6995,11 @@ def guest_of(me) -> Viewer:
     return masked(Viewer(account=me["account"]), me["mask"], me["read_only"])
 
 
-def who_is(me):
-    account = me["account"]
-    if not account:
-        return {"standing": "Nobody is signed in.", "who": "You are nobody yet"}
-    roles = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()])
-    return {"standing": f"{account} is {roles or 'member of no workspace'}.",
-            "who": f"You are {account}"}
+def admission(trip):
+    """What the verdict said, and what the workspace did."""
+    said = trip.legs[0].said
+    return {"busy": trip.status == 503, "contacted": trip.status != 503,
+            "role": said["x-role"], "grants": said["x-grants"]}
 
 
 def verdict_in_words(verdict, name, account):
@@ -7083,29 +7009,21 @@ def verdict_in_words(verdict, name, account):
             }.get(verdict, f"No verdict: {verdict}.")
 
 
-def proof_of(trip, verdict):
-    if verdict != 200:
-        return "No workspace was contacted; only these store calls were made:"
-    said = trip.legs[0].said
-    how = "It is busy just now, and would be contacted"
-    if trip.legs[1:]:
-        how = "It was contacted"
-    return f"{how} with the verdict: role {said['x-role']}, grants {said['x-grants']}."
-
-
 @addition
 class AnswersTheConsole(EdgeDirectory):
     def own_names(self, request):
-        """Some of all workspaces, and the one of a name, by id; and how many there are."""
-        after = request.params.get("after", "")
-        name = request.params.get("name", "")
+        """Some of all workspaces, as names by id; and how many there are."""
         some = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY "
-                                "name LIMIT ?", after, NAMES_A_PAGE + 1)
-        named = self.store.query("SELECT id, name FROM workspaces WHERE name = ?", name)
-        schema = self.store.one("SELECT count(*) FROM _migrations WHERE slice IN "
-                                "('orion', 'directory')")[0]
+                                "name LIMIT ?", request.params.get("after", ""),
+                                NAMES_A_PAGE + 1)
+        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
         count = self.store.one("SELECT count(*) FROM workspaces")[0]
-        return {"page": dict(some), "named": dict(named), "all": count, "schema": schema}
+        return {"page": dict(some), "all": count, "schema": schema}
+
+    def own_named(self, request):
+        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
+                             request.params.get("name", ""))
+        return row and row["id"]
 
     def own_onlooker(self, request):
         """Who asks, where they belong, and whether they run this server."""
@@ -7130,7 +7048,7 @@ class HasConsole(LoopEdge):
         self.broker.quiet = (Console.id,)
         if self.env.directory.namespace.kind == "directory":
             self.broker.quiet += ("directory",)
-        paths = ("/console", "/console/live", "/console/probe", "/console/retry")
+        paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
 
     def tick(self, now):
