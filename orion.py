@@ -2879,17 +2879,16 @@ class StorageFault(Refused):
                 "": "restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back"}
 
+    SAID = {"disk is full": (507, "There is no room left here. Delete something, or ask "
+                                  "for a larger quota."),
+            "is locked": (503, "Another program is writing to this just now. Try again in "
+                               "a few seconds.", (("retry-after", "5"),))}
+    OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
+                 (("retry-after", "60"),))
+
     def __init__(self, path: pathlib.Path, error: BaseException):
         word = next(word for word in self.REMEDIES if word in str(error))
-        if word == "disk is full":
-            super().__init__(507, "There is no room left here. Delete something, or ask "
-                                  "for a larger quota.")
-        elif word == "is locked":
-            super().__init__(503, "Another program is writing to this just now. Try again "
-                                  "in a few seconds.", (("retry-after", "5"),))
-        else:
-            super().__init__(503, "This can't be read just now. Try again in a minute.",
-                             (("retry-after", "60"),))
+        super().__init__(*self.SAID.get(word, self.OTHERWISE))
         self.text = f"{path}: {error}; {self.REMEDIES[word]}"
 
     def __str__(self):
@@ -2941,10 +2940,6 @@ def mark_of(id: str) -> int:
     return zlib.crc32(id.encode()) >> 1
 
 
-REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM sqlite_master
-                AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
-
-
 class GuardedStore(OwnedStore):
     """A store that notices what happens to its file.
 
@@ -2972,27 +2967,6 @@ class GuardedStore(OwnedStore):
         if self.torn:
             self.run("ROLLBACK", ())
             raise Torn
-
-    def apply(self, slice, number, sql):
-        """Raises MigrationError also for a reference to a table of another slice.
-
-        That one could not delete a row of it any more.
-        """
-        before = self.references(sql)
-        made = super().apply(slice, number, sql)
-        for child, parent in self.references(sql) - before:
-            owner = self.owners.get(parent, slice)
-            if self.owners.get(child, slice) != owner:
-                raise MigrationError(f"slice {slice!r}, entry {number}: table {child!r} "
-                                     f"refers to table {parent!r} of slice {owner!r}, "
-                                     "which could not delete a row of it any more")
-        return made
-
-    def references(self, sql) -> set:
-        """Which table refers to which; asked only if sql may add to that: it takes long."""
-        if "references" not in sql.lower():
-            return set()
-        return {tuple(row) for row in self.query(REFERENCES)}
 
     def close(self):
         """What a torn file lacks goes into it: whoever takes its place must find no log."""
@@ -3103,16 +3077,20 @@ class GuardedStub(Stub):
     and asked for again after a pause, as long as patience() lasts. Whoever gave a limit of
     seconds does not wait for a lock at all.
     """
-    PAUSES = 0.001, 0.002, 0.005, 0.01, 0.02, 0.05       # seconds
+    PAUSE = 0.005                                        # seconds
 
-    def fetch(self, request):
-        return self.enter(lambda one: one.answer(request), request)
+    def fetch(self, request, seconds=-1):
+        return self.enter(lambda one: one.answer(request), request, seconds)
+
+    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
+        """See GroupCommit."""
+        return self.enter(lambda one: one.answer_all(requests), requests[0])
 
     def enter(self, ask: Callable[[Any], Any], request: Request,
               seconds: float = -1) -> Any:
         """Return ask(object), called in its turn.
 
-        seconds: the longest wait for the turn, then Busy; -1: no limit.
+        seconds: the longest wait for the turn, then Busy is raised; -1: no limit.
         """
         self.namespace.count(self.id, request)
         try:
@@ -3136,33 +3114,24 @@ class GuardedStub(Stub):
                 one.turn.release()
 
     def outlast(self, locked, ask):
-        """Wait for another process, in one of a few threads. Raises StorageFault, Busy."""
+        """Ask until another process gives its lock back, in one of a few threads.
+
+        In the pauses others have the turn. Raises StorageFault, Busy.
+        """
         if locked.one.patience() <= 0:                   # it is in the log already
             raise StorageFault(self.namespace.path(self.id), locked.error)
         if not self.namespace.waiting.acquire(blocking=False):
             raise Busy()
         try:
-            return self.ask_on(ask)
+            while locked.one.patience() > 0:
+                time.sleep(self.PAUSE)
+                try:
+                    return self.take_turn(ask)
+                except Locked as again:
+                    locked = again
+            raise locked.one.fault(locked.error) from locked
         finally:
             self.namespace.waiting.release()
-
-    def ask_on(self, ask):
-        """Ask until the lock is given back. In the pauses others have the turn."""
-        for pause in itertools.chain(self.PAUSES, itertools.repeat(self.PAUSES[-1])):
-            time.sleep(pause)
-            try:
-                return self.take_turn(ask)
-            except Locked as locked:
-                if locked.one.patience() <= 0:
-                    raise locked.one.fault(locked.error) from locked
-
-    def fetch_within(self, seconds: float, request: Request) -> Response:
-        """As fetch. Raises Busy if the object has no turn for us in so many seconds."""
-        return self.enter(lambda one: one.answer(request), request, seconds)
-
-    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
-        """See GroupCommit."""
-        return self.enter(lambda one: one.answer_all(requests), requests[0])
 
 
 class Busy(Refused):
@@ -3204,17 +3173,15 @@ class GuardedNamespace(Namespace):
 
     def awake(self, id):
         one = super().awake(id)
-        with self.lock:
-            if id in self.objects:
-                self.objects.move_to_end(id)             # the least recently used is first
+        self.touch(id)
         return one
 
     def touch(self, id: str) -> None:
-        """A kept page of it was served: it is not to sleep."""
+        """It is in use, perhaps by a page of it that was kept: it is not to sleep."""
         with self.lock:
             if id in self.objects:
                 self.objects[id].used = time.monotonic()
-                self.objects.move_to_end(id)
+                self.objects.move_to_end(id)             # the least recently used is first
 
     def make_room(self) -> None:
         """The least recently used go to sleep; one that is busy just now is passed over."""
@@ -3234,12 +3201,6 @@ class GuardedNamespace(Namespace):
     def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
         """The id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db"))
-
-
-def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
-    """Return those files of a database that there are: itself, and its log."""
-    wal = path.with_name(f"{path.name}-wal")
-    return [file for file in (path, wal) if file.exists()]
 
 
 # ==== 18. Commits =========================================================================
@@ -3277,8 +3238,8 @@ class GroupCommit(GuardedObject):
         Return an outcome for each: a Response, or the exception that it raised. There may
         be fewer outcomes than requests, but at least one: ask again for the others.
         """
-        if len(requests) == 1 or all([request.method in SAFE for request in requests]):
-            return [outcome(self.answer, request) for request in self.in_time(requests)]
+        if len(requests) == 1:
+            return [outcome(self.answer, requests[0])]
         outcomes: List[Any] = []
         try:
             self.used = self.began = time.monotonic()
@@ -3295,25 +3256,20 @@ class GroupCommit(GuardedObject):
             self.forget_renderings()
             fault = error if isinstance(error, StorageFault) else self.fault(error)
             if not outcomes:
-                return [fault] * len(requests)
+                raise fault from error
             return [one if failed(one) else fault for one in outcomes]
-
-    def in_time(self, requests):
-        """Yield those that need not wait for what takes long in front of them."""
-        until = time.monotonic() + self.BATCH_SECONDS
-        for request in requests:
-            yield request
-            if time.monotonic() > until:
-                return
 
     def answer_each(self, requests, outcomes):
         """Raises the error with which SQLite gave up all of the transaction."""
-        for request in self.in_time(requests):
+        until = time.monotonic() + self.BATCH_SECONDS
+        for request in requests:
             outcomes.append(outcome(self.answer, request))
             if not self.store.db.in_transaction:
                 last = outcomes[-1]
                 lost = sqlite3.OperationalError("a command lost the transaction")
                 raise last if isinstance(last, (sqlite3.Error, StorageFault)) else lost
+            if time.monotonic() > until:                 # the others ask again
+                return
 
     def forget_renderings(self):
         """They show what was then rolled back."""
@@ -4583,10 +4539,10 @@ class Broker:
 
     def ask_as(self, asked):
         """Return the stream's answer and, as a piece, the page around it."""
-        response = asked.stub.fetch_within(self.LOOK_SECONDS, asked.request)
+        response = asked.stub.fetch(asked.request, self.LOOK_SECONDS)
         path = asked.request.path[:-len("/live")]
         around = asked.request._replace(path=path)
-        page = asked.stub.fetch_within(self.LOOK_SECONDS, around)
+        page = asked.stub.fetch(around, self.LOOK_SECONDS)
         html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
         return response, Piece(Html(html), 0.0, 0, main=False)
 
@@ -4864,13 +4820,6 @@ def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
     return False
 
 
-def cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 give_way = getattr(os, "sched_yield", lambda: None)
 known_host_again = functools.lru_cache(maxsize=1024)(known_host)
@@ -4887,8 +4836,7 @@ class LoopEdge(ThreadingHTTPServer):
     TICK_SECONDS = 1.0
     broker_kind = Broker                                 # [3] has one that it adds to
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
-    EAGER_SECONDS = (0.0001,)                            # to poll, by how many jobs run
-    EAGER_ON_ONE_CORE = (0.0001, 0.0005)
+    EAGER_SECONDS = 0.0001                               # to poll
 
     def __init__(self, env: Env, settings: Any):
         self.settings = settings
@@ -4898,7 +4846,6 @@ class LoopEdge(ThreadingHTTPServer):
         self.calls = collections.deque()                 # what other threads want done here
         self.waker, self.woken = socket.socketpair()
         self.awake = False                               # else call() need not wake it
-        self.eager = self.EAGER_ON_ONE_CORE if cores() == 1 else self.EAGER_SECONDS
         self.brisk = False                               # it pays just now to stay awake
         self.stopping = 0.0                              # since when; 0: it is not
         self.stopped = threading.Event()
@@ -4957,13 +4904,10 @@ class LoopEdge(ThreadingHTTPServer):
 
         A core that fell asleep takes longer to wake than most answers take to make. So the
         loop stays awake for a moment, if that paid the last time. (Pages on one connection:
-        1.2 x.) A job of the pool needs the interpreter itself, except where it only waits
-        for the disk on the same core. (Commands on one connection: 1.3 x.)
+        1.2 x.) A job of the pool needs the interpreter itself.
         """
         self.pool.rouse()
-        allowed = self.EAGER_SECONDS if self.broker.channels else self.eager
-        busy = self.pool.busy
-        until = time.perf_counter() + (allowed[busy] if busy < len(allowed) else 0.0)
+        until = 0.0 if self.pool.busy else time.perf_counter() + self.EAGER_SECONDS
         while self.brisk and time.perf_counter() < until:
             found = self.selector.select(0)
             if found or self.calls:
@@ -5240,11 +5184,6 @@ class LoopEdge(ThreadingHTTPServer):
 #   is it older than a second: some rights end by the clock.
 # Who uses it: the composition roots of Part Three.
 
-def size_of(response: Response) -> int:
-    """Return how many bytes the body of an answer has."""
-    return len(response.watch.piece.plain if response.watch else response.body)
-
-
 class QuickRouter(Router):
     """A router that remembers what it found."""
 
@@ -5358,6 +5297,17 @@ NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a nod
 
 
 log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
+
+
+def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+    """Return those files of a database that there are: itself, and its log."""
+    wal = path.with_name(f"{path.name}-wal")
+    return [file for file in (path, wal) if file.exists()]
+
+
+def size_of(response: Response) -> int:
+    """Return how many bytes the body of an answer has."""
+    return len(response.watch.piece.plain if response.watch else response.body)
 
 
 def addition(cls: type) -> type:
@@ -6061,7 +6011,7 @@ def facts_of(workspace: Stub) -> Dict[str, Any]:
     """Return its facts. If it is busy or can't be read, its count says so in words."""
     try:
         question = Request("GET", "/_counts")
-        return json.loads(workspace.fetch_within(LOOK_SECONDS, question).body)
+        return json.loads(workspace.fetch(question, LOOK_SECONDS).body)
     except Busy:
         return {"count": "busy"}
     except CRASH as error:
@@ -6438,12 +6388,29 @@ def check_tables(slices: Sequence[Slice]) -> None:
         with contextlib.closing(ScratchStore(file, create=True)) as store:
             for name, entries in router.schema:
                 store.migrate(name, entries)
-            there = {table.lower() for table in store.tables()}
-            for child, parent in store.query(REFERENCES):
-                if parent not in there:
-                    raise MigrationError(f"table {child!r} refers to table {parent!r}, "
-                                         "which is not there in the end; to change a table, "
-                                         "copy it, drop it, and rename the copy last")
+            check_references(store)
+
+
+REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM sqlite_master
+                AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
+
+
+def check_references(store):
+    """Raise MigrationError if a table refers to none, or to one of another slice.
+
+    The other slice could not delete a row of its own table any more.
+    """
+    there = {table.lower() for table in store.tables()}
+    for child, parent in store.query(REFERENCES):
+        if parent not in there:
+            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is not "
+                                 "there in the end; to change a table, copy it, drop it, "
+                                 "and rename the copy last")
+        slice, owner = store.owners[child], store.owners[parent]
+        if slice != owner:
+            raise MigrationError(f"slice {slice!r}: table {child!r} refers to table "
+                                 f"{parent!r} of slice {owner!r}, which could not delete a "
+                                 "row of it any more")
 
 
 CHECKS.append(lambda settings: check_slices(settings.slices))
@@ -6977,7 +6944,7 @@ class Console:
 
 
 def fetch_briefly(stub, request):
-    return stub.fetch_within(LOOK_SECONDS, request)
+    return stub.fetch(request, LOOK_SECONDS)
 
 
 def shortened(name):
@@ -8097,11 +8064,8 @@ def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "P
 class RemoteStub(GuardedStub):
     """The address of an object that lives in another process."""
 
-    def fetch(self, request):
+    def fetch(self, request, seconds=-1):
         return self.namespace.send(self.id, request)
-
-    def fetch_within(self, seconds, request):
-        return self.fetch(request)
 
     def fetch_all(self, requests):
         return [outcome(self.fetch, request) for request in requests]

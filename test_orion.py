@@ -887,8 +887,8 @@ def test_however_many_streams_of_a_busy_workspace_are_asked_again_it_is_waited_f
     [ear.event() for ear in ears]
     at_rest(server)
     server.write("UPDATE memberships SET role = 'viewer' WHERE account = 'carol'")
-    fetch, waited, later = orion.GuardedStub.fetch_within, [], []
-    monkeypatch.setattr(orion.GuardedStub, "fetch_within", lambda *call: waited.append(call) or fetch(*call))
+    fetch, waited, later = orion.GuardedStub.fetch, [], []
+    monkeypatch.setattr(orion.GuardedStub, "fetch", lambda stub, request, *seconds: waited.extend(seconds) or fetch(stub, request, *seconds))
     monkeypatch.setattr(server.edge.broker, "regate", later.append)
     with server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")).turn:
         server.edge.broker.gate_again(["carol"])
@@ -1602,7 +1602,7 @@ def test_falling_asleep_under_load_loses_nothing(counters):
 
 def test_who_waits_for_an_object_only_so_long_is_told_that_it_is_busy(counters):
     counters.create("a")
-    ask = lambda: counters.get("a").fetch_within(0.01, orion.Request("GET", "/"))
+    ask = lambda: counters.get("a").fetch(orion.Request("GET", "/"), 0.01)
     assert ask().status == 200
     with counters.objects["a"].turn, pytest.raises(orion.Busy):
         ask()
@@ -4684,11 +4684,9 @@ class Script:
         return self.found.pop(0)
 
 
-@cases("eager, jobs, watched, awake", [
-    ((60.0,), 0, False, True), ((60.0,), 0, True, True), ((0.0,), 0, False, False), ((60.0,), 1, False, False),
-    ((0.0, 60.0), 1, False, True), ((0.0, 60.0), 1, True, False), ((60.0, 60.0), 2, False, False)])
-def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, watched, awake):
-    """eager: so many seconds it may, by the number of jobs that are under way."""
+@cases("eager, jobs, awake", [(60.0, 0, True), (0.0, 0, False), (60.0, 1, False)])
+def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, awake):
+    """eager: so many seconds it may, if no job is under way."""
     server, done = start(), threading.Event()
     server.edge.shutdown()                           # its loop has ended, its threads are there
     pool = server.edge.pool
@@ -4698,8 +4696,7 @@ def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(st
         pool.put(done.wait)
     eventually(lambda: at_work() == jobs)
     script, found = Script(["a request"], [], [], ["the next"]), []
-    watch = mock.patch.dict(server.edge.broker.channels, {"a workspace": {}} if watched else {})
-    with watch, mock.patch.multiple(server.edge, selector=script, eager=eager, EAGER_SECONDS=eager[:1], brisk=False):
+    with mock.patch.multiple(server.edge, selector=script, EAGER_SECONDS=eager, brisk=False):
         while script.found:
             found += server.edge.ready()
     done.set()
