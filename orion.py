@@ -8351,7 +8351,7 @@ def remove_here(workspaces, id, body):
 
 def retry_here(workspaces, id, body):
     again = Request("POST", "/_retry")
-    return json.loads(workspaces.get(id).fetch_within(LOOK_SECONDS, again).body)
+    return json.loads(workspaces.get(id).fetch(again, LOOK_SECONDS).body)
 
 
 # What a directory asks of a node. Each can be asked twice, for an answer may be lost.
