@@ -2188,7 +2188,7 @@ def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
 
 
 def goes_on(headers: Dict[str, str], modern: bool) -> bool:
-    """Is the connection to stay open after this request? modern: HTTP/1.1 (RFC 9112, 9.3)"""
+    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
     said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     return "close" not in said and (modern or "keep-alive" in said)
 
@@ -2203,9 +2203,10 @@ def connection_field(keep: bool, modern: bool) -> str:
 def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     """Is this Host header one of ours: one of the names, or any address?
 
-    Another site can have its own name lead here (DNS rebinding), but no address.
+    Another site can have its own name lead here (DNS rebinding), but no address. A dot at
+    the end says that a name is whole (RFC 1034, 3.1); ours all are.
     """
-    name = re.sub(r":[0-9]*$", "", host).lower()
+    name = re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
     if name in names:
         return True
     with contextlib.suppress(ValueError):
@@ -3404,7 +3405,7 @@ HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
 NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n")     # in no head
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
-HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
+HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\])"
                   r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
 ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
 
@@ -4635,7 +4636,7 @@ class Connection(Held):
 
     def __init__(self, socket, address, edge):
         self.peer = address[0]
-        self.whose = self.peer
+        self.whose = source_of(self.peer)
         self.buffer = bytearray()
         self.reader = read_requests(self.buffer)
         self.ended = False                               # the other side sends no more
@@ -4677,7 +4678,7 @@ class Connection(Held):
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
                 self.edge.pool.gather(self, reading, self.foresee,
-                                      f"expecting, from {self.peer}")
+                                      f"expecting, from {source_of(self.peer)}")
             else:
                 self.edge.take_up(self, reading)
         elif self.ended:
@@ -4721,7 +4722,7 @@ class Connection(Held):
     def reply(self, asked, response):
         if response.watch and asked.reading.method != "HEAD":
             return self.edge.call(self.become_stream, asked, response)
-        self.whose = asked.request.peer
+        self.whose = source_of(asked.request.peer)
         if asked.forwarded:
             self.whose = asked.forwarded.headers.get("x-account", self.whose)
         if len(response.body) > Backlog.ANSWER:
@@ -4811,13 +4812,54 @@ class Connection(Held):
             self.close()
 
 
+# -- who it is on the other side
+
+def address_in(text: str) -> Any:
+    """Return the address, an object of ipaddress; None if it is none."""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(text.partition("%")[0])
+        return getattr(ip, "ipv4_mapped", None) or ip    # IPv4, on a socket for both
+    return None
+
+
 @functools.lru_cache(maxsize=1024)
 def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip      # IPv4, on a socket for both
-        return any([ip in ipaddress.ip_network(network) for network in networks])
-    return False
+    ip = address_in(address)
+    return ip is not None and any([ip in ipaddress.ip_network(network)
+                                   for network in networks])
+
+
+WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
+
+
+@functools.lru_cache(maxsize=1024)
+def client_behind(peer: str, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
+    """Return who is behind the proxies that we trust, by X-Forwarded-For.
+
+    Each proxy adds the address that it hears, perhaps with a port. So the list is read from
+    its end; what stands before somebody who is no proxy of ours, anybody can have written.
+    """
+    for heard in reversed(forwarded_for.split(",")):
+        if not in_networks(peer, proxies):
+            return peer
+        found = WITH_PORT.fullmatch(heard.strip())
+        address = address_in(found[1] or found[2] if found else heard.strip())
+        if address is None:
+            return peer
+        peer = str(address)
+    return peer
+
+
+@functools.lru_cache(maxsize=1024)
+def source_of(peer: str) -> str:
+    """Return who is charged for what comes from an address.
+
+    Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
+    """
+    address = address_in(peer)
+    if address is None or address.version == 4:
+        return peer if address is None else str(address)
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -4853,7 +4895,7 @@ class LoopEdge(ThreadingHTTPServer):
         self.insiders = set()                            # hashes of lane and cookie
         self.accounts: Dict[int, str] = {}               # by the hash of a cookie
         names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
-        self.hosts = frozenset([name.lower() for name in names])
+        self.hosts = frozenset([name.lower().rstrip(".") for name in names])
         self.kept = Kept(env.directory)
         self.backlog = Backlog(self)
         self.broker = self.broker_kind(self)
@@ -5007,7 +5049,7 @@ class LoopEdge(ThreadingHTTPServer):
         if not lane:
             lane = asked.connection                      # it waits for nobody
         elif self.place_of(asked) not in self.insiders:  # a stranger, so far
-            lane = f"{asked.request.peer} {lane}"
+            lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
@@ -5026,7 +5068,7 @@ class LoopEdge(ThreadingHTTPServer):
         """
         known = self.accounts.get(hash(request.headers.get("cookie")))
         where = "inside" if request.path.startswith("/w/") else "outside"
-        return known or f"{where}, from {request.peer}"
+        return known or f"{where}, from {source_of(request.peer)}"
 
     def recognized(self, asked, decided) -> bool:
         """True if the request was charged to the right account; else it is from now on."""
@@ -5101,11 +5143,12 @@ class LoopEdge(ThreadingHTTPServer):
         headers = reading.headers
         method = "GET" if reading.method == "HEAD" else reading.method
         scheme = "http"
-        if "x-forwarded-proto" in headers and in_networks(peer, self.settings.trust_proxy):
+        proxies = self.settings.trust_proxy
+        if proxies and in_networks(peer, proxies):
             # Where several proxies say it, the first is the one that the browser spoke to.
-            said = headers["x-forwarded-proto"].partition(",")[0]
+            said = headers.get("x-forwarded-proto", "").partition(",")[0]
             scheme = "https" if said.strip().lower() == "https" else "http"
-            peer = headers.get("x-forwarded-for", peer).rpartition(",")[2].strip()
+            peer = client_behind(peer, headers.get("x-forwarded-for", ""), proxies)
         if not known_host_again(headers.get("host", ""), self.hosts):
             raise Refused(*NOT_OUR_NAME)
         if method not in METHODS:
@@ -5286,6 +5329,7 @@ import getpass
 import http.client
 import shutil
 import tempfile
+import unicodedata
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
@@ -5561,8 +5605,9 @@ class Passwords:
         if max(len(name), len(password), len(new)) > self.LONGEST:
             raise Refused(400, f"A name and a password have at most {self.LONGEST} "
                                "characters.")
-        here = f"{name} from {request.peer}"
-        slowed = [f"from {request.peer}"]
+        source = source_of(request.peer)
+        here = f"{name} from {source}"
+        slowed = [f"from {source}"]
         if here not in self.welcome:                     # else others' guesses don't matter
             slowed.append(f"to {name}")
         self.guesses.check(*slowed)
@@ -7140,6 +7185,23 @@ class CountsVerdicts(EdgeDirectory):
         return response
 
 
+def token_for_figures(key: bytes) -> str:
+    return hmac.digest(key, b"metrics", "sha256").hex()
+
+
+def has_token(request, settings):
+    given = request.headers.get("authorization", "").encode()
+    right = [f"Bearer {token_for_figures(key)}".encode()
+             for key in load_keys(settings.key_file)]
+    return any([hmac.compare_digest(given, one) for one in right])
+
+
+@verb("metrics", "print the token with which Prometheus may read /metrics from elsewhere")
+def metrics(settings, given):
+    begun(settings)
+    print(token_for_figures(load_keys(settings.key_file)[0]))
+
+
 @addition
 class HasFigures(LoopEdge):
     def __init__(self, env, settings):
@@ -7157,15 +7219,23 @@ class HasFigures(LoopEdge):
         self.figures.count(method, asked.request, response, seconds)
 
     def metrics(self, request, env):
-        """A door, for this machine and for operators."""
+        """A door."""
         only_read(request)
-        here = in_networks(request.peer, LOOPBACK)
-        if not here or "x-forwarded-for" in request.headers:
-            cookie = {"cookie": request.headers.get("cookie", "")}
-            if not env.directory.ask("/_operator", "", cookie, request.scheme):
-                raise Refused(403, "The figures are for this machine and for operators. "
-                                   "Ask from 127.0.0.1, or sign in as one.")
+        if not self.may_see_figures(request, env):
+            raise Refused(403, "The figures are for this machine, for operators, and for "
+                               "Authorization: Bearer TOKEN, with the token that "
+                               "`orion.py metrics` prints.")
         return Response(200, self.figures.text(*self.families()).encode(), Figures.TYPE)
+
+    def may_see_figures(self, request, env):
+        """For whom a proxy asks that does not say it, can't be known."""
+        here = in_networks(request.peer, LOOPBACK) and not (
+            "x-forwarded-for" in request.headers
+            or in_networks(request.peer, self.settings.trust_proxy))
+        if here or has_token(request, self.settings):
+            return True
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        return env.directory.ask("/_operator", "", cookie, request.scheme)
 
     def families(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -8891,6 +8961,30 @@ def networks(text):
         raise argparse.ArgumentTypeError(hint) from error
 
 
+HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+
+
+def host_names(text):
+    """Return names as browsers send them: in lower case, and in ASCII (RFC 5890, 2.3.2.1).
+
+    The port of a request does not matter, so a name has none here.
+    """
+    names = tuple([".".join(map(in_ascii, name.lower().rstrip(".").split(".")))
+                   for name in several(text)])
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no name of a host: say todo.example.org, without scheme, port "
+                "or *, and each name in full")
+    return names
+
+
+def in_ascii(label):
+    if label.isascii():
+        return label
+    return f"xn--{unicodedata.normalize('NFC', label).encode('punycode').decode()}"
+
+
 # Flags, what --help says of them, and their types. Their defaults are in Settings.
 OPTIONS = (
     ("--host", "address to listen on", str),
@@ -8911,7 +9005,7 @@ OPTIONS = (
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
      "connections", number),
     ("--connections", "connections at most; more get a 503", at_least_1),
-    ("--allow-host", "names that this server goes by, with commas between", several),
+    ("--allow-host", "names that this server goes by, with commas between", host_names),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
      "believed, with commas between", networks),
     ("--plane", "directory or data: run one plane alone, with the other in other processes",

@@ -4016,6 +4016,7 @@ FROM_OUTSIDE = {
     "COOKIE_NAMED.format(name)": ("findall", (";", " ", "x"), ("", "; ", ""), ("", ";", ""), ("", ";sid=", ""), ("", ";__Host-", ""), (";sid=", "a", "")),
     "SEALED_TOKEN": ("fullmatch", ("", "a", "."), ("a" * 43 + ".", "0", "")),
     "WORKSPACE_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
+    "WITH_PORT": ("fullmatch", ("", "1", ""), ("1:", "1", " "), ("[", ":", ""), ("[]:", "1", " ")),
     "ACCOUNT_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
     "REQUEST": ("fullmatch", ("", "A", ""), ("GET ", "a", ""), ("GET /", "a", " HTTP/1.1 ")),
     "PLAIN_PATH": ("fullmatch", ("", "/a", "%"), ("", "/", ""), ("/", "a", "%"), ("/", "a.", "%")),
@@ -4035,7 +4036,7 @@ FROM_OUTSIDE = {
     r"[0-9]{1,18}": ("fullmatch", ("", "1", "")),
     r"%(?![0-9A-Fa-f]{2})": ("search", ("", "%00", ""), ("", "a", "")),
     r"[\x00-\x1f\x7f\\;#]": ("search", ("", "a", "")),
-    r":[0-9]*$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
+    r"\.?(:[0-9]*)?$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
     "SEAL": ("fullmatch", ("", "1", "."), ("1.", "0", "")),
     "DIRECTORY_ANSWERS": ("fullmatch", ("/_gate/", "a", "/"), ("/_gate/", "\n", "")),
 }
@@ -4043,7 +4044,7 @@ FROM_INSIDE = {
     "HOLE": "templates", "PART": "templates", "PATH": "the routes of a slice", r"<\w+>": "the routes of a slice",
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
-    "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    "HOST_NAME": "a flag", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -5139,6 +5140,11 @@ def test_a_name_that_is_not_ours_is_refused_and_one_that_is_allowed_is_not(start
     assert [ask("todo.example"), ask(f"localhost:{server.port}"), ask("10.1.2.3"), ask("[::1]:80"), ask("evil.example")] == [200] * 4 + [421]
 
 
+@cases("host, status", [("localhost.", 200), ("LOCALHOST.:80", 200), ("127.0.0.1:1", 200), ("evil.example.", 421), ("localhost.evil", 421)])
+def test_a_name_may_end_in_a_dot_which_says_that_it_is_whole(serve, host, status):
+    assert Person(serve()).get("/healthz", Host=host).status == status
+
+
 def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     server = start(trust_proxy=("127.0.0.0/8",))
     proxied = {"X_Forwarded_Proto": "https", "X_Forwarded_For": "evil, 203.0.113.9"}
@@ -5170,6 +5176,26 @@ def test_a_proxy_that_says_the_scheme_in_two_fields_is_one_that_says_it_twice(st
     form = head("Origin: https://h", "X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "Content-Length: 11",
                 "Content-Type: application/x-www-form-urlencoded", line="POST /persona HTTP/1.1") + b"account=bob"
     assert statuses(raw(server, form)[0]) == [303]
+
+
+@cases("same, other", [("203.0.113.9:{}", "203.0.113.10:1"), ("2001:db8::{}", "2001:db8:0:1::1"), ("[2001:db8::{}]:443", "[2001:db8:0:1::1]"),
+                       ("10.9.8.{}, 203.0.113.9, 10.0.0.{}", "203.0.113.9, 203.0.113.10, 10.0.0.1"), ("::ffff:203.0.113.9", "203.0.113.10"),
+                       ("203.0.113.9,10.0.0.1:{}", "203.0.113.10"), ("unknown{}", "203.0.113.9")])
+def test_who_guesses_through_proxies_is_slowed_by_the_address_behind_them(start, cheap, monkeypatch, same, other):
+    """Whatever the client has written in front of it; without X-Forwarded-Proto, too."""
+    monkeypatch.setattr(orion, "password_matches", lambda password, stored: False)
+    server = start(demo=False, trust_proxy=("127.0.0.0/8", "10.0.0.0/8"))
+
+    def guess(name, address):
+        form = urllib.parse.urlencode({"username": name, "password": "x"})
+        return Person(server).ask("POST", "/login", form, Content_Type="application/x-www-form-urlencoded", X_Forwarded_For=address).status
+    guesses = [guess(f"n{n}", same.format(n, n)) for n in range(11)]
+    assert guesses == [422] * 10 + [429] and guess("somebody", other) == 422
+
+
+def test_an_address_of_ipv4_is_the_same_on_a_socket_for_both():
+    assert orion.in_networks("::ffff:10.0.0.1", ("10.0.0.0/8",)) and not orion.in_networks("::ffff:11.0.0.1", ("10.0.0.0/8",))
+    assert orion.source_of("::ffff:10.0.0.1") == orion.source_of("10.0.0.1") != orion.source_of("::ffff:10.0.0.2")
 
 
 def test_a_proxy_that_is_not_trusted_is_not_believed(server):
@@ -5899,6 +5925,18 @@ def test_the_figures_are_prometheus_text(server):
         assert line.startswith(("# TYPE ", family)), "a sample stands under another family's name"
 
 
+def test_whoever_comes_through_a_proxy_that_does_not_say_so_is_not_taken_for_this_machine(start):
+    assert Person(start(trust_proxy=("127.0.0.0/8",))).get("/metrics").status == 403
+
+
+def test_whoever_has_the_token_may_read_the_figures_from_anywhere(start, capsys):
+    server = start(demo=False, trust_proxy=("127.0.0.0/8",))
+    assert orion.main(argv=["metrics", "--data", str(server.env.settings.data)]) == 0
+    token = capsys.readouterr().out.strip()
+    ask = lambda said: Person(server).get("/metrics", Authorization=said, X_Forwarded_For="203.0.113.9").status
+    assert [ask(f"Bearer {token}"), ask(f"Bearer {token[:-1]}"), ask("Bearer "), ask(token), ask(b"Bearer \xff")] == [200, 403, 403, 403, 403]
+
+
 def test_the_figures_are_for_operators_too(outside):
     elsewhere = {"X_Forwarded_For": "203.0.113.9"}
     assert outside.sign_in("ops").get("/metrics", **elsewhere).status == 200
@@ -6292,6 +6330,8 @@ def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, cap
     assert logged(capfd, "One process takes the other for a stranger.")        # before the command line has standard error
     for words, on in ((("workspace", "export", name, tmp_path / "x.db"), first), (("node", "assign", name, first.address), None)):
         assert "Copy the directory's secret.key" in doomed.cli(*words, on=on, status=2)
+    token = fleet.cli("metrics", on=first).strip()
+    assert Person(first).get("/metrics", X_Forwarded_For="203.0.113.9", Authorization=f"Bearer {token}").status == 200
     answer = Person(first).get("/metrics", X_Forwarded_For="203.0.113.9")
     assert answer.status == 503 and "secret.key" not in answer.text
 
@@ -7466,6 +7506,19 @@ def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, 
             while ears[0].event():
                 pass
     assert not list(tmp_path.rglob("*-wal"))
+
+
+@cases("said, names", [("todo.example.org", ("todo.example.org",)), ("A.example., b_c", ("a.example", "b_c")),
+                       ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",))])
+def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
+    assert orion.read_command_line(["--allow-host", said])[0].allow_host == names
+
+
+@cases("said", ["https://todo.example.org", "todo.example.org:8443", "*.example.org", "todo.example.org/", "a..b", "a b"])
+def test_what_is_no_name_of_a_host_is_refused_with_what_to_write(capsys, said):
+    with pytest.raises(SystemExit) as end:
+        orion.main(argv=["--allow-host", said])
+    assert end.value.code == 2 and "say todo.example.org, without scheme, port or *" in capsys.readouterr().err
 
 
 @cases("words, demo", [((), True), (("--no-demo",), False), (("--allow-host", "todo.example.org"), False), (("--trust-proxy", "127.0.0.1"), False),
