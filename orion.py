@@ -482,7 +482,9 @@ class Template:
 
     def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None):
         first, *rest = PART.split(text)
-        self.pieces = HOLE.split(first.rstrip("\n"))     # markup, hole, markup, hole ...
+        markup = first.rstrip("\n").replace("%", "%%")
+        self.holes = tuple(dict.fromkeys(HOLE.findall(markup)))
+        self.format = HOLE.sub(r"%(\1)s", markup)        # Python's own: a hole is %(name)s
         self.parts = {} if parts is None else parts
         for name, part in zip(rest[::2], rest[1::2]):
             self.parts[name] = Template(part, self.parts)
@@ -491,9 +493,7 @@ class Template:
         return Html(self.filled(values))
 
     def filled(self, values):
-        pieces = self.pieces[:]
-        pieces[1::2] = [self.fill(name, values) for name in pieces[1::2]]
-        return "".join(pieces)
+        return self.format % {name: self.fill(name, values) for name in self.holes}
 
     def fill(self, name, values):
         if name not in values:
@@ -501,18 +501,19 @@ class Template:
         value = values[name]
         if type(value) is str:
             return html.escape(value)
-        if value is True and name not in self.parts:
-            return name
-        if isinstance(value, (bool, dict, list, sqlite3.Row)):
-            return self.fill_part(name, value, values)
+        if isinstance(value, bool):
+            return self.fill_once(name, values) if value else ""
+        if isinstance(value, (dict, sqlite3.Row)):
+            return self.fill_rows(name, [value], values)
+        if isinstance(value, list):
+            return self.fill_rows(name, value, values)
         return escape(value)
 
-    def fill_part(self, name, value, around):
+    def fill_once(self, name, values):
+        return self.parts[name].filled(values) if name in self.parts else name
+
+    def fill_rows(self, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
-        if isinstance(value, bool):
-            rows = [{}] if value else []
-        else:
-            rows = value if isinstance(value, list) else [value]
         if rows and name not in self.parts:
             raise KeyError(f"there is no part {name!r} in this template")
         return "".join([self.parts[name].filled({**around, **row}) for row in rows])
@@ -644,6 +645,10 @@ class Store(Reads):
     def run(self, sql, args):
         """Fetch all rows: a cursor with rows to come would keep a transaction open."""
         return self.cursor.execute(sql, args).fetchall()
+
+    def last_row(self) -> str:
+        """Return the number of the row that was inserted last, or "" if there is none."""
+        return str(self.cursor.lastrowid or "")
 
     def state(self) -> Tuple[int, int]:
         """Return two numbers. While both stand still, no row has changed.
@@ -1205,12 +1210,9 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            which = response.which or "/".join(args) or self.last_row()
+            which = response.which or "/".join(args) or self.store.last_row()
             self.journal(viewer, f"{slice}.{route.run.__name__}", which)
         return response
-
-    def last_row(self):
-        return str(self.store.one("SELECT last_insert_rowid()")[0])
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
