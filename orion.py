@@ -5531,55 +5531,44 @@ def password_matches(password: str, stored: str) -> bool:
 
 
 class Throttle:
-    """Counts attempts by key. A key with too many is refused until its time is over.
+    """Remembers attempts by key. A key with too many has to wait.
 
     It is bounded: the oldest keys are forgotten.
     """
-    SECONDS = 600.0
+    SECONDS = 600.0                                      # then an attempt is forgotten
     KEYS = 10_000
 
     def __init__(self, most: int = 10):
         self.most = most
         self.lock = threading.Lock()                     # guards the next line
-        self.counts = collections.OrderedDict()          # key: how many, until when
+        self.times = collections.OrderedDict()           # of the last attempts, by key
 
     def check(self, *keys: str) -> None:
         """Raise Refused(429) if one of the keys has to wait."""
-        now = time.monotonic()
-        with self.lock:
-            found = [self.counts.get(key, (0, 0.0)) for key in keys]
-        waits = [until - now for count, until in found if count >= self.most]
-        longest = max(waits, default=0.0)
-        if longest > 0:
-            raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
-                          (("retry-after", str(int(longest) + 1)),))
+        begin = time.monotonic() - self.SECONDS
+        for key in keys:
+            times = self.times.get(key, ())
+            if len(times) == self.most and times[0] > begin:
+                wait = str(int(times[0] - begin) + 1)
+                raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
+                              (("retry-after", wait),))
 
     def count(self, *keys: str) -> None:
+        now = time.monotonic()
         with self.lock:
             for key in keys:
-                self.add(key)
-            while len(self.counts) > self.KEYS:
-                self.counts.popitem(last=False)
-
-    def add(self, key):
-        now = time.monotonic()
-        count, until = self.counts.pop(key, (0, 0.0))
-        if until <= now:
-            count, until = 0, now + self.SECONDS
-        self.counts[key] = count + 1, until
+                times = self.times.pop(key, [])
+                self.times[key] = [*times, now][-self.most:]
+            while len(self.times) > self.KEYS:
+                self.times.popitem(last=False)
 
     def forgive(self, own: str, *keys: str) -> None:
-        """Forget what own has, and take it from the other keys: it was mistyped."""
+        """Forget what own has, for the other keys as well: it was mistyped."""
         with self.lock:
-            mine, until = self.counts.pop(own, (0, 0.0))
-            if until > time.monotonic():
-                for key in keys:
-                    self.take_back(key, mine)
-
-    def take_back(self, key, mine):
-        count, until = self.counts.pop(key, (0, 0.0))
-        if count > mine:
-            self.counts[key] = count - mine, until
+            mine = self.times.pop(own, ())
+            for key in keys:
+                times = self.times.get(key, ())
+                self.times[key] = [when for when in times if when not in mine]
 
 
 class Passwords:
@@ -6395,12 +6384,12 @@ def wrong_with(row, kind, grants):
     return ""
 
 
-def check_slices(slices: Sequence[Slice]) -> None:
+def check_slices(settings: Settings) -> None:
     """Raise BadSlice for what would be found out later, or never."""
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
     taken = set()
-    for slice in slices:
+    for slice in settings.slices:
         if type(slice) is not Slice or isinstance(slice.migrations, str):
             raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a "
                            "tuple: (one,) has a comma too")
@@ -6427,9 +6416,9 @@ class ScratchStore(GuardedStore):
     SETUP = GuardedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
 
 
-def check_tables(slices: Sequence[Slice]) -> None:
+def check_tables(settings: Settings) -> None:
     """Make the tables once in a file of their own. Raise MigrationError if they clash."""
-    router = Router([welcome, *slices])
+    router = Router([welcome, *settings.slices])
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "tables.db")
         with contextlib.closing(ScratchStore(file, create=True)) as store:
@@ -6460,8 +6449,7 @@ def check_references(store):
                                  "row of it any more")
 
 
-CHECKS.append(lambda settings: check_slices(settings.slices))
-CHECKS.append(lambda settings: check_tables(settings.slices))
+CHECKS.extend((check_slices, check_tables))
 
 
 @addition
@@ -7089,14 +7077,14 @@ class CountsConsoles(Broker):
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
 # It needs: 30 Accounts, for who is an operator.
 
-def labelled(name: str, figures: Dict[Any, int]) -> Dict[str, int]:
-    return {f'{{{name}="{key}"}}': figures[key] for key in sorted(figures)}
+def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
+    """Return rows for the template: of each figure its label and its value."""
+    return [{"label": label, "value": figures[label]} for label in sorted(figures)]
 
 
 class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
     TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
-    LATE = 10                                            # seconds of lines, then they go
 
     def __init__(self, log: str):
         """log: common, json or off."""
@@ -7146,28 +7134,17 @@ class Figures:
     def flush(self) -> None:
         """Once a second."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
-        if lines and len(self.scribe.line) < self.LATE:
+        if self.lines and not self.scribe.line:          # else they wait; the oldest go
+            lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
             self.scribe.put(self.write, lines)
 
-    def text(self, *more: Tuple[str, str, Dict[str, float]]) -> str:
-        """Families of figures, each with its name, its kind and its samples."""
-        lines = []
-        for name, kind, samples in (*self.families(), *more):
-            lines.append(f"# TYPE orion_{name} {kind}\n")
-            lines += [f"orion_{name}{end} {value}\n" for end, value in samples.items()]
-        return "".join(lines)
-
-    def families(self):
+    def requests(self) -> Dict[str, Any]:
+        """What templates/metrics.txt says of requests."""
         with self.lock:
-            counted = [*itertools.accumulate(self.durations)]
-            bounds = (*self.BOUNDS, "+Inf")
-            samples = {f'_bucket{{le="{bound}"}}': count
-                       for bound, count in zip(bounds, counted)}
-            samples["_sum"] = self.seconds
-            samples["_count"] = counted[-1]
-            return (("requests_total", "counter", labelled("status", self.statuses)),
-                    ("request_seconds", "histogram", samples))
+            counts = [*itertools.accumulate(self.durations)]
+            buckets = dict(zip(self.BOUNDS, counts))
+            return {"status": labelled(self.statuses), "bucket": labelled(buckets),
+                    "seconds": self.seconds, "count": counts[-1]}
 
     def close(self) -> None:
         self.flush()
@@ -7227,7 +7204,7 @@ class HasFigures(LoopEdge):
             raise Refused(403, "The figures are for this machine, for operators, and for "
                                "Authorization: Bearer TOKEN, with the token that "
                                "`orion.py metrics` prints.")
-        return Response(200, self.figures.text(*self.families()).encode(), Figures.TYPE)
+        return Response(200, self.text().encode(), Figures.TYPE)
 
     def may_see_figures(self, request, env):
         """For whom a proxy asks that does not say it, can't be known."""
@@ -7239,15 +7216,15 @@ class HasFigures(LoopEdge):
         cookie = {"cookie": request.headers.get("cookie", "")}
         return env.directory.ask("/_operator", "", cookie, request.scheme)
 
-    def families(self):
+    def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
         verdicts = directory.verdicts if directory else {}
-        streams = sum([isinstance(held, Stream) for held in [*self.held]])
-        return (("gate_verdicts_total", "counter", labelled("verdict", verdicts)),
-                ("workspace_fetches_total", "counter", {"": self.env.workspaces.fetches}),
-                ("workspaces_awake", "gauge", {"": len(self.env.workspaces.objects)}),
-                ("streams_open", "gauge", {"": streams}),
-                ("frames_total", "counter", labelled("result", self.broker.frames)))
+        streams = [held for held in [*self.held] if isinstance(held, Stream)]
+        text = Template((TEMPLATES / "metrics.txt").read_text("utf-8"))
+        return text(**self.figures.requests(), verdict=labelled(verdicts),
+                    fetches=self.env.workspaces.fetches, streams=len(streams),
+                    awake=len(self.env.workspaces.objects),
+                    result=labelled(self.broker.frames)) + "\n"
 
     def server_close(self):
         super().server_close()

@@ -2277,7 +2277,7 @@ def test_a_throttle_forgets_the_oldest_key_when_it_has_too_many():
     throttle.KEYS = 3
     for key in "abcd":
         throttle.count(key)
-    assert [*throttle.counts] == ["b", "c", "d"]
+    assert [*throttle.times] == ["b", "c", "d"]
 
 
 def test_only_so_many_passwords_are_checked_at_once():
