@@ -2446,13 +2446,17 @@ def healthz(request, env):
     return Response(200, b"ok\n")
 
 
-def asset(request, env):
-    """A door: a file of templates/. A browser asks each time whether it has changed."""
+def asset(request, env, coding=""):
+    """A door: a file of templates/. A browser asks each time whether it has changed.
+
+    coding: an end for its tag [2]. Each encoding has its own (RFC 9110, 8.8.3.3).
+    """
     only_read(request)
     body = (TEMPLATES / request.path[1:]).read_bytes()
-    etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}"'
+    etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}{coding}"'
     headers = (("etag", etag), ("cache-control", "no-cache"))
-    if request.headers.get("if-none-match") == etag:
+    known = request.headers.get("if-none-match", "")     # RFC 9110, 13.1.2
+    if known.strip() == "*" or etag in re.findall(r'"[^"]*"', known):
         return Response(304, b"", ASSETS[request.path], headers)
     return Response(200, body, ASSETS[request.path], headers)
 
@@ -3620,6 +3624,8 @@ def head_of(status, type, headers, live, nonced):
     watch = live or None
     response = Response(status, b"", type, headers, MARK if nonced else "", watch)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
+    if live or type.startswith(COMPRESSED):              # compressed or not
+        fields.append("vary: accept-encoding\r\n")
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
 
@@ -3628,6 +3634,12 @@ GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 
 def accepts_gzip(request: Request) -> bool:
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
+
+
+def encoded_asset(request, env):
+    """A door: an asset whose tag says how encode() sends it."""
+    compressed = ASSETS[request.path].startswith(COMPRESSED)
+    return asset(request, env, "-gzip" if compressed and accepts_gzip(request) else "")
 
 
 def encode(request: Request, response: Response, connection: str, head_only: bool,
@@ -3651,7 +3663,7 @@ def encode(request: Request, response: Response, connection: str, head_only: boo
     if not live and response.status not in (204, 304):
         more.append(f"content-length: {len(body)}\r\n")
     if zipped:
-        more.append("content-encoding: gzip\r\nvary: accept-encoding\r\n")
+        more.append("content-encoding: gzip\r\n")
     if connection:
         more.append(f"connection: {connection}\r\n")
     head = f"{head}{''.join(more)}\r\n".encode("latin-1")
@@ -4884,7 +4896,9 @@ class LoopEdge(ThreadingHTTPServer):
 
     def __init__(self, env: Env, settings: Any):
         self.settings = settings
-        self.use(dataclasses.replace(env, doors={**env.doors, "/healthz": self.healthz}))
+        doors = {**env.doors, **dict.fromkeys(ASSETS, encoded_asset),
+                 "/healthz": self.healthz}
+        self.use(dataclasses.replace(env, doors=doors))
         self.held = set()
         self.selector = selectors.DefaultSelector()
         self.calls = collections.deque()                 # what other threads want done here

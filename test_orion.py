@@ -4036,6 +4036,7 @@ FROM_OUTSIDE = {
     r"[0-9]{1,18}": ("fullmatch", ("", "1", "")),
     r"%(?![0-9A-Fa-f]{2})": ("search", ("", "%00", ""), ("", "a", "")),
     r"[\x00-\x1f\x7f\\;#]": ("search", ("", "a", "")),
+    '"[^"]*"': ("findall", ("", '"', ""), ('"', "a", ""), ("", '"a", ', "")),
     r"\.?(:[0-9]*)?$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
     "SEAL": ("fullmatch", ("", "1", "."), ("1.", "0", "")),
     "DIRECTORY_ANSWERS": ("fullmatch", ("/_gate/", "a", "/"), ("/_gate/", "\n", "")),
@@ -5101,10 +5102,26 @@ def test_a_full_server_says_so_and_lives(start):
     assert Person(server).get("/healthz").status == 200
 
 
-def test_an_asset_that_did_not_change_is_not_sent_again(server):
-    etag = Person(server).get("/style.css").headers["etag"]
-    again = Person(server).get("/style.css", If_None_Match=etag)
-    assert (again.status, again.body) == (304, b"")
+@cases("known, status", [("{}", 304), ("W/{}", 304), ('"a", W/{} ,"b"', 304), ("*", 304), ('"{}x"', 200), ("", 200), ('"*"', 200), ('"a", "b"', 200)])
+def test_a_file_that_the_browser_has_is_not_sent_again(serve, known, status):
+    """RFC 9110, 13.1.2: a list of tags, weak ones as good as others, or any."""
+    server = serve()
+    first = Person(server).get("/style.css")
+    again = Person(server).get("/style.css", If_None_Match=known.format(first.headers["etag"]))
+    assert (again.status, again.headers["etag"], again.body) == (status, first.headers["etag"], b"" if status == 304 else first.body)
+
+
+def test_each_encoding_of_a_file_has_a_tag_of_its_own_and_all_say_that_there_are_several(server):
+    """RFC 9110, 8.8.3.3 and 15.4.5: a cache must not give one for the other, nor by a 304."""
+    plain, zipped = [Person(server).get("/datastar.js", Accept_Encoding=coding) for coding in ("identity", "gzip")]
+    assert gzip.decompress(zipped.body) == plain.body and zipped.headers["etag"] != plain.headers["etag"]
+    answers = [plain, zipped]
+    for coding, tag, status in (("gzip", zipped, 304), ("gzip", plain, 200), ("identity", zipped, 200), ("identity", plain, 304)):
+        answers.append(Person(server).get("/datastar.js", Accept_Encoding=coding, If_None_Match=tag.headers["etag"]))
+        assert answers[-1].status == status
+    assert {answer.headers["vary"] for answer in answers} == {"accept-encoding"}
+    assert {Person(server, "bob").get("/w/acme/todos", Accept_Encoding=coding).headers["vary"] for coding in ("identity", "gzip")} == {"accept-encoding"}
+
 
 
 def test_a_fault_in_a_slice_is_a_500_without_details_and_the_server_lives(start):
