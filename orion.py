@@ -9077,7 +9077,7 @@ def is_private(settings):
 
 def add_option(parser, flag, help, kind):
     name = flag[2:].replace("-", "_")
-    default = os.environ.get(f"ORION_{name.upper()}") or getattr(Settings(), name)
+    default = from_environment(f"ORION_{name.upper()}") or getattr(Settings(), name)
     if default:
         help += f" (default: {default})".replace("%", "%%")
     if kind is not bool:
@@ -9086,6 +9086,17 @@ def add_option(parser, flag, help, kind):
         default = default.lower() not in ("0", "no", "off", "false")
     parser.add_argument(flag, help=help, default=default,
                         action=argparse.BooleanOptionalAction)
+
+
+def from_environment(name):
+    """For a service that is called orion, Kubernetes sets variables of its own. One of them
+    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000."""
+    value = os.environ.get(name, "")
+    if name == "ORION_PORT" and "://" in value:
+        print(f"orion: {name}={value} is ignored, for it is no port but what Kubernetes "
+              "says of a service; --port sets ours", file=sys.stderr)
+        return ""
+    return value
 
 
 def add_verbs(parser, given_words):

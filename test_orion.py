@@ -7525,6 +7525,17 @@ def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, 
     assert not list(tmp_path.rglob("*-wal"))
 
 
+def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
+    for name, value in (("SERVICE_HOST", "10.96.14.2"), ("SERVICE_PORT", "8000"), ("SERVICE_PORT_HTTP", "8000"), ("PORT", "tcp://10.96.14.2:8000"),
+                        ("PORT_8000_TCP", "tcp://10.96.14.2:8000"), ("PORT_8000_TCP_PROTO", "tcp"), ("PORT_8000_TCP_PORT", "8000"),
+                        ("PORT_8000_TCP_ADDR", "10.96.14.2")):
+        monkeypatch.setenv(f"ORION_{name}", value)
+    settings, _ = orion.read_command_line(["account", "list"])
+    said = capsys.readouterr().err
+    assert settings.port == 8000 and said.count("\n") == 1 and "ORION_PORT=tcp://10.96.14.2:8000 is ignored" in said
+    assert orion.read_command_line(["--port", "80"])[0].port == 80
+
+
 @cases("said, names", [("todo.example.org", ("todo.example.org",)), ("A.example., b_c", ("a.example", "b_c")),
                        ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",))])
 def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
