@@ -2863,6 +2863,8 @@ CRASH = BaseException                                    # a slice may call sys.
 #   which file, what, and what to do.
 # It promises: nothing is made anew in the place of what was lost; nothing is written to a
 #   file that was taken away or exchanged; no statement runs for longer than a few seconds.
+#   Migrations that take longer than one go on in a thread of their own, one file after the
+#   other; until they end, that tenant alone gets a 503.
 #   While another process holds the write lock of a file, commands to it wait, and so do the
 #   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
@@ -2870,8 +2872,7 @@ CRASH = BaseException                                    # a slice may call sys.
 
 class StorageFault(Refused):
     """The file of an object can't be used. The text is for the log, message for people."""
-    REMEDIES = {", entry ": "nothing of it was done; mend the rows that it stumbles on, "
-                            "and it is tried again",
+    REMEDIES = {"takes long": "it goes on apart; nobody is let in here until it ends",
                 "disk is full": "make room on the disk, or raise the quota",
                 "is locked": "another process holds it: end that one",
                 "interrupted": "a statement ran too long: give it an index, or ask for "
@@ -2880,6 +2881,8 @@ class StorageFault(Refused):
                 "unable to open database file": "make it readable; let the process have "
                                                 "more descriptors",
                 "disk I/O error": "see what the system's log says of the disk",
+                ", entry ": "nothing of it was done; mend the rows that it stumbles on, "
+                            "and it is tried again",
                 "constraint failed": "a slice left it to the commit to find that; have it "
                                      "looked for before",
                 "unsupported file format": "restore it from a backup",
@@ -2888,12 +2891,14 @@ class StorageFault(Refused):
 
     SAID = {"disk is full": (507, "There is no room left here. Delete something, or ask "
                                   "for a larger quota."),
+            "takes long": (503, "This is being brought up to date. Try again in a few "
+                                "minutes.", (("retry-after", "10"),)),
             "is locked": (503, "Another program is writing to this just now. Try again in "
                                "a few seconds.", (("retry-after", "5"),))}
     OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
                  (("retry-after", "60"),))
 
-    def __init__(self, path: pathlib.Path, error: BaseException):
+    def __init__(self, path: pathlib.Path, error: Any):
         word = next(word for word in self.REMEDIES if word in str(error))
         super().__init__(*self.SAID.get(word, self.OTHERWISE))
         self.text = f"{path}: {error}; {self.REMEDIES[word]}"
@@ -2955,6 +2960,7 @@ class GuardedStore(OwnedStore):
     """
     SETUP = f"PRAGMA page_size=1024; {OwnedStore.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
+    running = "what opens it"                            # or a migration
 
     def __init__(self, path: pathlib.Path, create: bool = False):
         self.inode = None if create else identity(path)  # None: it is made just now
@@ -2974,6 +2980,10 @@ class GuardedStore(OwnedStore):
         if self.torn:
             self.run("ROLLBACK", ())
             raise Torn
+
+    def apply(self, slice, number, sql):
+        self.running = f"slice {slice!r}, entry {number}"
+        return super().apply(slice, number, sql)
 
     def close(self):
         """What a torn file lacks goes into it: whoever takes its place must find no log."""
@@ -2996,6 +3006,30 @@ class GuardedObject(DurableObject):
     lock_ends = float("-inf")                            # when everybody stops waiting
     began = float("inf")                                 # when the present answer did
     opened_at = 0.0                                      # when it woke, by the clock
+    OPEN_SECONDS = float("inf")                          # then its migrations go on apart
+    TELL_SECONDS = 60.0                                  # between two lines on them
+    opening = tell_at = 0.0                              # since when; when the next is due
+
+    def open(self, create=False):
+        """Raises StorageFault if it takes long; then it goes on apart."""
+        self.opening = time.monotonic()
+        self.tell_at = self.opening + 2.0
+        try:
+            super().open(create)
+        except (sqlite3.Error, MigrationError) as error:
+            if not str(error).endswith("interrupted") or self.namespace.closed:
+                raise
+            late = str(error).replace(": interrupted", " takes long")
+            self.namespace.bring_up(self.id, late)
+            self.close()                                 # all who wait for it hear so
+            raise self.fault(late) from error
+        if self.tell_at > self.opening + 2.0:
+            self.tell("was opened, in")
+
+    def tell(self, what):
+        seconds = time.monotonic() - self.opening
+        log(f"storage: {self.store.path}: {what} {seconds:.0f} s")
+        self.tell_at = time.monotonic() + self.TELL_SECONDS
 
     def connect(self, create):
         self.namespace.make_room()
@@ -3014,7 +3048,13 @@ class GuardedObject(DurableObject):
         return ObjectStore(self.namespace.path(self.id), create)
 
     def too_long(self):
-        return time.monotonic() > self.began + self.STATEMENT_SECONDS
+        """SQLite asks this now and then, in the midst of a statement."""
+        now = time.monotonic()
+        if self.bus:
+            return now > self.began + self.STATEMENT_SECONDS
+        if self.store and now > self.tell_at:
+            self.tell(f"{self.store.running} goes on, for")
+        return now > self.opening + self.OPEN_SECONDS or self.namespace.closed
 
     def claim(self, store):
         """A file in another's place shows nobody's rows to strangers."""
@@ -3147,9 +3187,13 @@ class Busy(Refused):
                          (("retry-after", "1"),))
 
 
+NOT_LATE = 0.0, ""
+
+
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for other processes
+    LATE_SECONDS = 60.0                                  # until what failed is tried again
 
     def __init__(self, *args: Any, most: int = 1024):
         super().__init__(*args)
@@ -3158,6 +3202,8 @@ class GuardedNamespace(Namespace):
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
         self.versions: Dict[str, int] = collections.Counter()    # by id: see section 22
         self.settings: Any = None                        # [3]
+        self.late: Dict[str, Tuple[float, str]] = {}     # ids: until when, and why
+        self.in_line: collections.deque = collections.deque()    # ids: see bring_up
         self.fetches = 0
         self.served = collections.Counter()              # by id, without our own questions
 
@@ -3179,9 +3225,44 @@ class GuardedNamespace(Namespace):
         self.versions[id] += 1
 
     def awake(self, id):
+        """Raises StorageFault while its migrations go on apart."""
+        until, why = self.late.get(id, NOT_LATE)
+        if time.monotonic() < until:
+            raise StorageFault(self.path(id), why)
         one = super().awake(id)
         self.touch(id)
         return one
+
+    def bring_up(self, id: str, why: str) -> None:
+        """Open it apart, however long it takes, when those before it are done."""
+        with self.lock:
+            self.late[id] = float("inf"), why
+            self.in_line.append(id)
+            if len(self.in_line) == 1:
+                threading.Thread(target=self.bring_all_up, daemon=True).start()
+
+    def bring_all_up(self):
+        left = True
+        while left:
+            guarded(self.bring_one_up, self.in_line[0])
+            with self.lock:
+                self.in_line.popleft()
+                left = bool(self.in_line)
+
+    def bring_one_up(self, id):
+        """What fails is tried again after a while, when somebody asks for it."""
+        one = self.build(id, self)
+        one.OPEN_SECONDS = float("inf")
+        failed = time.monotonic() + self.LATE_SECONDS, "it can't be opened"
+        try:
+            one.open()
+            one.store.close()
+            failed = NOT_LATE
+        except (sqlite3.Error, MigrationError) as error:
+            one.fault(error)
+            failed = time.monotonic() + self.LATE_SECONDS, str(error)
+        finally:
+            self.late[id] = failed
 
     def touch(self, id: str) -> None:
         """It is in use, perhaps by a page of it that was kept: it is not to sleep."""
@@ -5253,6 +5334,7 @@ class QuickRouter(Router):
 
 class EdgeWorkspace(Broadcast, Workspace):
     """A Workspace whose streams are held by a broker."""
+    OPEN_SECONDS = 1.0
 
     def open(self, create=False):
         """Raises Refused(422) if it is to be new, and there are rows of an older one."""

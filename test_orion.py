@@ -1935,6 +1935,95 @@ def test_a_migration_that_stumbles_on_a_tenants_rows_says_so(start, capfd):
     assert bob.get("/w/globex/n").status == 200
 
 
+COUNTED = "INSERT INTO more WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT (SELECT coalesce(max(n), 0) FROM small)) SELECT max(n) FROM c"
+
+
+@pytest.fixture
+def grown(start, monkeypatch):
+    """grown(entry, n, **settings): a server on which acme has a row n, a table `more` is new, and so is this entry, if it is at work on acme for longer than
+    a visit may last. grown.held: until it is set, what goes on apart does not go on."""
+    def run(entry=COUNTED, n=200_000, **settings):
+        server = start((orion.todos, small(("POST", "/n", lambda ctx: (ctx.store.exec("INSERT INTO small VALUES (?)", n), orion.done(ctx))[1]))))
+        Person(server, "bob").post("/w/acme/n")
+        server.close()
+        migrations = ("CREATE TABLE small (n UNIQUE)", "CREATE TABLE more (n)", entry)
+        run.server, run.apart, run.held, apply = None, [], threading.Event(), orion.GuardedStore.apply
+
+        def noticed(self, slice, number, sql):
+            if sql == entry and run.server and threading.current_thread() not in run.server.edge.pool.threads:
+                run.apart.append(threading.current_thread())
+                run.held.wait(PATIENCE)
+            return apply(self, slice, number, sql)
+        assert orion.EdgeWorkspace.OPEN_SECONDS <= 1
+        monkeypatch.setattr(orion.EdgeWorkspace, "OPEN_SECONDS", 0.0)
+        monkeypatch.setattr(orion.GuardedStore, "apply", noticed)
+        run.server = start((orion.todos, small()._replace(migrations=migrations)), **settings)
+        return run.server
+    return run
+
+
+def test_a_migration_that_takes_longer_than_a_visit_ends_and_meanwhile_others_notice_nothing(grown, capfd):
+    server = grown(threads=2)
+    bob = Person(server, "bob")
+    answer = bob.get("/w/acme/n")
+    assert (answer.status, answer.headers["retry-after"]) == (503, "10") and "brought up to date" in answer.text
+    assert logged(capfd, "slice 'small', entry 3 takes long; it goes on apart; nobody is let in here until it ends")
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        assert {*pool.map(lambda _: bob.get("/w/acme/n").status, range(20))} == {503}
+    assert bob.get("/w/globex/n").status == 200 and bob.get("/").status == 200
+    assert len(eventually(lambda: grown.apart)) == 1
+    grown.held.set()
+    assert eventually(lambda: bob.get("/w/acme/n").status == 200)
+    with contextlib.closing(server.store("acme")) as file:
+        assert file.execute("SELECT n FROM more").fetchall() == [(200_000,)]
+    assert capfd.readouterr().err.count("takes long") == 1 and len(grown.apart) == 1
+
+
+def test_the_log_says_what_goes_on_and_for_how_long(grown, capfd, monkeypatch):
+    clock = time.monotonic
+    server = grown()
+    Person(server, "bob").get("/w/acme/n")
+    eventually(lambda: grown.apart)
+    monkeypatch.setattr(orion.time, "monotonic", lambda: clock() + 61)
+    grown.held.set()
+    assert logged(capfd, ".db: slice 'small', entry 3 goes on, for 6") and logged(capfd, ".db: was opened, in 6")
+
+
+def test_a_migration_that_fails_after_a_long_time_is_not_begun_again_at_each_visit(grown, capfd):
+    server = grown(COUNTED.replace("SELECT max(n) FROM c", "SELECT abs(-9223372036854775807 - (max(n) > 0)) FROM c"))
+    bob = Person(server, "bob")
+    assert bob.get("/w/acme/n").status == 503
+    grown.held.set()
+    assert logged(capfd, "slice 'small', entry 3: integer overflow; nothing of it was done; mend the rows")
+    assert [bob.get("/w/acme/n").status for _ in range(3)] == [503] * 3 and len(grown.apart) == 1
+
+
+def test_a_migration_without_an_end_keeps_no_server_from_stopping(grown):
+    server = grown(n=10 ** 12)
+    assert Person(server, "bob").get("/w/acme/n").status == 503
+    grown.held.set()
+    eventually(lambda: grown.apart)
+    server.close()
+    grown.apart[0].join(PATIENCE)
+    assert not grown.apart[0].is_alive()
+
+
+def test_a_single_root_is_migrated_before_it_serves_however_long_that_takes(start, tmp_path, monkeypatch):
+    make = lambda ctx: (ctx.store.exec("INSERT INTO small VALUES (200000)"), orion.done(ctx))[1]
+    server = start((orion.todos, small(("POST", "/n", make))), single=tmp_path / "all.db")
+    Person(server, "bob").post("/w/acme/n")
+    server.close()
+    monkeypatch.setattr(orion.GuardedObject, "STATEMENT_SECONDS", 0.01), monkeypatch.setattr(orion.EdgeWorkspace, "OPEN_SECONDS", 0.0)
+    server = start((orion.todos, small()._replace(migrations=("CREATE TABLE small (n UNIQUE)", "CREATE TABLE more (n)", COUNTED))), single=tmp_path / "all.db")
+    monkeypatch.undo()
+    assert Person(server, "bob").get("/w/acme/n").status == 200
+
+
+@cases("why, said", [("database or disk is full", "make room"), ("disk I/O error", "what the system's log says"), ("CHECK constraint failed: a", "mend the rows")])
+def test_what_is_wrong_with_the_disk_is_not_blamed_on_the_rows_that_a_migration_moves(why, said):
+    assert said in str(orion.StorageFault(pathlib.Path("a.db"), orion.MigrationError(f"slice 'a', entry 3: {why}")))
+
+
 def test_a_region_that_publishes_is_refused_instead_of_being_asked_for_ever(start, capfd):
     loop = orion.Live("/n", "todos:read", "n", "N", lambda ctx: (ctx.publish("n"), orion.Template("<p id=n></p>")())[1])
     assert Person(start((orion.Slice("n", (), (loop,)),)), "bob").get("/w/acme/n").status == 500
