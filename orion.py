@@ -5864,13 +5864,9 @@ def account_remove(settings, given):
 #   its open pages end within a second.
 # It needs: 30 Accounts.
 
-def my_digest(ctx):
-    return bytes.fromhex(ctx.request.headers["x-session"])
-
-
 def account_page(ctx):
     """Each session is named by a few digits of a hash, which opens no door."""
-    mine = my_digest(ctx)
+    mine = bytes.fromhex(ctx.request.headers["x-session"])
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
                            "ORDER BY created DESC LIMIT 100", account, account)
@@ -5882,16 +5878,16 @@ def account_page(ctx):
     return page("Account", body, ctx.viewer)
 
 
+CHOSEN = f"""{OWNED} AND (? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
+                          OR substr(hex(digest), 1, 16) = upper(?))"""
+
+
 def choose_sessions(ctx):
     """End some. The field session is the name of one, or "all", or "others"."""
     which = ctx.field("session")
-    mine = my_digest(ctx)
     account = ctx.viewer.account
-    for row in ctx.store.query(f"SELECT digest FROM sessions WHERE {OWNED}", account,
-                               account):
-        others = which == "others" and row["digest"] != mine
-        if others or which in ("all", row["digest"].hex()[:16]):
-            end_sessions(ctx, "digest = ?", row["digest"])
+    mine = ctx.request.headers["x-session"]
+    end_sessions(ctx, CHOSEN, account, account, which, which, mine, which)
     return see_other("/account")._replace(which=f"sessions: {which}"[:64])
 
 
@@ -6135,8 +6131,7 @@ class TellsFacts(Broadcast):
         """What an object tells of itself. Other sections add to it."""
         slices = [slice for slice in self.router.slices if slice.count]
         count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
-        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
-        return {"count": count, "schema": schema}
+        return {"count": count}
 
 
 def facts_of(workspace: Stub) -> Dict[str, Any]:
@@ -6208,57 +6203,49 @@ def due_in(path: pathlib.Path) -> Optional[float]:
         return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
 
 
-@addition
-class HasAlarms(GuardedNamespace):
-    """Knows which object has its next job due, and when."""
-
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.alarms: Dict[str, float] = {}               # by id
-        self.looked = set()                              # ids whose file was looked into
-        self.on_alarm = lambda: None                     # set by Alarms: one is due at once
-
-    def alarm(self, id: str, due: Optional[float]) -> None:
-        if due is None:
-            return
-        with self.lock:
-            self.alarms[id] = min(due, self.alarms.get(id, due))
-        if due <= time.time():
-            self.on_alarm()
-
-    def next_due(self) -> Optional[str]:
-        """Take out the alarm of an object that has a job due. Return its id, or None."""
-        with self.lock:
-            id = min(self.alarms, key=self.alarms.__getitem__, default=None)
-            if id is None or self.alarms[id] > time.time():
-                return None
-            del self.alarms[id]
-            return id
-
-
 class Alarms:
-    """Has jobs done when they are due. It wakes whoever sleeps."""
+    """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
 
-    def __init__(self, namespace: Namespace, put: Callable[..., None]):
+    def __init__(self, namespace: Namespace):
         self.namespace = namespace
-        self.put = put                                   # put(function, *args): in a pool
+        self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
-        namespace.on_alarm = self.ring
+        self.looked = set()                              # ids whose file was looked into
+        self.lock = threading.Lock()                     # guards the next line
+        self.due: Dict[str, float] = {}                  # by id
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
         files = dict(self.namespace.files())
-        self.namespace.looked &= files.keys()            # one may come back
+        self.looked &= files.keys()                      # one may come back
         for id, path in files.items():
-            if id not in self.namespace.looked:
-                self.namespace.looked.add(id)
+            if id not in self.looked:
+                self.looked.add(id)
                 with contextlib.suppress(sqlite3.Error):
-                    self.namespace.alarm(id, due_in(path))
+                    self.set(id, due_in(path))
+
+    def set(self, id: str, due: Optional[float]) -> None:
+        """Wake the object then, if not sooner. None: it has no job."""
+        if due is None:
+            return
+        with self.lock:
+            self.due[id] = min(due, self.due.get(id, due))
+        if due <= time.time():
+            self.ring()
+
+    def next_due(self) -> Optional[str]:
+        """Take out the alarm of an object that has a job due. Return its id, or None."""
+        with self.lock:
+            id = min(self.due, key=self.due.__getitem__, default=None)
+            if id is None or self.due[id] > time.time():
+                return None
+            del self.due[id]
+            return id
 
     def ring(self) -> None:
-        while self.free.acquire(blocking=False):
-            id = self.namespace.next_due()
+        while self.put and self.free.acquire(blocking=False):
+            id = self.next_due()
             if id is None:
                 return self.free.release()
             self.put(self.work, id)
@@ -6271,7 +6258,7 @@ class Alarms:
                 due = time.time() + 60                   # if all of this fails
                 due = self.one_job(self.namespace.get(id))
         finally:
-            self.namespace.alarm(id, due)
+            self.set(id, due)
             self.free.release()
             self.ring()
 
@@ -6287,10 +6274,18 @@ class Alarms:
 
 
 @addition
+class HasAlarms(GuardedNamespace):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.alarms = Alarms(self)
+
+
+@addition
 class RingsAlarms(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
-        self.alarms = Alarms(self.env.workspaces, self.pool.put)
+        self.alarms = self.env.workspaces.alarms
+        self.alarms.put = self.pool.put
 
     def serve_forever(self, poll_interval=0.5):
         self.pool.put(self.alarms.look)
@@ -6363,7 +6358,7 @@ class HasJobs(Broadcast):
     def on_open(self):
         super().on_open()
         with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
-            self.namespace.alarm(self.id, self.own_due(None))
+            self.namespace.alarms.set(self.id, self.own_due(None))
 
     def enqueue(self, who: str, job: Callable[..., None], due: float,
                 args: Dict[str, Any]) -> None:
@@ -6375,7 +6370,7 @@ class HasJobs(Broadcast):
         self.alarm_after_commit(due)
 
     def alarm_after_commit(self, due):
-        self.store.after_commit.append((self.namespace.alarm, self.id, due))
+        self.store.after_commit.append((self.namespace.alarms.set, self.id, due))
 
     def own_due(self, request):
         """Return when the next job is due; None: there is none."""
@@ -6987,7 +6982,7 @@ class Console:
         names = {self.env.directory.id: "Directory", **page}
         rows = [self.object_row(self.env.workspaces.get(id), name, self.facts[id])
                 for id, name in page.items()]
-        first = self.object_row(self.env.directory, "Directory", found)
+        first = self.object_row(self.env.directory, "Directory", {})
         return template("console.region")(
             object=[first, *rows], option=rows, all=found["all"], asked=len(page),
             dead=[row for row in rows if row["failed"]], micros=self.micros,
@@ -7003,7 +6998,7 @@ class Console:
         awake = one is not None and one.store is not None
         size = sum([part.stat().st_size for part in with_wal(file)])
         channels = [*self.broker.channels.get(id, {}).values()]
-        return {"count": "", "schema": "?", "jobs": "", "failed": [], **facts,
+        return {"count": "", "jobs": "", "failed": [], **facts,
                 "id": id, "name": name, "file": file.name, "size": size // 1024,
                 "state": "awake" if awake else "asleep",
                 "since": awake and {"opened": clock(one.opened_at)},
@@ -7114,9 +7109,8 @@ class AnswersTheConsole(EdgeDirectory):
         some = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY "
                                 "name LIMIT ?", request.params.get("after", ""),
                                 NAMES_A_PAGE + 1)
-        schema = self.store.one("SELECT count(*) FROM _migrations")[0]
         count = self.store.one("SELECT count(*) FROM workspaces")[0]
-        return {"page": dict(some), "all": count, "schema": schema}
+        return {"page": dict(some), "all": count}
 
     def own_named(self, request):
         row = self.store.one("SELECT id FROM workspaces WHERE name = ?",

@@ -5445,7 +5445,7 @@ def test_a_job_runs_after_the_command_that_enqueued_it_and_is_seen_live(office):
 
 def test_a_job_of_a_command_that_was_refused_never_was(office):
     assert office.write_letter(text="never", refused=True).status == 200
-    assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms
+    assert office.rows("SELECT count(*) FROM jobs") == [(0,)] and office.acme not in office.env.workspaces.alarms.due
 
 
 def test_a_command_that_only_enqueues_a_job_is_not_said_to_be_silent(office, capfd):
@@ -5479,12 +5479,12 @@ def test_a_job_can_enqueue_another(office):
 
 def test_a_job_waits_for_its_time_and_wakes_a_workspace_that_sleeps(office):
     office.write_letter(text="later", after=3600)
-    assert office.env.workspaces.alarms[office.acme] > time.time() + 3500
+    assert office.env.workspaces.alarms.due[office.acme] > time.time() + 3500
     office.env.workspaces.rest(idle=-1)
     assert office.acme not in office.env.workspaces.objects
     with contextlib.closing(office.store("acme")) as db, db:
         db.execute("UPDATE jobs SET due = ?", (time.time(),))
-    office.env.workspaces.alarm(office.acme, time.time())
+    office.env.workspaces.alarms.set(office.acme, time.time())
     assert eventually(lambda: office.rows("SELECT text FROM sent") == [("later",)])
 
 
@@ -5498,7 +5498,7 @@ def test_jobs_that_were_enqueued_before_a_restart_run_after_it(office, start):
 @cases("lies", ["at rest", "with what a killed server left in its log"])
 def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tmp_path, lies):
     office.write_letter(text="later", after=3600)
-    due, file = office.env.workspaces.alarms[office.acme], office.env.workspaces.path(office.acme)
+    due, file = office.env.workspaces.alarms.due[office.acme], office.env.workspaces.path(office.acme)
     if lies == "at rest":
         office.env.workspaces.rest(idle=-1)
     for part in orion.with_wal(file):
@@ -5512,7 +5512,7 @@ def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(offi
     eventually(lambda: office.rows("SELECT tries, error FROM jobs") == [(1, "RuntimeError: the post office is closed")])
     (due,), = office.rows("SELECT due FROM jobs")
     assert time.time() < due <= time.time() + 2 and office.rows("SELECT * FROM sent") == []
-    assert eventually(lambda: office.env.workspaces.alarms.get(office.acme) == due)
+    assert eventually(lambda: office.env.workspaces.alarms.due.get(office.acme) == due)
 
 
 def test_a_job_that_fails_is_logged_with_the_line_that_failed(office, capfd):
@@ -5555,7 +5555,7 @@ def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_
     monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
     office.write_letter(text="fail")
     eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
-    assert office.acme not in office.env.workspaces.alarms
+    assert office.acme not in office.env.workspaces.alarms.due
     text = eventually(lambda: (lambda text: "<td>1 given up</td>" in text and text)(office.bob.get("/console").text))
     assert "<b>letters.post_letter</b> failed 1 times: RuntimeError: the post office is closed" in text
     with contextlib.closing(office.store("acme")) as db, db:
@@ -5567,16 +5567,16 @@ def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_
 def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
     office.write_letter(text="sooner", after=1800)
     office.write_letter(text="later", after=3600)
-    assert office.env.workspaces.alarms[office.acme] < time.time() + 1801
+    assert office.env.workspaces.alarms.due[office.acme] < time.time() + 1801
 
 
 def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
     monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
     office.write_letter(text="later", after=3600)
-    alarms = office.env.workspaces.alarms
+    alarms = office.env.workspaces.alarms.due
     with contextlib.closing(office.store("acme")) as other:
         other.execute("BEGIN IMMEDIATE")
-        office.env.workspaces.alarm(office.acme, time.time())
+        office.env.workspaces.alarms.set(office.acme, time.time())
         assert eventually(lambda: time.time() < alarms.get(office.acme, 0) <= time.time() + 60)
 
 
@@ -5680,7 +5680,7 @@ def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
     with contextlib.closing(server.store("acme")) as db:
         with db:
             db.execute("UPDATE jobs SET due = 0")
-        server.env.workspaces.alarm(server.env.workspaces.id_from_name("acme"), time.time())
+        server.env.workspaces.alarms.set(server.env.workspaces.id_from_name("acme"), time.time())
         assert full.wait(PATIENCE) and db.execute("SELECT count(*) FROM sent").fetchall() == [(0,)]
 
 
@@ -8414,7 +8414,7 @@ def test_every_colour_can_be_read_on_its_ground(scheme, text, ground, least):
 
 def test_alice_probes_acme_and_sees_that_nobody_was_contacted(site, windows):
     alice = site.at("alice", windows[0], "/console")
-    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[6].textContent"
+    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[5].textContent"
     served = alice.js(f"return {row}")
     alice.type("#workspace", "acme")
     alice.click("[action='/console/probe'] button")
@@ -8426,7 +8426,7 @@ def test_alice_probes_acme_and_sees_that_nobody_was_contacted(site, windows):
 def test_the_console_lives_while_others_work(site, windows):
     watcher, bob = site.at("alice", windows[0], "/console"), site.at("bob", windows[1])
     watcher.errors()                                 # those of the page before
-    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[7].textContent"
+    row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[6].textContent"
     assert watcher.js(f"return {row}") == "3"
     bob.type("#title", "Watched")
     bob.press("Enter")
