@@ -2837,8 +2837,8 @@ class Tables(Reads):
 # commit, and a rendering is sent as it is to everybody of a role.
 #
 # It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
-# Namespace and DurableObject, and of ThreadingHTTPServer. It uses worker, Env.forward,
-# Bus.listeners, SliceHost.render, SliceHost.stream, Context.shared, headers_of and refusal.
+# Namespace and DurableObject. It uses worker, Env.forward, Bus.listeners, SliceHost.render,
+# SliceHost.stream, Context.shared, headers_of and refusal.
 
 import errno
 import itertools
@@ -3753,9 +3753,10 @@ def encode(request: Request, response: Response, connection: str, head_only: boo
 
 def beginning(request, piece, zipped):
     """Return what a stream says before its first frame."""
-    if not shows(request, piece):
-        return chunk(GZIP_HEAD) if zipped else b""
-    return chunk(GZIP_HEAD + deflated(CURRENT)) if zipped else chunk(CURRENT)
+    said = CURRENT if shows(request, piece) else b""
+    if zipped:
+        said = GZIP_HEAD + deflated(said)
+    return chunk(said) if said else b""
 
 
 def shows(request, piece) -> bool:
@@ -3780,16 +3781,17 @@ def first_frame(request, piece) -> bytes:
 #   another process writes into a workspace's file is seen after a minute at the latest.
 # Who uses it: the loop edge, for pages that the worker forwarded.
 
-class Asked(NamedTuple):
+@dataclasses.dataclass
+class Asked:
     """A request on its way: from the socket, and what is known of it so far."""
     connection: Any
-    reading: Any                                         # as it was framed: section 20
+    reading: Reading
     request: Request
+    started: float = 0.0                                 # by time.perf_counter()
     policy: Any = None                                   # the Directory's number
     version: int = 0                                     # the object's
     stub: Any = None                                     # who is to answer
     forwarded: Optional[Request] = None                  # and the request as they see it
-    started: float = 0.0                                 # by time.perf_counter()
     account: str = ""                                    # to whom it is charged
 
     @property
@@ -3805,8 +3807,7 @@ class KeptAnswer(NamedTuple):
     response: None after the first request, which only notes that there was one; most pages
     are asked for once.
     """
-    policy: Any
-    version: int
+    as_of: Tuple[Any, int]                               # policy and version
     stub: GuardedStub
     until: float                                         # by time.monotonic()
     response: Optional[Response]
@@ -3849,6 +3850,9 @@ class Kept:
         if self.db:
             self.db.close()
         self.db = None
+        self.clear()
+
+    def clear(self):
         self.answers.clear()
         self.size = 0
 
@@ -3857,8 +3861,7 @@ class Kept:
         if known is None or known.response is None or known.until < time.monotonic():
             return None
         namespace = known.stub.namespace
-        version = namespace.versions[known.stub.id]
-        if (known.policy, known.version) != (asked.policy, version):
+        if known.as_of != (asked.policy, namespace.versions[known.stub.id]):
             return None
         namespace.touch(known.stub.id)
         return known.response
@@ -3869,15 +3872,16 @@ class Kept:
         if size > self.LONG or len(response.body) > self.LARGE or asked.policy is None:
             return
         if self.size > self.MOST:
-            self.answers.clear()
-            self.size = 0
+            self.clear()
+        as_of = asked.policy, asked.version
         known = self.answers.get(asked.key)
-        again = known is not None and (known.policy, known.version) == (asked.policy,
-                                                                        asked.version)
+        if known is None or known.as_of != as_of:        # nobody may ask for it again
+            response = None
+        else:
+            size += len(response.body)
         until = time.monotonic() + self.SECONDS
-        self.size += size + (len(response.body) if again else 0)
-        self.answers[asked.key] = KeptAnswer(asked.policy, asked.version, asked.stub, until,
-                                         response if again else None)
+        self.size += size
+        self.answers[asked.key] = KeptAnswer(as_of, asked.stub, until, response)
 
 
 def renewed(response: Response) -> Response:
@@ -4288,15 +4292,12 @@ class Held:
         if sent == len(data):
             self.written()
         else:
-            self.wait_with(memoryview(data)[sent:], sent or not waited)
-        self.edge.backlog.note(self)
-
-    def wait_with(self, rest, moved):
-        """rest: all who are slow share the bytes. moved: the kernel has taken some."""
-        self.rest = rest
-        if moved:
-            self.deadline = time.monotonic() + self.STUCK_SECONDS
-        self.listen(self.events | WRITABLE)
+            self.rest = memoryview(data)[sent:]          # all who are slow share the bytes
+            if sent or not waited:                       # the kernel has taken some
+                self.deadline = time.monotonic() + self.STUCK_SECONDS
+            self.listen(self.events | WRITABLE)
+        if waited or self.rest:
+            self.edge.backlog.note(self)
 
     def unread(self) -> List[Any]:
         """All that waits for this reader. A rest keeps the whole of which it is one."""
@@ -4325,8 +4326,7 @@ class Stream(Held):
     BEAT_SECONDS = (15, 25)                              # spread: thousands beat
 
     def __init__(self, edge, socket_, request, response, viewer):
-        self.again = Request("GET", request.path, request.query, request.headers,
-                             peer=request.peer, scheme=request.scheme)
+        self.again = request._replace(body=b"")
         self.account = response.which
         self.whose = self.account or request.peer
         self.viewer = viewer                             # as the last verdict said
@@ -4347,29 +4347,21 @@ class Stream(Held):
         self.latest = {}
         self.seen = ""
         self.here = ""
-        self.send("page", piece)
+        self.show("page", piece)
 
     def show_here(self, piece):
         if self.here != piece.etag:
             self.here = piece.etag
-            self.send("here", piece)
+            self.show("here", piece)
 
-    def send(self, slot, piece):
-        if self.show(slot, piece):
-            self.count("sent")
-
-    def show(self, slot, piece) -> bool:
-        """Did it go out, rather than wait behind the rest of another?"""
+    def show(self, slot, piece):
+        """Send a piece, or have it wait behind the rest of another, where only the latest is."""
         if self.rest:
             self.count("coalesced", slot in self.latest)
             self.latest[slot] = piece
-            self.edge.backlog.note(self)
-            return False
-        data = piece.zipped if self.zipped else piece.plain
-        sent = self.offer(data)
-        if sent != len(data):
-            self.wrote(data, sent)
-        return True
+            return self.edge.backlog.note(self)
+        self.count("sent")
+        self.write(piece.zipped if self.zipped else piece.plain)
 
     def count(self, what, frames=1):
         self.edge.broker.frames[what] += frames
@@ -4379,7 +4371,7 @@ class Stream(Held):
     def written(self):
         latest, self.latest = self.latest, {}
         for slot, piece in latest.items():
-            self.send(slot, piece)
+            self.show(slot, piece)
 
     def read(self, data):
         """A browser says nothing on a stream but goodbye. The rest is read over."""
@@ -4490,7 +4482,8 @@ class Broker:
         piece = None
         streams = [*channel.streams]                     # a later one marks it: see join
         try:
-            piece = self.ask(channel.subscription)
+            stub, again = channel.subscription.stub, channel.subscription.again
+            piece = stub.fetch(again).watch.piece
             if any([stream.zipped for stream in streams]):
                 piece.zipped                             # made here, and not in the loop
         except CRASH:
@@ -4498,9 +4491,6 @@ class Broker:
             raise
         finally:
             self.edge.call(self.deliver, channel, piece, streams if piece else [])
-
-    def ask(self, subscription) -> Piece:
-        return subscription.stub.fetch(subscription.again).watch.piece
 
     def try_again(self):
         """In the pool, every 5 s: ask again for those whose object failed.
@@ -4516,13 +4506,10 @@ class Broker:
 
         After the last of them the channel is free, or goes round again.
         """
-        sent = 0
         for stream in streams[:self.SOME]:
             if stream.seen != piece.etag and stream.channel is channel:
                 stream.seen = piece.etag
-                sent += stream.show("seen", piece)
-        self.frames["sent"] += sent
-        channel.frames["sent"] += sent
+                stream.show("seen", piece)
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
         with self.lock:
@@ -4627,20 +4614,17 @@ class Broker:
             raise
 
     def show_anew(self, stream, noted, viewer, busy):
-        if noted.stub.id in busy:
+        """Fetch the stream's answer and, as a piece, the page around it."""
+        stub, request = noted
+        if stub.id in busy:
             raise Busy()
-        response, whole = self.ask_as(noted)
-        stream.viewer = viewer
-        self.edge.call(self.rejoin, stream, response, whole)
-
-    def ask_as(self, asked):
-        """Return the stream's answer and, as a piece, the page around it."""
-        response = asked.stub.fetch(asked.request, self.LOOK_SECONDS)
-        path = asked.request.path[:-len("/live")]
-        around = asked.request._replace(path=path)
-        page = asked.stub.fetch(around, self.LOOK_SECONDS)
+        response = stub.fetch(request, self.LOOK_SECONDS)
+        around = request._replace(path=request.path[:-len("/live")])
+        page = stub.fetch(around, self.LOOK_SECONDS)
         html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
-        return response, Piece(Html(html), 0.0, 0, main=False)
+        stream.viewer = viewer
+        whole = Piece(Html(html), 0.0, 0, main=False)
+        self.edge.call(self.rejoin, stream, response, whole)
 
     def rejoin(self, stream, response, whole):
         if stream.channel is None:                       # it was closed meanwhile
@@ -4721,6 +4705,9 @@ def lane_of(path: str) -> str:
     return f"/w/{parts[2]}"
 
 
+UNREADABLE = Reading("-", "/", {}, keep=False, modern=True, length=0)
+
+
 class Connection(Held):
     """A connection that is not a stream. It is in one state at a time."""
     IDLE, ARRIVING, ANSWERING, LEAVING = "idle", "arriving", "answering", "leaving"
@@ -4729,9 +4716,9 @@ class Connection(Held):
     LINGER_SECONDS = 1.0                 # so that who is still sending can read our answer
     LINGER_BYTES = 65_536
 
-    def __init__(self, socket, address, edge):
-        self.peer = address[0]
-        self.whose = source_of(self.peer)
+    def __init__(self, edge, socket, peer):
+        self.peer = peer
+        self.whose = source_of(peer)
         self.buffer = bytearray()
         self.reader = read_requests(self.buffer)
         self.ended = False                               # the other side sends no more
@@ -4870,11 +4857,8 @@ class Connection(Held):
         if self not in self.edge.held:
             return
         self.state = self.ANSWERING
-        self.keep = False
-        request = Request("GET", "/", peer=self.peer)
-        response = self.edge.refusal(request, no)
-        self.edge.count(Asked(self, None, request), response)
-        self.write(encode(request, response, "close", False, self.edge.date))
+        asked = Asked(self, UNREADABLE, Request("GET", "/", peer=self.peer))
+        self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
     def become_stream(self, asked, response):
         """In the loop, which counts the streams."""
@@ -4905,6 +4889,15 @@ class Connection(Held):
             self.refuse(Refused(408, "The request took too long to arrive. Send it again."))
         else:
             self.close()
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket to accept from. A short queue would turn a crowd away."""
+    if ":" not in host:
+        return socket.create_server((host, port), backlog=1024)
+    both = socket.has_dualstack_ipv6()                   # "::" is for IPv4, too
+    return socket.create_server((host, port), family=socket.AF_INET6, backlog=1024,
+                                dualstack_ipv6=both)
 
 
 # -- who it is on the other side
@@ -4962,12 +4955,11 @@ give_way = getattr(os, "sched_yield", lambda: None)
 known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
 
-class LoopEdge(ThreadingHTTPServer):
+class LoopEdge:
     """Binds in the constructor, serves in serve_forever(), ends by stop().
 
     settings: host, port, threads, connections, streams, allow_host and trust_proxy.
     """
-    request_queue_size = 1024                            # 5 would turn a crowd away
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
@@ -4999,9 +4991,9 @@ class LoopEdge(ThreadingHTTPServer):
         self.pool = Pool(settings.threads)
         self.chores: Sequence[Tuple[Callable[[], None], float]] = (
             (self.broker.try_again, 5.0),)
-        self.due: List[float] = []
-        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        super().__init__((settings.host, settings.port), Connection)
+        self.due: Dict[int, float] = {}                  # when, by their numbers
+        self.socket = listening(settings.host, settings.port)
+        self.server_port = self.socket.getsockname()[1]
         for one in (self.socket, self.waker, self.woken):
             one.setblocking(False)
         env.workspaces.listeners.append(self.broker.published)
@@ -5014,12 +5006,6 @@ class LoopEdge(ThreadingHTTPServer):
         # Noted(stub, request), whom it would ask and what, instead of an answer.
         self.deciding = dataclasses.replace(env, forward=Noted)
         self.regating = self.deciding                    # for open streams; [3] changes it
-
-    def server_bind(self):
-        """As http.server's, without the look-up of our own name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
 
     # -- the loop
 
@@ -5079,7 +5065,7 @@ class LoopEdge(ThreadingHTTPServer):
     def accept(self, _):
         for _ in range(64):                              # then look after the others
             try:
-                self.process_request(*self.get_request())
+                self.begin(*self.socket.accept())
             except BlockingIOError:
                 return
             except OSError as error:
@@ -5087,11 +5073,10 @@ class LoopEdge(ThreadingHTTPServer):
                 if error.errno in NO_ROOM:               # until the next tick
                     return self.selector.unregister(self.socket)
 
-    def process_request(self, request, client_address):
-        """A place in the loop, in the place of a thread for this connection."""
-        request.setblocking(False)
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = self.RequestHandlerClass(request, client_address, self)
+    def begin(self, link, address):
+        link.setblocking(False)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(self, link, address[0])
         if len(self.held) > self.settings.connections:
             connection.refuse(Refused(503, "The server is full. Try again in a minute.",
                                       (("retry-after", "60"),)))
@@ -5117,25 +5102,23 @@ class LoopEdge(ThreadingHTTPServer):
 
     def begin_chores(self, now):
         """Each after its time, and never twice at a time. 0 seconds: never."""
-        if len(self.due) != len(self.chores):
-            self.due = [now + every for _, every in self.chores]
         for number, (chore, every) in enumerate(self.chores):
-            if every and now >= self.due[number]:
+            if every and now >= self.due.setdefault(number, now + every):
                 self.due[number] = now + every
                 self.pool.gather(f"chore {number}", chore, lambda chores: chores[0]())
 
     # -- a request: in the loop, then in the pool
 
     def take_up(self, connection, reading):
-        asked = Asked(connection, reading, Request("GET", "/", "", reading.headers),
-                      started=time.perf_counter())
+        unknown = Request("GET", "/", "", reading.headers)
+        asked = Asked(connection, reading, unknown, time.perf_counter())
         try:
-            request = self.request(reading, connection.peer)
+            asked.request = self.request(reading, connection.peer)
         except Refused as no:
             return self.finish(asked, no)
-        asked = asked._replace(request=request, account=self.account_of(request))
+        asked.account = self.account_of(asked.request)
         if reading.method in SAFE and self.keeps_answers():
-            asked = asked._replace(policy=self.kept.policy())
+            asked.policy = self.kept.policy()
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, renewed(kept))
@@ -5187,12 +5170,11 @@ class LoopEdge(ThreadingHTTPServer):
             if not isinstance(decided, Noted):
                 self.finish(asked, decided)
             elif self.recognized(asked, decided):
-                version = decided.stub.namespace.versions[decided.stub.id]
-                asked = asked._replace(stub=decided.stub, forwarded=decided.request,
-                                       version=version)
+                asked.stub, asked.forwarded = decided
+                asked.version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
             else:                                        # who it is may be busy already
-                asked = asked._replace(account=self.account_of(asked.request))
+                asked.account = self.account_of(asked.request)
                 self.call(self.line_up, asked)
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
         for stub, group in let_in.items():
@@ -6530,9 +6512,9 @@ def check_references(store):
     there = {table.lower() for table in store.tables()}
     for child, parent in store.query(REFERENCES):
         if parent not in there:
-            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is not "
-                                 "there in the end; to change a table, copy it, drop it, "
-                                 "and rename the copy last")
+            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is "
+                                 "not there in the end; to change a table, copy it, drop "
+                                 "it, and rename the copy last")
         slice, owner = store.owners[child], store.owners[parent]
         if slice != owner:
             raise MigrationError(f"slice {slice!r}: table {child!r} refers to table "
@@ -7283,9 +7265,8 @@ class HasFigures(LoopEdge):
         super().tick(now)
 
     def count(self, asked, response):
-        method = asked.reading.method if asked.reading else "-"
         seconds = time.perf_counter() - asked.started if asked.started else 0.0
-        self.figures.count(method, asked.request, response, seconds)
+        self.figures.count(asked.reading.method, asked.request, response, seconds)
 
     def metrics(self, request, env):
         """A door."""
