@@ -2501,14 +2501,23 @@ def command_of(path, trusted, **signals):
     return Request("POST", path, headers=headers, body=json.dumps(signals).encode())
 
 
+def stop_signals() -> List[int]:
+    """Return the signals that stop a server. SIGHUP: its terminal was closed; under
+    nohup(1) that is ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGTERM or SIGINT. port 0 takes any free one."""
+    """Serve until a signal comes that stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
     env.workspaces.tidy()
     told, teller = socket.socketpair()                   # the first gets a byte at a signal
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda *_: None)
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
@@ -4958,7 +4967,7 @@ known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 class LoopEdge:
     """Binds in the constructor, serves in serve_forever(), ends by stop().
 
-    settings: host, port, threads, connections, streams, allow_host and trust_proxy.
+    settings: host, port, threads, connections, streams, allow_host, trust_proxy and drain.
     """
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
@@ -5093,7 +5102,8 @@ class LoopEdge:
         self.pool.gather("rest", 0, lambda _: self.put_to_sleep())
         self.pool.gather("look elsewhere", 0, lambda _: self.broker.look_elsewhere())
         self.begin_chores(now)
-        if not self.stopping and self.socket.fileno() not in self.selector.get_map():
+        closed = self.socket.fileno() < 0
+        if not closed and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READABLE, self.accept)
 
     def put_to_sleep(self):
@@ -5237,6 +5247,9 @@ class LoopEdge:
         path, query = "*", ""
         if method != "OPTIONS":
             path, query = parse_target(reading.target, headers.get("host", ""))
+        if self.stopping and self.draining and path != "/healthz":
+            raise Refused(503, "This server is about to stop. Try again in a moment.",
+                          (("retry-after", "2"),))
         return Request(method, path, query, headers, reading.body or b"", peer, scheme)
 
     def no_stream(self, asked, response) -> Optional[Refused]:
@@ -5269,6 +5282,11 @@ class LoopEdge:
 
     # -- the end
 
+    @property
+    def draining(self) -> bool:
+        """For a while a load balancer can hear from /healthz that this server stops."""
+        return time.monotonic() < self.stopping + self.settings.drain
+
     def stop(self) -> None:
         """Take no more requests; end when those in flight are answered. From any thread."""
         self.stopping = self.stopping or time.monotonic()
@@ -5276,6 +5294,8 @@ class LoopEdge:
 
     def drained(self):
         """Close what merely waits. A stream breaks off, so its browser comes back."""
+        if self.draining:
+            return False
         if self.socket.fileno() >= 0:
             with contextlib.suppress(KeyError):          # no descriptors just now
                 self.selector.unregister(self.socket)
@@ -5283,7 +5303,8 @@ class LoopEdge:
         for held in [*self.held]:
             if isinstance(held, Stream) or not held.busy:
                 held.close()
-        return not self.held or time.monotonic() > self.stopping + self.DRAIN_SECONDS
+        until = self.stopping + self.settings.drain + self.DRAIN_SECONDS
+        return not self.held or time.monotonic() > until
 
     def shutdown(self):
         self.stop()
@@ -5496,6 +5517,7 @@ class Settings(NamedTuple):
     quota: int = 10 * 2 ** 30                            # bytes of one workspace
     backup_every: float = 0.0                            # seconds; 0: never
     keep: int = 24                                       # snapshots
+    drain: float = 0.0                                   # seconds, before it stops
     log: str = "common"                                  # common, json or off
     streams: int = 0                                     # pages one may open; 0: 100
     allow_host: Tuple[str, ...] = ()                     # further names of this server
@@ -9024,8 +9046,8 @@ def host_names(text):
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise argparse.ArgumentTypeError(
-                f"{name!r} is no name of a host: say todo.example.org, without scheme, port "
-                "or *, and each name in full")
+                f"{name!r} is no name of a host: say todo.example.org, without scheme, "
+                "port or *, and each name in full")
     return names
 
 
@@ -9066,6 +9088,8 @@ OPTIONS = (
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
      "the data folder; 0: never", seconds),
     ("--keep", "backups to keep", at_least_1),
+    ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
+     "too, so that a load balancer hears of it first", seconds),
     ("--log", "access log on standard output: common, json or off", log_kind),
 )
 
@@ -9318,8 +9342,8 @@ def serve(settings: Settings) -> None:
     if not settings.single:
         env.workspaces.tidy()
     server = bound(env)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop_or_leave(server))
+    for number in stop_signals():
+        signal.signal(number, lambda number, _: stop_or_leave(server, number))
     signal.set_wakeup_fd(server.waker.fileno())
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"orion: http://{host}:{server.server_port}", flush=True)
@@ -9328,7 +9352,6 @@ def serve(settings: Settings) -> None:
               "workspace acme", flush=True)
     notify("READY=1")
     server.serve_forever()
-    notify("STOPPING=1")
     server.server_close()
 
 
@@ -9341,11 +9364,13 @@ def bound(env):
                        "another with --host or --port") from error
 
 
-def stop_or_leave(server):
-    """The second signal does not wait for requests in flight."""
-    if server.stopping:
+def stop_or_leave(server, number):
+    """The second signal does not wait for requests in flight; a terminal that is closed
+    may send several."""
+    if server.stopping and number in (signal.SIGINT, signal.SIGTERM):
         os._exit(1)
     server.stop()
+    notify("STOPPING=1")
 
 
 def notify(state: str) -> None:

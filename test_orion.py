@@ -5268,6 +5268,39 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
 
 
+def test_while_it_drains_a_server_says_so_to_whoever_asks_and_then_it_ends(start):
+    """So a load balancer hears of it from /healthz, before the port is closed."""
+    server = start(drain=WHOLE)
+    bob, ear = Person(server, "bob"), Ear(Person(server, "bob"), "/w/acme/todos/live")
+    ear.event()
+    server.edge.stop()
+    answers = [bob.get("/healthz"), bob.get("/w/acme/todos"), bob.post("/w/acme/todos", title="x"), bob.get("/w/acme/todos/live")]
+    assert {(answer.status, answer.headers["connection"]) for answer in answers} == {(503, "close")}
+    assert answers[0].text == "draining\n" and "about to stop" in answers[1].text and "retry-after" in answers[1].headers
+    at_rest(server)
+    assert server.thread.is_alive() and [held for held in server.edge.held if type(held) is orion.Stream], "an open page stays"
+    server.edge.settings = server.edge.settings._replace(drain=0.0)
+    server.close()
+    with pytest.raises(EOFError):
+        while ear.event():
+            pass
+    with pytest.raises(ConnectionRefusedError):
+        bob.get("/healthz")
+
+
+def test_what_is_in_flight_when_it_begins_to_drain_is_answered(start):
+    server = start(drain=WHOLE)
+    bob = Person(server, "bob")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        with busy(server, "acme"):
+            link.sendall(head(f"Cookie: {bob.cookie}", line="GET /w/acme/todos HTTP/1.1"))
+            eventually(lambda: [held for held in [*server.edge.held] if getattr(held, "busy", False)])
+            server.edge.stop()
+            assert bob.get("/healthz").status == 503
+        assert link.recv(12) == b"HTTP/1.1 200"
+    server.edge.settings = server.edge.settings._replace(drain=0.0)
+
+
 @cases("proto, secure", [("https, http", True), ("HTTPS", True), ("https,https", True), ("http, https", False), ("", False)])
 def test_behind_several_proxies_the_page_came_as_the_first_of_them_says(start, proto, secure):
     """Theirs is the connection of the browser, which tells by its Origin what that is."""
@@ -7600,7 +7633,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
 
 # ==== 49. Command line ================================================================================================
 
-@cases("number", [signal.SIGTERM, signal.SIGINT])
+@cases("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
     with Command("--port", 0, "--data", tmp_path / "d") as command:
         bob = Person(command, "bob")
@@ -7612,6 +7645,17 @@ def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, 
             while ears[0].event():
                 pass
     assert not list(tmp_path.rglob("*-wal"))
+
+
+def test_a_terminal_that_is_closed_ends_part_one_too_and_nohup_prevents_it(tmp_path):
+    folders = [[program, "--port", 0, "--data", tmp_path / f"{n}"] for n, program in enumerate(("--plain", "--demo"))]
+    for words in folders:
+        with Command(*words) as command:
+            assert (command.end(signal.SIGHUP)[0], command.err) == (0, "")
+        with Command(*words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as command:
+            command.process.send_signal(signal.SIGHUP)
+            assert Person(command).get("/healthz").status == 200
+            assert (command.end()[0], command.err) == (0, "")
 
 
 def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
