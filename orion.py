@@ -231,6 +231,9 @@ class Refused(Exception):
         self.headers = headers
         self.signal = signal
 
+    def __str__(self):
+        return self.message
+
 
 NOT_IN_A_VALUE = re.compile(r"[^\t -~\x80-\xff]")        # RFC 9110, 5.5
 
@@ -4998,8 +5001,6 @@ class LoopEdge:
         self.backlog = Backlog(self)
         self.broker = self.broker_kind(self)
         self.pool = Pool(settings.threads)
-        self.chores: Sequence[Tuple[Callable[[], None], float]] = (
-            (self.broker.try_again, 5.0),)
         self.due: Dict[int, float] = {}                  # when, by their numbers
         self.socket = listening(settings.host, settings.port)
         self.server_port = self.socket.getsockname()[1]
@@ -5110,9 +5111,13 @@ class LoopEdge:
         self.env.workspaces.rest()
         self.env.directory.namespace.rest()
 
+    def chores(self) -> List[Tuple[Callable[[], None], float]]:
+        """What is to be done again after so many seconds; 0: never. [3] has more."""
+        return [(self.broker.try_again, 5.0)]
+
     def begin_chores(self, now):
-        """Each after its time, and never twice at a time. 0 seconds: never."""
-        for number, (chore, every) in enumerate(self.chores):
+        """Each after its time, and never twice at a time."""
+        for number, (chore, every) in enumerate(self.chores()):
             if every and now >= self.due.setdefault(number, now + every):
                 self.due[number] = now + every
                 self.pool.gather(f"chore {number}", chore, lambda chores: chores[0]())
@@ -7538,10 +7543,9 @@ def snapshot_again(settings: Settings) -> None:
 
 @addition
 class MakesSnapshots(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def chores(self):
         again = functools.partial(snapshot_again, self.settings)
-        self.chores = (*self.chores, (again, self.settings.backup_every))
+        return [*super().chores(), (again, self.settings.backup_every)]
 
 
 # -- on the command line
@@ -7750,10 +7754,7 @@ def workspace_rename(settings, given):
 @verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now",
       "name", "--now")
 def workspace_remove(settings, given):
-    """First it leaves the Directory, so nobody is let in any more; then its file goes.
-
-    Its row stays, without a name: the id is not given again.
-    """
+    """First it leaves the Directory, so nobody is let in any more; then its file goes."""
     if settings.single:
         raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
     with one_move(settings):
@@ -7763,10 +7764,15 @@ def workspace_remove(settings, given):
         with opened(settings, "workspace remove", given.name) as (store, env):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
-            store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-            store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+            forget_workspace(store, row["id"])
         about = {"name": given.name, "members": members}
         env.workspaces.remove(row, about, given.now)
+
+
+def forget_workspace(store, id):
+    """The row stays, without a name: the id is not given again."""
+    store.exec("DELETE FROM memberships WHERE workspace = ?", id)
+    store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
 
 
 def settle(env, name):
@@ -8092,8 +8098,9 @@ NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict.
 
 # -- seals
 
-def seal_of(parts: Sequence[str], key: bytes, until: int) -> str:
-    """Return a seal over parts, which holds until then (seconds by the clock)."""
+def seal_of(parts: Sequence[str], key: bytes, until: int = 0) -> str:
+    """Return a seal over parts. until: seconds by the clock; 0: for SEALED_SECONDS."""
+    until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
     return f"{until}.{hmac.digest(key, data, 'sha256').hex()}"
 
@@ -8147,8 +8154,7 @@ def send_sealed(settings: Settings, address: str, request: Request,
     target = urllib.parse.quote(request.path)
     if request.query:
         target += f"?{request.query}"
-    until = int(time.time()) + SEALED_SECONDS
-    seal = seal_of(sealed_parts(request, request.scheme), keys_now(settings)[-1], until)
+    seal = seal_of(sealed_parts(request, request.scheme), keys_now(settings)[-1])
     headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""),
                "x-forwarded-proto": request.scheme, "x-verdict": seal}
     try:
@@ -8289,8 +8295,7 @@ def gate_for_proxies(ctx):
         return answer
     said = dict(answer.headers)
     oldest = ctx.host.keys[-1]                           # nodes may lack a newer one
-    until = int(time.time()) + SEALED_SECONDS
-    seal = seal_of([said.get(name, "") for name in VERDICT], oldest, until)
+    seal = seal_of([said.get(name, "") for name in VERDICT], oldest)
     return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
 
 
@@ -8373,8 +8378,7 @@ class PlacesFiles(GuardedNamespace):
             ask_node(self.settings, row["node"], row["id"], "create")
         except BaseException:
             with store.tx():
-                store.exec("DELETE FROM memberships WHERE workspace = ?", row["id"])
-                store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", row["id"])
+                forget_workspace(store, row["id"])
             raise
         set_moving(store, row["id"], 0)
 
@@ -8737,19 +8741,12 @@ NODE_VERBS.update({"workspace export": export_from_node,
       "--directory", "--node", "--listen")
 def nginx(settings, given):
     """A proxy that does the worker's part for several nodes."""
-    upstreams = {node: f"orion_node_{number}" for number, node in enumerate(given.node, 1)}
-    names = {name: name.replace("-", "_") for name in (*VERDICT, "x-verdict")}
-    holes = {
-        "upstreams": [f"upstream {name} {{ server {node}; keepalive 32; }}"
-                      for node, name in upstreams.items()],
-        "choices": [f'    "{node}" {name};' for node, name in upstreams.items()],
-        "taken": [f"        auth_request_set $orion_{one} $upstream_http_{one};"
-                  for one in names.values()],
-        "given": [f"        proxy_set_header {name} $orion_{one};"
-                  for name, one in names.items()]}
+    nodes = [{"node": node, "number": number} for number, node in enumerate(given.node, 1)]
+    headers = [{"header": header, "variable": header.replace("-", "_")}
+               for header in (*VERDICT, "x-verdict")]
     text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
-    lines = {name: Html("\n".join(lines)) for name, lines in holes.items()}
-    print(text(directory=given.directory, listen=given.listen or 80, **lines))
+    print(text(directory=given.directory, listen=given.listen or 80, upstream=nodes,
+               choice=nodes, taken=headers, given=headers))
 
 
 # ==== 46. Memory ==========================================================================
@@ -8787,9 +8784,8 @@ BEFORE_SERVING.append(save_memory)
 
 @addition
 class GivesBackMemory(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.chores = (*self.chores, (give_back_memory, 5.0))
+    def chores(self):
+        return [*super().chores(), (give_back_memory, 5.0)]
 
 
 # ==== 47. Server ==========================================================================
@@ -8971,15 +8967,14 @@ def full_env(directory, workspaces, settings):
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
 
-def typed(pattern: Any, hint: str,
-          read: Callable[[re.Match], Any] = lambda found: found[0]) -> Callable[[str], Any]:
+def typed(pattern: str, hint: str,
+          read: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """Return a type for argparse: what read() makes of a text that matches.
 
     If it makes None, the text is refused, too.
     """
     def kind(text):
-        found = re.fullmatch(pattern, text)
-        value = read(found) if found else None
+        value = read(text) if re.fullmatch(pattern, text) else None
         if value is None:
             raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
         return value
@@ -8989,34 +8984,32 @@ def typed(pattern: Any, hint: str,
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def read_size(found):
-    return int(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")
+def read_size(text):
+    digits = text.rstrip("KMGTkmgt")
+    return int(digits) * 1024 ** " KMGT".index(text[len(digits):].upper() or " ")
 
 
-def read_seconds(found):
-    return float(found[1]) * UNITS[found[2]]
+def read_seconds(text):
+    digits = text.rstrip("smhd")
+    return float(digits) * UNITS[text[len(digits):]]
 
 
-def read_port(found):
-    return int(found[0]) if int(found[0]) < 65536 else None
+def read_port(text):
+    return int(text) if int(text) < 65536 else None
 
 
-def read_address(found):
-    return found[0] if found[1] else None
+def read_address(text):
+    return text if HOST.fullmatch(text)[1] else None
 
 
-def read_number(found):
-    return int(found[0])
-
-
-size = typed("([0-9]+)([KMGTkmgt]?)", "no size: say 500M or 10G", read_size)
-seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)([smhd]?)", "no time: say 90, 15m or 1h",
+size = typed("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
+seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)[smhd]?", "no time: say 90, 15m or 1h",
                 read_seconds)
 port = typed("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
-address = typed(HOST, "no address: say HOST:PORT", read_address)
+address = typed(HOST.pattern, "no address: say HOST:PORT", read_address)
 listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
-number = typed("[0-9]{1,9}", "no number: say 0 or more", read_number)
-at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", read_number)
+number = typed("[0-9]{1,9}", "no number: say 0 or more", int)
+at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
 plane = typed("(directory|data)?", "no plane: say directory or data")
 log_kind = typed("common|json|off", "no log: say common, json or off")
 
@@ -9183,27 +9176,20 @@ def from_environment(name):
 def add_verbs(parser, given_words):
     """A group's verbs only where the group is named: making them all takes 10 ms."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", type=pathlib.Path, default=argparse.SUPPRESS,
-                        help="folder with all state")
-    common.add_argument("--single", type=pathlib.Path, default=argparse.SUPPRESS,
-                        help="or the file with all state")
+    for flag in ("--data", "--single"):
+        common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
+                            help="the folder, or the one file, with all state")
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
     for words, one in sorted(VERBS.items()):
         group, _, word = words.rpartition(" ")
         if group not in groups:
-            add_group(groups, group)
-        if group and group not in given_words:
-            continue
+            parent = groups[""].add_parser(group, help=f"see {group} --help")
+            groups[group] = parent.add_subparsers(required=True, metavar="command")
         sub = groups[group].add_parser(word, help=one.help, description=one.help,
                                        parents=[common])
         sub.set_defaults(verb=words)
         for argument in one.arguments:
             sub.add_argument(argument, **ARGUMENTS[argument])
-
-
-def add_group(groups, name):
-    group = groups[""].add_parser(name, help=f"see {name} --help")
-    groups[name] = group.add_subparsers(required=True, metavar="command")
 
 
 # -- what all commands need
@@ -9304,18 +9290,16 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     except KeyboardInterrupt:                            # at the question for a password
         return 130
     except FAILURES as error:
-        known = isinstance(error, Refused) and not isinstance(error, StorageFault)
-        why = error.message if known else str(error)
-        print(f"orion: {why or 'nothing was typed'}", file=sys.stderr)
+        print(f"orion: {error}" if str(error) else "orion: nothing was typed",
+              file=sys.stderr)
         return 2
 
 
 def do(settings, given):
-    if settings.plain and (settings.single or settings.plane):
-        raise Unusable("--plain has the two planes in one process; leave --single and "
-                       "--plane out")
-    if settings.single and settings.plane:
-        raise Unusable("--single is one file with both planes; leave --plane out")
+    roots = [name for name in ("plain", "single", "plane") if getattr(settings, name)]
+    if len(roots) > 1:
+        raise Unusable(f"--{roots[0]} is another way to run both planes; leave "
+                       f"--{roots[1]} out")
     if settings.plane == "data" and given.verb in NODE_VERBS:
         return NODE_VERBS[given.verb](settings, given)
     if given.verb:
