@@ -4655,7 +4655,7 @@ class Broker:
             self.alone = 0.0
         except Refused as no:                            # it is in another process
             if not self.alone:
-                log(f"the directory: {no.message}")
+                log(f"the directory: {no}")
                 self.alone = time.monotonic()
             if time.monotonic() > self.alone + self.ALONE_SECONDS:
                 self.regate("")                          # nobody can say who may still look
@@ -5410,6 +5410,9 @@ class EdgeDirectory(Broadcast, Directory):
 #     DIRECTORY_SLICES.append(...)  a slice of the Directory: pages outside of workspaces
 #     @verb("backup", ...)          a command of the command line
 #     @root_for(condition)          a composition root for some settings
+#
+# settings is a Settings, and given what a command was given. A file, folder or path is a
+# pathlib.Path.
 #
 # So the Directory of this part is a chain of classes, and super() goes along it:
 #
@@ -7336,7 +7339,7 @@ class HasFigures(LoopEdge):
 #   or the one before.
 # Who uses it: snapshots and exports.
 
-def put_in_place(part: pathlib.Path, target: pathlib.Path) -> None:
+def put_in_place(part, target):
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     remove_log(target)                                   # SQLite would add it to this one
@@ -7357,7 +7360,7 @@ def stamp() -> str:
 
 
 @contextlib.contextmanager
-def in_the_making(target: pathlib.Path):
+def in_the_making(target):
     """Give a path beside target where a file, or a folder, is made. Remove what is left."""
     part = target.with_name(f"{target.name}.making")
     remove_any(part)
@@ -7379,7 +7382,7 @@ class Original(GuardedStore):
     SETUP = "PRAGMA query_only=ON"
 
 
-def copy_database(source: pathlib.Path, target: pathlib.Path, about: Any = None) -> int:
+def copy_database(source, target, about: Any = None) -> int:
     """Copy a database. Return its number of rows.
 
     about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
@@ -7410,15 +7413,14 @@ def verified(db: sqlite3.Connection) -> int:
                 for name, in tables])
 
 
-def opened_to_read(path: pathlib.Path):
+def opened_to_read(path):
     """Connect to a database only to read it; close it after a with statement."""
     identity(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     return contextlib.closing(sqlite3.connect(uri, uri=True))
 
 
-def take_away(path: pathlib.Path, copy: Optional[pathlib.Path] = None,
-              about: Any = None) -> int:
+def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> int:
     """Remove a database that others may have open. Return the number of rows in the copy.
 
     Commands that are on their way finish first, and are in the copy. The others see that
@@ -7449,12 +7451,12 @@ def with_progress(all: Sequence[Any], what: str):
 #   names is there.
 # It needs: 40 Copies.
 
-def files_here(settings: Settings) -> List[pathlib.Path]:
+def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
     return [] if settings.single else [*settings.workspaces.glob("*.db")]
 
 
-def ids_in(settings: Settings, directory: pathlib.Path) -> List[str]:
+def ids_in(settings, directory) -> List[str]:
     """Return the ids of the workspaces here: those that the Directory names or, on a node,
     all."""
     if settings.single or not directory.exists():
@@ -7491,7 +7493,7 @@ def copied(settings, name, part, before, last):
     return last, fault
 
 
-def snapshot(settings: Settings, target: pathlib.Path,
+def snapshot(settings, target,
              before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
 
@@ -7529,7 +7531,7 @@ def manifest_of(snapshot):
     return {}
 
 
-def snapshot_again(settings: Settings) -> None:
+def snapshot_again(settings):
     """Make the next one in data/backups. The oldest go."""
     folder = settings.data / "backups"
     folder.mkdir(exist_ok=True)
@@ -7644,9 +7646,9 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-def add_workspace(store: Store, workspaces: Namespace, name: str,
+def add_workspace(store, workspaces, name,
                   members: Sequence[Sequence[str]],
-                  source: Optional[pathlib.Path] = None) -> None:
+                  source: Optional[pathlib.Path] = None):
     """Add a workspace with these members (accounts with their roles).
 
     Its file (source, or an empty one) is there before the commit: a row without a file
@@ -7679,27 +7681,27 @@ class KeepsFiles(GuardedNamespace):
     Each step is a method because with nodes (section 45) another machine has the file.
     """
 
-    def put(self, store: Store, id: str, name: str, source: Optional[pathlib.Path]) -> None:
+    def put(self, store, id, name, source: Optional[pathlib.Path]):
         """Have a file for a new workspace, before its row is committed."""
         if source:
             put_in_place(source, self.path(id))
         else:
             self.create(id)
 
-    def settle(self, store: Store, name: str) -> None:
+    def settle(self, store, name):
         """After that commit, when another machine may be asked. Here nothing is left."""
 
-    def check_removable(self, row: sqlite3.Row, now: bool) -> None:
+    def check_removable(self, row: sqlite3.Row, now: bool):
         """Raise Unusable if its file can't be removed."""
 
-    def remove(self, row: sqlite3.Row, about: Dict[str, Any], now: bool) -> None:
+    def remove(self, row: sqlite3.Row, about: Dict[str, Any], now: bool):
         """Remove the file. Unless now, a copy stays for 30 days."""
         copy = remove_file(self.settings, self.path(row["id"]), about, now)
         if copy:
             print(f"a copy stays for 30 days; workspace import {copy} brings it back")
 
 
-def members_of(store: Store, id: str) -> List[Tuple[str, str]]:
+def members_of(store, id) -> List[Tuple[str, str]]:
     """Return accounts with their roles."""
     rows = store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY "
                        "account", id)
@@ -7780,8 +7782,7 @@ def settle(env, name):
         env.workspaces.settle(store, name)
 
 
-def remove_file(settings: Settings, path: pathlib.Path, about: Dict[str, Any],
-                now: bool) -> Optional[pathlib.Path]:
+def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pathlib.Path]:
     """Remove a workspace's file. Return its copy, which stays for 30 days."""
     removed = settings.data / "removed"
     copy = None
@@ -7852,7 +7853,7 @@ def check_no_node(settings):
                        "say orion.py --plane data --directory HOST:PORT workspace import")
 
 
-def about_file(file: pathlib.Path, name: Optional[str] = None
+def about_file(file, name: Optional[str] = None
                ) -> Tuple[str, Dict[str, str], List[Tuple[str, str, str]]]:
     """Return its name, its members with their roles, and accounts: name, label, password.
 
@@ -7861,20 +7862,23 @@ def about_file(file: pathlib.Path, name: Optional[str] = None
     try:
         with contextlib.closing(Original(file)) as store:
             own_name, members, accounts = about_store(store)
-        unknown = sorted({*members.values()} - {*ROLES})
-        nobody = [one for one in members if not ACCOUNT_NAME.fullmatch(one)]
+        for account, role in members.items():
+            check_member(file, account, role)
     except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
         raise Unusable(f"{file}: {error}; name a file that workspace export made, or a "
                        "single root") from error
-    if unknown:
-        raise Unusable(f"{file}: there can be no role {unknown[0]!r} here; the roles are "
-                       f"{', '.join(ROLES)}")
-    if nobody:
-        raise Unusable(f"{file}: there can be no account named {nobody[0]!r:.50} here; a "
-                       "name is of a to z, 0 to 9 and hyphens")
     if not name and not own_name:
         raise Unusable(f"{file} does not know its name; give it one with --name")
     return name or str(own_name), members, accounts
+
+
+def check_member(file, account, role):
+    if role not in ROLES:
+        raise Unusable(f"{file}: there can be no role {role!r:.50} here; the roles are "
+                       f"{', '.join(ROLES)}")
+    if not ACCOUNT_NAME.fullmatch(account):
+        raise Unusable(f"{file}: there can be no account named {account!r:.50} here; a "
+                       "name is of a to z, 0 to 9 and hyphens")
 
 
 def about_store(store):
@@ -7906,7 +7910,7 @@ def add_accounts(store, accounts):
 
 
 @contextlib.contextmanager
-def adopted(settings: Settings, source: pathlib.Path):
+def adopted(settings, source):
     """Give a copy of another deployment's file, which an object of this one will claim.
 
     Of a single root, give the part that is the workspace's.
@@ -7991,7 +7995,7 @@ class Single(EdgeDirectory):
     def __init__(self, *args, inside: Inside, **more):
         super().__init__(*args, **more)
         self.inside = inside
-        self.schema = [*self.schema, *inside.schema[1:]]     # one journal for both
+        self.schema = [*self.schema, *inside.schema]
         inside.outside = self
         inside.turn = self.turn
 
@@ -8098,7 +8102,7 @@ NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict.
 
 # -- seals
 
-def seal_of(parts: Sequence[str], key: bytes, until: int = 0) -> str:
+def seal_of(parts: Sequence[str], key, until: int = 0) -> str:
     """Return a seal over parts. until: seconds by the clock; 0: for SEALED_SECONDS."""
     until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
@@ -8124,7 +8128,7 @@ def keys_of(path, mtime):
     return load_keys(path)
 
 
-def keys_now(settings: Settings) -> Tuple[bytes, ...]:
+def keys_now(settings) -> Tuple[bytes, ...]:
     return keys_of(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
@@ -8135,22 +8139,30 @@ DOWN_SECONDS = 2.0
 PATIENCE = {"remove": 600.0, "_counts": 1.0}             # seconds; for all others 5
 
 
-class Unreachable(Refused):
-    """Another process gave no answer at all."""
+class NoAnswer(Refused):
+    """Another process can't say it. The text is for operators, message for people."""
 
-    def __init__(self, address: str, why: Any):
-        super().__init__(503, f"{address} can't be reached ({why}). Try again in a minute.",
-                         (("retry-after", "30"),))
+    def __init__(self, why):
+        super().__init__(503, "This can't be found out just now. Try again in a minute.",
+                         (("retry-after", "60"),))
+        self.why = why
+
+    def __str__(self):
+        return self.why
 
 
-def send_sealed(settings: Settings, address: str, request: Request,
-                patience: float = 5.0) -> Response:
+class Unreachable(NoAnswer):
+    """It gave no answer at all."""
+
+
+def send_sealed(settings, address, request, patience: float = 5.0) -> Response:
     """Send a request to another process of this deployment. Return its answer.
 
     Raises Unreachable if there is none in so many seconds.
     """
     if time.monotonic() < DOWN.get(address, 0.0):
-        raise Unreachable(address, "it did not answer a moment ago")
+        raise Unreachable(f"{address} can't be reached (it did not answer a moment ago); "
+                          "try again in a minute")
     target = urllib.parse.quote(request.path)
     if request.query:
         target += f"?{request.query}"
@@ -8165,30 +8177,30 @@ def send_sealed(settings: Settings, address: str, request: Request,
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         DOWN[address] = time.monotonic() + DOWN_SECONDS
-        raise Unreachable(address, error) from error
+        raise Unreachable(f"{address} can't be reached ({error}); try again in a minute"
+                          ) from error
     said = tuple([(name.lower(), value) for name, value in answer.getheaders()
                   if name.lower() in TRUSTED])
     return Response(answer.status, body, answer.headers.get("content-type", ""), said)
 
 
-def sealed_parts(request: Request, scheme: str) -> Tuple[str, ...]:
+def sealed_parts(request, scheme: str) -> Tuple[str, ...]:
     body = hashlib.sha256(request.body).hexdigest()
     cookie = request.headers.get("cookie", "")
     return request.method, request.path, request.query, cookie, scheme, body
 
 
-def is_sealed(request: Request, settings: Settings) -> bool:
+def is_sealed(request, settings) -> bool:
     """Does it come from another process of this deployment?"""
     parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
     seal = request.headers.get("x-verdict", "")
     return request.path.startswith("/_") and believed(seal, parts, keys_now(settings))
 
 
-def ask_process(settings: Settings, address: str, request: Request,
-                patience: float = 5.0) -> Any:
+def ask_process(settings, address, request, patience: float = 5.0) -> Any:
     """Ask another process. Return its answer, taken out of its JSON.
 
-    Raises Unreachable, or Refused(503) if it says no.
+    Raises Unreachable, or NoAnswer if it says no.
     """
     answer = send_sealed(settings, address, request, patience)
     if answer.status == 200:
@@ -8196,15 +8208,14 @@ def ask_process(settings: Settings, address: str, request: Request,
     why = answer.body.decode("utf-8", "replace").strip()
     if answer.status in (403, 404):
         why = STRANGERS
-    raise Refused(503, f"{address} answered {answer.status}: {why}")
+    raise NoAnswer(f"{address} answered {answer.status}: {why}")
 
 
-def ask_node(settings: Settings, node: str, id: str, what: str, method: str = "POST",
+def ask_node(settings, node: str, id, what: str, method: str = "POST",
              body: bytes = b"") -> Any:
     """Have a node do something with a workspace: see FOR_DIRECTORY."""
     if not node:
-        raise Refused(503, "This workspace is on no node yet. node assign places it.",
-                      (("retry-after", "60"),))
+        raise NoAnswer("this workspace is on no node yet; node assign places it")
     question = Request(method, f"/_node/{id}/{what}", body=body)
     return ask_process(settings, node, question, PATIENCE.get(what, 5.0))
 
@@ -8219,14 +8230,9 @@ class RemoteStub(GuardedStub):
         return [outcome(self.fetch, request) for request in requests]
 
     def ask(self, path, query="", headers={}, scheme="http"):
-        """Raises Refused(503) if it can't say so now, or does not know us."""
-        answer = self.fetch(Request("GET", path, query, headers, scheme=scheme))
-        if answer.status in (403, 404):
-            log_once(STRANGERS)
-        if answer.status != 200:
-            raise Refused(503, "This can't be found out just now. Try again in a minute.",
-                          (("retry-after", "60"),))
-        return json.loads(answer.body)
+        settings = self.namespace.settings
+        question = Request("GET", path, query, headers, scheme=scheme)
+        return ask_process(settings, settings.directory, question)
 
 
 class RemoteNamespace(GuardedNamespace):
@@ -8259,7 +8265,7 @@ class RemoteWorkspaces(RemoteNamespace):
 
 # -- the directory's side: placement
 
-def node_for(store: Store, name: str) -> str:
+def node_for(store, name) -> str:
     """Return the address of a new workspace's node, by rendezvous hashing; "": here.
 
     Each node gets its share. A node more, or less, moves no other workspace.
@@ -8269,7 +8275,7 @@ def node_for(store: Store, name: str) -> str:
                key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
 
 
-def workspace_behind(request: Request) -> str:
+def workspace_behind(request) -> str:
     """Return the workspace of the request for which a proxy asks; "": none, or two."""
     targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri")
                if name in request.headers}
@@ -8406,9 +8412,13 @@ def directory_front(request, env):
     if DIRECTORY_ANSWERS.fullmatch(request.path) and is_sealed(request, env.settings):
         scheme = request.headers["x-forwarded-proto"]
         return env.directory.fetch(stripped(request)._replace(scheme=scheme))
-    response = worker(request, env)
-    if (request.method, request.path) == ("POST", "/workspaces") and \
-            type(response) is Response and response.which:
+    return worker(request, env)
+
+
+def create_on_node(request, env):
+    """A door."""
+    response = env.directory.fetch(request)
+    if response.which:
         settle(env, response.which)
     return response
 
@@ -8421,6 +8431,7 @@ def directory_plane(settings):
                                          None)
     workspaces.settings = env.settings
     workspaces.directory = env.directory
+    env.doors["/workspaces"] = create_on_node
     return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
 
 
@@ -8469,7 +8480,7 @@ def here(verdict, env):
     return verdict
 
 
-def open_file(workspaces, id, body):
+def has_file(workspaces, id, body):
     """Return whether it is here. Its object hears of the jobs that came with it."""
     if not workspaces.path(id).exists():
         return False
@@ -8502,8 +8513,7 @@ def retry_here(workspaces, id, body):
 
 # What a directory asks of a node. Each can be asked twice, for an answer may be lost.
 FOR_DIRECTORY: Dict[Tuple[str, str], Callable[[Namespace, str, bytes], Any]] = {
-    ("GET", "has"): lambda workspaces, id, body: workspaces.path(id).exists(),
-    ("POST", "open"): open_file,
+    ("GET", "has"): has_file,
     ("POST", "create"): lambda workspaces, id, body: workspaces.create(id),
     ("POST", "remove"): remove_here,
     ("GET", "_counts"): lambda workspaces, id, body: facts_of(workspaces.get(id)),
@@ -8621,7 +8631,7 @@ def not_assigned(settings, row, node):
                        "first")
     if row["node"] != node:
         check_left(settings, row)
-    if not ask_node(settings, node, row["id"], "open"):
+    if not ask_node(settings, node, row["id"], "has", "GET"):
         return f"{node} has no file of it; do workspace import there first"
     return ""
 
@@ -8642,9 +8652,9 @@ def check_left(settings, row):
         has = node and ask_node(settings, node, row["id"], "has", "GET")
     except Unreachable:
         return
-    except Refused as no:
-        raise Unusable(f"{no.message} It may still have {name}; if it is lost, stop it "
-                       "first") from no
+    except NoAnswer as no:
+        raise Unusable(f"{no}; it may still have {name}; if it is lost, stop it first"
+                       ) from no
     if has:
         raise Unusable(f"{node} still has {name}; workspace export {name} FILE --move "
                        "there takes it away first")
@@ -8755,7 +8765,7 @@ def nginx(settings, given):
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
 #   it saves 30 of 180 MB.
 
-def save_memory() -> None:
+def save_memory():
     """Before the first database is opened.
 
     SQLite takes memory for 20 pages with each file that it opens, and most tenants have
@@ -8773,7 +8783,7 @@ def save_memory() -> None:
         ctypes.CDLL(None).mallopt(-8, 1)
 
 
-def give_back_memory() -> None:
+def give_back_memory():
     """What was freed, glibc keeps until it is told (malloc_trim(3))."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -8812,7 +8822,7 @@ class Server(LoopEdge):
         self.use(dataclasses.replace(self.env, settings=self.settings))
 
     def add_doors(self, doors):
-        self.use(dataclasses.replace(self.env, doors={**self.env.doors, **doors}))
+        self.env.doors.update(doors)
 
     def use(self, env):
         super().use(env)
@@ -8847,7 +8857,7 @@ def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
     return two_planes(settings)
 
 
-def two_planes(settings: Settings) -> FullEnv:
+def two_planes(settings) -> FullEnv:
     """One Directory, a Workspace for each tenant, and a worker in front."""
     settings, fresh, keys = prepared(settings)
     router = workspace_router(settings)
@@ -9195,7 +9205,7 @@ def add_verbs(parser, given_words):
 # -- what all commands need
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, taken: str):
+def locked(folder, taken: str):
     """One process at a time in a folder.
 
     Raises Unusable if the folder is no good or, with the text taken, if another is in it.
@@ -9223,7 +9233,7 @@ BEGINNINGS = ("account add", "workspace import", "node add")
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, what: str = "", which: str = ""):
+def opened(settings, what: str = "", which: str = ""):
     """Give the Directory's store, and the env around it. All of it is one transaction.
 
     With a name (what) it is noted in the journal. Raises Unusable if there is no deployment
@@ -9310,7 +9320,7 @@ def do(settings, given):
         serve(settings)
 
 
-def serve(settings: Settings) -> None:
+def serve(settings):
     if resource:                                         # each open page is a descriptor
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -9357,7 +9367,7 @@ def stop_or_leave(server, number):
     notify("STOPPING=1")
 
 
-def notify(state: str) -> None:
+def notify(state: str):
     """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:

@@ -6339,7 +6339,7 @@ def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, 
     assert answer.status == (421 if how == "another node's" else 403) and fetched(node) == before
 
 
-ASKED_OF_NODES = [("GET", "has"), ("POST", "open"), ("POST", "create"), ("POST", "remove"), ("GET", "_counts"), ("POST", "_retry")]
+ASKED_OF_NODES = [("GET", "has"), ("POST", "create"), ("POST", "remove"), ("GET", "_counts"), ("POST", "_retry")]
 
 
 def test_all_that_a_directory_asks_of_nodes_is_tried_here():
@@ -6621,7 +6621,7 @@ def test_an_export_that_fails_with_move_lets_people_in_again_when_it_is_assigned
     def lose(settings, address, request, *more):
         answer = send(settings, address, request, *more)
         if request.path == "/_leave":
-            raise orion.Unreachable(address, "timed out")
+            raise orion.Unreachable("timed out")
         return answer
     if how == "the disk is full":
         monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
@@ -6810,7 +6810,7 @@ def test_a_node_that_only_can_not_say_whether_it_has_a_file_is_not_lost(doomed, 
 @cases("words", ["assign", "remove"])
 def test_people_sign_in_while_an_operator_waits_for_a_node(doomed, tmp_path, monkeypatch, words):
     first, second = doomed.nodes
-    name, has, signed_in = doomed.found(on=first), orion.FOR_DIRECTORY["GET", "has"], []
+    name, has, signed_in = doomed.found(on=first), orion.has_file, []
 
     def slow(*given):
         eve = Person(doomed.directory).post("/login", form={"username": "eve", "password": "long enough"})
@@ -6823,13 +6823,13 @@ def test_people_sign_in_while_an_operator_waits_for_a_node(doomed, tmp_path, mon
 
 def test_a_workspace_that_leaves_while_it_is_assigned_stays_closed(doomed, tmp_path, monkeypatch):
     first, _ = doomed.nodes
-    name, open_file = doomed.found(on=first), orion.open_file
+    name, has_file = doomed.found(on=first), orion.has_file
 
     def meanwhile(*given):
-        there = open_file(*given)
+        there = has_file(*given)
         doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
         return there
-    monkeypatch.setitem(orion.FOR_DIRECTORY, ("POST", "open"), meanwhile)
+    monkeypatch.setitem(orion.FOR_DIRECTORY, ("GET", "has"), meanwhile)
     assert "meanwhile; try again" in doomed.cli("node", "assign", name, first.address, status=1)
     assert is_closed(doomed, name)
 
