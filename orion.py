@@ -4377,8 +4377,6 @@ class Stream(Held):
 
     def count(self, what, frames=1):
         self.edge.broker.frames[what] += frames
-        if self.channel:
-            self.channel.frames[what] += frames
 
     def written(self):
         latest, self.latest = self.latest, {}
@@ -4435,7 +4433,6 @@ class Channel:
         self.streams = set()
         self.busy = False
         self.stale = False
-        self.frames = collections.Counter()              # sent, coalesced, dropped
 
 
 class Broker:
@@ -5610,7 +5607,7 @@ SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
 SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
 SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-TRUSTED.update({"x-proved", "x-stored", "x-hashed"})     # by Passwords.prove
+TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -5696,7 +5693,7 @@ class Passwords:
         return env.directory.fetch(request)
 
     def prove(self, request, directory):
-        """Return the request with x-proved: whose password came along, or ""."""
+        """Return the request with x-stored: which stored hash its password has, or ""."""
         fields = request.fields()
         name = str(fields.get("username", ""))
         password = str(fields.get("password", ""))
@@ -5714,22 +5711,19 @@ class Passwords:
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
             self.guesses.count(here, *slowed)
-            return request._replace(headers={**request.headers, "x-proved": ""})
+            return request._replace(headers={**request.headers, "x-stored": ""})
         self.guesses.forgive(here, *slowed)
         self.sign_ins.count(here)
         self.welcome = dict.fromkeys([*self.welcome][-self.WELCOME:] + [here])
-        said = {"x-proved": name, "x-stored": stored,
-                "x-hashed": hash_password(new) if new else ""}
+        said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
         return request._replace(headers={**request.headers, **said})
 
 
 def proved(ctx):
     """Return whose password came along; "" if it was wrong, or has changed just now."""
-    name = ctx.request.headers["x-proved"]
-    row = ctx.store.one("SELECT password FROM accounts WHERE name = ?", name)
-    if row and row["password"] == ctx.request.headers["x-stored"]:
-        return name
-    return ""
+    name = ctx.field("username")
+    stored = ctx.host.password_of(name)
+    return name if stored and stored == ctx.request.headers["x-stored"] else ""
 
 
 def login_form(next: str, username: str = "", problem: str = "",
@@ -5775,8 +5769,11 @@ DIRECTORY_SLICES.append(Slice("passwords", routes=(
 @addition
 class KnowsAccounts(EdgeDirectory):
     def own_password(self, request):
-        name = request.headers["x-account"]
-        row = self.store.one("SELECT password FROM accounts WHERE name = ?", name)
+        return self.password_of(request.headers["x-account"])
+
+    def password_of(self, account):
+        """Return the hash that is stored; "" if there is none."""
+        row = self.store.one("SELECT password FROM accounts WHERE name = ?", account)
         return row["password"] if row else ""
 
     def own_operator(self, request):
@@ -5970,7 +5967,7 @@ class Guest(Viewer):
 
 def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
     """Return the viewer as a Guest, if there is an operator behind them."""
-    if not operator:
+    if not operator or isinstance(viewer, Guest):
         return viewer
     return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
 
@@ -6009,11 +6006,8 @@ DIRECTORY_SLICES.append(Slice("masquerade", routes=(
 @addition
 class KnowsGuests(Broadcast):
     def viewer(self, request):
-        viewer = super().viewer(request)
-        operator = request.headers.get("x-operator")
-        if not operator or isinstance(viewer, Guest):
-            return viewer
-        return masked(viewer, operator, request.headers.get("x-read-only"))
+        header = request.headers.get
+        return masked(super().viewer(request), header("x-operator"), header("x-read-only"))
 
 
 @addition
@@ -7062,10 +7056,8 @@ class Console:
 
     def stream_row(self, channel, names):
         stub, _, again, _ = channel.subscription
-        frames = {result: channel.frames[result] for result in self.broker.frames}
         return {"object": names.get(stub.id, stub.id[:8]), "path": again.path,
-                "role": again.headers.get("x-role", ""), "open": len(channel.streams),
-                **frames}
+                "role": again.headers.get("x-role", ""), "open": len(channel.streams)}
 
     def feed(self, params, names):
         object = params.get("object", "")
