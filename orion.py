@@ -171,6 +171,21 @@ class Request(NamedTuple):
         return self.content_type.startswith("application/x-www-form-urlencoded")
 
     @property
+    def once(self) -> str:
+        """What says that two commands are one, sent twice; "": they are two. See section 8.
+
+        It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of
+        a plain form with a stamp (Context.stamp), all that was sent.
+        """
+        key = self.headers.get("idempotency-key", "")
+        return key or (self.body.decode("latin-1") if self.stamped else "")
+
+    @property
+    def stamped(self) -> bool:
+        """Is it a plain form that says which page it stood on?"""
+        return self.form and b"_stamp=" in self.body
+
+    @property
     def params(self) -> Dict[str, str]:
         """The parameters of the query. Raises Refused(400) for too many."""
         return decoded_pairs(self.query)
@@ -986,8 +1001,9 @@ class Watch(NamedTuple):
 #   live page and each command names the grant that it takes, so none can be forgotten.
 # It promises: what all slices need is done here, once, by their host. It checks the grant
 #   of the route: the gate says which grants somebody has, not which one a route takes. A
-#   write leaves a row in the journal, in the same transaction. A region is rendered once
-#   for each role and state of the store, however many people look.
+#   write leaves a row in the journal, in the same transaction. A command that is sent again
+#   because its answer was lost is not done again. A region is rendered once for each role
+#   and state of the store, however many people look.
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Route(NamedTuple):
@@ -1077,6 +1093,15 @@ class Context:
         """Its name."""
         return self.viewer.workspace
 
+    @property
+    def stamp(self) -> Html:
+        """A hidden field for a plain form: for whom the page was made, and a number.
+
+        So the form does one thing, even if it is sent twice.
+        """
+        number = secrets.token_hex(12)
+        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
+
     def publish(self, topic: str) -> None:
         """Have all regions with this topic read again, when the command commits."""
         if self.store.may != WRITE:
@@ -1159,7 +1184,82 @@ HISTORY = (
     "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
     "NOT NULL DEFAULT '')",
     "CREATE INDEX jobs_due ON jobs (due)",
+    "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
+    "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
 )
+
+
+# -- a command that is sent again, because its answer was lost
+
+def command_id(request: Request, viewer: Viewer) -> bytes:
+    """Return what two commands have in common that are one; b"" if the sender says nothing.
+
+    It is a hash, so its length is not the sender's choice. What a form contains, such as a
+    password, can't be guessed from it: the number in its stamp is kept nowhere.
+    """
+    once = "" if request.method in SAFE or not viewer.account else request.once
+    if not once:
+        return b""
+    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, once])
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+class Answers:
+    """The answers of the last ten minutes, of one object, to commands that have an id.
+
+    To append a row is all that a command costs. Where each row is, is remembered here.
+    """
+    SECONDS = 600.0                                      # to send a command again
+    MOST = 2000                                          # of one account
+    FORGET_EVERY = 1000                                  # commands
+    LARGEST = 4096                                       # characters of one
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.ids: Dict[bytes, int] = {}                  # of rows, by command
+        self.until_forget = 0
+        self.forget("")
+
+    def find(self, command: bytes) -> Optional[Response]:
+        """Return the answer that this command had already; None if it is new."""
+        if command not in self.ids:
+            return None
+        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
+                             "at > ?", self.ids[command], command,
+                             time.time() - self.SECONDS)
+        if row is None:                                  # too old, or rolled back
+            return None
+        status, body, type, headers = json.loads(row["answer"])
+        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
+
+    def keep(self, who: str, command: bytes, response: Response) -> None:
+        """Keep it in the transaction of the command: both are on the disk, or neither.
+
+        An answer that sets a cookie is written nowhere. One that is too large is repeated
+        as a plain 204.
+        """
+        if "set-cookie" in [name.lower() for name, _ in response.headers]:
+            return
+        body = response.body.decode("latin-1")
+        text = json.dumps([response.status, body, response.type, response.headers])
+        if len(text) > self.LARGEST:
+            text = '[204, "", "text/plain", []]'
+        self.store.exec("INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, "
+                        "?)", who, command, time.time(), text)
+        self.ids[command] = self.store.cursor.lastrowid
+        self.until_forget -= 1
+        if not self.until_forget:
+            self.forget(who)
+
+    def forget(self, who):
+        """Forget what is too old, and what this account has too much of."""
+        self.until_forget = self.FORGET_EVERY
+        self.store.exec("DELETE FROM answers WHERE at <= ?", time.time() - self.SECONDS)
+        self.store.exec("DELETE FROM answers WHERE who = ? AND id <= (SELECT id FROM "
+                        "answers WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", who,
+                        who, self.MOST)
+        rows = self.store.query("SELECT command, id FROM answers")
+        self.ids = {row["command"]: row["id"] for row in rows}
 
 
 NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
@@ -1177,6 +1277,11 @@ class SliceHost(DurableObject):
         self.pages = pages
         self.state: Any = None                           # of the store, for the next line
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
+        self.known: Optional[Answers] = None             # None: nobody has asked yet
+
+    def on_open(self):
+        super().on_open()
+        self.known = None
 
     def viewer(self, request: Request) -> Viewer:
         """Return what the verdict says, in headers that only the worker can set."""
@@ -1204,6 +1309,11 @@ class SliceHost(DurableObject):
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
         viewer.permit(route.grant, request.method)
+        command = command_id(request, viewer)
+        before = self.answers().find(command) if command else None
+        return before or self.call(slice, route, args, viewer, request, typed, command)
+
+    def call(self, slice, route, args, viewer, request, typed, command):
         may = READ if request.method in SAFE else WRITE
         before = self.store.db.total_changes
         store = Tables(self.store, slice, may)
@@ -1215,12 +1325,19 @@ class SliceHost(DurableObject):
         if self.store.db.total_changes != before:        # no slice can forget the journal
             which = response.which or "/".join(args) or self.store.last_row()
             self.journal(viewer, f"{slice}.{route.run.__name__}", which)
+            if command:
+                self.answers().keep(viewer.signature, command, response)
         return response
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
         self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                         time.time(), viewer.signature, what, which)
+
+    def answers(self) -> Answers:
+        if self.known is None:
+            self.known = Answers(self.store)
+        return self.known
 
     def command(self, request: Request) -> Response:
         try:
@@ -1395,7 +1512,8 @@ def todos_page(ctx, region):
     return template("todos")(
         region=region, workspace=ctx.workspace, variant=urllib.parse.urlencode(ctx.params),
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
-        title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""), **links)
+        title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
+        stamp=ctx.stamp, **links)
 
 
 def the_todo(ctx, id):
@@ -1858,7 +1976,8 @@ def home(ctx):
         workspace=shown, start=ctx.host.pages[0].path, none=not shown,
         more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
         demo=bool(personas), persona=personas, console=ctx.host.shows_console(ctx.viewer),
-        name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
+        name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""),
+        stamp=ctx.stamp)
     return page("Workspaces", body, ctx.viewer)
 
 
@@ -1962,7 +2081,7 @@ def members_page(ctx, region):
         region=region, workspace=ctx.workspace, me=ctx.viewer.account,
         form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
         option=role_choice(ctx.viewer, typed.get("role", "member")),
-        problem=typed.get("problem", ""))
+        problem=typed.get("problem", ""), stamp=ctx.stamp)
 
 
 def role_of(store, id, account):
@@ -5883,7 +6002,8 @@ def account_page(ctx):
                  "since": formatdate(row["created"], usegmt=True),
                  "this": row["digest"] == mine} for row in rows]
     problem = ctx.typed.get("problem", "")
-    body = template("account")(session=sessions, account=account, problem=problem)
+    body = template("account")(session=sessions, account=account, problem=problem,
+                               stamp=ctx.stamp)
     return page("Account", body, ctx.viewer)
 
 

@@ -655,6 +655,39 @@ def a_todo_by_a_plain_form(root):
     assert again.status == 422 and f'value="{"y" * 501}"' in again.text and "1 to 500 characters" in again.text
 
 
+def stamp_on(person, path):
+    """What the plain form of a page sends along."""
+    return {"_stamp": re.search('name="_stamp" value="([^"]+)"', person.get(path).text)[1]}
+
+
+def a_command_sent_again_does_nothing_and_gets_the_first_answer(root):
+    bob = root.person("bob", datastar=True)
+    send = lambda method="POST", path="/w/acme/todos", key="k1", who=bob, **signals: (lambda answer: (answer.status, answer.body))(
+        who.ask(method, path, json.dumps(signals), Content_Type="application/json", Idempotency_Key=key))
+    first = send(title="Once")
+    root.restart()
+    bob.server = root.server
+    assert send(title="Once") == first == (200, b'{"title": "", "problem": ""}') and titles(bob)[:2] == ["Once", "Invoice the coyote"]
+    assert send(title="Twice", key="k2")[0] == 200 and titles(bob)[:2] == ["Twice", "Once"]
+    assert [send("DELETE", "/w/acme/todos/1?datastar={}", "k3")[0] for _ in range(2)] == [204, 204]
+    assert [send("PATCH", key="k4")[0] for _ in range(2)] == [204, 204] and len(titles(bob, query="?show=done")) == 4
+    assert send("PATCH", key="k5", done=False)[0] == 204 and titles(bob, query="?show=done") == []
+    assert send(title="Hers", who=root.person("carol", datastar=True))[0] == 200 and titles(bob)[0] == "Hers", "another account's id is another"
+
+
+def a_plain_form_sent_twice_does_one_thing(root):
+    bob = root.person("bob")
+    for path, form, location, page in (("/w/acme/todos", {"title": "Once"}, "/w/acme/todos", "/w/acme/todos"),
+                                       ("/w/acme/members", {"account": "dave", "role": "viewer"}, "/w/acme/members", "/w/acme/members"),
+                                       ("/workspaces", {"name": "second"}, "/w/second/todos", "/")):
+        form.update(stamp_on(bob, page))
+        answers = [bob.post(path, form=form) for _ in range(2)]
+        assert [(answer.status, answer.headers.get("location")) for answer in answers] == [(303, location)] * 2, path
+    assert titles(bob).count("Once") == 1
+    another = {"title": "Once", **stamp_on(bob, "/w/acme/todos")}
+    assert bob.post("/w/acme/todos", form=another).status == 303 and titles(bob).count("Once") == 2, "another page's form is another"
+
+
 def two_watchers(root):
     ears = root.ear("bob"), root.ear("erin")
     assert all(["Order more anvils" in ear.first for ear in ears])
@@ -722,10 +755,12 @@ def a_restart(root):
 
 JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
     sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
-    a_todo_by_signals, a_todo_by_a_plain_form, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
+    a_todo_by_signals, a_todo_by_a_plain_form, a_command_sent_again_does_nothing_and_gets_the_first_answer,
+    a_plain_form_sent_twice_does_one_thing, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
     an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
 
 LEFT_OUT = {("single", "isolation"): "it has one workspace",
+            ("single", "a plain form sent twice does one thing"): "nobody can create a second workspace",
             ("single", "a stranger contacts no workspace"): "gate and rows are one object",
             ("single", "sleep and wake"): "its one object is never idle",
             ("directory and node", "sign in as a persona"): "the demo is for one process",
@@ -2097,6 +2132,100 @@ def test_a_slice_reaches_no_table_but_its_own(start, capfd, sql):
     assert bob.post("/w/acme/nosy").status == 500 and re.search("slice 'nosy' (touches table|does more)", capfd.readouterr().err)
     with contextlib.closing(server.store("acme")) as db:
         assert db.execute("SELECT (SELECT count(*) FROM mine), (SELECT count(*) FROM todos)").fetchone() == (0, 3)
+
+
+# -- commands that are sent again
+
+def with_key(key, who="bob", title="x"):
+    viewer = orion.verdict(who, "owner", "acme", "ab" * 32)
+    return orion.command_of("/todos", {"idempotency-key": key, **viewer}, title=title)
+
+
+def answer_of(one, request):
+    with one.turn:
+        return one.answer(request)
+
+
+def keys_in(server):
+    return server.store("acme").execute("SELECT who, count(*) FROM answers GROUP BY who ORDER BY who").fetchall()
+
+
+def test_a_command_and_its_repetition_can_share_a_commit(server):
+    one = the_workspace(server)
+    with one.turn:
+        answers = one.answer_all([with_key("a"), with_key("a"), with_key("b"), with_key("b", "carol")])
+    assert [answer.status for answer in answers] == [200] * 4 and answers[0] == answers[1]
+    assert titles(Person(server, "bob")) == ["x"] * 3 + ["Invoice the coyote", "Test the skates", "Order more anvils"]
+
+
+def test_a_command_that_was_rolled_back_is_not_taken_for_done(server):
+    one = the_workspace(server)
+    with mock.patch.object(orion.Answers, "keep", side_effect=orion.Refused(409, "No.")):
+        assert answer_of(one, with_key("a")).status == 200       # a 409 is told by a signal
+    assert answer_of(one, with_key("a", title="y")).status == 200 and titles(Person(server, "bob"))[:2] == ["y", "Invoice the coyote"]
+    assert answer_of(one, with_key("b", title="")).body != answer_of(one, with_key("b", title="now")).body, "what was refused can be sent anew"
+
+
+def test_after_ten_minutes_a_command_is_a_new_one_and_the_answers_of_before_are_gone(server):
+    one = the_workspace(server)
+    for n in range(3):
+        answer_of(one, with_key(f"old {n}"))
+    with one.turn, one.store.tx():
+        one.store.exec("UPDATE answers SET at = at - 601")
+    one.known = None                                 # as if it had slept
+    answer_of(one, with_key("old 0"))
+    assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 4
+
+
+def test_the_ids_of_one_account_are_bounded_and_push_out_nobody_elses(server, monkeypatch):
+    monkeypatch.setattr(orion.Answers, "MOST", 20), monkeypatch.setattr(orion.Answers, "FORGET_EVERY", 10)
+    one = the_workspace(server)
+    kept = answer_of(one, with_key("hers", "carol"))
+    for n in range(100):
+        answer_of(one, with_key(f"{n} {'k' * 3000}"))
+    assert keys_in(server)[0] <= ("bob", 30) and keys_in(server)[1] == ("carol", 1)
+    with contextlib.closing(server.store("acme")) as file:
+        assert file.execute("SELECT max(length(command)) FROM answers").fetchone() == (16,)
+    before = len(titles(Person(server, "bob")))
+    assert answer_of(one, with_key("hers", "carol")) == kept and answer_of(one, with_key(f"99 {'k' * 3000}")).status == 200
+    assert len(titles(Person(server, "bob"))) == before
+
+
+def test_a_repetition_needs_the_same_rights_as_the_command(server):
+    one = the_workspace(server)
+    assert answer_of(one, with_key("a")).status == 200
+    demoted = with_key("a")._replace(headers={**with_key("a").headers, "x-grants": "todos:read"})
+    with pytest.raises(orion.Refused, match="does not include"):
+        answer_of(one, demoted)
+
+
+@cases("body, again", [("x" * 5000, (204, b"")), ("\xe9" * 10, (200, b"\xe9" * 10))])
+def test_an_answer_that_is_large_or_no_text_is_repeated_as_well_as_can_be(start, body, again):
+    def add(ctx):
+        ctx.store.exec("INSERT INTO hits VALUES (1)")
+        return orion.Response(200, body.encode("latin-1"))
+    slice = orion.Slice("hits", ("CREATE TABLE hits (n)",), routes=(orion.Route("POST", "/hits", "todos:write", add),))
+    server = start((orion.todos, slice))
+    bob = Person(server, "bob")
+    answers = [bob.ask("POST", "/w/acme/hits", "{}", Content_Type="application/json", Idempotency_Key="a") for _ in range(2)]
+    assert (answers[1].status, answers[1].body) == again and hits(server) == 1 and answers[0].status == 200
+
+
+def test_an_answer_with_a_cookie_in_it_is_written_nowhere(server):
+    bob = Person(server, "bob")
+    answers = [bob.ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", Idempotency_Key="a") for _ in range(2)]
+    assert [answer.status for answer in answers] == [303, 303] and answers[0].headers["set-cookie"] != answers[1].headers["set-cookie"]
+    assert server.directory().store.query("SELECT * FROM answers") == []
+
+
+def test_a_command_without_an_id_costs_no_statement_for_it_and_one_with_an_id_one(server):
+    one, said = the_workspace(server), []
+    answer_of(one, with_key("first"))
+    one.store.db.set_trace_callback(said.append)
+    answer_of(one, with_key(""))
+    plain, said[:] = [*said], []
+    answer_of(one, with_key("second"))
+    assert not [sql for sql in plain if "answers" in sql] and len(said) - len(plain) == 1
 
 
 def test_a_slice_asks_another_for_what_it_exports(start):
@@ -8026,15 +8155,15 @@ class Chromium:
 
     def find(self, css): return next(iter(self.call("/element", using="css selector", value=css).values()))
 
-    def click(self, css):
+    def click(self, css, times=1):
         """With the mouse, on what is in sight there: the driver's own click waits for a page that might be coming."""
         x, y = self.js("""const found = document.querySelector(arguments[0]), box = () => found.getBoundingClientRect()
             if (box().top < 0 || box().bottom > innerHeight) found.scrollIntoView({block: 'center', behavior: 'instant'})
             const at = [box().x + box().width / 2, box().y + box().height / 2], top = document.elementFromPoint(...at)
             if (!found.contains(top) && !top?.contains(found)) throw Error(`${top?.outerHTML} is in front of it`)
             return at""", css)
-        for what in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.cdp("Input.dispatchMouseEvent", type=what, x=x, y=y, button="none" if what == "mouseMoved" else "left", clickCount=1)
+        for what, count in (("mouseMoved", 1), *[(what, n + 1) for n in range(times) for what in ("mousePressed", "mouseReleased")]):
+            self.cdp("Input.dispatchMouseEvent", type=what, x=x, y=y, button="none" if what == "mouseMoved" else "left", clickCount=count)
 
     def type(self, css, text): self.call("/element/%s/value" % self.find(css), text=text)
 
@@ -8384,6 +8513,73 @@ def test_a_double_click_sends_a_command_once(site, windows):
     Person(site, "bob").post("/w/acme/todos", form={"title": "Last"})
     bob.wait(f"{TODOS}[0] === 'Last'")
     assert bob.js(f"return {TODOS}.filter(title => title === 'Once').length") == 1
+
+
+@contextlib.contextmanager
+def answers_lost(method):
+    """What the server does, it does; its answers to this method do not arrive."""
+    reply = orion.Connection.reply
+    def lose(self, asked, response):
+        if asked.request.method == method:
+            return self.edge.call(self.close)
+        return reply(self, asked, response)
+    with mock.patch.object(orion.Connection, "reply", lose):
+        yield
+
+
+def our_page(server, window, account, path="/w/acme/todos"):
+    """With our client alone: for what the official one does not know."""
+    window.be(Person(server, account))
+    window.open(server.origin + path)
+    window.wait("document.querySelector('.link')?.textContent !== 'Connecting'")
+    return window
+
+
+def test_after_a_lost_answer_the_page_does_not_guess_and_to_try_again_makes_one_row(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    with answers_lost("POST"):
+        bob.type("#title", "Once")
+        bob.press("Enter")
+        bob.wait("document.getElementById('toast').textContent.includes('may or may not have been saved. To try again is safe')")
+        assert bob.js("return document.getElementById('title').value") == "Once"
+    bob.press("Enter")
+    bob.wait("document.getElementById('title').value === '' && !document.querySelector('#toast.shown')")
+    assert titles(Person(server, "bob")).count("Once") == 1
+    for times in (2, 3):                             # with an answer in between it is another one
+        bob.type("#title", "Once")
+        bob.press("Enter")
+        bob.wait(f"{TODOS}.filter(title => title === 'Once').length === {times}")
+        bob.wait("document.getElementById('title').value === ''")
+
+
+def test_toggle_all_is_undone_by_no_repetition(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    with answers_lost("PATCH"):
+        bob.click(".tools button:first-of-type")
+        bob.wait("document.querySelector('#toast.shown') && !document.querySelector('.tools [aria-disabled]')")
+    bob.click(".tools button:first-of-type")
+    bob.wait("!document.querySelector('#toast.shown')")
+    toggled = server.store("acme").execute("SELECT count(*) FROM journal WHERE what = 'todos.change_all'").fetchone()
+    assert toggled == (1,) and len(titles(Person(server, "bob"), query="?show=done")) == 3
+
+
+DOUBLE_CLICK = [("/", "#name", "twice", "form.new button", "location.pathname === '/w/twice/todos'"),
+                ("/w/acme/members", "#account", "dave", "form.new button", "document.getElementById('member-dave')"),
+                ("/w/acme/todos", "#title", "twice", "form.new button", f"{TODOS}.includes('twice')")]
+
+
+@cases("scripts", [True, False])
+@cases("path, field, text, button, done", DOUBLE_CLICK)
+def test_a_double_click_does_one_thing_and_says_nothing_of_an_error(server, windows, scripts, path, field, text, button, done):
+    bob = windows[0]
+    bob.be(Person(server, "bob"))
+    bob.javascript(scripts)
+    bob.open(server.origin + path)
+    bob.type(field, text)
+    bob.click(button, times=2)
+    bob.javascript(True)
+    bob.wait(f"{done} && document.readyState === 'complete' && !document.querySelector('.problem:not(:empty)')")
+    assert server.store("acme").execute("SELECT count(*) FROM todos WHERE title = 'twice'").fetchone()[0] == (path == "/w/acme/todos")
 
 
 def test_two_hundred_of_a_thousand_todos_are_shown_and_more_without_a_script(site, windows):
