@@ -3029,7 +3029,7 @@ class StorageFault(Refused):
     OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
                  (("retry-after", "60"),))
 
-    def __init__(self, path: pathlib.Path, error: Any):
+    def __init__(self, path, error: Any):
         word = next(word for word in self.REMEDIES if word in str(error))
         super().__init__(*self.SAID.get(word, self.OTHERWISE))
         self.text = f"{path}: {error}; {self.REMEDIES[word]}"
@@ -3038,7 +3038,7 @@ class StorageFault(Refused):
         return self.text
 
     @classmethod
-    def is_behind(cls, error: BaseException) -> bool:
+    def is_behind(cls, error) -> bool:
         """True if the database file is at fault, False if the SQL statement is."""
         if isinstance(error, sqlite3.OperationalError):
             known = tuple(filter(None, cls.REMEDIES))    # SQLite's words, and not a name
@@ -3057,13 +3057,13 @@ class Torn(Undone):
 class Locked(Undone):
     """Another process holds the lock of the file. one: the object that wants it."""
 
-    def __init__(self, one: GuardedObject, error: sqlite3.Error):
+    def __init__(self, one: GuardedObject, error):
         super().__init__(error)
         self.one = one
         self.error = error
 
 
-def identity(path: pathlib.Path) -> Tuple[int, int]:
+def identity(path) -> Tuple[int, int]:
     """Which file is at path. Raises sqlite3.DatabaseError if there is none, or no database.
 
     An empty file would be a new database to SQLite.
@@ -3078,7 +3078,7 @@ def identity(path: pathlib.Path) -> Tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def mark_of(id: str) -> int:
+def mark_of(id) -> int:
     """A number in the file that says whose it is."""
     return zlib.crc32(id.encode()) >> 1
 
@@ -3093,7 +3093,7 @@ class GuardedStore(OwnedStore):
     STATEMENTS = 12
     running = "what opens it"                            # or a migration
 
-    def __init__(self, path: pathlib.Path, create: bool = False):
+    def __init__(self, path, create=False):
         self.inode = None if create else identity(path)  # None: it is made just now
         super().__init__(path, create)
 
@@ -3260,12 +3260,12 @@ class GuardedStub(Stub):
     def fetch(self, request, seconds=-1):
         return self.enter(lambda one: one.answer(request), request, seconds)
 
-    def fetch_all(self, requests: Sequence[Request]) -> List[Any]:
+    def fetch_all(self, requests) -> List[Any]:
         """See GroupCommit."""
         return self.enter(lambda one: one.answer_all(requests), requests[0])
 
-    def enter(self, ask: Callable[[Any], Any], request: Request,
-              seconds: float = -1) -> Any:
+    def enter(self, ask: Callable[[Any], Any], request,
+              seconds = -1) -> Any:
         """Return ask(object), called in its turn.
 
         seconds: the longest wait for the turn, then Busy is raised; -1: no limit.
@@ -3326,7 +3326,7 @@ class GuardedNamespace(Namespace):
     WAITING = 4                                          # threads, for other processes
     LATE_SECONDS = 60.0                                  # until what failed is tried again
 
-    def __init__(self, *args: Any, most: int = 1024):
+    def __init__(self, *args, most: int = 1024):
         super().__init__(*args)
         self.most = most
         self.waiting = threading.BoundedSemaphore(self.WAITING)
@@ -3346,12 +3346,12 @@ class GuardedNamespace(Namespace):
         if not request.path.startswith("/_") or request.path.startswith("/_gate"):
             self.served[id] += 1
 
-    def told(self, id: str, topic: str) -> None:
+    def told(self, id, topic):
         """topic was published; "": anything may be different."""
         for listener in self.listeners:
             listener(id, topic)
 
-    def changed(self, id: str) -> None:
+    def changed(self, id):
         """Whatever was answered before may be old."""
         self.versions[id] += 1
 
@@ -3364,7 +3364,7 @@ class GuardedNamespace(Namespace):
         self.touch(id)
         return one
 
-    def bring_up(self, id: str, why: str) -> None:
+    def bring_up(self, id, why):
         """Open it apart, however long it takes, when those before it are done."""
         with self.lock:
             self.late[id] = float("inf"), why
@@ -3395,14 +3395,14 @@ class GuardedNamespace(Namespace):
         finally:
             self.late[id] = failed
 
-    def touch(self, id: str) -> None:
+    def touch(self, id):
         """It is in use, perhaps by a page of it that was kept: it is not to sleep."""
         with self.lock:
             if id in self.objects:
                 self.objects[id].used = time.monotonic()
                 self.objects.move_to_end(id)             # the least recently used is first
 
-    def make_room(self) -> None:
+    def make_room(self):
         """The least recently used go to sleep; one that is busy just now is passed over."""
         with self.lock:
             excess = max(0, len(self.objects) - self.most)
@@ -3451,7 +3451,7 @@ class GroupCommit(GuardedObject):
             if self.store.db.total_changes != before:
                 self.namespace.changed(self.id)
 
-    def answer_all(self, requests: Sequence[Request]) -> List[Any]:
+    def answer_all(self, requests) -> List[Any]:
         """Answer requests that came together. The caller holds the turn.
 
         Return an outcome for each: a Response, or the exception that it raised. There may
@@ -3510,12 +3510,12 @@ LAST_CHUNK = b"0\r\n\r\n"
 CURRENT = b"event: datastar-current\ndata: version unchanged\n\n"
 
 
-def chunk(data: bytes) -> bytes:
+def chunk(data) -> bytes:
     """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def deflated(data: bytes) -> bytes:
+def deflated(data) -> bytes:
     """Compress data so that it can follow anything in a gzip stream.
 
     It ends on a byte and refers to nothing before it (RFC 1951, 3.2.4).
@@ -3644,7 +3644,7 @@ class Reading(NamedTuple):
     body: Optional[bytes] = b""                          # None: the client waits for a 100
 
 
-def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
+def read_requests(buffer) -> Iterator[Optional[Reading]]:
     """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
 
     Raises Refused if the framing is broken. Then nothing behind it may be read.
@@ -3669,7 +3669,7 @@ def read_requests(buffer: bytearray) -> Iterator[Optional[Reading]]:
         yield reading._replace(body=body)
 
 
-def read_head(buffer: bytearray) -> Iterator[None]:
+def read_head(buffer):
     """Return the next head. Refuse early what can't become one.
 
     So a client that speaks TLS or SSH to us learns at once that we do not.
@@ -3692,7 +3692,7 @@ def read_head(buffer: bytearray) -> Iterator[None]:
     return (yield from take(buffer, end + 4))
 
 
-def parse_head(head: bytes) -> Reading:
+def parse_head(head) -> Reading:
     """Return the Reading of a whole head, without a body."""
     found = HEAD.fullmatch(head)
     if found is None:
@@ -3729,7 +3729,7 @@ def check_host(headers, modern):
                            "port.")
 
 
-def why_not(head: bytes) -> Refused:
+def why_not(head) -> Refused:
     """Return what is wrong with the beginning of a head that is malformed."""
     line = REQUEST_LINE.match(head)
     if not line:
@@ -3739,7 +3739,7 @@ def why_not(head: bytes) -> Refused:
     return Refused(*NO_FIELDS)
 
 
-def body_length(headers: Dict[str, str]) -> Optional[int]:
+def body_length(headers) -> Optional[int]:
     """Return the length of the body in bytes, or None for chunks (RFC 9112, 6)."""
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
@@ -3750,7 +3750,7 @@ def body_length(headers: Dict[str, str]) -> Optional[int]:
     return content_length(headers)
 
 
-def take(buffer: bytearray, length: int) -> Iterator[None]:
+def take(buffer, length):
     """Return the next length bytes."""
     while len(buffer) < length:
         yield None
@@ -3759,7 +3759,7 @@ def take(buffer: bytearray, length: int) -> Iterator[None]:
     return data
 
 
-def take_line(buffer: bytearray, limit: int) -> Iterator[None]:
+def take_line(buffer, limit):
     """Return the next line without its CR LF."""
     while (end := buffer.find(b"\r\n", 0, limit)) < 0:
         if len(buffer) >= limit:
@@ -3769,7 +3769,7 @@ def take_line(buffer: bytearray, limit: int) -> Iterator[None]:
     return line[:-2]
 
 
-def read_chunks(buffer: bytearray) -> Iterator[None]:
+def read_chunks(buffer):
     """Return the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
     body = bytearray()
     framing = 0                                          # bytes around the chunks so far
@@ -3793,7 +3793,7 @@ def read_chunks(buffer: bytearray) -> Iterator[None]:
     return bytes(body)
 
 
-def skip_trailers(buffer: bytearray) -> Iterator[None]:
+def skip_trailers(buffer):
     """Read over the header fields behind a chunked body."""
     room = TRAILER_LIMIT
     while True:
@@ -3805,7 +3805,7 @@ def skip_trailers(buffer: bytearray) -> Iterator[None]:
             raise Refused(400, "A trailer is malformed, or there are too many.")
 
 
-def parse_target(target: str, host: str) -> Tuple[str, str]:
+def parse_target(target: str, host) -> Tuple[str, str]:
     """Return the path, decoded once, and the query as it is.
 
     Raises Refused(400) if it is no path, or one with two meanings. A target in absolute
@@ -3844,7 +3844,7 @@ def head_of(status, type, headers, live, nonced):
 GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 
 
-def accepts_gzip(request: Request) -> bool:
+def accepts_gzip(request) -> bool:
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
@@ -3854,7 +3854,7 @@ def encoded_asset(request, env):
     return asset(request, env, "-gzip" if compressed and accepts_gzip(request) else "")
 
 
-def encode(request: Request, response: Response, connection: str, head_only: bool,
+def encode(request, response, connection: str, head_only: bool,
            date: str) -> bytes:
     """Return the bytes of an answer. connection: what it says of that; see section 14."""
     live = response.watch is not None
@@ -3951,7 +3951,7 @@ class Kept:
     LONG = 4096                                          # of what was asked, cookie and all
     SECONDS = 60.0                                       # sessions end by the clock, too
 
-    def __init__(self, directory: Stub):
+    def __init__(self, directory):
         self.directory = directory
         self.path = directory.namespace.path(directory.id)
         self.db: Optional[sqlite3.Connection] = None
@@ -3987,7 +3987,7 @@ class Kept:
         self.answers.clear()
         self.size = 0
 
-    def find(self, asked: Asked) -> Optional[Response]:
+    def find(self, asked) -> Optional[Response]:
         known = self.answers.get(asked.key)
         if known is None or known.response is None or known.until < time.monotonic():
             return None
@@ -3997,7 +3997,7 @@ class Kept:
         namespace.touch(known.stub.id)
         return known.response
 
-    def keep(self, asked: Asked, response: Response) -> None:
+    def keep(self, asked, response):
         """asked has both numbers as they were before the response was made."""
         size = 500 + sum([len(part or "") for part in asked.key])
         if size > self.LONG or len(response.body) > self.LARGE or asked.policy is None:
@@ -4015,7 +4015,7 @@ class Kept:
         self.answers[asked.key] = KeptAnswer(as_of, asked.stub, until, response)
 
 
-def renewed(response: Response) -> Response:
+def renewed(response) -> Response:
     """A page that was kept, with a nonce that nobody has seen yet."""
     nonce = secrets.token_hex(16)
     body = response.body.replace(response.nonce.encode(), nonce.encode(), 1)
@@ -4060,7 +4060,7 @@ class Pool:
     TOGETHER = 64                                        # items of a lane at a time
     ALONE_SECONDS = 1.0                                  # until an account counts as alone
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # what each idle thread waits for
         self.own = threading.local()                     # line: what this thread does next
@@ -4076,7 +4076,7 @@ class Pool:
         for thread in self.threads:
             thread.start()
 
-    def put(self, job: Callable[..., None], *args: Any) -> None:
+    def put(self, job: Callable[..., None], *args):
         """Have a thread do it.
 
         A thread of the pool does what it puts in itself, right after its present job. So to
@@ -4088,7 +4088,7 @@ class Pool:
         else:
             own.append((job, args))
 
-    def defer(self) -> None:
+    def defer(self):
         """For the loop's thread: from now on put() only adds to the common line.
 
         rouse() then wakes threads for all of it. In the midst of the loop's work they would
@@ -4096,11 +4096,11 @@ class Pool:
         """
         self.own.line = self.line                        # put() appends to it, and no more
 
-    def rouse(self) -> None:
+    def rouse(self):
         for _ in range(min(len(self.line), len(self.idle))):
             self.wake()
 
-    def share(self, job: Optional[Callable[..., None]], *args: Any) -> None:
+    def share(self, job: Optional[Callable[..., None]], *args):
         """As put, for a job that any thread may do, after all others. None ends one."""
         self.line.append((job, args))
         self.wake()
@@ -4155,7 +4155,7 @@ class Pool:
         return getattr(self.own, "account", "")
 
     def gather(self, name: Any, item: Any, job: Callable[[List[Any]], Any],
-               account: str = "") -> None:
+               account = ""):
         """Have job(items) done with all that came to the lane of this name until then.
 
         job returns what it left undone, or None; that stays in front. account: to whom it
@@ -4246,7 +4246,7 @@ class Pool:
         if not parked:
             self.parked.pop(account, None)
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float):
         """patience: seconds for all threads together. A job that takes longer is left."""
         for _ in self.threads:
             self.share(None)
@@ -4255,7 +4255,7 @@ class Pool:
             thread.join(max(0.0, until - time.monotonic()))
 
 
-def guarded(call: Callable[..., None], *args: Any) -> None:
+def guarded(call: Callable[..., None], *args):
     """The trouble of one request must end neither the loop nor a thread."""
     try:
         call(*args)
@@ -4319,7 +4319,7 @@ class Backlog:
     ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
     ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
 
-    def __init__(self, edge: LoopEdge):
+    def __init__(self, edge):
         self.edge = edge
         self.all = Unread(self.ALL)
         self.accounts: Dict[str, Unread] = {}
@@ -4363,7 +4363,7 @@ class Held:
     STUCK_SECONDS = 30.0
     whose = ""
 
-    def __init__(self, edge: LoopEdge, socket: socket.socket):
+    def __init__(self, edge, socket: socket.socket):
         self.edge = edge
         self.socket = socket
         self.events = 0                                  # what the selector watches for
@@ -4562,7 +4562,7 @@ class Broker:
     CALM_SECONDS = 30.0                      # after which a change of access has arrived
     quiet = ()                               # ids of which nobody is told who looks on
 
-    def __init__(self, edge: LoopEdge):
+    def __init__(self, edge):
         self.edge = edge
         self.lock = threading.Lock()                     # guards busy and stale
         self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by question
@@ -4577,7 +4577,7 @@ class Broker:
 
     # -- from a publish to the sockets
 
-    def published(self, id: str, topic: str) -> None:
+    def published(self, id, topic):
         """Called by an object, right after a commit. topic "": all of it.
 
         Whose command it was pays for what follows from it.
@@ -4796,12 +4796,12 @@ SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-
                    "x-read-only")
 
 
-def viewer_in(forwarded: Request) -> Tuple[str, ...]:
+def viewer_in(forwarded) -> Tuple[str, ...]:
     """Whom the gate let in, in its own words."""
     return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
 
 
-def last_frame(response: Response) -> bytes:
+def last_frame(response) -> bytes:
     """b"": the stream breaks off, and its browser comes back."""
     if response.type == EVENTS:
         return response.body
@@ -5019,7 +5019,7 @@ class Connection(Held):
             self.close()
 
 
-def listening(host: str, port: int) -> socket.socket:
+def listening(host, port) -> socket.socket:
     """Return a socket to accept from. A short queue would turn a crowd away."""
     if ":" not in host:
         return socket.create_server((host, port), backlog=1024)
@@ -5039,7 +5039,7 @@ def address_in(text: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def in_networks(address: str, networks: Tuple[str, ...]) -> bool:
+def in_networks(address, networks: Tuple[str, ...]) -> bool:
     ip = address_in(address)
     return ip is not None and any([ip in ipaddress.ip_network(network)
                                    for network in networks])
@@ -5049,7 +5049,7 @@ WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
 
 
 @functools.lru_cache(maxsize=1024)
-def client_behind(peer: str, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
+def client_behind(peer, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
     """Return who is behind the proxies that we trust, by X-Forwarded-For.
 
     Each proxy adds the address that it hears, perhaps with a port. So the list is read from
@@ -5067,7 +5067,7 @@ def client_behind(peer: str, forwarded_for: str, proxies: Tuple[str, ...]) -> st
 
 
 @functools.lru_cache(maxsize=1024)
-def source_of(peer: str) -> str:
+def source_of(peer) -> str:
     """Return who is charged for what comes from an address.
 
     Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
@@ -5095,7 +5095,7 @@ class LoopEdge:
     CALLS_SECONDS = 0.002                                # for calls, then the sockets
     EAGER_SECONDS = 0.0001                               # to poll
 
-    def __init__(self, env: Env, settings: Any):
+    def __init__(self, env, settings):
         self.settings = settings
         doors = {**env.doors, **dict.fromkeys(ASSETS, encoded_asset),
                  "/healthz": self.healthz}
@@ -5117,7 +5117,7 @@ class LoopEdge:
         self.backlog = Backlog(self)
         self.broker = self.broker_kind(self)
         self.pool = Pool(settings.threads)
-        self.due: Dict[int, float] = {}                  # when, by their numbers
+        self.due: Dict[Callable[[], None], float] = {}   # when, by chore
         self.socket = listening(settings.host, settings.port)
         self.server_port = self.socket.getsockname()[1]
         for one in (self.socket, self.waker, self.woken):
@@ -5135,7 +5135,7 @@ class LoopEdge:
 
     # -- the loop
 
-    def serve_forever(self, poll_interval=0.5):
+    def serve_forever(self):
         self.selector.register(self.socket, READABLE, self.accept)
         self.selector.register(self.woken, READABLE, lambda _: self.woken.recv(4096))
         self.pool.defer()
@@ -5177,7 +5177,7 @@ class LoopEdge:
             if time.monotonic() > until:                 # it is the turn of the sockets
                 return
 
-    def call(self, *call: Any) -> None:
+    def call(self, *call: Any):
         """call(function, *args): have the loop do it soon. From any thread."""
         self.calls.append(call)
         if not self.awake:                               # else it looks before it sleeps
@@ -5191,7 +5191,7 @@ class LoopEdge:
     def accept(self, _):
         for _ in range(64):                              # then look after the others
             try:
-                self.begin(*self.socket.accept())
+                self.take_in(*self.socket.accept())
             except BlockingIOError:
                 return
             except OSError as error:
@@ -5199,7 +5199,7 @@ class LoopEdge:
                 if error.errno in NO_ROOM:               # until the next tick
                     return self.selector.unregister(self.socket)
 
-    def begin(self, link, address):
+    def take_in(self, link, address):
         link.setblocking(False)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(self, link, address[0])
@@ -5216,9 +5216,12 @@ class LoopEdge:
         for held in [*self.held]:
             guarded(held.tick, now)
         guarded(self.broker.tell_who_is_here)
-        self.pool.gather("rest", 0, lambda _: self.put_to_sleep())
-        self.pool.gather("look elsewhere", 0, lambda _: self.broker.look_elsewhere())
-        self.begin_chores(now)
+        self.begin(self.put_to_sleep)
+        self.begin(self.broker.look_elsewhere)
+        for chore, every in self.chores():               # 0 seconds: never
+            if every and now >= self.due.setdefault(chore, now + every):
+                self.due[chore] = now + every
+                self.begin(chore)
         closed = self.socket.fileno() < 0
         if not closed and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, READABLE, self.accept)
@@ -5228,15 +5231,12 @@ class LoopEdge:
         self.env.directory.namespace.rest()
 
     def chores(self) -> List[Tuple[Callable[[], None], float]]:
-        """What is to be done again after so many seconds; 0: never. [3] has more."""
+        """What is to be done again after so many seconds. [3] has more."""
         return [(self.broker.try_again, 5.0)]
 
-    def begin_chores(self, now):
-        """Each after its time, and never twice at a time."""
-        for number, (chore, every) in enumerate(self.chores()):
-            if every and now >= self.due.setdefault(number, now + every):
-                self.due[number] = now + every
-                self.pool.gather(f"chore {number}", chore, lambda chores: chores[0]())
+    def begin(self, chore):
+        """Have the pool do it; never twice at a time."""
+        self.pool.gather(chore, chore, lambda chores: guarded(chores[0]))
 
     # -- a request: in the loop, then in the pool
 
@@ -5408,7 +5408,7 @@ class LoopEdge:
         """For a while a load balancer can hear from /healthz that this server stops."""
         return time.monotonic() < self.stopping + self.settings.drain
 
-    def stop(self) -> None:
+    def stop(self):
         """Take no more requests; end when those in flight are answered. From any thread."""
         self.stopping = self.stopping or time.monotonic()
         self.wake()
@@ -5451,7 +5451,7 @@ class LoopEdge:
 class QuickRouter(Router):
     """A router that remembers what it found."""
 
-    def __init__(self, slices: Sequence[Slice]):
+    def __init__(self, slices):
         super().__init__(slices)
         self.match = functools.lru_cache(maxsize=1024)(super().match)
 
@@ -6413,9 +6413,9 @@ class RingsAlarms(LoopEdge):
         self.alarms = self.env.workspaces.alarms
         self.alarms.put = self.pool.put
 
-    def serve_forever(self, poll_interval=0.5):
+    def serve_forever(self):
         self.pool.put(self.alarms.look)
-        super().serve_forever(poll_interval)
+        super().serve_forever()
 
     def tick(self, now):
         super().tick(now)
@@ -7658,8 +7658,10 @@ def snapshot_again(settings):
 @addition
 class MakesSnapshots(LoopEdge):
     def chores(self):
-        again = functools.partial(snapshot_again, self.settings)
-        return [*super().chores(), (again, self.settings.backup_every)]
+        return [*super().chores(), (self.copy_again, self.settings.backup_every)]
+
+    def copy_again(self):
+        snapshot_again(self.settings)
 
 
 # -- on the command line

@@ -1091,7 +1091,8 @@ def test_however_much_the_loop_was_given_to_do_a_request_has_its_turn(server):
 
 def test_a_chore_that_takes_longer_than_its_time_is_not_begun_again(server):
     begun, go, edge = [], threading.Event(), server.edge
-    edge.chores, edge.due = lambda: [(lambda: (begun.append(1), go.wait(PATIENCE)), 1e-9)], {0: 0.0}
+    chore = lambda: (begun.append(1), go.wait(PATIENCE))
+    edge.chores = lambda: [(chore, 1e-9)]
     eventually(lambda: begun)
     ticks, tick = [], edge.tick
     edge.tick = lambda now: (tick(now), ticks.append(now))
