@@ -687,7 +687,7 @@ class Store(Reads):
         self.begin()
         try:
             yield
-            self.run("COMMIT", ())
+            self.commit()
         except BaseException:
             self.after_commit = []
             if self.db.in_transaction:                   # SQLite may have given up already
@@ -700,6 +700,9 @@ class Store(Reads):
     def begin(self):
         """IMMEDIATE takes the write lock now. Later, SQLite could refuse it at once."""
         self.run("BEGIN IMMEDIATE", ())
+
+    def commit(self):
+        self.run("COMMIT", ())
 
     @contextlib.contextmanager
     def savepoint(self):
@@ -3111,6 +3114,24 @@ class GuardedStore(OwnedStore):
         if self.torn:
             self.run("ROLLBACK", ())
             raise Torn
+
+    def commit(self):
+        """If it raises, nothing of it comes back, not even after a crash."""
+        try:
+            super().commit()
+        except sqlite3.OperationalError:
+            if not self.db.in_transaction:
+                self.overwrite()
+            raise
+
+    def overwrite(self):
+        """Put a commit that changes nothing in the place of one that failed.
+
+        That one can be whole in the write-ahead log: it was written, and then the disk said
+        that it is not durable. After a crash SQLite would take it for good.
+        """
+        with contextlib.suppress(sqlite3.Error):         # it is written before it fails
+            self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
 
     def apply(self, slice, number, sql):
         self.running = f"slice {slice!r}, entry {number}"

@@ -12,6 +12,7 @@ import builtins
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -1761,6 +1762,45 @@ def test_a_disk_that_is_full_is_a_507_reads_go_on_and_room_helps(server):
     many = len(titles(bob))
     workspace.store.db.execute("PRAGMA max_page_count = 100000")
     assert bob.post("/w/acme/todos", title="x").status == 200 and len(titles(bob)) == many + 1
+
+
+SYNC, CALLBACK, JOURNAL_POINTER, IOERR_FSYNC = 5, ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int), 28, 1034
+
+
+@contextlib.contextmanager
+def no_sync(db, times):
+    """The disk writes all of the write-ahead log, and says so many times that it can't be made durable: sqlite.org/c3ref/io_methods.html."""
+    library, file = ctypes.CDLL(sys.modules["_sqlite3"].__file__), ctypes.c_void_p()
+    connection = ctypes.c_void_p.from_address(id(db) + object.__basicsize__)
+    assert library.sqlite3_file_control(connection, b"main", JOURNAL_POINTER, ctypes.byref(file)) == 0
+    methods = ctypes.c_void_p.from_address(file.value)
+    ours = (ctypes.c_void_p * 20).from_buffer_copy(ctypes.string_at(methods.value, 160))
+    theirs, answers = CALLBACK(ours[SYNC]), iter([IOERR_FSYNC] * times)
+    sync = CALLBACK(lambda *given: next(answers, None) or theirs(*given))
+    ours[SYNC], before, methods.value = ctypes.cast(sync, ctypes.c_void_p).value, methods.value, ctypes.addressof(ours)
+    try:
+        yield
+    finally:
+        methods.value = before
+    assert next(answers, "no more") == "no more"
+
+
+@cases("times", [1, 2, 4])
+@cases("together", [1, 2])
+def test_what_was_refused_for_the_disk_does_not_come_back_after_a_crash(server, tmp_path, times, together):
+    bob = Person(server, "bob", datastar=True)
+    bob.post("/w/acme/todos", title="before")
+    as_it_lies, one = tmp_path / "crashed.db", the_workspace(server)
+    with no_sync(one.store.db, times):
+        with busy(server, "acme"):
+            links = post_at_once(server, "/w/acme/todos", together)
+        assert [statuses(link.recv(65_536)) for link in links] == [[503]] * together
+        for tail in ("", "-wal"):
+            shutil.copy(f"{one.store.path}{tail}", f"{as_it_lies}{tail}")
+        with contextlib.closing(sqlite3.connect(as_it_lies)) as found:
+            assert found.execute("SELECT count(*) FROM todos").fetchone()[0] == len(titles(bob)) == 4
+        eventually(lambda: bob.post("/w/acme/todos", title="after").status == 200)
+    assert titles(bob)[0] == "after"
 
 
 def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server, monkeypatch):
