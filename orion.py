@@ -5741,7 +5741,8 @@ def keys_rotate(settings, given):
 #   costs 0.1 s and 32 MiB, and guesses are counted.
 # It promises: the hash is made before the request takes the Directory's turn, for meanwhile
 #   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
-#   signed in from an address before is not locked out by the guesses of others.
+#   signed in from an address before is not locked out by what others type elsewhere, nor by
+#   what they type there for other accounts.
 
 SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
 SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
@@ -5843,10 +5844,10 @@ class Passwords:
                                "characters.")
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        slowed = [f"from {source}"]
-        if here not in self.welcome:                     # else others' guesses don't matter
-            slowed.append(f"to {name}")
-        self.guesses.check(*slowed)
+        slowed = [f"from {source}", f"to {name}"]
+        if here in self.welcome:                         # then others' guesses don't matter
+            slowed = []
+        self.guesses.check(here, *slowed)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
