@@ -6655,7 +6655,7 @@ def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, cap
     assert logged(capfd, "One process takes the other for a stranger.")        # before the command line has standard error
     for words, on in ((("workspace", "export", name, tmp_path / "x.db"), first), (("node", "assign", name, first.address), None)):
         assert "Copy the directory's secret.key" in doomed.cli(*words, on=on, status=2)
-    token = fleet.cli("metrics", on=first).strip()
+    token = doomed.cli("metrics", on=first).strip()
     assert Person(first).get("/metrics", X_Forwarded_For="203.0.113.9", Authorization=f"Bearer {token}").status == 200
     answer = Person(first).get("/metrics", X_Forwarded_For="203.0.113.9")
     assert answer.status == 503 and "secret.key" not in answer.text
