@@ -5965,7 +5965,7 @@ def account_add(settings, given):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and "
                        "hyphens inside")
     row = given.name, given.name, new_password(given.name), given.operator
-    with opened(settings, "account add", given.name) as (store, _):
+    with opened(settings, given) as (store, _):
         added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
                            "operator) VALUES (?, ?, ?, ?)", *row)
         if not added:
@@ -5976,7 +5976,7 @@ def account_add(settings, given):
 @verb("account passwd", "set a new password; it signs the account out everywhere", "name")
 def account_passwd(settings, given):
     hashed = new_password(given.name)
-    with opened(settings, "account passwd", given.name) as (store, _):
+    with opened(settings, given) as (store, _):
         row_of(store, "accounts", given.name)
         store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
         store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.name, given.name)
@@ -5999,7 +5999,7 @@ LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.w
 
 @verb("account remove", "remove an account, with its sessions and memberships", "name")
 def account_remove(settings, given):
-    with opened(settings, "account remove", given.name) as (store, _):
+    with opened(settings, given) as (store, _):
         row_of(store, "accounts", given.name)
         alone = store.one(LAST_OWNED, given.name)
         if alone:
@@ -6260,7 +6260,7 @@ class KeepsQuota(EdgeWorkspace):
 @verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
                          "server's --quota", "name", "size")
 def workspace_quota(settings, given):
-    with opened(settings, "workspace quota", f"{given.name} {given.size}") as (store, _):
+    with opened(settings, given) as (store, _):
         id = row_of(store, "workspaces", given.name)["id"]
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
 
@@ -7474,11 +7474,15 @@ class HasFigures(LoopEdge):
 # Who uses it: snapshots and exports.
 
 def put_in_place(part, target):
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    flush(part)
     remove_log(target)                                   # SQLite would add it to this one
     os.replace(part, target)
     sync_folder(target.parent)
+
+
+def flush(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def remove_log(path):
@@ -7650,10 +7654,9 @@ def snapshot(settings, target,
             if fault:
                 faults.append(fault)
         shutil.copy2(settings.key_file, part / "secret.key")
-        with open(part / "manifest.json", "w") as manifest:
-            json.dump(held, manifest)
-            manifest.flush()
-            os.fsync(manifest.fileno())
+        manifest = part / "manifest.json"
+        manifest.write_text(json.dumps(held))
+        flush(manifest)
         part.rename(target)
     return held, faults
 
@@ -7782,8 +7785,7 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-def add_workspace(store, workspaces, name,
-                  members: Sequence[Sequence[str]],
+def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
                   source: Optional[pathlib.Path] = None):
     """Add a workspace with these members (accounts with their roles).
 
@@ -7858,7 +7860,7 @@ def with_file(settings, store, name):
 @verb("workspace add", "make a workspace; without --owner, member add lets people in",
       "name", "--owner")
 def workspace_add(settings, given):
-    with opened(settings, "workspace add", given.name) as (store, env):
+    with opened(settings, given) as (store, env):
         owners = []
         if given.owner:
             row_of(store, "accounts", given.owner)
@@ -7883,7 +7885,7 @@ def workspace_list(settings, given):
 @verb("workspace rename", "rename a workspace; its members and its file stay",
       "name", "new")
 def workspace_rename(settings, given):
-    with opened(settings, "workspace rename", f"{given.name} {given.new}") as (store, _):
+    with opened(settings, given) as (store, _):
         row = row_of(store, "workspaces", given.name)
         check_name(store, given.new)
         store.exec("UPDATE workspaces SET name = ? WHERE id = ?", given.new, row["id"])
@@ -7899,7 +7901,7 @@ def workspace_remove(settings, given):
         with opened(settings) as (store, env):
             row = row_of(store, "workspaces", given.name)
         env.workspaces.check_removable(row, given.now)   # may take a while
-        with opened(settings, "workspace remove", given.name) as (store, env):
+        with opened(settings, given) as (store, env):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
             forget_workspace(store, row["id"])
@@ -7922,10 +7924,10 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
     """Remove a workspace's file. Return its copy, which stays for 30 days."""
     removed = settings.data / "removed"
     copy = None
-    if path.exists() and not now:
-        removed.mkdir(exist_ok=True)
-        copy = removed / f"{about['name']}-{stamp()}.db"
     if path.exists():
+        if not now:
+            removed.mkdir(exist_ok=True)
+            copy = removed / f"{about['name']}-{stamp()}.db"
         take_away(path, copy, about)
     for old in removed.glob("*.db"):
         if old.stat().st_mtime < time.time() - 30 * 86400:
@@ -7943,7 +7945,7 @@ def workspace_export(settings, given):
 
 
 def export(settings, given):
-    with opened(settings, "workspace export", given.name) as (store, env):
+    with opened(settings, given) as (store, env):
         row = with_file(settings, store, given.name)
         members = members_of(store, row["id"])
         if given.move:
@@ -7954,7 +7956,7 @@ def export(settings, given):
         rows = write_out(env.workspaces.path(row["id"]), given.file, about)
     except BaseException:
         if given.move:                                   # all is as it was
-            with opened(settings, "workspace export failed", given.name) as (store, _):
+            with opened(settings, given, f"{given.name} failed") as (store, _):
                 set_moving(store, row["id"], row["moving"])
         raise
     print(f"{given.file}: {rows} rows, {len(members)} members")
@@ -7973,7 +7975,7 @@ def workspace_import(settings, given):
     check_no_node(settings)
     name, members, accounts = about_file(given.file, given.name)
     with adopted(settings, given.file) as copy:
-        with opened(settings, "workspace import", name) as (store, env):
+        with opened(settings, given, name) as (store, env):
             add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
     settle(env, name)
@@ -7989,9 +7991,8 @@ def check_no_node(settings):
                        "say orion.py --plane data --directory HOST:PORT workspace import")
 
 
-def about_file(file, name: Optional[str] = None
-               ) -> Tuple[str, Dict[str, str], List[Tuple[str, str, str]]]:
-    """Return its name, its members with their roles, and accounts: name, label, password.
+def about_file(file, name=None):
+    """Return its name, {member: role}, and accounts: [(name, label, password)].
 
     Raises Unusable if it is no export, no single root and no file of workspaces.
     """
@@ -8079,7 +8080,7 @@ def workspace_restore(settings, given):
     with opened(settings) as (store, _):
         row = with_file(settings, store, given.name)
     with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy, \
-            opened(settings, "workspace restore", name) as (store, env):
+            opened(settings, given, name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
     print(f"{name}: as {given.name} was in {given.at}")
     settle(env, name)
@@ -8095,11 +8096,8 @@ def workspace_restore(settings, given):
       "workspace", "account")
 def member_set(settings, given):
     """Nothing is published: a running server sees within a second that we wrote."""
-    role = NOT_A_MEMBER
-    if "role" in given:
-        role = valid_role(given.role)
-    which = f"{given.workspace} {given.account} {role}".strip()
-    with opened(settings, given.verb, which) as (store, _):
+    role = valid_role(given.role) if "role" in given else NOT_A_MEMBER
+    with opened(settings, given) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
         row_of(store, "accounts", given.account)
         before = role_of(store, id, given.account)
@@ -8248,15 +8246,17 @@ def seal_of(parts: Sequence[str], key, until: int = 0) -> str:
 SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
-def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> bool:
-    """Is the seal ours, over exactly these parts, and not older than SEALED_SECONDS?"""
+def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
+    """Return until when the seal holds; 0 if it is too old, not ours, or over other parts.
+
+    The clock of whoever made it may be SEALED_SECONDS ahead.
+    """
     found = SEAL.fullmatch(given)
-    if not found:
-        return False
-    until = int(found[1])
-    in_time = 0 <= until - time.time() <= 2 * SEALED_SECONDS
+    until = int(found[1]) if found else 0
+    if not 0 <= until - time.time() <= 2 * SEALED_SECONDS:
+        return 0
     genuine = [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys]
-    return in_time and any(genuine)
+    return until if any(genuine) else 0
 
 
 @functools.lru_cache(maxsize=4)
@@ -8330,7 +8330,7 @@ def is_sealed(request, settings) -> bool:
     """Does it come from another process of this deployment?"""
     parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
     seal = request.headers.get("x-verdict", "")
-    return request.path.startswith("/_") and believed(seal, parts, keys_now(settings))
+    return bool(believed(seal, parts, keys_now(settings)))
 
 
 def ask_process(settings, address, request, patience: float = 5.0) -> Any:
@@ -8593,11 +8593,11 @@ def node_gate(request, env):
     said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
     seal = request.headers.get("x-verdict", "")
     parts = [said.get(name, "") for name in VERDICT]
+    until = believed(seal, parts, keys_now(env.settings))
     theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
-    if not theirs or not believed(seal, parts, keys_now(env.settings)):
+    if not until or not theirs:
         raise Refused(*NO_VERDICT)
-    age = time.time() + SEALED_SECONDS - int(seal.partition(".")[0])
-    if age >= FRESH_SECONDS:
+    if time.time() >= until - SEALED_SECONDS + FRESH_SECONDS:
         return node_regate(request, env)
     return here(Response(200, headers=tuple(said.items())), env)
 
@@ -8648,7 +8648,7 @@ def retry_here(workspaces, id, body):
 
 
 # What a directory asks of a node. Each can be asked twice, for an answer may be lost.
-FOR_DIRECTORY: Dict[Tuple[str, str], Callable[[Namespace, str, bytes], Any]] = {
+FOR_DIRECTORY = {
     ("GET", "has"): has_file,
     ("POST", "create"): lambda workspaces, id, body: workspaces.create(id),
     ("POST", "remove"): remove_here,
@@ -8708,7 +8708,7 @@ def known_node(store, address):
 
 @verb("node add", "let new workspaces be placed on a data plane", "address")
 def node_add(settings, given):
-    with opened(settings, "node add", given.address) as (store, _):
+    with opened(settings, given) as (store, _):
         store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
 
 
@@ -8721,7 +8721,7 @@ def node_list(settings, given):
 
 @verb("node remove", "forget a node that has no workspaces", "address")
 def node_remove(settings, given):
-    with opened(settings, "node remove", given.address) as (store, _):
+    with opened(settings, given) as (store, _):
         node = known_node(store, given.address)
         held = len(workspaces_on(store, node))
         if held:
@@ -8749,7 +8749,7 @@ def node_assign(settings, given):
         else:
             rows = [row_of(store, "workspaces", given.placed)]
     missing = [not_assigned(settings, row, node) for row in rows]
-    with opened(settings, "node assign", f"{given.placed} {given.address}") as (store, _):
+    with opened(settings, given) as (store, _):
         missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
     for row, why in zip(rows, missing):
         print(row["name"], why or f"on {node} now", sep="\t")
@@ -8943,8 +8943,8 @@ class FullEnv(Env):
     judges streams that are open. start: the page with which a workspace begins."""
     settings: Settings = None
     start: str = ""
-    front: Callable[[Request, Env], Response] = worker
-    regate: Callable[[Request, Env], Response] = ask_the_gate
+    front: Any = worker
+    regate: Any = ask_the_gate
 
 
 @addition
@@ -9348,40 +9348,44 @@ def locked(folder, taken: str):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        if not os.access(folder, os.W_OK):
+        if not os.access(folder, os.R_OK | os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}"
                        "); name another with --data") from error
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
         raise Unusable(taken) from error
     finally:
-        if fcntl:
-            os.close(handle)
+        os.close(handle)
 
 
 BEGINNINGS = ("account add", "workspace import", "node add")
 
 
 @contextlib.contextmanager
-def opened(settings, what: str = "", which: str = ""):
+def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
     """Give the Directory's store, and the env around it. All of it is one transaction.
 
-    With a name (what) it is noted in the journal. Raises Unusable if there is no deployment
-    and this is none of the BEGINNINGS, which make one.
+    A command (given) is noted in the journal, with its arguments, or with which. Raises
+    Unusable if there is no deployment and this is none of the BEGINNINGS, which make one.
     """
+    what = given.verb if given else ""
     if what not in BEGINNINGS and not settings.directory_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
                        "or begin one with account add")
     env = compose(settings._replace(demo=False, plane=""), settings.slices)
     with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
         yield store, env
-        if what:
+        if given:
+            which = which or " ".join([str(vars(given)[name]) for name in
+                                       VERBS[what].arguments if "--" not in name])
             store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                        time.time(), "(command line)", what, which)
 
@@ -9420,8 +9424,8 @@ def new(settings, given):
 
 # -- to serve
 
-FAILURES = (Refused, Unusable, MigrationError, StorageFault, OSError, sqlite3.Error,
-            EOFError, ValueError, OverflowError)
+FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError, ValueError,
+            OverflowError)
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:

@@ -7458,7 +7458,8 @@ def served(server, run):
 def settled(tmp_path_factory):
     """A folder in which ann owns acme, and ops is nobody's member."""
     folder = tmp_path_factory.mktemp("settled")
-    with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), "account add") as (store, env):
+    given = argparse.Namespace(verb="account add", name="ann")
+    with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), given) as (store, env):
         for name in ("ann", "ops"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
         orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
