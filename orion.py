@@ -6029,8 +6029,8 @@ def account_page(ctx):
     return page("Account", body, ctx.viewer)
 
 
-CHOSEN = f"""{OWNED} AND (? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
-                          OR substr(hex(digest), 1, 16) = upper(?))"""
+CHOSEN = """(? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
+             OR substr(hex(digest), 1, 16) = upper(?))"""
 
 
 def choose_sessions(ctx):
@@ -6038,7 +6038,7 @@ def choose_sessions(ctx):
     which = ctx.field("session")
     account = ctx.viewer.account
     mine = ctx.request.headers["x-session"]
-    end_sessions(ctx, CHOSEN, account, account, which, which, mine, which)
+    end_sessions(ctx, f"{OWNED} AND {CHOSEN}", account, account, which, which, mine, which)
     return see_other("/account")._replace(which=f"sessions: {which}"[:64])
 
 
