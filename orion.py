@@ -2973,6 +2973,11 @@ class Tables(Reads):
 # It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
 # Namespace and DurableObject. It uses worker, Env.forward, Bus.listeners, SliceHost.render,
 # SliceHost.stream, Context.shared, headers_of and refusal.
+#
+# Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
+# edge a LoopEdge, piece a Piece, stream a Stream, stub a GuardedStub; headers is a dict,
+# path a pathlib.Path where it is of a file; data and head are bytes; call, ask and job are
+# functions; seconds may have a fraction; id, topic, why, peer, host are strings.
 
 import errno
 import itertools
@@ -3032,7 +3037,7 @@ class StorageFault(Refused):
     OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
                  (("retry-after", "60"),))
 
-    def __init__(self, path, error: Any):
+    def __init__(self, path, error):
         word = next(word for word in self.REMEDIES if word in str(error))
         super().__init__(*self.SAID.get(word, self.OTHERWISE))
         self.text = f"{path}: {error}; {self.REMEDIES[word]}"
@@ -3285,8 +3290,7 @@ class GuardedStub(Stub):
         """See GroupCommit."""
         return self.enter(lambda one: one.answer_all(requests), requests[0])
 
-    def enter(self, ask: Callable[[Any], Any], request,
-              seconds = -1) -> Any:
+    def enter(self, ask, request, seconds=-1):
         """Return ask(object), called in its turn.
 
         seconds: the longest wait for the turn, then Busy is raised; -1: no limit.
@@ -3875,8 +3879,7 @@ def encoded_asset(request, env):
     return asset(request, env, "-gzip" if compressed and accepts_gzip(request) else "")
 
 
-def encode(request, response, connection: str, head_only: bool,
-           date: str) -> bytes:
+def encode(request, response, connection, head_only, date) -> bytes:
     """Return the bytes of an answer. connection: what it says of that; see section 14."""
     live = response.watch is not None
     zipped = accepts_gzip(request)
@@ -4097,7 +4100,7 @@ class Pool:
         for thread in self.threads:
             thread.start()
 
-    def put(self, job: Callable[..., None], *args):
+    def put(self, job, *args):
         """Have a thread do it.
 
         A thread of the pool does what it puts in itself, right after its present job. So to
@@ -4121,7 +4124,7 @@ class Pool:
         for _ in range(min(len(self.line), len(self.idle))):
             self.wake()
 
-    def share(self, job: Optional[Callable[..., None]], *args):
+    def share(self, job, *args):
         """As put, for a job that any thread may do, after all others. None ends one."""
         self.line.append((job, args))
         self.wake()
@@ -4175,8 +4178,7 @@ class Pool:
         """Whom the present job of this thread is charged to."""
         return getattr(self.own, "account", "")
 
-    def gather(self, name: Any, item: Any, job: Callable[[List[Any]], Any],
-               account = ""):
+    def gather(self, name, item, job, account=""):
         """Have job(items) done with all that came to the lane of this name until then.
 
         job returns what it left undone, or None; that stays in front. account: to whom it
@@ -4276,7 +4278,7 @@ class Pool:
             thread.join(max(0.0, until - time.monotonic()))
 
 
-def guarded(call: Callable[..., None], *args):
+def guarded(call, *args):
     """The trouble of one request must end neither the loop nor a thread."""
     try:
         call(*args)
@@ -4384,7 +4386,7 @@ class Held:
     STUCK_SECONDS = 30.0
     whose = ""
 
-    def __init__(self, edge, socket: socket.socket):
+    def __init__(self, edge, socket):
         self.edge = edge
         self.socket = socket
         self.events = 0                                  # what the selector watches for
@@ -4507,7 +4509,7 @@ class Stream(Held):
             self.show("here", piece)
 
     def show(self, slot, piece):
-        """Send a piece, or have it wait behind the rest of another, where only the latest is."""
+        """Send a piece. If the rest of another waits, it waits too, and only the latest."""
         if self.rest:
             self.count("coalesced", slot in self.latest)
             self.latest[slot] = piece
@@ -5198,7 +5200,7 @@ class LoopEdge:
             if time.monotonic() > until:                 # it is the turn of the sockets
                 return
 
-    def call(self, *call: Any):
+    def call(self, *call):
         """call(function, *args): have the loop do it soon. From any thread."""
         self.calls.append(call)
         if not self.awake:                               # else it looks before it sleeps
