@@ -8711,7 +8711,24 @@ def known_node(store, address):
 @verb("node add", "let new workspaces be placed on a data plane", "address")
 def node_add(settings, given):
     with opened(settings, given) as (store, _):
+        check_planes(settings, store, given.address)
         store.exec("INSERT OR IGNORE INTO nodes VALUES (?)", given.address)
+
+
+def check_planes(settings, store, address):
+    """Raise Unusable if there are workspaces here, and nobody says that there are planes.
+
+    The server would go on to serve them here, and lead nobody to a node.
+    """
+    if settings.single:
+        raise Unusable("one file holds everything here, so there can be no nodes; workspace "
+                       "export takes its workspace elsewhere")
+    here = store.one("SELECT name FROM workspaces WHERE node = '' AND NOT moving AND name "
+                     "IS NOT NULL")
+    if here and settings.plane != "directory":
+        raise Unusable(f"{here['name']} is on this machine, where a server without planes "
+                       "keeps all; if it is started with --plane directory, say: --plane "
+                       f"directory node add {address}")
 
 
 @verb("node list", "list the nodes, and how many workspaces each has")

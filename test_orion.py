@@ -6370,6 +6370,18 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
+# ==== 44. Single ======================================================================================================
+
+@cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_counts", "/w/acme/nothing",
+                "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
+def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a_fault(tmp_path, path):
+    with contextlib.closing(Server(tmp_path, single=tmp_path / "team.db")) as server:
+        strangers = [Person(server), Person(server, "alice")]
+        assert [one.ask(method, path).status for one in strangers for method in ("GET", "POST", "DELETE")] in (
+            [401] * 3 + [403] * 3, [400] * 6), "what can be read in two ways has no workspace, so no gate is asked"
+        assert Person(server, "bob").get(path).status in (400, 403, 404)
+
+
 # ==== 45. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
@@ -7081,7 +7093,7 @@ def test_a_workspace_of_the_time_before_the_nodes_goes_to_one(doomed, tmp_path):
         doomed.cli("node", "remove", node.address)
     doomed.cli("workspace", "add", "old", "--owner", "bob"), doomed.cli("backup", tmp_path / "backup")
     for node in doomed.nodes:
-        doomed.cli("node", "add", node.address)
+        doomed.cli("--plane", "directory", "node", "add", node.address)
     assert "old is here" in doomed.cli("node", "assign", "old", second.address, status=2)
     file = tmp_path / "backup" / "workspaces" / f"{id_of(doomed, 'old')}.db"
     assert "on the directory's machine" in doomed.cli("workspace", "import", file, on=second, status=2)
@@ -7099,7 +7111,7 @@ def test_an_export_from_the_time_before_the_nodes_that_was_killed_keeps_its_file
     for node in doomed.nodes:
         doomed.cli("node", "remove", node.address)
     doomed.cli("workspace", "add", "old", "--owner", "bob")
-    doomed.cli("workspace", "export", "old", tmp_path / "earlier.db"), doomed.cli("node", "add", first.address)
+    doomed.cli("workspace", "export", "old", tmp_path / "earlier.db"), doomed.cli("--plane", "directory", "node", "add", first.address)
     shutil.copy2(tmp_path / "earlier.db", first.folder / "workspaces" / f"{id_of(doomed, 'old')}.db")
     doomed.directory.write("UPDATE workspaces SET moving = 1 WHERE name = 'old'")
     assert "old is here" in doomed.cli("node", "assign", "old", first.address, status=2)
@@ -7291,6 +7303,20 @@ def test_a_deployment_becomes_a_directory_and_its_workspaces_wait_for_a_node(sta
     alone.close()
     ann.server = start(demo=False, plane="directory")
     assert "can&#x27;t be read" in ann.get("/").text and ann.get("/w/acme/todos").status == 421
+
+
+@cases("words, status", [((), 2), (("--plane", "directory"), 0)])
+def test_a_node_is_added_to_a_server_that_has_planes(server, capsys, words, status):
+    """Where all workspaces are on one machine, new ones of the command line would go to a node that nobody is led to."""
+    assert orion.main(argv=[*words, "--data", str(server.env.settings.data), "node", "add", "10.0.0.2:8000"]) == status
+    assert ("say: --plane directory node add 10.0.0.2:8000" in capsys.readouterr().err) == (status == 2)
+    assert server.directory().store.query("SELECT * FROM nodes") == [] or status == 0
+
+
+def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
+    with contextlib.closing(Server(tmp_path, single=tmp_path / "team.db")):
+        assert orion.main(argv=["--single", str(tmp_path / "team.db"), "node", "add", "10.0.0.2:8000"]) == 2
+        assert "there can be no nodes" in capsys.readouterr().err
 
 
 # ==== 48. Roots =======================================================================================================
