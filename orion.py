@@ -623,6 +623,35 @@ def read_signals(request: Request) -> Dict[str, Any]:
 #   tables are made, is in section 16.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
+AS_ROOT = os.name == "posix" and os.geteuid() == 0
+
+
+def private_file(path: pathlib.Path) -> int:
+    """Make a file that its owner alone can read. Return a descriptor, to write to it.
+
+    Raises FileExistsError. SQLite gives the logs of a database its mode and its owner.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    give(handle, path.parent)
+    return handle
+
+
+def private_folder(path: pathlib.Path) -> None:
+    """Make a folder that its owner alone can open, and those above it."""
+    if not path.is_dir():
+        private_folder(path.parent)
+        path.mkdir(0o700, exist_ok=True)
+        give(path, path.parent)
+
+
+def give(made, folder):
+    """What root makes belongs to the folder's owner: as that one, the server reads it."""
+    if AS_ROOT:
+        owner = os.stat(folder)
+        change = os.fchown if type(made) is int else os.lchown
+        change(made, owner.st_uid, owner.st_gid)
+
+
 class Reads:
     """Two calls, by way of run(sql, args), which returns all rows."""
 
@@ -645,7 +674,9 @@ class Store(Reads):
     LOCK_SECONDS = 5.0                                   # to wait for another process
 
     def __init__(self, path: pathlib.Path, create: bool = False):
-        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        if create and not path.exists():
+            os.close(private_file(path))                 # empty: a database without tables
+        uri = f"{path.absolute().as_uri()}?mode=rw"
         self.path = path
         self.db = sqlite3.connect(uri, uri=True, timeout=self.LOCK_SECONDS,
                                   isolation_level=None, check_same_thread=False,
@@ -1638,8 +1669,7 @@ class Unusable(Exception):
 
 def make_key(path: pathlib.Path) -> None:
     """Write the server's key, at its first start, readable by nobody else."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with open(handle, "w") as file:
+    with open(private_file(path), "w") as file:
         file.write(secrets.token_hex(32) + "\n")
 
 
@@ -1654,7 +1684,11 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
         raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
                        "`keys rotate`")
-    lines = path.read_bytes().split()
+    try:
+        lines = path.read_bytes().split()
+    except OSError as error:
+        raise Unusable(f"{path} can't be read ({error.strerror}); chown it to the user as "
+                       "whom the server runs") from error
     if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
         raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
     return tuple([bytes.fromhex(line.decode()) for line in lines])
@@ -2549,7 +2583,7 @@ def prepare(data, file, key_file):
     Raise Unusable if the Directory was lost. A new one would know none of the workspaces,
     and nobody could enter them.
     """
-    (data / "workspaces").mkdir(parents=True, exist_ok=True)
+    private_folder(data / "workspaces")
     fresh = not file.exists()
     if fresh and any((data / "workspaces").glob("*.db")):
         raise Unusable(f"{file} is missing, and there are workspaces; restore it from a "
@@ -4792,7 +4826,7 @@ class Broker:
         try:
             self.version = directory.ask("/_version")
             self.alone = 0.0
-        except Refused as no:                            # it is in another process
+        except CRASH as no:                              # it may be in another process
             if not self.alone:
                 log(f"the directory: {no}")
                 self.alone = time.monotonic()
@@ -5597,6 +5631,18 @@ def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
     return [file for file in (path, wal) if file.exists()]
 
 
+def write_private(path: pathlib.Path, data: bytes) -> None:
+    """Write all of a file, or nothing. Its owner alone can read it."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    with open(private_file(part), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
     return len(response.watch.piece.plain if response.watch else response.body)
@@ -5705,14 +5751,7 @@ def add_key(path: pathlib.Path) -> None:
     keys = [secrets.token_hex(32)]
     if path.exists():
         keys += path.read_text().split()
-    part = path.with_name(f"{path.name}.part")
-    handle = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write("\n".join(keys[:2]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
+    write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
 @addition
@@ -7476,15 +7515,12 @@ class HasFigures(LoopEdge):
 # Who uses it: snapshots and exports.
 
 def put_in_place(part, target):
-    flush(part)
+    with open(part, "rb") as file:
+        give(file.fileno(), target.parent)
+        os.fsync(file.fileno())
     remove_log(target)                                   # SQLite would add it to this one
     os.replace(part, target)
     sync_folder(target.parent)
-
-
-def flush(path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def remove_log(path):
@@ -7529,6 +7565,7 @@ def copy_database(source, target, about: Any = None) -> int:
     damaged; then there is no target.
     """
     with in_the_making(target) as part:
+        os.close(private_file(part))
         with contextlib.closing(Original(source)) as original, \
                 contextlib.closing(sqlite3.connect(part)) as copy:
             original.db.backup(copy)
@@ -7643,7 +7680,7 @@ def snapshot(settings, target,
     faults = []
     known = manifest_of(before) if before else {}
     with in_the_making(target) as part:
-        (part / "workspaces").mkdir(parents=True)
+        private_folder(part / "workspaces")
         directory = part / "directory.db"
         if settings.directory_file.exists():             # a node has none
             rows = copy_database(settings.directory_file, directory)
@@ -7655,10 +7692,8 @@ def snapshot(settings, target,
                 held[id] = about
             if fault:
                 faults.append(fault)
-        shutil.copy2(settings.key_file, part / "secret.key")
-        manifest = part / "manifest.json"
-        manifest.write_text(json.dumps(held))
-        flush(manifest)
+        write_private(part / "secret.key", settings.key_file.read_bytes())
+        write_private(part / "manifest.json", json.dumps(held).encode())
         part.rename(target)
     return held, faults
 
@@ -7673,7 +7708,7 @@ def manifest_of(snapshot):
 def snapshot_again(settings):
     """Make the next one in data/backups. The oldest go."""
     folder = settings.data / "backups"
-    folder.mkdir(exist_ok=True)
+    private_folder(folder)
     kept = sorted([manifest.parent for manifest in folder.glob("*/manifest.json")])
     _, faults = snapshot(settings, folder / stamp(), kept[-1] if kept else None)
     for fault in faults:
@@ -7720,8 +7755,8 @@ def restore(settings, given):
     if not manifest.exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads(manifest.read_text())
-    settings.workspaces.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(given.folder / "secret.key", settings.key_file)
+    private_folder(settings.workspaces)
+    write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
     directory_last = [*held.items()][::-1]               # it says that all is there
     for id, about in with_progress(directory_last, "restored"):
         restore_one(settings, given.folder, id, about)
@@ -7928,7 +7963,7 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
     copy = None
     if path.exists():
         if not now:
-            removed.mkdir(exist_ok=True)
+            private_folder(removed)
             copy = removed / f"{about['name']}-{stamp()}.db"
         take_away(path, copy, about)
     for old in removed.glob("*.db"):
@@ -8054,7 +8089,7 @@ def adopted(settings, source):
 
     Of a single root, give the part that is the workspace's.
     """
-    settings.data.mkdir(parents=True, exist_ok=True)
+    private_folder(settings.data)
     with tempfile.TemporaryDirectory(dir=settings.data) as folder:
         path = pathlib.Path(folder) / "adopted.db"
         copy_database(source, path)
@@ -8676,7 +8711,7 @@ def answer_directory(request, env):
 @root_for(lambda settings: settings.plane == "data")
 def data_plane(settings):
     """A node. The Directory is in another process, whose key it shares."""
-    settings.workspaces.mkdir(parents=True, exist_ok=True)
+    private_folder(settings.workspaces)
     check_node(settings)
     settings = settings._replace(demo=False)
     workspaces = workspaces_of(settings, workspace_router(settings))
@@ -9048,7 +9083,7 @@ def prepared(settings):
     A folder that has no personas is no demo, whatever was asked for.
     """
     if settings.single:
-        settings.data.mkdir(parents=True, exist_ok=True)
+        private_folder(settings.data)
         fresh = not settings.directory_file.exists()
         if fresh and not settings.key_file.exists():
             make_key(settings.key_file)
@@ -9366,7 +9401,7 @@ def locked(folder, taken: str):
     Raises Unusable if the folder is no good or, with the text taken, if another is in it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         if not os.access(folder, os.R_OK | os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:

@@ -7837,6 +7837,26 @@ def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
     assert bob.get("/w/acme/todos").status == 401
 
 
+def test_streams_end_while_the_key_can_not_be_read(server, capfd):
+    """As it is for a server whose key root has written."""
+    key, ear = server.env.settings.key_file, Ear(Person(server, "carol"), "/w/acme/todos/live")
+    ear.event()
+    key.unlink(), key.mkdir(0o700)
+    logged(capfd, "chown it to the user as whom the server runs")
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
+        db.execute("DELETE FROM memberships WHERE account = 'carol'")
+    assert "no longer have access" in ear.until_it_says("ended")
+
+
+def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(server, monkeypatch):
+    ear = Ear(Person(server, "carol"), "/w/acme/todos/live")
+    ear.event()
+    monkeypatch.setattr(server.edge.broker, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(orion.EdgeDirectory, "handle", mock.Mock(side_effect=KeyError("a fault of ours")))
+    with pytest.raises(EOFError):
+        ear.until_it_says("nothing")
+
+
 def test_a_key_that_others_can_read_prevents_the_start(server, run):
     data = server.env.settings.data
     server.close()
@@ -7845,6 +7865,36 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
 
 
 # ==== 49. Command line ================================================================================================
+
+def made_everything(folder, run):
+    """Have every kind of file made in the data folder, and beside it."""
+    data = folder / "data"
+    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann"), ("workspace", "add", "here", "--owner", "ann"),
+                  ("workspace", "export", "acme", folder / "acme.db"), ("backup", folder / "backup"), ("workspace", "remove", "acme"),
+                  ("workspace", "import", folder / "acme.db"), ("workspace", "export", "here", folder / "here.db", "--move"), ("keys", "rotate")):
+        assert run(*words, data=data, stdin="long enough\n")[0] == 0
+    orion.snapshot_again(orion.Settings(data=data))
+    assert run("restore", folder / "backup", data=folder / "restored")[0] == 0
+    orion.plain_planes(folder / "plain")
+    with contextlib.closing(Server(data, demo=False)), contextlib.closing(Server(folder / "single", single=folder / "single" / "one.db")):
+        return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+
+
+def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path, cheap):
+    before = os.umask(0o022)
+    try:
+        made = made_everything(tmp_path, run)
+        assert len(made) > 30 and [path for path, stat in made.items() if stat.st_mode & 0o077] == []
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_makes_belongs_to_the_owner_of_its_folder(run, tmp_path, cheap):
+    os.chown(tmp_path, 65534, 65533)
+    made = made_everything(tmp_path, run)
+    assert [path for path, stat in made.items() if (stat.st_uid, stat.st_gid) != (65534, 65533)] == []
+
 
 @cases("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
