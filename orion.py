@@ -183,7 +183,13 @@ class Request(NamedTuple):
     @property
     def stamped(self) -> bool:
         """Is it a plain form that says which page it stood on?"""
-        return self.form and b"_stamp=" in self.body
+        return self.method not in SAFE and self.form and b"_stamp=" in self.body
+
+    @property
+    def page_account(self) -> str:
+        """For whom the page was made that sent this; "" if it does not say."""
+        stamp = self.fields().get("_stamp", "") if self.stamped else ""
+        return self.headers.get("page-account", stamp.partition(" ")[0])
 
     @property
     def params(self) -> Dict[str, str]:
@@ -322,6 +328,17 @@ class Viewer(Role):
     def banner(self):
         """What stands on top of each of their pages."""
         return ""
+
+
+def refuse_old_page(request: Request, account: str) -> None:
+    """Raise Refused(412) if the page that sent this was made for another account.
+
+    In another window of the same browser, somebody else may have signed in meanwhile.
+    """
+    made_for = request.page_account
+    if made_for and account and made_for != account:
+        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
+                           f"{account} now. Nothing was written. Look, and try again.")
 
 
 def as_json(data: Any) -> Response:
@@ -1342,6 +1359,7 @@ class SliceHost(DurableObject):
         router = self.router_for(request)
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
+        refuse_old_page(request, viewer.account)
         viewer.permit(route.grant, request.method)
         command = command_id(request, viewer)
         before = self.answers().find(command) if command else None
@@ -1382,20 +1400,20 @@ class SliceHost(DurableObject):
     def refuse(self, request, refused):
         """Show what is wrong with the input where it was typed, if that is possible.
 
-        For Datastar, return a signal. For a plain form, return its page again with status
-        422; there ctx.typed has what was typed and, as "problem", what is wrong with it.
+        For Datastar, return a signal. For a plain form, return its page again with the same
+        status; there ctx.typed has what was typed and, as "problem", what is wrong with it.
         Otherwise raise refused.
         """
         if request.datastar and refused.status in (409, 422):
             return as_json({refused.signal: refused.message})
-        if refused.status != 422 or not request.form:
+        if refused.status not in (412, 422) or not request.form:
             raise refused
         try:
             _, route, _ = self.router_for(request).match(request.method, request.path)
             path = route.form or request.path
             again = request._replace(method="GET", path=path, query="")
             typed = {**request.fields(), "problem": refused.message}
-            return self.run(again, typed)._replace(status=422)
+            return self.run(again, typed)._replace(status=refused.status)
         except Refused:                                  # there is no page at this path
             raise refused from None
 
@@ -2252,7 +2270,7 @@ def refusal(request: Request, error: BaseException) -> Response:
     ask again forever. So it gets the no as a last frame.
     """
     no = as_refused(request, error)
-    if request.stream and request.datastar and no.status in (401, 403):
+    if request.stream and request.datastar and no.status in GOODBYES:
         return Response(200, goodbye(no.status), EVENTS)
     if request.datastar or "text/html" not in request.headers.get("accept", ""):
         text = f"{no.message}\n".encode("utf-8", "replace")
@@ -2262,10 +2280,12 @@ def refusal(request: Request, error: BaseException) -> Response:
     return page(reason, body, status=no.status)._replace(headers=no.headers)
 
 
+GOODBYES = {401: "signed_out", 403: "no_entry", 412: "other_account"}
+
+
 def goodbye(status: int) -> bytes:
     """Return the last frame of a stream: it replaces the element that would ask again."""
-    part = "signed_out" if status == 401 else "no_entry"
-    return patch_elements(template(f"goodbye.{part}")())
+    return patch_elements(template(f"goodbye.{GOODBYES[status]}")())
 
 
 def as_refused(request, error):
@@ -2497,7 +2517,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         if response.type == EVENTS:                      # a goodbye, from refusal
             self.chunk(response.body)
             self.chunk(b"")
-        elif response.status in (401, 403):
+        elif response.status in GOODBYES:
             self.chunk(goodbye(response.status))
             self.chunk(b"")
 
@@ -4862,7 +4882,7 @@ def last_frame(response) -> bytes:
     """b"": the stream breaks off, and its browser comes back."""
     if response.type == EVENTS:
         return response.body
-    return goodbye(response.status) if response.status in (401, 403) else b""
+    return goodbye(response.status) if response.status in GOODBYES else b""
 
 
 # ==== 26. Loop edge =======================================================================
@@ -7035,6 +7055,7 @@ class Console:
             raise Refused(405, "The console is read with GET, and used from its own page.")
         with self.trace.silence():
             me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
+            refuse_old_page(request, me["account"])
             if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)
                 raise Refused(403, "The console is for operators: account add NAME "

@@ -658,7 +658,7 @@ def a_todo_by_a_plain_form(root):
 
 def stamp_on(person, path):
     """What the plain form of a page sends along."""
-    return {"_stamp": re.search('name="_stamp" value="([^"]+)"', person.get(path).text)[1]}
+    return {"_stamp": re.search('name="_stamp" value="([^"]+ [^"]+)"', person.get(path).text)[1]}
 
 
 def a_command_sent_again_does_nothing_and_gets_the_first_answer(root):
@@ -687,6 +687,25 @@ def a_plain_form_sent_twice_does_one_thing(root):
     assert titles(bob).count("Once") == 1
     another = {"title": "Once", **stamp_on(bob, "/w/acme/todos")}
     assert bob.post("/w/acme/todos", form=another).status == 303 and titles(bob).count("Once") == 2, "another page's form is another"
+
+
+def nothing_goes_on_from_a_page_that_was_made_for_another_account(root):
+    bob, carol = root.person("bob"), root.person("carol", datastar=True)
+    bobs = [stamp_on(bob, path) for path in ("/w/acme/todos", "/")]
+    carol.headers["Page-Account"] = "bob"
+    for method, path in (("POST", "/w/acme/todos"), ("PATCH", "/w/acme/todos/1"), ("DELETE", "/w/acme/members/carol"), ("POST", "/workspaces")):
+        assert (answer := carol.ask(method, path, "{}", Content_Type="application/json")).status == 412, path
+        assert "made for bob; you are signed in as carol now" in answer.text
+    stream = carol.get("/w/acme/todos/live")
+    assert stream.status == 200 and "Somebody else is signed in here now" in stream.text and "anvils" not in stream.text
+    carol = root.person("carol")
+    typed = carol.post("/w/acme/todos", form={"title": "Whose is it?", **bobs[0]})
+    assert typed.status == 412 and 'value="Whose is it?"' in typed.text and "you are signed in as carol now" in typed.text
+    assert carol.post("/workspaces", form={"name": "whose", **bobs[1]}).status == 412
+    assert carol.post("/logout", form={"_stamp": "bob"}).status == 412 and carol.get("/w/acme/todos").status == 200
+    assert len(titles(carol)) == 3 and "whose" not in carol.get("/").text
+    carol.headers["Page-Account"] = "carol"
+    assert carol.post("/w/acme/todos", title="Hers").status == 200
 
 
 def two_watchers(root):
@@ -757,7 +776,7 @@ def a_restart(root):
 JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
     sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
     a_todo_by_signals, a_todo_by_a_plain_form, a_command_sent_again_does_nothing_and_gets_the_first_answer,
-    a_plain_form_sent_twice_does_one_thing, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
+    a_plain_form_sent_twice_does_one_thing, nothing_goes_on_from_a_page_that_was_made_for_another_account, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
     an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
 
 LEFT_OUT = {("single", "isolation"): "it has one workspace",
@@ -8684,6 +8703,41 @@ def test_after_a_lost_answer_the_page_does_not_guess_and_to_try_again_makes_one_
         bob.press("Enter")
         bob.wait(f"{TODOS}.filter(title => title === 'Once').length === {times}")
         bob.wait("document.getElementById('title').value === ''")
+
+
+def test_a_page_says_so_and_loads_anew_when_somebody_else_signs_in_in_another_window(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    bob.type("#title", "half a secret")
+    bob.js("document.body.dataset.old = 1; return fetch('/persona', {method: 'POST', body: new URLSearchParams({account: 'carol'})}).then(() => 1)")
+    bob.press("Enter")                               # in this moment, before anything has told the page
+    bob.wait("document.getElementById('toast').textContent.includes('Somebody else is signed in here now. Nothing was written') || !document.body.dataset.old")
+    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol' && document.querySelector('.link').textContent === 'Live'")
+    assert len(titles(Person(server, "bob"))) == 3 and bob.js("return document.getElementById('title').value") == ""
+
+
+def test_a_stream_that_comes_back_as_somebody_elses_says_so_and_the_page_loads_anew(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    bob.js("document.body.dataset.old = 1")
+    bob.be(Person(server, "carol"))
+    for held in [*server.edge.held]:
+        if type(held) is orion.Stream:
+            server.edge.call(held.close)
+    bob.wait("document.getElementById('live').textContent.includes('Somebody else is signed in here now')")
+    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol'")
+
+
+def test_a_page_whose_session_ended_looks_once_whether_somebody_has_signed_in_since(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    bob.js("document.body.dataset.old = 1; return fetch('/persona', {method: 'POST', body: new URLSearchParams({account: 'carol'})}).then(() => 1)")
+    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol'")
+    carol = Person(server, "carol")
+    bob.be(carol)
+    bob.open(server.origin + "/w/acme/todos")
+    bob.wait("document.querySelector('.link')?.textContent === 'Live'")
+    bob.js("document.body.dataset.old = 1; window.asked = 0; const {fetch} = window; window.fetch = (...all) => (asked++, fetch(...all))")
+    carol.post("/logout", form={})
+    bob.wait("document.getElementById('live').textContent.includes('You are signed out') && asked > 0")
+    assert bob.js("return document.body.dataset.old") == "1"
 
 
 def test_toggle_all_is_undone_by_no_repetition(server, windows):
