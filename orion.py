@@ -3082,8 +3082,8 @@ class StorageFault(Refused):
                 "": "restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back"}
 
-    SAID = {"disk is full": (507, "There is no room left here. Delete something, or ask "
-                                  "for a larger quota."),
+    SAID = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it to "
+                                  "make room."),
             "takes long": (503, "This is being brought up to date. Try again in a few "
                                 "minutes.", (("retry-after", "10"),)),
             "is locked": (503, "Another program is writing to this just now. Try again in "
@@ -6271,18 +6271,36 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
 # ==== 33. Quotas ==========================================================================
 # The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count.
-# It promises: a command that would go past it is refused with 507 and changes nothing.
+# It promises: a command that would go past it is refused with 507 and changes nothing. To
+#   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
 
 TRUSTED.add("x-quota")
 LARGEST_FILE = 2 ** 31 - 1                               # pages
+RESERVE = 256                                            # pages, and a quarter of the quota
 
 
-def limit_pages(store: Store, quota: int) -> int:
-    """Limit the file to so many bytes. Return the limit in pages; 0 would be none."""
+def limit_pages(store: Store, quota: int) -> None:
+    """Limit the file to so many bytes.
+
+    SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
+    remembers it, as its user_version, in pages; 0: there is no limit.
+    """
     page_size = store.one("PRAGMA page_size")[0]
     pages = min(max(1, quota // page_size), LARGEST_FILE)
     store.exec(f"PRAGMA max_page_count = {pages}")
-    return pages
+    if store.one("PRAGMA user_version")[0] != pages:
+        store.exec(f"PRAGMA user_version = {pages}")
+
+
+@contextlib.contextmanager
+def reserve(store: Store):
+    """Meanwhile the file may go past its quota."""
+    pages = store.one("PRAGMA user_version")[0] or LARGEST_FILE
+    store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
+    try:
+        yield
+    finally:
+        store.exec(f"PRAGMA max_page_count = {pages}")
 
 
 @addition
@@ -6295,12 +6313,9 @@ class SaysQuotas(EdgeDirectory):
 @addition
 class KeepsQuota(EdgeWorkspace):
     def on_open(self):
-        """SQLite forgets the limit when the file is closed, and jobs bring no x-quota.
-
-        So the file remembers it, as its user_version; 0: there is none.
-        """
         super().on_open()
         self.quota = ""
+        self.deletes = False                             # the present command
         pages = self.store.one("PRAGMA user_version")[0]
         if pages:
             self.store.exec(f"PRAGMA max_page_count = {pages}")
@@ -6308,14 +6323,20 @@ class KeepsQuota(EdgeWorkspace):
     def handle(self, request):
         quota = request.headers.get("x-quota", "0")
         if request.method not in SAFE and quota not in ("0", self.quota):
-            self.set_quota(quota)
-        return super().handle(request)
+            limit_pages(self.store, int(quota))
+            self.quota = quota
+        self.deletes = request.method == "DELETE"
+        with reserve(self.store) if self.deletes else contextlib.nullcontext():
+            return super().handle(request)
 
-    def set_quota(self, quota):
-        pages = limit_pages(self.store, int(quota))
-        if self.store.one("PRAGMA user_version")[0] != pages:
-            self.store.exec(f"PRAGMA user_version = {pages}")
-        self.quota = quota
+    def fault(self, error):
+        """Say whose room it is that there is none of, and what helps."""
+        fault = super().fault(error)
+        disk = shutil.disk_usage(self.namespace.path(self.id).parent)
+        if fault.status == 507 and disk.free > 2 ** 20:
+            hint = "Ask" if self.deletes else "Delete something, or ask"
+            fault.message = f"There is no room left here. {hint} for a larger quota."
+        return fault
 
 
 @verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
@@ -8195,6 +8216,11 @@ class Single(EdgeDirectory):
         super().on_open()
         if self.namespace.settings.quota:
             limit_pages(self.store, self.namespace.settings.quota)
+
+    def handle(self, request):
+        """People can sign in, and out, whatever room the rows of the workspace take."""
+        with contextlib.nullcontext() if request.method in SAFE else reserve(self.store):
+            return super().handle(request)
 
     def close(self):
         try:

@@ -7622,6 +7622,43 @@ def test_a_quota_is_kept_and_can_be_raised(served):
     assert bob.post("/w/acme/todos", title="x" * 500).status == 507, "also after it slept"
 
 
+def full_of_short_titles(bob):
+    """acme, to its quota. Return what the next command is told."""
+    bob.post("/w/acme/todos", title="the quota of the verdict is heeded now")
+    one = the_workspace(bob.server)
+    with one.turn, contextlib.suppress(sqlite3.OperationalError):
+        while True:
+            one.store.exec("INSERT INTO todos (title) VALUES ('x')")
+    while (answer := bob.post("/w/acme/todos", title="x")).status == 200:
+        pass
+    return answer
+
+
+@cases("settings", [{"quota": 96 * 1024}, {"quota": 160 * 1024, "single": "all.db"}], ids=["two planes", "a single root"])
+def test_where_the_quota_is_full_everything_can_be_deleted_and_people_sign_out_and_in(start, tmp_path, settings):
+    server = start(**{**settings, **({"single": tmp_path / settings["single"]} if "single" in settings else {})})
+    bob = Person(server, "bob", datastar=True)
+    answer = full_of_short_titles(bob)
+    assert (answer.status, "Delete something, or ask for a larger quota" in answer.text) == (507, True)
+    assert [Person(server, "carol").post("/logout", form={}).status for _ in range(20)] == [303] * 20
+    assert [bob.delete(f"/w/acme/todos/{id}").status for id in range(100, 160)] == [204] * 60
+    assert full_of_short_titles(Person(server, "bob", datastar=True)).status == 507, "what is not deleted has no reserve"
+
+
+def test_where_even_deleting_has_no_room_left_nobody_is_told_to_delete_something(start, monkeypatch):
+    monkeypatch.setattr(orion, "RESERVE", -16)
+    bob = Person(start(quota=64 * 1024), "bob", datastar=True)
+    full_of_short_titles(bob)
+    refused = [answer.text for answer in map(bob.delete, [f"/w/acme/todos/{n}" for n in range(1, 99)]) if answer.status == 507]
+    assert "There is no room left here. Ask for a larger quota." in refused[0]
+
+
+def test_where_the_disk_is_full_it_is_the_disk_that_is_to_be_made_larger(start, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
+    answer = full_of_short_titles(Person(start(quota=64 * 1024), "bob", datastar=True))
+    assert answer.status == 507 and "The disk of this server is full. Ask whoever runs it" in answer.text
+
+
 def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, run, tmp_path):
     Person(served, "bob").post("/w/acme/todos", title="Moved")
     assert "3 members" in served.run("workspace", "export", "acme", tmp_path / "acme.db")[1]
