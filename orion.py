@@ -4004,10 +4004,13 @@ class Asked:
     account: str = ""                                    # to whom it is charged
 
     @property
+    def cookie(self) -> Optional[str]:
+        return self.request.headers.get("cookie")
+
+    @property
     def key(self) -> Tuple[Any, ...]:
         request = self.request
-        cookie = request.headers.get("cookie")
-        return request.path, request.query, cookie, request.scheme
+        return request.path, request.query, self.cookie, request.scheme
 
 
 class KeptAnswer(NamedTuple):
@@ -5324,7 +5327,7 @@ class LoopEdge:
             asked.request = self.request(reading, connection.peer)
         except Refused as no:
             return self.finish(asked, no)
-        asked.account = self.account_of(asked.request)
+        asked.account = self.account_of(asked)
         if reading.method in SAFE and self.keeps_answers():
             asked.policy = self.kept.policy()
             kept = self.kept.find(asked)
@@ -5345,26 +5348,25 @@ class LoopEdge:
 
     def place_of(self, asked) -> int:
         """Who asks where: what is remembered of whom was let in."""
-        return hash((lane_of(asked.request.path), asked.request.headers.get("cookie")))
+        return hash((lane_of(asked.request.path), asked.cookie))
 
-    def account_of(self, request) -> str:
+    def account_of(self, asked) -> str:
         """Return to whom a thread is charged, before the gate has spoken.
 
         It is the account that the gate saw in this cookie before. Until it has seen one,
         all at the same address are charged together; those who sign in, apart from those
         who ask for a workspace.
         """
-        known = self.accounts.get(hash(request.headers.get("cookie")))
-        where = "inside" if request.path.startswith("/w/") else "outside"
-        return known or f"{where}, from {source_of(request.peer)}"
+        known = self.accounts.get(hash(asked.cookie))
+        where = "inside" if asked.request.path.startswith("/w/") else "outside"
+        return known or f"{where}, from {source_of(asked.request.peer)}"
 
     def recognized(self, asked, decided) -> bool:
         """True if the request was charged to the right account; else it is from now on."""
-        cookie = asked.request.headers.get("cookie")
         account = decided.request.headers.get("x-account")
-        if not cookie or not account or asked.account == account:
+        if not asked.cookie or not account or asked.account == account:
             return True
-        self.accounts[hash(cookie)] = account
+        self.accounts[hash(asked.cookie)] = account
         return False
 
     def answer_all(self, several) -> List[Asked]:
@@ -5382,7 +5384,7 @@ class LoopEdge:
                 asked.version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
             else:                                        # who it is may be busy already
-                asked.account = self.account_of(asked.request)
+                asked.account = self.account_of(asked)
                 self.call(self.line_up, asked)
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
         for stub, group in let_in.items():
@@ -5415,8 +5417,7 @@ class LoopEdge:
                 response = self.refusal(asked.request, response)
             if asked.request.method not in SAFE and response.status < 400:
                 self.insiders.add(self.place_of(asked))
-            whose = asked.request.headers.get("cookie")
-            if whose and response.nonce and response.status == 200 and asked.stub:
+            if asked.cookie and response.nonce and response.status == 200 and asked.stub:
                 self.kept.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
                 first_frame(asked.request, response.watch.piece)
