@@ -8056,9 +8056,11 @@ def workspace_import(settings, given):
     name, members, accounts = about_file(given.file, given.name)
     with adopted(settings, given.file) as copy:
         with opened(settings, given, name) as (store, env):
-            add_accounts(store, accounts)
+            new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
     settle(env, name)
+    for account in new:
+        print(f"{account} is new here; account passwd {account} lets them in")
     print(f"{name}: {len(members)} members")
 
 
@@ -8118,12 +8120,11 @@ def about_store(store):
 
 
 def add_accounts(store, accounts):
-    """Accounts that exist are not changed."""
-    for name, label, password in accounts:
-        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password) VALUES "
-                           "(?, ?, ?)", name, label, password)
-        if added and not password:
-            print(f"{name} is new here; account passwd {name} lets them in")
+    """Accounts that exist are not changed. Return those that are new, without a password.
+    """
+    new = "INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)"
+    return [account[0] for account in accounts if store.exec(new, *account)
+            and not account[2]]
 
 
 @contextlib.contextmanager
@@ -9473,17 +9474,20 @@ BEGINNINGS = ("account add", "workspace import", "node add")
 
 @contextlib.contextmanager
 def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
-    """Give the Directory's store, and the env around it. All of it is one transaction.
+    """Give the Directory's store, and the env around it.
 
-    A command (given) is noted in the journal, with its arguments, or with which. Raises
-    Unusable if there is no deployment and this is none of the BEGINNINGS, which make one.
+    A command (given) is one transaction, and is noted in the journal, with its arguments,
+    or with which. While it lasts nobody can sign in, so nothing is printed or asked for
+    inside. Without a command, nothing is locked. Raises Unusable if there is no deployment
+    and this is none of the BEGINNINGS, which make one.
     """
     what = given.verb if given else ""
     if what not in BEGINNINGS and not settings.directory_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
                        "or begin one with account add")
     env = compose(settings._replace(demo=False, plane=""), settings.slices)
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store, \
+            store.tx() if given else contextlib.nullcontext():
         yield store, env
         if given:
             which = which or " ".join([str(vars(given)[name]) for name in
@@ -9541,6 +9545,9 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         return do(settings._replace(slices=slices), given) or 0
     except KeyboardInterrupt:                            # at the question for a password
         return 130
+    except BrokenPipeError:                              # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what is written at the end
+        return 141
     except FAILURES as error:
         print(f"orion: {error}" if str(error) else "orion: nothing was typed",
               file=sys.stderr)

@@ -7922,6 +7922,55 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
 
 # ==== 49. Command line ================================================================================================
 
+class Terminal(io.StringIO):
+    """Standard input and output: whenever it is used, somebody signs in."""
+    reading = None                                   # a Directory's file, when there is one
+    used = 0
+
+    def sign_in(self):
+        if self.reading.exists():
+            self.used += 1
+            with contextlib.closing(sqlite3.connect(self.reading, timeout=0)) as db:
+                db.execute("BEGIN IMMEDIATE")
+
+    def write(self, text):
+        self.sign_in()
+        return super().write(text)
+
+    def readline(self, *_):
+        self.sign_in()
+        return "long enough\n"
+
+    def isatty(self):
+        return False
+
+
+def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, cheap, monkeypatch):
+    file, data = tmp_path / "acme.db", tmp_path / "data"
+    for words in ("account add ann", "account passwd ann", "account list", "workspace add acme --owner ann", "workspace list", "member list acme",
+                  f"workspace export acme {file}", "workspace remove acme", f"workspace import {file}", f"backup {tmp_path / 'backup'}",
+                  f"workspace restore acme --at {tmp_path / 'backup'}", "check", "keys rotate", "metrics", "account remove bob", "node list",
+                  f"workspace import {file} --name other"):
+        if words.endswith("other"):
+            orion.main(argv=["account", "add", "bea", "--data", str(data)])
+            with contextlib.closing(sqlite3.connect(file)) as db, db:
+                db.execute("UPDATE _export SET about = replace(about, 'ann', 'new')")
+        terminal = Terminal()
+        terminal.reading = data / "directory.db"
+        for name in ("stdin", "stdout", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+        assert orion.main(argv=[*words.split(), "--data", str(data)]) == (2 if "bob" in words else 0), terminal.getvalue()
+        assert terminal.used or words.split()[1] in ("add", "list")
+
+
+def test_whoever_leaves_a_pager_gets_no_error(settled):
+    ends = os.pipe()
+    os.close(ends[0])
+    found = subprocess.run([sys.executable, "-u", HERE / "orion.py", "account", "list", "--data", settled], stdout=ends[1], stderr=subprocess.PIPE, text=True)
+    os.close(ends[1])
+    assert (found.returncode, found.stderr) == (141, "")
+
+
 def made_everything(folder, run):
     """Have every kind of file made in the data folder, and beside it."""
     data = folder / "data"
