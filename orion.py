@@ -2241,6 +2241,7 @@ NO_FIELDS = (400, "The header fields are malformed.")
 LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
 BEAT = b":\n\n"                                          # a comment; it changes nothing
+SILENCE_SECONDS = 25                                     # the longest, between two of them
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
         "sec-fetch-site", "expect"}                      # header fields that may come once
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
@@ -2250,7 +2251,7 @@ HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
            "cross-origin-opener-policy": "same-origin",
            "cross-origin-resource-policy": "same-origin"}
 STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no",
-             "cache-control": "no-cache"}
+             "cache-control": "no-cache", "datastar-heartbeat": str(SILENCE_SECONDS)}
 
 
 # -- from a request to a response, without a socket
@@ -4534,7 +4535,7 @@ class Stream(Held):
     on, "page" all of it, after a change of role.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
-    BEAT_SECONDS = (15, 25)                              # spread: thousands beat
+    BEAT_SECONDS = (15, SILENCE_SECONDS)                 # spread: thousands beat
 
     def __init__(self, edge, socket_, request, response, viewer):
         self.again = request._replace(body=b"")

@@ -201,7 +201,7 @@ class Ear:
         self.socket.sendall(f"GET {path} HTTP/1.1\r\n".encode() + b"".join(f"{n}: {v}\r\n".encode() for n, v in given.items()) + b"\r\n")
         self.wire = self.text = b""
         self.ended = False
-        head = self.until(b"\r\n\r\n").decode()
+        head = self.head = self.until(b"\r\n\r\n").decode()
         self.status = int(head.split()[1])
         self.plain = zlib.decompressobj(31) if "content-encoding: gzip" in head else None
 
@@ -4718,6 +4718,11 @@ def test_who_is_here_does_not_push_a_change_out_of_a_slow_readers_queue(start, m
     eventually(lambda: "here" in stream.latest)
     other.close()
     assert slow.until_it_says(f">{sent - 1} x")
+
+
+def test_a_stream_says_how_long_it_is_silent_at_most(server):
+    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    assert int(re.search("datastar-heartbeat: ([0-9]+)", ear.head)[1]) >= orion.Stream.BEAT_SECONDS[1] > orion.REGATE_SECONDS
 
 
 def test_a_heartbeat_tells_that_a_quiet_stream_lives(start, monkeypatch):
@@ -9722,6 +9727,71 @@ def test_always_reconnects_until_a_204(show, host):
     page = show("""<b data-init="@get('/s', {retry: 'always', retryInterval: 20})"></b>""", answers={"/s": answer})
     page.wait("names().includes('finished')")
     assert len(host.asked) == 3
+
+
+def beating(handler, host, until):
+    """A stream that says that it beats each 0.2 s at least, and does so until the event."""
+    handler.send_response(200)
+    for name, value in (("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), ("datastar-heartbeat", "0.2")):
+        handler.send_header(name, value)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while not until.wait(0.02):
+            handler.chunk(b":\n\n")
+    handler.gone()
+
+
+HEARD = "names().filter(name => name === 'retrying').length"
+LIVE = """<b data-init="@get('/s', {retry: 'always', retryInterval: 10, requestCancellation: 'cleanup'})"></b>"""
+
+
+@better_than_official
+def test_a_stream_that_is_dead_without_a_word_is_asked_for_again_after_two_heartbeats(show, host, browser):
+    silent = threading.Event()
+    page = show(LIVE, answers={"/s": lambda handler: beating(handler, host, silent)})
+    page.js("return new Promise(done => setTimeout(done, 600))")
+    assert page.js(f"return {HEARD}") == 0           # it was not silent for longer than that
+    silent.set()
+    page.wait(f"{HEARD} >= 1")
+    host.wait(lambda: len(host.asked) >= 2)
+
+
+@better_than_official
+def test_a_laptop_that_slept_keeps_a_stream_that_lives_and_drops_one_that_does_not(show, host, browser):
+    silent = threading.Event()
+    page = show(LIVE, answers={"/s": lambda handler: beating(handler, host, silent)})
+    host.wait(lambda: host.asked)
+    page.js("const {now} = Date; window.asleep = 0; Date.now = () => now() + asleep; asleep = 3600e3; return new Promise(done => setTimeout(done, 300))")
+    assert page.js(f"return {HEARD}") == 0
+    silent.set()
+    page.wait(f"{HEARD} >= 1")
+
+
+@better_than_official
+def test_a_stream_that_promises_no_heartbeat_may_be_silent(show, host, browser):
+    page = show(LIVE.replace("{retry", "{timeout: 50, retry"), answers={"/s": lambda handler: (handler.stream(), handler.gone())})
+    page.js("return new Promise(done => setTimeout(done, 300))")
+    assert page.js(f"return {HEARD}") == 0
+
+
+@better_than_official
+def test_a_command_that_gets_no_answer_is_given_up_and_keeps_its_id_when_it_is_sent_again(show, host, browser):
+    page = show("""<input data-bind:text><button id=a data-on:click="@post('/c', {timeout: 50, retryMaxCount: 0})">a</button>""",
+                answers={"/c": lambda handler: handler.gone() if len(asked()) < 3 else handler.reply("")})
+    asked = lambda: [headers["Idempotency-Key"] for _, path, *_, headers in host.asked if path == "/c"]
+    for _ in range(2):
+        page.js("events.length = 0")
+        page.click("#a")
+        page.wait("names().includes('finished')")
+        assert page.js("return events.find(([name]) => name === 'retries-failed')[1].again") == "safe"
+    for answers in (3, 4):
+        page.click("#a")
+        host.wait(lambda: len(asked()) == answers)
+    page.type("input", "other")
+    page.click("#a")
+    host.wait(lambda: len(asked()) == 5)
+    ids = asked()
+    assert ids[0] == ids[1] == ids[2] and len({*ids}) == 3, ids
 
 
 def breaks(handler):
