@@ -6861,10 +6861,11 @@ class Leg(NamedTuple):
 
 class Trip:
     """A request from outside: its legs, its store calls, and how it ended."""
+    numbers = itertools.count(1)
 
     def __init__(self, request: Request):
         self.request = request
-        self.number = 0
+        self.number = next(self.numbers)
         self.status = 0
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
@@ -6891,7 +6892,6 @@ class Trace:
         self.noted = 0                                   # the number of the last call
         self.shown = 0                                   # and of the last one shown
         self.dropped = 0                                 # calls that nobody was shown
-        self.followed = 0                                # the number of the last trip
         self.news: Callable[[], None] = lambda: None     # called after each note
 
     def watch(self, more: int) -> None:
@@ -6939,10 +6939,7 @@ class Trace:
         self.thread.trip = None
         trip.status = getattr(answer, "status", 500)
         if trip.legs:
-            with self.lock:
-                self.followed += 1
-                trip.number = self.followed
-                self.trips.append(trip)
+            self.trips.append(trip)
             self.news()
         return answer
 
@@ -7142,10 +7139,12 @@ class Console:
         verdict = trip.legs[0].status if trip.legs else trip.status
         said = verdict_in_words(verdict, name, me["account"])
         names = {self.env.directory.id: "Directory", id: name}
-        result = {"name": name, "verdict": verdict, "said": said, "before": before,
-                  "after": served[id], "call": self.call_rows(trip.calls, names),
+        result = {"name": name, "verdict": verdict, "said": said,
+                  "before": before, "after": served[id],
                   "kind": "ok" if verdict == 200 else "refused",
-                  "alone": verdict != 200, "let": verdict == 200 and admission(trip)}
+                  "alone": verdict != 200,
+                  "let": verdict == 200 and admission(trip),
+                  "call": self.call_rows(trip.calls, names)}
         if request.datastar:
             patch = patch_elements(template("console.probe")(**result))
             return Response(200, patch + patch_signals({"toast": said}), EVENTS)
@@ -7217,22 +7216,29 @@ class Console:
                 for id, name in page.items()]
         first = self.object_row(self.env.directory, "Directory", {})
         return template("console.region")(
-            object=[first, *rows], option=rows, all=found["all"], asked=len(page),
-            dead=[row for row in rows if row["failed"]], micros=self.micros,
-            awake=len(self.env.workspaces.objects), more=len(found["page"]) > NAMES_A_PAGE,
+            object=[first, *rows],
+            option=rows,
+            dead=[row for row in rows if row["failed"]],
+            all=found["all"], awake=len(self.env.workspaces.objects),
+            asked=len(page), micros=self.micros,
+            more=len(found["page"]) > NAMES_A_PAGE,
             last=max(page.values(), default=""), after=after,
             feed=with_feed and self.feed(params, names),
-            **self.drawing(rows, found["all"], names), **self.streams(names))
+            **self.drawing(rows, found["all"], names),
+            **self.streams(names))
 
     def object_row(self, stub, name, facts):
         id, namespace = stub
         file = namespace.path(id)
         one = namespace.objects.get(id)
-        awake = one is not None and one.store is not None
+        awake = bool(one and one.store)
         size = sum([part.stat().st_size for part in with_wal(file)])
         channels = [*self.broker.channels.get(id, {}).values()]
         return {"count": "", "jobs": "", "failed": [], **facts,
-                "id": id, "name": name, "file": file.name, "size": size // 1024,
+                "id": id,
+                "name": name,
+                "file": file.name,
+                "size": size // 1024,                    # kB
                 "state": "awake" if awake else "asleep",
                 "since": awake and {"opened": clock(one.opened_at)},
                 "streams": sum([len(channel.streams) for channel in channels]),
@@ -7258,10 +7264,13 @@ class Console:
     def trip_row(self, trip, names, places):
         legs = [self.leg_row(leg, names, places) for leg in trip.legs]
         stopped = trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
-        return {"number": trip.number, "method": trip.request.method,
-                "path": trip.request.path[:80], "status": trip.status, "leg": legs,
+        return {"number": trip.number,
+                "method": trip.request.method,
+                "path": trip.request.path[:80],
+                "status": trip.status,
                 "kind": "refused" if trip.status in (401, 403) else "ok",
-                "stop": stopped, "barred": stopped, "way": not stopped, "hop": legs}
+                "leg": legs, "hop": legs, "way": not stopped,
+                "stop": stopped, "barred": stopped}
 
     def leg_row(self, leg, names, places):
         object = "gate" if leg.kind == "gate" else names.get(leg.id, leg.id[:8])
@@ -7418,33 +7427,31 @@ class Figures:
         self.durations = [0] * (len(self.BOUNDS) + 1)
         self.seconds = 0.0
 
-    def count(self, method: str, request: Request, response: Response,
-              seconds: float) -> None:
+    def count(self, asked: Asked, response: Response) -> None:
+        seconds = time.perf_counter() - asked.started if asked.started else 0.0
         bucket = bisect.bisect_left(self.BOUNDS, seconds)
         with self.lock:
             self.statuses[response.status] += 1
             self.durations[bucket] += 1
             self.seconds += seconds
         if self.log != "off":
-            line = self.line(method, request, response.status, size_of(response),
-                             seconds)
+            line = self.line(asked, response.status, size_of(response), seconds)
             self.lines.append(line)                      # flush() may have exchanged them
 
-    def line(self, method: str, request: Request, status: int, size: int,
-             seconds: float) -> str:
+    def line(self, asked, status, size, seconds):
         """The common log format and the seconds it took, or JSON.
 
         Without the query: users typed it.
         """
-        path = request.path
+        method, peer, path = asked.reading.method, asked.request.peer, asked.request.path
         if not PLAIN_PATH.fullmatch(path):
             path = urllib.parse.quote(path)
         path = path[:500]
         if self.log == "json":
-            return json.dumps({"time": round(time.time(), 3), "peer": request.peer,
+            return json.dumps({"time": round(time.time(), 3), "peer": peer,
                                "method": method, "path": path, "status": status,
                                "bytes": size, "seconds": round(seconds, 6)})
-        return (f'{request.peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" '
+        return (f'{peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" '
                 f"{status} {size} {seconds:.6f}")
 
     def write(self, lines: Sequence[str]) -> None:
@@ -7514,8 +7521,7 @@ class HasFigures(LoopEdge):
         super().tick(now)
 
     def count(self, asked, response):
-        seconds = time.perf_counter() - asked.started if asked.started else 0.0
-        self.figures.count(asked.reading.method, asked.request, response, seconds)
+        self.figures.count(asked, response)
 
     def metrics(self, request, env):
         """A door."""
