@@ -6126,9 +6126,10 @@ class EndsSessions(EdgeDirectory):
         super().each_second()
         over = "FROM sessions WHERE expires <= ? AND operator IS NULL"
         now = time.time()
-        if self.store.one(f"SELECT 1 {over}", now):
+        rows = self.store.query(f"SELECT DISTINCT account {over}", now)
+        if rows:
             with self.store.tx():
-                for row in self.store.query(f"SELECT DISTINCT account {over}", now):
+                for row in rows:
                     self.bus.publish(f"access:{row['account']}")
                 self.store.exec(f"DELETE {over}", now)
 
@@ -6195,9 +6196,8 @@ def masquerade(ctx):
 
 
 def unmask(ctx):
-    """End it. Its time may have run out just now, so the viewer can be the operator."""
-    digest = bytes.fromhex(ctx.request.headers.get("x-session", ""))
-    session = ctx.store.one("SELECT * FROM sessions WHERE digest = ?", digest)
+    """End it. Its time may have run out just now: then the viewer is the operator."""
+    session = ctx.host.session(ctx.request)
     if session and session["operator"]:
         ctx.host.end_mask(session)
     return see_other("/")._replace(which=ctx.viewer.account)
