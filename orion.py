@@ -1699,7 +1699,8 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     lost = "restore it from a backup; without it everybody is signed out"
     if not path.exists():
         raise Unusable(f"{path} is missing; {lost}")
-    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+    readable = os.name == "posix" and os.stat(path).st_mode & 0o077
+    if readable and not ignores_modes(path.parent):
         raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
                        "`keys rotate`")
     try:
@@ -1710,6 +1711,21 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
         raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
     return tuple([bytes.fromhex(line.decode()) for line in lines])
+
+
+@functools.lru_cache(maxsize=None)
+def ignores_modes(folder: pathlib.Path) -> bool:
+    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
+    probe = folder / f"mode-{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        ignored = os.stat(probe).st_mode & 0o077 != 0
+    finally:
+        probe.unlink()
+    if ignored:
+        log(f"warning: the file system of {folder} ignores modes, so others on this machine "
+            "may be able to read all that is there; if that matters, use another one")
+    return ignored
 
 
 def seal(token: str, key: bytes) -> str:
@@ -2681,6 +2697,29 @@ def command_of(path, trusted, **signals):
     return Request("POST", path, headers=headers, body=json.dumps(signals).encode())
 
 
+NEEDED_SQLITE = (3, 30)                                  # for FILTER
+NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
+
+
+def check_installation() -> None:
+    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
+    if sqlite3.sqlite_version_info < NEEDED_SQLITE:
+        needed = ".".join(map(str, NEEDED_SQLITE))
+        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
+                       "needed; use a newer Python")
+    try:
+        for name in NAMED_TEMPLATE.findall(pathlib.Path(__file__).read_text("utf-8")):
+            template(name)
+        as_browser = Request("GET", "/", headers={"accept": "text/html"})
+        refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
+    except OSError as error:
+        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ has to "
+                       "be beside orion.py") from error
+    except KeyError as error:
+        raise Unusable(f"{TEMPLATES} is of another version of orion.py ({error}); copy the "
+                       "folder that came with this one") from error
+
+
 def stop_signals() -> List[int]:
     """Return the signals that stop a server. SIGHUP: its terminal was closed; under
     nohup(1) that is ignored."""
@@ -2725,6 +2764,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--idle", type=float, default=60.0)
     given = parser.parse_args(argv)
     try:
+        check_installation()
         serve_plain(plain_planes(given.data, given.idle), port=given.port)
     except (Unusable, OSError) as error:
         sys.exit(f"orion: {error}")
@@ -9184,7 +9224,10 @@ def awake_by_default() -> int:
     """An awake workspace takes three descriptors; the last quarter is for sockets."""
     if resource is None:
         return 256
-    return min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:            # which is -1
+        return 1024
+    return min(1024, descriptors // 4)
 
 
 def most_workspaces(settings):
@@ -9577,9 +9620,11 @@ def do(settings, given):
 
 
 def serve(settings):
+    check_installation()
     if resource:                                         # each open page is a descriptor
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if settings.plain:
         for check in CHECKS:
             check(settings)

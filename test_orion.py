@@ -2499,6 +2499,22 @@ def test_the_key_file_is_for_its_owner_alone_and_a_lost_one_is_not_made_anew(sta
         start()
 
 
+def test_where_the_file_system_ignores_modes_a_server_starts_with_a_warning(start, monkeypatch, capfd):
+    """As exFAT does, and WSL's /mnt/c: there chmod would do nothing."""
+    real = os.stat
+
+    def stat(path, **more):
+        found = real(path, **more)
+        return os.stat_result((found.st_mode | 0o777, *found[1:])) if str(path).startswith(str(data)) else found
+    server = start()
+    data = server.env.settings.data
+    server.close()
+    monkeypatch.setattr(orion.os, "stat", stat)
+    assert len(orion.load_keys(data / "secret.key")) == len(orion.load_keys(data / "secret.key")) == 1
+    said = capfd.readouterr().err
+    assert said.count("ignores modes") == 1 and "chmod" not in said and [*data.glob("mode-*")] == []
+
+
 @cases("text", ["", "abcd", f"{'0' * 64}\n{'x' * 64}", "\xff"])
 def test_a_key_file_without_keys_is_found_at_the_start_and_by_check_and_kept_as_it_is(start, capsys, text):
     server = start()
@@ -4339,7 +4355,7 @@ FROM_INSIDE = {
     "HOLE": "templates", "PART": "templates", "PATH": "the routes of a slice", r"<\w+>": "the routes of a slice",
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
-    "HOST_NAME": "a flag", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    "HOST_NAME": "a flag", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -8029,6 +8045,44 @@ def test_a_terminal_that_is_closed_ends_part_one_too_and_nohup_prevents_it(tmp_p
             command.process.send_signal(signal.SIGHUP)
             assert Person(command).get("/healthz").status == 200
             assert (command.end()[0], command.err) == (0, "")
+
+
+def rewrite(path, old, new):
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+
+
+BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
+          "one file less": lambda templates: (templates / "todos.html").unlink(),
+          "another hole": lambda templates: rewrite(templates / "layout.html", "{{body}}", "{{body}}{{aside}}"),
+          "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
+
+
+@cases("plain", [False, True], ids=["full", "plain"])
+@cases("how", BROKEN)
+def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypatch, capsys, how, plain):
+    shutil.copytree(orion.TEMPLATES, tmp_path / "templates")
+    BROKEN[how](tmp_path / "templates")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    orion.template.cache_clear()
+    try:
+        assert orion.main(argv=["--port", "0", "--data", str(tmp_path / "data"), *["--plain"][:plain]]) == 2
+    finally:
+        orion.template.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("beside orion.py" in said or "of another version of orion.py" in said)
+
+
+def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypatch, capsys):
+    """More descriptors, here; and an older SQLite is named."""
+    refused = mock.Mock(side_effect=ValueError("current limit exceeds maximum limit"))
+    monkeypatch.setattr(orion.resource, "setrlimit", refused)
+    monkeypatch.setattr(orion, "compose", mock.Mock(side_effect=orion.Unusable("it went on")))
+    assert orion.main(argv=["--data", str(tmp_path)]) == 2 and refused.called and "it went on" in capsys.readouterr().err
+    monkeypatch.setattr(orion.resource, "getrlimit", lambda _: (orion.resource.RLIM_INFINITY,) * 2)
+    assert orion.awake_by_default() == 1024
+    monkeypatch.setattr(orion.sqlite3, "sqlite_version_info", (3, 26, 0))
+    assert orion.main(argv=["--data", str(tmp_path)]) == 2
+    assert re.fullmatch(r"orion: this Python has SQLite .*, and 3\.30 is needed; use a newer Python\n", capsys.readouterr().err)
 
 
 def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
