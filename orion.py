@@ -1832,6 +1832,7 @@ DIRECTORY_TABLES = (
     "ALTER TABLE sessions ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
     "CREATE INDEX sessions_by ON sessions (operator)",
     "DROP TABLE masquerades",
+    "CREATE INDEX sessions_until ON sessions (operator, expires)",
 )
 
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -1986,6 +1987,11 @@ def persona(ctx):
     return open_session(ctx, account)
 
 
+# Some of those that are over. All of them could be so many that everybody would wait.
+SPENT = """digest IN (SELECT digest FROM sessions WHERE expires <= ? AND operator IS NULL
+           LIMIT 100)"""
+
+
 def open_session(ctx, account):
     """Begin a session; return the way to the page, with the cookie.
 
@@ -1993,7 +1999,7 @@ def open_session(ctx, account):
     """
     close_session(ctx)
     now = time.time()
-    ctx.store.exec("DELETE FROM sessions WHERE expires <= ? AND operator IS NULL", now)
+    end_sessions(ctx, SPENT, now)
     token = secrets.token_urlsafe(32)
     agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
     row = token_hash(token), account, now, now + SESSION_SECONDS, agent
@@ -5772,6 +5778,7 @@ class Settings(NamedTuple):
     quota: int = 10 * 2 ** 30                            # bytes of one workspace
     backup_every: float = 0.0                            # seconds; 0: never
     keep: int = 24                                       # snapshots
+    keep_journal: float = 365 * 86400.0                  # seconds; 0: for ever
     drain: float = 0.0                                   # seconds, before it stops
     log: str = "common"                                  # common, json or off
     streams: int = 0                                     # pages one may open; 0: 100
@@ -6164,14 +6171,13 @@ class EndsSessions(EdgeDirectory):
 
     def each_second(self):
         super().each_second()
-        over = "FROM sessions WHERE expires <= ? AND operator IS NULL"
         now = time.time()
-        rows = self.store.query(f"SELECT DISTINCT account {over}", now)
-        if rows:
+        spent = self.accounts_of(SPENT, (now,))
+        if spent:
             with self.store.tx():
-                for row in rows:
+                self.store.exec(f"DELETE FROM sessions WHERE {SPENT}", now)
+                for row in spent:
                     self.bus.publish(f"access:{row['account']}")
-                self.store.exec(f"DELETE {over}", now)
 
 
 # ==== 32. Masquerade ======================================================================
@@ -6312,7 +6318,8 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
 
 # ==== 33. Quotas ==========================================================================
-# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count.
+# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
+#   old in the journal goes as new rows come.
 # It promises: a command that would go past it is refused with 507 and changes nothing. To
 #   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
 
@@ -6379,6 +6386,24 @@ class KeepsQuota(EdgeWorkspace):
             hint = "Ask" if self.deletes else "Delete something, or ask"
             fault.message = f"There is no room left here. {hint} for a larger quota."
         return fault
+
+
+OLD_NOTES = """DELETE FROM journal WHERE id IN (SELECT id FROM journal ORDER BY id LIMIT 100)
+               AND at NOT BETWEEN ? AND ?"""
+
+
+@addition
+class ForgetsOldNotes(Broadcast):
+    def journal(self, viewer, what, which):
+        """Each tenth row takes up to a hundred with it that are too old.
+
+        A row from the far future is of a time when the clock was wrong.
+        """
+        super().journal(viewer, what, which)
+        keep = self.namespace.settings.keep_journal
+        if keep and self.store.last_row().endswith("0"):
+            now = time.time()
+            self.store.exec(OLD_NOTES, now - keep, now + keep)
 
 
 @verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
@@ -8056,10 +8081,24 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
             private_folder(removed)
             copy = removed / f"{about['name']}-{stamp()}.db"
         take_away(path, copy, about)
-    for old in removed.glob("*.db"):
-        if old.stat().st_mtime < time.time() - 30 * 86400:
-            old.unlink()
     return copy
+
+
+def forget_removed(settings):
+    """Some of the copies that are older than 30 days go."""
+    files = (settings.data / "removed").glob("*.db")
+    limit = time.time() - 30 * 86400
+    for old in [file for file in files if file.stat().st_mtime < limit][:10]:
+        old.unlink()
+
+
+@addition
+class ForgetsWorkspaces(LoopEdge):
+    def chores(self):
+        return [*super().chores(), (self.forget_some, 60.0)]
+
+    def forget_some(self):
+        forget_removed(self.settings)
 
 
 @verb("workspace export", "write all of it to one file, while the server runs; with --move "
@@ -9380,6 +9419,8 @@ OPTIONS = (
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
      "the data folder; 0: never", seconds),
     ("--keep", "backups to keep", at_least_1),
+    ("--keep-journal", "seconds, or as 365d: how long the journals tell who did what; 0: "
+     "for ever", seconds),
     ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
      "too, so that a load balancer hears of it first", seconds),
     ("--log", "access log on standard output: common, json or off", log_kind),

@@ -3055,6 +3055,21 @@ def test_a_changed_password_ends_the_streams_of_the_other_sessions(outside):
     assert "You are signed out" in ear.until_it_says("ended")
 
 
+def test_spent_sessions_go_in_small_steps_that_an_index_finds(server):
+    directory, row = server.directory(), "INSERT INTO sessions (digest, account, created, expires) VALUES (?, 'bob', 0, 1)"
+    left = lambda: directory.store.one("SELECT count(*) FROM sessions")[0]
+    with directory.turn, directory.store.tx():
+        directory.store.db.executemany(row, [(b"%d" % n,) for n in range(350)])
+        found = [left()]
+        while left() > 150:
+            directory.each_second()
+            found.append(left())
+        plan = directory.store.query(f"EXPLAIN QUERY PLAN DELETE FROM sessions WHERE {orion.SPENT}", 0.0)
+    assert found == [350, 250, 150] and any("sessions_until (operator=? AND expires<?)" in row["detail"] for row in plan)
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db:
+        eventually(lambda: db.execute("SELECT count(*) FROM sessions").fetchone() == (0,))
+
+
 def test_a_session_that_is_over_is_gone_and_ends_its_streams(outside):
     ann = outside.sign_in("ann")
     ear = Ear(ann, "/w/acme/todos/live")
@@ -7678,6 +7693,33 @@ def test_where_the_disk_is_full_it_is_the_disk_that_is_to_be_made_larger(start, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
     answer = full_of_short_titles(Person(start(quota=64 * 1024), "bob", datastar=True))
     assert answer.status == 507 and "The disk of this server is full. Ask whoever runs it" in answer.text
+
+
+@cases("keep, left", [(3600.0, 0), (0.0, 250)])
+def test_what_is_too_old_in_a_journal_goes_as_new_rows_come(start, keep, left):
+    server = start(keep_journal=keep)
+    bob = Person(server, "bob", datastar=True)
+    note = "INSERT INTO journal (at, who, what, which) VALUES (?, '', 'old', '')"
+    with contextlib.closing(server.store("acme")) as db, db:
+        db.executemany(note, [(0.0,)] * 200 + [(time.time() + 80 * 365 * 86400,)] * 50)
+    for n in range(40):
+        bob.post("/w/acme/todos", title=f"n{n}")
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT sum(what = 'old'), sum(what <> 'old') FROM journal").fetchone() == (left, 43)
+
+
+def test_copies_of_removed_workspaces_go_after_30_days_a_few_at_a_time(served):
+    served.run("workspace", "remove", "acme")
+    folder = served.env.settings.data / "removed"
+    copy, = folder.iterdir()
+    for n in range(12):
+        old = shutil.copy(copy, folder / f"old-{n}.db")
+        os.utime(old, (time.time() - 31 * 86400,) * 2)
+    sizes = []
+    for _ in range(3):
+        sizes.append(len([*folder.iterdir()]))
+        served.edge.forget_some()
+    assert sizes == [13, 3, 1] and copy.exists() and served.edge.forget_some in [chore for chore, _ in served.edge.chores()]
 
 
 def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, run, tmp_path):
