@@ -6095,7 +6095,7 @@ def account_passwd(settings, given):
 
 @verb("account list", "list who may sign in")
 def account_list(settings, given):
-    with opened(settings) as (store, _):
+    with looked_into(settings) as store:
         table(store.query(
             "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
             "FROM memberships WHERE account = name) || ' workspaces' FROM accounts "
@@ -8023,10 +8023,10 @@ def workspace_add(settings, given):
 
 @verb("workspace list", "list name, id, bytes and quota of each")
 def workspace_list(settings, given):
-    with opened(settings) as (store, env):
+    with looked_into(settings) as store:
         rows = store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name")
         for row in rows:
-            path = env.workspaces.path(row["id"])
+            path = settings.single or settings.workspaces / f"{row['id']}.db"
             size = path.stat().st_size if path.exists() else "missing"
             where = f"on {row['node']}" if row["node"] else size
             moving = "moving" if row["moving"] else ""
@@ -8217,7 +8217,8 @@ def add_accounts(store, accounts):
 def adopted(settings, source):
     """Give a copy of another deployment's file, which an object of this one will claim.
 
-    Of a single root, give the part that is the workspace's.
+    Of a single root, give the part that is the workspace's. Raises Unusable if the slices
+    that are here can't go on with it.
     """
     private_folder(settings.data)
     with tempfile.TemporaryDirectory(dir=settings.data) as folder:
@@ -8225,7 +8226,32 @@ def adopted(settings, source):
         copy_database(source, path)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
             strip_directory(db)
+        try:
+            bring_up_to_date(settings, path)
+        except (sqlite3.Error, MigrationError) as error:
+            raise Unusable(f"{source} does not fit: {error}") from error
         yield path
+
+
+def bring_up_to_date(settings, path):
+    """Raise MigrationError for what would keep people out of it later."""
+    schema = workspace_router(settings).schema
+    with contextlib.closing(GuardedStore(path)) as store:
+        there = {row["slice"] for row in store.query("SELECT slice FROM _migrations")}
+        for slice in there - {name for name, _ in schema} - had_once(settings, there):
+            raise MigrationError(f"it has rows of slice {slice!r}, which is not here; take "
+                                 "it in with an app that has this slice")
+        for name, entries in schema:
+            store.migrate(name, entries)
+
+
+def had_once(settings, there):
+    """Return the slices that an app had here before. A node has no record of them."""
+    if not settings.directory_file.exists():
+        return there if settings.plane == "data" else set()
+    with opened_to_read(settings.directory_file) as db:
+        names = db.execute("SELECT slice FROM _migrations").fetchall()
+    return {name.partition("/")[2] for name, in names}
 
 
 def strip_directory(db):
@@ -8278,7 +8304,7 @@ def member_set(settings, given):
 
 @verb("member list", "list the members of a workspace", "workspace")
 def member_list(settings, given):
-    with opened(settings) as (store, _):
+    with looked_into(settings) as store:
         id = row_of(store, "workspaces", given.workspace)["id"]
         table(members_of(store, id))
 
@@ -8903,7 +8929,7 @@ def check_planes(settings, store, address):
 
 @verb("node list", "list the nodes, and how many workspaces each has")
 def node_list(settings, given):
-    with opened(settings) as (store, _):
+    with looked_into(settings) as store:
         table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = "
                           "address AND name IS NOT NULL) FROM nodes"))
 
@@ -9563,6 +9589,26 @@ def locked(folder, taken: str):
 BEGINNINGS = ("account add", "workspace import", "node add")
 
 
+def check_there(settings):
+    if not settings.directory_file.exists():
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
+                       "or begin one with account add")
+
+
+@contextlib.contextmanager
+def looked_into(settings):
+    """Give the Directory's store as this version would have it. Nothing of it is kept."""
+    check_there(settings)
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+        store.begin()
+        try:
+            for name, entries in directory_router().schema:
+                store.migrate(name, entries)
+            yield store
+        finally:
+            store.exec("ROLLBACK")
+
+
 @contextlib.contextmanager
 def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
     """Give the Directory's store, and the env around it.
@@ -9573,9 +9619,8 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
     and this is none of the BEGINNINGS, which make one.
     """
     what = given.verb if given else ""
-    if what not in BEGINNINGS and not settings.directory_file.exists():
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
-                       "or begin one with account add")
+    if what not in BEGINNINGS:
+        check_there(settings)
     env = compose(settings._replace(demo=False, plane=""), settings.slices)
     with contextlib.closing(GuardedStore(settings.directory_file)) as store, \
             store.tx() if given else contextlib.nullcontext():

@@ -7482,7 +7482,7 @@ def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp
     bob.post("/w/acme/todos", title="came along")
     single.write("UPDATE accounts SET password = ? WHERE name = 'bob'", orion.hash_password("long enough"))
     many = tmp_path / "many"
-    assert orion.main(argv=["workspace", "import", str(single.env.settings.single), "--data", str(many)]) == 0
+    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(many)]) == 0
     assert orion.main(argv=["check", "--data", str(many)]) == 0
     server = start((orion.todos, letters), folder="many", demo=False)
     bob = Person(server)
@@ -7493,7 +7493,7 @@ def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp
 
 
 def test_an_imported_file_has_no_free_page_in_which_a_password_could_be_left(single, tmp_path):
-    assert orion.main(argv=["workspace", "import", str(single.env.settings.single), "--data", str(tmp_path / "many")]) == 0
+    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(tmp_path / "many")]) == 0
     file, = (tmp_path / "many" / "workspaces").glob("*.db")
     with contextlib.closing(sqlite3.connect(file)) as db:
         assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
@@ -7738,6 +7738,49 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
         file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
     assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
     assert "acme3" not in run("workspace", "list", data=there)[1]
+
+
+@cases("row, why", [(("todos", 99, "x", ""), "slice 'todos', entry 99 ran here and is unknown; a newer version wrote it"),
+                    (("orion", 1, "edited", ""), "slice 'orion', entry 1 ran here and was edited since"),
+                    (("chores", 1, "x", "chores"), "rows of slice 'chores', which is not here")], ids=["newer", "another orion", "other slices"])
+@cases("how", ["an export", "a file of workspaces"])
+def test_a_file_that_these_slices_can_not_go_on_with_is_refused_when_it_is_imported(served, run, tmp_path, how, row, why):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("INSERT OR REPLACE INTO _migrations VALUES (?, ?, ?, ?)", row)
+        file.execute("DROP TABLE _export") if how != "an export" else None
+    before = (tmp_path / "acme.db").read_bytes()
+    status, _, err = served.run("workspace", "import", tmp_path / "acme.db", "--name", "taken-in")
+    assert status == 2 and f"{tmp_path / 'acme.db'} does not fit: " in err and why in err
+    assert "taken-in" not in served.run("workspace", "list")[1] and before == (tmp_path / "acme.db").read_bytes()
+    assert run("workspace", "import", tmp_path / "acme.db", "--name", "first", data=tmp_path / "elsewhere")[0] == 2
+
+
+def test_an_older_file_and_one_with_a_slice_that_was_here_once_are_taken_in(served, tmp_path):
+    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("INSERT INTO _migrations VALUES ('chores', 1, 'x', 'chores')"), file.execute("CREATE TABLE chores (x)")
+        file.execute("DROP TABLE answers"), file.execute("DELETE FROM _migrations WHERE tables = 'answers'")
+    assert served.run("workspace", "import", tmp_path / "acme.db", "--name", "older")[0] == 0
+    with orion.opened_to_read(served.env.workspaces.path(served.env.workspaces.id_from_name("older"))) as file:
+        assert file.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+    assert len(titles(Person(served, "bob"), "older")) == 3
+
+
+@cases("words", ["account list", "workspace list", "member list acme", "node list", "workspace list --single"])
+def test_who_merely_lists_with_a_newer_version_records_nothing(start, monkeypatch, capsys, tmp_path, words):
+    single = tmp_path / "all.db" if "--single" in words else None
+    server = start(single=single) if single else start()
+    server.close()
+    recorded = lambda: [*sqlite3.connect(server.env.settings.directory_file).iterdump()]
+    before = recorded()
+    newer = (*orion.DIRECTORY_TABLES, "ALTER TABLE accounts ADD COLUMN newer", "UPDATE accounts SET newer = 1")
+    monkeypatch.setattr(orion, "DIRECTORY_TABLES", newer)
+    where = ["--single", str(single)] if single else ["--data", str(tmp_path / "data")]
+    assert orion.main([orion.todos, small()], [*words.replace(" --single", "").split(), *where]) == 0
+    assert words == "node list" or {"bob", "acme"} & {*capsys.readouterr().out.split()}
+    assert recorded() == before
 
 
 def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
