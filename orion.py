@@ -8569,23 +8569,18 @@ class RemoteStub(GuardedStub):
         return ask_process(settings, settings.directory, question)
 
 
-class RemoteNamespace(GuardedNamespace):
-    """Objects that live in other processes."""
+class RemoteDirectory(GuardedNamespace):
+    """The namespace of a Directory that lives in another process."""
 
     def get(self, id):
         return RemoteStub(id, self)
 
-    def files(self):
-        """What is in the folder is none of theirs."""
-        return iter(())
-
-
-class RemoteDirectory(RemoteNamespace):
     def send(self, id, request):
         return send_sealed(self.settings, self.settings.directory, request)
 
 
-class RemoteWorkspaces(RemoteNamespace):
+class RemoteWorkspaces(RemoteDirectory):
+    """The namespace of Workspaces that live on nodes."""
     directory: Stub                                      # knows which node has which
 
     def send(self, id, request):
@@ -8595,6 +8590,10 @@ class RemoteWorkspaces(RemoteNamespace):
         place = self.directory.ask("/_place_of", f"id={id}")
         said = ask_node(self.settings, place["node"], id, request.path[1:], request.method)
         return as_json(said)
+
+    def files(self):
+        """What is in the folder is none of theirs."""
+        return iter(())
 
 
 # -- the directory's side: placement
@@ -8897,13 +8896,6 @@ class BringsVerdicts(LoopEdge):
 
 # -- on the command line
 
-def known_node(store, address):
-    if not store.one("SELECT 1 FROM nodes WHERE address = ?", address):
-        raise Unusable(f"there is no node {address}; node add {address} makes it one, node "
-                       "list tells what there is")
-    return address
-
-
 @verb("node add", "let new workspaces be placed on a data plane", "address")
 def node_add(settings, given):
     with opened(settings, given) as (store, _):
@@ -8937,7 +8929,7 @@ def node_list(settings, given):
 @verb("node remove", "forget a node that has no workspaces", "address")
 def node_remove(settings, given):
     with opened(settings, given) as (store, _):
-        node = known_node(store, given.address)
+        node = row_of(store, "nodes", given.address, "address")["address"]
         held = len(workspaces_on(store, node))
         if held:
             raise Unusable(f"{node} has {held} workspaces; bring them elsewhere, and node "
@@ -8958,9 +8950,10 @@ def node_assign(settings, given):
     Nodes are asked outside of any transaction: while one is waited for, people sign in.
     """
     with opened(settings) as (store, _):
-        node = known_node(store, given.address)
+        node = row_of(store, "nodes", given.address, "address")["address"]
         if ":" in given.placed:
-            rows = workspaces_on(store, known_node(store, given.placed))
+            row_of(store, "nodes", given.placed, "address")
+            rows = workspaces_on(store, given.placed)
         else:
             rows = [row_of(store, "workspaces", given.placed)]
     missing = [not_assigned(settings, row, node) for row in rows]
@@ -9644,8 +9637,8 @@ def check_new(path):
         raise Unusable(f"{path} exists; name a new one")
 
 
-def row_of(store, table, name):
-    row = store.one(f"SELECT * FROM {table} WHERE name = ?", name)
+def row_of(store, table, name, column="name"):
+    row = store.one(f"SELECT * FROM {table} WHERE {column} = ?", name)
     if row is None:
         raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what "
                        "there is")
