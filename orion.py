@@ -89,6 +89,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 from email.utils import formatdate
 from http.client import responses as REASONS
@@ -365,8 +366,8 @@ def local_path(path: str) -> str:
 # Who uses it: the edge, for each request, and again for each frame of an open stream.
 
 # Headers that the parts of this server believe. Nobody outside may send them.
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-session", "x-file", "x-counts"}            # the last one: [3]
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
+           "x-id", "x-session", "x-file", "x-counts"}    # the last one: [3]
 
 
 def ask_the_gate(request, env):
@@ -1145,6 +1146,12 @@ class Context:
         return self.viewer.workspace
 
     @property
+    def title(self) -> str:
+        """The name of the workspace as people write it, for a page: Acme Corp."""
+        title = self.request.headers.get("x-title", "")
+        return urllib.parse.unquote(title) or self.workspace
+
+    @property
     def stamp(self) -> Html:
         """A hidden field for a plain form: for whom the page was made, and a number.
 
@@ -1451,7 +1458,7 @@ class SliceHost(DurableObject):
         asked = time.perf_counter()
         rendering = self.rendering(live, ctx)
         body = live.page(ctx.for_page(live), rendering.html)
-        title = f"{live.title} · {ctx.workspace}"
+        title = f"{live.title} · {ctx.title}"
         footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
         return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)
 
@@ -1562,7 +1569,7 @@ def todos_page(ctx, region):
              for name in ("all", "open", "done")}
     write = ctx.viewer.can("todos:write")
     return template("todos")(
-        region=region, workspace=ctx.workspace, variant=urllib.parse.urlencode(ctx.params),
+        region=region, workspace=ctx.title, variant=urllib.parse.urlencode(ctx.params),
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
         stamp=ctx.stamp, **links)
@@ -1833,15 +1840,17 @@ DIRECTORY_TABLES = (
     "CREATE INDEX sessions_by ON sessions (operator)",
     "DROP TABLE masquerades",
     "CREATE INDEX sessions_until ON sessions (operator, expires)",
+    "ALTER TABLE workspaces ADD COLUMN title TEXT",
 )
 
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+LONGEST_TITLE = 63                                       # characters
 NAMES_A_PAGE = 24                                        # on the home page
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?"""
-MINE = """SELECT w.id, w.name, m.role FROM memberships m JOIN workspaces w
-          ON w.id = m.workspace WHERE m.account = ? AND w.name > ?
-          ORDER BY w.name LIMIT ?"""
+MINE = """SELECT w.id, w.name, coalesce(w.title, w.name) AS title, m.role
+          FROM memberships m JOIN workspaces w ON w.id = m.workspace
+          WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
@@ -1916,9 +1925,9 @@ class Directory(SliceHost):
     def place(self, ctx, name, owner):
         """Add a workspace. Its file was made before: see create_workspace_with_file.
 
-        Raise Refused(422) for a name that is no good, or taken.
+        Raise Refused(422) for a name that is taken.
         """
-        check_name(ctx.store, name)
+        check_free(ctx.store, name)
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.workspaces.name_draft(ctx.request.headers["x-file"], id)
@@ -1927,8 +1936,11 @@ class Directory(SliceHost):
         """Return what a verdict says, as headers. [3] says more."""
         if workspace["node"]:
             raise Refused(503, "This workspace is on another machine; ask there.")
-        return verdict(viewer.account, workspace["role"], workspace["name"],
+        said = verdict(viewer.account, workspace["role"], workspace["name"],
                        workspace["id"])
+        if workspace["title"]:
+            said["x-title"] = urllib.parse.quote(workspace["title"])
+        return said
 
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
@@ -1948,6 +1960,40 @@ class Directory(SliceHost):
     # A question of the server itself, at "/_account"; the worker lets none in from outside.
     def own_account(self, request):
         return self.viewer(request).account
+
+
+# -- names, as people type them
+
+def account_name(typed: str) -> str:
+    """Return whose name was typed: " Carol" is carol.
+
+    Neither case nor the width of letters matters (RFC 8265, 3.3), nor a space around them,
+    which keyboards of telephones add.
+    """
+    return unicodedata.normalize("NFKC", typed).strip().lower()
+
+
+def slug(title: str) -> str:
+    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
+
+    It can be empty, or too long.
+    """
+    if WORKSPACE_NAME.fullmatch(title):
+        return title
+    letters = unicodedata.normalize("NFKD", title.casefold())
+    bare = [one for one in letters if not unicodedata.combining(one)]
+    return "-".join(re.findall("[a-z0-9]+", "".join(bare)))
+
+
+def names_of(typed: str) -> Tuple[str, str]:
+    """Return the name and the title of a new workspace. Raise Refused(422) if it can't be."""
+    title = " ".join(typed.split())
+    name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. At least one is a "
+                           "letter from a to z or a digit, for the address is made of "
+                           "these.")
+    return name, title
 
 
 # -- the gate
@@ -1978,7 +2024,7 @@ def verdict(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
 
 def persona(ctx):
     """Sign in as the demo does it: by choosing who to be."""
-    account = ctx.field("account")
+    account = account_name(ctx.field("account"))
     if not ctx.host.demo:
         raise Refused(*NOTHING_HERE)
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
@@ -2065,12 +2111,13 @@ def ask_directory(request, env):
 def create_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
     account = ctx.viewer.account
-    name = ctx.field("name").strip()
+    name, title = names_of(ctx.field("name"))
     owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = "
                           "'owner'", account)[0]
     if owned >= ctx.host.limit:
         raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
     ctx.host.place(ctx, name, account)
+    set_title(ctx.store, name, title)
     if ctx.request.form and not ctx.request.datastar:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
     return done(ctx, name, name="", problem="")
@@ -2083,11 +2130,14 @@ def add_rows(store, id, name, people):
         store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
 
 
-def check_name(store, name):
-    """Raise Refused(422) if no workspace can have this name, or one has it."""
-    if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, and hyphens "
-                           "inside.")
+def set_title(store, name, title):
+    """Only a title that says more than the name is stored."""
+    title = None if title == name else title
+    store.exec("UPDATE workspaces SET title = ? WHERE name = ?", title, name)
+
+
+def check_free(store, name):
+    """Raise Refused(422) if a workspace has this name."""
     if store.one("SELECT 1 FROM workspaces WHERE name = ?", name):
         raise Refused(422, f"The name {name} is taken. Choose another.")
 
@@ -2155,7 +2205,7 @@ def members_region(ctx):
 def members_page(ctx, region):
     typed = ctx.typed
     return template("members")(
-        region=region, workspace=ctx.workspace, me=ctx.viewer.account,
+        region=region, workspace=ctx.title, me=ctx.viewer.account,
         form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
         option=role_choice(ctx.viewer, typed.get("role", "member")),
         problem=typed.get("problem", ""), stamp=ctx.stamp)
@@ -2167,7 +2217,7 @@ def role_of(store, id, account):
 
 
 def invite(ctx):
-    account = ctx.field("account").strip()
+    account = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
         raise Refused(422, "There is no account of this name. Check the spelling, or ask "
                            "whoever runs this server to add it.")
@@ -2178,6 +2228,7 @@ def invite(ctx):
 
 
 def change_role(ctx, account):
+    account = account_name(account)
     before = role_of_member(ctx, account)
     set_role(ctx, account, before, valid_role(ctx.field("role")))
     return done(ctx, f"{ctx.viewer.id} {account}")
@@ -2185,6 +2236,7 @@ def change_role(ctx, account):
 
 def expel(ctx, account):
     """Anybody may leave; to send others away takes members:manage."""
+    account = account_name(account)
     if account != ctx.viewer.account:
         ctx.viewer.permit("members:manage")
     set_role(ctx, account, role_of_member(ctx, account), NOT_A_MEMBER)
@@ -5679,7 +5731,6 @@ import getpass
 import http.client
 import shutil
 import tempfile
-import unicodedata
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
@@ -5874,16 +5925,38 @@ def scrypt(password: str, salt: bytes) -> bytes:
         SCRYPT_IN_LINE.release()
 
 
+def as_hashed(password: str) -> str:
+    """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
+
+    Keyboards differ in what they send for the same password.
+    """
+    spaced = [" " if unicodedata.category(one) == "Zs" else one for one in password]
+    return unicodedata.normalize("NFC", "".join(spaced))
+
+
 def hash_password(password: str) -> str:
     salt = secrets.token_bytes(16)
-    return f"{salt.hex()}${scrypt(password, salt).hex()}"
+    return f"{salt.hex()}${scrypt(as_hashed(password), salt).hex()}"
 
 
 def password_matches(password: str, stored: str) -> bool:
-    """True if it is the one. If nothing is stored, it takes as long, and is False."""
+    """True if it is the one. If nothing is stored, it takes as long, and is False.
+
+    Older versions hashed what was typed. How long it takes depends on that alone.
+    """
     salt, _, known = (stored or "00$").partition("$")
-    found = scrypt(password, bytes.fromhex(salt)).hex()
-    return hmac.compare_digest(found, known) and bool(stored)
+    spellings = dict.fromkeys([as_hashed(password), password])
+    found = [scrypt(spelling, bytes.fromhex(salt)).hex() for spelling in spellings]
+    matches = [hmac.compare_digest(one, known) for one in found]
+    return any(matches) and bool(stored)
+
+
+def check_password(new: str) -> None:
+    """Raise Refused(422) if no password can be so."""
+    new = as_hashed(new)
+    if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
+        raise Refused(422, "A password has 8 to 256 characters, all of which can be "
+                           "printed. Choose another.")
 
 
 class Throttle:
@@ -5946,7 +6019,7 @@ class Passwords:
     def prove(self, request, directory):
         """Return the request with x-stored: which stored hash its password has, or ""."""
         fields = request.fields()
-        name = str(fields.get("username", ""))
+        name = account_name(str(fields.get("username", "")))
         password = str(fields.get("password", ""))
         new = str(fields.get("new", ""))
         if max(len(name), len(password), len(new)) > self.LONGEST:
@@ -5972,7 +6045,7 @@ class Passwords:
 
 def proved(ctx):
     """Return whose password came along; "" if it was wrong, or has changed just now."""
-    name = ctx.field("username")
+    name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
     return name if stored and stored == ctx.request.headers["x-stored"] else ""
 
@@ -6001,8 +6074,7 @@ def change_password(ctx):
     account = ctx.viewer.account
     if proved(ctx) != account:
         raise Refused(422, "The present password is not right. Try again.")
-    if not 8 <= len(ctx.field("new")) <= Passwords.LONGEST:
-        raise Refused(422, "A password has 8 to 256 characters.")
+    check_password(ctx.field("new"))
     hashed = ctx.request.headers["x-hashed"]
     ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
     mine = bytes.fromhex(ctx.request.headers["x-session"])
@@ -6064,33 +6136,33 @@ def new_password(name):
         password = getpass.getpass(f"Password of {name}: ")
     else:
         password = sys.stdin.readline().rstrip("\n")
-    if not 8 <= len(password) <= Passwords.LONGEST or not password.isprintable():
-        raise Unusable("a password has 8 to 256 characters, all of which can be printed")
+    check_password(password)
     return hash_password(password)
 
 
-@verb("account add", "let somebody sign in", "name", "--operator")
+@verb("account add", "let somebody sign in", "account", "--operator")
 def account_add(settings, given):
-    if not ACCOUNT_NAME.fullmatch(given.name):
+    if not ACCOUNT_NAME.fullmatch(given.account):
         raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and "
                        "hyphens inside")
-    row = given.name, given.name, new_password(given.name), given.operator
+    row = given.account, given.account, new_password(given.account), given.operator
     with opened(settings, given) as (store, _):
         added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
                            "operator) VALUES (?, ?, ?, ?)", *row)
         if not added:
-            raise Unusable(f"there is an account {given.name} already")
-    print(f"{given.name} may sign in now")
+            raise Unusable(f"there is an account {given.account} already")
+    print(f"{given.account} may sign in now")
 
 
-@verb("account passwd", "set a new password; it signs the account out everywhere", "name")
+@verb("account passwd", "set a new password; it signs the account out everywhere",
+      "account")
 def account_passwd(settings, given):
-    hashed = new_password(given.name)
+    hashed = new_password(given.account)
     with opened(settings, given) as (store, _):
-        row_of(store, "accounts", given.name)
-        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.name)
-        store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.name, given.name)
-    print(f"{given.name} has a new password, and is signed out everywhere")
+        row_of(store, "accounts", given.account)
+        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.account)
+        store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.account, given.account)
+    print(f"{given.account} has a new password, and is signed out everywhere")
 
 
 @verb("account list", "list who may sign in")
@@ -6107,15 +6179,16 @@ LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.w
                 HAVING count(*) = 1 AND max(m.account) = ?"""
 
 
-@verb("account remove", "remove an account, with its sessions and memberships", "name")
+@verb("account remove", "remove an account, with its sessions and memberships",
+      "account")
 def account_remove(settings, given):
     with opened(settings, given) as (store, _):
-        row_of(store, "accounts", given.name)
-        alone = store.one(LAST_OWNED, given.name)
+        row_of(store, "accounts", given.account)
+        alone = store.one(LAST_OWNED, given.account)
         if alone:
-            raise Unusable(f"{given.name} is the last owner of {alone['name']}; make "
+            raise Unusable(f"{given.account} is the last owner of {alone['name']}; make "
                            "somebody else an owner first, or remove the workspace")
-        store.exec("DELETE FROM accounts WHERE name = ?", given.name)
+        store.exec("DELETE FROM accounts WHERE name = ?", given.account)
 
 
 # ==== 31. Sessions ========================================================================
@@ -6227,7 +6300,7 @@ def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
 def masquerade(ctx):
     session = ctx.host.session(ctx.request)
     operator = session["operator"] or session["account"]
-    account = ctx.field("account").strip()
+    account = account_name(ctx.field("account"))
     if not ctx.host.is_operator(operator):
         raise Refused(403, "Only an operator of this server may do that: account add NAME "
                            "--operator makes one.")
@@ -7196,7 +7269,7 @@ class Console:
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
-        name = str(request.fields().get("workspace", "")).strip()[:63]
+        name = slug(str(request.fields().get("workspace", "")).strip())[:63]
         id = self.id_of(name)
         served = self.env.workspaces.served
         before = served[id]
@@ -7944,7 +8017,7 @@ def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
     Its file (source, or an empty one) is there before the commit: a row without a file
     means that it was lost.
     """
-    check_name(store, name)
+    check_free(store, name)
     id = new_id(store, workspaces, name)
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file "
@@ -8010,18 +8083,20 @@ def with_file(settings, store, name):
 
 
 @verb("workspace add", "make a workspace; without --owner, member add lets people in",
-      "name", "--owner")
+      "title", "--owner")
 def workspace_add(settings, given):
-    with opened(settings, given) as (store, env):
+    name, title = names_of(given.title)
+    with opened(settings, given, name) as (store, env):
         owners = []
         if given.owner:
             row_of(store, "accounts", given.owner)
             owners = [(given.owner, "owner")]
-        add_workspace(store, env.workspaces, given.name, owners)
-    settle(env, given.name)
+        add_workspace(store, env.workspaces, name, owners)
+        set_title(store, name, title)
+    settle(env, name)
 
 
-@verb("workspace list", "list name, id, bytes and quota of each")
+@verb("workspace list", "list name, id, bytes, quota and title of each")
 def workspace_list(settings, given):
     with looked_into(settings) as store:
         rows = store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name")
@@ -8031,16 +8106,20 @@ def workspace_list(settings, given):
             where = f"on {row['node']}" if row["node"] else size
             moving = "moving" if row["moving"] else ""
             quota = row["quota"] or settings.quota
-            print(row["name"], row["id"], where, f"of {quota}", moving, sep="\t")
+            title = row["title"] or row["name"]
+            print(row["name"], row["id"], where, f"of {quota}", moving, title, sep="\t")
 
 
 @verb("workspace rename", "rename a workspace; its members and its file stay",
       "name", "new")
 def workspace_rename(settings, given):
-    with opened(settings, given) as (store, _):
+    name, title = names_of(given.new)
+    with opened(settings, given, f"{given.name} {name}") as (store, _):
         row = row_of(store, "workspaces", given.name)
-        check_name(store, given.new)
-        store.exec("UPDATE workspaces SET name = ? WHERE id = ?", given.new, row["id"])
+        if name != row["name"]:
+            check_free(store, name)
+        store.exec("UPDATE workspaces SET name = ? WHERE id = ?", name, row["id"])
+        set_title(store, name, title)
 
 
 @verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now",
@@ -8057,7 +8136,7 @@ def workspace_remove(settings, given):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
             forget_workspace(store, row["id"])
-        about = {"name": given.name, "members": members}
+        about = {"name": given.name, "title": row["title"], "members": members}
         env.workspaces.remove(row, about, given.now)
 
 
@@ -8117,7 +8196,7 @@ def export(settings, given):
         if given.move:
             set_moving(store, row["id"], 1)
     write_out = take_away if given.move else copy_database
-    about = {"name": given.name, "members": members}
+    about = {"name": given.name, "title": row["title"], "members": members}
     try:
         rows = write_out(env.workspaces.path(row["id"]), given.file, about)
     except BaseException:
@@ -8139,11 +8218,13 @@ def workspace_import(settings, given):
     Accounts of an export come without a password.
     """
     check_no_node(settings)
-    name, members, accounts = about_file(given.file, given.name)
+    typed, members, accounts = about_file(given.file, given.name)
+    name, title = names_of(typed)
     with adopted(settings, given.file) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
+            set_title(store, name, title)
     settle(env, name)
     for account in new:
         print(f"{account} is new here; account passwd {account} lets them in")
@@ -8160,7 +8241,7 @@ def check_no_node(settings):
 
 
 def about_file(file, name=None):
-    """Return its name, {member: role}, and accounts: [(name, label, password)].
+    """Return its title, {member: role}, and accounts: [(name, label, password)].
 
     Raises Unusable if it is no export, no single root and no file of workspaces.
     """
@@ -8191,7 +8272,8 @@ def about_store(store):
     if "_export" in tables:
         about = json.loads(store.one("SELECT about FROM _export")["about"])
         members = dict(about["members"])
-        return about["name"], members, [(account, account, "") for account in members]
+        title = about.get("title") or about["name"]
+        return title, members, [(account, account, "") for account in members]
     if "_migrations" not in tables or \
             store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
         raise Unusable(f"{store.path} is no workspace; name an export, a single root or a "
@@ -8201,8 +8283,9 @@ def about_store(store):
     members = store.query("SELECT account, role FROM memberships ORDER BY account")
     accounts = store.query("SELECT name, label, password FROM accounts WHERE name IN "
                            "(SELECT account FROM memberships)")
-    name = store.one("SELECT name FROM workspaces")["name"]
-    return name, dict(map(tuple, members)), [*map(tuple, accounts)]
+    row = dict(store.one("SELECT * FROM workspaces"))
+    title = row.get("title") or row["name"]              # older files have no titles
+    return title, dict(map(tuple, members)), [*map(tuple, accounts)]
 
 
 def add_accounts(store, accounts):
@@ -8267,14 +8350,14 @@ def strip_directory(db):
       "name", "--at", "--new")
 def workspace_restore(settings, given):
     """With its members. It never takes the place of the present one."""
-    name = given.new or f"{given.name}-{given.at.name}"
-    if not WORKSPACE_NAME.fullmatch(name):
-        raise Unusable(f"{name} is no name for a workspace; give it another with --new")
     with opened(settings) as (store, _):
         row = with_file(settings, store, given.name)
+    typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
+    name, title = names_of(typed)
     with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy, \
             opened(settings, given, name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
+        set_title(store, name, title)
     print(f"{name}: as {given.name} was in {given.at}")
     settle(env, name)
 
@@ -8425,7 +8508,7 @@ SEALED_SECONDS = 30                                      # clocks may differ by 
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
 TRUSTED.update({"x-node", "x-verdict"})
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-operator", "x-read-only", "x-quota", "x-node")     # under the seal, in order
+           "x-operator", "x-read-only", "x-quota", "x-node", "x-title")  # sealed, in order
 STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
              "to each node; compare clocks.")
 NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict. Ask "
@@ -8955,7 +9038,7 @@ def node_assign(settings, given):
             row_of(store, "nodes", given.placed, "address")
             rows = workspaces_on(store, given.placed)
         else:
-            rows = [row_of(store, "workspaces", given.placed)]
+            rows = [row_of(store, "workspaces", slug(given.placed))]
     missing = [not_assigned(settings, row, node) for row in rows]
     with opened(settings, given) as (store, _):
         missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
@@ -9077,7 +9160,7 @@ def meant(given):
     """
     id = given.file.stem
     if given.name or not is_id(id):
-        return {"name": about_file(given.file, given.name)[0]}
+        return {"name": slug(about_file(given.file, given.name)[0])}
     about_file(given.file, id)
     with opened_to_read(given.file) as db:
         mark = db.execute("PRAGMA application_id").fetchone()[0]
@@ -9447,10 +9530,12 @@ OPTIONS = (
 
 # The arguments of commands, for argparse.
 ARGUMENTS = {
-    "name": {"help": "of the account or workspace"},
-    "new": {"help": "the new name"},
-    "workspace": {"help": "its name"},
-    "account": {"help": "its name"},
+    "name": {"help": "of the workspace", "type": slug},
+    "title": {"help": "its name, as people write it: it becomes the address, too",
+              "metavar": "name"},
+    "new": {"help": "the new name, as people write it"},
+    "workspace": {"help": "its name", "type": slug},
+    "account": {"help": "its name", "type": account_name},
     "role": {"help": f"one of {', '.join(ROLES)}"},
     "size": {"help": "as 500M or 10G", "type": size},
     "file": {"help": "path of the file", "type": pathlib.Path},
@@ -9459,7 +9544,7 @@ ARGUMENTS = {
     "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
     "--operator": {"help": "may open the console, and look on in others' names",
                    "action": "store_true"},
-    "--owner": {"help": "account that owns it"},
+    "--owner": {"help": "account that owns it", "type": account_name},
     "--now": {"help": "keep no copy", "action": "store_true"},
     "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
                "action": "store_true"},

@@ -18,6 +18,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import html
 import http.client
 import http.server
 import io
@@ -2833,8 +2834,8 @@ def test_only_the_demo_has_personas(start):
     assert Person(demo).post("/persona", form={"account": "ann"}).status == 403
 
 
-@cases("name, status", [("mars", 303), ("a", 303), ("a" * 63, 303), ("", 422), ("A", 422), ("-a", 422), ("a-", 422), ("a" * 64, 422), ("..", 422), ("a b", 422),
-                        ("acmé", 422), ("a/b", 422), ("acme", 422)])
+@cases("name, status", [("mars", 303), ("a", 303), ("a" * 63, 303), ("a--b", 303), ("", 422), ("a" * 64, 422), ("a" * 62 + " b", 422), ("..", 422), ("-", 422),
+                        ("\u0430\u0441\u043c\u0435", 422), ("株式会社", 422), ("㍿" * 20, 422), ("x\u202ey", 422), ("x\0y", 422), ("acmé", 422), ("Acme", 422), ("acme", 422)])
 def test_a_workspace_gets_a_good_name_or_none(server, name, status):
     bob = Person(server, "bob")
     assert bob.post("/workspaces", form={"name": name}).status == status
@@ -2851,6 +2852,30 @@ def test_who_makes_a_workspace_owns_it_and_a_name_used_again_has_none_of_the_old
     assert bob.get("/_gate/mars").status == 403
     bob.post("/workspaces", form={"name": "mars"})
     assert bob.get("/_gate/mars").headers["x-id"] != first["x-id"] and titles(bob, "mars") == []
+
+
+@cases("typed, name, title", [("Mars Corp", "mars-corp", "Mars Corp"), ("  Mars \u00a0 Corp ", "mars-corp", "Mars Corp"), ("MARS", "mars", "MARS"), ("-a-", "a", "-a-"),
+                              ("a/b", "a-b", "a/b"), ("Cafe\u0301 Größe & Söhne", "cafe-grosse-sohne", "Cafe\u0301 Größe & Söhne"), ("Марс <2>", "2", "Марс <2>")])
+def test_a_workspace_is_called_as_it_was_typed_and_its_address_is_made_of_that(server, typed, name, title):
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": typed}).headers["location"] == f"/w/{name}/todos"
+    shown = html.escape(title)
+    assert f'href="/w/{name}/todos"><strong dir="auto">{shown}</strong>' in bob.get("/").text
+    for path, page in (("todos", "Todos"), ("members", "Members")):
+        text = bob.get(f"/w/{name}/{path}").text
+        assert f"<title>{page} · {shown} · orion</title>" in text and f"<h1>{shown}" in text
+    assert urllib.parse.unquote(bob.get(f"/_gate/{name}").headers["x-title"]) == title
+    assert "x-title" not in bob.get("/_gate/acme").headers and "<h1>acme</h1>" in bob.get("/w/acme/todos", X_Title="Mine").text
+
+
+@cases("typed", ["carol", "Carol", " CAROL\t", "ｃａｒｏｌ", "\u00a0carol"])
+def test_the_name_of_an_account_is_known_however_a_keyboard_writes_it(server, typed):
+    bob = Person(server, "bob")
+    assert Person(server).post("/persona", form={"account": typed}).status == 303
+    assert bob.delete(f"/w/acme/members/{urllib.parse.quote(typed.strip())}").status == 204
+    assert bob.post("/w/acme/members", form={"account": typed, "role": "viewer"}).status == 303
+    assert bob.patch(f"/w/acme/members/{urllib.parse.quote(typed.strip())}", role="admin").status == 204
+    assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "admin"
 
 
 def test_an_account_owns_no_more_workspaces_than_it_may(start):
@@ -2934,6 +2959,46 @@ def test_anybody_may_leave(server):
 
 def test_an_unknown_member_is_not_found(server):
     assert Person(server, "bob").patch("/w/acme/members/nobody", role="member").status == 404
+
+
+def test_who_writes_the_own_name_otherwise_is_signed_in_and_guesses_at_no_other(outside):
+    sign_in = lambda name, password: Person(outside).post("/login", form={"username": name, "password": password}).status
+    assert {sign_in(name, "long enough") for name in ("ann ", " Ann", "ANN", "ａｎｎ") * 3} == {303}
+    assert [sign_in(name, "guessed") for name in ("Ann", " ann", "ANN") * 4][-3:] == [422, 429, 429], "spellings are one account"
+
+
+ACCENTS = "na\u00efve caf\u00e9", "nai\u0308ve\u00a0cafe\u0301", "na\u00efve\u3000cafe\u0301"      # composed, decomposed, with odd spaces
+
+
+@cases("typed", ACCENTS)
+def test_a_password_is_the_same_however_a_keyboard_sends_it(outside, run, typed):
+    ann = outside.sign_in("ann")
+    sign_in = lambda name, password: Person(outside).post("/login", form={"username": name, "password": password}).status
+    assert ann.post("/account/password", form={"username": "Ann", "password": "long enough", "new": typed}).status == 303
+    assert run("account", "passwd", "OPS", data=outside.env.settings.data, stdin=f"{typed}\n")[0] == 0
+    assert {sign_in(name, one) for name in ("ann", "ops") for one in ACCENTS} == {303} and sign_in("ann", "naive cafe") == 422
+
+
+def test_a_password_that_an_older_version_hashed_as_it_was_typed_still_holds(outside):
+    stored = "ab$" + orion.scrypt(ACCENTS[1], b"\xab").hex()
+    outside.write("UPDATE accounts SET password = ?", stored)
+    sign_in = lambda password: Person(outside).post("/login", form={"username": "ann", "password": password}).status
+    assert [sign_in(one) for one in ACCENTS] == [422, 303, 422]
+
+
+def test_how_often_a_password_is_hashed_depends_on_nothing_but_how_it_was_typed(monkeypatch):
+    hashed, stored = [], orion.hash_password("long enough")
+    monkeypatch.setattr(orion, "scrypt", lambda password, salt: hashed.append(password) or b"")
+    counts = lambda password: [(hashed.clear(), orion.password_matches(password, known), len(hashed))[2] for known in ("", stored)]
+    assert [counts(one) for one in ACCENTS] == [[1, 1], [2, 2], [2, 2]]
+
+
+@cases("new", ["short", "e\u0301" * 7, "long\u200b enough", "tab\tinside it", "x" * 257])
+def test_a_new_password_that_can_not_be_is_refused_by_page_and_command_line_alike(outside, run, new):
+    ann = outside.sign_in("ann")
+    assert ann.post("/account/password", form={"username": "ann", "password": "long enough", "new": new}).status in (400, 422)
+    status, _, err = run("account", "passwd", "ann", data=outside.env.settings.data, stdin=f"{new}\n")
+    assert status == 2 and "8 to 256 characters, all of which can be printed" in err and ann.get("/account").status == 200
 
 
 def test_where_one_was_going_is_kept_over_a_mistyped_password(outside):
@@ -4339,6 +4404,7 @@ FROM_OUTSIDE = {
     "REGION": ("match", ("", " ", ""), ("<a", " id", ">"), ("<a", " id ", ">"), ("<a id", " ", "x"), ("<a", '"', ""),
                ("<a", "''", '"'), ("<a ", '"', "'"), ("<a", ' x="a"', ">"), ("<a '", "a", "")),
     "COOKIE_NAMED.format(name)": ("findall", (";", " ", "x"), ("", "; ", ""), ("", ";", ""), ("", ";sid=", ""), ("", ";__Host-", ""), (";sid=", "a", "")),
+    "[a-z0-9]+": ("findall", ("", "a", ""), ("", "a ", "")),
     "SEALED_TOKEN": ("fullmatch", ("", "a", "."), ("a" * 43 + ".", "0", "")),
     "WORKSPACE_NAME": ("fullmatch", ("a", "-", ""), ("", "a", "-")),
     "WITH_PORT": ("fullmatch", ("", "1", ""), ("1:", "1", " "), ("[", ":", ""), ("[]:", "1", " ")),
@@ -7590,10 +7656,10 @@ def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path
     assert run("member", "list", "acme", data=tmp_path)[1] == "ann\towner\n"
 
 
-@cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
+@cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "ann already"), ("account add änn", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
                              ("account passwd bea", "long enough\n", "no account bea"), ("account remove bea", "", "no account bea"), ("account remove ann", "", "last owner of acme"),
-                             ("workspace add acme --owner ann", "", "taken"), ("workspace add A --owner ann", "", "a to z"), ("workspace add b --owner bea", "", "no account bea"),
-                             ("workspace rename b c", "", "no workspace b"), ("workspace rename acme acme", "", "taken"), ("workspace remove b", "", "no workspace b"),
+                             ("workspace add acme --owner ann", "", "taken"), ("workspace add ! --owner ann", "", "a to z"), ("workspace add Acme --owner ann", "", "taken"), ("workspace add b --owner bea", "", "no account bea"),
+                             ("workspace rename b c", "", "no workspace b"), ("workspace remove b", "", "no workspace b"),
                              ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
                              ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
 def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, settled, words, stdin, why):
@@ -7629,6 +7695,20 @@ def test_a_renamed_workspace_keeps_its_rows_members_and_file(served):
     assert served.run("workspace", "rename", "acme", "apex")[0] == 0
     assert bob.get("/w/acme/todos").status == 403 and len(titles(bob, "apex")) == 3
     assert f"apex\t{id}" in served.run("workspace", "list")[1]
+
+
+def test_a_title_goes_with_its_workspace_wherever_the_command_line_brings_it(served, run, tmp_path):
+    listed = lambda data=served.env.settings.data: [(line.split("\t")[0], line.split("\t")[5]) for line in run("workspace", "list", data=data)[1].splitlines()]
+    assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[0] == 0 and ("mars-corp", "Mars Corp") in listed()
+    assert "<h1>Mars Corp</h1>" in Person(served, "bob").get("/w/mars-corp/todos").text
+    assert served.run("workspace", "rename", "MARS CORP", "Mars GmbH")[0] == 0 and ("mars-gmbh", "Mars GmbH") in listed()
+    assert served.run("workspace", "rename", "mars-gmbh", "MARS GmbH")[0] == 0 and ("mars-gmbh", "MARS GmbH") in listed()
+    assert served.run("workspace", "export", "mars gmbh", tmp_path / "x.db")[0] == 0
+    assert run("workspace", "import", tmp_path / "x.db", data=tmp_path / "d")[0] == 0 and listed(tmp_path / "d") == [("mars-gmbh", "MARS GmbH")]
+    assert run("workspace", "import", tmp_path / "x.db", "--name", "Venus!", data=tmp_path / "d")[0] == 0 and ("venus", "Venus!") in listed(tmp_path / "d")
+    assert served.run("backup", tmp_path / "b")[0] == served.run("workspace", "restore", "mars-gmbh", "--at", tmp_path / "b")[0] == 0
+    assert ("mars-gmbh-b", "MARS GmbH-b") in listed()
+    assert served.run("workspace", "rename", "mars-gmbh", "mars-gmbh")[0] == 0 and ("mars-gmbh", "mars-gmbh") in listed()
 
 
 def test_a_removed_workspace_is_gone_at_once_and_its_name_brings_none_of_it_back(served):
@@ -8224,7 +8304,7 @@ def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run,
 
 
 @cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave --plane out"),
-                      (("workspace", "restore", "acme", "--at", "My Backup"), "give it another with --new")])
+                      (("workspace", "restore", "acme", "--at", "x" * 64), "1 to 63")])
 def test_what_makes_no_sense_is_one_line_and_no_traceback(run, settled, words, why):
     status, _, err = run(*words, data=settled)
     assert status == 2 and err.count("\n") == 1 and (why in err or "surrogates" in err)
