@@ -6636,8 +6636,15 @@ def verdict_of(fleet, person_cookie, name):
     return {key.lower(): value for key, value in answer.getheaders() if key.lower() in orion.TRUSTED}
 
 
+def test_a_node_shows_the_title_of_a_workspace(fleet):
+    name = fleet.found(on=fleet.nodes[0])
+    fleet.cli("workspace", "rename", name, name.upper())
+    said = verdict_of(fleet, fleet.cookie("bob"), name)
+    assert f"<h1>{name.upper()}</h1>" in Person(fleet.nodes[0]).ask("GET", f"/w/{name}/todos", **said).text
+
+
 @cases("how", ["none", "no seal", "another role", "another account", "another workspace", "another path", "stale", "from the future", "another key", "another node's",
-               "junk", "read-only left out"])
+               "junk", "read-only left out", "another title"])
 def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, monkeypatch, how):
     node, name, other = fleet.nodes[0], fleet.found(on=fleet.nodes[0]), fleet.found(on=fleet.nodes[1])
     cookie = fleet.cookie("bob")
@@ -6649,7 +6656,7 @@ def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, 
     changed = {"none": lambda: {}, "no seal": lambda: {**said, "x-verdict": ""}, "another role": lambda: {**said, "x-role": "admin"},
                "another account": lambda: {**said, "x-account": "eve"}, "another workspace": lambda: {**said, "x-workspace": other},
                "stale": lambda: said, "from the future": lambda: said, "another key": lambda: said, "another node's": lambda: verdict_of(fleet, cookie, other),
-               "another path": lambda: said,
+               "another path": lambda: said, "another title": lambda: {**said, "x-title": "Other"},
                "junk": lambda: {**said, "x-verdict": "9" * 40 + ".\xe9"}, "read-only left out": lambda: {**said, "x-read-only": "true"}}[how]()
     if how in ("stale", "from the future"):
         monkeypatch.setattr(orion.time, "time", lambda: clock() + (31 if how == "stale" else -61))
@@ -7605,7 +7612,7 @@ def served(server, run):
 def settled(tmp_path_factory):
     """A folder in which ann owns acme, and ops is nobody's member."""
     folder = tmp_path_factory.mktemp("settled")
-    given = argparse.Namespace(verb="account add", name="ann")
+    given = argparse.Namespace(verb="account add", account="ann")
     with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), given) as (store, env):
         for name in ("ann", "ops"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
