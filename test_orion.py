@@ -6359,7 +6359,8 @@ def test_the_figures_are_prometheus_text(server):
     text = Person(server).get("/metrics").text
     families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
     assert families == {"orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_gate_verdicts_total": "counter",
-                        "orion_workspace_fetches_total": "counter", "orion_workspaces_awake": "gauge", "orion_streams_open": "gauge", "orion_frames_total": "counter"}
+                        "orion_workspace_fetches_total": "counter", "orion_workspaces_awake": "gauge", "orion_streams_open": "gauge", "orion_frames_total": "counter",
+                        "orion_snapshots_total": "counter", "orion_last_snapshot_timestamp_seconds": "gauge"}
     samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
     assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
     assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
@@ -6482,6 +6483,84 @@ def test_snapshots_are_made_while_it_runs_share_what_did_not_change_and_the_olde
     server.close()                                   # the newest is not the oldest in a moment
     with contextlib.closing(sqlite3.connect(newest("acme"))) as db:
         assert db.execute("SELECT count(*) FROM todos").fetchone() == (4,)
+
+
+def snapshots(settings):
+    return sorted(path.name for path in (settings.data / "backups").iterdir())
+
+
+def test_as_many_snapshots_are_kept_as_was_said(start):
+    settings = start(keep=3).env.settings
+    counts = []
+    for _ in range(5):
+        orion.snapshot_again(settings)
+        counts.append(len(snapshots(settings)))
+    assert counts == [1, 2, 3, 3, 3]
+
+
+@cases("wrong", ["20990101-000000-000", "19700101-000000-000"])
+def test_a_snapshot_of_a_wrong_clock_pushes_out_none_of_the_right_ones(start, monkeypatch, wrong):
+    settings = start(keep=3).env.settings
+    real = orion.stamp
+    monkeypatch.setattr(orion, "stamp", lambda: wrong)
+    orion.snapshot_again(settings)
+    monkeypatch.setattr(orion, "stamp", real)
+    made = []
+    for _ in range(3):
+        orion.snapshot_again(settings)
+        assert {*made} < {*snapshots(settings)}
+        made = [name for name in snapshots(settings) if name != wrong]
+    newest = settings.data / "backups" / made[-1]
+    assert [copy.stat().st_nlink for copy in (newest / "workspaces").iterdir()] == [3] * 3
+    orion.snapshot_again(settings)
+    assert len(snapshots(settings)) == 3 and wrong not in snapshots(settings)
+
+
+def test_a_backup_that_somebody_named_is_no_snapshot_and_stays(start, run):
+    settings = start(keep=1).env.settings
+    assert run("backup", settings.data / "backups" / "monday", data=settings.data)[0] == 0
+    for _ in range(2):
+        orion.snapshot_again(settings)
+    assert len(snapshots(settings)) == 2 and "monday" in snapshots(settings)
+
+
+def test_without_hard_links_snapshots_are_copies(start, monkeypatch):
+    settings = start().env.settings
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    for _ in range(2):
+        assert orion.snapshot_again(settings) == []
+    first, second = [settings.data / "backups" / name for name in snapshots(settings)]
+    assert [rows_in(copy) for copy in sorted(first.glob("workspaces/*"))] == [rows_in(copy) for copy in sorted(second.glob("workspaces/*"))] != []
+
+
+def test_a_copy_that_the_snapshot_before_has_lost_is_made_anew(start):
+    settings = start().env.settings
+    orion.snapshot_again(settings)
+    for copy in settings.data.glob("backups/*/workspaces/*"):
+        copy.unlink()
+    assert orion.snapshot_again(settings) == [] and len([*settings.data.glob("backups/*/workspaces/*")]) == 3
+
+
+def test_what_a_killed_server_left_of_a_snapshot_goes_with_the_next(start):
+    settings = start().env.settings
+    (settings.data / "backups" / f"{orion.stamp()}.making" / "workspaces").mkdir(parents=True)
+    orion.snapshot_again(settings)
+    name, = snapshots(settings)
+    assert not name.endswith(".making")
+
+
+def test_a_snapshot_that_failed_is_in_the_log_and_in_the_figures(start, capfd, monkeypatch):
+    server = start()
+    server.edge.copy_again()
+    assert [server.figure(f'orion_snapshots_total{{result="{name}"}}') for name in ("made", "incomplete", "failed")] == [1, 0, 0]
+    assert server.figure("orion_last_snapshot_timestamp_seconds") > time.time() - 60
+    server.env.workspaces.rest(idle=-1)
+    spoil(server.env.workspaces.path(server.env.workspaces.id_from_name("acme")), "garbage")
+    server.edge.copy_again()
+    monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+    server.edge.copy_again()
+    assert [server.figure(f'orion_snapshots_total{{result="{name}"}}') for name in ("made", "incomplete", "failed")] == [1, 1, 1]
+    assert "no snapshot was made: database or disk is full; make room" in capfd.readouterr().err
 
 
 def test_two_snapshots_in_one_second_are_two(start):
