@@ -1730,8 +1730,9 @@ def ignores_modes(folder: pathlib.Path) -> bool:
     finally:
         probe.unlink()
     if ignored:
-        log(f"warning: the file system of {folder} ignores modes, so others on this machine "
-            "may be able to read all that is there; if that matters, use another one")
+        log(f"warning: the file system of {folder} ignores modes, so others on this "
+            "machine may be able to read all that is there; if that matters, use another "
+            "one")
     return ignored
 
 
@@ -1986,7 +1987,7 @@ def slug(title: str) -> str:
 
 
 def names_of(typed: str) -> Tuple[str, str]:
-    """Return the name and the title of a new workspace. Raise Refused(422) if it can't be."""
+    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
     title = " ".join(typed.split())
     name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
     if not WORKSPACE_NAME.fullmatch(name):
@@ -2930,8 +2931,8 @@ class OwnedStore(Store):
         return {row["name"] for row in names}
 
 
-ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are dropped, "
-           "no other statement cascades)")
+ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
+           "dropped, no other statement cascades)")
 
 
 def makes_way(entries, number) -> bool:
@@ -9035,8 +9036,8 @@ def check_planes(settings, store, address):
     The server would go on to serve them here, and lead nobody to a node.
     """
     if settings.single:
-        raise Unusable("one file holds everything here, so there can be no nodes; workspace "
-                       "export takes its workspace elsewhere")
+        raise Unusable("one file holds everything here, so there can be no nodes; "
+                       "workspace export takes its workspace elsewhere")
     here = store.one("SELECT name FROM workspaces WHERE node = '' AND NOT moving AND name "
                      "IS NOT NULL")
     if here and settings.plane != "directory":
