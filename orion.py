@@ -1982,8 +1982,10 @@ def slug(title: str) -> str:
     if WORKSPACE_NAME.fullmatch(title):
         return title
     letters = unicodedata.normalize("NFKD", title.casefold())
-    bare = [one for one in letters if not unicodedata.combining(one)]
-    return "-".join(re.findall("[a-z0-9]+", "".join(bare)))
+    bare = "".join([one for one in letters if not unicodedata.combining(one)])
+    if any([one.isalnum() and not one.isascii() for one in bare]):
+        return ""                                        # it could look like another name
+    return "-".join(re.findall("[a-z0-9]+", bare))
 
 
 def names_of(typed: str) -> Tuple[str, str]:
@@ -1991,9 +1993,8 @@ def names_of(typed: str) -> Tuple[str, str]:
     title = " ".join(typed.split())
     name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
     if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. At least one is a "
-                           "letter from a to z or a digit, for the address is made of "
-                           "these.")
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
+                           "to z, also with accents, for the address is made of them.")
     return name, title
 
 
@@ -2971,7 +2972,8 @@ ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
 TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
                    sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
                    sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
-NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
+NO_SLICE_MAY = {sqlite3.SQLITE_CREATE_VTABLE, sqlite3.SQLITE_DROP_VTABLE,
+                sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
                 sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
                 sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
                 sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
@@ -3020,7 +3022,7 @@ class Judge:
         if self.may == READ and action in WRITES:
             return "writes, which only a command or a job may"
         if migrates and action in NO_SLICE_MAY:
-            return ("uses PRAGMA, ATTACH, TEMP or a transaction, as virtual tables do too; "
+            return ("uses PRAGMA, ATTACH, TEMP or a transaction, or makes a virtual table; "
                     "no slice may")
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
             return ""

@@ -2005,7 +2005,7 @@ def test_what_a_slice_forgot_to_name_is_told_with_where_to_name_it(start, capfd,
 
 
 @cases("table, why", [("CREATE TABLE b (t INTEGER REFERENCES Todos)", "'b' refers to table 'todos' of slice 'todos'"), ('CREATE TABLE "a b" (x)', "no space is allowed"),
-                      ("CREATE VIRTUAL TABLE b USING fts5(x)", "as virtual tables do too"), ("PRAGMA user_version = 1", "uses PRAGMA")])
+                      ("CREATE VIRTUAL TABLE b USING fts5(x)", "or makes a virtual table"), ("PRAGMA user_version = 1", "uses PRAGMA")])
 def test_a_table_that_would_be_in_the_way_of_others_is_refused(start, table, why):
     with pytest.raises(orion.MigrationError, match=re.escape(why)):
         start((orion.todos, orion.Slice("b", (table,))))
@@ -2835,7 +2835,7 @@ def test_only_the_demo_has_personas(start):
 
 
 @cases("name, status", [("mars", 303), ("a", 303), ("a" * 63, 303), ("a--b", 303), ("", 422), ("a" * 64, 422), ("a" * 62 + " b", 422), ("..", 422), ("-", 422),
-                        ("\u0430\u0441\u043c\u0435", 422), ("株式会社", 422), ("㍿" * 20, 422), ("x\u202ey", 422), ("x\0y", 422), ("acmé", 422), ("Acme", 422), ("acme", 422)])
+                        ("\u0430cme", 422), ("Mars \u0430", 422), ("株式会社", 422), ("㍿" * 20, 422), ("x\u202ey", 422), ("x\0y", 422), ("acmé", 422), ("Acme", 422), ("acme", 422)])
 def test_a_workspace_gets_a_good_name_or_none(server, name, status):
     bob = Person(server, "bob")
     assert bob.post("/workspaces", form={"name": name}).status == status
@@ -2855,7 +2855,8 @@ def test_who_makes_a_workspace_owns_it_and_a_name_used_again_has_none_of_the_old
 
 
 @cases("typed, name, title", [("Mars Corp", "mars-corp", "Mars Corp"), ("  Mars \u00a0 Corp ", "mars-corp", "Mars Corp"), ("MARS", "mars", "MARS"), ("-a-", "a", "-a-"),
-                              ("a/b", "a-b", "a/b"), ("Cafe\u0301 Größe & Söhne", "cafe-grosse-sohne", "Cafe\u0301 Größe & Söhne"), ("Марс <2>", "2", "Марс <2>")])
+                              ("a/b", "a-b", "a/b"), ("Cafe\u0301 Größe & Söhne", "cafe-grosse-sohne", "Cafe\u0301 Größe & Söhne"), ("Ｍａｒｓ <2> \U0001f680", "mars-2", "Ｍａｒｓ <2> \U0001f680"),
+                              ("../../etc", "etc", "../../etc"), ("_gate", "gate", "_gate"), ("CON", "con", "CON")])
 def test_a_workspace_is_called_as_it_was_typed_and_its_address_is_made_of_that(server, typed, name, title):
     bob = Person(server, "bob")
     assert bob.post("/workspaces", form={"name": typed}).headers["location"] == f"/w/{name}/todos"
@@ -4003,7 +4004,7 @@ FRAMES = [
     *[(f"nobody is in a workspace named {name.decode()}", at(b"/w/" + name + b"/todos"), 403, "kept") for name in (
         b"_gate", b"console", b"-x", b"a" * 64, b"ACME", b"Acme", b"acme.", b"acme%20", b"%20acme", b"acm%C3%A9", b"%D0%B0cme", b"CON", b"nul", b"a:b", b"~", b"%F0%9F%98%80", b"directory", b"secret.key", b"*", b"acme'--", b"acme%25", b"acm_", b"_")],
     *[(f"no workspace gets the name {name!r}", post(path=b"/workspaces", body=b"name=" + name), {400, 422}, "kept") for name in (
-        b"", b".", b"..", b"_gate", b"-x", b"x-", b"a" * 64, b"ACME", b"acme.", b"acm%C3%A9", b"%D0%B0cme", b"CON", b"a:b", b"~", b"%F0%9F%98%80", b"a%00b", b"a/b", b"a%0Ab", b"..%2Fx", b"'", b"a b")],
+        b"", b".", b"..", b"-", b"_", b"a" * 64, b"ACME", b"acme.", b"acm%C3%A9", b"%D0%B0cme", b"x %D0%B0", b"~", b"%F0%9F%98%80", b"a%00b", b"a%1Bb", b"%2F", b"'", b"+%0A", b"a%E2%80%AEb")],
     ("a name that is taken is not given twice", post(path=b"/workspaces", body=b"name=home"), {400, 409, 422}, "kept"),
     ("an unknown route of a foreign workspace is as forbidden as a known one", at(b"/w/acme/nothing", cookie=b"@ALICE@"), 403, "kept"),
     ("a route of the worker's own in a foreign workspace is as forbidden", at(b"/w/acme/_counts", cookie=b"@ALICE@"), 403, "kept"),
