@@ -226,6 +226,23 @@ def decoded_pairs(text: str, **options: bool) -> Dict[str, str]:
     return dict(pairs)
 
 
+FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category says
+
+
+def visible(text: str) -> str:
+    """Return the text without blanks around it; "" if nothing of it can be seen.
+
+    That is if it has only blanks, controls, marks, and characters of no width or which set
+    the direction of writing.
+    """
+    for character in text:
+        kind = unicodedata.category(character)
+        unseen = kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
+        if not unseen and not "\U000e0000" <= character <= "\U000e0fff":
+            return text.strip()
+    return ""
+
+
 class Response(NamedTuple):
     """What goes out."""
     status: int
@@ -1168,8 +1185,9 @@ class Context:
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
     def field(self, name: str, otherwise: str = "") -> str:
-        """Return what was sent along under this name, as text."""
-        return str(self.request.fields().get(name, otherwise))
+        """Return what was sent along under this name, as text; "" if nobody can see it."""
+        text = str(self.request.fields().get(name, otherwise))
+        return text if visible(text) else ""
 
     def for_page(self, live: Live) -> Context:
         params = live.heeded(self.params)
@@ -1587,7 +1605,7 @@ def the_todo(ctx, id):
 def valid_title(fields, signal="problem"):
     """Return the title among the fields. Raise Refused(422) if it is no good."""
     given = fields.get("title")
-    title = given.strip() if isinstance(given, str) else ""
+    title = visible(given) if isinstance(given, str) else ""
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
                            f"{len(title)}.", signal=signal)

@@ -2323,6 +2323,27 @@ def test_creating_works_as_a_plain_form(server):
     assert titles(carol)[0] == "Plain"
 
 
+# Nothing of it can be seen: no width, a control, a direction, a mark on nothing, a blank letter, a tag.
+UNSEEN = ["\u200b", "\u2060\ufeff", "\u202e", "\u2067\u2069", "\x00", "\x1b", "\u00ad", "\u0301", "\ufe0f", "\u3164", "\u2800", "\u115f\u1160", "\U000e0041",
+          "\u200d \u00a0\u3000\n\t"]
+
+
+@cases("text", UNSEEN)
+def test_a_text_of_which_nothing_can_be_seen_is_empty_wherever_one_types(server, text):
+    bob = Person(server, "bob", datastar=True)
+    assert "this one has 0" in bob.post("/w/acme/todos", title=text).text
+    assert "this one has 0" in bob.patch("/w/acme/todos/1", title=f" {text} ").text and titles(bob)[2] == "Order more anvils"
+    request = orion.Request("POST", "/", headers={"content-type": "application/json"}, body=json.dumps({"words": text}).encode())
+    assert orion.Context(None, None, None, {}, request, {}).field("words") == ""
+
+
+@cases("text", ["\u2764\ufe0f", "\u202eabc", "e\u0301", "\U0001fae8", ".", "\ufffd", "\ue000", "1\ufe0f\u20e3"])
+def test_a_text_of_which_something_can_be_seen_stays_as_it_is(server, text):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title=f" {text}\u3000")
+    assert titles(bob)[0] == text
+
+
 @cases("title", ["", "   ", "x" * 501, None, 7, ["x"]])
 def test_a_bad_title_is_told_to_its_author_alone(server, title):
     carol = Person(server, "carol", datastar=True)
@@ -5898,7 +5919,7 @@ def test_a_job_that_goes_on_failing_is_given_up_shown_on_the_console_and_can_be_
     eventually(lambda: office.rows("SELECT tries, due FROM jobs") == [(1, None)])
     assert office.acme not in office.env.workspaces.alarms.due
     text = eventually(lambda: (lambda text: "<td>1 given up</td>" in text and text)(office.bob.get("/console").text))
-    assert "<b>letters.post_letter</b> failed 1 times: RuntimeError: the post office is closed" in text
+    assert "<b>letters.post_letter</b> failed 1 times: <bdi>RuntimeError: the post office is closed" in text
     with contextlib.closing(office.store("acme")) as db, db:
         db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
     assert office.bob.post("/console/retry", workspace="acme").status == 204
@@ -6170,9 +6191,9 @@ def test_store_calls_and_requests_of_others_reach_the_open_console(server):
     ear.event()
     bob.post("/w/acme/todos", title="Seen by all")
     event = ear.until_it_says("INSERT INTO todos")
-    while "/w/acme/todos</code>" not in event:
+    while "/w/acme/todos</bdi>" not in event:
         event = ear.event()
-    way = re.search(r'<li id="way-\d+" class="ok"><b>POST</b> <code>/w/acme/todos</code>.*?</li>', event)[0]
+    way = re.search(r'<li id="way-\d+" class="ok"><b>POST</b> <code><bdi>/w/acme/todos</bdi></code>.*?</li>', event)[0]
     assert "gate <b>200</b>" in way and "acme <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
 
 
@@ -9135,6 +9156,114 @@ def test_a_page_whose_session_ended_looks_once_whether_somebody_has_signed_in_si
     carol.post("/logout", form={})
     bob.wait("document.getElementById('live').textContent.includes('You are signed out') && asked > 0")
     assert bob.js("return document.body.dataset.old") == "1"
+
+
+# What browsers of the last three years may lack: all that is younger than Safari 16.
+TOO_YOUNG = """
+delete AbortSignal.any; delete AbortSignal.timeout; delete Promise.withResolvers; delete Promise.try; delete Array.fromAsync
+delete Object.groupBy; delete Map.groupBy; delete URL.canParse; delete URL.parse; delete Element.prototype.moveBefore; delete document.startViewTransition
+delete Document.prototype.startViewTransition; delete Document.parseHTMLUnsafe; delete Element.prototype.setHTMLUnsafe; delete Element.prototype.checkVisibility
+delete ReadableStream.prototype[Symbol.asyncIterator]; delete ReadableStream.prototype.values; delete ReadableStream.from; delete String.prototype.isWellFormed
+for (const name of ['toSorted', 'toReversed', 'toSpliced', 'with']) delete Array.prototype[name]
+for (const name of ['union', 'intersection', 'difference', 'symmetricDifference', 'isSubsetOf', 'isSupersetOf', 'isDisjointFrom']) delete Set.prototype[name]
+for (const name of Object.getOwnPropertyNames(Iterator.prototype)) if (name !== 'constructor') delete Iterator.prototype[name]
+delete window.Iterator; delete window.navigation; delete window.scheduler; delete window.trustedTypes; delete window.CloseWatcher; delete crypto.randomUUID
+delete Crypto.prototype.randomUUID; delete RegExp.escape; delete RegExp.prototype.unicodeSets
+const Whole = FormData; window.FormData = class extends Whole { constructor(form) { super(form) } }
+"""
+
+
+@contextlib.contextmanager
+def before_each_page(window, script):
+    known = window.cdp("Page.addScriptToEvaluateOnNewDocument", source=script)
+    try:
+        yield
+    finally:
+        window.cdp("Page.removeScriptToEvaluateOnNewDocument", **known)
+
+
+def test_a_page_works_in_browsers_that_are_three_years_old(server, windows):
+    with before_each_page(windows[0], TOO_YOUNG):
+        bob = our_page(server, windows[0], "bob")
+        bob.wait("document.querySelector('.link').textContent === 'Live'")
+        assert bob.js("return [typeof AbortSignal.any, typeof Iterator]") == ["undefined"] * 2
+        bob.errors()
+        bob.click("#todo-1 input")
+        bob.wait("document.querySelector('#todo-1 input').defaultChecked")
+        bob.type("#title", "Typed")
+        bob.press("Enter")
+        bob.wait(f"{TODOS}[0] === 'Typed'")
+        bob.js("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); document.dispatchEvent(new Event('visibilitychange'))")
+        eventually(lambda: not [held for held in [*server.edge.held] if type(held) is orion.Stream])
+        Person(server, "carol").post("/w/acme/todos", title="Meanwhile")
+        bob.js("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+        bob.wait(f"{TODOS}[0] === 'Meanwhile'")
+        assert bob.errors() == []
+
+
+def test_no_script_is_written_in_a_language_younger_than_that():
+    """Lookbehind, the flags d and v, fields and blocks of a class that are private or static, and awaiting outside of functions."""
+    for file in [HERE / "templates" / "datastar.js", *(HERE / "templates").glob("*.html")]:
+        text = file.read_text("utf-8")
+        for young in (r"\(\?<[=!]", r"\(\?[ims-]+:", r"/[gimsuy]*[dv][gimsuy]*[\s,.;)]*\)?\.(?:test|exec)", r"static\s*\{", r"\bthis\.#|#\w+ in\b",
+                      r"^await\b", r"\busing \w+ =", r"\bimport\b.*\bwith\b"):
+            assert not re.search(young, text, re.M), (file.name, young)
+
+
+def test_an_edit_is_not_lost_when_the_same_row_is_ticked_before_it_could_be_sent(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    bob.js("""window.free = []; const real = window.fetch
+        window.fetch = (url, init) => init?.method !== 'PATCH' ? real(url, init)
+            : new Promise(done => free.push(done)).then(() => init.signal.throwIfAborted()).then(() => real(url, init))""")
+    bob.click("#todo-2 textarea")
+    bob.press("Control+a", "N", "e", "w", "Enter", "Space")
+    bob.wait("free.length === 2")
+    bob.js("free.forEach(done => done())")
+    bob.wait("document.querySelector('#todo-2 span').textContent === 'New' && document.querySelector('#todo-2 input').defaultChecked")
+
+
+def test_a_command_that_can_not_even_be_sent_is_not_lost_without_a_word(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    bob.js("crypto.getRandomValues = () => { throw Error('none') }")
+    bob.type("#title", "Once")
+    bob.press("Enter")
+    bob.wait("document.getElementById('toast').textContent.includes('That did not work')")
+    assert bob.js("return document.getElementById('title').value") == "Once"
+    bob.click("#todo-1 input")
+    bob.wait("!document.querySelector('#todo-1 input').checked")
+
+
+def test_enter_that_ends_a_composition_saves_no_half_word(server, windows):
+    """Safari says it with the key code 229 alone; the composition is over by then."""
+    bob = our_page(server, windows[0], "bob")
+    bob.click("#todo-2 textarea")
+    for composing in ("{isComposing: true}", "{keyCode: 229}"):
+        ignored = bob.js(f"return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: 'Enter', bubbles: true, cancelable: true, ...{composing}}}))")
+        assert ignored is True and bob.js("return document.activeElement.localName") == "textarea"
+    bob.press("Enter")
+    assert bob.js("return document.activeElement.type") == "checkbox"
+
+
+def test_password_managers_find_name_and_password(outside):
+    ann = outside.sign_in("ann")
+    signing_in, account = Person(outside).get("/login").text, ann.get("/account").text
+    for page, id, hint in ((signing_in, "username", "username"), (signing_in, "password", "current-password"), (account, "username", "username"),
+                           (account, "password", "current-password"), (account, "new", "new-password")):
+        field = re.search(f'<input id="{id}"[^>]*>', page)[0]
+        assert f'name="{id}"' in field and f'autocomplete="{hint}"' in field and 'type="hidden"' not in field
+
+
+def test_what_sets_the_direction_of_writing_stays_in_its_own_place(server, windows):
+    bob = our_page(server, windows[0], "bob")
+    Person(server, "bob").post("/w/acme/todos", title="\u202eevil\u2067")
+    bob.wait(f"{TODOS}[0].includes('evil')")
+    isolated = "return [...document.querySelectorAll(arguments[0])].map(el => getComputedStyle(el).unicodeBidi).filter(how => !/isolate|plaintext/.test(how)).length"
+    assert bob.js(isolated, "#todos li span, #todos textarea, #title") == 0
+    bob.open(server.origin + "/console")
+    bob.wait("document.querySelector('.link').textContent === 'Live'")
+    Person(server, "bob").post("/w/acme/todos", title="\u202eevil\u2067")
+    bob.wait("[...document.querySelectorAll('.args')].some(el => el.textContent.includes('evil'))")
+    assert bob.js(isolated, ".args, #trips code bdi") == 0 < bob.js("return document.querySelectorAll('#trips code bdi').length")
 
 
 def test_toggle_all_is_undone_by_no_repetition(server, windows):
