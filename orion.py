@@ -9242,12 +9242,51 @@ NODE_VERBS.update({"workspace export": export_from_node,
       "--directory", "--node", "--listen")
 def nginx(settings, given):
     """A proxy that does the worker's part for several nodes."""
-    nodes = [{"node": node, "number": number} for number, node in enumerate(given.node, 1)]
+    places = {"orion_directory": given.directory}
+    places.update((f"orion_node_{number}", node)
+                  for number, node in enumerate(given.node, 1))
+    fixed = [{"name": name, "address": address} for name, address in places.items()
+             if is_fixed(address)]
+    targets = {address: address for address in places.values()}
+    targets.update((one["address"], one["name"]) for one in fixed)
     headers = [{"header": header, "variable": header.replace("-", "_")}
                for header in (*VERDICT, "x-verdict")]
     text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
-    print(text(directory=given.directory, listen=given.listen or 80, upstream=nodes,
-               choice=nodes, taken=headers, given=headers))
+    print(text(
+        upstream=fixed, directory=targets[given.directory], taken=headers, given=headers,
+        by_name=[{"server": dns_server()}] if len(fixed) < len(places) else [],
+        choice=[{"pattern": re.escape(node), "target": targets[node]}
+                for node in given.node],
+        listen=[{"where": where} for where in listening_at(given.listen or "80")]))
+
+
+def is_fixed(address):
+    """Can nginx find it when it starts? If it could not find a name, it would not start."""
+    host = address.rpartition(":")[0].strip("[]")
+    if address_in(host):
+        return True
+    with contextlib.suppress(OSError):
+        return host in pathlib.Path("/etc/hosts").read_text().split()
+    return False
+
+
+def dns_server():
+    """Return the one that this machine asks or, if that can't be told, systemd's."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/etc/resolv.conf").read_text().splitlines()
+        for words in map(str.split, lines):
+            if words[:1] == ["nameserver"] and address_in(words[-1]):
+                return f"[{words[-1]}]" if ":" in words[-1] else words[-1]
+    return "127.0.0.53"
+
+
+def listening_at(where):
+    """Return where nginx listens. A port is one of IPv6, too, if this machine has that."""
+    with contextlib.suppress(OSError):
+        if where.isdigit():
+            socket.socket(socket.AF_INET6).close()
+            return [where, f"[::]:{where}"]
+    return [where]
 
 
 # ==== 46. Memory ==========================================================================

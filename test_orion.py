@@ -6624,17 +6624,20 @@ def doomed(tmp_path):
 
 
 class Front:
-    """nginx, with the configuration that orion.py prints."""
+    """nginx, with the configuration that orion.py prints, where others have theirs: a default server on the same port, as Debian
+    has one, and a directive that may stand there once. And one of the nodes has a name that can't be found."""
 
-    def __init__(self, fleet, folder):
+    def __init__(self, fleet, folder, more=""):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.origin, self.fleet = f"http://127.0.0.1:{self.port}", fleet
         nodes = [word for node in fleet.nodes for word in ("--node", node.address)]
-        config = fleet.cli("nginx", "--directory", f"127.0.0.1:{fleet.directory.port}", *nodes, "--listen", f"127.0.0.1:{self.port}")
+        config = fleet.cli("nginx", "--directory", f"127.0.0.1:{fleet.directory.port}", *nodes, "--node", "nowhere.invalid:8000",
+                           "--listen", f"127.0.0.1:{self.port}")
         (folder / "nginx.conf").write_text(f"""daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;
             events {{ worker_connections 512; }}
-            http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+            http {{ map_hash_bucket_size 64; server {{ listen 127.0.0.1:{self.port} default_server; server_name _; return 418; }} {more}
+                    access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
                     uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; {config} }}""")
         self.process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.PIPE)
         eventually(self.answers, "nginx did not start")
@@ -6685,6 +6688,53 @@ def test_members_reach_their_workspace_on_its_node_and_see_it_live(fleet, front)
     id = fleet.directory.env.workspaces.id_from_name
     assert (first.folder / "workspaces" / f"{id(here)}.db").exists() and not (second.folder / "workspaces" / f"{id(here)}.db").exists()
     assert bob.get(f"/w/{here}/members").status == 200
+
+
+@needs_nginx
+@cases("host", ["todo.example", "localhost", "127.0.0.1", "a.b.c.example:8080"])
+def test_no_other_server_of_this_nginx_answers_for_ours(fleet, front, host):
+    assert Person(front).get("/healthz", Host=host).status in (200, 421)
+
+
+@needs_nginx
+def test_what_a_client_says_of_another_path_changes_nothing(fleet, front):
+    mine, hers = fleet.found("bob"), fleet.found("eve")
+    bob = front.sign_in("bob")
+    for header in ("X_Original_URI", "X_Forwarded_Uri"):
+        said = {header: f"/w/{mine}/todos"}
+        assert [bob.get(f"/w/{name}/todos", **said).status for name in (mine, hers)] == [200, 403]
+        said = {header: f"/w/{hers}/todos"}
+        assert [bob.get(f"/w/{name}/todos", **said).status for name in (mine, hers)] == [200, 403]
+
+
+@needs_nginx
+def test_the_figures_of_the_directory_can_be_read_through_the_proxy(fleet, front):
+    token = fleet.cli("metrics").strip()
+    assert [Person(front).get("/metrics", Authorization=said).status for said in (f"Bearer {token}", None)] == [200, 403]
+
+
+@needs_nginx
+def test_only_for_streams_the_proxy_waits_long(fleet, tmp_path):
+    node = fleet.nodes[0]
+    name, front = fleet.found(on=node), Front(fleet, tmp_path, "proxy_read_timeout 500ms;")
+    with contextlib.closing(front):
+        bob = front.sign_in("bob")
+        ears = [Ear(bob, f"/w/{name}/{path}") for path in ("todos/live", "members/live")]
+        [ear.event() for ear in ears]
+        with node.env.workspaces.awake(id_of(fleet, name)).turn:
+            assert bob.get(f"/w/{name}/todos").status == 504
+        bob.post(f"/w/{name}/todos", title="after a while")
+        fleet.cli("member", "add", name, "eve", "member")
+        assert ears[0].until_it_says("after a while") and ears[1].until_it_says("eve")
+
+
+@cases("node, target", [("10.0.0.2:8000", "orion_node_1"), ("[2001:db8::1]:80", "orion_node_1"), ("localhost:80", "orion_node_1"),
+                        ("n" * 63 + ".example:8000", "n" * 63 + ".example:8000")])
+def test_a_node_is_looked_up_when_the_proxy_starts_only_if_that_can_not_fail(fleet, node, target):
+    said = fleet.cli("nginx", "--directory", "10.0.0.1:80", "--node", node)
+    assert f'    "~^{re.escape(node)}$" {target};\n' in said and "map_hash_bucket_size" not in said
+    assert ("resolver " in said) == (target == node) and (f"server {node};" in said) == (target != node)
+    assert "listen 80;" in said and ("listen [::]:80;" in said) == socket.has_ipv6
 
 
 @needs_nginx
