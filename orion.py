@@ -6188,11 +6188,10 @@ def account_passwd(settings, given):
 
 @verb("account list", "list who may sign in")
 def account_list(settings, given):
-    with looked_into(settings) as store:
-        table(store.query(
-            "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
-            "FROM memberships WHERE account = name) || ' workspaces' FROM accounts "
-            "ORDER BY name"))
+    table(looked_up(settings, lambda store: store.query(
+        "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
+        "FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY "
+        "name")))
 
 
 LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
@@ -8162,16 +8161,16 @@ def workspace_add(settings, given):
 
 @verb("workspace list", "list name, id, bytes, quota and title of each")
 def workspace_list(settings, given):
-    with looked_into(settings) as store:
-        rows = store.query("SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name")
-        for row in rows:
-            path = settings.single or settings.workspaces / f"{row['id']}.db"
-            size = path.stat().st_size if path.exists() else "missing"
-            where = f"on {row['node']}" if row["node"] else size
-            moving = "moving" if row["moving"] else ""
-            quota = row["quota"] or settings.quota
-            title = row["title"] or row["name"]
-            print(row["name"], row["id"], where, f"of {quota}", moving, title, sep="\t")
+    rows = looked_up(settings, lambda store: store.query(
+        "SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"))
+    for row in rows:
+        path = settings.single or settings.workspaces / f"{row['id']}.db"
+        size = path.stat().st_size if path.exists() else "missing"
+        where = f"on {row['node']}" if row["node"] else size
+        moving = "moving" if row["moving"] else ""
+        quota = row["quota"] or settings.quota
+        title = row["title"] or row["name"]
+        print(row["name"], row["id"], where, f"of {quota}", moving, title, sep="\t")
 
 
 @verb("workspace rename", "rename a workspace; its members and its file stay",
@@ -8451,9 +8450,9 @@ def member_set(settings, given):
 
 @verb("member list", "list the members of a workspace", "workspace")
 def member_list(settings, given):
-    with looked_into(settings) as store:
-        id = row_of(store, "workspaces", given.workspace)["id"]
-        table(members_of(store, id))
+    def members(store):
+        return members_of(store, row_of(store, "workspaces", given.workspace)["id"])
+    table(looked_up(settings, members))
 
 
 # ==== 44. Single ==========================================================================
@@ -9068,9 +9067,9 @@ def check_planes(settings, store, address):
 
 @verb("node list", "list the nodes, and how many workspaces each has")
 def node_list(settings, given):
-    with looked_into(settings) as store:
-        table(store.query("SELECT address, (SELECT count(*) FROM workspaces WHERE node = "
-                          "address AND name IS NOT NULL) FROM nodes"))
+    table(looked_up(settings, lambda store: store.query(
+        "SELECT address, (SELECT count(*) FROM workspaces WHERE node = address AND name IS "
+        "NOT NULL) FROM nodes")))
 
 
 @verb("node remove", "forget a node that has no workspaces", "address")
@@ -9776,16 +9775,18 @@ def check_there(settings):
                        "or begin one with account add")
 
 
-@contextlib.contextmanager
-def looked_into(settings):
-    """Give the Directory's store as this version would have it. Nothing of it is kept."""
+def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
+    """Return what read finds in the Directory, as this version would have it.
+
+    Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
+    """
     check_there(settings)
     with contextlib.closing(GuardedStore(settings.directory_file)) as store:
         store.begin()
         try:
             for name, entries in directory_router().schema:
                 store.migrate(name, entries)
-            yield store
+            return read(store)
         finally:
             store.exec("ROLLBACK")
 
