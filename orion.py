@@ -5752,6 +5752,7 @@ import getpass
 import http.client
 import shutil
 import tempfile
+import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
@@ -6572,11 +6573,14 @@ class CountsAtHome(LoopEdge):
 #   no job for what was rolled back.
 # It promises: a job runs in a transaction that also takes its row out: its writes and its
 #   end are one. If it fails it is tried again; after ten tries it is given up, and kept.
-#   Jobs wake an object that sleeps, and outlive a restart.
+#   Jobs wake an object that sleeps, and outlive a restart. What a job waits for outside, a
+#   mail server for one, it yields as a function. That is called while others have the turn.
 # One job, on its way:
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
-#   POST /_jobs     one commit: the job runs, and its row goes
+#   POST /_jobs     one commit: the job runs, and its row goes; or it yields, and stays
+#   Alarms.begin    then: calls what it has yielded, in a thread for such waits
+#   POST /_jobs     one commit: the job goes on with what came of that, and its row goes
 #   GET  /_due      when the object's next job is due: its next alarm
 # Alarms are an index in memory, built from the files at each start.
 
@@ -6593,17 +6597,37 @@ def due_in(path: pathlib.Path) -> Optional[float]:
         return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
 
 
+class Wait:
+    """A job that has yielded act, a function without arguments, to wait for it."""
+
+    def __init__(self, host, job, steps, ctx, act):
+        self.stub = host.namespace.get(host.id)
+        self.key = host.id, job
+        self.steps = steps                               # the generator
+        self.ctx = ctx
+        self.act = act
+        self.since = float("inf")                        # when act was called
+        self.go_on: Optional[Callable[[], Any]] = None   # with what came of it
+        self.parts = 2                                   # act, and what follows
+
+
 class Alarms:
     """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
+    WAITS_AT_ONCE = 32                                   # in threads of their own
+    WAITS_EACH = 4                                       # of one object
+    WAIT_SECONDS = 30.0                                  # then the try has failed
 
     def __init__(self, namespace: Namespace):
         self.namespace = namespace
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
-        self.lock = threading.Lock()                     # guards the next line
+        self.lock = threading.Lock()                     # guards the next four lines
         self.due: Dict[str, float] = {}                  # by id
+        self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
+        self.in_line: collections.deque = collections.deque()    # waits not yet begun
+        self.outside = 0                                 # threads that wait
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
@@ -6662,6 +6686,67 @@ class Alarms:
             pass
         return stub.ask("/_due")
 
+    # -- what jobs wait for
+
+    def waits_of(self, id: str) -> List[int]:
+        with self.lock:
+            return [job for of, job in self.waits if of == id]
+
+    def begin(self, wait: Wait) -> None:
+        with self.lock:
+            self.waits[wait.key] = wait
+            self.in_line.append(wait)
+            if self.outside == self.WAITS_AT_ONCE:
+                return
+            self.outside += 1
+        threading.Thread(target=self.go_outside, daemon=True).start()
+
+    def go_outside(self):
+        while True:
+            with self.lock:
+                if not self.in_line:
+                    self.outside -= 1
+                    return
+                wait = self.in_line.popleft()
+            wait.since = time.monotonic()
+            try:
+                go_on = functools.partial(wait.steps.send, wait.act())
+            except CRASH as error:
+                go_on = functools.partial(wait.steps.throw, error)
+            self.came(wait, go_on)
+            self.leave(wait)
+
+    def came(self, wait, go_on):
+        """If it comes late, the try has failed already, and is not made twice at a time."""
+        with self.lock:
+            late = wait.go_on is not None
+            wait.go_on = wait.go_on or go_on
+        if not late:
+            self.put(self.finish, wait)
+
+    def finish(self, wait):
+        try:
+            wait.stub.fetch(Request("POST", "/_jobs", f"id={wait.key[1]}"))
+        finally:
+            self.leave(wait)
+
+    def leave(self, wait):
+        with self.lock:
+            wait.parts -= 1
+            if wait.parts:
+                return
+            del self.waits[wait.key]
+        self.set(wait.key[0], time.time())
+
+    def give_up_late(self, now: float) -> None:
+        with self.lock:
+            late = [wait for wait in self.waits.values()
+                    if not wait.go_on and now > wait.since + self.WAIT_SECONDS]
+        for wait in late:
+            error = TimeoutError(f"what it waits for takes more than {self.WAIT_SECONDS:g} "
+                                 "s; give that a time limit of its own")
+            self.came(wait, functools.partial(wait.steps.throw, error))
+
 
 @addition
 class HasAlarms(GuardedNamespace):
@@ -6684,6 +6769,9 @@ class RingsAlarms(LoopEdge):
     def tick(self, now):
         super().tick(now)
         self.alarms.ring()
+        self.alarms.give_up_late(now)
+        for one in self.env.workspaces.everybody():
+            one.tell_if_long(now)
 
 
 @addition
@@ -6703,7 +6791,9 @@ class FullContext(Context):
         """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
 
         args: what JSON can say. It runs again when it fails, so what it does outside of the
-        store should bear to be done twice. Raises PermissionError outside of a command or
+        store should bear to be done twice. What it waits for, it yields, at most once: a
+        function without arguments, which can't use ctx. `answer = yield send` calls that
+        while others have the turn. Before, the job only reads. Raises PermissionError outside of a command or
         job, LookupError if no slice has this job.
         """
         if self.store.may != WRITE:
@@ -6739,11 +6829,46 @@ class KnowsJobs(QuickRouter):
                         for slice in slices for function in slice.exports}
 
 
+class JobTables(Tables):
+    """The store of a job, at each of its steps: `store.exec(sql, (yield act))` begins in one
+    and ends in the next. The time limit is for a statement, and not for the job."""
+
+    def __init__(self, job: str):
+        self.owner = job.partition(".")[0]
+
+    def use(self, host, may):
+        super().__init__(host.store, self.owner, may)
+        self.host = host
+
+    def run(self, sql, args):
+        self.host.began = time.monotonic()
+        return super().run(sql, args)
+
+
 @addition
 class HasJobs(Broadcast):
     """An object with a table of jobs. due is NULL for a job that was given up."""
     context = FullContext
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
+    TURN_SECONDS = 1.0                                   # then the log says who has it
+    doing: Any = None                                    # a command, and since when
+    told_of: Any = None
+
+    def answer(self, request):
+        if request.method not in SAFE:
+            self.doing = f"{request.method} {request.path}", time.monotonic()
+        try:
+            return super().answer(request)
+        finally:
+            self.doing = None
+
+    def tell_if_long(self, now: float) -> None:
+        """In the loop, while it lasts: what waits for its own server waits forever."""
+        doing = self.doing
+        if doing and doing is not self.told_of and now > doing[1] + self.TURN_SECONDS:
+            self.told_of = doing
+            log(f"{doing[0]} keeps all others waiting for {self.namespace.path(self.id)}; "
+                "let a job yield what waits for the network")
 
     def on_open(self):
         super().on_open()
@@ -6764,7 +6889,17 @@ class HasJobs(Broadcast):
 
     def own_due(self, request):
         """Return when the next job is due; None: there is none."""
-        return self.store.one("SELECT min(due) FROM jobs")[0]
+        row = self.next_job()
+        return row and row["due"]
+
+    def next_job(self):
+        """Return the first row, of those that wait for nothing outside; None: no row."""
+        waits = self.namespace.alarms.waits_of(self.id)
+        if len(waits) >= self.namespace.alarms.WAITS_EACH:
+            return None
+        rows = self.store.query("SELECT id, due, tries FROM jobs WHERE due IS NOT NULL "
+                                "ORDER BY due, id LIMIT ?", len(waits) + 1)
+        return next((row for row in rows if row["id"] not in waits), None)
 
     def own_claim(self, request):
         """Count a try of the first job that is due. Return its id; None: none is due.
@@ -6772,9 +6907,8 @@ class HasJobs(Broadcast):
         The try is committed before the job runs. So a job that takes the process down is
         not the first that is tried forever.
         """
-        row = self.store.one("SELECT id, tries FROM jobs WHERE due <= ? ORDER BY due, id "
-                             "LIMIT 1", time.time())
-        if row is None:
+        row = self.next_job()
+        if row is None or row["due"] > time.time():
             return None
         tries = row["tries"] + 1
         due = time.time() + 2 ** tries if tries < self.TRIES else None
@@ -6783,34 +6917,60 @@ class HasJobs(Broadcast):
         return row["id"]
 
     def own_jobs(self, request):
-        """Run a job that was claimed. Delete its row or, if it fails, note the error."""
+        """Run a job that was claimed, or go on with it. If it fails, note the error."""
         row = self.store.one("SELECT * FROM jobs WHERE id = ?", request.params["id"])
         if row is None:                                  # it was claimed twice, and is done
             return
         try:
             with self.store.tx():
-                self.work(row, self.router.jobs[row["job"]])
-                self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+                self.work(row)
         except CRASH as error:
             if not self.store.db.in_transaction:         # SQLite gave all of it up
                 raise
             log_error(f"job {row['job']}, try {row['tries']}", error)
             text = f"{type(error).__name__}: {error}"[:500]
             text = text.encode("utf-8", "backslashreplace").decode()
-            self.store.exec("UPDATE jobs SET error = ? WHERE id = ?", text, row["id"])
+            due = row["due"] and time.time() + 2 ** row["tries"]
+            self.store.exec("UPDATE jobs SET error = ?, due = ? WHERE id = ?", text, due,
+                            row["id"])
 
-    def work(self, row, job):
+    def work(self, row):
         """In the name of who enqueued it. Grants were checked then."""
         viewer = Viewer(account=row["who"])
-        store = Tables(self.store, row["job"].partition(".")[0], WRITE)
-        ctx = self.context(self, store, viewer, {}, Request("POST", "/_jobs"), {})
+        self.doing = f"job {row['job']}", time.monotonic()
+        wait = self.namespace.alarms.waits.get((self.id, row["id"]))
+        ctx = wait.ctx if wait else self.context(self, JobTables(row["job"]), viewer, {},
+                                                 Request("POST", "/_jobs"), {})
+        ctx.host = self
+        ctx.store.use(self, WRITE)
         try:
-            if job(ctx, **json.loads(row["args"])) is not None:
-                raise TypeError("a job returns nothing, and is neither async nor a "
-                                "generator")
+            wait = self.go_on(wait) if wait else self.begin(ctx, row)
         finally:
             ctx.end()
+            self.began = time.monotonic()
+        if wait:
+            self.store.after_commit.append((self.namespace.alarms.begin, wait))
+            return
         self.journal(viewer, row["job"], str(row["id"]))
+        self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+
+    def begin(self, ctx, row):
+        """Return what it waits for; None: it is done."""
+        made = self.router.jobs[row["job"]](ctx, **json.loads(row["args"]))
+        if type(made) is not types.GeneratorType:
+            if made is not None:
+                raise TypeError("a job returns nothing, and is not async")
+            return None
+        ctx.store.use(self, READ)                        # if it fails it begins anew
+        act = next(made, None)
+        return act and Wait(self, row["id"], made, ctx, act)
+
+    def go_on(self, wait):
+        try:
+            wait.go_on()
+        except StopIteration:
+            return None
+        raise TypeError("a job yields at most once; enqueue another one for the rest")
 
     def own_retry(self, request):
         """Those that were given up have all their tries again."""
@@ -7913,6 +8073,7 @@ def snapshot(settings, target,
         write_private(part / "secret.key", settings.key_file.read_bytes())
         write_private(part / "manifest.json", json.dumps(held).encode())
         part.rename(target)
+        sync_folder(target.parent)
     return held, faults
 
 

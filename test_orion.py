@@ -5877,6 +5877,24 @@ def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(offi
     assert eventually(lambda: office.env.workspaces.alarms.due.get(office.acme) == due)
 
 
+@cases("how", ["it raises", "it takes the process down"])
+def test_between_the_tries_of_a_job_is_twice_the_time_each_time(office, how):
+    fields = {"text": "fail"} if how == "it raises" else {"text": "later", "after": 3600}
+    office.write_letter(**fields)
+    one = the_workspace(office)
+    for tries in (1, 2, 3):
+        if how != "it raises":
+            with one.turn, one.store.tx():
+                one.store.exec("UPDATE jobs SET due = 0"), one.handle(orion.Request("POST", "/_claim"))
+        eventually(lambda: office.rows("SELECT tries FROM jobs") == [(tries,)] and (how != "it raises" or office.rows("SELECT 1 FROM jobs WHERE error LIKE 'Runtime%'")))
+        (due,), = office.rows("SELECT due FROM jobs")
+        assert 2 ** tries - 2 < due - time.time() <= 2 ** tries
+        if how == "it raises":
+            with one.turn, one.store.tx():
+                one.store.exec("UPDATE jobs SET due = 0, error = ''")
+            office.env.workspaces.alarms.set(office.acme, 0)
+
+
 def test_a_job_that_fails_is_logged_with_the_line_that_failed(office, capfd):
     line = post_letter.__code__.co_firstlineno + 3
     office.write_letter(text="fail")
@@ -5900,7 +5918,7 @@ def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
     slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
     with pytest.warns(RuntimeWarning, match="never awaited"):
         Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
-        assert logged(capfd, "a job returns nothing, and is neither async nor a generator")
+        assert logged(capfd, "a job returns nothing, and is not async")
         gc.collect()
 
 
@@ -6044,6 +6062,126 @@ def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
             db.execute("UPDATE jobs SET due = 0")
         server.env.workspaces.alarms.set(server.env.workspaces.id_from_name("acme"), time.time())
         assert full.wait(PATIENCE) and db.execute("SELECT count(*) FROM sent").fetchall() == [(0,)]
+
+
+# -- what a job waits for
+
+@pytest.fixture
+def outside_world(start):
+    """A job `letter` that reads, waits for an answer and writes it down. outside_world(answer, **settings): its server; answer() is what comes from outside."""
+    def begin(answer, **settings):
+        def letter(ctx):
+            before = ctx.store.one("SELECT count(*) FROM sent")[0]
+            ctx.store.exec("INSERT INTO sent VALUES (?)", (yield lambda: answer(before)))
+            ctx.publish("sent")
+        begin.bob = Person(begin_with(letter, **settings), "bob", datastar=True)
+        return begin.bob
+
+    def begin_with(job, **settings):
+        job.__name__ = "letter"
+        begin.server = start((orion.todos, working(job, note)), **settings)
+        begin.jobs = lambda workspace="acme": begin.server.store(workspace).execute("SELECT tries, error, due FROM jobs ORDER BY id").fetchall()
+        return begin.server
+    begin.job = begin_with
+    return begin
+
+
+def test_a_job_may_ask_its_own_server(outside_world):
+    bob = outside_world(lambda before: "noted" if before == 0 and bob.get("/w/acme/todos").status == 200 else "wrong")
+    assert bob.post("/w/acme/work", job="letter").status == 204
+    assert eventually(lambda: noted(outside_world.server) and outside_world.jobs() == [])
+    with contextlib.closing(outside_world.server.store("acme")) as file:
+        assert file.execute("SELECT who FROM journal WHERE what = 'work.letter'").fetchall() == [("bob",)]
+
+
+def test_while_jobs_wait_their_tenants_and_all_other_jobs_go_on(outside_world):
+    release = threading.Event()
+    bob = outside_world(lambda _: release.wait(PATIENCE) and "noted", threads=4)
+    for name in ("acme", "globex"):
+        for _ in range(3):
+            assert bob.post(f"/w/{name}/work", job="letter").status == 204
+    waits = outside_world.server.env.workspaces.alarms.waits
+    eventually(lambda: len(waits) == 6)
+    assert bob.post("/w/acme/todos", title="goes on").status == 200 and bob.post("/w/acme/work", job="note").status == 204
+    eventually(lambda: noted(outside_world.server))
+    release.set()
+    eventually(lambda: outside_world.jobs() == outside_world.jobs("globex") == [] and not waits)
+
+
+def test_one_tenants_waits_do_not_take_all_threads_for_them(outside_world, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(orion.Alarms, "WAITS_AT_ONCE", 2), monkeypatch.setattr(orion.Alarms, "WAITS_EACH", 1)
+    bob = outside_world(lambda _: bob.get("/w/globex/todos").status == 404 or release.wait(PATIENCE) and "noted")
+    for name in ("acme", "acme", "globex"):
+        bob.post(f"/w/{name}/work", job="letter")
+    waits = outside_world.server.env.workspaces.alarms.waits
+    assert eventually(lambda: len({of for of, _ in [*waits]}) == 2) and len(waits) == 2
+    release.set()
+    eventually(lambda: outside_world.jobs() == outside_world.jobs("globex") == [])
+
+
+def test_what_fails_outside_is_raised_where_the_job_waits_and_it_is_tried_again_later(outside_world):
+    def fail(_):
+        raise ConnectionRefusedError("nobody is there")
+    bob = outside_world(fail)
+    bob.post("/w/acme/work", job="letter")
+    eventually(lambda: outside_world.jobs() and outside_world.jobs()[0][:2] == (1, "ConnectionRefusedError: nobody is there"))
+    assert time.time() < outside_world.jobs()[0][2] <= time.time() + 2
+
+
+def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile(outside_world, monkeypatch):
+    monkeypatch.setattr(orion.Alarms, "WAIT_SECONDS", 0.05)
+    release, calls = threading.Event(), []
+    bob = outside_world(lambda _: (calls.append(1), release.wait(PATIENCE), "noted")[2])
+    bob.post("/w/acme/work", job="letter")
+    eventually(lambda: outside_world.jobs() and "takes more than 0.05 s; give that a time limit" in outside_world.jobs()[0][1])
+    one = the_workspace(outside_world.server)
+    with one.turn, one.store.tx():
+        one.store.exec("UPDATE jobs SET due = 0")
+    outside_world.server.env.workspaces.alarms.set(one.id, 0)
+    bob.post("/w/acme/work", job="note")
+    eventually(lambda: noted(outside_world.server))
+    assert len(calls) == 1 and not [row for row in outside_world.server.store("acme").execute("SELECT 1 FROM journal WHERE what = 'work.letter'")]
+    release.set()
+    assert eventually(lambda: len(calls) == 2 and outside_world.jobs() == [])
+
+
+@cases("yields, why", [(0, "writes, which only a command or a job may"), (2, "a job yields at most once")])
+def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, why):
+    def letter(ctx):
+        for _ in range(yields):
+            yield lambda: None
+        ctx.store.exec("INSERT INTO sent VALUES ('too early')")
+        yield lambda: None
+    server = outside_world.job(letter)
+    Person(server, "bob", datastar=True).post("/w/acme/work", job="letter")
+    eventually(lambda: outside_world.jobs() and why in outside_world.jobs()[0][1])
+    assert server.store("acme").execute("SELECT count(*) FROM sent").fetchone() == (0,)
+
+
+def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outside_world):
+    def letter(ctx):
+        ctx.host.began -= 60                             # as if it had worked for a minute
+        ctx.store.exec("INSERT INTO sent WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 90000) SELECT 'noted' FROM n WHERE i = 90000")
+        ctx.host.began -= 60
+    Person(outside_world.job(letter), "bob", datastar=True).post("/w/acme/work", job="letter")
+    eventually(lambda: noted(outside_world.server) and outside_world.jobs() == [])
+
+
+@cases("where", ["a command", "a job"])
+def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, capfd, monkeypatch, where):
+    monkeypatch.setattr(orion.HasJobs, "TURN_SECONDS", 0.0)
+    release = threading.Event()
+
+    def wait(ctx):
+        release.wait(PATIENCE)
+    slice = working(wait, routes=(orion.Route("POST", "/wait", "todos:write", lambda ctx: (wait(ctx), orion.done(ctx))[1]),))
+    bob = Person(start((orion.todos, slice)), "bob", datastar=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(bob.post, "/w/acme/wait" if where == "a command" else "/w/acme/work", **({} if where == "a command" else {"job": "wait"}))
+        assert logged(capfd, f"{'POST /wait' if where == 'a command' else 'job work.wait'} keeps all others waiting for ")
+        release.set()
+        assert asked.result(PATIENCE).status == 204
 
 
 # ==== 38. Console: notes ==============================================================================================
@@ -8019,6 +8157,31 @@ def test_who_merely_lists_with_a_newer_version_records_nothing(start, monkeypatc
     assert orion.main([orion.todos, small()], [*words.replace(" --single", "").split(), *where]) == 0
     assert words == "node list" or {"bob", "acme"} & {*capsys.readouterr().out.split()}
     assert recorded() == before
+
+
+@cases("words", ["keys rotate", "backup {new}", "workspace export acme {new}", "workspace export acme {new} --move", "workspace import {exported} --name other"])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_command_ends(served, tmp_path, monkeypatch, words):
+    served.run("workspace", "export", "acme", tmp_path / "exported.db")
+    synced, named, unsafe = set(), {}, []
+    whose = lambda path: (os.stat(path).st_dev, os.stat(path).st_ino)
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        real_sync(handle)
+        found = os.fstat(handle)
+        synced.add((found.st_dev, found.st_ino))
+        [named.pop(path) for path, folder in [*named.items()] if folder in synced]
+
+    def replace(part, target):
+        os.path.isdir(part) or whose(part) in synced or unsafe.append(target)
+        folder = whose(os.path.dirname(target))
+        synced.discard(folder)
+        named[str(target)] = folder
+        return real_replace(part, target)
+    monkeypatch.setattr(os, "fsync", fsync), monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(pathlib.Path, "rename", lambda part, target: replace(part, target) or pathlib.Path(target))
+    assert served.run(*words.format(new=tmp_path / "new", exported=tmp_path / "exported.db").split())[0] == 0
+    assert synced and not unsafe and not {path for path in named if os.path.exists(path)}
 
 
 def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
