@@ -1860,6 +1860,11 @@ DIRECTORY_TABLES = (
     "DROP TABLE masquerades",
     "CREATE INDEX sessions_until ON sessions (operator, expires)",
     "ALTER TABLE workspaces ADD COLUMN title TEXT",
+    "ALTER TABLE memberships ADD COLUMN offered INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
+    "CREATE INDEX workspaces_by ON workspaces (founder)",
+    "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
+    "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
 )
 
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -1870,6 +1875,10 @@ MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
 MINE = """SELECT w.id, w.name, coalesce(w.title, w.name) AS title, m.role
           FROM memberships m JOIN workspaces w ON w.id = m.workspace
           WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
+OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
+            FROM memberships m JOIN workspaces w ON w.id = m.workspace
+            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL ORDER BY w.name
+            LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
@@ -1883,7 +1892,7 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
 class Directory(SliceHost):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
-    demo: everybody may sign in as a persona. limit: workspaces that one account may own.
+    demo: everybody may sign in as a persona. limit: workspaces that one account may found.
     """
     digest_of = staticmethod(session_digest)             # [2] remembers what it returned
     # [3] An operator can look on in somebody's name; not here, where no rule restrains it.
@@ -2116,6 +2125,7 @@ def home(ctx):
     mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
     shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
     body = template("home")(
+        offer=ctx.store.query(OFFERS, account, NAMES_A_PAGE),
         workspace=shown, start=ctx.host.pages[0].path, none=not shown,
         more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
         demo=bool(personas), persona=personas, console=ctx.host.shows_console(ctx.viewer),
@@ -2132,11 +2142,13 @@ def create_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
     account = ctx.viewer.account
     name, title = names_of(ctx.field("name"))
-    owned = ctx.store.one("SELECT count(*) FROM memberships WHERE account = ? AND role = "
-                          "'owner'", account)[0]
-    if owned >= ctx.host.limit:
-        raise Refused(422, f"You own {owned} workspaces, which is the limit here.")
+    founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
+                            "IS NOT NULL", account)[0]
+    if founded >= ctx.host.limit:
+        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
+                           "Ask whoever runs this server to remove one.")
     ctx.host.place(ctx, name, account)
+    ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
     set_title(ctx.store, name, title)
     if ctx.request.form and not ctx.request.datastar:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
@@ -2147,7 +2159,13 @@ def add_rows(store, id, name, people):
     """people: accounts with their roles."""
     store.exec("INSERT INTO workspaces (id, name, born) VALUES (?, ?, ?)", id, name, name)
     for account, role in people:
-        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, role)
+        add_member(store, id, account, role)
+
+
+def add_member(store, id, account, role, offered=False):
+    """offered: they are asked to be an owner."""
+    store.exec("INSERT INTO memberships (workspace, account, role, offered) VALUES "
+               "(?, ?, ?, ?)", id, account, role, offered)
 
 
 def set_title(store, name, title):
@@ -2193,12 +2211,15 @@ def to_home(ctx):
 # ==== 13. Members =========================================================================
 # The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
 #   it is as live as every other.
-# It promises: only owners make or change owners, and the last owner stays.
+# It promises: only owners make or change owners, and the last owner stays. Nobody becomes an
+#   owner without saying yes: until then it is an offer, and they are an admin.
 # Who uses it: every workspace has it beside the pages of its slices.
 
-MEMBERS_OF = """SELECT a.name, a.label, m.role FROM memberships m JOIN accounts a
-                ON a.name = m.account WHERE m.workspace = ? ORDER BY a.name"""
+MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
+                JOIN accounts a ON a.name = m.account WHERE m.workspace = ?
+                ORDER BY a.name"""
 ROLE_OF = "SELECT role FROM memberships WHERE workspace = ? AND account = ?"
+OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
 OWNERS_OF = "SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'"
 NOT_A_MEMBER = ""                                        # in the place of a role
 
@@ -2212,8 +2233,10 @@ def role_choice(viewer, chosen):
 def member_row(viewer, member):
     over_them = member["role"] != "owner" or viewer.role == "owner"
     managed = viewer.can("members:manage") and over_them
-    choice = role_choice(viewer, member["role"])
-    return {**member, "option": choice, "managed": managed, "fixed": not managed}
+    offered = bool(member["offer"])
+    chosen = "owner" if offered and viewer.role == "owner" else member["role"]
+    return {**member, "offer": offered, "option": role_choice(viewer, chosen),
+            "managed": managed, "fixed": not managed}
 
 
 def members_region(ctx):
@@ -2279,24 +2302,45 @@ def valid_role(role):
 
 
 def set_role(ctx, account, before, after):
-    """Change a role; NOT_A_MEMBER is one, too.
+    """Change a role; NOT_A_MEMBER is one, too. To be an owner is only offered.
 
     Raise Refused(403) if only an owner may do this, Refused(409) for the last owner.
     """
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
-    store_role(ctx.store, ctx.viewer.id, account, before, after)
+    offered = after == "owner" and before != "owner"
+    if offered:
+        after = before or "admin"
+    put_role(ctx, account, before, after, offered)
+
+
+def answer_offer(ctx):
+    """Become an owner, or not. The field answer is accept or decline."""
+    account = ctx.viewer.account
+    answer = ctx.field("answer")
+    if answer not in ("accept", "decline"):
+        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
+                           "page.")
+    if not ctx.store.one(OFFERED, ctx.viewer.id, account):
+        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
+    before = ctx.viewer.role
+    put_role(ctx, account, before, "owner" if answer == "accept" else before)
+    return done(ctx, f"{ctx.viewer.id} {account}")
+
+
+def put_role(ctx, account, before, after, offered=False):
+    store_role(ctx.store, ctx.viewer.id, account, before, after, offered)
     ctx.publish("members")
     access_changed(ctx, account)
 
 
-def store_role(store, id, account, before, after):
+def store_role(store, id, account, before, after, offered=False):
     if before == "owner" and after != "owner" and store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
     store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
     if after != NOT_A_MEMBER:
-        store.exec("INSERT INTO memberships VALUES (?, ?, ?)", id, account, after)
+        add_member(store, id, account, after, offered)
 
 
 members = Live("/members", MEMBER, "members", "Members", members_region, members_page)
@@ -2312,6 +2356,7 @@ directory = Slice(
             Route("POST", "/logout", PUBLIC, logout),
             Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
             Route("POST", "/members", "members:manage", invite),
+            Route("POST", "/members/offer", MEMBER, answer_offer),
             Route("PATCH", "/members/<account>", "members:manage", change_role),
             Route("DELETE", "/members/<account>", MEMBER, expel)))
 
@@ -5847,7 +5892,7 @@ class Settings(NamedTuple):
     awake: int = 0                                       # 0: a quarter of the descriptors
     threads: int = 16
     connections: int = 10_000
-    max_workspaces: int = 0                              # one may own; 0: 20, demo 2,000
+    max_workspaces: int = 0                              # of a founder; 0: 20, demo 2,000
     quota: int = 10 * 2 ** 30                            # bytes of one workspace
     backup_every: float = 0.0                            # seconds; 0: never
     keep: int = 24                                       # snapshots
@@ -8587,7 +8632,8 @@ def workspace_restore(settings, given):
 
 
 # ==== 43. Members of a workspace ==========================================================
-# The idea: what the members page does, on the command line and by the same rules.
+# The idea: what the members page does, on the command line and by the same rules. But an
+#   operator makes somebody an owner without asking them.
 # It needs: 42 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
@@ -9768,7 +9814,7 @@ OPTIONS = (
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
      "descriptors, at most 1,024", number),
     ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
-    ("--max-workspaces", "workspaces that one account may own; 0: 20, in the demo 2,000",
+    ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
      number),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
      "connections", number),

@@ -530,7 +530,7 @@ class Apart(Fleet):
             (owner, _), *others = people.items()
             self.cli("workspace", "add", name, "--owner", owner)
             for account, role in others:
-                self.directory.write("INSERT INTO memberships SELECT id, ?, ? FROM workspaces WHERE name = ?", account, role, name)
+                self.directory.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, ? FROM workspaces WHERE name = ?", account, role, name)
             owner = self.sign_in(owner)
             for title in todos:
                 owner.post(f"/w/{name}/todos", title=title)
@@ -2963,7 +2963,87 @@ def test_the_last_owner_can_neither_leave_nor_be_demoted(server):
     assert bob.delete("/w/acme/members/bob").status == 409 and bob.patch("/w/acme/members/bob", role="admin").status == 409
     assert bob.get("/_gate/acme").headers["x-role"] == "owner"
     bob.patch("/w/acme/members/carol", role="owner")
+    assert bob.delete("/w/acme/members/bob").status == 409, "carol is asked, and has not answered"
+    assert Person(server, "carol").post("/w/acme/members/offer", form={"answer": "accept"}).status == 303
     assert bob.delete("/w/acme/members/bob").status == 204 and bob.get("/_gate/acme").status == 403
+
+
+@cases("how", ["invited", "promoted"])
+def test_nobody_becomes_an_owner_without_saying_yes(server, how):
+    bob, dave = Person(server, "bob"), Person(server, "dave")
+    bob.post("/w/acme/members", form={"account": "dave", "role": "owner" if how == "invited" else "viewer"})
+    if how == "promoted":
+        bob.patch("/w/acme/members/dave", role="owner")
+    role = lambda: dave.get("/_gate/acme").headers["x-role"]
+    asked = 'action="/w/acme/members/offer"'
+    assert role() == ("admin" if how == "invited" else "viewer") and asked in dave.get("/").text and asked not in bob.get("/").text
+    assert "asked to be an owner" in bob.get("/w/acme/members").text
+    assert dave.post("/w/acme/members/offer", form={"answer": "perhaps"}).status == 422 and asked in dave.get("/").text
+    assert dave.post("/w/acme/members/offer", form={"answer": "accept"}).status == 303
+    assert role() == "owner" and asked not in dave.get("/").text and "asked to be" not in bob.get("/w/acme/members").text
+    assert dave.delete("/w/acme/members/bob").status == 204 and bob.get("/_gate/acme").status == 403
+
+
+@cases("how", ["declined", "withdrawn", "sent away", "left", "never made", "of others", "asked and the asker demoted"])
+def test_an_offer_that_is_over_makes_nobody_an_owner(server, how):
+    bob, carol, dave = [Person(server, name) for name in ("bob", "carol", "dave")]
+    answer = lambda person, word: person.post("/w/acme/members/offer", form={"answer": word}).status
+    if how != "never made":
+        bob.patch("/w/acme/members/carol", role="owner")
+    over = {"declined": lambda: answer(carol, "decline"), "withdrawn": lambda: bob.patch("/w/acme/members/carol", role="member").status,
+            "sent away": lambda: bob.delete("/w/acme/members/carol").status, "left": lambda: carol.delete("/w/acme/members/carol").status,
+            "never made": lambda: 303, "of others": lambda: bob.patch("/w/acme/members/carol", role="viewer").status}
+    if how == "asked and the asker demoted":
+        server.write("UPDATE memberships SET role = 'owner' WHERE account = 'erin'")
+        assert Person(server, "erin").patch("/w/acme/members/bob", role="member").status == 204
+        assert answer(carol, "accept") == 303, "it is the workspace's, and its other owners can withdraw it"
+        return
+    assert over[how]() in (204, 303)
+    if how in ("sent away", "left"):
+        bob.post("/w/acme/members", form={"account": "carol", "role": "member"})
+    assert answer(carol, "accept") == 409 and answer(dave, "accept") == 403 and answer(Person(server, "erin"), "accept") == 409
+    assert [row["account"] for row in server.directory().store.query("SELECT account FROM memberships WHERE role = 'owner' AND workspace = ?",
+                                                                     server.env.workspaces.id_from_name("acme"))] == ["bob"]
+
+
+def test_who_was_never_asked_founds_and_leaves_whatever_others_do(start):
+    server = start(max_workspaces=2)
+    bob, erin = Person(server, "bob", datastar=True), Person(server, "erin", datastar=True)
+    assert json.loads(bob.post("/workspaces", name="one").body)["problem"] == ""
+    for name in ("acme", "one"):
+        bob.delete(f"/w/{name}/members/erin"), bob.post(f"/w/{name}/members", account="erin", role="owner")
+        assert "last owner" in json.loads(bob.delete(f"/w/{name}/members/bob").body)["toast"]
+    assert [json.loads(erin.post("/workspaces", name=f"erin {n}").body)["problem"][:3] for n in range(3)] == ["", "", "You"]
+    assert [erin.delete(f"/w/{name}/members/erin").status for name in ("acme", "one")] == [204, 204]
+
+
+def test_a_limit_counts_what_one_founded_and_not_what_others_gave(start):
+    server = start(max_workspaces=2)
+    bob, carol = Person(server, "bob", datastar=True), Person(server, "carol", datastar=True)
+    founds = lambda who, name: json.loads(who.post("/workspaces", name=name).body)["problem"]
+    assert founds(bob, "one") == "" and "limit" in founds(bob, "two")
+    bob.post("/w/one/members", account="carol", role="owner"), carol.post("/w/one/members/offer", answer="accept")
+    bob.delete("/w/one/members/bob")
+    assert "limit" in founds(bob, "two"), "to give it away makes no room"
+    assert [founds(carol, name)[:3] for name in ("x", "y", "z")] == ["", "", "You"]
+    server.write("UPDATE workspaces SET name = NULL WHERE name = 'one'")
+    assert founds(bob, "two") == "", "to remove it does"
+
+
+def test_who_founded_a_workspace_of_an_older_version_is_whoever_owned_it_alone(tmp_path):
+    older = orion.DIRECTORY_TABLES[:next(n for n, sql in enumerate(orion.DIRECTORY_TABLES) if "COLUMN offered" in sql)]
+    with contextlib.closing(orion.GuardedStore(tmp_path / "d.db", create=True)) as store:
+        store.migrate("directory", older)
+        for name in ("ann", "bob"):
+            store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
+        for name, owners in (("alone", ["ann"]), ("shared", ["ann", "bob"]), ("nobodys", [])):
+            store.exec("INSERT INTO workspaces (id, name, born) VALUES (?, ?, ?)", name, name, name)
+            for owner in owners:
+                store.exec("INSERT INTO memberships VALUES (?, ?, 'owner')", name, owner)
+        store.migrate("directory", orion.DIRECTORY_TABLES)
+        assert [tuple(row) for row in store.query("SELECT name, founder FROM workspaces ORDER BY name")] == [("alone", "ann"), ("nobodys", None), ("shared", None)]
+        store.exec("DELETE FROM accounts WHERE name = 'ann'")
+        assert store.one("SELECT founder FROM workspaces WHERE name = 'alone'")[0] is None, "another ann founded nothing"
 
 
 def test_an_admin_neither_makes_nor_touches_owners(server):
@@ -3331,7 +3411,7 @@ def test_a_region_is_rendered_once_for_all_members_however_many_look(serve):
     server, names = serve(slice), [f"m{n}" for n in range(30)]
     for name in names:
         server.write("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name, name)
-        server.write("INSERT INTO memberships SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
+        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'member' FROM workspaces WHERE name = 'acme'", name)
     members = [Person(server, name) for name in names]
     assert {member.get("/w/acme/n").status for member in members} == {200} and len(renders) == 1
     members[0].post("/w/acme/n")
