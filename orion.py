@@ -3268,8 +3268,9 @@ class StorageFault(Refused):
     def is_behind(cls, error) -> bool:
         """True if the database file is at fault, False if the SQL statement is."""
         if isinstance(error, sqlite3.OperationalError):
-            known = tuple(filter(None, cls.REMEDIES))    # SQLite's words, and not a name
-            return str(error).endswith(known) and not str(error).startswith("no such")
+            if str(error).startswith("no such"):         # table; its name may be anything
+                return False
+            return str(error).endswith(tuple(filter(None, cls.REMEDIES)))
         return type(error) in (sqlite3.DatabaseError, MigrationError)
 
 
@@ -3318,7 +3319,7 @@ class GuardedStore(OwnedStore):
     """
     SETUP = f"PRAGMA page_size=1024; {OwnedStore.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
-    running = "what opens it"                            # or a migration
+    running = "what opens it"                            # for the log; or which migration
 
     def __init__(self, path, create=False):
         self.inode = None if create else identity(path)  # None: it is made just now
@@ -3326,7 +3327,10 @@ class GuardedStore(OwnedStore):
 
     @property
     def torn(self) -> bool:
-        """SQLite would go on writing to a file that nobody finds any more, silently."""
+        """True if another file is at the path by now, or none.
+
+        SQLite does not notice: it would go on writing to a file that nobody finds.
+        """
         try:
             return self.inode not in (None, identity(self.path))
         except sqlite3.Error:
@@ -3340,7 +3344,7 @@ class GuardedStore(OwnedStore):
             raise Torn
 
     def commit(self):
-        """If it raises, nothing of it comes back, not even after a crash."""
+        """A commit that raises has written nothing, even if there is a crash after it."""
         try:
             super().commit()
         except sqlite3.OperationalError:
@@ -3349,10 +3353,10 @@ class GuardedStore(OwnedStore):
             raise
 
     def overwrite(self):
-        """Put a commit that changes nothing in the place of one that failed.
+        """Write a commit that changes nothing over the one that failed.
 
-        That one can be whole in the write-ahead log: it was written, and then the disk said
-        that it is not durable. After a crash SQLite would take it for good.
+        The failed one can be whole in the write-ahead log: all of it was written, and only
+        then the disk reported an error. After a crash SQLite would take it for valid.
         """
         with contextlib.suppress(sqlite3.Error):         # it is written before it fails
             self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
@@ -3362,8 +3366,9 @@ class GuardedStore(OwnedStore):
         return super().apply(slice, number, sql)
 
     def close(self):
-        """What a torn file lacks goes into it: whoever takes its place must find no log."""
-        self.db.set_progress_handler(None, 0)            # it knows the owner of this store
+        """Write the log of a torn file into that file. SQLite does so by itself only if the
+        file is at its path; and the file that is there now must not find this log."""
+        self.db.set_progress_handler(None, 0)            # it refers to the object
         if self.torn:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -3378,18 +3383,19 @@ class ObjectStore(GuardedStore):
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
+    began = float("inf")                                 # when the present answer did
     LOCK_SECONDS = 5.0                                   # the longest wait for a lock
     lock_ends = float("-inf")                            # when everybody stops waiting
-    began = float("inf")                                 # when the present answer did
-    opened_at = 0.0                                      # when it woke, by the clock
     OPEN_SECONDS = float("inf")                          # then its migrations go on apart
-    TELL_SECONDS = 60.0                                  # between two lines on them
-    opening = tell_at = 0.0                              # since when; when the next is due
+    open_began = 0.0
+    opened_at = 0.0                                      # by the clock
+    NOTICE_SECONDS = 60.0                                # between lines on its migrations
+    notice_at = 0.0                                      # when the next line is due
 
     def open(self, create=False):
         """Raises StorageFault if it takes long; then it goes on apart."""
-        self.opening = time.monotonic()
-        self.tell_at = self.opening + 2.0
+        self.open_began = time.monotonic()
+        first_notice = self.notice_at = self.open_began + 2.0
         try:
             super().open(create)
         except (sqlite3.Error, MigrationError) as error:
@@ -3399,13 +3405,13 @@ class GuardedObject(DurableObject):
             self.namespace.bring_up(self.id, late)
             self.close()                                 # all who wait for it hear so
             raise self.fault(late) from error
-        if self.tell_at > self.opening + 2.0:
-            self.tell("was opened, in")
+        if self.notice_at > first_notice:                # there was one: say how it ended
+            self.log_progress("was opened, in")
 
-    def tell(self, what):
-        seconds = time.monotonic() - self.opening
+    def log_progress(self, what):
+        seconds = time.monotonic() - self.open_began
         log(f"storage: {self.store.path}: {what} {seconds:.0f} s")
-        self.tell_at = time.monotonic() + self.TELL_SECONDS
+        self.notice_at = time.monotonic() + self.NOTICE_SECONDS
 
     def connect(self, create):
         self.namespace.make_room()
@@ -3426,14 +3432,16 @@ class GuardedObject(DurableObject):
     def too_long(self):
         """SQLite asks this now and then, in the midst of a statement."""
         now = time.monotonic()
-        if self.bus:
+        is_open = self.bus is not None                   # no migrations are under way
+        if is_open:
             return now > self.began + self.STATEMENT_SECONDS
-        if self.store and now > self.tell_at:
-            self.tell(f"{self.store.running} goes on, for")
-        return now > self.opening + self.OPEN_SECONDS or self.namespace.closed
+        if self.store and now > self.notice_at:
+            self.log_progress(f"{self.store.running} goes on, for")
+        return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
 
     def claim(self, store):
-        """A file in another's place shows nobody's rows to strangers."""
+        """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
+        those who are let in here. Mark a file that has no mark yet."""
         found = store.one("PRAGMA application_id")[0]
         if found not in (0, mark_of(self.id)):
             raise sqlite3.DatabaseError("the file belongs to another object")
@@ -3442,7 +3450,7 @@ class GuardedObject(DurableObject):
 
     def on_open(self):
         super().on_open()
-        self.bus.listeners.append(functools.partial(self.namespace.told, self.id))
+        self.bus.listeners.append(functools.partial(self.namespace.published, self.id))
 
     def answer(self, request):
         """Raise StorageFault; or Undone: then the stub asks again."""
@@ -3467,8 +3475,8 @@ class GuardedObject(DurableObject):
     def patience(self) -> float:
         """Return how many seconds are left to wait for SQLite's lock; <= 0: give up.
 
-        All who wait share one end. In the LOCK_SECONDS after it nobody starts to wait: it
-        is taken for the same lock.
+        All requests that wait for it give up at the same time. One that comes in the
+        LOCK_SECONDS after that gives up at once, for the lock is probably the same.
         """
         now = time.monotonic()
         if now > self.lock_ends + self.LOCK_SECONDS:
@@ -3490,7 +3498,7 @@ class GuardedObject(DurableObject):
         self.namespace.changed(self.id)
         super().close()
         if torn and self.namespace.path(self.id).exists():   # another file: other rows
-            self.namespace.told(self.id, "")
+            self.namespace.published(self.id, "")
 
 
 class GuardedStub(Stub):
@@ -3579,8 +3587,8 @@ class GuardedNamespace(Namespace):
         self.settings: Any = None                        # [3]
         self.late: Dict[str, Tuple[float, str]] = {}     # ids: until when, and why
         self.in_line: collections.deque = collections.deque()    # ids: see bring_up
-        self.fetches = 0
-        self.served = collections.Counter()              # by id, without our own questions
+        self.fetches = 0                                 # all requests to objects
+        self.served = collections.Counter()              # by id: those of people alone
 
     def get(self, id):
         return GuardedStub(id, self)
@@ -3590,13 +3598,13 @@ class GuardedNamespace(Namespace):
         if not request.path.startswith("/_") or request.path.startswith("/_gate"):
             self.served[id] += 1
 
-    def told(self, id, topic):
-        """topic was published; "": anything may be different."""
+    def published(self, id, topic):
+        """Pass it on to the listeners. topic "": anything may be different."""
         for listener in self.listeners:
             listener(id, topic)
 
     def changed(self, id):
-        """Whatever was answered before may be old."""
+        """Note that answers from before now may be old."""
         self.versions[id] += 1
 
     def awake(self, id):
@@ -3628,19 +3636,20 @@ class GuardedNamespace(Namespace):
         """What fails is tried again after a while, when somebody asks for it."""
         one = self.build(id, self)
         one.OPEN_SECONDS = float("inf")
-        failed = time.monotonic() + self.LATE_SECONDS, "it can't be opened"
+        why = "it can't be opened"
         try:
             one.open()
             one.store.close()
-            failed = NOT_LATE
+            why = ""
         except (sqlite3.Error, MigrationError) as error:
             one.fault(error)
-            failed = time.monotonic() + self.LATE_SECONDS, str(error)
+            why = str(error)
         finally:
-            self.late[id] = failed
+            self.late[id] = (time.monotonic() + self.LATE_SECONDS, why) if why else NOT_LATE
 
     def touch(self, id):
-        """It is in use, perhaps by a page of it that was kept: it is not to sleep."""
+        """Note that it is in use, so it does not go to sleep: a page of it that was kept is
+        answered without it."""
         with self.lock:
             if id in self.objects:
                 self.objects[id].used = time.monotonic()
@@ -3714,7 +3723,7 @@ class GroupCommit(GuardedObject):
         except Undone:
             raise
         except CRASH as error:                           # nothing of it is on the disk
-            if not outcomes:
+            if not outcomes:                             # it did not even begin
                 self.check_lock(error)
             self.forget_renderings()
             fault = error if isinstance(error, StorageFault) else self.fault(error)
