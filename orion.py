@@ -3570,7 +3570,15 @@ class Busy(Refused):
                          (("retry-after", "1"),))
 
 
-NOT_LATE = 0.0, ""
+LOOK_SECONDS = 0.2                                       # see fetch_briefly
+
+
+def fetch_briefly(stub, request):
+    """For what can do without the answer: wait for a busy object no longer than that."""
+    return stub.fetch(request, LOOK_SECONDS)
+
+
+NOT_LATE = 0.0, ""                                       # see GuardedNamespace.late
 
 
 class GuardedNamespace(Namespace):
@@ -4812,7 +4820,6 @@ class Broker:
     """The loop changes it. Other threads only mark a channel."""
     SOME = 64                                # streams that get a frame before others' turn
     ALONE_SECONDS = 30.0                     # for which a Directory may be out of reach
-    LOOK_SECONDS = 0.2                       # for which a busy object is waited for
     CALM_SECONDS = 30.0                      # after which a change of access has arrived
     quiet = ()                               # ids of which nobody is told who looks on
 
@@ -5000,9 +5007,9 @@ class Broker:
         stub, request = noted
         if stub.id in busy:
             raise Busy()
-        response = stub.fetch(request, self.LOOK_SECONDS)
+        response = fetch_briefly(stub, request)
         around = request._replace(path=request.path[:-len("/live")])
-        page = stub.fetch(around, self.LOOK_SECONDS)
+        page = fetch_briefly(stub, around)
         html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
         stream.viewer = viewer
         whole = Piece(Html(html), 0.0, 0, main=False)
@@ -6567,9 +6574,6 @@ def workspace_quota(settings, given):
 #   takes the Directory's turn.
 # It promises: one that is busy, or that can't be read, holds up no other.
 
-LOOK_SECONDS = 0.2                                       # how long to wait for a busy one
-
-
 @addition
 class TellsFacts(Broadcast):
     def own_counts(self, request):
@@ -6582,8 +6586,7 @@ class TellsFacts(Broadcast):
 def facts_of(workspace: Stub) -> Dict[str, Any]:
     """Return its facts. If it is busy or can't be read, its count says so in words."""
     try:
-        question = Request("GET", "/_counts")
-        return json.loads(workspace.fetch(question, LOOK_SECONDS).body)
+        return json.loads(fetch_briefly(workspace, Request("GET", "/_counts")).body)
     except Busy:
         return {"count": "busy"}
     except CRASH as error:
@@ -7679,10 +7682,6 @@ class Console:
     def call_rows(self, calls, names):
         return [{**call._asdict(), "object": names.get(call.object, call.object[:8])}
                 for call in calls]
-
-
-def fetch_briefly(stub, request):
-    return stub.fetch(request, LOOK_SECONDS)
 
 
 def shortened(name):
@@ -9203,7 +9202,7 @@ def remove_here(workspaces, id, body):
 
 def retry_here(workspaces, id, body):
     again = Request("POST", "/_retry")
-    return json.loads(workspaces.get(id).fetch(again, LOOK_SECONDS).body)
+    return json.loads(fetch_briefly(workspaces.get(id), again).body)
 
 
 # What a directory asks of a node. Each can be asked twice, for an answer may be lost.
