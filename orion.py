@@ -172,27 +172,6 @@ class Request(NamedTuple):
         return self.content_type.startswith("application/x-www-form-urlencoded")
 
     @property
-    def once(self) -> str:
-        """What says that two commands are one, sent twice; "": they are two. See section 8.
-
-        It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of
-        a plain form with a stamp (Context.stamp), all that was sent.
-        """
-        key = self.headers.get("idempotency-key", "")
-        return key or (self.body.decode("latin-1") if self.stamped else "")
-
-    @property
-    def stamped(self) -> bool:
-        """Is it a plain form that says which page it stood on?"""
-        return self.method not in SAFE and self.form and b"_stamp=" in self.body
-
-    @property
-    def page_account(self) -> str:
-        """For whom the page was made that sent this; "" if it does not say."""
-        stamp = self.fields().get("_stamp", "") if self.stamped else ""
-        return self.headers.get("page-account", stamp.partition(" ")[0])
-
-    @property
     def params(self) -> Dict[str, str]:
         """The parameters of the query. Raises Refused(400) for too many."""
         return decoded_pairs(self.query)
@@ -226,23 +205,6 @@ def decoded_pairs(text: str, **options: bool) -> Dict[str, str]:
     return dict(pairs)
 
 
-FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category says
-
-
-def visible(text: str) -> str:
-    """Return the text without blanks around it; "" if nothing of it can be seen.
-
-    That is if it has only blanks, controls, marks, and characters of no width or which set
-    the direction of writing.
-    """
-    for character in text:
-        kind = unicodedata.category(character)
-        unseen = kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
-        if not unseen and not "\U000e0000" <= character <= "\U000e0fff":
-            return text.strip()
-    return ""
-
-
 class Response(NamedTuple):
     """What goes out."""
     status: int
@@ -251,7 +213,7 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
-    which: str = ""                                      # what a command wrote, in a word
+    which: str = ""                                      # the row that a command wrote
 
 
 class Refused(Exception):
@@ -301,7 +263,6 @@ NOT_SHARED = ("a region is rendered once for a whole role and shown to all who h
               "it cannot use the {} of one viewer; put what is theirs alone into page()")
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Role:
     """Who looks, as a region may know it: all that viewers of one role have in common."""
@@ -346,17 +307,6 @@ class Viewer(Role):
     def banner(self):
         """What stands on top of each of their pages."""
         return ""
-
-
-def refuse_old_page(request: Request, account: str) -> None:
-    """Raise Refused(412) if the page that sent this was made for another account.
-
-    In another window of the same browser, somebody else may have signed in meanwhile.
-    """
-    made_for = request.page_account
-    if made_for and account and made_for != account:
-        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
-                           f"{account} now. Nothing was written. Look, and try again.")
 
 
 def as_json(data: Any) -> Response:
@@ -1070,9 +1020,10 @@ class Watch(NamedTuple):
 #   live page and each command names the grant that it takes, so none can be forgotten.
 # It promises: what all slices need is done here, once, by their host. It checks the grant
 #   of the route: the gate says which grants somebody has, not which one a route takes. A
-#   write leaves a row in the journal, in the same transaction. A command that is sent again
-#   because its answer was lost is not done again. A region is rendered once for each role
-#   and state of the store, however many people look.
+#   write leaves a row in the journal, in the same transaction. A region is rendered once for
+#   each role and state of the store, however many people look. A command that is sent again
+#   because its answer was lost is not done again: that, and more that goes wrong outside, is
+#   behind done().
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Route(NamedTuple):
@@ -1252,7 +1203,7 @@ class Router:
 
 
 # The tables of each host. A list of migrations that ran somewhere can't be changed, so the
-# table of jobs [3] stands here, too.
+# table of jobs [3] stands here, too. journal.which names the row that was written.
 HISTORY = (
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
@@ -1263,79 +1214,6 @@ HISTORY = (
     "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
     "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
 )
-
-
-# -- a command that is sent again, because its answer was lost
-
-def command_id(request: Request, viewer: Viewer) -> bytes:
-    """Return what two commands have in common that are one; b"" if the sender says nothing.
-
-    It is a hash, so its length is not the sender's choice. What a form contains, such as a
-    password, can't be guessed from it: the number in its stamp is kept nowhere.
-    """
-    once = "" if request.method in SAFE or not viewer.account else request.once
-    if not once:
-        return b""
-    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, once])
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-class Answers:
-    """The answers of the last ten minutes, of one object, to commands that have an id.
-
-    To append a row is all that a command costs. Where each row is, is remembered here.
-    """
-    SECONDS = 600.0                                      # to send a command again
-    MOST = 2000                                          # of one account
-    FORGET_EVERY = 1000                                  # commands
-    LARGEST = 4096                                       # characters of one
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.ids: Dict[bytes, int] = {}                  # of rows, by command
-        self.until_forget = 0
-        self.forget("")
-
-    def find(self, command: bytes) -> Optional[Response]:
-        """Return the answer that this command had already; None if it is new."""
-        if command not in self.ids:
-            return None
-        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
-                             "at > ?", self.ids[command], command,
-                             time.time() - self.SECONDS)
-        if row is None:                                  # too old, or rolled back
-            return None
-        status, body, type, headers = json.loads(row["answer"])
-        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
-
-    def keep(self, who: str, command: bytes, response: Response) -> None:
-        """Keep it in the transaction of the command: both are on the disk, or neither.
-
-        An answer that sets a cookie is written nowhere. One that is too large is repeated
-        as a plain 204.
-        """
-        if "set-cookie" in [name.lower() for name, _ in response.headers]:
-            return
-        body = response.body.decode("latin-1")
-        text = json.dumps([response.status, body, response.type, response.headers])
-        if len(text) > self.LARGEST:
-            text = '[204, "", "text/plain", []]'
-        self.store.exec("INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, "
-                        "?)", who, command, time.time(), text)
-        self.ids[command] = self.store.cursor.lastrowid
-        self.until_forget -= 1
-        if not self.until_forget:
-            self.forget(who)
-
-    def forget(self, who):
-        """Forget what is too old, and what this account has too much of."""
-        self.until_forget = self.FORGET_EVERY
-        self.store.exec("DELETE FROM answers WHERE at <= ?", time.time() - self.SECONDS)
-        self.store.exec("DELETE FROM answers WHERE who = ? AND id <= (SELECT id FROM "
-                        "answers WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", who,
-                        who, self.MOST)
-        rows = self.store.query("SELECT command, id FROM answers")
-        self.ids = {row["command"]: row["id"] for row in rows}
 
 
 NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
@@ -1353,11 +1231,6 @@ class SliceHost(DurableObject):
         self.pages = pages
         self.state: Any = None                           # of the store, for the next line
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
-        self.known: Optional[Answers] = None             # None: nobody has asked yet
-
-    def on_open(self):
-        super().on_open()
-        self.known = None
 
     def viewer(self, request: Request) -> Viewer:
         """Return what the verdict says, in headers that only the worker can set."""
@@ -1386,11 +1259,9 @@ class SliceHost(DurableObject):
         viewer = self.viewer(request)
         refuse_old_page(request, viewer.account)
         viewer.permit(route.grant, request.method)
-        command = command_id(request, viewer)
-        before = self.answers().find(command) if command else None
-        return before or self.call(slice, route, args, viewer, request, typed, command)
+        return self.call(slice, route, args, viewer, request, typed)
 
-    def call(self, slice, route, args, viewer, request, typed, command):
+    def call(self, slice, route, args, viewer, request, typed):
         may = READ if request.method in SAFE else WRITE
         before = self.store.db.total_changes
         store = Tables(self.store, slice, may)
@@ -1402,19 +1273,12 @@ class SliceHost(DurableObject):
         if self.store.db.total_changes != before:        # no slice can forget the journal
             which = response.which or "/".join(args) or self.store.last_row()
             self.journal(viewer, f"{slice}.{route.run.__name__}", which)
-            if command:
-                self.answers().keep(viewer.signature, command, response)
         return response
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
         self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                         time.time(), viewer.signature, what, which)
-
-    def answers(self) -> Answers:
-        if self.known is None:
-            self.known = Answers(self.store)
-        return self.known
 
     def command(self, request: Request) -> Response:
         try:
@@ -1512,6 +1376,157 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
         return see_other(f"/w/{ctx.workspace}/{first}")._replace(which=which)
     answer = as_json(signals) if signals else Response(204)
     return answer._replace(which=which)
+
+
+FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
+
+
+def visible(text: str) -> str:
+    """Return the text without blanks around it; "" if nothing of it can be seen.
+
+    That is if it has only blanks, controls, marks, and characters of no width or which set
+    the direction of writing.
+    """
+    for character in text:
+        kind = unicodedata.category(character)
+        unseen = kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
+        if not unseen and not "\U000e0000" <= character <= "\U000e0fff":
+            return text.strip()
+    return ""
+
+
+# -- a page that was made for another account
+
+def stamped(request: Request) -> bool:
+    """Is it a plain form with a stamp (Context.stamp)?"""
+    return request.method not in SAFE and request.form and b"_stamp=" in request.body
+
+
+def page_account(request: Request) -> str:
+    """Return for whom the page was made that sent this; "" if it does not say."""
+    stamp = request.fields().get("_stamp", "") if stamped(request) else ""
+    return request.headers.get("page-account", stamp.partition(" ")[0])
+
+
+def refuse_old_page(request: Request, account: str) -> None:
+    """Raise Refused(412) if the page that sent this was made for another account.
+
+    In another window of the same browser, somebody else may have signed in meanwhile.
+    """
+    made_for = page_account(request)
+    if made_for and account and made_for != account:
+        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
+                           f"{account} now. Nothing was written. Look, and try again.")
+
+
+# -- a command that is sent again, because its answer was lost
+
+def repeat_key(request: Request) -> str:
+    """Return what is the same in two commands that are one, sent twice; "": each is one.
+
+    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
+    plain form with a stamp, all that was sent.
+    """
+    if request.method in SAFE:
+        return ""
+    key = request.headers.get("idempotency-key", "")
+    return key or (request.body.decode("latin-1") if stamped(request) else "")
+
+
+def command_id(request: Request, viewer: Viewer) -> bytes:
+    """Return an id of the command, by account and address; b"" if it has no repeat_key.
+
+    It is a hash, so its length is not the sender's choice. What a form contains, such as a
+    password, can't be guessed from it: the number in its stamp is kept nowhere.
+    """
+    key = repeat_key(request) if viewer.account else ""
+    if not key:
+        return b""
+    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+class Answers:
+    """The answers of the last ten minutes, of one object, to commands that have an id.
+
+    To append a row is all that a command costs. Where each row is, is remembered here.
+    """
+    SECONDS = 600.0                                      # to send a command again
+    MOST = 2000                                          # of one account
+    FORGET_EVERY = 1000                                  # commands
+    LARGEST = 4096                                       # characters of one
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.ids: Dict[bytes, int] = {}                  # of rows, by command
+        self.until_forget = 0
+        self.forget("")
+
+    def find(self, command: bytes) -> Optional[Response]:
+        """Return the answer that this command had already; None if it is new."""
+        if command not in self.ids:
+            return None
+        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
+                             "at > ?", self.ids[command], command,
+                             time.time() - self.SECONDS)
+        if row is None:                                  # too old, or rolled back
+            return None
+        status, body, type, headers = json.loads(row["answer"])
+        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
+
+    def keep(self, who: str, command: bytes, response: Response) -> None:
+        """Keep it in the transaction of the command: both are on the disk, or neither.
+
+        An answer that sets a cookie is written nowhere. One that is too large is repeated
+        as a plain 204.
+        """
+        if "set-cookie" in [name.lower() for name, _ in response.headers]:
+            return
+        body = response.body.decode("latin-1")
+        text = json.dumps([response.status, body, response.type, response.headers])
+        if len(text) > self.LARGEST:
+            text = '[204, "", "text/plain", []]'
+        self.store.exec("INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, "
+                        "?)", who, command, time.time(), text)
+        self.ids[command] = self.store.cursor.lastrowid
+        self.until_forget -= 1
+        if not self.until_forget:
+            self.forget(who)
+
+    def forget(self, who):
+        """Forget what is too old, and what this account has too much of."""
+        self.until_forget = self.FORGET_EVERY
+        self.store.exec("DELETE FROM answers WHERE at <= ?", time.time() - self.SECONDS)
+        self.store.exec("DELETE FROM answers WHERE who = ? AND id <= (SELECT id FROM "
+                        "answers WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", who,
+                        who, self.MOST)
+        rows = self.store.query("SELECT command, id FROM answers")
+        self.ids = {row["command"]: row["id"] for row in rows}
+
+
+class RepeatsAnswers(SliceHost):
+    """A host that does nothing when a command comes again: it repeats the first answer."""
+    known: Optional[Answers] = None                      # None: nobody has asked yet
+
+    def on_open(self):
+        super().on_open()
+        self.known = None
+
+    def call(self, slice, route, args, viewer, request, typed):
+        command = command_id(request, viewer)
+        known = self.answers().find(command) if command else None
+        if known:
+            return known
+        before = self.store.db.total_changes
+        response = super().call(slice, route, args, viewer, request, typed)
+        if command and self.store.db.total_changes != before:
+            self.answers().keep(viewer.signature, command, response)
+        return response
+
+    def answers(self) -> Answers:
+        if self.known is None:
+            self.known = Answers(self.store)
+        return self.known
 
 
 # ==== 9. Todos ============================================================================
@@ -1682,7 +1697,7 @@ todos = Slice(
 #   button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
-class Workspace(SliceHost):
+class Workspace(RepeatsAnswers):
     """What it does comes from its slices."""
 
 
@@ -1889,7 +1904,7 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
               "operator may move and import it.")
 
 
-class Directory(SliceHost):
+class Directory(RepeatsAnswers):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
     demo: everybody may sign in as a persona. limit: workspaces that one account may found.
