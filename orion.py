@@ -1886,14 +1886,15 @@ WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LONGEST_TITLE = 63                                       # characters
 NAMES_A_PAGE = 24                                        # on the home page
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
-                ON m.workspace = w.id WHERE w.name = ? AND m.account = ?"""
-MINE = """SELECT w.id, w.name, coalesce(w.title, w.name) AS title, m.role
-          FROM memberships m JOIN workspaces w ON w.id = m.workspace
-          WHERE m.account = ? AND w.name > ? ORDER BY w.name LIMIT ?"""
+                ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
+                AND w.moving < 2"""                      # [3] 1: on its way, 2: going
+MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.role
+          FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
+          AND w.name > ? AND w.moving < 2 ORDER BY w.name LIMIT ?"""
 OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
             FROM memberships m JOIN workspaces w ON w.id = m.workspace
-            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL ORDER BY w.name
-            LIMIT ?"""
+            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
+            w.moving < 2 ORDER BY w.name LIMIT ?"""
 
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
@@ -6627,10 +6628,14 @@ def home_with_counts(request, env):
 @addition
 class KnowsMine(EdgeDirectory):
     def own_mine(self, request):
-        """Return the ids of the workspaces on this person's home page."""
+        """Return the ids of the workspaces on this person's home page.
+
+        Without those that are being moved: their files may be gone already.
+        """
         account = self.viewer(request).account
         after = request.params.get("after", "")
-        return [row["id"] for row in self.store.query(MINE, account, after, NAMES_A_PAGE)]
+        rows = self.store.query(MINE, account, after, NAMES_A_PAGE)
+        return [row["id"] for row in rows if not row["moving"]]
 
 
 @addition
@@ -7731,11 +7736,12 @@ def verdict_in_words(verdict, name, account):
 @addition
 class AnswersTheConsole(EdgeDirectory):
     def own_names(self, request):
-        """Some of all workspaces, as names by id; and how many there are."""
-        some = self.store.query("SELECT id, name FROM workspaces WHERE name > ? ORDER BY "
-                                "name LIMIT ?", request.params.get("after", ""),
-                                NAMES_A_PAGE + 1)
-        count = self.store.one("SELECT count(*) FROM workspaces")[0]
+        """Some of all workspaces that can be asked, as names by id; and how many those are.
+        """
+        there = "FROM workspaces WHERE name > ? AND NOT moving"
+        some = self.store.query(f"SELECT id, name {there} ORDER BY name LIMIT ?",
+                                request.params.get("after", ""), NAMES_A_PAGE + 1)
+        count = self.store.one(f"SELECT count(*) {there}", "")[0]
         return {"page": dict(some), "all": count}
 
     def own_named(self, request):
@@ -8394,9 +8400,10 @@ def workspace_list(settings, given):
         "SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"))
     for row in rows:
         path = settings.single or settings.workspaces / f"{row['id']}.db"
-        size = path.stat().st_size if path.exists() else "missing"
+        lost = "gone" if row["moving"] else "missing"
+        size = path.stat().st_size if path.exists() else lost
         where = f"on {row['node']}" if row["node"] else size
-        moving = "moving" if row["moving"] else ""
+        moving = ("", "moving", "being removed")[row["moving"]]
         quota = row["quota"] or settings.quota
         title = row["title"] or row["name"]
         print(row["name"], row["id"], where, f"of {quota}", moving, title, sep="\t")
@@ -8417,7 +8424,9 @@ def workspace_rename(settings, given):
 @verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now",
       "name", "--now")
 def workspace_remove(settings, given):
-    """First it leaves the Directory, so nobody is let in any more; then its file goes."""
+    """First nobody is let in any more, and open pages end. Then its file goes, and then its
+    name. If this is cut short, the same command finishes it.
+    """
     if settings.single:
         raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
     with one_move(settings):
@@ -8427,9 +8436,15 @@ def workspace_remove(settings, given):
         with opened(settings, given) as (store, env):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
-            forget_workspace(store, row["id"])
-        about = {"name": given.name, "title": row["title"], "members": members}
+            set_moving(store, row["id"], 2)
+        time.sleep(NOTICE_SECONDS)
+        about = {"name": row["name"], "title": row["title"], "members": members}
         env.workspaces.remove(row, about, given.now)
+        with opened(settings) as (store, env), store.tx():
+            forget_workspace(store, row["id"])
+
+
+NOTICE_SECONDS = 2.0                                     # until a server's streams have ended
 
 
 def forget_workspace(store, id):

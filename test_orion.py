@@ -281,7 +281,8 @@ cases = pytest.mark.parametrize
 @pytest.fixture(scope="session", autouse=True)
 def in_memory():
     """All temporary files on a disk that does not move, for nothing here is tested by pulling the plug."""
-    with tempfile.TemporaryDirectory(prefix="orion-", dir=MEMORY) as folder, mock.patch.object(tempfile, "tempdir", folder):
+    with tempfile.TemporaryDirectory(prefix="orion-", dir=MEMORY) as folder, mock.patch.object(tempfile, "tempdir", folder), \
+            mock.patch.object(orion, "NOTICE_SECONDS", 0.0):
         yield
 
 
@@ -8098,6 +8099,67 @@ def test_a_removed_workspace_is_gone_at_once_and_its_name_brings_none_of_it_back
     bob.post("/workspaces", name="acme")
     assert titles(bob) == [] and carol.get("/w/acme/todos").status == 403
     assert id not in served.run("workspace", "list")[1]
+
+
+def test_the_streams_of_a_workspace_end_before_its_file_goes(served, monkeypatch):
+    ears = [Ear(Person(served, "bob"), f"/w/acme/{page}/live") for page in ("todos", "members")]
+    real, lines = orion.take_away, []
+    monkeypatch.setattr(orion, "log", lines.append)
+
+    def take_away(*args):
+        for ear in ears:
+            ear.socket.settimeout(0.01)
+            assert "no longer have access" in ear.until_it_says("ended")
+        return real(*args)
+    monkeypatch.setattr(orion, "take_away", take_away)
+    monkeypatch.setattr(orion, "NOTICE_SECONDS", 1.0)
+    assert served.run("workspace", "remove", "acme")[0] == 0
+    assert Person(served, "bob").get("/console").status == 200 and "missing" not in "".join(lines)
+
+
+@cases("when", ["before the copy", "before the end of the file", "after it"])
+def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(served, monkeypatch, when):
+    """All of the members are in the copy, whenever it was."""
+    bob = Person(served, "bob")
+    with monkeypatch.context() as killed:
+        place = {"before the copy": "take_away", "before the end of the file": "put_in_place", "after it": "forget_workspace"}[when]
+        real = getattr(orion, place)
+
+        def cut(*args):
+            if when == "before the end of the file":
+                real(*args)
+            raise KeyboardInterrupt
+        killed.setattr(orion, place, cut)
+        assert served.run("workspace", "remove", "acme")[0] == 130
+    assert bob.get("/w/acme/todos").status == 403 and "/w/acme/" not in bob.get("/").text
+    assert "being removed" in served.run("workspace", "list")[1]
+    assert served.run("workspace", "remove", "acme")[0] == 0
+    assert "acme" not in served.run("workspace", "list")[1] and not served.env.workspaces.path(served.env.workspaces.id_from_name("acme")).exists()
+    for copy in (served.env.settings.data / "removed").glob("*.db"):
+        assert served.run("workspace", "import", copy, "--name", f"again-{copy.stem[-3:]}")[0] == 0
+        assert served.run("member", "list", f"again-{copy.stem[-3:]}")[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
+
+
+def test_the_members_page_of_a_removed_workspace_does_not_show_for_a_new_one_of_its_name(served):
+    bob = Person(served, "bob")
+    ear = Ear(bob, "/w/acme/members/live")
+    ear.event()
+    for words in (("workspace", "remove", "acme", "--now"), ("workspace", "add", "acme", "--owner", "dave")):
+        bob.get("/w/acme/members")
+        assert served.run(*words)[0] == 0
+    assert "no longer have access" in ear.event() and ear.event() is None
+    assert bob.get("/w/acme/members").status == 403
+    text = Person(served, "dave").get("/w/acme/members").text
+    assert "member-dave" in text and "member-carol" not in text
+
+
+def test_a_workspace_that_has_left_is_not_called_missing(served, tmp_path, monkeypatch):
+    bob, lines = Person(served, "bob"), []
+    monkeypatch.setattr(orion, "log", lines.append)
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+    assert "/w/acme/" in bob.get("/").text and bob.get("/console").status == 200
+    said = served.run("workspace", "list")[1], served.run("check")[1], *lines
+    assert "missing" not in "".join(said) and "gone" in said[0]
 
 
 def test_a_quota_is_kept_and_can_be_raised(served):
