@@ -159,6 +159,11 @@ class Request(NamedTuple):
         return "datastar-request" in self.headers
 
     @property
+    def opens_page(self) -> bool:
+        """Does a browser show the answer as a page?"""
+        return not self.datastar and "text/html" in self.headers.get("accept", "")
+
+    @property
     def stream(self) -> bool:
         """Does it ask for a stream?"""
         return self.method == "GET" and self.path.endswith("/live")
@@ -2001,6 +2006,10 @@ class Directory(RepeatsAnswers):
         """[3] has a console."""
         return False
 
+    def signed_in(self, ctx: Context, answer: Response) -> Response:
+        """[3] offers to send what was sent without a session."""
+        return answer
+
     # A question of the server itself, at "/_account"; the worker lets none in from outside.
     def own_account(self, request):
         return self.viewer(request).account
@@ -2099,7 +2108,8 @@ def open_session(ctx, account):
     key = ctx.host.keys[0]
     value = f"{token}.{seal(token, key)}"
     cookie = set_cookie(ctx.request.scheme, key, value, COOKIE_SECONDS)
-    return see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
+    answer = see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
+    return ctx.host.signed_in(ctx, answer)
 
 
 def logout(ctx):
@@ -2426,9 +2436,13 @@ def refusal(request: Request, error: BaseException) -> Response:
     ask again forever. So it gets the no as a last frame.
     """
     no = as_refused(request, error)
+    opens_page = request.opens_page
+    if no.status == 405 and opens_page and request.method in SAFE and request.path != "/":
+        above = request.path.rpartition("/")[0] or "/"   # the page of these commands
+        return see_other(urllib.parse.quote(above))
     if request.stream and request.datastar and no.status in GOODBYES:
         return Response(200, goodbye(no.status), EVENTS)
-    if request.datastar or "text/html" not in request.headers.get("accept", ""):
+    if not opens_page:
         text = f"{no.message}\n".encode("utf-8", "replace")
         return Response(no.status, text, headers=no.headers)
     reason = REASONS.get(no.status, "Error")
@@ -6149,16 +6163,51 @@ def proved(ctx):
     return name if stored and stored == ctx.request.headers["x-stored"] else ""
 
 
-def login_form(next: str, username: str = "", problem: str = "",
-               status: int = 200) -> Response:
-    body = template("login")(next=next, username=username, problem=problem)
+SECRET = ("/login", "/account/password")                 # what is sent there is not kept
+UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
+
+
+def login_form(next: str, problem: str = "", status: int = 200, personas: Any = (),
+               username: str = "", **unsent: str) -> Response:
+    """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
+    body = template("login")(next=next, username=username, problem=problem,
+                             persona=[*personas], **{**UNSENT, **unsent})
     return page("Sign in", body, status=status)
 
 
 def login_page(ctx):
     typed = ctx.typed
     next = local_path(typed.get("next") or ctx.params.get("next", "/"))
-    return login_form(next, typed.get("username", ""), typed.get("problem", ""))
+    carried = {name: typed.get(name, "") for name in ("username", "problem", *UNSENT)}
+    return login_form(next, personas=ctx.host.personas(""), **carried)
+
+
+def page_of(request: Request) -> str:
+    """Return the page that a request opens or, if it is a form, on which the form stood."""
+    if request.method in SAFE:
+        query = f"?{request.query}" if request.query else ""
+        return local_path(urllib.parse.quote(request.path) + query)
+    ours = f"{request.scheme}://{request.headers.get('host', '')}"
+    referer = request.headers.get("referer", "")
+    known = referer[len(ours):] if referer.startswith(f"{ours}/") else request.path
+    return local_path(known)
+
+
+def unsent_in(request: Request) -> Dict[str, str]:
+    """Return the form that came without a session, so that it can be sent again."""
+    if not request.form or request.method in SAFE or request.path in SECRET:
+        return UNSENT
+    body = request.body.decode("latin-1")
+    return {"unsent": body, "to": urllib.parse.quote(request.path)}
+
+
+def unsent_page(ctx, unsent, next):
+    """Return a page that says what was not saved, and sends it at one more click."""
+    fields = decoded_pairs(unsent, keep_blank_values=True)
+    rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
+            for name, value in fields.items()]
+    body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
+    return page("Send it again?", body)
 
 
 def login(ctx):
@@ -6190,6 +6239,18 @@ DIRECTORY_SLICES.append(Slice("passwords", routes=(
 
 @addition
 class KnowsAccounts(EdgeDirectory):
+    def own_personas(self, request):
+        return self.personas("")
+
+    def signed_in(self, ctx, answer):
+        unsent = ctx.field("unsent")
+        if not unsent:
+            return answer
+        said = dict(answer.headers)
+        again = unsent_page(ctx, unsent, said["location"])
+        return again._replace(headers=(("set-cookie", said["set-cookie"]),),
+                              which=answer.which)
+
     def own_password(self, request):
         return self.password_of(request.headers["x-account"])
 
@@ -6218,13 +6279,15 @@ class AsksForPasswords(LoopEdge):
 
     def refusal(self, request, error):
         """A browser that is not signed in gets the form for it."""
-        opens_page = "text/html" in request.headers.get("accept", "")
         signed_out = isinstance(error, Refused) and error.status == 401
-        if signed_out and opens_page and not request.datastar:
-            target = f"{request.path}?{request.query}" if request.query else request.path
-            next = local_path(target) if request.method in SAFE else "/"
-            return login_form(next, problem=error.message, status=401)
-        return super().refusal(request, error)
+        if not signed_out or not request.opens_page:
+            return super().refusal(request, error)
+        unsent = unsent_in(request)
+        problem = error.message
+        if unsent["unsent"]:
+            problem = "You are signed out, so this was not saved. Sign in to send it again."
+        personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
+        return login_form(page_of(request), problem, 401, personas, **unsent)
 
 
 # -- on the command line

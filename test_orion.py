@@ -9599,6 +9599,95 @@ def test_enter_that_ends_a_composition_saves_no_half_word(server, windows):
     assert bob.js("return document.activeElement.type") == "checkbox"
 
 
+def fields_of(page, action=None):
+    """The form of a page, as a browser would send it; action: which one, if there are several."""
+    form = next(form for form in re.findall(r"<form.*?</form>", page, re.S) if not action or f'action="{action}"' in form)
+    values = {html.unescape(name): html.unescape(value) for name, value in re.findall(r'<input type="hidden" name="([^"]*)" value="([^"]*)">', form)}
+    return html.unescape(re.search('action="([^"]*)"', form)[1]), values
+
+
+def signed_out(server, method, path, **headers):
+    """What somebody at a browser gets who is not signed in any more."""
+    body = headers.pop("body", None)
+    return Person(server).ask(method, path, body, Accept="text/html", Content_Type=body and "application/x-www-form-urlencoded", **headers)
+
+
+def signs_in(server, page, password="long enough"):
+    person = Person(server)
+    action, values = fields_of(page)
+    answer = person.ask("POST", action, urllib.parse.urlencode({**values, "username": "ann", "password": password}), Accept="text/html",
+                        Content_Type="application/x-www-form-urlencoded")
+    if "set-cookie" in answer.headers:
+        person.headers["Cookie"] = answer.headers["set-cookie"].split(";")[0]
+    return person, answer
+
+
+def lands(person, path, most=4):
+    """The page that a browser ends at."""
+    for _ in range(most):
+        answer = person.get(path, Accept="text/html")
+        if answer.status != 303:
+            return path, answer
+        path = answer.headers["location"]
+    raise AssertionError(path)
+
+
+@cases("path", ["/w/acme/todos?show=done&pages=2", "/w/acme/members", "/account", "/w/acme/todos?x=%2F%2Fevil&y=a+b", "/w/acme/caf%C3%A9?q=%C3%A9"])
+def test_who_signs_in_again_is_back_on_the_page_with_its_query(outside, path):
+    page = signed_out(outside, "GET", path)
+    assert page.status == 401
+    wrong = signs_in(outside, page.text, "a wrong guess")[1]
+    assert wrong.status == 422
+    person, answer = signs_in(outside, wrong.text)
+    assert (answer.status, answer.headers["location"]) == (303, path)
+
+
+def test_a_form_that_was_sent_without_a_session_can_be_sent_again_after_signing_in(outside):
+    body = urllib.parse.urlencode({"title": "Nearly <lost> \xe9\u2603", "_stamp": "ann 12345"})
+    page = signed_out(outside, "POST", "/w/acme/todos", body=body, Referer=f"{outside.origin}/w/acme/todos?show=open")
+    assert page.status == 401 and "this was not saved" in page.text
+    ann, again = signs_in(outside, signs_in(outside, page.text, "a wrong guess")[1].text)
+    assert again.status == 200 and "Nearly &lt;lost&gt; \xe9\u2603" in again.text and 'href="/w/acme/todos?show=open"' in again.text
+    assert titles(ann) == []
+    action, values = fields_of(again.text, "/w/acme/todos")
+    assert ann.post(action, form=values).status == 303 and titles(ann) == ["Nearly &lt;lost&gt; \xe9\u2603"]
+
+
+@cases("path", ["/workspaces", "/account/sessions", "/account/password", "/console/probe", "/logout", "/persona", "/w/acme/todos/1", "/w/acme/members/ann", "/login",
+                "/w/acme/todos", "/w/acme/nothing/at/all"])
+def test_nobody_lands_at_an_address_that_takes_commands_only(outside, path):
+    """A page that shows what is wrong with a form has the form's own address."""
+    page = signed_out(outside, "POST", path, body="x=y", Referer=outside.origin + path)
+    if page.status == 401:
+        ann, answer = signs_in(outside, page.text)
+        assert (answer.status, 'href="%s"' % path in answer.text) == (200, True) or path == "/account/password"
+    else:
+        ann = outside.sign_in("ann")
+    assert lands(ann, path)[1].status != 405, path
+
+
+def test_a_program_that_reads_what_takes_commands_only_still_hears_405(server):
+    assert Person(server, "bob").get("/workspaces").status == 405
+
+
+@cases("referer", ["http://evil.example/x", "{}.evil.example/x", "{}@evil.example/x", "{}//evil.example", "{}/\\evil.example", "{}/%0d%0a\t", "", "null"])
+def test_a_page_that_sent_somebody_here_leads_nowhere_else_after_signing_in(outside, referer):
+    page = signed_out(outside, "POST", "/w/acme/todos", body="title=x", Referer=referer.format(outside.origin)).text
+    assert re.search('name="next" value="(/|/w/acme/todos|/%0d%0a)"', page), page
+
+
+@cases("to", ["//evil.example", "/\\evil.example", "https://evil.example/", "javascript:alert(1)", "/a\nb", ""])
+def test_what_was_not_sent_is_sent_to_this_server_alone(outside, cheap, to):
+    body = urllib.parse.urlencode({"username": "ann", "password": "long enough", "unsent": "a=b", "to": to, "next": to})
+    answer = Person(outside).ask("POST", "/login", body, Content_Type="application/x-www-form-urlencoded")
+    assert fields_of(answer.text) == ("/", {"a": "b"}) and '<a href="/">Go on' in answer.text
+
+
+def test_a_password_that_was_sent_without_a_session_is_not_shown_again(outside):
+    page = signed_out(outside, "POST", "/account/password", body="password=an+old+one&new=a+new+one")
+    assert page.status == 401 and "old" not in page.text and "new one" not in page.text and "a+new" not in page.text
+
+
 def test_password_managers_find_name_and_password(outside):
     ann = outside.sign_in("ann")
     signing_in, account = Person(outside).get("/login").text, ann.get("/account").text
@@ -9619,6 +9708,22 @@ def test_what_sets_the_direction_of_writing_stays_in_its_own_place(server, windo
     Person(server, "bob").post("/w/acme/todos", title="\u202eevil\u2067")
     bob.wait("[...document.querySelectorAll('.args')].some(el => el.textContent.includes('evil'))")
     assert bob.js(isolated, ".args, #trips code bdi") == 0 < bob.js("return document.querySelectorAll('#trips code bdi').length")
+
+
+@cases("scripts", [True, False])
+def test_a_form_of_somebody_who_is_signed_out_is_sent_again_as_a_persona_of_the_demo(server, windows, scripts):
+    bob = windows[0]
+    person = Person(server, "bob")
+    bob.be(person)
+    bob.javascript(scripts)
+    bob.open(server.origin + "/")
+    person.post("/logout", form={})
+    bob.type("#name", "saved")
+    bob.press("Enter")
+    bob.click("button[value=bob]")
+    bob.click(".login button")
+    bob.javascript(True)
+    bob.wait("location.pathname === '/w/saved/todos'")
 
 
 def test_toggle_all_is_undone_by_no_repetition(server, windows):
