@@ -3039,7 +3039,7 @@ def makes_way(entries, number) -> bool:
         return False
     later = [words_of(sql)[:3] for sql in entries[number + 1:]]
     return (["create", "table", words[2]] in later[:1]
-            and ["drop", "table", words[5]] in later)
+            and ["drop", "table", *words[5:]] in later)
 
 
 def words_of(sql):
@@ -6933,8 +6933,8 @@ class FullContext(Context):
         args: what JSON can say. It runs again when it fails, so what it does outside of the
         store should bear to be done twice. What it waits for, it yields, at most once: a
         function without arguments, which can't use ctx. `answer = yield send` calls that
-        while others have the turn. Before, the job only reads. Raises PermissionError outside of a command or
-        job, LookupError if no slice has this job.
+        while others have the turn. Before, the job only reads. Raises PermissionError
+        outside of a command or job, LookupError if no slice has this job.
         """
         if self.store.may != WRITE:
             raise PermissionError("only a command or a job puts in a job")
@@ -6970,8 +6970,10 @@ class KnowsJobs(QuickRouter):
 
 
 class JobTables(Tables):
-    """The store of a job, at each of its steps: `store.exec(sql, (yield act))` begins in one
-    and ends in the next. The time limit is for a statement, and not for the job."""
+    """The store of a job, the same at each step: see `store.exec(sql, (yield act))`.
+
+    The time limit is for each statement, and not for the job.
+    """
 
     def __init__(self, job: str):
         self.owner = job.partition(".")[0]

@@ -1316,6 +1316,7 @@ def test_each_migration_runs_once(store):
     ("guests", ["ALTER TABLE todo RENAME TO mine"], ["guests", "entry 1", "'todo'", "'todos'"]),
     ("guests", ["DELETE FROM _migrations"], ["guests", "entry 1", "'_migrations'"]),
     ("guests", ["CREATE TABLE"], ["guests", "entry 1", "incomplete"]),
+    ("guests", ["ALTER TABLE g RENAME TO"], ["guests", "entry 1", "incomplete"]),
     ("guests", ["CREATE TABLE a (n); CREATE TABLE b (n)"], ["guests", "entry 1", "one statement"])])
 def test_a_migration_that_does_not_fit_names_slice_entry_and_table(store, slice, entries, words):
     store.migrate("todos", [TODO])
@@ -6222,7 +6223,7 @@ def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile
     outside_world.server.env.workspaces.alarms.set(one.id, 0)
     bob.post("/w/acme/work", job="note")
     eventually(lambda: noted(outside_world.server))
-    assert len(calls) == 1 and not [row for row in outside_world.server.store("acme").execute("SELECT 1 FROM journal WHERE what = 'work.letter'")]
+    assert len(calls) == 1 and outside_world.jobs()[0][0] == 1, "tried once"
     release.set()
     assert eventually(lambda: len(calls) == 2 and outside_world.jobs() == [])
 
