@@ -3819,7 +3819,8 @@ def deflated(data) -> bytes:
 class Piece(Rendering):
     """A rendering as bytes, which are made when the first stream needs them.
 
-    main: the region, which a browser names when it comes back as the last it has seen.
+    main: it is the region itself. A browser that comes back says which one it has seen
+    last, by its etag.
     """
     main: bool = True
 
@@ -3849,8 +3850,8 @@ class Subscription(NamedTuple):
     piece: Piece                                         # as it is now
 
     @property
-    def channel(self) -> Tuple[Any, ...]:
-        """Streams that must show the same have the same."""
+    def question(self) -> Tuple[Any, ...]:
+        """What the object is asked: streams with the same question show the same."""
         said = self.again.headers
         role = tuple([said.get(name, "") for name in ("x-role", "x-grants", "x-workspace")])
         return self.again.path, self.again.query, *role
@@ -3865,7 +3866,7 @@ class Broadcast(GroupCommit, SliceHost):
         return Piece(rendering.html, rendering.made, rendering.micros)
 
     def rendering(self, live, ctx):
-        """The parameters of a query can be many: what was made first goes first."""
+        """Bound what is kept, for queries can differ without end. The oldest goes first."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
@@ -4123,8 +4124,8 @@ COMPRESSED = ("text/html", "text/css", "text/javascript")
 
 @functools.lru_cache(maxsize=256)
 def head_of(status, type, headers, live, nonced):
-    """The part of a head that does not change; a page's nonce is a mark in it."""
-    watch = live or None
+    """Return the part of a head that does not change, with MARK for a page's nonce."""
+    watch = live or None                                 # headers_of asks only if it is one
     response = Response(status, b"", type, headers, MARK if nonced else "", watch)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
     if live or type.startswith(COMPRESSED):              # compressed or not
@@ -4140,13 +4141,16 @@ def accepts_gzip(request) -> bool:
 
 
 def encoded_asset(request, env):
-    """A door: an asset whose tag says how encode() sends it."""
+    """A door: an asset. Compressed, as encode() sends it, it has an etag of its own."""
     compressed = ASSETS[request.path].startswith(COMPRESSED)
     return asset(request, env, "-gzip" if compressed and accepts_gzip(request) else "")
 
 
 def encode(request, response, connection, head_only, date) -> bytes:
-    """Return the bytes of an answer. connection: what it says of that; see section 14."""
+    """Return the bytes of an answer.
+
+    connection: the value of that header field, or "": see connection_field in section 14.
+    """
     live = response.watch is not None
     zipped = accepts_gzip(request)
     body = response.body
@@ -4209,8 +4213,8 @@ class Asked:
     reading: Reading
     request: Request
     started: float = 0.0                                 # by time.perf_counter()
-    policy: Any = None                                   # the Directory's number
-    version: int = 0                                     # the object's
+    directory_version: Any = None                        # see Kept.directory_version
+    object_version: int = 0                              # of the object that answers
     stub: Any = None                                     # who is to answer
     forwarded: Optional[Request] = None                  # and the request as they see it
     account: str = ""                                    # to whom it is charged
@@ -4231,7 +4235,7 @@ class KeptAnswer(NamedTuple):
     response: None after the first request, which only notes that there was one; most pages
     are asked for once.
     """
-    as_of: Tuple[Any, int]                               # policy and version
+    as_of: Tuple[Any, int]                               # both versions, before it was made
     stub: GuardedStub
     until: float                                         # by time.monotonic()
     response: Optional[Response]
@@ -4240,20 +4244,23 @@ class KeptAnswer(NamedTuple):
 class Kept:
     """Answers, by what was asked. One is kept when it is asked for a second time."""
     MOST = 32 * 2 ** 20                                  # bytes of all
-    LARGE = 2 ** 18                                      # bytes of one: it is compressed
-    LONG = 4096                                          # of what was asked, cookie and all
+    LARGE = 2 ** 18                                      # of one; the loop compresses it
+    LONG = 4096                                          # of path, query and cookie
     SECONDS = 60.0                                       # sessions end by the clock, too
 
     def __init__(self, directory):
         self.directory = directory
         self.path = directory.namespace.path(directory.id)
         self.db: Optional[sqlite3.Connection] = None
-        self.opened = -1                                 # when: by the Directory's version
+        self.opened = -1                                 # at which version of the object
         self.answers: Dict[Any, KeptAnswer] = {}
         self.size = 0
 
-    def policy(self) -> Any:
-        """Moves with each commit to the Directory; None: it can't be said. For the loop."""
+    def directory_version(self) -> Any:
+        """Return what changes with each commit to the Directory; None: it can't be said.
+
+        Only the loop may call it.
+        """
         version = self.directory.namespace.versions[self.directory.id]
         try:
             if self.db is None or self.opened != version:
@@ -4285,7 +4292,7 @@ class Kept:
         if known is None or known.response is None or known.until < time.monotonic():
             return None
         namespace = known.stub.namespace
-        if known.as_of != (asked.policy, namespace.versions[known.stub.id]):
+        if known.as_of != (asked.directory_version, namespace.versions[known.stub.id]):
             return None
         namespace.touch(known.stub.id)
         return known.response
@@ -4293,13 +4300,15 @@ class Kept:
     def keep(self, asked, response):
         """asked has both numbers as they were before the response was made."""
         size = 500 + sum([len(part or "") for part in asked.key])
-        if size > self.LONG or len(response.body) > self.LARGE or asked.policy is None:
+        if size > self.LONG or len(response.body) > self.LARGE:
+            return
+        if asked.directory_version is None:
             return
         if self.size > self.MOST:
             self.clear()
-        as_of = asked.policy, asked.version
+        as_of = asked.directory_version, asked.object_version
         known = self.answers.get(asked.key)
-        if known is None or known.as_of != as_of:        # nobody may ask for it again
+        if known is None or known.as_of != as_of:        # perhaps it was the only time
             response = None
         else:
             size += len(response.body)
@@ -4327,10 +4336,10 @@ def renewed(response) -> Response:
 class Lane:
     """Items that wait for the same job, in their order, each with its account.
 
-    A lane is in line, or a thread works on it: then payer is the account charged, "" if it
-    is nobody. Or it is parked: payer is None, for that account has as many lanes in line as
-    it may. When one of these ends, it takes a parked one out: Pool.release. If another
-    account adds an item to a parked lane, that one pays, and unpark passes it over later.
+    payer: the account that is charged while the lane is in line, or a thread works on it;
+    "": nobody is. None: the lane is parked, for its account has as many in line as it may.
+    When one of those ends, Pool.release puts a parked one in line. If another account adds
+    an item to a parked lane, that one pays, and unpark passes the lane over later.
     """
 
     def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
@@ -4355,15 +4364,15 @@ class Pool:
 
     def __init__(self, size):
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
-        self.idle: List[threading.Lock] = []             # what each idle thread waits for
-        self.own = threading.local()                     # line: what this thread does next
+        self.idle: List[threading.Lock] = []             # on each an idle thread sleeps
+        self.local = threading.local()                   # line, account: of each thread
         self.most = max(1, size // 2)                    # lanes in line, for one account
         self.fair = max(1, size // 8)                    # and while there are others
         self.lock = threading.Lock()                     # guards the next four lines
         self.crowded = float("-inf")                     # when there were others last
         self.lanes: Dict[Any, Lane] = {}                 # in which something waits
         self.taken: Dict[str, int] = collections.Counter()   # lanes in line, by account
-        self.parked: Dict[str, Dict[Lane, None]] = {}    # lanes that wait for that
+        self.parked: Dict[str, Dict[Lane, None]] = {}    # by account: those that wait
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -4375,7 +4384,7 @@ class Pool:
         A thread of the pool does what it puts in itself, right after its present job. So to
         render what a command changed, no other thread is woken.
         """
-        own = getattr(self.own, "line", None)
+        own = getattr(self.local, "line", None)
         if own is None:
             self.share(job, *args)
         else:
@@ -4387,7 +4396,7 @@ class Pool:
         rouse() then wakes threads for all of it. In the midst of the loop's work they would
         only contend with it for the interpreter. (Commands to 1,000 tenants: 1.2 x.)
         """
-        self.own.line = self.line                        # put() appends to it, and no more
+        self.local.line = self.line                      # put() appends to it, and no more
 
     def rouse(self):
         for _ in range(min(len(self.line), len(self.idle))):
@@ -4405,35 +4414,35 @@ class Pool:
             return
 
     def work(self):
-        self.own.line = collections.deque()
-        self.own.account = ""
-        turn = threading.Lock()
-        turn.acquire()
+        self.local.line = collections.deque()
+        self.local.account = ""
+        wakeup = threading.Lock()                        # to release it wakes this thread
+        wakeup.acquire()
         while True:
-            job, args = self.next(turn)
+            job, args = self.next(wakeup)
             if job is None:
                 return
             guarded(job, *args)
-            while self.own.line:
+            while self.local.line:
                 self.follow_up()
 
     def follow_up(self):
         """Do what this thread has put in until now."""
-        jobs = [*self.own.line]
-        self.own.line.clear()                            # a job may call this, too
+        jobs = [*self.local.line]
+        self.local.line.clear()                          # a job may call this, too
         for job, args in jobs:
             guarded(job, *args)
 
-    def next(self, turn):
+    def next(self, wakeup):
         """Return the next job, or wait for one."""
         while True:
             try:
                 return self.line.popleft()
             except IndexError:
-                self.idle.append(turn)
+                self.idle.append(wakeup)
             if self.line:                                # put in just before we were idle
                 self.wake()
-            turn.acquire()
+            wakeup.acquire()
 
     @property
     def busy(self) -> int:
@@ -4445,16 +4454,17 @@ class Pool:
     @property
     def account(self) -> str:
         """Whom the present job of this thread is charged to."""
-        return getattr(self.own, "account", "")
+        return getattr(self.local, "account", "")
 
     def gather(self, name, item, job, account=""):
         """Have job(items) done with all that came to the lane of this name until then.
 
-        job returns what it left undone, or None; that stays in front. account: to whom it
-        is charged; "": to nobody. What a thread of the pool puts in is a part of the job
-        that it does already.
+        job returns the items that it left undone, or None; they stay in front. account: to
+        whom it is charged; "": to nobody. If a job of the pool calls this, its own account
+        is charged for the thread already, so the lane is charged to nobody.
         """
-        payer = "" if hasattr(self.own, "account") else account
+        in_a_job = hasattr(self.local, "account")
+        payer = "" if in_a_job else account
         with self.lock:
             lane = self.lanes.get(name)
             if lane is None:
@@ -4483,9 +4493,10 @@ class Pool:
         return self.fair if now < self.crowded + self.ALONE_SECONDS else self.most
 
     def drive(self, lane):
+        """Have the next items of a lane done, and all that this makes the thread put in."""
         payer = lane.payer
-        before = self.own.account
-        self.own.account = payer or before
+        before = self.local.account
+        self.local.account = payer or before
         some = min(len(lane.items), self.TOGETHER)
         items = [lane.items.popleft()[0] for _ in range(some)]
         left = None
@@ -4496,13 +4507,13 @@ class Pool:
                                  for item in left or ()])
             self.follow_up()
             self.release(payer)
-            self.own.account = before
+            self.local.account = before
 
     def put_back(self, lane, left):
         """Have the rest of the lane done behind the others.
 
-        left: items with their accounts, to be done first. Any account that is among the
-        next items, and has something to spend, can pay for all of them.
+        left: items with their accounts, to be done first. The next items are charged
+        together, to the first of their accounts that may have another lane in line.
         """
         with self.lock:
             lane.items.extendleft(reversed(left))
@@ -4548,11 +4559,11 @@ class Pool:
 
 
 def guarded(call, *args):
-    """The trouble of one request must end neither the loop nor a thread."""
+    """Call it, and log what it raises, which ends neither the loop nor a thread."""
     try:
         call(*args)
-    except Refused:
-        return                                           # of a file: it is in the log
+    except Refused:                                      # a StorageFault is in the log
+        return
     except CRASH as error:
         log_error(getattr(call, "__qualname__", str(call)), error)
 
@@ -4948,7 +4959,7 @@ class Broker:
     def join(self, stream, subscription):
         id = subscription.stub.id
         of_object = self.channels.setdefault(id, {})
-        channel = of_object.setdefault(subscription.channel, Channel(subscription))
+        channel = of_object.setdefault(subscription.question, Channel(subscription))
         stream.channel = channel
         channel.streams.add(stream)
         self.accounts[stream.account] += 1
@@ -4970,7 +4981,7 @@ class Broker:
         self.accounts[stream.account] -= 1
         self.watched(id, -1)
         if not channel.streams:                          # the last one out
-            del self.channels[id][channel.subscription.channel]
+            del self.channels[id][channel.subscription.question]
         if not self.channels[id]:
             del self.channels[id]
             self.here.pop(id, None)
@@ -5540,7 +5551,7 @@ class LoopEdge:
             return self.finish(asked, no)
         asked.account = self.account_of(asked)
         if reading.method in SAFE and self.keeps_answers():
-            asked.policy = self.kept.policy()
+            asked.directory_version = self.kept.directory_version()
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, renewed(kept))
@@ -5592,7 +5603,7 @@ class LoopEdge:
                 self.finish(asked, decided)
             elif self.recognized(asked, decided):
                 asked.stub, asked.forwarded = decided
-                asked.version = decided.stub.namespace.versions[decided.stub.id]
+                asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
             else:                                        # who it is may be busy already
                 asked.account = self.account_of(asked)
