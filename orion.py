@@ -339,7 +339,7 @@ def local_path(path: str) -> str:
 
 # Headers that the parts of this server believe. Nobody outside may send them.
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
-           "x-id", "x-session", "x-file", "x-counts"}    # the last one: [3]
+           "x-id", "x-session", "x-counts"}              # the last one: [3]
 
 
 def ask_the_gate(request, env):
@@ -353,8 +353,8 @@ def ask_the_gate(request, env):
 def apex(request, env):
     """Answer what is outside of the workspaces: by a door, or by the Directory.
 
-    The server itself asks its objects questions, at paths that begin with "/_". From
-    outside only the gate can be asked: it tells people about themselves alone.
+    At paths that begin with "/_" the server itself asks its objects [2, 3]. From outside
+    only the gate can be asked: it tells people about themselves alone.
     """
     request = stripped(request)
     if request.path in env.doors:
@@ -890,12 +890,6 @@ class Stub(NamedTuple):
                 if not one.gone:                         # else it fell asleep just now
                     return one.answer(request)
 
-    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {},
-            scheme: str = "http") -> Any:
-        """Ask a question of the server itself. Return the answer, taken out of its JSON."""
-        question = Request("GET", path, query, headers, scheme=scheme)
-        return json.loads(self.fetch(question).body)
-
 
 class Namespace:
     """All objects of one kind: their files, in one folder, and those that are awake.
@@ -935,32 +929,6 @@ class Namespace:
         made.open(create=True)
         made.store.close()
 
-    def draft(self) -> str:
-        """Make a file for an object whose id is not known yet. Return a temporary id."""
-        id = f"new-{secrets.token_hex(8)}"
-        self.create(id)
-        return id
-
-    def tidy(self) -> None:
-        """Remove the drafts that a crash left behind. Only when a server starts."""
-        for file in self.folder.glob("new-*.db*"):
-            file.unlink()
-
-    def name_draft(self, draft: str, id: str) -> None:
-        """Give the file its real id.
-
-        Raises Refused(422) if a file of this id has rows: they are of a workspace that no
-        Directory knows any more. A file without rows was left behind by a command that
-        failed, and is replaced.
-        """
-        place = self.path(id)
-        if place.exists():
-            with contextlib.closing(Store(place)) as store:
-                if store.one("SELECT 1 FROM journal"):
-                    raise Refused(*TAKEN)
-        self.path(draft).rename(place)
-        sync_folder(self.folder)
-
     def awake(self, id: str) -> DurableObject:
         """Return the object that stands for this id now. Build one if there is none.
 
@@ -997,16 +965,6 @@ class Namespace:
                     one.close()
 
 
-def sync_folder(folder: pathlib.Path) -> None:
-    """Make the names in a folder durable, where it can be opened (POSIX)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 class Watch(NamedTuple):
     """What a stream waits for: that a topic leaves the version that was shown."""
     stub: Stub
@@ -1025,10 +983,9 @@ class Watch(NamedTuple):
 #   live page and each command names the grant that it takes, so none can be forgotten.
 # It promises: what all slices need is done here, once, by their host. It checks the grant
 #   of the route: the gate says which grants somebody has, not which one a route takes. A
-#   write leaves a row in the journal, in the same transaction. A region is rendered once for
-#   each role and state of the store, however many people look. A command that is sent again
-#   because its answer was lost is not done again: that, and more that goes wrong outside, is
-#   behind done().
+#   write leaves a row in the journal, in the same transaction. A region is rendered once
+#   for each role and state of the store, however many people look. What goes wrong outside
+#   comes last: a page that is old, a command that is sent again as its answer was lost.
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Route(NamedTuple):
@@ -1254,8 +1211,7 @@ class SliceHost(DurableObject):
     # -- a request
 
     def handle(self, request: Request) -> Response:
-        own = getattr(self, f"own{request.path[1:]}", None)  # "/_account": own_account
-        return as_json(own(request)) if own else self.run(request, {})
+        return self.run(request, {})
 
     def run(self, request, typed):
         """Have the right slice answer. typed: see refuse."""
@@ -1702,8 +1658,23 @@ todos = Slice(
 #   button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
+              "operator may move and import it.")
+
+
 class Workspace(RepeatsAnswers):
     """What it does comes from its slices."""
+
+    def open(self, create=False):
+        """Raises Refused(422) if it is to be new, and its file has rows.
+
+        They are of a workspace that no Directory knows any more. A file without rows was
+        left behind by a command that failed.
+        """
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.store.close()
+            raise Refused(*TAKEN)
 
 
 def front_page(ctx):
@@ -1906,10 +1877,6 @@ MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n
                   headers=(("retry-after", "30"),))      # [3]
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
-TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
-              "operator may move and import it.")
-
-
 class Directory(RepeatsAnswers):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
@@ -1972,14 +1939,15 @@ class Directory(RepeatsAnswers):
         return dataclasses.replace(viewer, role=role, grants=grants)
 
     def place(self, ctx, name, owner):
-        """Add a workspace. Its file was made before: see create_workspace_with_file.
-
-        Raise Refused(422) for a name that is taken.
-        """
+        """Add a workspace and its file. Raise Refused(422) for a name that is taken."""
         check_free(ctx.store, name)
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
-        self.workspaces.name_draft(ctx.request.headers["x-file"], id)
+        self.make_file(ctx, id)
+
+    def make_file(self, ctx, id):
+        """[2] makes it before, while nobody waits for the Directory's turn."""
+        self.workspaces.create(id)
 
     def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
         """Return what a verdict says, as headers. [3] says more."""
@@ -2009,10 +1977,6 @@ class Directory(RepeatsAnswers):
     def signed_in(self, ctx: Context, answer: Response) -> Response:
         """[3] offers to send what was sent without a session."""
         return answer
-
-    # A question of the server itself, at "/_account"; the worker lets none in from outside.
-    def own_account(self, request):
-        return self.viewer(request).account
 
 
 # -- names, as people type them
@@ -2209,24 +2173,6 @@ def check_free(store, name):
 def new_id(store, workspaces, name):
     before = store.one("SELECT count(*) FROM workspaces WHERE born = ?", name)[0]
     return workspaces.id_from_name(f"{name}#{before}" if before else name)
-
-
-def create_workspace_with_file(request, env):
-    """A door. Make the file of a workspace first, and only then ask the Directory.
-
-    To make a file takes long. While the Directory's turn is held, every other request would
-    wait for its verdict. The Directory then only renames the file.
-    """
-    signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
-    if request.method != "POST" or not signed_in:
-        return env.directory.fetch(request)
-    draft = env.workspaces.draft()
-    try:
-        headers = {**request.headers, "x-file": draft}
-        return env.directory.fetch(request._replace(headers=headers))
-    finally:
-        with contextlib.suppress(FileNotFoundError):     # it has its real id now
-            env.workspaces.path(draft).unlink()
 
 
 def to_home(ctx):
@@ -2810,8 +2756,7 @@ def asset(request, env, coding=""):
     return Response(200, body, ASSETS[request.path], headers)
 
 
-DOORS = {"/workspaces": create_workspace_with_file, "/healthz": healthz,
-         **dict.fromkeys(ASSETS, asset)}
+DOORS = {"/healthz": healthz, **dict.fromkeys(ASSETS, asset)}
 
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
                  "erin": "Acme"}
@@ -2885,7 +2830,6 @@ def stop_signals() -> List[int]:
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until a signal comes that stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
-    env.workspaces.tidy()
     told, teller = socket.socketpair()                   # the first gets a byte at a signal
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
@@ -3531,6 +3475,16 @@ class GuardedObject(DurableObject):
             self.namespace.published(self.id, "")
 
 
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make the names in a folder durable, where it can be opened (POSIX)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class GuardedStub(Stub):
     """Takes the turn, asks, and deals with Undone.
 
@@ -3542,6 +3496,12 @@ class GuardedStub(Stub):
 
     def fetch(self, request, seconds=-1):
         return self.enter(lambda one: one.answer(request), request, seconds)
+
+    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {},
+            scheme: str = "http") -> Any:
+        """Ask a question of the server itself. Return the answer, taken out of its JSON."""
+        question = Request("GET", path, query, headers, scheme=scheme)
+        return json.loads(self.fetch(question).body)
 
     def fetch_all(self, requests) -> List[Any]:
         """See GroupCommit."""
@@ -3708,6 +3668,30 @@ class GuardedNamespace(Namespace):
                 one.sleep(time.monotonic())
         super().rest(idle)
 
+    def draft(self) -> str:
+        """Make a file for an object whose id is not known yet. Return a temporary id."""
+        id = f"new-{secrets.token_hex(8)}"
+        self.create(id)
+        return id
+
+    def tidy(self) -> None:
+        """Remove the drafts that a crash left behind. Only when a server starts."""
+        for file in self.folder.glob("new-*.db*"):
+            file.unlink()
+
+    def name_draft(self, draft: str, id: str) -> None:
+        """Give the file its real id.
+
+        Raises Refused(422) if a file of this id has rows: see Workspace.open.
+        """
+        place = self.path(id)
+        if place.exists():
+            with contextlib.closing(Store(place)) as store:
+                if store.one("SELECT 1 FROM journal"):
+                    raise Refused(*TAKEN)
+        self.path(draft).rename(place)
+        sync_folder(self.folder)
+
     def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
         """The id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db"))
@@ -3858,8 +3842,15 @@ class Subscription(NamedTuple):
 
 
 class Broadcast(GroupCommit, SliceHost):
-    """A SliceHost whose streams are held by a broker."""
+    """A SliceHost whose streams are held by a broker.
+
+    It also answers questions of the server itself: own_version answers "/_version".
+    """
     KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
+
+    def handle(self, request):
+        own = getattr(self, f"own{request.path[1:]}", None)  # the worker lets in none (2)
+        return as_json(own(request)) if own else super().handle(request)
 
     def render(self, live, ctx):
         rendering = super().render(live, ctx)
@@ -5760,13 +5751,6 @@ class EdgeWorkspace(Broadcast, Workspace):
     """A Workspace whose streams are held by a broker."""
     OPEN_SECONDS = 1.0
 
-    def open(self, create=False):
-        """Raises Refused(422) if it is to be new, and there are rows of an older one."""
-        super().open(create)
-        if create and self.store.one("SELECT 1 FROM journal"):
-            self.store.close()
-            raise Refused(*TAKEN)
-
 
 class EdgeDirectory(Broadcast, Directory):
     """A Directory whose streams are held by a broker, and which keeps its verdicts."""
@@ -5798,6 +5782,13 @@ class EdgeDirectory(Broadcast, Directory):
             self.given[key] = time.monotonic() + self.VERDICT_SECONDS, answer
         return answer
 
+    def make_file(self, ctx, id):
+        """It was made by create_workspace_with_file."""
+        self.workspaces.name_draft(ctx.request.headers["x-file"], id)
+
+    def own_account(self, request):
+        return self.viewer(request).account
+
     def own_version(self, request):
         """Asked once a second. The answer moves when another process has written here."""
         with contextlib.suppress(sqlite3.OperationalError):  # locked: in the next second
@@ -5806,6 +5797,27 @@ class EdgeDirectory(Broadcast, Directory):
 
     def each_second(self):
         """[3] ends what is over."""
+
+
+TRUSTED.add("x-file")
+
+
+def create_workspace_with_file(request, env):
+    """A door. Make the file of a workspace first, and only then ask the Directory.
+
+    To make a file takes long. While the Directory's turn is held, every other request would
+    wait for its verdict. The Directory then only renames the file.
+    """
+    signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
+    if request.method != "POST" or not signed_in:
+        return env.directory.fetch(request)
+    draft = env.workspaces.draft()
+    try:
+        headers = {**request.headers, "x-file": draft}
+        return env.directory.fetch(request._replace(headers=headers))
+    finally:
+        with contextlib.suppress(FileNotFoundError):     # it has its real id now
+            env.workspaces.path(draft).unlink()
 
 
 # #### Part Three: running it ############################################################
@@ -9818,8 +9830,8 @@ def check_ledger(settings, router):
 
 def full_env(directory, workspaces, settings):
     doors = {**DOORS}
-    if settings.single or settings.plane:                # no file is to be made here
-        del doors["/workspaces"]
+    if not settings.single and not settings.plane:       # else no file is to be made here
+        doors["/workspaces"] = create_workspace_with_file
     start = pages_of(settings.slices)[0].path
     return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 

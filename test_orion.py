@@ -3804,21 +3804,7 @@ def test_a_workspace_whose_file_was_lost_keeps_nobody_from_the_home_page(serve, 
     assert home.status == 200 and 'href="/w/acme/todos"' in home.text and 'href="/w/globex/todos"' in home.text
 
 
-def test_a_workspaces_file_is_made_while_the_directory_serves_others(serve, monkeypatch):
-    server = serve()
-    turn, create, free = server.directory().turn, orion.Namespace.create, []
-
-    def watched(namespace, id):
-        free.append(turn.acquire(timeout=1.0))
-        turn.release() if free[-1] else None
-        create(namespace, id)
-    monkeypatch.setattr(orion.Namespace, "create", watched)
-    bob = Person(server, "bob")
-    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
-    assert free == [True] and bob.get("/w/fresh/todos").status == 200
-
-
-@cases("name", ["acme", "No Name", ""])
+@cases("name", ["acme", "Имя", ""])
 def test_a_name_that_is_refused_leaves_no_file(serve, name):
     server = serve()
     folder = server.env.workspaces.folder
@@ -5837,6 +5823,19 @@ def test_twenty_thousand_mutated_requests_harm_nothing(start):
     eventually(lambda: threading.active_count() <= threads)      # others may have left theirs to end by now
     if before:
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
+
+
+def test_a_workspaces_file_is_made_while_the_directory_serves_others(server, monkeypatch):
+    turn, create, free = server.directory().turn, orion.Namespace.create, []
+
+    def watched(namespace, id):
+        free.append(turn.acquire(timeout=1.0))
+        turn.release() if free[-1] else None
+        create(namespace, id)
+    monkeypatch.setattr(orion.Namespace, "create", watched)
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": "fresh"}).headers["location"] == "/w/fresh/todos"
+    assert free == [True] and bob.get("/w/fresh/todos").status == 200
 
 
 # #### Part Three: running it ##########################################################################################
