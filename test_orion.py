@@ -842,6 +842,21 @@ def test_trusted_headers_from_outside_are_dropped(server, headers):
     assert nobody.ask("POST", "/login", b"username=bob&password=x", Content_Type="application/x-www-form-urlencoded", **given).status == 422
 
 
+@cases("method, path", [("GET", "/"), ("GET", "/_gate/acme"), ("GET", "/account"), ("GET", "/w/acme/todos"), ("GET", "/w/acme/members"), ("POST", "/login"),
+                        ("POST", "/account/password"), ("POST", "/workspaces"), ("POST", "/members/offer"), ("POST", "/w/acme/members/offer")])
+def test_nothing_inside_sees_a_trusted_header_that_came_from_outside(server, monkeypatch, method, path):
+    seen, run = [], orion.SliceHost.run
+
+    def look(host, request, typed):
+        seen.append({*request.headers.values()})
+        return run(host, request, typed)
+    monkeypatch.setattr(orion.SliceHost, "run", look)
+    carol = Person(server, "carol")
+    seen.clear()
+    carol.ask(method, path, b"{}" if method == "POST" else None, Content_Type="application/json", **{name: "forged" for name in orion.TRUSTED})
+    assert seen and not [values for values in seen if "forged" in values]
+
+
 def test_the_journal_names_the_account_of_the_session_whatever_the_headers_say(server):
     assert Person(server, "carol").ask("POST", "/w/acme/todos", '{"title": "x"}', Content_Type="application/json", X_Operator="bob").status == 200
     with contextlib.closing(server.store("acme")) as store:
