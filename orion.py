@@ -613,35 +613,6 @@ def read_signals(request: Request) -> Dict[str, Any]:
 #   tables are made, is in section 16.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
-AS_ROOT = os.name == "posix" and os.geteuid() == 0
-
-
-def private_file(path: pathlib.Path) -> int:
-    """Make a file that its owner alone can read. Return a descriptor, to write to it.
-
-    Raises FileExistsError. SQLite gives the logs of a database its mode and its owner.
-    """
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    give(handle, path.parent)
-    return handle
-
-
-def private_folder(path: pathlib.Path) -> None:
-    """Make a folder that its owner alone can open, and those above it."""
-    if not path.is_dir():
-        private_folder(path.parent)
-        path.mkdir(0o700, exist_ok=True)
-        give(path, path.parent)
-
-
-def give(made, folder):
-    """What root makes belongs to the folder's owner: as that one, the server reads it."""
-    if AS_ROOT:
-        owner = os.stat(folder)
-        change = os.fchown if type(made) is int else os.lchown
-        change(made, owner.st_uid, owner.st_gid)
-
-
 class Reads:
     """Two calls, by way of run(sql, args), which returns all rows."""
 
@@ -742,6 +713,37 @@ class Store(Reads):
     def close(self) -> None:
         """The last connection that closes moves the write-ahead log into the file."""
         self.db.close()
+
+
+# -- files that their owner alone can read
+
+AS_ROOT = os.name == "posix" and os.geteuid() == 0
+
+
+def private_file(path: pathlib.Path) -> int:
+    """Make a file that its owner alone can read. Return a descriptor, to write to it.
+
+    Raises FileExistsError. SQLite gives the logs of a database its mode and its owner.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    give(handle, path.parent)
+    return handle
+
+
+def private_folder(path: pathlib.Path) -> None:
+    """Make a folder that its owner alone can open, and those above it."""
+    if not path.is_dir():
+        private_folder(path.parent)
+        path.mkdir(0o700, exist_ok=True)
+        give(path, path.parent)
+
+
+def give(made, folder):
+    """What root makes belongs to the folder's owner: as that one, the server reads it."""
+    if AS_ROOT:
+        owner = os.stat(folder)
+        change = os.fchown if type(made) is int else os.lchown
+        change(made, owner.st_uid, owner.st_gid)
 
 
 # ==== 6. Bus ==============================================================================
@@ -1697,54 +1699,6 @@ COOKIE_SECONDS = 400 * 86400                             # the most; the session
 COOKIES = {"http": "sid", "https": "__Host-sid"}         # by scheme (RFC 6265bis, 4.1.3.2)
 
 
-class Unusable(Exception):
-    """It can't be done. The text is one line that says why, and what to do."""
-
-
-def make_key(path: pathlib.Path) -> None:
-    """Write the server's key, at its first start, readable by nobody else."""
-    with open(private_file(path), "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
-
-
-def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """Return the keys in the file, the newest first; older ones still hold.
-
-    Raise Unusable if there are none, or if others can read them.
-    """
-    lost = "restore it from a backup; without it everybody is signed out"
-    if not path.exists():
-        raise Unusable(f"{path} is missing; {lost}")
-    readable = os.name == "posix" and os.stat(path).st_mode & 0o077
-    if readable and not ignores_modes(path.parent):
-        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
-                       "`keys rotate`")
-    try:
-        lines = path.read_bytes().split()
-    except OSError as error:
-        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
-                       "chown it to the user as whom the server runs") from error
-    if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
-        raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
-    return tuple([bytes.fromhex(line.decode()) for line in lines])
-
-
-@functools.lru_cache(maxsize=None)
-def ignores_modes(folder: pathlib.Path) -> bool:
-    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
-    probe = folder / f"mode-{secrets.token_hex(8)}"
-    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        ignored = os.stat(probe).st_mode & 0o077 != 0
-    finally:
-        probe.unlink()
-    if ignored:
-        log(f"warning: the file system of {folder} ignores modes, so others on this "
-            "machine may be able to read all that is there; if that matters, use another "
-            "one")
-    return ignored
-
-
 def seal(token: str, key: bytes) -> str:
     return hmac.digest(key, b"session:" + token.encode(), "sha256").hex()
 
@@ -1803,6 +1757,56 @@ def set_cookie(scheme: str, key: bytes, value: str, seconds: int) -> Tuple[str, 
     if scheme == "https":
         attributes += "; Secure"
     return "set-cookie", f"{cookie_name(scheme, key)}={value}; {attributes}"
+
+
+# -- the file of the keys
+
+class Unusable(Exception):
+    """It can't be done. The text is one line that says why, and what to do."""
+
+
+def make_key(path: pathlib.Path) -> None:
+    """Write the server's key, at its first start, readable by nobody else."""
+    with open(private_file(path), "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+
+
+def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+    """Return the keys in the file, the newest first; older ones still hold.
+
+    Raise Unusable if there are none, or if others can read them.
+    """
+    lost = "restore it from a backup; without it everybody is signed out"
+    if not path.exists():
+        raise Unusable(f"{path} is missing; {lost}")
+    readable = os.name == "posix" and os.stat(path).st_mode & 0o077
+    if readable and not ignores_modes(path.parent):
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
+                       "`keys rotate`")
+    try:
+        lines = path.read_bytes().split()
+    except OSError as error:
+        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
+                       "chown it to the user as whom the server runs") from error
+    if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
+        raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
+    return tuple([bytes.fromhex(line.decode()) for line in lines])
+
+
+@functools.lru_cache(maxsize=None)
+def ignores_modes(folder: pathlib.Path) -> bool:
+    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
+    probe = folder / f"mode-{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        ignored = os.stat(probe).st_mode & 0o077 != 0
+    finally:
+        probe.unlink()
+    if ignored:
+        log(f"warning: the file system of {folder} ignores modes, so others on this "
+            "machine may be able to read all that is there; if that matters, use another "
+            "one")
+    return ignored
 
 
 # ==== 12. Directory =======================================================================
@@ -2346,15 +2350,8 @@ directory = Slice(
 
 REGATE_SECONDS = 2.0
 BODY_LIMIT = 65_536                                      # bytes
-TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
-NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
-NO_FIELDS = (400, "The header fields are malformed.")
-LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
-REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 SILENCE_SECONDS = 25                                     # the longest, between two of them
-ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
-        "sec-fetch-site", "expect"}                      # header fields that may come once
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
@@ -2419,113 +2416,6 @@ def headers_of(response: Response) -> Dict[str, str]:
     return {**HEADERS, "content-type": response.type,
             "content-security-policy": POLICY.format(nonce),
             **(STREAMING if response.watch else {}), **dict(response.headers)}
-
-
-def log(message: str) -> None:
-    """Write one line to standard error. Control characters are escaped.
-
-    So nobody whose text is logged can write the log's next line.
-    """
-    with contextlib.suppress(OSError, ValueError):       # nobody reads it: go on
-        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
-
-
-def log_error(where: str, error: BaseException) -> None:
-    """Log what it was, and first of all the line of a slice that it comes from."""
-    stack = traceback.extract_tb(error.__traceback__)
-    ours = (__file__, os.path.dirname(os.__file__))
-    frames = [frame for frame in stack if not frame.filename.startswith(ours)] or stack
-    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
-
-
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
-AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments, encoded "
-                  "slashes or control characters.")
-
-
-def plain_path(path: str) -> str:
-    """Return the path, decoded once. Raise Refused(400) if it can be read in two ways."""
-    if PLAIN_PATH.fullmatch(path):
-        return path
-    if not path.startswith("/"):
-        raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
-    try:
-        decoded = urllib.parse.unquote(path, errors="strict")
-    except UnicodeDecodeError:
-        raise Refused(*AMBIGUOUS) from None
-    segments = decoded.split("/")[1:]
-    ambiguous = (re.search(r"%(?![0-9A-Fa-f]{2})", path)
-                 or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)
-                 or len(segments) != path.count("/")
-                 or not {"", ".", ".."}.isdisjoint(segments[:-1])
-                 or segments[-1] in (".", ".."))
-    if ambiguous:
-        raise Refused(*AMBIGUOUS)
-    return decoded
-
-
-def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
-    """Join header fields that came more than once to a list (RFC 9110, 5.3).
-
-    A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
-    Raises Refused(400) if it is a field of which two could be read as either.
-    """
-    headers: Dict[str, str] = {}
-    for name, value in pairs:
-        name = name.lower()
-        if name in headers and name in ONCE:
-            raise Refused(400, f"Send the header field {name} once.")
-        if name in headers:
-            comma = "; " if name == "cookie" else ", "
-            value = f"{headers[name]}{comma}{value}"
-        headers[name] = value
-    return headers
-
-
-def goes_on(headers: Dict[str, str], modern: bool) -> bool:
-    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
-    said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
-    return "close" not in said and (modern or "keep-alive" in said)
-
-
-def connection_field(keep: bool, modern: bool) -> str:
-    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
-    if not keep:
-        return "close"
-    return "" if modern else "keep-alive"
-
-
-def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
-    """Is this Host header one of ours: one of the names, or any address?
-
-    Another site can have its own name lead here (DNS rebinding), but no address. A dot at
-    the end says that a name is whole (RFC 1034, 3.1); ours all are.
-    """
-    name = re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
-    if name in names:
-        return True
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name.strip("[]")))
-    return False
-
-
-NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can allow it: "
-                     "--allow-host NAME.")
-
-
-def content_length(headers):
-    """Return how many bytes the body has. Raises Refused(400) or Refused(413).
-
-    That is also for digits that int() would read in another way than a proxy.
-    """
-    length = headers.get("content-length", "0")
-    if not LENGTH.fullmatch(length):
-        raise Refused(400, "Content-Length is one plain decimal number.")
-    if int(length) > BODY_LIMIT:
-        raise Refused(*TOO_LARGE)
-    return int(length)
 
 
 # -- a connection, in its own thread
@@ -2680,6 +2570,126 @@ class PlainEdge(ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             log_error("a connection", error)
+
+
+# -- a request that could be read in two ways is refused
+
+TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
+NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
+NO_FIELDS = (400, "The header fields are malformed.")
+LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
+REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
+ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
+        "sec-fetch-site", "expect"}                      # header fields that may come once
+
+
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
+AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments, encoded "
+                  "slashes or control characters.")
+
+
+def plain_path(path: str) -> str:
+    """Return the path, decoded once. Raise Refused(400) if it can be read in two ways."""
+    if PLAIN_PATH.fullmatch(path):
+        return path
+    if not path.startswith("/"):
+        raise Refused(400, "Ask for a path: GET /path HTTP/1.1.")
+    try:
+        decoded = urllib.parse.unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise Refused(*AMBIGUOUS) from None
+    segments = decoded.split("/")[1:]
+    ambiguous = (re.search(r"%(?![0-9A-Fa-f]{2})", path)
+                 or re.search(r"[\x00-\x1f\x7f\\;#]", decoded)
+                 or len(segments) != path.count("/")
+                 or not {"", ".", ".."}.isdisjoint(segments[:-1])
+                 or segments[-1] in (".", ".."))
+    if ambiguous:
+        raise Refused(*AMBIGUOUS)
+    return decoded
+
+
+def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
+    """Join header fields that came more than once to a list (RFC 9110, 5.3).
+
+    A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
+    Raises Refused(400) if it is a field of which two could be read as either.
+    """
+    headers: Dict[str, str] = {}
+    for name, value in pairs:
+        name = name.lower()
+        if name in headers and name in ONCE:
+            raise Refused(400, f"Send the header field {name} once.")
+        if name in headers:
+            comma = "; " if name == "cookie" else ", "
+            value = f"{headers[name]}{comma}{value}"
+        headers[name] = value
+    return headers
+
+
+def goes_on(headers: Dict[str, str], modern: bool) -> bool:
+    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
+    said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    return "close" not in said and (modern or "keep-alive" in said)
+
+
+def connection_field(keep: bool, modern: bool) -> str:
+    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
+    if not keep:
+        return "close"
+    return "" if modern else "keep-alive"
+
+
+def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
+    """Is this Host header one of ours: one of the names, or any address?
+
+    Another site can have its own name lead here (DNS rebinding), but no address. A dot at
+    the end says that a name is whole (RFC 1034, 3.1); ours all are.
+    """
+    name = re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
+    if name in names:
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    return False
+
+
+NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can allow it: "
+                     "--allow-host NAME.")
+
+
+def content_length(headers):
+    """Return how many bytes the body has. Raises Refused(400) or Refused(413).
+
+    That is also for digits that int() would read in another way than a proxy.
+    """
+    length = headers.get("content-length", "0")
+    if not LENGTH.fullmatch(length):
+        raise Refused(400, "Content-Length is one plain decimal number.")
+    if int(length) > BODY_LIMIT:
+        raise Refused(*TOO_LARGE)
+    return int(length)
+
+
+# -- the log
+
+def log(message: str) -> None:
+    """Write one line to standard error. Control characters are escaped.
+
+    So nobody whose text is logged can write the log's next line.
+    """
+    with contextlib.suppress(OSError, ValueError):       # nobody reads it: go on
+        print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
+
+
+def log_error(where: str, error: BaseException) -> None:
+    """Log what it was, and first of all the line of a slice that it comes from."""
+    stack = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, os.path.dirname(os.__file__))
+    frames = [frame for frame in stack if not frame.filename.startswith(ours)] or stack
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
 
 
 # ==== 15. Composition =====================================================================
@@ -2898,44 +2908,15 @@ class OwnedStore(Store):
         digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
         for row, digest in zip(ran, digests + [""] * len(ran)):
             check_history(slice, row, digest)
-        pending = entries[len(ran):]
-        if not pending:
+        if len(entries) == len(ran):
             return
-        drops = any(["drop" in sql.lower() for sql in pending])
-        last = f"slice {slice!r}, entry {len(entries)}"
-        with self.unenforced(last) if drops else self.tx():
+        with migration(self, slice, entries, len(ran)):
             for number in range(len(ran), len(entries)):
-                self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
+                prepare_rename(self, entries, number)
                 tables = self.apply(slice, number + 1, entries[number])
                 row = slice, number + 1, digests[number], " ".join(tables)
                 self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
         self.learn_owners()
-
-    @contextlib.contextmanager
-    def unenforced(self, last):
-        """A transaction in which a table can be dropped and its references stay.
-
-        To change a table, one makes a new one, copies the rows and drops the old one
-        (sqlite.org/lang_altertable.html#otheralter). With foreign_keys on, SQLite would
-        do with all rows that refer to it as if its rows were deleted. So references are
-        checked at the end instead. Raises MigrationError, with last, the last entry.
-        """
-        self.exec("PRAGMA foreign_keys=OFF")             # in a transaction it does nothing
-        try:
-            with self.tx():
-                before = self.orphans()
-                yield
-                for tables, many in self.orphans().items():
-                    if many > before.get(tables, 0):
-                        raise MigrationError(last + ORPHANS.format(many, *tables))
-        finally:
-            self.exec("PRAGMA foreign_keys=ON")
-
-    def orphans(self):
-        """Return how many rows refer to a row that is not there, by (table, its parent)."""
-        return {tuple(row)[:2]: row["many"] for row in self.query(
-            'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
-            "GROUP BY 1, 2")}
 
     def apply(self, slice, number, sql):
         """Run one entry. Return the tables that it made: they are the slice's own now."""
@@ -2967,27 +2948,6 @@ class OwnedStore(Store):
     def tables(self) -> set:
         names = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
         return {row["name"] for row in names}
-
-
-ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
-           "dropped, no other statement cascades)")
-
-
-def makes_way(entries, number) -> bool:
-    """True if the entry renames a table, to make another of its name and to drop it.
-
-    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
-    """
-    words = words_of(entries[number])
-    if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
-        return False
-    later = [words_of(sql)[:3] for sql in entries[number + 1:]]
-    return (["create", "table", words[2]] in later[:1]
-            and ["drop", "table", *words[5:]] in later)
-
-
-def words_of(sql):
-    return sql.lower().translate(str.maketrans('(;"', "   ")).split()
 
 
 def check_history(slice, row, digest):
@@ -3116,6 +3076,71 @@ class Tables(Reads):
         if self.thread != threading.get_ident():
             raise RuntimeError("this store was for a request that has ended, or for "
                                "another thread; to write later, use a job or a new request")
+
+
+# -- a migration that rebuilds a table
+#
+# To change a table, one makes a new one, copies the rows, drops the old one and renames
+# the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
+
+def migration(store, slice, entries, done):
+    """Return a transaction for the entries behind the first done ones."""
+    if any(["drop" in sql.lower() for sql in entries[done:]]):
+        return unenforced(store, f"slice {slice!r}, entry {len(entries)}")
+    return store.tx()
+
+
+@contextlib.contextmanager
+def unenforced(store, last):
+    """A transaction in which a table can be dropped and its references stay.
+
+    With foreign_keys on, SQLite would do with all rows that refer to that table as if its
+    rows were deleted. So references are checked at the end instead. Raises MigrationError,
+    with last, the last entry.
+    """
+    store.exec("PRAGMA foreign_keys=OFF")                # in a transaction it does nothing
+    try:
+        with store.tx():
+            before = orphans(store)
+            yield
+            for tables, many in orphans(store).items():
+                if many > before.get(tables, 0):
+                    raise MigrationError(last + ORPHANS.format(many, *tables))
+    finally:
+        store.exec("PRAGMA foreign_keys=ON")
+
+
+def orphans(store):
+    """Return how many rows refer to a row that is not there, by (table, its parent)."""
+    return {tuple(row)[:2]: row["many"] for row in store.query(
+        'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
+        "GROUP BY 1, 2")}
+
+
+ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
+           "dropped, no other statement cascades)")
+
+
+def prepare_rename(store, entries, number):
+    """Choose what happens, if the entry renames a table, to those that refer to it."""
+    store.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
+
+
+def makes_way(entries, number) -> bool:
+    """True if the entry renames a table, to make another of its name and to drop it.
+
+    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
+    """
+    words = words_of(entries[number])
+    if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
+        return False
+    later = [words_of(sql)[:3] for sql in entries[number + 1:]]
+    return (["create", "table", words[2]] in later[:1]
+            and ["drop", "table", *words[5:]] in later)
+
+
+def words_of(sql):
+    return sql.lower().translate(str.maketrans('(;"', "   ")).split()
 
 
 # #### Part Two: the edge ################################################################
