@@ -5887,6 +5887,7 @@ def create_workspace_with_file(request, env):
 import bisect
 import ctypes
 import datetime
+import filecmp
 import getpass
 import http.client
 import shutil
@@ -8166,6 +8167,11 @@ def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> i
     return rows
 
 
+def one_move(settings):
+    """Raise Unusable if another process brings a workspace here, or away."""
+    return locked(settings.workspaces, "a move is under way; try again when it is over")
+
+
 def with_progress(all: Sequence[Any], what: str):
     """Yield one after the other, counted for somebody who waits at a terminal."""
     for number, one in enumerate(all, 1):
@@ -8185,7 +8191,8 @@ def with_progress(all: Sequence[Any], what: str):
 
 def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
-    return [] if settings.single else [*settings.workspaces.glob("*.db")]
+    files = [] if settings.single else settings.workspaces.glob("*.db")
+    return [path for path in files if not path.name.startswith("new-")]     # a draft
 
 
 def ids_in(settings, directory) -> List[str]:
@@ -8347,18 +8354,24 @@ def contents(folder, held):
 
 @verb("restore", "bring such a copy up in an empty data folder", "folder")
 def restore(settings, given):
-    for file in (*files_here(settings), settings.directory_file):
-        if file.exists():
-            raise Unusable(f"{file} is there already; name an empty folder with --data")
+    """If it is cut short, the same command begins anew."""
+    mark = settings.data / "restoring"
+    source = str(given.folder.absolute())
+    if not mark.exists() or mark.read_text("utf-8") != source:
+        for file in (*files_here(settings), settings.directory_file):
+            if file.exists():
+                raise Unusable(f"{file} is there already; name an empty folder with --data")
     manifest = given.folder / "manifest.json"
     if not manifest.exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads(manifest.read_text())
     private_folder(settings.workspaces)
+    write_private(mark, source.encode())
     write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
     directory_last = [*held.items()][::-1]               # it says that all is there
     for id, about in with_progress(directory_last, "restored"):
         restore_one(settings, given.folder, id, about)
+    mark.unlink()
     print(contents(settings.data, held))
 
 
@@ -8374,17 +8387,24 @@ def restore_one(settings, folder, id, about):
                        "copied")
 
 
-@verb("check", "look at every file and say what is wrong")
+# -- to check and to repair
+
+@verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
-    """It changes nothing. Return 1 if something is wrong; each line says what and where."""
+    """Return 1 if something is wrong. Without --repair nothing is changed."""
+    if given.repair:
+        repair(settings)
     faults = []
     if settings.plane != "data":
-        faults = wrong_with_file(settings, settings.directory_file, "directory")
-    ids = [] if faults else ids_in(settings, settings.directory_file)
-    for id in with_progress(ids, "checked"):
-        faults += wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
-    faults += [f"{path}: no workspace of the Directory has this file; import it, or move "
-               "it away" for path in files_here(settings) if path.stem not in ids]
+        faults += wrong_with_file(settings, settings.directory_file, "directory")
+    lost = bool(faults)                                  # nobody knows what belongs here
+    names = names_here(settings, lost)
+    for id, name in with_progress([*names.items()], "checked"):
+        wrong = wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
+        faults += [f"{name}: {fault}" if name else fault for fault in wrong]
+    if not lost:
+        faults += cut_short(settings)
+    faults += said_of_modes(settings)
     try:
         load_keys(settings.key_file)
     except Unusable as error:
@@ -8392,8 +8412,16 @@ def check(settings, given):
     for fault in faults:
         print(fault)
     if not faults:
-        print(f"{len(ids)} workspaces, all is well")
+        print(f"{len(names)} workspaces, all is well")
     return 1 if faults else 0
+
+
+def names_here(settings, lost) -> Dict[str, str]:
+    """Return the names of the workspaces here, by id; where no Directory says them, ""."""
+    if settings.single or lost or not settings.directory_file.exists():
+        return {path.stem: "" for path in files_here(settings)}
+    with opened_to_read(settings.directory_file) as db:
+        return dict(db.execute(NAMED_HERE).fetchall())
 
 
 def wrong_with_file(settings, path, id):
@@ -8403,9 +8431,182 @@ def wrong_with_file(settings, path, id):
             mark = db.execute("PRAGMA application_id").fetchone()[0]
             if not settings.single and mark not in (0, mark_of(id)):
                 raise sqlite3.DatabaseError("the file belongs to another object")
-    except sqlite3.Error as error:
+            try_migrations(settings, db, path, schema_of(settings, id))
+    except (sqlite3.Error, MigrationError) as error:
         return [str(StorageFault(path, error))]
     return []
+
+
+def schema_of(settings, id):
+    inside = workspace_router(settings).schema
+    if id != "directory":
+        return inside
+    outside = directory_router().schema
+    return [*outside, *inside[1:]] if settings.single else outside
+
+
+def try_migrations(settings, db, path, schema):
+    """Raise MigrationError for what would keep people out of a file. It stays as it is."""
+    wanted = {(slice, number, hashlib.sha256(sql.encode()).hexdigest())
+              for slice, entries in schema for number, sql in enumerate(entries, 1)}
+    ran = db.execute("SELECT slice, entry, digest FROM _migrations").fetchall()
+    slices = dict(schema)
+    if wanted == {row for row in ran if row[0] in slices}:
+        return
+    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
+        copy = pathlib.Path(folder, "adopted.db")
+        copy_database(path, copy)
+        with contextlib.closing(GuardedStore(copy)) as store:
+            for slice, entries in schema:
+                store.migrate(slice, entries)
+
+
+def cut_short(settings):
+    """Say what is left of commands, and of servers, that were killed. Nothing, while a
+    command may still be at work."""
+    try:
+        with nobody_at_work(settings):
+            said = [f"{path}: left behind by what was cut short; check --repair removes it"
+                    for path in leftovers(settings)]
+            said += [f"{path}: an older version set it aside for a move; if the workspace "
+                     "is well, remove it" for path in settings.workspaces.glob("*.moved")]
+            said += [f"{path}: its database is gone; remove it, if no rows are missed"
+                     for path in settings.workspaces.glob("*.db-*")
+                     if not path.with_name(path.name.rpartition("-")[0]).exists()]
+            return [*said, *said_of_restore(settings), *said_of_strays(settings)]
+    except Unusable:
+        return []
+
+
+def nobody_at_work(settings):
+    return contextlib.nullcontext() if settings.single else one_move(settings)
+
+
+def leftovers(settings) -> List[pathlib.Path]:
+    """Return what nobody misses: files in the making that nobody makes any more."""
+    patterns = ["secret.key.part", "restoring.part", "directory.db.making*",
+                "workspaces/*.part", "workspaces/*.making*", "removed/*.making*"]
+    if settings.single:
+        patterns = [f"{settings.single.name}*.part", f"{settings.single.name}.making*"]
+    elif not is_served(settings):
+        patterns += ["backups/*.making", "workspaces/new-*"]
+    found = {path for pattern in patterns for path in settings.data.glob(pattern)}
+    folders = () if settings.single else settings.data.glob("tmp*/")
+    found.update(folder for folder in folders if is_copy(folder))
+    return sorted(found)
+
+
+def is_copy(folder):
+    """Is it a folder that an import, or a check, made for a copy?"""
+    return folder.is_dir() and all([file.name.startswith("adopted.db")
+                                    for file in folder.iterdir()])
+
+
+def is_served(settings):
+    try:
+        with locked(settings.data, "a server runs here"):
+            return False
+    except Unusable:
+        return True
+
+
+def said_of_restore(settings):
+    mark = settings.data / "restoring"
+    if not mark.exists():
+        return []
+    return [f"{settings.data}: a restore was cut short; do it again: restore "
+            f"{mark.read_text('utf-8')}"]
+
+
+WHEREABOUTS = "SELECT id, name, moving FROM workspaces WHERE name IS NOT NULL AND node = ''"
+
+
+def said_of_strays(settings):
+    """Say what to do with files that are of no workspace, and with workspaces that go.
+
+    The files are listed first: one that is founded meanwhile is no stray.
+    """
+    files = {path.stem: path for path in files_here(settings)}
+    if not settings.directory_file.exists():             # a node: all files belong here
+        return []
+    with opened_to_read(settings.directory_file) as db:
+        rows = db.execute(WHEREABOUTS).fetchall()
+    said = [f"{name}: it is being removed; workspace remove {name} finishes that"
+            for _, name, moving in rows if moving == 2]
+    said += [f"{name}: it is on its way, and its file is still here; workspace export "
+             f"{name} FILE --move finishes that"
+             for id, name, moving in rows if moving == 1 and id in files]
+    for id in {*files} - {id for id, *_ in rows}:
+        what = "check --repair removes it, for there is nothing in it"
+        if not is_blank(files[id]):
+            what = "import it, or move it away"
+        said.append(f"{files[id]}: no workspace of the Directory has this file; {what}")
+    return said
+
+
+def is_blank(path):
+    """True for what is left when a workspace was founded, and that was cut short."""
+    try:
+        with opened_to_read(path) as db:
+            return verified(db) == db.execute("SELECT count(*) FROM _migrations"
+                                              ).fetchone()[0]
+    except sqlite3.Error:
+        return path.stat().st_size == 0
+
+
+def said_of_modes(settings):
+    found = open_to_others(settings)
+    if not found:
+        return []
+    return [f"{found[0]} can be read by others on this machine, as {len(found)} files here "
+            "can; check --repair closes them"]
+
+
+def open_to_others(settings) -> List[pathlib.Path]:
+    """Return files of older versions that everybody can read."""
+    if os.name != "posix" or not mode_of(settings.data) & 0o007:
+        return []
+    patterns = ["*.db*", "workspaces/*.db*", "removed/*.db*", f"backups/{STAMPED}"]
+    if settings.single:
+        patterns = [f"{settings.single.name}*"]
+    found = {path for pattern in patterns for path in settings.data.glob(pattern)}
+    return sorted([path for path in found if mode_of(path) & 0o007])
+
+
+def mode_of(path):
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:                            # a log whose database was closed
+        return 0
+
+
+def repair(settings):
+    """Do what is safe. Raises Unusable while a command is at work."""
+    if not settings.directory_file.exists() and not settings.workspaces.exists():
+        return
+    with nobody_at_work(settings):
+        gone = leftovers(settings)
+        for path in gone:
+            remove_any(path)
+        if not settings.single and not wrong_with_file(settings, settings.directory_file,
+                                                       "directory"):
+            gone += remove_blanks(settings)
+    for path in gone:
+        print(f"{path}: removed")
+    for path in open_to_others(settings):
+        path.chmod(mode_of(path) & 0o700)
+
+
+def remove_blanks(settings):
+    """Meanwhile nobody founds a workspace: its file is there before its row."""
+    with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
+        named = {row["id"] for row in store.query(WHEREABOUTS)}
+        blank = [path for path in files_here(settings)
+                 if path.stem not in named and is_blank(path)]
+        for path in blank:
+            path.unlink()
+            remove_log(path)
+    return blank
 
 
 # ==== 42. Exports =========================================================================
@@ -8415,11 +8616,6 @@ def wrong_with_file(settings, path, id):
 #   written after it. A file from elsewhere is checked first, and never trusted: whoever
 #   made it may wish us ill.
 # It needs: 30 Accounts, 40 Copies. On a node, 45 Nodes does the same in another way.
-
-def one_move(settings):
-    """Raise Unusable if another process moves a workspace here."""
-    return locked(settings.workspaces, "a move is under way; try again when it is over")
-
 
 def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
                   source: Optional[pathlib.Path] = None):
@@ -8433,8 +8629,9 @@ def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file "
                            "to a server of many.")
-    if source and workspaces.path(id).exists():
-        raise Refused(*TAKEN)
+    there = workspaces.path(id)
+    if source and there.exists() and not filecmp.cmp(source, there, shallow=False):
+        raise Refused(*TAKEN)                            # else an import was cut short
     add_rows(store, id, name, members)
     workspaces.put(store, id, name, source)
 
@@ -8460,7 +8657,7 @@ class KeepsFiles(GuardedNamespace):
         if source:
             put_in_place(source, self.path(id))
         else:
-            self.create(id)
+            self.name_draft(self.draft(), id)
 
     def settle(self, store, name):
         """After that commit, when another machine may be asked. Here nothing is left."""
@@ -8557,7 +8754,7 @@ def workspace_remove(settings, given):
             forget_workspace(store, row["id"])
 
 
-NOTICE_SECONDS = 2.0                                     # until a server's streams have ended
+NOTICE_SECONDS = 2.0                                     # in which a server ends streams
 
 
 def forget_workspace(store, id):
@@ -8580,6 +8777,7 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
             private_folder(removed)
             copy = removed / f"{about['name']}-{stamp()}.db"
         take_away(path, copy, about)
+    remove_log(path)                                     # of a removal that was cut short
     return copy
 
 
@@ -8603,8 +8801,10 @@ class ForgetsWorkspaces(LoopEdge):
 @verb("workspace export", "write all of it to one file, while the server runs; with --move "
                           "nobody is let in any more", "name", "file", "--move")
 def workspace_export(settings, given):
-    """With --move, the gate says 503 until the name is removed here."""
-    check_new(given.file)
+    """With --move, the gate says 503 until the name is removed here.
+
+    If that is cut short, the same command finishes it.
+    """
     with one_move(settings) if given.move else contextlib.nullcontext():
         export(settings, given)
 
@@ -8612,11 +8812,13 @@ def workspace_export(settings, given):
 def export(settings, given):
     with opened(settings, given) as (store, env):
         row = with_file(settings, store, given.name)
+        check_export(given, row, env.workspaces.path(row["id"]))
         members = members_of(store, row["id"])
         if given.move:
             set_moving(store, row["id"], 1)
     write_out = take_away if given.move else copy_database
-    about = {"name": given.name, "title": row["title"], "members": members}
+    about = {"name": given.name, "title": row["title"], "members": members,
+             "left": row["id"] if given.move else ""}
     try:
         rows = write_out(env.workspaces.path(row["id"]), given.file, about)
     except BaseException:
@@ -8625,6 +8827,24 @@ def export(settings, given):
                 set_moving(store, row["id"], row["moving"])
         raise
     print(f"{given.file}: {rows} rows, {len(members)} members")
+
+
+def check_export(given, row, path):
+    """Raise Unusable if it has left already, or for a file that is not of an export of it
+    that was cut short before the workspace had left."""
+    if row["moving"] and not path.exists():
+        raise Unusable(f"{row['name']} has left already; workspace import its file "
+                       f"elsewhere, then workspace remove {row['name']} here")
+    if not (given.move and row["moving"] and left_by(given.file) == row["id"]):
+        check_new(given.file)
+
+
+def left_by(file):
+    """Return the id of the workspace that left by this file, or ""."""
+    with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError), \
+            opened_to_read(file) as db:
+        return json.loads(db.execute("SELECT about FROM _export").fetchone()[0])["left"]
+    return ""
 
 
 def set_moving(store, id, moving):
@@ -8640,7 +8860,7 @@ def workspace_import(settings, given):
     check_no_node(settings)
     typed, members, accounts = about_file(given.file, given.name)
     name, title = names_of(typed)
-    with adopted(settings, given.file) as copy:
+    with one_move(settings), adopted(settings, given.file) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
@@ -8774,7 +8994,8 @@ def workspace_restore(settings, given):
         row = with_file(settings, store, given.name)
     typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
     name, title = names_of(typed)
-    with adopted(settings, given.at / "workspaces" / f"{row['id']}.db") as copy, \
+    file = given.at / "workspaces" / f"{row['id']}.db"
+    with one_move(settings), adopted(settings, file) as copy, \
             opened(settings, given, name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
         set_title(store, name, title)
@@ -10006,6 +10227,8 @@ ARGUMENTS = {
                    "action": "store_true"},
     "--owner": {"help": "account that owns it", "type": account_name},
     "--now": {"help": "keep no copy", "action": "store_true"},
+    "--repair": {"help": "first remove what was left behind by what was cut short, and "
+                 "close files to others", "action": "store_true"},
     "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
                "action": "store_true"},
     "--name": {"help": "in place of the name in the file"},

@@ -8546,6 +8546,129 @@ def test_check_finds_a_file_that_nobody_knows_and_a_key_that_all_can_read(served
     assert status == 1 and "stray.db: no workspace" in out and "chmod 600" in out
 
 
+def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fail(start, capsys):
+    notes = orion.Slice("notes", ("CREATE TABLE notes (x)",))
+    server = start([orion.todos, notes])
+    for name, values in (("acme", (1, 1)), ("globex", (1, 2))):
+        with contextlib.closing(server.store(name)) as db, db:
+            db.executemany("INSERT INTO notes VALUES (?)", [(value,) for value in values])
+    files = [server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex")]
+    check = lambda *more: orion.main([orion.todos, notes._replace(migrations=(*notes.migrations, *more))], ["check", "--data", str(server.env.settings.data)])
+    server.env.workspaces.rest(idle=-1)
+    before = [file.read_bytes() for file in files]
+    assert (check(), check("CREATE UNIQUE INDEX one ON notes (x)")) == (0, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].startswith(f"acme: {files[0]}: slice 'notes', entry 2: ") and "mend the rows" in said[1]
+    assert check("CREATE INDEX one ON notes (x)") == 0 and [file.read_bytes() for file in files] == before
+
+
+def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
+    data = served.env.settings.data
+    left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
+            "removed/x.db.making", "tmp12345678/adopted.db", "tmp87654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
+    for name in (*left, "tmp-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("x")
+    named = [data / name if name.count("/") < 2 and not name.startswith("tmp") else (data / name).parent for name in left]
+    status, out, _ = served.run("check")
+    assert status == 1 and [path for path in named if f"{path}: left behind" not in out] == [] and "of-ours" not in out
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and [path for path in named if path.exists()] == [] and (data / "tmp-of-ours" / "notes").exists()
+    assert "old.db.moved: an older version" in out and "gone.db-wal: its database is gone" in out and out.count("removed\n") == len(left)
+
+
+def test_check_takes_nothing_away_from_a_server_or_a_command_that_is_at_work(served):
+    data = served.env.settings.data
+    for name in ("backups/20260101-000000-000.making/x", "workspaces/new-0.db"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("x")
+    with orion.locked(data, "taken"):
+        assert served.run("check", "--repair")[:2] == (0, "3 workspaces, all is well\n") and (data / "workspaces" / "new-0.db").exists()
+    with orion.one_move(served.env.settings):
+        assert served.run("check")[0] == 0 and "a move is under way" in served.run("check", "--repair")[2]
+
+
+def test_while_the_directory_is_damaged_check_calls_no_workspace_a_stray(served):
+    served.close()
+    spoil(served.env.settings.directory_file, "garbage")
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    spoil(path, "cut short")
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and "directory.db: " in out and f"{path}: " in out and len(out.splitlines()) == 2 and len([*path.parent.glob("*.db")]) == 3
+
+
+@cases("words, cut", [("workspace add new --owner bob", "set_title"), ("workspace import {file} --name new", "set_title"), ("workspace export acme {file2} --move", "take_away"),
+                      ("workspace export acme {file2} --move", "put_in_place"), ("workspace restore acme --at {backup} --new new", "set_title"), ("backup {backup2}", "write_private")])
+def test_a_command_that_was_killed_is_finished_by_the_same_command(served, monkeypatch, tmp_path, words, cut):
+    """As a kill would leave it: what was undone of it while it unwound is made again."""
+    places = {name: tmp_path / f"{name}.db" for name in ("file", "file2", "backup", "backup2")}
+    words = words.format(**places).split()
+    assert served.run("workspace", "export", "acme", places["file"])[0] == served.run("backup", places["backup"])[0] == 0
+    with monkeypatch.context() as killed:
+        real = getattr(orion, cut)
+
+        def kill(*args, **more):
+            if cut == "put_in_place":
+                real(*args, **more)
+            raise KeyboardInterrupt
+        killed.setattr(orion, cut, kill)
+        killed.setattr(orion, "remove_any", lambda path: None)
+        assert served.run(*words)[0] == 130
+    if "--move" in words:
+        served.write("UPDATE workspaces SET moving = 1 WHERE name = 'acme'")
+        assert "workspace export acme FILE --move finishes that" in served.run("check")[1]
+    elif "workspace" in words:
+        status, out, _ = served.run("check")
+        assert status == 1 and ("check --repair removes it" if "add" in words else "import it, or move it away") in out
+    status, _, err = served.run(*words)
+    assert status == 0, err
+    assert served.run("check", "--repair")[0] == 0
+    assert "taken" not in err and ("new\t" in served.run("workspace", "list")[1] or "new" not in words)
+
+
+def test_an_export_that_has_left_says_so_when_it_is_asked_for_again(served, tmp_path):
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+    assert "has left already" in served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[2]
+    assert served.run("workspace", "list")[1].count("moving") == 1
+
+
+def test_a_workspace_that_was_not_founded_leaves_a_file_that_check_removes(served, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(orion, "set_title", mock.Mock(side_effect=KeyboardInterrupt))
+        assert served.run("workspace", "add", "new")[0] == 130
+    assert served.run("check", "--repair")[0] == 0 and len([*served.env.settings.workspaces.glob("*.db")]) == 3
+
+
+def test_a_restore_that_was_cut_short_begins_anew_and_no_other_takes_its_place(served, run, monkeypatch, tmp_path):
+    for name in ("one", "other"):
+        assert served.run("backup", tmp_path / name)[0] == 0
+    there = tmp_path / "there"
+    real, done = orion.restore_one, []
+
+    def restore_one(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+    with monkeypatch.context() as killed:
+        killed.setattr(orion, "restore_one", restore_one)
+        assert run("restore", tmp_path / "one", data=there)[0] == 130
+    assert "is there already" in run("restore", tmp_path / "other", data=there)[2]
+    assert run("restore", tmp_path / "one", data=there)[0] == 0 and run("check", data=there)[:2] == (0, "3 workspaces, all is well\n")
+    assert "is there already" in run("restore", tmp_path / "one", data=there)[2]
+
+
+def test_check_names_files_that_others_can_read_and_closes_them(served):
+    data = served.env.settings.data
+    files = [*data.glob("*.db"), *data.glob("workspaces/*.db")]
+    for path in files:
+        path.chmod(0o644)
+    assert served.run("check")[0] == 0, "nobody else comes into the folder"
+    data.chmod(0o755)
+    status, out, _ = served.run("check")
+    assert status == 1 and re.search(r"directory\.db can be read by others on this machine, as \d+ files here can", out)
+    assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
 def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
     bob = Person(served, "bob")
     served.run("keys", "rotate")
