@@ -2805,29 +2805,6 @@ def command_of(path, trusted, **signals):
     return Request("POST", path, headers=headers, body=json.dumps(signals).encode())
 
 
-NEEDED_SQLITE = (3, 30)                                  # for FILTER
-NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
-
-
-def check_installation() -> None:
-    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
-    if sqlite3.sqlite_version_info < NEEDED_SQLITE:
-        needed = ".".join(map(str, NEEDED_SQLITE))
-        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
-                       "needed; use a newer Python")
-    try:
-        for name in NAMED_TEMPLATE.findall(pathlib.Path(__file__).read_text("utf-8")):
-            template(name)
-        as_browser = Request("GET", "/", headers={"accept": "text/html"})
-        refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
-    except OSError as error:
-        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ has to "
-                       "be beside orion.py") from error
-    except KeyError as error:
-        raise Unusable(f"{TEMPLATES} is of another version of orion.py ({error}); copy the "
-                       "folder that came with this one") from error
-
-
 def stop_signals() -> List[int]:
     """Return the signals that stop a server. SIGHUP: its terminal was closed; under
     nohup(1) that is ignored."""
@@ -2871,7 +2848,6 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--idle", type=float, default=60.0)
     given = parser.parse_args(argv)
     try:
-        check_installation()
         serve_plain(plain_planes(given.data, given.idle), port=given.port)
     except (Unusable, OSError) as error:
         sys.exit(f"orion: {error}")
@@ -10466,6 +10442,29 @@ def do(settings, given):
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
                                "it, or name another with --data"):
         serve(settings)
+
+
+NEEDED_SQLITE = (3, 30)                                  # for FILTER
+NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
+
+
+def check_installation() -> None:
+    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
+    if sqlite3.sqlite_version_info < NEEDED_SQLITE:
+        needed = ".".join(map(str, NEEDED_SQLITE))
+        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
+                       "needed; use a newer Python")
+    try:
+        for name in NAMED_TEMPLATE.findall(pathlib.Path(__file__).read_text("utf-8")):
+            template(name)
+        as_browser = Request("GET", "/", headers={"accept": "text/html"})
+        refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
+    except OSError as error:
+        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ has to "
+                       "be beside orion.py") from error
+    except KeyError as error:
+        raise Unusable(f"{TEMPLATES} is of another version of orion.py ({error}); copy the "
+                       "folder that came with this one") from error
 
 
 def serve(settings):
