@@ -4631,7 +4631,7 @@ class Backlog:
             self.accounts[whose] = Unread(self.ACCOUNT)
         for unread in (self.accounts[whose], self.all):
             unread.note(reader, things)
-            if unread.size > unread.most:                # soon: the caller needs its reader
+            if unread.size > unread.most:                # later: the caller still writes
                 self.edge.call(self.relieve, unread)
         if not self.accounts[whose].readers:
             del self.accounts[whose]
@@ -4651,7 +4651,7 @@ class Backlog:
 
 
 class Held:
-    """A socket that the loop holds. rest: what the kernel would not take yet.
+    """A socket that the loop holds. unsent: what the kernel would not take yet.
 
     whose: an account or, without one, an address. It stays while something waits.
     """
@@ -4662,7 +4662,7 @@ class Held:
         self.edge = edge
         self.socket = socket
         self.events = 0                                  # what the selector watches for
-        self.rest: Any = b""
+        self.unsent: Any = b""
         self.deadline = 0.0                              # when patience ends
         self.listen(selectors.EVENT_READ)
         edge.held.add(self)                              # last: others look through it
@@ -4689,7 +4689,7 @@ class Held:
     def go_on_with(self, events):
         if events & WRITABLE:
             self.listen(self.events & ~WRITABLE)
-            return self.write(self.rest)
+            return self.write(self.unsent)
         try:
             data = self.socket.recv(65_536)
         except BlockingIOError:
@@ -4713,21 +4713,21 @@ class Held:
     def wrote(self, data, sent):
         if sent < 0:
             return self.close()
-        waited = bool(self.rest)
-        self.rest = b""
+        waited = bool(self.unsent)
+        self.unsent = b""
         if sent == len(data):
             self.written()
         else:
-            self.rest = memoryview(data)[sent:]          # all who are slow share the bytes
+            self.unsent = memoryview(data)[sent:]        # all who are slow share the bytes
             if sent or not waited:                       # the kernel has taken some
                 self.deadline = time.monotonic() + self.STUCK_SECONDS
             self.listen(self.events | WRITABLE)
-        if waited or self.rest:
+        if waited or self.unsent:
             self.edge.backlog.note(self)
 
     def unread(self) -> List[Any]:
-        """All that waits for this reader. A rest keeps the whole of which it is one."""
-        return [self.rest.obj] if self.rest else []
+        """Return all that waits for this reader. A memoryview keeps the whole in memory."""
+        return [self.unsent.obj] if self.unsent else []
 
     def cut_off(self):
         """It does not read."""
@@ -4738,15 +4738,15 @@ class Held:
             self.edge.held.discard(self)
             self.listen(0)
             self.socket.close()
-            self.rest = b""
+            self.unsent = b""
             self.edge.backlog.note(self)
 
 
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it.
 
-    A page shows several pieces, each in a slot: "seen" is the region, "here" who else looks
-    on, "page" all of it, after a change of role.
+    A page shows several pieces, each in a slot: "region", "here" for who else looks
+    on, and "page" for all of it, after a change of role.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = (15, SILENCE_SECONDS)                 # spread: thousands beat
@@ -4781,8 +4781,8 @@ class Stream(Held):
             self.show("here", piece)
 
     def show(self, slot, piece):
-        """Send a piece. If the rest of another waits, it waits too, and only the latest."""
-        if self.rest:
+        """Send a piece. While something is unsent it waits; of each slot, the latest."""
+        if self.unsent:
             self.count("coalesced", slot in self.latest)
             self.latest[slot] = piece
             return self.edge.backlog.note(self)
@@ -4803,9 +4803,9 @@ class Stream(Held):
             self.close()
 
     def tick(self, now):
-        if self.rest and now > self.deadline:
+        if self.unsent and now > self.deadline:
             self.cut_off()
-        elif not self.rest and now > self.beat:
+        elif not self.unsent and now > self.beat:
             self.beat = now + random.uniform(*self.BEAT_SECONDS)
             self.write(self.framed(BEAT))
 
@@ -4821,7 +4821,7 @@ class Stream(Held):
 
     def end(self, frame):
         """With a last frame and a proper end, if the gate closed it and not the network."""
-        if frame and not self.rest:
+        if frame and not self.unsent:
             self.write(self.framed(frame) + LAST_CHUNK)
         self.close()
 
@@ -4852,9 +4852,9 @@ class Channel:
 class Broker:
     """The loop changes it. Other threads only mark a channel."""
     SOME = 64                                # streams that get a frame before others' turn
-    ALONE_SECONDS = 30.0                     # for which a Directory may be out of reach
-    CALM_SECONDS = 30.0                      # after which a change of access has arrived
-    quiet = ()                               # ids of which nobody is told who looks on
+    UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
+    CALM_SECONDS = 30.0                      # after a change of access: see welcome
+    unannounced = ()                         # ids of which nobody is told who looks on
 
     def __init__(self, edge):
         self.edge = edge
@@ -4863,8 +4863,8 @@ class Broker:
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.accounts = collections.Counter()            # how many streams each has open
         self.version = 0                                 # of the Directory
-        self.alone = 0.0                                 # since when it is out of reach
-        self.changed = float("-inf")                     # when somebody's access last did
+        self.unreachable_since = 0.0                     # 0: it can be reached
+        self.access_changed_at = float("-inf")           # anybody's
         self.here: Dict[str, Piece] = {}                 # by object: who watches it
         self.moved = set()                               # objects whose watchers changed
         self.failed = set()                              # channels that could not be asked
@@ -4877,7 +4877,7 @@ class Broker:
         Whose command it was pays for what follows from it.
         """
         if topic.startswith("access:"):
-            self.changed = time.monotonic()
+            self.access_changed_at = time.monotonic()
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
             if topic in ("", channel.subscription.topic):
@@ -4931,7 +4931,7 @@ class Broker:
         for stream in streams[:self.SOME]:
             if stream.seen != piece.etag and stream.channel is channel:
                 stream.seen = piece.etag
-                stream.show("seen", piece)
+                stream.show("region", piece)
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
         with self.lock:
@@ -4943,9 +4943,10 @@ class Broker:
     # -- who watches
 
     def welcome(self, stream, subscription):
-        """If access changed while its request was on the way, the verdict may be older."""
+        """Let a new stream join. If access changed of late, its verdict may be older than
+        that, so the gate is asked again."""
         self.join(stream, subscription)
-        if time.monotonic() < self.changed + self.CALM_SECONDS:
+        if time.monotonic() < self.access_changed_at + self.CALM_SECONDS:
             self.regate(stream)
 
     def join(self, stream, subscription):
@@ -4955,12 +4956,12 @@ class Broker:
         stream.channel = channel
         channel.streams.add(stream)
         self.accounts[stream.account] += 1
-        self.watched(id, 1)
+        self.count_watcher(id, 1)
         channel.account = channel.account or stream.account
         self.mark(channel)                               # something may have come meanwhile
         if id in self.here:
             stream.show_here(self.here[id])
-        elif id not in self.quiet:
+        elif id not in self.unannounced:
             self.tell_who_is_here()
 
     def leave(self, stream):
@@ -4971,21 +4972,21 @@ class Broker:
         id = channel.subscription.stub.id
         channel.streams.discard(stream)
         self.accounts[stream.account] -= 1
-        self.watched(id, -1)
+        self.count_watcher(id, -1)
         if not channel.streams:                          # the last one out
             del self.channels[id][channel.subscription.question]
         if not self.channels[id]:
             del self.channels[id]
             self.here.pop(id, None)
 
-    def watched(self, id, more):
-        """A stream on this object came (1) or went (-1)."""
+    def count_watcher(self, id, more):
+        """Note that a stream on this object came (1) or went (-1)."""
         self.moved.add(id)
 
     def tell_who_is_here(self):
         """Once a second: to those who watch an object of which watchers came or went."""
         moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {*self.quiet}:
+        for id in moved & {*self.channels} - {*self.unannounced}:
             streams = [stream for channel in self.channels[id].values()
                        for stream in channel.streams]
             self.here[id] = presence(streams)
@@ -5002,11 +5003,11 @@ class Broker:
         self.edge.pool.gather("access", whose, self.gate_again)
 
     def gate_again(self, those):
-        """In the pool."""
+        """In the pool. those: streams and accounts, as regate takes them."""
         busy = set()                                     # objects that were waited for once
-        for held in [*self.edge.held]:
-            if isinstance(held, Stream) and not {held, held.account, ""}.isdisjoint(those):
-                guarded(self.ask_again, held, busy)
+        for stream in self.edge.streams:
+            if {stream, stream.account, ""} & {*those}:
+                guarded(self.ask_again, stream, busy)
 
     def ask_again(self, stream, busy):
         """Put the request of an open stream to the gate once more.
@@ -5014,32 +5015,37 @@ class Broker:
         The same viewer as before: nothing happens, and the Workspace is not woken. Another
         role, or other grants: stream and page are fetched anew. No entry: a last frame.
         """
-        noted = None
         try:
-            noted = self.edge.decide_again(stream.again)
-            if isinstance(noted, Response):              # it was answered without forward
-                if not noted.watch:                      # and is no stream any more
-                    self.edge.call(stream.end, last_frame(noted))
-                return
-            viewer = viewer_in(noted.request)
-            if viewer != stream.viewer:
-                self.show_anew(stream, noted, viewer, busy)
-        except Busy:
-            if noted is None:                            # not even the gate could be asked
-                return self.edge.call(stream.close)      # its client comes back
-            busy.add(noted.stub.id)
-            self.regate(stream)                          # behind the others
+            decided = self.edge.decide_again(stream.again)
+            if isinstance(decided, Noted):
+                self.compare_viewers(stream, decided, busy)
+            elif not decided.watch:                      # it is no stream any more
+                self.edge.call(stream.end, last_frame(decided))
+        except Busy:                                     # not even the gate could be asked
+            self.edge.call(stream.close)                 # its client comes back
         except Refused as no:
             self.edge.call(stream.end, last_frame(Response(no.status)))
         except CRASH:
             self.edge.call(stream.close)
             raise
 
-    def show_anew(self, stream, noted, viewer, busy):
+    def compare_viewers(self, stream, noted, busy):
+        """If the object is busy, this stream is asked for again, behind the others."""
+        viewer = viewer_in(noted.request)
+        if viewer == stream.viewer:
+            return
+        id = noted.stub.id
+        try:
+            if id in busy:
+                raise Busy()
+            self.show_anew(stream, noted, viewer)
+        except Busy:
+            busy.add(id)
+            self.regate(stream)
+
+    def show_anew(self, stream, noted, viewer):
         """Fetch the stream's answer and, as a piece, the page around it."""
         stub, request = noted
-        if stub.id in busy:
-            raise Busy()
         response = fetch_briefly(stub, request)
         around = request._replace(path=request.path[:-len("/live")])
         page = fetch_briefly(stub, around)
@@ -5062,12 +5068,12 @@ class Broker:
         before = self.version
         try:
             self.version = directory.ask("/_version")
-            self.alone = 0.0
+            self.unreachable_since = 0.0
         except CRASH as no:                              # it may be in another process
-            if not self.alone:
+            if not self.unreachable_since:
                 log(f"the directory: {no}")
-                self.alone = time.monotonic()
-            if time.monotonic() > self.alone + self.ALONE_SECONDS:
+                self.unreachable_since = time.monotonic()
+            if time.monotonic() > self.unreachable_since + self.UNREACHABLE_SECONDS:
                 self.regate("")                          # nobody can say who may still look
         if before not in (0, self.version):
             self.published(directory.id, "access:")      # anybody's
@@ -5181,7 +5187,7 @@ class Connection(Held):
         if reading:
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
-                self.edge.pool.gather(self, reading, self.foresee,
+                self.edge.pool.gather(self, reading, self.check_before_body,
                                       f"expecting, from {source_of(self.peer)}")
             else:
                 self.edge.take_up(self, reading)
@@ -5194,8 +5200,8 @@ class Connection(Held):
         self.deadline = time.monotonic() + self.REQUEST_SECONDS
         self.state = self.ARRIVING
 
-    def foresee(self, readings):
-        """In the pool: the gate's no comes before a body is sent in vain."""
+    def check_before_body(self, readings):
+        """In the pool, for a client that waits for a 100: refuse before the body is sent."""
         try:
             request = self.edge.request(readings[0], self.peer)
             refuse_foreign(request)
@@ -5299,12 +5305,12 @@ class Connection(Held):
         stream = Stream(self.edge, self.socket, asked.request, response, viewer)
         stream.write(data)
         if frame:
-            stream.show("seen", piece)
+            stream.show("region", piece)
         if stream in self.edge.held:
             self.edge.broker.welcome(stream, response.watch)
 
     def tick(self, now):
-        waiting = self.busy and not self.rest            # for a thread, which will end it
+        waiting = self.busy and not self.unsent          # for a thread, which will end it
         if waiting or now < self.deadline:
             return
         if self.state == self.ARRIVING:
@@ -5403,7 +5409,7 @@ class LoopEdge:
         self.stopping = 0.0                              # since when; 0: it is not
         self.stopped = threading.Event()
         self.date = formatdate(usegmt=True)
-        self.insiders = set()                            # hashes of lane and cookie
+        self.insiders = set()                            # see insider_key
         self.accounts: Dict[int, str] = {}               # by the hash of a cookie
         names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
         self.hosts = frozenset([name.lower().rstrip(".") for name in names])
@@ -5426,6 +5432,10 @@ class LoopEdge:
         # Noted(stub, request), whom it would ask and what, instead of an answer.
         self.deciding = dataclasses.replace(env, forward=Noted)
         self.regating = self.deciding                    # for open streams; [3] changes it
+
+    @property
+    def streams(self) -> List[Stream]:
+        return [held for held in [*self.held] if isinstance(held, Stream)]
 
     # -- the loop
 
@@ -5553,15 +5563,15 @@ class LoopEdge:
         lane = lane_of(asked.request.path)
         if not lane:
             lane = asked.connection                      # it waits for nobody
-        elif self.place_of(asked) not in self.insiders:  # a stranger, so far
+        elif self.insider_key(asked) not in self.insiders:  # a stranger, so far
             lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
         return True
 
-    def place_of(self, asked) -> int:
-        """Who asks where: what is remembered of whom was let in."""
+    def insider_key(self, asked) -> int:
+        """Return what insiders has of somebody who was let in: who they are, and where."""
         return hash((lane_of(asked.request.path), asked.cookie))
 
     def account_of(self, asked) -> str:
@@ -5575,8 +5585,9 @@ class LoopEdge:
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
-    def recognized(self, asked, decided) -> bool:
-        """True if the request was charged to the right account; else it is from now on."""
+    def rightly_charged(self, asked, decided) -> bool:
+        """Return whether the request is charged to its account. If not, learn whose it is.
+        """
         account = decided.request.headers.get("x-account")
         if not asked.cookie or not account or asked.account == account:
             return True
@@ -5593,11 +5604,11 @@ class LoopEdge:
             decided = outcome(self.decide, asked.request)
             if not isinstance(decided, Noted):
                 self.finish(asked, decided)
-            elif self.recognized(asked, decided):
+            elif self.rightly_charged(asked, decided):
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
-            else:                                        # who it is may be busy already
+            else:                                        # its account may have its share
                 asked.account = self.account_of(asked)
                 self.call(self.line_up, asked)
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
@@ -5630,7 +5641,7 @@ class LoopEdge:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
             if asked.request.method not in SAFE and response.status < 400:
-                self.insiders.add(self.place_of(asked))
+                self.insiders.add(self.insider_key(asked))
             if asked.cookie and response.nonce and response.status == 200 and asked.stub:
                 self.kept.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
@@ -7859,9 +7870,9 @@ class HasConsole(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
         self.console = Console(self)
-        self.broker.quiet = (Console.id,)
+        self.broker.unannounced = (Console.id,)
         if self.env.directory.namespace.kind == "directory":
-            self.broker.quiet += ("directory",)
+            self.broker.unannounced += ("directory",)
         paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
 
@@ -7872,8 +7883,8 @@ class HasConsole(LoopEdge):
 
 @addition
 class CountsConsoles(Broker):
-    def watched(self, id, more):
-        super().watched(id, more)
+    def count_watcher(self, id, more):
+        super().count_watcher(id, more)
         if id == Console.id:
             self.edge.trace.watch(more)
 
@@ -8027,10 +8038,9 @@ class HasFigures(LoopEdge):
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
         verdicts = directory.verdicts if directory else {}
-        streams = [held for held in [*self.held] if isinstance(held, Stream)]
         text = Template((TEMPLATES / "metrics.txt").read_text("utf-8"))
         return text(**self.figures.requests(), verdict=labelled(verdicts),
-                    fetches=self.env.workspaces.fetches, streams=len(streams),
+                    fetches=self.env.workspaces.fetches, streams=len(self.streams),
                     awake=len(self.env.workspaces.objects),
                     result=labelled(self.broker.frames)) + "\n"
 

@@ -906,7 +906,7 @@ def test_a_connection_that_the_loop_can_not_watch_is_not_held(server, monkeypatc
     with socket.create_connection(("127.0.0.1", server.port)):
         eventually(lambda: tried)
         assert Person(server).get("/healthz").status == 200
-        assert not [held for held in server.edge.held if held.socket is tried[0]]
+        assert not [held for held in [*server.edge.held] if held.socket is tried[0]]
 
 
 def test_a_stream_is_held_when_it_is_whole(server):
@@ -4912,7 +4912,7 @@ def test_who_is_here_does_not_push_a_change_out_of_a_slow_readers_queue(start, m
     slow = Ear(bob, "/w/acme/todos/live", room=4096)
     stream, = eventually(lambda: [held for held in [*server.edge.held] if type(held) is orion.Stream])
     sent = 0
-    while sent < 60 or "seen" not in stream.latest:      # until the last one waits behind the rest of another
+    while sent < 60 or "region" not in stream.latest:      # until the last one waits behind the rest of another
         bob.post("/w/acme/todos", form={"title": f"{sent} " + "x" * 480})
         at_rest(server)
         sent += 1
@@ -5023,7 +5023,7 @@ def deaf(server, person, path):
 
 def peers(server):
     """The addresses of those for whom something waits."""
-    readers = [held for held in [*server.edge.held] if held.rest]
+    readers = [held for held in [*server.edge.held] if held.unsent]
     with contextlib.suppress(OSError):               # it was closed just now
         return [held.socket.getpeername() for held in readers]
     return []
@@ -5073,7 +5073,7 @@ def test_a_frame_that_many_wait_for_is_in_memory_once_and_counts_once(start, mon
     bob = Person(server, "bob")
     links = [deaf(server, bob, "n/live") for _ in range(5)]
     at_rest(server)
-    waiting = {id(held.rest.obj) for held in [*server.edge.held] if held.rest}
+    waiting = {id(held.unsent.obj) for held in [*server.edge.held] if held.unsent}
     assert len(server.edge.backlog.all.readers) == 5 and len(waiting) == 1
     assert 3 * MB < server.edge.backlog.all.size < 4 * MB
     for link in links:
@@ -5087,7 +5087,7 @@ def test_a_stream_that_is_not_read_keeps_the_rest_of_one_frame_and_the_latest(st
     stream, = [held for held in [*server.edge.held] if type(held) is orion.Stream]
     for number in range(2, 6):
         assert bob.post("/w/acme/n").status < 400
-        eventually(lambda: stream.latest.get("seen") and f">{number}x" in stream.latest["seen"].html[:99])
+        eventually(lambda: stream.latest.get("region") and f">{number}x" in stream.latest["region"].html[:99])
     at_rest(server)
     assert 16 * MB < server.edge.backlog.all.size < 17 * MB
     link.close()
@@ -7724,7 +7724,7 @@ def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(
 
 
 def test_streams_of_a_node_end_when_no_directory_has_vouched_for_them_for_long(doomed, monkeypatch):
-    monkeypatch.setattr(orion.Broker, "ALONE_SECONDS", 0.2)
+    monkeypatch.setattr(orion.Broker, "UNREACHABLE_SECONDS", 0.2)
     name, node = doomed.found(on=doomed.nodes[0]), doomed.nodes[0]
     ear = Ear(Person(node), f"/w/{name}/todos/live", Cookie=doomed.cookie("bob"), **verdict_of(doomed, doomed.cookie("bob"), name))
     ear.event()
@@ -8694,7 +8694,7 @@ def test_streams_end_while_the_key_can_not_be_read(server, capfd):
 def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(server, monkeypatch):
     ear = Ear(Person(server, "carol"), "/w/acme/todos/live")
     ear.event()
-    monkeypatch.setattr(server.edge.broker, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(server.edge.broker, "UNREACHABLE_SECONDS", 0.0)
     monkeypatch.setattr(orion.EdgeDirectory, "handle", mock.Mock(side_effect=KeyError("a fault of ours")))
     with pytest.raises(EOFError):
         ear.until_it_says("nothing")
