@@ -1510,53 +1510,17 @@ class RepeatsAnswers(SliceHost):
 #     <!-- row -->
 #     <li id="todo-{{id}}"> <input type="checkbox" {{checked}}> {{title}} {{delete}} </li>
 
-TITLE_LIMIT = 500                                        # characters
-TODOS_A_PAGE = 200
-MOST_PAGES = 25
-SHOWN = {"": "", "open": "WHERE NOT done", "done": "WHERE done"}     # by the parameter show
-
-
-def some_todos(store, show, limit):
-    """Return the newest todos."""
-    return store.query(f"SELECT id, title, done FROM todos {SHOWN[show]} ORDER BY id DESC "
-                       "LIMIT ?", limit)
-
-
-def todo_counts(store):
-    return store.one('SELECT count(*) AS "all", count(*) FILTER (WHERE NOT done) AS open '
-                     "FROM todos")
-
-
-def count_todos(store):
-    return todo_counts(store)["open"]
-
-
-@functools.lru_cache(maxsize=512)
-def todo_row(id, title, done, write, delete):
-    """Return the markup of a row. Most rows are as before, and are not made again."""
-    return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write,
-                                 delete=delete)
-
+# -- the page
 
 def todos_region(ctx):
-    show = ctx.params.get("show", "")
-    most = TODOS_A_PAGE * int(ctx.params.get("pages", 1))
-    found = some_todos(ctx.store, show, most + 1)
-    shown = found[:most]
+    shown, link_to_more = some_todos(ctx.store, ctx.params)
     write = ctx.viewer.can("todos:write")
     delete = ctx.viewer.can("todos:delete")
     rows = [todo_row(*todo, write, delete) for todo in shown]
-    next_page = todos_query(show, most // TODOS_A_PAGE + 1)
-    empty = "" if rows else template(f"todos.empty_{show or 'all'}")()
-    more = len(found) > most and most < MOST_PAGES * TODOS_A_PAGE
-    return template("todos.region")(
-        row=Html().join(rows), empty=empty, more=more, next=next_page,
-        last=shown[-1]["id"] if shown else "", **todo_counts(ctx.store))
-
-
-def todos_query(show, pages):
-    shown = {"show": show} if show else {}
-    return urllib.parse.urlencode({**shown, "pages": pages})
+    show = ctx.params.get("show", "all")
+    empty = "" if rows else template(f"todos.empty_{show}")()
+    return template("todos.region")(row=Html().join(rows), empty=empty, **link_to_more,
+                                    **todo_counts(ctx.store))
 
 
 def todos_page(ctx, region):
@@ -1571,31 +1535,7 @@ def todos_page(ctx, region):
         stamp=ctx.stamp, **links)
 
 
-def the_todo(ctx, id):
-    """Return the row of a todo. Raise Refused(404) if there is none."""
-    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
-    todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
-    if todo is None:
-        raise Refused(404, "This todo is gone. The page shows what there is now.")
-    return todo
-
-
-def valid_title(fields, signal="problem"):
-    """Return the title among the fields. Raise Refused(422) if it is no good."""
-    given = fields.get("title")
-    title = visible(given) if isinstance(given, str) else ""
-    if not 1 <= len(title) <= TITLE_LIMIT:
-        raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
-                           f"{len(title)}.", signal=signal)
-    return title
-
-
-def valid_done(value):
-    """Return the value. Raise Refused(400) if it is neither True nor False."""
-    if type(value) is not bool:
-        raise Refused(400, "done is true or false. Reload the page and try again.")
-    return value
-
+# -- commands
 
 def create(ctx):
     title = valid_title(ctx.request.fields())
@@ -1608,9 +1548,14 @@ def change(ctx, id):
     """Set the title or the done of the signals. If neither is given, tick or untick it."""
     todo = the_todo(ctx, id)
     fields = ctx.request.fields()
-    title = valid_title(fields, "toast") if "title" in fields else todo["title"]
-    toggled = not todo["done"] if "title" not in fields else bool(todo["done"])
-    ticked = valid_done(fields.get("done", toggled))
+    title = todo["title"]
+    ticked = bool(todo["done"])
+    if "title" in fields:
+        title = valid_title(fields, "toast")
+    if "done" in fields:
+        ticked = valid_done(fields["done"])
+    elif "title" not in fields:
+        ticked = not ticked
     ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked,
                    todo["id"])
     ctx.publish("todos")
@@ -1638,6 +1583,13 @@ def clear(ctx):
     return done(ctx, "done ones")
 
 
+# -- the slice
+
+def count_todos(store):
+    """Return how many are open: [3] shows it beside the name of a workspace."""
+    return todo_counts(store)["open"]
+
+
 todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
@@ -1650,6 +1602,70 @@ todos = Slice(
             Route("PATCH", "/todos/<id>", "todos:write", change),
             Route("DELETE", "/todos/<id>", "todos:delete", delete)),
     count=count_todos, exports=(count_todos,))
+
+
+# -- what page and commands are made of
+
+TITLE_LIMIT = 500                                        # characters
+TODOS_A_PAGE = 200
+MOST_PAGES = 25
+SHOWN = {"": "", "open": "WHERE NOT done", "done": "WHERE done"}     # by the parameter show
+
+
+def some_todos(store, params):
+    """Return the newest todos, and what fills the link to more of them."""
+    show = params.get("show", "")
+    pages = int(params.get("pages", 1))
+    most = TODOS_A_PAGE * pages
+    found = store.query(f"SELECT id, title, done FROM todos {SHOWN[show]} ORDER BY id DESC "
+                        "LIMIT ?", most + 1)
+    shown = found[:most]
+    return shown, {"more": len(found) > most and pages < MOST_PAGES,
+                   "next": todos_query(show, pages + 1),
+                   "last": shown[-1]["id"] if shown else ""}
+
+
+def todo_counts(store):
+    return store.one('SELECT count(*) AS "all", count(*) FILTER (WHERE NOT done) AS open '
+                     "FROM todos")
+
+
+@functools.lru_cache(maxsize=512)
+def todo_row(id, title, done, write, delete):
+    """Return the markup of a row. Most rows are as before, and are not made again."""
+    return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write,
+                                 delete=delete)
+
+
+def todos_query(show, pages):
+    shown = {"show": show} if show else {}
+    return urllib.parse.urlencode({**shown, "pages": pages})
+
+
+def the_todo(ctx, id):
+    """Return the row of a todo. Raise Refused(404) if there is none."""
+    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
+    todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
+    if todo is None:
+        raise Refused(404, "This todo is gone. The page shows what there is now.")
+    return todo
+
+
+def valid_title(fields, signal="problem"):
+    """Return the title among the fields. Raise Refused(422) if it is no good."""
+    given = fields.get("title")
+    title = visible(given) if isinstance(given, str) else ""
+    if not 1 <= len(title) <= TITLE_LIMIT:
+        raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
+                           f"{len(title)}.", signal=signal)
+    return title
+
+
+def valid_done(value):
+    """Return the value. Raise Refused(400) if it is neither True nor False."""
+    if type(value) is not bool:
+        raise Refused(400, "done is true or false. Reload the page and try again.")
+    return value
 
 
 # ==== 10. Workspace =======================================================================
@@ -1881,6 +1897,32 @@ MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n
                   headers=(("retry-after", "30"),))      # [3]
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
+# -- the gate
+
+def gate(ctx, workspace):
+    """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member."""
+    account = ctx.viewer.account
+    if not account:
+        return NO_SESSION
+    row = ctx.store.one(MEMBERSHIP, workspace, account)
+    if row is None:
+        return NO_ENTRY
+    if row["moving"]:
+        return MOVING
+    said = ctx.host.say(ctx.viewer, row)
+    return as_json(said)._replace(headers=tuple(said.items()))
+
+
+def verdict(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
+    """Return the headers that the worker passes on."""
+    grants = ROLES.get(role, ())
+    return {"x-account": account, "x-role": role,
+            "x-can-delete": "true" if "todos:delete" in grants else "false",
+            "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
+
+
+# -- the object
+
 class Directory(RepeatsAnswers):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
@@ -1983,7 +2025,7 @@ class Directory(RepeatsAnswers):
         return answer
 
 
-# -- names, as people type them
+# -- signing in and out
 
 def account_name(typed: str) -> str:
     """Return whose name was typed: " Carol" is carol.
@@ -1993,56 +2035,6 @@ def account_name(typed: str) -> str:
     """
     return unicodedata.normalize("NFKC", typed).strip().lower()
 
-
-def slug(title: str) -> str:
-    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
-
-    It can be empty, or too long.
-    """
-    if WORKSPACE_NAME.fullmatch(title):
-        return title
-    letters = unicodedata.normalize("NFKD", title.casefold())
-    bare = "".join([one for one in letters if not unicodedata.combining(one)])
-    if any([one.isalnum() and not one.isascii() for one in bare]):
-        return ""                                        # it could look like another name
-    return "-".join(re.findall("[a-z0-9]+", bare))
-
-
-def names_of(typed: str) -> Tuple[str, str]:
-    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
-    title = " ".join(typed.split())
-    name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
-    if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
-                           "to z, also with accents, for the address is made of them.")
-    return name, title
-
-
-# -- the gate
-
-def gate(ctx, workspace):
-    """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member."""
-    account = ctx.viewer.account
-    if not account:
-        return NO_SESSION
-    row = ctx.store.one(MEMBERSHIP, workspace, account)
-    if row is None:
-        return NO_ENTRY
-    if row["moving"]:
-        return MOVING
-    said = ctx.host.say(ctx.viewer, row)
-    return as_json(said)._replace(headers=tuple(said.items()))
-
-
-def verdict(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
-    """Return the headers that the worker passes on."""
-    grants = ROLES.get(role, ())
-    return {"x-account": account, "x-role": role,
-            "x-can-delete": "true" if "todos:delete" in grants else "false",
-            "x-grants": ",".join(grants), "x-workspace": workspace, "x-id": id}
-
-
-# -- signing in and out
 
 def persona(ctx):
     """Sign in as the demo does it: by choosing who to be."""
@@ -2107,7 +2099,7 @@ def access_changed(ctx, account):
     ctx.host.bus.publish(f"access:{account}")
 
 
-# -- the home page, and new workspaces
+# -- the home page
 
 def home(ctx):
     account = ctx.viewer.account
@@ -2128,9 +2120,12 @@ def home(ctx):
     return page("Workspaces", body, ctx.viewer)
 
 
-def ask_directory(request, env):
-    return env.directory.fetch(request)
+def to_home(ctx):
+    """[3] has passwords, and a page for each account. Here one chooses a persona."""
+    return see_other("/")
 
+
+# -- new workspaces
 
 def create_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
@@ -2179,9 +2174,28 @@ def new_id(store, workspaces, name):
     return workspaces.id_from_name(f"{name}#{before}" if before else name)
 
 
-def to_home(ctx):
-    """[3] has passwords, and a page for each account. Here one chooses a persona."""
-    return see_other("/")
+def slug(title: str) -> str:
+    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
+
+    It can be empty, or too long.
+    """
+    if WORKSPACE_NAME.fullmatch(title):
+        return title
+    letters = unicodedata.normalize("NFKD", title.casefold())
+    bare = "".join([one for one in letters if not unicodedata.combining(one)])
+    if any([one.isalnum() and not one.isascii() for one in bare]):
+        return ""                                        # it could look like another name
+    return "-".join(re.findall("[a-z0-9]+", bare))
+
+
+def names_of(typed: str) -> Tuple[str, str]:
+    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
+    title = " ".join(typed.split())
+    name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
+                           "to z, also with accents, for the address is made of them.")
+    return name, title
 
 
 # ==== 13. Members =========================================================================
@@ -2789,7 +2803,7 @@ def seed(env, workspaces, with_todos):
                        f"{name} · {group}")
     for name, (people, titles) in workspaces.items():
         (owner, _), *others = people.items()
-        ask = env.doors.get("/workspaces", ask_directory)
+        ask = env.doors.get("/workspaces", ask_directory)    # [2] has a door there
         ask(command_of("/workspaces", {"x-account": owner}, name=name), env)
         id = env.workspaces.id_from_name(name)
         as_owner = verdict(owner, "owner", name, id)
@@ -2798,6 +2812,10 @@ def seed(env, workspaces, with_todos):
             env.directory.fetch(invitation)
         for title in titles if with_todos else ():
             env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
+
+
+def ask_directory(request, env):
+    return env.directory.fetch(request)
 
 
 def command_of(path, trusted, **signals):
