@@ -8369,6 +8369,8 @@ def restore(settings, given):
     if not manifest.exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
     held = json.loads(manifest.read_text())
+    if "directory" in held:                              # a node has none
+        check_known(settings, given.folder / "directory.db")
     private_folder(settings.workspaces)
     write_private(mark, source.encode())
     write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
@@ -8377,6 +8379,20 @@ def restore(settings, given):
         restore_one(settings, given.folder, id, about)
     mark.unlink()
     print(contents(settings.data, held))
+
+
+def check_known(settings, file):
+    """Raise MigrationError if a newer version, or another app, wrote this Directory."""
+    known = dict(directory_router().schema)
+    for slice, entries in workspace_router(settings).schema:
+        known[f"workspace/{slice}"] = entries
+    with contextlib.closing(Original(file)) as store:
+        for row in store.query("SELECT * FROM _migrations"):
+            entries = known.get(row["slice"], ())
+            digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
+            if digests:                                  # else it is of a slice of before
+                present = digests[row["entry"] - 1:row["entry"]]
+                check_history(row["slice"], row, "".join(present))
 
 
 def restore_one(settings, folder, id, about):

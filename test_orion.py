@@ -8502,6 +8502,18 @@ def test_a_server_of_an_older_version_does_not_start_on_a_newer_directory(start)
         start()
 
 
+@cases("slice", ["directory", "workspace/todos", "orion"])
+def test_a_backup_of_a_newer_version_is_not_restored_and_one_with_a_slice_that_was_there_once_is(served, run, tmp_path, slice):
+    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
+    served.run("backup", tmp_path / "older")
+    assert run("restore", tmp_path / "older", data=tmp_path / "there")[0] == 0
+    served.write("INSERT INTO _migrations VALUES (?, 99, 'x', '')", slice)
+    served.run("backup", tmp_path / "newer")
+    status, _, err = run("restore", tmp_path / "newer", data=tmp_path / "elsewhere")
+    assert status == 2 and f"slice '{slice}', entry 99 ran here and is unknown; a newer version wrote it" in err
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
     (tmp_path / "part").mkdir()
     status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
