@@ -224,8 +224,8 @@ class Response(NamedTuple):
 class Refused(Exception):
     """A no, with its HTTP status.
 
-    message says what to do next. If the status is 422 (what somebody typed is wrong) or 409
-    (it collides with what is there), the page shows it where it has this signal.
+    message says what to do next. A 422 (what somebody typed is wrong) or 409 (it collides
+    with what is there) is shown inside the page, where the page has this signal.
     """
 
     def __init__(self, status: int, message: str,
@@ -481,11 +481,15 @@ def escape(value: Any) -> Html:
 class Template:
     """Markup with holes: Template("<b>{{who}}</b>")(who="<x>") is "<b>&lt;x&gt;</b>".
 
-    A line `<!-- row -->` begins the part "row", a template of its own. The hole {{row}} of
-    any part takes text or Html; or a dict, or a row of a store, with which the part of that
-    name is filled, once; or a list of these, once for each. False stands for nothing. True
-    stands for the part as it is or, where there is none of this name, for the name itself:
-    <input {{checked}}>. Raises KeyError if a hole is not filled.
+    A line `<!-- row -->` begins the part "row", a template of its own, and {{row}} is its
+    place in any part. Raises KeyError if nothing fills a hole. A hole takes:
+
+        text                        escaped
+        Html                        as it is
+        a dict or a row of a store  the part of that name, filled with it
+        a list of these             that part, once for each
+        True                        that part or, without one, the name: <input {{checked}}>
+        False                       nothing
     """
 
     def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None):
@@ -493,7 +497,7 @@ class Template:
         markup = first.rstrip("\n").replace("%", "%%")
         self.holes = tuple(dict.fromkeys(HOLE.findall(markup)))
         self.format = HOLE.sub(r"%(\1)s", markup)        # Python's own: a hole is %(name)s
-        self.parts = {} if parts is None else parts
+        self.parts = {} if parts is None else parts      # they know each other
         for name, part in zip(rest[::2], rest[1::2]):
             self.parts[name] = Template(part, self.parts)
 
@@ -828,7 +832,7 @@ class DurableObject:
         try:
             for slice, entries in self.schema:
                 self.store.migrate(slice, entries)
-            self.store.learn_owners()
+            self.store.learn_owners()                    # whose each table is; section 16
             self.bus = Bus(self.turn, self.store)
             self.on_open()
         except BaseException:
@@ -1140,7 +1144,7 @@ class Router:
 
     def __init__(self, slices: Sequence[Slice]):
         self.slices = slices
-        self.schema = [("orion", HISTORY)]
+        self.schema = [("orion", HOST_TABLES)]
         self.schema += [(slice.name, slice.migrations) for slice in slices]
         self.rows: List[Tuple[re.Pattern, str, Route]] = []
         for slice in slices:
@@ -1166,9 +1170,10 @@ class Router:
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
-# The tables of each host. A list of migrations that ran somewhere can't be changed, so the
-# table of jobs [3] stands here, too. journal.which names the row that was written.
-HISTORY = (
+# The tables that each host has beside those of its slices. A list of migrations that ran
+# somewhere can't be changed, so the table of jobs [3] stands here, too. journal.which says
+# which row was written.
+HOST_TABLES = (
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
     "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
@@ -1739,15 +1744,18 @@ def cookie_name(scheme: str, key: bytes) -> str:
 
 @functools.lru_cache(maxsize=16)
 def cookie_names(scheme: str, keys: Tuple[bytes, ...]) -> List[str]:
-    """Return all names that hold, the newest first. The last one is of older versions."""
+    """Return the names that a session's cookie may have, the newest first.
+
+    The last is that of older versions.
+    """
     return [*[cookie_name(scheme, key) for key in keys], COOKIES[scheme]]
 
 
 def session_digest(header: str, scheme: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
     """Return the token's hash, from a Cookie header; None for nobody.
 
-    A cookie of this name that was not sealed here is a neighbour's, and is passed over. Of
-    two that were, one was planted; then it is nobody.
+    Cookies of these names that another server sealed are passed over. If two of a name are
+    sealed by this one, somebody has planted one of them: then nobody is signed in.
     """
     for name in cookie_names(scheme, keys):
         tokens = sealed_tokens(header, name, keys)
@@ -1832,6 +1840,14 @@ def ignores_modes(folder: pathlib.Path) -> bool:
 #   is over. It refuses a workspace of other people and one that does not exist in the same
 #   words. (To try to create one does tell that a name is taken.)
 # Who uses it: the worker, for each verdict, and for the pages outside of the workspaces.
+#
+# Its tables. How they came to be is at the end of section 13:
+#
+#     accounts      name, label; persona: anybody may be this one
+#     sessions      digest (of the token), account, created, expires, agent
+#     workspaces    id, name (in addresses), title (as people write it), founder;
+#                   born: its first name, of which the id was made
+#     memberships   workspace, account, role; offered: asked to be an owner, too
 
 ROLES: Dict[str, Tuple[str, ...]] = {
     "owner": ("todos:read", "todos:write", "todos:delete", "members:manage",
@@ -1841,62 +1857,16 @@ ROLES: Dict[str, Tuple[str, ...]] = {
     "viewer": ("todos:read",),
 }
 
-# The history of its tables: what ran once is never edited. Part One uses accounts,
-# sessions, workspaces and memberships; all other tables and columns are for [3].
-DIRECTORY_TABLES = (
-    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
-    "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
-    "DEFAULT 0) WITHOUT ROWID",
-    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES "
-    "accounts ON DELETE CASCADE, created REAL NOT NULL, expires REAL NOT NULL) WITHOUT "
-    "ROWID",
-    "CREATE INDEX sessions_of ON sessions (account)",
-    "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) "
-    "WITHOUT ROWID",
-    "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE "
-    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, role TEXT NOT "
-    "NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
-    "CREATE INDEX memberships_of ON memberships (account)",
-    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE "
-    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, writes INTEGER "
-    "NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
-    "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",
-    "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
-    "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
-    "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE sessions ADD COLUMN operator TEXT REFERENCES accounts ON DELETE CASCADE",
-    "ALTER TABLE sessions ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
-    "CREATE INDEX sessions_by ON sessions (operator)",
-    "DROP TABLE masquerades",
-    "CREATE INDEX sessions_until ON sessions (operator, expires)",
-    "ALTER TABLE workspaces ADD COLUMN title TEXT",
-    "ALTER TABLE memberships ADD COLUMN offered INTEGER NOT NULL DEFAULT 0",
-    "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
-    "CREATE INDEX workspaces_by ON workspaces (founder)",
-    "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
-    "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
-)
-
-WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-LONGEST_TITLE = 63                                       # characters
-NAMES_A_PAGE = 24                                        # on the home page
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
                 AND w.moving < 2"""                      # [3] 1: on its way, 2: going
-MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.role
-          FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
-          AND w.name > ? AND w.moving < 2 ORDER BY w.name LIMIT ?"""
-OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
-            FROM memberships m JOIN workspaces w ON w.id = m.workspace
-            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
-            w.moving < 2 ORDER BY w.name LIMIT ?"""
-
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
                   headers=(("retry-after", "30"),))      # [3]
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
+
+
 # -- the gate
 
 def gate(ctx, workspace):
@@ -2101,6 +2071,16 @@ def access_changed(ctx, account):
 
 # -- the home page
 
+NAMES_A_PAGE = 24                                        # on the home page
+MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.role
+          FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
+          AND w.name > ? AND w.moving < 2 ORDER BY w.name LIMIT ?"""
+OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
+            FROM memberships m JOIN workspaces w ON w.id = m.workspace
+            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
+            w.moving < 2 ORDER BY w.name LIMIT ?"""
+
+
 def home(ctx):
     account = ctx.viewer.account
     personas = ctx.host.personas(account)
@@ -2126,6 +2106,10 @@ def to_home(ctx):
 
 
 # -- new workspaces
+
+WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+LONGEST_TITLE = 63                                       # characters
+
 
 def create_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
@@ -2201,8 +2185,8 @@ def names_of(typed: str) -> Tuple[str, str]:
 # ==== 13. Members =========================================================================
 # The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
 #   it is as live as every other.
-# It promises: only owners make or change owners, and the last owner stays. Nobody becomes an
-#   owner without saying yes: until then it is an offer, and they are an admin.
+# It promises: only owners make or change owners, and the last owner stays. Nobody becomes
+#   an owner without saying yes: until then it is an offer, and they are an admin.
 # Who uses it: every workspace has it beside the pages of its slices.
 
 MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
@@ -2334,6 +2318,44 @@ def store_role(store, id, account, before, after, offered=False):
 
 
 members = Live("/members", MEMBER, "members", "Members", members_region, members_page)
+
+# The history of its tables: what ran once is never edited. What section 12 does not name is
+# for [3].
+DIRECTORY_TABLES = (
+    "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
+    "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
+    "DEFAULT 0) WITHOUT ROWID",
+    "CREATE TABLE sessions (digest BLOB PRIMARY KEY, account TEXT NOT NULL REFERENCES "
+    "accounts ON DELETE CASCADE, created REAL NOT NULL, expires REAL NOT NULL) WITHOUT "
+    "ROWID",
+    "CREATE INDEX sessions_of ON sessions (account)",
+    "CREATE TABLE workspaces (id TEXT PRIMARY KEY, name TEXT UNIQUE, born TEXT NOT NULL) "
+    "WITHOUT ROWID",
+    "CREATE TABLE memberships (workspace TEXT NOT NULL REFERENCES workspaces ON DELETE "
+    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, role TEXT NOT "
+    "NULL, PRIMARY KEY (workspace, account)) WITHOUT ROWID",
+    "CREATE INDEX memberships_of ON memberships (account)",
+    "CREATE TABLE masquerades (digest BLOB PRIMARY KEY REFERENCES sessions ON DELETE "
+    "CASCADE, account TEXT NOT NULL REFERENCES accounts ON DELETE CASCADE, writes INTEGER "
+    "NOT NULL, until REAL NOT NULL) WITHOUT ROWID",
+    "ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE workspaces ADD COLUMN quota INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE workspaces ADD COLUMN moving INTEGER NOT NULL DEFAULT 0",
+    "CREATE TABLE nodes (address TEXT PRIMARY KEY) WITHOUT ROWID",
+    "ALTER TABLE workspaces ADD COLUMN node TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN operator TEXT REFERENCES accounts ON DELETE CASCADE",
+    "ALTER TABLE sessions ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX sessions_by ON sessions (operator)",
+    "DROP TABLE masquerades",
+    "CREATE INDEX sessions_until ON sessions (operator, expires)",
+    "ALTER TABLE workspaces ADD COLUMN title TEXT",
+    "ALTER TABLE memberships ADD COLUMN offered INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
+    "CREATE INDEX workspaces_by ON workspaces (founder)",
+    "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
+    "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
+)
+
 directory = Slice(
     name="directory",
     migrations=DIRECTORY_TABLES,
@@ -2452,6 +2474,8 @@ class PlainHandler(BaseHTTPRequestHandler):
         except Refused as no:                            # what follows could be misread
             self.close_connection = True
             response = refusal(request, no)
+        if response.watch and not self.modern:
+            response = refusal(request, Refused(505, "A stream needs HTTP/1.1."))
         if response.watch and self.command == "GET":
             return self.hold(request, response)
         self.begin(response)
@@ -2509,11 +2533,6 @@ class PlainHandler(BaseHTTPRequestHandler):
 
     def hold(self, request, response):
         """Hold a stream open for as long as the gate agrees."""
-        if not self.modern:
-            no = Refused(505, "A stream needs HTTP/1.1.")
-            response = refusal(request, no)
-            self.begin(response)
-            return self.wfile.write(response.body)
         self.close_connection = True
         self.begin(response)
         shown = b""
