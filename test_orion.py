@@ -6515,7 +6515,7 @@ def test_an_operator_who_asks_for_it_writes_in_the_name_of_both(outside):
 
 def test_begin_and_end_of_a_masquerade_are_in_the_journal(outside):
     ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
+    ops.post("/masquerade", form={"account": " Ann"})
     ops.post("/masquerade/end", form={})
     rows = outside.directory().store.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
     assert [tuple(row) for row in rows] == [("ops", "directory.masquerade", "ann"), ("ops as ann", "directory.unmask", "ann")]
@@ -8094,6 +8094,7 @@ def test_a_title_goes_with_its_workspace_wherever_the_command_line_brings_it(ser
     listed = lambda data=served.env.settings.data: [(line.split("\t")[0], line.split("\t")[5]) for line in run("workspace", "list", data=data)[1].splitlines()]
     assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[0] == 0 and ("mars-corp", "Mars Corp") in listed()
     assert "<h1>Mars Corp</h1>" in Person(served, "bob").get("/w/mars-corp/todos").text
+    assert served.run("member", "add", "Mars Corp", " Carol", "viewer")[0] == 0 and "carol\tviewer" in served.run("member", "list", "mars corp")[1]
     assert served.run("workspace", "rename", "MARS CORP", "Mars GmbH")[0] == 0 and ("mars-gmbh", "Mars GmbH") in listed()
     assert served.run("workspace", "rename", "mars-gmbh", "MARS GmbH")[0] == 0 and ("mars-gmbh", "MARS GmbH") in listed()
     assert served.run("workspace", "export", "mars gmbh", tmp_path / "x.db")[0] == 0
