@@ -3515,12 +3515,16 @@ class GuardedObject(DurableObject):
 
 def sync_folder(folder: pathlib.Path) -> None:
     """Make the names in a folder durable, where it can be opened (POSIX)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
+            raise
+    finally:
+        os.close(handle)
 
 
 class GuardedStub(Stub):
@@ -8287,6 +8291,7 @@ def snapshot(settings, target,
                 held[id] = about
             if fault:
                 faults.append(fault)
+        sync_folder(part / "workspaces")                 # for the links
         write_private(part / "secret.key", settings.key_file.read_bytes())
         write_private(part / "manifest.json", json.dumps(held).encode())
         part.rename(target)

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import gc
 import gzip
@@ -34,6 +35,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import statistics
 import struct
 import subprocess
@@ -8341,6 +8343,19 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_co
     monkeypatch.setattr(pathlib.Path, "rename", lambda part, target: replace(part, target) or pathlib.Path(target))
     assert served.run(*words.format(new=tmp_path / "new", exported=tmp_path / "exported.db").split())[0] == 0
     assert synced and not unsafe and not {path for path in named if os.path.exists(path)}
+
+
+@cases("number, status", [(errno.EINVAL, 0), (errno.EIO, 2)])
+def test_a_folder_that_its_file_system_can_not_sync_is_no_fault_and_a_disk_that_fails_is(served, tmp_path, monkeypatch, number, status):
+    real_sync = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real_sync(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert served.run("backup", tmp_path / "new")[0] == status
+    assert (tmp_path / "new").exists() == (status == 0)
 
 
 def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
