@@ -5242,7 +5242,8 @@ class Connection(Held):
         self.state = self.ARRIVING
 
     def check_before_body(self, readings):
-        """In the pool, for a client that waits for a 100: refuse before the body is sent."""
+        """In the pool, for a client that waits for a 100: refuse before it sends the body.
+        """
         try:
             request = self.edge.request(readings[0], self.peer)
             refuse_foreign(request)
@@ -5900,8 +5901,9 @@ def create_workspace_with_file(request, env):
 #     LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs -> Broadcast
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
-# line. Without one of them, only --plain is left. Commands use opened(), row_of() and
-# table() of section 49: the Directory's store, a row by its name, rows as lines of text.
+# line. Without one of them, only --plain is left. Commands use some functions of section
+# 49: opened() gives the Directory's store, to change it, and looked_into() to read it;
+# begun() says if there is none; row_of() finds a row by its name; table() prints rows.
 #
 # Further words:
 #
@@ -6100,6 +6102,7 @@ SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all m
 SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
+OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -6194,12 +6197,12 @@ class Passwords:
     """Two doors: /login and /account/password. They prove a password before the Directory's
     turn is taken, and pass on what they found, in headers."""
     LONGEST = 256                                        # characters
-    WELCOME = 1000                                       # names from addresses
+    FAMILIAR = 1000                                      # names with their addresses
 
     def __init__(self):
         self.guesses = Throttle()
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
-        self.welcome: Dict[str, None] = {}               # signed in before; oldest first
+        self.familiar: Dict[str, None] = {}              # signed in before; oldest first
 
     def door(self, request: Request, env: Env) -> Response:
         if request.method == "POST":
@@ -6218,7 +6221,7 @@ class Passwords:
         source = source_of(request.peer)
         here = f"{name} from {source}"
         slowed = [f"from {source}", f"to {name}"]
-        if here in self.welcome:                         # then others' guesses don't matter
+        if here in self.familiar:                        # then others' guesses don't matter
             slowed = []
         self.guesses.check(here, *slowed)
         self.sign_ins.check(here)
@@ -6228,7 +6231,7 @@ class Passwords:
             return request._replace(headers={**request.headers, "x-stored": ""})
         self.guesses.forgive(here, *slowed)
         self.sign_ins.count(here)
-        self.welcome = dict.fromkeys([*self.welcome][-self.WELCOME:] + [here])
+        self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
         said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
         return request._replace(headers={**request.headers, **said})
 
@@ -6307,7 +6310,6 @@ def change_password(ctx):
     return see_other("/account")._replace(which=account)
 
 
-OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 DIRECTORY_SLICES.append(Slice("passwords", routes=(
     Route("GET", "/login", PUBLIC, login_page),
     Route("POST", "/login", PUBLIC, login),
@@ -6436,7 +6438,7 @@ def account_remove(settings, given):
 # It needs: 30 Accounts.
 
 def account_page(ctx):
-    """Each session is named by a few digits of a hash, which opens no door."""
+    """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
     mine = bytes.fromhex(ctx.request.headers["x-session"])
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
@@ -8067,10 +8069,10 @@ class HasFigures(LoopEdge):
         return Response(200, self.text().encode(), Figures.TYPE)
 
     def may_see_figures(self, request, env):
-        """For whom a proxy asks that does not say it, can't be known."""
-        here = in_networks(request.peer, LOOPBACK) and not (
-            "x-forwarded-for" in request.headers
-            or in_networks(request.peer, self.settings.trust_proxy))
+        """A proxy on this machine asks for others, whether it says so or not."""
+        forwarded = ("x-forwarded-for" in request.headers
+                     or in_networks(request.peer, self.settings.trust_proxy))
+        here = in_networks(request.peer, LOOPBACK) and not forwarded
         if here or has_token(request, self.settings):
             return True
         cookie = {"cookie": request.headers.get("cookie", "")}
@@ -8111,7 +8113,7 @@ def remove_log(path):
         path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
 
 
-def stamp() -> str:
+def timestamp() -> str:
     """Return now, in UTC. Such names sort by age; two in a second are two."""
     now = time.time_ns() // 1_000_000
     seconds = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 1000))
@@ -8213,7 +8215,8 @@ def with_progress(all: Sequence[Any], what: str):
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
-#   names is there. One that failed is in the log and in the figures.
+#   names is there. One that failed is in the log and in the figures. What check says of
+#   the files that are here comes with what to do; it repairs only what is safe.
 # It needs: 39 Figures, 40 Copies.
 
 def files_here(settings) -> List[pathlib.Path]:
@@ -8222,17 +8225,20 @@ def files_here(settings) -> List[pathlib.Path]:
     return [path for path in files if not path.name.startswith("new-")]     # a draft
 
 
-def ids_in(settings, directory) -> List[str]:
-    """Return the ids of the workspaces here: those that the Directory names or, on a node,
-    all."""
-    if settings.single or not directory.exists():
-        return [path.stem for path in files_here(settings)]
-    with contextlib.closing(GuardedStore(directory)) as store:
-        return [row["id"] for row in store.query(NAMED_HERE)]
-
-
 NAMED_HERE = """SELECT id, name FROM workspaces WHERE name IS NOT NULL AND NOT moving
                 AND node = ''"""
+
+
+def names_here(settings, directory: Optional[pathlib.Path]) -> Dict[str, str]:
+    """Return the names of the workspaces here, by id.
+
+    directory: the Directory's file, or a copy of it. On a node there is none, and None is
+    for one that can't be read: then it is all files that are here, with "" for a name.
+    """
+    if settings.single or not directory or not directory.exists():
+        return {path.stem: "" for path in files_here(settings)}
+    with opened_to_read(directory) as db:
+        return dict(db.execute(NAMED_HERE).fetchall())
 
 
 def copied(settings, name, part, before, last):
@@ -8284,7 +8290,7 @@ def snapshot(settings, target,
         if settings.directory_file.exists():             # a node has none
             rows = copy_database(settings.directory_file, directory)
             held["directory"] = {"rows": rows, "seen": ""}
-        for id in with_progress(ids_in(settings, directory), "copied"):
+        for id in with_progress([*names_here(settings, directory)], "copied"):
             name = f"workspaces/{id}.db"
             about, fault = copied(settings, name, part, before, known.get(id))
             if about:
@@ -8306,7 +8312,7 @@ def manifest_of(snapshot):
     return {}
 
 
-STAMPED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see stamp()
+DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timestamp()
 
 
 def snapshot_again(settings) -> List[str]:
@@ -8317,15 +8323,16 @@ def snapshot_again(settings) -> List[str]:
     """
     folder = settings.data / "backups"
     private_folder(folder)
-    for left in folder.glob(f"{STAMPED}.making"):        # behind by a crash
+    for left in folder.glob(f"{DATED}.making"):        # behind by a crash
         remove_any(left)
-    target = folder / stamp()
-    kept = sorted([manifest.parent for manifest in folder.glob(f"{STAMPED}/manifest.json")])
+    target = folder / timestamp()
+    kept = sorted([manifest.parent for manifest in folder.glob(f"{DATED}/manifest.json")])
     past = [one for one in kept if one.name < target.name]
     _, faults = snapshot(settings, target, past[-1] if past else None)
     surplus = len(past) + 1 - settings.keep
-    for old in {*kept} - {*past[surplus:]} if surplus > 0 else ():
-        remove_any(old.rename(old.with_name(f"{old.name}.making")))
+    if surplus > 0:
+        for old in {*kept} - {*past[surplus:]}:
+            remove_any(old.rename(old.with_name(f"{old.name}.making")))
     return faults
 
 
@@ -8433,6 +8440,8 @@ def restore_one(settings, folder, id, about):
 
 # -- to check and to repair
 
+# -- check: what is wrong with the files, and what is safe to repair
+
 @verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
     """Return 1 if something is wrong. Without --repair nothing is changed."""
@@ -8442,7 +8451,7 @@ def check(settings, given):
     if settings.plane != "data":
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
-    names = names_here(settings, lost)
+    names = names_here(settings, None if lost else settings.directory_file)
     for id, name in with_progress([*names.items()], "checked"):
         wrong = wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
@@ -8458,14 +8467,6 @@ def check(settings, given):
     if not faults:
         print(f"{len(names)} workspaces, all is well")
     return 1 if faults else 0
-
-
-def names_here(settings, lost) -> Dict[str, str]:
-    """Return the names of the workspaces here, by id; where no Directory says them, ""."""
-    if settings.single or lost or not settings.directory_file.exists():
-        return {path.stem: "" for path in files_here(settings)}
-    with opened_to_read(settings.directory_file) as db:
-        return dict(db.execute(NAMED_HERE).fetchall())
 
 
 def wrong_with_file(settings, path, id):
@@ -8610,7 +8611,7 @@ def open_to_others(settings) -> List[pathlib.Path]:
     """Return files of older versions that everybody can read."""
     if os.name != "posix" or not mode_of(settings.data) & 0o007:
         return []
-    patterns = ["*.db*", "workspaces/*.db*", "removed/*.db*", f"backups/{STAMPED}"]
+    patterns = ["*.db*", "workspaces/*.db*", "removed/*.db*", f"backups/{DATED}"]
     if settings.single:
         patterns = [f"{settings.single.name}*"]
     found = {path for pattern in patterns for path in settings.data.glob(pattern)}
@@ -8723,7 +8724,7 @@ def members_of(store, id) -> List[Tuple[str, str]]:
     return [(row["account"], row["role"]) for row in rows]
 
 
-def with_file(settings, store, name):
+def row_with_file(settings, store, name):
     """Return the row of a workspace that has a file of its own here."""
     if settings.single:
         raise Unusable(f"{name} is part of a single root; the file {settings.single} is "
@@ -8819,7 +8820,7 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
     if path.exists():
         if not now:
             private_folder(removed)
-            copy = removed / f"{about['name']}-{stamp()}.db"
+            copy = removed / f"{about['name']}-{timestamp()}.db"
         take_away(path, copy, about)
     remove_log(path)                                     # of a removal that was cut short
     return copy
@@ -8855,7 +8856,7 @@ def workspace_export(settings, given):
 
 def export(settings, given):
     with opened(settings, given) as (store, env):
-        row = with_file(settings, store, given.name)
+        row = row_with_file(settings, store, given.name)
         check_export(given, row, env.workspaces.path(row["id"]))
         members = members_of(store, row["id"])
         if given.move:
@@ -9035,7 +9036,7 @@ def strip_directory(db):
 def workspace_restore(settings, given):
     """With its members. It never takes the place of the present one."""
     with opened(settings) as (store, _):
-        row = with_file(settings, store, given.name)
+        row = row_with_file(settings, store, given.name)
     typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
     name, title = names_of(typed)
     file = given.at / "workspaces" / f"{row['id']}.db"
@@ -9172,7 +9173,7 @@ def single_root(settings):
     workspaces.settings = settings
     outside = directory_builder(Single, settings, keys, workspaces)
     demo = {"acme": DEMO_WORKSPACES["acme"]}
-    return begin(control.get(OneFile.ID), workspaces, settings, fresh, demo)
+    return set_up(control.get(OneFile.ID), workspaces, settings, fresh, demo)
 
 
 # ==== 45. Nodes ===========================================================================
@@ -9499,8 +9500,8 @@ class PlacesFiles(GuardedNamespace):
         if not row["node"]:
             return super().remove(row, about, now)
         body = json.dumps({**about, "now": now}).encode()
-        lost = contextlib.suppress(Refused) if now else contextlib.nullcontext()
-        with lost:
+        node_may_be_lost = contextlib.suppress(Refused) if now else contextlib.nullcontext()
+        with node_may_be_lost:
             copy = ask_node(self.settings, row["node"], row["id"], "remove", body=body)
             if copy:
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
@@ -10016,13 +10017,16 @@ def two_planes(settings) -> FullEnv:
     workspaces = workspaces_of(settings, router)
     build = directory_builder(EdgeDirectory, settings, keys, workspaces)
     control = whole(GuardedNamespace)("directory", settings.data, float("inf"), build)
-    env = begin(control.get("directory"), workspaces, settings, fresh, DEMO_WORKSPACES)
+    env = set_up(control.get("directory"), workspaces, settings, fresh, DEMO_WORKSPACES)
     check_ledger(settings, router)
     return env
 
 
-def begin(directory, workspaces, settings, fresh, demo):
-    """Return the env. What is wrong with the Directory is heard now."""
+def set_up(directory, workspaces, settings, fresh, demo):
+    """Make the Directory if it is a fresh one, and open it. Return the env.
+
+    So what is wrong with its file is raised here, and not by a later request.
+    """
     directory.namespace.settings = settings
     if fresh:
         directory.namespace.create(directory.id)
@@ -10132,8 +10136,8 @@ def full_env(directory, workspaces, settings):
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
 
-def typed(pattern: str, hint: str,
-          read: Callable[[str], Any] = str) -> Callable[[str], Any]:
+def matching(pattern: str, hint: str,
+             read: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """Return a type for argparse: what read() makes of a text that matches.
 
     If it makes None, the text is refused, too.
@@ -10167,16 +10171,17 @@ def read_address(text):
     return text if HOST.fullmatch(text)[1] else None
 
 
-size = typed("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
-seconds = typed("([0-9]+[.]?[0-9]*|[.][0-9]+)[smhd]?", "no time: say 90, 15m or 1h",
-                read_seconds)
-port = typed("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
-address = typed(HOST.pattern, "no address: say HOST:PORT", read_address)
-listen = typed(f"[0-9]{{1,5}}|{HOST.pattern}", "nowhere to listen: say 80, or 127.0.0.1:80")
-number = typed("[0-9]{1,9}", "no number: say 0 or more", int)
-at_least_1 = typed("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
-plane = typed("(directory|data)?", "no plane: say directory or data")
-log_kind = typed("common|json|off", "no log: say common, json or off")
+a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
+a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)[smhd]?", "no time: say 90, 15m or 1h",
+                  read_seconds)
+a_port = matching("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
+an_address = matching(HOST.pattern, "no address: say HOST:PORT", read_address)
+a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
+                      "nowhere to listen: say 80, or 127.0.0.1:80")
+a_number = matching("[0-9]{1,9}", "no number: say 0 or more", int)
+at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
+a_plane = matching("(directory|data)?", "no plane: say directory or data")
+a_log = matching("common|json|off", "no log: say common, json or off")
 
 
 def several(text):
@@ -10218,7 +10223,7 @@ def in_ascii(label):
 # Flags, what --help says of them, and their types. Their defaults are in Settings.
 OPTIONS = (
     ("--host", "address to listen on", str),
-    ("--port", "port to listen on; 0: any free one", port),
+    ("--port", "port to listen on; 0: any free one", a_port),
     ("--data", "folder with all state", pathlib.Path),
     ("--single", "one file that holds everything, for one workspace, in place of the data "
      "folder", pathlib.Path),
@@ -10226,31 +10231,31 @@ OPTIONS = (
      "proxy in front, a new data folder has them anyway", bool),
     ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
      "small trusted networks", bool),
-    ("--idle", "seconds until an unused workspace goes to sleep", seconds),
+    ("--idle", "seconds until an unused workspace goes to sleep", a_time),
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
-     "descriptors, at most 1,024", number),
-    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", size),
+     "descriptors, at most 1,024", a_number),
+    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", a_size),
     ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
-     number),
+     a_number),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
-     "connections", number),
+     "connections", a_number),
     ("--connections", "connections at most; more get a 503", at_least_1),
     ("--allow-host", "names that this server goes by, with commas between", host_names),
     ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
      "believed, with commas between", networks),
     ("--plane", "directory or data: run one plane alone, with the other in other processes",
-     plane),
+     a_plane),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
     ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
      "it listens", str),
     ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
-     "the data folder; 0: never", seconds),
+     "the data folder; 0: never", a_time),
     ("--keep", "backups to keep", at_least_1),
     ("--keep-journal", "seconds, or as 365d: how long the journals tell who did what; 0: "
-     "for ever", seconds),
+     "for ever", a_time),
     ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
-     "too, so that a load balancer hears of it first", seconds),
-    ("--log", "access log on standard output: common, json or off", log_kind),
+     "too, so that a load balancer hears of it first", a_time),
+    ("--log", "access log on standard output: common, json or off", a_log),
 )
 
 # The arguments of commands, for argparse.
@@ -10262,10 +10267,10 @@ ARGUMENTS = {
     "workspace": {"help": "its name", "type": slug},
     "account": {"help": "its name", "type": account_name},
     "role": {"help": f"one of {', '.join(ROLES)}"},
-    "size": {"help": "as 500M or 10G", "type": size},
+    "size": {"help": "as 500M or 10G", "type": a_size},
     "file": {"help": "path of the file", "type": pathlib.Path},
     "folder": {"help": "path of the folder", "type": pathlib.Path},
-    "address": {"help": "HOST:PORT of the node", "type": address},
+    "address": {"help": "HOST:PORT of the node", "type": an_address},
     "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
     "--operator": {"help": "may open the console, and look on in others' names",
                    "action": "store_true"},
@@ -10279,11 +10284,11 @@ ARGUMENTS = {
     "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
              "type": pathlib.Path, "required": True},
     "--new": {"help": "name of what comes up; by default the name and the snapshot's"},
-    "--directory": {"help": "HOST:PORT of the directory", "type": address,
+    "--directory": {"help": "HOST:PORT of the directory", "type": an_address,
                     "required": True},
-    "--node": {"help": "HOST:PORT of a node; once for each", "type": address,
+    "--node": {"help": "HOST:PORT of a node; once for each", "type": an_address,
                "action": "append", "required": True},
-    "--listen": {"help": "port of the proxy; by default 80", "type": listen},
+    "--listen": {"help": "port of the proxy; by default 80", "type": a_listener},
 }
 
 

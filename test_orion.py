@@ -397,7 +397,7 @@ class Fleet:
 
     def move(self, name, node):
         """All the steps of it. Return the file that it went by."""
-        here, file = lives(self, name)[0], self.folder / f"{name}-{orion.stamp()}.db"
+        here, file = lives(self, name)[0], self.folder / f"{name}-{orion.timestamp()}.db"
         self.cli("workspace", "export", name, file, "--move", on=here)
         self.cli("workspace", "import", file, on=node)
         assert f"on {node.address} now" in self.cli("node", "assign", name, node.address)
@@ -3140,7 +3140,7 @@ def test_guessing_is_slowed_and_the_owner_gets_in_from_where_they_were(outside):
     for _ in range(10):
         passwords.guesses.count("to ann")          # by others, from elsewhere
     assert guess() == 422 and ann.get("/account").status == 200, "from an address of ann's own it is not slowed by them"
-    passwords.welcome = {}
+    passwords.familiar = {}
     answer = Person(outside).post("/login", form={"username": "ann", "password": "long enough"})
     assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
 
@@ -6715,7 +6715,7 @@ def test_a_file_that_can_not_be_copied_keeps_no_other_out_of_a_backup(server, tm
 
 def test_a_full_disk_ends_a_snapshot_and_leaves_none(server, tmp_path, monkeypatch):
     monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=[3, sqlite3.OperationalError("database or disk is full")]))
-    monkeypatch.setattr(orion, "ids_in", lambda *_: [server.env.workspaces.id_from_name("acme")])
+    monkeypatch.setattr(orion, "names_here", lambda *_: {server.env.workspaces.id_from_name("acme"): ""})
     with pytest.raises(sqlite3.OperationalError, match="full"):
         orion.snapshot(server.env.settings, tmp_path / "snapshot")
     assert not list(tmp_path.glob("snapshot*"))
@@ -6760,10 +6760,10 @@ def test_as_many_snapshots_are_kept_as_was_said(start):
 @cases("wrong", ["20990101-000000-000", "19700101-000000-000"])
 def test_a_snapshot_of_a_wrong_clock_pushes_out_none_of_the_right_ones(start, monkeypatch, wrong):
     settings = start(keep=3).env.settings
-    real = orion.stamp
-    monkeypatch.setattr(orion, "stamp", lambda: wrong)
+    real = orion.timestamp
+    monkeypatch.setattr(orion, "timestamp", lambda: wrong)
     orion.snapshot_again(settings)
-    monkeypatch.setattr(orion, "stamp", real)
+    monkeypatch.setattr(orion, "timestamp", real)
     made = []
     for _ in range(3):
         orion.snapshot_again(settings)
@@ -6802,7 +6802,7 @@ def test_a_copy_that_the_snapshot_before_has_lost_is_made_anew(start):
 
 def test_what_a_killed_server_left_of_a_snapshot_goes_with_the_next(start):
     settings = start().env.settings
-    (settings.data / "backups" / f"{orion.stamp()}.making" / "workspaces").mkdir(parents=True)
+    (settings.data / "backups" / f"{orion.timestamp()}.making" / "workspaces").mkdir(parents=True)
     orion.snapshot_again(settings)
     name, = snapshots(settings)
     assert not name.endswith(".making")
