@@ -8571,8 +8571,10 @@ def test_check_finds_a_file_that_nobody_knows_and_a_key_that_all_can_read(served
     data = served.env.settings.data
     (data / "workspaces" / "stray.db").write_bytes(b"x")
     os.chmod(data / "secret.key", 0o644)
-    status, out, _ = served.run("check")
-    assert status == 1 and "stray.db: no workspace" in out and "chmod 600" in out
+    shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), data / "workspaces" / "rows.db")
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and "stray.db: no workspace" in out and "rows.db: no workspace" in out and "chmod 600" in out
+    assert {"stray.db", "rows.db"} < {path.name for path in (data / "workspaces").iterdir()}
 
 
 def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fail(start, capsys):
