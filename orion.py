@@ -10400,9 +10400,11 @@ BEGINNINGS = ("account add", "workspace import", "node add")
 
 
 def check_there(settings):
+    """Raise Unusable if there is no deployment, or another user's."""
     if not settings.directory_file.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
                        "or begin one with account add")
+    load_keys(settings.key_file)
 
 
 def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:

@@ -8731,6 +8731,18 @@ def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(ser
         ear.until_it_says("nothing")
 
 
+@cases("words", ["account list", "member remove acme carol", "keys rotate", "account add new", "backup b", "metrics"])
+def test_whoever_can_not_read_the_key_is_told_whose_the_deployment_is(run, settled, words):
+    key = settled / "secret.key"
+    kept = key.rename(settled / "kept")
+    key.mkdir(0o700)                                 # root could read any file
+    try:
+        status, out, err = run(*words.split(), data=settled, stdin="long enough\n")
+    finally:
+        key.rmdir(), kept.rename(key)
+    assert (status, out) == (2, "") and "do this as its owner" in err and err.count("\n") == 1
+
+
 def test_a_key_that_others_can_read_prevents_the_start(server, run):
     data = server.env.settings.data
     server.close()
