@@ -8619,10 +8619,11 @@ def open_to_others(settings) -> List[pathlib.Path]:
 
 
 def mode_of(path):
-    try:
-        return os.stat(path).st_mode
-    except FileNotFoundError:                            # a log whose database was closed
-        return 0
+    """Return 0 for a link, and for a log that went when its database was closed."""
+    with contextlib.suppress(FileNotFoundError):
+        if not path.is_symlink():
+            return os.stat(path).st_mode
+    return 0
 
 
 def repair(settings):
@@ -8639,7 +8640,9 @@ def repair(settings):
     for path in gone:
         print(f"{path}: removed")
     for path in open_to_others(settings):
-        path.chmod(mode_of(path) & 0o700)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        os.fchmod(handle, mode_of(path) & 0o700)
+        os.close(handle)
 
 
 def remove_blanks(settings):

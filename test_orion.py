@@ -8695,9 +8695,11 @@ def test_check_names_files_that_others_can_read_and_closes_them(served):
         path.chmod(0o644)
     assert served.run("check")[0] == 0, "nobody else comes into the folder"
     data.chmod(0o755)
+    outside = data.parent / "outside"
+    outside.write_text("x"), outside.chmod(0o644), (data / "link.db").symlink_to(outside)
     status, out, _ = served.run("check")
     assert status == 1 and re.search(r"directory\.db can be read by others on this machine, as \d+ files here can", out)
-    assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
