@@ -8196,6 +8196,15 @@ def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> i
     return rows
 
 
+def may_replace(source, target) -> bool:
+    """True if there is nothing at target, or what an import that was cut short left there.
+    """
+    if not target.exists():
+        return True
+    logged = sum([file.stat().st_size for file in with_wal(target)[1:]])
+    return not logged and filecmp.cmp(source, target, shallow=False)
+
+
 def one_move(settings):
     """Raise Unusable if another process brings a workspace here, or away."""
     return locked(settings.workspaces, "a move is under way; try again when it is over")
@@ -8677,9 +8686,8 @@ def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file "
                            "to a server of many.")
-    there = workspaces.path(id)
-    if source and there.exists() and not filecmp.cmp(source, there, shallow=False):
-        raise Refused(*TAKEN)                            # else an import was cut short
+    if source and not may_replace(source, workspaces.path(id)):
+        raise Refused(*TAKEN)
     add_rows(store, id, name, members)
     workspaces.put(store, id, name, source)
 
@@ -8880,7 +8888,7 @@ def export(settings, given):
 def check_export(given, row, path):
     """Raise Unusable if it has left already, or for a file that is not of an export of it
     that was cut short before the workspace had left."""
-    if row["moving"] and not path.exists():
+    if row["moving"] and not row["node"] and not path.exists():
         raise Unusable(f"{row['name']} has left already; workspace import its file "
                        f"elsewhere, then workspace remove {row['name']} here")
     if not (given.move and row["moving"] and left_by(given.file) == row["id"]):
@@ -9795,9 +9803,10 @@ def place_of(settings, **what):
 
 def export_from_node(settings, given):
     """With --move, the gate says 503 until node assign."""
-    check_new(given.file)
-    id = place_of(settings, name=given.name)["id"]
+    place = place_of(settings, name=given.name)
+    id = place["id"]
     path = settings.workspaces / f"{id}.db"
+    check_export(given, place, path)
     if not path.exists():
         raise Unusable(f"{given.name} is not on this node; workspace list on the "
                        "directory's machine tells where it is")
@@ -9813,7 +9822,7 @@ def leave_node(settings, given, id, path):
             name = ask_directory_of(settings, "/_leave", "POST", id=id)
             if not name:
                 raise Unusable(f"{given.name} was removed just now")
-            rows = take_away(path, given.file, {"name": name, "members": []})
+            rows = take_away(path, given.file, {"name": name, "members": [], "left": id})
         except BaseException:
             print(f"orion: node assign {given.name} with the address of this node lets "
                   "people in again", file=sys.stderr)
@@ -9828,16 +9837,15 @@ def import_on_node(settings, given):
     place = place_of(settings, **meant(given))
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
-    with one_move(settings):
-        if path.exists():
+    with one_move(settings), adopted(settings, given.file) as copy:
+        if not may_replace(copy, path):
             raise Unusable(f"this node has {name} already, in {path}; --name takes the "
                            "file for another")
         if not place["node"] and not place["moving"]:
             raise Unusable(f"{name} is on the directory's machine; workspace export {name} "
                            "FILE --move there takes it away first")
         check_left(settings, place)
-        with adopted(settings, given.file) as copy:
-            put_in_place(copy, path)
+        put_in_place(copy, path)
     print(f"{path}: now on the directory's machine: node assign {name} with the address of "
           "this node")
 

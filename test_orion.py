@@ -7418,6 +7418,21 @@ def test_an_export_that_was_killed_loses_no_row_and_doubles_none(doomed, tmp_pat
     write_on(doomed, name, "goes on")
 
 
+def test_a_move_between_nodes_that_was_killed_is_finished_by_the_same_commands(doomed, tmp_path, monkeypatch):
+    first, second = doomed.nodes
+    name, file = doomed.found(on=first), tmp_path / "x.db"
+    write_on(doomed, name)
+    source, put = lives(doomed, name)[1], orion.put_in_place
+    for words, on in ((("export", name, file, "--move"), first), (("import", file), second)):
+        with monkeypatch.context() as killed:
+            killed.setattr(orion, "put_in_place", lambda *args: (put(*args), os.kill(os.getpid(), signal.SIGINT)))
+            doomed.cli("workspace", *words, on=on, status=130)
+        doomed.cli("workspace", *words, on=on)
+    assert not source.exists()
+    doomed.cli("node", "assign", name, second.address)
+    assert kept(doomed, name) and lives(doomed, name)[0] is second
+
+
 def test_an_export_that_is_asked_for_twice_is_done_once(doomed, tmp_path, monkeypatch):
     name, take, again = doomed.found(on=doomed.nodes[0]), orion.take_away, []
     write_on(doomed, name)
