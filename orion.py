@@ -3170,7 +3170,7 @@ def words_of(sql):
 #
 #     Connection.read, advance (26)   feeds read_requests (20), until a request is complete
 #     LoopEdge.take_up (26)           a page that was kept (22) leaves at once; else:
-#     Pool.gather (23)                puts the request into a lane
+#     Pool.gather (23)                puts the request into a lane, the queue of an object
 #
 # In a thread of the pool:
 #
@@ -5876,10 +5876,10 @@ def create_workspace_with_file(request, env):
 
 # #### Part Three: running it ############################################################
 #
-#     28 Settings       29 Keys         30 Accounts     31 Sessions      32 Masquerade
+#     28 Settings       29 Keys         30 Accounts     31 Account page  32 Masquerade
 #     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
-#     43 Members        44 Single       45 Nodes        46 Memory        47 Server
+#     43 Member verbs   44 Single       45 Nodes        46 Memory        47 Server
 #     48 Roots          49 Command line
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
@@ -6185,7 +6185,7 @@ class Throttle:
                 self.times.popitem(last=False)
 
     def forgive(self, own: str, *keys: str) -> None:
-        """Forget what own has, for the other keys as well: it was mistyped."""
+        """Forget the attempts of own, for all keys: it was mistyped, and not guessed."""
         with self.lock:
             mine = self.times.pop(own, ())
             for key in keys:
@@ -6431,7 +6431,7 @@ def account_remove(settings, given):
         store.exec("DELETE FROM accounts WHERE name = ?", given.account)
 
 
-# ==== 31. Sessions ========================================================================
+# ==== 31. Account page ====================================================================
 # The idea: people see where they are signed in, and end what they do not know.
 # It promises: a session that is used goes on; one that is not used for 30 days is over, and
 #   its open pages end within a second.
@@ -6532,7 +6532,7 @@ class Guest(Viewer):
 
 def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
     """Return the viewer as a Guest, if there is an operator behind them."""
-    if not operator or isinstance(viewer, Guest):
+    if not operator or isinstance(viewer, Guest):        # the Directory's own are already
         return viewer
     return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
 
@@ -6798,7 +6798,7 @@ class CountsAtHome(LoopEdge):
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
 #   POST /_jobs     one commit: the job runs, and its row goes; or it yields, and stays
-#   Alarms.begin    then: calls what it has yielded, in a thread for such waits
+#   Alarms.wait_for then: calls what it has yielded, in a thread for such waits
 #   POST /_jobs     one commit: the job goes on with what came of that, and its row goes
 #   GET  /_due      when the object's next job is due: its next alarm
 # Alarms are an index in memory, built from the files at each start.
@@ -6817,7 +6817,7 @@ def due_in(path: pathlib.Path) -> Optional[float]:
 
 
 class Wait:
-    """A job that has yielded act, a function without arguments, to wait for it."""
+    """A job that waits: it has yielded act, a function without arguments."""
 
     def __init__(self, host, job, steps, ctx, act):
         self.stub = host.namespace.get(host.id)
@@ -6825,9 +6825,9 @@ class Wait:
         self.steps = steps                               # the generator
         self.ctx = ctx
         self.act = act
-        self.since = float("inf")                        # when act was called
-        self.go_on: Optional[Callable[[], Any]] = None   # with what came of it
-        self.parts = 2                                   # act, and what follows
+        self.called_at = float("inf")                    # act
+        self.resume: Optional[Callable[[], Any]] = None  # when it is known how
+        self.users = 2                                   # who calls act, and who resumes
 
 
 class Alarms:
@@ -6846,7 +6846,7 @@ class Alarms:
         self.due: Dict[str, float] = {}                  # by id
         self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
         self.in_line: collections.deque = collections.deque()    # waits not yet begun
-        self.outside = 0                                 # threads that wait
+        self.callers = 0                                 # threads that call acts
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
@@ -6911,48 +6911,50 @@ class Alarms:
         with self.lock:
             return [job for of, job in self.waits if of == id]
 
-    def begin(self, wait: Wait) -> None:
+    def wait_for(self, wait: Wait) -> None:
+        """Have its act called, in one of WAITS_AT_ONCE threads."""
         with self.lock:
             self.waits[wait.key] = wait
             self.in_line.append(wait)
-            if self.outside == self.WAITS_AT_ONCE:
+            if self.callers == self.WAITS_AT_ONCE:
                 return
-            self.outside += 1
-        threading.Thread(target=self.go_outside, daemon=True).start()
+            self.callers += 1
+        threading.Thread(target=self.call_acts, daemon=True).start()
 
-    def go_outside(self):
+    def call_acts(self):
         while True:
             with self.lock:
                 if not self.in_line:
-                    self.outside -= 1
+                    self.callers -= 1
                     return
                 wait = self.in_line.popleft()
-            wait.since = time.monotonic()
+            wait.called_at = time.monotonic()
             try:
-                go_on = functools.partial(wait.steps.send, wait.act())
+                resume = functools.partial(wait.steps.send, wait.act())
             except CRASH as error:
-                go_on = functools.partial(wait.steps.throw, error)
-            self.came(wait, go_on)
-            self.leave(wait)
+                resume = functools.partial(wait.steps.throw, error)
+            self.resume_with(wait, resume)
+            self.release(wait)
 
-    def came(self, wait, go_on):
-        """If it comes late, the try has failed already, and is not made twice at a time."""
+    def resume_with(self, wait, resume):
+        """Have the job go on. After give_up_late it is too late for what act returned."""
         with self.lock:
-            late = wait.go_on is not None
-            wait.go_on = wait.go_on or go_on
+            late = wait.resume is not None
+            wait.resume = wait.resume or resume
         if not late:
-            self.put(self.finish, wait)
+            self.put(self.resume, wait)
 
-    def finish(self, wait):
+    def resume(self, wait):
         try:
             wait.stub.fetch(Request("POST", "/_jobs", f"id={wait.key[1]}"))
         finally:
-            self.leave(wait)
+            self.release(wait)
 
-    def leave(self, wait):
+    def release(self, wait):
+        """The second of its users takes it out. Till then the job is not tried again."""
         with self.lock:
-            wait.parts -= 1
-            if wait.parts:
+            wait.users -= 1
+            if wait.users:
                 return
             del self.waits[wait.key]
         self.set(wait.key[0], time.time())
@@ -6960,11 +6962,11 @@ class Alarms:
     def give_up_late(self, now: float) -> None:
         with self.lock:
             late = [wait for wait in self.waits.values()
-                    if not wait.go_on and now > wait.since + self.WAIT_SECONDS]
+                    if not wait.resume and now > wait.called_at + self.WAIT_SECONDS]
         for wait in late:
             error = TimeoutError(f"what it waits for takes more than {self.WAIT_SECONDS:g} "
                                  "s; give that a time limit of its own")
-            self.came(wait, functools.partial(wait.steps.throw, error))
+            self.resume_with(wait, functools.partial(wait.steps.throw, error))
 
 
 @addition
@@ -6990,7 +6992,7 @@ class RingsAlarms(LoopEdge):
         self.alarms.ring()
         self.alarms.give_up_late(now)
         for one in self.env.workspaces.everybody():
-            one.tell_if_long(now)
+            one.log_if_long(now)
 
 
 @addition
@@ -7073,7 +7075,7 @@ class HasJobs(Broadcast):
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
     TURN_SECONDS = 1.0                                   # then the log says who has it
     doing: Any = None                                    # a command, and since when
-    told_of: Any = None
+    logged: Any = None                                   # the one that the log has
 
     def answer(self, request):
         if request.method not in SAFE:
@@ -7083,11 +7085,11 @@ class HasJobs(Broadcast):
         finally:
             self.doing = None
 
-    def tell_if_long(self, now: float) -> None:
+    def log_if_long(self, now: float) -> None:
         """In the loop, while it lasts: what waits for its own server waits forever."""
         doing = self.doing
-        if doing and doing is not self.told_of and now > doing[1] + self.TURN_SECONDS:
-            self.told_of = doing
+        if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
+            self.logged = doing
             log(f"{doing[0]} keeps all others waiting for {self.namespace.path(self.id)}; "
                 "let a job yield what waits for the network")
 
@@ -7160,22 +7162,25 @@ class HasJobs(Broadcast):
         viewer = Viewer(account=row["who"])
         self.doing = f"job {row['job']}", time.monotonic()
         wait = self.namespace.alarms.waits.get((self.id, row["id"]))
-        ctx = wait.ctx if wait else self.context(self, JobTables(row["job"]), viewer, {},
-                                                 Request("POST", "/_jobs"), {})
-        ctx.host = self
+        ctx = wait.ctx if wait else self.job_context(row["job"], viewer)
+        ctx.host = self                                  # another one, if it has slept
         ctx.store.use(self, WRITE)
         try:
-            wait = self.go_on(wait) if wait else self.begin(ctx, row)
+            wait = self.last_step(wait) if wait else self.first_step(ctx, row)
         finally:
             ctx.end()
             self.began = time.monotonic()
         if wait:
-            self.store.after_commit.append((self.namespace.alarms.begin, wait))
+            self.store.after_commit.append((self.namespace.alarms.wait_for, wait))
             return
         self.journal(viewer, row["job"], str(row["id"]))
         self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
 
-    def begin(self, ctx, row):
+    def job_context(self, job, viewer):
+        request = Request("POST", "/_jobs")
+        return self.context(self, JobTables(job), viewer, {}, request, {})
+
+    def first_step(self, ctx, row):
         """Return what it waits for; None: it is done."""
         made = self.router.jobs[row["job"]](ctx, **json.loads(row["args"]))
         if type(made) is not types.GeneratorType:
@@ -7186,9 +7191,9 @@ class HasJobs(Broadcast):
         act = next(made, None)
         return act and Wait(self, row["id"], made, ctx, act)
 
-    def go_on(self, wait):
+    def last_step(self, wait):
         try:
-            wait.go_on()
+            wait.resume()
         except StopIteration:
             return None
         raise TypeError("a job yields at most once; enqueue another one for the rest")
@@ -7783,7 +7788,8 @@ class Console:
                 "streams": sum([len(channel.streams) for channel in channels]),
                 "served": namespace.served[id]}
 
-    # -- the drawing: where a workspace stands in it is its x
+    # -- the drawing: where a workspace stands in it is its x. Rows have two names, as node
+    # and wire, if the template shows them twice
 
     PLACES = (450, 548, 646, 744)
     OTHERS = 842
@@ -8205,6 +8211,9 @@ def may_replace(source, target) -> bool:
     return not logged and filecmp.cmp(source, target, shallow=False)
 
 
+STAYS, MOVES, GOES = range(3)                            # what workspaces.moving says
+
+
 def one_move(settings):
     """Raise Unusable if another process brings a workspace here, or away."""
     return locked(settings.workspaces, "a move is under way; try again when it is over")
@@ -8586,10 +8595,10 @@ def said_of_strays(settings):
     with opened_to_read(settings.directory_file) as db:
         rows = db.execute(WHEREABOUTS).fetchall()
     said = [f"{name}: it is being removed; workspace remove {name} finishes that"
-            for _, name, moving in rows if moving == 2]
+            for _, name, moving in rows if moving == GOES]
     said += [f"{name}: it is on its way, and its file is still here; workspace export "
              f"{name} FILE --move finishes that"
-             for id, name, moving in rows if moving == 1 and id in files]
+             for id, name, moving in rows if moving == MOVES and id in files]
     for id in {*files} - {id for id, *_ in rows}:
         what = "check --repair removes it, for there is nothing in it"
         if not is_blank(files[id]):
@@ -8716,7 +8725,7 @@ class KeepsFiles(GuardedNamespace):
             self.name_draft(self.draft(), id)
 
     def settle(self, store, name):
-        """After that commit, when another machine may be asked. Here nothing is left."""
+        """Do what can only be done after that commit. Here it is nothing."""
 
     def check_removable(self, row: sqlite3.Row, now: bool):
         """Raise Unusable if its file can't be removed."""
@@ -8802,7 +8811,7 @@ def workspace_remove(settings, given):
         with opened(settings, given) as (store, env):
             row = row_of(store, "workspaces", given.name)
             members = members_of(store, row["id"])
-            set_moving(store, row["id"], 2)
+            set_moving(store, row["id"], GOES)
         time.sleep(NOTICE_SECONDS)
         about = {"name": row["name"], "title": row["title"], "members": members}
         env.workspaces.remove(row, about, given.now)
@@ -8871,7 +8880,7 @@ def export(settings, given):
         check_export(given, row, env.workspaces.path(row["id"]))
         members = members_of(store, row["id"])
         if given.move:
-            set_moving(store, row["id"], 1)
+            set_moving(store, row["id"], MOVES)
     write_out = take_away if given.move else copy_database
     about = {"name": given.name, "title": row["title"], "members": members,
              "left": row["id"] if given.move else ""}
@@ -9059,7 +9068,7 @@ def workspace_restore(settings, given):
     settle(env, name)
 
 
-# ==== 43. Members of a workspace ==========================================================
+# ==== 43. Member verbs ====================================================================
 # The idea: what the members page does, on the command line and by the same rules. But an
 #   operator makes somebody an owner without asking them.
 # It needs: 42 Exports.
@@ -9172,11 +9181,11 @@ def single_root(settings):
     settings, fresh, keys = prepared(settings)
     router = workspace_router(settings)
 
-    def build(id, own):
+    def build(id, namespace):
         inside = whole(Inside)(id, workspaces, router, pages_of(settings.slices))
-        return outside(id, own, inside=inside)
+        return outside(id, namespace, inside=inside)
 
-    def build_inside(id, own):
+    def build_inside(id, namespace):
         return control.awake(id).inside
 
     control = whole(OneFile)("single", settings.data, float("inf"), build)
@@ -9500,7 +9509,7 @@ class PlacesFiles(GuardedNamespace):
             with store.tx():
                 forget_workspace(store, row["id"])
             raise
-        set_moving(store, row["id"], 0)
+        set_moving(store, row["id"], STAYS)
 
     def check_removable(self, row, now):
         super().check_removable(row, now)
@@ -9577,15 +9586,15 @@ def node_gate(request, env):
         raise Refused(*NO_VERDICT)
     if time.time() >= until - SEALED_SECONDS + FRESH_SECONDS:
         return node_regate(request, env)
-    return here(Response(200, headers=tuple(said.items())), env)
+    return for_this_node(Response(200, headers=tuple(said.items())), env)
 
 
 def node_regate(request, env):
     """For an open stream, the gate is asked anew."""
-    return here(ask_the_gate(request, env), env)
+    return for_this_node(ask_the_gate(request, env), env)
 
 
-def here(verdict, env):
+def for_this_node(verdict, env):
     """Return the verdict, if it is for a workspace on this node."""
     node = dict(verdict.headers).get("x-node")
     if verdict.status == 200 and node != env.settings.node_name:

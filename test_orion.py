@@ -7988,7 +7988,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
-# ==== 30. Accounts, 42. Exports, 43. Members of a workspace ===========================================================
+# ==== 30. Accounts, 42. Exports, 43. Member verbs =====================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
