@@ -6269,8 +6269,7 @@ def page_of(request: Request) -> str:
         return local_path(urllib.parse.quote(request.path) + query)
     ours = f"{request.scheme}://{request.headers.get('host', '')}"
     referer = request.headers.get("referer", "")
-    known = referer[len(ours):] if referer.startswith(f"{ours}/") else request.path
-    return local_path(known)
+    return local_path(referer[len(ours):]) if referer.startswith(f"{ours}/") else "/"
 
 
 def unsent_in(request: Request) -> Dict[str, str]:
