@@ -137,6 +137,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 # Who uses it: every section.
 
 SAFE = ("GET", "HEAD")                                   # methods that change nothing
+SENT_IN_QUERY = (*SAFE, "DELETE")                        # by these no body is sent
 METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 EVENTS = "text/event-stream"                             # the content type of a stream
 NOTHING_HERE = (404, "There is nothing at this address. Go back, or start from the home "
@@ -179,10 +180,11 @@ class Request(NamedTuple):
     @property
     def params(self) -> Dict[str, str]:
         """The parameters of the query. Raises Refused(400) for too many."""
-        return decoded_pairs(self.query)
+        return dict(decoded_pairs(self.query))
 
-    def fields(self) -> Dict[str, Any]:
-        """What was sent along, as a form or as signals.
+    def pairs(self) -> List[Tuple[str, Any]]:
+        """What was sent along, each with its name: a form, or signals. In a GET or DELETE
+        the parameters of the query are fields, too.
 
         Raises Refused(415) if it is neither, Refused(400) if it cannot be read or has too
         many fields.
@@ -193,21 +195,39 @@ class Request(NamedTuple):
         if self.body and not self.content_type.startswith("application/json"):
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
-        return read_signals(self)
+        in_query = decoded_pairs(self.query) if self.method in SENT_IN_QUERY else []
+        return [*in_query, *read_signals(self).items()]
+
+    def fields(self) -> Dict[str, Any]:
+        """The same by name; the last, where a form or a query has several of a name."""
+        return dict(self.pairs())
+
+    def text(self, name: str, otherwise: str = "") -> str:
+        """Return what was sent under this name. Raises Refused(400) for a list."""
+        return as_text(name, self.fields().get(name, otherwise))
 
 
 # Parameters or fields of a request. Without a bound, a form of 64 KB takes 18 ms to decode.
 MOST_PAIRS = 100
 
 
-def decoded_pairs(text: str, **options: bool) -> Dict[str, str]:
+def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
     """Return what a query or a form says: name=value&name=value. Raises Refused(400)."""
     try:
-        pairs = urllib.parse.parse_qsl(text, max_num_fields=MOST_PAIRS, **options)
+        return urllib.parse.parse_qsl(text, max_num_fields=MOST_PAIRS, **options)
     except ValueError:                                   # it is raised for nothing else
         raise Refused(400, f"Send at most {MOST_PAIRS} parameters or fields in one "
                            "request.") from None
-    return dict(pairs)
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a field, which may be a signal of any type, as text. Raises Refused(400)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, dict)):
+        raise Refused(400, f"{name} is one value, and not a list or an object. Reload the "
+                           "page and try again.")
+    return "" if value is None else json.dumps(value)
 
 
 class Response(NamedTuple):
@@ -225,17 +245,20 @@ class Refused(Exception):
     """A no, with its HTTP status.
 
     message says what to do next. A 422 (what somebody typed is wrong) or 409 (it collides
-    with what is there) is shown inside the page, where the page has this signal.
+    with what is there) is shown inside the page, where the page has this signal. fields:
+    what is wrong with single fields; of "due" it is shown at the signal due_problem.
     """
 
     def __init__(self, status: int, message: str,
-                 headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem"):
+                 headers: Tuple[Tuple[str, str], ...] = (), signal: str = "problem",
+                 fields: Optional[Dict[str, str]] = None):
         super().__init__(status, message)
         check_values(headers)
         self.status = status
         self.message = message
         self.headers = headers
         self.signal = signal
+        self.problems = {f"{name}_problem": why for name, why in (fields or {}).items()}
 
     def __str__(self):
         return self.message
@@ -600,7 +623,7 @@ def read_signals(request: Request) -> Dict[str, Any]:
 
     Raises Refused(400) if they are not a JSON object.
     """
-    in_query = request.method in (*SAFE, "DELETE")
+    in_query = request.method in SENT_IN_QUERY
     text = request.params.get("datastar") if in_query else request.body
     with contextlib.suppress(ValueError, RecursionError):
         signals = json.loads(text or "{}")
@@ -997,8 +1020,8 @@ class Watch(NamedTuple):
 class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
-    args are what stood for the <parts> of the path. form: the page on which the form for
-    this is, if it has another path.
+    args are what stood for the <parts> of the path: text, or an int for <int:part>. form:
+    the page on which the form for this is, if it has another path.
     """
     method: str
     path: str
@@ -1103,10 +1126,41 @@ class Context:
         self.store.check_thread()
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
+    # What was sent along under a name. otherwise: if nothing was. A value that no person
+    # can have typed there is a Refused(400), which names the field.
+
     def field(self, name: str, otherwise: str = "") -> str:
-        """Return what was sent along under this name, as text; "" if nobody can see it."""
-        text = str(self.request.fields().get(name, otherwise))
+        """Return it as text; "" if nobody can see it. Of several, the last."""
+        text = self.request.text(name, otherwise)
         return text if visible(text) else ""
+
+    def fields(self, name: str) -> List[str]:
+        """Return all that a form has under this name, or a list among the signals.
+
+        What nobody can see is left out.
+        """
+        found = [value for key, value in self.request.pairs() if key == name]
+        if len(found) == 1 and isinstance(found[0], list):
+            found = found[0]
+        texts = [as_text(name, value) for value in found]
+        return [text for text in texts if visible(text)]
+
+    def number(self, name: str, otherwise: Optional[int] = None) -> int:
+        """Return a whole number. Raises Refused(422) for anything else."""
+        text = self.field(name).strip()
+        if not text and otherwise is not None:
+            return otherwise
+        if not WHOLE_NUMBER.fullmatch(text):
+            why = f"{name} is a whole number of at most 18 digits."
+            raise Refused(422, why, fields={name: why})
+        return int(text)
+
+    def checked(self, name: str, otherwise: bool = False) -> bool:
+        """Return whether a box without a value is ticked, or whether a signal is true."""
+        said = self.field(name, "true" if otherwise else "false")
+        if said not in TICKED:
+            raise Refused(400, f"{name} is true or false. Reload the page and try again.")
+        return TICKED[said]
 
     def for_page(self, live: Live) -> Context:
         params = live.heeded(self.params)
@@ -1136,7 +1190,24 @@ class Rendering:
         return patch_elements(self.html)
 
 
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+TICKED = {"on": True, "true": True, "off": False, "false": False}
 REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")   # it has an id
+
+
+PART_OF_PATH = re.compile(r"<(int:)?\w+>")
+
+
+def path_pattern(path: str) -> str:
+    """Return the pattern of what a route answers. A number that is too long is none."""
+    return PART_OF_PATH.sub(lambda part: "([0-9]{1,18})" if part[1] else "([^/]+)",
+                            re.escape(path))
+
+
+def path_args(path: str, texts: Sequence[str]) -> Tuple[Any, ...]:
+    """Return what stood for the <parts> of a path: text, or an int for <int:part>."""
+    kinds = PART_OF_PATH.findall(path)
+    return tuple([int(text) if kind else text for kind, text in zip(kinds, texts)])
 
 
 class Router:
@@ -1150,16 +1221,16 @@ class Router:
         for slice in slices:
             pages = [route for live in slice.live for route in live.routes()]
             for route in (*pages, *slice.routes):
-                pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(route.path))
+                pattern = path_pattern(route.path)
                 self.rows.append((re.compile(pattern), slice.name, route))
 
-    def match(self, method: str, path: str) -> Tuple[str, Route, Sequence[str]]:
+    def match(self, method: str, path: str) -> Tuple[str, Route, Tuple[Any, ...]]:
         """Return the slice's name, the route and its args. Raises Refused(404), (405)."""
         methods = set()
         for pattern, slice, route in self.rows:
             found = pattern.fullmatch(path)
             if found and route.method == method:
-                return slice, route, found.groups()
+                return slice, route, path_args(route.path, found.groups())
             if found:
                 methods.add(route.method)
         if not methods:
@@ -1239,7 +1310,7 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            which = response.which or "/".join(args) or self.store.last_row()
+            which = response.which or "/".join(map(str, args)) or self.store.last_row()
             self.journal(viewer, f"{slice}.{route.run.__name__}", which)
         return response
 
@@ -1257,19 +1328,19 @@ class SliceHost(DurableObject):
     def refuse(self, request, refused):
         """Show what is wrong with the input where it was typed, if that is possible.
 
-        For Datastar, return a signal. For a plain form, return its page again with the same
-        status; there ctx.typed has what was typed and, as "problem", what is wrong with it.
-        Otherwise raise refused.
+        For Datastar, return signals. For a plain form, return its page again with the same
+        status; there ctx.typed has what was typed and, as "problem" and by field, what is
+        wrong with it. Otherwise raise refused.
         """
         if request.datastar and refused.status in (409, 422):
-            return as_json({refused.signal: refused.message})
-        if refused.status not in (412, 422) or not request.form:
+            return as_json({refused.signal: refused.message, **refused.problems})
+        if refused.status not in (409, 412, 422) or not request.form:
             raise refused
         try:
             _, route, _ = self.router_for(request).match(request.method, request.path)
             path = route.form or request.path
             again = request._replace(method="GET", path=path, query="")
-            typed = {**request.fields(), "problem": refused.message}
+            typed = {**request.fields(), "problem": refused.message, **refused.problems}
             return self.run(again, typed)._replace(status=refused.status)
         except Refused:                                  # there is no page at this path
             raise refused from None
@@ -1543,7 +1614,7 @@ def todos_page(ctx, region):
 # -- commands
 
 def create(ctx):
-    title = valid_title(ctx.request.fields())
+    title = valid_title(ctx.field("title"))
     ctx.store.exec("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
     return done(ctx, title="", problem="")
@@ -1552,23 +1623,20 @@ def create(ctx):
 def change(ctx, id):
     """Set the title or the done of the signals. If neither is given, tick or untick it."""
     todo = the_todo(ctx, id)
-    fields = ctx.request.fields()
     title = todo["title"]
-    ticked = bool(todo["done"])
-    if "title" in fields:
-        title = valid_title(fields, "toast")
-    if "done" in fields:
-        ticked = valid_done(fields["done"])
-    elif "title" not in fields:
-        ticked = not ticked
-    ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked,
-                   todo["id"])
+    otherwise = not todo["done"]
+    if "title" in ctx.request.fields():
+        title = valid_title(ctx.field("title"), "toast")
+        otherwise = bool(todo["done"])
+    ticked = ctx.checked("done", otherwise)
+    ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked, id)
     ctx.publish("todos")
     return done(ctx)
 
 
 def delete(ctx, id):
-    ctx.store.exec("DELETE FROM todos WHERE id = ?", the_todo(ctx, id)["id"])
+    the_todo(ctx, id)
+    ctx.store.exec("DELETE FROM todos WHERE id = ?", id)
     ctx.publish("todos")
     return done(ctx)
 
@@ -1576,7 +1644,7 @@ def delete(ctx, id):
 def change_all(ctx):
     """Set all to the signal done. Without it, tick all; if all are ticked, untick them."""
     some_are_open = count_todos(ctx.store) > 0
-    ticked = valid_done(ctx.request.fields().get("done", some_are_open))
+    ticked = ctx.checked("done", some_are_open)
     ctx.store.exec("UPDATE todos SET done = ? WHERE done <> ?", ticked, ticked)
     ctx.publish("todos")
     return done(ctx, "all")
@@ -1604,8 +1672,8 @@ todos = Slice(
     routes=(Route("POST", "/todos", "todos:write", create),
             Route("PATCH", "/todos", "todos:write", change_all),
             Route("DELETE", "/todos", "todos:delete", clear),
-            Route("PATCH", "/todos/<id>", "todos:write", change),
-            Route("DELETE", "/todos/<id>", "todos:delete", delete)),
+            Route("PATCH", "/todos/<int:id>", "todos:write", change),
+            Route("DELETE", "/todos/<int:id>", "todos:delete", delete)),
     count=count_todos, exports=(count_todos,))
 
 
@@ -1649,28 +1717,19 @@ def todos_query(show, pages):
 
 def the_todo(ctx, id):
     """Return the row of a todo. Raise Refused(404) if there is none."""
-    number = int(id) if re.fullmatch("[0-9]{1,18}", id) else None
-    todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", number)
+    todo = ctx.store.one("SELECT id, title, done FROM todos WHERE id = ?", id)
     if todo is None:
         raise Refused(404, "This todo is gone. The page shows what there is now.")
     return todo
 
 
-def valid_title(fields, signal="problem"):
-    """Return the title among the fields. Raise Refused(422) if it is no good."""
-    given = fields.get("title")
-    title = visible(given) if isinstance(given, str) else ""
+def valid_title(typed, signal="problem"):
+    """Return the title that was typed. Raise Refused(422) if it is no good."""
+    title = visible(typed)
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
                            f"{len(title)}.", signal=signal)
     return title
-
-
-def valid_done(value):
-    """Return the value. Raise Refused(400) if it is neither True nor False."""
-    if type(value) is not bool:
-        raise Refused(400, "done is true or false. Reload the page and try again.")
-    return value
 
 
 # ==== 10. Workspace =======================================================================
@@ -6211,10 +6270,9 @@ class Passwords:
 
     def prove(self, request, directory):
         """Return the request with x-stored: which stored hash its password has, or ""."""
-        fields = request.fields()
-        name = account_name(str(fields.get("username", "")))
-        password = str(fields.get("password", ""))
-        new = str(fields.get("new", ""))
+        name = account_name(request.text("username"))
+        password = request.text("password")
+        new = request.text("new")
         if max(len(name), len(password), len(new)) > self.LONGEST:
             raise Refused(400, f"A name and a password have at most {self.LONGEST} "
                                "characters.")
@@ -6284,7 +6342,7 @@ def unsent_page(ctx, unsent, next):
     """Return a page that says what was not saved, and sends it at one more click."""
     fields = decoded_pairs(unsent, keep_blank_values=True)
     rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
-            for name, value in fields.items()]
+            for name, value in fields]
     body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
     return page("Send it again?", body)
 
@@ -7221,15 +7279,15 @@ class BadSlice(Unusable):
     """A slice can't work as it is written; the text says which one and why."""
 
 
-PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<\w+>)*")
+PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<(int:)?\w+>)*")
 
 
 def addresses(row):
-    """Return (method, pattern) of each request that a Live or a Route answers."""
-    pattern = re.sub(r"<\w+>", "([^/]+)", re.escape(row.path))
+    """Return (method, path) of each request that a Live or a Route answers."""
+    path = PART_OF_PATH.sub("<>", row.path)
     if type(row) is Live:
-        return [("GET", pattern), ("GET", f"{pattern}/live")]
-    return [(row.method, pattern)]
+        return [("GET", path), ("GET", f"{path}/live")]
+    return [(row.method, path)]
 
 
 def wrong_with(row, kind, grants):
@@ -7237,7 +7295,7 @@ def wrong_with(row, kind, grants):
     if type(row) is not kind:
         return f"it is no {kind.__name__}; (one,) has a comma too"
     if not PATH.fullmatch(row.path) or (kind is Live and "<" in row.path):
-        return "a path is as /things or, for a Route, /things/<id>"
+        return "a path is as /things or, for a Route, /things/<id> or /things/<int:id>"
     if row.path.split("/")[1] == "members":
         return "/members is the Directory's"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
@@ -7674,7 +7732,7 @@ class Console:
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
-        name = slug(str(request.fields().get("workspace", "")).strip())[:63]
+        name = slug(request.text("workspace").strip())[:63]
         id = self.id_of(name)
         served = self.env.workspaces.served
         before = served[id]
@@ -7712,7 +7770,7 @@ class Console:
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
         guest_of(me).permit(ACCOUNT, request.method)
-        id = self.id_of(str(request.fields().get("workspace", "")))
+        id = self.id_of(request.text("workspace"))
         if id:
             fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
         self.stale = True
