@@ -6565,6 +6565,9 @@ END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only
               expires = ? WHERE digest = ? AND operator IS NOT NULL"""
 
 
+MASKS_OVER = "SELECT * FROM sessions WHERE operator > '' AND expires <= ?"     # by an index
+
+
 @dataclasses.dataclass(frozen=True)
 class Guest(Viewer):
     """An operator who looks on in somebody's name."""
@@ -6681,9 +6684,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
     def each_second(self):
         super().each_second()
-        over = self.store.query("SELECT * FROM sessions WHERE operator IS NOT NULL AND "
-                                "expires <= ?", time.time())
-        for session in over:
+        for session in self.store.query(MASKS_OVER, time.time()):
             self.time_is_over(session)
 
 
