@@ -8956,6 +8956,7 @@ def check_export(given, row, path):
     """Raise Unusable if it has left already, or for a file that is not of an export of it
     that was cut short before the workspace had left."""
     if row["moving"] and not row["node"] and not path.exists():
+        remove_log(path)                                 # all of it is in the copy
         raise Unusable(f"{row['name']} has left already; workspace import its file "
                        f"elsewhere, then workspace remove {row['name']} here")
     if not (given.move and row["moving"] and left_by(given.file) == row["id"]):

@@ -8788,7 +8788,10 @@ def test_a_command_that_was_killed_is_finished_by_the_same_command(served, monke
 
 def test_an_export_that_has_left_says_so_when_it_is_asked_for_again(served, tmp_path):
     assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    path.with_name(f"{path.name}-wal").write_text("of an export that was killed right before its end")
     assert "has left already" in served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[2]
+    assert served.run("check")[0] == 0
     assert served.run("workspace", "list")[1].count("moving") == 1
 
 
