@@ -4244,15 +4244,12 @@ def encode(request, response, connection, head_only, date) -> bytes:
     connection: the value of that header field, or "": see connection_field in section 14.
     """
     live = response.watch is not None
-    zipped = accepts_gzip(request)
+    zipped = accepts_gzip(request) and (live or is_worth_it(response))
     body = response.body
     if live:
         body = beginning(request, response.watch.piece, zipped)
-    else:
-        zipped = zipped and len(body) > 1000 and response.type.startswith(COMPRESSED)
-        if zipped:
-            squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-            body = squeeze.compress(body) + squeeze.flush()
+    elif zipped:
+        body = gzipped(body)
     head = head_of(response.status, response.type, response.headers, live,
                    response.nonce != "")
     if response.nonce:
@@ -4266,6 +4263,15 @@ def encode(request, response, connection, head_only, date) -> bytes:
         more.append(f"connection: {connection}\r\n")
     head = f"{head}{''.join(more)}\r\n".encode("latin-1")
     return head if head_only else head + body
+
+
+def is_worth_it(response) -> bool:
+    return len(response.body) > 1000 and response.type.startswith(COMPRESSED)
+
+
+def gzipped(data) -> bytes:
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return squeeze.compress(data) + squeeze.flush()
 
 
 def beginning(request, piece, zipped):
@@ -5178,10 +5184,10 @@ class Broker:
         if before not in (0, self.version):
             self.published(directory.id, "access:")      # anybody's
             self.published(directory.id, "")
-            self.elsewhere()
+            self.changed_elsewhere()
 
-    def elsewhere(self):
-        """Another process changed something."""
+    def changed_elsewhere(self):
+        """[3] looks for what another process may have changed besides the Directory."""
 
 
 def presence(streams) -> Piece:
@@ -5493,39 +5499,46 @@ class LoopEdge:
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
     broker_kind = Broker                                 # [3] has one that it adds to
-    CALLS_SECONDS = 0.002                                # for calls, then the sockets
-    EAGER_SECONDS = 0.0001                               # to poll
+    CALLS_SECONDS = 0.002                                # then it is the sockets' turn
+    EAGER_SECONDS = 0.0001                               # to poll before it sleeps
 
     def __init__(self, env, settings):
         self.settings = settings
         doors = {**env.doors, **dict.fromkeys(ASSETS, encoded_asset),
                  "/healthz": self.healthz}
         self.use(dataclasses.replace(env, doors=doors))
-        self.held = set()
-        self.selector = selectors.DefaultSelector()
-        self.calls = collections.deque()                 # what other threads want done here
-        self.waker, self.woken = socket.socketpair()
-        self.awake = False                               # else call() need not wake it
-        self.brisk = False                               # it pays just now to stay awake
-        self.stopping = 0.0                              # since when; 0: it is not
-        self.stopped = threading.Event()
-        self.date = formatdate(usegmt=True)
-        self.insiders = set()                            # see insider_key
-        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
-        names = ("", "localhost", socket.gethostname(), settings.host, *settings.allow_host)
-        self.hosts = frozenset([name.lower().rstrip(".") for name in names])
         self.kept = Kept(env.directory)
         self.backlog = Backlog(self)
         self.broker = self.broker_kind(self)
         self.pool = Pool(settings.threads)
-        self.due: Dict[Callable[[], None], float] = {}   # when, by chore
+        for namespace in (env.workspaces, env.directory.namespace):
+            namespace.listeners.append(self.broker.published)
+        self.remember_nobody()
+        self.make_loop()
         self.socket = listening(settings.host, settings.port)
+        self.socket.setblocking(False)
         self.server_port = self.socket.getsockname()[1]
-        for one in (self.socket, self.waker, self.woken):
-            one.setblocking(False)
-        env.workspaces.listeners.append(self.broker.published)
-        if env.directory.namespace is not env.workspaces:
-            env.directory.namespace.listeners.append(self.broker.published)
+
+    def remember_nobody(self):
+        names = ("", "localhost", socket.gethostname(), self.settings.host,
+                 *self.settings.allow_host)
+        self.hosts = frozenset([name.lower().rstrip(".") for name in names])
+        self.insiders = set()                            # see insider_key
+        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
+
+    def make_loop(self):
+        self.held = set()
+        self.selector = selectors.DefaultSelector()
+        self.calls = collections.deque()                 # what other threads want done here
+        self.waker, self.woken = socket.socketpair()
+        self.waker.setblocking(False)
+        self.woken.setblocking(False)
+        self.awake = False                               # else call() need not wake it
+        self.brisk = False                               # it pays just now to stay awake
+        self.date = formatdate(usegmt=True)
+        self.due: Dict[Callable[[], None], float] = {}   # when, by chore
+        self.stopping = 0.0                              # since when; 0: it is not
+        self.stopped = threading.Event()
 
     def use(self, env):
         self.env = env
@@ -6268,14 +6281,19 @@ class Passwords:
             request = self.prove(request, env.directory)
         return env.directory.fetch(request)
 
-    def prove(self, request, directory):
-        """Return the request with x-stored: which stored hash its password has, or ""."""
+    def typed_in(self, request) -> Tuple[str, str, str]:
+        """Return the name, the password, and the new password. Bound what is hashed."""
         name = account_name(request.text("username"))
         password = request.text("password")
         new = request.text("new")
         if max(len(name), len(password), len(new)) > self.LONGEST:
             raise Refused(400, f"A name and a password have at most {self.LONGEST} "
                                "characters.")
+        return name, password, new
+
+    def prove(self, request, directory):
+        """Return the request with x-stored: which stored hash its password has, or ""."""
+        name, password, new = self.typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
         slowed = [f"from {source}", f"to {name}"]
@@ -7055,8 +7073,8 @@ class RingsAlarms(LoopEdge):
 
 @addition
 class LooksForJobs(Broker):
-    def elsewhere(self):
-        super().elsewhere()
+    def changed_elsewhere(self):
+        super().changed_elsewhere()
         self.edge.alarms.look()
 
 
@@ -8112,8 +8130,8 @@ def metrics(settings, given):
 @addition
 class HasFigures(LoopEdge):
     def __init__(self, env, settings):
-        self.figures = Figures(settings.log)             # a failed bind closes it at once
         super().__init__(env, settings)
+        self.figures = Figures(settings.log)
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
@@ -9900,8 +9918,7 @@ def leave_node(settings, given, id, path):
 
 
 def import_on_node(settings, given):
-    """While another node has the workspace, it stays there alone: its jobs would run
-    twice."""
+    """Refuse it while another node has the workspace: its jobs would run on both."""
     place = place_of(settings, **meant(given))
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
@@ -10623,16 +10640,9 @@ def check_installation() -> None:
 
 def serve(settings):
     check_installation()
-    if resource:                                         # each open page is a descriptor
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    take_all_descriptors()
     if settings.plain:
-        for check in CHECKS:
-            check(settings)
-        env = plain_planes(settings.data, settings.idle, settings.slices,
-                           bool(settings.demo))
-        return serve_plain(env, settings.host, settings.port)
+        return serve_part_one(settings)
     for prepare_process in BEFORE_SERVING:
         prepare_process()
     env = compose(settings, settings.slices)
@@ -10642,14 +10652,34 @@ def serve(settings):
     for number in stop_signals():
         signal.signal(number, lambda number, _: stop_or_leave(server, number))
     signal.set_wakeup_fd(server.waker.fileno())
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    say_where(server)
+    notify("READY=1")
+    server.serve_forever()
+    server.server_close()
+
+
+def take_all_descriptors():
+    """Raise this process's limit as far as it may: each open page is a descriptor."""
+    if resource:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def serve_part_one(settings):
+    for check in CHECKS:
+        check(settings)
+    env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo))
+    serve_plain(env, settings.host, settings.port)
+
+
+def say_where(server):
+    host = server.settings.host
+    host = f"[{host}]" if ":" in host else host
     print(f"orion: http://{host}:{server.server_port}", flush=True)
     if server.settings.demo:
         print("orion: demo: open the address and choose a persona; bob and carol share the "
               "workspace acme", flush=True)
-    notify("READY=1")
-    server.serve_forever()
-    server.server_close()
 
 
 def bound(env):
