@@ -274,7 +274,7 @@ def check_values(headers):
             raise ValueError(f"no header value may be {value!r:.200} (of {name})")
 
 
-def sound(response):
+def sendable(response):
     """Return the response. Raise TypeError or ValueError if it cannot be sent."""
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
@@ -1303,10 +1303,10 @@ class SliceHost(DurableObject):
     def call(self, slice, route, args, viewer, request, typed):
         may = READ if request.method in SAFE else WRITE
         before = self.store.db.total_changes
-        store = Tables(self.store, slice, may)
+        store = Tables(self.store, slice, may)           # those of this slice: section 16
         ctx = self.context(self, store, viewer, request.params, request, typed)
         try:
-            response = sound(route.run(ctx, *args))
+            response = sendable(route.run(ctx, *args))
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
@@ -1488,7 +1488,7 @@ def command_id(request: Request, viewer: Viewer) -> bytes:
 class Answers:
     """The answers of the last ten minutes, of one object, to commands that have an id.
 
-    To append a row is all that a command costs. Where each row is, is remembered here.
+    A command costs one INSERT, and no query: ids has the row of each command.
     """
     SECONDS = 600.0                                      # to send a command again
     MOST = 2000                                          # of one account
@@ -1497,7 +1497,7 @@ class Answers:
 
     def __init__(self, store: Store):
         self.store = store
-        self.ids: Dict[bytes, int] = {}                  # of rows, by command
+        self.ids: Dict[bytes, int] = {}
         self.until_forget = 0
         self.forget("")
 
@@ -1996,15 +1996,15 @@ class Directory(RepeatsAnswers):
     def viewer(self, request):
         """Return whom the verdict names or, without one, whose session it is."""
         if "x-account" in request.headers:
-            return self.still(super().viewer(request))
+            return self.as_of_now(super().viewer(request))
         row = self.session(request)
         return self.viewer_of(row) if row else Viewer()
 
     def viewer_of(self, session: sqlite3.Row) -> Viewer:
         return Viewer(account=session["account"])
 
-    def still(self, viewer):
-        """Return the viewer with the role of now: it may have changed since the verdict."""
+    def as_of_now(self, viewer):
+        """Return the viewer with the present role, if it has changed since the verdict."""
         if not viewer.account or not viewer.id:
             return viewer
         role = role_of(self.store, viewer.id, viewer.account)
@@ -2462,7 +2462,7 @@ STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no",
 def respond(request: Request, env: Env) -> Response:
     """Return the worker's response or, whatever went wrong, a refusal."""
     try:
-        return sound(worker(request, env))
+        return sendable(worker(request, env))
     except (Exception, SystemExit) as error:             # a slice may call sys.exit()
         return refusal(request, error)
 
@@ -2530,7 +2530,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         try:
             request = self.request_of()
             response = respond(request, self.server.env)
-        except Refused as no:                            # what follows could be misread
+        except Refused as no:                            # where does the next one begin?
             self.close_connection = True
             response = refusal(request, no)
         if response.watch and not self.modern:
