@@ -4034,7 +4034,7 @@ def read_requests(buffer) -> Iterator[Optional[Reading]]:
     Raises Refused if the framing is broken. Then nothing behind it may be read.
     """
     while True:
-        while buffer == b"\r":
+        while buffer == b"\r":                           # perhaps of an empty line
             yield None
         if buffer.startswith(b"\r\n"):                   # one is tolerated (RFC 9112, 2.2)
             del buffer[:2]
@@ -4769,7 +4769,7 @@ class Held:
         self.socket = socket
         self.events = 0                                  # what the selector watches for
         self.unsent: Any = b""
-        self.deadline = 0.0                              # when patience ends
+        self.deadline = 0.0                              # by time.monotonic()
         self.listen(selectors.EVENT_READ)
         edge.held.add(self)                              # last: others look through it
 
@@ -5974,8 +5974,9 @@ def create_workspace_with_file(request, env):
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
-# 49: opened() gives the Directory's store, to change it, and looked_into() to read it;
-# begun() says if there is none; row_of() finds a row by its name; table() prints rows.
+# 49: opened() gives the Directory's store, to change it; looked_up() reads from it;
+# check_begun() refuses if there is none; row_of() finds a row by its name; table() prints
+# rows. What they raise as Unusable is the line that people read.
 #
 # Further words:
 #
@@ -6155,7 +6156,7 @@ class ReadsKeysAgain(EdgeDirectory):
 @verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
                      "rotation")
 def keys_rotate(settings, given):
-    begun(settings)
+    check_begun(settings)
     add_key(settings.key_file)
     print("there is a new key; the one before holds until the next rotation; if there are "
           "nodes, copy secret.key to them before that")
@@ -7492,7 +7493,7 @@ class Trip:
 
 
 class OfThread(threading.local):
-    """What one thread does. silent: it is not to be noted."""
+    """What a thread does just now: for which trip, and whether it is noted at all."""
     trip: Optional[Trip] = None
     silent = False
 
@@ -7720,7 +7721,7 @@ class Console:
         self.broker.published(self.id, self.id)
 
     def fetch(self, request: Request) -> Response:
-        """For the broker, to which this is a stub."""
+        """Return the region, as an object would: the broker takes this for a stub."""
         with self.trace.silence(), self.lock:
             html = self.region(request.params, "paused" not in request.params)
             watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
@@ -8123,7 +8124,7 @@ def has_token(request, settings):
 
 @verb("metrics", "print the token with which Prometheus may read /metrics from elsewhere")
 def metrics(settings, given):
-    begun(settings)
+    check_begun(settings)
     print(token_for_figures(load_keys(settings.key_file)[0]))
 
 
@@ -8468,7 +8469,7 @@ class MakesSnapshots(LoopEdge):
 def backup(settings, given):
     """Return 1 if some files can't be copied. All others are in it."""
     check_new(given.folder)
-    begun(settings)
+    check_begun(settings)
     held, faults = snapshot(settings, given.folder)
     for fault in faults:
         print(fault)
@@ -9050,6 +9051,7 @@ def check_member(file, account, role):
 
 
 def about_store(store):
+    """Return what about_file does, of a store that is open."""
     tables = store.tables()
     if "_export" in tables:
         about = json.loads(store.one("SELECT about FROM _export")["about"])
@@ -10164,8 +10166,8 @@ def workspace_router(settings):
 
 
 def directory_router():
-    """One slice of several: they share the tables. Where two have the same address, the
-    first one answers."""
+    """Return the router of all DIRECTORY_SLICES as one slice, for they share the tables.
+    Where two have the same address, the first one answers."""
     slices = [*DIRECTORY_SLICES, directory]
     live = [row for slice in slices for row in slice.live]
     routes = [row for slice in slices for row in slice.routes]
@@ -10402,9 +10404,8 @@ def read_command_line(argv: Optional[Sequence[str]]
     parser.set_defaults(verb="")
     for option in OPTIONS:
         add_option(parser, *option)
-    words = sys.argv[1:] if argv is None else argv
-    add_verbs(parser, words)
-    given = parser.parse_args(words)
+    add_verbs(parser)
+    given = parser.parse_args(argv)
     said = {name: value for name, value in vars(given).items() if name in Settings._fields}
     settings = Settings(**said)
     if settings.single:
@@ -10445,8 +10446,7 @@ def from_environment(name):
     return value
 
 
-def add_verbs(parser, given_words):
-    """A group's verbs only where the group is named: making them all takes 10 ms."""
+def add_verbs(parser):
     common = argparse.ArgumentParser(add_help=False)
     for flag in ("--data", "--single"):
         common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
@@ -10542,7 +10542,7 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
                        time.time(), "(command line)", what, which)
 
 
-def begun(settings):
+def check_begun(settings):
     """Raise Unusable if there is no deployment, or its key is no good."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
