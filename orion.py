@@ -3261,8 +3261,8 @@ def words_of(sql):
 # commit, and a rendering is sent as it is to everybody of a role.
 #
 # It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
-# Namespace and DurableObject. It uses worker, Env.forward, Bus.listeners, SliceHost.render,
-# SliceHost.stream, Context.shared, headers_of and refusal.
+# Namespace and DurableObject. It uses worker, Env.forward, Bus.listeners, SliceHost.handle,
+# render and stream, Directory.make_file, Context.shared, headers_of and refusal.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
 # edge a LoopEdge, piece a Piece, stream a Stream, stub a GuardedStub; headers is a dict,
@@ -5860,7 +5860,8 @@ class LoopEdge:
 
 # ==== 27. Hosts ===========================================================================
 # The idea: a verdict of the gate is kept, as a page is, while the Directory's file stands
-#   still.
+#   still. And the file of a new workspace is made before the Directory's turn is taken, for
+#   that takes long.
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
 #   is it older than a second: some rights end by the clock.
 # Who uses it: the composition roots of Part Three.
@@ -5931,8 +5932,8 @@ TRUSTED.add("x-file")
 def create_workspace_with_file(request, env):
     """A door. Make the file of a workspace first, and only then ask the Directory.
 
-    To make a file takes long. While the Directory's turn is held, every other request would
-    wait for its verdict. The Directory then only renames the file.
+    In the Directory's turn every other request would wait for its verdict meanwhile. So
+    there the file only gets its name.
     """
     signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
     if request.method != "POST" or not signed_in:
