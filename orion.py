@@ -2056,12 +2056,18 @@ class Directory(RepeatsAnswers):
 
 # -- signing in and out
 
+LONGEST_TYPED = 256                                      # characters
+
+
 def account_name(typed: str) -> str:
     """Return whose name was typed: " Carol" is carol.
 
     Neither case nor the width of letters matters (RFC 8265, 3.3), nor a space around them,
-    which keyboards of telephones add.
+    which keyboards of telephones add. What is too long for a name is not looked at: to put
+    its accents in order takes the square of their number.
     """
+    if len(typed) > LONGEST_TYPED:
+        return typed
     return unicodedata.normalize("NFKC", typed).strip().lower()
 
 

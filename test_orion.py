@@ -3029,6 +3029,15 @@ def test_the_name_of_an_account_is_known_however_a_keyboard_writes_it(server, ty
     assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "admin"
 
 
+@cases("path, field, status", [("/login", "username", 400), ("/persona", "account", 403), ("/w/acme/members", "account", 422)])
+def test_a_name_with_any_number_of_accents_is_refused_at_once(server, path, field, status):
+    accents = "\u0315" * 16_000 + "\u0300" * 16_000             # the worst order: seconds, in which nobody else is answered
+    body, bob = f"{field}=bob{accents}".encode(), Person(server, "bob")
+    started = time.perf_counter()
+    assert bob.ask("POST", path, body, Content_Type="application/x-www-form-urlencoded").status == status
+    assert time.perf_counter() - started < 1.0
+
+
 def test_an_account_owns_no_more_workspaces_than_it_may(start):
     server = start(max_workspaces=2)
     bob = Person(server, "bob", datastar=True)
