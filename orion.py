@@ -6329,6 +6329,7 @@ def proved(ctx):
 
 SECRET = ("/login", "/account/password")                 # what is sent there is not kept
 UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
+MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
 
 def login_form(next: str, problem: str = "", status: int = 200, personas: Any = (),
@@ -6361,6 +6362,8 @@ def unsent_in(request: Request) -> Dict[str, str]:
     if not request.form or request.method in SAFE or request.path in SECRET:
         return UNSENT
     body = request.body.decode("latin-1")
+    if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
+        return UNSENT                                    # else nobody could sign in with it
     return {"unsent": body, "to": urllib.parse.quote(request.path)}
 
 
@@ -6446,7 +6449,7 @@ class AsksForPasswords(LoopEdge):
             return super().refusal(request, error)
         unsent = unsent_in(request)
         problem = error.message
-        if unsent["unsent"]:
+        if request.method not in SAFE:
             problem = "You are signed out, so this was not saved. Sign in to send it again."
         personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
         return login_form(page_of(request), problem, 401, personas, **unsent)
@@ -7272,8 +7275,10 @@ class HasJobs(Broadcast):
                 raise TypeError("a job returns nothing, and is not async")
             return None
         ctx.store.use(self, READ)                        # if it fails it begins anew
-        act = next(made, None)
-        return act and Wait(self, row["id"], made, ctx, act)
+        try:
+            return Wait(self, row["id"], made, ctx, next(made))
+        except StopIteration:
+            return None
 
     def last_step(self, wait):
         try:

@@ -6381,6 +6381,14 @@ def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, w
     assert server.store("acme").execute("SELECT count(*) FROM sent").fetchone() == (0,)
 
 
+@cases("yielded", [None, 5, "text"])
+def test_a_job_that_yields_what_cannot_be_called_is_not_taken_for_done(outside_world, yielded):
+    def letter(ctx):
+        ctx.store.exec("INSERT INTO sent VALUES (?)", (yield yielded))
+    Person(outside_world.job(letter), "bob", datastar=True).post("/w/acme/work", job="letter")
+    eventually(lambda: outside_world.jobs() and "is not callable" in outside_world.jobs()[0][1])
+
+
 def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outside_world):
     def letter(ctx):
         ctx.host.began -= 60                             # as if it had worked for a minute
@@ -9981,6 +9989,21 @@ def test_a_form_that_is_sent_again_has_all_fields_that_it_repeats(outside):
     page = signed_out(outside, "POST", "/w/acme/todos", body="tag=first&tag=second", Referer=outside.origin)
     again = signs_in(outside, page.text)[1]
     assert 'name="tag" value="first"' in again.text and 'name="tag" value="second"' in again.text
+
+
+@cases("body", ["title=" + "%D1%8F" * 10_000, "title=x" + "&a=b" * 100], ids=["long", "of many fields"])
+def test_a_form_that_could_not_come_back_with_the_password_keeps_nobody_from_signing_in(outside, body):
+    page = signed_out(outside, "POST", "/w/acme/todos", body=body, Referer=outside.origin)
+    assert page.status == 401 and "this was not saved" in page.text
+    assert signs_in(outside, page.text)[1].status == 303
+
+
+@cases("body", ["title=" + "%D1%8F" * 2_700, "title=" + "&a=b" * 99], ids=["long", "of many fields"])
+def test_the_largest_form_that_is_carried_comes_back_whole(outside, body):
+    page = signed_out(outside, "POST", "/w/acme/todos", body=body, Referer=outside.origin)
+    again = signs_in(outside, page.text)[1]
+    fields = urllib.parse.parse_qsl(body, keep_blank_values=True)
+    assert again.status == 200 and all([f'name="{name}" value="{value}"' in again.text for name, value in fields])
 
 
 @cases("path", ["/workspaces", "/account/sessions", "/account/password", "/console/probe", "/logout", "/persona", "/w/acme/todos/1", "/w/acme/members/ann", "/login",
