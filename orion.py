@@ -2226,8 +2226,10 @@ def new_id(store, workspaces, name):
 def slug(title: str) -> str:
     """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
 
-    It can be empty, or too long.
+    It can be too long. It is empty if there is none, or if the title is too long.
     """
+    if len(title) > LONGEST_TITLE:
+        return ""
     if WORKSPACE_NAME.fullmatch(title):
         return title
     letters = unicodedata.normalize("NFKD", title.casefold())
@@ -2240,7 +2242,7 @@ def slug(title: str) -> str:
 def names_of(typed: str) -> Tuple[str, str]:
     """Return the name and the title of a new workspace. Raise Refused(422) if none."""
     title = " ".join(typed.split())
-    name = slug(title) if title.isprintable() and len(title) <= LONGEST_TITLE else ""
+    name = slug(title) if title.isprintable() else ""
     if not WORKSPACE_NAME.fullmatch(name):
         raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
                            "to z, also with accents, for the address is made of them.")

@@ -3029,7 +3029,8 @@ def test_the_name_of_an_account_is_known_however_a_keyboard_writes_it(server, ty
     assert Person(server, "carol").get("/_gate/acme").headers["x-role"] == "admin"
 
 
-@cases("path, field, status", [("/login", "username", 400), ("/persona", "account", 403), ("/w/acme/members", "account", 422)])
+@cases("path, field, status", [("/login", "username", 400), ("/persona", "account", 403), ("/w/acme/members", "account", 422),
+                               ("/workspaces", "name", 422), ("/console/probe", "workspace", 200), ("/login", "password", 400), ("/account/password", "new", 400)])
 def test_a_name_with_any_number_of_accents_is_refused_at_once(server, path, field, status):
     accents = "\u0315" * 16_000 + "\u0300" * 16_000             # the worst order: seconds, in which nobody else is answered
     body, bob = f"{field}=bob{accents}".encode(), Person(server, "bob")
