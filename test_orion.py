@@ -1833,11 +1833,12 @@ def test_what_was_refused_for_the_disk_does_not_come_back_after_a_crash(server, 
     with no_sync(one.store.db, times):
         with busy(server, "acme"):
             links = post_at_once(server, "/w/acme/todos", together)
-        assert [statuses(link.recv(65_536)) for link in links] == [[503]] * together
+        answers = [status for link in links for status in statuses(link.recv(65_536))]
+        assert answers[0] == 503 and {*answers} <= {503, 200}          # the second may have had a commit of its own
         for tail in ("", "-wal"):
             shutil.copy(f"{one.store.path}{tail}", f"{as_it_lies}{tail}")
         with contextlib.closing(sqlite3.connect(as_it_lies)) as found:
-            assert found.execute("SELECT count(*) FROM todos").fetchone()[0] == len(titles(bob)) == 4
+            assert found.execute("SELECT count(*) FROM todos").fetchone()[0] == len(titles(bob)) == 4 + answers.count(200)
         eventually(lambda: bob.post("/w/acme/todos", title="after").status == 200)
     assert titles(bob)[0] == "after"
 
