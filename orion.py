@@ -1533,9 +1533,14 @@ class Answers:
             self.forget(who)
 
     def forget(self, who):
-        """Forget what is too old, and what this account has too much of."""
+        """Forget what is too old, and what this account has too much of.
+
+        A row from the far future is of a time when the clock was wrong.
+        """
         self.until_forget = self.FORGET_EVERY
-        self.store.exec("DELETE FROM answers WHERE at <= ?", time.time() - self.SECONDS)
+        now = time.time()
+        self.store.exec("DELETE FROM answers WHERE at NOT BETWEEN ? AND ?",
+                        now - self.SECONDS, now + self.SECONDS)
         self.store.exec("DELETE FROM answers WHERE who = ? AND id <= (SELECT id FROM "
                         "answers WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", who,
                         who, self.MOST)
