@@ -94,7 +94,8 @@ import urllib.parse
 from email.utils import formatdate
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple,
+                    Union)
 
 
 # #### Part One: the architecture ########################################################
@@ -475,15 +476,14 @@ def destination(request, verdict, env):
 
 
 # ==== 3. Markup ===========================================================================
-# The idea: text becomes markup in one place only. A template has holes; what goes into a
-#   hole is escaped unless it is Html, and only templates make Html.
-# It promises: markup that a user typed is text, between tags and in a quoted attribute. Two
-#   places are left to think of, and no user's text may fill a hole there: an attribute that
-#   is code (data-on:..., data-signals: Datastar runs it), and an address (href).
+# The idea: text becomes markup in one place only. A template has holes; where a hole stands
+#   decides what it takes, and how that is written there.
+# It promises: what a user typed stays text. A template in which it could become markup,
+#   code or a harmful address is refused when it is read, with the line and the remedy.
 # Who uses it: every region and every page.
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
-HOLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
+HOLE = re.compile(r"\{\{ ?(json )?(\w+) ?\}\}")
 PART = re.compile(r"(?m)^<!-- (\w+) -->\n")
 
 
@@ -501,66 +501,337 @@ def escape(value: Any) -> Html:
     return Html(html.escape(str(value)))
 
 
+NOTHING = object()                                       # is given for a hole
+
+
 class Template:
     """Markup with holes: Template("<b>{{who}}</b>")(who="<x>") is "<b>&lt;x&gt;</b>".
 
-    A line `<!-- row -->` begins the part "row", a template of its own, and {{row}} is its
-    place in any part. Raises KeyError if nothing fills a hole. A hole takes:
+    It is made of its text, or of the path of its file. A line `<!-- row -->` begins the
+    part "row", a template of its own, and {{row}} is its place in any part. A hole takes:
 
         text                        escaped
-        Html                        as it is
+        Html                        as it is, between tags
         a dict or a row of a store  the part of that name, filled with it
         a list of these             that part, once for each
         True                        that part or, without one, the name: <input {{checked}}>
-        False                       nothing
+        False, None                 nothing
+
+    The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
+    data-on:click="greet({{json who}})".
+
+    Raises ValueError if text could do harm in a hole, KeyError if nothing fills a hole or
+    there is no part for a list, TypeError for a value that a hole does not take.
     """
 
-    def __init__(self, text: str, parts: Optional[Dict[str, Template]] = None):
+    def __init__(self, text: Union[str, pathlib.Path],
+                 parts: Optional[Dict[str, Template]] = None, line: int = 1):
+        self.file = ""
+        if isinstance(text, pathlib.Path):
+            self.file = f"{text.name}, "
+            text = text.read_text("utf-8")
         first, *rest = PART.split(text)
-        markup = first.rstrip("\n").replace("%", "%%")
-        self.holes = tuple(dict.fromkeys(HOLE.findall(markup)))
-        self.format = HOLE.sub(r"%(\1)s", markup)        # Python's own: a hole is %(name)s
+        self.markup = first.rstrip("\n")
+        self.line = line
+        self.forms = {}                                  # by the kind of hole that it fills
         self.parts = {} if parts is None else parts      # they know each other
         for name, part in zip(rest[::2], rest[1::2]):
-            self.parts[name] = Template(part, self.parts)
+            line += first.count("\n") + 1
+            first = part
+            self.add(name, Template(part, self.parts, line))
+        if parts is None:
+            for part in [self, *self.parts.values()]:
+                part.read_as("text")
+
+    def add(self, name, part):
+        part.file = self.file
+        if name in self.parts:
+            raise part.error(0, f"there is a part {name!r} above; rename one of them")
+        self.parts[name] = part
+
+    def read_as(self, kind):
+        """Find out what each hole takes, if this fills a hole of that kind."""
+        if kind in self.forms:
+            return
+        self.forms[kind] = None                          # if it can't
+        scanner = Scanner(self.markup)
+        try:
+            scanner.scan(kind)
+        except ValueError as error:
+            if kind in ("text", "an attribute"):
+                raise self.error(scanner.at, error) from None
+            return                                       # a text is meant, of the same name
+        keys = [" ".join(found) for found in scanner.found]
+        numbered = iter(keys)                            # Python's own: a hole is %(name)s
+        format = HOLE.sub(lambda hole: f"%({next(numbered)})s",
+                          self.markup.replace("%", "%%"))
+        holes = {(key, kind, name, WRITERS[kind])
+                 for key, (kind, name) in zip(keys, scanner.found)}
+        self.forms[kind] = format, tuple(holes)
+        for kind, name in scanner.found:
+            if name in self.parts and kind != "json":
+                self.parts[name].read_as(kind)
+
+    def error(self, at, remedy):
+        rest = self.markup[at:].lstrip() or self.markup[-60:]
+        line = self.line + self.markup[:-len(rest) or None].count("\n")
+        shown = rest.partition("\n")[0]
+        return ValueError(f"{self.file}line {line}: {shown:.60}: {remedy}")
 
     def __call__(self, **values: Any) -> Html:
-        return Html(self.filled(values))
+        return Html(self.filled("text", values))
 
-    def filled(self, values):
-        return self.format % {name: self.fill(name, values) for name in self.holes}
+    def filled(self, kind, values):
+        format, holes = self.forms[kind]
+        texts = {}
+        for key, kind, name, write in holes:
+            value = values.get(name, NOTHING)
+            plain = type(value) is str
+            texts[key] = write(value) if plain else self.fill(kind, name, value, values)
+        return format % texts
 
-    def fill(self, name, values):
-        if name not in values:
-            raise KeyError(f"nothing fills the hole {name!r}")
-        value = values[name]
-        if type(value) is str:
-            return html.escape(value)
-        if isinstance(value, bool):
-            return self.fill_once(name, values) if value else ""
+    def fill(self, kind, name, value, values):
+        """Return what a value that is no text becomes."""
+        if value is NOTHING:
+            raise KeyError(f"nothing fills the hole {name!r}: give {name}=...")
+        if kind == "json":
+            return write_json(value)
+        if value is None or value is False:
+            return ""
+        if value is True or kind == "an attribute" and value in (0, 1):  # SQL has no True
+            return self.fill_once(kind, name, value, values)
         if isinstance(value, (dict, sqlite3.Row)):
-            return self.fill_rows(name, [value], values)
+            return self.fill_rows(kind, name, [value], values)
         if isinstance(value, list):
-            return self.fill_rows(name, value, values)
-        return escape(value)
+            return self.fill_rows(kind, name, value, values)
+        if type(value) is not Html:
+            return WRITERS[kind](str(value))
+        if kind != "text":
+            raise TypeError(f"markup can't stand in the place of {kind}; fill the hole "
+                            f"{name!r} with text, and not with {value!r:.60}")
+        return value
 
-    def fill_once(self, name, values):
-        return self.parts[name].filled(values) if name in self.parts else name
+    def fill_once(self, kind, name, value, values):
+        if not value:
+            return ""
+        part = self.parts.get(name)
+        return part.filled(kind, values) if part and part.forms[kind] else name
 
-    def fill_rows(self, name, rows, around):
+    def fill_rows(self, kind, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
-        if rows and name not in self.parts:
-            raise KeyError(f"there is no part {name!r} in this template")
-        return "".join([self.parts[name].filled({**around, **row}) for row in rows])
+        part = self.parts.get(name)
+        if not part or not part.forms[kind]:
+            raise KeyError(f"there is no part {name!r} for {kind}: write a line "
+                           f"<!-- {name} -->, and below it the markup of one row")
+        others = [row for row in rows if not hasattr(row, "keys")]
+        if others:
+            raise TypeError(f"the part {name!r} is filled with dicts or rows, and not with "
+                            f"{others[0]!r:.60}; Html().join makes markup of a list")
+        return "".join([part.filled(kind, {**around, **row}) for row in rows])
+
+
+# -- how a hole writes its value, by the kind of place in which it stands
+
+CODE = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "!#$%&'()*/;<=>?@^`|~"})
+ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
+
+
+def write_attribute(text):
+    raise TypeError("in the place of an attribute stands True or False, and no text: "
+                    f'{text!r:.60}; for text, write the hole in quotes: title="{{{{a}}}}"')
+
+
+def write_json(value):
+    """Write JSON in which text has no sign left that means something in an expression."""
+    text = json.dumps(value, default=dict)               # a row of a store is a dict
+    return text.translate(CODE).replace('"', "&quot;")
+
+
+def write_address(text):
+    """Write a path or an address of the web or of mail; # for all else (javascript:)."""
+    return html.escape(text) if ADDRESS.match(text) else "#"
+
+
+WRITERS = {"text": html.escape, "a value": html.escape, "an attribute": write_attribute,
+           "json": write_json, "an address": write_address}
+
+
+# -- where a hole stands (to be skipped on a first reading). Some markup means one thing in
+#    <svg>, or without scripts, and another elsewhere: it is refused.
+
+TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
+                 "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
+                 "(?=[^a-z/!?{]))")
+ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
+                       r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
+                       """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
+                       r"(?=[ \t\n\f\r/>]|\Z)")
+TAG_END = re.compile("[ \t\n\f\r]*/?>")
+# The attributes that Datastar runs, by all their names: also older ones, and an alias.
+EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
+                        "style|init|effect|indicator|ref|json-signals|animate|persist|"
+                        "custom-validity|match-media|query-string|replace-url|"
+                        "scroll-into-view|view-transition)(?![a-z0-9])")
+STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
+LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
+# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
+NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
+LOADING = ("script", "style", "link", "base", "object", "embed")
+TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
+           "plaintext")                                  # in them, < begins no tag
+
+
+class Scanner:
+    """Finds out in what kind of place each hole of some markup stands.
+
+    Raises ValueError with the remedy; at is where.
+    """
+
+    def __init__(self, markup):
+        self.markup = markup
+        self.at = 0
+        self.found = []                                  # (kind, name) of each hole
+        self.inside = ""                                 # of which element of TAGLESS
+
+    def scan(self, kind):
+        """Read all the markup, as what fills a hole of this kind."""
+        self.refuse_broken_holes()
+        if kind == "text":
+            self.text()
+        elif kind == "an attribute":
+            self.attributes("")
+        elif kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup):
+            self.holes_until(len(self.markup), kind)
+        if self.inside:
+            raise ValueError(f"</{self.inside}> is missing")
+        if self.markup[self.at:].strip():
+            raise ValueError(f"this part stands in the place of {kind}; take out what "
+                             "can't stand there")
+
+    def refuse_broken_holes(self):
+        others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
+        if "{{" in others:
+            self.at = others.index("{{")
+            raise ValueError("a hole is {{name}}, one word of letters, digits and _; for "
+                             "two braces in an expression put a space between them")
+
+    def holes_until(self, end, kind):
+        for is_json, name in HOLE.findall(self.markup, self.at, end):
+            if self.inside in LOADING:
+                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
+                                 "an attribute such as data-who, and read it from there")
+            self.found.append(("json" if is_json else kind, name))
+        self.at = end
+
+    def text(self):
+        """Read up to the end."""
+        while True:
+            tag = self.markup.find("<", self.at)
+            end = tag if tag >= 0 else len(self.markup)
+            self.holes_until(end, "a value" if self.inside else "text")
+            if tag < 0:
+                return
+            self.token()
+
+    def token(self):
+        """Read what begins with <."""
+        token = TAG.match(self.markup, self.at)
+        if not token:
+            raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
+        comment, closing, opening = token.groups()
+        if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
+            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
+                             "in a script a space after it")
+        if comment is not None:
+            check_comment(comment)
+        self.at = token.end()
+        if opening:
+            self.tag(opening.lower())
+        elif closing:
+            self.inside = ""
+
+    def tag(self, name):
+        self.attributes(name)
+        end = TAG_END.match(self.markup, self.at)
+        if not end:
+            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
+                             "itself, <input {{checked}}>; put spaces between attributes, "
+                             "and close quotes and the tag")
+        self.at = end.end()
+        if name in TAGLESS:
+            self.inside = name
+
+    def attributes(self, tag):
+        while (found := ATTRIBUTE.match(self.markup, self.at)):
+            is_json, hole, name, value = found.groups()
+            if hole and (is_json or tag in LOADING):
+                raise ValueError(f"this hole can't be an attribute of <{tag}>; put it in "
+                                 "quotes")
+            if hole:
+                self.found.append(("an attribute", hole))
+            elif value:
+                self.value(tag, name.lower(), value[1:-1])
+            self.at = found.end()
+
+    def value(self, tag, name, text):
+        """Read what stands in quotes. (Without quotes there is no hole.)"""
+        if name == "http-equiv" or "</noscript" in text.lower():
+            raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
+                             "template; leave it out")
+        for hole in HOLE.finditer(text):
+            kind = kind_in_value(tag, name, hole)
+            self.found.append((kind, hole[2]))
+
+
+def check_comment(text):
+    if "{{" in text:
+        raise ValueError("no hole can stand in a comment; take it out")
+    if len(text.split()) == 1:
+        raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
+                         "of letters, digits and _; a remark has two words or more")
+
+
+def kind_in_value(tag, name, hole):
+    """Return the kind of a hole in the value of this attribute."""
+    if EXPRESSION.match(name):
+        return kind_in_expression(name, hole)
+    if tag in LOADING or NO_HOLES.match(name):
+        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
+                         "load; choose a class, or use data-on:click and {{json who}}")
+    if LINKS.fullmatch(name):
+        return kind_in_address(name, hole)
+    return "json" if hole[1] else "a value"
+
+
+def kind_in_expression(name, hole):
+    before = STRING.sub("", html.unescape(hole.string[:hole.start()]))
+    if hole[1] and {*"\"'`"}.isdisjoint(before):
+        return "json"
+    raise ValueError(f"{name} is code; write {{{{json {hole[2]}}}}} there, outside of "
+                     f"quotes, as in 'Hello ' + {{{{json {hole[2]}}}}}")
+
+
+def kind_in_address(name, hole):
+    """A hole that begins an address is checked when it is filled."""
+    before, after = hole.string[:hole.start()], hole.string[hole.end():]
+    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
+        return "a value"
+    if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
+        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
+                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
+    return "an address"
 
 
 @functools.lru_cache(maxsize=None)
 def template(name: str) -> Template:
     """Return the file templates/<name>.html; for "todos.row", its part "row"."""
     file, _, part = name.partition(".")
-    if part:
-        return template(file).parts[part]
-    return Template((TEMPLATES / f"{file}.html").read_text("utf-8"))
+    if not part:
+        return Template(TEMPLATES / f"{file}.html")
+    parts = template(file).parts
+    if part not in parts:
+        raise KeyError(f"{file}.html has no part {part!r}, but {', '.join(parts)}")
+    return parts[part]
 
 
 def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
@@ -1605,15 +1876,16 @@ def todos_region(ctx):
 
 
 def todos_page(ctx, region):
-    show = ctx.params.get("show", "all")
-    links = {name: name == show and template("todos.current")()
-             for name in ("all", "open", "done")}
+    show = ctx.params.get("show", "")
+    links = [{"address": f"?show={name}" if name else "./todos", "current": name == show,
+              "label": name.capitalize() or "All"} for name in SHOWN]
     write = ctx.viewer.can("todos:write")
     return template("todos")(
-        region=region, workspace=ctx.title, variant=urllib.parse.urlencode(ctx.params),
+        region=region, link=links, workspace=ctx.title,
+        variant=urllib.parse.urlencode(ctx.params),
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
-        stamp=ctx.stamp, **links)
+        stamp=ctx.stamp)
 
 
 # -- commands
@@ -8183,7 +8455,7 @@ class HasFigures(LoopEdge):
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
         verdicts = directory.verdicts if directory else {}
-        text = Template((TEMPLATES / "metrics.txt").read_text("utf-8"))
+        text = Template(TEMPLATES / "metrics.txt")
         return text(**self.figures.requests(), verdict=labelled(verdicts),
                     fetches=self.env.workspaces.fetches, streams=len(self.streams),
                     awake=len(self.env.workspaces.objects),
@@ -8476,7 +8748,7 @@ class MakesSnapshots(LoopEdge):
         self.last_snapshot = int(time.time())
 
     def text(self):
-        text = Template((TEMPLATES / "snapshots.txt").read_text("utf-8"))
+        text = Template(TEMPLATES / "snapshots.txt")
         return super().text() + text(result=labelled(self.snapshots),
                                      last=self.last_snapshot) + "\n"
 
@@ -9991,7 +10263,7 @@ def nginx(settings, given):
     targets.update((one["address"], one["name"]) for one in fixed)
     headers = [{"header": header, "variable": header.replace("-", "_")}
                for header in (*VERDICT, "x-verdict")]
-    text = Template((TEMPLATES / "nginx.txt").read_text("utf-8"))
+    text = Template(TEMPLATES / "nginx.txt")
     print(text(
         upstream=fixed, directory=targets[given.directory], taken=headers, given=headers,
         by_name=[{"server": dns_server()}] if len(fixed) < len(places) else [],

@@ -1189,11 +1189,6 @@ def test_only_html_goes_into_a_template_unescaped(value, markup):
     assert orion.Template("[{{hole}}]")(hole=value) == f"[{markup}]"
 
 
-def test_a_hole_that_is_not_filled_is_an_error():
-    with pytest.raises(KeyError):
-        orion.Template("{{hole}}")()
-
-
 @cases("value, markup", [
     (True, "<i>&lt;</i>"), (False, ""), ([], ""), ({}, "<i>&lt;</i>"), ({"name": "&"}, "<i>&amp;</i>"), ("<b>", "&lt;b&gt;"),
     ([{"name": "a"}, {"name": "<b>"}], "<i>a</i><i>&lt;b&gt;</i>")])
@@ -1214,8 +1209,138 @@ def test_the_templates_use_the_colon_syntax_and_quote_every_attribute():
     for file in (HERE / "templates").glob("*.html"):
         text = file.read_text("utf-8")
         assert not re.search(r"\bdata-(on|bind|signals|class|attr|style|computed|indicator|ref)-(?!(intersect|interval|signal-patch)\b)", text), file
-        assert not re.search(r"\s[\w:-]+=\{\{", text), f"{file}: an unquoted attribute"
+        orion.Template(file)
         assert not re.search(r"\sstyle=|<style|\son\w+=", text), f"{file}: against the content security policy"
+
+
+IN_A_TAG = 'in a tag, a hole stands in quotes, class="{{kind}}", or by itself, <input {{checked}}>; put spaces between attributes, and close quotes and the tag'
+NO_TAG = "this is neither a tag nor a whole comment; write &lt; for <"
+AS_JSON = "is code; write {{json who}} there, outside of quotes, as in 'Hello ' + {{json who}}"
+RUN = "which browsers run or load; choose a class, or use data-on:click and {{json who}}"
+NO_TAGS_IN = "no tag can stand in <%s>; write &lt; for <, and in a script a space after it"
+A_PART = "a part begins with a line of its own, <!-- new_row -->, its name of letters, digits and _; a remark has two words or more"
+A_HOLE = "a hole is {{name}}, one word of letters, digits and _; for two braces in an expression put a space between them"
+LEADS = 'has to say first where it leads, as in "/notes/{{who}}", or to be the hole alone'
+REFUSED = {                                          # what cannot be safe in it: what is said of it
+    "<p class={{who}}>": IN_A_TAG, "<p class= {{who}}>": IN_A_TAG, "<p class=a{{who}}>": IN_A_TAG, "<p class=\n{{who}}>": IN_A_TAG,
+    "<p class='a' id=\"b'{{who}}>": IN_A_TAG, '<p class="a"{{who}}>': IN_A_TAG, '<p class="a"id={{who}}>': IN_A_TAG, '<p class="{{who}}': IN_A_TAG,
+    '<p "{{who}}"': IN_A_TAG, "<p {{who}}": IN_A_TAG, "<p/{{who}}>": IN_A_TAG, "<p\x0bid={{who}}>": IN_A_TAG, "<p\xa0class='{{who}}'>": IN_A_TAG,
+    "<h{{who}}>": IN_A_TAG, '<p {{who}}="f()">': IN_A_TAG, '<p {{who}} = "f()">': IN_A_TAG, '<p on{{who}}="f()">': IN_A_TAG, "<p {{who}}{{who}}>": IN_A_TAG,
+    '<p data-{{who}}="f()">': IN_A_TAG, '<p data-bind:{{who}}>': IN_A_TAG, "<p {{who}}click='f()'>": IN_A_TAG,
+    "<{{who}}>": NO_TAG, "</{{who}}>": NO_TAG, "a <": NO_TAG, "<!doctype {{who}}>": NO_TAG, "<?php {{who}} ?>": NO_TAG, "<!-- a remark {": NO_TAG,
+    "<svg><![CDATA[ > ]]>{{who}}</svg>": NO_TAG, "<!--> <p class={{who}}> -->": NO_TAG, "<!---> {{who}} -->": NO_TAG, "<!-- a b --!> {{who}} -->": NO_TAG,
+    "<noscript><!-- a </noscript><p title=' -->{{who}}": NO_TAG,
+    "<!-- Hello {{who}} -->": "no hole can stand in a comment; take it out",
+    '<noscript><p title="</noscript><p title={{who}}>">': "http-equiv, and </noscript> in quotes, can't be in a template; leave it out",
+    '<meta content="0;url={{who}}" HTTP-EQUIV=refresh>': "http-equiv, and </noscript> in quotes, can't be in a template; leave it out",
+    "<script>who = {{json who}}</script>": "no hole can stand in <script>; put the text into an attribute such as data-who, and read it from there",
+    "<STYLE>p { color: {{who}} }</STYLE>": "no hole can stand in <style>; put the text into an attribute such as data-who, and read it from there",
+    "<script><!-- <script> </script> {{who}} -->": NO_TAGS_IN % "script", "<svg><style><p title={{who}}></style></svg>": NO_TAGS_IN % "style",
+    "<svg><title><p title='</title>{{who}}'></svg>": NO_TAGS_IN % "title", "<textarea><p {{who}}></textarea>": NO_TAGS_IN % "textarea",
+    "<title>{{who}}": "</title> is missing", "<plaintext>{{who}}": "</plaintext> is missing",
+    "<script {{who}}></script>": "this hole can't be an attribute of <script>; put it in quotes",
+    "<p {{json who}}>": "this hole can't be an attribute of <p>; put it in quotes",
+    **{f'<p {name}="f(\'{{{{who}}}}\')">': f"{name} {AS_JSON}" for name in (
+        "data-on:click", "data-on:click__debounce.1s", "data-on-click", "data-on-intersect", "data-on-signal-patch-filter", "data-signals", "data-signals:a",
+        "data-signals__ifmissing", "data-computed:a", "data-text", "data-show", "data-class", "data-class:a", "data-attr", "data-attr:href", "data-style:top",
+        "data-init", "data-init__delay.1s", "data-effect", "data-bind", "data-ref", "data-indicator", "data-json-signals", "data-star-on:click", "data-persist")},
+    "<p DATA-ON:CLICK = '{{who}}'>": f"data-on:click {AS_JSON}", "<p data-text=\"`{{json who}}`\">": f"data-text {AS_JSON}",
+    "<p data-text='f(\"{{json who}}\")'>": f"data-text {AS_JSON}", '<p data-text="f(&quot;{{json who}}&quot;)">': f"data-text {AS_JSON}",
+    "<p data-text=\"'it\\'s {{json who}}'\">": f"data-text {AS_JSON}",
+    **{f'<p {name}="{{{{json who}}}}">': f"no hole can stand in {name} of <p>, {RUN}" for name in ("onclick", "onfocusin", "style", "srcdoc")},
+    "<p ONCLICK = '{{who}}'>": f"no hole can stand in onclick of <p>, {RUN}", '<set attributeName="href" to="{{who}}"/>': f"no hole can stand in to of <set>, {RUN}",
+    '<script src="/{{who}}"></script>': f"no hole can stand in src of <script>, {RUN}", '<base href="{{who}}">': f"no hole can stand in href of <base>, {RUN}",
+    '<link rel="stylesheet" href="{{who}}">': f"no hole can stand in href of <link>, {RUN}", '<object data="{{who}}">': f"no hole can stand in data of <object>, {RUN}",
+    **{f'<a href="{start}{{{{who}}}}">': f"href {LEADS}" for start in ("javascript:", " JavaScript:", "java\tscript:", "java", "data:", "&#106;avascript:", "j&#", "page")},
+    '<a href="{{who}}{{who}}">': f"href {LEADS}", '<a href="{{who}}script:f()">': f"href {LEADS}", '<a xlink:href="x{{who}}">': f"xlink:href {LEADS}",
+    '<button formaction="x{{who}}">': f"formaction {LEADS}", "<form ACTION='x{{who}}'>": f"action {LEADS}", '<a href="{{json who}}">': f"href {LEADS}",
+    "{{new-who}}": A_HOLE, "{{ who.name }}": A_HOLE, "{{who|safe}}": A_HOLE, "<p title='{{  who  }}'>": A_HOLE, "{{json}} {{": A_HOLE,
+    "<ul>{{row}}</ul>\n<!-- new-row -->\n<li>": A_PART, "<ul>{{row}}</ul>\n  <!-- row -->\n<li>": A_PART, "<!--row-->\n<li>": A_PART, "{{row}}\n<!-- row -->": A_PART,
+    "a\n<!-- row -->\nb\n<!-- row -->\nc": "there is a part 'row' above; rename one of them",
+    "<p {{who}}>\n<!-- who -->\n<i>": "this part stands in the place of an attribute; take out what can't stand there",
+    "<p {{who}}>\n<!-- who -->\ntitle={{name}}": "this part stands in the place of an attribute; take out what can't stand there",
+}
+
+
+@cases("text", REFUSED)
+def test_a_template_in_which_text_could_do_harm_is_refused_with_the_remedy(text):
+    with pytest.raises(ValueError) as refused:
+        orion.Template(text)
+    assert str(refused.value).split(": ", 1)[0].startswith("line ") and str(refused.value).endswith(": " + REFUSED[text])
+
+
+HARM = "\"'`<b>&quot; onclick=f() javascript:f()"
+@cases("text, markup", [
+    ("<p {{yes}} {{no}} {{one}} {{zero}}/>", "<p yes  one />"), ('<p title="{{text}}">{{ text }}</p>', None),
+    ("<p title='{{text}}' data-who = \"{{text}}\">", None), ("<title>{{text}}</title><textarea>{{text}}</textarea>", None), ("1 < 2 <= {{text}} <3", None),
+    ("<p data-online='{{text}}' data-once='{{text}}'>", None), ('<a href="{{text}}">', '<a href="#">'), ('<a href="{{path}}">', '<a href="/w/a?b#c">'),
+    ('<a href="{{web}}">', '<a href="https://a.b/c:d">'), ('<a href="/w/{{text}}">', None), ('<a href="?a={{text}}&b={{text}}">', None),
+    ('<a href="https://a.b/{{text}}" xlink:href="#{{text}}">', None), ('<a href="{{path}}/{{text}}">', '<a href="/w/a?b#c/TEXT">'),
+    ("<svg><path d='M0 0{{wire}}'/></svg>\n<!-- wire -->\nL{{text}}", "<svg><path d='M0 0LTEXT'/></svg>"),
+    ("<p {{named}}>\n<!-- named -->\ntitle='{{text}}' {{yes}}", "<p title='TEXT' yes>"), ("<b>\n<!-- two words -->\n</b>{{text}}", None),
+    ("<p title='{{text}}'>{{text}}\n<!-- text -->\n<b>", None), ("<!DOCTYPE html><br/>{{text}}<script>if (1 < 2) f({})</script>", None)])
+def test_a_hole_in_a_safe_place_is_filled_and_stays_text(text, markup):
+    filled = orion.Template(text)(text=HARM, yes=True, no=False, one=1, zero=0, path="/w/a?b#c", web="https://a.b/c:d", wire=True, named=True)
+    expected = markup or text.partition("\n<!-- text")[0].replace("{{ text }}", "TEXT").replace("{{text}}", "TEXT")
+    assert filled == expected.replace("TEXT", "&quot;&#x27;`&lt;b&gt;&amp;quot; onclick=f() javascript:f()")
+
+
+@cases("address, kept", [
+    ("javascript:f()", False), ("JavaScript:f()", False), (" javascript:f()", False), ("java\tscript:f()", False), ("\x01javascript:f()", False),
+    ("data:text/html,x", False), ("vbscript:f()", False), ("blob:x", False), ("a:b/c", False), ("javascript&colon;f()", False), ("javascript&#58;f()", False),
+    ("", True), ("page", True), ("a/b:c", True), ("/w/a:b", True), ("?a:b", True), ("#a:b", True), ("HTTPS://a", True), ("mailto:a@b", True), ("tel:1", True)])
+def test_an_address_that_is_code_is_not_written(address, kept):
+    assert orion.Template('<a href="{{to}}">')(to=address) == f'<a href="{html.escape(address) if kept else "#"}">'
+
+
+@cases("value", ["", HARM, "$a @post('/x') ${f()} ${`", "</script><!--", "\\\"'\n\u2028\u2029\0é\ud800", 7, 1.5e300, -2, True, False, None, ["a", {"b": HARM}], {}, []])
+def test_a_json_hole_takes_any_value_and_leaves_no_sign_that_code_could_heed(value):
+    filled = orion.Template("<p data-text=\"{{json who}}\">")(who=value)
+    written = re.fullmatch('<p data-text="(.*)">', filled)[1]
+    assert json.loads(html.unescape(written)) == value and not {*"'`<>$@()/;=\n"} & {*written.replace("&quot;", "")}
+
+
+def test_a_json_hole_takes_the_rows_of_a_store(store):
+    rows = store.query("SELECT 1 AS n, '<' AS text")
+    assert html.unescape(orion.Template("<p data-rows='{{json rows}}'>")(rows=rows)) == r"""<p data-rows='[{"n": 1, "text": "\u003c"}]'>"""
+
+
+BY_MISTAKE = [                                       # a template, what fills it, what is said
+    ("<b>{{name}}</b>", {}, KeyError, "nothing fills the hole 'name': give name=..."),
+    ("<ul>{{row}}</ul>", {"row": []}, KeyError, "there is no part 'row' for text: write a line <!-- row -->, and below it the markup of one row"),
+    ("<p title='{{row}}'>{{row}}\n<!-- row -->\n<li>", {"row": []}, KeyError, "there is no part 'row' for a value: write a line <!-- row -->, and below it the markup of one row"),
+    ("<ul>{{row}}\n<!-- row -->\n<li>", {"row": [{}, "ann"]}, TypeError, "the part 'row' is filled with dicts or rows, and not with 'ann'; Html().join makes markup of a list"),
+    ("<p {{title}}>", {"title": "a"}, TypeError, "in the place of an attribute stands True or False, and no text: 'a'; for text, write the hole in quotes: title=\"{{a}}\""),
+    ("<p {{title}}>", {"title": 2}, TypeError, "in the place of an attribute stands True or False, and no text: '2'; for text, write the hole in quotes: title=\"{{a}}\""),
+    ("<p {{title}}>", {"title": orion.Html("x")}, TypeError, "markup can't stand in the place of an attribute; fill the hole 'title' with text, and not with 'x'"),
+    ("<p title='{{title}}'>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
+    ("<title>{{title}}</title>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
+    ("<a href='{{to}}'>", {"to": orion.Html("/")}, TypeError, "markup can't stand in the place of an address; fill the hole 'to' with text, and not with '/'"),
+]
+
+
+@cases("text, values, kind, said", BY_MISTAKE)
+def test_a_value_that_a_hole_does_not_take_is_an_error_that_says_what_it_takes(text, values, kind, said):
+    with pytest.raises(kind) as raised:
+        orion.Template(text)(**values)
+    assert raised.value.args == (said,)
+
+
+def test_a_hole_that_takes_nothing_shows_nothing():
+    assert orion.Template("[{{a}}{{b}}]<p title='{{a}}' {{b}}>")(a=None, b=None) == "[]<p title='' >"
+
+
+def test_a_part_that_a_file_does_not_have_is_named_beside_those_that_it_has():
+    with pytest.raises(KeyError, match="slice.html has no part 'life', but live"):
+        orion.template("slice.life")
+
+
+def test_a_template_is_read_from_its_file_and_an_error_names_file_and_line(tmp_path):
+    (tmp_path / "chat.html").write_text("<p>\n{{row}}</p>\n<!-- row -->\n<li>é\n<!-- other -->\n<p>\n  <p\n id={{row}}>", "utf-8")
+    with pytest.raises(ValueError, match=r"^chat\.html, line 8: id=\{\{row}}>: in a tag"):
+        orion.Template(tmp_path / "chat.html")
+    (tmp_path / "chat.html").write_text("<p>{{row}}</p>\n<!-- row -->\n<b>é</b>\n", "utf-8")
+    assert orion.Template(tmp_path / "chat.html")(row=True) == "<p><b>é</b></p>"
 
 
 def test_a_hole_may_have_spaces_and_one_that_nothing_fills_is_named():
@@ -4633,6 +4758,7 @@ def test_a_form_has_at_most_a_hundred_fields(serve, many, status):
 
 FROM_OUTSIDE = {
     "NOT_IN_A_VALUE": ("search", ("", "a", ""), ("", "\t", "")),
+    "ADDRESS": ("match", ("", "a", ":"), ("", "http", ":")),
     "LOCAL_PATH": ("fullmatch", ("/", "a", " "), ("/", "/", "")),
     "REGION": ("match", ("", " ", ""), ("<a", " id", ">"), ("<a", " id ", ">"), ("<a id", " ", "x"), ("<a", '"', ""),
                ("<a", "''", '"'), ("<a ", '"', "'"), ("<a", ' x="a"', ">"), ("<a '", "a", "")),
@@ -4666,7 +4792,7 @@ FROM_OUTSIDE = {
     "DIRECTORY_ANSWERS": ("fullmatch", ("/_gate/", "a", "/"), ("/_gate/", "\n", "")),
 }
 FROM_INSIDE = {
-    "HOLE": "templates", "PART": "templates", "PATH": "the routes of a slice", "PART_OF_PATH": "the routes of a slice",
+    **dict.fromkeys(("HOLE", "PART", "TAG", "ATTRIBUTE", "TAG_END", "EXPRESSION", "STRING", "LINKS", "NO_HOLES"), "templates"), "PATH": "the routes of a slice", "PART_OF_PATH": "the routes of a slice",
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
     "HOST_NAME": "a flag", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
@@ -10593,6 +10719,14 @@ def test_expressions(show):
     texts = [page.js("return $('#%s').textContent" % name) for name in "abcdefhijk"]
     assert texts == ["3", "ZOE", "7", "5", "$n @get(4", "2", "2", "i", "1", "true"]
     assert page.js("return store().missing") == ""
+
+
+def test_what_fills_a_json_hole_is_data_to_the_client(show):
+    text = HARM + """'+f()+'"+f()+"`${f()} $n @post('/x') @in( ; \\ // é\u2028"""
+    page = show(orion.Template("""<p id=a data-signals="{n: 1, who: {{json who}}}" data-text="$who.text + [{{json who}}][0].text"></p>
+        <button id=b data-on:click="el.textContent = {{json text}} + $n">{{text}}</button>""")(who={"text": text}, text=text) + STORE)
+    page.click("#b")
+    assert page.js("return $('#a').textContent") == text * 2 and page.js("return $('#b').textContent") == text + "1"
 
 
 @better_than_official
