@@ -1650,6 +1650,9 @@ class SliceHost(DurableObject):
         asked = time.perf_counter()
         rendering = self.rendering(live, ctx)
         body = live.page(ctx.for_page(live), rendering.html)
+        if type(body) is not Html:
+            raise TypeError(f"the page of {live.path} is to be Html, what a template "
+                            f"returns, and not {body!r:.200}")
         title = f"{live.title} · {ctx.title}"
         footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
         return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)

@@ -2278,6 +2278,13 @@ def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
     assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500 and logged(capfd, "the region of /n is to be Html")
 
 
+@cases("returned", [None, "<h1>N</h1>", 7])
+def test_a_page_that_is_no_markup_is_an_error_and_not_shown(start, capfd, returned):
+    plain = orion.Slice("plain", (), (orion.Live("/n", "todos:read", "n", "N", lambda ctx: orion.Template('<p id="n">x</p>')(), lambda ctx, region: returned),))
+    assert Person(start((orion.todos, plain)), "bob").get("/w/acme/n").status == 500
+    assert logged(capfd, f"the page of /n is to be Html, what a template returns, and not {returned!r}")
+
+
 @cases("markup", ['<div data-show="$n > 0" id="n">x</div>', "\n<p\n class='a>b'\n id=n>x</p>", '<x-y id = "n">x</x-y>'])
 def test_a_region_is_any_element_with_an_id(start, markup):
     assert Person(start((orion.todos, small(region=lambda ctx: orion.Template(markup)()))), "bob").get("/w/acme/n").status == 200
