@@ -4327,8 +4327,7 @@ def read_requests(buffer) -> Iterator[Optional[Reading]]:
         if buffer.startswith(b"\r\n"):                   # one is tolerated (RFC 9112, 2.2)
             del buffer[:2]
         head = yield from read_head(buffer)
-        parse = parse_again if len(head) <= 1024 else parse_head
-        reading = parse(head)
+        reading = parse_again(head)
         if reading.length == 0:
             yield reading
             continue
@@ -4384,8 +4383,23 @@ def parse_head(head) -> Reading:
                    modern, length)
 
 
+def remembered(function):
+    """Return the function with a memory of what it returned last.
+
+    Its arguments come from outside. If they are long they are not remembered: then anybody
+    could fill the memory.
+    """
+    again = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def remembering(*args):
+        known = again if sum(map(len, args)) <= 1024 else function
+        return known(*args)
+    return remembering
+
+
 # The heads that a browser sends are mostly the same, time and again.
-parse_again = functools.lru_cache(maxsize=1024)(parse_head)
+parse_again = remembered(parse_head)
 
 
 def check_host(headers, modern):
@@ -5743,7 +5757,7 @@ def in_networks(address, networks: Tuple[str, ...]) -> bool:
 WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def client_behind(peer, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
     """Return who is behind the proxies that we trust, by X-Forwarded-For.
 
@@ -6159,7 +6173,7 @@ class QuickRouter(Router):
 
     def __init__(self, slices):
         super().__init__(slices)
-        self.match = functools.lru_cache(maxsize=1024)(super().match)
+        self.match = remembered(super().match)
 
 
 class EdgeWorkspace(Broadcast, Workspace):
@@ -6171,7 +6185,7 @@ class EdgeDirectory(Broadcast, Directory):
     """A Directory whose streams are held by a broker, and which keeps its verdicts."""
     VERDICT_SECONDS = 1.0
     MOST_VERDICTS = 1024
-    digest_of = staticmethod(functools.lru_cache(maxsize=1024)(session_digest))
+    digest_of = staticmethod(remembered(session_digest))
 
     def on_open(self):
         super().on_open()

@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import weakref
@@ -4758,6 +4759,20 @@ def test_a_form_has_at_most_a_hundred_fields(serve, many, status):
     form = "application/x-www-form-urlencoded"
     answer = Person(serve(), "bob").ask("POST", "/w/acme/todos", many, Content_Type=form)
     assert answer.status == status and ("at most 100 parameters or fields" in answer.text) == (status == 400)
+
+
+@cases("what", ["path", "cookie", "x-forwarded-for"])
+def test_nobody_fills_the_memory_with_what_is_long(start, what):
+    server = start(trust_proxy=("127.0.0.1",))
+    long = [f"{n}.{'1' * 15_000}" for n in range(41)]
+    ask = lambda text: Person(server).get(f"/_gate/{text}" if what == "path" else "/", **({} if what == "path" else {what: text})).status
+    expected = ask(long.pop())
+    tracemalloc.start()
+    try:
+        assert [ask(text) for text in long] == [expected] * 40
+        eventually(lambda: tracemalloc.get_traced_memory()[0] < 40 * 15_000 / 2, "it is all still there")
+    finally:
+        tracemalloc.stop()
 
 
 # -- regular expressions: a new one has to be listed here, either with what makes it work hardest or with the reason why
