@@ -526,9 +526,9 @@ class Template:
 
     def __init__(self, text: Union[str, pathlib.Path],
                  parts: Optional[Dict[str, Template]] = None, line: int = 1):
-        self.file = ""
+        self.where = ""                                  # for what is said of errors
         if isinstance(text, pathlib.Path):
-            self.file = f"{text.name}, "
+            self.where = f"{text.name}, "
             text = text.read_text("utf-8")
         first, *rest = PART.split(text)
         self.markup = first.rstrip("\n")
@@ -544,7 +544,7 @@ class Template:
                 part.read_as("text")
 
     def add(self, name, part):
-        part.file = self.file
+        part.where = f"{self.where}part {name!r}, "
         if name in self.parts:
             raise part.error(0, f"there is a part {name!r} above; rename one of them")
         self.parts[name] = part
@@ -576,7 +576,7 @@ class Template:
         rest = self.markup[at:].lstrip() or self.markup[-60:]
         line = self.line + self.markup[:-len(rest) or None].count("\n")
         shown = rest.partition("\n")[0]
-        return ValueError(f"{self.file}line {line}: {shown:.60}: {remedy}")
+        return ValueError(f"{self.where}line {line}: {shown:.60}: {remedy}")
 
     def __call__(self, **values: Any) -> Html:
         return Html(self.filled("text", values))
