@@ -1759,6 +1759,10 @@ def command_id(request: Request, viewer: Viewer) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
+FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
+               WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
+
+
 class Answers:
     """The answers of the last ten minutes, of one object, to commands that have an id.
 
@@ -1772,8 +1776,9 @@ class Answers:
     def __init__(self, store: Store):
         self.store = store
         self.ids: Dict[bytes, int] = {}
-        self.until_forget = 0
         self.forget("")
+        rows = store.query("SELECT command, id FROM answers")
+        self.ids.update([(row["command"], row["id"]) for row in rows])
 
     def find(self, command: bytes) -> Optional[Response]:
         """Return the answer that this command had already; None if it is new."""
@@ -1813,13 +1818,11 @@ class Answers:
         """
         self.until_forget = self.FORGET_EVERY
         now = time.time()
-        self.store.exec("DELETE FROM answers WHERE at NOT BETWEEN ? AND ?",
-                        now - self.SECONDS, now + self.SECONDS)
-        self.store.exec("DELETE FROM answers WHERE who = ? AND id <= (SELECT id FROM "
-                        "answers WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", who,
-                        who, self.MOST)
-        rows = self.store.query("SELECT command, id FROM answers")
-        self.ids = {row["command"]: row["id"] for row in rows}
+        args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
+        for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
+            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
+                del self.ids[row["command"]]
+        self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
 
 
 class RepeatsAnswers(SliceHost):

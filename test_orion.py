@@ -2499,6 +2499,18 @@ def test_after_ten_minutes_a_command_is_a_new_one_and_the_answers_of_before_are_
     assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 4
 
 
+def test_a_command_that_was_done_again_is_known_also_when_its_first_answer_goes(server):
+    one = the_workspace(server)
+    answer_of(one, with_key("a"))
+    with one.turn, one.store.tx():
+        one.store.exec("UPDATE answers SET at = at - 601")
+    answer_of(one, with_key("a"))
+    with one.turn, one.store.tx():
+        one.known.forget("")
+    answer_of(one, with_key("a"))
+    assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 2
+
+
 def test_the_ids_of_one_account_are_bounded_and_push_out_nobody_elses(server, monkeypatch):
     monkeypatch.setattr(orion.Answers, "MOST", 20), monkeypatch.setattr(orion.Answers, "FORGET_EVERY", 10)
     one = the_workspace(server)
@@ -2506,6 +2518,7 @@ def test_the_ids_of_one_account_are_bounded_and_push_out_nobody_elses(server, mo
     for n in range(100):
         answer_of(one, with_key(f"{n} {'k' * 3000}"))
     assert keys_in(server)[0] <= ("bob", 30) and keys_in(server)[1] == ("carol", 1)
+    assert len(one.known.ids) == sum([many for _, many in keys_in(server)])
     with contextlib.closing(server.store("acme")) as file:
         assert file.execute("SELECT max(length(command)) FROM answers").fetchone() == (16,)
     before = len(titles(Person(server, "bob")))
