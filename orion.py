@@ -1533,6 +1533,7 @@ NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
     context = Context                                    # [3] has one with more in it
+    MOST_RENDERINGS = 100                                # then the oldest goes
 
     def __init__(self, id: str, namespace: Namespace, router: Router,
                  pages: Sequence[Live]):
@@ -1627,6 +1628,8 @@ class SliceHost(DurableObject):
         shared = ctx.shared(live)
         key = live.path, shared.viewer, tuple(shared.params.items())
         if key not in self.renderings:
+            while len(self.renderings) >= self.MOST_RENDERINGS:
+                del self.renderings[next(iter(self.renderings))]
             self.renderings[key] = self.render(live, shared)
         return self.renderings[key]
 
@@ -3244,7 +3247,8 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # The idea: a table belongs to the slice whose migration made it. SQLite itself is asked
 #   about each statement, and refuses what reaches into the tables of another slice.
 # It promises: each migration runs once in each file. A region only reads; a command reads
-#   and writes rows; only a migration makes tables.
+#   and writes rows; only a migration makes tables: ordinary ones, and those of full-text
+#   search (FTS5), which keep what they index in further tables of the same slice.
 # Who uses it: objects (section 7) when they open their files; slices, for each statement.
 
 class MigrationError(Exception):
@@ -3289,7 +3293,9 @@ class OwnedStore(Store):
             with self.judge.watching(slice, MIGRATE):
                 self.exec(sql)
         except (sqlite3.Error, sqlite3.Warning) as error:
-            why = self.judge.objection or error
+            why = self.judge.objection or str(error)
+            if why == "no such module: fts5":
+                why += "; full-text search is not in this Python's SQLite; use another one"
             raise MigrationError(f"slice {slice!r}, entry {number}: {why}") from error
         made = self.tables() - before
         if re.search(r"\s", "".join(made)):
@@ -3332,11 +3338,16 @@ ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
 TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
                    sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
                    sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
-NO_SLICE_MAY = {sqlite3.SQLITE_CREATE_VTABLE, sqlite3.SQLITE_DROP_VTABLE,
-                sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
+NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
                 sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
                 sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
                 sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
+# What SQLite asks about when a statement is the first to use full-text search (FTS5). That
+# reads nothing of others, and SQLite itself lets nobody write to sqlite_master.
+FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
+             (sqlite3.SQLITE_READ, "sqlite_master", "ROWID"),
+             *[(sqlite3.SQLITE_UPDATE, "sqlite_master", column)
+               for column in ("type", "name", "tbl_name", "rootpage", "sql")]}
 
 
 class Judge:
@@ -3368,22 +3379,26 @@ class Judge:
         if not self.slice:
             return sqlite3.SQLITE_OK
         table = second if action in TABLE_IS_SECOND else first
-        objection = self.object_to(action, table or "")
+        objection = self.object_to(action, table or "", second)
         if not objection:
             return sqlite3.SQLITE_OK
         self.objection = self.objection or objection
         return sqlite3.SQLITE_DENY
 
-    def object_to(self, action, table):
-        """Return why not, or ""."""
+    def object_to(self, action, table, second):
+        """Return why not, or "". What FTS5 does in the tables that it makes is judged, too.
+        """
         migrates = self.may == MIGRATE
+        if (action, table, second) in FTS5_ASKS:
+            return ""
+        if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() != "fts5":
+            return "makes a virtual table that is not of FTS5; no slice may"
         if not migrates and action not in ROWS:
             return "does more than read and write rows, which is for migrations"
         if self.may == READ and action in WRITES:
             return "writes, which only a command or a job may"
         if migrates and action in NO_SLICE_MAY:
-            return ("uses PRAGMA, ATTACH, TEMP or a transaction, or makes a virtual table; "
-                    "no slice may")
+            return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
             return ""
         owner = self.owners.get(table.lower(), self.slice)
@@ -4223,7 +4238,7 @@ class Subscription(NamedTuple):
     stub: GuardedStub
     topic: str
     again: Request                                       # as a whole role would ask
-    piece: Piece                                         # as it is now
+    piece: Optional[Piece]                               # as it is now
 
     @property
     def question(self) -> Tuple[Any, ...]:
@@ -5253,7 +5268,7 @@ class Channel:
     meanwhile, so it goes round once more)."""
 
     def __init__(self, subscription):
-        self.subscription = subscription
+        self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
         self.account = ""                                # to whom it is charged: section 23
         self.streams = set()
         self.busy = False
@@ -7075,7 +7090,16 @@ class KeepsQuota(EdgeWorkspace):
             self.quota = quota
         self.deletes = request.method == "DELETE"
         with reserve(self.store) if self.deletes else contextlib.nullcontext():
-            return super().handle(request)
+            response = super().handle(request)
+            if request.method not in SAFE:
+                self.write_indexes()
+            return response
+
+    def write_indexes(self):
+        """Have FTS5 write at this savepoint, and not at the commit, when others pay for it,
+        or the reserve is gone."""
+        with self.store.tx():
+            pass
 
     def fault(self, error):
         """Say whose room it is that there is none of, and what helps."""
@@ -8558,15 +8582,21 @@ def copy_database(source, target, about: Any = None) -> int:
     return rows
 
 
+# A table of FTS5 has no page of its own, and these beside it, where it keeps its index.
+SHADOWS = ("data", "idx", "content", "docsize", "config")
+
+
 def verified(db: sqlite3.Connection) -> int:
     """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
         raise sqlite3.DatabaseError(f"damaged: {found[0]}")
-    tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT "
-                        "LIKE 'sqlite_%'").fetchall()
+    made = db.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table' AND "
+                      "name NOT LIKE 'sqlite_%'").fetchall()
+    shadows = {f"{name}_{tail}" for name, rootpage in made for tail in SHADOWS
+               if not rootpage}
     return sum([db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
-                for name, in tables])
+                for name, _ in made if name not in shadows])
 
 
 def opened_to_read(path):

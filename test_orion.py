@@ -1529,6 +1529,105 @@ def test_what_a_migration_deletes_where_no_table_is_dropped_cascades(store):
     assert store.query("SELECT * FROM photos") == []
 
 
+NOTES = ("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT)", "INSERT INTO notes (text) VALUES ('a rope')")
+WORDS_OF_NEW = "CREATE TRIGGER words_of_new AFTER INSERT ON notes BEGIN INSERT INTO words (rowid, text) VALUES (new.id, new.text); END"
+WORDS = ("CREATE VIRTUAL TABLE words USING fts5(text, content='notes', content_rowid='id')", "INSERT INTO words (words) VALUES ('rebuild')", WORDS_OF_NEW)
+FORGET_WORDS = "INSERT INTO words (words, rowid, text) VALUES ('delete', 1, 'a rope')"
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """notes(may): the tables of a slice with full-text search, by a connection that has not used it yet."""
+    opened = [orion.GuardedStore(tmp_path / "notes.db", create=True)]
+    opened[0].migrate("notes", (*NOTES, *WORDS)), opened[0].migrate("nosy", ("CREATE TABLE mine (text)",))
+
+    def notes(may, slice="notes"):
+        opened.append(orion.GuardedStore(tmp_path / "notes.db"))
+        opened[-1].learn_owners()
+        return orion.Tables(opened[-1], slice, may)
+    yield notes
+    for store in opened:
+        store.close()
+
+
+def found(tables, words="ro*"):
+    return [row["rowid"] for row in tables.query("SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid", words)]
+
+
+def test_a_slice_searches_the_words_that_its_triggers_and_commands_put_into_its_index(notes):
+    assert found(notes(orion.READ)) == [1]
+    write = notes(orion.WRITE)
+    with write.tx():
+        write.exec("INSERT INTO notes (text) VALUES ('Robots, a rope')")
+        assert write.store.last_row() == "2" and found(write) == [1, 2], "what is not committed yet is found, too"
+    write.exec(FORGET_WORDS)
+    assert found(write) == [2] and write.one("SELECT text FROM words WHERE words MATCH 'robots'")[0] == "Robots, a rope"
+    write.exec("INSERT INTO words (words) VALUES ('rebuild')"), write.exec("INSERT INTO words (words) VALUES ('integrity-check')")
+    assert found(notes(orion.READ)) == [1, 2]
+
+
+@cases("sql", [FORGET_WORDS, "INSERT INTO words (words) VALUES ('rebuild')", "DELETE FROM words", "DELETE FROM words_data"])
+def test_a_region_searches_and_writes_to_no_index(notes, sql):
+    tables = notes(orion.READ)
+    with pytest.raises(PermissionError, match="'notes' writes, which only a command or a job may"):
+        tables.exec(sql)
+    assert found(tables) == [1]
+
+
+@cases("sql", ["SELECT rowid FROM words WHERE words MATCH 'rope'", "SELECT * FROM words", FORGET_WORDS, "INSERT INTO words (words) VALUES ('rebuild')",
+               *[f"SELECT * FROM words_{tail}" for tail in ("data", "idx", "docsize", "config")], "DELETE FROM words_data", "DROP TABLE words"])
+def test_no_other_slice_reaches_an_index_or_what_it_is_kept_in(notes, sql):
+    with pytest.raises(PermissionError, match="'nosy' (touches table 'words|does more)"):
+        notes(orion.WRITE, "nosy").query(sql)
+    assert found(notes(orion.READ)) == [1]
+
+
+@cases("sql", ["UPDATE sqlite_master SET sql = ''", "UPDATE sqlite_master SET rootpage = 2", "DELETE FROM sqlite_master", "SELECT sql FROM sqlite_master",
+               "PRAGMA data_version = 3", "PRAGMA user_version = 3", "CREATE VIRTUAL TABLE more USING fts5(x)"])
+def test_what_search_needs_opens_no_other_door(notes, sql):
+    before = notes(orion.READ).store.query("SELECT * FROM sqlite_master")
+    with contextlib.suppress(PermissionError, sqlite3.OperationalError):
+        assert "data_version" in sql or notes(orion.WRITE).query(sql) is None, "it was let through"
+    store = notes(orion.READ).store
+    assert store.query("SELECT * FROM sqlite_master") == before and store.one("PRAGMA user_version")[0] == 0
+
+
+@cases("made", ["fts5vocab(words, row)", "fts4(x)", "rtree(a, b, c)", "dbstat"])
+def test_no_virtual_table_is_made_that_is_not_of_full_text_search(notes, made):
+    with pytest.raises(orion.MigrationError, match="slice 'more', entry 1: makes a virtual table that is not of FTS5"):
+        notes(orion.WRITE).store.migrate("more", (f"CREATE VIRTUAL TABLE more USING {made}",))
+
+
+def test_an_index_of_the_rows_of_another_slice_is_refused(notes):
+    theft = "CREATE VIRTUAL TABLE stolen USING fts5(text, content='notes', content_rowid='id')"
+    for way in ("INSERT INTO stolen (stolen) VALUES ('rebuild')", "CREATE TABLE rows AS SELECT * FROM stolen",
+                "CREATE TRIGGER t AFTER INSERT ON notes BEGIN INSERT INTO stolen (text) VALUES (new.text); END"):
+        with pytest.raises(orion.MigrationError, match="slice 'nosy', entry 3: touches table 'notes' of slice 'notes'"):
+            notes(orion.WRITE).store.migrate("nosy", ("CREATE TABLE mine (text)", theft, way))
+
+
+def test_an_index_outlives_that_its_table_is_rebuilt_and_goes_and_comes_by_migrations(notes):
+    copied = ("CREATE TABLE copy (id INTEGER PRIMARY KEY, text TEXT NOT NULL)", "INSERT INTO copy SELECT * FROM notes", "DROP TABLE notes",
+              "ALTER TABLE copy RENAME TO notes", WORDS_OF_NEW)
+    entries = (*NOTES, *WORDS, *copied)
+    write = notes(orion.WRITE)
+    write.store.migrate("notes", entries)
+    write.exec("INSERT INTO notes (text) VALUES ('a robot')")
+    assert found(write) == [1, 2]
+    entries += ("ALTER TABLE words RENAME TO terms", "DROP TRIGGER words_of_new", "DROP TABLE terms", *WORDS)
+    write = notes(orion.WRITE)
+    write.store.migrate("notes", entries)
+    assert found(write) == found(notes(orion.READ)) == [1, 2] and not write.store.query("SELECT 1 FROM sqlite_master WHERE name LIKE 'terms%'")
+
+
+def test_rows_are_counted_without_what_an_index_is_kept_in(notes):
+    store = notes(orion.WRITE).store
+    made = len(store.query("SELECT * FROM _migrations"))
+    assert orion.verified(store.db) == made + 2, "a row and, where it can be searched, the same again"
+    store.migrate("more", ("CREATE VIRTUAL TABLE mores USING fts5(x)", "CREATE TABLE more_data (x)", "INSERT INTO mores VALUES ('a')", "INSERT INTO more_data VALUES (1)"))
+    assert orion.verified(store.db) == made + 4 + 2 + 2
+
+
 def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
     start().close()
     edited = orion.todos._replace(migrations=[TODO])
@@ -2154,7 +2253,7 @@ def test_what_a_slice_forgot_to_name_is_told_with_where_to_name_it(start, capfd,
 
 
 @cases("table, why", [("CREATE TABLE b (t INTEGER REFERENCES Todos)", "'b' refers to table 'todos' of slice 'todos'"), ('CREATE TABLE "a b" (x)', "no space is allowed"),
-                      ("CREATE VIRTUAL TABLE b USING fts5(x)", "or makes a virtual table"), ("PRAGMA user_version = 1", "uses PRAGMA")])
+                      ("CREATE VIRTUAL TABLE b USING fts4(x)", "makes a virtual table"), ("PRAGMA user_version = 1", "uses PRAGMA")])
 def test_a_table_that_would_be_in_the_way_of_others_is_refused(start, table, why):
     with pytest.raises(orion.MigrationError, match=re.escape(why)):
         start((orion.todos, orion.Slice("b", (table,))))
@@ -2385,7 +2484,8 @@ def test_what_is_sent_without_a_body_has_its_fields_in_the_query(told, method):
 
 
 def test_the_query_of_a_command_with_a_body_is_none_of_its_fields(told):
-    assert told(lambda ctx: ctx.fields("tag"), "/said?tag=a", form={"x": "y"}) == []
+    fields = lambda ctx: ctx.fields("tag")
+    assert told(fields, "/said?tag=a", form={"x": "y"}) == told(fields, "/said?tag=a", x="y") == []
 
 
 def test_a_number_is_whole_and_a_mistake_names_its_field(told):
@@ -2395,6 +2495,9 @@ def test_a_number_is_whole_and_a_mistake_names_its_field(told):
     for sent in ("", " ", "x", "4.5", "1e3", "--1", "+1", "9" * 19, "\u0663", 4.5, True, None):
         assert told(number, amount=sent) == (422, "amount is a whole number of at most 18 digits.")
     assert told(number)[0] == 422 and told(number, amount=[1])[0] == 400
+    with pytest.raises(orion.Refused) as refused:
+        orion.Context(None, None, None, {}, orion.Request("GET", "/", "amount=x"), {}).number("amount")
+    assert refused.value.problems == {"amount_problem": "amount is a whole number of at most 18 digits."}
     assert told(lambda ctx: ctx.number("amount", 1)) == told(lambda ctx: ctx.number("amount", 1), form={"amount": ""}) == 1
 
 
