@@ -1862,7 +1862,7 @@ class RepeatsAnswers(SliceHost):
 #
 # Its template is templates/todos.html, which is in short:
 #
-#     <h1>{{workspace}}</h1> {{form}} {{region}}
+#     <h1>{{workspace}}</h1> {{form}} <form role="search">{{q}}</form> {{region}}
 #     <div id="live" data-init="@get('./todos/live', {retry: 'always'})"></div>
 #     <!-- form -->
 #     <form data-on:submit="@post('./todos', {payload: {title: $title}})"> ... </form>
@@ -1874,27 +1874,28 @@ class RepeatsAnswers(SliceHost):
 # -- the page
 
 def todos_region(ctx):
-    shown, link_to_more = some_todos(ctx.store, ctx.params)
+    shown, below = some_todos(ctx.store, ctx.params)
     write = ctx.viewer.can("todos:write")
     delete = ctx.viewer.can("todos:delete")
     rows = [todo_row(*todo, write, delete) for todo in shown]
-    show = ctx.params.get("show", "all")
-    empty = "" if rows else template(f"todos.empty_{show}")()
-    return template("todos.region")(row=Html().join(rows), empty=empty, **link_to_more,
+    kind = "found" if "q" in ctx.params else ctx.params.get("show", "all")
+    empty = "" if rows else template(f"todos.empty_{kind}")()
+    return template("todos.region")(row=Html().join(rows), empty=empty, **below,
                                     **todo_counts(ctx.store))
 
 
 def todos_page(ctx, region):
     show = ctx.params.get("show", "")
-    links = [{"address": f"?show={name}" if name else "./todos", "current": name == show,
-              "label": name.capitalize() or "All"} for name in SHOWN]
+    links = [{"query": todos_query(ctx.params, show=name, pages=""),
+              "current": name == show, "label": name.capitalize() or "All"}
+             for name in SHOWN]
     write = ctx.viewer.can("todos:write")
     return template("todos")(
         region=region, link=links, workspace=ctx.title,
         variant=urllib.parse.urlencode(ctx.params),
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
-        stamp=ctx.stamp)
+        stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""))
 
 
 # -- commands
@@ -1949,12 +1950,29 @@ def count_todos(store):
     return todo_counts(store)["open"]
 
 
+# An index of all words, for the search: it holds no text, and triggers keep it as the
+# titles are (sqlite.org/fts5.html, 4.4.3).
+INDEX_OF_WORDS = (
+    "CREATE VIRTUAL TABLE todos_words USING fts5(title, content='todos', "
+    "content_rowid='id', tokenize='unicode61 remove_diacritics 2')",
+    "CREATE TRIGGER todos_words_of_new AFTER INSERT ON todos BEGIN INSERT INTO todos_words "
+    "(rowid, title) VALUES (new.id, new.title); END",
+    "CREATE TRIGGER todos_words_of_old AFTER DELETE ON todos BEGIN INSERT INTO todos_words "
+    "(todos_words, rowid, title) VALUES ('delete', old.id, old.title); END",
+    "CREATE TRIGGER todos_words_of_changed AFTER UPDATE OF title ON todos WHEN new.title "
+    "<> old.title BEGIN INSERT INTO todos_words (todos_words, rowid, title) VALUES "
+    "('delete', old.id, old.title); INSERT INTO todos_words (rowid, title) VALUES (new.id, "
+    "new.title); END",
+    "INSERT INTO todos_words (todos_words) VALUES ('rebuild')",
+)
+
 todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
-                "NULL, done INTEGER NOT NULL DEFAULT 0)",),
+                "NULL, done INTEGER NOT NULL DEFAULT 0)", *INDEX_OF_WORDS),
     live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page,
-               params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]"}),),    # 25
+               params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]",        # 25
+                       "q": r"[^\0-\x1f]{1,50}"}),),
     routes=(Route("POST", "/todos", "todos:write", create),
             Route("PATCH", "/todos", "todos:write", change_all),
             Route("DELETE", "/todos", "todos:delete", clear),
@@ -1968,20 +1986,40 @@ todos = Slice(
 TITLE_LIMIT = 500                                        # characters
 TODOS_A_PAGE = 200
 MOST_PAGES = 25
-SHOWN = {"": "", "open": "WHERE NOT done", "done": "WHERE done"}     # by the parameter show
+SHOWN = {"": "TRUE", "open": "NOT done", "done": "done"}     # by the parameter show
+LISTED = "SELECT id, title, done FROM todos WHERE {} ORDER BY id DESC LIMIT ?"
+FOUND = """SELECT id, todos.title, done FROM todos_words AS words JOIN todos ON id =
+           words.rowid WHERE todos_words MATCH ? AND {} ORDER BY words.rowid DESC LIMIT ?"""
 
 
 def some_todos(store, params):
-    """Return the newest todos, and what fills the link to more of them."""
-    show = params.get("show", "")
+    """Return the newest todos, and what fills the place below them."""
+    show = SHOWN[params.get("show", "")]
+    if "q" in params:
+        return found_todos(store, params["q"], show)
     pages = int(params.get("pages", 1))
     most = TODOS_A_PAGE * pages
-    found = store.query(f"SELECT id, title, done FROM todos {SHOWN[show]} ORDER BY id DESC "
-                        "LIMIT ?", most + 1)
+    found = store.query(LISTED.format(show), most + 1)
     shown = found[:most]
-    return shown, {"more": len(found) > most and pages < MOST_PAGES,
-                   "next": todos_query(show, pages + 1),
+    return shown, {"more": len(found) > most and pages < MOST_PAGES, "many": False,
+                   "next": todos_query(params, pages=pages + 1),
                    "last": shown[-1]["id"] if shown else ""}
+
+
+def found_todos(store, typed, show):
+    """The same of a search. It has one page, for what one can search for has no end."""
+    found = store.query(FOUND.format(show), quoted_words(typed), TODOS_A_PAGE + 1)
+    below = {"more": False, "many": len(found) > TODOS_A_PAGE, "most": TODOS_A_PAGE}
+    return found[:TODOS_A_PAGE], below
+
+
+def quoted_words(typed):
+    """Return what FTS5 is to look for: all these words, each with any end.
+
+    In quotes, nothing that somebody types is an operator (sqlite.org/fts5.html, 3.1).
+    """
+    words = typed.replace('"', " ").split(" ")
+    return " ".join([f'"{word}"*' for word in words])
 
 
 def todo_counts(store):
@@ -1996,9 +2034,10 @@ def todo_row(id, title, done, write, delete):
                                  delete=delete)
 
 
-def todos_query(show, pages):
-    shown = {"show": show} if show else {}
-    return urllib.parse.urlencode({**shown, "pages": pages})
+def todos_query(params, **changed):
+    """Return the query of a link to the same list, but for what is changed; "": without."""
+    wanted = {name: value for name, value in {**params, **changed}.items() if value}
+    return urllib.parse.urlencode(wanted)
 
 
 def the_todo(ctx, id):

@@ -1628,6 +1628,18 @@ def test_rows_are_counted_without_what_an_index_is_kept_in(notes):
     assert orion.verified(store.db) == made + 4 + 2 + 2
 
 
+def test_an_sqlite_without_full_text_search_is_told_in_a_line(tmp_path, capsys):
+    run = orion.Store.run
+
+    def lacking(self, sql, args):
+        if "USING fts5" in sql:
+            raise sqlite3.OperationalError("no such module: fts5")
+        return run(self, sql, args)
+    with mock.patch.object(orion.Store, "run", lacking):
+        assert orion.main(argv=["--data", str(tmp_path), "--port", "0"]) != 0
+    assert re.fullmatch(r"orion: slice 'todos', entry 2: no such module: fts5; full-text search is not in this Python's SQLite; use another one\n", capsys.readouterr().err)
+
+
 def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
     start().close()
     edited = orion.todos._replace(migrations=[TODO])
@@ -2792,6 +2804,98 @@ def test_a_stream_follows_the_variant_of_its_page(server):
 @cases("title", [["x"], {"x": 1}])
 def test_a_title_that_no_page_sends_is_refused(server, title):
     assert Person(server, "carol", datastar=True).post("/w/acme/todos", title=title).status == 400
+
+
+def searched(person, q, more=""):
+    return titles(person, query=f"?{urllib.parse.urlencode({'q': q})}{more}")
+
+
+def test_the_search_finds_todos_by_the_beginnings_of_their_words(server):
+    bob = Person(server, "bob", datastar=True)
+    assert searched(bob, "skate") == ["Test the skates"] and searched(bob, "THE co") == ["Invoice the coyote"] and searched(bob, "kates") == []
+    bob.post("/w/acme/todos", title="Smörgåsbord for Zoë"), bob.patch("/w/acme/todos/1", title="Sell the skates")
+    assert searched(bob, "smorgas zoe") == searched(bob, "ZOË") == ["Smörgåsbord for Zoë"]
+    assert searched(bob, "skates") == ["Test the skates", "Sell the skates"] and searched(bob, "anvil") == []
+    bob.patch("/w/acme/todos/1", done=True), bob.delete("/w/acme/todos/2")
+    assert searched(bob, "skates", "&show=open") == [] and searched(bob, "skates", "&show=done") == searched(bob, "skates") == ["Sell the skates"]
+    bob.delete("/w/acme/todos")
+    assert searched(bob, "skates") == []
+    with contextlib.closing(server.store("acme")) as file:
+        file.execute("INSERT INTO todos_words (todos_words, rank) VALUES ('integrity-check', 1)")
+
+
+def test_todos_of_before_there_was_a_search_are_found(start):
+    before = orion.todos._replace(migrations=orion.todos.migrations[:1], live=())
+    server = start((before,), demo=False, folder="data")
+    server.env.workspaces.create("ab" * 32)
+    path = server.env.workspaces.path("ab" * 32)
+    server.close()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        file.execute("INSERT INTO todos (title) VALUES ('An old rope')")
+    with contextlib.closing(orion.GuardedStore(path)) as store:
+        store.migrate("todos", orion.todos.migrations)
+        assert [row["title"] for row in orion.found_todos(store, "ro", "TRUE")[0]] == ["An old rope"]
+
+
+@cases("q", ['"', '""', '"a', "a*", "*", "^a", "-a", "a AND", "NOT", "OR", "NEAR(a", "title:a", "{a}:", "(", ")", "a + b", "'", "a'; DROP TABLE todos", "\\", "%", "_", "?",
+             "\u2603", "\U0001f680", "\ufffd", "\u0301", "a" * 50, "a " * 25, " ", "\u3000", "  the  "])
+def test_whatever_is_typed_is_searched_for_and_no_error(server, q):
+    bob = Person(server, "bob")
+    answer = bob.get(f"/w/acme/todos?{urllib.parse.urlencode({'q': q})}")
+    assert answer.status == 200 and ("Invoice the coyote" in answer.text) == (q == "  the  ")
+
+
+@cases("q", ["x" * 51, "a\nb", "a\0", "\x1f", ""])
+def test_what_nobody_types_into_a_search_box_is_no_search(server, q):
+    assert len(searched(Person(server, "bob"), q)) == 3
+
+
+def test_a_search_that_finds_nothing_says_so_and_the_page_keeps_what_was_typed(server):
+    text = Person(server, "erin").get("/w/acme/todos?q=%22%3Cb%3E&show=open").text
+    assert "No todo here has these words." in text and 'value="&quot;&lt;b&gt;"' in text and '<input type="hidden" name="show" value="open">' in text
+    variant = re.search(r"live\?' \+ &quot;(.*?)&quot;", text)[1]
+    assert json.loads(f'"{variant}"') == "show=open&q=%22%3Cb%3E" and 'href="./todos?show=done&amp;q=%22%3Cb%3E"' in text
+    assert 'role="search"' in text and '<label for="q">' in text
+
+
+def test_a_search_shows_two_hundred_and_asks_for_another_word(server):
+    bob = Person(server, "bob")
+    with contextlib.closing(server.store("acme")) as file, file:
+        file.executemany("INSERT INTO todos (title) VALUES (?)", [(f"rope {n}",) for n in range(201)])
+    assert searched(bob, "rope", "&pages=9") == [f"rope {n}" for n in range(200, 0, -1)]
+    text = bob.get("/w/acme/todos?q=rope").text
+    assert "These are the newest 200." in text and "Show more" not in text and "These are" not in bob.get("/w/acme/todos?q=rope+1").text
+
+
+def test_a_stream_follows_the_search_of_its_page(server):
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/todos/live?q=rope&show=open")) as ear:
+        assert "No todo here" in ear.event()
+        bob.post("/w/acme/todos", form={"title": "Buy rope"})
+        assert "Buy rope" in ear.event()
+        bob.patch("/w/acme/todos/4", done=True)
+        assert "No todo here" in ear.event()
+
+
+def test_searches_without_end_leave_a_bounded_number_of_renderings(server):
+    bob, one = Person(server, "bob"), the_workspace(server)
+    for n in range(orion.Workspace.MOST_RENDERINGS + 20):
+        bob.get(f"/w/acme/todos?q={n}")
+    assert len(one.renderings) == orion.Workspace.MOST_RENDERINGS and len(server.edge.kept.answers) > 0
+    with contextlib.closing(Ear(bob, "/w/acme/todos/live?q=rope")) as ear:
+        ear.event()
+        at_rest(server)
+        assert [channel.subscription.piece for channel in server.edge.broker.channels[one.id].values()] == [None]
+
+
+def test_a_search_that_shares_a_commit_with_a_command_sees_what_that_wrote(server):
+    one = the_workspace(server)
+    viewer = orion.verdict("bob", "owner", "acme", one.id)
+    commands = [orion.command_of("/todos", viewer, title=f"rope {n}") for n in range(3)]
+    search = orion.Request("GET", "/todos", "q=rope", viewer)
+    with one.turn:
+        answers = one.answer_all([commands[0], search, commands[1], commands[2], search])
+    assert [answer.status for answer in answers] == [200] * 5 and [answers[n].body.count(b'<li id="todo-') for n in (1, 4)] == [1, 3]
 
 
 def test_all_can_be_ticked_and_the_done_ones_cleared(server):
@@ -10019,6 +10123,21 @@ def test_the_filter_is_kept_in_the_address_and_the_page_stays_live(site, windows
     Person(site, "carol").patch("/w/acme/todos/2", done=True)
     bob.wait(f"{TODOS}.length === 2")
     assert bob.js("return document.querySelector('.filters [aria-current=page]').textContent") == "Done"
+
+
+def test_what_is_searched_for_is_in_the_address_and_its_page_stays_live(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.type("#q", "skate")
+    bob.press("Enter")
+    bob.wait(f"location.search === '?q=skate' && {TODOS}.length === 1 && document.querySelector('#q').value === 'skate'")
+    bob.wait("document.querySelector('.link').textContent === 'Live'")
+    Person(site, "carol").post("/w/acme/todos", title="Mend the skates"), Person(site, "carol").post("/w/acme/todos", title="Buy rope")
+    bob.wait(f"{TODOS}.length === 2")
+    bob.click(".filters a[href*='show=open']")
+    bob.wait(f"location.search === '?q=skate&show=open' && {TODOS}.length === 2")
+    bob.wait("document.querySelector('.link').textContent === 'Live'")
+    bob.click("#todo-4 input")
+    bob.wait(f"{TODOS}.length === 1")
 
 
 def test_all_are_toggled_and_the_done_ones_cleared_by_a_button_each(site, windows):
