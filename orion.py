@@ -786,7 +786,7 @@ class Scanner:
 def check_comment(text):
     if "{{" in text:
         raise ValueError("no hole can stand in a comment; take it out")
-    if len(text.split()) == 1:
+    if text.strip().replace("-", "_").isidentifier():
         raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
                          "of letters, digits and _; a remark has two words or more")
 
