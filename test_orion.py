@@ -1636,8 +1636,8 @@ def test_an_sqlite_without_full_text_search_is_told_in_a_line(tmp_path, capsys):
             raise sqlite3.OperationalError("no such module: fts5")
         return run(self, sql, args)
     with mock.patch.object(orion.Store, "run", lacking):
-        assert orion.main(argv=["--data", str(tmp_path), "--port", "0"]) != 0
-    assert re.fullmatch(r"orion: slice 'todos', entry 2: no such module: fts5; full-text search is not in this Python's SQLite; use another one\n", capsys.readouterr().err)
+        assert orion.main([orion.todos, orion.Slice('notes', (*NOTES, *WORDS))], ["--data", str(tmp_path), "--port", "0"]) != 0
+    assert re.fullmatch(r"orion: slice 'notes', entry 3: no such module: fts5; full-text search is not in this Python's SQLite; use another one\n", capsys.readouterr().err)
 
 
 def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
@@ -2749,8 +2749,8 @@ def test_a_plain_form_with_a_bad_title_gets_the_page_back_with_what_was_typed(se
 @cases("path", ["/login", "/", "/account", "/w/acme/todos", "/w/acme/members"])
 def test_no_link_makes_a_page_say_what_is_not_so(server, path):
     bob = Person(server, "bob")
-    answer = (Person(server) if path == "/login" else bob).get(f"{path}?problem=Call+0900&title=0900&username=0900&account=0900&name=0900")
-    assert answer.status == 200 and "0900" not in re.sub('href="[^"]*"', "", answer.text)
+    answer = (Person(server) if path == "/login" else bob).get(f"{path}?problem=Call+zzz&title=zzz&username=zzz&account=zzz&name=zzz")
+    assert answer.status == 200 and "zzz" not in re.sub('href="[^"]*"', "", answer.text)
 
 
 def test_a_title_may_have_500_characters_of_any_script(server):
@@ -2810,39 +2810,24 @@ def searched(person, q, more=""):
     return titles(person, query=f"?{urllib.parse.urlencode({'q': q})}{more}")
 
 
-def test_the_search_finds_todos_by_the_beginnings_of_their_words(server):
+def test_the_search_finds_todos_that_contain_all_its_words(server):
     bob = Person(server, "bob", datastar=True)
-    assert searched(bob, "skate") == ["Test the skates"] and searched(bob, "THE co") == ["Invoice the coyote"] and searched(bob, "kates") == []
-    bob.post("/w/acme/todos", title="Smörgåsbord for Zoë"), bob.patch("/w/acme/todos/1", title="Sell the skates")
-    assert searched(bob, "smorgas zoe") == searched(bob, "ZOË") == ["Smörgåsbord for Zoë"]
+    assert searched(bob, "skate") == ["Test the skates"] and searched(bob, "THE co") == ["Invoice the coyote"] and searched(bob, "skate rope") == []
+    bob.post("/w/acme/todos", title="50% of a_rope"), bob.patch("/w/acme/todos/1", title="Sell the skates")
+    assert searched(bob, "0%") == searched(bob, "a_r") == ["50% of a_rope"] and searched(bob, "0_") == []
     assert searched(bob, "skates") == ["Test the skates", "Sell the skates"] and searched(bob, "anvil") == []
     bob.patch("/w/acme/todos/1", done=True), bob.delete("/w/acme/todos/2")
     assert searched(bob, "skates", "&show=open") == [] and searched(bob, "skates", "&show=done") == searched(bob, "skates") == ["Sell the skates"]
     bob.delete("/w/acme/todos")
     assert searched(bob, "skates") == []
-    with contextlib.closing(server.store("acme")) as file:
-        file.execute("INSERT INTO todos_words (todos_words, rank) VALUES ('integrity-check', 1)")
-
-
-def test_todos_of_before_there_was_a_search_are_found(start):
-    before = orion.todos._replace(migrations=orion.todos.migrations[:1], live=())
-    server = start((before,), demo=False, folder="data")
-    server.env.workspaces.create("ab" * 32)
-    path = server.env.workspaces.path("ab" * 32)
-    server.close()
-    with contextlib.closing(sqlite3.connect(path)) as file, file:
-        file.execute("INSERT INTO todos (title) VALUES ('An old rope')")
-    with contextlib.closing(orion.GuardedStore(path)) as store:
-        store.migrate("todos", orion.todos.migrations)
-        assert [row["title"] for row in orion.found_todos(store, "ro", "TRUE")[0]] == ["An old rope"]
 
 
 @cases("q", ['"', '""', '"a', "a*", "*", "^a", "-a", "a AND", "NOT", "OR", "NEAR(a", "title:a", "{a}:", "(", ")", "a + b", "'", "a'; DROP TABLE todos", "\\", "%", "_", "?",
-             "\u2603", "\U0001f680", "\ufffd", "\u0301", "a" * 50, "a " * 25, " ", "\u3000", "  the  "])
+             "\u2603", "\U0001f680", "\ufffd", "\u0301", "a" * 50, "a " * 25, "%", "_", "|", " ", "\u3000", "  the  "])
 def test_whatever_is_typed_is_searched_for_and_no_error(server, q):
     bob = Person(server, "bob")
     answer = bob.get(f"/w/acme/todos?{urllib.parse.urlencode({'q': q})}")
-    assert answer.status == 200 and ("Invoice the coyote" in answer.text) == (q == "  the  ")
+    assert answer.status == 200 and ("Invoice the coyote" in answer.text) == (q.strip() in ("", "the"))
 
 
 @cases("q", ["x" * 51, "a\nb", "a\0", "\x1f", ""])
