@@ -6287,7 +6287,7 @@ def test_a_fault_of_our_own_while_reading_ends_one_connection_and_is_logged_once
     check_host = orion.check_host
     monkeypatch.setattr(orion, "check_host", lambda headers, modern: check_host(headers, modern) or 1 / ("x" not in headers))
     assert raw(server, b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: x\r\n\r\n") == (b"", True)
-    assert Person(server).get("/healthz").status == 200 and "".join(said).count("ZeroDivisionError:") == 1
+    assert Person(server).get("/healthz").status == 200 and len(said) == 1 and "ZeroDivisionError:" in said[0]
 
 
 def test_twenty_thousand_mutated_requests_harm_nothing(start):
