@@ -9842,11 +9842,18 @@ def official_or_skip(client):
 
 
 @pytest.fixture(scope="module")
-def windows():
-    """Two people at their browsers, with cookies of their own."""
+def browsers():
     need_browser()
     with Chromium() as one, one.another() as two:
         yield one, two
+
+
+@pytest.fixture
+def windows(browsers):
+    """Two people at their browsers, with cookies of their own. A browser keeps 180 of a host, and each server here sets one of another name."""
+    for one in browsers:
+        one.cdp("Network.clearBrowserCookies")
+    return browsers
 
 
 @pytest.fixture(params=list(CLIENTS))
