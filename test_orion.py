@@ -11367,9 +11367,9 @@ def test_always_reconnects_until_a_204(show, host):
 
 
 def beating(handler, host, until):
-    """A stream that says that it beats each 0.2 s at least, and does so until the event."""
+    """A stream that says that it beats each 0.5 s at least, and does so until the event."""
     handler.send_response(200)
-    for name, value in (("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), ("datastar-heartbeat", "0.2")):
+    for name, value in (("content-type", "text/event-stream"), ("transfer-encoding", "chunked"), ("datastar-heartbeat", "0.5")):
         handler.send_header(name, value)
     handler.end_headers()
     with contextlib.suppress(OSError):
@@ -11386,7 +11386,7 @@ LIVE = """<b data-init="@get('/s', {retry: 'always', retryInterval: 10, requestC
 def test_a_stream_that_is_dead_without_a_word_is_asked_for_again_after_two_heartbeats(show, host, browser):
     silent = threading.Event()
     page = show(LIVE, answers={"/s": lambda handler: beating(handler, host, silent)})
-    page.js("return new Promise(done => setTimeout(done, 600))")
+    page.js("return new Promise(done => setTimeout(done, 1300))")
     assert page.js(f"return {HEARD}") == 0           # it was not silent for longer than that
     silent.set()
     page.wait(f"{HEARD} >= 1")
@@ -11399,7 +11399,7 @@ def test_a_laptop_that_slept_keeps_a_stream_that_lives_and_drops_one_that_does_n
     page = show(LIVE, answers={"/s": lambda handler: beating(handler, host, silent)})
     host.wait(lambda: host.asked)
     page.js("const {now} = Date; window.asleep = 0; Date.now = () => now() + asleep; asleep = 3600e3")
-    page.js("for (const end = performance.now() + 700; performance.now() < end;); return new Promise(done => setTimeout(done, 300))")
+    page.js("for (const end = performance.now() + 1200; performance.now() < end;); return new Promise(done => setTimeout(done, 400))")
     assert page.js(f"return {HEARD}") == 0
     silent.set()
     page.wait(f"{HEARD} >= 1")
