@@ -1532,7 +1532,7 @@ NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-
 
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
-    context = Context                                    # [3] has one with more in it
+    context = Context                                    # [3] adds to it
     MOST_RENDERINGS = 100                                # then the oldest goes
 
     def __init__(self, id: str, namespace: Namespace, router: Router,
@@ -6416,6 +6416,15 @@ def root_for(wanted: Callable[[Settings], bool]):
     return mark
 
 
+@addition
+class GivesWholeContexts(Broadcast):
+    """What slices are given has its additions, too."""
+
+    @property
+    def context(self):
+        return whole(Context)
+
+
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
 # Who uses it: everything in this part. The command line (section 49) fills it in.
@@ -7436,7 +7445,8 @@ class LooksForJobs(Broker):
 
 # -- for slices
 
-class FullContext(Context):
+@addition
+class EnqueuesJobs(Context):
     """What a slice is given besides: jobs, and what other slices export."""
     __slots__ = ()
 
@@ -7503,7 +7513,6 @@ class JobTables(Tables):
 @addition
 class HasJobs(Broadcast):
     """An object with a table of jobs. due is NULL for a job that was given up."""
-    context = FullContext
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
     TURN_SECONDS = 1.0                                   # then the log says who has it
     doing: Any = None                                    # a command, and since when
