@@ -5202,6 +5202,7 @@ class Stream(Held):
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
         self.channel: Optional[Channel] = None
+        self.frames = edge.broker.frames                 # how many, in all
         self.seen = response.watch.piece.etag            # what is shown, by slot
         self.here = ""
         self.latest: Dict[str, Piece] = {}               # what is to be shown next, by slot
@@ -5227,14 +5228,14 @@ class Stream(Held):
     def show(self, slot, piece):
         """Send a piece. While something is unsent it waits; of each slot, the latest."""
         if self.unsent:
-            self.count("coalesced", slot in self.latest)
+            self.frames["coalesced"] += slot in self.latest
             self.latest[slot] = piece
             return self.edge.backlog.note(self)
-        self.count("sent")
-        self.write(piece.zipped if self.zipped else piece.plain)
-
-    def count(self, what, frames=1):
-        self.edge.broker.frames[what] += frames
+        self.frames["sent"] += 1
+        data = piece.zipped if self.zipped else piece.plain
+        sent = self.offer(data)
+        if sent != len(data):                            # else there is nothing left to do
+            self.wrote(data, sent)
 
     def written(self):
         latest, self.latest = self.latest, {}
@@ -5257,7 +5258,7 @@ class Stream(Held):
         return [*super().unread(), *self.latest.values()]
 
     def cut_off(self):
-        self.count("dropped")
+        self.frames["dropped"] += 1
         self.close()
 
     def framed(self, data):
