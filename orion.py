@@ -834,9 +834,14 @@ def template(name: str) -> Template:
     return parts[part]
 
 
+# What all pages say of the product. [3] has a Brand, which changes it.
+LAYOUT = {"brand": "orion", "icon": "/icon.svg", "language": "en",
+          "links": Html('<link rel="icon" href="/icon.svg">')}
+
+
 def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
-         footer: Any = "", status: int = 200) -> Response:
-    """Return a whole page.
+         footer: Any = "", status: int = 200, head: Any = "") -> Response:
+    """Return a whole page. head: further links to styles and scripts.
 
     Its nonce is new each time. By the policy in section 14 the browser runs this server's
     own script files, and of the scripts inside a page only those that carry the nonce. So a
@@ -845,8 +850,8 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
     viewer = viewer or Viewer()
     nonce = secrets.token_hex(16)
     text = template("layout")(title=title, body=body, nonce=nonce, nav=nav, footer=footer,
-                              account=viewer.account, signed=viewer.account != "",
-                              masquerade=viewer.banner())
+                              head=head, account=viewer.account, **LAYOUT,
+                              signed=viewer.account != "", masquerade=viewer.banner())
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     nonce=nonce)
 
@@ -1333,10 +1338,11 @@ class Live(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A feature. The last three are for [3].
+    """A feature. What comes after count is for [3].
 
     count(store) says how full a workspace is. jobs: work that is done later. exports:
-    functions (store, ...) that other slices may ask.
+    functions (store, ...) that other slices may ask. styles, scripts: names of assets that
+    its pages load.
     """
     name: str
     migrations: Sequence[str] = ()
@@ -1345,6 +1351,8 @@ class Slice(NamedTuple):
     count: Optional[Callable[[Tables], int]] = None
     jobs: Sequence[Callable[..., None]] = ()
     exports: Sequence[Callable[..., Any]] = ()
+    styles: Sequence[str] = ()
+    scripts: Sequence[str] = ()
 
 
 class Context:
@@ -1658,7 +1666,12 @@ class SliceHost(DurableObject):
                             f"returns, and not {body!r:.200}")
         title = f"{live.title} · {ctx.title}"
         footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
-        return page(title, body, ctx.viewer, self.navigation(live, ctx), footer)
+        return page(title, body, ctx.viewer, self.navigation(live, ctx), footer,
+                    head=self.head(ctx))
+
+    def head(self, ctx):
+        """[3] has styles and scripts of slices."""
+        return ""
 
     def navigation(self, current, ctx):
         links = [{"path": live.path, "title": live.title,
@@ -2454,7 +2467,8 @@ def home(ctx):
     account = ctx.viewer.account
     personas = ctx.host.personas(account)
     if not account:
-        body = template("home.welcome")(demo=bool(personas), persona=personas)
+        body = template("home.welcome")(demo=bool(personas), persona=personas,
+                                        lead=LAYOUT["brand"] == "orion", **LAYOUT)
         return page("Welcome", body)
     counts = json.loads(ctx.request.headers.get("x-counts", "{}"))       # [3]
     mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
@@ -2796,7 +2810,7 @@ def refusal(request: Request, error: BaseException) -> Response:
         text = f"{no.message}\n".encode("utf-8", "replace")
         return Response(no.status, text, headers=no.headers)
     reason = REASONS.get(no.status, "Error")
-    body = template("error")(status=no.status, reason=reason, message=no.message)
+    body = template("error")(status=no.status, reason=reason, message=no.message, **LAYOUT)
     return page(reason, body, status=no.status)._replace(headers=no.headers)
 
 
@@ -3155,22 +3169,32 @@ def healthz(request, env):
     return Response(200, b"ok\n")
 
 
-def asset(request, env, coding=""):
+def own_asset(request, env, coding=""):
     """A door: a file of templates/. A browser asks each time whether it has changed.
 
     coding: an end for its tag [2]. Each encoding has its own (RFC 9110, 8.8.3.3).
     """
     only_read(request)
     body = (TEMPLATES / request.path[1:]).read_bytes()
-    etag = f'"{hashlib.blake2b(body, digest_size=9).hexdigest()}{coding}"'
-    headers = (("etag", etag), ("cache-control", "no-cache"))
+    response = Response(200, body, ASSETS[request.path], (("cache-control", "no-cache"),))
+    return unless_known(request, response, f"{fingerprint(body)}{coding}")
+
+
+def fingerprint(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=9).hexdigest()
+
+
+def unless_known(request: Request, response: Response, tag: str) -> Response:
+    """Return the response with this etag or, if the browser has it, a 304."""
+    etag = f'"{tag}"'
+    response = response._replace(headers=(("etag", etag), *response.headers))
     known = request.headers.get("if-none-match", "")     # RFC 9110, 13.1.2
     if known.strip() == "*" or etag in re.findall(r'"[^"]*"', known):
-        return Response(304, b"", ASSETS[request.path], headers)
-    return Response(200, body, ASSETS[request.path], headers)
+        return response._replace(status=304, body=b"")
+    return response
 
 
-DOORS = {"/healthz": healthz, **dict.fromkeys(ASSETS, asset)}
+DOORS = {"/healthz": healthz, **dict.fromkeys(ASSETS, own_asset)}
 
 DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
                  "erin": "Acme"}
@@ -4572,8 +4596,11 @@ def accepts_gzip(request) -> bool:
 
 def encoded_asset(request, env):
     """A door: an asset. Compressed, as encode() sends it, it has an etag of its own."""
-    compressed = ASSETS[request.path].startswith(COMPRESSED)
-    return asset(request, env, "-gzip" if compressed and accepts_gzip(request) else "")
+    return own_asset(request, env, coding_of(request, ASSETS[request.path]))
+
+
+def coding_of(request, type):
+    return "-gzip" if type.startswith(COMPRESSED) and accepts_gzip(request) else ""
 
 
 def encode(request, response, connection, head_only, date) -> bytes:
@@ -6291,8 +6318,8 @@ def create_workspace_with_file(request, env):
 #     28 Settings       29 Keys         30 Accounts     31 Account page  32 Masquerade
 #     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
-#     43 Member verbs   44 Single       45 Nodes        46 Memory        47 Server
-#     48 Roots          49 Command line
+#     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
+#     48 Memory         49 Server       50 Roots        51 Command line
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6314,7 +6341,7 @@ def create_workspace_with_file(request, env):
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
-# 49: opened() gives the Directory's store, to change it; looked_up() reads from it;
+# 51: opened() gives the Directory's store, to change it; looked_up() reads from it;
 # check_begun() refuses if there is none; row_of() finds a row by its name; table() prints
 # rows. What they raise as Unusable is the line that people read.
 #
@@ -6401,7 +6428,7 @@ class Verb(NamedTuple):
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    arguments: keys of ARGUMENTS in section 49.
+    arguments: keys of ARGUMENTS in section 51.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -6428,7 +6455,7 @@ class GivesWholeContexts(Broadcast):
 
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 49) fills it in.
+# Who uses it: everything in this part. The command line (section 51) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -6455,6 +6482,8 @@ class Settings(NamedTuple):
     directory: str = ""                                  # its HOST:PORT, for a data plane
     node_name: str = ""                                  # HOST:PORT; "": as it listens
     slices: Sequence[Slice] = ()
+    assets: Optional[pathlib.Path] = None                # folder of the app's own files
+    brand: Optional[Brand] = None
 
     @property
     def key_file(self) -> pathlib.Path:
@@ -8358,6 +8387,30 @@ class AnswersTheConsole(EdgeDirectory):
         return bool(self.personas("")) or self.is_operator(account)
 
 
+# -- the foot of each page
+
+TRUSTED.add("x-operates")
+
+
+@addition
+class SaysWhoOperates(EdgeDirectory):
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        account = getattr(viewer, "operator", viewer.account)
+        if not self.namespace.settings.demo and self.is_operator(account):
+            said["x-operates"] = "true"
+        return said
+
+
+@addition
+class HidesXray(Broadcast):
+    def xray(self, rendering, ctx, fresh):
+        """It is for operators; in the demo, for everybody."""
+        if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
+            return super().xray(rendering, ctx, fresh)
+        return ""
+
+
 @addition
 class HasConsole(LoopEdge):
     def __init__(self, *args):
@@ -9666,8 +9719,10 @@ def single_root(settings):
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
 TRUSTED.update({"x-node", "x-verdict"})
+# What is sealed, in this order.
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-operator", "x-read-only", "x-quota", "x-node", "x-title")  # sealed, in order
+           "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title")
+
 STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
              "to each node; compare clocks.")
 NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict. Ask "
@@ -10383,7 +10438,201 @@ def listening_at(where):
     return [where]
 
 
-# ==== 46. Memory ==========================================================================
+# ==== 46. Assets ==========================================================================
+# The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
+#   once, when the server starts. The address of each has a fingerprint of its content. So a
+#   browser keeps it for a year; when the content changes, the address does, too.
+# It promises: only files of that folder have an address: none that is hidden, and none of
+#   a type that is not listed here. A slice whose style or script is missing is refused when
+#   the server starts.
+# Who uses it: slices, by Slice(styles=..., scripts=...) and asset().
+
+ASSET_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+               ".txt": "text/plain; charset=utf-8", ".svg": "image/svg+xml",
+               ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
+               ".gif": "image/gif", ".webp": "image/webp", ".avif": "image/avif",
+               ".ico": "image/x-icon", ".woff2": "font/woff2", ".mp3": "audio/mpeg",
+               ".mp4": "video/mp4", ".webm": "video/webm"}
+MOST_OF_ASSETS = 64 * 2 ** 20                            # bytes of all; they are in memory
+FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
+ASK_EACH_TIME = (("cache-control", "no-cache"),)
+
+
+# Here and not in a template: there no hole may stand in what browsers run or load.
+LINK = '<link rel="{}" href="{}">\n'
+SCRIPT = '<script type="module" src="{}"></script>\n'
+
+
+class Asset(NamedTuple):
+    body: bytes
+    type: str
+    version: str                                         # its fingerprint
+
+
+APP_ASSETS: Dict[str, Asset] = {}                        # by name, as "icons/up.svg"
+
+
+def asset(name: str) -> str:
+    """Return the address of a file in the folder of assets.
+
+    They are read when the server starts. Raises LookupError if there is no such file.
+    """
+    if name not in APP_ASSETS:
+        raise LookupError(f"there is no asset {name!r}; there is "
+                          f"{', '.join(APP_ASSETS) or 'none: main(assets=folder)'}")
+    return f"/assets/{urllib.parse.quote(name)}?v={APP_ASSETS[name].version}"
+
+
+def link(relation, address):
+    return Html(LINK.format(relation, escape(address)))
+
+
+def add_asset(name, body):
+    type = ASSET_TYPES[pathlib.PurePath(name).suffix.lower()]
+    APP_ASSETS[name] = Asset(body, type, fingerprint(body))
+    DOORS[f"/assets/{name}"] = app_asset
+
+
+def app_asset(request, env, encoded=False):
+    """A door: a file of the app. With a version in its address that is not the present one,
+    a browser asks each time whether it has changed."""
+    only_read(request)
+    body, type, version = APP_ASSETS[request.path[len("/assets/"):]]
+    caching = FOR_A_YEAR if request.params.get("v") == version else ASK_EACH_TIME
+    coding = coding_of(request, type) if encoded else ""
+    return unless_known(request, Response(200, body, type, caching), f"{version}{coding}")
+
+
+def read_assets(settings: Settings) -> None:
+    """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
+    if settings.assets:
+        for name, path in assets_in(pathlib.Path(settings.assets)):
+            add_asset(name, path.read_bytes())
+    for slice in settings.slices:
+        for name in (*slice.styles, *slice.scripts):
+            if name not in APP_ASSETS:
+                raise Unusable(f"slice {slice.name!r}: there is no asset {name!r}; put it "
+                               "into the folder of main(assets=...), and mind that (one,) "
+                               "has a comma too")
+
+
+def assets_in(folder) -> List[Tuple[str, pathlib.Path]]:
+    """Return the files that are served, each with its name."""
+    if not folder.is_dir():
+        raise Unusable(f"the folder of assets {folder} is not there; name one by "
+                       "main(assets=...)")
+    found = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
+    served = [(name.as_posix(), path) for name, path in found if path.is_file()
+              and not any([part.startswith(".") for part in name.parts])
+              and name.suffix.lower() in ASSET_TYPES]
+    size = sum([path.stat().st_size for _, path in served])
+    if size > MOST_OF_ASSETS:
+        raise Unusable(f"the assets in {folder} have {size} bytes; at most "
+                       f"{MOST_OF_ASSETS} are kept in memory. Serve large ones elsewhere")
+    return served
+
+
+CHECKS.append(read_assets)
+
+
+@addition
+class LinksAssets(SliceHost):
+    def head(self, ctx):
+        slice = next(one for one in self.router.slices if one.name == ctx.store.slice)
+        styles = [link("stylesheet", asset(name)) for name in slice.styles]
+        scripts = [SCRIPT.format(escape(asset(name))) for name in slice.scripts]
+        return Html("".join([*styles, *scripts]))
+
+
+@addition
+class ServesAssets(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        door = functools.partial(app_asset, encoded=True)
+        self.add_doors({f"/assets/{name}": door for name in APP_ASSETS})
+
+
+# ==== 47. Brand ===========================================================================
+# The idea: name, icon, colours and language of the product that an app is.
+# It promises: text in these colours can be read. Otherwise they are refused when the server
+#   starts.
+# It needs: 46 Assets.
+
+class Brand(NamedTuple):
+    """What all pages say of the product: main(slices, brand=Brand(name="Poll")).
+
+    icon: the name of an asset. colors: of links and buttons, as "#33409f": on light ground
+    and on dark ground. language: in which the app's pages are written, as in HTML's lang.
+    """
+    name: str = "orion"
+    icon: str = ""
+    colors: Sequence[str] = ()
+    language: str = "en"
+
+
+GROUNDS = ("#f3f3fb", "#151b42")         # of style.css, those with the least contrast
+LEAST_CONTRAST = 4.5                                     # WCAG 2.2, 1.4.3
+COLOR = re.compile(r"#[0-9a-f]{6}")
+LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5646, 2.1
+
+
+def use_brand(settings: Settings) -> None:
+    """Raise Unusable for a brand that can't be shown, or read."""
+    brand = settings.brand
+    if brand is None:
+        return
+    if type(brand) is not Brand or not LANGUAGE.fullmatch(brand.language):
+        raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
+    icon = icon_address(brand.icon) if brand.icon else "/icon.svg"
+    links = link("icon", icon)
+    if brand.colors:
+        add_asset("brand.css", palette(brand.colors).encode())
+        links += link("stylesheet", asset("brand.css"))
+    LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
+
+
+def icon_address(name):
+    try:
+        return asset(name)
+    except LookupError as error:
+        raise Unusable(f"Brand(icon={name!r}): {error}") from None
+
+
+def palette(colors) -> str:
+    """Return a style sheet. Raises Unusable for what could not be read."""
+    if isinstance(colors, str) or len(colors) != 2 \
+            or not all([COLOR.fullmatch(color) for color in colors]):
+        raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
+                       "the second for dark ground: (\"#33409f\", \"#ffd479\")")
+    for color, ground in zip(colors, GROUNDS):
+        has = contrast(color, ground)
+        if has < LEAST_CONTRAST:
+            change = "darker" if ground == GROUNDS[0] else "lighter"
+            raise Unusable(f"Brand(colors=...): {color} on {ground} has a contrast of "
+                           f"{has:.1f}, and {LEAST_CONTRAST} is needed; take a {change} "
+                           "one")
+    light, dark = colors
+    return Template(TEMPLATES / "brand.txt")(light=light, dark=dark)
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio")."""
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    """WCAG 2.2, "relative luminance"."""
+    parts = [int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+              for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+CHECKS.append(use_brand)
+
+
+# ==== 48. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -10422,7 +10671,7 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 47. Server ==========================================================================
+# ==== 49. Server ==========================================================================
 # The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
@@ -10466,7 +10715,7 @@ def Edge(env: FullEnv) -> LoopEdge:
     return whole(LoopEdge)(env, env.settings)
 
 
-# ==== 48. Roots ===========================================================================
+# ==== 50. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
@@ -10601,7 +10850,7 @@ def full_env(directory, workspaces, settings):
     return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 
 
-# ==== 49. Command line ====================================================================
+# ==== 51. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.
@@ -10957,15 +11206,17 @@ FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError,
             OverflowError)
 
 
-def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None) -> int:
+def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
+         assets: Optional[pathlib.Path] = None, brand: Optional[Brand] = None) -> int:
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error."""
+    standard error. assets: a folder (section 46). brand: see section 47."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     settings, given = read_command_line(argv)
     try:
-        return do(settings._replace(slices=slices), given) or 0
+        settings = settings._replace(slices=slices, assets=assets, brand=brand)
+        return do(settings, given) or 0
     except KeyboardInterrupt:                            # at the question for a password
         return 130
     except BrokenPipeError:                              # whoever reads has seen enough

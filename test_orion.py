@@ -5024,7 +5024,7 @@ FROM_INSIDE = {
     **dict.fromkeys(("HOLE", "PART", "TAG", "ATTRIBUTE", "TAG_END", "EXPRESSION", "STRING", "LINKS", "NO_HOLES"), "templates"), "PATH": "the routes of a slice", "PART_OF_PATH": "the routes of a slice",
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
-    "HOST_NAME": "a flag", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -7101,6 +7101,14 @@ def test_the_footer_counts_those_who_watch(server):
         pass
 
 
+def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
+    ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
+    for path in ("/w/acme/todos", "/w/acme/members"):
+        assert "x-ray" not in ann.get(path, X_Operates="true").text and "x-ray" in ops.get(path).text
+    assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
+
+
 # ==== 39. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
@@ -8340,7 +8348,95 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 48. Roots =======================================================================================================
+# ==== 46. Assets, 47. Brand ===========================================================================================
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of assets. What pages say is as before, after the test."""
+    for name in ("APP_ASSETS", "LAYOUT", "DOORS"):
+        monkeypatch.setattr(orion, name, dict(getattr(orion, name)))
+    files = {"poll.css": "p { color: red }", "icons/up.svg": "<svg/>", ".hidden.css": "x", ".git/a.css": "x", "notes.md": "x"}
+    for name, text in files.items():
+        (tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "assets" / name).write_text(text)
+    return tmp_path / "assets"
+
+
+def test_a_file_beside_the_app_is_kept_for_a_year_at_the_address_that_names_its_content(start, folder):
+    nobody = Person(start(assets=folder))
+    address = orion.asset("icons/up.svg")
+    found = nobody.get(address)
+    assert (found.status, found.body, found.headers["content-type"]) == (200, b"<svg/>", "image/svg+xml")
+    assert "immutable" in found.headers["cache-control"] and nobody.get(address, If_None_Match=found.headers["etag"]).status == 304
+    assert nobody.get(address.partition("?")[0]).headers["cache-control"] == nobody.get(address + "0").headers["cache-control"] == "no-cache"
+    (folder / "poll.css").write_text("p { color: blue }")
+    before = orion.asset("poll.css")
+    orion.read_assets(orion.Settings(assets=folder))
+    assert orion.asset("poll.css") != before
+
+
+@cases("path", ["/assets/.hidden.css", "/assets/.git/a.css", "/assets/notes.md", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py",
+                "/assets/icons", "/assets/icons/..%2fpoll.css", "/assets//poll.css"])
+def test_what_is_hidden_or_elsewhere_or_of_another_type_has_no_address(start, folder, path):
+    (folder.parent / "app.py").write_text("secret")
+    assert Person(start(assets=folder)).get(path).status in (400, 404)
+
+
+def test_the_etag_of_a_file_that_is_compressed_is_another_one(start, folder):
+    (folder / "long.css").write_text("p { color: red }" * 100)
+    nobody = Person(start(assets=folder))
+    plain, zipped = [nobody.get("/assets/long.css", Accept_Encoding=coding) for coding in ("identity", "gzip")]
+    assert gzip.decompress(zipped.body) == plain.body and zipped.headers["etag"] != plain.headers["etag"]
+
+
+def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start, folder):
+    (folder / "poll.js").write_text("document.title = 'x'")
+    poll = looks()._replace(styles=("poll.css",), scripts=("poll.js",))
+    bob = Person(start((orion.todos, poll), assets=folder), "bob")
+    links = [f'<link rel="stylesheet" href="{orion.asset("poll.css")}">', f'<script type="module" src="{orion.asset("poll.js")}"></script>']
+    assert all([link in bob.get("/w/acme/n").text for link in links]) and "/assets/" not in bob.get("/w/acme/todos").text
+
+
+@cases("settings, slices, why", [
+    ({"assets": "nowhere"}, (), "the folder of assets nowhere is not there"),
+    ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
+    ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
+    ({"brand": orion.Brand(icon="none.svg")}, (), "there is no asset 'none.svg'; there is"),
+    ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two"),
+    ({"brand": orion.Brand(colors=("#ffcc00", "#ffd479"))}, (), "#ffcc00 on #f3f3fb has a contrast of 1.4, and 4.5 is needed; take a darker one"),
+    ({"brand": orion.Brand(colors=("#33409f", "#33409f"))}, (), "take a lighter one")])
+def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
+    settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
+    with pytest.raises(orion.Unusable) as error:
+        orion.compose(settings, (looks()._replace(styles=slices),))
+    assert why in str(error.value)
+
+
+def test_assets_that_would_fill_the_memory_are_refused(tmp_path, folder):
+    with open(folder / "film.mp4", "wb") as film:
+        film.truncate(orion.MOST_OF_ASSETS + 1)
+    with pytest.raises(orion.Unusable, match="Serve large ones elsewhere"):
+        orion.compose(orion.Settings(data=tmp_path / "d", assets=folder))
+
+
+def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
+    brand = orion.Brand("Poll & Co", "icons/up.svg", ("#005f56", "#7ce0d3"), "de-AT")
+    server = start(assets=folder, brand=brand)
+    bob, nobody = Person(server, "bob"), Person(server)
+    pages = [bob.get("/"), bob.get("/w/acme/todos"), nobody.get("/"), nobody.get("/w/acme/todos", Accept="text/html"), nobody.get("/none", Accept="text/html")]
+    for page in pages:
+        assert '<html lang="de-AT"' in page.text and "Poll &amp; Co</title>" in page.text and "orion</" not in page.text
+        assert orion.asset("brand.css") in page.text and orion.asset("icons/up.svg") in page.text and "/icon.svg" not in page.text
+    style = nobody.get(orion.asset("brand.css"))
+    assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
+
+
+def test_the_grounds_on_which_colors_are_judged_are_those_of_the_style_sheet():
+    style = (HERE / "templates" / "style.css").read_text("utf-8")
+    assert f"--page: {orion.GROUNDS[0]}" in style and f"--card: {orion.GROUNDS[1]}" in style
+
+
+# ==== 50. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -9260,7 +9356,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 49. Command line ================================================================================================
+# ==== 51. Command line ================================================================================================
 
 class Terminal(io.StringIO):
     """Standard input and output: whenever it is used, somebody signs in."""
@@ -10591,15 +10687,15 @@ def test_the_persona_is_switched_by_one_click_and_the_page_follows(site, windows
     assert "owner of acme, member of globex" in window.js("return document.body.textContent.replace(/bob is /, '')")
 
 
-def test_the_footer_folds_and_remembers_it(site, windows):
+def test_the_footer_is_folded_until_somebody_opens_it_and_remembers_that(site, windows):
     bob = site.at("bob", windows[0])
-    assert bob.js("return document.querySelector('.xray details').open")
-    bob.click(".xray summary")
-    bob.wait("localStorage.getItem('xray') === 'folded'")
-    bob.open(site.origin + "/w/acme/todos")
-    bob.wait("document.querySelector('.link').textContent === 'Live' && !document.querySelector('.xray details').open")
+    assert not bob.js("return document.querySelector('.xray details').open")
     bob.click(".xray summary")
     bob.wait("localStorage.getItem('xray') === 'open'")
+    bob.open(site.origin + "/w/acme/todos")
+    bob.wait("document.querySelector('.link').textContent === 'Live' && document.querySelector('.xray details').open")
+    bob.click(".xray summary")
+    bob.wait("localStorage.getItem('xray') === 'folded'")
 
 
 def test_a_page_that_holds_no_stream_does_not_say_that_it_connects(windows, start):
