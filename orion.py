@@ -288,8 +288,11 @@ def sendable(response):
 
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
-NOT_SHARED = ("a region is rendered once for a whole role and shown to all who have it, so "
-              "it cannot use the {} of one viewer; put what is theirs alone into page()")
+NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
+              "so it cannot use the account of one viewer; Region(..., each=\"account\") is "
+              "rendered for each of them")
+NO_REQUEST = ("a region is shown again after each change, and has no request; name the "
+              "parameters that it needs in Live(params=...), and use all else in page()")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +308,7 @@ class Role:
 
     @property
     def account(self):
-        raise PermissionError(NOT_SHARED.format("account"))
+        raise PermissionError(NOT_SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,8 +316,10 @@ class Viewer(Role):
     """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
     account: str = ""
 
-    def shared(self) -> Role:
-        return Role(self.role, self.grants, self.workspace, self.id)
+    def known(self, each: str) -> Role:
+        """Return what a region may know of the viewer: see Region.each."""
+        said = self.role, self.grants, self.workspace, self.id
+        return Viewer(*said, self.account) if each == "account" else Role(*said)
 
     def permit(self, grant: str, method: str = "GET") -> None:
         """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
@@ -1067,8 +1072,8 @@ class Bus:
         self.store = store
         # Versions begin at the present time in nanoseconds. So when an object has slept,
         # and another stands for it, no topic gets an old version again.
-        start = time.time_ns()
-        self.versions: Dict[str, int] = collections.defaultdict(lambda: start)
+        self.start = time.time_ns()
+        self.versions: Dict[str, int] = {}               # of topics that were published
         self.listeners: List[Callable[[str], None]] = []     # [2]
         self.waiting = 0                                 # streams that are inside wait()
 
@@ -1078,20 +1083,24 @@ class Bus:
             raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
         self.store.after_commit.append((self.tell, topic))
 
+    def version(self, topic: str) -> int:
+        return self.versions.get(topic, self.start)
+
     def tell(self, topic):
-        self.versions[topic] += 1
+        self.versions[topic] = self.version(topic) + 1
         self.turn.notify_all()
         for listener in self.listeners:
             listener(topic)
 
-    def wait(self, topic: str, seen: int, seconds: float) -> None:
-        """Wait until the topic has left the version seen, or for so many seconds.
+    def wait(self, seen: Dict[str, int], seconds: float) -> None:
+        """Wait until a topic has left the version that was seen, or for so many seconds.
 
         The caller holds the turn. The Condition gives it back meanwhile.
         """
         self.waiting += 1
         try:
-            self.turn.wait_for(lambda: self.versions[topic] != seen, seconds)
+            self.turn.wait_for(lambda: any([self.version(topic) != version
+                                            for topic, version in seen.items()]), seconds)
         finally:
             self.waiting -= 1
 
@@ -1273,14 +1282,13 @@ class Namespace:
 class Watch(NamedTuple):
     """What a stream waits for: that a topic leaves the version that was shown."""
     stub: Stub
-    topic: str
-    version: int
+    seen: Dict[str, int]                                 # the versions, by topic
 
     def wait(self, seconds: float) -> None:
         one = self.stub.namespace.awake(self.stub.id)
         with one.turn:
             if one.bus:                                  # else it slept: ask again at once
-                one.bus.wait(self.topic, self.version, seconds)
+                one.bus.wait(self.seen, seconds)
 
 
 # ==== 8. Slices ===========================================================================
@@ -1306,35 +1314,57 @@ class Route(NamedTuple):
     form: str = ""
 
 
-def only_the_region(ctx, region):
-    """The page of a slice that has nothing to say around its region."""
-    return template("slice")(region=region, live=True)
+class Region(NamedTuple):
+    """The part of a page that stays current.
+
+    show(ctx) returns Html, one element with an id. It only reads, and is called again after
+    each publish of topic. each: it is made once for each "role" or, if it shows what is one
+    viewer's alone, for each "account".
+    """
+    topic: str
+    show: Callable[..., Html]
+    each: str = "role"
+
+
+def only_the_regions(ctx, *shown):
+    """The page of a slice that has nothing to say around its regions."""
+    regions = [html for html in shown if type(html) is Html]
+    return template("slice")(region=Html().join(regions), live=True)
 
 
 class Live(NamedTuple):
-    """A page at path and, at path + "/live", a stream of the region in it.
+    """A page at path and, at path + "/live", a stream of the regions in it.
 
-    region(ctx) returns Html, one element with an id. It only reads, and is called again
-    after each publish of topic. page(ctx, region) returns what stands around it. params:
-    the parameters of the query that both depend on, each with the pattern of its values.
+    page(ctx, *regions) returns what stands around them. title is text, or title(ctx) is.
+    params: the parameters of the query that all of this depends on, each with the pattern
+    of its values. tab: whether the navigation shows it.
+
+    What stands for the <parts> of the path is a further argument of show, page and title,
+    and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a topic
+    for each card. Such a page is no tab.
     """
     path: str
     grant: str
-    topic: str
-    title: str
-    region: Callable[[Context], Html]
-    page: Callable[[Context, Html], Html] = only_the_region
+    title: Union[str, Callable[..., str]]
+    regions: Sequence[Region]
+    page: Callable[..., Html] = only_the_regions
     params: Dict[str, str] = {}
+    tab: Optional[bool] = None                           # None: if the path has no parts
 
     def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
         """Return those of params that the page depends on, if their value is valid."""
         return {name: params[name] for name, pattern in self.params.items()
                 if name in params and re.fullmatch(pattern, params[name])}
 
+    @property
+    def is_tab(self) -> bool:
+        return "<" not in self.path if self.tab is None else self.tab
+
     def routes(self):
-        return (Route("GET", self.path, self.grant, lambda ctx: ctx.host.page(self, ctx)),
+        return (Route("GET", self.path, self.grant,
+                      lambda ctx, *args: ctx.host.page(self, ctx, args)),
                 Route("GET", f"{self.path}/live", self.grant,
-                      lambda ctx: ctx.host.stream(self, ctx)))
+                      lambda ctx, *args: ctx.host.stream(self, ctx, args)))
 
 
 class Slice(NamedTuple):
@@ -1358,8 +1388,8 @@ class Slice(NamedTuple):
 class Context:
     """What a slice is given to answer one request. After that it can't be used any more.
 
-    The context of a region is shared by a role: its viewer is a Role, and there is no
-    request.
+    The context of a region is shared by a role (but for Region.each): its viewer is a Role,
+    and there is no request.
     """
     __slots__ = ("host", "store", "viewer", "params", "typed", "_request")
 
@@ -1375,7 +1405,7 @@ class Context:
     @property
     def request(self) -> Request:
         if self._request is None:
-            raise PermissionError(NOT_SHARED.format("request"))
+            raise PermissionError(NO_REQUEST)
         return self._request
 
     @property
@@ -1446,10 +1476,11 @@ class Context:
         return type(self)(self.host, self.store, self.viewer, params, self.request,
                           self.typed)
 
-    def shared(self, live: Live) -> Context:
-        """Return the context of the region: the same for a whole role."""
+    def for_region(self, region: Region, live: Live) -> Context:
+        """Return the context of a region: the same for all who may see the same."""
+        viewer = self.viewer.known(region.each)
         params = live.heeded(self.params)
-        return type(self)(self.host, self.store, self.viewer.shared(), params, None, {})
+        return type(self)(self.host, self.store, viewer, params, None, {})
 
     def end(self) -> None:
         self.store.thread = 0
@@ -1474,7 +1505,7 @@ TICKED = {"on": True, "true": True, "off": False, "false": False}
 REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")   # it has an id
 
 
-PART_OF_PATH = re.compile(r"<(int:)?\w+>")
+PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
 
 
 def path_pattern(path: str) -> str:
@@ -1485,8 +1516,24 @@ def path_pattern(path: str) -> str:
 
 def path_args(path: str, texts: Sequence[str]) -> Tuple[Any, ...]:
     """Return what stood for the <parts> of a path: text, or an int for <int:part>."""
-    kinds = PART_OF_PATH.findall(path)
-    return tuple([int(text) if kind else text for kind, text in zip(kinds, texts)])
+    parts = PART_OF_PATH.findall(path)
+    return tuple([int(text) if kind else text for (kind, _), text in zip(parts, texts)])
+
+
+def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
+    """Return the text with its <parts> filled: args are what stood for those of path."""
+    if "<" not in text:
+        return text
+    names = [name for _, name in PART_OF_PATH.findall(path)]
+    values = dict(zip(names, args))
+    return PART_OF_PATH.sub(lambda part: str(values[part[2]]), text)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return how a function is called, also one inside of functools.partial."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class Router:
@@ -1502,6 +1549,7 @@ class Router:
             for route in (*pages, *slice.routes):
                 pattern = path_pattern(route.path)
                 self.rows.append((re.compile(pattern), slice.name, route))
+        self.rows.sort(key=lambda row: row[2].path.count("<"))   # /new comes before /<id>
 
     def match(self, method: str, path: str) -> Tuple[str, Route, Tuple[Any, ...]]:
         """Return the slice's name, the route and its args. Raises Refused(404), (405)."""
@@ -1591,7 +1639,7 @@ class SliceHost(DurableObject):
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
             which = response.which or "/".join(map(str, args)) or self.store.last_row()
-            self.journal(viewer, f"{slice}.{route.run.__name__}", which)
+            self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
@@ -1617,8 +1665,8 @@ class SliceHost(DurableObject):
         if refused.status not in (409, 412, 422) or not request.form:
             raise refused
         try:
-            _, route, _ = self.router_for(request).match(request.method, request.path)
-            path = route.form or request.path
+            _, route, args = self.router_for(request).match(request.method, request.path)
+            path = with_parts(route.form, route.path, args) or request.path
             again = request._replace(method="GET", path=path, query="")
             typed = {**request.fields(), "problem": refused.message, **refused.problems}
             return self.run(again, typed)._replace(status=refused.status)
@@ -1627,47 +1675,57 @@ class SliceHost(DurableObject):
 
     # -- live pages
 
-    def rendering(self, live: Live, ctx: Context) -> Rendering:
-        """Return the region as this role sees it; make it, if nobody has asked before."""
+    def renderings_of(self, live: Live, ctx: Context, args) -> List[Rendering]:
+        """Return the regions of a page as this viewer sees them."""
+        return [self.rendering(region, live, ctx, args) for region in live.regions]
+
+    def rendering(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
+        """Return the rendering of a region; make it, if nobody has asked before."""
         state = self.store.state()
         if state != self.state:                          # what was made before may be old
             self.renderings.clear()
             self.state = state
-        shared = ctx.shared(live)
-        key = live.path, shared.viewer, tuple(shared.params.items())
+        own = ctx.for_region(region, live)
+        key = region, args, own.viewer, tuple(own.params.items())
         if key not in self.renderings:
             while len(self.renderings) >= self.MOST_RENDERINGS:
                 del self.renderings[next(iter(self.renderings))]
-            self.renderings[key] = self.render(live, shared)
+            self.renderings[key] = self.render(region, live, own, args)
         return self.renderings[key]
 
-    def render(self, live: Live, ctx: Context) -> Rendering:
+    def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
         made = time.perf_counter()
-        region = live.region(ctx)
+        html = region.show(ctx, *args)
         micros = round(1e6 * (time.perf_counter() - made))
-        if type(region) is not Html or not REGION.match(region):
-            raise TypeError(f"the region of {live.path} is to be Html, one element with an "
-                            f"id, and not {region!r:.200}")
-        return Rendering(region, made, micros)
+        if type(html) is not Html or not REGION.match(html):
+            raise TypeError(f"the region {name_of(region.show)} of {live.path} is to be "
+                            f"Html, one element with an id, and not {html!r:.200}")
+        return Rendering(html, made, micros)
 
-    def stream(self, live: Live, ctx: Context) -> Response:
-        """Return the region as it is now, and what to wait for before asking again."""
-        rendering = self.rendering(live, ctx)
-        topic = self.topic(live.topic, ctx.viewer)
-        watch = Watch(self.namespace.get(self.id), topic, self.bus.versions[topic])
-        return Response(200, rendering.frame, EVENTS, watch=watch)
+    def topics(self, live: Live, ctx: Context, args) -> List[str]:
+        """Return the topic of each region, as the bus of this object calls it."""
+        return [self.topic(with_parts(region.topic, live.path, args), ctx.viewer)
+                for region in live.regions]
 
-    def page(self, live: Live, ctx: Context) -> Response:
+    def stream(self, live: Live, ctx: Context, args) -> Response:
+        """Return the regions as they are now, and what to wait for before asking again."""
+        frames = [one.frame for one in self.renderings_of(live, ctx, args)]
+        seen = {topic: self.bus.version(topic) for topic in self.topics(live, ctx, args)}
+        watch = Watch(self.namespace.get(self.id), seen)
+        return Response(200, b"".join(frames), EVENTS, watch=watch)
+
+    def page(self, live: Live, ctx: Context, args) -> Response:
         asked = time.perf_counter()
-        rendering = self.rendering(live, ctx)
-        body = live.page(ctx.for_page(live), rendering.html)
+        renderings = self.renderings_of(live, ctx, args)
+        own = ctx.for_page(live)
+        body = live.page(own, *[one.html for one in renderings], *args)
         if type(body) is not Html:
             raise TypeError(f"the page of {live.path} is to be Html, what a template "
                             f"returns, and not {body!r:.200}")
-        title = f"{live.title} · {ctx.title}"
-        footer = self.xray(rendering, ctx, fresh=rendering.made > asked)
-        return page(title, body, ctx.viewer, self.navigation(live, ctx), footer,
-                    head=self.head(ctx))
+        title = live.title(own, *args) if callable(live.title) else live.title
+        footer = self.xray(renderings, ctx, asked)
+        return page(f"{title} · {ctx.title}", body, ctx.viewer, self.navigation(live, ctx),
+                    footer, head=self.head(ctx))
 
     def head(self, ctx):
         """[3] has styles and scripts of slices."""
@@ -1679,15 +1737,16 @@ class SliceHost(DurableObject):
         nav = template("layout.workspace")
         return nav(workspace=ctx.workspace, link=links, state=True)
 
-    def xray(self, rendering, ctx, fresh):
+    def xray(self, renderings, ctx, asked):
         """The foot of a page: which object served it, to whom, and what they may."""
         viewer = ctx.viewer
+        fresh = max([one.made for one in renderings]) > asked
         return template("xray")(
             id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
             role=viewer.role, grants=", ".join(viewer.grants),
             check="yes" if viewer.can("todos:delete") else "no",
             how="just now, in" if fresh else "from the cache; it took",
-            micros=rendering.micros, more=self.xray_more(ctx))
+            micros=sum([one.micros for one in renderings]), more=self.xray_more(ctx))
 
     def xray_more(self, ctx):
         """[2] knows who else looks."""
@@ -1967,7 +2026,7 @@ todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
                 "NULL, done INTEGER NOT NULL DEFAULT 0)",),
-    live=(Live("/todos", "todos:read", "todos", "Todos", todos_region, todos_page,
+    live=(Live("/todos", "todos:read", "Todos", (Region("todos", todos_region),), todos_page,
                params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]",        # 25
                        "q": r"[^\0-\x1f]{1,50}"}),),
     routes=(Route("POST", "/todos", "todos:write", create),
@@ -2702,7 +2761,8 @@ def store_role(store, id, account, before, after, offered=False):
         add_member(store, id, account, after, offered)
 
 
-members = Live("/members", MEMBER, "members", "Members", members_region, members_page)
+members = Live("/members", MEMBER, "Members", (Region("members", members_region),),
+               members_page)
 
 # The history of its tables: what ran once is never edited. What section 12 does not name is
 # for [3].
@@ -3127,7 +3187,7 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
     keys, fresh = prepare(data, data / "directory.db", data / "secret.key")
     inside = Router([welcome, *slices])
     outside = Router([directory])
-    pages = [live for slice in slices for live in slice.live] + [members]
+    pages = pages_of(slices)
     workspaces = Namespace("workspace", data / "workspaces", idle,
                            lambda id, own: Workspace(id, own, inside, pages))
     control = Namespace("directory", data, float("inf"),
@@ -3139,6 +3199,12 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
         if demo:
             seed(env, DEMO_WORKSPACES, todos in slices)
     return env
+
+
+def pages_of(slices: Sequence[Slice]) -> List[Live]:
+    """Return the pages that the navigation shows."""
+    pages = [live for slice in slices for live in slice.live if live.is_tab]
+    return [*pages, members]
 
 
 def prepare(data, file, key_file):
@@ -4276,18 +4342,23 @@ class Piece(Rendering):
 
 
 class Subscription(NamedTuple):
-    """What a live answer leaves behind: whom to ask again, what, and after which topic."""
+    """A region that a stream shows: whom to ask again, what, and after which topic."""
     stub: GuardedStub
     topic: str
-    again: Request                                       # as a whole role would ask
+    again: Request                                       # as all would who see the same
     piece: Optional[Piece]                               # as it is now
+    number: int = 0                                      # the place among those of its page
 
     @property
     def question(self) -> Tuple[Any, ...]:
         """What the object is asked: streams with the same question show the same."""
         said = self.again.headers
-        role = tuple([said.get(name, "") for name in ("x-role", "x-grants", "x-workspace")])
-        return self.again.path, self.again.query, *role
+        whose = tuple([said.get(name, "") for name in SAID_OF_REGIONS])
+        return self.again.path, self.again.query, self.number, *whose
+
+
+SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id")
+TRUSTED.add("x-region")
 
 
 class Broadcast(GroupCommit, SliceHost):
@@ -4301,32 +4372,43 @@ class Broadcast(GroupCommit, SliceHost):
         own = getattr(self, f"own{request.path[1:]}", None)  # the worker lets in none (2)
         return as_json(own(request)) if own else super().handle(request)
 
-    def render(self, live, ctx):
-        rendering = super().render(live, ctx)
+    def render(self, region, live, ctx, args):
+        rendering = super().render(region, live, ctx, args)
         return Piece(rendering.html, rendering.made, rendering.micros)
 
-    def rendering(self, live, ctx):
+    def rendering(self, region, live, ctx, args):
         """Bound what is kept, for queries can differ without end. The oldest goes first."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
-        return super().rendering(live, ctx)
+        return super().rendering(region, live, ctx, args)
 
     def forget_renderings(self):
         self.renderings.clear()
 
-    def stream(self, live, ctx):
-        """Instead of something to wait for: something to subscribe to."""
-        shared = ctx.shared(live)
-        role = shared.viewer
-        headers = {"x-account": "", "x-role": role.role, "x-grants": ",".join(role.grants),
-                   "x-workspace": role.workspace, "x-id": role.id}
-        query = urllib.parse.urlencode(shared.params)
-        again = Request("GET", f"{live.path}/live", query, headers)
-        topic = self.topic(live.topic, role)
-        piece = self.rendering(live, ctx)
-        watch = Subscription(self.namespace.get(self.id), topic, again, piece)
-        return Response(200, type=EVENTS, watch=watch, which=ctx.viewer.account)
+    def stream(self, live, ctx, args):
+        """Instead of something to wait for: for each region, something to subscribe to.
+
+        A broker asks again for one region alone, with the header x-region.
+        """
+        only = ctx.request.headers.get("x-region")
+        numbers = range(len(live.regions)) if only is None else [int(only)]
+        topics = self.topics(live, ctx, args)
+        watch = [self.subscription(live, number, topics[number], ctx, args)
+                 for number in numbers]
+        return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
+
+    def subscription(self, live, number, topic, ctx, args):
+        region = live.regions[number]
+        own = ctx.for_region(region, live)
+        viewer = own.viewer
+        account = viewer.account if region.each == "account" else ""
+        values = (account, viewer.role, ",".join(viewer.grants), viewer.workspace, viewer.id)
+        headers = {**dict(zip(SAID_OF_REGIONS, values)), "x-region": str(number)}
+        query = urllib.parse.urlencode(own.params)
+        again = Request("GET", ctx.request.path, query, headers)
+        piece = self.rendering(region, live, ctx, args)
+        return Subscription(self.namespace.get(self.id), topic, again, piece, number)
 
     def xray_more(self, ctx):
         since = formatdate(self.opened_at, usegmt=True)
@@ -4612,7 +4694,7 @@ def encode(request, response, connection, head_only, date) -> bytes:
     zipped = accepts_gzip(request) and (live or is_worth_it(response))
     body = response.body
     if live:
-        body = beginning(request, response.watch.piece, zipped)
+        body = beginning(request, response.watch, zipped)
     elif zipped:
         body = gzipped(body)
     head = head_of(response.status, response.type, response.headers, live,
@@ -4639,24 +4721,28 @@ def gzipped(data) -> bytes:
     return squeeze.compress(data) + squeeze.flush()
 
 
-def beginning(request, piece, zipped):
+def beginning(request, watch, zipped):
     """Return what a stream says before its first frame."""
-    said = CURRENT if shows(request, piece) else b""
+    said = b"" if not_shown(request, watch) else CURRENT
     if zipped:
         said = GZIP_HEAD + deflated(said)
     return chunk(said) if said else b""
 
 
-def shows(request, piece) -> bool:
-    """Does the page of this request show this very version already?"""
-    return request.headers.get("last-event-id") == piece.etag
+def not_shown(request, watch) -> List[Subscription]:
+    """Return the regions that the page of this request does not show as they are now.
+
+    A browser that comes back names the last frame that it got.
+    """
+    last = request.headers.get("last-event-id")
+    return [one for one in watch if one.piece.etag != last]
 
 
-def first_frame(request, piece) -> bytes:
-    """Return the region; b"" if the page shows it already."""
-    if shows(request, piece):
-        return b""
-    return piece.zipped if accepts_gzip(request) else piece.plain
+def first_frames(request, watch) -> bytes:
+    """Return these regions. Their bytes are made here, once for all."""
+    zipped = accepts_gzip(request)
+    pieces = [one.piece for one in not_shown(request, watch)]
+    return b"".join([piece.zipped if zipped else piece.plain for piece in pieces])
 
 
 # ==== 22. Kept ============================================================================
@@ -5216,8 +5302,8 @@ class Held:
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it.
 
-    A page shows several pieces, each in a slot: "region", "here" for who else looks
-    on, and "page" for all of it, after a change of role.
+    A page shows several pieces, each in a slot: a number for each region, "here" for who
+    else looks on, and "page" for all of it, after a change of role.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = (15, SILENCE_SECONDS)                 # spread: thousands beat
@@ -5228,11 +5314,10 @@ class Stream(Held):
         self.whose = self.account or request.peer
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
-        self.channel: Optional[Channel] = None
+        self.channels: Sequence[Channel] = ()            # one for each region
         self.frames = edge.broker.frames                 # how many, in all
-        self.seen = response.watch.piece.etag            # what is shown, by slot
         self.here = ""
-        self.latest: Dict[str, Piece] = {}               # what is to be shown next, by slot
+        self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
         self.beat = time.monotonic() + random.uniform(*self.BEAT_SECONDS)
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                      # a peer that vanished silently
@@ -5241,9 +5326,8 @@ class Stream(Held):
         super().__init__(edge, socket_)
 
     def show_page(self, piece):
-        """It has the region as well. What waited is older."""
+        """It has the regions as well. What waited is older."""
         self.latest = {}
-        self.seen = ""
         self.here = ""
         self.show("page", piece)
 
@@ -5316,7 +5400,7 @@ class Channel:
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
         self.account = ""                                # to whom it is charged: section 23
-        self.streams = set()
+        self.streams: Dict[Stream, str] = {}             # and the etag that each one shows
         self.busy = False
         self.stale = False
 
@@ -5366,9 +5450,16 @@ class Broker:
             self.edge.pool.gather(lane, channel, self.refresh_all, channel.account)
 
     def refresh_all(self, channels):
-        """In the pool. An object is a lane there: its regions would wait for each other."""
-        for channel in channels:
+        """In the pool. An object is a lane there: its regions would wait for each other.
+
+        Return those for which there was no time: others have this thread in between.
+        """
+        until = time.monotonic() + GroupCommit.BATCH_SECONDS
+        for done, channel in enumerate(channels):
+            if time.monotonic() > until:
+                return channels[done:]
             guarded(self.refresh, channel)
+        return []
 
     def refresh(self, channel):
         """Ask the object what its region is now. It wakes for this if it must."""
@@ -5377,7 +5468,7 @@ class Broker:
         streams = [*channel.streams]                     # a later one marks it: see join
         try:
             stub, again = channel.subscription.stub, channel.subscription.again
-            piece = stub.fetch(again).watch.piece
+            piece = stub.fetch(again).watch[0].piece
             if any([stream.zipped for stream in streams]):
                 piece.zipped                             # made here, and not in the loop
         except CRASH:
@@ -5401,9 +5492,9 @@ class Broker:
         After the last of them the channel is free, or goes round again.
         """
         for stream in streams[:self.SOME]:
-            if stream.seen != piece.etag and stream.channel is channel:
-                stream.seen = piece.etag
-                stream.show("region", piece)
+            if channel.streams.get(stream, piece.etag) != piece.etag:
+                channel.streams[stream] = piece.etag
+                stream.show(channel.subscription.number, piece)
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
         with self.lock:
@@ -5414,42 +5505,48 @@ class Broker:
 
     # -- who watches
 
-    def welcome(self, stream, subscription):
+    def welcome(self, stream, watch):
         """Let a new stream join. If access changed of late, its verdict may be older than
         that, so the gate is asked again."""
-        self.join(stream, subscription)
+        self.join(stream, watch)
         if time.monotonic() < self.access_changed_at + self.CALM_SECONDS:
             self.regate(stream)
 
-    def join(self, stream, subscription):
-        id = subscription.stub.id
+    def join(self, stream, watch):
+        id = watch[0].stub.id
         of_object = self.channels.setdefault(id, {})
-        channel = of_object.setdefault(subscription.question, Channel(subscription))
-        stream.channel = channel
-        channel.streams.add(stream)
+        stream.channels = [of_object.setdefault(one.question, Channel(one))
+                           for one in watch]
         self.accounts[stream.account] += 1
         self.count_watcher(id, 1)
-        channel.account = channel.account or stream.account
-        self.mark(channel)                               # something may have come meanwhile
+        for one, channel in zip(watch, stream.channels):
+            channel.streams[stream] = one.piece.etag
+            channel.account = channel.account or stream.account
+            self.mark(channel)                           # something may have come meanwhile
         if id in self.here:
             stream.show_here(self.here[id])
         elif id not in self.unannounced:
             self.tell_who_is_here()
 
     def leave(self, stream):
-        channel = stream.channel
-        if channel is None:
+        if not stream.channels:
             return
-        stream.channel = None
-        id = channel.subscription.stub.id
-        channel.streams.discard(stream)
+        channels, stream.channels = stream.channels, ()
+        id = channels[0].subscription.stub.id
+        for channel in channels:
+            del channel.streams[stream]
+            if not channel.streams:                      # the last one out
+                del self.channels[id][channel.subscription.question]
         self.accounts[stream.account] -= 1
         self.count_watcher(id, -1)
-        if not channel.streams:                          # the last one out
-            del self.channels[id][channel.subscription.question]
         if not self.channels[id]:
             del self.channels[id]
             self.here.pop(id, None)
+
+    def watchers(self, id) -> List[Stream]:
+        """Return the streams on this object."""
+        channels = [*self.channels.get(id, {}).values()]
+        return list({stream: True for channel in channels for stream in [*channel.streams]})
 
     def count_watcher(self, id, more):
         """Note that a stream on this object came (1) or went (-1)."""
@@ -5459,8 +5556,7 @@ class Broker:
         """Once a second: to those who watch an object of which watchers came or went."""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
-            streams = [stream for channel in self.channels[id].values()
-                       for stream in channel.streams]
+            streams = self.watchers(id)
             self.here[id] = presence(streams)
             for stream in streams:
                 stream.show_here(self.here[id])
@@ -5527,12 +5623,14 @@ class Broker:
         self.edge.call(self.rejoin, stream, response, whole)
 
     def rejoin(self, stream, response, whole):
-        if stream.channel is None:                       # it was closed meanwhile
+        if not stream.channels:                          # it was closed meanwhile
             return
         self.leave(stream)
         stream.account = response.which
         stream.show_page(whole)
         self.join(stream, response.watch)
+        for channel in stream.channels:                  # the page may show another state
+            channel.streams[stream] = ""
 
     def look_elsewhere(self):
         """In the pool, once a second: did another process change the Directory?"""
@@ -5767,18 +5865,16 @@ class Connection(Held):
         if no:
             return self.reply(asked, self.edge.refusal(asked.request, no))
         data = self.encoded(asked, response)
-        piece = response.watch.piece
-        frame = first_frame(asked.request, piece)
         if self.ended:                                   # nobody is there to hear the rest
             self.keep = False
-            return self.write(data + frame)
+            return self.write(data + first_frames(asked.request, response.watch))
         self.edge.held.discard(self)
         self.listen(0)
         viewer = viewer_in(asked.forwarded or asked.request)
         stream = Stream(self.edge, self.socket, asked.request, response, viewer)
         stream.write(data)
-        if frame:
-            stream.show("region", piece)
+        for one in not_shown(asked.request, response.watch):
+            stream.show(one.number, one.piece)
         if stream in self.edge.held:
             self.edge.broker.welcome(stream, response.watch)
 
@@ -6125,7 +6221,7 @@ class LoopEdge:
             if asked.cookie and response.nonce and response.status == 200 and asked.stub:
                 self.kept.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
-                first_frame(asked.request, response.watch.piece)
+                first_frames(asked.request, response.watch)
             asked.connection.reply(asked, response)
         except CRASH as error:
             self.call(asked.connection.close)
@@ -6396,7 +6492,8 @@ def write_private(path: pathlib.Path, data: bytes) -> None:
 
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
-    return len(response.watch.piece.plain if response.watch else response.body)
+    pieces = [one.piece.plain for one in response.watch or ()]
+    return len(response.body) + sum(map(len, pieces))
 
 
 def addition(cls: type) -> type:
@@ -7710,8 +7807,8 @@ def wrong_with(row, kind, grants):
     """Return why a Live or a Route would never do what it is for, or ""."""
     if type(row) is not kind:
         return f"it is no {kind.__name__}; (one,) has a comma too"
-    if not PATH.fullmatch(row.path) or (kind is Live and "<" in row.path):
-        return "a path is as /things or, for a Route, /things/<id> or /things/<int:id>"
+    if not PATH.fullmatch(row.path):
+        return "a path is as /things, /things/<id> or /things/<int:id>"
     if row.path.split("/")[1] == "members":
         return "/members is the Directory's"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
@@ -7719,9 +7816,19 @@ def wrong_with(row, kind, grants):
                 "should")
     if kind is Route and row.method not in METHODS:
         return f"a method is one of {', '.join(METHODS)}"
-    if not callable(row.region if kind is Live else row.run):
-        return "region or run can't be called"
-    return ""
+    if kind is Route:
+        return "" if callable(row.run) else "run can't be called"
+    return wrong_with_regions(row)
+
+
+def wrong_with_regions(live):
+    """The same of the regions of a Live, and of what is made of them."""
+    if type(live.regions) not in (tuple, list) or not live.regions \
+            or any([type(region) is not Region for region in live.regions]):
+        return ("regions is a tuple of Region, and (one,) has a comma too: Live("
+                f"{live.path!r}, {live.grant!r}, \"Title\", (Region(\"topic\", show),), page)")
+    calls = [live.page, *[region.show for region in live.regions]]
+    return "" if all(map(callable, calls)) else "page or show can't be called"
 
 
 def check_slices(settings: Settings) -> None:
@@ -7792,6 +7899,17 @@ def check_references(store):
 CHECKS.extend((check_slices, check_tables))
 
 
+@functools.lru_cache(maxsize=4)
+def topics_of(router: Router) -> re.Pattern:
+    """Return the pattern of the topics that pages listen to."""
+    topics = []
+    for slice in router.slices:
+        for live in slice.live:
+            topics += [path_pattern(region.topic) for region in live.regions]
+    pattern = "|".join(topics) or "(?!)"
+    return re.compile(pattern)
+
+
 @addition
 class NoticesSilence(EdgeWorkspace):
     def journal(self, viewer, what, which):
@@ -7801,8 +7919,7 @@ class NoticesSilence(EdgeWorkspace):
                 if call == self.bus.tell]
         if len(told) < len(self.store.after_commit):     # a job follows, and may publish
             return
-        known = {live.topic for slice in self.router.slices for live in slice.live}
-        if known.isdisjoint(told):
+        if not any(map(topics_of(self.router).fullmatch, told)):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
                      "page will show it")
 
@@ -8121,7 +8238,7 @@ class Console:
         with self.trace.silence(), self.lock:
             html = self.region(request.params, "paused" not in request.params)
             watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
-            return Response(200, type=EVENTS, watch=watch)
+            return Response(200, type=EVENTS, watch=(watch,))
 
     def stream(self, request, me):
         again = Request("GET", request.path, request.query)
@@ -8250,7 +8367,6 @@ class Console:
         one = namespace.objects.get(id)
         awake = bool(one and one.store)
         size = sum([part.stat().st_size for part in with_wal(file)])
-        channels = [*self.broker.channels.get(id, {}).values()]
         return {"count": "", "jobs": "", "failed": [], **facts,
                 "id": id,
                 "name": name,
@@ -8258,7 +8374,7 @@ class Console:
                 "size": size // 1024,                    # kB
                 "state": "awake" if awake else "asleep",
                 "since": awake and {"opened": clock(one.opened_at)},
-                "streams": sum([len(channel.streams) for channel in channels]),
+                "streams": len(self.broker.watchers(id)),
                 "served": namespace.served[id]}
 
     # -- the drawing: where a workspace stands in it is its x. Rows have two names, as node
@@ -8305,11 +8421,11 @@ class Console:
         channels = [channel for of_object in [*self.broker.channels.values()]
                     for channel in [*of_object.values()]]
         rows = [self.stream_row(channel, names) for channel in channels[:50]]
-        count = sum([len(channel.streams) for channel in channels])
-        return {"stream": rows, "open": count, **self.broker.frames}
+        open = sum(self.broker.accounts.values())
+        return {"stream": rows, "open": open, **self.broker.frames}
 
     def stream_row(self, channel, names):
-        stub, _, again, _ = channel.subscription
+        stub, _, again, *_ = channel.subscription
         return {"object": names.get(stub.id, stub.id[:8]), "path": again.path,
                 "role": again.headers.get("x-role", ""), "open": len(channel.streams)}
 
@@ -8404,10 +8520,10 @@ class SaysWhoOperates(EdgeDirectory):
 
 @addition
 class HidesXray(Broadcast):
-    def xray(self, rendering, ctx, fresh):
+    def xray(self, renderings, ctx, asked):
         """It is for operators; in the demo, for everybody."""
         if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
-            return super().xray(rendering, ctx, fresh)
+            return super().xray(renderings, ctx, asked)
         return ""
 
 
@@ -10794,10 +10910,6 @@ def directory_router():
     live = [row for slice in slices for row in slice.live]
     routes = [row for slice in slices for row in slice.routes]
     return whole(QuickRouter)([Slice("directory", DIRECTORY_TABLES, live, routes)])
-
-
-def pages_of(slices):
-    return [live for slice in slices for live in slice.live] + [members]
 
 
 def workspaces_of(settings, router):
