@@ -1580,6 +1580,8 @@ HOST_TABLES = (
     "CREATE INDEX jobs_due ON jobs (due)",
     "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
     "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
+    "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
+    "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
 )
 
 
@@ -6455,6 +6457,7 @@ import ctypes
 import datetime
 import filecmp
 import getpass
+import heapq
 import http.client
 import shutil
 import tempfile
@@ -7362,6 +7365,8 @@ class CountsAtHome(LoopEdge):
 #   end are one. If it fails it is tried again; after ten tries it is given up, and kept.
 #   Jobs wake an object that sleeps, and outlive a restart. What a job waits for outside, a
 #   mail server for one, it yields as a function. That is called while others have the turn.
+#   A job that comes again is a row, too, one in each workspace, with the time when it is
+#   due next. What was missed while the server was down is done once.
 # One job, on its way:
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -7371,18 +7376,139 @@ class CountsAtHome(LoopEdge):
 #   GET  /_due      when the object's next job is due: its next alarm
 # Alarms are an index in memory, built from the files at each start.
 
-def due_in(path: pathlib.Path) -> Optional[float]:
+def due_in(path: pathlib.Path, plans: Any = frozenset()) -> Optional[float]:
     """Return when the next job in a file is due; None: there is none.
 
-    A file without a write-ahead log is read as it lies, in a quarter of the time: at a
-    start it may be one of thousands. Whoever opens it just then sets its alarm.
+    It is due at once if the recurring jobs in it are not those of plans: opened, it gets
+    them. A file without a write-ahead log is read as it lies, in a quarter of the time: at
+    a start it may be one of thousands. Whoever opens it just then sets its alarm.
     """
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if with_wal(path) == [path]:
         uri += "&immutable=1"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        return db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+        due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+        there = set()
+        with contextlib.suppress(sqlite3.OperationalError):  # an older version made it
+            there = {row[0] for row in db.execute(PLANNED)}
+        return due if there == plans else 0.0
 
+
+# -- jobs that come again
+
+class Recurring(NamedTuple):
+    """A job that comes again; made by daily() or every()."""
+    job: Callable[..., Any]
+    at: str = ""                                         # each day at that time, as 07:30
+    zone: str = ""                                       # "": the server's own
+    seconds: float = 0.0                                 # from one to the next
+
+    @property
+    def plan(self) -> str:
+        """When it comes, as text: if that changes, another row takes its place."""
+        return f"{self.at} {self.zone}" if self.at else f"every {self.seconds:g} s"
+
+    def next_time(self, now: float, id: str) -> float:
+        """Return when it comes next. Intervals begin at a time of each workspace's own, so
+        not all of them wake at once."""
+        if not self.at:
+            since = (now - mark_of(id)) % self.seconds
+            return now - since + self.seconds
+        zone = zone_named(self.zone)
+        today = datetime.datetime.fromtimestamp(now, zone).date()
+        days = [today + datetime.timedelta(number) for number in range(-1, 4)]
+        return min([at for at in [self.time_on(day, zone) for day in days] if at > now])
+
+    def time_on(self, day, zone) -> float:
+        """Where clocks are set forward over it, it is as much later; where they are set
+        back and it comes twice, the first is meant (PEP 495, fold=0)."""
+        at = datetime.time.fromisoformat(self.at)
+        return datetime.datetime.combine(day, at, zone).timestamp()
+
+
+def daily(job: Callable[..., Any], at: str, zone: str = "") -> Recurring:
+    """For Slice.jobs: have job(ctx) run each day at that time, as 07:30, in each workspace.
+
+    zone: as Europe/Berlin; "": the server's own.
+    """
+    return Recurring(job, at, zone)
+
+
+def every(job: Callable[..., Any], **interval: float) -> Recurring:
+    """For Slice.jobs: every(sweep, minutes=10). Also seconds, hours, days, weeks.
+
+    Each run wakes the workspace. Raises TypeError for what is no interval.
+    """
+    return Recurring(job, seconds=datetime.timedelta(**interval).total_seconds())
+
+
+@functools.lru_cache(maxsize=None)
+def zone_named(name):
+    """Return a zone of time; None: the server's own. Raises Unusable."""
+    if not name:
+        return None
+    import zoneinfo                                      # here, for a start 3 ms sooner
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        if zoneinfo.available_timezones():
+            why = f"there is no time zone {name!r}; say one as Europe/Berlin"
+        else:
+            why = ("this machine knows no time zones; install tzdata, or leave the zone "
+                   "out, for the server's own")
+        raise Unusable(why) from None
+
+
+PLANNED = "SELECT key FROM jobs WHERE key >= '@' AND key < 'A'"     # as plans_of names them
+
+
+def function_of(job) -> Callable[..., Any]:
+    return job.job if type(job) is Recurring else job
+
+
+def plans_of(slices: Sequence[Slice]) -> Dict[str, Recurring]:
+    """Return all jobs that come again, by the key of their row."""
+    return {f"@{slice.name}.{job.job.__name__} {job.plan}": job
+            for slice in slices for job in slice.jobs if type(job) is Recurring}
+
+
+def wrong_with_job(job) -> str:
+    """Return why a job would never run as it is meant to, or ""."""
+    name = getattr(function_of(job), "__name__", "")
+    if not callable(function_of(job)) or not name.isidentifier():
+        return "it is no function with a name; write def, and (one,) has a comma too"
+    if type(job) is not Recurring:
+        return ""
+    if job.at and not re.fullmatch("([01][0-9]|2[0-3]):[0-5][0-9]", job.at):
+        return f'{job.at!r} is no time of a day; say as daily({name}, "07:30")'
+    if not job.at and job.seconds < 1:
+        return f"it has no time, or less than a second; say as every({name}, minutes=10)"
+    try:
+        zone_named(job.zone)
+    except Unusable as no:
+        return str(no)
+    return ""
+
+
+def check_jobs(settings: Settings) -> None:
+    """Raise Unusable for a job that could not run."""
+    for slice in settings.slices:
+        given = getattr(slice, "jobs", ())
+        jobs = (given,) if callable(given) else given
+        for job in jobs:
+            why = wrong_with_job(job) or callable(given) and "write (one,), with a comma"
+            if why:
+                raise Unusable(f"slice {slice.name!r}, job {job!r:.99}: {why}")
+        functions = {function_of(job) for job in jobs}
+        names = {function.__name__ for function in functions}
+        if len(names) < len(functions):
+            raise Unusable(f"slice {slice.name!r}: two jobs have the same name; rename one")
+
+
+CHECKS.append(check_jobs)
+
+
+# -- alarms
 
 class Wait:
     """A job that waits: it has yielded act, a function without arguments."""
@@ -7407,11 +7533,13 @@ class Alarms:
 
     def __init__(self, namespace: Namespace):
         self.namespace = namespace
+        self.directory: Any = None                       # it knows the workspaces' names
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
-        self.lock = threading.Lock()                     # guards the next four lines
+        self.lock = threading.Lock()                     # guards the next five lines
         self.due: Dict[str, float] = {}                  # by id
+        self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
         self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
         self.in_line: collections.deque = collections.deque()    # waits not yet begun
         self.callers = 0                                 # threads that call acts
@@ -7419,30 +7547,35 @@ class Alarms:
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
         files = dict(self.namespace.files())
+        plans = plans_of(self.namespace.settings.slices).keys()
         self.looked &= files.keys()                      # one may come back
         for id, path in files.items():
             if id not in self.looked:
                 self.looked.add(id)
                 with contextlib.suppress(sqlite3.Error):
-                    self.set(id, due_in(path))
+                    self.set(id, due_in(path, plans))
 
     def set(self, id: str, due: Optional[float]) -> None:
         """Wake the object then, if not sooner. None: it has no job."""
         if due is None:
             return
         with self.lock:
-            self.due[id] = min(due, self.due.get(id, due))
+            if due < self.due.get(id, float("inf")):
+                self.due[id] = due
+                heapq.heappush(self.order, (due, id))
         if due <= time.time():
             self.ring()
 
     def next_due(self) -> Optional[str]:
         """Take out the alarm of an object that has a job due. Return its id, or None."""
+        now = time.time()
         with self.lock:
-            id = min(self.due, key=self.due.__getitem__, default=None)
-            if id is None or self.due[id] > time.time():
-                return None
-            del self.due[id]
-            return id
+            while self.order and self.order[0][0] <= now:
+                due, id = heapq.heappop(self.order)
+                if self.due.get(id) == due:              # else it was set anew since
+                    del self.due[id]
+                    return id
+            return None
 
     def ring(self) -> None:
         while self.put and self.free.acquire(blocking=False):
@@ -7465,10 +7598,13 @@ class Alarms:
 
     def one_job(self, stub):
         """Claim a job and run it, in two commits. Return when the next one is due."""
+        names = self.directory.ask("/_names_of", f"id={stub.id}")
+        if names is None:                                # its file is about to go
+            return time.time() + 60
         job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
         try:
             if job is not None:
-                stub.fetch(Request("POST", "/_jobs", f"id={job}"))
+                stub.fetch(Request("POST", "/_jobs", f"id={job}", names))
         except StorageFault:                             # it is in the log
             pass
         return stub.ask("/_due")
@@ -7488,6 +7624,10 @@ class Alarms:
                 return
             self.callers += 1
         threading.Thread(target=self.call_acts, daemon=True).start()
+
+    def failed(self, row, error):
+        """Called by a host whose job failed."""
+        log_error(f"job {row['job']}, try {row['tries']}", error)
 
     def call_acts(self):
         while True:
@@ -7543,12 +7683,27 @@ class HasAlarms(GuardedNamespace):
         super().__init__(*args, **more)
         self.alarms = Alarms(self)
 
+    def name_draft(self, draft, id):
+        super().name_draft(draft, id)
+        self.alarms.set(id, self.alarms.due.pop(draft, None))
+
+
+@addition
+class NamesWorkspaces(EdgeDirectory):
+    def own_names_of(self, request):
+        """Return how a job's workspace is called, as headers; None: it was removed."""
+        row = self.store.one("SELECT name, coalesce(title, name) AS title FROM workspaces "
+                             "WHERE id = ? AND name IS NOT NULL", request.params.get("id"))
+        return row and {"x-workspace": row["name"],
+                        "x-title": urllib.parse.quote(row["title"])}
+
 
 @addition
 class RingsAlarms(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
         self.alarms = self.env.workspaces.alarms
+        self.alarms.directory = self.env.directory
         self.alarms.put = self.pool.put
 
     def serve_forever(self):
@@ -7577,19 +7732,35 @@ class EnqueuesJobs(Context):
     """What a slice is given besides: jobs, and what other slices export."""
     __slots__ = ()
 
-    def enqueue(self, job: Callable[..., None], after: float = 0.0, **args: Any) -> None:
+    def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
+                **args: Any) -> None:
         """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
 
-        args: what JSON can say. It runs again when it fails, so what it does outside of the
-        store should bear to be done twice. What it waits for, it yields, at most once: a
-        function without arguments, which can't use ctx. `answer = yield send` calls that
-        while others have the turn. Before, the job only reads. Raises PermissionError
-        outside of a command or job, LookupError if no slice has this job.
+        key: it takes the place of an earlier job of the slice with the same key. args: what
+        JSON can say. It runs again when it fails, so what it does outside of the store
+        should bear to be done twice. What it waits for, it yields, at most once: a function
+        without arguments, which can't use ctx. `answer = yield send` calls that while
+        others have the turn. Before, the job only reads. Raises PermissionError outside of
+        a command or job, LookupError if no slice has this job.
         """
+        self.check_may_enqueue()
+        if key:
+            self.cancel(key)
+        self.host.enqueue(self.viewer.signature, job, time.time() + after, args,
+                          key and f"{self.store.slice}:{key}")
+
+    def cancel(self, key: str) -> bool:
+        """Take out the job that was enqueued with this key. Return whether there was one.
+
+        If it waits for something outside just now, it does not go on after that.
+        """
+        self.check_may_enqueue()
+        return self.host.cancel(f"{self.store.slice}:{key}")
+
+    def check_may_enqueue(self):
         if self.store.may != WRITE:
-            raise PermissionError("only a command or a job puts in a job")
+            raise PermissionError("only a command or a job puts in a job, or cancels one")
         self.store.check_thread()
-        self.host.enqueue(self.viewer.signature, job, time.time() + after, args)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(store, *args), with the tables of the slice that exports it.
@@ -7612,9 +7783,10 @@ class EnqueuesJobs(Context):
 class KnowsJobs(QuickRouter):
     def __init__(self, slices):
         super().__init__(slices)
-        self.jobs = {f"{slice.name}.{job.__name__}": job
-                     for slice in slices for job in slice.jobs}
+        jobs = [(slice.name, function_of(job)) for slice in slices for job in slice.jobs]
+        self.jobs = {f"{slice}.{job.__name__}": job for slice, job in jobs}
         self.job_names = {job: name for name, job in self.jobs.items()}
+        self.plans = plans_of(slices)
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
 
@@ -7667,13 +7839,17 @@ class HasJobs(Broadcast):
             self.namespace.alarms.set(self.id, self.own_due(None))
 
     def enqueue(self, who: str, job: Callable[..., None], due: float,
-                args: Dict[str, Any]) -> None:
+                args: Dict[str, Any], key: str = "") -> None:
         """Raises LookupError if no slice has this job."""
         if job not in self.router.job_names:
             raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        row = self.router.job_names[job], json.dumps(args), who, due
-        self.store.exec("INSERT INTO jobs (job, args, who, due) VALUES (?, ?, ?, ?)", *row)
+        row = self.router.job_names[job], json.dumps(args), who, due, key or None
+        self.store.exec("INSERT INTO jobs (job, args, who, due, key) VALUES (?, ?, ?, ?, "
+                        "?)", *row)
         self.alarm_after_commit(due)
+
+    def cancel(self, key: str) -> bool:
+        return self.store.exec("DELETE FROM jobs WHERE key = ?", key) > 0
 
     def alarm_after_commit(self, due):
         self.store.after_commit.append((self.namespace.alarms.set, self.id, due))
@@ -7688,8 +7864,8 @@ class HasJobs(Broadcast):
         waits = self.namespace.alarms.waits_of(self.id)
         if len(waits) >= self.namespace.alarms.WAITS_EACH:
             return None
-        rows = self.store.query("SELECT id, due, tries FROM jobs WHERE due IS NOT NULL "
-                                "ORDER BY due, id LIMIT ?", len(waits) + 1)
+        rows = self.store.query("SELECT id, due, tries, key FROM jobs WHERE due IS NOT "
+                                "NULL ORDER BY due, id LIMIT ?", len(waits) + 1)
         return next((row for row in rows if row["id"] not in waits), None)
 
     def own_claim(self, request):
@@ -7701,11 +7877,24 @@ class HasJobs(Broadcast):
         row = self.next_job()
         if row is None or row["due"] > time.time():
             return None
-        tries = row["tries"] + 1
-        due = time.time() + 2 ** tries if tries < self.TRIES else None
+        tries = row["tries"] % self.TRIES + 1
         self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
-                        "WHERE id = ?", tries, due, row["id"])
+                        "WHERE id = ?", tries, self.next_try(row, tries), row["id"])
         return row["id"]
+
+    def next_try(self, row, tries) -> Optional[float]:
+        """Return when a job that fails is tried again; None: it is given up then.
+
+        A recurring one waits for its next time instead.
+        """
+        if tries < self.TRIES:
+            return time.time() + 2 ** tries
+        return self.next_time(row)
+
+    def next_time(self, row) -> Optional[float]:
+        """Return when a recurring job comes again; None: it is none, or not any more."""
+        plan = self.router.plans.get(row["key"])
+        return plan and plan.next_time(time.time(), self.id)
 
     def own_jobs(self, request):
         """Run a job that was claimed, or go on with it. If it fails, note the error."""
@@ -7714,23 +7903,22 @@ class HasJobs(Broadcast):
             return
         try:
             with self.store.tx():
-                self.work(row)
+                self.work(row, request)
         except CRASH as error:
             if not self.store.db.in_transaction:         # SQLite gave all of it up
                 raise
-            log_error(f"job {row['job']}, try {row['tries']}", error)
+            self.namespace.alarms.failed(row, error)
             text = f"{type(error).__name__}: {error}"[:500]
             text = text.encode("utf-8", "backslashreplace").decode()
-            due = row["due"] and time.time() + 2 ** row["tries"]
+            due = self.next_try(row, row["tries"])
             self.store.exec("UPDATE jobs SET error = ?, due = ? WHERE id = ?", text, due,
                             row["id"])
 
-    def work(self, row):
+    def work(self, row, request):
         """In the name of who enqueued it. Grants were checked then."""
-        viewer = Viewer(account=row["who"])
         self.doing = f"job {row['job']}", time.monotonic()
         wait = self.namespace.alarms.waits.get((self.id, row["id"]))
-        ctx = wait.ctx if wait else self.job_context(row["job"], viewer)
+        ctx = wait.ctx if wait else self.job_context(row, request)
         ctx.host = self                                  # another one, if it has slept
         ctx.store.use(self, WRITE)
         try:
@@ -7741,12 +7929,21 @@ class HasJobs(Broadcast):
         if wait:
             self.store.after_commit.append((self.namespace.alarms.wait_for, wait))
             return
-        self.journal(viewer, row["job"], str(row["id"]))
-        self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+        self.journal(ctx.viewer, row["job"], str(row["id"]))
+        self.finish(row)
 
-    def job_context(self, job, viewer):
-        request = Request("POST", "/_jobs")
-        return self.context(self, JobTables(job), viewer, {}, request, {})
+    def finish(self, row):
+        """A job that is done goes, unless it comes again."""
+        again = self.next_time(row)
+        if again is None:
+            self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
+        else:
+            self.store.exec("UPDATE jobs SET due = ?, tries = 0, error = '' WHERE id = ?",
+                            again, row["id"])
+
+    def job_context(self, row, request):
+        viewer = dataclasses.replace(self.viewer(request), account=row["who"], id=self.id)
+        return self.context(self, JobTables(row["job"]), viewer, {}, request, {})
 
     def first_step(self, ctx, row):
         """Return what it waits for; None: it is done."""
@@ -7771,17 +7968,46 @@ class HasJobs(Broadcast):
     def own_retry(self, request):
         """Those that were given up have all their tries again."""
         now = time.time()
-        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE due IS NULL", now)
+        self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE tries >= ?", now,
+                        self.TRIES)
         self.alarm_after_commit(now)
 
     def own_counts(self, request):
-        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE due IS NULL "
-                                    "ORDER BY id LIMIT 5")
+        given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE tries >= ? "
+                                    "ORDER BY id LIMIT 5", self.TRIES)
         jobs = self.store.query(
-            "SELECT count(*) || CASE WHEN due IS NULL THEN ' given up' ELSE ' waiting' END "
-            "FROM jobs GROUP BY due IS NULL")
+            "SELECT count(*) || CASE WHEN tries >= ?1 THEN ' given up' ELSE ' waiting' END "
+            "FROM jobs GROUP BY tries >= ?1", self.TRIES)
         return {**super().own_counts(request), "jobs": ", ".join([row[0] for row in jobs]),
                 "failed": [dict(row) for row in given_up]}
+
+
+@addition
+class KeepsPlans(EdgeWorkspace):
+    """A workspace has a row for each recurring job of its slices, and for no other."""
+
+    def on_open(self):
+        super().on_open()
+        self.keep_plans()
+
+    def own_claim(self, request):
+        self.keep_plans()                                # if it failed when it was opened
+        return super().own_claim(request)
+
+    def keep_plans(self):
+        with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
+            there = {row["key"] for row in self.store.query(PLANNED)}
+            if there != self.router.plans.keys():
+                self.replace_plans(there)
+
+    def replace_plans(self, there):
+        plans = self.router.plans
+        with self.store.tx():
+            for key in there - plans.keys():
+                self.cancel(key)
+            for key in plans.keys() - there:
+                due = plans[key].next_time(time.time(), self.id)
+                self.enqueue("(schedule)", plans[key].job, due, {}, key)
 
 
 # ==== 36. Checks ==========================================================================
@@ -10150,7 +10376,7 @@ class PlacesFiles(GuardedNamespace):
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
 
 
-DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|leave|gate/[^/]*)")
+DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|names_of|leave|gate/[^/]*)")
 
 
 def directory_front(request, env):

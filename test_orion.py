@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import errno
 import functools
 import gc
@@ -48,6 +49,7 @@ import types
 import urllib.parse
 import weakref
 import zlib
+import zoneinfo
 from unittest import mock
 
 import orion
@@ -5025,6 +5027,7 @@ FROM_INSIDE = {
     **dict.fromkeys(("HOLE", "PART", "TAG", "ATTRIBUTE", "TAG_END", "EXPRESSION", "STRING", "LINKS", "NO_HOLES"), "templates"), "PATH": "the routes of a slice", "PART_OF_PATH": "the routes of a slice",
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
+    "([01][0-9]|2[0-3]):[0-5][0-9]": "the jobs of a slice",
     "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
@@ -6771,6 +6774,230 @@ def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, cap
         assert logged(capfd, f"{'POST /wait' if where == 'a command' else 'job work.wait'} keeps all others waiting for ")
         release.set()
         assert asked.result(PATIENCE).status == 204
+
+
+# -- jobs that come again, and jobs with a key
+
+def utc(text):
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def times_of(plan, after, many=3):
+    found = [utc(after)]
+    while len(found) <= many:
+        found.append(plan.next_time(found[-1], "0" * 64))
+    return found[1:]
+
+
+@cases("at, after, expected", [
+    ("07:30", "2026-06-01T05:30", ["2026-06-02T05:30", "2026-06-03T05:30"]),
+    ("07:30", "2026-06-01T05:29:59", ["2026-06-01T05:30", "2026-06-02T05:30"]),
+    ("02:30", "2026-03-28T01:30", ["2026-03-29T01:30", "2026-03-30T00:30"]),
+    ("02:30", "2026-10-24T00:30", ["2026-10-25T00:30", "2026-10-26T01:30"]),
+    ("23:59", "2026-12-30T22:59", ["2026-12-31T22:59", "2027-01-01T22:59"])],
+    ids=["just then", "just before", "a time that does not exist", "a time that comes twice", "new year"])
+@cases("zone", ["Europe/Berlin", ""])
+def test_a_daily_job_comes_once_a_day_whatever_the_clocks_do(monkeypatch, at, after, expected, zone):
+    monkeypatch.setenv("TZ", "Europe/Berlin"), time.tzset()
+    try:
+        assert times_of(orion.daily(print, at, zone), after, 2) == [utc(one) for one in expected]
+    finally:
+        monkeypatch.undo(), time.tzset()
+
+
+def test_intervals_begin_in_each_workspace_at_a_time_of_its_own():
+    plan, now = orion.every(print, minutes=10), utc("2026-06-01T05:30")
+    first = [plan.next_time(now, f"{n:064x}") for n in range(200)]
+    assert now < min(first) and max(first) <= now + 600 and len({*first}) > 150
+    assert plan.next_time(first[0], "0" * 64) == pytest.approx(first[0] + 600)
+
+
+@pytest.fixture
+def recurring(start):
+    """recurring(plan, ...): a server whose job digest comes by these plans; digest makes a row "noted" or raises what raises says."""
+    def begin(*plans, **settings):
+        def digest(ctx):
+            if begin.raises:
+                raise begin.raises
+            note(ctx)
+        begin.server = start((orion.todos, working(*[plan(digest) for plan in plans])), **settings)
+        return begin.server
+    begin.raises = None
+    begin.rows = lambda workspace="acme": [tuple(row) for row in the_rows(begin.server, workspace, "SELECT key, due, tries FROM jobs ORDER BY key")]
+    begin.keys = lambda workspace="acme": [key for key, *_ in begin.rows(workspace)]
+    return begin
+
+
+def the_rows(server, workspace, sql):
+    with contextlib.closing(server.store(workspace)) as db:
+        return db.execute(sql).fetchall()
+
+
+def set_due(server, due, workspace="acme"):
+    """In the file of a workspace, as if its alarm had been set so."""
+    with contextlib.closing(server.store(workspace)) as db, db:
+        db.execute("UPDATE jobs SET due = ?", (due,))
+    alarms = server.env.workspaces.alarms
+    if alarms.put:
+        alarms.set(server.env.workspaces.id_from_name(workspace), due)
+
+
+morning, evening, often = [lambda job: orion.daily(job, "07:30"), lambda job: orion.daily(job, "19:30", "UTC"), lambda job: orion.every(job, hours=1)]
+
+
+def test_a_recurring_job_has_one_row_in_each_workspace_and_no_restart_doubles_or_moves_it(recurring):
+    recurring(morning, often)
+    before = eventually(lambda: len(recurring.rows("acme")) == 2 and recurring.rows("acme"))
+    assert [key for key, *_ in before] == ["@work.digest 07:30 ", "@work.digest every 3600 s"]
+    recurring.server.close()
+    recurring(morning, often)
+    recurring.server.env.workspaces.rest(idle=-1)
+    assert recurring.rows() == before and recurring.keys("globex") == [key for key, *_ in before]
+
+
+def test_a_recurring_job_wakes_a_workspace_that_sleeps_and_comes_again(recurring):
+    server = recurring(morning)
+    eventually(recurring.rows)
+    server.env.workspaces.rest(idle=-1)
+    set_due(server, 1.0)
+    eventually(lambda: noted(server))
+    (_, due, tries), = eventually(lambda: recurring.rows()[0][1] > time.time() and recurring.rows())
+    assert due <= time.time() + 25 * 3600 and tries == 0
+    assert ("(schedule)", "work.digest") in the_rows(server, "acme", "SELECT who, what FROM journal")
+
+
+def test_what_was_missed_while_the_server_was_down_is_done_once(recurring):
+    recurring(often)
+    eventually(recurring.rows)
+    recurring.server.close()
+    set_due(recurring.server, time.time() - 5 * 86400)
+    server = recurring(often)
+    eventually(lambda: noted(server))
+    assert eventually(lambda: recurring.rows()[0][1] > time.time()) and noted(server), "once"
+
+
+def test_a_new_version_changes_what_comes_again_in_workspaces_that_nobody_opens(recurring):
+    recurring(morning)
+    eventually(recurring.rows)
+    for plans, keys in (((evening, often), ["@work.digest 19:30 UTC", "@work.digest every 3600 s"]), ((evening,), ["@work.digest 19:30 UTC"]), ((), [])):
+        recurring.server.close()
+        recurring(*plans)
+        eventually(lambda: recurring.keys("acme") == recurring.keys("globex") == keys)
+
+
+def test_a_file_of_an_older_version_gets_its_recurring_jobs_at_the_start(start, recurring):
+    server = start()
+    server.close()
+    with contextlib.closing(server.store("globex")) as db, db:
+        for sql in ("DROP TABLE jobs", *orion.HOST_TABLES[1:3], "DELETE FROM _migrations WHERE slice = 'orion' AND entry > 4"):
+            db.execute(sql)
+    globex, alarms = server.env.workspaces.id_from_name("globex"), recurring(morning).env.workspaces.alarms
+    assert eventually(lambda: alarms.due.get(globex, 0) > time.time()) and recurring.keys("globex") == ["@work.digest 07:30 "]
+
+
+@cases("how", ["on its page", "on the command line"])
+def test_a_new_workspace_has_its_recurring_jobs_though_nobody_opens_it(recurring, how):
+    server = recurring(morning)
+    if how == "on its page":
+        assert Person(server, "bob", datastar=True).post("/workspaces", name="fresh").status in (200, 204)
+    else:
+        assert orion.main(slices=server.env.settings.slices, argv=["workspace", "add", "fresh", "--owner", "bob", "--data", str(server.env.settings.data)]) == 0
+    id = server.env.workspaces.id_from_name("fresh")
+    alarms = server.env.workspaces.alarms
+    assert eventually(lambda: alarms.due.get(id, 0) > time.time()) and recurring.keys("fresh") == ["@work.digest 07:30 "]
+    assert not [one for one in alarms.due if one.startswith("new-")]
+
+
+def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_console_says_so(recurring, monkeypatch):
+    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
+    recurring.raises = RuntimeError("no paper")
+    server = recurring(often)
+    eventually(recurring.rows)
+    set_due(server, 1.0)
+    (_, due, tries), = eventually(lambda: the_rows(server, "acme", "SELECT 1 FROM jobs WHERE error LIKE '%paper'") and recurring.rows())
+    assert time.time() < due <= time.time() + 3600 and tries == 1
+    bob = Person(server, "bob")
+    assert eventually(lambda: "<b>work.digest</b> failed 1 times: <bdi>RuntimeError: no paper" in bob.get("/console").text)
+    recurring.raises = None
+    set_due(server, 1.0)
+    eventually(lambda: noted(server) and recurring.rows()[0][2] == 0)
+
+
+@cases("jobs, why", [
+    ((orion.daily(note, "7:30"),), "'7:30' is no time of a day; say as daily(note, \"07:30\")"),
+    ((orion.daily(note, "07:30", "Europe/Berlun"),), "there is no time zone 'Europe/Berlun'"),
+    ((orion.daily(note, "07:30", "../etc/passwd"),), "there is no time zone '../etc/passwd'"),
+    ((orion.every(note, seconds=0.5),), "less than a second; say as every(note, minutes=10)"),
+    ((orion.every(note),), "it has no time"),
+    ((lambda ctx: None,), "it is no function with a name; write def"),
+    (("note",), "it is no function with a name"), ((orion.daily("note", "07:30"),), "it is no function with a name"),
+    (note, "write (one,), with a comma"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
+def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
+    with pytest.raises(orion.Unusable) as no:
+        orion.compose(orion.Settings(data=tmp_path / "data"), (orion.Slice("work", jobs=jobs),))
+    assert str(no.value).startswith("slice 'work'") and why in str(no.value) and not (tmp_path / "data").exists()
+
+
+def test_a_machine_without_time_zones_says_so_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoneinfo, "available_timezones", set)
+    with pytest.raises(orion.Unusable, match="this machine knows no time zones; install tzdata, or leave the zone out"):
+        orion.compose(orion.Settings(data=tmp_path), (orion.Slice("work", jobs=(orion.daily(note, "07:30", "Mars/Base"),)),))
+
+
+def remind(ctx, text):
+    ctx.store.exec("INSERT INTO sent VALUES (?)", f"{text} {ctx.workspace} {ctx.title}")
+
+
+def set_reminder(ctx):
+    fields = ctx.request.fields()
+    if "cancel" in fields:
+        return orion.as_json(ctx.cancel(fields["cancel"]))
+    ctx.enqueue(remind, after=fields.get("after", 3600), key=fields["key"], text=fields["text"])
+    return orion.done(ctx, "x")
+
+
+def reminding(name="remind"):
+    table = ("CREATE TABLE sent (text TEXT)",) if name == "remind" else ()
+    return orion.Slice(name, table, jobs=(remind,), routes=(orion.Route("POST", f"/{name}", "todos:write", set_reminder),))
+
+
+def test_of_jobs_with_one_key_there_is_the_last_and_it_can_be_cancelled(start):
+    server = start((orion.todos, reminding(), reminding("other")))
+    bob = Person(server, "bob", datastar=True)
+    args = lambda: [json.loads(row[0])["text"] for row in the_rows(server, "acme", "SELECT args FROM jobs ORDER BY id")]
+    for path, key, text in (("remind", "a", "first"), ("other", "a", "of another slice"), ("remind", "b", "b"), ("remind", "a", "second")):
+        assert bob.post(f"/w/acme/{path}", key=key, text=text).status == 204
+    assert args() == ["of another slice", "b", "second"]
+    assert [bob.post("/w/acme/remind", cancel="a").text for _ in range(2)] == ["true", "false"]
+    assert args() == ["of another slice", "b"]
+
+
+def test_a_job_knows_the_name_that_its_workspace_has_when_it_runs(start):
+    server = start((orion.todos, reminding()))
+    bob = Person(server, "bob", datastar=True)
+    bob.post("/w/acme/remind", key="a", text="tea at")
+    server.write("UPDATE workspaces SET name = 'acme-inc', title = 'Acme Inc.' WHERE name = 'acme'")
+    set_due(server, 1.0)
+    assert eventually(lambda: the_rows(server, "acme", "SELECT text FROM sent") == [("tea at acme-inc Acme Inc.",)])
+
+
+def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
+    release, asked = threading.Event(), []
+
+    def letter(ctx, text):
+        ctx.store.exec("INSERT INTO sent VALUES (?)", (yield lambda: asked.append(text) or release.wait(PATIENCE) and text))
+
+    def begin(ctx):
+        ctx.enqueue(letter, key="letter", text=ctx.field("text"))
+        return orion.done(ctx, "x")
+    server = start((orion.todos, working(letter, routes=(orion.Route("POST", "/letter", "todos:write", begin),))))
+    bob = Person(server, "bob", datastar=True)
+    bob.post("/w/acme/letter", text="first")
+    eventually(lambda: asked == ["first"])
+    bob.post("/w/acme/letter", text="second")
+    release.set()
+    eventually(lambda: the_rows(server, "acme", "SELECT count(*) FROM jobs") == [(0,)] and not server.env.workspaces.alarms.waits)
+    assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
 # ==== 38. Console: notes ==============================================================================================
