@@ -154,6 +154,7 @@ class Request(NamedTuple):
     body: bytes = b""
     peer: str = ""                                       # the client's address
     scheme: str = "http"                                 # or "https", by a trusted proxy
+    spool: Any = None                                    # [3] a body too long for memory
 
     @property
     def datastar(self) -> bool:
@@ -176,7 +177,12 @@ class Request(NamedTuple):
 
     @property
     def form(self) -> bool:
-        return self.content_type.startswith("application/x-www-form-urlencoded")
+        """Is it a form, as a browser sends one by itself?"""
+        return self.form_type in FORMS
+
+    @property
+    def form_type(self) -> str:
+        return self.content_type.partition(";")[0].strip()
 
     @property
     def params(self) -> Dict[str, str]:
@@ -191,8 +197,7 @@ class Request(NamedTuple):
         many fields.
         """
         if self.form:
-            text = self.body.decode("utf-8", "replace")
-            return decoded_pairs(text, keep_blank_values=True)
+            return FORMS[self.form_type](self)
         if self.body and not self.content_type.startswith("application/json"):
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
@@ -221,13 +226,21 @@ def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
                            "request.") from None
 
 
+def read_form(request: Request) -> List[Tuple[str, Any]]:
+    return decoded_pairs(request.body.decode("utf-8", "replace"), keep_blank_values=True)
+
+
+# How a form is read, by its content type. [3] adds one that brings files.
+FORMS = {"application/x-www-form-urlencoded": read_form}
+
+
 def as_text(name: str, value: Any) -> str:
     """Return a field, which may be a signal of any type, as text. Raises Refused(400)."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (list, dict)):
-        raise Refused(400, f"{name} is one value, and not a list or an object. Reload the "
-                           "page and try again.")
+    if not isinstance(value, (int, float, type(None))):
+        raise Refused(400, f"{name} is one value, and not a list, an object or a file. "
+                           "Reload the page and try again.")
     return "" if value is None else json.dumps(value)
 
 
@@ -240,6 +253,7 @@ class Response(NamedTuple):
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
     which: str = ""                                      # the row that a command wrote
+    rest: Any = None                                     # [3] what follows the body
 
 
 class Refused(Exception):
@@ -1305,13 +1319,15 @@ class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
     args are what stood for the <parts> of the path: text, or an int for <int:part>. form:
-    the page on which the form for this is, if it has another path.
+    the page on which the form for this is, if it has another path. upload: bytes that a
+    request may bring; 0: no more than any other [3].
     """
     method: str
     path: str
     grant: str
     run: Callable[..., Response]
     form: str = ""
+    upload: int = 0
 
 
 class Region(NamedTuple):
@@ -1670,7 +1686,8 @@ class SliceHost(DurableObject):
             _, route, args = self.router_for(request).match(request.method, request.path)
             path = with_parts(route.form, route.path, args) or request.path
             again = request._replace(method="GET", path=path, query="")
-            typed = {**request.fields(), "problem": refused.message, **refused.problems}
+            texts = {name: value for name, value in request.pairs() if type(value) is str}
+            typed = {**texts, "problem": refused.message, **refused.problems}
             return self.run(again, typed)._replace(status=refused.status)
         except Refused:                                  # there is no page at this path
             raise refused from None
@@ -1787,15 +1804,17 @@ def visible(text: str) -> str:
 
 # -- a page that was made for another account
 
-def stamped(request: Request) -> bool:
-    """Is it a plain form with a stamp (Context.stamp)?"""
-    return request.method not in SAFE and request.form and b"_stamp=" in request.body
+def stamp_of(request: Request) -> str:
+    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
+    may_have = b"_stamp" in request.body or request.spool
+    if request.method in SAFE or not request.form or not may_have:
+        return ""
+    return request.text("_stamp")
 
 
 def page_account(request: Request) -> str:
     """Return for whom the page was made that sent this; "" if it does not say."""
-    stamp = request.fields().get("_stamp", "") if stamped(request) else ""
-    return request.headers.get("page-account", stamp.partition(" ")[0])
+    return request.headers.get("page-account", stamp_of(request).partition(" ")[0])
 
 
 def refuse_old_page(request: Request, account: str) -> None:
@@ -1820,7 +1839,9 @@ def repeat_key(request: Request) -> str:
     if request.method in SAFE:
         return ""
     key = request.headers.get("idempotency-key", "")
-    return key or (request.body.decode("latin-1") if stamped(request) else "")
+    if not key and stamp_of(request):
+        key = str([(name, str(value)) for name, value in request.pairs()])
+    return key
 
 
 def command_id(request: Request, viewer: Viewer) -> bytes:
@@ -2954,6 +2975,8 @@ class PlainHandler(BaseHTTPRequestHandler):
         if "transfer-encoding" in headers:
             raise Refused(411, "Send the body with a Content-Length.")
         length = content_length(headers)
+        if length > BODY_LIMIT:
+            raise too_large(BODY_LIMIT)
         body = self.rfile.read(length)
         if len(body) < length:
             raise Refused(400, "The body is shorter than its Content-Length.")
@@ -3054,7 +3077,6 @@ class PlainEdge(ThreadingHTTPServer):
 
 # -- a request that could be read in two ways is refused
 
-TOO_LARGE = (413, f"The body is too large: at most {BODY_LIMIT} bytes.")
 NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
 NO_FIELDS = (400, "The header fields are malformed.")
 LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
@@ -3139,16 +3161,19 @@ NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can 
 
 
 def content_length(headers):
-    """Return how many bytes the body has. Raises Refused(400) or Refused(413).
+    """Return how many bytes the body has. Raises Refused(400).
 
     That is also for digits that int() would read in another way than a proxy.
     """
     length = headers.get("content-length", "0")
     if not LENGTH.fullmatch(length):
         raise Refused(400, "Content-Length is one plain decimal number.")
-    if int(length) > BODY_LIMIT:
-        raise Refused(*TOO_LARGE)
     return int(length)
+
+
+def too_large(limit: int) -> Refused:
+    most = f"{limit // 2 ** 20} MB" if limit >= 2 ** 20 else f"{limit} bytes"
+    return Refused(413, f"This is too large: at most {most} can be sent here.")
 
 
 # -- the log
@@ -4426,7 +4451,6 @@ class Broadcast(GroupCommit, SliceHost):
 LINE_LIMIT = 16_384                                      # bytes of a request line
 HEAD_LIMIT = 32_768                                      # bytes of it and all header fields
 FIELD_LIMIT = 64                                         # header fields
-FRAMING_LIMIT = 4_096                                    # bytes around a body's chunks
 CHUNK_LINE_LIMIT = 256                                   # bytes
 TRAILER_LIMIT = 1_024                                    # bytes
 NAME_LIMIT = 270                                         # a name, by RFC 1035, and a port
@@ -4457,13 +4481,22 @@ class Reading(NamedTuple):
     keep: bool                                           # the connection goes on after it
     modern: bool                                         # HTTP/1.1
     length: Optional[int]                                # of the body; None: in chunks
-    body: Optional[bytes] = b""                          # None: the client waits for a 100
+    body: Optional[bytes] = b""                          # None: it waits to be let in
+    spool: Any = None                                    # [3] see Request.spool
 
 
-def read_requests(buffer) -> Iterator[Optional[Reading]]:
+def into_memory(reading):
+    """What takes a body that is not short: nothing does. Raises Refused(413)."""
+    if reading.length is not None:
+        raise too_large(BODY_LIMIT)
+
+
+def read_requests(buffer, spool_for=into_memory) -> Iterator[Optional[Reading]]:
     """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
 
-    Raises Refused if the framing is broken. Then nothing behind it may be read.
+    Without its body: if the client waits for a 100, or if spool_for(reading) returned what
+    is to take the body because it is long, or may be. Raises Refused if the framing is
+    broken. Then nothing behind it may be read.
     """
     while True:
         while buffer == b"\r":                           # perhaps of an empty line
@@ -4475,13 +4508,17 @@ def read_requests(buffer) -> Iterator[Optional[Reading]]:
         if reading.length == 0:
             yield reading
             continue
-        if "expect" in reading.headers and reading.modern:
-            yield reading._replace(body=None)
+        short = reading.length is not None and reading.length <= BODY_LIMIT
+        spool = None if short else spool_for(reading)
+        if spool or "expect" in reading.headers and reading.modern:
+            yield reading._replace(body=None, spool=spool)
+        body = bytearray()
+        into = body if spool is None else spool
         if reading.length is None:
-            body = yield from read_chunks(buffer)
+            yield from read_chunks(buffer, into, spool.limit if spool else BODY_LIMIT)
         else:
-            body = yield from take(buffer, reading.length)
-        yield reading._replace(body=body)
+            yield from move(buffer, into, reading.length)
+        yield reading._replace(body=bytes(body), spool=spool)
 
 
 def read_head(buffer):
@@ -4589,6 +4626,17 @@ def take(buffer, length):
     return data
 
 
+def move(buffer, into, length):
+    """Have into.extend() take the next length bytes, as they come."""
+    while length > 0:
+        while not buffer:
+            yield None
+        data = bytes(buffer[:length])
+        del buffer[:len(data)]
+        into.extend(data)
+        length -= len(data)
+
+
 def take_line(buffer, limit):
     """Return the next line without its CR LF."""
     while (end := buffer.find(b"\r\n", 0, limit)) < 0:
@@ -4599,28 +4647,28 @@ def take_line(buffer, limit):
     return line[:-2]
 
 
-def read_chunks(buffer):
-    """Return the decoded body (RFC 9112, 7.1). Extensions and trailers are read over."""
-    body = bytearray()
+def read_chunks(buffer, into, limit):
+    """Have into.extend() take the decoded body (RFC 9112, 7.1). Extensions and trailers are
+    read over."""
     framing = 0                                          # bytes around the chunks so far
+    read = 0
     while True:
         line = yield from take_line(buffer, CHUNK_LINE_LIMIT)
         framing += len(line) + 4
         size = CHUNK_SIZE.fullmatch(line)
-        if not size or framing > FRAMING_LIMIT:
+        if not size or framing > limit // 16:
             raise Refused(400, "A chunk begins with its size in hexadecimal digits; send "
                                "few, and large ones.")
         length = int(size[1], 16)
-        if len(body) + length > BODY_LIMIT:
-            raise Refused(*TOO_LARGE)
+        read += length
+        if read > limit:
+            raise too_large(limit)
         if length == 0:
             break
-        data = yield from take(buffer, length + 2)
-        if not data.endswith(b"\r\n"):
+        yield from move(buffer, into, length)
+        if (yield from take(buffer, 2)) != b"\r\n":
             raise Refused(400, "A chunk ends with CR LF.")
-        body += data[:-2]
     yield from skip_trailers(buffer)
-    return bytes(body)
 
 
 def skip_trailers(buffer):
@@ -4699,13 +4747,14 @@ def encode(request, response, connection, head_only, date) -> bytes:
         body = beginning(request, response.watch, zipped)
     elif zipped:
         body = gzipped(body)
+    size = len(body) + (response.rest.size if response.rest else 0)
     head = head_of(response.status, response.type, response.headers, live,
                    response.nonce != "")
     if response.nonce:
         head = head.replace(MARK, response.nonce, 1)
     more = [f"date: {date}\r\n"]
     if not live and response.status not in (204, 304):
-        more.append(f"content-length: {len(body)}\r\n")
+        more.append(f"content-length: {size}\r\n")
     if zipped:
         more.append("content-encoding: gzip\r\n")
     if connection:
@@ -5720,7 +5769,7 @@ class Connection(Held):
         self.peer = peer
         self.whose = source_of(peer)
         self.buffer = bytearray()
-        self.reader = read_requests(self.buffer)
+        self.reader = read_requests(self.buffer, self.spool_for)
         self.ended = False                               # the other side sends no more
         self.keep = True                                 # it goes on after this answer
         self.spare = self.LINGER_BYTES                   # bytes that are read over
@@ -5733,6 +5782,10 @@ class Connection(Held):
         return self.state == self.ANSWERING
 
     # -- reading, in the loop
+
+    def spool_for(self, reading):
+        """[3] has where a long body goes."""
+        return into_memory(reading)
 
     def read(self, data):
         self.ended = not data
@@ -5759,39 +5812,48 @@ class Connection(Held):
         if reading:
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
-                self.edge.pool.gather(self, reading, self.check_before_body,
+                lane = self, "check"                     # it has its own job
+                self.edge.pool.gather(lane, reading, self.check_before_body,
                                       f"expecting, from {source_of(self.peer)}")
             else:
-                self.edge.take_up(self, reading)
+                self.take(reading)
         elif self.ended:
             self.close()
         elif some and self.state == self.IDLE:
             self.arriving()
+
+    def take(self, reading):
+        self.edge.take_up(self, reading)
 
     def arriving(self):
         self.deadline = time.monotonic() + self.REQUEST_SECONDS
         self.state = self.ARRIVING
 
     def check_before_body(self, readings):
-        """In the pool, for a client that waits for a 100: refuse before it sends the body.
-        """
+        """In the pool: refuse before the body is sent, if the client waits for that, or
+        before it is read."""
         try:
             request = self.edge.request(readings[0], self.peer)
-            refuse_foreign(request)
-            if request.path.startswith("/w/"):
-                admit(request, self.edge.env)
-            self.edge.call(self.go_on)
+            self.check(readings[0], request)
+            self.edge.call(self.go_on, readings[0])
         except Refused as no:
             self.edge.call(self.refuse, no)
         except CRASH:
             self.edge.call(self.close)
             raise
 
-    def go_on(self):
+    def check(self, reading, request):
+        """Raise Refused if it would be, whatever is in the body."""
+        refuse_foreign(request)
+        if request.path.startswith("/w/"):
+            admit(request, self.edge.env)
+
+    def go_on(self, reading):
         if self in self.edge.held:
             self.arriving()
-            with contextlib.suppress(OSError):
-                self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if "expect" in reading.headers and reading.modern:
+                with contextlib.suppress(OSError):
+                    self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.resume()
 
     def resume(self):
@@ -5962,7 +6024,8 @@ class LoopEdge:
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
-    broker_kind = Broker                                 # [3] has one that it adds to
+    broker_kind = Broker                                 # [3] has ones that it adds to
+    connection_kind = Connection
     CALLS_SECONDS = 0.002                                # then it is the sockets' turn
     EAGER_SECONDS = 0.0001                               # to poll before it sleeps
 
@@ -6084,7 +6147,7 @@ class LoopEdge:
     def take_in(self, link, address):
         link.setblocking(False)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(self, link, address[0])
+        connection = self.connection_kind(self, link, address[0])
         if len(self.held) > self.settings.connections:
             connection.refuse(Refused(503, "The server is full. Try again in a minute.",
                                       (("retry-after", "60"),)))
@@ -6252,7 +6315,8 @@ class LoopEdge:
         if self.stopping and self.draining and path != "/healthz":
             raise Refused(503, "This server is about to stop. Try again in a moment.",
                           (("retry-after", "2"),))
-        return Request(method, path, query, headers, reading.body or b"", peer, scheme)
+        return Request(method, path, query, headers, reading.body or b"", peer, scheme,
+                       reading.spool)
 
     def no_stream(self, asked, response) -> Optional[Refused]:
         """Why this one can't be opened; None: it can."""
@@ -6417,7 +6481,8 @@ def create_workspace_with_file(request, env):
 #     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
-#     48 Memory         49 Server       50 Roots        51 Command line
+#     48 Uploads        49 Stored files 50 Memory       51 Server        52 Roots
+#     53 Command line
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6439,7 +6504,7 @@ def create_workspace_with_file(request, env):
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
-# 51: opened() gives the Directory's store, to change it; looked_up() reads from it;
+# 53: opened() gives the Directory's store, to change it; looked_up() reads from it;
 # check_begun() refuses if there is none; row_of() finds a row by its name; table() prints
 # rows. What they raise as Unusable is the line that people read.
 #
@@ -6453,12 +6518,14 @@ def create_workspace_with_file(request, env):
 #     tenant      a workspace, seen by whoever runs the server
 
 import bisect
+import codecs
 import ctypes
 import datetime
 import filecmp
 import getpass
 import heapq
 import http.client
+import mmap
 import shutil
 import tempfile
 import types
@@ -6496,7 +6563,8 @@ def write_private(path: pathlib.Path, data: bytes) -> None:
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
     pieces = [one.piece.plain for one in response.watch or ()]
-    return len(response.body) + sum(map(len, pieces))
+    rest = response.rest.size if response.rest else 0
+    return len(response.body) + sum(map(len, pieces)) + rest
 
 
 def addition(cls: type) -> type:
@@ -6528,7 +6596,7 @@ class Verb(NamedTuple):
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    arguments: keys of ARGUMENTS in section 51.
+    arguments: keys of ARGUMENTS in section 53.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -6555,7 +6623,7 @@ class GivesWholeContexts(Broadcast):
 
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 51) fills it in.
+# Who uses it: everything in this part. The command line (section 53) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -6833,6 +6901,8 @@ def unsent_in(request: Request) -> Dict[str, str]:
     if not request.form or request.method in SAFE or request.path in SECRET:
         return UNSENT
     body = request.body.decode("latin-1")
+    if FORMS[request.form_type] is not read_form:        # it brings files
+        return UNSENT
     if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
         return UNSENT                                    # else nobody could sign in with it
     return {"unsent": body, "to": urllib.parse.quote(request.path)}
@@ -10974,7 +11044,677 @@ def luminance(color: str) -> float:
 CHECKS.append(use_brand)
 
 
-# ==== 48. Memory ==========================================================================
+# ==== 48. Uploads =========================================================================
+# The idea: a body that is too long for memory goes to a file, piece by piece. The loop
+#   reads the socket, and hands what has come to a thread, which writes it; until then the
+#   loop does not read on. So a connection costs two pieces of memory. The file has no name,
+#   so no crash leaves it behind. When the body is whole, the request goes its usual way.
+# It promises: a route takes as much as its Route(upload=...) says, all others as little as
+#   before. Whoever lacks the grant is refused before the body is read. A sender has to send
+#   SLOWEST bytes a second. What is under way is bounded: of an account, and of all. A form
+#   is read in one pass; it has few parts, and short heads.
+# Who uses it: slices, by ctx.upload().
+
+PIECE = 2 ** 18                                          # bytes that are written at a time
+SLOWEST = 2 ** 14                                        # bytes a second
+SPARE_DISK = 2 ** 26                                     # bytes that uploads leave free
+
+
+class Spool:
+    """A body on its way from a socket to a file."""
+
+    def __init__(self, route, folder):
+        self.route = route
+        self.limit = route.upload
+        self.folder = folder
+        self.file: Any = None                            # made when the first piece is here
+        self.waiting: List[bytes] = []                   # what is not written yet
+        self.unwritten = 0                               # bytes of it
+        self.size = 0                                    # of all that has come
+        self.began = 0.0                                 # without the time to write it
+        self.data: Any = b""                             # all of it, when it is whole
+        self.pairs: Any = None                           # its fields, or why they can't be
+        self.account = ""                                # who pays for it, in Uploads
+        self.reserved = 0                                # so many bytes
+
+    def extend(self, data):
+        self.waiting.append(data)
+        self.unwritten += len(data)
+        self.size += len(data)
+
+    def write(self):
+        """In the pool. Raises Refused(507)."""
+        waiting, self.waiting, self.unwritten = self.waiting, [], 0
+        try:
+            self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
+            for data in waiting:
+                self.file.write(data)
+        except OSError as error:
+            log_once(f"an upload: {error}")
+            raise Refused(507, NO_DISK) from error
+
+    def map(self):
+        """In the pool, when it is whole."""
+        self.write()
+        if self.size:
+            self.data = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def close(self):
+        if type(self.data) is not bytes:
+            self.data.close()
+        if self.file:
+            self.file.close()
+
+
+NO_DISK = "The disk of this server has no room for this. Ask whoever runs it to make room."
+
+
+class Uploads:
+    """What all uploads of a server have under way. Used by the loop and the pool."""
+    ACCOUNT = 2 ** 26                                    # bytes, of one account or address
+    ACCOUNTS = 8                                         # times that: of all
+
+    def __init__(self, settings):
+        self.folder = settings.data
+        self.routes = []
+        for route in [route for slice in settings.slices for route in slice.routes]:
+            pattern = f"/w/[^/]+{path_pattern(route.path)}"
+            if route.upload:
+                self.routes.append((route.method, re.compile(pattern), route))
+        self.most = max([self.ACCOUNT, *[route.upload for _, _, route in self.routes]])
+        self.lock = threading.Lock()                     # guards the next line
+        self.taken: Dict[str, int] = collections.Counter()   # bytes, by account
+
+    def route(self, reading) -> Optional[Route]:
+        """Return the route that takes this as an upload; None: there is none."""
+        path = ""
+        if self.routes:
+            with contextlib.suppress(Refused):           # it is raised again, later
+                path, _ = parse_target(reading.target, reading.headers.get("host", ""))
+        return next((route for method, pattern, route in self.routes
+                     if method == reading.method and pattern.fullmatch(path)), None)
+
+    def reserve(self, spool, account, length) -> None:
+        """Raise Refused if there is no room for so many bytes now."""
+        size = max(spool.limit if length is None else length, 2 * PIECE)
+        if shutil.disk_usage(self.folder).free < size + SPARE_DISK:
+            log_once(f"an upload of {size} bytes: the disk of {self.folder} is full")
+            raise Refused(507, NO_DISK)
+        with self.lock:
+            if self.taken[account] + size > self.most:
+                raise Refused(429, "Too much of yours is on its way here. Try again when "
+                                   "it has arrived.", (("retry-after", "5"),))
+            if sum(self.taken.values()) + size > self.most * self.ACCOUNTS:
+                raise Refused(503, "Too much is on its way here. Try again in a minute.",
+                              (("retry-after", "60"),))
+            self.taken[account] += size
+            spool.reserved = size
+            spool.account = account
+
+    def release(self, spool):
+        with self.lock:
+            self.taken[spool.account] -= spool.reserved
+            spool.reserved = 0
+            if not self.taken[spool.account]:
+                del self.taken[spool.account]
+        spool.close()
+
+
+@addition
+class TakesUploads(Connection):
+    """spool: where the present body goes, from its head until it is whole."""
+    spool: Optional[Spool] = None
+    refused: Optional[Tuple[Reading, int]] = None        # if it is; and the route's limit
+    paused = 0.0                                         # since when nothing is read
+    READ_OVER_SECONDS = 10.0                             # of a body that was refused
+
+    def spool_for(self, reading):
+        route = self.edge.uploads.route(reading)
+        type = reading.headers.get("content-type", "").lower()
+        if route is None or type.startswith(IN_MEMORY):
+            return super().spool_for(reading)
+        self.refused = reading, route.upload             # if it is: see refuse
+        if (reading.length or 0) > route.upload:
+            raise too_large(route.upload)
+        self.spool = Spool(route, self.edge.uploads.folder)
+        return self.spool
+
+    def check(self, reading, request):
+        if reading.spool is None:
+            return super().check(reading, request)
+        decided = self.edge.decide(request)              # raises Refused, or lets them in
+        header = {**NO_VIEWER, **decided.request.headers}
+        grants = tuple(header["x-grants"].split(","))
+        viewer = Viewer(header["x-role"], grants, account=header["x-account"])
+        viewer.permit(reading.spool.route.grant, reading.method)
+        account = viewer.account or source_of(request.peer)
+        self.edge.uploads.reserve(reading.spool, account, reading.length)
+
+    def go_on(self, reading):
+        if self not in self.edge.held:
+            return self.drop()
+        if reading.spool:
+            reading.spool.began = time.monotonic()
+        super().go_on(reading)
+
+    def advance(self):
+        super().advance()
+        spool = self.spool
+        if spool is None or self.state != self.ARRIVING:
+            return
+        self.deadline = spool.began + self.REQUEST_SECONDS + spool.size / SLOWEST
+        if spool.unwritten >= PIECE:
+            self.hand_over(self.write_on, spool)
+
+    def hand_over(self, job, what):
+        """Have the pool do it. Nothing is read meanwhile."""
+        self.state = self.ANSWERING
+        self.paused = time.monotonic()
+        self.listen(0)
+        lane = self, job.__name__                        # a lane has one job
+        self.edge.pool.gather(lane, what, job, self.spool.account)
+
+    def write_on(self, spools):
+        try:
+            spools[0].write()
+            self.edge.call(self.read_on)
+        except Refused as no:
+            self.edge.call(self.refuse, no)
+        except CRASH:
+            self.edge.call(self.close)
+            raise
+
+    def read_on(self):
+        if self not in self.edge.held:
+            return self.drop()
+        self.state = self.ARRIVING
+        self.spool.began += time.monotonic() - self.paused
+        self.resume()
+
+    def take(self, reading):
+        """The body of an upload is whole: it is read as a form before it stands in line."""
+        if reading.spool is None:
+            return super().take(reading)
+        self.hand_over(self.read_form, reading)
+
+    def read_form(self, readings):
+        spool = readings[0].spool
+        try:
+            spool.map()
+            type = readings[0].headers.get("content-type", "")
+            if type.lower().startswith(MULTIPART):
+                spool.pairs = outcome(parts_of, spool.data, type)
+            self.edge.call(self.take_up, readings[0])
+        except Refused as no:
+            self.edge.call(self.refuse, no)
+        except CRASH:
+            self.edge.call(self.close)
+            raise
+
+    def take_up(self, reading):
+        self.spool = None                                # who answers it closes it
+        self.refused = None
+        if self in self.edge.held:
+            self.listen(0 if self.ended else READABLE)
+        self.edge.take_up(self, reading)
+
+    def refuse(self, no):
+        """Answer an upload as its page expects it, and read over what is on its way."""
+        self.drop()
+        if self.refused is None or self not in self.edge.held:
+            return super().refuse(no)
+        reading, limit = self.refused
+        self.state = self.ANSWERING
+        self.spare = 2 * limit
+        self.LINGER_SECONDS = self.READ_OVER_SECONDS
+        asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
+        with contextlib.suppress(Refused):
+            asked.request = self.edge.request(reading, self.peer)
+        self.write(self.encoded(asked, self.refusal(asked.request, no)))
+
+    def refusal(self, request, no):
+        """What is too large is said in the page, for Datastar, as what is wrong is."""
+        if request.datastar and no.status == 413:
+            return as_json({no.signal: no.message})
+        return self.edge.refusal(request, no)
+
+    def close(self):
+        super().close()
+        if not self.busy:                                # else a thread has it still
+            self.drop()
+
+    def drop(self):
+        spool, self.spool = self.spool, None
+        if spool:
+            self.edge.uploads.release(spool)
+
+
+@addition
+class HasUploads(LoopEdge):
+    def __init__(self, env, settings):
+        self.uploads = Uploads(settings)
+        super().__init__(env, settings)
+
+    def finish(self, asked, response):
+        try:
+            super().finish(asked, response)
+        finally:
+            if asked.reading.spool:
+                self.uploads.release(asked.reading.spool)
+
+
+# -- a form in parts (RFC 7578)
+
+MULTIPART = "multipart/form-data"
+IN_MEMORY = ("application/json", "application/x-www-form-urlencoded")
+PART_HEAD_LIMIT = 2048                                   # bytes
+BOUNDARY = re.compile(r'(?i)multipart/form-data[ \t]*;[ \t]*boundary='
+                      r'(?:"([ -!#-~]{1,70})"|([!#-:<-~]{1,70}))')      # RFC 2046, 5.1.1
+PART_FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")
+FORM_DATA = re.compile(rb'(?i)form-data; *name="([^"]*)"(?:; *filename="([^"]*)")?'
+                       rb'(?:; *filename\*=[^;"]*)?')
+NO_PARTS = (400, "This form can't be read. Reload the page and try again.")
+
+
+def parts_of(data, content_type: str) -> List[Tuple[str, Any]]:
+    """Return the fields of a form in parts, each with its name: text, or an Upload.
+
+    data: bytes, or a file that is mapped. Each byte is looked at once, or twice where lines
+    begin as the boundary does. Nothing may stand before the first part or behind the last
+    one. Raises Refused(400), Refused(413).
+    """
+    named = BOUNDARY.fullmatch(content_type)
+    if not named:
+        raise Refused(*NO_PARTS)
+    mark = b"\r\n--" + (named[1] or named[2]).encode()
+    if data[:len(mark) - 2] != mark[2:]:
+        raise Refused(*NO_PARTS)
+    pairs: List[Tuple[str, Any]] = []
+    at = len(mark) - 2
+    while data[at:at + 2] == b"\r\n":
+        begins = data.find(b"\r\n\r\n", at, at + PART_HEAD_LIMIT)
+        ends = data.find(mark, begins + 4)
+        if begins < 0 or ends < 0 or len(pairs) >= MOST_PAIRS:
+            raise Refused(*NO_PARTS)
+        pairs.append(read_part(data[at + 2:begins + 2], data, begins + 4, ends))
+        at = ends + len(mark)
+    if data[at:at + 5] not in (b"--", b"--\r\n"):
+        raise Refused(*NO_PARTS)
+    texts = [value for _, value in pairs if type(value) is str]
+    if sum(map(len, texts)) > BODY_LIMIT:
+        raise too_large(BODY_LIMIT)
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+def read_part(head, data, begins, ends) -> Tuple[str, Any]:
+    """Return name and value of a field; None for a file that was not chosen."""
+    fields = {name.lower(): value.strip() for name, value in FIELD.findall(head)}
+    said = FORM_DATA.fullmatch(fields.get(b"content-disposition", b""))
+    encoding = fields.get(b"content-transfer-encoding", b"binary").lower()
+    if not PART_FIELDS.fullmatch(head) or not said \
+            or encoding not in (b"binary", b"8bit", b"7bit"):
+        raise Refused(*NO_PARTS)
+    name = unescaped(said[1])
+    if said[2] is None:
+        if ends - begins > BODY_LIMIT:
+            raise too_large(BODY_LIMIT)
+        return name, data[begins:ends].decode("utf-8", "replace")
+    if not said[2] and begins == ends:
+        return name, None
+    return name, Upload.found(unescaped(said[2]), data, begins, ends)
+
+
+def unescaped(name) -> str:
+    """WHATWG HTML, "multipart/form-data encoding algorithm"."""
+    text = name.decode("utf-8", "replace")
+    for code, sign in (("%0D", "\r"), ("%0A", "\n"), ("%22", '"')):
+        text = text.replace(code, sign)
+    return text
+
+
+def read_multipart(request: Request) -> List[Tuple[str, Any]]:
+    if request.spool is None:
+        return parts_of(request.body, request.headers["content-type"])
+    if isinstance(request.spool.pairs, BaseException):
+        raise request.spool.pairs
+    return request.spool.pairs
+
+
+FORMS.update({MULTIPART: read_multipart})
+
+
+# -- for slices
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """A file that came along. Only while its request is answered, it can be read.
+
+    type: by what is in it, and not by what its sender says; see INERT.
+    """
+    name: str                                            # without a path
+    type: str
+    size: int                                            # in bytes
+    digest: str                                          # the same for the same content
+    source: Any = dataclasses.field(repr=False)
+    begins: int = dataclasses.field(repr=False)
+
+    @classmethod
+    def found(cls, name, data, begins, ends) -> Upload:
+        digest = hashlib.blake2b(digest_size=16)
+        for at in range(begins, ends, PIECE):
+            digest.update(data[at:min(at + PIECE, ends)])
+        type = type_of(data[begins:min(begins + 1024, ends)])
+        return cls(file_name(name), type, ends - begins, digest.hexdigest(), data, begins)
+
+    def pieces(self) -> Iterator[bytes]:
+        ends = self.begins + self.size
+        for at in range(self.begins, ends, PIECE):
+            yield self.source[at:min(at + PIECE, ends)]
+
+    def read(self) -> bytes:
+        """Return all of it."""
+        return b"".join(self.pieces())
+
+    def __str__(self):
+        return f"{self.name} {self.digest}"
+
+
+def file_name(said: str) -> str:
+    """Return a name that means the same to people and to every system: no path, nothing
+    that can't be seen, and not too long."""
+    name = said.replace("\\", "/").rpartition("/")[2]
+    seen = [sign for sign in name if unicodedata.category(sign)[0] != "C"]
+    return "".join(seen).strip(" .")[-120:] or "file"
+
+
+# What a browser can show and not run: its type, and what stands at which byte of it. What
+# is none of these, whatever it says to be, is to be saved and not opened.
+INERT = (
+    ("image/png", 0, b"\x89PNG\r\n\x1a\n"), ("image/jpeg", 0, b"\xff\xd8\xff"),
+    ("image/gif", 0, b"GIF87a"), ("image/gif", 0, b"GIF89a"), ("image/webp", 8, b"WEBPVP8"),
+    ("image/avif", 4, b"ftypavif"), ("image/avif", 4, b"ftypavis"),
+    ("audio/wav", 8, b"WAVE"), ("audio/mpeg", 0, b"ID3"), ("audio/mpeg", 0, b"\xff\xfb"),
+    ("audio/ogg", 0, b"OggS"), ("audio/flac", 0, b"fLaC"), ("audio/mp4", 4, b"ftypM4A"),
+    ("video/mp4", 4, b"ftypiso"), ("video/mp4", 4, b"ftypmp4"),
+    ("video/mp4", 4, b"ftypM4V"), ("video/mp4", 4, b"ftypavc1"),
+    ("video/webm", 0, b"\x1aE\xdf\xa3"),
+)
+TEXT = "text/plain; charset=utf-8"                       # a browser shows it as it is
+NO_TYPE = "application/octet-stream"
+NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def type_of(beginning: bytes) -> str:
+    """Return the type of what begins so: one of INERT, TEXT or NO_TYPE."""
+    for type, at, mark in INERT:
+        if beginning.startswith(mark, at):
+            return type
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return NO_TYPE
+    return NO_TYPE if NOT_IN_TEXT.search(text) else TEXT
+
+
+@addition
+class BringsUploads(Context):
+    __slots__ = ()
+
+    def upload(self, name: str = "") -> Upload:
+        """Return the file that was chosen under this name in a form whose enctype is
+        multipart/form-data. Without a name: the body, which is no form.
+
+        Raises Refused(422), shown at the field, if there is none.
+        """
+        found = self.uploads(name)
+        if not found:
+            why = "Choose a file."
+            raise Refused(422, why, fields={name: why} if name else None)
+        return found[-1]
+
+    def uploads(self, name: str = "") -> List[Upload]:
+        """Return all that were chosen under this name."""
+        request = self.request
+        if request.form:
+            return [value for key, value in request.pairs()
+                    if key == name and type(value) is Upload]
+        data = request.spool.data if request.spool else request.body
+        return [Upload.found("", data, 0, len(data))] if len(data) else []
+
+
+def check_uploads(settings: Settings) -> None:
+    """Raise Unusable for a limit that is none."""
+    for route in [route for slice in settings.slices for route in slice.routes]:
+        sends = route.method in METHODS and route.method not in SENT_IN_QUERY
+        if route.upload and (type(route.upload) is not int or route.upload <= BODY_LIMIT
+                             or not sends):
+            raise Unusable(f"{route!r:.200}: upload is a number of bytes above "
+                           f"{BODY_LIMIT}, of a POST, PUT or PATCH")
+
+
+CHECKS.append(check_uploads)
+
+
+# ==== 49. Stored files ====================================================================
+# The idea: a file is rows of the tenant's own database: one that describes it, and one for
+#   each piece. So it is written by the command's own transaction; the quota counts it, and
+#   snapshots, exports and moves have it.
+# It promises: it is sent piece by piece: whoever reads slowly has one piece waiting, and
+#   holds up nobody. What a browser could run it saves instead, and does not open; what it
+#   opens it runs in a sandbox. The id of a file is never given to another one.
+# Who uses it: slices, by ctx.files.
+# It needs: 48 Uploads.
+
+FILE_TABLES = (
+    "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
+    "TEXT NOT NULL, type TEXT NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL)",
+    "CREATE TABLE _file_pieces (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+)
+MOST_PIECES = 2 ** 20                    # of one file: of file 7, from 7 * MOST_PIECES on
+FILE_POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src "
+               "'unsafe-inline'; sandbox")               # a browser's own page around it
+RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
+
+
+@addition
+class KnowsFiles(QuickRouter):
+    def __init__(self, slices):
+        super().__init__(slices)
+        if any([route.upload for slice in slices for route in slice.routes]):
+            self.schema.append(("orion.files", FILE_TABLES))
+
+
+@addition
+class HasFiles(Context):
+    __slots__ = ()
+
+    @property
+    def files(self) -> Files:
+        return Files(self)
+
+
+class Files:
+    """The files of a slice in this workspace."""
+
+    def __init__(self, ctx):
+        ctx.store.check_thread()
+        self.ctx = ctx
+        self.store = ctx.host.store
+        self.slice = ctx.store.slice
+
+    def add(self, upload: Upload) -> int:
+        """Store it in the transaction of the command, and return its id.
+
+        Raises Refused(507) if it is too large for the quota.
+        """
+        self.check_writes()
+        check_room(self.store, upload.size)
+        row = self.slice, upload.name, upload.type, upload.size, upload.digest
+        self.store.exec("INSERT INTO _files (slice, name, type, size, digest) "
+                        "VALUES (?, ?, ?, ?, ?)", *row)
+        id = self.store.cursor.lastrowid
+        for number, data in enumerate(upload.pieces(), id * MOST_PIECES):
+            self.ctx.host.began = time.monotonic()       # a limit for each piece
+            self.store.exec("INSERT INTO _file_pieces VALUES (?, ?)", number, data)
+        return id
+
+    def remove(self, id: int) -> None:
+        """Nothing happens if it is gone already."""
+        self.check_writes()
+        if self.store.exec("DELETE FROM _files WHERE id = ? AND slice = ?", id, self.slice):
+            self.store.exec("DELETE FROM _file_pieces WHERE id BETWEEN ? AND ?",
+                            id * MOST_PIECES, (id + 1) * MOST_PIECES - 1)
+
+    def send(self, id: int, download: bool = False) -> Response:
+        """Return it as an answer to a GET. download: a browser is to save it in any case.
+
+        Raises Refused(404), and Refused(416) for a range that it does not have.
+        """
+        row = self.store.one("SELECT * FROM _files WHERE id = ? AND slice = ?", id,
+                             self.slice)
+        if row is None:
+            raise Refused(404, "This file is gone.")
+        how = "attachment" if download or row["type"] == NO_TYPE else "inline"
+        headers = (("content-disposition", disposition(how, row["name"])),
+                   ("content-security-policy", FILE_POLICY), ("accept-ranges", "bytes"),
+                   ("cache-control", "private, no-cache"))
+        request = self.ctx.request
+        response = Response(200, b"", row["type"], headers)
+        response = unless_known(request, response, row["digest"])
+        if response.status == 304:
+            return response
+        span = asked_range(request, row["size"], f'"{row["digest"]}"')
+        return self.with_body(response, id, row["size"], span)
+
+    def with_body(self, response, id, size, span):
+        """Return the response with the first piece, and with what brings the others."""
+        begins, ends = span or (0, size)
+        if span:
+            said = ("content-range", f"bytes {begins}-{ends - 1}/{size}")
+            response = response._replace(status=206, headers=(*response.headers, said))
+        host = self.ctx.host
+        rest = Rest(host.namespace.get(host.id), id, begins, ends)
+        body = piece_of(self.store, id, begins, ends)
+        rest.at += len(body)
+        return response._replace(body=body, rest=rest if rest.size else None)
+
+    def check_writes(self):
+        if self.ctx.store.may != WRITE:
+            raise PermissionError("only a command or a job adds and removes files")
+
+
+def check_room(store, size) -> None:
+    """Raise Refused(507) before anything is written, for SQLite would give up all that was
+    written with it, of others, too."""
+    pages, most, free = [store.one(f"PRAGMA {name}")[0] for name in
+                         ("page_count", "max_page_count", "freelist_count")]
+    room = (most - pages + free) * store.one("PRAGMA page_size")[0]
+    if size + size // 64 + BODY_LIMIT > room:
+        raise Refused(507, "There is no room left here for so much. Delete something, or "
+                           "ask for a larger quota.")
+
+
+def piece_of(store, id, at, ends) -> bytes:
+    """Return the bytes from at on, to the end of their piece, or to ends."""
+    row = store.one("SELECT data FROM _file_pieces WHERE id = ?",
+                    id * MOST_PIECES + at // PIECE)
+    return row["data"][at % PIECE:at % PIECE + ends - at] if row else b""
+
+
+NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
+
+
+def disposition(how: str, name: str) -> str:
+    """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
+    plain = NOT_PLAIN.sub("_", name)
+    encoded = urllib.parse.quote(name, safe="")
+    return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+
+
+def asked_range(request, size, etag) -> Optional[Tuple[int, int]]:
+    """Return where to begin and end, or None for all of it (RFC 9110, 14.2).
+
+    Who asks for several ranges gets all of it. Raises Refused(416).
+    """
+    found = RANGE.fullmatch(request.headers.get("range", ""))
+    if not found or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last, suffix = found.groups()
+    begins = max(0, size - int(suffix)) if suffix else int(first)
+    ends = min(size, int(last) + 1) if last else size
+    if last and int(last) < int(first):
+        return None
+    if begins >= size:
+        raise Refused(416, "The file ends before that.",
+                      (("content-range", f"bytes */{size}"),))
+    return begins, ends
+
+
+@dataclasses.dataclass
+class Rest:
+    """What follows the first piece of a file in an answer."""
+    stub: GuardedStub
+    id: int
+    at: int
+    ends: int
+
+    @property
+    def size(self) -> int:
+        return self.ends - self.at
+
+    def read(self) -> bytes:
+        """Return the next piece. Raises Refused(404) if the file is gone."""
+        query = f"id={self.id}&at={self.at}&ends={self.ends}"
+        data = self.stub.fetch(Request("GET", "/_piece", query)).body
+        if not data:
+            raise Refused(404, "This file is gone.")
+        self.at += len(data)
+        return data
+
+
+@addition
+class GivesPieces(Broadcast):
+    def handle(self, request):
+        if request.path != "/_piece":
+            return super().handle(request)
+        id, at, ends = [int(request.params[name]) for name in ("id", "at", "ends")]
+        return Response(200, piece_of(self.store, id, at, ends))
+
+
+@addition
+class SendsFiles(Connection):
+    """A connection that asks for the next piece when the one before has left."""
+    rest: Optional[Rest] = None
+
+    def reply(self, asked, response):
+        self.rest = None if asked.reading.method == "HEAD" else response.rest
+        super().reply(asked, response)
+
+    def written(self):
+        if self.rest is None or self not in self.edge.held:
+            return super().written()
+        lane = "pieces", self.rest.stub.id               # they do not wait in its own lane
+        self.edge.pool.gather(lane, self, SendsFiles.send_all, self.whose)
+
+    @staticmethod
+    def send_all(connections):
+        """In the pool, for some that read from the same workspace."""
+        for connection in connections:
+            guarded(connection.send_piece)
+
+    def send_piece(self):
+        rest = self.rest
+        try:
+            data = rest.read()
+        except CRASH:
+            self.edge.call(self.close)                   # its reader sees it break off
+            raise
+        if not rest.size:
+            self.rest = None
+        self.edge.call(self.write, data)
+
+
+# ==== 50. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -11013,7 +11753,7 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 49. Server ==========================================================================
+# ==== 51. Server ==========================================================================
 # The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
@@ -11030,6 +11770,7 @@ class FullEnv(Env):
 class Server(LoopEdge):
     def __init__(self, *args):
         self.broker_kind = whole(Broker)
+        self.connection_kind = whole(Connection)
         super().__init__(*args)
         name = f"{self.settings.host}:{self.server_port}"
         name = self.settings.node_name or name
@@ -11057,7 +11798,7 @@ def Edge(env: FullEnv) -> LoopEdge:
     return whole(LoopEdge)(env, env.settings)
 
 
-# ==== 50. Roots ===========================================================================
+# ==== 52. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
@@ -11188,7 +11929,7 @@ def full_env(directory, workspaces, settings):
     return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 
 
-# ==== 51. Command line ====================================================================
+# ==== 53. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.

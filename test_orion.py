@@ -4629,7 +4629,8 @@ FRAMES = [
     ("JSON as text/plain is refused", post(kind=b"Content-Type: text/plain", body=b'{"title":"x"}'), {403, 415}, "kept"),
     ("JSON without a type is refused", post(kind=None, body=b'{"title":"x"}'), {403, 415}, "kept"),
     ("JSON in a form's clothes is no JSON", post(body=b'{"title":"x"}'), {400, 403, 415, 422}, "kept"),
-    ("a multipart form is refused", post(kind=b"Content-Type: multipart/form-data; boundary=x", body=b"--x--"), {403, 415}, "kept"),
+    ("a multipart form without parts has no fields", post(kind=b"Content-Type: multipart/form-data; boundary=x", body=b"--x--"), {422}, "kept"),
+    ("a multipart form is no other form", post(body=b"--x--"), {422}, "kept"),
     ("two Content-Type fields are refused", post(JSON), {400, 415}, "closed"),
     *[(f"the JSON {body[:20]!r} is refused", post(kind=JSON, body=body), {400, 422}, "kept") for body in (
         b"[]", b"1", b'"x"', b"null", b"{", b"{'title':1}", b"\xff\xfe", b"[" * 30_000, b'{"title":null}', b'{"title":["x"]}', b'{"title":{}}', b'{"title":""}', b'{"title":"  "}', b'{"n":' + b"1" * 5000 + b"}", b'{"title":"' + b"x" * 501 + b'"}')],
@@ -5021,6 +5022,12 @@ FROM_OUTSIDE = {
     '"[^"]*"': ("findall", ("", '"', ""), ('"', "a", ""), ("", '"a", ', "")),
     r"\.?(:[0-9]*)?$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
     "SEAL": ("fullmatch", ("", "1", "."), ("1.", "0", "")),
+    "BOUNDARY": ("fullmatch", ("multipart/form-data", " ", "x"), ("multipart/form-data;", " ", "x"), ("multipart/form-data;boundary=", "a", " ")),
+    "PART_FIELDS": ("fullmatch", ("", "a", ""), ("a:", " ", "\0\r\n"), ("", "a:\r\n", "\0"), ("", "a: b\r\n", "a")),
+    "FORM_DATA": ("fullmatch", ("form-data;", " ", "x"), ('form-data; name="', "a", ""), ('form-data; name="";', " ", "x"),
+                  ('form-data; name=""; filename*=', "a", ";")),
+    "NOT_IN_TEXT": ("search", ("", "a", ""), ("", "\t", "")), "NOT_PLAIN": ("search", ("", "%", "")),
+    "RANGE": ("fullmatch", ("bytes=", "0", ""), ("bytes=-", "0", "x"), ("bytes=0-", "0", "x")),
     "DIRECTORY_ANSWERS": ("fullmatch", ("/_gate/", "a", "/"), ("/_gate/", "\n", "")),
 }
 FROM_INSIDE = {
@@ -8663,7 +8670,399 @@ def test_the_grounds_on_which_colors_are_judged_are_those_of_the_style_sheet():
     assert f"--page: {orion.GROUNDS[0]}" in style and f"--card: {orion.GROUNDS[1]}" in style
 
 
-# ==== 50. Roots =======================================================================================================
+# ==== 48. Uploads, 49. Stored files ===================================================================================
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def album(**more):
+    """A slice with pictures of at most 1 MB: POST /n as a form, PUT /n as it is, GET and DELETE /n/<id>."""
+    def keep(ctx, upload):
+        id = ctx.files.add(upload)
+        ctx.store.exec("INSERT INTO looks VALUES (?)", id)
+        ctx.publish("looks")
+        return orion.as_json({"id": id, "name": upload.name, "type": upload.type, "size": upload.size})
+
+    def drop(ctx, id):
+        ctx.files.remove(id)
+        ctx.publish("looks")
+        return orion.done(ctx)
+    forms = [lambda ctx: keep(ctx, ctx.upload("picture")), lambda ctx: keep(ctx, ctx.upload())]
+    routes = [orion.Route(method, "/n", "todos:write", run, upload=MB, **more) for method, run in zip(("POST", "PUT"), forms)]
+    routes += [orion.Route("GET", "/n/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id)),
+               orion.Route("DELETE", "/n/<int:id>", "todos:write", drop)]
+    return looks()._replace(routes=tuple(routes))
+
+
+def in_parts(boundary="B", **fields):
+    """A form's body, and its type. A tuple is a file: its name and its content."""
+    def part(name, value):
+        if isinstance(value, str):
+            return f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{value[0]}"\r\nContent-Type: image/png\r\n\r\n'
+        return head.encode() + value[1] + b"\r\n"
+    parts = [part(name, one) for name, value in fields.items() for one in (value if isinstance(value, list) else [value])]
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+def bring(person, *args, method="POST", path="/w/acme/n", headers={}, **fields):
+    body, type = args or in_parts(**fields)
+    return person.ask(method, path, body, **{"Content_Type": type, **headers})
+
+
+def files_in(server):
+    with contextlib.closing(server.store("acme")) as db:
+        return [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("_files", "_file_pieces", "looks")]
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """For tests that leave it as it was, but for its rows."""
+    with contextlib.closing(Server(tmp_path_factory.mktemp("gallery") / "data", (orion.todos, album()))) as server:
+        yield server
+
+
+@pytest.fixture
+def pictures(gallery):
+    gallery.bob = Person(gallery, "bob")
+    gallery.before = files_in(gallery)
+    yield gallery
+    eventually(lambda: not gallery.edge.uploads.taken)
+
+
+def more_files_in(server):
+    return [now - before for now, before in zip(files_in(server), server.before)]
+
+
+def added(answer):
+    """The address of the file that was sent."""
+    assert answer.status == 200, answer.text
+    return f"/w/acme/n/{json.loads(answer.text)['id']}"
+
+
+SIZES = (0, 1, orion.BODY_LIMIT, orion.BODY_LIMIT + 1, orion.PIECE - 8, orion.PIECE - 7, 3 * orion.PIECE, MB - 500)
+
+
+@cases("size", SIZES)
+def test_a_file_comes_back_as_it_went(pictures, size):
+    data = PNG + random.Random(size).randbytes(size)
+    for said in (bring(pictures.bob, picture=("a.png", data)), bring(pictures.bob, data, "image/png", method="PUT"),
+                 bring(pictures.bob, iter([data[:100_000], data[100_000:]] if size > 100_000 else [data]), "image/png", method="PUT")):
+        found = pictures.bob.get(added(said))
+        assert found.status == 200 and found.body == data and found.headers["content-type"] == "image/png"
+
+
+def test_the_fields_of_a_form_in_parts_are_there_as_those_of_any_other(start):
+    seen = []
+
+    def look(ctx):
+        seen.append((ctx.field("label"), ctx.fields("tag"), [file.name for file in ctx.uploads("picture")], ctx.upload("other").read()))
+        return orion.done(ctx)
+    bob = Person(start((looks(("POST", "/n", look)),)), "bob")
+    fields = {"label": "Rope & <b>", "tag": ["a", "b"], "picture": [("1.png", b"x"), ("2.png", b"y"), ("", b"")], "other": ("o", b"--B\r\nz")}
+    assert bring(bob, **fields).status == 303 and bring(bob, headers={"Datastar_Request": "true"}, **fields).status == 204
+    assert seen == 2 * [("Rope & <b>", ["a", "b"], ["1.png", "2.png"], b"--B\r\nz")]
+
+
+@cases("datastar", [True, False])
+def test_a_form_without_its_file_is_told_so_at_the_field(pictures, datastar):
+    said = bring(Person(pictures, "bob", datastar=datastar), label="x", picture=("", b""))
+    assert said.status == (200 if datastar else 422) and (not datastar or json.loads(said.text)["picture_problem"] == "Choose a file.")
+
+
+def upload_head(server, person, *more, method="POST", path="/w/acme/n"):
+    fields = {"Host": f"127.0.0.1:{server.port}", "Content-Type": "image/png", **person.headers}
+    lines = [f"{method} {path} HTTP/1.1", *[f"{name}: {value}" for name, value in fields.items()], *more]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@cases("who, more, status", [("alice", (), 403), ("erin", (), 403), (None, (), 401), ("bob", ("Origin: http://evil.example",), 400),
+                             ("bob", ("Sec-Fetch-Site: cross-site",), 403)])
+def test_whoever_may_not_send_a_file_hears_so_before_the_body_is_read(pictures, who, more, status):
+    person = Person(pictures, who)
+    for framing in (f"Content-Length: {MB}", "Transfer-Encoding: chunked"):
+        got, closed = raw(pictures, upload_head(pictures, person, framing, *more))
+        assert statuses(got) == [status] and not pictures.edge.uploads.taken
+
+
+def test_a_file_that_is_too_large_is_refused_with_the_limit_before_it_comes(pictures):
+    for headers, status in (({}, 413), ({"Datastar-Request": "true"}, 200)):
+        pictures.bob.headers.update(headers)
+        got, _ = raw(pictures, upload_head(pictures, pictures.bob, f"Content-Length: {MB + 1}"))
+        assert statuses(got) == [status] and b"This is too large: at most 1 MB can be sent here." in got
+    got, _ = raw(pictures, upload_head(pictures, pictures.bob, "Transfer-Encoding: chunked") + b"100001\r\n")
+    assert b"at most 1 MB" in got and more_files_in(pictures) == [0, 0, 0]
+
+
+def test_the_whole_of_a_file_that_is_too_large_can_be_sent_and_the_answer_read(pictures):
+    said = bring(pictures.bob, picture=("a.png", bytes(2 * MB - 10_000)))
+    assert said.status == 413 and "at most 1 MB" in said.text
+
+
+@cases("type", ["multipart/form-data; boundary=B", "application/json", "application/x-www-form-urlencoded", "image/png"])
+def test_other_routes_take_as_little_as_before_and_other_bodies_too(pictures, type):
+    assert bring(pictures.bob, bytes(70_000), type, path="/w/acme/todos").status == 413
+    if type.startswith("application"):
+        assert bring(pictures.bob, bytes(70_000), type).status == 413
+
+
+def test_a_file_that_comes_too_slowly_is_given_up_and_one_that_comes_on_is_not(pictures, monkeypatch):
+    monkeypatch.setattr(orion.Connection, "REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(orion, "SLOWEST", 1_000_000)
+    with socket.create_connection(("127.0.0.1", pictures.port), timeout=PATIENCE) as link:
+        link.sendall(upload_head(pictures, pictures.bob, f"Content-Length: {MB}") + bytes(200_000))
+        assert statuses(link.recv(65536)) == [408]
+    monkeypatch.setattr(orion, "SLOWEST", 1_000)
+    with socket.create_connection(("127.0.0.1", pictures.port), timeout=PATIENCE) as link:
+        link.sendall(upload_head(pictures, pictures.bob, f"Content-Length: {200_001}", method="PUT") + bytes(200_000))
+        eventually(lambda: [held for held in [*pictures.edge.held] if held.state == "arriving" and held.spool.size == 200_000])
+        link.sendall(b"x")
+        assert statuses(link.recv(65536)) == [200]
+
+
+def test_what_one_account_has_under_way_is_bounded_and_so_is_all_of_it(pictures, monkeypatch):
+    monkeypatch.setattr(pictures.edge.uploads, "most", 2 * MB)
+    monkeypatch.setattr(pictures.edge.uploads, "ACCOUNTS", 1.4)
+    carol = Person(pictures, "carol")
+    with contextlib.ExitStack() as links:
+        def begin(person):
+            link = links.enter_context(socket.create_connection(("127.0.0.1", pictures.port), timeout=PATIENCE))
+            link.sendall(upload_head(pictures, person, f"Content-Length: {MB}", method="PUT"))
+            return link
+        first = begin(pictures.bob)
+        eventually(lambda: pictures.edge.uploads.taken == {"bob": MB})
+        begin(pictures.bob)
+        eventually(lambda: pictures.edge.uploads.taken == {"bob": 2 * MB})
+        assert statuses(begin(pictures.bob).recv(65536)) == [429] and statuses(begin(carol).recv(65536)) == [503]
+        assert Person(pictures, "dave").post("/w/globex/todos", title="goes on").status < 300
+        first.close()
+        eventually(lambda: pictures.edge.uploads.taken == {"bob": MB})
+        first = begin(pictures.bob)
+        first.sendall(bytes(MB))
+        assert statuses(first.recv(65536)) == [200]
+
+
+def test_a_file_on_its_way_has_no_name_on_the_disk(pictures):
+    before = {*pictures.env.settings.data.rglob("*")}
+    with socket.create_connection(("127.0.0.1", pictures.port), timeout=PATIENCE) as link:
+        link.sendall(upload_head(pictures, pictures.bob, f"Content-Length: {MB}", method="PUT") + bytes(orion.PIECE + 1))
+        eventually(lambda: [held for held in [*pictures.edge.held] if getattr(held, "spool", None) and held.spool.file and not held.busy])
+        assert {*pictures.env.settings.data.rglob("*")} == before
+
+
+def test_without_room_on_the_disk_a_file_is_refused_before_it_comes_or_when_it_is_full(pictures, monkeypatch, capfd):
+    orion.log_once.cache_clear()
+    full = mock.Mock(**{"return_value.write.side_effect": OSError(errno.ENOSPC, "No space left on device")})
+    with mock.patch.object(tempfile, "TemporaryFile", full):
+        assert bring(pictures.bob, picture=("a.png", bytes(200_000))).status == 507
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=MB))
+    assert bring(pictures.bob, picture=("a.png", bytes(200_000))).status == 507 and logged(capfd, "an upload")
+    assert more_files_in(pictures) == [0, 0, 0]
+
+
+def test_past_the_quota_nothing_is_left_of_a_file_and_nothing_is_lost(start):
+    server = start((orion.todos, album()), quota=2 * MB)
+    bob = Person(server, "bob")
+    assert bring(bob, picture=("a.png", bytes(MB - 1000))).status == 200
+    before = files_in(server)
+    refused = bring(bob, picture=("a.png", bytes(MB - 1000)))
+    assert refused.status == 507 and "larger quota" in refused.text and files_in(server) == before
+    assert bob.post("/w/acme/todos", title="goes on").status < 300
+    assert bob.delete("/w/acme/n/1").status == 204 and bring(bob, picture=("a.png", bytes(MB - 1000))).status == 200
+
+
+def test_the_id_of_a_file_that_was_removed_is_given_to_no_other(pictures):
+    first = added(bring(pictures.bob, picture=("a.png", bytes(600_000))))
+    pictures.bob.delete(first), pictures.bob.delete(first)
+    assert more_files_in(pictures)[:2] == [0, 0] and pictures.bob.get(first).status == 404
+    assert added(bring(pictures.bob, picture=("a.png", b""))) != first
+
+
+def test_another_slice_and_another_workspace_have_no_such_file(start):
+    other = orion.Slice("other", routes=(orion.Route("GET", "/o/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id)),
+                                         orion.Route("GET", "/p", "todos:read", lambda ctx: ctx.store.one("SELECT * FROM _files"))))
+    server = start((orion.todos, album(), other))
+    bob = Person(server, "bob")
+    bring(bob, picture=("a.png", PNG))
+    assert [bob.get(f"/w/{path}").status for path in ("acme/n/1", "acme/o/1", "globex/n/1", "acme/p")] == [200, 404, 404, 500]
+
+
+def test_a_region_or_a_page_adds_no_file(start, capfd):
+    run = lambda ctx: ctx.files.remove(1)
+    bob = Person(start((orion.todos, album()._replace(name="n"), orion.Slice("m", routes=(orion.Route("GET", "/m", "todos:read", run),)))), "bob")
+    assert bob.get("/w/acme/m").status == 500 and logged(capfd, "only a command or a job adds and removes files")
+
+
+def test_an_app_that_takes_no_files_has_no_tables_for_them(server):
+    with contextlib.closing(server.store("acme")) as db:
+        assert "_files" not in {name for name, in db.execute("SELECT name FROM sqlite_master")}
+
+
+@cases("content, type", [
+    (PNG, "image/png"), (b"\xff\xd8\xff\xe0", "image/jpeg"), (b"GIF89a", "image/gif"), (b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"),
+    (b"\0\0\0\x1cftypavif", "image/avif"), (b"\0\0\0\x1cftypisom", "video/mp4"), (b"\x1aE\xdf\xa3", "video/webm"), (b"OggS", "audio/ogg"),
+    (b"ID3\x03", "audio/mpeg"), (b"RIFF\0\0\0\0WAVE", "audio/wav"), ("Grüße\n".encode() * 500, "text/plain; charset=utf-8"), (b"", "text/plain; charset=utf-8"),
+    (b"<!doctype html><script>alert(1)</script>", "text/plain; charset=utf-8"), (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "text/plain; charset=utf-8"),
+    (b"%PDF-1.7\n\x80\x81", None), (b"MZ\x90\0", None), (b"PK\x03\x04", None), (b"\xef\xbb\xbf\0<html>", None), (b"\x1b[31m", None), (b"RIFF\0\0\0\0<svg", None),
+])
+def test_the_type_of_a_file_is_what_it_is_and_not_what_its_sender_says(pictures, content, type):
+    found = pictures.bob.get(added(bring(pictures.bob, picture=("a.html", content)))).headers
+    assert found["content-type"] == (type or "application/octet-stream")
+    assert found["content-disposition"].startswith("inline" if type else "attachment")
+    assert "sandbox" in found["content-security-policy"] and "script-src" not in found["content-security-policy"]
+    assert found["x-content-type-options"] == "nosniff" and "private" in found["cache-control"]
+
+
+@cases("said, shown, plain", [
+    ("a.png", "a.png", "a.png"), ("C:\\\\temp\\a.png", "a.png", "a.png"), ("../../etc/passwd", "passwd", "passwd"), ("", None, ""), ("..", "file", "file"),
+    ("a%22b%0D%0AX-A: b.png", 'a"bX-A: b.png', "a_bX-A: b.png"), ("f\u202egnp.exe", "fgnp.exe", "fgnp.exe"), ("Gr\u00fc\u00dfe.png", "Gr\u00fc\u00dfe.png", "Gr__e.png"),
+    ("100%25.png", "100%25.png", "100_25.png"), ("x" * 300 + ".png", "x" * 116 + ".png", "x" * 116 + ".png")])
+def test_the_name_of_a_file_is_told_as_it_is_and_can_end_no_header(pictures, said, shown, plain):
+    answer = bring(pictures.bob, picture=(said, PNG))
+    assert json.loads(answer.text)["name"] == (shown or "file")
+    found = pictures.bob.get(added(answer)).headers
+    assert found["content-disposition"] == f"inline; filename=\"{plain or 'file'}\"; filename*=UTF-8''{urllib.parse.quote(shown or 'file', safe='')}"
+    assert "x-a" not in found
+
+
+@cases("asked, status, begins, ends", [
+    ("bytes=0-9", 206, 0, 10), ("bytes=10-", 206, 10, 400_000), ("bytes=-10", 206, 399_990, 400_000), ("bytes=-9999999", 206, 0, 400_000),
+    ("bytes=262000-262300", 206, 262_000, 262_301), ("bytes=0-99999999999", 206, 0, 400_000), ("bytes=399999-", 206, 399_999, 400_000),
+    ("bytes=400000-", 416, 0, 0), ("bytes=-0", 416, 0, 0), ("bytes=9-3", 200, 0, 400_000), ("bytes=0-1,5-6", 200, 0, 400_000),
+    ("lines=0-1", 200, 0, 400_000), ("bytes=0-9" + "9" * 30, 200, 0, 400_000)])
+def test_a_part_of_a_file_can_be_asked_for(pictures, asked, status, begins, ends):
+    data = random.Random(0).randbytes(400_000)
+    path = added(bring(pictures.bob, data, "x/y", method="PUT"))
+    found = pictures.bob.get(path, Range=asked)
+    assert found.status == status
+    if status == 416:
+        assert found.headers["content-range"] == "bytes */400000"
+    else:
+        assert found.body == data[begins:ends] and int(found.headers["content-length"]) == ends - begins
+        assert found.headers.get("content-range") == (f"bytes {begins}-{ends - 1}/400000" if status == 206 else None)
+    etag = pictures.bob.get(path).headers["etag"]
+    statuses = [pictures.bob.get(path, Range=asked, **given).status for given in ({"If_Range": '"other"'}, {"If_Range": etag}, {"If_None_Match": etag})]
+    assert statuses == [200, status, 304]
+
+
+def test_of_a_file_a_head_tells_the_length_and_sends_nothing(pictures):
+    path = added(bring(pictures.bob, bytes(400_000), "x/y", method="PUT"))
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", pictures.port, timeout=PATIENCE)) as link:
+        for method, size in (("HEAD", 0), ("GET", 400_000), ("HEAD", 0)):
+            link.request(method, path, headers=pictures.bob.headers)
+            answer = link.getresponse()
+            assert answer.headers["content-length"] == "400000" and len(answer.read()) == size
+
+
+@pytest.fixture
+def slow(pictures, monkeypatch):
+    """slow(path): somebody who asks for it, and reads nothing. The kernel holds little for them."""
+    take_in = pictures.edge.take_in
+    monkeypatch.setattr(pictures.edge, "take_in", lambda link, address: (
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096), take_in(link, address)))
+    with contextlib.ExitStack() as links:
+        def slow(path):
+            link = links.enter_context(socket.socket())
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            link.settimeout(PATIENCE)
+            link.connect(("127.0.0.1", pictures.port))
+            link.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {pictures.bob.cookie}\r\n\r\n".encode())
+            return link
+        yield slow
+
+
+def test_whoever_reads_a_file_slowly_has_one_piece_waiting_and_holds_up_nobody(pictures, slow):
+    path = added(bring(pictures.bob, bytes(MB - 1000), "x/y", method="PUT"))
+    links = [slow(path) for _ in range(20)]
+    eventually(lambda: len(pictures.edge.backlog.all.readers) == 20)
+    assert pictures.edge.backlog.all.size <= 20 * (orion.PIECE + 1000)
+    assert pictures.bob.post("/w/acme/todos", title="goes on").status < 300
+    assert len(pictures.bob.get(path).body) == MB - 1000 and len(links) == 20
+
+
+def test_a_file_that_is_removed_while_it_is_sent_breaks_off(pictures, slow):
+    path = added(bring(pictures.bob, bytes(MB - 1000), "x/y", method="PUT"))
+    link, got = slow(path), b""
+    eventually(lambda: pictures.edge.backlog.all.readers)
+    pictures.bob.delete(path)
+    while data := link.recv(65536):
+        got += data
+    assert b"content-length: 1047576" in got and len(got) < MB - 1000
+
+
+def test_a_form_with_a_file_that_is_sent_twice_does_one_thing(pictures):
+    stamp = f"bob {random.random()}"
+    for boundary in "AB":                            # browsers make a new one each time
+        for size in (10, 100_000):
+            assert bring(pictures.bob, *in_parts(boundary, _stamp=stamp, picture=("a.png", bytes(size)))).status == 200
+            assert bring(pictures.bob, picture=("a.png", bytes(size)), headers={"Idempotency_Key": f"{stamp} {size}"}).status == 200
+    assert more_files_in(pictures)[0] == 4
+
+
+def test_a_form_with_a_file_from_the_page_of_another_account_writes_nothing(pictures):
+    for size in (10, 100_000):
+        assert bring(pictures.bob, _stamp="carol 1", picture=("a.png", bytes(size))).status == 412
+    assert more_files_in(pictures)[0] == 0
+
+
+PART_HEAD = b'--B\r\nContent-Disposition: form-data; name="picture"; filename="a"\r\n\r\n'
+
+
+@cases("body, type", [
+    (b"", "multipart/form-data; boundary=B"), (b"x" + PART_HEAD + b"x\r\n--B--", "multipart/form-data; boundary=B"), (PART_HEAD + b"x\r\n--B--", "multipart/form-data"),
+    (PART_HEAD + b"x\r\n--B--", "multipart/form-data; boundary="), (PART_HEAD + b"x\r\n--B--", "multipart/form-data; boundary=" + "B" * 71),
+    (PART_HEAD + b"x", "multipart/form-data; boundary=B"), (PART_HEAD + b"x\r\n--B", "multipart/form-data; boundary=B"), (PART_HEAD + b"x\r\n--B--x", "multipart/form-data; boundary=B"),
+    (PART_HEAD + b"x\r\n--BB--", "multipart/form-data; boundary=B"), (PART_HEAD + b"x\n--B--", "multipart/form-data; boundary=B"),
+    (b"--B\r\n\r\nx\r\n--B--", "multipart/form-data; boundary=B"), (PART_HEAD.replace(b'name="picture"; ', b"") + b"x\r\n--B--", "multipart/form-data; boundary=B"),
+    (PART_HEAD.replace(b"\r\n\r\n", b"\r\nX\r\n\r\n") + b"x\r\n--B--", "multipart/form-data; boundary=B"), (PART_HEAD.replace(b"\r\n\r\n", b"\n\n") + b"x\r\n--B--", "multipart/form-data; boundary=B"),
+    (PART_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: base64\r\n\r\n") + b"x\r\n--B--", "multipart/form-data; boundary=B"),
+    (PART_HEAD.replace(b"form-data", b"attachment") + b"x\r\n--B--", "multipart/form-data; boundary=B"),
+    (PART_HEAD.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 3000 + b"\r\n\r\n") + b"x\r\n--B--", "multipart/form-data; boundary=B"),
+    ((PART_HEAD + b"x\r\n") * 101 + b"--B--", "multipart/form-data; boundary=B"), ((PART_HEAD + b"x\r\n") * 10_000 + b"--B--", "multipart/form-data; boundary=B")])
+def test_a_form_in_parts_that_could_be_read_in_two_ways_is_refused(pictures, body, type):
+    assert bring(pictures.bob, body, type).status == 400 and more_files_in(pictures) == [0, 0, 0]
+
+
+def test_a_form_inside_a_form_is_a_file_like_any_other(pictures):
+    inner, _ = in_parts("C", picture=("b.png", PNG))
+    said = json.loads(bring(pictures.bob, picture=("a", inner)).text)
+    assert said["size"] == len(inner) and more_files_in(pictures)[0] == 1
+
+
+def test_whatever_a_form_in_parts_says_it_is_read_or_refused():
+    chance, (whole, type) = random.Random(1), in_parts(label="x", tag=["a", "b"], picture=("a.png", PNG + b"\r\n--B\r\n--"))
+    bits = [b"\r\n", b"--", b"--B", b"\r\n--B--", b'"', b"\0", b";", b"\r\n\r\n", b'name="']
+    for _ in range(3000):
+        body = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(body) + 1)
+            body[at:at + chance.choice((0, 0, 1, 7))] = chance.choice([b"", *bits])
+        try:
+            pairs = orion.parts_of(bytes(body), type)
+        except orion.Refused as no:
+            assert no.status in (400, 413)
+        else:
+            assert all([type_of_value in (str, orion.Upload) for type_of_value in [builtins.type(value) for _, value in pairs]])
+
+
+@cases("content", [b"\r\n--" + b"B" * 69, b"\r\n", b"\r\n--", b"\r\n\r\n", PART_HEAD, b"-"])
+def test_a_form_in_parts_takes_time_in_proportion_to_its_length(content):
+    type = "multipart/form-data; boundary=" + "B" * 70
+
+    def ask(times):
+        body = PART_HEAD.replace(b"--B", b"--" + b"B" * 70) + content * (times // len(content))
+        return seconds_for(lambda body: outcome(orion.parts_of, body, type), body)
+    assert any([ask(400_000) < 8 * ask(100_000) + 0.001 for _ in range(3)])
+
+
+@cases("route", [{"upload": 1000}, {"upload": -1}, {"upload": "10M"}, {"upload": MB, "method": "GET", "path": "/m"}, {"upload": MB, "method": "DELETE"}])
+def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
+    slice = looks()._replace(routes=(orion.Route(**{"method": "POST", "path": "/n", "grant": "todos:write", "run": write, **route}),))
+    with pytest.raises(orion.Unusable, match="upload is a number of bytes above 65536, of a POST, PUT or PATCH"):
+        orion.compose(orion.Settings(data=tmp_path / "d"), (slice,))
+
+
+# ==== 52. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -9583,7 +9982,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 51. Command line ================================================================================================
+# ==== 53. Command line ================================================================================================
 
 class Terminal(io.StringIO):
     """Standard input and output: whenever it is used, somebody signs in."""
