@@ -6482,7 +6482,7 @@ def create_workspace_with_file(request, env):
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
 #     48 Uploads        49 Stored files 50 Memory       51 Server        52 Roots
-#     53 Command line
+#     53 Command line   54 Own options
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6525,6 +6525,7 @@ import filecmp
 import getpass
 import heapq
 import http.client
+import inspect
 import mmap
 import shutil
 import tempfile
@@ -6537,6 +6538,8 @@ CHECKS: List[Callable[[Settings], None]] = []            # before a server is co
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
 VERBS: Dict[str, Verb] = {}                              # by their words
 NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
+APP_PARSERS: List[Callable[..., Any]] = []               # see read_command_line
+APP_SEEDS: List[Callable[..., None]] = []                # seed(env, names of workspaces)
 
 
 log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
@@ -6652,6 +6655,19 @@ class Settings(NamedTuple):
     slices: Sequence[Slice] = ()
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Optional[Brand] = None
+    options: Sequence[Any] = ()                          # of the app; section 54
+    own: Dict[str, Any] = {}                             # what was said of these, by name
+    commands: Sequence[Callable[..., Any]] = ()          # of the app
+    start: Optional[Callable[[Settings], None]] = None   # called before it listens
+    seed: Optional[Callable[[Context], None]] = None     # fills a workspace of the demo
+
+    def setting(self, name: str) -> Any:
+        """Return what was said of an option of the app. Raises LookupError."""
+        for option in self.options:
+            if option.name == name:
+                return self.own.get(name, option.default)
+        there = ", ".join([option.name for option in self.options]) or "none"
+        raise LookupError(f"the app has no option {name!r}; main(options=...) has {there}")
 
     @property
     def key_file(self) -> pathlib.Path:
@@ -11837,6 +11853,8 @@ def set_up(directory, workspaces, settings, fresh, demo):
     env = full_env(directory, workspaces, settings)
     if fresh and settings.demo:
         seed(env, demo, todos in settings.slices)
+        for seed_more in APP_SEEDS:
+            seed_more(env, demo)
     return env
 
 
@@ -12096,9 +12114,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"orion: {message}; --help tells what there is\n")
 
 
-def read_command_line(argv: Optional[Sequence[str]]
+def read_command_line(argv: Optional[Sequence[str]], app: Settings = Settings()
                       ) -> Tuple[Settings, argparse.Namespace]:
-    """Return the settings, and what a command was given. Its verb is "" to serve."""
+    """Return the settings, and what a command was given. Its verb is "" to serve.
+
+    app: with what main() was given. APP_PARSERS add to the parser what an app has of its
+    own: each (parser, its commands, app) returns a function that takes out of the second
+    result what was said of that, and returns the settings with it.
+    """
     parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
                     "file. Without a command it serves.", epilog="Every option is an "
                     "environment variable too: ORION_PORT=80 is --port 80.")
@@ -12106,10 +12129,13 @@ def read_command_line(argv: Optional[Sequence[str]]
     for option in OPTIONS:
         add_option(parser, *option)
     words = sys.argv[1:] if argv is None else argv
-    add_verbs(parser, words)
+    commands = add_verbs(parser, words)
+    readers = [add(parser, commands, app) for add in APP_PARSERS]
     given = parser.parse_args(words)
     said = {name: value for name, value in vars(given).items() if name in Settings._fields}
-    settings = Settings(**said)
+    settings = app._replace(**said)
+    for read in readers:
+        settings = read(settings, given)
     if settings.single:
         settings = settings._replace(data=settings.single.parent)
     if settings.demo is None:
@@ -12125,21 +12151,33 @@ def is_private(settings):
 
 
 def add_option(parser, flag, help, kind):
-    name = flag[2:].replace("-", "_")
-    default = from_environment(f"ORION_{name.upper()}") or getattr(Settings(), name)
+    name = name_of_flag(flag)
+    default = from_environment(flag) or getattr(Settings(), name)
     if default:
-        help += f" (default: {default})".replace("%", "%%")
+        help += f" (default: {default})"
+    add_flag(parser, flag, kind, default, name, help)
+
+
+def name_of_flag(flag):
+    return flag[2:].replace("-", "_")
+
+
+def add_flag(parser, flag, kind, default, dest, help):
+    """kind: bool, or a type for argparse. default may be text, from the environment."""
+    help = help.replace("%", "%%")
     if kind is not bool:
-        return parser.add_argument(flag, help=help, default=default, type=kind)
-    if isinstance(default, str):
+        return parser.add_argument(flag, help=help, default=default, type=kind, dest=dest,
+                                   metavar=name_of_flag(flag).upper())
+    if isinstance(default, str) and default is not argparse.SUPPRESS:
         default = default.lower() not in ("0", "no", "off", "false")
-    parser.add_argument(flag, help=help, default=default,
+    parser.add_argument(flag, help=help, default=default, dest=dest,
                         action=argparse.BooleanOptionalAction)
 
 
-def from_environment(name):
+def from_environment(flag):
     """For a service that is called orion, Kubernetes sets variables of its own. One of them
     has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000."""
+    name = f"ORION_{name_of_flag(flag).upper()}"
     value = os.environ.get(name, "")
     if name == "ORION_PORT" and "://" in value:
         print(f"orion: {name}={value} is ignored, for it is no port but what Kubernetes "
@@ -12149,7 +12187,10 @@ def from_environment(name):
 
 
 def add_verbs(parser, given_words):
-    """Of a group that is not named, add its name alone: it saves 10 ms at each start."""
+    """Add all commands; return what can take more.
+
+    Of a group that is not named, add its name alone: it saves 10 ms at each start.
+    """
     common = argparse.ArgumentParser(add_help=False)
     for flag in ("--data", "--single"):
         common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
@@ -12164,9 +12205,10 @@ def add_verbs(parser, given_words):
             continue
         sub = groups[group].add_parser(word, help=one.help, description=one.help,
                                        parents=[common])
-        sub.set_defaults(verb=words)
+        sub.set_defaults(verb=words, run=one.run)
         for argument in one.arguments:
             sub.add_argument(argument, **ARGUMENTS[argument])
+    return groups[""]
 
 
 # -- what all commands need
@@ -12286,16 +12328,24 @@ FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError,
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
-         assets: Optional[pathlib.Path] = None, brand: Optional[Brand] = None) -> int:
+         assets: Optional[pathlib.Path] = None, brand: Optional[Brand] = None,
+         options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
+         start: Optional[Callable[[Settings], None]] = None,
+         seed: Optional[Callable[[Context], None]] = None) -> int:
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error. assets: a folder (section 46). brand: see section 47."""
+    standard error. assets: a folder (section 46). brand: see section 47.
+
+    The rest is in section 54. options and commands of the app are on the command line, too.
+    start(settings) is called before the server listens, seed(ctx) with each workspace of a
+    new demo.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    settings, given = read_command_line(argv)
+    app = Settings(slices=slices, assets=assets, brand=brand, options=options,
+                   commands=commands, start=start, seed=seed)
     try:
-        settings = settings._replace(slices=slices, assets=assets, brand=brand)
-        return do(settings, given) or 0
+        return do(*read_command_line(argv, app)) or 0
     except KeyboardInterrupt:                            # at the question for a password
         return 130
     except BrokenPipeError:                              # whoever reads has seen enough
@@ -12315,7 +12365,7 @@ def do(settings, given):
     if settings.plane == "data" and given.verb in NODE_VERBS:
         return NODE_VERBS[given.verb](settings, given)
     if given.verb:
-        return VERBS[given.verb].run(settings, given)
+        return given.run(settings, given)
     # Two servers would each believe to be the only one that writes to a tenant's file.
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
                                "it, or name another with --data"):
@@ -12355,6 +12405,8 @@ def serve(settings):
     env = compose(settings, settings.slices)
     if not settings.single:
         env.workspaces.tidy()
+    if settings.start:
+        settings.start(env.settings)
     server = bound(env)
     for number in stop_signals():
         signal.signal(number, lambda number, _: stop_or_leave(server, number))
@@ -12417,6 +12469,357 @@ def notify(state: str):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, \
             contextlib.suppress(OSError):
         link.sendto(state.encode(), address)
+
+
+# ==== 54. Own options =====================================================================
+# The idea: an app has settings and commands of its own, on the same command line. A command
+#   is a function; what it takes is what the function takes.
+# It promises: a secret is in no list of processes, in no help and in no log. A command may
+#   open a workspace while the server runs, which hears of what it wrote within a second.
+# It needs: 35 Jobs.
+
+def a_whole_number(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: say 10") from None
+
+
+def a_decimal(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: say 0.5") from None
+
+
+KINDS = {str: str, int: a_whole_number, float: a_decimal, bool: bool}
+
+
+class Option(NamedTuple):
+    """A setting of an app: Option("--smtp", "host:port of the mail server").
+
+    It is a flag and a variable, ORION_SMTP, and ctx.setting("smtp"). default is text, or a
+    number, or True or False; so is what is said. A secret has no flag: all users of the
+    machine could see it. ORION_PASSWORD says it, or --password-file names a file with it.
+    """
+    flag: str
+    help: str
+    default: Any = ""
+    secret: bool = False
+
+    @property
+    def name(self) -> str:
+        return name_of_flag(self.flag)
+
+
+class Quiet(dict):
+    """Values of options, which are not shown where settings are."""
+
+    def __repr__(self):
+        return f"<{', '.join(self)}>"
+
+
+def check_option(option) -> None:
+    """Raise Unusable."""
+    if type(option) is not Option or type(option.default) not in KINDS:
+        raise Unusable(f"option {option!r:.99}: it is to be Option(\"--name\", \"help\", "
+                       "default), with a text, a number, True or False")
+    if not option.flag.startswith("--") or not option.name.isidentifier():
+        raise Unusable(f"option {option.flag!r}: a flag is as --mail-server")
+    if option.secret and option.default:
+        raise Unusable(f"option {option.flag!r}: a secret has no default; anybody could "
+                       "read it in the program")
+
+
+def add_own(parser, commands, app):
+    """One of APP_PARSERS."""
+    for option in listed(app.options):
+        check_option(option)
+        try:
+            add_own_option(parser, option)
+        except argparse.ArgumentError as error:
+            raise Unusable(f"option {option.flag!r}: there is one already; choose another "
+                           "name") from error
+    for function in listed(app.commands):
+        add_own_command(commands, function, app.options)
+    return with_own
+
+
+def listed(given):
+    """Return the options or commands. Raise Unusable for one that stands by itself."""
+    if type(given) is Option or callable(given):
+        raise Unusable(f"{given!r:.99}: (one,) has a comma")
+    return given
+
+
+def add_own_option(parser, option, suppress=False):
+    if option.secret:
+        return add_secret(parser, option, suppress)
+    default = from_environment(option.flag) or option.default
+    help = f"{option.help} (default: {default})" if default else option.help
+    default = argparse.SUPPRESS if suppress else default
+    kind = KINDS[type(option.default)]
+    add_flag(parser, option.flag, kind, default, f"own_{option.name}", help)
+
+
+def add_secret(parser, option, suppress):
+    file = f"{option.flag}-file"
+    variable = f"ORION_{option.name.upper()}"
+    default = argparse.SUPPRESS if suppress else from_environment(file)
+    help = f"file with {option.help}; or say it in {variable}"
+    add_flag(parser, file, str, default, f"own_{option.name}", help)
+
+    def refuse(text):
+        raise argparse.ArgumentTypeError("all users of this machine see what a flag says; "
+                                         f"say it in {variable}, or name a file with "
+                                         f"{file}")
+    parser.add_argument(option.flag, type=refuse, help=argparse.SUPPRESS)
+
+
+def with_own(settings, given):
+    """Return the settings with what was said of the app's options."""
+    said = Quiet()
+    for option in settings.options:
+        value = getattr(given, f"own_{option.name}")
+        said[option.name] = read_secret(option, value) if option.secret else value
+    return settings._replace(own=said)
+
+
+def read_secret(option, file):
+    if not file:
+        return from_environment(option.flag)
+    try:
+        return pathlib.Path(file).read_text("utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", "") or "it is no text"
+        raise Unusable(f"{option.flag}-file: {file} can't be read ({why}); name a file "
+                       "that the server's user may read") from error
+
+
+@addition
+class KnowsSettings(Context):
+    __slots__ = ()
+
+    def setting(self, name: str) -> Any:
+        """Return what was said of an option of the app. Raises LookupError."""
+        return self.host.namespace.settings.setting(name)
+
+
+# -- commands
+
+def add_own_command(commands, function, options):
+    """A parameter is an argument or, if it has a default, a flag. The first is the App."""
+    name = getattr(function, "__name__", "?").replace("_", "-")
+    if not name_of_flag(f"--{name}").isidentifier() or name in commands.choices:
+        raise Unusable(f"command {name!r}: it is no function with a name, or there is a "
+                       "command of that name; write def, and another name")
+    _, *parameters = inspect.signature(function).parameters.values()
+    help = (function.__doc__ or "").strip().partition("\n")[0]
+    sub = commands.add_parser(name, help=help, description=function.__doc__)
+    sub.set_defaults(verb=name, run=functools.partial(run_own, function))
+    for flag in ("--data", "--single"):
+        add_flag(sub, flag, pathlib.Path, argparse.SUPPRESS, flag[2:], "where all state is")
+    try:
+        for option in options:
+            add_own_option(sub, option, suppress=True)
+        for parameter in parameters:
+            add_parameter(sub, parameter)
+    except argparse.ArgumentError as error:
+        raise Unusable(f"command {name!r}: {error.argument_name} is a flag already; rename "
+                       "the parameter") from error
+
+
+def add_parameter(sub, parameter):
+    dest = f"arg_{parameter.name}"                       # no setting of the server's
+    default = parameter.default
+    if default is parameter.empty:
+        kind = {"int": int, "float": float}.get(parameter.annotation, parameter.annotation)
+        return sub.add_argument(dest, metavar=parameter.name, type=KINDS.get(kind, str))
+    flag = f"--{parameter.name.replace('_', '-')}"
+    help = f"default: {default}" if default else ""
+    add_flag(sub, flag, KINDS.get(type(default), str), default, dest, help)
+
+
+def run_own(function, settings, given):
+    args = {name[4:]: value for name, value in vars(given).items()
+            if name.startswith("arg_")}
+    with contextlib.closing(App(settings, given.verb)) as app:
+        return function(app, **args)
+
+
+class App:
+    """What a command is given: the settings of a deployment, and its workspaces."""
+    who = "(command line)"                               # for the journals
+
+    def __init__(self, settings: Settings, what: str):
+        self.settings = settings
+        self.what = what                                 # for the journals, too
+        self.env: Any = None
+        self.inside = ""                                 # the workspace that is open
+
+    def setting(self, name: str) -> Any:
+        """Return what was said of an option of the app. Raises LookupError."""
+        return self.settings.setting(name)
+
+    def workspaces(self) -> List[str]:
+        """Return the names of all workspaces."""
+        return [row["name"] for row in looked_up(self.settings, named_workspaces)]
+
+    @contextlib.contextmanager
+    def open(self, workspace: str, write: bool = False):
+        """Give a ctx with the tables of all slices of one workspace.
+
+        With write, all that is done inside is one transaction, for which the server waits
+        at most five seconds. Raises Unusable if there is no such workspace here.
+        """
+        if self.inside:
+            raise Unusable(f"{self.inside} is open; leave `with app.open(...)` first")
+        row = self.row(workspace)
+        stub = self.env.workspaces.get(row["id"])
+        stub.ask("/_due")                                # it opens, whoever has its lock
+        one = self.env.workspaces.awake(row["id"])
+        self.inside = workspace
+        try:
+            with one.turn:
+                one.store.exec("PRAGMA busy_timeout = 5000")
+                with self.transaction(one, row, WRITE if write else READ) as ctx:
+                    yield ctx
+        finally:
+            one.store.exec("PRAGMA busy_timeout = 0")    # for ObjectStore.LOCK_SECONDS
+            self.inside = ""
+        if write:
+            self.note(row["id"])
+
+    @contextlib.contextmanager
+    def transaction(self, one, row, may):
+        title = urllib.parse.quote(row["title"] or row["name"])
+        viewer = Viewer("", (), row["name"], row["id"], self.who)
+        request = Request("POST", "/_app", headers={"x-title": title})
+        store = Tables(one.store, APP, may)
+        ctx = one.context(one, store, viewer, {}, request, {})
+        before = one.store.db.total_changes
+        try:
+            with one.store.tx() if may == WRITE else contextlib.nullcontext():
+                yield ctx
+                if one.store.db.total_changes != before:
+                    SliceHost.journal(one, viewer, self.what, "")    # see NoticesSilence
+        finally:
+            ctx.end()
+
+    def row(self, workspace):
+        """Return the row of a workspace whose file is here."""
+        if self.settings.plane:
+            raise Unusable("the app's commands open no workspace where the planes are "
+                           "apart; have a route or a job do it")
+        self.env = self.env or self.compose()
+        found = looked_up(self.settings, named_workspaces)
+        for row in found:
+            if row["name"] == workspace:
+                return row
+        raise Unusable(f"there is no workspace {workspace}; workspace list tells what "
+                       "there is")
+
+    def compose(self):
+        check_there(self.settings)
+        return compose(self.settings._replace(demo=False), self.settings.slices)
+
+    def note(self, id):
+        """Tell the server, if one runs, by the Directory's journal."""
+        with contextlib.closing(GuardedStore(self.settings.directory_file)) as store:
+            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                       time.time(), self.who, WRITTEN, id)
+
+    def close(self):
+        if self.env:
+            self.env.workspaces.close()
+            self.env.directory.namespace.close()
+
+
+APP = "(app)"                                            # may use the tables of all slices
+WRITTEN = "wrote to a workspace"                         # in the Directory's journal
+
+
+def named_workspaces(store):
+    return store.query("SELECT id, name, title FROM workspaces WHERE name IS NOT NULL AND "
+                       "NOT moving AND node = '' ORDER BY name")
+
+
+class AppJudge(Judge):
+    def object_to(self, action, table, second):
+        if self.slice != APP:
+            return super().object_to(action, table, second)
+        self.slice = self.owners.get(table.lower(), APP)
+        if self.slice == "orion" and action in WRITES:
+            self.slice = APP                             # which owns nothing
+        try:
+            return super().object_to(action, table, second)
+        finally:
+            self.slice = APP
+
+
+@addition
+class LetsAppIn(GuardedObject):
+    def make_store(self, create):
+        store = super().make_store(create)
+        store.judge = AppJudge(store.owners)
+        store.db.set_authorizer(store.judge)
+        return store
+
+
+@addition
+class TellsWhatAppsWrote(EdgeDirectory):
+    def own_written(self, request):
+        """Return the last entry of the journal, and the ids of those workspaces to which
+        commands wrote after another one; "": after none."""
+        last = self.store.one("SELECT max(id) FROM journal")[0] or 0
+        after = request.params.get("after") or last
+        rows = self.store.query("SELECT DISTINCT which FROM journal WHERE id > ? AND what "
+                                "= ?", after, WRITTEN)
+        return [last, [row["which"] for row in rows]]
+
+
+@addition
+class HearsOfCommands(Broker):
+    """Their writes are in no topic of this process, and their jobs in none of its alarms.
+    """
+    heard = ""                                           # the last entry of the journal
+
+    def look_elsewhere(self):
+        if not self.heard and not self.edge.settings.plane:
+            with contextlib.suppress(Refused):           # in the next second
+                self.hear()
+        super().look_elsewhere()
+
+    def changed_elsewhere(self):
+        if not self.edge.settings.plane:
+            self.hear()
+        super().changed_elsewhere()
+
+    def hear(self):
+        workspaces = self.edge.env.workspaces
+        after = self.heard
+        self.heard, ids = self.edge.env.directory.ask("/_written", f"after={after}")
+        for id in ids:
+            workspaces.changed(id)
+            workspaces.alarms.looked.discard(id)
+            self.published(id, "")
+
+
+# -- the demo
+
+def seed_own(env, names):
+    """One of APP_SEEDS."""
+    if not env.settings.seed:
+        return
+    app = App(env.settings, "seed")
+    app.env = env
+    for name in names:
+        with app.open(name, write=True) as ctx:
+            env.settings.seed(ctx)
+
+
+APP_PARSERS.append(add_own)
+APP_SEEDS.append(seed_own)
 
 
 if __name__ == "__main__":

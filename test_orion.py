@@ -10324,6 +10324,157 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
+# ==== 54. Own options =================================================================================================
+# An app has settings and commands of its own, which are on the same command line.
+
+OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
+       orion.Option("--loud", "say 100% more", False), orion.Option("--mail-password", "the password of the mail server", secret=True))
+
+
+def own_main(*words, commands=(), options=OWN, slices=(orion.todos,), **more):
+    """(exit status, standard output, standard error) of an app with these options and commands."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = orion.main(slices, [*map(str, words)], options=options, commands=commands, **more)
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def say_all(app):
+    print([app.setting(option.name) for option in OWN])
+
+
+@cases("words, variables, said", [
+    ((), {}, ["", 3, 0.5, False, ""]),
+    (("--smtp", "mail:25", "--tries", "5", "--pause", "2", "--loud"), {}, ["mail:25", 5, 2.0, True, ""]),
+    ((), {"SMTP": "mail:25", "TRIES": "5", "PAUSE": "2.5", "LOUD": "yes", "MAIL_PASSWORD": "x"}, ["mail:25", 5, 2.5, True, "x"]),
+    (("--tries", "7", "--no-loud"), {"TRIES": "5", "LOUD": "1"}, ["", 7, 0.5, False, ""])], ids=["defaults", "flags", "variables", "flags win"])
+def test_an_option_of_an_app_is_a_flag_and_a_variable_and_has_the_type_of_its_default(monkeypatch, words, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ORION_{name}", value)
+    assert own_main(*words, "say-all", commands=(say_all,)) == (0, f"{said}\n", "")
+    assert own_main("say-all", *words, commands=(say_all,)) == (0, f"{said}\n", "")
+
+
+@cases("words, why", [(("--tries", "many"), "argument --tries: 'many' is no whole number: say 10"), (("--pause", "1s"), "argument --pause: '1s' is no number: say 0.5"),
+                      (("--mail-password", "s3cret"), "say it in ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
+                      (("--mail-password-file", "/nowhere/s"), "--mail-password-file: /nowhere/s can't be read (No such file or directory); name a file")])
+def test_an_option_that_is_said_wrong_is_one_line_with_the_remedy(words, why):
+    status, out, err = own_main(*words, "say-all", commands=(say_all,))
+    assert status == 2 and out == "" and why in err and err.count("\n") == 1 and "s3cret" not in err
+
+
+def test_a_secret_comes_from_a_file_and_is_shown_nowhere(monkeypatch, tmp_path):
+    (tmp_path / "s").write_text("s3cret\n")
+    assert "s3cret" in own_main("--mail-password-file", tmp_path / "s", "say-all", commands=(say_all,))[1]
+    monkeypatch.setenv("ORION_MAIL_PASSWORD", "s3cret")
+    settings = []
+    assert own_main("look", commands=(lambda app: settings.append(app.settings),))[0] == 2, "a lambda has no name"
+
+    def look(app):
+        settings.append(app.settings)
+    assert own_main("look", commands=(look,))[0] == 0
+    assert settings[0].setting("mail_password") == "s3cret" and "s3cret" not in repr(settings[0])
+    said = own_main("--help")[1]
+    assert "s3cret" not in said and "--mail-password-file MAIL_PASSWORD_FILE" in said and "say 100% more" in said
+
+
+def test_what_is_no_option_of_the_app_is_an_error_that_names_those_there_are():
+    with pytest.raises(LookupError, match=r"no option 'smpt'; main\(options=...\) has smtp, tries, pause, loud, mail_password"):
+        orion.Settings(options=OWN).setting("smpt")
+    with pytest.raises(LookupError, match="has none"):
+        orion.Settings().setting("smtp")
+
+
+@cases("options, why", [((orion.Option("--port", "x"),), "there is one already"), ((OWN[0], OWN[0]), "there is one already"), ((orion.Option("-x", "x"),), "a flag is as --mail-server"),
+                        ((orion.Option("--x", "x", None),), "with a text, a number, True or False"), (("--smtp",), "it is to be Option("), (OWN[0], "has a comma"),
+                        ((orion.Option("--x", "x", "known", secret=True),), "a secret has no default")])
+def test_an_option_that_can_not_be_is_refused_at_once(options, why):
+    status, _, err = own_main("account", "list", options=options)
+    assert status == 2 and why in err and "Traceback" not in err
+
+
+@cases("name, why", [("check", "a command of that name"), ("<lambda>", "no function with a name"), (None, "(one,) has a comma"), ("fine", "--loud/--no-loud is a flag already")])
+def test_a_command_that_can_not_be_is_refused_at_once(name, why):
+    def run(app, loud=False):
+        pass
+    run.__name__ = name or "fine"
+    status, _, err = own_main("account", "list", commands=(run,) if name else run)
+    assert status == 2 and why in err and "Traceback" not in err
+
+
+def add_sent(app, workspace, text, count: int, times=1, shout=False):
+    """Write to a workspace."""
+    with app.open(workspace, write=True) as ctx:
+        for _ in range(count * times):
+            ctx.store.exec("INSERT INTO sent VALUES (?)", f"{text} {ctx.title} {shout}")
+        ctx.enqueue(post_letter, text="by a job")
+
+
+def show_sent(app, workspace):
+    with app.open(workspace) as ctx:
+        print(*[row["text"] for row in ctx.store.query("SELECT text FROM sent")], sep=", ")
+
+
+def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_open_pages_and_jobs_follow(office):
+    say = lambda *words: own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
+    with contextlib.closing(Ear(office.bob, "/w/acme/letters/live")) as ear:
+        ear.event()
+        assert say("add-sent", "acme", "hello", 1, "--times", 2, "--shout") == (0, "", "")
+        ear.until_it_says("hello acme True, hello acme True")
+        ear.until_it_says("by a job")
+    assert say("show-sent", "acme") == (0, "hello acme True, hello acme True, by a job\n", "")
+    assert ("(command line)", "add-sent") in office.rows("SELECT who, what FROM journal")
+
+
+@cases("words, why", [(("show-sent", "nowhere"), "there is no workspace nowhere; workspace list tells what there is"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
+                      (("add-sent", "acme", "x", "y"), "argument count: 'y' is no whole number"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
+def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
+    status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
+    assert status == 2 and why in err and err.count("\n") == 1 and out == ""
+
+
+@cases("sql, write, why", [("INSERT INTO sent VALUES (1)", False, "writes, which only a command or a job may"), ("DELETE FROM journal", True, "of slice 'orion'"),
+                           ("DROP TABLE sent", True, "of slice 'orion'"), ("SELECT * FROM sent, todos", True, None), ("SELECT count(*) FROM journal", False, None)])
+def test_a_command_of_an_app_may_use_the_rows_of_all_slices_and_no_more(office, sql, write, why):
+    with contextlib.closing(orion.App(office.env.settings, "test")) as app:
+        with pytest.raises(PermissionError, match=why) if why else contextlib.nullcontext(), app.open("acme", write) as ctx:
+            ctx.store.query(sql)
+
+
+def test_a_command_that_raises_has_written_nothing(office):
+    def half(app):
+        with app.open("acme", write=True) as ctx:
+            ctx.store.exec("INSERT INTO sent VALUES ('half')")
+            raise ValueError("no more paper")
+    assert own_main("half", "--data", office.env.settings.data, commands=(half,), slices=office.env.settings.slices) == (2, "", "orion: no more paper\n")
+    assert office.rows("SELECT * FROM sent") == []
+
+
+@cases("root", [{}, {"single": True}], ids=["two planes", "one file"])
+def test_a_new_demo_is_filled_by_the_app_once_in_each_workspace(tmp_path, root):
+    def fill(ctx):
+        ctx.store.exec("INSERT INTO sent VALUES (?)", ctx.workspace)
+        ctx.store.exec("INSERT INTO todos (title) VALUES ('of the app')")
+    settings = orion.Settings(port=0, data=tmp_path, demo=True, log="off", seed=fill, single=tmp_path / "all.db" if root else None)
+    for _ in range(2):
+        env = orion.compose(settings, (orion.todos, letters))
+        for name in ["acme"] if root else ["acme", "globex", "home"]:
+            with contextlib.closing(sqlite3.connect(env.workspaces.path(env.workspaces.id_from_name(name)))) as db:
+                assert db.execute("SELECT text FROM sent").fetchall() == [(name,)] and db.execute("SELECT 1 FROM todos WHERE title = 'of the app'").fetchone()
+        env.workspaces.close(), env.directory.namespace.close()
+
+
+def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_path, monkeypatch):
+    def begin(settings):
+        raise orion.Unusable(f"{settings.setting('smtp')} does not answer")
+    monkeypatch.setattr(orion, "bound", None)
+    with mock.patch.object(orion, "BEFORE_SERVING", []):
+        assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
