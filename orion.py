@@ -303,7 +303,7 @@ def sendable(response):
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
 NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
-              "so it cannot use the account of one viewer; Region(..., each=\"account\") is "
+              'so it cannot use the account of one viewer; Region(..., each="account") is '
               "rendered for each of them")
 NO_REQUEST = ("a region is shown again after each change, and has no request; name the "
               "parameters that it needs in Live(params=...), and use all else in page()")
@@ -1516,9 +1516,18 @@ class Rendering:
         return patch_elements(self.html)
 
 
+def checked_region(made: Any) -> Html:
+    """Return what a region returned. Raises TypeError if it could not stay current."""
+    if type(made) is not Html or not REGION.match(made):
+        raise TypeError("a region is Html, one element with an id, such as a Template "
+                        f"returns, and not {made!r:.200}")
+    return made
+
+
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 TICKED = {"on": True, "true": True, "off": False, "false": False}
-REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?\sid\s*=""")   # it has an id
+REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
+                    r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
 
 
 PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
@@ -1714,12 +1723,13 @@ class SliceHost(DurableObject):
 
     def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
         made = time.perf_counter()
-        html = region.show(ctx, *args)
-        micros = round(1e6 * (time.perf_counter() - made))
-        if type(html) is not Html or not REGION.match(html):
-            raise TypeError(f"the region {name_of(region.show)} of {live.path} is to be "
-                            f"Html, one element with an id, and not {html!r:.200}")
-        return Rendering(html, made, micros)
+        try:
+            html = checked_region(region.show(ctx, *args))
+        except Exception as error:                       # for the log
+            where = f"region {name_of(region.show)} of {live.path}"
+            error.where = f"slice {ctx.store.slice!r}, {where}"
+            raise
+        return Rendering(html, made, round(1e6 * (time.perf_counter() - made)))
 
     def topics(self, live: Live, ctx: Context, args) -> List[str]:
         """Return the topic of each region, as the bus of this object calls it."""
@@ -1737,14 +1747,19 @@ class SliceHost(DurableObject):
         asked = time.perf_counter()
         renderings = self.renderings_of(live, ctx, args)
         own = ctx.for_page(live)
-        body = live.page(own, *[one.html for one in renderings], *args)
-        if type(body) is not Html:
-            raise TypeError(f"the page of {live.path} is to be Html, what a template "
-                            f"returns, and not {body!r:.200}")
+        body = self.around(live, own, renderings, args)
         title = live.title(own, *args) if callable(live.title) else live.title
         footer = self.xray(renderings, ctx, asked)
         return page(f"{title} · {ctx.title}", body, ctx.viewer, self.navigation(live, ctx),
                     footer, head=self.head(ctx))
+
+    def around(self, live: Live, ctx: Context, renderings, args) -> Html:
+        """Return a page with its regions, but without the layout of all pages."""
+        body = live.page(ctx, *[one.html for one in renderings], *args)
+        if type(body) is not Html:
+            raise TypeError(f"the page of {live.path} is to be Html, what a template "
+                            f"returns, and not {body!r:.200}")
+        return body
 
     def head(self, ctx):
         """[3] has styles and scripts of slices."""
@@ -2049,7 +2064,8 @@ todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
                 "NULL, done INTEGER NOT NULL DEFAULT 0)",),
-    live=(Live("/todos", "todos:read", "Todos", (Region("todos", todos_region),), todos_page,
+    live=(Live("/todos", "todos:read", "Todos", (Region("todos", todos_region),),
+               todos_page,
                params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]",        # 25
                        "q": r"[^\0-\x1f]{1,50}"}),),
     routes=(Route("POST", "/todos", "todos:write", create),
@@ -2880,15 +2896,17 @@ def refusal(request: Request, error: BaseException) -> Response:
     """Return a page to a browser that opens one, and a line of text to everybody else.
 
     To Datastar, a stream that is refused looks like a connection that was lost: it would
-    ask again forever. So it gets the no as a last frame.
+    ask again forever. So it gets the no as a last frame. After a fault of ours it shall
+    ask again; then the last frame says only that the page is not current.
     """
     no = as_refused(request, error)
     opens_page = request.opens_page
     if no.status == 405 and opens_page and request.method in SAFE and request.path != "/":
         above = request.path.rpartition("/")[0] or "/"   # the page of these commands
         return see_other(urllib.parse.quote(above))
-    if request.stream and request.datastar and no.status in GOODBYES:
-        return Response(200, goodbye(no.status), EVENTS)
+    last = last_frame(no) if request.stream and request.datastar else b""
+    if last:
+        return Response(200, last, EVENTS)
     if not opens_page:
         text = f"{no.message}\n".encode("utf-8", "replace")
         return Response(no.status, text, headers=no.headers)
@@ -2897,12 +2915,19 @@ def refusal(request: Request, error: BaseException) -> Response:
     return page(reason, body, status=no.status)._replace(headers=no.headers)
 
 
-GOODBYES = {401: "signed_out", 403: "no_entry", 412: "other_account"}
+GOODBYES = {401: "signed_out", 403: "no_entry", 404: "gone", 412: "other_account"}
+NOT_CURRENT = b"event: datastar-stale\nretry: 5000\ndata: version old\n\n"     # in ms
 
 
-def goodbye(status: int) -> bytes:
-    """Return the last frame of a stream: it replaces the element that would ask again."""
-    return patch_elements(template(f"goodbye.{GOODBYES[status]}")())
+def last_frame(no: Refused) -> bytes:
+    """Return what a stream ends with; b"": it breaks off, and its browser comes back.
+
+    A goodbye replaces the element that would ask again.
+    """
+    if no.status in GOODBYES:
+        farewell = template(f"goodbye.{GOODBYES[no.status]}")
+        return patch_elements(farewell(message=no.message))
+    return NOT_CURRENT if no.status == 500 else b""
 
 
 def as_refused(request, error):
@@ -3006,6 +3031,8 @@ class PlainHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.begin(response)
         shown = b""
+        headers = {**request.headers, "datastar-request": "true"}    # a no is a frame, too
+        request = request._replace(headers=headers)
         while response.watch:
             # Also when nothing is new, something is sent: so a closed tab is noticed.
             self.chunk(BEAT if response.body == shown else response.body)
@@ -3015,19 +3042,8 @@ class PlainHandler(BaseHTTPRequestHandler):
             except Refused:                              # the server is stopping
                 return
             response = respond(request, self.server.env)
-        self.last_word(response)
-
-    def last_word(self, response):
-        """End the stream after a response that is none.
-
-        After 401 or 403, say goodbye and end properly, so that the browser stays away.
-        After any other error just stop, so that it tries again.
-        """
-        if response.type == EVENTS:                      # a goodbye, from refusal
+        if response.type == EVENTS:                      # else it breaks off
             self.chunk(response.body)
-            self.chunk(b"")
-        elif response.status in GOODBYES:
-            self.chunk(goodbye(response.status))
             self.chunk(b"")
 
     def chunk(self, data):
@@ -3193,6 +3209,7 @@ def log_error(where: str, error: BaseException) -> None:
     ours = (__file__, os.path.dirname(os.__file__))
     frames = [frame for frame in stack if not frame.filename.startswith(ours)] or stack
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    where = f"{where}: {error.where}" if hasattr(error, "where") else where
     at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
     log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
 
@@ -4368,6 +4385,14 @@ class Piece(Rendering):
         return chunk(deflated(self.event))
 
 
+class NotCurrent(Piece):
+    """Says that a region could not be read again. It is due until the next good one."""
+    event = NOT_CURRENT
+
+
+OLD = NotCurrent(Html(), 0.0, 0)
+
+
 class Subscription(NamedTuple):
     """A region that a stream shows: whom to ask again, what, and after which topic."""
     stub: GuardedStub
@@ -4384,7 +4409,7 @@ class Subscription(NamedTuple):
         return self.again.path, self.again.query, self.number, *whose
 
 
-SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id")
+SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace")
 TRUSTED.add("x-region")
 
 
@@ -4429,9 +4454,10 @@ class Broadcast(GroupCommit, SliceHost):
         region = live.regions[number]
         own = ctx.for_region(region, live)
         viewer = own.viewer
-        account = viewer.account if region.each == "account" else ""
-        values = (account, viewer.role, ",".join(viewer.grants), viewer.workspace, viewer.id)
-        headers = {**dict(zip(SAID_OF_REGIONS, values)), "x-region": str(number)}
+        headers = {"x-account": viewer.account if region.each == "account" else "",
+                   "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
+                   "x-workspace": viewer.workspace, "x-id": viewer.id,
+                   "x-region": str(number)}
         query = urllib.parse.urlencode(own.params)
         again = Request("GET", ctx.request.path, query, headers)
         piece = self.rendering(region, live, ctx, args)
@@ -5395,9 +5421,19 @@ class Stream(Held):
             return self.edge.backlog.note(self)
         self.frames["sent"] += 1
         data = piece.zipped if self.zipped else piece.plain
+        if self.edge.broker.failed and piece is not OLD:
+            data += self.reminder()
         sent = self.offer(data)
         if sent != len(data):                            # else there is nothing left to do
             self.wrote(data, sent)
+
+    def reminder(self):
+        """Return what says that another region is still old; b"" if none is."""
+        old = [channel for channel in self.channels if channel in self.edge.broker.failed]
+        for channel in old:
+            channel.streams[self] = OLD.etag
+        data = OLD.zipped if self.zipped else OLD.plain
+        return data if old else b""
 
     def written(self):
         latest, self.latest = self.latest, {}
@@ -5474,7 +5510,8 @@ class Broker:
         self.access_changed_at = float("-inf")           # anybody's
         self.here: Dict[str, Piece] = {}                 # by object: who watches it
         self.moved = set()                               # objects whose watchers changed
-        self.failed = set()                              # channels that could not be asked
+        self.failed = set()                              # channels whose region is old
+        self.logged: Dict[Any, float] = {}               # when, by object and place
 
     # -- from a publish to the sockets
 
@@ -5515,27 +5552,55 @@ class Broker:
     def refresh(self, channel):
         """Ask the object what its region is now. It wakes for this if it must."""
         channel.stale = False
-        piece = None
+        piece = OLD
         streams = [*channel.streams]                     # a later one marks it: see join
         try:
-            stub, again = channel.subscription.stub, channel.subscription.again
-            piece = stub.fetch(again).watch[0].piece
+            piece = self.ask(channel.subscription)
             if any([stream.zipped for stream in streams]):
                 piece.zipped                             # made here, and not in the loop
-        except CRASH:
+            self.failed.discard(channel)
+        except Refused as no:                            # a StorageFault is in the log
             self.failed.add(channel)
-            raise
+            if no.status in GOODBYES:
+                self.edge.call(self.dismiss, streams, last_frame(no))
+                streams = []
+        except CRASH as error:
+            self.failed.add(channel)
+            self.log_failure(channel, error)
         finally:
-            self.edge.call(self.deliver, channel, piece, streams if piece else [])
+            self.edge.call(self.deliver, channel, piece, streams)
+
+    def ask(self, subscription) -> Piece:
+        return subscription.stub.fetch(subscription.again).watch[0].piece
+
+    def log_failure(self, channel, error):
+        """Log it; the same again after a minute. Each account can have a channel."""
+        subscription, now = channel.subscription, time.monotonic()
+        key = subscription.stub.id, subscription.topic, type(error)
+        if now < self.logged.get(key, 0.0):
+            return
+        if len(self.logged) > 1000:
+            self.logged.clear()
+        self.logged[key] = now + 60.0
+        log_error(f"GET {subscription.again.path}", error)
+
+    def dismiss(self, streams, frame):
+        """End them: what they showed is gone, or is not for them any more."""
+        for stream in streams[:self.SOME]:
+            stream.end(frame)
+        if len(streams) > self.SOME:
+            self.edge.call(self.dismiss, streams[self.SOME:], frame)
 
     def try_again(self):
         """In the pool, every 5 s: ask again for those whose object failed.
 
         Their streams show an old region, and perhaps nobody publishes again.
         """
-        for channel in [self.failed.pop() for _ in range(len(self.failed))]:
+        for channel in [*self.failed]:
             if channel.streams:
                 self.mark(channel)
+            else:
+                self.failed.discard(channel)
 
     def deliver(self, channel, piece, streams):
         """Send the piece to SOME streams; put the rest off, so that others have a turn.
@@ -5588,6 +5653,7 @@ class Broker:
             del channel.streams[stream]
             if not channel.streams:                      # the last one out
                 del self.channels[id][channel.subscription.question]
+                self.failed.discard(channel)
         self.accounts[stream.account] -= 1
         self.count_watcher(id, -1)
         if not self.channels[id]:
@@ -5639,11 +5705,11 @@ class Broker:
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided, busy)
             elif not decided.watch:                      # it is no stream any more
-                self.edge.call(stream.end, last_frame(decided))
+                self.edge.call(stream.end, b"")
         except Busy:                                     # not even the gate could be asked
             self.edge.call(stream.close)                 # its client comes back
         except Refused as no:
-            self.edge.call(stream.end, last_frame(Response(no.status)))
+            self.edge.call(stream.end, last_frame(no))
         except CRASH:
             self.edge.call(stream.close)
             raise
@@ -5720,13 +5786,6 @@ SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-
 def viewer_in(forwarded) -> Tuple[str, ...]:
     """Whom the gate let in, in its own words."""
     return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
-
-
-def last_frame(response) -> bytes:
-    """b"": the stream breaks off, and its browser comes back."""
-    if response.type == EVENTS:
-        return response.body
-    return goodbye(response.status) if response.status in GOODBYES else b""
 
 
 # ==== 26. Loop edge =======================================================================
@@ -8126,21 +8185,54 @@ def wrong_with(row, kind, grants):
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
         return (f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that "
                 "should")
-    if kind is Route and row.method not in METHODS:
+    if kind is Live:
+        return wrong_with_live(row)
+    if row.method not in METHODS:
         return f"a method is one of {', '.join(METHODS)}"
-    if kind is Route:
-        return "" if callable(row.run) else "run can't be called"
-    return wrong_with_regions(row)
+    return wrong_with_call("run", row.run)
 
 
-def wrong_with_regions(live):
-    """The same of the regions of a Live, and of what is made of them."""
-    if type(live.regions) not in (tuple, list) or not live.regions \
-            or any([type(region) is not Region for region in live.regions]):
-        return ("regions is a tuple of Region, and (one,) has a comma too: Live("
-                f"{live.path!r}, {live.grant!r}, \"Title\", (Region(\"topic\", show),), page)")
-    calls = [live.page, *[region.show for region in live.regions]]
-    return "" if all(map(callable, calls)) else "page or show can't be called"
+def wrong_with_live(live):
+    if type(live.regions) not in (tuple, list) or not live.regions:
+        return ("regions is a tuple, and (one,) has a comma too: "
+                f'Live({live.path!r}, {live.grant!r}, "Title", '
+                '(Region("topic", show),), page)')
+    if type(live.params) is not dict:
+        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
+    if live.tab and "<" in live.path:
+        return "a tab has one address; leave tab=True away, or the <parts> of the path"
+    whys = [wrong_with_region(region, live) for region in live.regions]
+    whys.append(wrong_with_call("page", live.page))
+    if type(live.title) is not str:
+        whys.append(wrong_with_call("title", live.title))
+    return next(filter(None, whys), "")
+
+
+def wrong_with_region(region, live):
+    if type(region) is not Region:
+        return f"{region!r:.60} is no Region(topic, show)"
+    if type(region.topic) is not str:
+        return f"a topic is text, and not {region.topic!r:.60}"
+    parts = {name for _, name in PART_OF_PATH.findall(live.path)}
+    others = {name for _, name in PART_OF_PATH.findall(region.topic)} - parts
+    if others:
+        return (f"the topic {region.topic!r} has <{others.pop()}>, which is no part of the "
+                "path")
+    if region.each not in ("role", "account"):
+        return f'each is "role" or "account", and not {region.each!r}'
+    return wrong_with_call("show", region.show)
+
+
+def wrong_with_call(what, function):
+    """The same of a function that a slice gives."""
+    if not callable(function):
+        return f"{what} can't be called"
+    name = name_of(function)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return f"{name} is async; write def, and do in a job what takes long"
+    if inspect.isgeneratorfunction(function):
+        return f"{name} yields; let it return what it makes"
+    return ""
 
 
 def check_slices(settings: Settings) -> None:
@@ -8149,14 +8241,21 @@ def check_slices(settings: Settings) -> None:
     names = {"orion", "directory", "welcome"}
     taken = set()
     for slice in settings.slices:
-        if type(slice) is not Slice or isinstance(slice.migrations, str):
-            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice, and migrations a "
-                           "tuple: (one,) has a comma too")
+        if type(slice) is not Slice:
+            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
+        check_commas(slice)
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
             raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
                            "not orion, directory or welcome")
         names.add(slice.name)
         check_rows(slice, grants, taken)
+
+
+def check_commas(slice):
+    for name in ("migrations", "live", "routes", "exports"):
+        if type(getattr(slice, name)) not in (tuple, list):
+            raise BadSlice(f"slice {slice.name!r}: {name} is a tuple, and (one,) has a "
+                           "comma too")
 
 
 def check_rows(slice, grants, taken):
@@ -8209,6 +8308,54 @@ def check_references(store):
 
 
 CHECKS.extend((check_slices, check_tables))
+
+
+def id_of(region: Html) -> str:
+    """Return how the id of a region is written, with the space before it."""
+    return REGION.match(region)[1]
+
+
+@addition
+class ChecksPages(EdgeWorkspace):
+    """A page that can't stay current is an error, and not a page that looks current."""
+    MOST_IDS = 1000
+
+    def on_open(self):
+        super().on_open()
+        self.ids: Dict[Any, str] = {}                    # of each region, as it was first
+
+    def render(self, region, live, ctx, args):
+        """Raises ValueError if open pages can't find the region any more."""
+        rendering = super().render(region, live, ctx, args)
+        if len(self.ids) > self.MOST_IDS:
+            self.ids.clear()
+        id = id_of(rendering.html)
+        key = region, args, ctx.viewer, tuple(ctx.params.items())
+        before = self.ids.setdefault(key, id)
+        if id != before:
+            raise ValueError(
+                f"region {name_of(region.show)} of {live.path} had{before} before and has"
+                f"{id} now: open pages can't find it; make its id of the path alone")
+        return rendering
+
+    def around(self, live, ctx, renderings, args):
+        """Raises ValueError if the page has not each region, once."""
+        body = super().around(live, ctx, renderings, args)
+        page = f"page {name_of(live.page)} of {live.path}"
+        ids = [id_of(one.html) for one in renderings]
+        for region, id in zip(live.regions, ids):
+            name = name_of(region.show)
+            if ids.count(id) > 1:
+                raise ValueError(f"{page}: region {name} and another have{id}; give each "
+                                 "region an id of its own")
+            found = body.count(id)
+            if found == 0:
+                raise ValueError(f"{page} does not show region {name}: put what it gets "
+                                 f"into the page as it is, the element with{id}")
+            if found > 1:
+                raise ValueError(f"{page} has {found} elements with{id}: it shows region "
+                                 f"{name} more than once, or gives its id to another")
+        return body
 
 
 @functools.lru_cache(maxsize=4)

@@ -2172,7 +2172,16 @@ def nothing(ctx):
     return orion.done(ctx)
 
 
-LIVE, ROUTE = orion.Live("/n", "todos:read", "N", (orion.Region("n", nothing),)), orion.Route("POST", "/n", "todos:write", nothing)
+async def waits(ctx, *_):
+    """As a newcomer from another server might write it."""
+
+
+def yields(ctx):
+    yield
+
+
+REGION, ROUTE = orion.Region("n", nothing), orion.Route("POST", "/n", "todos:write", nothing)
+LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
 
 
 @cases("why, slices", [
@@ -2183,7 +2192,17 @@ LIVE, ROUTE = orion.Live("/n", "todos:read", "N", (orion.Region("n", nothing),))
     ("/members is the Directory's", [orion.Slice("a", (), (LIVE._replace(path="/members"),))]),
     ("no role has the grant 'todo:read'", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("a method is", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
     ("can't be called", [orion.Slice("a", (), (LIVE._replace(regions=(orion.Region("n", None),)),))]), ("can't be called", [orion.Slice("a", (), (), (ROUTE._replace(run=None),))]),
-    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("another has this address", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("it is no Live", [orion.Slice("a", (), (LIVE))]), ("it is no Route", [orion.Slice("a", (), (), (ROUTE))]), ("another has this address", [orion.Slice("a", (), (LIVE, LIVE))]),
+    *[(why, [orion.Slice("a", (), (LIVE._replace(**wrong),))]) for why, wrong in {
+        'Live(\'/n\', \'todos:read\', "Title", (Region("topic", show),), page)': {"title": "n", "regions": "N", "page": nothing}, "regions is a tuple, and (one,) has a comma too": {"regions": REGION},
+        "regions is a tuple": {"regions": ()}, "'n' is no Region(topic, show)": {"regions": ("n",)}, "a topic is text, and not 7": {"regions": (REGION._replace(topic=7),)},
+        "the topic 'n/<nr>' has <nr>, which is no part of the path": {"path": "/n/<int:id>", "regions": (REGION._replace(topic="n/<nr>"),)},
+        'each is "role" or "account", and not \'viewer\'': {"regions": (REGION._replace(each="viewer"),)}, "title can't be called": {"title": None},
+        "params is a dict, a pattern for each": {"params": "show"}, "a tab has one address": {"path": "/n/<id>", "tab": True}, "page can't be called": {"page": None},
+        "waits is async; write def, and do in a job what takes long": {"page": waits}, "waits is async": {"regions": (REGION._replace(show=functools.partial(waits, 1)),)}, "yields yields; let it return": {"page": yields}}.items()],
+    ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits),))]),
+    *[(f"slice 'a': {name} is a tuple, and (one,) has a comma too", [orion.Slice("a")._replace(**{name: one})]) for name, one in
+      {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "exports": nothing}.items()],
+    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("another has this address", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("another has this address", [orion.Slice("a", (), (LIVE, LIVE))]),
     ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<float:id>"),))]),
     ("another has this address", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
 def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
@@ -2390,8 +2409,15 @@ def test_a_region_that_publishes_is_refused_instead_of_being_asked_for_ever(star
 
 def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
     careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Html("<p id=n>") + "<img src=x>"),)),))
-    bob = Person(start((orion.todos, careless)), "bob", datastar=True)
-    assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500 and logged(capfd, "of /n is to be Html, one element with an id")
+    bob = Person(start((orion.todos, careless)), "bob")
+    assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500
+    assert logged(capfd, "slice 'careless', region <lambda> of /n: TypeError: a region is Html, one element with an id, such as a Template returns, and not '<p id=n><img src=x>'")
+
+
+@cases("returned", [None, 7])
+def test_a_region_that_is_nothing_is_an_error_and_not_shown(start, capfd, returned):
+    assert Person(start((small(region=lambda ctx: returned),)), "bob").get("/w/acme/n").status == 500
+    assert logged(capfd, f"slice 'small', region <lambda> of /n: TypeError: a region is Html, one element with an id, such as a Template returns, and not {returned!r}")
 
 
 @cases("returned", [None, "<h1>N</h1>", 7])
@@ -2406,10 +2432,46 @@ def test_a_region_is_any_element_with_an_id(start, markup):
     assert Person(start((orion.todos, small(region=lambda ctx: orion.Template(markup)()))), "bob").get("/w/acme/n").status == 200
 
 
-@cases("markup", ["", "text", "<p>x</p>", '<p data-id="n">x</p>', "<!-- id= -->", '<p title="id=n">x</p>'])
+@cases("markup", ["", "text", "<p>x</p>", '<p id="">x</p>', '<p data-id="n">x</p>', "<!-- id= -->", '<p title="id=n">x</p>'])
 def test_a_region_without_an_id_is_refused(start, capfd, markup):
     assert Person(start((orion.todos, small(region=lambda ctx: orion.Template(markup)()))), "bob").get("/w/acme/n").status == 500
     assert logged(capfd, "one element with an id")
+
+
+WORD = orion.Template('<p id="{{id}}">{{word}}</p>')
+
+
+def two_regions(page, *ids):
+    """A slice whose page has two regions; its topic is published by PUT."""
+    ids = iter(ids)
+    shows = [lambda ctx: WORD(id=next(ids), word="one"), lambda ctx: WORD(id=next(ids), word="two")]
+    for name, show in zip(("one", "two"), shows):
+        show.__name__ = name
+    live = orion.Live("/n", "todos:read", "N", tuple([orion.Region("n", show) for show in shows]), page)
+    return orion.Slice("n", (), (live,), (orion.Route("PUT", "/n", "todos:write", lambda ctx: (ctx.publish("n"), nothing(ctx))[1]),))
+
+
+@cases("why, ids, page", [
+    ("does not show region two: put what it gets into the page as it is, the element with id=\"b\"", "ab", lambda ctx, one, two: one),
+    ("does not show region one", "ab", lambda ctx, one, two: orion.Template("{{one}}{{two}}")(one=str(one), two=two)),
+    ("has 2 elements with id=\"a\": it shows region one more than once, or gives its id to another", "ab", lambda ctx, one, two: orion.Html().join([one, two, one])),
+    ("has 2 elements with id=\"b\": it shows region two more than once", "ab", lambda ctx, one, two: orion.Template('<div id="b">{{one}}{{two}}</div>')(one=one, two=two)),
+    ("region one and another have id=\"a\"; give each region an id of its own", "aa", lambda ctx, one, two: orion.Html().join([one, two]))])
+def test_a_page_that_could_not_stay_current_is_an_error_that_names_page_and_region(start, capfd, why, ids, page):
+    assert Person(start((two_regions(page, *ids),)), "bob").get("/w/acme/n").status == 500
+    assert logged(capfd, f"page <lambda> of /n{':' if 'give each' in why else ''} {why}")
+
+
+def test_a_region_whose_id_changes_is_an_error_and_the_page_says_that_it_is_old(start, capfd):
+    server = start((two_regions(orion.only_the_regions, "a", "b", "a", "c"),))
+    bob = Person(server, "bob", datastar=True)
+    assert bob.get("/w/acme/n").status == 200
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        ear.event(), ear.event()
+        the_workspace(server).renderings.clear()         # as after a write
+        bob.ask("PUT", "/w/acme/n")
+        ear.until_it_says("datastar-stale")
+    assert logged(capfd, "region two of /n had id=\"b\" before and has id=\"c\" now: open pages can't find it; make its id of the path alone")
 
 
 def test_a_region_that_did_not_change_is_not_sent_again(start):
@@ -4007,6 +4069,258 @@ def test_an_answer_that_can_not_be_sent_is_a_500_with_a_line_in_the_log(serve, c
 def test_a_demo_does_without_todos(tmp_path, quick, edge):
     with contextlib.closing(EDGES[edge](tmp_path / "data", (looks(),))) as server:
         assert Person(server, "bob").get("/w/acme").headers["location"] == "/w/acme/n"
+
+
+# -- pages with parts in their path, several regions, and regions of an account
+
+KANBAN = '''"""A board of cards: python3 app.py, choose a persona, open a workspace, and see Board."""
+import sys
+
+import orion
+from orion import Live, Refused, Region, Route, Slice, Template, done, template, todos
+
+COLUMNS = ("To do", "Doing", "Done")
+BOARD = Template("""<section id="board" aria-label="Board">{{column}}</section>
+<!-- column -->
+<h2>{{name}}</h2><ul>{{card}}</ul>
+<!-- card -->
+<li><a href="./cards/{{id}}">{{title}}</a> <small>{{votes}} votes</small></li>""")
+MOVES = Template("""<ol id="moves" aria-label="Moves">{{move}}</ol>
+<!-- move -->
+<li><b>{{who}}</b> {{what}} <bdi>{{title}}</bdi></li>""")
+BOARD_PAGE = Template("""<h1>Board</h1>
+<form class="new" method="post" action="./board" data-on:submit="@post('./board', {contentType: 'form', retryMaxCount: 0}); el.reset()">
+<div class="field"><label for="title">New card</label><input id="title" name="title" required maxlength="80"></div><button>Add</button>
+{{stamp}}</form>
+{{board}}
+<h2>Latest moves</h2>
+{{moves}}{{live}}""")
+CARD = Template("""<section id="card"><h1>{{title}}</h1><p>{{place}}, {{votes}} votes</p></section>""")
+VOTE = Template("""<p id="my-vote">{{mine}}{{open}}</p>
+<!-- mine -->
+{{who}}, you voted for this.
+<!-- open -->
+<button data-on:click="@post(location.pathname + '/vote', {payload: {}, retryMaxCount: 0})">Vote</button>""")
+CARD_PAGE = Template("""{{card}}{{my_vote}}
+<p><button id="move" data-on:click="@post(location.pathname + '/move', {payload: {}, retryMaxCount: 0})">Move on</button>
+<button id="delete" class="danger" data-on:click="@delete(location.pathname, {payload: {}, retryMaxCount: 0})">Delete</button>
+<a href="../board">Back to the board</a></p>{{live}}""")
+CARDS = "SELECT id, title, place, (SELECT count(*) FROM votes WHERE card = id) AS votes FROM cards"
+
+
+def the_card(ctx, id):
+    card = ctx.store.one(f"{CARDS} WHERE id = ?", id)
+    if card is None:
+        raise Refused(404, "This card is gone.")
+    return card
+
+
+def board(ctx):
+    columns = [{"name": name, "card": []} for name in COLUMNS]
+    for card in ctx.store.query(f"{CARDS} ORDER BY id"):
+        columns[card["place"]]["card"].append(card)
+    return BOARD(column=columns)
+
+
+def moves(ctx):
+    return MOVES(move=ctx.store.query("SELECT who, what, title FROM moves ORDER BY id DESC LIMIT 5"))
+
+
+def board_page(ctx, board, moves):
+    return BOARD_PAGE(board=board, moves=moves, live=template("slice.live")(), stamp=ctx.stamp)
+
+
+def card(ctx, id):
+    card = the_card(ctx, id)
+    return CARD(title=card["title"], place=COLUMNS[card["place"]], votes=card["votes"])
+
+
+def my_vote(ctx, id):
+    the_card(ctx, id)
+    voted = ctx.store.one("SELECT 1 FROM votes WHERE card = ? AND who = ?", id, ctx.viewer.account) is not None
+    return VOTE(mine=voted, open=not voted, who=ctx.viewer.account)
+
+
+def card_page(ctx, card, my_vote, id):
+    return CARD_PAGE(card=card, my_vote=my_vote, live=template("slice.live")())
+
+
+def card_title(ctx, id):
+    return the_card(ctx, id)["title"]
+
+
+def changed(ctx, what, id, title):
+    ctx.store.exec("INSERT INTO moves (who, what, title) VALUES (?, ?, ?)", ctx.viewer.account, what, title)
+    for topic in ("board", "moves", f"card/{id}"):
+        ctx.publish(topic)
+    return done(ctx)
+
+
+def add(ctx):
+    title = ctx.field("title").strip()
+    if not 1 <= len(title) <= 80:
+        raise Refused(422, "A card has 1 to 80 characters.", signal="toast")
+    ctx.store.exec("INSERT INTO cards (title) VALUES (?)", title)
+    return changed(ctx, "added", "new", title)
+
+
+def move(ctx, id):
+    card = the_card(ctx, id)
+    ctx.store.exec("UPDATE cards SET place = min(place + 1, 2) WHERE id = ?", id)
+    return changed(ctx, "moved", id, card["title"])
+
+
+def vote(ctx, id):
+    card = the_card(ctx, id)
+    ctx.store.exec("INSERT OR IGNORE INTO votes (card, who) VALUES (?, ?)", id, ctx.viewer.account)
+    return changed(ctx, "voted for", id, card["title"])
+
+
+def delete(ctx, id):
+    card = the_card(ctx, id)
+    ctx.store.exec("DELETE FROM votes WHERE card = ?", id)
+    ctx.store.exec("DELETE FROM cards WHERE id = ?", id)
+    return changed(ctx, "deleted", id, card["title"])
+
+
+kanban = Slice(
+    name="kanban",
+    migrations=("CREATE TABLE cards (id INTEGER PRIMARY KEY, title TEXT NOT NULL, place INTEGER NOT NULL DEFAULT 0)",
+                "CREATE TABLE votes (card INTEGER NOT NULL REFERENCES cards, who TEXT NOT NULL, PRIMARY KEY (card, who))",
+                "CREATE TABLE moves (id INTEGER PRIMARY KEY, who TEXT NOT NULL, what TEXT NOT NULL, title TEXT NOT NULL)"),
+    live=(Live("/board", "todos:read", "Board", (Region("board", board), Region("moves", moves)), board_page),
+          Live("/cards/<int:id>", "todos:read", card_title,
+               (Region("card/<id>", card), Region("card/<id>", my_vote, each="account")), card_page)),
+    routes=(Route("POST", "/board", "todos:write", add),
+            Route("POST", "/cards/<int:id>/move", "todos:write", move),
+            Route("POST", "/cards/<int:id>/vote", "todos:write", vote),
+            Route("DELETE", "/cards/<int:id>", "todos:write", delete)))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([todos, kanban]))
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def the_kanban():
+    """The slice of that file."""
+    names = {"__name__": "kanban"}
+    exec(compile(KANBAN, "kanban.py", "exec"), names)
+    return names["kanban"]
+
+
+@pytest.fixture
+def board(serve):
+    """A server with the kanban slice, in which acme has a card."""
+    server = serve(the_kanban())
+    server.bob, server.carol = [Person(server, name, datastar=True) for name in ("bob", "carol")]
+    assert server.bob.post("/w/acme/board", title="Anvil").status == 204
+    return server
+
+
+def test_a_page_with_a_part_in_its_path_has_its_own_title_and_is_no_tab(board):
+    page = board.bob.get("/w/acme/cards/1").text
+    assert "<title>Anvil · acme · orion</title>" in page and "<h1>Anvil</h1><p>To do, 0 votes</p>" in page
+    assert [*re.findall('<a href="/w/acme/([^"]*)"', page)][:3] == ["todos", "board", "members"]
+
+
+def test_one_stream_carries_all_regions_of_a_page_whichever_of_their_topics_is_published(board):
+    with contextlib.closing(Ear(board.carol, "/w/acme/board/live")) as ear:
+        assert '<section id="board"' in ear.event() and '<ol id="moves"' in ear.event()
+        board.bob.post("/w/acme/cards/1/vote")
+        seen = [ear.event(), ear.event()]
+        assert {'<small>1 votes</small>' in event or "<b>bob</b> voted for" in event for event in seen} == {True}
+
+
+def test_a_topic_with_a_part_is_of_one_row_alone(board):
+    board.bob.post("/w/acme/board", title="Rope")
+    with contextlib.closing(Ear(board.bob, "/w/acme/cards/1/live")) as ear:
+        ear.event(), ear.event()
+        board.carol.post("/w/acme/cards/2/move")
+        board.carol.post("/w/acme/cards/1/move")
+        assert "<h1>Anvil</h1><p>Doing," in ear.event()
+
+
+def test_a_region_of_an_account_is_its_own_on_the_page_and_in_each_frame(board):
+    ears = [Ear(person, "/w/acme/cards/1/live") for person in (board.bob, board.carol)]
+    for ear in ears:
+        ear.event(), ear.event()
+    board.carol.post("/w/acme/cards/1/vote")
+    assert ears[1].until_it_says('<p id="my-vote">carol, you voted for this.</p>') and "1 votes" in ears[0].until_it_says('<section id="card">')
+    board.bob.post("/w/acme/cards/1/vote")
+    assert ears[0].until_it_says("bob, you voted")
+    for person, name in ((board.bob, "bob"), (board.carol, "carol"), (board.bob, "bob")):     # twice: also as it was kept
+        assert f"{name}, you voted" in person.get("/w/acme/cards/1").text
+    for ear in ears:
+        ear.close()
+
+
+def test_who_watches_a_row_that_goes_is_told_so_and_led_on_and_stays_away(board):
+    ears = [Ear(person, "/w/acme/cards/1/live") for person in (board.bob, board.carol)]
+    for ear in ears:
+        ear.event(), ear.event()
+    assert board.bob.delete("/w/acme/cards/1").status == 204
+    for ear in ears:
+        last = ear.event()
+        assert '<div id="live"' in last and "This card is gone." in last and "Go to the workspace" in last and ear.event() is None
+    again = board.bob.get("/w/acme/cards/1/live")
+    assert again.status == 200 and "This card is gone." in again.text and "data-init=\"@get" not in again.text
+    assert Person(board, "bob").get("/w/acme/cards/1/live").status == board.bob.get("/w/acme/cards/1").status == 404
+    assert "This card is gone." in board.bob.get("/w/acme/cards/1", Accept="text/html", Datastar_Request=None).text
+
+
+def change_row(server, sql):
+    """Change a row of acme, as no command would."""
+    with contextlib.closing(server.store("acme")) as file, file:
+        file.execute(sql)
+
+
+def test_a_region_that_could_not_be_read_again_says_so_until_it_is_current(board, capfd):
+    with contextlib.closing(Ear(board.carol, "/w/acme/board/live")) as ear:
+        ear.event(), ear.event()
+        change_row(board, "UPDATE cards SET place = 7")
+        board.bob.post("/w/acme/board", title="Rope")
+        ear.until_it_says("event: datastar-stale")
+        assert logged(capfd, "slice 'kanban', region board of /board: IndexError: list index out of range (kanban.py:")
+        change_row(board, "UPDATE cards SET place = 1")
+        if ear.ended or type(board) is Plain:
+            assert ear.event() is None                   # its client comes back
+            return
+        board.edge.broker.try_again()
+        assert "Rope" in ear.until_it_says('<section id="board"')
+        board.bob.post("/w/acme/cards/1/move")
+        assert "stale" not in ear.event() + ear.event()
+
+
+def test_a_stream_that_is_opened_while_a_region_can_not_be_read_says_so_too(board):
+    change_row(board, "UPDATE cards SET place = 7")
+    answer = board.bob.get("/w/acme/board/live")
+    assert (answer.status, answer.body) == (200, orion.NOT_CURRENT) and Person(board, "bob").get("/w/acme/board/live").status == 500
+
+
+def test_the_first_path_without_parts_answers_before_one_that_would_take_all(serve):
+    said = lambda text: lambda ctx, *args: orion.Response(200, text.encode())
+    routes = [orion.Route("GET", path, "todos:read", said(path)) for path in ("/n/<name>", "/n/new", "/n/<name>/<other>", "/n/<name>/edit")]
+    bob = Person(serve(orion.Slice("n", routes=tuple(routes))), "bob")
+    assert [bob.get(f"/w/acme{path}").text for path in ("/n/new", "/n/x", "/n/x/edit", "/n/x/y")] == ["/n/new", "/n/<name>", "/n/<name>/edit", "/n/<name>/<other>"]
+
+
+def test_a_form_that_was_wrong_comes_back_on_the_page_of_its_row(serve):
+    def refuse(ctx, id):
+        raise orion.Refused(422, "No.")
+    live = orion.Live("/n/<int:id>", "todos:read", "N", (orion.Region("n", lambda ctx, id: element(id)),),
+                      lambda ctx, region, id: orion.Template("{{region}}{{problem}}")(region=region, problem=ctx.typed.get("problem", "")))
+    slice = orion.Slice("n", (), (live,), (orion.Route("POST", "/n/<int:id>/rename", "todos:write", refuse, form="/n/<id>"),))
+    answer = Person(serve(slice), "bob").post("/w/acme/n/7/rename", form={"name": ""})
+    assert answer.status == 422 and '<p id="n">7</p>No.' in answer.text
+
+
+def test_functions_made_by_partial_are_as_good_as_others(serve):
+    show = functools.partial(lambda word, ctx: element(word), "partial")
+    run = functools.partial(lambda word, ctx: write(ctx), "partial")
+    slice = looks(("POST", "/n", run), region=show)
+    bob = Person(serve(slice), "bob", datastar=True)
+    assert ">partial<" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204
 
 
 # ==== 14. Plain edge: faults ==========================================================================================
