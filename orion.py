@@ -597,6 +597,11 @@ class Template:
         shown = rest.partition("\n")[0]
         return ValueError(f"{self.where}line {line}: {shown:.60}: {remedy}")
 
+    def lacks(self, name, remedy):
+        """Return the KeyError for a hole of this name, which stands in the markup."""
+        holes = [hole.start() for hole in HOLE.finditer(self.markup) if hole[2] == name]
+        return KeyError(str(self.error(holes[0], remedy)))
+
     def __call__(self, **values: Any) -> Html:
         return Html(self.filled("text", values))
 
@@ -612,7 +617,8 @@ class Template:
     def fill(self, kind, name, value, values):
         """Return what a value that is no text becomes."""
         if value is NOTHING:
-            raise KeyError(f"nothing fills the hole {name!r}: give {name}=...")
+            raise self.lacks(name, f"nothing fills the hole {name!r}: give {name}=...; "
+                                   f"given: {', '.join(values) or 'nothing'}")
         if kind == "json":
             return write_json(value)
         if value is None or value is False:
@@ -640,8 +646,9 @@ class Template:
         """Fill the part with each row; the values around it hold inside, too."""
         part = self.parts.get(name)
         if not part or not part.forms[kind]:
-            raise KeyError(f"there is no part {name!r} for {kind}: write a line "
-                           f"<!-- {name} -->, and below it the markup of one row")
+            raise self.lacks(name, f"there is no part {name!r} for {kind}: write a line "
+                                   f"<!-- {name} -->, and below it the markup of one row; "
+                                   f"there is: {', '.join(self.parts) or 'none'}")
         others = [row for row in rows if not hasattr(row, "keys")]
         if others:
             raise TypeError(f"the part {name!r} is filled with dicts or rows, and not with "

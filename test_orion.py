@@ -1311,9 +1311,12 @@ def test_a_json_hole_takes_the_rows_of_a_store(store):
 
 
 BY_MISTAKE = [                                       # a template, what fills it, what is said
-    ("<b>{{name}}</b>", {}, KeyError, "nothing fills the hole 'name': give name=..."),
-    ("<ul>{{row}}</ul>", {"row": []}, KeyError, "there is no part 'row' for text: write a line <!-- row -->, and below it the markup of one row"),
-    ("<p title='{{row}}'>{{row}}\n<!-- row -->\n<li>", {"row": []}, KeyError, "there is no part 'row' for a value: write a line <!-- row -->, and below it the markup of one row"),
+    ("<b>\n{{name}}</b>", {}, KeyError, "line 2: {{name}}</b>: nothing fills the hole 'name': give name=...; given: nothing"),
+    ("{{row}}\n<!-- row -->\n\n<li>{{name}}", {"row": [{"nmae": 1}]}, KeyError, "part 'row', line 4: {{name}}: nothing fills the hole 'name': give name=...; given: row, nmae"),
+    ("<ul>{{row}}</ul>\n<!-- rows -->\n", {"row": []}, KeyError,
+     "line 1: {{row}}</ul>: there is no part 'row' for text: write a line <!-- row -->, and below it the markup of one row; there is: rows"),
+    ("<p title='{{row}}'>{{row}}\n<!-- row -->\n<li>", {"row": []}, KeyError,
+     "line 1: {{row}}'>{{row}}: there is no part 'row' for a value: write a line <!-- row -->, and below it the markup of one row; there is: row"),
     ("<ul>{{row}}\n<!-- row -->\n<li>", {"row": [{}, "ann"]}, TypeError, "the part 'row' is filled with dicts or rows, and not with 'ann'; Html().join makes markup of a list"),
     ("<p {{title}}>", {"title": "a"}, TypeError, "in the place of an attribute stands True or False, and no text: 'a'; for text, write the hole in quotes: title=\"{{a}}\""),
     ("<p {{title}}>", {"title": 2}, TypeError, "in the place of an attribute stands True or False, and no text: '2'; for text, write the hole in quotes: title=\"{{a}}\""),
