@@ -3566,6 +3566,11 @@ class Judge:
         return ""
 
 
+# What SQLite says of a statement that can't be begins so.
+WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
+             "table ", "Incorrect number of bindings", "Error binding parameter")
+
+
 class Tables(Reads):
     """A store as one slice sees it, while it answers one request.
 
@@ -3601,12 +3606,25 @@ class Tables(Reads):
         try:
             return self.store.run(sql + self.mark, args)
         except sqlite3.Error as error:
-            if not judge.objection:
-                raise
-            why = f"slice {self.slice!r} {judge.objection}: {sql}"
-            raise PermissionError(why) from error
+            judge.slice = ""
+            if judge.objection:
+                why = f"slice {self.slice!r} {judge.objection}: {sql}"
+                raise PermissionError(why) from error
+            if str(error).startswith(WRONG_SQL):
+                why = f"{error}, in slice {self.slice!r}: {sql}; {self.help(error)}"
+                raise type(error)(why) from None
+            raise
         finally:
             judge.slice = ""
+
+    def help(self, error):
+        """Return what somebody should look at who wrote SQL that can't be."""
+        if "binding" in str(error):
+            return "values stand beside the SQL, one for each ?: exec(sql, a, b)"
+        own = [table for table, slice in self.store.owners.items() if slice == self.slice]
+        columns = "SELECT group_concat(name, ', ') FROM pragma_table_info(?)"
+        tables = [f"{table} ({self.store.run(columns, (table,))[0][0]})" for table in own]
+        return f"its tables: {', '.join(tables) or 'none'}"
 
     def check_thread(self):
         """Raise RuntimeError if the request has ended, or in another thread."""
