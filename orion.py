@@ -703,6 +703,7 @@ LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite
 # Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
 NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
 LOADING = ("script", "style", "link", "base", "object", "embed")
+FORM_METHODS = ("get", "post", "dialog")
 TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
            "plaintext")                                  # in them, < begins no tag
 
@@ -801,6 +802,9 @@ class Scanner:
 
     def value(self, tag, name, text):
         """Read what stands in quotes. (Without quotes there is no hole.)"""
+        if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
+            raise ValueError("browsers send a form by get or post alone; for another "
+                             "method, write data-on:submit=\"@delete('...')\"")
         if name == "http-equiv" or "</noscript" in text.lower():
             raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
                              "template; leave it out")
