@@ -3488,7 +3488,8 @@ def check_history(slice, row, digest):
         return
     why = "is unknown; a newer version wrote it"
     if digest:
-        why = "was edited since; append an entry instead"
+        why = ("was edited since; append an entry instead or, while you only try, begin "
+               "with another folder: --data NEW")
     raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
 
 
