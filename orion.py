@@ -7989,12 +7989,11 @@ class HasJobs(Broadcast):
     """An object with a table of jobs. due is NULL for a job that was given up."""
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
     TURN_SECONDS = 1.0                                   # then the log says who has it
-    doing: Any = None                                    # a command, and since when
+    doing: Any = None                                    # what it is, and since when
     logged: Any = None                                   # the one that the log has
 
     def answer(self, request):
-        if request.method not in SAFE:
-            self.doing = f"{request.method} {request.path}", time.monotonic()
+        self.doing = request, time.monotonic()
         try:
             return super().answer(request)
         finally:
@@ -8005,7 +8004,10 @@ class HasJobs(Broadcast):
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
             self.logged = doing
-            log(f"{doing[0]} keeps all others waiting for {self.namespace.path(self.id)}; "
+            what = doing[0]
+            if isinstance(what, Request):
+                what = f"{what.method} {what.path}"
+            log(f"{what} keeps all others waiting for {self.namespace.path(self.id)}; "
                 "let a job yield what waits for the network")
 
     def on_open(self):

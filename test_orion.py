@@ -7084,18 +7084,18 @@ def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outsi
     eventually(lambda: noted(outside_world.server) and outside_world.jobs() == [])
 
 
-@cases("where", ["a command", "a job"])
-def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, capfd, monkeypatch, where):
+@cases("method, path, who", [("POST", "/wait", "POST /wait"), ("GET", "/wait", "GET /wait"), ("POST", "/work", "job work.wait")])
+def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, capfd, monkeypatch, method, path, who):
     monkeypatch.setattr(orion.HasJobs, "TURN_SECONDS", 0.0)
     release = threading.Event()
 
     def wait(ctx):
         release.wait(PATIENCE)
-    slice = working(wait, routes=(orion.Route("POST", "/wait", "todos:write", lambda ctx: (wait(ctx), orion.done(ctx))[1]),))
-    bob = Person(start((orion.todos, slice)), "bob", datastar=True)
+    routes = [orion.Route(method, "/wait", "todos:read", lambda ctx: (wait(ctx), orion.done(ctx))[1]) for method in ("GET", "POST")]
+    bob = Person(start((orion.todos, working(wait, routes=tuple(routes)))), "bob", datastar=True)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(bob.post, "/w/acme/wait" if where == "a command" else "/w/acme/work", **({} if where == "a command" else {"job": "wait"}))
-        assert logged(capfd, f"{'POST /wait' if where == 'a command' else 'job work.wait'} keeps all others waiting for ")
+        asked = pool.submit(bob.post, f"/w/acme{path}", method=method, job="wait")
+        assert logged(capfd, f"{who} keeps all others waiting for ")
         release.set()
         assert asked.result(PATIENCE).status == 204
 
