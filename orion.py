@@ -6455,6 +6455,8 @@ class LoopEdge:
             with contextlib.suppress(KeyError):          # no descriptors just now
                 self.selector.unregister(self.socket)
             self.socket.close()
+            self.wake()                                  # what has come is read first
+            return False
         for held in [*self.held]:
             if isinstance(held, Stream) or not held.busy:
                 held.close()

@@ -6666,6 +6666,13 @@ def test_a_workspaces_file_is_made_while_the_directory_serves_others(server, mon
     assert free == [True] and bob.get("/w/fresh/todos").status == 200
 
 
+def test_a_request_that_has_come_when_the_server_is_told_to_stop_is_answered(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        eventually(lambda: server.edge.held)
+        server.edge.call(lambda: (link.sendall(b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"), server.edge.stop()))
+        assert statuses(link.recv(65536)) == [200]
+
+
 # #### Part Three: running it ##########################################################################################
 
 # ==== 35. Jobs ========================================================================================================
