@@ -289,12 +289,12 @@ def check_values(headers):
             raise ValueError(f"no header value may be {value!r:.200} (of {name})")
 
 
-def sendable(response):
+def sendable(response, whose="this"):
     """Return the response. Raise TypeError or ValueError if it cannot be sent."""
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
-        raise TypeError("an answer is a Response with a number and bytes, such as "
-                        f"done(ctx), and not {response!r:.200}")
+        raise TypeError(f"{whose} returned {response!r:.200}, and an answer is a Response "
+                        "with a number and bytes; for most commands: return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
     if type(response.headers) is not tuple:              # a list can't be remembered
         return response._replace(headers=tuple(map(tuple, response.headers)))
@@ -1672,7 +1672,7 @@ class SliceHost(DurableObject):
         store = Tables(self.store, slice, may)           # those of this slice: section 16
         ctx = self.context(self, store, viewer, request.params, request, typed)
         try:
-            response = sendable(route.run(ctx, *args))
+            response = sendable(route.run(ctx, *args), f"{slice}.{name_of(route.run)}")
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
@@ -8273,7 +8273,7 @@ def check_slices(settings: Settings) -> None:
     """Raise BadSlice for what would be found out later, or never."""
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
-    taken = set()
+    taken: Dict[Tuple[str, str], str] = {}               # whose each address is
     for slice in settings.slices:
         if type(slice) is not Slice:
             raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
@@ -8296,11 +8296,13 @@ def check_rows(slice, grants, taken):
     rows = [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]
     for kind, row in rows:
         why = wrong_with(row, kind, grants)
-        if not why and not taken.isdisjoint(addresses(row)):
-            why = "another has this address"
         if why:
             raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why}")
-        taken.update(addresses(row))
+        for address in addresses(row):
+            if address in taken:
+                raise BadSlice(f"slice {slice.name!r}, {' '.join(address)}: "
+                               f"{taken[address]} answers there; choose another path")
+            taken[address] = f"slice {slice.name!r}, {row.path}"
 
 
 class ScratchStore(GuardedStore):

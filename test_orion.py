@@ -2205,9 +2205,9 @@ LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
     ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits),))]),
     *[(f"slice 'a': {name} is a tuple, and (one,) has a comma too", [orion.Slice("a")._replace(**{name: one})]) for name, one in
       {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "exports": nothing}.items()],
-    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("another has this address", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("another has this address", [orion.Slice("a", (), (LIVE, LIVE))]),
+    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE, LIVE))]),
     ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<float:id>"),))]),
-    ("another has this address", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
+    ("answers there; choose another path", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
 def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
     with pytest.raises(orion.BadSlice, match=re.escape(why)):
         start(slices=slices)
@@ -4324,6 +4324,113 @@ def test_functions_made_by_partial_are_as_good_as_others(serve):
     slice = looks(("POST", "/n", run), region=show)
     bob = Person(serve(slice), "bob", datastar=True)
     assert ">partial<" in bob.get("/w/acme/n").text and bob.post("/w/acme/n").status == 204
+# ==== Mistakes ========================================================================================================
+# What somebody does wrong who writes a first slice, and what is said then, where, to the word.
+
+def mistaken(text="<p id=x>{{n}}", region=None, command=None, method="POST", tables=("CREATE TABLE entries (id INTEGER PRIMARY KEY, who TEXT, words TEXT)",)):
+    """A slice with one mistake: in a template, a region, or a command."""
+    def show(ctx):
+        (region or (lambda ctx: None))(ctx)
+        return orion.Template(text)(n=1, who="ann")
+
+    def sign(ctx):
+        ctx.publish("entries")
+        return command(ctx)
+    return orion.Slice("book", tables, (orion.Live("/book", "todos:read", "Book", (orion.Region("entries", show),)),),
+                       (orion.Route(method, "/book", "todos:write", sign),))
+
+
+def keep_and_use(kept=[]):
+    """A command that uses what the one before it has kept."""
+    def run(ctx):
+        if kept:
+            kept[0].store.query("SELECT * FROM entries")
+        kept.append(ctx)
+        return orion.done(ctx)
+    return run
+
+
+INSERT_ENTRY = "INSERT INTO entries (who, words) VALUES (?, ?)"
+ITS_TABLES = "its tables: entries (id, who, words)"
+VALUES = "values stand beside the SQL, one for each ?: exec(sql, a, b)"
+IN_A_PAGE = {
+    "a name in a template": (mistaken("<p id=x>\n{{whom}}"), "KeyError: \"line 2: {{whom}}: nothing fills the hole 'whom': give whom=...; given: n, who\""),
+    "a table in SQL": (mistaken(region=lambda ctx: ctx.store.query("SELECT who FROM entry")),
+                       f"OperationalError: no such table: entry, in slice 'book': SELECT who FROM entry; {ITS_TABLES}"),
+    "a column in SQL": (mistaken(region=lambda ctx: ctx.store.query("SELECT whom FROM entries")),
+                        f"OperationalError: no such column: whom, in slice 'book': SELECT whom FROM entries; {ITS_TABLES}"),
+    "a word of SQL": (mistaken(region=lambda ctx: ctx.store.query("SELECT who FORM entries")),
+                      f"OperationalError: near \"entries\": syntax error, in slice 'book': SELECT who FORM entries; {ITS_TABLES}"),
+    "the table of another slice": (mistaken(region=lambda ctx: ctx.store.query("SELECT title FROM todos")),
+                                   "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; ask for what that exports: SELECT title FROM todos"),
+    "a region that writes": (mistaken(region=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann", "x")),
+                             f"PermissionError: slice 'book' writes, which only a command or a job may: {INSERT_ENTRY}"),
+}
+BY_A_COMMAND = {
+    "no return": (mistaken(command=lambda ctx: None), "TypeError: book.sign returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
+    "a value too few": (mistaken(command=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann")),
+                        "ProgrammingError: Incorrect number of bindings supplied. The current statement uses 2, and there are 1 supplied., "
+                        f"in slice 'book': {INSERT_ENTRY}; {VALUES}"),
+    "values in a tuple": (mistaken(command=lambda ctx: ctx.store.exec(INSERT_ENTRY, ("ann", "x"))), f"in slice 'book': {INSERT_ENTRY}; {VALUES}"),
+    "a column in SQL": (mistaken(command=lambda ctx: ctx.store.exec("INSERT INTO entries (whom) VALUES ('x')")),
+                        f"OperationalError: table entries has no column named whom, in slice 'book': INSERT INTO entries (whom) VALUES ('x'); {ITS_TABLES}"),
+    "a ctx that is kept": (mistaken(command=keep_and_use()), "RuntimeError: this store was for a request that has ended, or for another thread; to write later, "
+                                                             "use a job or a new request"),
+}
+
+
+def first_line_logged(capfd, beginning):
+    logged(capfd, beginning)
+    return eventually(lambda: re.search(f"(?m)^error: {beginning}: (.*)$", os.pread(2, 1 << 20, 0).decode()))[1]
+
+
+@cases("what", IN_A_PAGE)
+def test_a_mistake_in_a_page_is_named_in_the_log(start, capfd, what):
+    slice, said = IN_A_PAGE[what]
+    assert Person(start((orion.todos, slice)), "bob").get("/w/acme/book").status == 500
+    assert first_line_logged(capfd, "GET /w/acme/book").startswith(f"{said} (")
+
+
+@cases("what", BY_A_COMMAND)
+def test_a_mistake_in_a_command_is_named_in_the_log(start, capfd, what):
+    slice, said = BY_A_COMMAND[what]
+    bob = Person(start((orion.todos, slice)), "bob")
+    assert 500 in [bob.post("/w/acme/book").status, bob.post("/w/acme/book").status]
+    assert f"{said} (" in first_line_logged(capfd, "POST /w/acme/book")
+
+
+@cases("text, said", [
+    ("<p id=x title={{who}}>", "line 1: title={{who}}>: in a tag, a hole stands in quotes, class=\"{{kind}}\", or by itself, <input {{checked}}>; "
+                               "put spaces between attributes, and close quotes and the tag"),
+    ("<ul>\n{{row}}</ul>\n<!-- new-row -->\n<li>", "line 3: <!-- new-row -->: a part begins with a line of its own, <!-- new_row -->, its name of letters, "
+                                                  "digits and _; a remark has two words or more"),
+    ('<form method="delete">', "line 1: method=\"delete\">: browsers send a form by get or post alone; for another method, write "
+                               "data-on:submit=\"@delete('...')\"")])
+def test_a_mistake_in_a_template_is_named_when_it_is_read(text, said):
+    with pytest.raises(ValueError) as raised:
+        orion.Template(text)
+    assert str(raised.value) == said
+
+
+def test_a_form_with_the_wrong_method_is_told_which_ones_there_are(start):
+    bob = Person(start((orion.todos, mistaken(method="PUT"))), "bob")
+    page = bob.ask("POST", "/w/acme/book", "words=x", Accept="text/html", Content_Type="application/x-www-form-urlencoded")
+    assert page.status == 405 and "This address takes GET, HEAD, PUT." in page.text
+
+
+def test_a_route_that_another_shadows_is_named_with_that_one(start):
+    other = orion.Slice("other", routes=(orion.Route("PATCH", "/todos/<name>", "todos:write", nothing),))
+    with pytest.raises(orion.BadSlice) as raised:
+        start((orion.todos, other))
+    assert str(raised.value) == "slice 'other', PATCH /todos/<>: slice 'todos', /todos/<int:id> answers there; choose another path"
+
+
+def test_a_migration_that_was_edited_is_named_with_what_to_do(start):
+    start((orion.todos, mistaken())).close()
+    with pytest.raises(orion.MigrationError) as raised:
+        start((orion.todos, mistaken(tables=("CREATE TABLE entries (id)",))))
+    assert str(raised.value) == ("slice 'workspace/book', entry 1 ran here and was edited since; append an entry instead or, while you only try, "
+                                 "begin with another folder: --data NEW")
 
 
 # ==== 14. Plain edge: faults ==========================================================================================
