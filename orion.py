@@ -3214,15 +3214,25 @@ def log(message: str) -> None:
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
 
 
+OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
+
+
 def log_error(where: str, error: BaseException) -> None:
+    for write in ERROR_LOGS:
+        write(where, error)
+
+
+def log_traceback(where: str, error: BaseException) -> None:
     """Log what it was, and first of all the line of a slice that it comes from."""
     stack = traceback.extract_tb(error.__traceback__)
-    ours = (__file__, os.path.dirname(os.__file__))
-    frames = [frame for frame in stack if not frame.filename.startswith(ours)] or stack
+    frames = [frame for frame in stack if not frame.filename.startswith(OURS)] or stack
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     where = f"{where}: {error.where}" if hasattr(error, "where") else where
     at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
     log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
+
+
+ERROR_LOGS = [log_traceback]                             # [3] has another one
 
 
 # ==== 15. Composition =====================================================================
@@ -6131,9 +6141,12 @@ class LoopEdge:
             namespace.listeners.append(self.broker.published)
         self.remember_nobody()
         self.make_loop()
-        self.socket = listening(settings.host, settings.port)
+        self.socket = self.listening()
         self.socket.setblocking(False)
         self.server_port = self.socket.getsockname()[1]
+
+    def listening(self):
+        return listening(self.settings.host, self.settings.port)
 
     def remember_nobody(self):
         names = ("", "localhost", socket.gethostname(), self.settings.host,
@@ -6573,7 +6586,7 @@ def create_workspace_with_file(request, env):
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
 #     48 Uploads        49 Stored files 50 Memory       51 Server        52 Roots
-#     53 Command line   54 Own options
+#     53 Command line   54 Own options    55 Development
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6625,6 +6638,7 @@ import types
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
 ROOTS: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []     # (wanted, root)
+WAYS_TO_SERVE: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []  # likewise
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
 VERBS: Dict[str, Verb] = {}                              # by their words
@@ -6740,6 +6754,7 @@ class Settings(NamedTuple):
     trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
     single: Optional[pathlib.Path] = None                # one file instead of a folder
     plain: bool = False                                  # Part One alone
+    dev: bool = False                                    # while somebody writes an app
     plane: str = ""                                      # "directory" or "data": one alone
     directory: str = ""                                  # its HOST:PORT, for a data plane
     node_name: str = ""                                  # HOST:PORT; "": as it listens
@@ -12231,6 +12246,8 @@ OPTIONS = (
      "proxy in front, a new data folder has them anyway", bool),
     ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
      "small trusted networks", bool),
+    ("--dev", "while you write an app: start again when a file changes, and show errors, "
+     "with code and rows, in the browser; for this machine alone", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", a_time),
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
      "descriptors, at most 1,024", a_number),
@@ -12549,7 +12566,14 @@ def do(settings, given):
         return NODE_VERBS[given.verb](settings, given)
     if given.verb:
         return given.run(settings, given)
-    # Two servers would each believe to be the only one that writes to a tenant's file.
+    for wanted, way in WAYS_TO_SERVE:
+        if wanted(settings):
+            return way(settings)
+    serve_alone(settings)
+
+
+def serve_alone(settings):
+    """Two servers would each believe to be the only one that writes to a tenant's file."""
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
                                "it, or name another with --data"):
         serve(settings)
@@ -12590,7 +12614,7 @@ def serve(settings):
         env.workspaces.tidy()
     if settings.start:
         settings.start(env.settings)
-    server = bound(env)
+    server = bound(settings, lambda: Edge(env))
     for number in stop_signals():
         signal.signal(number, lambda number, _: stop_or_leave(server, number))
     signal.set_wakeup_fd(server.waker.fileno())
@@ -12624,11 +12648,12 @@ def say_where(server):
               "workspace acme", flush=True)
 
 
-def bound(env):
+def bound(settings, make):
+    """Return what make makes, which listens. Raises Unusable if it can't."""
     try:
-        return Edge(env)
+        return make()
     except OSError as error:
-        where = f"{env.settings.host}:{env.settings.port}"
+        where = f"{settings.host}:{settings.port}"
         raise Unusable(f"can't listen on {where} ({error.strerror or error}); choose "
                        "another with --host or --port") from error
 
@@ -13003,6 +13028,446 @@ def seed_own(env, names):
 
 APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
+# ==== 55. Development =====================================================================
+# The idea: with --dev there are two processes. The parent holds the listening socket, and
+#   looks whether a file has changed. Its child is the server. After a change another child
+#   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
+#   start, the parent shows why, to browsers too, until a file is saved.
+# It promises: without --dev nothing of this is there. It is refused where anybody but this
+#   machine could ask. What it shows has no cookie, no password and no row of the Directory.
+# How an open page comes back: each page loads templates/dev.js, which asks twice a second
+#   which server this is. If it is another one, it fetches the page anew, and morphs.
+
+SOCKET = "_ORION_SOCKET"                                 # a variable: the child's socket
+STATE = "/_dev"                                          # where dev.js asks
+BESIDE = (".html", ".css", ".js", ".svg", ".sql")        # files that a program reads
+MOST_FILES = 1000                                        # of a folder
+DEV_ASSETS = {"/dev.js": ASSETS["/datastar.js"]}
+SLOW_SECONDS = 0.05                                      # of a region
+
+
+def serve_dev(settings):
+    check_private(settings)
+    handle = os.environ.pop(SOCKET, "")
+    if not handle:
+        return Parent(settings).run()
+    become_child(int(handle))
+    serve_alone(settings)
+
+
+WAYS_TO_SERVE.append((lambda settings: settings.dev, serve_dev))
+
+
+def become_child(handle):
+    """Serve on this socket, and show what goes wrong."""
+    DevEdge.handle = handle
+    ASSETS.update(DEV_ASSETS)
+    ERROR_LOGS[:] = [FAULTS.note]
+    for cls in (DevEdge, DevBroker, DevWorkspace, DevContext):
+        addition(cls)
+
+
+def check_private(settings):
+    """Raise Unusable where anybody but this machine could ask."""
+    if not is_private(settings):
+        raise Unusable("--dev shows code and rows to whoever asks, so it is for this "
+                       "machine alone; leave --host, --allow-host, --trust-proxy and "
+                       "--plane out")
+    if settings.plain:
+        raise Unusable("--dev needs the full server; leave --plain out")
+    if not fcntl:
+        raise Unusable("--dev hands a socket to another process, which this system can't; "
+                       "leave it out")
+
+
+# -- the parent
+
+def own_modules() -> List[str]:
+    """Return the files of this process's modules, without those of Python and packages."""
+    files = [getattr(module, "__file__", "") or "" for module in [*sys.modules.values()]]
+    return [file for file in files if file.endswith(".py")
+            and not file.startswith(OURS[1]) and "-packages" not in file]
+
+
+def beside(modules: Sequence[str]) -> List[str]:
+    """Return what a program may read, of the files in the folders of its modules."""
+    found = []
+    for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            some = itertools.islice(entries, MOST_FILES)
+            found += [entry.path for entry in some if entry.name.endswith(BESIDE)]
+    return found
+
+
+def stamps(files: Sequence[str]) -> Dict[str, Any]:
+    """Return when each file was written; None if it is not there, as while it is saved."""
+    found = dict.fromkeys(files)
+    for file in found:
+        with contextlib.suppress(OSError):
+            status = os.stat(file)
+            found[file] = status.st_mtime_ns, status.st_size
+    return found
+
+
+class Parent:
+    """Holds the socket, and has a child serve on it; after each change, another one."""
+    LOOK_SECONDS = 0.2
+    END_SECONDS = 8.0                                    # then a child is killed
+
+    def __init__(self, settings):
+        import subprocess                                # 2 ms, for nobody else
+        self.subprocess = subprocess
+        ASSETS.update(DEV_ASSETS)
+        self.socket = bound(settings, lambda: listening(settings.host, settings.port))
+        self.assets = settings.assets
+        self.modules = own_modules()
+        self.seen: Dict[str, Any] = {}                   # stamps
+        self.child: Any = None
+        self.said: Sequence[str] = ()                    # by the child, of late
+        self.stopping = False
+
+    def run(self):
+        for number in stop_signals():
+            signal.signal(number, self.stop)
+        status = None
+        while not self.stopping and status != 0:
+            self.seen = self.look()
+            status = self.run_child()
+            if status and not self.stopping:
+                self.show_why(status)
+        return status
+
+    def look(self):
+        assets = pathlib.Path(self.assets).rglob("*") if self.assets else ()
+        some = map(str, itertools.islice(assets, MOST_FILES))
+        return stamps([*self.modules, *beside(self.modules), *some])
+
+    def stop(self, number, _):
+        """What a terminal sends, the child hears, too."""
+        self.stopping = True
+        if number == signal.SIGTERM and self.child:
+            self.child.terminate()
+
+    def run_child(self):
+        """Return its exit status; None if it was ended, for a file has changed."""
+        with self.start() as self.child:
+            reader = threading.Thread(target=self.read, args=(self.child.stderr,))
+            reader.start()
+            while self.child.poll() is None and not self.changed():
+                pass
+            status = self.child.poll()
+            self.end()
+            reader.join()
+        return status
+
+    def start(self):
+        words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])   # 3.10
+        handle = self.socket.fileno()
+        return self.subprocess.Popen(
+            [sys.executable, *words[1:]], env={**os.environ, SOCKET: str(handle)},
+            pass_fds=[handle], stderr=self.subprocess.PIPE, text=True, errors="replace")
+
+    def read(self, pipe):
+        """In a thread: show what the child says. A line with a NUL is for us."""
+        self.said = collections.deque(maxlen=100)
+        for line in pipe:
+            if line.startswith("\0"):
+                self.modules = json.loads(line[1:])
+                self.seen = {**self.look(), **self.seen}
+            else:
+                self.said.append(line)
+                print(line, end="", file=sys.stderr, flush=True)
+
+    def end(self):
+        """Let the child answer what it has begun."""
+        if self.child.poll() is None and not self.stopping:
+            self.child.terminate()
+        try:
+            self.child.wait(self.END_SECONDS)
+        except self.subprocess.TimeoutExpired:
+            self.child.kill()
+
+    def changed(self) -> bool:
+        """Look whether a file has changed, or whether this is to stop."""
+        time.sleep(self.LOOK_SECONDS)
+        now = self.look()
+        news = [file for file in now if now[file] != self.seen.get(file)]
+        if news:
+            print(f"orion: {news[0]} has changed", file=sys.stderr, flush=True)
+            self.settle(now)
+        return bool(news) or self.stopping
+
+    def settle(self, now):
+        """Who saves several files has not saved the last one yet."""
+        before = None
+        while now != before:
+            time.sleep(self.LOOK_SECONDS / 2)
+            before, now = now, self.look()
+
+    def show_why(self, status):
+        """Show why the child did not start, or ended, until a file has changed."""
+        text = "".join(self.said) or f"The app ended with status {status}."
+        self.modules += re.findall(r'(?m)^ *File "(.+)", line', text)
+        self.seen = {**self.look(), **self.seen}
+        print("orion: it starts again when a file changes", file=sys.stderr, flush=True)
+        server = Notice(self.socket, text)
+        serving = threading.Thread(target=server.serve_forever, args=(0.05,))
+        serving.start()
+        while not self.changed():
+            pass
+        server.shutdown()
+        serving.join()
+
+
+class Notice(ThreadingHTTPServer):
+    """Answers while there is no child."""
+    daemon_threads = True
+
+    def __init__(self, listening, text):
+        super().__init__(("", 0), NoticeHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        last = [line for line in text.split("\n") if line.strip()][-1:]
+        self.text = "\n".join([*last, "", text])
+        self.started = time.time_ns()
+
+    def answer(self, request):
+        if request.path in ASSETS:
+            return own_asset(request, None)
+        if request.path == STATE:
+            return state_of(self.started, 1, self.text)
+        return fault_page(request, self.text)
+
+
+class NoticeHandler(PlainHandler):
+    def tell(self):
+        try:
+            response = self.server.answer(self.request_of())
+        except Refused as no:
+            response = refusal(Request("GET", "/"), no)
+        self.close_connection = True
+        self.begin(response)
+        self.wfile.write(response.body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = tell
+
+
+# -- what a browser shows
+
+def state_of(server, errors, text):
+    return as_json({"server": str(server), "errors": errors, "text": text})
+
+
+def fault_page(request, text):
+    if not request.opens_page:
+        return Response(500, text.encode("utf-8", "replace"))
+    headline, _, rest = text.partition("\n")
+    body = template("dev")(headline=headline, text=rest.strip("\n"))
+    return with_script(page("Error", body, status=500))
+
+
+def with_script(response):
+    """Have a page load dev.js."""
+    before, end, rest = response.body.rpartition(b"</body>")
+    if not response.nonce or not end:
+        return response
+    script = b'<script type="module" src="/dev.js"></script>\n'
+    return response._replace(body=b"".join([before, script, end, rest]))
+
+
+class Faults:
+    """What went wrong in this process: how often, and the last time."""
+
+    def __init__(self):
+        self.started = time.time_ns()
+        self.count = 0
+        self.text = ""
+
+    def note(self, where, error):
+        """It takes the place of log_traceback: several lines, as people read them.
+
+        A page whose stream fails asks again and again, which is told once.
+        """
+        before, self.text = self.text, explained(where, error)
+        if where.endswith("/live") and before.endswith(self.text.partition("\n")[2]):
+            return
+        self.count += 1
+        lines = [line if line.isprintable() else ascii(line)
+                 for line in self.text.split("\n")]
+        with contextlib.suppress(OSError, ValueError):
+            print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+FAULTS = Faults()
+
+
+def explained(where, error) -> str:
+    """Return what it was, the SQL that was run, and the traceback from the slice on."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    statements = dict.fromkeys(filter(None, map(statement_in, frames)))
+    begin = of_a_slice(error.__traceback__) or error.__traceback__
+    rest = "".join(traceback.format_exception(type(error), error, begin))
+    where = f"{where}: {error.where}" if hasattr(error, "where") else where
+    text = "\n".join([f"{where}: {type(error).__name__}: {error}", *statements, "", rest])
+    return without_secrets(text, frames)
+
+
+def of_a_slice(trace):
+    """Return the traceback from the first line that is no line of this file."""
+    while trace and trace.tb_frame.f_code.co_filename.startswith(OURS):
+        trace = trace.tb_next
+    return trace
+
+
+def statement_in(frame):
+    """Return the SQL that a slice of the workspaces runs in this frame, and its values."""
+    tables, sql = frame.f_locals.get("self"), frame.f_locals.get("sql")
+    if not isinstance(tables, Tables) or not sql or tables.slice == "directory":
+        return ""
+    return f"SQL of slice {tables.slice!r}: {sql}\nvalues: {frame.f_locals['args']!r:.2000}"
+
+
+HIDDEN = "(hidden)"
+SECRET_HEADERS = ("cookie", "authorization", "x-session")
+SECRET_FIELDS = ("pass", "secret", "token", "key", "new")
+
+
+def without_secrets(text, frames):
+    """Take out what the requests in these frames have of cookies and passwords."""
+    for frame in frames:
+        for value in [*frame.f_locals.values()]:
+            if type(value) is Request:
+                for secret in secrets_in(value):
+                    text = text.replace(secret, HIDDEN)
+    return text
+
+
+def secrets_in(request):
+    found = [request.headers.get(name, "") for name in SECRET_HEADERS]
+    found += [piece.partition("=")[2] for piece in found[0].split("; ")]
+    with contextlib.suppress(Refused):
+        found += [value for name, value in request.pairs() if isinstance(value, str)
+                  and any([word in name.lower() for word in SECRET_FIELDS])]
+    return [secret for secret in found if len(secret) > 3]
+
+
+# -- the child
+
+class DevEdge(LoopEdge):
+    handle = -1                                          # of the parent's socket
+    modules = 0                                          # how many the parent knows
+
+    def __init__(self, env, settings):
+        super().__init__(env, settings)
+        self.add_doors({STATE: self.state})
+
+    def listening(self):
+        return socket.socket(fileno=self.handle)
+
+    def tick(self, now):
+        super().tick(now)
+        if self.modules != len(sys.modules):
+            self.modules = len(sys.modules)
+            print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
+
+    def state(self, request, env):
+        """A door."""
+        only_read(request)
+        return state_of(FAULTS.started, FAULTS.count, FAULTS.text)
+
+    def count(self, asked, response):
+        if asked.request.path not in (STATE, "/dev.js"):
+            super().count(asked, response)
+
+    def finish(self, asked, response):
+        if isinstance(response, Response):
+            response = with_script(response)
+        super().finish(asked, response)
+
+    def refusal(self, request, error):
+        answer = with_script(super().refusal(request, error))
+        if isinstance(error, Refused) or answer.status != 500:
+            return answer
+        return fault_page(request, explained(f"{request.method} {request.path}", error))
+
+
+class DevContext(Context):
+    """Notices a field that is sent by one name and read by another."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read = set()
+
+    def field(self, name, otherwise=""):
+        self.read.add(name)
+        return super().field(name, otherwise)
+
+    def fields(self, name):
+        self.read.add(name)
+        return super().fields(name)
+
+    def end(self):
+        if self._request and self._request.method not in SAFE and self.read:
+            with contextlib.suppress(Refused):
+                self.compare_names({*self._request.fields()})
+        super().end()
+
+    def compare_names(self, sent):
+        import difflib                                   # it takes a while, and is rare
+        for name in self.read - sent:
+            for other in difflib.get_close_matches(name, sent - self.read, 1, 0.75):
+                log(f"dev: {self._request.method} {self._request.path} reads the field "
+                    f"{name!r}, which was not sent; {other!r} was sent, and is not read")
+
+
+class DevWorkspace(EdgeWorkspace):
+    def render(self, region, live, ctx, args):
+        rendering = super().render(region, live, ctx, args)
+        if rendering.micros > 1e6 * SLOW_SECONDS:
+            log(f"dev: {name_of(region.show)} of {live.path} took "
+                f"{rendering.micros // 1000} ms, in which all others waited; read less, or "
+                "make an index")
+        return rendering
+
+
+class DevBroker(Broker):
+    """Tells of each publish what was read again, and for how many."""
+
+    def __init__(self, edge):
+        super().__init__(edge)
+        self.told = set()                                # channels
+
+    def published(self, id, topic):
+        channels = [channel for channel in [*self.channels.get(id, {}).values()]
+                    if channel.subscription.topic == topic]
+        if id in self.edge.env.workspaces.objects:
+            self.told.update(channels)
+            if not channels:
+                log(f"dev: {topic!r} was published, and no open page shows it")
+        super().published(id, topic)
+
+    def refresh(self, channel):
+        started = time.perf_counter()
+        told = channel in self.told
+        self.told.discard(channel)
+        super().refresh(channel)
+        if told:
+            _, topic, again, *_ = channel.subscription
+            role, where = again.headers["x-role"], again.headers["x-workspace"]
+            log(f"dev: {topic!r} was published: {self.region(channel)} read for {role} in "
+                f"{where}, {1000 * (time.perf_counter() - started):.1f} ms, and sent to "
+                f"{len(channel.streams)} streams")
+
+    def region(self, channel):
+        """Return how a slice calls the region of a channel."""
+        path = channel.subscription.again.path[:-len("/live")]
+        for slice in self.edge.settings.slices:
+            for live in slice.live:
+                pattern = path_pattern(live.path)
+                if re.fullmatch(pattern, path):
+                    region = live.regions[channel.subscription.number]
+                    return f"{slice.name}.{name_of(region.show)}"
+        return path
 
 
 if __name__ == "__main__":

@@ -4388,7 +4388,7 @@ def first_line_logged(capfd, beginning):
 def test_a_mistake_in_a_page_is_named_in_the_log(start, capfd, what):
     slice, said = IN_A_PAGE[what]
     assert Person(start((orion.todos, slice)), "bob").get("/w/acme/book").status == 500
-    assert first_line_logged(capfd, "GET /w/acme/book").startswith(f"{said} (")
+    assert first_line_logged(capfd, "GET /w/acme/book").startswith(f"slice 'book', region show of /book: {said} (")
 
 
 @cases("what", BY_A_COMMAND)
@@ -5459,7 +5459,7 @@ FROM_INSIDE = {
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
     "([01][0-9]|2[0-3]):[0-5][0-9]": "the jobs of a slice",
-    "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    r'(?m)^ *File "(.+)", line': "a traceback of the app", "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -10904,6 +10904,145 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
     monkeypatch.setattr(orion, "bound", None)
     with mock.patch.object(orion, "BEFORE_SERVING", []):
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
+# ==== 55. Development =================================================================================================
+
+class Developed(Command):
+    """The guestbook of the README, served by --dev; save() changes its file."""
+
+    def __init__(self, folder):
+        self.file, self.text = folder / "app.py", the_guestbook()
+        self.file.write_text(self.text, "utf-8")
+        super().__init__("--dev", "--port", 0, "--data", folder / "d", "--log", "off", program=self.file, env={**os.environ, "PYTHONPATH": str(HERE)})
+
+    def save(self, old, new):
+        """The guestbook as it was, but for these words. Return the number of the server that was there before."""
+        before = self.state()["server"]
+        self.file.write_text(self.text.replace(old, new), "utf-8")
+        return before
+
+    def state(self):
+        return json.loads(Person(self).get("/_dev").body)
+
+    def another(self, before):
+        eventually(lambda: self.state()["server"] != before)
+
+
+@pytest.fixture(scope="module")
+def developed(tmp_path_factory):
+    with Developed(tmp_path_factory.mktemp("developed")) as app:
+        yield app
+
+
+def test_while_a_file_is_saved_nobody_is_refused_and_then_sees_the_new_page(developed):
+    bob = Person(developed, "bob")
+    before = developed.save("Your words", "Your own words")
+    while developed.state()["server"] == before:
+        assert bob.get("/w/acme/guestbook").status == 200
+    assert "Your own words" in bob.get("/w/acme/guestbook").text
+
+
+def test_what_keeps_an_app_from_starting_is_shown_until_the_next_file_is_saved(developed):
+    for right, wrong, said in (("def region(ctx):", "def region(ctx:", "SyntaxError"), ('"todos:read"', '"todo:read"', "no role has the grant")):
+        developed.another(developed.save(right, wrong))
+        page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
+        assert page.status == 500 and said in page.text and "dev.js" in page.text and developed.state()["errors"] == 1
+    developed.another(developed.save("", ""))
+    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
+
+
+def test_a_parent_that_is_told_to_stop_stops_its_child_first(developed):
+    status, _ = developed.end()
+    assert status == 0 and "SyntaxError" in developed.err and developed.err.count("has changed") >= 3
+    with pytest.raises(ConnectionError):
+        Person(developed).get("/")
+
+
+@cases("words, why", [
+    (["--host", "0.0.0.0"], "--dev shows code and rows to whoever asks, so it is for this machine alone; leave --host, --allow-host, --trust-proxy and --plane out"),
+    (["--allow-host", "h"], "for this machine alone"), (["--trust-proxy", "127.0.0.1"], "for this machine alone"),
+    (["--plane", "directory"], "for this machine alone"), (["--plain"], "--dev needs the full server; leave --plain out")])
+def test_where_others_could_ask_there_is_no_dev(tmp_path, capsys, words, why):
+    assert orion.main(argv=["--dev", "--data", str(tmp_path / "d"), *words]) == 2
+    assert why in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_without_dev_no_page_has_anything_of_it(server):
+    bob = Person(server, "bob")
+    assert bob.get("/_dev").status == bob.get("/dev.js").status == 404 and b"dev.js" not in bob.get("/w/acme/todos").body
+
+
+@pytest.fixture
+def as_child(start, monkeypatch):
+    """as_child(slice): a server as the child of --dev is one, in this process."""
+    monkeypatch.setattr(orion, "ADDED", collections.defaultdict(list, {base: [*added] for base, added in orion.ADDED.items()}))
+    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
+    monkeypatch.setattr(orion, "ERROR_LOGS", [*orion.ERROR_LOGS])
+    monkeypatch.setattr(orion, "FAULTS", orion.Faults())
+    orion.whole.cache_clear()
+
+    def serve(*slices):
+        orion.become_child(orion.listening("127.0.0.1", 0).detach())
+        return start((orion.todos, *slices))
+    yield serve
+    orion.whole.cache_clear()
+
+
+def test_an_error_is_shown_with_the_sql_its_values_and_the_line_and_the_log_has_several(as_child, capfd):
+    def run(ctx):
+        ctx.store.query("SELECT n FROM looks WHERE m = ?", "ten")
+    server = as_child(looks(("GET", "/n/raw", run), ("POST", "/n", run)))
+    bob = Person(server, "bob")
+    page, answer = bob.get("/w/acme/n/raw", Accept="text/html"), bob.post("/w/acme/n")
+    for text in (html.unescape(page.text), answer.text, json.loads(bob.get("/_dev").body)["text"], capfd.readouterr().err):
+        assert "OperationalError: no such column: m" in text and "SQL of slice 'looks': SELECT n FROM looks WHERE m = ?\nvalues: ('ten',)\n" in text
+        assert f'  File "{__file__}", line {run.__code__.co_firstlineno + 1}, in run\n' in text and "in answer" not in text
+    assert page.status == answer.status == 500 and json.loads(bob.get("/_dev").body)["errors"] == 2
+
+
+def test_an_error_in_a_template_is_shown_with_its_file_and_line(as_child, tmp_path):
+    (tmp_path / "n.html").write_text("<p id=n>\n{{nmae}}")
+    bob = Person(as_child(looks(region=lambda ctx: orion.Template(tmp_path / "n.html")(name="x"))), "bob")
+    said = bob.get("/w/acme/n").text
+    assert "n.html, line 2: {{nmae}}: nothing fills the hole 'nmae': give nmae=...; given: name" in said
+
+
+def test_no_error_shows_a_cookie_or_a_password(as_child, capfd):
+    def run(ctx):
+        raise ValueError(ctx.field("password") + ctx.field("name"))
+
+    def door(request, env):
+        raise LookupError(request.headers["cookie"])
+    server = as_child(looks(("POST", "/n", run)))
+    server.edge.add_doors({"/door": door})
+    bob = Person(server, "bob")
+    said = bob.post("/w/acme/n", form={"password": "sesame", "name": "shown"}).text + bob.get("/door").text + capfd.readouterr().err
+    assert said.count("ValueError: (hidden)shown") > 1 and said.count("LookupError: (hidden)") > 1
+    assert "sesame" not in said and bob.cookie.partition("=")[2] not in said
+
+
+def number_of_looks(ctx):
+    return element(str(ctx.store.one("SELECT count(*) FROM looks")[0]))
+
+
+def test_the_log_tells_of_each_publish_what_it_had_read_again(as_child, capfd):
+    bob = Person(as_child(looks(("POST", "/n", write), region=number_of_looks)), "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        ear.event()
+        bob.post("/w/acme/n")
+        assert logged(capfd, "dev: 'looks' was published: looks.number_of_looks read for owner in acme, ") and logged(capfd, " ms, and sent to 1 streams")
+
+
+def test_a_field_that_is_sent_by_one_name_and_read_by_another_is_named(as_child, capfd):
+    bob = Person(as_child(looks(("POST", "/n", lambda ctx: ctx.field("words") + ctx.field("more") and orion.done(ctx) or orion.done(ctx)))), "bob", datastar=True)
+    assert bob.post("/w/acme/n", wrods="Hello", toast="").status == 204
+    assert logged(capfd, "dev: POST /n reads the field 'words', which was not sent; 'wrods' was sent, and is not read\n")
+    assert bob.post("/w/acme/n", words="Hello", word="").status == 204 and "'more'" not in capfd.readouterr().err
+
+
+def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
+    monkeypatch.setattr(orion, "SLOW_SECONDS", 0.0)
+    Person(as_child(looks(region=number_of_looks)), "bob").get("/w/acme/n")
+    assert logged(capfd, "dev: number_of_looks of /n took ")
 
 
 # ==== Without a section ===============================================================================================
