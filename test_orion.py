@@ -9141,9 +9141,9 @@ def bring(person, *args, method="POST", path="/w/acme/n", headers={}, **fields):
     return person.ask(method, path, body, **{"Content_Type": type, **headers})
 
 
-def files_in(server):
+def files_in(server, table="looks"):
     with contextlib.closing(server.store("acme")) as db:
-        return [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("_files", "_file_pieces", "looks")]
+        return [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("_files", "_file_pieces", table)]
 
 
 @pytest.fixture(scope="module")
@@ -12069,6 +12069,212 @@ def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
         windows[0].press("Enter")
         windows[1].wait("document.querySelector('#guestbook li')?.textContent === 'bob <b>Hello</b>, all'")
         windows[0].wait("document.getElementById('words').value === ''")
+
+
+INVENTORY = r'''
+"""An inventory: things with a name, a number and a picture, which everybody sees change."""
+import sys
+from pathlib import Path
+
+import orion
+from orion import Brand, Live, Refused, Region, Route, Slice, Template, done, template
+
+LARGEST = 10 * 2 ** 20
+REGION = Template("""<section id="things"><ul role="list">{{thing}}{{none}}</ul></section>
+<!-- thing -->
+<li id="thing-{{id}}"><a href="./pictures/{{picture}}"><img src="./pictures/{{picture}}" alt="{{name}}" width="96" height="96"></a>
+<span><bdi>{{name}}</bdi><b>{{number}}</b></span>{{change}}</li>
+<!-- change -->
+<form enctype="multipart/form-data"><label class="button quiet">Other picture<input type="file" name="picture" accept="image/*"
+ data-on:change="@post('./things/' + {{json id}} + '/picture', {contentType: 'form', retryMaxCount: 0})"></label>
+<button type="button" class="quiet" data-on:click="@delete('./things/' + {{json id}}, {retryMaxCount: 0})">Remove</button></form>
+<!-- none -->
+<li class="empty">Nothing is here yet.</li>""")
+PAGE = Template("""<h1>Inventory</h1>
+{{form}}{{region}}{{live}}
+<!-- form -->
+<form class="new" method="post" action="./things" enctype="multipart/form-data"
+ data-signals="{problem: '', name_problem: '', number_problem: '', picture_problem: '', added: 0}" data-effect="$added && el.reset()"
+ data-on:submit="$picture_problem || @post('./things', {contentType: 'form', retryMaxCount: 0})">
+<div class="field"><label for="name">Thing</label><input id="name" name="name" value="{{name}}" required maxlength="60" aria-describedby="problem"></div>
+<div class="field short"><label for="number">How many</label><input id="number" name="number" type="number" min="0" value="1" aria-describedby="problem"></div>
+<div class="field"><label for="picture">Picture</label><input id="picture" name="picture" type="file" accept="image/*" aria-describedby="problem"
+ data-on:change="$problem = ''; $picture_problem = el.files[0]?.size > {{json largest}} ? 'At most 10 MB.' : ''"></div>
+<button>Add</button>
+<p id="problem" class="problem" role="alert" data-text="$name_problem || $number_problem || $picture_problem || $problem">{{problem}}</p>{{stamp}}
+</form>""")
+
+
+def things(ctx):
+    rows = ctx.store.query("SELECT * FROM things ORDER BY name")
+    return REGION(thing=[dict(row) for row in rows], none=not rows, change=ctx.viewer.can("todos:write"))
+
+
+def page(ctx, region):
+    return PAGE(region=region, live=template("slice.live")(), form=ctx.viewer.can("todos:write"), largest=LARGEST, stamp=ctx.stamp,
+                name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
+
+
+def picture_of(ctx):
+    upload = ctx.upload("picture")
+    if not upload.type.startswith("image/"):
+        raise Refused(422, "Take a PNG, JPEG, GIF, WebP or AVIF.", fields={"picture": "Take a PNG, JPEG, GIF, WebP or AVIF."})
+    return ctx.files.add(upload)
+
+
+def add(ctx):
+    name, number = ctx.field("name").strip()[:60], ctx.number("number")
+    if not name:
+        raise Refused(422, "It needs a name.", fields={"name": "It needs a name.", "picture": ""})
+    picture = picture_of(ctx)
+    ctx.store.exec("INSERT INTO things (name, number, picture) VALUES (?, ?, ?)", name, number, picture)
+    ctx.publish("things")
+    return done(ctx, added=picture, problem="", name_problem="", number_problem="", picture_problem="")
+
+
+def replace(ctx, id):
+    ctx.files.remove(the_thing(ctx, id)["picture"])
+    ctx.store.exec("UPDATE things SET picture = ? WHERE id = ?", picture_of(ctx), id)
+    ctx.publish("things")
+    return done(ctx, problem="")
+
+
+def remove(ctx, id):
+    ctx.files.remove(the_thing(ctx, id)["picture"])
+    ctx.store.exec("DELETE FROM things WHERE id = ?", id)
+    ctx.publish("things")
+    return done(ctx)
+
+
+def the_thing(ctx, id):
+    row = ctx.store.one("SELECT * FROM things WHERE id = ?", id)
+    if row is None:
+        raise Refused(404, "It is gone already.")
+    return row
+
+
+inventory = Slice(
+    name="inventory",
+    migrations=("CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT NOT NULL, number INTEGER NOT NULL, picture INTEGER NOT NULL)",),
+    live=(Live("/things", "todos:read", "Inventory", (Region("things", things),), page),),
+    routes=(Route("POST", "/things", "todos:write", add, upload=LARGEST),
+            Route("POST", "/things/<int:id>/picture", "todos:write", replace, upload=LARGEST, form="/things"),
+            Route("DELETE", "/things/<int:id>", "todos:write", remove),
+            Route("GET", "/pictures/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id))),
+    styles=("inventory.css",))
+BRAND = Brand("Inventory", "box.svg", ("#005f56", "#7ce0d3"))
+ASSETS = Path(__file__).with_name("assets")
+
+if __name__ == "__main__":
+    sys.exit(orion.main([inventory], assets=ASSETS, brand=BRAND))
+'''.lstrip()
+INVENTORY_CSS = """#things ul { display: grid; gap: 0.75rem; padding: 0; list-style: none; }
+#things li { display: flex; flex-wrap: wrap; align-items: center; gap: 1rem; padding: 0.75rem; border-radius: 0.75rem; background: var(--card); }
+#things img { display: block; inline-size: 6rem; block-size: 6rem; border-radius: 0.5rem; object-fit: cover; }
+#things span { flex: 1 1 8rem; display: grid; overflow-wrap: anywhere; }
+#things form { display: flex; flex-wrap: wrap; gap: 0.5rem; }
+#things input { position: absolute; inline-size: 1px; block-size: 1px; opacity: 0; }
+#things label:focus-within { outline: 3px solid var(--accent); outline-offset: 2px; }
+"""
+BOX_SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#7ce0d3" d="M4 10 16 4l12 6v13l-12 6-12-6z"/><path fill="none" stroke="#005f56" stroke-width="2" d="m4 10 12 6 12-6M16 16v13"/></svg>'
+
+
+def write_inventory(folder):
+    """Write the app and its files. Return its path."""
+    (folder / "assets").mkdir()
+    for name, text in (("app.py", INVENTORY), ("assets/inventory.css", INVENTORY_CSS), ("assets/box.svg", BOX_SVG)):
+        (folder / name).write_text(text, "utf-8")
+    return folder / "app.py"
+
+
+def a_picture(size, width=1000):
+    """A PNG of about so many bytes, which can't be made smaller."""
+    height = size // (3 * width)
+    rows = b"".join(b"\0" + random.Random(row).randbytes(3 * width) for row in range(height))
+
+    def piece(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return PNG + piece(b"IHDR", head) + piece(b"IDAT", zlib.compress(rows, 0)) + piece(b"IEND", b"")
+
+
+@pytest.fixture(params=list(CLIENTS))
+def warehouse(request, start, windows, monkeypatch, tmp_path, folder):
+    """The inventory with this client, and bob and carol who look at it."""
+    official_or_skip(request.param)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    shutil.copy(CLIENTS[request.param], tmp_path / "templates" / "datastar.js")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    (tmp_path / "app").mkdir()
+    app = types.ModuleType("app")
+    app.__file__ = str(write_inventory(tmp_path / "app"))
+    exec(compile(INVENTORY, app.__file__, "exec"), vars(app))
+    server = start((app.inventory,), assets=app.ASSETS, brand=app.BRAND)
+    for account, window in zip(("bob", "carol"), windows):
+        window.be(Person(server, account))
+        window.open(server.origin + "/w/acme/things")
+        window.wait("document.querySelector('.link').textContent === 'Live'")
+        window.errors()
+    for name, size in (("small", 3_000), ("large", 9 * MB), ("too-large", 11 * MB)):
+        (tmp_path / f"{name}.png").write_bytes(a_picture(size))
+    (tmp_path / "page.png").write_text("<!doctype html><script>alert(1)</script>")
+    server.folder = tmp_path
+    yield server
+    for window in windows:
+        window.size(1200, 900), window.media()
+
+
+WIDE = "document.querySelector('#things img')?.naturalWidth"
+PROBLEM = "document.getElementById('problem').textContent"
+
+
+def test_two_people_keep_an_inventory_with_pictures(warehouse, windows):
+    bob, carol = windows
+
+    def choose(name, css="#picture"):
+        bob.type(css, str(warehouse.folder / name))
+    bob.type("#name", "Anvil")
+    bob.press("Enter")
+    bob.wait(f"{PROBLEM} === 'Choose a file.'")
+    choose("too-large.png")
+    bob.wait(f"{PROBLEM} === 'At most 10 MB.'")
+    choose("page.png")
+    bob.press("Enter")
+    bob.wait(f"{PROBLEM} === 'Take a PNG, JPEG, GIF, WebP or AVIF.'")
+    choose("large.png")
+    bob.click("form.new button")
+    carol.wait(f"{WIDE} === 1000 && document.querySelector('#things img').naturalHeight > 3000 && document.querySelector('#things img').complete")
+    bob.wait(f"{PROBLEM} === '' && document.getElementById('name').value === '' && document.getElementById('picture').files.length === 0")
+    before = carol.js("return document.querySelector('#things img').src")
+    choose("small.png", "#things input")
+    carol.wait(f"{WIDE} === 1000 && document.querySelector('#things img').src !== arguments[0] && document.querySelector('#things img').complete".replace("arguments[0]", json.dumps(before)))
+    carol.click("#things button")
+    bob.wait("document.querySelector('#things .empty')")
+    assert files_in(warehouse, "things") == [0, 0, 0]
+    assert bob.errors() == carol.errors() == []
+
+
+def test_what_the_page_did_not_stop_is_refused_by_the_server_and_told_at_the_field(warehouse, windows):
+    """A page that does not look at the size first."""
+    bob, _ = windows
+    bob.js("document.getElementById('picture').removeAttribute('data-on:change')")
+    bob.type("#name", "Anvil"), bob.type("#picture", str(warehouse.folder / "too-large.png"))
+    bob.click("form.new button")
+    bob.wait(f"{PROBLEM} === 'This is too large: at most 10 MB can be sent here.'")
+    assert bob.js("return document.getElementById('name').value") == "Anvil"
+
+
+def test_the_inventory_works_without_scripts(warehouse, windows):
+    bob, _ = windows
+    bob.javascript(False)
+    try:
+        bob.open(warehouse.origin + "/w/acme/things")
+        bob.type("#name", "Anvil"), bob.type("#picture", str(warehouse.folder / "small.png"))
+        bob.press("Enter")
+        eventually(lambda: files_in(warehouse, "things") == [1, 1, 1])
+        eventually(lambda: "thing-1" in bob.call("/source", "GET"))
+    finally:
+        bob.javascript(True)
 
 
 # ==== The client ======================================================================================================
