@@ -6586,7 +6586,7 @@ def create_workspace_with_file(request, env):
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
 #     48 Uploads        49 Stored files 50 Memory       51 Server        52 Roots
-#     53 Command line   54 Own options    55 Development
+#     53 Command line   54 Own options  55 Development  56 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6623,6 +6623,7 @@ def create_workspace_with_file(request, env):
 
 import bisect
 import codecs
+import contextvars
 import ctypes
 import datetime
 import filecmp
@@ -7794,12 +7795,13 @@ class Alarms:
         if names is None:                                # its file is about to go
             return time.time() + 60
         job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
-        try:
-            if job is not None:
-                stub.fetch(Request("POST", "/_jobs", f"id={job}", names))
-        except StorageFault:                             # it is in the log
-            pass
+        if job is not None:
+            with contextlib.suppress(StorageFault):      # it is in the log
+                self.run(stub, job, names)
         return stub.ask("/_due")
+
+    def run(self, stub, job, names):
+        stub.fetch(Request("POST", "/_jobs", f"id={job}", names))
 
     # -- what jobs wait for
 
@@ -7829,12 +7831,15 @@ class Alarms:
                     return
                 wait = self.in_line.popleft()
             wait.called_at = time.monotonic()
-            try:
-                resume = functools.partial(wait.steps.send, wait.act())
-            except CRASH as error:
-                resume = functools.partial(wait.steps.throw, error)
-            self.resume_with(wait, resume)
+            self.resume_with(wait, self.call_act(wait))
             self.release(wait)
+
+    def call_act(self, wait):
+        """Call what the job waits for. Return a call with which the job goes on."""
+        try:
+            return functools.partial(wait.steps.send, wait.act())
+        except CRASH as error:
+            return functools.partial(wait.steps.throw, error)
 
     def resume_with(self, wait, resume):
         """Have the job go on. After give_up_late it is too late for what act returned."""
@@ -12812,6 +12817,10 @@ class KnowsSettings(Context):
         """Return what was said of an option of the app. Raises LookupError."""
         return self.host.namespace.settings.setting(name)
 
+    def now(self) -> float:
+        """Return the time, in seconds since 1970. In a test, its clock can be moved."""
+        return time.time()
+
 
 # -- commands
 
@@ -13468,6 +13477,328 @@ class DevBroker(Broker):
                     region = live.regions[channel.subscription.number]
                     return f"{slice.name}.{name_of(region.show)}"
         return path
+
+
+# ==== 56. Testing =========================================================================
+# The idea: a test has an app of its own, with all that a server has behind its sockets: the
+#   worker, the gate, grants, transactions and journals, in a folder for the time of the
+#   test. What a slice raises, the test sees.
+# It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
+#   and its clock can be moved.
+# It needs: 35 Jobs, 36 Checks, 42 Exports, 54 Own options.
+
+AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
+MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
+
+
+class MovableTime(types.ModuleType):
+    """The module time, with a time() that heeds AHEAD.
+
+    It takes the place of that module in this one. Outside of an app whose clock a test has
+    moved, it says the same.
+    """
+
+    def __getattr__(self, name):
+        return getattr(sys.modules["time"], name)
+
+    def time(self):
+        return sys.modules["time"].time() + AHEAD.get()
+
+
+class Clock:
+    """What an app in a test takes for the time: sessions, jobs, journals, and ctx.now().
+
+    It is in force while the app does something: `with clock:`.
+    """
+
+    def __init__(self):
+        self.ahead = 0.0                                 # seconds
+        self.tokens: List[Any] = []
+
+    def move(self, seconds: float) -> None:
+        """Set it forward."""
+        self.ahead += seconds
+
+    def set(self, at: float) -> None:
+        """Set it to a time, in seconds since 1970."""
+        self.ahead = at - sys.modules["time"].time()
+
+    def now(self) -> float:
+        return sys.modules["time"].time() + self.ahead
+
+    def __enter__(self):
+        self.tokens.append(AHEAD.set(self.ahead))
+
+    def __exit__(self, *_):
+        AHEAD.reset(self.tokens.pop())
+
+
+class Reply(NamedTuple):
+    """What somebody in a test was answered."""
+    status: int
+    message: str = ""                                    # of a refusal
+    signals: Dict[str, Any] = {}                         # that the page would set
+    body: bytes = b""
+    headers: Dict[str, str] = {}                         # names in lower case
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+    @property
+    def location(self) -> str:
+        """Where it leads; "": nowhere else."""
+        return self.headers.get("location", "")
+
+
+def replied(response: Response) -> Reply:
+    said = {name.lower(): value for name, value in response.headers}
+    body = response.body
+    while response.rest and response.rest.size:          # it is a large file
+        body += response.rest.read()
+    signals = json.loads(body) if response.type == "application/json" else {}
+    return Reply(response.status, "", signals, body, {**said, "content-type": response.type})
+
+
+def replied_no(no: Refused) -> Reply:
+    shown = no.status in (409, 422)                      # in the page
+    signals = {no.signal: no.message, **no.problems} if shown else {}
+    said = {name.lower(): value for name, value in no.headers}
+    return Reply(no.status, no.message, signals, headers=said)
+
+
+def form_in_parts(fields) -> Tuple[bytes, str]:
+    """Return a form with files, and its content type."""
+    boundary = secrets.token_hex(16)
+    lines = []
+    for name, value in fields.items():
+        head = f'Content-Disposition: form-data; name="{name}"'
+        if type(value) is tuple:
+            head += f'; filename="{value[0]}"\r\nContent-Type: application/octet-stream'
+        data = value[1] if type(value) is tuple else str(value).encode()
+        lines += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), data, b"\r\n"]
+    lines.append(f"--{boundary}--\r\n".encode())
+    return b"".join(lines), f"multipart/form-data; boundary={boundary}"
+
+
+class Visitor:
+    """Somebody in a workspace of a test.
+
+    Paths are those of the slices, as /polls/1. A refusal is a Reply; whatever else a slice
+    raises is raised.
+    """
+
+    def __init__(self, app: TestedApp, account: str, workspace: str, cookie: str = ""):
+        self.app = app
+        self.account = account
+        self.workspace = workspace
+        self.cookie = cookie
+
+    def get(self, path: str) -> Reply:
+        return self.fetch("GET", path)
+
+    def post(self, path: str, **fields: Any) -> Reply:
+        """Send fields as JSON, as scripts do."""
+        return self.send_json("POST", path, fields)
+
+    def put(self, path: str, **fields: Any) -> Reply:
+        return self.send_json("PUT", path, fields)
+
+    def patch(self, path: str, **fields: Any) -> Reply:
+        return self.send_json("PATCH", path, fields)
+
+    def delete(self, path: str, **fields: Any) -> Reply:
+        query = urllib.parse.urlencode({"datastar": json.dumps(fields)})
+        return self.fetch("DELETE", f"{path}?{query}" if fields else path)
+
+    def submit(self, path: str, **fields: Any) -> Reply:
+        """Post a plain HTML form, as a browser without scripts does. The value of a field
+        may be a file, as ("cat.png", bytes)."""
+        if any([type(value) is tuple for value in fields.values()]):
+            return self.send(path, *form_in_parts(fields))
+        form = urllib.parse.urlencode(fields, doseq=True).encode()
+        return self.send(path, form, "application/x-www-form-urlencoded")
+
+    def send(self, path: str, body: bytes, type: str, method: str = "POST") -> Reply:
+        """Send what is no form: a file, or what another server would."""
+        return self.fetch(method, path, body, {"content-type": type})
+
+    def page(self, path: str) -> str:
+        """Return the markup of a page. Raises AssertionError if there is none."""
+        reply = self.get(path)
+        assert reply.status == 200, f"GET {path}: {reply.status} {reply.message}"
+        return reply.text
+
+    def region(self, path: str, id: str = "") -> str:
+        """Return what is live on a page, as its stream has it: all regions, or the one with
+        this id. Raises AssertionError if there is none."""
+        reply = self.ask(self.request("GET", f"{path}/live"))
+        assert type(reply) is Response, f"GET {path}: {reply.status} {reply.message}"
+        regions = {plain_id(one.piece.html): one.piece.html for one in reply.watch}
+        assert not id or id in regions, f"{path} has no region {id!r}, but {[*regions]}"
+        return regions[id] if id else "".join(regions.values())
+
+    # -- how it is sent
+
+    def send_json(self, method, path, fields):
+        return self.send(path, json.dumps(fields).encode(), "application/json", method)
+
+    def fetch(self, *what) -> Reply:
+        answer = self.ask(self.request(*what))
+        return replied(answer) if type(answer) is Response else answer
+
+    def request(self, method, path, body=b"", headers={}):
+        path, _, query = path.partition("?")
+        said = {"host": "localhost", "origin": "http://localhost", "accept": "text/html",
+                "cookie": self.cookie, **headers}
+        return Request(method, f"/w/{self.workspace}{path}", query, said, body)
+
+    def ask(self, request) -> Union[Response, Reply]:
+        self.app.check_closed()
+        try:
+            with self.app.clock:
+                return sendable(worker(request, self.app.env))
+        except Refused as no:
+            return replied_no(no)
+
+
+class TestedApp(App):
+    """An app in a test: see testing(). It is an App, too: see section 54."""
+    __test__ = False                                     # for pytest
+    who = "(test)"
+    MOST_JOBS = 1000                                     # at one call
+
+    def __init__(self, settings):
+        super().__init__(settings, "test")
+        self.clock = Clock()
+        self.env = compose(settings, settings.slices)
+        self.settings = self.env.settings
+        self.alarms = CalledAlarms(self.env)
+
+    def viewer(self, name: str, role: str = "member", workspace: str = "acme") -> Visitor:
+        """Return somebody who has this role there, and signed in now.
+
+        The account and the workspace are made, if there are none. Raises ValueError.
+        """
+        if role not in ROLES:
+            raise ValueError(f"there is no role {role!r}, but {', '.join(ROLES)}")
+        account = account_name(name)
+        address, title = names_of(workspace)
+        file = self.settings.directory_file
+        with self.clock, contextlib.closing(GuardedStore(file)) as store, store.tx():
+            self.let_in(store, account, role, address, title)
+            return Visitor(self, account, address, self.cookie(store, account))
+
+    def anybody(self, workspace: str = "acme") -> Visitor:
+        """Return somebody who is not signed in."""
+        return Visitor(self, "", workspace)
+
+    def let_in(self, store, account, role, address, title):
+        if not store.one("SELECT 1 FROM workspaces WHERE name = ?", address):
+            add_workspace(store, self.env.workspaces, address, [])
+            set_title(store, address, title)
+        id = row_of(store, "workspaces", address)["id"]
+        store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account,
+                   account)
+        store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id,
+                   account)
+        add_member(store, id, account, role)
+
+    def cookie(self, store, account):
+        """Begin a session."""
+        token = secrets.token_urlsafe(32)
+        now = time.time()
+        row = token_hash(token), account, now, now + SESSION_SECONDS, "a test"
+        store.exec("INSERT INTO sessions (digest, account, created, expires, agent) VALUES "
+                   "(?, ?, ?, ?, ?)", *row)
+        key = load_keys(self.settings.key_file)[0]
+        return f"{cookie_name('http', key)}={token}.{seal(token, key)}"
+
+    def check_closed(self):
+        if self.inside:
+            raise RuntimeError(f"{self.inside} is open, so all others would wait forever; "
+                               "leave `with app.open(...)` first")
+
+    @contextlib.contextmanager
+    def open(self, workspace: str = "acme", write: bool = False):
+        with self.clock, super().open(workspace, write) as ctx:
+            yield ctx
+
+    def run_jobs(self) -> int:
+        """Run all jobs that are due, and those that they enqueue. Return how many.
+
+        Raises what a job raises. It is tried again later, as on a server.
+        """
+        self.check_closed()
+        self.alarms.count = 0
+        with self.clock:
+            while self.alarms.count < self.MOST_JOBS:
+                id = self.alarms.next_due()
+                if id is None:
+                    return self.alarms.count
+                self.alarms.ring_for(id)
+        raise RuntimeError(f"{self.MOST_JOBS} jobs ran, and there are more; does one "
+                           "enqueue itself?")
+
+
+class CalledAlarms(Alarms):
+    """Alarms that ring when a test says so. What a job waits for is called at once."""
+
+    def __init__(self, env):
+        super().__init__(env.workspaces)
+        env.workspaces.alarms = self
+        self.directory = env.directory
+        self.count = 0                                   # jobs that ran
+        self.error: Optional[BaseException] = None       # of the last one
+
+    def ring_for(self, id):
+        self.error = None
+        self.set(id, self.one_job(self.namespace.get(id)))
+        if self.error:
+            raise self.error
+
+    def run(self, stub, job, names):
+        self.count += 1
+        super().run(stub, job, names)
+        if self.in_line:                                 # it waits
+            wait = self.in_line.pop()
+            wait.resume = self.call_act(wait)
+            super().run(stub, job, names)
+            del self.waits[wait.key]
+
+    def wait_for(self, wait):
+        self.waits[wait.key] = wait
+        self.in_line.append(wait)
+
+    def failed(self, row, error):
+        self.error = error
+
+
+def plain_id(html) -> str:
+    return id_of(html).partition("=")[2].strip(" \"'>")
+
+
+@contextlib.contextmanager
+def testing(*slices: Slice, options: Sequence[Option] = (), **own: Any):
+    """Give an app with these slices, to test them: `with orion.testing(poll) as app:`.
+
+    options: as main() takes them. own: what is said of them, as smtp="localhost:25". Raises
+    BadSlice for slices that a server would refuse, LookupError for an option there is not.
+    """
+    global time
+    if type(time) is not MovableTime:
+        time = MovableTime("time")
+    for name in own:
+        Settings(options=options).setting(name)
+    memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        settings = Settings(data=pathlib.Path(folder), demo=False, slices=slices,
+                            options=options, own=Quiet(own))
+        with contextlib.closing(TestedApp(settings)) as app:
+            yield app
+
+
+setattr(testing, "__test__", False)                      # for pytest, it is no test
 
 
 if __name__ == "__main__":

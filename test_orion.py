@@ -11045,6 +11045,185 @@ def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
     assert logged(capfd, "dev: number_of_looks of /n took ")
 
 
+# ==== 56. Testing =====================================================================================================
+# What a slice's own tests may rely on: all of a server but its sockets.
+
+def ask_poll(ctx):
+    question = ctx.field("question")
+    if not question:
+        raise orion.Refused(422, "Ask something.", fields={"question": "It is empty."})
+    ctx.store.exec("INSERT INTO polls (question, at) VALUES (?, ?)", question, ctx.now())
+    ctx.publish("polls")
+    return orion.done(ctx, ctx.store.store.last_row(), question="")
+
+
+def vote(ctx, id):
+    ctx.enqueue(count_votes, after=60, key=str(id), id=id)
+    return orion.done(ctx)
+
+
+def count_votes(ctx, id):
+    ctx.store.exec("UPDATE polls SET question = question || ? WHERE id = ?", (yield lambda: f" counted by {threading.current_thread().name}"), id)
+    ctx.publish("polls")
+
+
+def fail_daily(ctx):
+    ctx.store.exec("INSERT INTO polls (question, at) VALUES ('half', 0)")
+    raise KeyError("no votes")
+
+
+def of_poll(id):
+    return lambda ctx, *args: orion.Template(f"<p id={id}>{{{{all}}}}</p>")(all=" ".join(row["question"] for row in ctx.store.query("SELECT question FROM polls")))
+
+
+poll = orion.Slice(
+    "poll", ("CREATE TABLE polls (id INTEGER PRIMARY KEY, question TEXT NOT NULL, at REAL NOT NULL)",), jobs=(count_votes,),
+    live=(orion.Live("/polls", "todos:read", "Polls", (orion.Region("polls", of_poll("polls")), orion.Region("polls", of_poll("votes")))),),
+    routes=(orion.Route("POST", "/polls", "todos:write", ask_poll), orion.Route("POST", "/polls/<int:id>", "todos:write", vote),
+            orion.Route("PUT", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"put": ctx.field("a")})), orion.Route("PATCH", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"patch": ctx.field("a")})),
+            orion.Route("DELETE", "/polls/<int:id>", "todos:delete", lambda ctx, id: orion.as_json({"delete": ctx.field("a")})), orion.Route("GET", "/polls/boom", "todos:read", lambda ctx: 1 / 0)))
+
+
+@pytest.fixture
+def app():
+    with orion.testing(poll, orion.todos, options=OWN, smtp="mail:25") as app:
+        yield app
+
+
+def test_somebody_in_a_test_acts_and_sees_what_others_did(app):
+    bob, carol = app.viewer("bob"), app.viewer("carol", "viewer")
+    reply = bob.post("/polls", question="<Tea>?")
+    assert (reply.status, reply.signals) == (200, {"question": ""})
+    assert "&lt;Tea&gt;?" in carol.region("/polls") and "&lt;Tea&gt;?" in carol.page("/polls") and '<nav' in carol.page("/polls")
+    assert carol.region("/polls", "votes") == "<p id=votes>&lt;Tea&gt;?</p>" and carol.region("/polls") == "<p id=polls>&lt;Tea&gt;?</p><p id=votes>&lt;Tea&gt;?</p>"
+    with app.open() as ctx:
+        assert [tuple(row) for row in ctx.store.query("SELECT who, what, which FROM journal")] == [("bob", "poll.ask_poll", "1")]
+
+
+@cases("role, reply", [("owner", {"delete": "x"}), ("member", None)])
+def test_each_method_has_its_fields_and_its_grant_in_a_test(app, role, reply):
+    one = app.viewer("one", role)
+    assert [one.put("/polls/1", a="x").signals, one.patch("/polls/1", a="x").signals] == [{"put": "x"}, {"patch": "x"}]
+    said = one.delete("/polls/1", a="x")
+    assert said.signals == reply if reply else (said.status == 403 and "does not include todos:delete" in said.message)
+
+
+def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
+    bob, erin = app.viewer("bob"), app.viewer("erin", "viewer")
+    reply = bob.post("/polls", question="")
+    assert (reply.status, reply.message, reply.signals) == (422, "Ask something.", {"problem": "Ask something.", "question_problem": "It is empty."})
+    assert erin.post("/polls", question="x").status == 403 and erin.region("/polls", "polls") == "<p id=polls></p>"
+    assert app.anybody().get("/polls").status == 401 and app.viewer("dave", workspace="globex").get("/polls").status == 200
+    assert bob.get("/nothing").status == 404 and bob.submit("/polls", question="Tea?").location == "/w/acme/polls"
+    with pytest.raises(AssertionError, match="GET /nothing: 404 There is nothing at this address"):
+        bob.page("/nothing")
+    with pytest.raises(AssertionError, match=r"/polls has no region 'vots', but \['polls', 'votes'\]"):
+        bob.region("/polls", "vots")
+
+
+def test_what_a_slice_raises_a_test_sees(app):
+    with pytest.raises(ZeroDivisionError):
+        app.viewer("bob").get("/polls/boom")
+
+
+def test_a_role_that_changes_or_that_there_is_not_is_heeded_in_a_test(app):
+    bob = app.viewer("bob", "viewer")
+    assert bob.post("/polls", question="x").status == 403
+    app.viewer("bob", "member")
+    assert bob.post("/polls", question="x").status == 200
+    with pytest.raises(ValueError, match="there is no role 'boss', but owner, admin"):
+        app.viewer("bob", "boss")
+
+
+def test_jobs_run_when_a_test_says_so_by_its_own_clock(app):
+    bob = app.viewer("bob")
+    bob.post("/polls", question="Tea?"), bob.post("/polls/1"), bob.post("/polls/1")
+    assert app.run_jobs() == 0
+    app.clock.move(61)
+    assert app.run_jobs() == 1 and app.run_jobs() == 0
+    assert bob.region("/polls", "polls") == "<p id=polls>Tea? counted by MainThread</p>"
+
+
+def test_a_clock_that_is_moved_is_the_time_of_sessions_and_of_the_slice_and_of_nobody_else(app):
+    bob = app.viewer("bob")
+    with orion.testing(poll) as other:
+        app.clock.move(29 * 86400)
+        for one in (bob, other.viewer("bob")):
+            assert one.post("/polls", question="Tea?").status == 200
+        with app.open() as ctx, other.open() as ctx2:
+            ats = [one.store.one("SELECT at FROM polls")[0] for one in (ctx, ctx2)]
+        assert ats[0] - ats[1] == pytest.approx(29 * 86400, abs=60) and orion.time.time() == pytest.approx(time.time(), abs=60)
+    app.clock.set(utc("2040-01-01T12:00"))
+    assert app.clock.now() == pytest.approx(utc("2040-01-01T12:00"), abs=60)
+    assert bob.get("/polls").status == 401 and app.viewer("bob").get("/polls").status == 200
+
+
+def test_what_a_job_raises_a_test_sees_and_the_job_is_tried_again():
+    with orion.testing(poll._replace(jobs=(orion.daily(fail_daily, "07:30"),))) as app:
+        bob = app.viewer("bob")
+        app.clock.move(86400)
+        for seconds in (0, 3):
+            app.clock.move(seconds)
+            with pytest.raises(KeyError, match="no votes"):
+                app.run_jobs()
+        with app.open() as ctx:
+            assert tuple(ctx.store.one("SELECT tries, error FROM jobs")) == (2, "KeyError: 'no votes'")
+        assert bob.region("/polls", "polls") == "<p id=polls></p>"
+
+
+def test_jobs_without_an_end_are_an_error_in_a_test(monkeypatch):
+    def again(ctx):
+        ctx.enqueue(again)
+    monkeypatch.setattr(orion.TestedApp, "MOST_JOBS", 20)
+    with orion.testing(working(again)) as app:
+        app.viewer("bob").post("/work", job="again")
+        with pytest.raises(RuntimeError, match="20 jobs ran, and there are more; does one enqueue itself?"):
+            app.run_jobs()
+
+
+def test_a_test_may_read_and_write_the_rows_themselves_but_not_wait_for_itself(app):
+    bob = app.viewer("bob")
+    with app.open(write=True) as ctx:
+        ctx.store.exec("INSERT INTO polls (question, at) VALUES ('Tea?', 0)")
+        assert (ctx.workspace, ctx.setting("smtp"), ctx.setting("tries")) == ("acme", "mail:25", 3)
+        for wait in (lambda: bob.get("/polls"), app.run_jobs):
+            with pytest.raises(RuntimeError, match="acme is open, so all others would wait forever"):
+                wait()
+    assert bob.region("/polls", "polls") == "<p id=polls>Tea?</p>"
+
+
+def test_files_are_sent_and_fetched_in_a_test():
+    def keep(ctx):
+        return orion.as_json(ctx.files.add(ctx.upload("picture")))
+    slice = orion.Slice("pictures", routes=(orion.Route("POST", "/pictures", "todos:write", keep, upload=2 ** 21), orion.Route("GET", "/pictures/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id))))
+    data = os.urandom(700_000)
+    with orion.testing(slice) as app:
+        bob = app.viewer("bob")
+        reply = bob.submit("/pictures", title="Cat", picture=("cat.bin", data))
+        assert reply.status == 200 and bob.get(f"/pictures/{reply.body.decode()}").body == data
+
+
+@cases("wrong, error", [(lambda: orion.testing(poll, poll), orion.BadSlice), (lambda: orion.testing(poll, smpt="x"), LookupError)])
+def test_what_a_server_would_refuse_a_test_refuses(wrong, error):
+    with pytest.raises(error), wrong():
+        pass
+
+
+def test_nothing_is_left_of_a_test():
+    sockets = lambda: sum(["socket:" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")])
+    before = threading.active_count(), sockets()
+    with orion.testing(poll) as app:
+        app.viewer("bob").post("/polls", question="Tea?")
+        assert (threading.active_count(), sockets()) == before
+        folder = app.settings.data
+        assert str(folder) in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+    assert not folder.exists() and str(folder) not in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+
+
+def test_pytest_takes_nothing_of_it_for_a_test():
+    assert not [name for name, value in vars(orion).items() if name.lower().startswith("test") and getattr(value, "__test__", True)]
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -13242,6 +13421,18 @@ def test_each_block_of_curl_in_the_readme_keeps_its_promises_in_a_shell_of_its_o
         finally:
             os.killpg(watching.pid, signal.SIGKILL)
     assert not [*folder.iterdir()]                   # the cookies are not in the checkout
+
+
+def test_the_test_in_the_readme_passes(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", re.sub(r"(?m)^  ", "", README), re.S)
+    tests, = [block for block in blocks if "orion.testing(" in block]
+    (tmp_path / "app.py").write_text((HERE / "templates" / "app.py.txt").read_text("utf-8"), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path), monkeypatch.delitem(sys.modules, "app", raising=False)
+    names = {}
+    exec(tests, names)
+    test, = [value for name, value in names.items() if name.startswith("test_")]
+    test()
+    monkeypatch.delitem(sys.modules, "app")
 
 
 def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
