@@ -13202,7 +13202,7 @@ class Parent:
         now = self.look()
         news = [file for file in now if now[file] != self.seen.get(file)]
         if news:
-            print(f"orion: {news[0]} has changed", file=sys.stderr, flush=True)
+            print(f"orion: {news[-1]} has changed", file=sys.stderr, flush=True)
             self.settle(now)
         return bool(news) or self.stopping
 
@@ -13460,7 +13460,7 @@ class DevBroker(Broker):
         told = channel in self.told
         self.told.discard(channel)
         super().refresh(channel)
-        if told:
+        if told and channel not in self.failed:
             _, topic, again, *_ = channel.subscription
             role, where = again.headers["x-role"], again.headers["x-workspace"]
             log(f"dev: {topic!r} was published: {self.region(channel)} read for {role} in "

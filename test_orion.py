@@ -10957,6 +10957,23 @@ def test_a_parent_that_is_told_to_stop_stops_its_child_first(developed):
         Person(developed).get("/")
 
 
+def test_what_an_app_has_imported_and_what_lies_beside_it_is_looked_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(orion.Parent, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
+    (tmp_path / "assets" / "icons").mkdir(parents=True)
+    parent = orion.Parent(orion.Settings(port=0, assets=tmp_path / "assets"))
+    parent.modules = [str(tmp_path / "beside.py")]
+    for name in ("beside.py", "page.html", "assets/icons/up.svg"):
+        parent.seen = parent.look()
+        assert not parent.changed()
+        (tmp_path / name).write_text("new")
+        assert parent.changed() and f"orion: {tmp_path / name} has changed" in capsys.readouterr().err
+    parent.seen = parent.look()
+    (tmp_path / "app.log").write_text("new"), (tmp_path / "other.py").write_text("new")
+    assert not parent.changed() and str(HERE / "orion.py") in orion.own_modules() and os.__file__ not in orion.own_modules()
+    parent.socket.close()
+
+
 @cases("words, why", [
     (["--host", "0.0.0.0"], "--dev shows code and rows to whoever asks, so it is for this machine alone; leave --host, --allow-host, --trust-proxy and --plane out"),
     (["--allow-host", "h"], "for this machine alone"), (["--trust-proxy", "127.0.0.1"], "for this machine alone"),
@@ -12454,6 +12471,22 @@ def test_the_inventory_works_without_scripts(warehouse, windows):
         eventually(lambda: "thing-1" in bob.call("/source", "GET"))
     finally:
         bob.javascript(True)
+def test_with_dev_an_open_page_comes_back_with_its_draft_and_shows_what_went_wrong(windows, tmp_path):
+    with Developed(tmp_path) as app:
+        window = windows[0]
+        window.be(Person(app, "bob"))
+        window.open(app.origin + "/w/acme/guestbook")
+        window.wait("document.querySelector('.link').textContent === 'Live'")
+        window.type("#words", "Half a sentence")
+        app.save("Your words", "Your own words")
+        window.wait("document.querySelector('label').textContent === 'Your own words' && document.querySelector('.link').textContent === 'Live'")
+        app.save("def region(ctx):", "def region(ctx:")
+        window.wait("document.getElementById('fault')?.textContent.startsWith('SyntaxError: ')")
+        app.save('ctx.publish("guestbook")', "1 / 0")
+        window.wait("document.querySelector('label').textContent === 'Your words' && !document.getElementById('fault')")
+        assert window.js("return [document.activeElement.id, document.getElementById('words').value]") == ["words", "Half a sentence"]
+        window.press("Enter")
+        window.wait("document.getElementById('fault')?.textContent.includes('ZeroDivisionError: division by zero')")
 
 
 # ==== The client ======================================================================================================
