@@ -219,6 +219,8 @@ MOST_PAIRS = 100
 
 def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
     """Return what a query or a form says: name=value&name=value. Raises Refused(400)."""
+    if not text:
+        return []
     try:
         return urllib.parse.parse_qsl(text, max_num_fields=MOST_PAIRS, **options)
     except ValueError:                                   # it is raised for nothing else
@@ -1418,7 +1420,7 @@ class Context:
     The context of a region is shared by a role (but for Region.each): its viewer is a Role,
     and there is no request.
     """
-    __slots__ = ("host", "store", "viewer", "params", "typed", "_request")
+    __slots__ = ("host", "store", "viewer", "params", "typed", "_request", "_sent")
 
     def __init__(self, host: SliceHost, store: Tables, viewer: Role, params: Dict[str, str],
                  request: Optional[Request], typed: Dict[str, str]):
@@ -1428,6 +1430,7 @@ class Context:
         self.params = params                             # of the query; see Live.params
         self.typed = typed                               # see SliceHost.refuse
         self._request = request
+        self._sent: Optional[List[Tuple[str, Any]]] = None
 
     @property
     def request(self) -> Request:
@@ -1462,12 +1465,19 @@ class Context:
         self.store.check_thread()
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
+    @property
+    def sent(self) -> List[Tuple[str, Any]]:
+        """What was sent along, each with its name. It is decoded once."""
+        if self._sent is None:
+            self._sent = self.request.pairs()
+        return self._sent
+
     # What was sent along under a name. otherwise: if nothing was. A value that no person
     # can have typed there is a Refused(400), which names the field.
 
     def field(self, name: str, otherwise: str = "") -> str:
         """Return it as text; "" if nobody can see it. Of several, the last."""
-        text = self.request.text(name, otherwise)
+        text = as_text(name, dict(self.sent).get(name, otherwise))
         return text if visible(text) else ""
 
     def fields(self, name: str) -> List[str]:
@@ -1475,7 +1485,7 @@ class Context:
 
         What nobody can see is left out.
         """
-        found = [value for key, value in self.request.pairs() if key == name]
+        found = [value for key, value in self.sent if key == name]
         if len(found) == 1 and isinstance(found[0], list):
             found = found[0]
         texts = [as_text(name, value) for value in found]
@@ -1833,7 +1843,7 @@ def visible(text: str) -> str:
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
     may_have = b"_stamp" in request.body or request.spool
-    if request.method in SAFE or not request.form or not may_have:
+    if request.method in SAFE or not may_have or not request.form:
         return ""
     return request.text("_stamp")
 
@@ -2033,7 +2043,7 @@ def change(ctx, id):
     todo = the_todo(ctx, id)
     title = todo["title"]
     otherwise = not todo["done"]
-    if "title" in ctx.request.fields():
+    if "title" in dict(ctx.sent):
         title = valid_title(ctx.field("title"), "toast")
         otherwise = bool(todo["done"])
     ticked = ctx.checked("done", otherwise)
@@ -7300,7 +7310,7 @@ def masquerade(ctx):
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
         raise Refused(404, "There is no account of this name. Go back and check the "
                            "spelling.")
-    read_only = "writes" not in ctx.request.fields()
+    read_only = "writes" not in dict(ctx.sent)
     until = time.time() + MASQUERADE_SECONDS
     ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
     access_changed(ctx, session["account"])
@@ -11695,7 +11705,7 @@ class BringsUploads(Context):
         """Return all that were chosen under this name."""
         request = self.request
         if request.form:
-            return [value for key, value in request.pairs()
+            return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []

@@ -2589,6 +2589,15 @@ def test_a_box_is_ticked_or_not_in_a_form_and_among_signals(told):
         assert told(checked, done=sent)[0] == 400 and "done is " in told(checked, done=sent)[1]
 
 
+def test_what_was_sent_is_decoded_once_however_often_it_is_asked_for(monkeypatch):
+    read, decoded = orion.read_signals, []
+    monkeypatch.setattr(orion, "read_signals", lambda request: decoded.append(request) or read(request))
+    request = orion.Request("POST", "/", "", {"content-type": "application/json"}, b'{"a": "1"}')
+    ctx = orion.Context(None, None, None, {}, request, {})
+    assert (ctx.field("a"), ctx.fields("a"), ctx.number("a")) == ("1", ["1"], 1)
+    assert len(decoded) == 1
+
+
 def test_too_many_fields_are_refused_wherever_they_are_asked_for(told):
     many = "&".join(["tag=a"] * 101)
     assert told(lambda ctx: ctx.fields("tag"), f"/said?{many}", "DELETE")[0] == told(lambda ctx: ctx.fields("tag"), form=[("tag", "a")] * 101)[0] == 400
