@@ -582,13 +582,10 @@ class Template:
             if kind in ("text", "an attribute"):
                 raise self.error(scanner.at, error) from None
             return                                       # a text is meant, of the same name
-        keys = [" ".join(found) for found in scanner.found]
-        numbered = iter(keys)                            # Python's own: a hole is %(name)s
-        format = HOLE.sub(lambda hole: f"%({next(numbered)})s",
-                          self.markup.replace("%", "%%"))
-        holes = {(key, kind, name, WRITERS[kind])
-                 for key, (kind, name) in zip(keys, scanner.found)}
-        self.forms[kind] = format, tuple(holes)
+        first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
+        holes = [(kind, name, WRITERS[kind], markup)
+                 for (kind, name), markup in zip(scanner.found, after)]
+        self.forms[kind] = first, holes
         for kind, name in scanner.found:
             if name in self.parts and kind != "json":
                 self.parts[name].read_as(kind)
@@ -608,13 +605,14 @@ class Template:
         return Html(self.filled("text", values))
 
     def filled(self, kind, values):
-        format, holes = self.forms[kind]
-        texts = {}
-        for key, kind, name, write in holes:
+        first, holes = self.forms[kind]
+        texts = [first]
+        for kind, name, write, after in holes:
             value = values.get(name, NOTHING)
             plain = type(value) is str
-            texts[key] = write(value) if plain else self.fill(kind, name, value, values)
-        return format % texts
+            text = write(value) if plain else self.fill(kind, name, value, values)
+            texts += text, after
+        return "".join(texts)
 
     def fill(self, kind, name, value, values):
         """Return what a value that is no text becomes."""
