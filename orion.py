@@ -1724,15 +1724,15 @@ class SliceHost(DurableObject):
 
     def renderings_of(self, live: Live, ctx: Context, args) -> List[Rendering]:
         """Return the regions of a page as this viewer sees them."""
-        return [self.rendering(region, live, ctx, args) for region in live.regions]
+        return [self.rendering(region, live, ctx.for_region(region, live), args)
+                for region in live.regions]
 
-    def rendering(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
+    def rendering(self, region: Region, live: Live, own: Context, args) -> Rendering:
         """Return the rendering of a region; make it, if nobody has asked before."""
         state = self.store.state()
         if state != self.state:                          # what was made before may be old
             self.renderings.clear()
             self.state = state
-        own = ctx.for_region(region, live)
         key = region, args, own.viewer, tuple(own.params.items())
         if key not in self.renderings:
             while len(self.renderings) >= self.MOST_RENDERINGS:
@@ -2113,9 +2113,10 @@ def some_todos(store, params):
     most = TODOS_A_PAGE * pages
     found = store.query(LISTED.format(show), most + 1)
     shown = found[:most]
-    return shown, {"more": len(found) > most and pages < MOST_PAGES, "many": False,
-                   "next": todos_query(params, pages=pages + 1),
-                   "last": shown[-1]["id"] if shown else ""}
+    more = None
+    if len(found) > most and pages < MOST_PAGES:
+        more = {"next": todos_query(params, pages=pages + 1), "last": shown[-1]["id"]}
+    return shown, {"more": more, "many": None}
 
 
 def found_todos(store, typed, show):
@@ -2127,8 +2128,8 @@ def found_todos(store, typed, show):
     words = typed.split()
     condition = " AND ".join([show, *["instr(lower(title), lower(?))"] * len(words)])
     found = store.query(LISTED.format(condition), *words, TODOS_A_PAGE + 1)
-    below = {"more": False, "many": len(found) > TODOS_A_PAGE, "most": TODOS_A_PAGE}
-    return found[:TODOS_A_PAGE], below
+    many = {"most": TODOS_A_PAGE} if len(found) > TODOS_A_PAGE else None
+    return found[:TODOS_A_PAGE], {"more": None, "many": many}
 
 
 def todo_counts(store):
@@ -4476,12 +4477,12 @@ class Broadcast(GroupCommit, SliceHost):
         rendering = super().render(region, live, ctx, args)
         return Piece(rendering.html, rendering.made, rendering.micros)
 
-    def rendering(self, region, live, ctx, args):
+    def rendering(self, region, live, own, args):
         """Bound what is kept, for queries can differ without end. The oldest goes first."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
-        return super().rendering(region, live, ctx, args)
+        return super().rendering(region, live, own, args)
 
     def forget_renderings(self):
         self.renderings.clear()
@@ -4508,7 +4509,7 @@ class Broadcast(GroupCommit, SliceHost):
                    "x-region": str(number)}
         query = urllib.parse.urlencode(own.params)
         again = Request("GET", ctx.request.path, query, headers)
-        piece = self.rendering(region, live, ctx, args)
+        piece = self.rendering(region, live, own, args)
         return Subscription(self.namespace.get(self.id), topic, again, piece, number)
 
     def xray_more(self, ctx):
