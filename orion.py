@@ -13046,6 +13046,8 @@ def seed_own(env, names):
 
 APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
+
+
 # ==== 55. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child

@@ -12498,6 +12498,273 @@ def test_with_dev_an_open_page_comes_back_with_its_draft_and_shows_what_went_wro
         window.wait("document.getElementById('fault')?.textContent.includes('ZeroDivisionError: division by zero')")
 
 
+# -- reminders that come by mail
+
+REMINDERS = r'''
+"""Reminders that come by mail: python3 app.py --smtp localhost:25"""
+import re
+import smtplib
+import sys
+from email.message import EmailMessage
+
+import orion
+from orion import Live, Option, Refused, Region, Route, Slice, Template, daily, done, template
+
+REGION = Template("""<section id="reminders"><ul role="list">{{reminder}}{{none}}</ul></section>
+<!-- reminder -->
+<li id="reminder-{{id}}"><bdi>{{text}}</bdi> for <bdi>{{mail}}</bdi>: <b>{{state}}</b> {{change}}</li>
+<!-- change -->
+<button class="quiet" data-on:click="@post('./reminders/' + {{json id}} + '/later', {retryMaxCount: 0})">An hour later</button>
+<button class="quiet" data-on:click="@delete('./reminders/' + {{json id}}, {retryMaxCount: 0})">Drop</button>
+<!-- none -->
+<li class="empty">Nothing to remember.</li>""")
+PAGE = Template("""<h1>Reminders</h1>
+<form class="new" method="post" action="./reminders" data-signals="{problem: '', added: 0}" data-effect="$added && el.reset()"
+ data-on:submit="@post('./reminders', {contentType: 'form', retryMaxCount: 0})">
+<div class="field"><label for="text">What</label><input id="text" name="text" value="{{text}}" required maxlength="200"></div>
+<div class="field"><label for="mail">To</label><input id="mail" name="mail" type="email" value="{{mail}}" required></div>
+<div class="field short"><label for="minutes">In minutes</label><input id="minutes" name="minutes" type="number" min="0" value="60"></div>
+<button>Remind</button><p id="problem" class="problem" role="alert" data-text="$problem">{{problem}}</p>{{stamp}}</form>
+{{region}}{{live}}""")
+
+
+def reminders_region(ctx):
+    rows = ctx.store.query("SELECT * FROM reminders ORDER BY id DESC LIMIT 100")
+    may = ctx.viewer.can("todos:write")
+    return REGION(none=not rows, reminder=[
+        {**row, "state": "sent" if row["sent"] else "waiting", "change": may and not row["sent"]} for row in rows])
+
+
+def page(ctx, region):
+    typed = {name: ctx.typed.get(name, "") for name in ("text", "mail", "problem")}
+    return PAGE(region=region, live=template("slice.live")(), stamp=ctx.stamp, **typed)
+
+
+def remind(ctx):
+    text, mail, minutes = " ".join(ctx.field("text").split())[:200], ctx.field("mail").strip(), ctx.number("minutes", 60)
+    if not text or minutes < 0 or not re.fullmatch(r"[^\s@,;<>]+@[^\s@,;<>]+", mail):
+        raise Refused(422, "It needs a text, an address and a time from now on.")
+    ctx.store.exec("INSERT INTO reminders (text, mail) VALUES (?, ?)", text, mail)
+    id = ctx.store.one("SELECT max(id) FROM reminders")[0]
+    return put_in(ctx, id, 60 * minutes)
+
+
+def later(ctx, id):
+    the_reminder(ctx, id)
+    return put_in(ctx, id, 3600)
+
+
+def put_in(ctx, id, seconds):
+    ctx.enqueue(send, after=seconds, key=f"reminder {id}", id=id)
+    ctx.publish("reminders")
+    return done(ctx, added=id, problem="")
+
+
+def drop(ctx, id):
+    the_reminder(ctx, id)
+    ctx.cancel(f"reminder {id}")
+    ctx.store.exec("DELETE FROM reminders WHERE id = ?", id)
+    ctx.publish("reminders")
+    return done(ctx)
+
+
+def the_reminder(ctx, id):
+    row = ctx.store.one("SELECT * FROM reminders WHERE id = ? AND sent IS NULL", id)
+    if row is None:
+        raise Refused(404, "It was sent or dropped already.")
+    return row
+
+
+def send(ctx, id):
+    row = ctx.store.one("SELECT * FROM reminders WHERE id = ?", id)
+    yield letter(ctx, row["mail"], row["text"], f"You asked for this in {ctx.title}.")
+    ctx.store.exec("UPDATE reminders SET sent = ? WHERE id = ?", ctx.now(), id)
+    ctx.publish("reminders")
+
+
+def digest(ctx):
+    for row in ctx.store.query("SELECT mail, count(*) AS many FROM reminders WHERE sent IS NULL GROUP BY mail"):
+        ctx.enqueue(send_digest, key=f"digest {row['mail']}", to=row["mail"], many=row["many"])
+
+
+def send_digest(ctx, to, many):
+    yield letter(ctx, to, f"{many} waiting in {ctx.title}", f"See them at {ctx.setting('site')}/w/{ctx.workspace}/reminders")
+
+
+def letter(ctx, to, subject, text):
+    """Return what sends it: a job yields that, so nobody waits for the mail server."""
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = ctx.setting("sender"), to, subject
+    message.set_content(text)
+    host, _, port = ctx.setting("smtp").partition(":")
+
+    def post():
+        with smtplib.SMTP(host, int(port or 25), timeout=10) as server:
+            server.send_message(message)
+    return post
+
+
+def waiting(app):
+    """Tell how many reminders wait in each workspace."""
+    for name in app.workspaces():
+        with app.open(name) as ctx:
+            print(name, ctx.store.one("SELECT count(*) FROM reminders WHERE sent IS NULL")[0])
+
+
+def seed(ctx):
+    ctx.store.exec("INSERT INTO reminders (text, mail, sent) VALUES ('Welcome', 'all@example.org', 1)")
+
+
+reminders = Slice(
+    name="reminders",
+    migrations=("CREATE TABLE reminders (id INTEGER PRIMARY KEY, text TEXT NOT NULL, mail TEXT NOT NULL, sent REAL)",),
+    live=(Live("/reminders", "todos:read", "Reminders", (Region("reminders", reminders_region),), page),),
+    routes=(Route("POST", "/reminders", "todos:write", remind), Route("POST", "/reminders/<int:id>/later", "todos:write", later),
+            Route("DELETE", "/reminders/<int:id>", "todos:write", drop)),
+    jobs=(send, send_digest, daily(digest, "07:30", zone="Europe/Berlin")))
+OPTIONS = (Option("--smtp", "host:port of the mail server", "localhost:25"),
+           Option("--sender", "address from which mail comes", "reminders@example.org"),
+           Option("--site", "address of this site, for links", "http://127.0.0.1:8000"))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([reminders], options=OPTIONS, commands=(waiting,), seed=seed))
+'''.lstrip()
+
+
+class PostOffice:
+    """A mail server in a thread: letters has what came, as text."""
+
+    def __init__(self):
+        self.letters = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        while True:
+            try:
+                link, _ = self.socket.accept()
+            except OSError:                              # it is closed
+                return
+            with link, link.makefile("rwb") as wire:
+                self.take(wire)
+
+    def take(self, wire):
+        say = lambda line: (wire.write(line + b"\r\n"), wire.flush())
+        say(b"220 here")
+        for line in wire:
+            word = line[:4].upper()
+            say({b"DATA": b"354 go on", b"QUIT": b"221 bye"}.get(word, b"250 fine"))
+            if word == b"DATA":
+                self.letters.append(b"".join(iter(wire.readline, b".\r\n")).decode())
+                say(b"250 fine")
+            if word == b"QUIT":
+                return
+
+    def close(self):
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.thread.join(PATIENCE)
+
+
+@pytest.fixture
+def post_office():
+    with contextlib.closing(PostOffice()) as office:
+        yield office
+
+
+@pytest.fixture(scope="module")
+def reminder():
+    """The app, imported."""
+    module = types.ModuleType("reminder")
+    exec(compile(REMINDERS, "app.py", "exec"), vars(module))
+    return module
+
+
+@pytest.fixture
+def reminding_app(reminder, post_office):
+    with orion.testing(reminder.reminders, options=reminder.OPTIONS, smtp=post_office.address) as app:
+        app.letters = post_office.letters
+        yield app
+
+
+TEA = {"text": "Tea", "mail": "bob@example.org", "minutes": 60}
+
+
+def test_a_reminder_comes_by_mail_at_its_time_or_an_hour_later_or_not_at_all(reminding_app):
+    app, bob = reminding_app, reminding_app.viewer("bob", workspace="Acme Corp")
+    for text in ("Tea", "Later", "Dropped"):
+        assert bob.post("/reminders", **{**TEA, "text": text}).status == 200
+    assert bob.post("/reminders/2/later").status == 200 and bob.delete("/reminders/3").status == 204 and app.run_jobs() == 0
+    app.clock.move(3601)
+    assert app.run_jobs() == 2 and ["Subject: Tea" in app.letters[0], "Subject: Later" in app.letters[1]] == [True] * 2
+    assert "To: bob@example.org" in app.letters[0] and "You asked for this in Acme Corp." in app.letters[0] and bob.region("/reminders").count("<b>sent</b>") == 2
+    assert bob.delete("/reminders/1").message == "It was sent or dropped already." and app.run_jobs() == 0
+
+
+@cases("wrong", [{"text": " "}, {"mail": "bob"}, {"mail": "a@b, c@d"}, {"mail": "a@b\nBcc: all@d"}, {"minutes": -1}])
+def test_a_reminder_that_could_not_come_is_refused(reminding_app, wrong):
+    reply = reminding_app.viewer("bob").post("/reminders", **{**TEA, **wrong})
+    assert (reply.status, reply.signals) == (422, {"problem": "It needs a text, an address and a time from now on."}) and reminding_app.run_jobs() == 0
+
+
+def test_each_morning_there_is_one_letter_for_each_address(reminding_app):
+    app = reminding_app
+    app.clock.set(utc("2027-03-27T12:00"))               # in the night, Berlin sets its clocks forward
+    bob = app.viewer("bob")
+    for mail in ("a@example.org", "a@example.org", "b@example.org"):
+        bob.post("/reminders", text="Tea", mail=mail, minutes=99999)
+    app.clock.set(utc("2027-03-28T05:29"))
+    assert app.run_jobs() == 0
+    app.clock.move(61)
+    assert app.run_jobs() == 3 and len(app.letters) == 2
+    assert "Subject: 2 waiting in acme" in app.letters[0] and "http://127.0.0.1:8000/w/acme/reminders" in app.letters[1]
+
+
+def test_a_mail_server_that_is_away_is_tried_again(reminder):
+    with contextlib.closing(PostOffice()) as office:
+        address = office.address
+    with orion.testing(reminder.reminders, options=reminder.OPTIONS, smtp=address) as app:
+        bob = app.viewer("bob")
+        bob.post("/reminders", **{**TEA, "minutes": 0})
+        for _ in range(2):
+            with pytest.raises(OSError):
+                app.run_jobs()
+            app.clock.move(5)
+        assert "<b>waiting</b>" in bob.region("/reminders")
+
+
+def test_two_people_see_a_reminder_go_out_by_mail(windows, post_office, tmp_path):
+    """The app as it is started by whoever wrote it."""
+    program = tmp_path / "app.py"
+    program.write_text(REMINDERS, "utf-8")
+    words, env = ["--data", tmp_path / "data", "--smtp", post_office.address], {**os.environ, "PYTHONPATH": str(HERE)}
+    with Command("--port", 0, *words, program=program, env=env) as server:
+        bob, carol = windows
+        for account, window in zip(("bob", "carol"), windows):
+            window.be(Person(server, account))
+            window.open(server.origin + "/w/acme/reminders")
+            window.wait("document.querySelector('.link').textContent === 'Live'")
+            window.errors()
+        assert carol.js("return document.querySelector('#reminders').textContent").count("Welcome") == 1
+        bob.type("#text", "Tea & cake"), bob.type("#mail", "carol@example.org")
+        bob.press("Enter")
+        carol.wait("document.querySelector('#reminder-2')?.textContent.includes('Tea & cake for carol@example.org: waiting')")
+        bob.wait("document.getElementById('text').value === ''")
+        bob.type("#text", "At once"), bob.type("#mail", "carol@example.org"), bob.type("#minutes", "")
+        bob.press("Control+a", "0", "Enter")
+        carol.wait("document.querySelector('#reminder-3 b')?.textContent === 'sent'")
+        assert len(post_office.letters) == 1 and "Subject: At once" in post_office.letters[0] and "in acme." in post_office.letters[0]
+        with Command("waiting", "--data", tmp_path / "data", program=program, env=env, ready=False) as counting:
+            assert counting.wait() == 0 and counting.out == "acme 1\nglobex 0\nhome 0\n", counting.err
+        carol.click("#reminder-2 button:last-of-type")
+        bob.wait("!document.getElementById('reminder-2')")
+        assert bob.errors() == carol.errors() == []
+        server.end()
+        assert server.err == ""
+
+
 # ==== The client ======================================================================================================
 # templates/datastar.js and the official bundle, on the same pages with the same results. MORPH and WIRE are what the official
 # 1.0.4 did, measured case by case: the page before, what a user did, the patch, and what came of it.
