@@ -11040,8 +11040,11 @@ def nginx(settings, given):
     targets.update((one["address"], one["name"]) for one in fixed)
     headers = [{"header": header, "variable": header.replace("-", "_")}
                for header in (*VERDICT, "x-verdict")]
+    largest = max([route.upload for slice in settings.slices for route in slice.routes],
+                  default=0)
     text = Template(TEMPLATES / "nginx.txt")
     print(text(
+        largest=max(largest, BODY_LIMIT) // 1024,
         upstream=fixed, directory=targets[given.directory], taken=headers, given=headers,
         by_name=[{"server": dns_server()}] if len(fixed) < len(places) else [],
         choice=[{"pattern": re.escape(node), "target": targets[node]}
@@ -11410,7 +11413,7 @@ class TakesUploads(Connection):
     def check(self, reading, request):
         if reading.spool is None:
             return super().check(reading, request)
-        decided = self.edge.decide(request)              # raises Refused, or lets them in
+        decided = self.edge.decide(request._replace(spool=None))     # raises Refused
         header = {**NO_VIEWER, **decided.request.headers}
         grants = tuple(header["x-grants"].split(","))
         viewer = Viewer(header["x-role"], grants, account=header["x-account"])
@@ -12013,7 +12016,10 @@ class Server(LoopEdge):
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
     def decide(self, request):
-        return self.env.front(request, self.deciding)
+        """What is in a spool was long on its way. So the gate is asked again, and no
+        verdict that came with it is taken."""
+        env = self.regating if request.spool else self.deciding
+        return self.env.front(request, env)
 
     def most_streams(self):
         if self.settings.demo and not self.settings.streams:
