@@ -304,6 +304,7 @@ def sendable(response, whose="this"):
 
 
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
+NO_MEMBERS = ("", "public")                              # roles; the second one: [3]
 NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
               'so it cannot use the account of one viewer; Region(..., each="account") is '
               "rendered for each of them")
@@ -341,11 +342,17 @@ class Viewer(Role):
         """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
         if grant == ACCOUNT and not self.account:
             raise Refused(401, "Sign in first.")
-        if grant == MEMBER and not self.role:
+        if grant == MEMBER and self.role in NO_MEMBERS:
             raise Refused(403, "This is for members. Ask an owner to invite you.")
         if grant not in (PUBLIC, ACCOUNT, MEMBER) and not self.can(grant):
             raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
                                "the workspace for it.")
+
+    def may(self, grant: str) -> bool:
+        with contextlib.suppress(Refused):
+            self.permit(grant)
+            return True
+        return False
 
     # [3] An operator can look on in somebody's name. Then the next two say so.
 
@@ -391,7 +398,8 @@ def ask_the_gate(request, env):
     """Fetch the verdict on whoever holds this cookie, from the Directory."""
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
-    question = Request("GET", f"/_gate/{workspace}", headers=headers, scheme=request.scheme)
+    about = "public" if env.public(request) else ""
+    question = Request("GET", f"/_gate/{workspace}", about, headers, scheme=request.scheme)
     return env.directory.fetch(question)
 
 
@@ -404,17 +412,20 @@ def apex(request, env):
     request = stripped(request)
     if request.path in env.doors:
         return env.doors[request.path](request, env)
-    if request.path.startswith("/_") and request.path.split("/")[1] != "_gate":
+    if not request.path.startswith("/_"):
+        return env.directory.fetch(request)
+    if request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request)
+    return env.directory.fetch(request._replace(query=""))   # what is public we say
 
 
 @dataclasses.dataclass
 class Env:
     """All that a worker works with. A composition root (section 15) fills it in.
 
-    The last three are functions, so that another root can choose others: [2] forwards many
-    requests at once, [3] asks the gate on another machine.
+    The last five are functions, so that another root can choose others: [2] forwards many
+    requests at once, [3] asks the gate on another machine, and lets slices have public
+    routes: public returns the path of such a route. front is what an edge asks.
     """
     directory: Stub
     workspaces: Namespace
@@ -422,6 +433,8 @@ class Env:
     gate: Callable[[Request, Env], Response] = ask_the_gate
     apex: Callable[[Request, Env], Response] = apex
     forward: Callable[[Stub, Request], Response] = lambda stub, request: stub.fetch(request)
+    public: Callable[[Request], str] = lambda request: ""
+    front: Callable[[Request, Env], Response] = lambda request, env: worker(request, env)
 
 
 def worker(request: Request, env: Env) -> Response:
@@ -1769,8 +1782,8 @@ class SliceHost(DurableObject):
         body = self.around(live, own, renderings, args)
         title = live.title(own, *args) if callable(live.title) else live.title
         footer = self.xray(renderings, ctx, asked)
-        return page(f"{title} · {ctx.title}", body, ctx.viewer, self.navigation(live, ctx),
-                    footer, head=self.head(ctx))
+        return page(f"{title} · {ctx.title}", body, ctx.viewer,
+                    self.navigation(live.path, ctx), footer, head=self.head(ctx))
 
     def around(self, live: Live, ctx: Context, renderings, args) -> Html:
         """Return a page with its regions, but without the layout of all pages."""
@@ -1784,11 +1797,16 @@ class SliceHost(DurableObject):
         """[3] has styles and scripts of slices."""
         return ""
 
-    def navigation(self, current, ctx):
-        links = [{"path": live.path, "title": live.title,
-                  "current": live.path == current.path} for live in self.pages]
+    def tabs(self, viewer: Role) -> List[Live]:
+        """Return the pages that the navigation shows to this viewer."""
+        return [live for live in self.pages if viewer.may(live.grant)]
+
+    def navigation(self, path: str, ctx: Context, state: bool = True):
+        """Return links to all pages. state: whether the page at path has a stream."""
+        links = [{"path": live.path, "title": live.title, "current": live.path == path}
+                 for live in self.tabs(ctx.viewer)]
         nav = template("layout.workspace")
-        return nav(workspace=ctx.workspace, link=links, state=True)
+        return nav(workspace=ctx.workspace, link=links, state=state) if links else ""
 
     def xray(self, renderings, ctx, asked):
         """The foot of a page: which object served it, to whom, and what they may."""
@@ -2258,10 +2276,17 @@ def session_digest(header: str, scheme: str, keys: Tuple[bytes, ...]) -> Optiona
     return None
 
 
-def sealed_tokens(header, name, keys):
-    """Other cookies are not taken apart: they can be thousands."""
+def cookie_values(header: str, name: str) -> List[str]:
+    """Return the values of the cookies of this name, from a Cookie header.
+
+    Other cookies are not taken apart: they can be thousands.
+    """
     values = re.findall(COOKIE_NAMED.format(name), f";{header}")
-    found = [SEALED_TOKEN.fullmatch(value.rstrip(" \t")) for value in values]
+    return [value.rstrip(" \t") for value in values]
+
+
+def sealed_tokens(header, name, keys):
+    found = [SEALED_TOKEN.fullmatch(value) for value in cookie_values(header, name)]
     pairs = [one.groups() for one in found if one]
     return [token for token, sealed in pairs if is_genuine(token, sealed, keys)]
 
@@ -2367,13 +2392,16 @@ def gate(ctx, workspace):
     """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member."""
     account = ctx.viewer.account
     if not account:
-        return NO_SESSION
+        return ctx.host.stranger(ctx, workspace, NO_SESSION)
     row = ctx.store.one(MEMBERSHIP, workspace, account)
     if row is None:
-        return NO_ENTRY
+        return ctx.host.stranger(ctx, workspace, NO_ENTRY)
     if row["moving"]:
         return MOVING
-    said = ctx.host.say(ctx.viewer, row)
+    return let_in(ctx.host.say(ctx.viewer, row))
+
+
+def let_in(said):
     return as_json(said)._replace(headers=tuple(said.items()))
 
 
@@ -2468,6 +2496,10 @@ class Directory(RepeatsAnswers):
         if workspace["title"]:
             said["x-title"] = urllib.parse.quote(workspace["title"])
         return said
+
+    def stranger(self, ctx: Context, workspace: str, no: Response) -> Response:
+        """Return the verdict on somebody who is no member. [3] Some routes are public."""
+        return no
 
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
@@ -2907,7 +2939,7 @@ STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no",
 def respond(request: Request, env: Env) -> Response:
     """Return the worker's response or, whatever went wrong, a refusal."""
     try:
-        return sendable(worker(request, env))
+        return sendable(env.front(request, env))
     except (Exception, SystemExit) as error:             # a slice may call sys.exit()
         return refusal(request, error)
 
@@ -3256,17 +3288,21 @@ ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/
 
 
 def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice] = (todos,),
-                 demo: bool = True) -> Env:
-    """The two planes of this part: one Directory, and a Workspace for each team."""
+                 demo: bool = True, whole: Callable[[type], type] = lambda cls: cls) -> Env:
+    """The two planes of this part: one Directory, and a Workspace for each team.
+
+    whole(class) returns what is built in its place. [3] adds to the classes.
+    """
     keys, fresh = prepare(data, data / "directory.db", data / "secret.key")
     inside = Router([welcome, *slices])
     outside = Router([directory])
     pages = pages_of(slices)
-    workspaces = Namespace("workspace", data / "workspaces", idle,
-                           lambda id, own: Workspace(id, own, inside, pages))
-    control = Namespace("directory", data, float("inf"),
-                        lambda id, own: Directory(id, own, outside, pages, keys, workspaces,
-                                                  demo))
+    workspaces = whole(Namespace)(
+        "workspace", data / "workspaces", idle,
+        lambda id, own: whole(Workspace)(id, own, inside, pages))
+    control = Namespace(
+        "directory", data, float("inf"),
+        lambda id, own: whole(Directory)(id, own, outside, pages, keys, workspaces, demo))
     env = Env(control.get("directory"), workspaces, DOORS)
     if fresh:
         control.create("directory")
@@ -6385,16 +6421,16 @@ class LoopEdge:
 
     def decide(self, request) -> Any:
         """Return a Noted, or the Response to what is not forwarded. Raises Refused."""
-        return worker(request, self.deciding)
+        return self.env.front(request, self.deciding)
 
     def finish(self, asked, response):
         """If not even a refusal can be made of it, the connection is closed."""
         try:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
-            if asked.request.method not in SAFE and response.status < 400:
+            if self.was_let_in(asked, response):
                 self.insiders.add(self.insider_key(asked))
-            if asked.cookie and response.nonce and response.status == 200 and asked.stub:
+            if self.may_be_kept(asked, response):
                 self.kept.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
                 first_frames(asked.request, response.watch)
@@ -6402,6 +6438,18 @@ class LoopEdge:
         except CRASH as error:
             self.call(asked.connection.close)
             log_error(f"{asked.request.method} {asked.request.path}", error)
+
+    def was_let_in(self, asked, response) -> bool:
+        """Was it the command of a member, and not of somebody at what is public [3]?"""
+        said = asked.forwarded.headers if asked.forwarded else {}
+        return (asked.request.method not in SAFE and response.status < 400
+                and said.get("x-account", "") != "")
+
+    def may_be_kept(self, asked, response) -> bool:
+        """One that sets a cookie is for this one time."""
+        once = "set-cookie" in dict(response.headers)
+        return bool(asked.cookie and response.nonce and response.status == 200
+                    and asked.stub and not once)
 
     def request(self, reading, peer) -> Request:
         """What a sound frame asks for. Raises Refused for a target, method or host."""
@@ -6541,7 +6589,7 @@ class EdgeDirectory(Broadcast, Directory):
         if as_of != self.as_of or len(self.given) > self.MOST_VERDICTS:
             self.given.clear()
             self.as_of = as_of
-        key = request.headers.get("x-session"), request.path
+        key = request.headers.get("x-session"), request.path, request.query
         until, known = self.given.get(key, (0.0, None))
         if time.monotonic() < until:
             return known
@@ -6594,8 +6642,9 @@ def create_workspace_with_file(request, env):
 #     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
 #     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
-#     48 Uploads        49 Stored files 50 Memory       51 Server        52 Roots
-#     53 Command line   54 Own options  55 Development  56 Testing
+#     48 Uploads        49 Stored files 50 Ordinary pages
+#     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
+#     56 Command line   57 Own options  58 Development  59 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6617,7 +6666,7 @@ def create_workspace_with_file(request, env):
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
-# 53: opened() gives the Directory's store, to change it; looked_up() reads from it;
+# 56: opened() gives the Directory's store, to change it; looked_up() reads from it;
 # check_begun() refuses if there is none; row_of() finds a row by its name; table() prints
 # rows. What they raise as Unusable is the line that people read.
 #
@@ -6630,6 +6679,7 @@ def create_workspace_with_file(request, env):
 #     snapshot    a copy of a whole deployment; "backup": one that somebody asked for
 #     tenant      a workspace, seen by whoever runs the server
 
+import base64
 import bisect
 import codecs
 import contextvars
@@ -6651,6 +6701,7 @@ ROOTS: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []     # (want
 WAYS_TO_SERVE: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []  # likewise
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
+PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
 VERBS: Dict[str, Verb] = {}                              # by their words
 NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
 APP_PARSERS: List[Callable[..., Any]] = []               # see read_command_line
@@ -6685,6 +6736,24 @@ def size_of(response: Response) -> int:
     return len(response.body) + sum(map(len, pieces)) + rest
 
 
+def file_name(said: str) -> str:
+    """Return a name that means the same to people and to every system: no path, nothing
+    that can't be seen, and not too long."""
+    name = said.replace("\\", "/").rpartition("/")[2]
+    seen = [sign for sign in name if unicodedata.category(sign)[0] != "C"]
+    return "".join(seen).strip(" .")[-120:] or "file"
+
+
+NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
+
+
+def disposition(how: str, name: str) -> str:
+    """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
+    plain = NOT_PLAIN.sub("_", name)
+    encoded = urllib.parse.quote(name, safe="")
+    return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+
+
 def addition(cls: type) -> type:
     """Mark a class: its methods come before those of its base, in each server."""
     ADDED[cls.__bases__[0]].append(cls)
@@ -6714,7 +6783,7 @@ class Verb(NamedTuple):
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    arguments: keys of ARGUMENTS in section 53.
+    arguments: keys of ARGUMENTS in section 56.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -6731,7 +6800,7 @@ def root_for(wanted: Callable[[Settings], bool]):
 
 
 @addition
-class GivesWholeContexts(Broadcast):
+class GivesWholeContexts(SliceHost):
     """What slices are given has its additions, too."""
 
     @property
@@ -6741,7 +6810,7 @@ class GivesWholeContexts(Broadcast):
 
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 53) fills it in.
+# Who uses it: everything in this part. The command line (section 56) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -6771,7 +6840,7 @@ class Settings(NamedTuple):
     slices: Sequence[Slice] = ()
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Optional[Brand] = None
-    options: Sequence[Any] = ()                          # of the app; section 54
+    options: Sequence[Any] = ()                          # of the app; section 57
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -7278,7 +7347,8 @@ class Guest(Viewer):
 
     def permit(self, grant, method="GET"):
         super().permit(grant, method)
-        if self.read_only and grant != PUBLIC and method not in SAFE:
+        own = grant == PUBLIC and not self.workspace     # such as to end it
+        if self.read_only and not own and method not in SAFE:
             raise Refused(403, "You look on read-only. End it, or begin again with writing "
                                "allowed.")
 
@@ -8241,6 +8311,8 @@ def wrong_with(row, kind, grants):
     """Return why a Live or a Route would never do what it is for, or ""."""
     if type(row) is not kind:
         return f"it is no {kind.__name__}; (one,) has a comma too"
+    if kind is Live and row.grant == PUBLIC:
+        return "what is public has no stream; make a Route of it, and return plain_page()"
     if not PATH.fullmatch(row.path):
         return "a path is as /things, /things/<id> or /things/<int:id>"
     if row.path.split("/")[1] == "members":
@@ -8300,6 +8372,9 @@ def wrong_with_call(what, function):
 
 def check_slices(settings: Settings) -> None:
     """Raise BadSlice for what would be found out later, or never."""
+    if "public" in ROLES:
+        raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
+                       "another name")
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
     taken: Dict[Tuple[str, str], str] = {}               # whose each address is
@@ -8443,6 +8518,9 @@ class NoticesSilence(EdgeWorkspace):
                 if call == self.bus.tell]
         if len(told) < len(self.store.after_commit):     # a job follows, and may publish
             return
+        own = what.partition(".")[0]
+        if not any([slice.live for slice in self.router.slices if slice.name == own]):
+            return                                       # it has ordinary pages alone
         if not any(map(topics_of(self.router).fullmatch, told)):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
                      "page will show it")
@@ -10545,17 +10623,25 @@ def node_for(store, name) -> str:
                key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
 
 
+def behind(request) -> Request:
+    """Return the request for which a proxy asks: its method and path.
+
+    Both are "" if the proxy does not say them, or in two ways.
+    """
+    said = [{request.headers[name] for name in names if name in request.headers}
+            for names in (("x-original-method", "x-forwarded-method"),
+                          ("x-original-uri", "x-forwarded-uri"))]
+    method, target = ["".join(values) if len(values) == 1 else "" for values in said]
+    with contextlib.suppress(Refused):
+        path = plain_path(target.partition("?")[0])
+        return Request("GET" if method == "HEAD" else method, path)
+    return Request("", "")
+
+
 def workspace_behind(request) -> str:
     """Return the workspace of the request for which a proxy asks; "": none, or two."""
-    targets = {request.headers[name] for name in ("x-original-uri", "x-forwarded-uri")
-               if name in request.headers}
-    if len(targets) != 1:
-        return ""
-    with contextlib.suppress(Refused):
-        path = plain_path(targets.pop().partition("?")[0])
-        if path.startswith("/w/"):
-            return path.split("/")[2]
-    return ""
+    path = behind(request).path
+    return path.split("/")[2] if path.startswith("/w/") else ""
 
 
 def gate_for_proxies(ctx):
@@ -10674,7 +10760,8 @@ class PlacesFiles(GuardedNamespace):
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
 
 
-DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|names_of|leave|gate/[^/]*)")
+DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|members_of|names_of|leave|"
+                               "gate/[^/]*)")
 
 
 def directory_front(request, env):
@@ -11650,14 +11737,6 @@ class Upload:
         return f"{self.name} {self.digest}"
 
 
-def file_name(said: str) -> str:
-    """Return a name that means the same to people and to every system: no path, nothing
-    that can't be seen, and not too long."""
-    name = said.replace("\\", "/").rpartition("/")[2]
-    seen = [sign for sign in name if unicodedata.category(sign)[0] != "C"]
-    return "".join(seen).strip(" .")[-120:] or "file"
-
-
 # What a browser can show and not run: its type, and what stands at which byte of it. What
 # is none of these, whatever it says to be, is to be saved and not opened.
 INERT = (
@@ -11852,16 +11931,6 @@ def piece_of(store, id, at, ends) -> bytes:
     return row["data"][at % PIECE:at % PIECE + ends - at] if row else b""
 
 
-NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
-
-
-def disposition(how: str, name: str) -> str:
-    """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
-    plain = NOT_PLAIN.sub("_", name)
-    encoded = urllib.parse.quote(name, safe="")
-    return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
-
-
 def asked_range(request, size, etag) -> Optional[Tuple[int, int]]:
     """Return where to begin and end, or None for all of it (RFC 9110, 14.2).
 
@@ -11945,7 +12014,582 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 50. Memory ==========================================================================
+# ==== 50. Ordinary pages ==================================================================
+# The idea: a slice has pages without a stream, too, and answers that lead from one page to
+#   another, or that a browser keeps as a file.
+# It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
+#   shown once, as text, on that page, and to the session whose command it was. What is
+#   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
+# Who uses it: slices.
+
+def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Response:
+    """Return a page without a stream, in the same layout as live ones.
+
+    Raises TypeError if html is not Html.
+    """
+    if type(html) is not Html:
+        raise TypeError("plain_page(ctx, title, html) takes Html, what a template returns, "
+                        f"and not {html!r:.200}")
+    nav = ctx.host.navigation("", ctx, state=False)
+    return page(f"{title} · {ctx.title}", html, ctx.viewer, nav, status=status,
+                head=ctx.host.head(ctx))
+
+
+def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "") -> Response:
+    """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
+
+    It works for plain forms and for Datastar. flash: a message that the page shows once.
+    Raises LookupError if no slice here has the page, ValueError if it is not to be found
+    with these args.
+    """
+    path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
+    headers = ((FLASH, f"{path} {urllib.parse.quote(flash)}"),) if flash else ()
+    if ctx.request.datastar:                             # the layout has the rest
+        return as_json({"_go": path})._replace(headers=headers)
+    return see_other(path, *headers)
+
+
+def path_to(router, page, args) -> str:
+    """Return the path of a page, in its workspace. Raises LookupError or ValueError."""
+    pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
+    if page not in pages:
+        raise LookupError(f"go() leads to a page by its value, and no slice here has "
+                          f"{page!r:.99}; put it into live or routes of a slice")
+    if type(page) is Route and page.method != "GET":
+        raise ValueError(f"go() leads to pages, and {page.method} {page.path} is a command")
+    many = len(PART_OF_PATH.findall(page.path))
+    if len(args) != many:
+        raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
+    rest = iter(args)
+    path = PART_OF_PATH.sub(lambda part: str(next(rest)), page.path)
+    with contextlib.suppress(Refused):
+        plain_path(urllib.parse.quote(path))
+        if router.match("GET", path)[1].path == page.path:
+            return path
+    raise ValueError(f"there is nothing at {path!r:.99}: a part of {page.path} is text "
+                     "without slashes or dots alone, and of <int:part> a number")
+
+
+# -- a flash: a message for the page to which go() leads. A cookie brings it there, sealed,
+#    and only to that path. The page deletes it.
+
+FLASH = "x-flash"                                        # the header of an answer, inside
+FLASH_SECONDS = 60
+FLASH_KEY = secrets.token_bytes(32)                      # of this process
+LONGEST_FLASH = 200                                      # characters
+
+
+def with_flash(request: Request, response: Response) -> Response:
+    """Return the answer as it leaves: with the message it gives, or the one it got."""
+    given = [value for name, value in response.headers if name == FLASH]
+    if given:
+        rest = [pair for pair in response.headers if pair[0] != FLASH]
+        cookie = flash_cookie(request, *given[0].split(" "))
+        return response._replace(headers=(*rest, cookie))
+    if not response.nonce or "flash=" not in request.headers.get("cookie", ""):
+        return response
+    text = flash_in(request)
+    return show_flash(request, response, text) if text else response
+
+
+def flash_cookie(request, path, quoted):
+    text = urllib.parse.unquote(quoted)
+    if len(text) > LONGEST_FLASH:
+        text = f"{text[:LONGEST_FLASH - 1]}…"
+    data = base64.urlsafe_b64encode(text.encode("utf-8", "replace")).decode()
+    said = f"{int(time.time()) + FLASH_SECONDS}.{data}"
+    sealed = flash_seal(request, urllib.parse.unquote(path), said)
+    return flash_field(request, f"{said}.{sealed}", path, FLASH_SECONDS)
+
+
+def flash_field(request, value, path, seconds):
+    attributes = f"Path={path}; Max-Age={seconds}; HttpOnly; SameSite=Lax"
+    if request.scheme == "https":
+        attributes += "; Secure"
+    return "set-cookie", f"flash={value}; {attributes}"
+
+
+def flash_seal(request, path, said) -> str:
+    """The seal is over the session, too: the next one to sign in here is not shown it."""
+    cookies = request.headers.get("cookie", "").split(";")
+    session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
+    data = json.dumps([path, said, session]).encode()
+    return hmac.digest(FLASH_KEY, data, "sha256").hex()
+
+
+def flash_in(request) -> str:
+    """Return the message that came along for this page; "" if there is none of ours."""
+    for value in cookie_values(request.headers["cookie"], "flash"):
+        said, _, sealed = value.rpartition(".")
+        ours = flash_seal(request, request.path, said)
+        if not hmac.compare_digest(ours.encode(), sealed.encode("utf-8", "replace")):
+            continue
+        until, _, data = said.partition(".")
+        if int(until) > time.time():
+            return base64.urlsafe_b64decode(data).decode()
+    return ""
+
+
+def show_flash(request, response, text):
+    """Put it at the end of the page, and have the browser forget it."""
+    body, end, rest = response.body.rpartition(b"</body>")
+    path = urllib.parse.quote(request.path)
+    shown = body + template("layout.flash")(text=text).encode("utf-8", "replace")
+    return response._replace(body=shown + end + rest, headers=(
+        *response.headers, flash_field(request, "", path, 0)))
+
+
+@addition
+class CarriesFlashes(LoopEdge):
+    def finish(self, asked, response):
+        if isinstance(response, Response) and asked.reading.method != "HEAD":
+            response = with_flash(asked.request, response)
+        super().finish(asked, response)
+
+
+def carry_flashes(env):
+    front = env.front
+    env.front = lambda request, env: with_flash(request, front(request, env))
+
+
+PLAIN.append(carry_flashes)
+
+
+# -- a file for the browser to keep
+
+HARMLESS = {"text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
+            "application/json", "application/pdf", "application/zip", "application/gzip",
+            "application/rtf", "application/epub+zip"}
+HARMLESS_KINDS = ("image/", "audio/", "video/", "font/", "application/vnd.")
+SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
+
+
+def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
+    """Return a file that the browser saves under this name.
+
+    type: of its content, as "text/csv". What a browser could run (HTML, SVG, XML, scripts)
+    is sent as application/octet-stream.
+    """
+    if isinstance(data, str):
+        data = data.encode("utf-8", "replace")
+        type = type or "text/plain"
+        type += "" if "charset" in type else "; charset=utf-8"
+    saved = disposition("attachment", file_name(name))
+    headers = (("content-disposition", saved), SANDBOX)
+    return Response(200, data, harmless_type(type), headers)
+
+
+def harmless_type(type: str) -> str:
+    """Return the type, if no browser runs what has it; else one that means nothing."""
+    kind = type.partition(";")[0].strip().lower()
+    runs = kind.endswith("xml")
+    if kind in HARMLESS or kind.startswith(HARMLESS_KINDS) and not runs:
+        return type
+    return "application/octet-stream"
+
+
+# -- a no, in the layout of the workspace
+
+IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422)
+
+
+@addition
+class RefusesInLayout(Workspace):
+    def answer(self, request):
+        """What was written is rolled back by now."""
+        try:
+            return super().answer(request)
+        except Refused as no:
+            if no.status not in IN_LAYOUT or not request.opens_page:
+                raise
+            return self.refused_page(request, no)
+
+    def refused_page(self, request, no):
+        viewer = self.viewer(request)
+        ctx = self.context(self, Tables(self.store, "welcome", READ), viewer, {}, request,
+                           {})
+        reason = REASONS.get(no.status, "Error")
+        tabs = self.tabs(viewer)
+        on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
+        body = template("error.inside")(status=no.status, reason=reason,
+                                        message=no.message, on=on)
+        answer = plain_page(ctx, reason, body, no.status)
+        return answer._replace(headers=no.headers)
+
+
+# ==== 51. Public routes ===================================================================
+# The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
+#   address at which another service calls (a webhook). The gate lets them in by the slice's
+#   word.
+# It promises: who is not signed in, or no member, is nobody to the slice: account "", role
+#   "public", no grants. A command from another site is nobody's, too, whatever cookie came
+#   along. Only what a slice made public tells that there is a workspace of a name.
+# Who uses it: slices, by Route(..., PUBLIC, ...).
+# It needs: 45 Nodes, for what proxies ask.
+
+NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
+SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
+
+
+def public_path(router: Router, request: Request) -> str:
+    """Return the path of the route, if a slice lets anybody in with this; else ""."""
+    if not request.path.startswith("/w/"):
+        return ""
+    path = "/" + "/".join(request.path.split("/")[3:])
+    with contextlib.suppress(Refused):
+        route = router.match(request.method, path)[1]
+        return route.path if route.grant == PUBLIC else ""
+    return ""
+
+
+def unnamed(request: Request, env: Env) -> Request:
+    """Return the request for a log: what stands for a <part> of a public path may be a
+    secret."""
+    if not env.public(request):
+        return request
+    start = request.path.split("/")[:3]
+    return request._replace(path="/".join(start) + env.public(request))
+
+
+def as_nobody(request: Request, env: Env) -> Request:
+    """Return the request. A public command from another site becomes nobody's.
+
+    It goes on as if a page of ours had sent it. (Other commands are refused then.)
+    """
+    if request.method in SAFE or not env.public(request):
+        return request
+    try:
+        refuse_foreign(request)
+        return request
+    except Refused:
+        headers = {name: value for name, value in request.headers.items()
+                   if name not in SAY_WHO}
+        headers["origin"] = f"{request.scheme}://{request.headers.get('host', '')}"
+        return request._replace(headers=headers)
+
+
+@addition
+class LetsAnybodyIn(Directory):
+    def stranger(self, ctx, workspace, no):
+        row = self.store.one("SELECT * FROM workspaces WHERE name = ? AND moving < 2",
+                             workspace)
+        if row is None or not self.asked_for_public(ctx.request):
+            return no
+        if row["moving"]:
+            return MOVING
+        said = self.say(Viewer(), {**row, "role": NOT_A_MEMBER})
+        return let_in({**said, **NOBODY})
+
+    def asked_for_public(self, request):
+        """The worker says so. Of a proxy it is known what that was asked for."""
+        if request.path != "/_gate":
+            return request.query == "public"
+        return bool(public_path(self.inner_router, behind(request)))
+
+    @functools.cached_property
+    def inner_router(self):
+        return workspace_router(self.namespace.settings)
+
+
+@addition
+class OpensToAnybody(LoopEdge):
+    def use(self, env):
+        router = workspace_router(env.settings)
+        super().use(dataclasses.replace(env, public=functools.partial(public_path, router)))
+
+    def request(self, reading, peer):
+        return as_nobody(super().request(reading, peer), self.env)
+
+    def decide(self, request):
+        """A proxy may have brought a verdict by the cookie that as_nobody took out."""
+        decided = super().decide(request)
+        if not isinstance(decided, Noted) or "cookie" in request.headers \
+                or not self.env.public(request):
+            return decided
+        headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
+        return decided._replace(request=decided.request._replace(headers=headers))
+
+
+    def count(self, asked, response):
+        request = unnamed(asked.request, self.env)
+        super().count(dataclasses.replace(asked, request=request), response)
+
+    def refusal(self, request, error):
+        if not isinstance(error, Refused):               # it goes to the log
+            request = unnamed(request, self.env)
+        return super().refusal(request, error)
+
+
+def open_to_anybody(env):
+    front = env.front
+    env.public = functools.partial(public_path, workspace_router(env.workspaces.settings))
+    env.front = lambda request, env: front(as_nobody(request, env), env)
+
+
+PLAIN.append(open_to_anybody)
+
+
+# ==== 52. Member lists ====================================================================
+# The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
+#   to know; here its file is read, from a connection of its own. On a node, copies are
+#   kept, and asked for anew when the Directory has changed.
+# It promises: nobody waits for the Directory's turn. A region that used it is rendered
+#   again when the members change: at once in one process, else after a second or two.
+# Who uses it: slices.
+# It needs: 45 Nodes, for how processes ask each other.
+
+MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
+NAMES_AND_ROLES = """SELECT account, role FROM memberships WHERE workspace = ?
+                     ORDER BY account LIMIT ?"""
+IDS_AT_ONCE = 50                                         # in one question to a Directory
+
+
+class Lists:
+    """The members of workspaces, by id. A list that stays the same is the same object."""
+    MOST = 50_000                                        # members, of all lists
+
+    def __init__(self):
+        self.lock = threading.Lock()                     # guards the next two lines
+        self.lists: Dict[str, Tuple[Any, ...]] = collections.OrderedDict()
+        self.size = 0
+
+    def put(self, id, rows):
+        """Keep a list: rows of an account and a role. The caller holds the lock."""
+        known = self.lists.pop(id, ())
+        self.size += len(rows) - len(known)
+        if [(one["name"], one["role"]) for one in known] != [tuple(row) for row in rows]:
+            known = tuple([types.MappingProxyType({"name": account, "role": role})
+                           for account, role in rows])
+        self.lists[id] = known
+        while self.size > self.MOST and len(self.lists) > 1:
+            self.size -= len(self.lists.pop(next(iter(self.lists))))
+
+    def prepare(self, id: str) -> None:
+        """Called before the turn of an object is taken."""
+
+    def close(self) -> None:
+        pass
+
+
+class ListsOfFile(Lists):
+    """Reads the Directory's file, whoever writes to it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.db: Optional[sqlite3.Connection] = None
+        self.inode: Any = None
+        self.as_of: Dict[str, Any] = {}                  # by id: the version that was read
+
+    def of(self, id: str) -> Tuple[Any, ...]:
+        """Raises Refused(503)."""
+        try:
+            with self.lock:
+                version = self.version()
+                if id not in self.lists or self.as_of.get(id) != version:
+                    found = self.db.execute(NAMES_AND_ROLES, (id, MOST_MEMBERS))
+                    self.put(id, found.fetchall())
+                    self.as_of = {**{known: self.as_of.get(known) for known in self.lists},
+                                  id: version}
+                return self.lists[id]
+        except sqlite3.Error as error:
+            log_once(f"members: {self.path}: {error}")
+            raise Refused(503, "The members can't be read just now. Try again in a minute.",
+                          (("retry-after", "60"),)) from error
+
+    def version(self):
+        """Return what changes with each commit to the file, and with the file."""
+        inode = identity(self.path)
+        if self.inode != inode:
+            self.close()
+            uri = f"{self.path.absolute().as_uri()}?mode=ro"
+            self.db = sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None,
+                                      check_same_thread=False)
+            self.inode = inode
+        return inode, self.db.execute("PRAGMA data_version").fetchone()[0]
+
+    def close(self):
+        if self.db:
+            self.db.close()
+        self.db = self.inode = None
+
+
+class Copies(Lists):
+    """On a node: what the Directory, in another process, said of its members."""
+    PATIENCE = 1.0                                       # seconds
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+        self.as_of: Any = None                           # version of the Directory
+
+    def of(self, id):
+        """Mostly it is there already: see prepare. A job may have to wait."""
+        if id not in self.lists:
+            self.ask([id])
+        return self.lists[id]
+
+    def prepare(self, id):
+        if id not in self.lists:
+            with contextlib.suppress(NoAnswer):          # then of() tells
+                self.ask([id])
+
+    def ask(self, ids):
+        """Raises NoAnswer. A list that has not changed is not sent again."""
+        known = ",".join([f"{id}.{digest_of(self.lists.get(id, ()))}" for id in ids])
+        question = Request("GET", "/_members_of", f"known={known}")
+        said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
+        with self.lock:
+            for id, rows in said.items():
+                self.put(id, rows)
+
+    def refresh(self, version) -> List[str]:
+        """Ask for all again, if the Directory has changed. Return ids: whose list did."""
+        if version == self.as_of:
+            return []
+        before = dict(self.lists)
+        ids = [*before]
+        for first in range(0, len(ids), IDS_AT_ONCE):
+            self.ask(ids[first:first + IDS_AT_ONCE])
+        self.as_of = version
+        return [id for id in ids if self.lists.get(id) is not before[id]]
+
+
+def digest_of(members) -> str:
+    pairs = json.dumps([[one["name"], one["role"]] for one in members])
+    return hashlib.blake2b(pairs.encode(), digest_size=9).hexdigest()
+
+
+@addition
+class TellsMembers(EdgeDirectory):
+    def own_members_of(self, request):
+        """Return those of the lists of which a node has another, or none."""
+        found = {}
+        for known in request.params["known"].split(","):
+            id, _, digest = known.partition(".")
+            rows = self.store.query(NAMES_AND_ROLES, id, MOST_MEMBERS)
+            pairs = [{"name": row["account"], "role": row["role"]} for row in rows]
+            if not pairs or digest_of(pairs) != digest:
+                found[id] = [tuple(row) for row in rows]
+        return found
+
+
+@addition
+class ListsMembers(Namespace):
+    lists: Optional[Lists] = None                        # None: nobody has asked yet
+
+    def members_of(self, id: str) -> Tuple[Any, ...]:
+        with self.lock:
+            if self.lists is None:
+                settings = self.settings
+                self.lists = (Copies(settings) if settings.plane == "data"
+                              else ListsOfFile(settings.directory_file))
+        return self.lists.of(id)
+
+    def close(self):
+        super().close()
+        if self.lists:
+            self.lists.close()
+
+
+@addition
+class AsksForMembers(Context):
+    __slots__ = ()
+
+    def members(self) -> List[Any]:
+        """Return everybody in this workspace, by name: dicts with name and role."""
+        self.store.check_thread()
+        members = self.host.namespace.members_of(self.host.id)
+        if self.host.used_members is None:
+            self.host.used_members = members
+        return [*members]
+
+
+@addition
+class ShowsMembers(SliceHost):
+    """What is kept of its renderings depends on the members, too."""
+    used_members: Any = None                             # by the present rendering, first
+    kept_members: Any = None                             # by those that are kept
+
+    def render(self, *what):
+        self.used_members = None
+        rendering = super().render(*what)
+        used = self.used_members
+        if used is not None and used is not self.kept_members:
+            self.renderings.clear()
+            self.kept_members = used
+        return rendering
+
+    def rendering(self, *what):
+        kept = self.kept_members
+        if kept is not None and kept is not self.namespace.members_of(self.id):
+            self.renderings.clear()
+            self.kept_members = None
+        return super().rendering(*what)
+
+
+@addition
+class MarksPieces(Broadcast):
+    def render(self, *what):
+        piece = super().render(*what)
+        piece.uses_members = self.used_members is not None
+        return piece
+
+
+@addition
+class TellsOfMembers(Broker):
+    """A channel has uses_members, as its latest piece has."""
+
+    def join(self, stream, watch):
+        super().join(stream, watch)
+        for one, channel in zip(watch, stream.channels):
+            self.note_use(channel, one.piece)
+
+    def deliver(self, channel, piece, streams):
+        super().deliver(channel, piece, streams)
+        if piece:
+            self.note_use(channel, piece)
+
+    def note_use(self, channel, piece):
+        """If it is the first, the members may have changed since it was rendered."""
+        before = getattr(channel, "uses_members", False)
+        channel.uses_members = getattr(piece, "uses_members", False)
+        if channel.uses_members and not before:
+            self.mark(channel)
+
+    def published(self, id, topic):
+        super().published(id, topic)
+        if id == self.edge.env.directory.id and topic.startswith("members:"):
+            self.members_changed(topic[len("members:"):])
+        elif id == self.edge.env.directory.id and not topic:
+            for id in [*self.channels]:                  # it was another process
+                self.members_changed(id)
+
+    def members_changed(self, id):
+        for channel in [*self.channels.get(id, {}).values()]:
+            if getattr(channel, "uses_members", False) \
+                    or channel.subscription.topic == "members":
+                self.mark(channel)
+
+    def look_elsewhere(self):
+        super().look_elsewhere()
+        lists = self.edge.env.workspaces.lists
+        if isinstance(lists, Copies):
+            with contextlib.suppress(NoAnswer):          # in the next second
+                for id in lists.refresh(self.version):
+                    self.members_changed(id)
+
+
+@addition
+class PreparesMembers(LoopEdge):
+    def decide(self, request):
+        decided = super().decide(request)
+        if isinstance(decided, Noted) and self.env.workspaces.lists:
+            self.env.workspaces.lists.prepare(decided.stub.id)
+        return decided
+
+
+# ==== 53. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -11984,16 +12628,15 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 51. Server ==========================================================================
+# ==== 54. Server ==========================================================================
 # The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
 class FullEnv(Env):
-    """front: what the edge asks: the worker, or its like in one plane alone. regate: who
-    judges streams that are open. start: the page with which a workspace begins."""
+    """regate: who judges streams that are open. start: the page with which a workspace
+    begins."""
     settings: Settings = None
     start: str = ""
-    front: Any = worker
     regate: Any = ask_the_gate
 
 
@@ -12018,8 +12661,9 @@ class Server(LoopEdge):
     def decide(self, request):
         """What is in a spool was long on its way. So the gate is asked again, and no
         verdict that came with it is taken."""
-        env = self.regating if request.spool else self.deciding
-        return self.env.front(request, env)
+        if request.spool:
+            return self.env.front(request, self.regating)
+        return super().decide(request)
 
     def most_streams(self):
         if self.settings.demo and not self.settings.streams:
@@ -12032,9 +12676,19 @@ def Edge(env: FullEnv) -> LoopEdge:
     return whole(LoopEdge)(env, env.settings)
 
 
-# ==== 52. Roots ===========================================================================
+# ==== 55. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
+
+def plain_root(settings: Settings) -> Env:
+    """The root of --plain: Part One, and what other sections add to its classes."""
+    env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
+                       whole)
+    env.workspaces.settings = settings
+    for change in PLAIN:
+        change(env)
+    return env
+
 
 def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
     """Raises BadSlice or MigrationError if it can't be with these slices."""
@@ -12165,7 +12819,7 @@ def full_env(directory, workspaces, settings):
     return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 
 
-# ==== 53. Command line ====================================================================
+# ==== 56. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.
@@ -12555,7 +13209,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
     standard error. assets: a folder (section 46). brand: see section 47.
 
-    The rest is in section 54. options and commands of the app are on the command line, too.
+    The rest is in section 57. options and commands of the app are on the command line, too.
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
@@ -12655,8 +13309,7 @@ def take_all_descriptors():
 def serve_part_one(settings):
     for check in CHECKS:
         check(settings)
-    env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo))
-    serve_plain(env, settings.host, settings.port)
+    serve_plain(plain_root(settings), settings.host, settings.port)
 
 
 def say_where(server):
@@ -12699,7 +13352,7 @@ def notify(state: str):
         link.sendto(state.encode(), address)
 
 
-# ==== 54. Own options =====================================================================
+# ==== 57. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
@@ -13054,7 +13707,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 55. Development =====================================================================
+# ==== 58. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -13496,13 +14149,13 @@ class DevBroker(Broker):
         return path
 
 
-# ==== 56. Testing =========================================================================
+# ==== 59. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 35 Jobs, 36 Checks, 42 Exports, 54 Own options.
+# It needs: 35 Jobs, 36 Checks, 42 Exports, 57 Own options.
 
 AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
@@ -13680,7 +14333,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 54."""
+    """An app in a test: see testing(). It is an App, too: see section 57."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call

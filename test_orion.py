@@ -442,7 +442,7 @@ class Plain:
     """Part One's server in this process, as Server is the full one."""
 
     def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0):
-        self.env = orion.plain_planes(pathlib.Path(folder), idle=idle, slices=slices, demo=True)
+        self.env = orion.plain_root(orion.Settings(data=pathlib.Path(folder), idle=idle, slices=slices, demo=True))
         self.edge = orion.PlainEdge("127.0.0.1", port, self.env)
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
@@ -490,11 +490,11 @@ class Alone(Command):
 
 
 class Way(http.server.BaseHTTPRequestHandler):
-    """A request on its way through a proxy; server.route(path, cookie) says where it leads."""
+    """A request on its way through a proxy; server.route(method, path, cookie) says where it leads."""
 
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        target, verdict = self.server.route(self.path, self.headers.get("Cookie", ""))
+        target, verdict = self.server.route(self.command, self.path, self.headers.get("Cookie", ""))
         theirs = {name: value for name, value in self.headers.items() if name.lower() not in orion.TRUSTED}
         lines = [f"{name}: {value}" for name, value in {**theirs, **verdict, "Connection": "close"}.items()]
         self.close_connection = True
@@ -510,8 +510,8 @@ class Way(http.server.BaseHTTPRequestHandler):
 class Apart(Fleet):
     """A directory and a node, each a server of its own, and what templates/nginx.txt says of the proxy in front."""
 
-    def __init__(self, folder, port=0):
-        self.folder, self.running, self.settings, ports = folder, [], {}, folder / "ports"
+    def __init__(self, folder, port=0, **settings):
+        self.folder, self.running, self.settings, ports = folder, [], settings, folder / "ports"
         fresh = not folder.exists()
         folder.mkdir(exist_ok=True)
         ours, its = ports.read_text().split() if ports.exists() else (0, 0)
@@ -542,10 +542,10 @@ class Apart(Fleet):
             for title in todos:
                 owner.post(f"/w/{name}/todos", title=title)
 
-    def route(self, path, cookie):
+    def route(self, method, path, cookie):
         """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
         inside = re.match(r"/w/([^/]+)/(?!members(?:[/?]|$)).", path)
-        verdict = verdict_of(self, cookie, inside[1]) if inside else {}
+        verdict = verdict_of(self, cookie, inside[1], method, path) if inside else {}
         return (self.nodes[0] if verdict else self.directory), verdict
 
     def sign_in(self, name, **options):
@@ -8188,9 +8188,9 @@ def test_a_path_that_a_proxy_reads_differently_reaches_no_workspace(fleet, front
     assert statuses(answer)[0] in (400, 403, 404, 401) and [fetched(node) for node in fleet.nodes] == before
 
 
-def verdict_of(fleet, person_cookie, name):
+def verdict_of(fleet, person_cookie, name, method="GET", path=""):
     link = http.client.HTTPConnection("127.0.0.1", fleet.directory.port, timeout=PATIENCE)
-    link.request("GET", "/_gate", headers={"Cookie": person_cookie, "X-Original-URI": f"/w/{name}/todos"})
+    link.request("GET", "/_gate", headers={"Cookie": person_cookie, "X-Original-Method": method, "X-Original-URI": path or f"/w/{name}/todos"})
     answer = link.getresponse()
     answer.read()
     link.close()
@@ -9517,7 +9517,418 @@ def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
         orion.compose(orion.Settings(data=tmp_path / "d"), (slice,))
 
 
-# ==== 52. Roots =======================================================================================================
+# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists =========================================================
+# An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
+# anybody, and an address at which a shop says what it has sent.
+
+STOCKROOM = '''"""An inventory."""
+import csv
+import hmac
+import io
+import sys
+
+import orion
+from orion import PUBLIC, Live, Refused, Region, Route, Slice, Template, done, download, go, plain_page, template
+
+LIST = Template("""<section id="things"><ul>{{thing}}</ul></section>
+<!-- thing -->
+<li><a href="./things/{{id}}">{{name}}</a> {{keeper}} {{role}}</li>""")
+PAGE = Template("""<h1>Inventory</h1>
+<form class="new" method="post" action="./things" data-on:submit="@post('./things', {contentType: 'form', retryMaxCount: 0})">
+<div class="field"><label for="name">Name</label><input id="name" name="name" required maxlength="99" value="{{name}}"></div>
+<div class="field"><label for="keeper">Looked after by</label><select id="keeper" name="keeper">{{option}}</select></div>
+<button>Add</button>
+{{stamp}}</form>
+<p data-text="$problem">{{problem}}</p>
+<p><a class="button" href="./things.csv">As a file</a> <a class="button" href="./shown">For everybody</a></p>
+{{region}}{{live}}
+<!-- option -->
+<option>{{name}}</option>""")
+THING = Template("""<h1>{{name}}</h1>
+<p>{{keeper}} looks after it.</p>
+<p><a class="button" href="../things">All</a></p>""")
+SHOWN = Template("""<h1>What {{team}} has</h1>
+<p>{{many}} things.</p>""")
+
+
+def things(ctx):
+    roles = {member["name"]: member["role"] for member in ctx.members()}
+    rows = ctx.store.query("SELECT * FROM things ORDER BY id")
+    return LIST(thing=[{**row, "role": roles.get(row["keeper"], "gone")} for row in rows])
+
+
+def page(ctx, region):
+    return PAGE(region=region, live=template("slice.live")(), stamp=ctx.stamp, option=ctx.members(),
+                name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
+
+
+def show(ctx, id):
+    row = ctx.store.one("SELECT * FROM things WHERE id = ?", id)
+    if row is None:
+        raise Refused(404, "That thing is gone. Look at the others.")
+    return plain_page(ctx, row["name"], THING(**row))
+
+
+def add(ctx):
+    name, keeper = ctx.field("name"), ctx.field("keeper")
+    if not name:
+        raise Refused(422, "Give it a name.")
+    if keeper not in [member["name"] for member in ctx.members()]:
+        raise Refused(422, "Choose somebody who is here.")
+    id = put(ctx, name, keeper)
+    return go(ctx, thing, id, flash=f"{name} is in the inventory.")
+
+
+def put(ctx, name, keeper):
+    ctx.store.exec("INSERT INTO things (name, keeper) VALUES (?, ?)", name, keeper)
+    ctx.publish("things")
+    return ctx.store.one("SELECT max(id) FROM things")[0]
+
+
+def as_file(ctx):
+    file = io.StringIO()
+    csv.writer(file).writerows(ctx.store.query("SELECT id, name, keeper FROM things ORDER BY id"))
+    return download(f"Things of {ctx.title}.csv", file.getvalue(), "text/csv")
+
+
+def shown(ctx):
+    many = ctx.store.one("SELECT count(*) FROM things")[0]
+    return plain_page(ctx, "What we have", SHOWN(team=ctx.title, many=many))
+
+
+def delivered(ctx, secret):
+    if not hmac.compare_digest(secret, "tell-nobody"):
+        raise Refused(404, "There is nothing here.")
+    put(ctx, ctx.field("name"), ctx.viewer.account or ctx.viewer.role)
+    return done(ctx, "delivered")
+
+
+thing = Route("GET", "/things/<int:id>", "todos:read", show)
+inventory = Slice(
+    name="inventory",
+    migrations=("CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT NOT NULL, keeper TEXT NOT NULL)",),
+    live=(Live("/things", "todos:read", "Inventory", (Region("things", things),), page),),
+    routes=(thing, Route("POST", "/things", "todos:write", add), Route("GET", "/things.csv", "todos:read", as_file),
+            Route("GET", "/shown", PUBLIC, shown), Route("POST", "/hooks/<secret>", PUBLIC, delivered)))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([orion.todos, inventory]))
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def stockroom():
+    names = {"__name__": "inventory"}
+    exec(compile(STOCKROOM, "inventory.py", "exec"), names)
+    return names["inventory"]
+
+
+@pytest.fixture(scope="module", params=[name for name in ROOTS if name != "Part One alone"])
+def stock(request, tmp_path_factory):
+    """A server of each kind, with the inventory."""
+    start = functools.partial(ROOTS[request.param], slices=(orion.todos, stockroom()))
+    with mock.patch.object(orion, "REGATE_SECONDS", 0.1), \
+            contextlib.closing(Root(start, tmp_path_factory.mktemp("stock") / "data")) as root:
+        yield root
+
+
+def a_thing(person, name="Rope", keeper="carol"):
+    """Add it. Return the answer, with the flash for the page to which it leads."""
+    said = person.post("/w/acme/things", form={"name": name, "keeper": keeper})
+    said.flash = said.headers["set-cookie"].split(";")[0]
+    return said
+
+
+def with_cookie(person, *cookies, path):
+    return person.get(path, Cookie="; ".join([person.cookie, *cookies])).text
+
+
+def test_a_page_without_a_stream_has_the_same_layout_and_says_nothing_of_a_connection(stock):
+    bob = stock.person("bob")
+    text = bob.get(a_thing(bob, "Anvil").headers["location"]).text
+    assert "<h1>Anvil</h1>" in text and "<title>Anvil · acme · orion</title>" in text
+    assert 'href="/w/acme/things"' in text and 'href="/w/acme/members"' in text and "Connecting" not in text
+
+
+def test_a_command_leads_to_a_page_with_a_message_that_is_shown_there_once_as_text(stock):
+    bob = stock.person("bob")
+    said = a_thing(bob, "<b>Hook</b>")
+    there = said.headers["location"]
+    assert said.status == 303 and re.fullmatch("/w/acme/things/[0-9]+", there)
+    flash, kept = said.headers["set-cookie"].split("; ", 1)
+    assert kept == f"Path={there}; Max-Age=60; HttpOnly; SameSite=Lax" and "Hook" not in flash
+    answer = bob.get(there, Cookie=f"{bob.cookie}; {flash}")
+    assert '">&lt;b&gt;Hook&lt;/b&gt; is in the inventory.</p></body>' in answer.text
+    assert answer.headers["set-cookie"] == f"flash=; Path={there}; Max-Age=0; HttpOnly; SameSite=Lax"
+    answer = bob.get(there)
+    assert answer.status == 200 and "in the inventory" not in answer.text and "set-cookie" not in answer.headers
+
+
+def test_datastar_is_led_by_a_signal(stock):
+    said = stock.person("bob", datastar=True).post("/w/acme/things", name="Saw", keeper="bob")
+    assert said.status == 200 and re.fullmatch("/w/acme/things/[0-9]+", json.loads(said.text)["_go"])
+    assert said.headers["set-cookie"].startswith("flash=")
+
+
+@cases("how", ["to another session", "on another page", "a minute later", "altered", "made by another process", "no such thing", "half"])
+def test_no_page_shows_a_message_that_was_not_for_it(stock, how, monkeypatch):
+    bob = stock.person("bob")
+    said = a_thing(bob)
+    there, flash = said.headers["location"], said.flash
+    if how == "to another session":
+        bob = stock.person("carol")
+    if how == "on another page":
+        there = "/w/acme/things"
+    if how == "made by another process":
+        monkeypatch.setattr(orion, "FLASH_KEY", b"another")
+    if how == "a minute later":
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 61)
+    if how == "altered":
+        flash = flash.replace("=", "=1", 1)
+    flash = {"no such thing": "flash=\xe9", "half": flash.partition(".")[0]}.get(how, flash)
+    text = with_cookie(bob, flash, path=there)
+    assert "<h1>" in text and "in the inventory" not in text.partition("<main")[2].replace("For everybody", "")
+
+
+def test_a_page_with_a_message_is_not_kept(start):
+    server = start((orion.todos, stockroom()))
+    bob = Person(server, "bob")
+    said = a_thing(bob)
+    shown = [with_cookie(bob, said.flash, path=said.headers["location"]) for _ in range(3)]
+    assert all(["in the inventory" in text for text in shown])
+    assert not [kept for kept in server.edge.kept.answers.values() if kept.response and b"in the inventory" in kept.response.body]
+
+
+def test_a_command_that_is_sent_again_leads_there_again_and_does_nothing(start):
+    bob = Person(start((orion.todos, stockroom())), "bob")
+    form = {"name": "Once", "keeper": "bob", "_stamp": "bob 123"}
+    first, second = [bob.post("/w/acme/things", form=form) for _ in range(2)]
+    assert first.status == second.status == 303 and first.headers["location"] == second.headers["location"]
+    assert bob.get("/w/acme/things").text.count(">Once<") == 1
+
+
+def routes_of(*paths):
+    pages = [orion.Route("GET", path, "todos:read", lambda ctx, *_: None) for path in paths]
+    return pages, orion.Router([orion.Slice("pages", (), (), (*pages, orion.Route("POST", "/done", "todos:read", lambda ctx: None)))])
+
+
+@cases("path, args, found", [("/a", (), "/a"), ("/c/<int:id>", (3,), "/c/3"), ("/n/<name>", ("50% off",), "/n/50% off"), ("/n/<name>", ("\xe9",), "/n/\xe9")])
+def test_a_page_is_found_by_its_value(path, args, found):
+    (page,), router = routes_of(path)
+    assert orion.path_to(router, page, args) == found
+
+
+@cases("path, args, words", [("/a", (1,), "takes 0 args"), ("/c/<int:id>", (), "takes 1 args"), ("/c/<int:id>", ("x",), "nothing at '/c/x'"), ("/c/<int:id>", (-1,), "nothing"),
+                             ("/n/<name>", ("a/b",), "without slashes"), ("/n/<name>", ("..",), "nothing"), ("/n/<name>", ("",), "nothing"), ("/n/<name>", ("a;b",), "nothing")])
+def test_what_would_lead_nowhere_is_an_error(path, args, words):
+    (page,), router = routes_of(path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        orion.path_to(router, page, args)
+
+
+def test_a_page_that_no_slice_has_and_a_command_are_no_way_to_go():
+    pages, router = routes_of("/a")
+    with pytest.raises(LookupError, match="no slice here has"):
+        orion.path_to(router, orion.Route("GET", "/a", "todos:write", pages[0].run), ())
+    with pytest.raises(ValueError, match="is a command"):
+        orion.path_to(router, router.slices[0].routes[-1], ())
+
+
+def test_a_download_is_saved_under_its_name_and_never_runs_here(stock):
+    bob = stock.person("bob")
+    a_thing(bob, "\xc9clair")
+    answer = bob.get("/w/acme/things.csv")
+    assert answer.status == 200 and ",\xc9clair,carol\r\n" in answer.text and answer.headers["content-type"] == "text/csv; charset=utf-8"
+    assert answer.headers["content-disposition"] == "attachment; filename=\"Things of acme.csv\"; filename*=UTF-8''Things%20of%20acme.csv"
+    assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox" and answer.headers["x-content-type-options"] == "nosniff"
+
+
+@cases("name, plain, full", [("\xe9 \"x\".csv", "_ _x_.csv", "%C3%A9%20%22x%22.csv"), ("../../etc/passwd", "passwd", "passwd"), ("a\r\nX: y", "aX: y", "aX%3A%20y"),
+                             ("fdp.\u202eexe", "fdp.exe", "fdp.exe"), ("", "file", "file"), ("..", "file", "file"), ("%41", "_41", "%2541"), ("\ud800", "file", "file")])
+def test_the_name_of_a_download_is_no_path_and_ends_no_header(name, plain, full):
+    saved = dict(orion.download(name, b"").headers)["content-disposition"]
+    assert saved == f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"
+
+
+@cases("type", ["text/html", "TEXT/HTML; charset=utf-8", "image/svg+xml", "application/xhtml+xml", "text/xml", "text/javascript", "text/css", "multipart/x-mixed-replace", "", "x"])
+def test_what_a_browser_could_run_is_sent_as_bytes_that_mean_nothing(type):
+    assert orion.download("a", b"<script>", type).type == "application/octet-stream"
+
+
+@cases("type", ["text/csv", "image/png", "application/pdf", "application/json", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"])
+def test_what_no_browser_runs_keeps_its_type(type):
+    assert orion.download("a", b"", type).type == type
+
+
+def test_a_page_that_is_gone_is_told_in_the_layout_of_its_workspace(stock):
+    bob = stock.person("bob")
+    answer = bob.get("/w/acme/things/999999", Accept="text/html")
+    assert answer.status == 404 and "That thing is gone." in answer.text and 'href="/w/acme/things"' in answer.text
+    assert bob.get("/w/acme/things/999999").text == "That thing is gone. Look at the others.\n"
+    answer = stock.person("erin").post("/w/acme/things", form={"name": "x"})
+    assert answer.status == 403
+
+
+def test_what_was_written_before_a_no_in_the_layout_is_rolled_back(start):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO notes VALUES (1)")
+        raise orion.Refused(404, "Gone.")
+    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
+    answer = Person(server, "bob").ask("POST", "/w/acme/notes", "", Accept="text/html", Content_Type="application/x-www-form-urlencoded")
+    assert answer.status == 404 and 'href="/w/acme/todos"' in answer.text
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT count(*) FROM notes").fetchone() == (0,)
+
+
+def test_nothing_is_said_of_a_slice_that_publishes_nothing_and_has_no_live_page(start, capfd):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO notes VALUES (1)")
+        return orion.done(ctx)
+    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
+    assert Person(server, "bob").post("/w/acme/notes").status == 204
+    assert "no open page" not in capfd.readouterr().err
+
+
+# -- what is public
+
+def test_a_public_page_is_for_anybody_and_everybody_comes_as_who_they_are_there(stock):
+    for name in (None, "alice", "erin"):
+        person = stock.person(name)
+        answer = person.get("/w/acme/shown")
+        assert answer.status == 200 and "things.</p>" in answer.text
+        assert ('href="/w/acme/things"' in answer.text) == (name == "erin") == (">erin</a>" in answer.text)
+
+
+@cases("path", ["/w/acme/things", "/w/acme/", "/w/acme", "/w/acme/things.csv", "/w/acme/shown/more", "/w/acme/members", "/w/nowhere/shown", "/w/nowhere/things", "/w/acme/shown/live", "/w/acme/SHOWN"])
+def test_nothing_else_of_the_workspace_is_public_and_no_other_name_is_told_apart(stock, path):
+    for name, status in ((None, 401), ("alice", 403)):
+        person = stock.person(name)
+        answer, other = person.get(path), person.get("/w/nobody-has-this/todos")
+        assert answer.status == other.status == status and answer.text == other.text
+        assert person.post(path, form={"name": "x"}).status == status
+
+
+def test_the_gate_says_nothing_of_what_is_public_to_whoever_asks_it_from_outside(server):
+    for path in ("/_gate/acme?public", "/_gate?public", "/_gate/acme?public=1"):
+        assert Person(server).get(path, X_Original_URI="/w/acme/shown", X_Original_Method="GET").status == 401
+
+
+def keepers(person):
+    return re.findall(r"</a> (\S+) ", person.get("/w/acme/things").text)
+
+
+@cases("headers, keeper", [({}, "public"), ({"Origin": "http://evil.example"}, "public"), ({"Origin": "null"}, "public"), ({"Sec-Fetch-Site": "cross-site"}, "public"),
+                           ({"Sec-Fetch-Site": "none"}, "public"), ({"Origin": "ours"}, "bob"), ({"Origin": "ours", "Sec-Fetch-Site": "cross-site"}, "public"),
+                           ({"X-Account": "carol", "X-Role": "owner"}, "public")])
+def test_a_public_command_from_elsewhere_is_nobodys_whatever_cookie_came_along(stock, headers, keeper):
+    bob = stock.person("bob")
+    given = {**headers, "Cookie": bob.cookie, "Content-Type": "application/x-www-form-urlencoded"}
+    given = {name: stock.server.origin if value == "ours" else value for name, value in given.items()}
+    link = http.client.HTTPConnection("127.0.0.1", stock.server.port, timeout=PATIENCE)
+    with contextlib.closing(link):
+        link.request("POST", "/w/acme/hooks/tell-nobody", "name=Box", given)
+        assert link.getresponse().status == 303
+    assert keepers(bob)[-1] == keeper
+
+
+def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
+    bob = stock.person("bob")
+    before = keepers(bob)
+    assert stock.person().post("/w/acme/hooks/guessed", name="Box").status == 404 and keepers(bob) == before
+
+
+def test_a_secret_in_a_public_path_is_not_written_into_the_log(start, capfd):
+    server = start((orion.todos, stockroom()), log="common")
+    assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+    server.close()
+    said = "".join(capfd.readouterr())
+    assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
+
+
+def test_an_operator_who_only_looks_on_sends_no_public_command_as_a_member(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    viewer = orion.masked(orion.Viewer("owner", (), "acme", "id", "ann"), "ops", 1)
+    with pytest.raises(orion.Refused, match="read-only"):
+        viewer.permit(orion.PUBLIC, "POST")
+    assert ops.post("/masquerade/end", form={}).status == 303
+
+
+def test_who_sent_a_public_command_is_no_insider_and_is_charged_by_address(start):
+    server = start((orion.todos, stockroom()))
+    assert Person(server).ask("POST", "/w/acme/hooks/tell-nobody", "{}", Content_Type="application/json", Cookie="a=b").status == 204
+    assert not server.edge.insiders
+    asked = orion.Asked(None, None, orion.Request("POST", "/w/acme/hooks/tell-nobody", headers={"cookie": "a=b"}, peer="10.1.1.1"))
+    assert server.edge.account_of(asked) == "inside, from 10.1.1.1"
+
+
+@cases("moving, status", [(1, 503), (2, 401)])
+def test_what_is_public_of_a_workspace_that_is_moved_is_not_served_meanwhile(start, moving, status):
+    server = start((orion.todos, stockroom()))
+    nobody = Person(server)
+    assert nobody.get("/w/acme/shown").status == 200
+    server.write("UPDATE workspaces SET moving = ? WHERE name = 'acme'", moving)
+    assert nobody.get("/w/acme/shown").status == status
+
+
+def test_a_public_page_can_have_no_stream(start):
+    live = orion.Live("/shown", orion.PUBLIC, "Shown", (orion.Region("shown", lambda ctx: None),))
+    with pytest.raises(orion.BadSlice, match="make a Route of it"):
+        start((orion.Slice("shown", (), (live,)),))
+
+
+# -- who is a member
+
+def test_a_region_shows_members_and_shows_them_again_when_they_change(stock):
+    bob = stock.person("bob")
+    a_thing(bob, "Kept", "erin")
+    with contextlib.closing(Ear(stock.person("carol", datastar=True), "/w/acme/things/live")) as ear:
+        assert "Kept</a> erin viewer" in ear.event()
+        assert bob.patch("/w/acme/members/erin", role="member").status == 204
+        ear.until_it_says("Kept</a> erin member")
+        assert "Kept</a> erin member" in bob.get("/w/acme/things").text
+        bob.patch("/w/acme/members/erin", role="viewer")
+        ear.until_it_says("Kept</a> erin viewer")
+
+
+def test_a_change_of_members_by_another_process_is_shown_too(start):
+    server = start((orion.todos, stockroom()))
+    bob = Person(server, "bob", datastar=True)
+    bob.post("/w/acme/things", name="Kept", keeper="erin")
+    with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
+        ear.event()
+        with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
+            db.execute("UPDATE memberships SET role = 'admin' WHERE account = 'erin'")
+        ear.until_it_says("Kept</a> erin admin")
+
+
+def test_members_are_told_without_the_directorys_turn(start):
+    server = start((orion.todos, stockroom()))
+    acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
+    headers = orion.verdict("bob", "owner", "acme", acme.id)
+    with server.directory().turn:
+        assert b"<option>carol</option>" in acme.fetch(orion.Request("GET", "/things", headers=headers)).body
+
+
+def test_of_very_many_members_the_first_are_told(start, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_MEMBERS", 2)
+    text = Person(start((orion.todos, stockroom())), "bob").get("/w/acme/things").text
+    assert re.findall("<option>(.*?)</option>", text) == ["bob", "carol"]
+
+
+def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
+    lists = orion.Lists()
+    lists.MOST = 3
+    lists.put("a", [("bob", "owner"), ("carol", "member")])
+    same = lists.lists["a"]
+    lists.put("a", [["bob", "owner"], ["carol", "member"]])
+    assert lists.lists["a"] is same and lists.size == 2
+    lists.put("b", [("bob", "owner"), ("erin", "viewer")])
+    assert [*lists.lists] == ["b"] and lists.size == 2
+
+
+# ==== 55. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -10437,7 +10848,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 53. Command line ================================================================================================
+# ==== 56. Command line ================================================================================================
 
 class Terminal(io.StringIO):
     """Standard input and output: whenever it is used, somebody signs in."""
@@ -10779,7 +11190,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 54. Own options =================================================================================================
+# ==== 57. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -10928,7 +11339,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
     monkeypatch.setattr(orion, "bound", None)
     with mock.patch.object(orion, "BEFORE_SERVING", []):
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
-# ==== 55. Development =================================================================================================
+# ==== 58. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -11086,7 +11497,7 @@ def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
     assert logged(capfd, "dev: number_of_looks of /n took ")
 
 
-# ==== 56. Testing =====================================================================================================
+# ==== 59. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
