@@ -6839,7 +6839,7 @@ class Settings(NamedTuple):
     node_name: str = ""                                  # HOST:PORT; "": as it listens
     slices: Sequence[Slice] = ()
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
-    brand: Optional[Brand] = None
+    brand: Any = None                                    # section 47
     options: Sequence[Any] = ()                          # of the app; section 57
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
@@ -8020,10 +8020,8 @@ class EnqueuesJobs(Context):
         a command or job, LookupError if no slice has this job.
         """
         self.check_may_enqueue()
-        if key:
-            self.cancel(key)
-        self.host.enqueue(self.viewer.signature, job, time.time() + after, args,
-                          key and f"{self.store.slice}:{key}")
+        self.host.enqueue(self.viewer.signature, job, time.time() + after, args, key,
+                          self.store.slice)
 
     def cancel(self, key: str) -> bool:
         """Take out the job that was enqueued with this key. Return whether there was one.
@@ -8031,7 +8029,7 @@ class EnqueuesJobs(Context):
         If it waits for something outside just now, it does not go on after that.
         """
         self.check_may_enqueue()
-        return self.host.cancel(f"{self.store.slice}:{key}")
+        return self.host.cancel(self.store.slice, key)
 
     def check_may_enqueue(self):
         if self.store.may != WRITE:
@@ -8117,17 +8115,29 @@ class HasJobs(Broadcast):
             self.namespace.alarms.set(self.id, self.own_due(None))
 
     def enqueue(self, who: str, job: Callable[..., None], due: float,
-                args: Dict[str, Any], key: str = "") -> None:
-        """Raises LookupError if no slice has this job."""
+                args: Dict[str, Any], key: str = "", slice: str = "") -> None:
+        """slice: whose key it is; by default the job's. Raises LookupError if no slice has
+        this job."""
         if job not in self.router.job_names:
             raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        row = self.router.job_names[job], json.dumps(args), who, due, key or None
+        name = self.router.job_names[job]
+        if slice not in [one.name for one in self.router.slices]:
+            slice = name.partition(".")[0]
+        if key:
+            self.cancel(slice, key)
+        self.put_in(name, json.dumps(args), who, due, f"{slice}:{key}" if key else None)
+
+    def put_in(self, *row):
         self.store.exec("INSERT INTO jobs (job, args, who, due, key) VALUES (?, ?, ?, ?, "
                         "?)", *row)
-        self.alarm_after_commit(due)
+        self.alarm_after_commit(row[3])
 
-    def cancel(self, key: str) -> bool:
-        return self.store.exec("DELETE FROM jobs WHERE key = ?", key) > 0
+    def cancel(self, slice: str, key: str) -> bool:
+        """Return whether there was one. Outside of the slices, any slice's is meant."""
+        known = [one.name for one in self.router.slices]
+        keys = [f"{name}:{key}" for name in ([slice] if slice in known else known)]
+        return any([self.store.exec("DELETE FROM jobs WHERE key = ?", one) > 0
+                    for one in keys])
 
     def alarm_after_commit(self, due):
         self.store.after_commit.append((self.namespace.alarms.set, self.id, due))
@@ -8282,10 +8292,11 @@ class KeepsPlans(EdgeWorkspace):
         plans = self.router.plans
         with self.store.tx():
             for key in there - plans.keys():
-                self.cancel(key)
+                self.store.exec("DELETE FROM jobs WHERE key = ?", key)
             for key in plans.keys() - there:
+                name = self.router.job_names[plans[key].job]
                 due = plans[key].next_time(time.time(), self.id)
-                self.enqueue("(schedule)", plans[key].job, due, {}, key)
+                self.put_in(name, "{}", "(schedule)", due, key)
 
 
 # ==== 36. Checks ==========================================================================
@@ -13202,7 +13213,7 @@ FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError,
 
 
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
-         assets: Optional[pathlib.Path] = None, brand: Optional[Brand] = None,
+         assets: Optional[pathlib.Path] = None, brand: Any = None,
          options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
          start: Optional[Callable[[Settings], None]] = None,
          seed: Optional[Callable[[Context], None]] = None) -> int:
@@ -13498,7 +13509,6 @@ def add_own_command(commands, function, options):
     if not name_of_flag(f"--{name}").isidentifier() or name in commands.choices:
         raise Unusable(f"command {name!r}: it is no function with a name, or there is a "
                        "command of that name; write def, and another name")
-    _, *parameters = inspect.signature(function).parameters.values()
     help = (function.__doc__ or "").strip().partition("\n")[0]
     sub = commands.add_parser(name, help=help, description=function.__doc__)
     sub.set_defaults(verb=name, run=functools.partial(run_own, function))
@@ -13507,11 +13517,16 @@ def add_own_command(commands, function, options):
     try:
         for option in options:
             add_own_option(sub, option, suppress=True)
-        for parameter in parameters:
-            add_parameter(sub, parameter)
+        add_parameters(sub, function)
     except argparse.ArgumentError as error:
         raise Unusable(f"command {name!r}: {error.argument_name} is a flag already; rename "
                        "the parameter") from error
+
+
+def add_parameters(sub, function):
+    app, *others = inspect.signature(function).parameters.values()
+    for parameter in others:
+        add_parameter(sub, parameter)
 
 
 def add_parameter(sub, parameter):
@@ -14227,7 +14242,8 @@ def replied(response: Response) -> Reply:
     while response.rest and response.rest.size:          # it is a large file
         body += response.rest.read()
     signals = json.loads(body) if response.type == "application/json" else {}
-    return Reply(response.status, "", signals, body, {**said, "content-type": response.type})
+    said["content-type"] = response.type
+    return Reply(response.status, "", signals, body, said)
 
 
 def replied_no(no: Refused) -> Reply:

@@ -7420,6 +7420,17 @@ def test_of_jobs_with_one_key_there_is_the_last_and_it_can_be_cancelled(start):
     assert args() == ["of another slice", "b"]
 
 
+def test_a_job_that_the_app_itself_put_in_with_a_key_is_the_slices_own():
+    with orion.testing(reminding(), reminding("other")) as app:
+        bob = app.viewer("bob")
+        with app.open(write=True) as ctx:
+            ctx.enqueue(remind, after=60, key="a", text="of the app")
+        bob.post("/other", key="a", text="of the slice")
+        with app.open(write=True) as ctx:
+            jobs = [row["args"] for row in ctx.store.query("SELECT args FROM jobs")]
+            assert jobs == ['{"text": "of the slice"}'] and [ctx.cancel("a"), ctx.cancel("a")] == [True, False]
+
+
 def test_a_job_knows_the_name_that_its_workspace_has_when_it_runs(start):
     server = start((orion.todos, reminding()))
     bob = Person(server, "bob", datastar=True)
