@@ -13230,7 +13230,9 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     app = Settings(slices=slices, assets=assets, brand=brand, options=options,
                    commands=commands, start=start, seed=seed)
     try:
-        return do(*read_command_line(argv, app)) or 0
+        status = do(*read_command_line(argv, app)) or 0
+        sys.stdout.flush()                               # while a failure can be answered
+        return status
     except KeyboardInterrupt:                            # at the question for a password
         return 130
     except BrokenPipeError:                              # whoever reads has seen enough

@@ -10902,10 +10902,12 @@ def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, cheap,
         assert terminal.used or words.split()[1] in ("add", "list")
 
 
-def test_whoever_leaves_a_pager_gets_no_error(settled):
+@cases("unbuffered", ["", "1"], ids=["at the end", "before the end"])
+def test_whoever_leaves_a_pager_gets_no_error(settled, unbuffered):
     ends = os.pipe()
     os.close(ends[0])
-    found = subprocess.run([sys.executable, "-u", HERE / "orion.py", "account", "list", "--data", settled], stdout=ends[1], stderr=subprocess.PIPE, text=True)
+    found = subprocess.run([sys.executable, HERE / "orion.py", "account", "list", "--data", settled], stdout=ends[1], stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     os.close(ends[1])
     assert (found.returncode, found.stderr) == (141, "")
 
@@ -11015,7 +11017,8 @@ def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatc
 
 
 @cases("said, names", [("todo.example.org", ("todo.example.org",)), ("A.example., b_c", ("a.example", "b_c")),
-                       ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",))])
+                       ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",)),
+                       ("Mu\u0308ller.example", ("xn--mller-kva.example",))])
 def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
     assert orion.read_command_line(["--allow-host", said])[0].allow_host == names
 
