@@ -4215,6 +4215,16 @@ def fetch_briefly(stub, request):
 NOT_LATE = 0.0, ""                                       # see GuardedNamespace.late
 
 
+def in_new_thread(function: Callable[[], None]) -> bool:
+    """Start a thread. Return False if the system grants none; then the log says so."""
+    try:
+        threading.Thread(target=function, daemon=True).start()
+    except RuntimeError as error:
+        log(f"{error}: raise the limit of this user's processes (ulimit -u)")
+        return False
+    return True
+
+
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for other processes
@@ -4263,8 +4273,9 @@ class GuardedNamespace(Namespace):
         with self.lock:
             self.late[id] = float("inf"), why
             self.in_line.append(id)
-            if len(self.in_line) == 1:
-                threading.Thread(target=self.bring_all_up, daemon=True).start()
+            if len(self.in_line) == 1 and not in_new_thread(self.bring_all_up):
+                self.in_line.clear()
+                self.late[id] = time.monotonic() + self.LATE_SECONDS, why
 
     def bring_all_up(self):
         left = True
@@ -7800,6 +7811,7 @@ class Alarms:
     """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
     WAITS_AT_ONCE = 32                                   # in threads of their own
+    THREADS = 256                                        # with those that were given up
     WAITS_EACH = 4                                       # of one object
     WAIT_SECONDS = 30.0                                  # then the try has failed
 
@@ -7815,6 +7827,7 @@ class Alarms:
         self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
         self.in_line: collections.deque = collections.deque()    # waits not yet begun
         self.callers = 0                                 # threads that call acts
+        self.late = 0                                    # more threads: see give_up_late
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
@@ -7893,10 +7906,18 @@ class Alarms:
         with self.lock:
             self.waits[wait.key] = wait
             self.in_line.append(wait)
-            if self.callers == self.WAITS_AT_ONCE:
+        self.add_caller()
+
+    def add_caller(self):
+        """Start a further thread for the line. If there is none, the loop asks again."""
+        with self.lock:
+            full = self.callers == self.WAITS_AT_ONCE
+            if not self.in_line or full or self.callers + self.late == self.THREADS:
                 return
             self.callers += 1
-        threading.Thread(target=self.call_acts, daemon=True).start()
+        if not in_new_thread(self.call_acts):
+            with self.lock:
+                self.callers -= 1
 
     def failed(self, row, error):
         """Called by a host whose job failed."""
@@ -7910,8 +7931,12 @@ class Alarms:
                     return
                 wait = self.in_line.popleft()
             wait.called_at = time.monotonic()
-            self.resume_with(wait, self.call_act(wait))
+            in_time = self.resume_with(wait, self.call_act(wait))
             self.release(wait)
+            if not in_time:
+                with self.lock:
+                    self.late -= 1
+                return
 
     def call_act(self, wait):
         """Call what the job waits for. Return a call with which the job goes on."""
@@ -7920,13 +7945,15 @@ class Alarms:
         except CRASH as error:
             return functools.partial(wait.steps.throw, error)
 
-    def resume_with(self, wait, resume):
-        """Have the job go on. After give_up_late it is too late for what act returned."""
+    def resume_with(self, wait, resume) -> bool:
+        """Have the job go on. Return False if it does already: either act has returned, or
+        it was given up."""
         with self.lock:
-            late = wait.resume is not None
-            wait.resume = wait.resume or resume
-        if not late:
-            self.put(self.resume, wait)
+            if wait.resume:
+                return False
+            wait.resume = resume
+        self.put(self.resume, wait)
+        return True
 
     def resume(self, wait):
         try:
@@ -7944,13 +7971,18 @@ class Alarms:
         self.set(wait.key[0], time.time())
 
     def give_up_late(self, now: float) -> None:
+        """No thread can be ended. So another takes the place of one whose act is late."""
         with self.lock:
             late = [wait for wait in self.waits.values()
                     if not wait.resume and now > wait.called_at + self.WAIT_SECONDS]
         for wait in late:
             error = TimeoutError(f"what it waits for takes more than {self.WAIT_SECONDS:g} "
                                  "s; give that a time limit of its own")
-            self.resume_with(wait, functools.partial(wait.steps.throw, error))
+            if self.resume_with(wait, functools.partial(wait.steps.throw, error)):
+                with self.lock:
+                    self.callers -= 1
+                    self.late += 1
+        self.add_caller()
 
 
 @addition

@@ -2379,6 +2379,16 @@ def test_a_migration_that_fails_after_a_long_time_is_not_begun_again_at_each_vis
     assert [bob.get("/w/acme/n").status for _ in range(3)] == [503] * 3 and len(grown.apart) == 1
 
 
+def test_a_migration_that_gets_no_thread_is_begun_at_a_later_visit(grown, monkeypatch, capfd):
+    monkeypatch.setattr(orion.GuardedNamespace, "LATE_SECONDS", 0.0)
+    bob = Person(grown(), "bob")
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        assert bob.get("/w/acme/n").status == 503
+    assert logged(capfd, "can't start new thread: raise the limit") and not grown.apart
+    grown.held.set()
+    assert eventually(lambda: bob.get("/w/acme/n").status == 200) and len(grown.apart) == 1
+
+
 def test_a_migration_without_an_end_keeps_no_server_from_stopping(grown):
     server = grown(n=10 ** 12)
     assert Person(server, "bob").get("/w/acme/n").status == 503
@@ -7176,6 +7186,41 @@ def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile
     assert len(calls) == 1 and outside_world.jobs()[0][0] == 1, "tried once"
     release.set()
     assert eventually(lambda: len(calls) == 2 and outside_world.jobs() == [])
+
+
+def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_world, monkeypatch):
+    for name, number in (("WAIT_SECONDS", 0.05), ("WAITS_AT_ONCE", 1), ("THREADS", 2)):
+        monkeypatch.setattr(orion.Alarms, name, number)
+    release, calls = threading.Event(), []
+
+    def answer(_):
+        calls.append(1)
+        return release.wait(WHOLE) if len(calls) in (1, 3) else "noted"
+    bob = outside_world(answer)
+
+    def given_up(workspace):
+        bob.post(f"/w/{workspace}/work", job="letter")
+        return eventually(lambda: outside_world.jobs(workspace) and "takes more than" in str(outside_world.jobs(workspace)[0][1]))
+    assert given_up("acme")
+    bob.post("/w/globex/work", job="letter")
+    assert eventually(lambda: noted(outside_world.server, "globex"))
+    alarms = outside_world.server.env.workspaces.alarms
+    assert given_up("globex") and eventually(lambda: (alarms.callers, alarms.late) == (0, 2))
+    bob.post("/w/globex/work", job="letter")
+    eventually(lambda: alarms.in_line)
+    outside_world.server.edge.call(outside_world.server.edge.tick, time.monotonic())
+    at_rest(outside_world.server)
+    assert len(calls) == 3 and alarms.in_line
+    release.set()
+    assert eventually(lambda: len(calls) > 3 and (alarms.callers, alarms.late, alarms.waits) == (0, 0, {}))
+
+
+def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
+    bob = outside_world(lambda _: "noted")
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        bob.post("/w/acme/work", job="letter")
+        assert logged(capfd, "can't start new thread: raise the limit")
+    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.callers == 0)
 
 
 @cases("yields, why", [(0, "writes, which only a command or a job may"), (2, "a job yields at most once")])
