@@ -10181,7 +10181,8 @@ def set_moving(store, id, moving):
     store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", moving, id)
 
 
-@verb("workspace import", "take in such a file, with its members", "file", "--name")
+@verb("workspace import", "take in such a file, with its members", "file", "--name",
+      "--jobs")
 def workspace_import(settings, given):
     """Take in an export, or a single root. A member without an account here gets one.
 
@@ -10190,7 +10191,7 @@ def workspace_import(settings, given):
     check_no_node(settings)
     typed, members, accounts = about_file(given.file, given.name)
     name, title = names_of(typed)
-    with one_move(settings), adopted(settings, given.file) as copy:
+    with one_move(settings), adopted(settings, given.file, given.jobs) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
@@ -10268,11 +10269,11 @@ def add_accounts(store, accounts):
 
 
 @contextlib.contextmanager
-def adopted(settings, source):
+def adopted(settings, source, jobs: Optional[str]):
     """Give a copy of another deployment's file, which an object of this one will claim.
 
-    Of a single root, give the part that is the workspace's. Raises Unusable if the slices
-    that are here can't go on with it.
+    Of a single root, give the part that is the workspace's. jobs: "keep", "drop" or None:
+    see settle_jobs. Raises Unusable if the slices that are here can't go on with it.
     """
     private_folder(settings.data)
     with tempfile.TemporaryDirectory(dir=settings.data) as folder:
@@ -10282,9 +10283,27 @@ def adopted(settings, source):
             strip_directory(db)
         try:
             bring_up_to_date(settings, path)
+            settle_jobs(source, path, jobs)
         except (sqlite3.Error, MigrationError) as error:
             raise Unusable(f"{source} does not fit: {error}") from error
         yield path
+
+
+def settle_jobs(source, path, jobs):
+    """Drop the jobs, unless somebody says that they are to run here, in others' names.
+
+    Where they come from they may have run, or run still; then a letter would be sent twice.
+    Raises Unusable if there are some, and nothing was said.
+    """
+    with contextlib.closing(GuardedStore(path)) as store:
+        store.exec("DELETE FROM answers")                # to commands that were sent there
+        many = store.one("SELECT count(*) AS many FROM jobs")["many"]
+        if many and not jobs:
+            raise Unusable(f"{source} has {many} jobs, which would run here, too; say "
+                           "--jobs keep to run them, or --jobs drop")
+        if jobs != "keep":
+            store.exec("DELETE FROM jobs")
+        store.exec("VACUUM")                             # no password is left in free pages
 
 
 def bring_up_to_date(settings, path):
@@ -10313,12 +10332,11 @@ def strip_directory(db):
     for table in ("_export", *" ".join([tables for tables, in made]).split()):
         db.execute(f'DROP TABLE IF EXISTS "{table}"')
     db.execute("DELETE FROM _migrations WHERE slice = 'directory'")
-    db.execute("VACUUM")                                 # no password is left in free pages
     db.execute("PRAGMA application_id = 0")
 
 
 @verb("workspace restore", "bring it up as it was in a snapshot, beside the present one",
-      "name", "--at", "--new")
+      "name", "--at", "--new", "--jobs")
 def workspace_restore(settings, given):
     """With its members. It never takes the place of the present one."""
     with opened(settings) as (store, _):
@@ -10326,7 +10344,7 @@ def workspace_restore(settings, given):
     typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
     name, title = names_of(typed)
     file = given.at / "workspaces" / f"{row['id']}.db"
-    with one_move(settings), adopted(settings, file) as copy, \
+    with one_move(settings), adopted(settings, file, given.jobs) as copy, \
             opened(settings, given, name) as (store, env):
         add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
         set_title(store, name, title)
@@ -11118,11 +11136,17 @@ def leave_node(settings, given, id, path):
 
 
 def import_on_node(settings, given):
-    """Refuse it while another node has the workspace: its jobs would run on both."""
-    place = place_of(settings, **meant(given))
+    """Refuse it while another node has the workspace: its jobs would run on both.
+
+    If the file is that workspace, and it left for here, its jobs come with it.
+    """
+    known = meant(given)
+    place = place_of(settings, **known)
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
-    with one_move(settings), adopted(settings, given.file) as copy:
+    same = "id" in known or left_by(given.file) == place["id"]
+    jobs = "keep" if same else given.jobs
+    with one_move(settings), adopted(settings, given.file, jobs) as copy:
         if not may_replace(copy, path):
             raise Unusable(f"this node has {name} already, in {path}; --name takes the "
                            "file for another")
@@ -12913,6 +12937,7 @@ a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
 a_number = matching("[0-9]{1,9}", "no number: say 0 or more", int)
 at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
 a_plane = matching("(directory|data)?", "no plane: say directory or data")
+what_of_jobs = matching("keep|drop", "no answer: say keep or drop")
 a_log = matching("common|json|off", "no log: say common, json or off")
 
 
@@ -13015,6 +13040,8 @@ ARGUMENTS = {
     "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
                "action": "store_true"},
     "--name": {"help": "in place of the name in the file"},
+    "--jobs": {"help": "keep or drop the jobs in the file: they would run here, too",
+               "type": what_of_jobs},
     "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
              "type": pathlib.Path, "required": True},
     "--new": {"help": "name of what comes up; by default the name and the snapshot's"},

@@ -10535,6 +10535,24 @@ def test_a_removed_workspace_is_brought_back_by_importing_its_copy(served):
     assert "Kept" in titles(Person(served, "bob")) and Person(served, "carol").get("/w/acme/todos").status == 200
 
 
+def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, tmp_path):
+    file, there = tmp_path / "acme.db", tmp_path / "there"
+    with contextlib.closing(served.store("acme")) as db, db:
+        db.execute("INSERT INTO jobs (job, args, who, due) VALUES ('todos.none', '{}', 'eve', 9e9)")
+        db.execute("INSERT INTO answers (who, command, at, answer) VALUES ('bob', x'00', ?, '')", (time.time(),))
+    snapshot = served.run("backup", tmp_path / "backup")[0] or served.run("workspace", "export", "acme", file)[0] or tmp_path / "backup"
+    run("account", "add", "ann", data=there)
+    status, _, error = run("workspace", "import", file, data=there)
+    assert status == 2 and "has 1 jobs, which would run here, too; say --jobs keep" in error and run("workspace", "list", data=there)[1] == ""
+    for said, jobs in (("keep", 1), ("drop", 0)):
+        assert run("workspace", "import", file, "--name", said, "--jobs", said, data=there)[0] == 0
+        id = re.search(rf"{said}\t(\w+)", run("workspace", "list", data=there)[1])[1]
+        with contextlib.closing(sqlite3.connect(there / "workspaces" / f"{id}.db")) as db:
+            assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("jobs", "answers")] == [(jobs,), (0,)]
+    assert "say --jobs keep" in served.run("workspace", "restore", "acme", "--at", snapshot)[2]
+    assert served.run("workspace", "restore", "acme", "--at", snapshot, "--jobs", "drop")[0] == 0
+
+
 def test_a_workspaces_bare_file_is_imported_under_a_name_and_a_directory_is_not(served, tmp_path):
     served.env.workspaces.rest(idle=-1)
     file = shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), tmp_path / "found.db")
