@@ -3210,13 +3210,20 @@ def connection_field(keep: bool, modern: bool) -> str:
     return "" if modern else "keep-alive"
 
 
+def without_port(host: str) -> str:
+    """Return the name, or the address, of a Host header.
+
+    A dot at the end says that a name is whole (RFC 1034, 3.1); ours all are.
+    """
+    return re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
+
+
 def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     """Is this Host header one of ours: one of the names, or any address?
 
-    Another site can have its own name lead here (DNS rebinding), but no address. A dot at
-    the end says that a name is whole (RFC 1034, 3.1); ours all are.
+    Another site can have its own name lead here (DNS rebinding), but no address.
     """
-    name = re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
+    name = without_port(host)
     if name in names:
         return True
     with contextlib.suppress(ValueError):
@@ -6897,6 +6904,27 @@ def add_key(path: pathlib.Path) -> None:
     write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
+KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its age, its keys
+
+
+def keys_now(settings) -> Tuple[bytes, ...]:
+    """Return the keys in the file. If they are lost, the old ones hold.
+
+    Raises Unusable or OSError if there are none.
+    """
+    path = settings.key_file
+    changed, keys = KEYS_READ.get(path, (0, ()))
+    try:
+        now = path.stat().st_mtime_ns
+        if now != changed:
+            keys = load_keys(path)
+            KEYS_READ[path] = now, keys
+    except (OSError, Unusable):
+        if not keys:
+            raise
+    return keys
+
+
 @addition
 class ReadsKeysAgain(EdgeDirectory):
     def each_second(self):
@@ -9205,7 +9233,7 @@ class CountsConsoles(Broker):
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 30 Accounts, for who is an operator.
+# It needs: 29 Keys, for a token, and 30 Accounts, for who is an operator.
 
 def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
     """Return rows for the template: of each figure its label and its value."""
@@ -9292,14 +9320,18 @@ class CountsVerdicts(EdgeDirectory):
         return response
 
 
+# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
+SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
+                   "x-forwarded-host", "x-real-ip"}
+
+
 def token_for_figures(key: bytes) -> str:
     return hmac.digest(key, b"metrics", "sha256").hex()
 
 
-def has_token(request, settings):
+def has_token(request, keys):
     given = request.headers.get("authorization", "").encode()
-    right = [f"Bearer {token_for_figures(key)}".encode()
-             for key in load_keys(settings.key_file)]
+    right = [f"Bearer {token_for_figures(key)}".encode() for key in keys]
     return any([hmac.compare_digest(given, one) for one in right])
 
 
@@ -9314,6 +9346,7 @@ class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
         self.figures = Figures(settings.log)
+        keys_now(settings)                               # they may be lost later
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
@@ -9333,14 +9366,21 @@ class HasFigures(LoopEdge):
         return Response(200, self.text().encode(), Figures.TYPE)
 
     def may_see_figures(self, request, env):
-        """A proxy on this machine asks for others, whether it says so or not."""
-        forwarded = ("x-forwarded-for" in request.headers
-                     or in_networks(request.peer, self.settings.trust_proxy))
-        here = in_networks(request.peer, LOOPBACK) and not forwarded
-        if here or has_token(request, self.settings):
+        if self.is_from_here(request) or has_token(request, keys_now(self.settings)):
             return True
         cookie = {"cookie": request.headers.get("cookie", "")}
         return env.directory.ask("/_operator", "", cookie, request.scheme)
+
+    def is_from_here(self, request):
+        """True if it comes from this machine, and not from a proxy here, which asks for
+        others: most of them say so, and the rest pass on the name that others asked for."""
+        if request.headers.keys() & SAID_BY_PROXIES:
+            return False
+        if in_networks(request.peer, self.settings.trust_proxy):
+            return False
+        host = without_port(request.headers.get("host", ""))
+        asked_here = host == "localhost" or in_networks(host.strip("[]"), LOOPBACK)
+        return asked_here and in_networks(request.peer, LOOPBACK)
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -9747,7 +9787,7 @@ def check(settings, given):
     for fault in faults:
         print(fault)
     if not faults:
-        print(f"{len(names)} workspaces, all is well")
+        print(f"{settings.single or f'{len(names)} workspaces'}, all is well")
     return 1 if faults else 0
 
 
@@ -10493,7 +10533,7 @@ def single_root(settings):
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 34 Counts, 40 Copies, 42 Exports.
+# It needs: 29 Keys, 34 Counts, 40 Copies, 42 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -10531,15 +10571,6 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
         return 0
     genuine = [hmac.compare_digest(seal_of(parts, key, until), given) for key in keys]
     return until if any(genuine) else 0
-
-
-@functools.lru_cache(maxsize=4)
-def keys_of(path, mtime):
-    return load_keys(path)
-
-
-def keys_now(settings) -> Tuple[bytes, ...]:
-    return keys_of(settings.key_file, settings.key_file.stat().st_mtime_ns)
 
 
 # -- requests from one process to another

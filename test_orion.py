@@ -7864,6 +7864,28 @@ def test_whoever_comes_through_a_proxy_that_does_not_say_so_is_not_taken_for_thi
     assert Person(start(trust_proxy=("127.0.0.0/8",))).get("/metrics").status == 403
 
 
+@cases("said, status", [({"Host": "localhost:80"}, 200), ({"Host": "[::1]"}, 200), ({"Host": "127.0.0.2."}, 200), ({"Host": "todo.example.org"}, 403),
+                        ({"Host": "192.0.2.1"}, 403), ({"Host": "[::1"}, 400), ({"Host": socket.gethostname()}, 403), ({"Via": "1.1 proxy"}, 403),
+                        ({"Forwarded": "for=_hidden"}, 403), ({"X-Forwarded-Proto": "https"}, 403), ({"X-Forwarded-Host": "a"}, 403), ({"X-Real-IP": "203.0.113.9"}, 403)])
+def test_a_request_is_from_this_machine_if_no_proxy_can_have_brought_it(start, said, status):
+    assert Person(start(allow_host=("todo.example.org",))).get("/metrics", **said).status == status
+
+
+def test_whoever_says_localhost_from_elsewhere_is_not_taken_for_this_machine(server):
+    asks = lambda peer: server.edge.is_from_here(orion.Request("GET", "/metrics", headers={"host": "localhost"}, peer=peer))
+    assert [asks(peer) for peer in ("192.0.2.1", "::ffff:192.0.2.1", "", "127.0.0.1", "::ffff:127.0.0.1")] == [False, False, False, True, True]
+
+
+def test_the_figures_can_be_read_while_the_key_is_lost(start):
+    server = start()
+    token = orion.token_for_figures(orion.load_keys(server.env.settings.key_file)[0])
+    ask = lambda said: Person(server).get("/metrics", Authorization=said, X_Forwarded_For="203.0.113.9").status
+    server.env.settings.key_file.unlink()
+    assert (ask(f"Bearer {token}"), ask("Bearer x")) == (200, 403)
+    server.env.settings.key_file.write_text("no key")
+    assert (ask(f"Bearer {token}"), ask("Bearer x")) == (200, 403)
+
+
 def test_whoever_has_the_token_may_read_the_figures_from_anywhere(start, capsys):
     server = start(demo=False, trust_proxy=("127.0.0.0/8",))
     assert orion.main(argv=["metrics", "--data", str(server.env.settings.data)]) == 0
@@ -10114,7 +10136,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     root, copy = str(single.env.settings.single), str(tmp_path / "again" / "team.db")
     assert orion.main(argv=["backup", str(tmp_path / "bk"), "--single", root]) == 0
     assert orion.main(argv=["restore", str(tmp_path / "bk"), "--single", copy]) == 0
-    assert orion.main(argv=["check", "--single", copy]) == 0
+    assert orion.main(argv=["check", "--single", copy]) == 0 and capsys.readouterr().out.endswith(f"{copy}, all is well\n")
     with contextlib.closing(sqlite3.connect(copy)) as db:
         assert ("kept",) in db.execute("SELECT title FROM todos").fetchall()
     with open(copy, "r+b") as file:
