@@ -11898,6 +11898,8 @@ def check_uploads(settings: Settings) -> None:
                              or not sends):
             raise Unusable(f"{route!r:.200}: upload is a number of bytes above "
                            f"{BODY_LIMIT}, of a POST, PUT or PATCH")
+        if route.upload and settings.plain:
+            raise Unusable("this app takes files, and --plain does not; leave --plain out")
 
 
 CHECKS.append(check_uploads)

@@ -9627,7 +9627,6 @@ def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
         orion.compose(orion.Settings(data=tmp_path / "d"), (slice,))
 
 
-# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -10039,7 +10038,13 @@ def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
 
 
 # ==== 55. Roots =======================================================================================================
+=======
+def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
+    assert orion.main((album(),), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
+    assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
+
+# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists ==================================================
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
     for name, roles in wanted.items():
