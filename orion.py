@@ -2925,7 +2925,8 @@ BODY_LIMIT = 65_536                                      # bytes
 BEAT = b":\n\n"                                          # a comment; it changes nothing
 SILENCE_SECONDS = 25                                     # the longest, between two of them
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
-          "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+          "font-src 'self'; media-src 'self'; connect-src 'self'; form-action 'self'; "
+          "base-uri 'none'; frame-ancestors 'none'")
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff",
            "x-frame-options": "DENY", "referrer-policy": "same-origin",
            "cross-origin-opener-policy": "same-origin",
@@ -14559,10 +14560,11 @@ def plain_id(html) -> str:
 
 
 @contextlib.contextmanager
-def testing(*slices: Slice, options: Sequence[Option] = (), **own: Any):
+def testing(*slices: Slice, options: Sequence[Option] = (),
+            assets: Optional[pathlib.Path] = None, **own: Any):
     """Give an app with these slices, to test them: `with orion.testing(poll) as app:`.
 
-    options: as main() takes them. own: what is said of them, as smtp="localhost:25". Raises
+    options, assets: as main() takes them. own: what is said of them, as smtp="localhost:25". Raises
     BadSlice for slices that a server would refuse, LookupError for an option there is not.
     """
     global time
@@ -14573,7 +14575,7 @@ def testing(*slices: Slice, options: Sequence[Option] = (), **own: Any):
     memory = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         settings = Settings(data=pathlib.Path(folder), demo=False, slices=slices,
-                            options=options, own=Quiet(own))
+                            options=options, assets=assets, own=Quiet(own))
         with contextlib.closing(TestedApp(settings)) as app:
             yield app
 

@@ -13003,6 +13003,26 @@ def a_picture(size, width=1000):
     return PNG + piece(b"IHDR", head) + piece(b"IDAT", zlib.compress(rows, 0)) + piece(b"IEND", b"")
 
 
+def the_inventory(folder):
+    """The app as a module."""
+    app = types.ModuleType("app")
+    app.__file__ = str(write_inventory(folder))
+    exec(compile(INVENTORY, app.__file__, "exec"), vars(app))
+    return app
+
+
+def test_the_inventory_can_be_tested_without_sockets(tmp_path, folder):
+    app, picture = the_inventory(tmp_path / "assets"), a_picture(300_000)
+    with orion.testing(app.inventory, assets=app.ASSETS) as tested:
+        bob, erin = tested.viewer("bob", "member"), tested.viewer("erin", "viewer")
+        assert bob.submit("/things", name="Anvil", number="2", picture=("a.png", picture)).status == 303
+        path = re.search(r"/pictures/\d+", erin.region("/things"))[0]
+        assert erin.get(path).body == picture and erin.submit("/things", name="x", number="1", picture=("a.png", picture)).status == 403
+        refused = bob.submit("/things", name="Rope", number="1", picture=("a.png", b"<svg/>"))
+        assert refused.status == 422 and "Take a PNG" in refused.text and 'value="Rope"' in refused.text
+        assert bob.delete("/things/1").status < 300 and erin.get(path).status == 404 and "Nothing is here yet" in erin.region("/things")
+
+
 @pytest.fixture(params=list(CLIENTS))
 def warehouse(request, start, windows, monkeypatch, tmp_path, folder):
     """The inventory with this client, and bob and carol who look at it."""
@@ -13011,9 +13031,7 @@ def warehouse(request, start, windows, monkeypatch, tmp_path, folder):
     shutil.copy(CLIENTS[request.param], tmp_path / "templates" / "datastar.js")
     monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
     (tmp_path / "app").mkdir()
-    app = types.ModuleType("app")
-    app.__file__ = str(write_inventory(tmp_path / "app"))
-    exec(compile(INVENTORY, app.__file__, "exec"), vars(app))
+    app = the_inventory(tmp_path / "app")
     server = start((app.inventory,), assets=app.ASSETS, brand=app.BRAND)
     for account, window in zip(("bob", "carol"), windows):
         window.be(Person(server, account))
