@@ -9627,6 +9627,12 @@ def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
         orion.compose(orion.Settings(data=tmp_path / "d"), (slice,))
 
 
+def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
+    assert orion.main((album(),), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
+    assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
+
+
+# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -10038,13 +10044,7 @@ def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
 
 
 # ==== 55. Roots =======================================================================================================
-=======
-def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
-    assert orion.main((album(),), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
-    assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
-
-# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists ==================================================
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
     for name, roles in wanted.items():
@@ -12878,11 +12878,13 @@ def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
 
 INVENTORY = r'''
 """An inventory: things with a name, a number and a picture, which everybody sees change."""
+import csv
+import io
 import sys
 from pathlib import Path
 
 import orion
-from orion import Brand, Live, Refused, Region, Route, Slice, Template, done, template
+from orion import Brand, Live, Refused, Region, Route, Slice, Template, done, download, template
 
 LARGEST = 10 * 2 ** 20
 REGION = Template("""<section id="things"><ul role="list">{{thing}}{{none}}</ul></section>
@@ -12896,7 +12898,9 @@ REGION = Template("""<section id="things"><ul role="list">{{thing}}{{none}}</ul>
 <!-- none -->
 <li class="empty">Nothing is here yet.</li>""")
 PAGE = Template("""<h1>Inventory</h1>
-{{form}}{{region}}{{live}}
+{{form}}{{region}}
+<p><a href="./things.csv">As a table</a></p>
+{{live}}
 <!-- form -->
 <form class="new" method="post" action="./things" enctype="multipart/form-data"
  data-signals="{problem: '', name_problem: '', number_problem: '', picture_problem: '', added: 0}" data-effect="$added && el.reset()"
@@ -12951,6 +12955,12 @@ def remove(ctx, id):
     return done(ctx)
 
 
+def table(ctx):
+    text = io.StringIO()
+    csv.writer(text).writerows([("name", "number"), *ctx.store.query("SELECT name, number FROM things ORDER BY name")])
+    return download("Inventory.csv", text.getvalue(), "text/csv")
+
+
 def the_thing(ctx, id):
     row = ctx.store.one("SELECT * FROM things WHERE id = ?", id)
     if row is None:
@@ -12965,6 +12975,7 @@ inventory = Slice(
     routes=(Route("POST", "/things", "todos:write", add, upload=LARGEST),
             Route("POST", "/things/<int:id>/picture", "todos:write", replace, upload=LARGEST, form="/things"),
             Route("DELETE", "/things/<int:id>", "todos:write", remove),
+            Route("GET", "/things.csv", "todos:read", table),
             Route("GET", "/pictures/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id))),
     styles=("inventory.css",))
 BRAND = Brand("Inventory", "box.svg", ("#005f56", "#7ce0d3"))
@@ -13020,6 +13031,7 @@ def test_the_inventory_can_be_tested_without_sockets(tmp_path, folder):
         assert erin.get(path).body == picture and erin.submit("/things", name="x", number="1", picture=("a.png", picture)).status == 403
         refused = bob.submit("/things", name="Rope", number="1", picture=("a.png", b"<svg/>"))
         assert refused.status == 422 and "Take a PNG" in refused.text and 'value="Rope"' in refused.text
+        assert erin.get("/things.csv").text == "name,number\r\nAnvil,2\r\n"
         assert bob.delete("/things/1").status < 300 and erin.get(path).status == 404 and "Nothing is here yet" in erin.region("/things")
 
 
