@@ -13401,6 +13401,7 @@ def serve(settings):
     say_where(server)
     notify("READY=1")
     server.serve_forever()
+    signal.set_wakeup_fd(-1)                             # what it wakes is closed now
     server.server_close()
 
 
