@@ -97,6 +97,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple,
                     Union)
 
+__all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "Region",
+           "Response", "Route", "Slice", "Template", "as_json", "count_todos", "done",
+           "patch_elements", "read_signals", "template", "todos"]    # for apps; [3] has more
+
 
 # #### Part One: the architecture ########################################################
 #
@@ -6674,6 +6678,7 @@ def create_workspace_with_file(request, env):
 #     @addition                     a class whose methods come before those of its base
 #     DIRECTORY_SLICES.append(...)  a slice of the Directory: pages outside of workspaces
 #     @verb("backup", ...)          a command of the command line
+#     @public                       a name that apps use
 #     @root_for(condition)          a composition root for some settings
 #
 # settings is a Settings, and given what a command was given. A file, folder or path is a
@@ -6797,6 +6802,12 @@ class Verb(NamedTuple):
     run: Callable[..., Optional[int]]
     help: str
     arguments: Sequence[str]
+
+
+def public(thing: Any) -> Any:
+    """Mark a function or a class as one that apps use."""
+    __all__.append(thing.__name__)
+    return thing
 
 
 def verb(words: str, help: str, *arguments: str):
@@ -7738,6 +7749,7 @@ class Recurring(NamedTuple):
         return datetime.datetime.combine(day, at, zone).timestamp()
 
 
+@public
 def daily(job: Callable[..., Any], at: str, zone: str = "") -> Recurring:
     """For Slice.jobs: have job(ctx) run each day at that time, as 07:30, in each workspace.
 
@@ -7746,6 +7758,7 @@ def daily(job: Callable[..., Any], at: str, zone: str = "") -> Recurring:
     return Recurring(job, at, zone)
 
 
+@public
 def every(job: Callable[..., Any], **interval: float) -> Recurring:
     """For Slice.jobs: every(sweep, minutes=10). Also seconds, hours, days, weeks.
 
@@ -8601,6 +8614,7 @@ class NoticesSilence(EdgeWorkspace):
 # ==== 37. More events =====================================================================
 # The idea: what Datastar understands besides patched elements.
 
+@public
 def patch_signals(signals: Any, *, only_if_missing: bool = False,
                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
     """Return an event that merges signals into the page's (RFC 7386: null deletes one).
@@ -8613,11 +8627,13 @@ def patch_signals(signals: Any, *, only_if_missing: bool = False,
     return event("signals", signals, options, event_id, retry)
 
 
+@public
 def remove_elements(selector: str, *, event_id: Optional[str] = None,
                     retry: Optional[int] = None) -> bytes:
     return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
 
 
+@public
 def execute_script(script: str, *, auto_remove: bool = True,
                    attributes: Optional[Dict[str, str]] = None,
                    event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
@@ -11282,6 +11298,7 @@ ASSET_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; chars
                ".gif": "image/gif", ".webp": "image/webp", ".avif": "image/avif",
                ".ico": "image/x-icon", ".woff2": "font/woff2", ".mp3": "audio/mpeg",
                ".mp4": "video/mp4", ".webm": "video/webm"}
+__all__.append("ASSET_TYPES")
 MOST_OF_ASSETS = 64 * 2 ** 20                            # bytes of all; they are in memory
 FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
 ASK_EACH_TIME = (("cache-control", "no-cache"),)
@@ -11301,6 +11318,7 @@ class Asset(NamedTuple):
 APP_ASSETS: Dict[str, Asset] = {}                        # by name, as "icons/up.svg"
 
 
+@public
 def asset(name: str) -> str:
     """Return the address of a file in the folder of assets.
 
@@ -11387,6 +11405,7 @@ class ServesAssets(LoopEdge):
 #   starts.
 # It needs: 46 Assets.
 
+@public
 class Brand(NamedTuple):
     """What all pages say of the product: main(slices, brand=Brand(name="Poll")).
 
@@ -13305,6 +13324,7 @@ FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError,
             OverflowError)
 
 
+@public
 def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
          assets: Optional[pathlib.Path] = None, brand: Any = None,
          options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
@@ -13483,6 +13503,7 @@ def a_decimal(text):
 KINDS = {str: str, int: a_whole_number, float: a_decimal, bool: bool}
 
 
+@public
 class Option(NamedTuple):
     """A setting of an app: Option("--smtp", "host:port of the mail server").
 
@@ -14560,6 +14581,7 @@ def plain_id(html) -> str:
     return id_of(html).partition("=")[2].strip(" \"'>")
 
 
+@public
 @contextlib.contextmanager
 def testing(*slices: Slice, options: Sequence[Option] = (),
             assets: Optional[pathlib.Path] = None, **own: Any):
