@@ -12142,6 +12142,7 @@ class SendsFiles(Connection):
 #   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
 # Who uses it: slices.
 
+@public
 def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Response:
     """Return a page without a stream, in the same layout as live ones.
 
@@ -12155,6 +12156,7 @@ def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Respo
                 head=ctx.host.head(ctx))
 
 
+@public
 def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "") -> Response:
     """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
 
@@ -12284,6 +12286,7 @@ HARMLESS_KINDS = ("image/", "audio/", "video/", "font/", "application/vnd.")
 SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
 
 
+@public
 def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
     """Return a file that the browser saves under this name.
 
@@ -14138,6 +14141,12 @@ def statement_in(frame):
     return f"SQL of slice {tables.slice!r}: {sql}\nvalues: {frame.f_locals['args']!r:.2000}"
 
 
+def is_from_here(request) -> bool:
+    """False for what came through a tunnel or a proxy, which nobody told us of."""
+    through = ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via")
+    return in_networks(request.peer, LOOPBACK) and not {*through} & {*request.headers}
+
+
 HIDDEN = "(hidden)"
 SECRET_HEADERS = ("cookie", "authorization", "x-session")
 SECRET_FIELDS = ("pass", "secret", "token", "key", "new")
@@ -14184,6 +14193,8 @@ class DevEdge(LoopEdge):
     def state(self, request, env):
         """A door."""
         only_read(request)
+        if not is_from_here(request):
+            raise Refused(*NOTHING_HERE)
         return state_of(FAULTS.started, FAULTS.count, FAULTS.text)
 
     def count(self, asked, response):
@@ -14197,7 +14208,7 @@ class DevEdge(LoopEdge):
 
     def refusal(self, request, error):
         answer = with_script(super().refusal(request, error))
-        if isinstance(error, Refused) or answer.status != 500:
+        if answer.status != 500 or isinstance(error, Refused) or not is_from_here(request):
             return answer
         return fault_page(request, explained(f"{request.method} {request.path}", error))
 

@@ -23,6 +23,7 @@ import hashlib
 import html
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -11594,6 +11595,14 @@ def test_an_error_in_a_template_is_shown_with_its_file_and_line(as_child, tmp_pa
     assert "n.html, line 2: {{nmae}}: nothing fills the hole 'nmae': give nmae=...; given: name" in said
 
 
+@cases("header", ["X_Forwarded_For", "X_Forwarded_Host", "Forwarded", "Via", "X_Real_Ip"])
+def test_who_comes_through_a_tunnel_is_shown_nothing_of_dev(as_child, header):
+    bob = Person(as_child(looks(("GET", "/n/raw", lambda ctx: 1 / 0))), "bob")
+    assert "ZeroDivisionError" in bob.get("/w/acme/n/raw").text and bob.get("/_dev").status == 200
+    through = bob.get("/w/acme/n/raw", **{header: "10.1.1.1"})
+    assert through.status == 500 and "ZeroDivisionError" not in through.text and bob.get("/_dev", **{header: "10.1.1.1"}).status == 404
+
+
 def test_no_error_shows_a_cookie_or_a_password(as_child, capfd):
     def run(ctx):
         raise ValueError(ctx.field("password") + ctx.field("name"))
@@ -14400,6 +14409,42 @@ def test_the_test_in_the_readme_passes(tmp_path, monkeypatch):
     test, = [value for name, value in names.items() if name.startswith("test_")]
     test()
     monkeypatch.delitem(sys.modules, "app")
+
+
+class Shown:
+    """A default as the README shows it."""
+
+    def __init__(self, value):
+        self.text = "(todos,)" if value == (orion.todos,) else getattr(value, "__name__", repr(value))
+
+    def __repr__(self):
+        return self.text
+
+
+def signature_of(owner, name):
+    """How the README shows it: name(arguments), or only the name of what is no function."""
+    one = inspect.getattr_static(owner, name)
+    if not callable(one) or one is orion.Html:
+        return name if one is not orion.Html else "Html(text)"
+    signature = inspect.signature(one, follow_wrapped=True)
+    arguments = [argument.replace(annotation=argument.empty, default=argument.empty if argument.default is argument.empty else Shown(argument.default))
+                 for argument in signature.parameters.values() if argument.name != "self"]
+    return name + str(signature.replace(parameters=arguments, return_annotation=signature.empty))
+
+
+def test_the_readme_shows_each_name_that_apps_use_with_its_signature():
+    block = README.partition("what `orion.__all__` has")[2].partition("```python\n")[2].partition("```")[0]
+    told = [one for line in block.split("\n") for one in re.split(" {2,}", re.sub("(^| +)# .*", "", line)) if one]
+    owners = {"ctx": orion.whole(orion.Context), "ctx.store": orion.Tables, "ctx.files": orion.Files, "": orion}
+    right = {prefix: [] for prefix in owners}
+    for one in told:
+        path, _, name = one.partition("(")[0].rpartition(".")
+        right[path].append(name)
+        assert one[len(path) + 1 if path else 0:] == signature_of(owners[path], name)
+    internal = {"host", "store", "files", "end", "for_page", "for_region", "check_may_enqueue"}
+    of_ctx = {name for name in dir(owners["ctx"]) if not name.startswith("_")}
+    assert sorted(right[""]) == sorted(orion.__all__) and {*right["ctx"]} == of_ctx - internal
+    assert all([hasattr(orion, name) for name in orion.__all__]) and len(told) == len({*told})
 
 
 def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
