@@ -14398,15 +14398,16 @@ def form_in_parts(fields) -> Tuple[bytes, str]:
 class Visitor:
     """Somebody in a workspace of a test.
 
-    Paths are those of the slices, as /polls/1. A refusal is a Reply; whatever else a slice
-    raises is raised.
+    Paths are those of the slices, as /polls/1, or what a reply has as its location. A
+    refusal is a Reply; whatever else a slice raises is raised.
     """
 
     def __init__(self, app: TestedApp, account: str, workspace: str, cookie: str = ""):
         self.app = app
         self.account = account
         self.workspace = workspace
-        self.cookie = cookie
+        self.cookies = {}
+        self.keep_cookie(cookie)
 
     def get(self, path: str) -> Reply:
         return self.fetch("GET", path)
@@ -14463,17 +14464,31 @@ class Visitor:
 
     def request(self, method, path, body=b"", headers={}):
         path, _, query = path.partition("?")
-        said = {"host": "localhost", "origin": "http://localhost", "accept": "text/html",
-                "cookie": self.cookie, **headers}
-        return Request(method, f"/w/{self.workspace}{path}", query, said, body)
+        inside = f"/w/{self.workspace}"
+        if not path.startswith(f"{inside}/"):
+            path = inside + path
+        cookies = "; ".join([f"{name}={value}" for name, value in self.cookies.items()])
+        said = {"host": "localhost", "origin": "http://localhost", "cookie": cookies}
+        return Request(method, path, query, {**said, **headers}, body)
 
     def ask(self, request) -> Union[Response, Reply]:
         self.app.check_closed()
+        env = self.app.env
         try:
             with self.app.clock:
-                return sendable(worker(request, self.app.env))
+                answer = sendable(env.front(request, env))
         except Refused as no:
             return replied_no(no)
+        for name, value in answer.headers:
+            if name == "set-cookie":
+                self.keep_cookie(value)
+        return answer
+
+    def keep_cookie(self, field):
+        name, _, value = field.partition(";")[0].partition("=")
+        self.cookies.pop(name, None)
+        if value:
+            self.cookies[name] = value
 
 
 class TestedApp(App):
@@ -14486,6 +14501,8 @@ class TestedApp(App):
         super().__init__(settings, "test")
         self.clock = Clock()
         self.env = compose(settings, settings.slices)
+        for change in PLAIN:                             # as for any edge but the loop's
+            change(self.env)
         self.settings = self.env.settings
         self.alarms = CalledAlarms(self.env)
 

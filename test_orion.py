@@ -11718,6 +11718,19 @@ def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
         bob.region("/polls", "vots")
 
 
+def test_ways_flashes_and_public_routes_are_followed_in_a_test():
+    def rename(ctx, id):
+        return orion.go(ctx, card, id, flash="Renamed & saved.")
+    card = orion.Live("/cards/<int:id>", "todos:read", "Card", (orion.Region("card/<id>", lambda ctx, id: orion.Template("<p id=card>{{id}}</p>")(id=id)),))
+    hook = orion.Route("POST", "/hooks/<secret>", orion.PUBLIC, lambda ctx, secret: orion.as_json({"who": ctx.viewer.account, "got": ctx.field("n")}))
+    with orion.testing(orion.Slice("cards", live=(card,), routes=(orion.Route("POST", "/cards/<int:id>", "todos:write", rename), hook))) as app:
+        bob = app.viewer("bob")
+        reply = bob.submit("/cards/3", title="x")
+        assert (reply.status, reply.location) == (303, "/w/acme/cards/3")
+        assert "Renamed &amp; saved." in bob.page(reply.location) and "Renamed" not in bob.page(reply.location)
+        assert app.anybody().post("/hooks/x", n=1).signals == {"who": "", "got": "1"} and app.anybody().post("/cards/3").status == 401
+
+
 def test_what_a_slice_raises_a_test_sees(app):
     with pytest.raises(ZeroDivisionError):
         app.viewer("bob").get("/polls/boom")
