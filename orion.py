@@ -9337,11 +9337,6 @@ class CountsVerdicts(EdgeDirectory):
         return response
 
 
-# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
-SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
-                   "x-forwarded-host", "x-real-ip"}
-
-
 def token_for_figures(key: bytes) -> str:
     return hmac.digest(key, b"metrics", "sha256").hex()
 
@@ -9387,17 +9382,6 @@ class HasFigures(LoopEdge):
             return True
         cookie = {"cookie": request.headers.get("cookie", "")}
         return env.directory.ask("/_operator", "", cookie, request.scheme)
-
-    def is_from_here(self, request):
-        """True if it comes from this machine, and not from a proxy here, which asks for
-        others: most of them say so, and the rest pass on the name that others asked for."""
-        if request.headers.keys() & SAID_BY_PROXIES:
-            return False
-        if in_networks(request.peer, self.settings.trust_proxy):
-            return False
-        host = without_port(request.headers.get("host", ""))
-        asked_here = host == "localhost" or in_networks(host.strip("[]"), LOOPBACK)
-        return asked_here and in_networks(request.peer, LOOPBACK)
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -12763,6 +12747,11 @@ class FullEnv(Env):
     regate: Any = ask_the_gate
 
 
+# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
+SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
+                   "x-forwarded-host", "x-real-ip"}
+
+
 @addition
 class Server(LoopEdge):
     def __init__(self, *args):
@@ -12787,6 +12776,17 @@ class Server(LoopEdge):
         if request.spool:
             return self.env.front(request, self.regating)
         return super().decide(request)
+
+    def is_from_here(self, request):
+        """True if it comes from this machine, and not from a proxy here, which asks for
+        others: most of them say so, and the rest pass on the name that others asked for."""
+        if request.headers.keys() & SAID_BY_PROXIES:
+            return False
+        if in_networks(request.peer, self.settings.trust_proxy):
+            return False
+        host = without_port(request.headers.get("host", ""))
+        asked_here = host == "localhost" or in_networks(host.strip("[]"), LOOPBACK)
+        return asked_here and in_networks(request.peer, LOOPBACK)
 
     def most_streams(self):
         if self.settings.demo and not self.settings.streams:
@@ -14141,12 +14141,6 @@ def statement_in(frame):
     return f"SQL of slice {tables.slice!r}: {sql}\nvalues: {frame.f_locals['args']!r:.2000}"
 
 
-def is_from_here(request) -> bool:
-    """False for what came through a tunnel or a proxy, which nobody told us of."""
-    through = ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via")
-    return in_networks(request.peer, LOOPBACK) and not {*through} & {*request.headers}
-
-
 HIDDEN = "(hidden)"
 SECRET_HEADERS = ("cookie", "authorization", "x-session")
 SECRET_FIELDS = ("pass", "secret", "token", "key", "new")
@@ -14193,7 +14187,7 @@ class DevEdge(LoopEdge):
     def state(self, request, env):
         """A door."""
         only_read(request)
-        if not is_from_here(request):
+        if not self.is_from_here(request):
             raise Refused(*NOTHING_HERE)
         return state_of(FAULTS.started, FAULTS.count, FAULTS.text)
 
@@ -14208,7 +14202,8 @@ class DevEdge(LoopEdge):
 
     def refusal(self, request, error):
         answer = with_script(super().refusal(request, error))
-        if answer.status != 500 or isinstance(error, Refused) or not is_from_here(request):
+        shown = not isinstance(error, Refused) and self.is_from_here(request)
+        if answer.status != 500 or not shown:
             return answer
         return fault_page(request, explained(f"{request.method} {request.path}", error))
 
