@@ -12349,13 +12349,15 @@ def public_path(router: Router, request: Request) -> str:
     return ""
 
 
-def unnamed(request: Request, env: Env) -> Request:
+def unnamed(request: Request, env: Env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
-    secret."""
-    if not env.public(request):
-        return request
-    start = request.path.split("/")[:3]
-    return request._replace(path="/".join(start) + env.public(request))
+    secret. If it was refused, that is so whatever its method."""
+    for method in (request.method, *(METHODS if status >= 400 else ())):
+        path = env.public(request._replace(method=method))
+        if path:
+            start = request.path.split("/")[:3]
+            return request._replace(path="/".join(start) + path)
+    return request
 
 
 def as_nobody(request: Request, env: Env) -> Request:
@@ -12400,9 +12402,16 @@ class LetsAnybodyIn(Directory):
 
 @addition
 class OpensToAnybody(LoopEdge):
+    secretive = False                                    # a public path has <parts>
+
     def use(self, env):
-        router = workspace_router(env.settings)
-        super().use(dataclasses.replace(env, public=functools.partial(public_path, router)))
+        routes = [route for slice in env.settings.slices for route in slice.routes]
+        paths = [route.path for route in routes if route.grant == PUBLIC]
+        if paths:                                        # else it costs nothing
+            self.secretive = "<" in "".join(paths)
+            public = functools.partial(public_path, workspace_router(env.settings))
+            env = dataclasses.replace(env, public=public)
+        super().use(env)
 
     def request(self, reading, peer):
         return as_nobody(super().request(reading, peer), self.env)
@@ -12418,12 +12427,14 @@ class OpensToAnybody(LoopEdge):
 
 
     def count(self, asked, response):
-        request = unnamed(asked.request, self.env)
-        super().count(dataclasses.replace(asked, request=request), response)
+        if self.secretive:
+            request = unnamed(asked.request, self.env, response.status)
+            asked = dataclasses.replace(asked, request=request)
+        super().count(asked, response)
 
     def refusal(self, request, error):
         if not isinstance(error, Refused):               # it goes to the log
-            request = unnamed(request, self.env)
+            request = unnamed(request, self.env, 500)
         return super().refusal(request, error)
 
 

@@ -9957,6 +9957,7 @@ def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
 def test_a_secret_in_a_public_path_is_not_written_into_the_log(start, capfd):
     server = start((orion.todos, stockroom()), log="common")
     assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+    assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
     server.close()
     said = "".join(capfd.readouterr())
     assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
@@ -9992,6 +9993,21 @@ def test_a_public_page_can_have_no_stream(start):
     live = orion.Live("/shown", orion.PUBLIC, "Shown", (orion.Region("shown", lambda ctx: None),))
     with pytest.raises(orion.BadSlice, match="make a Route of it"):
         start((orion.Slice("shown", (), (live,)),))
+
+
+@needs_nginx
+def test_what_is_public_is_so_through_nginx_and_a_node_too(tmp_path):
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        apart.nodes[0].address = f"127.0.0.1:{apart.nodes[0].port}"
+        with contextlib.closing(Front(apart, tmp_path)) as front:
+            nobody, bob = Person(front), front.sign_in("bob")
+            assert nobody.get("/w/acme/shown").status == 200 and ">bob</a>" in bob.get("/w/acme/shown").text
+            assert nobody.get("/w/acme/things").status == nobody.get("/w/nowhere/shown").status == 401
+            assert nobody.post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+            for origin, keeper in (("http://evil.example", "public"), (front.origin, "bob")):
+                given = {"Origin": origin, "Content_Type": "application/json"}
+                assert bob.ask("POST", "/w/acme/hooks/tell-nobody", '{"name": "Box"}', **given).status == 204
+                assert keepers(bob)[-1] == keeper
 
 
 # -- who is a member
@@ -13415,6 +13431,57 @@ def test_two_people_see_a_reminder_go_out_by_mail(windows, post_office, tmp_path
         assert bob.errors() == carol.errors() == []
         server.end()
         assert server.err == ""
+
+
+@pytest.fixture(params=list(CLIENTS))
+def storeroom(request, start, monkeypatch, tmp_path):
+    """A demo server with the inventory, and this client at /datastar.js."""
+    official_or_skip(request.param)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    shutil.copy(CLIENTS[request.param], tmp_path / "templates" / "datastar.js")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    return start((orion.todos, stockroom()))
+
+
+def test_a_command_leads_its_sender_to_a_page_with_a_message_and_shows_all_others_what_is_new(storeroom, windows):
+    bob, carol = windows
+    for window, account in zip(windows, ("bob", "carol")):
+        window.be(Person(storeroom, account))
+        window.open(storeroom.origin + "/w/acme/things")
+        window.wait("document.querySelector('.link').textContent === 'Live'")
+        window.errors()
+    bob.type("#name", "<b>Rope</b>")
+    bob.js("document.querySelector('#keeper').value = 'carol'")
+    bob.click("form.new button")
+    bob.wait("location.pathname === '/w/acme/things/1' && document.querySelector('#toast p')?.textContent === '<b>Rope</b> is in the inventory.'")
+    assert bob.js("return document.querySelector('h1').textContent") == "<b>Rope</b>" and not bob.js("return document.querySelector('.flash')")
+    carol.wait("document.querySelector('#things li')?.textContent === '<b>Rope</b> carol member'")
+    bob.call("/refresh")
+    bob.wait("document.querySelector('h1').textContent === '<b>Rope</b>'")
+    assert bob.js("return document.querySelector('#toast p').textContent") == ""
+    assert Person(storeroom, "bob").patch("/w/acme/members/carol", role="admin").status == 204
+    carol.wait("document.querySelector('#things li')?.textContent === '<b>Rope</b> carol admin'")
+    assert bob.errors() == carol.errors() == []
+
+
+def test_without_scripts_a_command_leads_to_a_page_with_a_message_too(storeroom, windows):
+    bob = windows[0]
+    try:
+        bob.javascript(False)
+        bob.be(Person(storeroom, "bob"))
+        bob.open(storeroom.origin + "/w/acme/things")
+        bob.type("#name", "Rope")
+        bob.press("Enter")
+        eventually(lambda: bob.call("/elements", using="css selector", value=".flash"))
+        assert bob.call("/title", "GET").startswith("Rope")
+    finally:
+        bob.javascript(True)
+
+
+def test_a_public_page_is_shown_to_somebody_who_never_signed_in(storeroom, windows):
+    windows[0].open(storeroom.origin + "/w/acme/shown")
+    windows[0].wait("document.querySelector('h1')?.textContent === 'What acme has'")
+    assert not windows[0].js("return document.querySelector('nav')") and not windows[0].errors()
 
 
 # ==== The client ======================================================================================================
