@@ -9948,6 +9948,12 @@ def test_a_public_command_from_elsewhere_is_nobodys_whatever_cookie_came_along(s
     assert keepers(bob)[-1] == keeper
 
 
+@cases("grant", [orion.ACCOUNT, orion.MEMBER, "todos:read"])
+def test_nobody_has_a_grant(grant):
+    nobody = orion.Viewer("public", (), "acme", "id")
+    assert not nobody.may(grant) and nobody.may(orion.PUBLIC)
+
+
 def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
     bob = stock.person("bob")
     before = keepers(bob)
