@@ -5937,6 +5937,7 @@ class Connection(Held):
         self.whose = source_of(peer)
         self.buffer = bytearray()
         self.reader = read_requests(self.buffer, self.spool_for)
+        self.new = True                                  # nothing has come on it [3]
         self.ended = False                               # the other side sends no more
         self.keep = True                                 # it goes on after this answer
         self.spare = self.LINGER_BYTES                   # bytes that are read over
@@ -5955,6 +5956,7 @@ class Connection(Held):
         return into_memory(reading)
 
     def read(self, data):
+        self.new = False
         self.ended = not data
         if self.state == self.LEAVING:
             return self.read_over(data)
@@ -13971,22 +13973,22 @@ class Parent:
         some = map(str, itertools.islice(assets, MOST_FILES))
         return stamps([*self.modules, *beside(self.modules), *some])
 
-    def stop(self, number, _):
-        """What a terminal sends, the child hears, too."""
+    def stop(self, *_):
+        """The child may have heard it, too, from a terminal; then SIGHUP does no harm."""
         self.stopping = True
-        if number == signal.SIGTERM and self.child:
-            self.child.terminate()
+        if self.child:
+            self.child.send_signal(signal.SIGHUP)
 
     def run_child(self):
         """Return its exit status; None if it was ended, for a file has changed."""
-        with self.start() as self.child:
-            reader = threading.Thread(target=self.read, args=(self.child.stderr,))
-            reader.start()
-            while self.child.poll() is None and not self.changed():
-                pass
-            status = self.child.poll()
-            self.end()
-            reader.join()
+        self.child = self.start()
+        reader = threading.Thread(target=self.read, args=(self.child.stderr,), daemon=True)
+        reader.start()
+        while self.child.poll() is None and not self.changed():
+            pass
+        status = self.child.poll()
+        self.end()
+        reader.join(1.0)                                 # a child of it may hold the pipe
         return status
 
     def start(self):
@@ -13998,14 +14000,15 @@ class Parent:
 
     def read(self, pipe):
         """In a thread: show what the child says. A line with a NUL is for us."""
-        self.said = collections.deque(maxlen=100)
-        for line in pipe:
-            if line.startswith("\0"):
-                self.modules = json.loads(line[1:])
-                self.seen = {**self.look(), **self.seen}
-            else:
-                self.said.append(line)
-                print(line, end="", file=sys.stderr, flush=True)
+        said = self.said = collections.deque(maxlen=100)
+        with pipe:
+            for line in pipe:
+                if line.startswith("\0"):
+                    self.modules = json.loads(line[1:])
+                    self.seen = {**self.look(), **self.seen}
+                else:
+                    said.append(line)
+                    print(line, end="", file=sys.stderr, flush=True)
 
     def end(self):
         """Let the child answer what it has begun."""
@@ -14015,6 +14018,7 @@ class Parent:
             self.child.wait(self.END_SECONDS)
         except self.subprocess.TimeoutExpired:
             self.child.kill()
+            self.child.wait()
 
     def changed(self) -> bool:
         """Look whether a file has changed, or whether this is to stop."""
@@ -14063,6 +14067,8 @@ class Notice(ThreadingHTTPServer):
     def answer(self, request):
         if request.path in ASSETS:
             return own_asset(request, None)
+        if request.headers.keys() & SAID_BY_PROXIES:
+            raise Refused(503, "The app does not start; its terminal says why.")
         if request.path == STATE:
             return state_of(self.started, 1, self.text)
         return fault_page(request, self.text)
@@ -14111,6 +14117,7 @@ class Faults:
         self.started = time.time_ns()
         self.count = 0
         self.text = ""
+        self.secrets: Sequence[str] = ()                 # of the app's options
 
     def note(self, where, error):
         """It takes the place of log_traceback: several lines, as people read them.
@@ -14163,11 +14170,12 @@ SECRET_FIELDS = ("pass", "secret", "token", "key", "new")
 
 def without_secrets(text, frames):
     """Take out what the requests in these frames have of cookies and passwords."""
-    for frame in frames:
-        for value in [*frame.f_locals.values()]:
-            if type(value) is Request:
-                for secret in secrets_in(value):
-                    text = text.replace(secret, HIDDEN)
+    values = [value for frame in frames for value in [*frame.f_locals.values()]]
+    requests = [value for value in values if type(value) is Request]
+    found = [secret for request in requests for secret in secrets_in(request)]
+    for secret in (*found, *FAULTS.secrets):
+        if len(secret) > 3:                              # else it is in any text
+            text = text.replace(secret, HIDDEN)
     return text
 
 
@@ -14177,7 +14185,7 @@ def secrets_in(request):
     with contextlib.suppress(Refused):
         found += [value for name, value in request.pairs() if isinstance(value, str)
                   and any([word in name.lower() for word in SECRET_FIELDS])]
-    return [secret for secret in found if len(secret) > 3]
+    return found
 
 
 # -- the child
@@ -14185,19 +14193,32 @@ def secrets_in(request):
 class DevEdge(LoopEdge):
     handle = -1                                          # of the parent's socket
     modules = 0                                          # how many the parent knows
+    EXPECTED_SECONDS = 1.0                               # until a new connection is used
 
     def __init__(self, env, settings):
         super().__init__(env, settings)
         self.add_doors({STATE: self.state})
+        self.parent = os.getppid()
+        FAULTS.secrets = [settings.setting(option.name) for option in settings.options
+                          if option.secret]
 
     def listening(self):
         return socket.socket(fileno=self.handle)
 
     def tick(self, now):
         super().tick(now)
+        if os.getppid() != self.parent:
+            return self.stop()
         if self.modules != len(sys.modules):
             self.modules = len(sys.modules)
             print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
+
+    def drained(self):
+        """Who has connected just now has a request on the way. It is answered, too."""
+        least = time.monotonic() + Connection.IDLE_SECONDS - self.EXPECTED_SECONDS
+        new = [held for held in self.held if isinstance(held, Connection)
+               and held.new and held.deadline > least]
+        return not (new and self.socket.fileno() < 0) and super().drained()
 
     def state(self, request, env):
         """A door."""

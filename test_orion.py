@@ -11597,11 +11597,22 @@ def as_child(start, monkeypatch):
     monkeypatch.setattr(orion, "FAULTS", orion.Faults())
     orion.whole.cache_clear()
 
-    def serve(*slices):
+    def serve(*slices, **settings):
         orion.become_child(orion.listening("127.0.0.1", 0).detach())
-        return start((orion.todos, *slices))
+        return start((orion.todos, *slices), **settings)
     yield serve
     orion.whole.cache_clear()
+
+
+def test_who_has_connected_just_before_a_restart_is_answered(as_child, monkeypatch):
+    monkeypatch.setattr(orion.DevEdge, "EXPECTED_SECONDS", PATIENCE)
+    server = as_child()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        eventually(lambda: server.edge.held)
+        server.edge.stop()
+        eventually(lambda: server.edge.socket.fileno() < 0)
+        link.sendall(b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert statuses(link.recv(65536)) == [200]
 
 
 def test_an_error_is_shown_with_the_sql_its_values_and_the_line_and_the_log_has_several(as_child, capfd):
@@ -11633,16 +11644,16 @@ def test_who_comes_through_a_tunnel_is_shown_nothing_of_dev(as_child, header):
 
 def test_no_error_shows_a_cookie_or_a_password(as_child, capfd):
     def run(ctx):
-        raise ValueError(ctx.field("password") + ctx.field("name"))
+        raise ValueError(ctx.field("password") + ctx.field("name") + ctx.setting("smtp_password"))
 
     def door(request, env):
         raise LookupError(request.headers["cookie"])
-    server = as_child(looks(("POST", "/n", run)))
+    server = as_child(looks(("POST", "/n", run)), options=(orion.Option("--smtp-password", "", secret=True),), own=orion.Quiet(smtp_password="mellon"))
     server.edge.add_doors({"/door": door})
     bob = Person(server, "bob")
     said = bob.post("/w/acme/n", form={"password": "sesame", "name": "shown"}).text + bob.get("/door").text + capfd.readouterr().err
-    assert said.count("ValueError: (hidden)shown") > 1 and said.count("LookupError: (hidden)") > 1
-    assert "sesame" not in said and bob.cookie.partition("=")[2] not in said
+    assert said.count("ValueError: (hidden)shown(hidden)") > 1 and said.count("LookupError: (hidden)") > 1
+    assert "sesame" not in said and "mellon" not in said and bob.cookie.partition("=")[2] not in said
 
 
 def number_of_looks(ctx):
