@@ -13510,6 +13510,49 @@ def test_a_public_page_is_shown_to_somebody_who_never_signed_in(storeroom, windo
     assert not windows[0].js("return document.querySelector('nav')") and not windows[0].errors()
 
 
+@cases("edge, client", [("two planes", "ours"), ("two planes", "official"), ("plain", "ours")])
+def test_two_people_share_a_board_and_its_cards(windows, tmp_path, monkeypatch, edge, client):
+    official_or_skip(client)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    shutil.copy(CLIENTS[client], tmp_path / "templates" / "datastar.js")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    monkeypatch.setattr(orion, "NOT_CURRENT", orion.NOT_CURRENT.replace(b"5000", b"200"))
+    bob, carol = windows
+    with contextlib.closing(EDGES[edge](tmp_path / "data", (orion.todos, the_kanban()))) as server:
+        state = lambda text: f"document.querySelector('.link').textContent === '{text}'"
+        for window, account in ((bob, "bob"), (carol, "carol")):
+            window.be(Person(server, account))
+            window.open(server.origin + "/w/acme/board")
+            window.wait(state("Live"))
+        bob.type("#title", "Anvil <1>")
+        bob.press("Enter")                               # both regions, by one stream
+        carol.wait("document.querySelector('#board a')?.textContent === 'Anvil <1>' && document.querySelector('#moves li')?.textContent.startsWith('bob added')")
+
+        for window in windows:                           # the page of a card, with its title, and with what is one's own
+            window.click("#board a")
+            window.wait("document.title.startsWith('Anvil <1> ·') && " + state("Live"))
+        carol.click("#my-vote button")
+        carol.wait("document.querySelector('#my-vote').textContent.includes('carol, you voted') && document.querySelector('#card').textContent.includes('1 votes')")
+        bob.wait("document.querySelector('#card').textContent.includes('1 votes') && document.querySelector('#my-vote button')")
+
+        change_row(server, "UPDATE cards SET place = 7")  # there are three columns, so the region raises
+        bob.click("#my-vote button")
+        for window in windows:
+            window.wait(state("Not up to date, retrying"))
+        change_row(server, "UPDATE cards SET place = 1")
+        if edge != "plain":
+            server.edge.broker.try_again()               # as every five seconds
+        for window in windows:
+            window.wait("document.querySelector('#card').textContent.includes('Doing, 2 votes') && " + state("Live"))
+
+        bob.click("#delete")
+        for window in windows:
+            window.wait("document.querySelector('#live').textContent.includes('This card is gone.') && " + state("Ended"))
+        eventually(lambda: server.edge.broker.channels == {} if edge != "plain" else the_workspace(server).bus.waiting == 0)
+        carol.click("#live a")
+        carol.wait("location.pathname === '/w/acme/todos' && " + state("Live"))
+
+
 # ==== The client ======================================================================================================
 # templates/datastar.js and the official bundle, on the same pages with the same results. MORPH and WIRE are what the official
 # 1.0.4 did, measured case by case: the page before, what a user did, the patch, and what came of it.
