@@ -1652,7 +1652,7 @@ NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
     context = Context                                    # [3] adds to it
-    MOST_RENDERINGS = 100                                # then the oldest goes
+    MOST_RENDERINGS = 100                                # then the least used goes
 
     def __init__(self, id: str, namespace: Namespace, router: Router,
                  pages: Sequence[Live]):
@@ -1741,21 +1741,21 @@ class SliceHost(DurableObject):
 
     def renderings_of(self, live: Live, ctx: Context, args) -> List[Rendering]:
         """Return the regions of a page as this viewer sees them."""
-        return [self.rendering(region, live, ctx.for_region(region, live), args)
-                for region in live.regions]
-
-    def rendering(self, region: Region, live: Live, own: Context, args) -> Rendering:
-        """Return the rendering of a region; make it, if nobody has asked before."""
         state = self.store.state()
         if state != self.state:                          # what was made before may be old
             self.renderings.clear()
             self.state = state
-        key = region, args, own.viewer, tuple(own.params.items())
-        if key not in self.renderings:
-            while len(self.renderings) >= self.MOST_RENDERINGS:
-                del self.renderings[next(iter(self.renderings))]
-            self.renderings[key] = self.render(region, live, own, args)
-        return self.renderings[key]
+        return [self.rendering(region, live, ctx.for_region(region, live), args)
+                for region in live.regions]
+
+    def rendering(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
+        """Return the rendering of a region; make it, if nobody has asked before."""
+        key = region, args, ctx.viewer, tuple(ctx.params.items())
+        made = self.renderings.pop(key, None) or self.render(region, live, ctx, args)
+        while len(self.renderings) >= self.MOST_RENDERINGS:
+            del self.renderings[next(iter(self.renderings))]
+        self.renderings[key] = made                      # the last, for it was used last
+        return made
 
     def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
         made = time.perf_counter()
@@ -4521,6 +4521,15 @@ SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace")
 TRUSTED.add("x-region")
 
 
+def again(ctx, query, region, number) -> Request:
+    """Return the request for one region of a stream, as all would who see the same."""
+    viewer = ctx.viewer
+    headers = {"x-account": viewer.account if region.each == "account" else "",
+               "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
+               "x-workspace": viewer.workspace, "x-id": viewer.id, "x-region": str(number)}
+    return Request("GET", ctx.request.path, query, headers)
+
+
 class Broadcast(GroupCommit, SliceHost):
     """A SliceHost whose streams are held by a broker.
 
@@ -4533,15 +4542,12 @@ class Broadcast(GroupCommit, SliceHost):
         return as_json(own(request)) if own else super().handle(request)
 
     def render(self, region, live, ctx, args):
-        rendering = super().render(region, live, ctx, args)
-        return Piece(rendering.html, rendering.made, rendering.micros)
-
-    def rendering(self, region, live, own, args):
-        """Bound what is kept, for queries can differ without end. The oldest goes first."""
+        """Bound what is kept, for queries can differ without end."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
-        return super().rendering(region, live, own, args)
+        rendering = super().render(region, live, ctx, args)
+        return Piece(rendering.html, rendering.made, rendering.micros)
 
     def forget_renderings(self):
         self.renderings.clear()
@@ -4551,25 +4557,16 @@ class Broadcast(GroupCommit, SliceHost):
 
         A broker asks again for one region alone, with the header x-region.
         """
-        only = ctx.request.headers.get("x-region")
-        numbers = range(len(live.regions)) if only is None else [int(only)]
-        topics = self.topics(live, ctx, args)
-        watch = [self.subscription(live, number, topics[number], ctx, args)
-                 for number in numbers]
+        number = int(ctx.request.headers.get("x-region", 0))
+        if "x-region" in ctx.request.headers:
+            live = live._replace(regions=live.regions[number:number + 1])
+        query = urllib.parse.urlencode(live.heeded(ctx.params))
+        stub = self.namespace.get(self.id)
+        rows = zip(itertools.count(number), live.regions, self.topics(live, ctx, args),
+                   self.renderings_of(live, ctx, args))
+        watch = [Subscription(stub, topic, again(ctx, query, region, number), piece, number)
+                 for number, region, topic, piece in rows]
         return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
-
-    def subscription(self, live, number, topic, ctx, args):
-        region = live.regions[number]
-        own = ctx.for_region(region, live)
-        viewer = own.viewer
-        headers = {"x-account": viewer.account if region.each == "account" else "",
-                   "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
-                   "x-workspace": viewer.workspace, "x-id": viewer.id,
-                   "x-region": str(number)}
-        query = urllib.parse.urlencode(own.params)
-        again = Request("GET", ctx.request.path, query, headers)
-        piece = self.rendering(region, live, own, args)
-        return Subscription(self.namespace.get(self.id), topic, again, piece, number)
 
     def xray_more(self, ctx):
         since = formatdate(self.opened_at, usegmt=True)
@@ -8575,7 +8572,7 @@ class ChecksPages(EdgeWorkspace):
             if ids.count(id) > 1:
                 raise ValueError(f"{page}: region {name} and another have{id}; give each "
                                  "region an id of its own")
-            found = body.count(id)
+            found = body.count(id.strip()) == 1 or body.count(id)
             if found == 0:
                 raise ValueError(f"{page} does not show region {name}: put what it gets "
                                  f"into the page as it is, the element with{id}")
