@@ -10044,6 +10044,16 @@ def test_a_change_of_members_by_another_process_is_shown_too(start):
         ear.until_it_says("Kept</a> erin admin")
 
 
+def test_a_node_tells_members_while_its_directory_can_not_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(orion, "FRESH_SECONDS", WHOLE)
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        node, bob = Person(apart.nodes[0]), apart.sign_in("bob")
+        assert "<option>carol</option>" in bob.get("/w/acme/things").text
+        said = verdict_of(apart, bob.cookie, "acme")
+        apart.directory.close()
+        assert "<option>carol</option>" in node.ask("GET", "/w/acme/things", **said).text
+
+
 def test_members_are_told_without_the_directorys_turn(start):
     server = start((orion.todos, stockroom()))
     acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
