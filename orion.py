@@ -6679,6 +6679,7 @@ def create_workspace_with_file(request, env):
 #     @verb("backup", ...)          a command of the command line
 #     @public                       a name that apps use
 #     @root_for(condition)          a composition root for some settings
+#     PLAIN.append(...)             what slices may use with --plain, too
 #
 # settings is a Settings, and given what a command was given. A file, folder or path is a
 # pathlib.Path.
