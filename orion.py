@@ -13129,7 +13129,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"orion: {message}; --help tells what there is\n")
 
 
-def read_command_line(argv: Optional[Sequence[str]], app: Settings = Settings()
+def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = None
                       ) -> Tuple[Settings, argparse.Namespace]:
     """Return the settings, and what a command was given. Its verb is "" to serve.
 
@@ -13137,6 +13137,7 @@ def read_command_line(argv: Optional[Sequence[str]], app: Settings = Settings()
     own: each (parser, its commands, app) returns a function that takes out of the second
     result what was said of that, and returns the settings with it.
     """
+    app = app or Settings()
     parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
                     "file. Without a command it serves.", epilog="Every option is an "
                     "environment variable too: ORION_PORT=80 is --port 80.")

@@ -11916,11 +11916,21 @@ def of_part_three():
     return re.findall(r"(?m)^# ==== \d+\. (.+?) =+$", text[text.index("# #### Part Three"):])
 
 
+def needed(title):
+    """The sections that its head says it needs."""
+    found, _, lines = sections()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines[found[title].start:])
+    return {words.strip() for words in re.findall(r"(?<=\d\d )[A-Z][a-z ]+", " ".join(head).partition("It needs:")[2].partition(".")[0])}
+
+
 class Struck:
-    """A server of the file without one section: its full edge or, if the frame is incomplete, the plain one."""
+    """A server of the file without one section, and those that need it: its full edge or, if the frame is incomplete, the plain one."""
 
     def __init__(self, folder, title):
-        place = sections()[0][title]
+        gone = {title}
+        while more := {other for other in sections()[0] if needed(other) & gone} - gone:
+            gone |= more
+        place = {line for one in gone for line in sections()[0][one]}
         module = sys.modules["struck"] = types.ModuleType("struck")
         module.__file__ = str(HERE / "orion.py")
         for line, code in compiled():
@@ -11960,7 +11970,7 @@ def test_without_one_section_the_others_go_on(tmp_path, title):
 @cases("title", of_part_three())
 def test_a_section_that_needs_another_says_so(title):
     """What it uses of other sections' names; those of the frame are always there."""
-    found, tree, lines = sections()
+    found, tree, _ = sections()
     given = collections.defaultdict(set)
     for node in tree.body:
         names = [getattr(node, "name", "")] + [one.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target
@@ -11972,10 +11982,8 @@ def test_a_section_that_needs_another_says_so(title):
     nodes = [node for one in own for node in ast.walk(one)]
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)} | {getattr(node, "arg", "") for node in nodes}
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound
-    head = itertools.takewhile(lambda line: line.startswith("#"), lines[found[title].start:])
-    said = {words.strip() for words in re.findall(r"(?<=\d\d )[A-Z][a-z ]+", " ".join(head).partition("It needs:")[2].partition(".")[0])}
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
-    assert needs <= said <= {*found}
+    assert needs <= needed(title) <= {*found}
 
 
 # #### In the browser ##################################################################################################
