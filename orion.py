@@ -14645,8 +14645,9 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
             assets: Optional[pathlib.Path] = None, **own: Any):
     """Give an app with these slices, to test them: `with orion.testing(poll) as app:`.
 
-    options, assets: as main() takes them. own: what is said of them, as smtp="localhost:25". Raises
-    BadSlice for slices that a server would refuse, LookupError for an option there is not.
+    options, assets: as main() takes them. own: what is said of options, as
+    smtp="localhost:25". Raises BadSlice for slices that a server would refuse, LookupError
+    for an option there is not.
     """
     global time
     if type(time) is not MovableTime:

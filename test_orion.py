@@ -9349,9 +9349,14 @@ def test_a_file_that_is_too_large_is_refused_with_the_limit_before_it_comes(pict
     assert b"at most 1 MB" in got and more_files_in(pictures) == [0, 0, 0]
 
 
-def test_the_whole_of_a_file_that_is_too_large_can_be_sent_and_the_answer_read(pictures):
-    said = bring(pictures.bob, picture=("a.png", bytes(2 * MB - 10_000)))
-    assert said.status == 413 and "at most 1 MB" in said.text
+def test_what_is_on_its_way_of_a_file_that_is_too_large_is_read_over_so_that_the_answer_can_be_read(pictures):
+    with socket.create_connection(("127.0.0.1", pictures.port), timeout=PATIENCE) as link:
+        link.sendall(upload_head(pictures, pictures.bob, f"Content-Length: {2 * MB - 10_000}"))
+        assert statuses(link.recv(65536)) == [413]
+        for _ in range(20):                          # a browser first sends all of it, and then reads
+            link.sendall(bytes(90_000))
+        link.shutdown(socket.SHUT_WR)
+        assert link.recv(65536) == b""
 
 
 @cases("type", ["multipart/form-data; boundary=B", "application/json", "application/x-www-form-urlencoded", "image/png"])
@@ -9424,6 +9429,17 @@ def test_past_the_quota_nothing_is_left_of_a_file_and_nothing_is_lost(start):
     assert refused.status == 507 and "larger quota" in refused.text and files_in(server) == before
     assert bob.post("/w/acme/todos", title="goes on").status < 300
     assert bob.delete("/w/acme/n/1").status == 204 and bring(bob, picture=("a.png", bytes(MB - 1000))).status == 200
+
+
+def test_a_file_past_the_quota_takes_no_command_with_it_that_shares_its_commit(start, monkeypatch):
+    monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", PATIENCE)
+    server = start((orion.todos, album()), quota=2 * MB)
+    stub = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
+    headers = {**orion.verdict("bob", "owner", "acme", stub.id), "x-quota": str(2 * MB), "datastar-request": "true"}
+    todo, (body, type) = orion.command_of("/todos", headers, title="stays"), in_parts(picture=("a.png", bytes(3 * MB)))
+    file = orion.Request("POST", "/n", headers={**headers, "content-type": type}, body=body)
+    first, refused, last = stub.fetch_all([todo, file, todo])
+    assert first.status < 300 and refused.status == 507 and last.status < 300 and titles(Person(server, "bob")).count("stays") == 2
 
 
 def test_the_id_of_a_file_that_was_removed_is_given_to_no_other(pictures):
