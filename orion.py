@@ -55,10 +55,10 @@ The words. Where one has a second meaning, it is said here:
     region      the part of a page that stays current: <section id="todos">
     command     a request that may write: POST, PUT, PATCH, DELETE
     topic       what a command publishes and a region listens to: "todos"
-    stream      an answer that stays open and carries a region again after each change; each
-                time it is called a frame
+    stream      an answer that stays open and carries the regions of a page again after each
+                change; each time this is called a frame
     rendering   a region at one state of the store, made once for all viewers who have the
-                same role and ask with the same parameters
+                same role and ask with the same parameters; or for one account
 
 The file has three parts; its markup, style and script are in the folder templates/. Part
 One is the architecture. It is complete: --plain runs it without the other two. Part Two
@@ -8210,8 +8210,11 @@ class HasJobs(Broadcast):
         """Return whether there was one. Outside of the slices, any slice's is meant."""
         known = [one.name for one in self.router.slices]
         keys = [f"{name}:{key}" for name in ([slice] if slice in known else known)]
-        return any([self.store.exec("DELETE FROM jobs WHERE key = ?", one) > 0
-                    for one in keys])
+        found = any([self.store.exec("DELETE FROM jobs WHERE key = ?", one) > 0
+                     for one in keys])
+        if found:                                        # another one may be the next now
+            self.alarm_after_commit(time.time())
+        return found
 
     def alarm_after_commit(self, due):
         self.store.after_commit.append((self.namespace.alarms.set, self.id, due))

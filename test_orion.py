@@ -6891,6 +6891,16 @@ def test_a_command_that_only_enqueues_a_job_is_not_said_to_be_silent(office, cap
     assert "published nothing" not in capfd.readouterr().err
 
 
+def test_a_command_that_only_cancels_a_job_is_not_said_to_be_silent(start, capfd):
+    def cancel(ctx):
+        ctx.enqueue(post_letter, after=3600, key="one", text="later")
+        return orion.done(ctx)
+    bob = Person(start((letters._replace(routes=(orion.Route("POST", "/letters", "todos:write", cancel), orion.Route("DELETE", "/letters", "todos:write", lambda ctx: orion.as_json(ctx.cancel("one"))))),)), "bob", datastar=True)
+    orion.log_once.cache_clear()
+    assert bob.post("/w/acme/letters").status == 204 and bob.delete("/w/acme/letters").text == "true"
+    assert "published nothing" not in capfd.readouterr().err
+
+
 def test_a_job_that_was_claimed_twice_and_is_done_does_nothing(office):
     office.write_letter(text="once", after=3600)
     stub = office.env.workspaces.get(office.acme)
