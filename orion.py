@@ -1701,7 +1701,8 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            which = response.which or "/".join(map(str, args)) or self.store.last_row()
+            said = () if route.grant == PUBLIC else args     # they may be a secret [3]
+            which = response.which or "/".join(map(str, said)) or self.store.last_row()
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
 

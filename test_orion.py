@@ -9745,7 +9745,7 @@ def delivered(ctx, secret):
     if not hmac.compare_digest(secret, "tell-nobody"):
         raise Refused(404, "There is nothing here.")
     put(ctx, ctx.field("name"), ctx.viewer.account or ctx.viewer.role)
-    return done(ctx, "delivered")
+    return done(ctx)
 
 
 thing = Route("GET", "/things/<int:id>", "todos:read", show)
@@ -9989,13 +9989,15 @@ def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
     assert stock.person().post("/w/acme/hooks/guessed", name="Box").status == 404 and keepers(bob) == before
 
 
-def test_a_secret_in_a_public_path_is_not_written_into_the_log(start, capfd):
+def test_a_secret_in_a_public_path_is_written_neither_into_the_log_nor_into_the_journal(start, capfd):
     server = start((orion.todos, stockroom()), log="common")
     assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
     assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
     server.close()
     said = "".join(capfd.readouterr())
     assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT which FROM journal WHERE what = 'inventory.delivered'").fetchall() == [("1",)]
 
 
 def test_an_operator_who_only_looks_on_sends_no_public_command_as_a_member(outside):
