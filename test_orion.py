@@ -284,11 +284,27 @@ def statuses(data):
 cases = pytest.mark.parametrize
 
 
+def once_for(check):
+    """The check, which is not asked again about slices that have passed it."""
+    passed = {}
+
+    def checked(settings):
+        these = tuple(map(id, settings.slices))
+        if these not in passed:
+            check(settings)
+            passed[these] = settings.slices          # and so no other slice gets the id of one of them
+    return checked
+
+
 @pytest.fixture(scope="session", autouse=True)
 def in_memory():
-    """All temporary files on a disk that does not move, for nothing here is tested by pulling the plug."""
+    """All temporary files on a disk that does not move, for nothing here is tested by pulling the plug. Passwords are hashed in no time,
+    tables that could be made once are not tried at each start, and processes keep their bytecode: all that would be most of what a test
+    takes."""
+    checks = [once_for(check) if check is orion.check_tables else check for check in orion.CHECKS]
     with tempfile.TemporaryDirectory(prefix="orion-", dir=MEMORY) as folder, mock.patch.object(tempfile, "tempdir", folder), \
-            mock.patch.object(orion, "NOTICE_SECONDS", 0.0):
+            mock.patch.object(orion, "NOTICE_SECONDS", 0.0), mock.patch.dict(orion.SCRYPT, n=2), mock.patch.object(orion, "CHECKS", checks), \
+            mock.patch.dict(os.environ, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=f"{folder}/bytecode"):
         yield
 
 
@@ -312,13 +328,7 @@ def server(start):
 
 
 @pytest.fixture
-def cheap(monkeypatch):
-    """Passwords that are hashed in no time. What one costs has tests of its own."""
-    monkeypatch.setitem(orion.SCRYPT, "n", 2)
-
-
-@pytest.fixture
-def outside(start, cheap):
+def outside(start):
     """Not a demo: ops is an operator, ann owns acme."""
     server = start(demo=False)
     for name, operator in (("ops", 1), ("ann", 0)):
@@ -335,12 +345,15 @@ def outside(start, cheap):
     return server
 
 
-class Command:
-    """`python orion.py ...` as a newcomer starts it."""
+PROGRAM = HERE / "orion.py"
 
-    def __init__(self, *words, python=sys.executable, program=HERE / "orion.py", ready=True, **options):
+
+class Command:
+    """`python -m orion ...`, which keeps its bytecode, or what a newcomer starts: PROGRAM."""
+
+    def __init__(self, *words, python=sys.executable, program="-morion", ready=True, cwd=HERE, **options):
         self.process = subprocess.Popen([python, str(program), *map(str, words)], text=True, stdin=options.pop("stdin", subprocess.DEVNULL),
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, **options)
         self.port = int(re.search(r":(\d+)\s*$", self.process.stdout.readline())[1]) if ready else None
         self.origin = f"http://127.0.0.1:{self.port}"
 
@@ -470,7 +483,7 @@ def part_one():
 
 @functools.lru_cache(maxsize=None)
 def part_one_apart():
-    """A folder with Part One in a file of its own. Its bytecode is kept: it starts many times."""
+    """A folder with Part One in a file of its own."""
     folder = pathlib.Path(tempfile.mkdtemp())
     (folder / "part_one.py").write_text(part_one(), "utf-8")
     (folder / "templates").symlink_to(orion.TEMPLATES)
@@ -483,7 +496,7 @@ class Alone(Command):
     def __init__(self, folder, port=0, ready=True):
         folder.mkdir(exist_ok=True)
         super().__init__("import part_one; part_one.REGATE_SECONDS = 0.1; part_one.plain_main()", "--port", port, "--data", folder / "data",
-                         program="-c", cwd=part_one_apart(), ready=ready, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
+                         program="-c", cwd=part_one_apart(), ready=ready)
 
     def close(self):
         with self:
@@ -801,7 +814,7 @@ WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
 
 
 @cases("root, journey", [way for way in WAYS if way not in LEFT_OUT])
-def test_a_journey_goes_the_same_way_on_every_root(tmp_path, quick, cheap, root, journey):
+def test_a_journey_goes_the_same_way_on_every_root(tmp_path, quick, root, journey):
     with contextlib.closing(Root(ROOTS[root], tmp_path / "root")) as root:
         JOURNEYS[journey](root)
 
@@ -3074,7 +3087,11 @@ def test_a_role_may_what_the_table_says(server, method, path, body, wanted, acco
 
 # ==== 11. Sessions ====================================================================================================
 
-def test_a_password_matches_itself_alone_and_nothing_matches_no_password():
+COST = orion.SCRYPT["n"]                 # as it is outside of tests
+
+
+def test_a_password_matches_itself_alone_and_nothing_matches_no_password(monkeypatch):
+    monkeypatch.setitem(orion.SCRYPT, "n", COST)
     stored = orion.hash_password("correct horse")
     assert stored != orion.hash_password("correct horse")
     assert [orion.password_matches(word, stored) for word in ("correct horse", "Correct horse", "")] == [True, False, False]
@@ -6704,7 +6721,7 @@ def test_a_proxy_that_says_the_scheme_in_two_fields_is_one_that_says_it_twice(st
 @cases("same, other", [("203.0.113.9:{}", "203.0.113.10:1"), ("2001:db8::{}", "2001:db8:0:1::1"), ("[2001:db8::{}]:443", "[2001:db8:0:1::1]"),
                        ("10.9.8.{}, 203.0.113.9, 10.0.0.{}", "203.0.113.9, 203.0.113.10, 10.0.0.1"), ("::ffff:203.0.113.9", "203.0.113.10"),
                        ("203.0.113.9,10.0.0.1:{}", "203.0.113.10"), ("unknown{}", "203.0.113.9")])
-def test_who_guesses_through_proxies_is_slowed_by_the_address_behind_them(start, cheap, monkeypatch, same, other):
+def test_who_guesses_through_proxies_is_slowed_by_the_address_behind_them(start, monkeypatch, same, other):
     """Whatever the client has written in front of it; without X-Forwarded-Proto, too."""
     monkeypatch.setattr(orion, "password_matches", lambda password, stored: False)
     server = start(demo=False, trust_proxy=("127.0.0.0/8", "10.0.0.0/8"))
@@ -11073,7 +11090,7 @@ class Terminal(io.StringIO):
         return False
 
 
-def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, cheap, monkeypatch):
+def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, monkeypatch):
     file, data = tmp_path / "acme.db", tmp_path / "data"
     for words in ("account add ann", "account passwd ann", "account list", "workspace add acme --owner ann", "workspace list", "member list acme",
                   f"workspace export acme {file}", "workspace remove acme", f"workspace import {file}", f"backup {tmp_path / 'backup'}",
@@ -11115,7 +11132,7 @@ def made_everything(folder, run):
         return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
 
 
-def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path, cheap):
+def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path):
     before = os.umask(0o022)
     try:
         made = made_everything(tmp_path, run)
@@ -11125,7 +11142,7 @@ def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path, cheap):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_root_makes_belongs_to_the_owner_of_its_folder(run, tmp_path, cheap):
+def test_what_root_makes_belongs_to_the_owner_of_its_folder(run, tmp_path):
     os.chown(tmp_path, 65534, 65533)
     made = made_everything(tmp_path, run)
     assert [path for path, stat in made.items() if (stat.st_uid, stat.st_gid) != (65534, 65533)] == []
@@ -11260,22 +11277,26 @@ def test_a_password_that_is_no_text_is_refused(run, tmp_path):
 
 
 def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
-    with Command("--port", 0, "--data", tmp_path / "d") as command:
+    with Command("--port", 0, "--data", tmp_path / "d", program=PROGRAM) as command:
         command.end()
         assert re.search("persona", command.out)
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
-@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("twice", "another server"), ("flag", "--nope"), ("command", "choose from")])
-def test_what_prevents_the_start_is_one_line_and_status_2(tmp_path, trouble, words):
+@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
+def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
     (tmp_path / "file").write_text("")
-    with contextlib.ExitStack() as stack:
-        port = stack.enter_context(Command("--port", 0, "--data", tmp_path / "d")).port if trouble in ("port", "twice") else 0
-        arguments = {"port": ["--port", port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"], "twice": ["--data", tmp_path / "d", "--port", 0],
-                     "flag": ["--nope"], "command": ["nonsense"]}[trouble]
-        with Command(*arguments, ready=False) as second:
-            assert second.wait() == 2 and second.out == ""
-            assert second.err.count("\n") == 1 and words in second.err
+    arguments = {"port": ["--port", server.port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"],
+                 "flag": ["--nope"], "command": ["nonsense"]}[trouble]
+    with pytest.raises(SystemExit) as end:
+        sys.exit(orion.main(argv=[*map(str, arguments)]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
+
+
+def test_two_servers_on_one_folder_are_one_too_many(tmp_path):
+    with Command("--port", 0, "--data", tmp_path / "d"), Command("--port", 0, "--data", tmp_path / "d", ready=False) as second:
+        assert second.wait() == 2 and second.out == "" and second.err.count("\n") == 1 and "another server" in second.err
 
 
 def test_a_setting_may_come_from_the_environment(tmp_path):
@@ -11283,21 +11304,14 @@ def test_a_setting_may_come_from_the_environment(tmp_path):
         assert Person(command).get("/healthz").text == "ok\n" and (tmp_path / "d" / "directory.db").exists()
 
 
-def test_an_account_that_is_added_while_it_runs_may_sign_in(tmp_path):
-    with Command("--port", 0, "--data", tmp_path / "d") as server:
-        for expected in (0, 2):                      # the second time the name is taken
-            with Command("account", "add", "ann", "--data", tmp_path / "d", ready=False, stdin=subprocess.PIPE) as add:
-                add.process.stdin.write("correct horse\n")
-                assert add.wait() == expected
-        assert Person(server).post("/login", form={"username": "ann", "password": "correct horse"}).status == 303
+def test_an_account_that_is_added_while_it_runs_may_sign_in(served):
+    assert [served.run("account", "add", "ann", stdin="correct horse\n")[0] for _ in range(2)] == [0, 2], "the second time the name is taken"
+    assert Person(served).post("/login", form={"username": "ann", "password": "correct horse"}).status == 303
 
 
-def test_a_folder_without_personas_is_no_demo(tmp_path):
-    with Command("account", "add", "ann", "--data", tmp_path / "d", ready=False, stdin=subprocess.PIPE) as add:
-        add.process.stdin.write("correct horse\n")
-        assert add.wait() == 0
-    with Command("--port", 0, "--data", tmp_path / "d") as server:
-        assert Person(server).post("/persona", form={"account": "ann"}).status == 404
+def test_a_folder_without_personas_is_no_demo(tmp_path, run, start):
+    assert run("account", "add", "ann", data=tmp_path / "data", stdin="correct horse\n")[0] == 0
+    assert Person(start()).post("/persona", form={"account": "ann"}).status == 404
 
 
 def test_kill_9_under_write_load_loses_no_acknowledged_command_and_leaves_no_half(tmp_path):
@@ -12733,7 +12747,7 @@ def test_a_page_that_sent_somebody_here_leads_nowhere_else_after_signing_in(outs
 
 
 @cases("to", ["//evil.example", "/\\evil.example", "https://evil.example/", "javascript:alert(1)", "/a\nb", ""])
-def test_what_was_not_sent_is_sent_to_this_server_alone(outside, cheap, to):
+def test_what_was_not_sent_is_sent_to_this_server_alone(outside, to):
     body = urllib.parse.urlencode({"username": "ann", "password": "long enough", "unsent": "a=b", "to": to, "next": to})
     answer = Person(outside).ask("POST", "/login", body, Content_Type="application/x-www-form-urlencoded")
     assert fields_of(answer.text) == ("/", {"a": "b"}) and '<a href="/">Go on' in answer.text
@@ -14658,7 +14672,7 @@ def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
 
 def smoke():
     """One journey by the interpreter that runs this: start, sign in, write, see it in the stream, end."""
-    with tempfile.TemporaryDirectory() as folder, Command("--port", 0, "--data", pathlib.Path(folder) / "d") as server:
+    with tempfile.TemporaryDirectory() as folder, Command("--port", 0, "--data", pathlib.Path(folder) / "d", program=PROGRAM) as server:
         bob = Person(server, "bob")
         ear = Ear(bob, "/w/acme/todos/live")
         assert "Order more anvils" in ear.event()
