@@ -3508,9 +3508,9 @@ def test_the_name_of_an_account_is_known_however_a_keyboard_writes_it(server, ty
 def test_a_name_with_any_number_of_accents_is_refused_at_once(server, path, field, status):
     accents = "\u0315" * 16_000 + "\u0300" * 16_000             # the worst order: seconds, in which nobody else is answered
     body, bob = f"{field}=bob{accents}".encode(), Person(server, "bob")
-    started = time.perf_counter()
+    started = time.process_time()                    # a machine that stalls takes none of it
     assert bob.ask("POST", path, body, Content_Type="application/x-www-form-urlencoded").status == status
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_an_account_owns_no_more_workspaces_than_it_may(start):
@@ -6115,7 +6115,7 @@ def test_pages_that_waited_together_are_not_in_memory_together(start, monkeypatc
     assert done == ["made", "left"] * 10
 
 
-def test_to_cut_off_four_times_as_many_takes_four_times_as_long():
+def test_to_cut_off_sixteen_times_as_many_takes_sixteen_times_as_long():
     """The oldest of a plain dict is found behind all that were taken out in front of it."""
     class Reader:
         whose = ""
@@ -6136,12 +6136,12 @@ def test_to_cut_off_four_times_as_many_takes_four_times_as_long():
         for _ in range(readers):
             backlog.note(Reader(edge))
         backlog.all.most = 0
-        started = time.perf_counter()
+        started = time.thread_time()                 # which goes on only while this goes on
         backlog.relieve(backlog.all)
         assert backlog.all.size == 0 and not edge.held
-        return time.perf_counter() - started
-    least = lambda readers: min([seconds(readers) for _ in range(3)])
-    assert any(least(40_000) < 8 * least(10_000) for _ in range(3))
+        return time.thread_time() - started
+    least = lambda readers: min([seconds(readers) for _ in range(2)])
+    assert any(least(40_000) < 35 * least(2_500) for _ in range(3))
 
 
 # ==== 26. Loop edge ===================================================================================================
@@ -6381,12 +6381,24 @@ def complaints(words):
     return os.pread(2, 1 << 20, 0).decode("utf-8", "replace").count(words)
 
 
-def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0)
+@pytest.fixture
+def patient(monkeypatch):
+    """Who waits for a file that another process holds waits for as long as a test takes."""
+    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", WHOLE)
+
+
+def lose_patience(one):
+    """The time is up, for whoever waits for this object's file."""
+    eventually(lambda: one.lock_ends > time.monotonic())
+    one.lock_ends = time.monotonic()
+
+
+def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, patient):
     with contextlib.closing(server.store("acme")) as other:
         other.execute("BEGIN IMMEDIATE")
-        with busy(server, "acme"):
+        with busy(server, "acme") as one:
             links = post_at_once(server, "/w/acme/todos", 20)
+        lose_patience(one)
         assert [statuses(link.recv(65_536)) for link in links] == [[503]] * 20
     assert complaints("another process holds it") == 1                 # the first came alone
     assert Person(server, "bob").post("/w/acme/todos", title="x").status == 200
@@ -6408,44 +6420,38 @@ def sign_in_from(server, address):
     return link
 
 
-def soon(call, *args, **more):
-    """The status that it returned, long before a lock is given up."""
-    since = time.monotonic()
-    answer = call(*args, **more)
-    assert time.monotonic() - since < 2.0
-    return answer.status
-
-
 @cases("how", ["IMMEDIATE", "EXCLUSIVE"])
-def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, how):
+def test_a_lock_on_the_directorys_file_holds_up_no_page_and_no_command(server, patient, how):
     bob, dave = Person(server, "bob"), Person(server, "dave", datastar=True)
     assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3     # it is kept now
     with locked(server, how):
         links = [sign_in_from(server, "127.0.0.1") for _ in range(4)]
         in_line(server, 4)
-        assert soon(bob.get, "/w/acme/todos") == 200
-        assert soon(bob.get, "/w/acme/todos?pages=2") == 200
-        assert soon(dave.post, "/w/globex/todos", title="Meanwhile") == 200
+        assert bob.get("/w/acme/todos").status == 200
+        assert bob.get("/w/acme/todos?pages=2").status == 200
+        assert dave.post("/w/globex/todos", title="Meanwhile").status == 200
     assert [statuses(link.recv(65_536)) for link in links] == [[303]] * 4
 
 
-def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start):
+def test_however_many_wait_for_the_directorys_file_threads_are_left_for_others(start, patient):
     server = start(trust_proxy=("127.0.0.1/32",))
     bob = Person(server, "bob")
     with locked(server):
         links = [sign_in_from(server, f"10.0.0.{n}") for n in range(40)]
         in_line(server, 4)
-        assert soon(bob.get, "/w/acme/todos") == 200
+        assert bob.get("/w/acme/todos").status == 200
     answers = [link.recv(65_536) for link in links]
     assert sorted(map(statuses, answers)) == [[303]] * 4 + [[503]] * 36
     assert [b"retry-after: 1\r\n" in answer for answer in answers].count(True) == 36
 
 
-def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 1.0, raising=False)
+def test_who_waited_in_vain_for_the_directorys_file_did_so_for_all_in_line(server, capfd, patient):
+    one = server.directory()
     server.edge.pool.most = 2                        # the others stand in line
     with locked(server):
         links = [sign_in_from(server, "127.0.0.1") for _ in range(12)]
+        in_line(server, 12)
+        lose_patience(one)
         answers = [link.recv(65_536) for link in links]
         assert [statuses(answer) for answer in answers] == [[503]] * 12
         assert {b"Another program is writing" in answer and b"retry-after: 5\r\n" in answer for answer in answers} == {True}
@@ -7208,7 +7214,8 @@ def test_while_jobs_wait_their_tenants_and_all_other_jobs_go_on(outside_world):
 
 def test_one_tenants_waits_do_not_take_all_threads_for_them(outside_world, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(orion.Alarms, "WAITS_AT_ONCE", 2), monkeypatch.setattr(orion.Alarms, "WAITS_EACH", 1)
+    for name, number in (("WAITS_AT_ONCE", 2), ("WAITS_EACH", 1), ("AT_ONCE", 1)):         # two jobs at once may begin a wait more
+        monkeypatch.setattr(orion.Alarms, name, number)
     bob = outside_world(lambda _: bob.get("/w/globex/todos").status == 404 or release.wait(PATIENCE) and "noted")
     for name in ("acme", "acme", "globex"):
         bob.post(f"/w/{name}/work", job="letter")
@@ -11151,7 +11158,7 @@ def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, 
         ears = [Ear(bob, "/w/acme/todos/live") for _ in range(20)]
         bob.post("/w/acme/todos", form={"title": "x"})
         status, seconds = command.end(number)
-        assert (status, command.err) == (0, "") and seconds < 2
+        assert (status, command.err) == (0, "") and seconds < PATIENCE / 2
         with pytest.raises(EOFError):                # without the last chunk, so the browser comes back by itself
             while ears[0].event():
                 pass
@@ -11383,7 +11390,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             command.process.wait(0.5)
         status, seconds = command.end()
-        assert status == 1 and seconds < 2
+        assert status == 1 and seconds < PATIENCE / 2
         thread.join(PATIENCE)
 
 
