@@ -1939,20 +1939,20 @@ def test_who_waits_for_an_object_only_so_long_is_told_that_it_is_busy(counters):
     assert ask().status == 200
 
 
-def test_fifteen_hundred_tenants_open_one_after_another_with_1024_descriptors(tmp_path):
+def test_more_tenants_than_descriptors_open_one_after_another(tmp_path):
     script = f"""
 import resource, pathlib, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 sys.path[:0] = [{str(HERE)!r}, {str(HERE)!r}]
 import orion, test_orion
 space = orion.whole(orion.GuardedNamespace)("counter", pathlib.Path({str(tmp_path)!r}), 60, test_orion.Counter, most=orion.awake_by_default())
-for n in range(1500):
+for n in range(300):
     space.create(f"t{{n}}")
     assert space.get(f"t{{n}}").fetch(orion.Request("GET", "/")).body == b"0"
 print(len(space.objects))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr) == ("256\n", "")
+    assert (done.stdout, done.stderr) == ("64\n", "")
 
 
 def spoil(path, how):
@@ -6797,7 +6797,7 @@ def test_a_fault_of_our_own_while_reading_ends_one_connection_and_is_logged_once
     assert Person(server).get("/healthz").status == 200 and len(said) == 1 and "ZeroDivisionError:" in said[0]
 
 
-def test_twenty_thousand_mutated_requests_harm_nothing(start):
+def test_thousands_of_mutated_requests_harm_nothing(start):
     """None hangs, none is answered with a 5xx that says we were surprised, no descriptor and no thread is left behind."""
     seed = random.randrange(10 ** 9)
     print("seed", seed)                              # pytest shows it when this fails
@@ -6824,7 +6824,7 @@ def test_twenty_thousand_mutated_requests_harm_nothing(start):
                     got += more
         assert not got or got.startswith(b"HTTP/1.1 "), (data, got[:100])
         assert not {500, 503} & {*statuses(got)}, (data, got[:200])
-    for _ in range(20_000):
+    for _ in range(4_000):
         one(mutated(rng, rng.choice(wholes)))
     assert Person(server, "bob").get("/w/acme/todos").status == 200
     eventually(lambda: threading.active_count() <= threads)      # others may have left theirs to end by now
@@ -12012,9 +12012,9 @@ def test_without_one_section_the_others_go_on(tmp_path, title):
             assert "no longer" in ear.until_it_says("no longer")
 
 
-@cases("title", of_part_three())
-def test_a_section_that_needs_another_says_so(title):
-    """What it uses of other sections' names; those of the frame are always there."""
+@functools.lru_cache(maxsize=None)
+def given_by_sections():
+    """The names that each defines."""
     found, tree, _ = sections()
     given = collections.defaultdict(set)
     for node in tree.body:
@@ -12023,6 +12023,13 @@ def test_a_section_that_needs_another_says_so(title):
         for other, place in found.items():
             if node.lineno in place:
                 given[other].update(filter(None, names))
+    return given
+
+
+@cases("title", of_part_three())
+def test_a_section_that_needs_another_says_so(title):
+    """What it uses of other sections' names; those of the frame are always there."""
+    (found, tree, _), given = sections(), given_by_sections()
     own = [node for node in tree.body if node.lineno in found[title]]
     nodes = [node for one in own for node in ast.walk(one)]
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)} | {getattr(node, "arg", "") for node in nodes}
