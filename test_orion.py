@@ -12042,7 +12042,7 @@ def test_a_section_that_needs_another_says_so(title):
 
 # ==== The browser =====================================================================================================
 # A real Chromium. The journeys run once with our client and, where ORION_DATASTAR names a copy, once with the official
-# bundle in its place.
+# bundle in its place, unless no client has a part in them.
 
 OFFICIAL = os.environ.get("ORION_DATASTAR", "")
 CLIENTS = {"ours": str(HERE / "templates" / "datastar.js"), "official": OFFICIAL}
@@ -12221,6 +12221,9 @@ def site(request, start, windows, monkeypatch, tmp_path):
         window.size(1200, 900)
 
 
+without_client = pytest.mark.parametrize("site", ["ours"], indirect=True)            # no client has a part in what is promised
+
+
 TODOS = "[...document.querySelectorAll('#todos li span')].map(span => span.textContent)"
 
 
@@ -12257,6 +12260,7 @@ def test_focus_and_half_typed_text_survive_a_morph(site, windows):
     assert bob.js("const t = document.activeElement; return [t.id, t.value, t.selectionStart, t.selectionEnd]") == ["title", "half ty", 2, 4]
 
 
+@without_client
 def test_creating_works_with_scripts_off(site, windows):
     carol = site.at("carol", windows[1])
     carol.javascript(False)
@@ -12339,6 +12343,7 @@ def test_a_half_typed_todo_is_there_after_a_reload_and_only_for_whom_typed_it(si
     assert site.at("carol", windows[0]).js("return document.querySelector('#title').value") == ""
 
 
+@without_client
 def test_who_signs_out_takes_what_was_half_typed_along(site, windows):
     bob = site.at("bob", windows[0])
     bob.type("#title", "half a secret")
@@ -12420,6 +12425,7 @@ def test_a_page_comes_back_by_itself_after_a_restart(site, windows, start):
     bob.wait(f"{TODOS}[0] === 'After the restart'")
 
 
+@without_client
 def test_no_page_scrolls_sideways(site, windows):
     bob = site.at("bob", windows[0])
     Person(site, "bob").post("/w/acme/todos", form={"title": "w" * 500})
@@ -12872,6 +12878,7 @@ def test_a_plain_form_that_is_sent_twice_before_its_answer_comes_does_one_thing(
     assert server.store("acme").execute("SELECT count(*) FROM todos WHERE title = 'twice'").fetchone()[0] == (path == "/w/acme/todos")
 
 
+@without_client
 def test_two_hundred_of_a_thousand_todos_are_shown_and_more_without_a_script(site, windows):
     with contextlib.closing(site.store("acme")) as file, file:
         file.executemany("INSERT INTO todos (title) VALUES (?)", [(f"t{n}",) for n in range(1000)])
@@ -12905,6 +12912,7 @@ def test_nothing_moves_when_a_frame_lands(site, windows):
     assert bob.js("return new Promise(done => requestAnimationFrame(() => setTimeout(() => done(shifts))))") == 0 and ear.event()
 
 
+@without_client
 @cases("scheme", ["light", "dark"])
 def test_the_page_follows_the_visitors_colour_scheme(site, windows, scheme):
     bob = windows[0]
@@ -12966,6 +12974,7 @@ def test_the_console_lives_while_others_work(site, windows):
     assert watcher.errors() == []
 
 
+@without_client
 def test_the_persona_is_switched_by_one_click_and_the_page_follows(site, windows):
     window = site.at("alice", windows[0], "/console")
     window.click(".switch button[value=bob]")
@@ -12973,6 +12982,7 @@ def test_the_persona_is_switched_by_one_click_and_the_page_follows(site, windows
     assert "owner of acme, member of globex" in window.js("return document.body.textContent.replace(/bob is /, '')")
 
 
+@without_client
 def test_the_footer_is_folded_until_somebody_opens_it_and_remembers_that(site, windows):
     bob = site.at("bob", windows[0])
     assert not bob.js("return document.querySelector('.xray details').open")
