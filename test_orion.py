@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import random
 import re
 import resource
@@ -45,6 +46,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import urllib.parse
@@ -301,6 +303,74 @@ def in_memory():
             mock.patch.object(orion, "NOTICE_SECONDS", 0.0), mock.patch.dict(orion.SCRYPT, n=2), mock.patch.object(orion, "CHECKS", checks), \
             mock.patch.dict(os.environ, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=f"{folder}/bytecode"):
         yield
+
+
+class TwoAtOnce:
+    """While the other tests run, a process of their own runs those with a browser. What it reports of them is reported where they stand.
+    If it ends before all of them have, so does the whole run."""
+    process, heard = None, None
+
+    def __init__(self, config):
+        self.config, self.theirs, self.file = config, [], tempfile.TemporaryFile()
+
+    def pytest_runtestloop(self, session):
+        option, theirs = self.config.option, [item for item in session.items if {"browser", "browsers"} & {*item.fixturenames}]
+        if option.collectonly or option.usepdb or option.capture != "fd" or not 100 < len(theirs) < len(session.items) - 1000:
+            return                                   # the pytest that asks goes on
+        self.theirs, ours = {item.nodeid for item in theirs}, os.getpid()
+        self.process = os.fork()
+        if not self.process:
+            try:
+                self.run(theirs, ours)
+            except BaseException:
+                self.config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+
+    def run(self, theirs, parent):
+        """In the fork. What it prints is its own, and nobody asks for more if the other process is gone."""
+        self.config.get_terminal_writer()._file = open(os.devnull, "w")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing(), capture.start_global_capturing()
+        self.theirs = []
+        for item, following in zip(theirs, [*theirs[1:], None]):
+            left = os.getppid() != parent
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None if left else following)
+            if left:
+                return
+        self.file.flush()
+        os._exit(0)
+
+    def pytest_runtest_logreport(self, report):
+        if self.process == 0:
+            pickle.dump(self.config.hook.pytest_report_to_serializable(config=self.config, report=report), self.file)
+
+    def pytest_runtest_protocol(self, item):
+        if item.nodeid not in self.theirs:
+            return None
+        self.heard = self.heard or self.listen()
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        assert self.heard[item.nodeid][-1].when == "teardown"
+        for report in self.heard[item.nodeid]:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def listen(self):
+        """All the reports of the fork, by the test, when it has ended."""
+        status, heard = os.waitpid(self.process, 0)[1], collections.defaultdict(list)
+        self.file.seek(0)
+        assert status == 0, f"the process with the browser ended with {status}"
+        while self.file.peek(1):
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=pickle.load(self.file))
+            heard[report.nodeid].append(report)
+        return heard
+
+
+def pytest_generate_tests(metafunc):
+    if not metafunc.config.pluginmanager.has_plugin("two at once"):
+        metafunc.config.pluginmanager.register(TwoAtOnce(metafunc.config), "two at once")
 
 
 @pytest.fixture
