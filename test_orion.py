@@ -5541,7 +5541,7 @@ def test_nobody_fills_the_memory_with_what_is_long(start, what):
     tracemalloc.start()
     try:
         assert [ask(text) for text in long] == [expected] * 40
-        eventually(lambda: tracemalloc.get_traced_memory()[0] < 40 * 15_000 / 2, "it is all still there")
+        eventually(lambda: gc.collect() >= 0 and tracemalloc.get_traced_memory()[0] < 40 * 15_000 / 2, "it is all still there")
     finally:
         tracemalloc.stop()
 
@@ -11987,10 +11987,10 @@ def test_what_a_server_would_refuse_a_test_refuses(wrong, error):
 
 def test_nothing_is_left_of_a_test():
     sockets = lambda: sum(["socket:" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")])
-    before = threading.active_count(), sockets()
+    threads, before = threading.active_count(), sockets()         # those of other tests may still end
     with orion.testing(poll) as app:
         app.viewer("bob").post("/polls", question="Tea?")
-        assert (threading.active_count(), sockets()) == before
+        assert threading.active_count() <= threads and sockets() <= before
         folder = app.settings.data
         assert str(folder) in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
     assert not folder.exists() and str(folder) not in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
@@ -12941,10 +12941,11 @@ def test_a_double_click_sends_one_form_and_says_nothing_of_an_error(server, wind
 
 @cases("path, field, text, button, done", DOUBLE_CLICK)
 def test_a_plain_form_that_is_sent_twice_before_its_answer_comes_does_one_thing(server, windows, path, field, text, button, done):
-    """Without a script, that is; one stands for the hand here, which goes on until the page goes."""
+    """Without a script, that is; one stands for the hand here, which goes on until the page goes, and more and more slowly: each time takes the
+    answer before back."""
     bob = filled_in(server, windows[0], path, field, text)
     with posts_answered_with(2) as posts:
-        bob.js("const {form} = document.querySelector(arguments[0]); form.submit(); setInterval(() => form.submit(), 50)", button)
+        bob.js("const {form} = document.querySelector(arguments[0]); let pause = 25; (function again() { form.submit(); setTimeout(again, pause *= 2) })()", button)
         no_error(bob, done)
     assert {*posts} == {303} and len(posts) > 1
     assert server.store("acme").execute("SELECT count(*) FROM todos WHERE title = 'twice'").fetchone()[0] == (path == "/w/acme/todos")
