@@ -3060,6 +3060,14 @@ def test_a_stream_follows_the_search_of_its_page(server):
         assert "No todo here" in ear.event()
 
 
+def test_a_rendering_that_was_used_last_stays_longest(server):
+    bob, one = Person(server, "bob"), the_workspace(server)
+    for n in range(orion.Workspace.MOST_RENDERINGS + 5):
+        bob.get(f"/w/acme/todos?q={n}")
+        bob.get("/w/acme/todos", Cookie=f"{bob.cookie}; n={n}")     # not as it was kept
+    assert [key for key in one.renderings if not key[3]]
+
+
 def test_searches_without_end_leave_a_bounded_number_of_renderings(server):
     bob, one = Person(server, "bob"), the_workspace(server)
     for n in range(orion.Workspace.MOST_RENDERINGS + 20):
@@ -4390,6 +4398,18 @@ def test_a_region_of_an_account_is_its_own_on_the_page_and_in_each_frame(board):
     for person, name in ((board.bob, "bob"), (board.carol, "carol"), (board.bob, "bob")):     # twice: also as it was kept
         assert f"{name}, you voted" in person.get("/w/acme/cards/1").text
     for ear in ears:
+        ear.close()
+
+
+def test_a_region_of_an_account_is_its_own_among_people_of_one_role_too(board):
+    board.bob.post("/w/acme/members", account="dave", role="member")
+    people = {"carol": board.carol, "dave": Person(board, "dave", datastar=True)}
+    ears = {name: Ear(person, "/w/acme/cards/1/live") for name, person in people.items()}
+    for name, person in people.items():
+        ears[name].event(), ears[name].event()
+        person.post("/w/acme/cards/1/vote")
+    for name, ear in ears.items():
+        assert f">{name}, you voted" in ear.until_it_says("you voted") and f">{name}, you voted" in people[name].get("/w/acme/cards/1").text
         ear.close()
 
 
