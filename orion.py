@@ -13509,21 +13509,8 @@ def notify(state: str):
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 35 Jobs.
 
-def a_whole_number(text):
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: say 10") from None
-
-
-def a_decimal(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number: say 0.5") from None
-
-
-KINDS = {str: str, int: a_whole_number, float: a_decimal, bool: bool}
+TYPES = (str, int, float, bool)                          # of what is said
+NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
 
 
 @public
@@ -13553,12 +13540,12 @@ class Quiet(dict):
 
 def check_option(option) -> None:
     """Raise Unusable."""
-    if type(option) is not Option or type(option.default) not in KINDS:
+    if type(option) is not Option or type(option.default) not in TYPES:
         raise Unusable(f"option {option!r:.99}: it is to be Option(\"--name\", \"help\", "
                        "default), with a text, a number, True or False")
     if not option.flag.startswith("--") or not option.name.isidentifier():
         raise Unusable(f"option {option.flag!r}: a flag is as --mail-server")
-    if option.secret and option.default:
+    if option.secret and option.default != "":
         raise Unusable(f"option {option.flag!r}: a secret has no default; anybody could "
                        "read it in the program")
 
@@ -13585,27 +13572,28 @@ def listed(given):
 
 
 def add_own_option(parser, option, suppress=False):
+    """suppress: the flag was added to the main parser, too, which has its default."""
+    flag = option.flag
+    help = option.help
     if option.secret:
-        return add_secret(parser, option, suppress)
-    default = from_environment(option.flag) or option.default
-    help = f"{option.help} (default: {default})" if default else option.help
-    default = argparse.SUPPRESS if suppress else default
-    kind = KINDS[type(option.default)]
-    add_flag(parser, option.flag, kind, default, f"own_{option.name}", help)
+        variable = f"ORION_{option.name.upper()}"
+        flag += "-file"
+        help = f"file with {help}; or say it in {variable}"
+        instead = f"say it in {variable}, or name a file with {flag}"
+        refuse_flag(parser, option.flag, instead)
+    default = from_environment(flag) or option.default
+    if default:
+        help += f" (default: {default})"
+    if suppress:
+        default = argparse.SUPPRESS
+    add_flag(parser, flag, type(option.default), default, f"own_{option.name}", help)
 
 
-def add_secret(parser, option, suppress):
-    file = f"{option.flag}-file"
-    variable = f"ORION_{option.name.upper()}"
-    default = argparse.SUPPRESS if suppress else from_environment(file)
-    help = f"file with {option.help}; or say it in {variable}"
-    add_flag(parser, file, str, default, f"own_{option.name}", help)
-
+def refuse_flag(parser, flag, instead):
     def refuse(text):
         raise argparse.ArgumentTypeError("all users of this machine see what a flag says; "
-                                         f"say it in {variable}, or name a file with "
-                                         f"{file}")
-    parser.add_argument(option.flag, type=refuse, help=argparse.SUPPRESS)
+                                         f"{instead}")
+    parser.add_argument(flag, type=refuse, help=argparse.SUPPRESS)
 
 
 def with_own(settings, given):
@@ -13657,27 +13645,23 @@ def add_own_command(commands, function, options):
     try:
         for option in options:
             add_own_option(sub, option, suppress=True)
-        add_parameters(sub, function)
+        app, *parameters = inspect.signature(function).parameters.values()
+        for parameter in parameters:
+            add_parameter(sub, parameter)
     except argparse.ArgumentError as error:
         raise Unusable(f"command {name!r}: {error.argument_name} is a flag already; rename "
                        "the parameter") from error
-
-
-def add_parameters(sub, function):
-    app, *others = inspect.signature(function).parameters.values()
-    for parameter in others:
-        add_parameter(sub, parameter)
 
 
 def add_parameter(sub, parameter):
     dest = f"arg_{parameter.name}"                       # no setting of the server's
     default = parameter.default
     if default is parameter.empty:
-        kind = {"int": int, "float": float}.get(parameter.annotation, parameter.annotation)
-        return sub.add_argument(dest, metavar=parameter.name, type=KINDS.get(kind, str))
+        kind = NUMBERS.get(parameter.annotation, str)
+        return sub.add_argument(dest, metavar=parameter.name, type=kind)
     flag = f"--{parameter.name.replace('_', '-')}"
-    help = f"default: {default}" if default else ""
-    add_flag(sub, flag, KINDS.get(type(default), str), default, dest, help)
+    kind = type(default) if type(default) in TYPES else str
+    add_flag(sub, flag, kind, default, dest, f"default: {default}" if default else "")
 
 
 def run_own(function, settings, given):
@@ -13712,11 +13696,9 @@ class App:
         With write, all that is done inside is one transaction, for which the server waits
         at most five seconds. Raises Unusable if there is no such workspace here.
         """
-        if self.inside:
-            raise Unusable(f"{self.inside} is open; leave `with app.open(...)` first")
+        self.check_closed()
         row = self.row(workspace)
-        stub = self.env.workspaces.get(row["id"])
-        stub.ask("/_due")                                # it opens, whoever has its lock
+        self.env.workspaces.get(row["id"]).ask("/_due")  # it opens, whoever has its lock
         one = self.env.workspaces.awake(row["id"])
         self.inside = workspace
         try:
@@ -13729,6 +13711,11 @@ class App:
             self.inside = ""
         if write:
             self.note(row["id"])
+
+    def check_closed(self):
+        if self.inside:
+            raise RuntimeError(f"{self.inside} is open, so all others would wait forever; "
+                               "leave `with app.open(...)` first")
 
     @contextlib.contextmanager
     def transaction(self, one, row, may):
@@ -13751,17 +13738,14 @@ class App:
         if self.settings.plane:
             raise Unusable("the app's commands open no workspace where the planes are "
                            "apart; have a route or a job do it")
-        self.env = self.env or self.compose()
         found = looked_up(self.settings, named_workspaces)
+        settings = self.settings._replace(demo=False)
+        self.env = self.env or compose(settings, settings.slices)
         for row in found:
             if row["name"] == workspace:
                 return row
         raise Unusable(f"there is no workspace {workspace}; workspace list tells what "
                        "there is")
-
-    def compose(self):
-        check_there(self.settings)
-        return compose(self.settings._replace(demo=False), self.settings.slices)
 
     def note(self, id):
         """Tell the server, if one runs, by the Directory's journal."""
@@ -14334,22 +14318,22 @@ class DevBroker(Broker):
 #   and its clock can be moved.
 # It needs: 35 Jobs, 36 Checks, 42 Exports, 57 Own options.
 
-AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
+REAL_TIME = time
+AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
 
 
-class MovableTime(types.ModuleType):
+class MovableTime:
     """The module time, with a time() that heeds AHEAD.
 
-    It takes the place of that module in this one. Outside of an app whose clock a test has
-    moved, it says the same.
+    testing() puts it in the place of that module in this one. So no server ever has it.
     """
 
     def __getattr__(self, name):
-        return getattr(sys.modules["time"], name)
+        return getattr(REAL_TIME, name)
 
     def time(self):
-        return sys.modules["time"].time() + AHEAD.get()
+        return REAL_TIME.time() + AHEAD.get()
 
 
 class Clock:
@@ -14368,10 +14352,10 @@ class Clock:
 
     def set(self, at: float) -> None:
         """Set it to a time, in seconds since 1970."""
-        self.ahead = at - sys.modules["time"].time()
+        self.ahead = at - REAL_TIME.time()
 
     def now(self) -> float:
-        return sys.modules["time"].time() + self.ahead
+        return REAL_TIME.time() + self.ahead
 
     def __enter__(self):
         self.tokens.append(AHEAD.set(self.ahead))
@@ -14579,11 +14563,6 @@ class TestedApp(App):
         key = load_keys(self.settings.key_file)[0]
         return f"{cookie_name('http', key)}={token}.{seal(token, key)}"
 
-    def check_closed(self):
-        if self.inside:
-            raise RuntimeError(f"{self.inside} is open, so all others would wait forever; "
-                               "leave `with app.open(...)` first")
-
     @contextlib.contextmanager
     def open(self, workspace: str = "acme", write: bool = False):
         with self.clock, super().open(workspace, write) as ctx:
@@ -14654,8 +14633,7 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
     for an option there is not.
     """
     global time
-    if type(time) is not MovableTime:
-        time = MovableTime("time")
+    time = MovableTime()
     for name in own:
         Settings(options=options).setting(name)
     memory = MEMORY if os.access(MEMORY, os.W_OK) else None

@@ -11536,7 +11536,7 @@ def test_an_option_of_an_app_is_a_flag_and_a_variable_and_has_the_type_of_its_de
     assert own_main("say-all", *words, commands=(say_all,)) == (0, f"{said}\n", "")
 
 
-@cases("words, why", [(("--tries", "many"), "argument --tries: 'many' is no whole number: say 10"), (("--pause", "1s"), "argument --pause: '1s' is no number: say 0.5"),
+@cases("words, why", [(("--tries", "many"), "argument --tries: invalid int value: 'many'"), (("--pause", "1s"), "argument --pause: invalid float value: '1s'"),
                       (("--mail-password", "s3cret"), "say it in ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
                       (("--mail-password-file", "/nowhere/s"), "--mail-password-file: /nowhere/s can't be read (No such file or directory); name a file")])
 def test_an_option_that_is_said_wrong_is_one_line_with_the_remedy(words, why):
@@ -11608,7 +11608,7 @@ def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_ope
 
 
 @cases("words, why", [(("show-sent", "nowhere"), "there is no workspace nowhere; workspace list tells what there is"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
-                      (("add-sent", "acme", "x", "y"), "argument count: 'y' is no whole number"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
+                      (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
 def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
     status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
     assert status == 2 and why in err and err.count("\n") == 1 and out == ""
@@ -12014,6 +12014,13 @@ def test_nothing_is_left_of_a_test():
         folder = app.settings.data
         assert str(folder) in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
     assert not folder.exists() and str(folder) not in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+
+
+def test_only_who_calls_testing_gives_the_module_a_clock_that_can_be_moved():
+    functions = [node for node in ast.walk(sections()[1]) if isinstance(node, ast.FunctionDef)]
+    setters = [one.name for one in functions for node in ast.walk(one) if isinstance(node, ast.Global) and "time" in node.names]
+    callers = [node for node in ast.walk(sections()[1]) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("testing", "MovableTime")]
+    assert setters == ["testing"] and len(callers) == 1, "a server would pay for it"
 
 
 def test_pytest_takes_nothing_of_it_for_a_test():
