@@ -3062,10 +3062,12 @@ def test_a_stream_follows_the_search_of_its_page(server):
 
 def test_a_rendering_that_was_used_last_stays_longest(server):
     bob, one = Person(server, "bob"), the_workspace(server)
+    bob.get("/w/acme/todos")
+    first, = one.renderings.values()
     for n in range(orion.Workspace.MOST_RENDERINGS + 5):
         bob.get(f"/w/acme/todos?q={n}")
         bob.get("/w/acme/todos", Cookie=f"{bob.cookie}; n={n}")     # not as it was kept
-    assert [key for key in one.renderings if not key[3]]
+    assert [*one.renderings.values()][-1] is first
 
 
 def test_searches_without_end_leave_a_bounded_number_of_renderings(server):
