@@ -97,9 +97,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple,
                     Union)
 
+# What an app may use. [3] has more.
 __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "Region",
            "Response", "Route", "Slice", "Template", "as_json", "count_todos", "done",
-           "patch_elements", "read_signals", "template", "todos"]    # for apps; [3] has more
+           "patch_elements", "read_signals", "template", "todos"]
 
 
 # #### Part One: the architecture ########################################################

@@ -10684,7 +10684,8 @@ def test_an_older_file_and_one_with_a_slice_that_was_here_once_are_taken_in(serv
     served.run("workspace", "export", "acme", tmp_path / "acme.db")
     with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
         file.execute("INSERT INTO _migrations VALUES ('chores', 1, 'x', 'chores')"), file.execute("CREATE TABLE chores (x)")
-        file.execute("DROP TABLE answers"), file.execute("DELETE FROM _migrations WHERE tables = 'answers'")
+        file.execute("DROP TABLE answers"), file.execute("DROP INDEX jobs_key"), file.execute("ALTER TABLE jobs DROP COLUMN key")
+        file.execute("DELETE FROM _migrations WHERE slice = 'orion' AND entry >= (SELECT entry FROM _migrations WHERE tables = 'answers')")
     assert served.run("workspace", "import", tmp_path / "acme.db", "--name", "older")[0] == 0
     with orion.opened_to_read(served.env.workspaces.path(served.env.workspaces.id_from_name("older"))) as file:
         assert file.execute("SELECT count(*) FROM answers").fetchone() == (0,)
