@@ -7741,8 +7741,9 @@ class Recurring(NamedTuple):
             return now - since + self.seconds
         zone = zone_named(self.zone)
         today = datetime.datetime.fromtimestamp(now, zone).date()
-        days = [today + datetime.timedelta(number) for number in range(-1, 4)]
-        return min([at for at in [self.time_on(day, zone) for day in days] if at > now])
+        times = [self.time_on(today + datetime.timedelta(days), zone)
+                 for days in range(-1, 4)]
+        return min([at for at in times if at > now])
 
     def time_on(self, day, zone) -> float:
         """Where clocks are set forward over it, it is as much later; where they are set
@@ -7778,12 +7779,8 @@ def zone_named(name):
     try:
         return zoneinfo.ZoneInfo(name)
     except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
-        if zoneinfo.available_timezones():
-            why = f"there is no time zone {name!r}; say one as Europe/Berlin"
-        else:
-            why = ("this machine knows no time zones; install tzdata, or leave the zone "
-                   "out, for the server's own")
-        raise Unusable(why) from None
+        raise Unusable(f"there is no time zone {name!r} on this machine; say one as "
+                       "Europe/Berlin, and install tzdata if it has none") from None
 
 
 PLANNED = "SELECT key FROM jobs WHERE key >= '@' AND key < 'A'"     # as plans_of names them
@@ -7820,10 +7817,11 @@ def wrong_with_job(job) -> str:
 def check_jobs(settings: Settings) -> None:
     """Raise Unusable for a job that could not run."""
     for slice in settings.slices:
-        given = getattr(slice, "jobs", ())
-        jobs = (given,) if callable(given) else given
+        jobs = getattr(slice, "jobs", ())
+        if callable(jobs):
+            raise Unusable(f"slice {slice.name!r}, jobs: write (one,), with a comma")
         for job in jobs:
-            why = wrong_with_job(job) or callable(given) and "write (one,), with a comma"
+            why = wrong_with_job(job)
             if why:
                 raise Unusable(f"slice {slice.name!r}, job {job!r:.99}: {why}")
         functions = {function_of(job) for job in jobs}
@@ -7870,8 +7868,8 @@ class Alarms:
         self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
         self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
         self.in_line: collections.deque = collections.deque()    # waits not yet begun
-        self.callers = 0                                 # threads that call acts
-        self.late = 0                                    # more threads: see give_up_late
+        self.threads = 0                                 # that call acts
+        self.late = 0                                    # of these: see give_up_late
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
@@ -7946,48 +7944,49 @@ class Alarms:
             return [job for of, job in self.waits if of == id]
 
     def wait_for(self, wait: Wait) -> None:
-        """Have its act called, in one of WAITS_AT_ONCE threads."""
+        """Have its act called, in a thread of its own."""
         with self.lock:
             self.waits[wait.key] = wait
             self.in_line.append(wait)
-        self.add_caller()
+        self.begin_waits()
 
-    def add_caller(self):
-        """Start a further thread for the line. If there is none, the loop asks again."""
+    def begin_waits(self):
+        """Begin those that stand in line, as far as there are threads for them."""
         with self.lock:
-            full = self.callers == self.WAITS_AT_ONCE
-            if not self.in_line or full or self.callers + self.late == self.THREADS:
-                return
-            self.callers += 1
-        if not in_new_thread(self.call_acts):
-            with self.lock:
-                self.callers -= 1
+            while self.in_line and self.has_thread():
+                call = functools.partial(self.call_in_thread, self.in_line[0])
+                if not in_new_thread(call):              # the loop asks again
+                    return
+                self.in_line.popleft()
+                self.threads += 1
+
+    def has_thread(self) -> bool:
+        in_time = self.threads - self.late
+        return in_time < self.WAITS_AT_ONCE and self.threads < self.THREADS
 
     def failed(self, row, error):
         """Called by a host whose job failed."""
         log_error(f"job {row['job']}, try {row['tries']}", error)
 
-    def call_acts(self):
-        while True:
-            with self.lock:
-                if not self.in_line:
-                    self.callers -= 1
-                    return
-                wait = self.in_line.popleft()
-            wait.called_at = time.monotonic()
-            in_time = self.resume_with(wait, self.call_act(wait))
-            self.release(wait)
+    def call_in_thread(self, wait):
+        in_time = self.call_act(wait)
+        with self.lock:
+            self.threads -= 1
             if not in_time:
-                with self.lock:
-                    self.late -= 1
-                return
+                self.late -= 1
+        self.begin_waits()
 
-    def call_act(self, wait):
-        """Call what the job waits for. Return a call with which the job goes on."""
+    def call_act(self, wait) -> bool:
+        """Call what the job waits for. Return whether the job goes on with what came of it.
+        """
+        wait.called_at = time.monotonic()
         try:
-            return functools.partial(wait.steps.send, wait.act())
+            resume = functools.partial(wait.steps.send, wait.act())
         except CRASH as error:
-            return functools.partial(wait.steps.throw, error)
+            resume = functools.partial(wait.steps.throw, error)
+        in_time = self.resume_with(wait, resume)
+        self.release(wait)
+        return in_time
 
     def resume_with(self, wait, resume) -> bool:
         """Have the job go on. Return False if it does already: either act has returned, or
@@ -8024,9 +8023,8 @@ class Alarms:
                                  "s; give that a time limit of its own")
             if self.resume_with(wait, functools.partial(wait.steps.throw, error)):
                 with self.lock:
-                    self.callers -= 1
                     self.late += 1
-        self.add_caller()
+        self.begin_waits()
 
 
 @addition
@@ -14593,6 +14591,7 @@ class CalledAlarms(Alarms):
         super().__init__(env.workspaces)
         env.workspaces.alarms = self
         self.directory = env.directory
+        self.put = lambda function, *args: function(*args)
         self.count = 0                                   # jobs that ran
         self.error: Optional[BaseException] = None       # of the last one
 
@@ -14606,14 +14605,13 @@ class CalledAlarms(Alarms):
         self.count += 1
         super().run(stub, job, names)
         if self.in_line:                                 # it waits
-            wait = self.in_line.pop()
-            wait.resume = self.call_act(wait)
-            super().run(stub, job, names)
-            del self.waits[wait.key]
+            self.call_act(self.in_line.pop())
 
-    def wait_for(self, wait):
-        self.waits[wait.key] = wait
-        self.in_line.append(wait)
+    def ring(self):
+        """The test does."""
+
+    def begin_waits(self):
+        """When the job has left its turn."""
 
     def failed(self, row, error):
         self.error = error

@@ -7362,14 +7362,14 @@ def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_w
     bob.post("/w/globex/work", job="letter")
     assert eventually(lambda: noted(outside_world.server, "globex"))
     alarms = outside_world.server.env.workspaces.alarms
-    assert given_up("globex") and eventually(lambda: (alarms.callers, alarms.late) == (0, 2))
+    assert given_up("globex") and eventually(lambda: (alarms.threads, alarms.late) == (2, 2))
     bob.post("/w/globex/work", job="letter")
     eventually(lambda: alarms.in_line)
     outside_world.server.edge.call(outside_world.server.edge.tick, time.monotonic())
     at_rest(outside_world.server)
     assert len(calls) == 3 and alarms.in_line
     release.set()
-    assert eventually(lambda: len(calls) > 3 and (alarms.callers, alarms.late, alarms.waits) == (0, 0, {}))
+    assert eventually(lambda: len(calls) > 3 and (alarms.threads, alarms.late, alarms.waits) == (0, 0, {}))
 
 
 def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
@@ -7377,7 +7377,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
         bob.post("/w/acme/work", job="letter")
         assert logged(capfd, "can't start new thread: raise the limit")
-    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.callers == 0)
+    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.threads == 0)
 
 
 @cases("yields, why", [(0, "writes, which only a command or a job may"), (2, "a job yields at most once")])
@@ -7586,12 +7586,6 @@ def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
         orion.compose(orion.Settings(data=tmp_path / "data"), (orion.Slice("work", jobs=jobs),))
     assert str(no.value).startswith("slice 'work'") and why in str(no.value) and not (tmp_path / "data").exists()
-
-
-def test_a_machine_without_time_zones_says_so_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoneinfo, "available_timezones", set)
-    with pytest.raises(orion.Unusable, match="this machine knows no time zones; install tzdata, or leave the zone out"):
-        orion.compose(orion.Settings(data=tmp_path), (orion.Slice("work", jobs=(orion.daily(note, "07:30", "Mars/Base"),)),))
 
 
 def remind(ctx, text):
