@@ -2566,18 +2566,23 @@ def open_session(ctx, account):
     The token is always new: one that somebody planted before is worth nothing.
     """
     close_session(ctx)
-    now = time.time()
-    end_sessions(ctx, SPENT, now)
-    token = secrets.token_urlsafe(32)
+    end_sessions(ctx, SPENT, time.time())
     agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
-    row = token_hash(token), account, now, now + SESSION_SECONDS, agent
-    ctx.store.exec("INSERT INTO sessions (digest, account, created, expires, agent) "
-                   "VALUES (?, ?, ?, ?, ?)", *row)
     key = ctx.host.keys[0]
-    value = f"{token}.{seal(token, key)}"
+    value = add_session(ctx.store, account, agent, key)
     cookie = set_cookie(ctx.request.scheme, key, value, COOKIE_SECONDS)
     answer = see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
     return ctx.host.signed_in(ctx, answer)
+
+
+def add_session(store, account, agent, key) -> str:
+    """Return the value of its cookie."""
+    token = secrets.token_urlsafe(32)
+    now = time.time()
+    row = token_hash(token), account, now, now + SESSION_SECONDS, agent
+    store.exec("INSERT INTO sessions (digest, account, created, expires, agent) VALUES (?, "
+               "?, ?, ?, ?)", *row)
+    return f"{token}.{seal(token, key)}"
 
 
 def logout(ctx):
@@ -13808,20 +13813,21 @@ class HearsOfCommands(Broker):
     heard = ""                                           # the last entry of the journal
 
     def look_elsewhere(self):
-        if not self.heard and not self.edge.settings.plane:
+        if not self.heard:
             with contextlib.suppress(Refused):           # in the next second
                 self.hear()
         super().look_elsewhere()
 
     def changed_elsewhere(self):
-        if not self.edge.settings.plane:
-            self.hear()
+        self.hear()
         super().changed_elsewhere()
 
     def hear(self):
+        if self.edge.settings.plane:                     # commands open no workspace there
+            return
         workspaces = self.edge.env.workspaces
-        after = self.heard
-        self.heard, ids = self.edge.env.directory.ask("/_written", f"after={after}")
+        answer = self.edge.env.directory.ask("/_written", f"after={self.heard}")
+        self.heard, ids = answer
         for id in ids:
             workspaces.changed(id)
             workspaces.alarms.looked.discard(id)
@@ -13880,7 +13886,7 @@ def become_child(handle):
     DevEdge.handle = handle
     ASSETS.update(DEV_ASSETS)
     ERROR_LOGS[:] = [FAULTS.note]
-    for cls in (DevEdge, DevBroker, DevWorkspace, DevContext):
+    for cls in (DevEdge, DevBroker, DevWorkspace):
         addition(cls)
 
 
@@ -14230,35 +14236,6 @@ class DevEdge(LoopEdge):
         return fault_page(request, explained(f"{request.method} {request.path}", error))
 
 
-class DevContext(Context):
-    """Notices a field that is sent by one name and read by another."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.read = set()
-
-    def field(self, name, otherwise=""):
-        self.read.add(name)
-        return super().field(name, otherwise)
-
-    def fields(self, name):
-        self.read.add(name)
-        return super().fields(name)
-
-    def end(self):
-        if self._request and self._request.method not in SAFE and self.read:
-            with contextlib.suppress(Refused):
-                self.compare_names({*self._request.fields()})
-        super().end()
-
-    def compare_names(self, sent):
-        import difflib                                   # it takes a while, and is rare
-        for name in self.read - sent:
-            for other in difflib.get_close_matches(name, sent - self.read, 1, 0.75):
-                log(f"dev: {self._request.method} {self._request.path} reads the field "
-                    f"{name!r}, which was not sent; {other!r} was sent, and is not read")
-
-
 class DevWorkspace(EdgeWorkspace):
     def render(self, region, live, ctx, args):
         rendering = super().render(region, live, ctx, args)
@@ -14293,20 +14270,9 @@ class DevBroker(Broker):
         if told and channel not in self.failed:
             _, topic, again, *_ = channel.subscription
             role, where = again.headers["x-role"], again.headers["x-workspace"]
-            log(f"dev: {topic!r} was published: {self.region(channel)} read for {role} in "
-                f"{where}, {1000 * (time.perf_counter() - started):.1f} ms, and sent to "
+            log(f"dev: {topic!r} was published: {again.path} read for {role} in {where}, "
+                f"{1000 * (time.perf_counter() - started):.1f} ms, and sent to "
                 f"{len(channel.streams)} streams")
-
-    def region(self, channel):
-        """Return how a slice calls the region of a channel."""
-        path = channel.subscription.again.path[:-len("/live")]
-        for slice in self.edge.settings.slices:
-            for live in slice.live:
-                pattern = path_pattern(live.path)
-                if re.fullmatch(pattern, path):
-                    region = live.regions[channel.subscription.number]
-                    return f"{slice.name}.{name_of(region.show)}"
-        return path
 
 
 # ==== 59. Testing =========================================================================
@@ -14548,19 +14514,11 @@ class TestedApp(App):
         id = row_of(store, "workspaces", address)["id"]
         store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account,
                    account)
-        store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id,
-                   account)
-        add_member(store, id, account, role)
+        store_role(store, id, account, "", role)
 
     def cookie(self, store, account):
-        """Begin a session."""
-        token = secrets.token_urlsafe(32)
-        now = time.time()
-        row = token_hash(token), account, now, now + SESSION_SECONDS, "a test"
-        store.exec("INSERT INTO sessions (digest, account, created, expires, agent) VALUES "
-                   "(?, ?, ?, ?, ?)", *row)
         key = load_keys(self.settings.key_file)[0]
-        return f"{cookie_name('http', key)}={token}.{seal(token, key)}"
+        return f"{cookie_name('http', key)}={add_session(store, account, 'a test', key)}"
 
     @contextlib.contextmanager
     def open(self, workspace: str = "acme", write: bool = False):
