@@ -12480,19 +12480,21 @@ class Lists:
 
     def __init__(self):
         self.lock = threading.Lock()                     # guards the next two lines
-        self.lists: Dict[str, Tuple[Any, ...]] = collections.OrderedDict()
+        self.lists: Dict[str, Any] = collections.OrderedDict()   # each with its version
         self.size = 0
 
-    def put(self, id, rows):
-        """Keep a list: rows of an account and a role. The caller holds the lock."""
-        known = self.lists.pop(id, ())
-        self.size += len(rows) - len(known)
-        if [(one["name"], one["role"]) for one in known] != [tuple(row) for row in rows]:
-            known = tuple([types.MappingProxyType({"name": account, "role": role})
-                           for account, role in rows])
-        self.lists[id] = known
+    def put(self, id, rows, version=None) -> Tuple[Any, ...]:
+        """Keep rows of a name and a role; return them. The caller holds the lock."""
+        _, known = self.lists.pop(id, (None, ()))
+        members = tuple([tuple(row) for row in rows])
+        if members == known:
+            members = known
+        self.size += len(members) - len(known)
+        self.lists[id] = version, members
         while self.size > self.MOST and len(self.lists) > 1:
-            self.size -= len(self.lists.pop(next(iter(self.lists))))
+            _, (_, oldest) = self.lists.popitem(last=False)
+            self.size -= len(oldest)
+        return members
 
     def prepare(self, id: str) -> None:
         """Called before the turn of an object is taken."""
@@ -12509,19 +12511,17 @@ class ListsOfFile(Lists):
         self.path = path
         self.db: Optional[sqlite3.Connection] = None
         self.inode: Any = None
-        self.as_of: Dict[str, Any] = {}                  # by id: the version that was read
 
     def of(self, id: str) -> Tuple[Any, ...]:
         """Raises Refused(503)."""
         try:
             with self.lock:
                 version = self.version()
-                if id not in self.lists or self.as_of.get(id) != version:
-                    found = self.db.execute(NAMES_AND_ROLES, (id, MOST_MEMBERS))
-                    self.put(id, found.fetchall())
-                    self.as_of = {**{known: self.as_of.get(known) for known in self.lists},
-                                  id: version}
-                return self.lists[id]
+                as_of, members = self.lists.get(id, (None, ()))
+                if as_of == version:
+                    return members
+                found = self.db.execute(NAMES_AND_ROLES, (id, MOST_MEMBERS))
+                return self.put(id, found.fetchall(), version)
         except sqlite3.Error as error:
             log_once(f"members: {self.path}: {error}")
             raise Refused(503, "The members can't be read just now. Try again in a minute.",
@@ -12544,8 +12544,8 @@ class ListsOfFile(Lists):
         self.db = self.inode = None
 
 
-class Copies(Lists):
-    """On a node: what the Directory, in another process, said of its members."""
+class ListsOfNode(Lists):
+    """What the Directory, in another process, said of its members."""
     PATIENCE = 1.0                                       # seconds
 
     def __init__(self, settings):
@@ -12557,7 +12557,7 @@ class Copies(Lists):
         """Mostly it is there already: see prepare. A job may have to wait."""
         if id not in self.lists:
             self.ask([id])
-        return self.lists[id]
+        return self.lists[id][1]
 
     def prepare(self, id):
         if id not in self.lists:
@@ -12565,9 +12565,8 @@ class Copies(Lists):
                 self.ask([id])
 
     def ask(self, ids):
-        """Raises NoAnswer. A list that has not changed is not sent again."""
-        known = ",".join([f"{id}.{digest_of(self.lists.get(id, ()))}" for id in ids])
-        question = Request("GET", "/_members_of", f"known={known}")
+        """Raises NoAnswer."""
+        question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
         said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
         with self.lock:
             for id, rows in said.items():
@@ -12582,25 +12581,17 @@ class Copies(Lists):
         for first in range(0, len(ids), IDS_AT_ONCE):
             self.ask(ids[first:first + IDS_AT_ONCE])
         self.as_of = version
-        return [id for id in ids if self.lists.get(id) is not before[id]]
-
-
-def digest_of(members) -> str:
-    pairs = json.dumps([[one["name"], one["role"]] for one in members])
-    return hashlib.blake2b(pairs.encode(), digest_size=9).hexdigest()
+        return [id for id in ids if id not in self.lists
+                or self.lists[id][1] is not before[id][1]]
 
 
 @addition
 class TellsMembers(EdgeDirectory):
     def own_members_of(self, request):
-        """Return those of the lists of which a node has another, or none."""
         found = {}
-        for known in request.params["known"].split(","):
-            id, _, digest = known.partition(".")
+        for id in request.params["ids"].split(","):
             rows = self.store.query(NAMES_AND_ROLES, id, MOST_MEMBERS)
-            pairs = [{"name": row["account"], "role": row["role"]} for row in rows]
-            if not pairs or digest_of(pairs) != digest:
-                found[id] = [tuple(row) for row in rows]
+            found[id] = [tuple(row) for row in rows]
         return found
 
 
@@ -12612,7 +12603,7 @@ class ListsMembers(Namespace):
         with self.lock:
             if self.lists is None:
                 settings = self.settings
-                self.lists = (Copies(settings) if settings.plane == "data"
+                self.lists = (ListsOfNode(settings) if settings.plane == "data"
                               else ListsOfFile(settings.directory_file))
         return self.lists.of(id)
 
@@ -12632,7 +12623,7 @@ class AsksForMembers(Context):
         members = self.host.namespace.members_of(self.host.id)
         if self.host.used_members is None:
             self.host.used_members = members
-        return [*members]
+        return [{"name": name, "role": role} for name, role in members]
 
 
 @addition
@@ -12659,55 +12650,28 @@ class ShowsMembers(SliceHost):
 
 
 @addition
-class MarksPieces(Broadcast):
-    def render(self, *what):
-        piece = super().render(*what)
-        piece.uses_members = self.used_members is not None
-        return piece
-
-
-@addition
 class TellsOfMembers(Broker):
-    """A channel has uses_members, as its latest piece has."""
-
-    def join(self, stream, watch):
-        super().join(stream, watch)
-        for one, channel in zip(watch, stream.channels):
-            self.note_use(channel, one.piece)
-
-    def deliver(self, channel, piece, streams):
-        super().deliver(channel, piece, streams)
-        if piece:
-            self.note_use(channel, piece)
-
-    def note_use(self, channel, piece):
-        """If it is the first, the members may have changed since it was rendered."""
-        before = getattr(channel, "uses_members", False)
-        channel.uses_members = getattr(piece, "uses_members", False)
-        if channel.uses_members and not before:
-            self.mark(channel)
-
     def published(self, id, topic):
         super().published(id, topic)
         if id == self.edge.env.directory.id and topic.startswith("members:"):
-            self.members_changed(topic[len("members:"):])
+            self.members_changed([topic[len("members:"):]])
         elif id == self.edge.env.directory.id and not topic:
-            for id in [*self.channels]:                  # it was another process
-                self.members_changed(id)
+            lists = self.edge.env.workspaces.lists
+            if not isinstance(lists, ListsOfNode):       # it was another process
+                self.members_changed([*self.channels])
 
-    def members_changed(self, id):
-        for channel in [*self.channels.get(id, {}).values()]:
-            if getattr(channel, "uses_members", False) \
-                    or channel.subscription.topic == "members":
-                self.mark(channel)
+    def members_changed(self, ids):
+        """All regions of these workspaces are asked again, if one ever used members."""
+        if self.edge.env.workspaces.lists:
+            for id in ids:
+                super().published(id, "")
 
     def look_elsewhere(self):
         super().look_elsewhere()
         lists = self.edge.env.workspaces.lists
-        if isinstance(lists, Copies):
+        if isinstance(lists, ListsOfNode):
             with contextlib.suppress(NoAnswer):          # in the next second
-                for id in lists.refresh(self.version):
-                    self.members_changed(id)
+                self.members_changed(lists.refresh(self.version))
 
 
 @addition

@@ -10207,10 +10207,8 @@ def test_of_very_many_members_the_first_are_told(start, monkeypatch):
 def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
     lists = orion.Lists()
     lists.MOST = 3
-    lists.put("a", [("bob", "owner"), ("carol", "member")])
-    same = lists.lists["a"]
-    lists.put("a", [["bob", "owner"], ["carol", "member"]])
-    assert lists.lists["a"] is same and lists.size == 2
+    same = lists.put("a", [("bob", "owner"), ("carol", "member")])
+    assert lists.put("a", [["bob", "owner"], ["carol", "member"]]) is same and lists.size == 2
     lists.put("b", [("bob", "owner"), ("erin", "viewer")])
     assert [*lists.lists] == ["b"] and lists.size == 2
 
