@@ -8215,11 +8215,11 @@ class HasJobs(Broadcast):
         """Return whether there was one. Outside of the slices, any slice's is meant."""
         known = [one.name for one in self.router.slices]
         keys = [f"{name}:{key}" for name in ([slice] if slice in known else known)]
-        found = any([self.store.exec("DELETE FROM jobs WHERE key = ?", one) > 0
+        found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", one)
                      for one in keys])
         if found:                                        # another one may be the next now
             self.alarm_after_commit(time.time())
-        return found
+        return found > 0
 
     def alarm_after_commit(self, due):
         self.store.after_commit.append((self.namespace.alarms.set, self.id, due))
@@ -13141,8 +13141,6 @@ def is_private(settings):
 def add_option(parser, flag, help, kind):
     name = name_of_flag(flag)
     default = from_environment(flag) or getattr(Settings(), name)
-    if default:
-        help += f" (default: {default})"
     add_flag(parser, flag, kind, default, name, help)
 
 
@@ -13152,6 +13150,8 @@ def name_of_flag(flag):
 
 def add_flag(parser, flag, kind, default, dest, help):
     """kind: bool, or a type for argparse. default may be text, from the environment."""
+    if default and default is not argparse.SUPPRESS:
+        help += f" (default: {default})"
     help = help.replace("%", "%%")
     if kind is not bool:
         return parser.add_argument(flag, help=help, default=default, type=kind, dest=dest,
@@ -13179,10 +13179,7 @@ def add_verbs(parser, given_words):
 
     Of a group that is not named, add its name alone: it saves 10 ms at each start.
     """
-    common = argparse.ArgumentParser(add_help=False)
-    for flag in ("--data", "--single"):
-        common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
-                            help="the folder, or the one file, with all state")
+    common = flags_of_all()
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
     for words, one in sorted(VERBS.items()):
         group, _, word = words.rpartition(" ")
@@ -13197,6 +13194,15 @@ def add_verbs(parser, given_words):
         for argument in one.arguments:
             sub.add_argument(argument, **ARGUMENTS[argument])
     return groups[""]
+
+
+def flags_of_all() -> argparse.ArgumentParser:
+    """Return a parser that those of all commands have among their parents."""
+    common = argparse.ArgumentParser(add_help=False)
+    for flag in ("--data", "--single"):
+        common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
+                            help="the folder, or the one file, with all state")
+    return common
 
 
 # -- what all commands need
@@ -13550,8 +13556,6 @@ def add_own_option(parser, option, suppress=False):
         instead = f"say it in {variable}, or name a file with {flag}"
         refuse_flag(parser, option.flag, instead)
     default = from_environment(flag) or option.default
-    if default:
-        help += f" (default: {default})"
     if suppress:
         default = argparse.SUPPRESS
     add_flag(parser, flag, type(option.default), default, f"own_{option.name}", help)
@@ -13606,10 +13610,9 @@ def add_own_command(commands, function, options):
         raise Unusable(f"command {name!r}: it is no function with a name, or there is a "
                        "command of that name; write def, and another name")
     help = (function.__doc__ or "").strip().partition("\n")[0]
-    sub = commands.add_parser(name, help=help, description=function.__doc__)
+    sub = commands.add_parser(name, help=help, description=function.__doc__,
+                              parents=[flags_of_all()])
     sub.set_defaults(verb=name, run=functools.partial(run_own, function))
-    for flag in ("--data", "--single"):
-        add_flag(sub, flag, pathlib.Path, argparse.SUPPRESS, flag[2:], "where all state is")
     try:
         for option in options:
             add_own_option(sub, option, suppress=True)
@@ -13629,7 +13632,7 @@ def add_parameter(sub, parameter):
         return sub.add_argument(dest, metavar=parameter.name, type=kind)
     flag = f"--{parameter.name.replace('_', '-')}"
     kind = type(default) if type(default) in TYPES else str
-    add_flag(sub, flag, kind, default, dest, f"default: {default}" if default else "")
+    add_flag(sub, flag, kind, default, dest, "")
 
 
 def run_own(function, settings, given):
@@ -14211,32 +14214,15 @@ class DevWorkspace(EdgeWorkspace):
 
 
 class DevBroker(Broker):
-    """Tells of each publish what was read again, and for how many."""
-
-    def __init__(self, edge):
-        super().__init__(edge)
-        self.told = set()                                # channels
-
     def published(self, id, topic):
         channels = [channel for channel in [*self.channels.get(id, {}).values()]
                     if channel.subscription.topic == topic]
         if id in self.edge.env.workspaces.objects:
-            self.told.update(channels)
-            if not channels:
-                log(f"dev: {topic!r} was published, and no open page shows it")
+            again = [f"{channel.subscription.again.path} for {len(channel.streams)} streams"
+                     for channel in channels]
+            log(f"dev: {topic!r} was published: "
+                f"{', '.join(again) or 'no open page shows it'}")
         super().published(id, topic)
-
-    def refresh(self, channel):
-        started = time.perf_counter()
-        told = channel in self.told
-        self.told.discard(channel)
-        super().refresh(channel)
-        if told and channel not in self.failed:
-            _, topic, again, *_ = channel.subscription
-            role, where = again.headers["x-role"], again.headers["x-workspace"]
-            log(f"dev: {topic!r} was published: {again.path} read for {role} in {where}, "
-                f"{1000 * (time.perf_counter() - started):.1f} ms, and sent to "
-                f"{len(channel.streams)} streams")
 
 
 # ==== 59. Testing =========================================================================
@@ -14336,7 +14322,8 @@ def form_in_parts(fields) -> Tuple[bytes, str]:
         head = f'Content-Disposition: form-data; name="{name}"'
         if type(value) is tuple:
             head += f'; filename="{value[0]}"\r\nContent-Type: application/octet-stream'
-        data = value[1] if type(value) is tuple else str(value).encode()
+            value = value[1]
+        data = value if type(value) is bytes else str(value).encode()
         lines += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), data, b"\r\n"]
     lines.append(f"--{boundary}--\r\n".encode())
     return b"".join(lines), f"multipart/form-data; boundary={boundary}"

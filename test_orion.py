@@ -11808,7 +11808,7 @@ def test_the_log_tells_of_each_publish_what_it_had_read_again(as_child, capfd):
     with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
         ear.event()
         bob.post("/w/acme/n")
-        assert logged(capfd, "dev: 'looks' was published: /n/live read for owner in acme, ") and logged(capfd, " ms, and sent to 1 streams")
+        assert logged(capfd, "dev: 'looks' was published: /n/live for 1 streams\n")
 
 
 def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
