@@ -7803,8 +7803,9 @@ def plans_of(slices: Sequence[Slice]) -> Dict[str, Recurring]:
 
 def wrong_with_job(job) -> str:
     """Return why a job would never run as it is meant to, or ""."""
-    name = getattr(function_of(job), "__name__", "")
-    if not callable(function_of(job)) or not name.isidentifier():
+    function = function_of(job)
+    name = getattr(function, "__name__", "")
+    if not callable(function) or not name.isidentifier():
         return "it is no function with a name; write def, and (one,) has a comma too"
     if type(job) is not Recurring:
         return ""
@@ -8099,8 +8100,14 @@ class EnqueuesJobs(Context):
         a command or job, LookupError if no slice has this job.
         """
         self.check_may_enqueue()
-        self.host.enqueue(self.viewer.signature, job, time.time() + after, args, key,
-                          self.store.slice)
+        if job not in self.host.router.job_names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+        name = self.host.router.job_names[job]
+        key = key and f"{self.key_owner(name)}:{key}"
+        if key:
+            self.host.cancel(key)
+        self.host.put_in(name, json.dumps(args), self.viewer.signature,
+                         time.time() + after, key or None)
 
     def cancel(self, key: str) -> bool:
         """Take out the job that was enqueued with this key. Return whether there was one.
@@ -8108,7 +8115,14 @@ class EnqueuesJobs(Context):
         If it waits for something outside just now, it does not go on after that.
         """
         self.check_may_enqueue()
-        return self.host.cancel(self.store.slice, key)
+        slices = self.host.router.names
+        return self.host.cancel(*{f"{self.key_owner(name)}:{key}" for name in slices})
+
+    def key_owner(self, name):
+        """Return the slice whose keys are meant: one's own; outside of the slices, that of
+        this name, or of the job of this name."""
+        own = self.store.slice
+        return own if own in self.host.router.names else name.partition(".")[0]
 
     def check_may_enqueue(self):
         if self.store.may != WRITE:
@@ -8139,6 +8153,7 @@ class KnowsJobs(QuickRouter):
         jobs = [(slice.name, function_of(job)) for slice in slices for job in slice.jobs]
         self.jobs = {f"{slice}.{job.__name__}": job for slice, job in jobs}
         self.job_names = {job: name for name, job in self.jobs.items()}
+        self.names = [slice.name for slice in slices]
         self.plans = plans_of(slices)
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
@@ -8193,30 +8208,15 @@ class HasJobs(Broadcast):
         with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
             self.namespace.alarms.set(self.id, self.own_due(None))
 
-    def enqueue(self, who: str, job: Callable[..., None], due: float,
-                args: Dict[str, Any], key: str = "", slice: str = "") -> None:
-        """slice: whose key it is; by default the job's. Raises LookupError if no slice has
-        this job."""
-        if job not in self.router.job_names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        name = self.router.job_names[job]
-        if slice not in [one.name for one in self.router.slices]:
-            slice = name.partition(".")[0]
-        if key:
-            self.cancel(slice, key)
-        self.put_in(name, json.dumps(args), who, due, f"{slice}:{key}" if key else None)
-
     def put_in(self, *row):
         self.store.exec("INSERT INTO jobs (job, args, who, due, key) VALUES (?, ?, ?, ?, "
                         "?)", *row)
         self.alarm_after_commit(row[3])
 
-    def cancel(self, slice: str, key: str) -> bool:
-        """Return whether there was one. Outside of the slices, any slice's is meant."""
-        known = [one.name for one in self.router.slices]
-        keys = [f"{name}:{key}" for name in ([slice] if slice in known else known)]
-        found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", one)
-                     for one in keys])
+    def cancel(self, *keys: str) -> bool:
+        """Return whether there was one."""
+        found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", key)
+                     for key in keys])
         if found:                                        # another one may be the next now
             self.alarm_after_commit(time.time())
         return found > 0
