@@ -308,69 +308,6 @@ def sendable(response, whose="this"):
     return response
 
 
-PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
-NO_MEMBERS = ("", "public")                              # roles; the second one: [3]
-NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
-              'so it cannot use the account of one viewer; Region(..., each="account") is '
-              "rendered for each of them")
-NO_REQUEST = ("a region is shown again after each change, and has no request; name the "
-              "parameters that it needs in Live(params=...), and use all else in page()")
-
-
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """Who looks, as a region may know it: all that viewers of one role have in common."""
-    role: str = ""
-    grants: Tuple[str, ...] = ()
-    workspace: str = ""                                  # its name
-    id: str = ""                                         # its id
-
-    def can(self, grant: str) -> bool:
-        return grant in self.grants
-
-    @property
-    def account(self):
-        raise PermissionError(NOT_SHARED)
-
-
-@dataclasses.dataclass(frozen=True)
-class Viewer(Role):
-    """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
-    account: str = ""
-
-    def known(self, each: str) -> Role:
-        """Return what a region may know of the viewer: see Region.each."""
-        said = self.role, self.grants, self.workspace, self.id
-        return Viewer(*said, self.account) if each == "account" else Role(*said)
-
-    def permit(self, grant: str, method: str = "GET") -> None:
-        """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
-        if grant == ACCOUNT and not self.account:
-            raise Refused(401, "Sign in first.")
-        if grant == MEMBER and self.role in NO_MEMBERS:
-            raise Refused(403, "This is for members. Ask an owner to invite you.")
-        if grant not in (PUBLIC, ACCOUNT, MEMBER) and not self.can(grant):
-            raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
-                               "the workspace for it.")
-
-    def may(self, grant: str) -> bool:
-        with contextlib.suppress(Refused):
-            self.permit(grant)
-            return True
-        return False
-
-    # [3] An operator can look on in somebody's name. Then the next two say so.
-
-    @property
-    def signature(self) -> str:
-        """Who did it, for the journal."""
-        return self.account
-
-    def banner(self):
-        """What stands on top of each of their pages."""
-        return ""
-
-
 def as_json(data: Any) -> Response:
     return Response(200, json.dumps(data).encode(), "application/json")
 
@@ -394,18 +331,62 @@ def local_path(path: str) -> str:
 #   Workspace hears about the viewer was said by the gate, never by the person outside.
 # Who uses it: the edge, for each request, and again for each frame of an open stream.
 
-# Headers that the parts of this server believe. Nobody outside may send them.
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
-           "x-id", "x-session", "x-counts"}              # the last one: [3]
+def worker(request: Request, env: Env) -> Response:
+    """Answer a request from outside: first the gate, then forward. Raises Refused."""
+    if request.method == "OPTIONS":
+        return Response(204, headers=(("allow", ", ".join(METHODS)),))
+    refuse_foreign(request)
+    if not request.path.startswith("/w/"):
+        return env.apex(request, env)
+    verdict = admit(request, env)
+    return env.forward(*destination(request, verdict, env))
+
+
+def admit(request, env):
+    """Return the gate's verdict, if it is 200. Raises Refused for any other."""
+    verdict = env.gate(request, env)
+    if verdict.status != 200:
+        raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
+    return verdict
 
 
 def ask_the_gate(request, env):
     """Fetch the verdict on whoever holds this cookie, from the Directory."""
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
-    about = "public" if env.public(request) else ""
+    about = "public" if env.public(request) else ""      # [3]
     question = Request("GET", f"/_gate/{workspace}", about, headers, scheme=request.scheme)
     return env.directory.fetch(question)
+
+
+def destination(request, verdict, env):
+    """Return the stub of the object that answers, and the request as that object sees it.
+
+    The verdict's headers go along. The session cookie does not: no slice needs it.
+    """
+    path = "/" + "/".join(request.path.split("/")[3:])
+    if path.startswith("/_"):                            # a question of the server itself
+        raise Refused(*NOTHING_HERE)
+    viewer_headers = dict(verdict.headers)
+    headers = {**stripped(request).headers, **viewer_headers}
+    headers.pop("cookie", None)
+    forwarded = request._replace(path=path, headers=headers)
+    if path.split("/")[1] == "members":                  # who is a member is policy
+        return env.directory, forwarded
+    return env.workspaces.get(viewer_headers["x-id"]), forwarded
+
+
+# Headers that the parts of this server believe. Nobody outside may send them.
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
+           "x-id", "x-session", "x-counts"}              # the last one: [3]
+
+
+def stripped(request):
+    """Return the request without the headers that nobody outside may send."""
+    if TRUSTED.isdisjoint(request.headers):
+        return request
+    headers = {name: request.headers[name] for name in request.headers.keys() - TRUSTED}
+    return request._replace(headers=headers)
 
 
 def apex(request, env):
@@ -421,7 +402,7 @@ def apex(request, env):
         return env.directory.fetch(request)
     if request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request._replace(query=""))   # what is public we say
+    return env.directory.fetch(request._replace(query=""))   # "public" we say, not they
 
 
 @dataclasses.dataclass
@@ -440,25 +421,6 @@ class Env:
     forward: Callable[[Stub, Request], Response] = lambda stub, request: stub.fetch(request)
     public: Callable[[Request], str] = lambda request: ""
     front: Callable[[Request, Env], Response] = lambda request, env: worker(request, env)
-
-
-def worker(request: Request, env: Env) -> Response:
-    """Answer a request from outside: first the gate, then forward. Raises Refused."""
-    if request.method == "OPTIONS":
-        return Response(204, headers=(("allow", ", ".join(METHODS)),))
-    refuse_foreign(request)
-    if not request.path.startswith("/w/"):
-        return env.apex(request, env)
-    verdict = admit(request, env)
-    return env.forward(*destination(request, verdict, env))
-
-
-def admit(request, env):
-    """Return the gate's verdict, if it is 200. Raises Refused for any other."""
-    verdict = env.gate(request, env)
-    if verdict.status != 200:
-        raise Refused(verdict.status, verdict.body.decode().strip(), verdict.headers)
-    return verdict
 
 
 def refuse_foreign(request):
@@ -487,31 +449,6 @@ def as_sent(origin: str) -> str:
     scheme, _, host = origin.lower().partition("://")
     usual = {"http": ":80", "https": ":443"}.get(scheme, "")
     return f"{scheme}://{host.removesuffix(usual)}"
-
-
-def stripped(request):
-    """Return the request without the headers that nobody outside may send."""
-    if TRUSTED.isdisjoint(request.headers):
-        return request
-    headers = {name: request.headers[name] for name in request.headers.keys() - TRUSTED}
-    return request._replace(headers=headers)
-
-
-def destination(request, verdict, env):
-    """Return the stub of the object that answers, and the request as that object sees it.
-
-    The verdict's headers go along. The session cookie does not: no slice needs it.
-    """
-    path = "/" + "/".join(request.path.split("/")[3:])
-    if path.startswith("/_"):                            # a question of the server itself
-        raise Refused(*NOTHING_HERE)
-    viewer_headers = dict(verdict.headers)
-    headers = {**stripped(request).headers, **viewer_headers}
-    headers.pop("cookie", None)
-    forwarded = request._replace(path=path, headers=headers)
-    if path.split("/")[1] == "members":                  # who is a member is policy
-        return env.directory, forwarded
-    return env.workspaces.get(viewer_headers["x-id"]), forwarded
 
 
 # ==== 3. Markup ===========================================================================
@@ -1344,6 +1281,24 @@ class Watch(NamedTuple):
 #   comes last: a page that is old, a command that is sent again as its answer was lost.
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
+class Slice(NamedTuple):
+    """A feature. What comes after count is for [3].
+
+    count(store) says how full a workspace is. jobs: work that is done later. exports:
+    functions (store, ...) that other slices may ask. styles, scripts: names of assets that
+    its pages load.
+    """
+    name: str
+    migrations: Sequence[str] = ()
+    live: Sequence[Live] = ()
+    routes: Sequence[Route] = ()
+    count: Optional[Callable[[Tables], int]] = None
+    jobs: Sequence[Callable[..., None]] = ()
+    exports: Sequence[Callable[..., Any]] = ()
+    styles: Sequence[str] = ()
+    scripts: Sequence[str] = ()
+
+
 class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
@@ -1412,23 +1367,72 @@ class Live(NamedTuple):
                       lambda ctx, *args: ctx.host.stream(self, ctx, args)))
 
 
-class Slice(NamedTuple):
-    """A feature. What comes after count is for [3].
+# -- who looks
 
-    count(store) says how full a workspace is. jobs: work that is done later. exports:
-    functions (store, ...) that other slices may ask. styles, scripts: names of assets that
-    its pages load.
-    """
-    name: str
-    migrations: Sequence[str] = ()
-    live: Sequence[Live] = ()
-    routes: Sequence[Route] = ()
-    count: Optional[Callable[[Tables], int]] = None
-    jobs: Sequence[Callable[..., None]] = ()
-    exports: Sequence[Callable[..., Any]] = ()
-    styles: Sequence[str] = ()
-    scripts: Sequence[str] = ()
+PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
+NO_MEMBERS = ("", "public")                              # roles; the second one: [3]
+NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
+              'so it cannot use the account of one viewer; Region(..., each="account") is '
+              "rendered for each of them")
+NO_REQUEST = ("a region is shown again after each change, and has no request; name the "
+              "parameters that it needs in Live(params=...), and use all else in page()")
 
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """Who looks, as a region may know it: all that viewers of one role have in common."""
+    role: str = ""
+    grants: Tuple[str, ...] = ()
+    workspace: str = ""                                  # its name
+    id: str = ""                                         # its id
+
+    def can(self, grant: str) -> bool:
+        return grant in self.grants
+
+    @property
+    def account(self):
+        raise PermissionError(NOT_SHARED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Viewer(Role):
+    """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
+    account: str = ""
+
+    def known(self, each: str) -> Role:
+        """Return what a region may know of the viewer: see Region.each."""
+        said = self.role, self.grants, self.workspace, self.id
+        return Viewer(*said, self.account) if each == "account" else Role(*said)
+
+    def permit(self, grant: str, method: str = "GET") -> None:
+        """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
+        if grant == ACCOUNT and not self.account:
+            raise Refused(401, "Sign in first.")
+        if grant == MEMBER and self.role in NO_MEMBERS:
+            raise Refused(403, "This is for members. Ask an owner to invite you.")
+        if grant not in (PUBLIC, ACCOUNT, MEMBER) and not self.can(grant):
+            raise Refused(403, f"Your role here does not include {grant}. Ask an owner of "
+                               "the workspace for it.")
+
+    def may(self, grant: str) -> bool:
+        with contextlib.suppress(Refused):
+            self.permit(grant)
+            return True
+        return False
+
+    # [3] An operator can look on in somebody's name. Then the next two say so.
+
+    @property
+    def signature(self) -> str:
+        """Who did it, for the journal."""
+        return self.account
+
+    def banner(self):
+        """What stands on top of each of their pages."""
+        return ""
+
+
+# -- what a slice is given
 
 class Context:
     """What a slice is given to answer one request. After that it can't be used any more.
@@ -1553,50 +1557,7 @@ class Rendering:
         return patch_elements(self.html)
 
 
-def checked_region(made: Any) -> Html:
-    """Return what a region returned. Raises TypeError if it could not stay current."""
-    if type(made) is not Html or not REGION.match(made):
-        raise TypeError("a region is Html, one element with an id, such as a Template "
-                        f"returns, and not {made!r:.200}")
-    return made
-
-
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
-TICKED = {"on": True, "true": True, "off": False, "false": False}
-REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
-                    r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
-
-
-PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
-
-
-def path_pattern(path: str) -> str:
-    """Return the pattern of what a route answers. A number that is too long is none."""
-    return PART_OF_PATH.sub(lambda part: "([0-9]{1,18})" if part[1] else "([^/]+)",
-                            re.escape(path))
-
-
-def path_args(path: str, texts: Sequence[str]) -> Tuple[Any, ...]:
-    """Return what stood for the <parts> of a path: text, or an int for <int:part>."""
-    parts = PART_OF_PATH.findall(path)
-    return tuple([int(text) if kind else text for (kind, _), text in zip(parts, texts)])
-
-
-def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
-    """Return the text with its <parts> filled: args are what stood for those of path."""
-    if "<" not in text:
-        return text
-    names = [name for _, name in PART_OF_PATH.findall(path)]
-    values = dict(zip(names, args))
-    return PART_OF_PATH.sub(lambda part: str(values[part[2]]), text)
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return how a function is called, also one inside of functools.partial."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
+# -- which route answers
 
 class Router:
     """Finds slice and route for a request. One is made for all objects of a kind."""
@@ -1630,25 +1591,7 @@ class Router:
         raise Refused(405, f"This address takes {allow}.", (("allow", allow),))
 
 
-# The tables that each host has beside those of its slices. A list of migrations that ran
-# somewhere can't be changed, so the table of jobs [3] stands here, too. journal.which says
-# which row was written.
-HOST_TABLES = (
-    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
-    "what TEXT NOT NULL, which TEXT NOT NULL)",
-    "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
-    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
-    "NOT NULL DEFAULT '')",
-    "CREATE INDEX jobs_due ON jobs (due)",
-    "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
-    "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
-    "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
-    "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
-)
-
-
-NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
-
+# -- the host
 
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
@@ -1830,6 +1773,8 @@ class SliceHost(DurableObject):
         return ""
 
 
+# -- what commands and their fields are made of
+
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     """Answer a command: with signals for its sender or, after a plain form, with the page.
 
@@ -1843,6 +1788,8 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     return answer._replace(which=which)
 
 
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+TICKED = {"on": True, "true": True, "off": False, "false": False}
 FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
 
 
@@ -1858,6 +1805,71 @@ def visible(text: str) -> str:
         if not unseen and not "\U000e0000" <= character <= "\U000e0fff":
             return text.strip()
     return ""
+
+
+# -- what host and routes are made of
+
+# The tables that each host has beside those of its slices. A list of migrations that ran
+# somewhere can't be changed, so the table of jobs [3] stands here, too. journal.which says
+# which row was written.
+HOST_TABLES = (
+    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
+    "what TEXT NOT NULL, which TEXT NOT NULL)",
+    "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
+    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
+    "NOT NULL DEFAULT '')",
+    "CREATE INDEX jobs_due ON jobs (due)",
+    "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
+    "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
+    "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
+    "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
+)
+
+
+NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
+
+
+REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
+                    r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
+
+
+def checked_region(made: Any) -> Html:
+    """Return what a region returned. Raises TypeError if it could not stay current."""
+    if type(made) is not Html or not REGION.match(made):
+        raise TypeError("a region is Html, one element with an id, such as a Template "
+                        f"returns, and not {made!r:.200}")
+    return made
+
+
+PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
+
+
+def path_pattern(path: str) -> str:
+    """Return the pattern of what a route answers. A number that is too long is none."""
+    return PART_OF_PATH.sub(lambda part: "([0-9]{1,18})" if part[1] else "([^/]+)",
+                            re.escape(path))
+
+
+def path_args(path: str, texts: Sequence[str]) -> Tuple[Any, ...]:
+    """Return what stood for the <parts> of a path: text, or an int for <int:part>."""
+    parts = PART_OF_PATH.findall(path)
+    return tuple([int(text) if kind else text for (kind, _), text in zip(parts, texts)])
+
+
+def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
+    """Return the text with its <parts> filled: args are what stood for those of path."""
+    if "<" not in text:
+        return text
+    names = [name for _, name in PART_OF_PATH.findall(path)]
+    values = dict(zip(names, args))
+    return PART_OF_PATH.sub(lambda part: str(values[part[2]]), text)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return how a function is called, also one inside of functools.partial."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 # -- a page that was made for another account
