@@ -5997,9 +5997,8 @@ class Connection(Held):
         if reading:
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
-                lane = self, "check"                     # it has its own job
-                self.edge.pool.gather(lane, reading, self.check_before_body,
-                                      f"expecting, from {source_of(self.peer)}")
+                self.apart(self.check_before_body, reading,
+                           f"expecting, from {source_of(self.peer)}")
             else:
                 self.take(reading)
         elif self.ended:
@@ -6014,18 +6013,28 @@ class Connection(Held):
         self.deadline = time.monotonic() + self.REQUEST_SECONDS
         self.state = self.ARRIVING
 
-    def check_before_body(self, readings):
-        """In the pool: refuse before the body is sent, if the client waits for that, or
-        before it is read."""
+    def apart(self, job, what, account):
+        """Have the pool do job(what), and the loop what that returns, also with what.
+
+        A lane has one job, so this is not the lane in which the requests are.
+        """
+        lane = self, job.__name__
+        self.edge.pool.gather(lane, what, functools.partial(self.do_apart, job), account)
+
+    def do_apart(self, job, those):
+        what, = those                                    # a connection does one at a time
         try:
-            request = self.edge.request(readings[0], self.peer)
-            self.check(readings[0], request)
-            self.edge.call(self.go_on, readings[0])
+            self.edge.call(job(what), what)
         except Refused as no:
             self.edge.call(self.refuse, no)
         except CRASH:
             self.edge.call(self.close)
             raise
+
+    def check_before_body(self, reading):
+        """Refuse before the body is sent, if the client waits for that, or is read."""
+        self.check(reading, self.edge.request(reading, self.peer))
+        return self.go_on
 
     def check(self, reading, request):
         """Raise Refused if it would be, whatever is in the body."""
@@ -11512,8 +11521,7 @@ class Spool:
         self.limit = route.upload
         self.folder = folder
         self.file: Any = None                            # made when the first piece is here
-        self.waiting: List[bytes] = []                   # what is not written yet
-        self.unwritten = 0                               # bytes of it
+        self.waiting = bytearray()                       # what is not written yet
         self.size = 0                                    # of all that has come
         self.began = 0.0                                 # without the time to write it
         self.data: Any = b""                             # all of it, when it is whole
@@ -11522,17 +11530,15 @@ class Spool:
         self.reserved = 0                                # so many bytes
 
     def extend(self, data):
-        self.waiting.append(data)
-        self.unwritten += len(data)
+        self.waiting += data
         self.size += len(data)
 
     def write(self):
         """In the pool. Raises Refused(507)."""
-        waiting, self.waiting, self.unwritten = self.waiting, [], 0
         try:
             self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
-            for data in waiting:
-                self.file.write(data)
+            while self.waiting:                          # a disk may take only a part
+                del self.waiting[:self.file.write(self.waiting)]
         except OSError as error:
             log_once(f"an upload: {error}")
             raise Refused(507, NO_DISK) from error
@@ -11560,12 +11566,9 @@ class Uploads:
 
     def __init__(self, settings):
         self.folder = settings.data
-        self.routes = []
-        for route in [route for slice in settings.slices for route in slice.routes]:
-            pattern = f"/w/[^/]+{path_pattern(route.path)}"
-            if route.upload:
-                self.routes.append((route.method, re.compile(pattern), route))
-        self.most = max([self.ACCOUNT, *[route.upload for _, _, route in self.routes]])
+        self.routes = [(re.compile(f"/w/[^/]+{path_pattern(route.path)}"), route)
+                       for route in upload_routes(settings.slices)]
+        self.most = max([self.ACCOUNT, *[route.upload for _, route in self.routes]])
         self.lock = threading.Lock()                     # guards the next line
         self.taken: Dict[str, int] = collections.Counter()   # bytes, by account
 
@@ -11575,8 +11578,8 @@ class Uploads:
         if self.routes:
             with contextlib.suppress(Refused):           # it is raised again, later
                 path, _ = parse_target(reading.target, reading.headers.get("host", ""))
-        return next((route for method, pattern, route in self.routes
-                     if method == reading.method and pattern.fullmatch(path)), None)
+        return next((route for pattern, route in self.routes
+                     if route.method == reading.method and pattern.fullmatch(path)), None)
 
     def reserve(self, spool, account, length) -> None:
         """Raise Refused if there is no room for so many bytes now."""
@@ -11647,7 +11650,7 @@ class TakesUploads(Connection):
         if spool is None or self.state != self.ARRIVING:
             return
         self.deadline = spool.began + self.REQUEST_SECONDS + spool.size / SLOWEST
-        if spool.unwritten >= PIECE:
+        if len(spool.waiting) >= PIECE:
             self.hand_over(self.write_on, spool)
 
     def hand_over(self, job, what):
@@ -11655,24 +11658,17 @@ class TakesUploads(Connection):
         self.state = self.ANSWERING
         self.paused = time.monotonic()
         self.listen(0)
-        lane = self, job.__name__                        # a lane has one job
-        self.edge.pool.gather(lane, what, job, self.spool.account)
+        self.apart(job, what, self.spool.account)
 
-    def write_on(self, spools):
-        try:
-            spools[0].write()
-            self.edge.call(self.read_on)
-        except Refused as no:
-            self.edge.call(self.refuse, no)
-        except CRASH:
-            self.edge.call(self.close)
-            raise
+    def write_on(self, spool):
+        spool.write()
+        return self.read_on
 
-    def read_on(self):
+    def read_on(self, spool):
         if self not in self.edge.held:
             return self.drop()
         self.state = self.ARRIVING
-        self.spool.began += time.monotonic() - self.paused
+        spool.began += time.monotonic() - self.paused
         self.resume()
 
     def take(self, reading):
@@ -11681,19 +11677,13 @@ class TakesUploads(Connection):
             return super().take(reading)
         self.hand_over(self.read_form, reading)
 
-    def read_form(self, readings):
-        spool = readings[0].spool
-        try:
-            spool.map()
-            type = readings[0].headers.get("content-type", "")
-            if type.lower().startswith(MULTIPART):
-                spool.pairs = outcome(parts_of, spool.data, type)
-            self.edge.call(self.take_up, readings[0])
-        except Refused as no:
-            self.edge.call(self.refuse, no)
-        except CRASH:
-            self.edge.call(self.close)
-            raise
+    def read_form(self, reading):
+        spool = reading.spool
+        spool.map()
+        type = reading.headers.get("content-type", "")
+        if type.lower().startswith(MULTIPART):
+            spool.pairs = outcome(parts_of, spool.data, type)
+        return self.take_up
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it
@@ -11918,15 +11908,19 @@ class BringsUploads(Context):
         return [Upload.found("", data, 0, len(data))] if len(data) else []
 
 
+def upload_routes(slices) -> List[Route]:
+    routes = [route for slice in slices for route in slice.routes]
+    return [route for route in routes if route.upload]
+
+
 def check_uploads(settings: Settings) -> None:
     """Raise Unusable for a limit that is none."""
-    for route in [route for slice in settings.slices for route in slice.routes]:
-        sends = route.method in METHODS and route.method not in SENT_IN_QUERY
-        if route.upload and (type(route.upload) is not int or route.upload <= BODY_LIMIT
-                             or not sends):
+    for route in upload_routes(settings.slices):
+        if type(route.upload) is not int or route.upload <= BODY_LIMIT \
+                or route.method in SENT_IN_QUERY:
             raise Unusable(f"{route!r:.200}: upload is a number of bytes above "
                            f"{BODY_LIMIT}, of a POST, PUT or PATCH")
-        if route.upload and settings.plain:
+        if settings.plain:
             raise Unusable("this app takes files, and --plain does not; leave --plain out")
 
 
@@ -11958,7 +11952,7 @@ RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 class KnowsFiles(QuickRouter):
     def __init__(self, slices):
         super().__init__(slices)
-        if any([route.upload for slice in slices for route in slice.routes]):
+        if upload_routes(slices):
             self.schema.append(("orion.files", FILE_TABLES))
 
 
@@ -12031,10 +12025,10 @@ class Files:
             said = ("content-range", f"bytes {begins}-{ends - 1}/{size}")
             response = response._replace(status=206, headers=(*response.headers, said))
         host = self.ctx.host
-        rest = Rest(host.namespace.get(host.id), id, begins, ends)
         body = piece_of(self.store, id, begins, ends)
-        rest.at += len(body)
-        return response._replace(body=body, rest=rest if rest.size else None)
+        at = begins + len(body)
+        rest = Rest(host.namespace.get(host.id), id, at, ends) if at < ends else None
+        return response._replace(body=body, rest=rest)
 
     def check_writes(self):
         if self.ctx.store.may != WRITE:

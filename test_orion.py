@@ -5455,6 +5455,17 @@ def test_a_client_that_expects_100_gets_it_before_it_sends_its_body(server):
         assert statuses(link.recv(65536)) == [303]
 
 
+def test_a_request_does_not_wait_in_line_behind_the_check_before_its_body(server, monkeypatch):
+    bob, answered, check = Person(server, "bob"), threading.Event(), orion.Connection.do_apart
+    monkeypatch.setattr(orion.Connection, "do_apart", lambda *what: [check(*what), answered.wait(PATIENCE)] and None)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE / 2) as link:
+        link.sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Content-Length: 7", "Expect: 100-continue", line="POST /logout HTTP/1.1"))
+        assert link.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        link.sendall(b"title=y")
+        assert statuses(link.recv(65536)) == [303]
+    answered.set()
+
+
 def test_a_client_that_expects_100_is_not_kept_waiting_when_the_gate_breaks(server, monkeypatch):
     bob, said = Person(server, "bob"), []
     monkeypatch.setattr(orion, "log", said.append)
@@ -9537,6 +9548,13 @@ def test_without_room_on_the_disk_a_file_is_refused_before_it_comes_or_when_it_i
     monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=MB))
     assert bring(pictures.bob, picture=("a.png", bytes(200_000))).status == 507 and logged(capfd, "an upload")
     assert more_files_in(pictures) == [0, 0, 0]
+
+
+def test_of_what_a_disk_takes_only_in_part_nothing_is_taken_for_whole():
+    spool, ends = orion.Spool(mock.Mock(upload=MB), None), mock.Mock(**{"write.side_effect": [60_000, OSError(errno.EFBIG, "File too large")]})
+    spool.extend(bytes(70_000))
+    with mock.patch.object(tempfile, "TemporaryFile", lambda **_: ends), pytest.raises(orion.Refused, match="no room"):
+        spool.write()
 
 
 def test_past_the_quota_nothing_is_left_of_a_file_and_nothing_is_lost(start):
