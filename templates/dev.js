@@ -1,4 +1,4 @@
-// With --dev each page loads this (section 55 of orion.py). It asks which server there is and what went wrong in it, shows
+// With --dev each page loads this (section "Development" of orion.py). It asks which server there is and what went wrong in it, shows
 // the latter, and brings the page up to date when another server has taken the place of the one before.
 
 const PAUSE = 500, pause = ms => new Promise(done => setTimeout(done, ms))
@@ -57,6 +57,7 @@ sheet.replaceSync(`#fault { position: fixed; inset: auto 0 0; z-index: 99; max-h
   background: #300; color: #fee; border-top: 4px solid #f55 }
   #fault pre, .fault pre { margin: 0 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
   #fault pre::first-line { font-weight: bold; font-size: 1rem }
+  #fault pre { padding-inline-end: 6rem }
   #fault button { position: absolute; top: .75rem; right: .75rem }
   .fault h1 { font-size: 1.4rem; max-width: none; overflow-wrap: anywhere }`)
 document.adoptedStyleSheets.push(sheet)
