@@ -14028,8 +14028,9 @@ class Notice(ThreadingHTTPServer):
         last = [line for line in text.split("\n") if line.strip()][-1:]
         self.text = "\n".join([*last, "", text])
         self.started = time.time_ns()
+        self.env = types.SimpleNamespace(front=self.answer)
 
-    def answer(self, request):
+    def answer(self, request, env):
         if request.path in ASSETS:
             return own_asset(request, None)
         if request.headers.keys() & SAID_BY_PROXIES:
@@ -14040,16 +14041,9 @@ class Notice(ThreadingHTTPServer):
 
 
 class NoticeHandler(PlainHandler):
-    def tell(self):
-        try:
-            response = self.server.answer(self.request_of())
-        except Refused as no:
-            response = refusal(Request("GET", "/"), no)
-        self.close_connection = True
-        self.begin(response)
-        self.wfile.write(response.body)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = tell
+    def begin(self, response):
+        self.close_connection = True                     # the next one is for a child
+        super().begin(response)
 
 
 # -- what a browser shows
@@ -14304,20 +14298,18 @@ class Reply(NamedTuple):
 
 
 def replied(response: Response) -> Reply:
-    said = {name.lower(): value for name, value in response.headers}
     body = response.body
     while response.rest and response.rest.size:          # it is a large file
         body += response.rest.read()
     signals = json.loads(body) if response.type == "application/json" else {}
-    said["content-type"] = response.type
+    said = {**joined(response.headers), "content-type": response.type}
     return Reply(response.status, "", signals, body, said)
 
 
 def replied_no(no: Refused) -> Reply:
     shown = no.status in (409, 422)                      # in the page
     signals = {no.signal: no.message, **no.problems} if shown else {}
-    said = {name.lower(): value for name, value in no.headers}
-    return Reply(no.status, no.message, signals, headers=said)
+    return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
 
 def form_in_parts(fields) -> Tuple[bytes, str]:
@@ -14342,9 +14334,8 @@ class Visitor:
     refusal is a Reply; whatever else a slice raises is raised.
     """
 
-    def __init__(self, app: TestedApp, account: str, workspace: str, cookie: str = ""):
+    def __init__(self, app: TestedApp, workspace: str, cookie: str = ""):
         self.app = app
-        self.account = account
         self.workspace = workspace
         self.cookies = {}
         self.keep_cookie(cookie)
@@ -14458,11 +14449,11 @@ class TestedApp(App):
         file = self.settings.directory_file
         with self.clock, contextlib.closing(GuardedStore(file)) as store, store.tx():
             self.let_in(store, account, role, address, title)
-            return Visitor(self, account, address, self.cookie(store, account))
+            return Visitor(self, address, self.cookie(store, account))
 
     def anybody(self, workspace: str = "acme") -> Visitor:
         """Return somebody who is not signed in."""
-        return Visitor(self, "", workspace)
+        return Visitor(self, workspace)
 
     def let_in(self, store, account, role, address, title):
         if not store.one("SELECT 1 FROM workspaces WHERE name = ?", address):

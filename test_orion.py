@@ -11706,7 +11706,7 @@ def test_what_keeps_an_app_from_starting_is_shown_until_the_next_file_is_saved(d
     for right, wrong, said in (("def region(ctx):", "def region(ctx:", "SyntaxError"), ('"todos:read"', '"todo:read"', "no role has the grant")):
         developed.another(developed.save(right, wrong))
         page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
-        assert page.status == 500 and said in page.text and "dev.js" in page.text and developed.state()["errors"] == 1
+        assert page.status == 500 and said in page.text and "dev.js" in page.text and page.headers["connection"] == "close" and developed.state()["errors"] == 1
     developed.another(developed.save("", ""))
     assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
 
