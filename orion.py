@@ -7890,7 +7890,7 @@ class Alarms:
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
-        self.lock = threading.Lock()                     # guards the next five lines
+        self.lock = threading.Lock()                     # guards all that follows
         self.due: Dict[str, float] = {}                  # by id
         self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
         self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
@@ -14264,13 +14264,6 @@ class Clock:
     def move(self, seconds: float) -> None:
         """Set it forward."""
         self.ahead += seconds
-
-    def set(self, at: float) -> None:
-        """Set it to a time, in seconds since 1970."""
-        self.ahead = at - REAL_TIME.time()
-
-    def now(self) -> float:
-        return REAL_TIME.time() + self.ahead
 
     def __enter__(self):
         self.tokens.append(AHEAD.set(self.ahead))
