@@ -2635,7 +2635,7 @@ def test_a_field_is_text_whatever_it_was_sent_as(told):
         assert told(field, a=sent) == said
     assert told(field) == "none" and told(field, form={"a": ""}) == "" and told(field, form=[("a", "1"), ("a", "2")]) == "2"
     for sent in (["b"], {"b": 1}):
-        assert told(field, a=sent) == (400, "a is one value, and not a list or an object. Reload the page and try again.")
+        assert told(field, a=sent) == (400, "a is one value, and not a list, an object or a file. Reload the page and try again.")
 
 
 def test_fields_are_all_of_a_form_and_of_a_list_of_signals(told):
