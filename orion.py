@@ -8415,10 +8415,8 @@ PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<(int:)?\w+>)*")
 
 def addresses(row):
     """Return (method, path) of each request that a Live or a Route answers."""
-    path = PART_OF_PATH.sub("<>", row.path)
-    if type(row) is Live:
-        return [("GET", path), ("GET", f"{path}/live")]
-    return [(row.method, path)]
+    routes = row.routes() if type(row) is Live else [row]
+    return [(route.method, PART_OF_PATH.sub("<>", route.path)) for route in routes]
 
 
 def wrong_with(row, kind, grants):
@@ -8448,8 +8446,9 @@ def wrong_with_live(live):
                 '(Region("topic", show),), page)')
     if type(live.params) is not dict:
         return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
-    if live.tab and "<" in live.path:
-        return "a tab has one address; leave tab=True away, or the <parts> of the path"
+    if live.is_tab and ("<" in live.path or type(live.title) is not str):
+        return ("a tab has one address, and text as its title; say tab=False for a path "
+                "with <parts>, or if the title is a function")
     whys = [wrong_with_region(region, live) for region in live.regions]
     whys.append(wrong_with_call("page", live.page))
     if type(live.title) is not str:
@@ -8595,20 +8594,14 @@ class ChecksPages(EdgeWorkspace):
     def around(self, live, ctx, renderings, args):
         """Raises ValueError if the page has not each region, once."""
         body = super().around(live, ctx, renderings, args)
-        page = f"page {name_of(live.page)} of {live.path}"
-        ids = [id_of(one.html) for one in renderings]
-        for region, id in zip(live.regions, ids):
-            name = name_of(region.show)
-            if ids.count(id) > 1:
-                raise ValueError(f"{page}: region {name} and another have{id}; give each "
-                                 "region an id of its own")
+        for region, rendering in zip(live.regions, renderings):
+            id = id_of(rendering.html)
             found = body.count(id.strip()) == 1 or body.count(id)
-            if found == 0:
-                raise ValueError(f"{page} does not show region {name}: put what it gets "
-                                 f"into the page as it is, the element with{id}")
-            if found > 1:
-                raise ValueError(f"{page} has {found} elements with{id}: it shows region "
-                                 f"{name} more than once, or gives its id to another")
+            if found != 1:
+                raise ValueError(
+                    f"page {name_of(live.page)} of {live.path} has {found} elements with"
+                    f"{id}, and one is needed: put region {name_of(region.show)} into it "
+                    "once, as it is, and give each region an id of its own")
         return body
 
 
@@ -11418,8 +11411,6 @@ class ServesAssets(LoopEdge):
 
 # ==== 47. Brand ===========================================================================
 # The idea: name, icon, colours and language of the product that an app is.
-# It promises: text in these colours can be read. Otherwise they are refused when the server
-#   starts.
 # It needs: 46 Assets.
 
 @public
@@ -11435,14 +11426,12 @@ class Brand(NamedTuple):
     language: str = "en"
 
 
-GROUNDS = ("#f3f3fb", "#151b42")         # of style.css, those with the least contrast
-LEAST_CONTRAST = 4.5                                     # WCAG 2.2, 1.4.3
 COLOR = re.compile(r"#[0-9a-f]{6}")
 LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5646, 2.1
 
 
 def use_brand(settings: Settings) -> None:
-    """Raise Unusable for a brand that can't be shown, or read."""
+    """Raise Unusable for a brand that can't be shown."""
     brand = settings.brand
     if brand is None:
         return
@@ -11464,34 +11453,13 @@ def icon_address(name):
 
 
 def palette(colors) -> str:
-    """Return a style sheet. Raises Unusable for what could not be read."""
+    """Return a style sheet. Raises Unusable for what is no colour."""
     if isinstance(colors, str) or len(colors) != 2 \
             or not all([COLOR.fullmatch(color) for color in colors]):
         raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
                        "the second for dark ground: (\"#33409f\", \"#ffd479\")")
-    for color, ground in zip(colors, GROUNDS):
-        has = contrast(color, ground)
-        if has < LEAST_CONTRAST:
-            change = "darker" if ground == GROUNDS[0] else "lighter"
-            raise Unusable(f"Brand(colors=...): {color} on {ground} has a contrast of "
-                           f"{has:.1f}, and {LEAST_CONTRAST} is needed; take a {change} "
-                           "one")
     light, dark = colors
     return Template(TEMPLATES / "brand.txt")(light=light, dark=dark)
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio")."""
-    low, high = sorted([luminance(one), luminance(other)])
-    return (high + 0.05) / (low + 0.05)
-
-
-def luminance(color: str) -> float:
-    """WCAG 2.2, "relative luminance"."""
-    parts = [int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-              for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 CHECKS.append(use_brand)
@@ -12179,8 +12147,6 @@ def path_to(router, page, args) -> str:
     if page not in pages:
         raise LookupError(f"go() leads to a page by its value, and no slice here has "
                           f"{page!r:.99}; put it into live or routes of a slice")
-    if type(page) is Route and page.method != "GET":
-        raise ValueError(f"go() leads to pages, and {page.method} {page.path} is a command")
     many = len(PART_OF_PATH.findall(page.path))
     if len(args) != many:
         raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
@@ -12190,7 +12156,7 @@ def path_to(router, page, args) -> str:
         plain_path(urllib.parse.quote(path))
         if router.match("GET", path)[1].path == page.path:
             return path
-    raise ValueError(f"there is nothing at {path!r:.99}: a part of {page.path} is text "
+    raise ValueError(f"there is no page at {path!r:.99}: a part of {page.path} is text "
                      "without slashes or dots alone, and of <int:part> a number")
 
 
@@ -12221,9 +12187,8 @@ def flash_cookie(request, path, quoted):
     if len(text) > LONGEST_FLASH:
         text = f"{text[:LONGEST_FLASH - 1]}…"
     data = base64.urlsafe_b64encode(text.encode("utf-8", "replace")).decode()
-    said = f"{int(time.time()) + FLASH_SECONDS}.{data}"
-    sealed = flash_seal(request, urllib.parse.unquote(path), said)
-    return flash_field(request, f"{said}.{sealed}", path, FLASH_SECONDS)
+    sealed = flash_seal(request, urllib.parse.unquote(path), data)
+    return flash_field(request, f"{data}.{sealed}", path, FLASH_SECONDS)
 
 
 def flash_field(request, value, path, seconds):
@@ -12233,23 +12198,20 @@ def flash_field(request, value, path, seconds):
     return "set-cookie", f"flash={value}; {attributes}"
 
 
-def flash_seal(request, path, said) -> str:
+def flash_seal(request, path, data) -> str:
     """The seal is over the session, too: the next one to sign in here is not shown it."""
     cookies = request.headers.get("cookie", "").split(";")
     session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
-    data = json.dumps([path, said, session]).encode()
-    return hmac.digest(FLASH_KEY, data, "sha256").hex()
+    sealed = json.dumps([path, data, session]).encode()
+    return hmac.digest(FLASH_KEY, sealed, "sha256").hex()
 
 
 def flash_in(request) -> str:
     """Return the message that came along for this page; "" if there is none of ours."""
     for value in cookie_values(request.headers["cookie"], "flash"):
-        said, _, sealed = value.rpartition(".")
-        ours = flash_seal(request, request.path, said)
-        if not hmac.compare_digest(ours.encode(), sealed.encode("utf-8", "replace")):
-            continue
-        until, _, data = said.partition(".")
-        if int(until) > time.time():
+        data, _, sealed = value.partition(".")
+        ours = flash_seal(request, request.path, data)
+        if hmac.compare_digest(ours.encode(), sealed.encode("utf-8", "replace")):
             return base64.urlsafe_b64decode(data).decode()
     return ""
 
@@ -12281,10 +12243,11 @@ PLAIN.append(carry_flashes)
 
 # -- a file for the browser to keep
 
-HARMLESS = {"text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
+# Types, and how others begin. None of those that end with "xml" is one.
+HARMLESS = ("text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
             "application/json", "application/pdf", "application/zip", "application/gzip",
-            "application/rtf", "application/epub+zip"}
-HARMLESS_KINDS = ("image/", "audio/", "video/", "font/", "application/vnd.")
+            "application/rtf", "application/epub+zip", "application/vnd.", "image/",
+            "audio/", "video/", "font/")
 SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
 
 
@@ -12307,8 +12270,7 @@ def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
 def harmless_type(type: str) -> str:
     """Return the type, if no browser runs what has it; else one that means nothing."""
     kind = type.partition(";")[0].strip().lower()
-    runs = kind.endswith("xml")
-    if kind in HARMLESS or kind.startswith(HARMLESS_KINDS) and not runs:
+    if kind.startswith(HARMLESS) and not kind.endswith("xml"):
         return type
     return "application/octet-stream"
 
@@ -12442,7 +12404,6 @@ class OpensToAnybody(LoopEdge):
             return decided
         headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
         return decided._replace(request=decided.request._replace(headers=headers))
-
 
     def count(self, asked, response):
         if self.secretive:
