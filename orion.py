@@ -14226,6 +14226,10 @@ class Clock:
         """Set it forward."""
         self.ahead += seconds
 
+    def set(self, at: float) -> None:
+        """Set it to a time, in seconds since 1970."""
+        self.ahead = at - REAL_TIME.time()
+
     def __enter__(self):
         self.tokens.append(AHEAD.set(self.ahead))
 
