@@ -1244,7 +1244,7 @@ class Namespace:
         with self.lock:
             return list(self.objects.values())
 
-    def rest(self, idle: Optional[float] = None) -> None:
+    def sleep_unused(self, idle: Optional[float] = None) -> None:
         """Put to sleep all objects that were not asked for `idle` seconds."""
         since = time.monotonic() - (self.idle if idle is None else idle)
         for one in self.everybody():
@@ -2423,7 +2423,7 @@ def let_in(said):
     return as_json(said)._replace(headers=tuple(said.items()))
 
 
-def verdict(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
+def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
     """Return the headers that the worker passes on."""
     grants = ROLES.get(role, ())
     return {"x-account": account, "x-role": role,
@@ -2509,8 +2509,8 @@ class Directory(RepeatsAnswers):
         """Return what a verdict says, as headers. [3] says more."""
         if workspace["node"]:
             raise Refused(503, "This workspace is on another machine; ask there.")
-        said = verdict(viewer.account, workspace["role"], workspace["name"],
-                       workspace["id"])
+        said = verdict_headers(viewer.account, workspace["role"], workspace["name"],
+                               workspace["id"])
         if workspace["title"]:
             said["x-title"] = urllib.parse.quote(workspace["title"])
         return said
@@ -3150,7 +3150,7 @@ class PlainEdge(ThreadingHTTPServer):
         """In a thread of its own: once a second."""
         while not self.stopping.wait(1.0):
             try:
-                self.env.workspaces.rest()
+                self.env.workspaces.sleep_unused()
             except Exception as error:
                 log_error("an object that should sleep", error)
 
@@ -3427,7 +3427,7 @@ def seed(env, workspaces, with_todos):
         ask = env.doors.get("/workspaces", ask_directory)    # [2] has a door there
         ask(command_of("/workspaces", {"x-account": owner}, name=name), env)
         id = env.workspaces.id_from_name(name)
-        as_owner = verdict(owner, "owner", name, id)
+        as_owner = verdict_headers(owner, "owner", name, id)
         for account, role in others:
             invitation = command_of("/members", as_owner, account=account, role=role)
             env.directory.fetch(invitation)
@@ -4347,12 +4347,12 @@ class GuardedNamespace(Namespace):
         for one in first:
             one.sleep(time.monotonic())
 
-    def rest(self, idle=None):
+    def sleep_unused(self, idle=None):
         """Those whose file is not at its path any more go to sleep at once."""
         for one in self.everybody():
             if one.torn:
                 one.sleep(time.monotonic())
-        super().rest(idle)
+        super().sleep_unused(idle)
 
     def draft(self) -> str:
         """Make a file for an object whose id is not known yet. Return a temporary id."""
@@ -6369,8 +6369,8 @@ class LoopEdge:
             self.selector.register(self.socket, READABLE, self.accept)
 
     def put_to_sleep(self):
-        self.env.workspaces.rest()
-        self.env.directory.namespace.rest()
+        self.env.workspaces.sleep_unused()
+        self.env.directory.namespace.sleep_unused()
 
     def chores(self) -> List[Tuple[Callable[[], None], float]]:
         """What is to be done again after so many seconds. [3] has more."""
@@ -10960,7 +10960,7 @@ def has_file(workspaces, id, body):
     """Return whether it is here. Its object hears of the jobs that came with it."""
     if not workspaces.path(id).exists():
         return False
-    workspaces.rest()                                    # who has the file before it open
+    workspaces.sleep_unused()                            # who has the file before it open
     facts_of(workspaces.get(id))
     return True
 

@@ -106,7 +106,7 @@ def seeded():
     """The folder of a demo as it is at the beginning, without a key: to seed it again for each test would take a while."""
     folder = pathlib.Path(tempfile.mkdtemp(), "seeded")
     env = orion.compose(orion.Settings(data=folder, demo=True))
-    env.workspaces.rest(idle=-1), env.directory.namespace.rest(idle=-1)
+    env.workspaces.sleep_unused(idle=-1), env.directory.namespace.sleep_unused(idle=-1)
     env.settings.key_file.unlink()
     return folder
 
@@ -681,7 +681,7 @@ def contacts(server):
 def put_to_sleep(server):
     """All workspaces that nobody uses at this moment."""
     server.env.workspaces.idle = 0.0
-    eventually(lambda: server.env.workspaces.rest() or not server.env.workspaces.objects)
+    eventually(lambda: server.env.workspaces.sleep_unused() or not server.env.workspaces.objects)
     server.env.workspaces.idle = 60.0                # or the next tick would put them to sleep again
 
 
@@ -1098,7 +1098,7 @@ def test_what_changes_nobodys_role_wakes_nobody_who_is_watched(server):
     ear.event()
     at_rest(server)
     asked = server.directory().verdicts.copy()
-    eventually(lambda: server.env.workspaces.rest(idle=-1) or not server.env.workspaces.objects)
+    eventually(lambda: server.env.workspaces.sleep_unused(idle=-1) or not server.env.workspaces.objects)
     server.edge.broker.regate("")
     eventually(lambda: server.directory().verdicts != asked and not server.edge.pool.lanes)
     assert not server.env.workspaces.objects
@@ -1111,7 +1111,7 @@ def test_page_and_region_of_a_changed_role_are_by_one_verdict(server, monkeypatc
     ear.event()
     stream, = [held for held in server.edge.held if type(held) is orion.Stream]
     asked, shown = [], []
-    verdicts = [orion.verdict("erin", role, "acme", server.env.workspaces.id_from_name("acme")) for role in ("member", "viewer")]
+    verdicts = [orion.verdict_headers("erin", role, "acme", server.env.workspaces.id_from_name("acme")) for role in ("member", "viewer")]
 
     def gate(request, env):
         asked.append(request.path)
@@ -1838,7 +1838,7 @@ class Counter(orion.GroupCommit):
 def counters(tmp_path):
     namespace = orion.whole(orion.GuardedNamespace)("counter", tmp_path, 60, Counter, most=4)
     yield namespace
-    namespace.rest(idle=-1)
+    namespace.sleep_unused(idle=-1)
 
 
 def test_a_name_has_one_id_for_ever(counters):
@@ -1855,7 +1855,7 @@ def test_many_commands_at_once_are_all_kept_and_the_failing_ones_leave_nothing(c
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(post, range(300)))
     assert answers.count(200) == 240
-    counters.rest(idle=-1)
+    counters.sleep_unused(idle=-1)
     with contextlib.closing(sqlite3.connect(counters.path("a"))) as file:
         assert sorted(n for n, in file.execute("SELECT n FROM hits")) == [n for n in range(300) if n % 5]
 
@@ -1926,7 +1926,7 @@ def test_a_commit_that_fails_is_a_no_for_all_who_shared_it_and_for_nobody_after(
     with pytest.raises(sqlite3.IntegrityError):      # alone
         fetch(orion.Request("POST", "/2"))
     assert fetch(orion.Request("POST", "/1")).body == b"1"
-    ledgers.rest(idle=-1)
+    ledgers.sleep_unused(idle=-1)
 
 
 def test_a_reader_sees_nothing_that_is_not_durable(counters):
@@ -1954,7 +1954,7 @@ def test_an_object_that_sleeps_has_moved_its_wal_into_the_file(counters):
     counters.create("a")
     counters.get("a").fetch(orion.Request("POST", "/1"))
     assert counters.path("a").with_suffix(".db-wal").stat().st_size
-    counters.rest(idle=-1)
+    counters.sleep_unused(idle=-1)
     assert not counters.path("a").with_suffix(".db-wal").exists() and not counters.objects
 
 
@@ -1965,7 +1965,7 @@ def test_an_object_that_sleeps_is_freed_without_the_garbage_collector(start):
     awake = weakref.ref(server.env.workspaces.objects[server.env.workspaces.id_from_name("acme")])
     gc.disable()
     try:
-        server.env.workspaces.rest(idle=-1)
+        server.env.workspaces.sleep_unused(idle=-1)
         assert eventually(lambda: awake() is None)
     finally:
         gc.enable()
@@ -1991,7 +1991,7 @@ def test_falling_asleep_under_load_loses_nothing(counters):
 
     def sleeper():
         while not stop.wait(0.001):
-            counters.rest(idle=-1)
+            counters.sleep_unused(idle=-1)
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         pool.submit(sleeper)
         answers = [pool.submit(counters.get(name).fetch, orion.Request("POST", f"/{n}")) for n, name in enumerate(todo)]
@@ -2044,7 +2044,7 @@ SWAP = tuple(hashlib.sha256(f"workspace:{name}".encode()).hexdigest() for name i
 @cases("how", ["missing", "empty", "garbage", "cut short", "of another format", "a link", "a folder", "another's"])
 def test_a_spoilt_file_is_a_503_for_its_tenant_alone_and_nothing_is_made_anew(server, capfd, how):
     bob = Person(server, "bob")
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     path = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
     spoil(path, how)
     answer = bob.get("/w/acme/todos")
@@ -2077,13 +2077,13 @@ def test_a_file_that_is_swapped_while_it_is_open_is_not_mixed_with_what_was_writ
     counters.create("a")
     path, aside = counters.path("a"), counters.path("aside")
     counters.get("a").fetch(orion.Request("POST", "/1"))
-    counters.rest(idle=-1)
+    counters.sleep_unused(idle=-1)
     backup = path.read_bytes()
     counters.get("a").fetch(orion.Request("POST", "/2"))
     path.rename(aside)
     path.write_bytes(backup)
     if noticed == "at rest":
-        counters.rest()
+        counters.sleep_unused()
     else:
         counters.get("a").fetch(orion.Request("POST", "/3"))
     assert counters.get("a").fetch(orion.Request("GET", "/")).body == (b"1" if noticed == "at rest" else b"2")
@@ -2092,7 +2092,7 @@ def test_a_file_that_is_swapped_while_it_is_open_is_not_mixed_with_what_was_writ
 
 def test_a_file_that_was_swapped_shows_its_own_rows_after_a_command_that_failed(server):
     bob, path = Person(server, "bob"), server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     backup = path.read_bytes()
     bob.post("/w/acme/todos", title="not in the backup")
     assert "not in the backup" in bob.get("/w/acme/todos").text and "not in the backup" in bob.get("/w/acme/todos").text
@@ -2740,7 +2740,7 @@ def test_a_slice_reaches_no_table_but_its_own(start, capfd, sql):
 # -- commands that are sent again
 
 def with_key(key, who="bob", title="x"):
-    viewer = orion.verdict(who, "owner", "acme", "ab" * 32)
+    viewer = orion.verdict_headers(who, "owner", "acme", "ab" * 32)
     return orion.command_of("/todos", {"idempotency-key": key, **viewer}, title=title)
 
 
@@ -3084,7 +3084,7 @@ def test_searches_without_end_leave_a_bounded_number_of_renderings(server):
 
 def test_a_search_that_shares_a_commit_with_a_command_sees_what_that_wrote(server):
     one = the_workspace(server)
-    viewer = orion.verdict("bob", "owner", "acme", one.id)
+    viewer = orion.verdict_headers("bob", "owner", "acme", one.id)
     commands = [orion.command_of("/todos", viewer, title=f"rope {n}") for n in range(3)]
     search = orion.Request("GET", "/todos", "q=rope", viewer)
     with one.turn:
@@ -3948,7 +3948,7 @@ def test_a_tiny_quota_is_one_on_a_single_root_too(tmp_path):
     env = orion.compose(orion.Settings(single=tmp_path / "all.db", quota=500, demo=False))
     store = env.directory.namespace.awake(env.directory.id).store
     assert store.one("PRAGMA max_page_count")[0] == store.one("PRAGMA page_count")[0]
-    env.workspaces.rest(-1)
+    env.workspaces.sleep_unused(-1)
 
 
 # ==== Part One alone ==================================================================================================
@@ -4615,7 +4615,7 @@ def test_a_tab_that_was_closed_is_noticed_and_its_workspace_may_sleep(serve, mon
         one = the_workspace(server)
         eventually(lambda: one.bus.waiting == 1)
         server.env.workspaces.idle = 0.0
-        server.env.workspaces.rest()
+        server.env.workspaces.sleep_unused()
         assert not one.gone, "it slept under somebody's eyes"
     monkeypatch.setattr(orion, "REGATE_SECONDS", 0.05)
     Person(server, "bob").post("/w/acme/todos", title="x")
@@ -4761,7 +4761,7 @@ def test_headers_of_an_answer_may_be_a_list(serve):
 
 def test_a_command_on_members_asks_again_what_the_gate_had_said(serve):
     server = serve()
-    said = orion.verdict("carol", "owner", "acme", server.env.workspaces.id_from_name("acme"))
+    said = orion.verdict_headers("carol", "owner", "acme", server.env.workspaces.id_from_name("acme"))
     request = orion.Request("POST", "/members", headers={"content-type": "application/json", **dict(said)},
                             body=b'{"account": "dave", "role": "owner"}')
     with pytest.raises(orion.Refused) as no:
@@ -4858,7 +4858,7 @@ def test_a_file_that_fails_to_close_keeps_nobody_waiting(serve):
     store, server.env.workspaces.idle = one.store, 0.0
     with mock.patch.object(store, "close", side_effect=sqlite3.OperationalError("disk I/O error")):
         with contextlib.suppress(sqlite3.Error):
-            server.env.workspaces.rest()
+            server.env.workspaces.sleep_unused()
         store.close.assert_called()
     assert Person(server, "bob").get("/w/acme/todos").status == 200
     store.close()
@@ -6731,7 +6731,7 @@ def test_a_tenant_whose_file_is_lost_or_damaged_is_the_only_one_that_suffers(sta
     server = start()
     bob = Person(server, "bob")
     acme, globex = (server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex"))
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     acme.unlink()
     globex.write_bytes(b"garbage" * 1000)
     for name in ("acme", "globex"):
@@ -6932,7 +6932,7 @@ def test_thousands_of_mutated_requests_harm_nothing(start, monkeypatch):
     for _ in range(4_000):
         one(mutated(rng, rng.choice(wholes)))
     assert Person(server, "bob").get("/w/acme/todos").status == 200
-    server.env.workspaces.rest(idle=-1)              # those that were founded meanwhile are awake, too
+    server.env.workspaces.sleep_unused(idle=-1)              # those that were founded meanwhile are awake, too
     eventually(lambda: threading.active_count() <= threads)      # others may have left theirs to end by now
     if before:
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)
@@ -7052,7 +7052,7 @@ def test_a_job_can_enqueue_another(office):
 def test_a_job_waits_for_its_time_and_wakes_a_workspace_that_sleeps(office):
     office.write_letter(text="later", after=3600)
     assert office.env.workspaces.alarms.due[office.acme] > time.time() + 3500
-    office.env.workspaces.rest(idle=-1)
+    office.env.workspaces.sleep_unused(idle=-1)
     assert office.acme not in office.env.workspaces.objects
     with contextlib.closing(office.store("acme")) as db, db:
         db.execute("UPDATE jobs SET due = ?", (time.time(),))
@@ -7072,7 +7072,7 @@ def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tm
     office.write_letter(text="later", after=3600)
     due, file = office.env.workspaces.alarms.due[office.acme], office.env.workspaces.path(office.acme)
     if lies == "at rest":
-        office.env.workspaces.rest(idle=-1)
+        office.env.workspaces.sleep_unused(idle=-1)
     for part in orion.with_wal(file):
         shutil.copy(part, tmp_path / part.name)
     assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
@@ -7266,7 +7266,7 @@ def test_a_job_of_a_workspace_that_slept_heeds_the_quota(start):
             raise
     server = start((orion.todos, working(grow)), quota=200 * 1024)
     Person(server, "bob", datastar=True).post("/w/acme/work", job="grow", after=3600)
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     with contextlib.closing(server.store("acme")) as db:
         with db:
             db.execute("UPDATE jobs SET due = 0")
@@ -7513,14 +7513,14 @@ def test_a_recurring_job_has_one_row_in_each_workspace_and_no_restart_doubles_or
     assert [key for key, *_ in before] == ["@work.digest 07:30 ", "@work.digest every 3600 s"]
     recurring.server.close()
     recurring(morning, often)
-    recurring.server.env.workspaces.rest(idle=-1)
+    recurring.server.env.workspaces.sleep_unused(idle=-1)
     assert recurring.rows() == before and recurring.keys("globex") == [key for key, *_ in before]
 
 
 def test_a_recurring_job_wakes_a_workspace_that_sleeps_and_comes_again(recurring):
     server = recurring(morning)
     eventually(recurring.rows)
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     set_due(server, 1.0)
     eventually(lambda: noted(server))
     (_, due, tries), = eventually(lambda: recurring.rows()[0][1] > time.time() and recurring.rows())
@@ -7736,14 +7736,14 @@ def test_the_console_shows_each_object_with_id_state_and_count(server):
 
 def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
     bob = Person(server, "bob")
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     text = bob.get("/console").text
     assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td></td></tr>") == 3
     assert not server.env.workspaces.objects
 
 
 def test_a_workspace_that_can_not_be_read_hides_no_other(server):
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
     text = Person(server, "bob").get("/console").text
     assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
@@ -8106,7 +8106,7 @@ def test_nobody_writes_between_the_last_copy_of_a_file_and_its_end(counters, tmp
 
 def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
     source = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     with open(source, "r+b") as file:
         file.seek(1024)
         file.write(os.urandom(2048))
@@ -8119,7 +8119,7 @@ def test_a_damaged_file_is_not_copied_under_a_good_name(server, tmp_path):
 def test_a_file_that_can_not_be_copied_keeps_no_other_out_of_a_backup(server, tmp_path, capsys, how):
     settings, source = server.env.settings, server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
     Person(server, "bob").post("/w/globex/todos", title="kept")
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     orion.snapshot(settings, tmp_path / "before")
     spoil(source, how)
     held, faults = orion.snapshot(settings, tmp_path / "after", tmp_path / "before")
@@ -8230,7 +8230,7 @@ def test_a_snapshot_that_failed_is_in_the_log_and_in_the_figures(start, capfd, m
     server.edge.copy_again()
     assert [server.figure(f'orion_snapshots_total{{result="{name}"}}') for name in ("made", "incomplete", "failed")] == [1, 0, 0]
     assert server.figure("orion_last_snapshot_timestamp_seconds") > time.time() - 60
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     spoil(server.env.workspaces.path(server.env.workspaces.id_from_name("acme")), "garbage")
     server.edge.copy_again()
     monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
@@ -9201,7 +9201,7 @@ def test_a_workspace_that_is_removed_now_leaves_no_copy_on_its_node(doomed):
 def test_a_workspace_that_its_node_can_not_read_hides_no_other(doomed):
     lost, there = doomed.found(on=doomed.nodes[0]), doomed.found(on=doomed.nodes[1])
     lives(doomed, lost)[1].unlink()
-    doomed.nodes[0].env.workspaces.rest(idle=-1)
+    doomed.nodes[0].env.workspaces.sleep_unused(idle=-1)
     person = Person(doomed.directory)
     person.headers["Cookie"] = doomed.cookie("bob")
     page = person.get("/").text
@@ -9565,7 +9565,7 @@ def test_a_file_past_the_quota_takes_no_command_with_it_that_shares_its_commit(s
     monkeypatch.setattr(orion.GroupCommit, "BATCH_SECONDS", PATIENCE)
     server = start((orion.todos, album()), quota=2 * MB)
     stub = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
-    headers = {**orion.verdict("bob", "owner", "acme", stub.id), "x-quota": str(2 * MB), "datastar-request": "true"}
+    headers = {**orion.verdict_headers("bob", "owner", "acme", stub.id), "x-quota": str(2 * MB), "datastar-request": "true"}
     todo, (body, type) = orion.command_of("/todos", headers, title="stays"), in_parts(picture=("a.png", bytes(3 * MB)))
     file = orion.Request("POST", "/n", headers={**headers, "content-type": type}, body=body)
     first, refused, last = stub.fetch_all([todo, file, todo])
@@ -10202,7 +10202,7 @@ def test_a_node_tells_members_while_its_directory_can_not_be_reached(tmp_path, m
 def test_members_are_told_without_the_directorys_turn(start):
     server = start((orion.todos, stockroom()))
     acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
-    headers = orion.verdict("bob", "owner", "acme", acme.id)
+    headers = orion.verdict_headers("bob", "owner", "acme", acme.id)
     with server.directory().turn:
         assert b"<option>carol</option>" in acme.fetch(orion.Request("GET", "/things", headers=headers)).body
 
@@ -10577,7 +10577,7 @@ def test_a_quota_is_kept_and_can_be_raised(served):
     assert bob.delete("/w/acme/todos/1").status == 204, "deleting helps"
     served.run("workspace", "quota", "acme", "1M")
     assert bob.post("/w/acme/todos", title="x" * 500).status == 200
-    served.env.workspaces.rest(idle=-1)
+    served.env.workspaces.sleep_unused(idle=-1)
     served.run("workspace", "quota", "acme", "24K")
     assert bob.post("/w/acme/todos", title="x" * 500).status == 507, "also after it slept"
 
@@ -10796,7 +10796,7 @@ def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, t
 
 
 def test_a_workspaces_bare_file_is_imported_under_a_name_and_a_directory_is_not(served, tmp_path):
-    served.env.workspaces.rest(idle=-1)
+    served.env.workspaces.sleep_unused(idle=-1)
     file = shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), tmp_path / "found.db")
     assert "give it one with --name" in served.run("workspace", "import", file)[2]
     assert served.run("workspace", "import", file, "--name", "found")[0] == 0 and served.run("member", "add", "found", "bob", "owner")[0] == 0
@@ -10909,7 +10909,7 @@ def test_an_apps_own_command_line_knows_its_slices_and_no_others(tmp_path, monke
     file, = (tmp_path / "d" / "workspaces").glob("*.db")
     with contextlib.closing(sqlite3.connect(file)) as db:
         assert {slice for slice, in db.execute("SELECT slice FROM _migrations")} == {"orion", "chores"}
-    orion.compose(orion.Settings(data=tmp_path / "d"), [own]).directory.namespace.rest(idle=-1)
+    orion.compose(orion.Settings(data=tmp_path / "d"), [own]).directory.namespace.sleep_unused(idle=-1)
 
 
 @cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
@@ -10969,7 +10969,7 @@ def test_a_workspace_comes_back_as_it_was_beside_the_present_one(served, tmp_pat
 @cases("how", ["missing", "empty", "garbage", "cut short", "a link", "another's"])
 def test_check_finds_and_names_what_is_wrong(served, how):
     assert served.run("check")[:2] == (0, "3 workspaces, all is well\n")
-    served.env.workspaces.rest(idle=-1)
+    served.env.workspaces.sleep_unused(idle=-1)
     path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
     spoil(path, how)
     status, out, _ = served.run("check")
@@ -10994,7 +10994,7 @@ def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fa
             db.executemany("INSERT INTO notes VALUES (?)", [(value,) for value in values])
     files = [server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex")]
     check = lambda *more: orion.main([orion.todos, notes._replace(migrations=(*notes.migrations, *more))], ["check", "--data", str(server.env.settings.data)])
-    server.env.workspaces.rest(idle=-1)
+    server.env.workspaces.sleep_unused(idle=-1)
     before = [file.read_bytes() for file in files]
     assert (check(), check("CREATE UNIQUE INDEX one ON notes (x)")) == (0, 1)
     said = capsys.readouterr().out.splitlines()
