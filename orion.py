@@ -181,13 +181,14 @@ class Request(NamedTuple):
         return self.headers.get("content-type", "").lower()
 
     @property
+    def form_type(self) -> str:
+        """The content type without its options: a key of FORMS, if this is a form."""
+        return self.content_type.partition(";")[0].strip()
+
+    @property
     def form(self) -> bool:
         """Is it a form, as a browser sends one by itself?"""
         return self.form_type in FORMS
-
-    @property
-    def form_type(self) -> str:
-        return self.content_type.partition(";")[0].strip()
 
     @property
     def params(self) -> Dict[str, str]:
@@ -195,10 +196,10 @@ class Request(NamedTuple):
         return dict(decoded_pairs(self.query))
 
     def pairs(self) -> List[Tuple[str, Any]]:
-        """What was sent along, each with its name: a form, or signals. In a GET or DELETE
-        the parameters of the query are fields, too.
+        """Return the fields, each with its name: of a form, or signals. The query of a GET
+        or DELETE has fields, too.
 
-        Raises Refused(415) if it is neither, Refused(400) if it cannot be read or has too
+        Raises Refused(415) for another body, Refused(400) if it cannot be read or has too
         many fields.
         """
         if self.form:
@@ -210,11 +211,11 @@ class Request(NamedTuple):
         return [*in_query, *read_signals(self).items()]
 
     def fields(self) -> Dict[str, Any]:
-        """The same by name; the last, where a form or a query has several of a name."""
+        """Return the fields by name. Of several with one name it is the last."""
         return dict(self.pairs())
 
     def text(self, name: str, otherwise: str = "") -> str:
-        """Return what was sent under this name. Raises Refused(400) for a list."""
+        """Return one field as text. Raises Refused(400) for a list."""
         return as_text(name, self.fields().get(name, otherwise))
 
 
@@ -228,7 +229,7 @@ def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
         return []
     try:
         return urllib.parse.parse_qsl(text, max_num_fields=MOST_PAIRS, **options)
-    except ValueError:                                   # it is raised for nothing else
+    except ValueError:                                   # too many; it has no other cause
         raise Refused(400, f"Send at most {MOST_PAIRS} parameters or fields in one "
                            "request.") from None
 
@@ -266,9 +267,9 @@ class Response(NamedTuple):
 class Refused(Exception):
     """A no, with its HTTP status.
 
-    message says what to do next. A 422 (what somebody typed is wrong) or 409 (it collides
-    with what is there) is shown inside the page, where the page has this signal. fields:
-    what is wrong with single fields; of "due" it is shown at the signal due_problem.
+    message says what to do next. That of a 422 (wrong input) or a 409 (a conflict with what
+    is there) is shown in the page, at this signal. fields: the messages of single fields;
+    that of "due" is shown at the signal due_problem.
     """
 
     def __init__(self, status: int, message: str,
@@ -297,13 +298,16 @@ def check_values(headers):
 
 
 def sendable(response, whose="this"):
-    """Return the response. Raise TypeError or ValueError if it cannot be sent."""
+    """Return the response, with a tuple of headers.
+
+    Raises TypeError or ValueError if it cannot be sent.
+    """
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
         raise TypeError(f"{whose} returned {response!r:.200}, and an answer is a Response "
                         "with a number and bytes; for most commands: return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
-    if type(response.headers) is not tuple:              # a list can't be remembered
+    if type(response.headers) is not tuple:
         return response._replace(headers=tuple(map(tuple, response.headers)))
     return response
 
@@ -502,15 +506,15 @@ class Template:
 
     def __init__(self, text: Union[str, pathlib.Path],
                  parts: Optional[Dict[str, Template]] = None, line: int = 1):
-        self.where = ""                                  # for what is said of errors
+        self.where = ""                                  # for messages: file and part
         if isinstance(text, pathlib.Path):
             self.where = f"{text.name}, "
             text = text.read_text("utf-8")
         first, *rest = PART.split(text)
         self.markup = first.rstrip("\n")
         self.line = line
-        self.forms = {}                                  # by the kind of hole that it fills
-        self.parts = {} if parts is None else parts      # they know each other
+        self.readings = {}                               # by the kind of hole that it fills
+        self.parts = {} if parts is None else parts      # one dict, shared by all of them
         for name, part in zip(rest[::2], rest[1::2]):
             line += first.count("\n") + 1
             first = part
@@ -527,20 +531,20 @@ class Template:
 
     def read_as(self, kind):
         """Find out what each hole takes, if this fills a hole of that kind."""
-        if kind in self.forms:
+        if kind in self.readings:
             return
-        self.forms[kind] = None                          # if it can't
+        self.readings[kind] = None                       # for now: it can't
         scanner = Scanner(self.markup)
         try:
             scanner.scan(kind)
         except ValueError as error:
             if kind in ("text", "an attribute"):
                 raise self.error(scanner.at, error) from None
-            return                                       # a text is meant, of the same name
+            return                                       # text of that name will fill it
         first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
         holes = [(kind, name, WRITERS[kind], markup)
                  for (kind, name), markup in zip(scanner.found, after)]
-        self.forms[kind] = first, holes
+        self.readings[kind] = first, holes
         for kind, name in scanner.found:
             if name in self.parts and kind != "json":
                 self.parts[name].read_as(kind)
@@ -560,7 +564,7 @@ class Template:
         return Html(self.filled("text", values))
 
     def filled(self, kind, values):
-        first, holes = self.forms[kind]
+        first, holes = self.readings[kind]
         texts = [first]
         for kind, name, write, after in holes:
             value = values.get(name, NOTHING)
@@ -595,12 +599,12 @@ class Template:
         if not value:
             return ""
         part = self.parts.get(name)
-        return part.filled(kind, values) if part and part.forms[kind] else name
+        return part.filled(kind, values) if part and part.readings[kind] else name
 
     def fill_rows(self, kind, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
         part = self.parts.get(name)
-        if not part or not part.forms[kind]:
+        if not part or not part.readings[kind]:
             raise self.lacks(name, f"there is no part {name!r} for {kind}: write a line "
                                    f"<!-- {name} -->, and below it the markup of one row; "
                                    f"there is: {', '.join(self.parts) or 'none'}")
@@ -1399,10 +1403,10 @@ class Viewer(Role):
     """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
     account: str = ""
 
-    def known(self, each: str) -> Role:
+    def as_seen_by(self, region: Region) -> Role:
         """Return what a region may know of the viewer: see Region.each."""
         said = self.role, self.grants, self.workspace, self.id
-        return Viewer(*said, self.account) if each == "account" else Role(*said)
+        return Viewer(*said, self.account) if region.each == "account" else Role(*said)
 
     def permit(self, grant: str, method: str = "GET") -> None:
         """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
@@ -1448,7 +1452,7 @@ class Context:
         self.store = store
         self.viewer = viewer
         self.params = params                             # of the query; see Live.params
-        self.typed = typed                               # see SliceHost.refuse
+        self.typed = typed                               # see SliceHost.page_again
         self._request = request
         self._sent: Optional[List[Tuple[str, Any]]] = None
 
@@ -1535,7 +1539,7 @@ class Context:
 
     def for_region(self, region: Region, live: Live) -> Context:
         """Return the context of a region: the same for all who may see the same."""
-        viewer = self.viewer.known(region.each)
+        viewer = self.viewer.as_seen_by(region)
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, viewer, params, None, {})
 
@@ -1627,7 +1631,7 @@ class SliceHost(DurableObject):
         return self.run(request, {})
 
     def run(self, request, typed):
-        """Have the right slice answer. typed: see refuse."""
+        """Have the right slice answer. typed: see page_again."""
         router = self.router_for(request)
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
@@ -1645,10 +1649,15 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            said = () if route.grant == PUBLIC else args     # they may be a secret [3]
-            which = response.which or "/".join(map(str, said)) or self.store.last_row()
+            which = response.which or self.journal_row(route, args)
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
+
+    def journal_row(self, route, args):
+        """Return what stood in the path or, if nothing did, the row inserted last."""
+        if route.grant == PUBLIC:                        # [3] There it may be a secret.
+            args = ()
+        return "/".join(map(str, args)) or self.store.last_row()
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
@@ -1662,16 +1671,19 @@ class SliceHost(DurableObject):
             return self.refuse(request, refused)
 
     def refuse(self, request, refused):
-        """Show what is wrong with the input where it was typed, if that is possible.
-
-        For Datastar, return signals. For a plain form, return its page again with the same
-        status; there ctx.typed has what was typed and, as "problem" and by field, what is
-        wrong with it. Otherwise raise refused.
-        """
+        """Show what is wrong with the input where it was typed, or raise refused."""
         if request.datastar and refused.status in (409, 422):
             return as_json({refused.signal: refused.message, **refused.problems})
-        if refused.status not in (409, 412, 422) or not request.form:
-            raise refused
+        if request.form and refused.status in (409, 412, 422):
+            return self.page_again(request, refused)
+        raise refused
+
+    def page_again(self, request, refused):
+        """Return the page of a plain form, with the status of the refusal.
+
+        ctx.typed has what was typed and, as "problem" and by field, the messages. Raises
+        refused if there is no such page.
+        """
         try:
             _, route, args = self.router_for(request).match(request.method, request.path)
             path = with_parts(route.form, route.path, args) or request.path
@@ -1679,7 +1691,7 @@ class SliceHost(DurableObject):
             texts = {name: value for name, value in request.pairs() if type(value) is str}
             typed = {**texts, "problem": refused.message, **refused.problems}
             return self.run(again, typed)._replace(status=refused.status)
-        except Refused:                                  # there is no page at this path
+        except Refused:
             raise refused from None
 
     # -- live pages
@@ -1794,17 +1806,16 @@ FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever thei
 
 
 def visible(text: str) -> str:
-    """Return the text without blanks around it; "" if nothing of it can be seen.
+    """Return the text without blanks around it; "" if no character of it can be seen."""
+    return "" if all(map(unseen, text)) else text.strip()
 
-    That is if it has only blanks, controls, marks, and characters of no width or which set
-    the direction of writing.
-    """
-    for character in text:
-        kind = unicodedata.category(character)
-        unseen = kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
-        if not unseen and not "\U000e0000" <= character <= "\U000e0fff":
-            return text.strip()
-    return ""
+
+def unseen(character: str) -> bool:
+    """Is it a blank, a control or a mark, without width, or does it only set the direction
+    of writing?"""
+    kind = unicodedata.category(character)
+    return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
+            or "\U000e0000" <= character <= "\U000e0fff")
 
 
 # -- what host and routes are made of
@@ -2396,7 +2407,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
-                AND w.moving < 2"""                      # [3] 1: on its way, 2: going
+                AND w.moving < 2"""                      # [3] 1: it moves, 2: it is removed
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
                   headers=(("retry-after", "30"),))      # [3]
@@ -2439,7 +2450,7 @@ class Directory(RepeatsAnswers):
     demo: everybody may sign in as a persona. limit: workspaces that one account may found.
     """
     digest_of = staticmethod(session_digest)             # [2] remembers what it returned
-    # [3] An operator can look on in somebody's name; not here, where no rule restrains it.
+    # [3] An operator can look on in somebody's name. Here such a session signs nobody in.
     SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? AND expires > ? "
                  "AND operator IS NULL")
 
@@ -2567,7 +2578,7 @@ def persona(ctx):
     return open_session(ctx, account)
 
 
-# Some of those that are over. All of them could be so many that everybody would wait.
+# Sessions that are over, 100 at a time: to delete very many would keep everybody waiting.
 SPENT = """digest IN (SELECT digest FROM sessions WHERE expires <= ? AND operator IS NULL
            LIMIT 100)"""
 
@@ -2834,9 +2845,9 @@ def valid_role(role):
 
 
 def set_role(ctx, account, before, after):
-    """Change a role; NOT_A_MEMBER is one, too. To be an owner is only offered.
+    """Change a role by the rules of this section; NOT_A_MEMBER is a role, too.
 
-    Raise Refused(403) if only an owner may do this, Refused(409) for the last owner.
+    Raise Refused(403) if only an owner may do this.
     """
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
@@ -2861,12 +2872,14 @@ def answer_offer(ctx):
 
 
 def put_role(ctx, account, before, after, offered=False):
+    """Store a role, and have the pages of the members read again."""
     store_role(ctx.store, ctx.viewer.id, account, before, after, offered)
     ctx.publish("members")
     access_changed(ctx, account)
 
 
 def store_role(store, id, account, before, after, offered=False):
+    """Store a role. Raise Refused(409) if that would leave no owner."""
     if before == "owner" and after != "owner" and store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
@@ -2976,16 +2989,20 @@ def refusal(request: Request, error: BaseException) -> Response:
     ask again; then the last frame says only that the page is not current.
     """
     no = as_refused(request, error)
-    opens_page = request.opens_page
-    if no.status == 405 and opens_page and request.method in SAFE and request.path != "/":
-        above = request.path.rpartition("/")[0] or "/"   # the page of these commands
-        return see_other(urllib.parse.quote(above))
+    if request.opens_page:
+        return error_page(request, no)
     last = last_frame(no) if request.stream and request.datastar else b""
     if last:
         return Response(200, last, EVENTS)
-    if not opens_page:
-        text = f"{no.message}\n".encode("utf-8", "replace")
-        return Response(no.status, text, headers=no.headers)
+    text = f"{no.message}\n".encode("utf-8", "replace")
+    return Response(no.status, text, headers=no.headers)
+
+
+def error_page(request, no):
+    """A path that takes commands alone leads to the page above it."""
+    if no.status == 405 and request.method in SAFE and request.path != "/":
+        above = request.path.rpartition("/")[0] or "/"
+        return see_other(urllib.parse.quote(above))
     reason = REASONS.get(no.status, "Error")
     body = template("error")(status=no.status, reason=reason, message=no.message, **LAYOUT)
     return page(reason, body, status=no.status)._replace(headers=no.headers)
@@ -3040,7 +3057,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         try:
             request = self.request_of()
             response = respond(request, self.server.env)
-        except Refused as no:                            # where does the next one begin?
+        except Refused as no:                            # the next one could not be found
             self.close_connection = True
             response = refusal(request, no)
         if response.watch and not self.modern:
@@ -3456,9 +3473,9 @@ def stop_signals() -> List[int]:
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until a signal comes that stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
-    told, teller = socket.socketpair()                   # the first gets a byte at a signal
-    teller.setblocking(False)
-    signal.set_wakeup_fd(teller.fileno())
+    reader, writer = socket.socketpair()                 # a signal writes a byte
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
     for number in stop_signals():
         signal.signal(number, lambda *_: None)
     serving = threading.Thread(target=server.serve_forever, daemon=True)
@@ -3469,7 +3486,7 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
           "orion: server, a ninth of the pages a second, and 26 times the memory for an\n"
           "orion: open page; no limits, and no passwords",
           flush=True)
-    told.recv(1)
+    reader.recv(1)                                       # until then: wait
     signal.set_wakeup_fd(-1)
     server.shutdown()
     serving.join()
@@ -3636,8 +3653,7 @@ class Judge:
         return sqlite3.SQLITE_DENY
 
     def object_to(self, action, table, second):
-        """Return why not, or "". What FTS5 does in the tables that it makes is judged, too.
-        """
+        """Return why not, or "". It judges what FTS5 does in its own tables, too."""
         migrates = self.may == MIGRATE
         if (action, table, second) in FTS5_ASKS:
             return ""
@@ -4489,8 +4505,8 @@ def deflated(data) -> bytes:
 class Piece(Rendering):
     """A rendering as bytes, which are made when the first stream needs them.
 
-    main: it is the region itself. A browser that comes back says which one it has seen
-    last, by its etag.
+    A browser that comes back says which region it has seen last, by its etag. main: False
+    for what streams show beside the regions.
     """
     main: bool = True
 
@@ -4557,7 +4573,8 @@ class Broadcast(GroupCommit, SliceHost):
     KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def handle(self, request):
-        own = getattr(self, f"own{request.path[1:]}", None)  # the worker lets in none (2)
+        # From outside none comes: destination (2) refuses all paths that begin so.
+        own = getattr(self, f"own{request.path[1:]}", None)
         return as_json(own(request)) if own else super().handle(request)
 
     def render(self, region, live, ctx, args):
