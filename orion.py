@@ -11551,8 +11551,10 @@ class Uploads:
 
     def __init__(self, settings):
         self.folder = settings.data
-        self.routes = [(re.compile(f"/w/[^/]+{path_pattern(route.path)}"), route)
-                       for route in upload_routes(settings.slices)]
+        self.routes = []
+        for route in upload_routes(settings.slices):
+            pattern = f"/w/[^/]+{path_pattern(route.path)}"
+            self.routes.append((re.compile(pattern), route))
         self.most = max([self.ACCOUNT, *[route.upload for _, route in self.routes]])
         self.lock = threading.Lock()                     # guards the next line
         self.taken: Dict[str, int] = collections.Counter()   # bytes, by account
