@@ -11384,10 +11384,13 @@ def read_assets(settings: Settings) -> None:
             add_asset(name, path.read_bytes())
     for slice in settings.slices:
         for name in (*slice.styles, *slice.scripts):
-            if name not in APP_ASSETS:
-                raise Unusable(f"slice {slice.name!r}: there is no asset {name!r}; put it "
-                               "into the folder of main(assets=...), and mind that (one,) "
-                               "has a comma too")
+            check_asset(name, f"slice {slice.name!r}")
+
+
+def check_asset(name, user):
+    if name not in APP_ASSETS:
+        raise Unusable(f"{user}: there is no asset {name!r}; put it into the folder of "
+                       "main(assets=...), and mind that (one,) has a comma too")
 
 
 def assets_in(folder) -> List[Tuple[str, pathlib.Path]]:
@@ -11454,19 +11457,15 @@ def use_brand(settings: Settings) -> None:
         return
     if type(brand) is not Brand or not LANGUAGE.fullmatch(brand.language):
         raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
-    icon = icon_address(brand.icon) if brand.icon else "/icon.svg"
+    icon = "/icon.svg"
+    if brand.icon:
+        check_asset(brand.icon, "Brand")
+        icon = asset(brand.icon)
     links = link("icon", icon)
     if brand.colors:
         add_asset("brand.css", palette(brand.colors).encode())
         links += link("stylesheet", asset("brand.css"))
     LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
-
-
-def icon_address(name):
-    try:
-        return asset(name)
-    except LookupError as error:
-        raise Unusable(f"Brand(icon={name!r}): {error}") from None
 
 
 def palette(colors) -> str:
@@ -11557,7 +11556,7 @@ class Uploads:
             self.routes.append((re.compile(pattern), route))
         self.most = max([self.ACCOUNT, *[route.upload for _, route in self.routes]])
         self.lock = threading.Lock()                     # guards the next line
-        self.taken: Dict[str, int] = collections.Counter()   # bytes, by account
+        self.taken: Any = collections.Counter()          # bytes, by account
 
     def route(self, reading) -> Optional[Route]:
         """Return the route that takes this as an upload; None: there is none."""
@@ -11587,10 +11586,8 @@ class Uploads:
 
     def release(self, spool):
         with self.lock:
-            self.taken[spool.account] -= spool.reserved
+            self.taken -= collections.Counter({spool.account: spool.reserved})
             spool.reserved = 0
-            if not self.taken[spool.account]:
-                del self.taken[spool.account]
         spool.close()
 
 
@@ -12154,7 +12151,9 @@ def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "") -> R
     with these args.
     """
     path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
-    headers = ((FLASH, f"{path} {urllib.parse.quote(flash)}"),) if flash else ()
+    text = flash[:LONGEST_FLASH].encode("utf-8", "replace")
+    data = base64.urlsafe_b64encode(text).decode()
+    headers = ((FLASH, f"{path} {data}"),) if flash else ()
     if ctx.request.datastar:                             # the layout has the rest
         return as_json({"_go": path})._replace(headers=headers)
     return see_other(path, *headers)
@@ -12201,11 +12200,7 @@ def with_flash(request: Request, response: Response) -> Response:
     return show_flash(request, response, text) if text else response
 
 
-def flash_cookie(request, path, quoted):
-    text = urllib.parse.unquote(quoted)
-    if len(text) > LONGEST_FLASH:
-        text = f"{text[:LONGEST_FLASH - 1]}…"
-    data = base64.urlsafe_b64encode(text.encode("utf-8", "replace")).decode()
+def flash_cookie(request, path, data):
     sealed = flash_seal(request, urllib.parse.unquote(path), data)
     return flash_field(request, f"{data}.{sealed}", path, FLASH_SECONDS)
 
@@ -12312,9 +12307,9 @@ class RefusesInLayout(Workspace):
 
     def refused_page(self, request, no):
         viewer = self.viewer(request)
-        ctx = self.context(self, Tables(self.store, "welcome", READ), viewer, {}, request,
-                           {})
-        reason = REASONS.get(no.status, "Error")
+        store = Tables(self.store, "welcome", READ)
+        ctx = self.context(self, store, viewer, {}, request, {})
+        reason = REASONS[no.status]
         tabs = self.tabs(viewer)
         on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
         body = template("error.inside")(status=no.status, reason=reason,

@@ -9320,7 +9320,7 @@ def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start
     ({"assets": "nowhere"}, (), "the folder of assets nowhere is not there"),
     ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
     ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
-    ({"brand": orion.Brand(icon="none.svg")}, (), "there is no asset 'none.svg'; there is"),
+    ({"brand": orion.Brand(icon="none.svg")}, (), "Brand: there is no asset 'none.svg'"),
     ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two")])
 def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
     settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
