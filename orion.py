@@ -8141,7 +8141,7 @@ class EnqueuesJobs(Context):
         if job not in self.host.router.job_names:
             raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
         name = self.host.router.job_names[job]
-        key = key and f"{self.key_owner(name)}:{key}"
+        key = key and self.host.router.key_of(self.store.slice, name, key)
         if key:
             self.host.cancel(key)
         self.host.put_in(name, json.dumps(args), self.viewer.signature,
@@ -8153,14 +8153,9 @@ class EnqueuesJobs(Context):
         If it waits for something outside just now, it does not go on after that.
         """
         self.check_may_enqueue()
-        slices = self.host.router.names
-        return self.host.cancel(*{f"{self.key_owner(name)}:{key}" for name in slices})
-
-    def key_owner(self, name):
-        """Return the slice whose keys are meant: one's own; outside of the slices, that of
-        this name, or of the job of this name."""
-        own = self.store.slice
-        return own if own in self.host.router.names else name.partition(".")[0]
+        router = self.host.router
+        keys = {router.key_of(self.store.slice, name, key) for name in router.names}
+        return self.host.cancel(*keys)
 
     def check_may_enqueue(self):
         if self.store.may != WRITE:
@@ -8195,6 +8190,12 @@ class KnowsJobs(QuickRouter):
         self.plans = plans_of(slices)
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
+
+    def key_of(self, slice, name, key) -> str:
+        """Return a key in the table: the slice's; outside of the slices, that of the slice
+        of this name, or of the job of this name."""
+        owner = slice if slice in self.names else name.partition(".")[0]
+        return f"{owner}:{key}"
 
 
 class JobTables(Tables):
