@@ -11889,6 +11889,8 @@ class BringsUploads(Context):
         if request.form:
             return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
+        if name or request.content_type.startswith("application/json"):
+            return []                                    # what has names is no file
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []
 

@@ -9442,6 +9442,12 @@ def test_the_fields_of_a_form_in_parts_are_there_as_those_of_any_other(start):
     assert seen == 2 * [("Rope & <b>", ["a", "b"], ["1.png", "2.png"], b"--B\r\nz")]
 
 
+@cases("method, type", [("POST", "application/json"), ("POST", "image/png"), ("PUT", "application/json")])
+def test_a_body_is_no_file_of_a_name_and_signals_are_no_file_at_all(pictures, method, type):
+    said = bring(pictures.bob, b'{"receipt": 1}', type, method=method)
+    assert "Choose a file." in said.text and more_files_in(pictures) == [0, 0, 0]
+
+
 @cases("datastar", [True, False])
 def test_a_form_without_its_file_is_told_so_at_the_field(pictures, datastar):
     said = bring(Person(pictures, "bob", datastar=datastar), label="x", picture=("", b""))
