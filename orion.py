@@ -14353,7 +14353,8 @@ class Visitor:
     def region(self, path: str, id: str = "") -> str:
         """Return what is live on a page, as its stream has it: all regions, or the one with
         this id. Raises AssertionError if there is none."""
-        reply = self.ask(self.request("GET", f"{path}/live"))
+        request = self.request("GET", path)
+        reply = self.ask(request._replace(path=f"{request.path}/live"))
         assert type(reply) is Response, f"GET {path}: {reply.status} {reply.message}"
         regions = {plain_id(one.piece.html): one.piece.html for one in reply.watch}
         assert not id or id in regions, f"{path} has no region {id!r}, but {[*regions]}"

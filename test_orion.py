@@ -11920,6 +11920,14 @@ def test_ways_flashes_and_public_routes_are_followed_in_a_test():
         assert app.anybody().post("/hooks/x", n=1).signals == {"who": "", "got": "1"} and app.anybody().post("/cards/3").status == 401
 
 
+def test_a_region_in_a_test_heeds_the_parameters_of_its_page():
+    def sorted_by(ctx):
+        return orion.Template("<p id=cards>{{by}}</p>")(by=ctx.params.get("by", "none"))
+    cards = orion.Live("/cards", "todos:read", "Cards", (orion.Region("cards", sorted_by),), params={"by": "date|name"})
+    with orion.testing(orion.Slice("cards", live=(cards,))) as app:
+        assert app.viewer("bob").region("/cards?by=date", "cards") == "<p id=cards>date</p>"
+
+
 def test_what_a_slice_raises_a_test_sees(app):
     with pytest.raises(ZeroDivisionError):
         app.viewer("bob").get("/polls/boom")
