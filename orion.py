@@ -14287,11 +14287,22 @@ def replied_no(no: Refused) -> Reply:
     return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
 
-def form_in_parts(fields) -> Tuple[bytes, str]:
+def pairs_of(fields) -> List[Tuple[str, Any]]:
+    """Return what a form sends. A list is several fields of one name, and so is a tuple,
+    unless it is a file."""
+    pairs = []
+    for name, value in fields.items():
+        is_file = type(value) is tuple and [*map(type, value)] == [str, bytes]
+        several = type(value) in (list, tuple) and not is_file
+        pairs += [(name, each) for each in (value if several else [value])]
+    return pairs
+
+
+def form_in_parts(pairs) -> Tuple[bytes, str]:
     """Return a form with files, and its content type."""
     boundary = secrets.token_hex(16)
     lines = []
-    for name, value in fields.items():
+    for name, value in pairs:
         head = f'Content-Disposition: form-data; name="{name}"'
         if type(value) is tuple:
             head += f'; filename="{value[0]}"\r\nContent-Type: application/octet-stream'
@@ -14334,10 +14345,11 @@ class Visitor:
 
     def submit(self, path: str, **fields: Any) -> Reply:
         """Post a plain HTML form, as a browser without scripts does. The value of a field
-        may be a file, as ("cat.png", bytes)."""
-        if any([type(value) is tuple for value in fields.values()]):
-            return self.send(path, *form_in_parts(fields))
-        form = urllib.parse.urlencode(fields, doseq=True).encode()
+        may be a file, as ("cat.png", bytes), or a list."""
+        pairs = pairs_of(fields)
+        if any([type(value) is tuple for _, value in pairs]):
+            return self.send(path, *form_in_parts(pairs))
+        form = urllib.parse.urlencode(pairs).encode()
         return self.send(path, form, "application/x-www-form-urlencoded")
 
     def send(self, path: str, body: bytes, type: str, method: str = "POST") -> Reply:

@@ -11998,6 +11998,15 @@ def test_a_test_may_read_and_write_the_rows_themselves_but_not_wait_for_itself(a
     assert bob.region("/polls", "polls") == "<p id=polls>Tea?</p>"
 
 
+@cases("share", [["a", "b"], ("a", "b")])
+@cases("files", [{}, {"picture": [("1.png", PNG), ("2.png", PNG)]}])
+def test_a_list_in_a_test_is_several_fields_of_a_form_with_files_or_without(share, files):
+    def look(ctx):
+        return orion.as_json({"share": ctx.fields("share"), "picture": [file.name for file in ctx.uploads("picture")]})
+    with orion.testing(orion.Slice("s", routes=(orion.Route("POST", "/s", "todos:write", look),))) as app:
+        assert app.viewer("bob").submit("/s", share=share, **files).signals == {"share": ["a", "b"], "picture": ["1.png", "2.png"] if files else []}
+
+
 def test_files_are_sent_and_fetched_in_a_test():
     def keep(ctx):
         return orion.as_json(ctx.files.add(ctx.upload("picture")))
