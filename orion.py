@@ -11565,8 +11565,11 @@ class Uploads:
         if self.routes:
             with contextlib.suppress(Refused):           # it is raised again, later
                 path, _ = parse_target(reading.target, reading.headers.get("host", ""))
+        return self.route_of(reading.method, path)
+
+    def route_of(self, method, path):
         return next((route for pattern, route in self.routes
-                     if route.method == reading.method and pattern.fullmatch(path)), None)
+                     if route.method == method and pattern.fullmatch(path)), None)
 
     def reserve(self, spool, account, length) -> None:
         """Raise Refused if there is no room for so many bytes now."""
@@ -14209,7 +14212,7 @@ class DevBroker(Broker):
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 35 Jobs, 36 Checks, 42 Exports, 57 Own options.
+# It needs: 35 Jobs, 36 Checks, 42 Exports, 48 Uploads, 57 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -14394,6 +14397,7 @@ class Visitor:
         self.app.check_closed()
         env = self.app.env
         try:
+            self.app.check_size(request)
             with self.app.clock:
                 answer = sendable(env.front(request, env))
         except Refused as no:
@@ -14423,7 +14427,16 @@ class TestedApp(App):
         for change in PLAIN:                             # as for any edge but the loop's
             change(self.env)
         self.settings = self.env.settings
+        self.uploads = Uploads(self.settings)
         self.alarms = CalledAlarms(self.env)
+
+    def check_size(self, request):
+        """Raise Refused(413) for a body that is longer than a server takes."""
+        route = self.uploads.route_of(request.method, request.path)
+        in_memory = route is None or request.content_type.startswith(IN_MEMORY)
+        limit = BODY_LIMIT if in_memory else route.upload
+        if len(request.body) > limit:
+            raise too_large(limit)
 
     def viewer(self, name: str, role: str = "member", workspace: str = "acme") -> Visitor:
         """Return somebody who has this role there, and signed in now.

@@ -12016,6 +12016,8 @@ def test_files_are_sent_and_fetched_in_a_test():
         bob = app.viewer("bob")
         reply = bob.submit("/pictures", title="Cat", picture=("cat.bin", data))
         assert reply.status == 200 and bob.get(f"/pictures/{reply.body.decode()}").body == data
+        assert bob.submit("/pictures", picture=("cat.bin", 3 * data)).message == "This is too large: at most 2 MB can be sent here."
+        assert bob.post("/pictures", words="a" * orion.BODY_LIMIT).status == bob.submit("/todos", title="a" * orion.BODY_LIMIT).status == 413
 
 
 @cases("wrong, error", [(lambda: orion.testing(poll, poll), orion.BadSlice), (lambda: orion.testing(poll, smpt="x"), LookupError)])
