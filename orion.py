@@ -588,7 +588,7 @@ class Template:
             return self.fill_rows(kind, name, [value], values)
         if isinstance(value, list):
             return self.fill_rows(kind, name, value, values)
-        if type(value) is not Html:
+        if type(value) is not Html or kind == "an attribute":
             return WRITERS[kind](str(value))
         if kind != "text":
             raise TypeError(f"markup can't stand in the place of {kind}; fill the hole "

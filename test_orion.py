@@ -1401,7 +1401,7 @@ BY_MISTAKE = [                                       # a template, what fills it
     ("<ul>{{row}}\n<!-- row -->\n<li>", {"row": [{}, "ann"]}, TypeError, "the part 'row' is filled with dicts or rows, and not with 'ann'; Html().join makes markup of a list"),
     ("<p {{title}}>", {"title": "a"}, TypeError, "in the place of an attribute stands True or False, and no text: 'a'; for text, write the hole in quotes: title=\"{{a}}\""),
     ("<p {{title}}>", {"title": 2}, TypeError, "in the place of an attribute stands True or False, and no text: '2'; for text, write the hole in quotes: title=\"{{a}}\""),
-    ("<p {{title}}>", {"title": orion.Html("x")}, TypeError, "markup can't stand in the place of an attribute; fill the hole 'title' with text, and not with 'x'"),
+    ("<p {{title}}>", {"title": orion.Html("x")}, TypeError, "in the place of an attribute stands True or False, and no text: 'x'; for text, write the hole in quotes: title=\"{{a}}\""),
     ("<p title='{{title}}'>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
     ("<title>{{title}}</title>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
     ("<a href='{{to}}'>", {"to": orion.Html("/")}, TypeError, "markup can't stand in the place of an address; fill the hole 'to' with text, and not with '/'"),
