@@ -775,6 +775,9 @@ class Scanner:
 def check_comment(text):
     if "{{" in text:
         raise ValueError("no hole can stand in a comment; take it out")
+    if text.strip()[:1] == "/":
+        raise ValueError("a part has no closing line: it stands at the end of the file and "
+                         "lasts until the next part; take this line out")
     if text.strip().replace("-", "_").isidentifier():
         raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
                          "of letters, digits and _; a remark has two words or more")

@@ -1342,6 +1342,8 @@ REFUSED = {                                          # what cannot be safe in it
     '<button formaction="x{{who}}">': f"formaction {LEADS}", "<form ACTION='x{{who}}'>": f"action {LEADS}", '<a href="{{json who}}">': f"href {LEADS}",
     "{{new-who}}": A_HOLE, "{{ who.name }}": A_HOLE, "{{who|safe}}": A_HOLE, "<p title='{{  who  }}'>": A_HOLE, "{{json}} {{": A_HOLE,
     "<ul>{{row}}</ul>\n<!-- new-row -->\n<li>": A_PART, "<ul>{{row}}</ul>\n  <!-- row -->\n<li>": A_PART, "<!--row-->\n<li>": A_PART, "{{row}}\n<!-- row -->": A_PART,
+    **{f"<ul>\n<!-- row -->\n<li>\n{line}\n</ul>": "a part has no closing line: it stands at the end of the file and lasts until the next part; take this line out"
+       for line in ("<!-- /row -->", "<!--/row-->", "<!-- / row -->")},
     "a\n<!-- row -->\nb\n<!-- row -->\nc": "there is a part 'row' above; rename one of them",
     "<p {{who}}>\n<!-- who -->\n<i>": "this part stands in the place of an attribute; take out what can't stand there",
     "<p {{who}}>\n<!-- who -->\ntitle={{name}}": "this part stands in the place of an attribute; take out what can't stand there",
