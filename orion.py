@@ -13904,16 +13904,19 @@ class Parent:
         self.seen: Dict[str, Any] = {}                   # stamps
         self.child: Any = None
         self.said: Sequence[str] = ()                    # by the child, of late
+        self.served = False                              # did the child?
         self.stopping = False
 
     def run(self):
         for number in stop_signals():
             signal.signal(number, self.stop)
         status = None
-        while not self.stopping and status != 0:
+        while not self.stopping:
             self.seen = self.look()
             status = self.run_child()
-            if status and not self.stopping:
+            if status == 0 and self.served:              # somebody has stopped it
+                break
+            if status is not None and not self.stopping:
                 self.show_why(status)
         return status
 
@@ -13950,9 +13953,11 @@ class Parent:
     def read(self, pipe):
         """In a thread: show what the child says. A line with a NUL is for us."""
         said = self.said = collections.deque(maxlen=100)
+        self.served = False
         with pipe:
             for line in pipe:
                 if line.startswith("\0"):
+                    self.served = True
                     self.modules = json.loads(line[1:])
                     self.seen = {**self.look(), **self.seen}
                 else:
@@ -13988,10 +13993,13 @@ class Parent:
 
     def show_why(self, status):
         """Show why the child did not start, or ended, until a file has changed."""
-        text = "".join(self.said) or f"The app ended with status {status}."
+        how = f"with status {status}" if self.served else "without serving"
+        ended = f"{os.path.basename(sys.argv[0])} ended {how}"
+        text = "".join(self.said) or ended
         self.modules += re.findall(r'(?m)^ *File "(.+)", line', text)
         self.seen = {**self.look(), **self.seen}
-        print("orion: it starts again when a file changes", file=sys.stderr, flush=True)
+        print(f"orion: {ended}; it starts again when a file changes", file=sys.stderr,
+              flush=True)
         server = Notice(self.socket, text)
         serving = threading.Thread(target=server.serve_forever, args=(0.05,))
         serving.start()

@@ -11709,8 +11709,17 @@ def test_what_keeps_an_app_from_starting_is_shown_until_the_next_file_is_saved(d
     assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
 
 
+def test_a_file_that_an_editor_has_emptied_to_write_it_does_not_end_the_parent(developed):
+    developed.another(developed.save(developed.text, ""))
+    page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
+    assert page.status == 500 and "app.py ended without serving" in page.text
+    developed.another(developed.save("", ""))
+    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
+
+
 def test_a_parent_that_is_told_to_stop_stops_its_child_first(developed):
     status, _ = developed.end()
+    assert "orion: app.py ended without serving; it starts again when a file changes\n" in developed.err
     assert status == 0 and "SyntaxError" in developed.err and developed.err.count("has changed") >= 3
     with pytest.raises(ConnectionError):
         Person(developed).get("/")
