@@ -908,8 +908,8 @@ def read_signals(request: Request) -> Dict[str, Any]:
 #   tables are made, is in section 16.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
-class Reads:
-    """Two calls, by way of run(sql, args), which returns all rows."""
+class Calls:
+    """Three calls, by way of run(sql, args), which returns all rows, and of a cursor."""
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.run(sql, args)
@@ -919,8 +919,13 @@ class Reads:
         rows = self.run(sql, args)
         return rows[0] if rows else None
 
+    def exec(self, sql: str, *args: Any) -> int:
+        """Return the number of rows that changed."""
+        self.run(sql, args)
+        return self.cursor.rowcount
 
-class Store(Reads):
+
+class Store(Calls):
     """A connection to one file. create=True makes it; otherwise it has to be there.
 
     Raises sqlite3.Error as it comes.
@@ -941,11 +946,6 @@ class Store(Reads):
         self.db.executescript(self.SETUP)
         self.cursor = self.db.cursor()
         self.after_commit: List[Tuple[Any, ...]] = []    # calls: (function, *args)
-
-    def exec(self, sql: str, *args: Any) -> int:
-        """Return the number of rows that changed."""
-        self.run(sql, args)
-        return self.cursor.rowcount
 
     def run(self, sql, args):
         """Fetch all rows: a cursor with rows to come would keep a transaction open."""
@@ -1137,7 +1137,7 @@ class DurableObject:
             raise
 
     def on_open(self) -> None:
-        """What a subclass remembers of its file begins anew here. [2, 3]"""
+        """What a subclass remembers of its file begins anew here."""
 
     def answer(self, request: Request) -> Response:
         """Answer one request. The caller holds the turn: see Stub.fetch."""
@@ -1890,7 +1890,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
-    may_have = b"_stamp" in request.body or request.spool
+    may_have = b"_stamp" in request.body or request.spool    # [3]
     if request.method in SAFE or not may_have or not request.form:
         return ""
     return request.text("_stamp")
@@ -3681,7 +3681,7 @@ WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambi
              "table ", "Incorrect number of bindings", "Error binding parameter")
 
 
-class Tables(Reads):
+class Tables(Calls):
     """A store as one slice sees it, while it answers one request.
 
     The comment makes the slice's name a part of the statement. So Python's cache of
@@ -3694,12 +3694,8 @@ class Tables(Reads):
         self.slice = slice
         self.may = may
         self.mark = f" /* {slice} may {may} */"
+        self.cursor = store.cursor
         self.thread = threading.get_ident()              # 0: the request is over
-
-    def exec(self, sql: str, *args: Any) -> int:
-        """Return the number of rows that changed."""
-        self.run(sql, args)
-        return self.store.cursor.rowcount
 
     @contextlib.contextmanager
     def tx(self):
@@ -4536,7 +4532,7 @@ class NotCurrent(Piece):
     event = NOT_CURRENT
 
 
-OLD = NotCurrent(Html(), 0.0, 0)
+NOT_CURRENT_PIECE = NotCurrent(Html(), 0.0, 0)
 
 
 class Subscription(NamedTuple):
@@ -4559,7 +4555,7 @@ SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace")
 TRUSTED.add("x-region")
 
 
-def again(ctx, query, region, number) -> Request:
+def shared_request(ctx, query, region, number) -> Request:
     """Return the request for one region of a stream, as all would who see the same."""
     viewer = ctx.viewer
     headers = {"x-account": viewer.account if region.each == "account" else "",
@@ -4603,8 +4599,8 @@ class Broadcast(GroupCommit, SliceHost):
         stub = self.namespace.get(self.id)
         rows = zip(itertools.count(number), live.regions, self.topics(live, ctx, args),
                    self.renderings_of(live, ctx, args))
-        watch = [Subscription(stub, topic, again(ctx, query, region, number), piece, number)
-                 for number, region, topic, piece in rows]
+        watch = [Subscription(stub, topic, shared_request(ctx, query, region, number),
+                              piece, number) for number, region, topic, piece in rows]
         return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
 
     def xray_more(self, ctx):
@@ -5565,7 +5561,7 @@ class Stream(Held):
             return self.edge.backlog.note(self)
         self.frames["sent"] += 1
         data = piece.zipped if self.zipped else piece.plain
-        if self.edge.broker.failed and piece is not OLD:
+        if self.edge.broker.failed and piece is not NOT_CURRENT_PIECE:
             data += self.reminder()
         sent = self.offer(data)
         if sent != len(data):                            # else there is nothing left to do
@@ -5575,8 +5571,8 @@ class Stream(Held):
         """Return what says that another region is still old; b"" if none is."""
         old = [channel for channel in self.channels if channel in self.edge.broker.failed]
         for channel in old:
-            channel.streams[self] = OLD.etag
-        data = OLD.zipped if self.zipped else OLD.plain
+            channel.streams[self] = NOT_CURRENT_PIECE.etag
+        data = NOT_CURRENT_PIECE.zipped if self.zipped else NOT_CURRENT_PIECE.plain
         return data if old else b""
 
     def written(self):
@@ -5696,7 +5692,7 @@ class Broker:
     def refresh(self, channel):
         """Ask the object what its region is now. It wakes for this if it must."""
         channel.stale = False
-        piece = OLD
+        piece = NOT_CURRENT_PIECE
         streams = [*channel.streams]                     # a later one marks it: see join
         try:
             piece = self.ask(channel.subscription)
