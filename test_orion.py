@@ -10207,6 +10207,16 @@ def test_a_node_tells_members_while_its_directory_can_not_be_reached(tmp_path, m
         assert "<option>carol</option>" in node.ask("GET", "/w/acme/things", **said).text
 
 
+def test_a_region_on_a_node_shows_members_again_when_they_change(tmp_path):
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        bob = apart.sign_in("bob")
+        a_thing(bob, "Kept", "erin")
+        with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
+            assert "Kept</a> erin viewer" in ear.event()
+            assert bob.patch("/w/acme/members/erin", role="member").status < 400
+            ear.until_it_says("Kept</a> erin member")
+
+
 def test_members_are_told_without_the_directorys_turn(start):
     server = start((orion.todos, stockroom()))
     acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
