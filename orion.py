@@ -110,6 +110,8 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     13 Members    14 Plain edge  15 Composition   16 Tables
 #
 # The first two sections show the way of a request; each later one explains a word of it.
+# Some end with what is to be skipped on a first reading; their banners say so.
+#
 # This is the way of one click, by functions and their sections:
 #
 #     PlainHandler.answer (14)    makes a Request of what came in
@@ -414,8 +416,8 @@ class Env:
     """All that a worker works with. A composition root (section 15) fills it in.
 
     The last five are functions, so that another root can choose others: [2] forwards many
-    requests at once, [3] asks the gate on another machine, and lets slices have public
-    routes: public returns the path of such a route. front is what an edge asks.
+    requests at once; [3] asks the gate on another machine, and has public routes, whose
+    path public returns. An edge asks front.
     """
     directory: Stub
     workspaces: Namespace
@@ -1821,7 +1823,7 @@ def unseen(character: str) -> bool:
             or "\U000e0000" <= character <= "\U000e0fff")
 
 
-# -- what host and routes are made of
+# -- what host and routes are made of (to be skipped on a first reading, up to section 9)
 
 # The tables that each host has beside those of its slices. A list of migrations that ran
 # somewhere can't be changed, so the table of jobs [3] stands here, too. journal.which says
@@ -1915,7 +1917,7 @@ def refuse_old_page(request: Request, account: str) -> None:
 # -- a command that is sent again, because its answer was lost
 
 def repeat_key(request: Request) -> str:
-    """Return what is the same in two commands that are one, sent twice; "": each is one.
+    """Return what tells that a command is sent again; "" if nothing can.
 
     It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
     plain form with a stamp, all that was sent.
@@ -1931,8 +1933,8 @@ def repeat_key(request: Request) -> str:
 def command_id(request: Request, viewer: Viewer) -> bytes:
     """Return an id of the command, by account and address; b"" if it has no repeat_key.
 
-    It is a hash, so its length is not the sender's choice. What a form contains, such as a
-    password, can't be guessed from it: the number in its stamp is kept nowhere.
+    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
+    contains, such as a password: the number in the form's stamp is kept nowhere.
     """
     key = repeat_key(request) if viewer.account else ""
     if not key:
@@ -1948,7 +1950,7 @@ FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM
 class Answers:
     """The answers of the last ten minutes, of one object, to commands that have an id.
 
-    A command costs one INSERT, and no query: ids has the row of each command.
+    ids has the row of each command, so that a new command costs one INSERT and no query.
     """
     SECONDS = 600.0                                      # to send a command again
     MOST = 2000                                          # of one account
@@ -1994,9 +1996,9 @@ class Answers:
             self.forget(who)
 
     def forget(self, who):
-        """Forget what is too old, and what this account has too much of.
+        """Forget the answers that are too old, and those of this account beyond MOST.
 
-        A row from the far future is of a time when the clock was wrong.
+        One from the future was written while the clock was wrong.
         """
         self.until_forget = self.FORGET_EVERY
         now = time.time()
@@ -2334,7 +2336,7 @@ def set_cookie(scheme: str, key: bytes, value: str, seconds: int) -> Tuple[str, 
     return "set-cookie", f"{cookie_name(scheme, key)}={value}; {attributes}"
 
 
-# -- the file of the keys
+# -- the file of the keys (to be skipped on a first reading)
 
 class Unusable(Exception):
     """It can't be done. The text is one line that says why, and what to do."""
@@ -2514,6 +2516,8 @@ class Directory(RepeatsAnswers):
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.make_file(ctx, id)
+
+    # -- what the other parts change
 
     def make_file(self, ctx, id):
         """[2] makes it before, while nobody waits for the Directory's turn."""
@@ -3187,7 +3191,7 @@ class PlainEdge(ThreadingHTTPServer):
             log_error("a connection", error)
 
 
-# -- a request that could be read in two ways is refused
+# -- a request that could be read in two ways is refused (to be skipped on a first reading)
 
 NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
 NO_FIELDS = (400, "The header fields are malformed.")
@@ -3739,7 +3743,7 @@ class Tables(Calls):
                                "another thread; to write later, use a job or a new request")
 
 
-# -- a migration that rebuilds a table
+# -- a migration that rebuilds a table (to be skipped on a first reading)
 #
 # To change a table, one makes a new one, copies the rows, drops the old one and renames
 # the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
