@@ -12335,9 +12335,12 @@ def browsers():
 
 @pytest.fixture
 def windows(browsers):
-    """Two people at their browsers, with cookies of their own. A browser keeps 180 of a host, and each server here sets one of another name."""
+    """Two people at their browsers, with nothing left of the test before: no page, cookie or error. A browser keeps 180 cookies of a host, and
+    each server here sets one of another name."""
     for one in browsers:
+        one.open("about:blank")
         one.cdp("Network.clearBrowserCookies")
+        one.errors()
     return browsers
 
 
