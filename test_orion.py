@@ -13733,6 +13733,7 @@ def test_without_scripts_a_command_leads_to_a_page_with_a_message_too(storeroom,
 
 
 def test_a_public_page_is_shown_to_somebody_who_never_signed_in(storeroom, windows):
+    windows[0].errors()                              # what the page before said when its server went
     windows[0].open(storeroom.origin + "/w/acme/shown")
     windows[0].wait("document.querySelector('h1')?.textContent === 'What acme has'")
     assert not windows[0].js("return document.querySelector('nav')") and not windows[0].errors()
