@@ -8589,6 +8589,36 @@ def id_of(region: Html) -> str:
     return REGION.match(region)[1]
 
 
+# A comment; or a tag, up to its >, with what stands in quotes in it.
+TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
+                            r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
+WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
+
+
+def behind_element(region: Html) -> str:
+    """Return what stands behind the first element; "", if that has no end tag."""
+    first = TAG_OR_COMMENT.search(region)[2]
+    if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
+        return ""                                        # 18 ms of 1,000 rows are saved
+    depth = 0
+    for found in TAG_OR_COMMENT.finditer(region):
+        closing, name = found.groups()
+        if name == first:
+            depth += -1 if closing else 1
+        if depth == 0 or first in WITHOUT_END:
+            return region[found.end() + 1:].strip()
+    return ""
+
+
+def check_one_element(region, name):
+    """Raise ValueError if the region has more, which a browser would not find."""
+    more = behind_element(region)
+    if more and not more.startswith("<!--"):
+        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
+                         f"which would not stay current: {more:.60}; put all into that one "
+                         "element")
+
+
 @addition
 class ChecksPages(EdgeWorkspace):
     """A page that can't stay current is an error, and not a page that looks current."""
@@ -8605,6 +8635,8 @@ class ChecksPages(EdgeWorkspace):
             self.ids.clear()
         id = id_of(rendering.html)
         key = region, args, ctx.viewer, tuple(ctx.params.items())
+        if key not in self.ids:
+            check_one_element(rendering.html, f"{name_of(region.show)} of {live.path}")
         before = self.ids.setdefault(key, id)
         if id != before:
             raise ValueError(

@@ -2558,6 +2558,24 @@ def test_a_page_that_could_not_stay_current_is_an_error_that_names_page_and_regi
     assert logged(capfd, f"page <lambda> of /n {why}")
 
 
+@cases("region, rest", [
+    ('<p id="a">1</p>\n', ""), ('<p id="a">1', ""), ('<p id="a"><p>1</p></p>', ""), ('<ul id="a"><li>1<li>2</ul>', ""), ('<img id="a" alt=">">', ""),
+    ('<div id="a"><!-- </div> --><a title="</div>">1</a></div>', ""), ('<svg id="a"><g/></svg>', ""), ('<DIV id="a"></DIV>', ""),
+    ('<p id="a">1</p><p id="b">2</p>', '<p id="b">2</p>'), ('<p id="a">1</p> and', "and"), ('<img id="a"> and', "and"),
+    ('<div id="a"><div>1</div></div><!-- a remark --> and', "<!-- a remark --> and")])
+def test_what_stands_behind_the_element_of_a_region_is_found(region, rest):
+    assert orion.behind_element(orion.Html(region)) == rest
+
+
+def test_a_region_that_is_more_than_its_element_is_an_error_that_says_what_is_behind_it(start, capfd):
+    def show(ctx):
+        return orion.Template('<p id="n">1</p>\n{{more}}<!-- a remark -->')(more=ctx.params.get("more", ""))
+    slice = looks(region=show)
+    bob = Person(start((slice._replace(live=(slice.live[0]._replace(params={"more": "two"}),)),)), "bob")
+    assert [bob.get(path).status for path in ("/w/acme/n", "/w/acme/n?more=two")] == [200, 500]
+    assert logged(capfd, "region show of /n has more than its element with id=\"n\", which would not stay current: two<!-- a remark -->; put all into that one element")
+
+
 def test_a_region_whose_id_changes_is_an_error_and_the_page_says_that_it_is_old(start, capfd):
     server = start((two_regions(orion.only_the_regions, "a", "b", "a", "c"),))
     bob = Person(server, "bob", datastar=True)
@@ -5589,6 +5607,7 @@ FROM_OUTSIDE = {
     "NOT_IN_A_VALUE": ("search", ("", "a", ""), ("", "\t", "")),
     "ADDRESS": ("match", ("", "a", ":"), ("", "http", ":")),
     "LOCAL_PATH": ("fullmatch", ("/", "a", " "), ("/", "/", "")),
+    "TAG_OR_COMMENT": ("findall", ("", "<!--", ""), ("<!--", "-", ""), ("<a", '"', ""), ("<a '", '"', ""), ("", "<a ", ""), ("", '<a "', "'")),
     "REGION": ("match", ("", " ", ""), ("<a", " id", ">"), ("<a", " id ", ">"), ("<a id", " ", "x"), ("<a", '"', ""),
                ("<a", "''", '"'), ("<a ", '"', "'"), ("<a", ' x="a"', ">"), ("<a '", "a", "")),
     "COOKIE_NAMED.format(name)": ("findall", (";", " ", "x"), ("", "; ", ""), ("", ";", ""), ("", ";sid=", ""), ("", ";__Host-", ""), (";sid=", "a", "")),
