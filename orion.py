@@ -8671,12 +8671,21 @@ def topics_of(router: Router) -> re.Pattern:
 
 @addition
 class NoticesSilence(EdgeWorkspace):
+    before = 0                                           # calls that are of other commands
+
+    def call(self, *what):
+        self.before = len(self.store.after_commit)
+        try:
+            return super().call(*what)
+        finally:
+            self.before = 0
+
     def journal(self, viewer, what, which):
         """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        told = [topic[0] for call, *topic in self.store.after_commit
-                if call == self.bus.tell]
-        if len(told) < len(self.store.after_commit):     # a job follows, and may publish
+        calls = self.store.after_commit[self.before:]
+        told = [topic[0] for call, *topic in calls if call == self.bus.tell]
+        if len(told) < len(calls):                       # a job follows, and may publish
             return
         own = what.partition(".")[0]
         if not any([slice.live for slice in self.router.slices if slice.name == own]):

@@ -2358,6 +2358,19 @@ def test_a_command_whose_write_no_open_page_will_show_is_told_once_in_the_log(st
     assert capfd.readouterr().err == f"small.forgetful wrote, and published {topic or 'nothing'}: no open page will show it\n"
 
 
+def test_a_command_that_published_nothing_is_told_of_though_others_of_its_commit_published(start, capfd):
+    def silent(ctx):
+        ctx.store.exec("INSERT INTO small (n) VALUES (NULL)")
+        return orion.done(ctx)
+    orion.log_once.cache_clear()
+    server = start((orion.todos, small(("POST", "/n", silent))))
+    workspace = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
+    said = {"x-account": "bob", "x-role": "owner", "x-grants": ",".join(orion.ROLES["owner"]), "content-type": "application/json", "datastar-request": "true"}
+    asked = [orion.Request("POST", path, "", said, b'{"title": "x"}') for path in ("/todos", "/n", "/todos")]
+    assert [answer.status for answer in workspace.fetch_all(asked)] == [200, 204, 200]
+    assert capfd.readouterr().err == "small.silent wrote, and published nothing: no open page will show it\n"
+
+
 def test_a_form_that_is_refused_where_there_is_no_page_is_told_why(start):
     def refuse(ctx):
         raise orion.Refused(422, "Say more.")
