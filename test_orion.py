@@ -6338,15 +6338,16 @@ def busy(server, workspace):
 
 
 def post_at_once(server, path, count):
-    """So many commands, each on a connection of its own; the server has read them all."""
+    """So many commands, each on a connection of its own; the server has read them all, one after the other."""
     bob, links = Person(server, "bob"), []
     server.edge.insiders.add(hash((orion.lane_of(path), bob.cookie)))      # as if it had written before
+    server.edge.accounts[hash(bob.cookie)] = "bob"
     for n in range(count):
         body = json.dumps({"title": f"number {n}"}).encode()
         links.append(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
         links[-1].sendall(head("Origin: http://h", f"Cookie: {bob.cookie}", "Datastar-Request: true", "Content-Type: application/json",
                                f"Content-Length: {len(body)}", line=f"POST {path} HTTP/1.1") + body)
-    eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == count)
+        eventually(lambda: sum([getattr(held, "busy", False) for held in [*server.edge.held]]) == n + 1)
     return links
 
 
