@@ -13807,6 +13807,7 @@ def test_two_people_share_a_board_and_its_cards(windows, tmp_path, monkeypatch, 
         for window in windows:
             window.wait("document.querySelector('#card').textContent.includes('Doing, 2 votes') && " + state("Live"))
 
+        eventually(lambda: edge != "plain" or the_workspace(server).bus.waiting == 2)       # both streams are there again
         bob.click("#delete")
         for window in windows:
             window.wait("document.querySelector('#live').textContent.includes('This card is gone.') && " + state("Ended"))
