@@ -12283,7 +12283,8 @@ class Chromium:
                 if value:
                     return value
             pause.wait(0.01)
-        raise AssertionError(f"never in {seconds:g} s: {expression}")
+        seen = self.js("return [location.href, document.body.innerText, document.getElementById('live')?.outerHTML]")
+        raise AssertionError(f"never in {seconds:g} s: {expression}, but {seen}")
 
     def find(self, css): return next(iter(self.call("/element", using="css selector", value=css).values()))
 
@@ -12589,6 +12590,31 @@ def test_who_loses_access_is_told_and_stops_asking(site, windows):
     asked = site.figure('orion_gate_verdicts_total{verdict="403"}')
     assert carol.js("return new Promise(done => setTimeout(done, 1200))") is None
     assert site.figure('orion_gate_verdicts_total{verdict="403"}') == asked
+
+
+ANSWERED_WHOLE = """
+const real = fetch, may_ask = new Promise(done => window.ask = done)
+window.fetch = async (url, init) => {
+  await may_ask
+  const answer = await real(url, init), bytes = new Uint8Array(await answer.arrayBuffer())
+  const body = new ReadableStream({start: stream => { stream.enqueue(bytes); stream.close() }})
+  return new Response(body, {status: answer.status, headers: answer.headers})
+}
+window.heard = []
+addEventListener('datastar-fetch', evt => heard.push(evt.detail.type), true)
+"""
+
+
+def test_a_page_that_ended_says_so_though_the_end_of_its_stream_came_with_the_last_frame(site, windows):
+    carol = windows[1]
+    with before_each_page(carol, ANSWERED_WHOLE):
+        carol.be(Person(site, "carol"))
+        carol.open(site.origin + "/w/acme/todos")
+        carol.wait("heard.includes('started')")
+        Person(site, "bob").delete("/w/acme/members/carol")
+        carol.js("ask()")
+        carol.wait("heard.some(type => ['retrying', 'finished'].includes(type))")
+        assert carol.js("return document.querySelector('.link').textContent") == "Ended"
 
 
 def test_a_page_comes_back_by_itself_after_a_restart(site, windows, start):
@@ -14661,6 +14687,17 @@ def test_giving_up(show, host, browser):
     page.wait("names().includes('finished') && errors.length")
     assert page.js("return names()")[:5] == ["started", "retrying", "retrying", "retries-failed", "finished"]
     assert "FetchFailed" in page.js("return errors")[0] and len(host.asked) >= 3
+
+
+@better_than_official
+def test_a_request_that_its_own_answer_ended_is_not_made_again(show, host, browser):
+    page = show("<p id=p></p>")
+    page.js("""const answer = 'event: datastar-patch-elements\\ndata: elements <p id=p>Over.</p>\\n\\n'
+        window.fetch = async () => new Response(new ReadableStream({start: it => { it.enqueue(new TextEncoder().encode(answer)); it.close() }}),
+                                                {headers: {'Content-Type': 'text/event-stream'}})
+        patch('<p id=p data-init="@get(`/s`, {retry: `always`, requestCancellation: `cleanup`})"></p>')""")
+    page.wait("names().includes('finished')")
+    assert page.js("return [$('#p').textContent, names().includes('retrying')]") == ["Over.", False]
 
 
 def test_no_retries_for_commands(show, host, browser):
