@@ -185,7 +185,7 @@ class Request(NamedTuple):
     @property
     def form_type(self) -> str:
         """The content type without its options: a key of FORMS, if this is a form."""
-        return self.content_type.partition(";")[0].strip()
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     @property
     def form(self) -> bool:
@@ -204,9 +204,10 @@ class Request(NamedTuple):
         Raises Refused(415) for another body, Refused(400) if it cannot be read or has too
         many fields.
         """
-        if self.form:
-            return FORMS[self.form_type](self)
-        if self.body and not self.content_type.startswith("application/json"):
+        type = self.form_type
+        if type in FORMS:
+            return FORMS[type](self)
+        if self.body and type != "application/json":
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
         in_query = decoded_pairs(self.query) if self.method in SENT_IN_QUERY else []
@@ -314,8 +315,8 @@ def sendable(response, whose="this"):
     return response
 
 
-def as_json(data: Any) -> Response:
-    return Response(200, json.dumps(data).encode(), "application/json")
+def as_json(data: Any, **more: Any) -> Response:
+    return Response(200, json.dumps(data).encode(), "application/json", **more)
 
 
 def see_other(path: str, *headers: Tuple[str, str]) -> Response:
@@ -358,11 +359,14 @@ def admit(request, env):
 
 def ask_the_gate(request, env):
     """Fetch the verdict on whoever holds this cookie, from the Directory."""
+    return env.directory.fetch(question_of(request, env))
+
+
+def question_of(request, env):
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
     about = "public" if env.public(request) else ""      # [3]
-    question = Request("GET", f"/_gate/{workspace}", about, headers, scheme=request.scheme)
-    return env.directory.fetch(question)
+    return Request("GET", f"/_gate/{workspace}", about, headers, scheme=request.scheme)
 
 
 def destination(request, verdict, env):
@@ -442,7 +446,7 @@ def refuse_foreign(request):
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
     silent = origin is None and site is None
-    foreign_origin = origin is not None and as_sent(origin) != as_sent(ours)
+    foreign_origin = origin not in (None, ours) and as_sent(origin) != as_sent(ours)
     foreign_site = site not in (None, "same-origin")
     if silent or foreign_origin or foreign_site:
         raise Refused(403, "This request came from another site. Open the page here and "
@@ -894,11 +898,13 @@ def read_signals(request: Request) -> Dict[str, Any]:
     Raises Refused(400) if they are not a JSON object.
     """
     in_query = request.method in SENT_IN_QUERY
-    text = request.params.get("datastar") if in_query else request.body
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
+        text = request.params.get("datastar") if in_query else request.body.decode()
         signals = json.loads(text or "{}")
-        if isinstance(signals, dict):
-            return signals
+    except (ValueError, RecursionError):
+        signals = None
+    if isinstance(signals, dict):
+        return signals
     raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
@@ -1077,7 +1083,8 @@ class Bus:
 
     def tell(self, topic):
         self.versions[topic] = self.version(topic) + 1
-        self.turn.notify_all()
+        if self.waiting:
+            self.turn.notify_all()
         for listener in self.listeners:
             listener(topic)
 
@@ -1649,13 +1656,13 @@ class SliceHost(DurableObject):
         before = self.store.db.total_changes
         store = Tables(self.store, slice, may)           # those of this slice: section 16
         ctx = self.context(self, store, viewer, request.params, request, typed)
+        what = f"{slice}.{name_of(route.run)}"
         try:
-            response = sendable(route.run(ctx, *args), f"{slice}.{name_of(route.run)}")
+            response = sendable(route.run(ctx, *args), what)
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            which = response.which or self.journal_row(route, args)
-            self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
+            self.journal(viewer, what, response.which or self.journal_row(route, args))
         return response
 
     def journal_row(self, route, args):
@@ -1798,11 +1805,10 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     What it changed is not in it: the region brings that to everybody, the sender included.
     which: what it wrote, for the journal; by default what stood in the path.
     """
-    if ctx.request.form and not ctx.request.datastar:
+    if not ctx.request.datastar and ctx.request.form:
         first = ctx.request.path.split("/")[1]
         return see_other(f"/w/{ctx.workspace}/{first}")._replace(which=which)
-    answer = as_json(signals) if signals else Response(204)
-    return answer._replace(which=which)
+    return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -2436,7 +2442,7 @@ def gate(ctx, workspace):
 
 
 def let_in(said):
-    return as_json(said)._replace(headers=tuple(said.items()))
+    return as_json(said, headers=tuple(said.items()))
 
 
 def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
@@ -4988,10 +4994,8 @@ class Asked:
     stub: Any = None                                     # who is to answer
     forwarded: Optional[Request] = None                  # and the request as they see it
     account: str = ""                                    # to whom it is charged
-
-    @property
-    def cookie(self) -> Optional[str]:
-        return self.request.headers.get("cookie")
+    cookie: Optional[str] = None
+    insider: int = 0                                     # see LoopEdge.insiders
 
     @property
     def key(self) -> Tuple[Any, ...]:
@@ -5089,7 +5093,7 @@ class Kept:
 
 def renewed(response) -> Response:
     """A page that was kept, with a nonce that nobody has seen yet."""
-    nonce = secrets.token_hex(16)
+    nonce = os.urandom(16).hex()
     body = response.body.replace(response.nonce.encode(), nonce.encode(), 1)
     return response._replace(body=body, nonce=nonce)
 
@@ -5949,6 +5953,22 @@ class Noted(NamedTuple):
     request: Request
 
 
+def asking_once(deciding: Env) -> Env:
+    """Return the env for requests that came together: those that would ask the gate the
+    same share its verdict. It is asked when all of them are there."""
+    if deciding.gate is not ask_the_gate:                # on a node each brings its own
+        return deciding
+    verdicts: Dict[Any, Response] = {}
+
+    def gate(request, env):
+        question = question_of(request, env)
+        key = question.path, question.query, question.scheme, *question.headers.items()
+        if key not in verdicts:
+            verdicts[key] = env.directory.fetch(question)
+        return verdicts[key]
+    return dataclasses.replace(deciding, gate=gate)
+
+
 def lane_of(path: str) -> str:
     """Where a request for a workspace's own object waits; "": it waits for nobody."""
     parts = path.split("/")
@@ -5976,6 +5996,7 @@ class Connection(Held):
         self.new = True                                  # nothing has come on it [3]
         self.ended = False                               # the other side sends no more
         self.keep = True                                 # it goes on after this answer
+        self.rest: Any = None                            # [3] what follows its body
         self.spare = self.LINGER_BYTES                   # bytes that are read over
         self.state = self.IDLE
         super().__init__(edge, socket)
@@ -6023,15 +6044,17 @@ class Connection(Held):
                 self.take(reading)
         elif self.ended:
             self.close()
-        elif some and self.state == self.IDLE:
+        elif some:
             self.arriving()
 
     def take(self, reading):
         self.edge.take_up(self, reading)
 
     def arriving(self):
-        self.deadline = time.monotonic() + self.REQUEST_SECONDS
-        self.state = self.ARRIVING
+        """A part of it has come."""
+        if self.state != self.ARRIVING:
+            self.deadline = time.monotonic() + self.REQUEST_SECONDS
+            self.state = self.ARRIVING
 
     def apart(self, job, what, account):
         """Have the pool do job(what), and the loop what that returns, also with what.
@@ -6081,6 +6104,7 @@ class Connection(Held):
     def reply(self, asked, response):
         if response.watch and asked.reading.method != "HEAD":
             return self.edge.call(self.become_stream, asked, response)
+        self.rest = None if asked.reading.method == "HEAD" else response.rest
         self.whose = source_of(asked.request.peer)
         if asked.forwarded:
             self.whose = asked.forwarded.headers.get("x-account", self.whose)
@@ -6267,7 +6291,7 @@ class LoopEdge:
         names = ("", "localhost", socket.gethostname(), self.settings.host,
                  *self.settings.allow_host)
         self.hosts = frozenset([name.lower().rstrip(".") for name in names])
-        self.insiders = set()                            # see insider_key
+        self.insiders = set()                            # hashes: who was let in, and where
         self.accounts: Dict[int, str] = {}               # by the hash of a cookie
 
     def make_loop(self):
@@ -6409,6 +6433,7 @@ class LoopEdge:
             asked.request = self.request(reading, connection.peer)
         except Refused as no:
             return self.finish(asked, no)
+        asked.cookie = asked.request.headers.get("cookie")
         asked.account = self.account_of(asked)
         if reading.method in SAFE and self.keeps_answers():
             asked.directory_version = self.kept.directory_version()
@@ -6419,18 +6444,16 @@ class LoopEdge:
 
     def line_up(self, asked):
         lane = lane_of(asked.request.path)
+        asked.insider = hash((lane, asked.cookie))
         if not lane:
             lane = asked.connection                      # it waits for nobody
-        elif self.insider_key(asked) not in self.insiders:  # a stranger, so far
+        elif asked.insider not in self.insiders:         # a stranger, so far
             lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
-        return True
-
-    def insider_key(self, asked) -> int:
-        """Return what insiders has of somebody who was let in: who they are, and where."""
-        return hash((lane_of(asked.request.path), asked.cookie))
+        """Not on a node: the verdict comes with each request."""
+        return self.env.gate is ask_the_gate
 
     def account_of(self, asked) -> str:
         """Return to whom a thread is charged, before the gate has spoken.
@@ -6458,8 +6481,9 @@ class LoopEdge:
         If commands take long, others have this thread in between.
         """
         let_in = collections.defaultdict(collections.deque)
+        env = asking_once(self.deciding) if len(several) > 1 else self.deciding
         for asked in several:
-            decided = outcome(self.decide, asked.request)
+            decided = outcome(self.decide, asked.request, env)
             if not isinstance(decided, Noted):
                 self.finish(asked, decided)
             elif self.rightly_charged(asked, decided):
@@ -6489,19 +6513,20 @@ class LoopEdge:
         for response in outcomes:
             self.finish(group.popleft(), response)
 
-    def decide(self, request) -> Any:
-        """Return a Noted, or the Response to what is not forwarded. Raises Refused."""
-        return self.env.front(request, self.deciding)
+    def decide(self, request, env) -> Any:
+        """Return a Noted, or the Response to what is not forwarded. Raises Refused.
+
+        env: deciding, or what is made of it.
+        """
+        return self.env.front(request, env)
 
     def finish(self, asked, response):
         """If not even a refusal can be made of it, the connection is closed."""
         try:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
-            if self.was_let_in(asked, response):
-                self.insiders.add(self.insider_key(asked))
-            if self.may_be_kept(asked, response):
-                self.kept.keep(asked, response)
+            if asked.forwarded:
+                self.learn(asked, response)
             if response.watch:                           # made here, and not in the loop
                 first_frames(asked.request, response.watch)
             asked.connection.reply(asked, response)
@@ -6509,17 +6534,18 @@ class LoopEdge:
             self.call(asked.connection.close)
             log_error(f"{asked.request.method} {asked.request.path}", error)
 
-    def was_let_in(self, asked, response) -> bool:
-        """Was it the command of a member, and not of somebody at what is public [3]?"""
-        said = asked.forwarded.headers if asked.forwarded else {}
-        return (asked.request.method not in SAFE and response.status < 400
-                and said.get("x-account", "") != "")
+    def learn(self, asked, response):
+        """Remember whose command was done, or keep a page.
 
-    def may_be_kept(self, asked, response) -> bool:
-        """One that sets a cookie is for this one time."""
-        once = "set-cookie" in dict(response.headers)
-        return bool(asked.cookie and response.nonce and response.status == 200
-                    and asked.stub and not once)
+        At what is public [3] nobody is let in. A page that sets a cookie is for this one
+        time.
+        """
+        if asked.request.method not in SAFE:
+            if response.status < 400 and asked.forwarded.headers.get("x-account"):
+                self.insiders.add(asked.insider)
+        elif asked.cookie and response.nonce and response.status == 200:
+            if "set-cookie" not in dict(response.headers):
+                self.kept.keep(asked, response)
 
     def request(self, reading, peer) -> Request:
         """What a sound frame asks for. Raises Refused for a target, method or host."""
@@ -6881,7 +6907,7 @@ def root_for(wanted: Callable[[Settings], bool]):
 class GivesWholeContexts(SliceHost):
     """What slices are given has its additions, too."""
 
-    @property
+    @functools.cached_property
     def context(self):
         return whole(Context)
 
@@ -8669,6 +8695,14 @@ def topics_of(router: Router) -> re.Pattern:
     return re.compile(pattern)
 
 
+@functools.lru_cache(maxsize=1024)
+def is_silent(router: Router, what: str, told: Tuple[str, ...]) -> bool:
+    """Did a command of a slice with live pages publish nothing that a page listens to?"""
+    own = what.partition(".")[0]
+    live = any([slice.live for slice in router.slices if slice.name == own])
+    return live and not any(map(topics_of(router).fullmatch, told))
+
+
 @addition
 class NoticesSilence(EdgeWorkspace):
     before = 0                                           # calls that are of other commands
@@ -8684,13 +8718,10 @@ class NoticesSilence(EdgeWorkspace):
         """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
         calls = self.store.after_commit[self.before:]
-        told = [topic[0] for call, *topic in calls if call == self.bus.tell]
+        told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
         if len(told) < len(calls):                       # a job follows, and may publish
             return
-        own = what.partition(".")[0]
-        if not any([slice.live for slice in self.router.slices if slice.name == own]):
-            return                                       # it has ordinary pages alone
-        if not any(map(topics_of(self.router).fullmatch, told)):
+        if is_silent(self.router, what, told):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
                      "page will show it")
 
@@ -8905,10 +8936,10 @@ class TracedStore(ObjectStore):
 class TracedStub(GuardedStub):
     def enter(self, ask, request, seconds=-1):
         trace = self.namespace.trace
-        enter = functools.partial(super().enter, ask, request, seconds)
         if not trace.watched:
-            return enter()
+            return super().enter(ask, request, seconds)
         kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
+        enter = functools.partial(super().enter, ask, request, seconds)
         return trace.leg(kind, self.id, enter)
 
 
@@ -11092,13 +11123,6 @@ def check_node(settings):
                        "copy of secret.key")
 
 
-@addition
-class BringsVerdicts(LoopEdge):
-    def keeps_answers(self):
-        """Not on a node: the verdict comes with each request."""
-        return super().keeps_answers() and self.settings.plane != "data"
-
-
 # -- on the command line
 
 @verb("node add", "let new workspaces be placed on a data plane", "address")
@@ -11661,7 +11685,8 @@ class TakesUploads(Connection):
     def check(self, reading, request):
         if reading.spool is None:
             return super().check(reading, request)
-        decided = self.edge.decide(request._replace(spool=None))     # raises Refused
+        bare = request._replace(spool=None)
+        decided = self.edge.decide(bare, self.edge.deciding)         # raises Refused
         header = {**NO_VIEWER, **decided.request.headers}
         grants = tuple(header["x-grants"].split(","))
         viewer = Viewer(header["x-role"], grants, account=header["x-account"])
@@ -11676,10 +11701,10 @@ class TakesUploads(Connection):
             reading.spool.began = time.monotonic()
         super().go_on(reading)
 
-    def advance(self):
-        super().advance()
+    def arriving(self):
+        super().arriving()
         spool = self.spool
-        if spool is None or self.state != self.ARRIVING:
+        if spool is None:
             return
         self.deadline = spool.began + self.REQUEST_SECONDS + spool.size / SLOWEST
         if len(spool.waiting) >= PIECE:
@@ -12140,12 +12165,6 @@ class GivesPieces(Broadcast):
 @addition
 class SendsFiles(Connection):
     """A connection that asks for the next piece when the one before has left."""
-    rest: Optional[Rest] = None
-
-    def reply(self, asked, response):
-        self.rest = None if asked.reading.method == "HEAD" else response.rest
-        super().reply(asked, response)
-
     def written(self):
         if self.rest is None or self not in self.edge.held:
             return super().written()
@@ -12292,7 +12311,10 @@ def show_flash(request, response, text):
 @addition
 class CarriesFlashes(LoopEdge):
     def finish(self, asked, response):
-        if isinstance(response, Response) and asked.reading.method != "HEAD":
+        """No other answer than a page, or one with header fields, has to do with a flash.
+        """
+        carries = isinstance(response, Response) and (response.headers or response.nonce)
+        if carries and asked.reading.method != "HEAD":
             response = with_flash(asked.request, response)
         super().finish(asked, response)
 
@@ -12446,23 +12468,26 @@ class LetsAnybodyIn(Directory):
 
 @addition
 class OpensToAnybody(LoopEdge):
-    secretive = False                                    # a public path has <parts>
+    is_open = False                                      # there are public routes
+    secretive = False                                    # one of their paths has <parts>
 
     def use(self, env):
         routes = [route for slice in env.settings.slices for route in slice.routes]
         paths = [route.path for route in routes if route.grant == PUBLIC]
         if paths:                                        # else it costs nothing
+            self.is_open = True
             self.secretive = "<" in "".join(paths)
             public = functools.partial(public_path, workspace_router(env.settings))
             env = dataclasses.replace(env, public=public)
         super().use(env)
 
     def request(self, reading, peer):
-        return as_nobody(super().request(reading, peer), self.env)
+        request = super().request(reading, peer)
+        return as_nobody(request, self.env) if self.is_open else request
 
-    def decide(self, request):
+    def decide(self, request, env):
         """A proxy may have brought a verdict by the cookie that as_nobody took out."""
-        decided = super().decide(request)
+        decided = super().decide(request, env)
         if not isinstance(decided, Noted) or "cookie" in request.headers \
                 or not self.env.public(request):
             return decided
@@ -12707,8 +12732,8 @@ class TellsOfMembers(Broker):
 
 @addition
 class PreparesMembers(LoopEdge):
-    def decide(self, request):
-        decided = super().decide(request)
+    def decide(self, request, env):
+        decided = super().decide(request, env)
         if isinstance(decided, Noted) and self.env.workspaces.lists:
             self.env.workspaces.lists.prepare(decided.stub.id)
         return decided
@@ -12788,12 +12813,12 @@ class Server(LoopEdge):
         super().use(env)
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
-    def decide(self, request):
+    def decide(self, request, env):
         """What is in a spool was long on its way. So the gate is asked again, and no
         verdict that came with it is taken."""
         if request.spool:
-            return self.env.front(request, self.regating)
-        return super().decide(request)
+            env = self.regating
+        return super().decide(request, env)
 
     def is_from_here(self, request):
         """True if it comes from this machine, and not from a proxy here, which asks for

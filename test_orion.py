@@ -3534,6 +3534,20 @@ def test_a_verdict_for_one_workspace_cookie_or_scheme_is_none_for_another(server
     assert (gate("http").status, gate("https").status) == (200, 401)
 
 
+def test_requests_that_came_together_share_a_verdict_if_they_ask_for_the_same(server):
+    bob, carol, directory = Person(server, "bob"), Person(server, "carol"), server.env.directory.namespace
+    env = orion.asking_once(server.edge.deciding)
+    ask = lambda person, name, scheme="http": env.gate(orion.Request("POST", f"/w/{name}/todos", headers={"cookie": person.cookie}, scheme=scheme), env).status
+    before = directory.fetches
+    assert [ask(bob, "acme"), ask(carol, "globex"), ask(bob, "acme"), ask(bob, "globex"), ask(bob, "acme", "https"), ask(carol, "globex")] == [200, 403, 200, 200, 401, 403]
+    assert directory.fetches - before == 4
+
+
+def test_requests_that_came_together_at_a_node_share_no_verdict(fleet):
+    deciding = fleet.nodes[0].edge.deciding
+    assert orion.asking_once(deciding) is deciding
+
+
 def test_signing_in_makes_a_new_token_and_ends_the_old_one(server):
     bob = Person(server, "bob")
     answer = bob.post("/persona", form={"account": "carol"})
