@@ -10054,7 +10054,10 @@ def open_to_others(settings) -> List[pathlib.Path]:
     if settings.single:
         patterns = [f"{settings.single.name}*"]
     found = {path for pattern in patterns for path in settings.data.glob(pattern)}
-    return sorted([path for path in found if mode_of(path) & 0o007])
+    found = sorted([path for path in found if mode_of(path) & 0o007])
+    if found and ignores_modes(settings.data):           # then nothing can close them
+        return []
+    return found
 
 
 def mode_of(path):

@@ -11179,6 +11179,14 @@ def test_check_names_files_that_others_can_read_and_closes_them(served):
     assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
 
 
+def test_check_asks_nobody_to_close_what_can_not_be_closed(served, monkeypatch):
+    """Where the file system ignores modes; the log says so."""
+    data, real = served.env.settings.data, os.stat
+    monkeypatch.setattr(orion.os, "stat", lambda path, **more: os.stat_result((real(path, **more).st_mode | 0o777, *real(path, **more)[1:])))
+    monkeypatch.setattr(orion.os, "fchmod", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    assert [served.run(*words)[0] for words in (("check",), ("check", "--repair"))] == [0, 0] and not [*data.glob("mode-*")]
+
+
 def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
     bob = Person(served, "bob")
     served.run("keys", "rotate")
