@@ -11332,6 +11332,7 @@ NODE_VERBS.update({"workspace export": export_from_node,
       "--directory", "--node", "--listen")
 def nginx(settings, given):
     """A proxy that does the worker's part for several nodes."""
+    check_installation()
     places = {"orion_directory": given.directory}
     places.update((f"orion_node_{number}", node)
                   for number, node in enumerate(given.node, 1))
@@ -13369,6 +13370,7 @@ def table(rows):
 
 @verb("new", "write a file with a slice of your own to begin with", "file")
 def new(settings, given):
+    check_installation()
     check_new(given.file)
     given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
     print(f"{given.file}: a guestbook; python3 {given.file} serves it")
@@ -13437,6 +13439,7 @@ def serve_alone(settings):
 
 NEEDED_SQLITE = (3, 30)                                  # for FILTER
 NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
+NAMED_FILE = re.compile(r'TEMPLATES / "([\w.]+)"')
 
 
 def check_installation() -> None:
@@ -13445,17 +13448,21 @@ def check_installation() -> None:
         needed = ".".join(map(str, NEEDED_SQLITE))
         raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
                        "needed; use a newer Python")
+    text = pathlib.Path(__file__).read_text("utf-8")
+    files = [*NAMED_FILE.findall(text), *[path[1:] for path in ASSETS]]
     try:
-        for name in NAMED_TEMPLATE.findall(pathlib.Path(__file__).read_text("utf-8")):
+        for name in NAMED_TEMPLATE.findall(text):
             template(name)
+        for name in files:
+            (TEMPLATES / name).read_bytes()
         as_browser = Request("GET", "/", headers={"accept": "text/html"})
         refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
     except OSError as error:
-        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ has to "
-                       "be beside orion.py") from error
-    except KeyError as error:
-        raise Unusable(f"{TEMPLATES} is of another version of orion.py ({error}); copy the "
-                       "folder that came with this one") from error
+        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ that "
+                       "came with this orion.py has to be beside it") from error
+    except (KeyError, ValueError) as error:
+        raise Unusable(f"{TEMPLATES} is of another version of orion.py, or was changed "
+                       f"({error}); copy the folder that came with this one") from error
 
 
 def serve(settings):

@@ -5677,7 +5677,7 @@ FROM_INSIDE = {
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
     "([01][0-9]|2[0-3]):[0-5][0-9]": "the jobs of a slice",
-    r'(?m)^ *File "(.+)", line': "a traceback of the app", "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    r'(?m)^ *File "(.+)", line': "a traceback of the app", "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "NAMED_FILE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -11351,6 +11351,9 @@ def rewrite(path, old, new):
 
 BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
           "one file less": lambda templates: (templates / "todos.html").unlink(),
+          "no client": lambda templates: (templates / "datastar.js").unlink(),
+          "no figures": lambda templates: (templates / "metrics.txt").unlink(),
+          "other code": lambda templates: rewrite(templates / "todos.html", "<li", '<li data-on:click="{{id}}"'),
           "another hole": lambda templates: rewrite(templates / "layout.html", "{{body}}", "{{body}}{{aside}}"),
           "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
 
@@ -11367,7 +11370,15 @@ def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypat
     finally:
         orion.template.cache_clear()
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and ("beside orion.py" in said or "of another version of orion.py" in said)
+    assert said.count("\n") == 1 and "that came with this" in said and str(tmp_path / "templates") in said
+
+
+@cases("line", [("new", "app.py"), ("nginx", "--directory", "a:1", "--node", "b:2")])
+def test_a_command_that_needs_a_template_says_which_one_is_missing(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    orion.template.cache_clear()
+    assert orion.main(argv=line) == 2 and "templates/ that came with this orion.py has to be beside it" in capsys.readouterr().err
 
 
 def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypatch, capsys):
