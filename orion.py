@@ -502,6 +502,7 @@ class Template:
         a list of these             that part, once for each
         True                        that part or, without one, the name: <input {{checked}}>
         False, None                 nothing
+        a number                    that part, unless it is 0; without one, its digits
 
     The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
     data-on:click="greet({{json who}})".
@@ -588,7 +589,7 @@ class Template:
             return write_json(value)
         if value is None or value is False:
             return ""
-        if value is True or kind == "an attribute" and value in (0, 1):  # SQL has no True
+        if value is True or type(value) is int and self.is_switch(kind, name, value):
             return self.fill_once(kind, name, value, values)
         if isinstance(value, (dict, sqlite3.Row)):
             return self.fill_rows(kind, name, [value], values)
@@ -601,11 +602,19 @@ class Template:
                             f"{name!r} with text, and not with {value!r:.60}")
         return value
 
+    def is_switch(self, kind, name, number):
+        """True if a number only shows or hides what stands there. (SQL has no True.)"""
+        part = self.parts.get(name)
+        return kind == "an attribute" and number in (0, 1) or part and part.readings[kind]
+
     def fill_once(self, kind, name, value, values):
+        """Fill the part with the values around it; the hole itself has its text there."""
         if not value:
             return ""
         part = self.parts.get(name)
-        return part.filled(kind, values) if part and part.readings[kind] else name
+        if part and part.readings[kind]:
+            return part.filled(kind, {**values, name: str(value)})
+        return name
 
     def fill_rows(self, kind, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
@@ -909,15 +918,15 @@ def read_signals(request: Request) -> Dict[str, Any]:
 
 
 # ==== 5. Store ============================================================================
-# The idea: one SQLite file behind five plain calls: query, one, exec, tx, migrate. They do
-#   not wait for a network, so a region is an ordinary function from rows to markup.
+# The idea: one SQLite file behind six plain calls: query, one, exec, insert, tx, migrate.
+#   They do not wait for a network, so a region is an ordinary function from rows to markup.
 # It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
 #   only then are its messages sent. A slice reaches no table but its own; how, and how
 #   tables are made, is in section 16.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class Calls:
-    """Three calls, by way of run(sql, args), which returns all rows, and of a cursor."""
+    """Four calls, by way of run(sql, args), which returns all rows, and of a cursor."""
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.run(sql, args)
@@ -931,6 +940,10 @@ class Calls:
         """Return the number of rows that changed."""
         self.run(sql, args)
         return self.cursor.rowcount
+
+    def insert(self, sql: str, *args: Any) -> int:
+        """Return the id of the new row; 0 if none was inserted, as by INSERT OR IGNORE."""
+        return self.cursor.lastrowid if self.exec(sql, *args) else 0
 
 
 class Store(Calls):
@@ -1697,14 +1710,27 @@ class SliceHost(DurableObject):
         refused if there is no such page.
         """
         try:
-            _, route, args = self.router_for(request).match(request.method, request.path)
-            path = with_parts(route.form, route.path, args) or request.path
+            path = self.page_of_form(request)
             again = request._replace(method="GET", path=path, query="")
             texts = {name: value for name, value in request.pairs() if type(value) is str}
             typed = {**texts, "problem": refused.message, **refused.problems}
             return self.run(again, typed)._replace(status=refused.status)
         except Refused:
             raise refused from None
+
+    def page_of_form(self, request):
+        """Return the path of the page on which the form for this command is."""
+        _, route, args = self.router_for(request).match(request.method, request.path)
+        return with_parts(route.form, route.path, args) or request.path
+
+    def page_after(self, request):
+        """Return where a plain form leads: to its page or, without one, to the list that
+        its path begins with."""
+        path = self.page_of_form(request)
+        with contextlib.suppress(Refused):
+            self.router_for(request).match("GET", path)
+            return urllib.parse.quote(path)
+        return "/" + path.split("/")[1]
 
     # -- live pages
 
@@ -1806,8 +1832,8 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     which: what it wrote, for the journal; by default what stood in the path.
     """
     if not ctx.request.datastar and ctx.request.form:
-        first = ctx.request.path.split("/")[1]
-        return see_other(f"/w/{ctx.workspace}/{first}")._replace(which=which)
+        path = ctx.host.page_after(ctx.request)
+        return see_other(f"/w/{ctx.workspace}{path}")._replace(which=which)
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
@@ -1994,9 +2020,9 @@ class Answers:
         text = json.dumps([response.status, body, response.type, response.headers])
         if len(text) > self.LARGEST:
             text = '[204, "", "text/plain", []]'
-        self.store.exec("INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, "
-                        "?)", who, command, time.time(), text)
-        self.ids[command] = self.store.cursor.lastrowid
+        row = who, command, time.time(), text
+        self.ids[command] = self.store.insert(
+            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
         self.until_forget -= 1
         if not self.until_forget:
             self.forget(who)
@@ -12045,9 +12071,8 @@ class Files:
         self.check_writes()
         check_room(self.store, upload.size)
         row = self.slice, upload.name, upload.type, upload.size, upload.digest
-        self.store.exec("INSERT INTO _files (slice, name, type, size, digest) "
-                        "VALUES (?, ?, ?, ?, ?)", *row)
-        id = self.store.cursor.lastrowid
+        id = self.store.insert("INSERT INTO _files (slice, name, type, size, digest) "
+                               "VALUES (?, ?, ?, ?, ?)", *row)
         for number, data in enumerate(upload.pieces(), id * MOST_PIECES):
             self.ctx.host.began = time.monotonic()       # a limit for each piece
             self.store.exec("INSERT INTO _file_pieces VALUES (?, ?)", number, data)

@@ -1285,6 +1285,13 @@ def test_a_hole_takes_the_rows_of_a_store_and_a_yes_reads_as_its_name(store):
     assert orion.Template("{{row}}{{on}}{{off}}\n<!-- row -->\n{{n}},")(row=rows, on=True, off=False) == "1,2,on"
 
 
+@cases("number, shown", [(0, "[]<p >"), (1, "[1 new]<p hidden>"), (12, "[12 new]<p hidden>")])
+def test_a_number_fills_the_part_of_its_name_unless_it_is_0_and_in_it_the_hole_has_the_number(number, shown):
+    text = "[{{many}}]<p {{gone}}>\n<!-- many -->\n{{digits}}\n<!-- digits -->\n{{many}} new\n<!-- gone -->\nhidden"
+    assert orion.Template(text)(many=number, digits=True, gone=number) == shown
+    assert orion.Template("{{many}}")(many=number) == str(number)
+
+
 def test_joining_markup_escapes_what_is_not():
     assert orion.Html("|").join(["<", orion.Html("<br>")]) == "&lt;|<br>"
 
@@ -1512,6 +1519,12 @@ def test_a_transaction_inside_another_can_fail_alone(store):
     assert [row["n"] for row in store.query("SELECT n FROM t")] == [1, 3]
 
 
+def test_insert_returns_the_id_of_the_new_row_and_0_if_there_is_none(store):
+    store.exec("CREATE TABLE named (id INTEGER PRIMARY KEY, name TEXT UNIQUE)")
+    put = lambda name: store.insert("INSERT OR IGNORE INTO named (name) VALUES (?)", name)
+    assert [put("a"), put("b"), put("a")] == [1, 2, 0]
+
+
 def test_a_commit_is_durable_by_the_settings_of_the_file(store):
     assert [store.one(f"PRAGMA {name}")[0] for name in ("journal_mode", "synchronous", "foreign_keys")] == ["wal", 2, 1]
 
@@ -1646,7 +1659,7 @@ def test_a_slice_searches_the_words_that_its_triggers_and_commands_put_into_its_
     assert found(notes(orion.READ)) == [1]
     write = notes(orion.WRITE)
     with write.tx():
-        write.exec("INSERT INTO notes (text) VALUES ('Robots, a rope')")
+        assert write.insert("INSERT INTO notes (text) VALUES ('Robots, a rope')") == 2
         assert write.store.last_row() == "2" and found(write) == [1, 2], "what is not committed yet is found, too"
     write.exec(FORGET_WORDS)
     assert found(write) == [2] and write.one("SELECT text FROM words WHERE words MATCH 'robots'")[0] == "Robots, a rope"
@@ -4521,6 +4534,14 @@ def test_a_form_that_was_wrong_comes_back_on_the_page_of_its_row(serve):
     slice = orion.Slice("n", (), (live,), (orion.Route("POST", "/n/<int:id>/rename", "todos:write", refuse, form="/n/<id>"),))
     answer = Person(serve(slice), "bob").post("/w/acme/n/7/rename", form={"name": ""})
     assert answer.status == 422 and '<p id="n">7</p>No.' in answer.text
+
+
+@cases("path, form, leads", [("/n/<int:id>", "", "/n/7"), ("/n/<int:id>/rename", "/n/<id>", "/n/7"), ("/n/<int:id>/rename", "", "/n")])
+def test_after_a_plain_form_its_page_comes_again_or_the_list_where_it_has_none(serve, path, form, leads):
+    live = orion.Live("/n/<int:id>", "todos:read", "N", (orion.Region("n", lambda ctx, id: element(id)),))
+    slice = orion.Slice("n", (), (live,), (orion.Route("POST", path, "todos:write", lambda ctx, id: orion.done(ctx), form=form),))
+    answer = Person(serve(slice), "bob").post("/w/acme" + path.replace("<int:id>", "7"), form={"name": ""})
+    assert (answer.status, answer.headers["location"]) == (303, "/w/acme" + leads)
 
 
 def test_functions_made_by_partial_are_as_good_as_others(serve):
@@ -9900,9 +9921,9 @@ def add(ctx):
 
 
 def put(ctx, name, keeper):
-    ctx.store.exec("INSERT INTO things (name, keeper) VALUES (?, ?)", name, keeper)
+    id = ctx.store.insert("INSERT INTO things (name, keeper) VALUES (?, ?)", name, keeper)
     ctx.publish("things")
-    return ctx.store.one("SELECT max(id) FROM things")[0]
+    return id
 
 
 def as_file(ctx):
@@ -13558,8 +13579,7 @@ def remind(ctx):
     text, mail, minutes = " ".join(ctx.field("text").split())[:200], ctx.field("mail").strip(), ctx.number("minutes", 60)
     if not text or minutes < 0 or not re.fullmatch(r"[^\s@,;<>]+@[^\s@,;<>]+", mail):
         raise Refused(422, "It needs a text, an address and a time from now on.")
-    ctx.store.exec("INSERT INTO reminders (text, mail) VALUES (?, ?)", text, mail)
-    id = ctx.store.one("SELECT max(id) FROM reminders")[0]
+    id = ctx.store.insert("INSERT INTO reminders (text, mail) VALUES (?, ?)", text, mail)
     return put_in(ctx, id, 60 * minutes)
 
 
