@@ -13533,6 +13533,406 @@ def test_with_dev_an_open_page_comes_back_with_its_draft_and_shows_what_went_wro
         window.wait("document.getElementById('fault')?.textContent.includes('ZeroDivisionError: division by zero')")
 
 
+# -- polls, and rooms to talk in
+
+POLL = r'''
+"""Polls: ask, vote, and see the result once you have voted: python3 poll.py"""
+import sys
+
+import orion
+from orion import Live, Refused, Region, Route, Slice, Template, done, go, template
+
+LIST = Template("""
+<ul id="polls">{{poll}}{{none}}</ul>
+<!-- poll -->
+<li><a href="./polls/{{id}}">{{question}}</a> <small>{{votes}} votes{{closed}}</small></li>
+<!-- closed -->
+, closed
+<!-- none -->
+<li>Nobody has asked anything yet.</li>
+""")
+ASK = Template("""
+<h1>Polls</h1>
+<form class="new" method="post" action="./polls"
+      data-on:submit="@post('./polls', {contentType: 'form', retryMaxCount: 0})">
+  <div class="field">
+    <label for="question">Question</label>
+    <input id="question" name="question" value="{{question}}" required maxlength="200">
+  </div>
+  <div class="field">
+    <label for="options">Options, each on a line</label>
+    <textarea id="options" name="options" rows="3" required>{{options}}</textarea>
+    <p id="options-problem" class="problem" role="alert" data-signals="{options_problem: {{json options_problem}}}"
+       data-text="$options_problem">{{options_problem}}</p>
+  </div>
+  <div class="field short">
+    <label for="hours">Hours to vote</label>
+    <input id="hours" name="hours" type="number" value="{{hours}}" min="1" max="1000">
+  </div>
+  <button>Ask</button>
+  {{stamp}}
+</form>
+{{list}}{{live}}
+""")
+POLL = Template("""
+<section id="poll">
+  <h1>{{question}}</h1>
+  <ul>{{option}}</ul>
+  <p>{{hidden}}{{closed}}{{close}}</p>
+</section>
+<!-- option -->
+<li>{{open}} <bdi>{{text}}</bdi>{{result}}</li>
+<!-- open -->
+<button class="quiet" aria-pressed="{{mine}}"
+        data-on:click="@post(location.pathname + '/votes/' + {{json id}}, {retryMaxCount: 0})">Vote</button>
+<!-- result -->
+: <b>{{votes}}</b> <meter value="{{votes}}" max="{{all}}"></meter>
+<!-- hidden -->
+You will see the result when you have voted.
+<!-- closed -->
+This poll is closed.
+<!-- close -->
+<button class="quiet" data-on:click="@post(location.pathname + '/close', {retryMaxCount: 0})">Close it now</button>
+""")
+POLL_PAGE = Template("""
+{{poll}}
+<p><a href="../polls">All polls</a></p>
+{{live}}
+""")
+OPTIONS = """
+    SELECT id, text, count(who) AS votes, max(coalesce(who = ?, 0)) AS mine
+    FROM options LEFT JOIN votes ON option = id WHERE options.poll = ? GROUP BY id ORDER BY id"""
+
+
+def the_list(ctx):
+    rows = ctx.store.query("SELECT *, (SELECT count(*) FROM votes WHERE poll = id) AS votes FROM polls ORDER BY id DESC")
+    return LIST(poll=rows, none=not rows)
+
+
+def ask_page(ctx, list):
+    typed = {name: ctx.typed.get(name, "") for name in ("question", "options", "options_problem")}
+    return ASK(list=list, hours=ctx.typed.get("hours", "24"), **typed, stamp=ctx.stamp, live=template("slice.live")())
+
+
+def ask(ctx):
+    question, hours = ctx.field("question")[:200], ctx.number("hours", 24)
+    options = [line.strip()[:100] for line in ctx.field("options").splitlines() if line.strip()]
+    if not question or not 2 <= len(options) <= 20 or not 1 <= hours <= 1000:
+        why = "A poll has a question, 2 to 20 options, and 1 to 1000 hours."
+        raise Refused(422, why, fields={"options": why})
+    id = ctx.store.insert("INSERT INTO polls (question, who) VALUES (?, ?)", question, ctx.viewer.account)
+    for option in options:
+        ctx.store.exec("INSERT INTO options (poll, text) VALUES (?, ?)", id, option)
+    ctx.enqueue(close, after=3600 * hours, key=f"close {id}", id=id)
+    ctx.publish("polls")
+    return go(ctx, poll_page, id)
+
+
+def the_poll(ctx, id):
+    row = ctx.store.one("SELECT * FROM polls WHERE id = ?", id)
+    if row is None:
+        raise Refused(404, "There is no such poll.")
+    return row
+
+
+def poll(ctx, id):
+    row, options = the_poll(ctx, id), ctx.store.query(OPTIONS, ctx.viewer.account, id)
+    voted = any(option["mine"] for option in options)
+    shown = voted or row["closed"]
+    all = sum(option["votes"] for option in options)
+    return POLL(
+        question=row["question"], closed=bool(row["closed"]), hidden=not shown,
+        close=not row["closed"] and row["who"] == ctx.viewer.account,
+        option=[{**option, "all": all, "open": not row["closed"], "result": bool(shown),
+                 "mine": "true" if option["mine"] else "false"} for option in options])
+
+
+def page(ctx, poll, id):
+    return POLL_PAGE(poll=poll, live=template("slice.live")())
+
+
+def vote(ctx, id, option):
+    if the_poll(ctx, id)["closed"]:
+        raise Refused(409, "This poll is closed.", signal="toast")
+    if not ctx.store.one("SELECT 1 FROM options WHERE id = ? AND poll = ?", option, id):
+        raise Refused(404, "There is no such option.")
+    ctx.store.exec("INSERT OR REPLACE INTO votes (poll, who, option) VALUES (?, ?, ?)", id, ctx.viewer.account, option)
+    return changed(ctx, id)
+
+
+def close_now(ctx, id):
+    if the_poll(ctx, id)["who"] != ctx.viewer.account:
+        raise Refused(403, "Only who asked can close a poll.")
+    ctx.enqueue(close, key=f"close {id}", id=id)
+    return done(ctx)
+
+
+def close(ctx, id):
+    ctx.store.exec("UPDATE polls SET closed = 1 WHERE id = ?", id)
+    changed(ctx, id)
+
+
+def changed(ctx, id):
+    ctx.publish("polls")
+    ctx.publish(f"poll/{id}")
+    return done(ctx)
+
+
+poll_page = Live("/polls/<int:id>", "todos:read", lambda ctx, id: the_poll(ctx, id)["question"],
+                 (Region("poll/<id>", poll, each="account"),), page)
+polls = Slice(
+    name="polls",
+    migrations=("CREATE TABLE polls (id INTEGER PRIMARY KEY, question TEXT NOT NULL, who TEXT NOT NULL, closed INTEGER NOT NULL DEFAULT 0)",
+                "CREATE TABLE options (id INTEGER PRIMARY KEY, poll INTEGER NOT NULL REFERENCES polls, text TEXT NOT NULL)",
+                "CREATE TABLE votes (poll INTEGER NOT NULL, who TEXT NOT NULL, option INTEGER NOT NULL REFERENCES options, PRIMARY KEY (poll, who))"),
+    live=(Live("/polls", "todos:read", "Polls", (Region("polls", the_list),), ask_page), poll_page),
+    routes=(Route("POST", "/polls", "todos:write", ask),
+            Route("POST", "/polls/<int:id>/votes/<int:option>", "todos:write", vote),
+            Route("POST", "/polls/<int:id>/close", "todos:write", close_now)),
+    jobs=(close,))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([polls]))
+'''.lstrip()
+
+
+CHAT = r'''
+"""Chat rooms: python3 chat.py, choose a persona, open a workspace, and see Rooms."""
+import re
+import sys
+
+import orion
+from orion import Html, Live, Refused, Region, Route, Slice, Template, done, go, template
+
+ROOMS = Template("""
+<ul id="rooms">{{room}}{{none}}</ul>
+<!-- room -->
+<li><a href="./rooms/{{id}}">{{name}}</a> {{unread}}</li>
+<!-- unread -->
+<b>{{unread}} new</b>
+<!-- none -->
+<li>There is no room yet.</li>
+""")
+ROOMS_PAGE = Template("""
+<h1>Rooms</h1>
+<form class="new" method="post" action="./rooms"
+      data-on:submit="@post('./rooms', {contentType: 'form', retryMaxCount: 0})">
+  <div class="field">
+    <label for="name">New room</label>
+    <input id="name" name="name" required maxlength="60">
+  </div>
+  <button>Open</button>
+  {{stamp}}
+</form>
+{{rooms}}{{live}}
+""")
+MESSAGES = Template("""
+<ol id="messages" data-init="@post(location.pathname + '/read/' + {{json last}}, {retryMaxCount: 0})">{{message}}</ol>
+<!-- message -->
+<li id="message-{{id}}"><b>{{who}}</b> <bdi>{{text}}</bdi>{{own}}</li>
+<!-- member -->
+<mark>{{at}}</mark>
+<!-- own -->
+<button class="danger" data-on:click="@delete(location.pathname + '/' + {{json id}}, {retryMaxCount: 0})">Delete</button>
+""")
+ROOM_PAGE = Template("""
+<h1>{{name}}</h1>
+{{messages}}
+<form class="new" method="post"
+      data-on:submit="@post(location.pathname, {contentType: 'form', retryMaxCount: 0})">
+  <div class="field">
+    <label for="text">Message</label>
+    <input id="text" name="text" data-bind:text required maxlength="2000" autocomplete="off">
+  </div>
+  <button>Send</button>
+  {{stamp}}
+</form>
+<p><a href="../rooms">All rooms</a></p>
+{{live}}
+""")
+
+
+def rooms(ctx):
+    rows = ctx.store.query("""
+        SELECT id, name, (SELECT count(*) FROM messages WHERE room = rooms.id AND id > coalesce(
+            (SELECT message FROM seen WHERE room = rooms.id AND who = ?), 0)) AS unread
+        FROM rooms ORDER BY name""", ctx.viewer.account)
+    return ROOMS(room=rows, none=not rows)
+
+
+def rooms_page(ctx, rooms):
+    return ROOMS_PAGE(rooms=rooms, stamp=ctx.stamp, live=template("slice.live")())
+
+
+def open_room(ctx):
+    name = ctx.field("name")[:60]
+    if not name:
+        raise Refused(422, "A room has a name.", signal="toast")
+    id = ctx.store.insert("INSERT INTO rooms (name) VALUES (?)", name)
+    ctx.publish("rooms")
+    return go(ctx, room, id)
+
+
+def the_room(ctx, id):
+    row = ctx.store.one("SELECT * FROM rooms WHERE id = ?", id)
+    if row is None:
+        raise Refused(404, "There is no such room.")
+    return row
+
+
+def messages(ctx, id):
+    names = {member["name"] for member in ctx.members()}
+    rows = ctx.store.query("SELECT * FROM (SELECT * FROM messages WHERE room = ? ORDER BY id DESC LIMIT 200) ORDER BY id", id)
+    return MESSAGES(last=rows[-1]["id"] if rows else 0, message=[
+        {**row, "text": with_names(row["text"], names), "own": row["who"] == ctx.viewer.account} for row in rows])
+
+
+def with_names(text, names):
+    """Return the text as markup, in which the names of members stand out."""
+    mark = MESSAGES.parts["member"]
+    return Html().join([mark(at=piece) if piece[:1] == "@" and piece[1:] in names else piece
+                        for piece in re.split(r"(@[\w-]+)", text)])
+
+
+def room_page(ctx, messages, id):
+    return ROOM_PAGE(name=the_room(ctx, id)["name"], messages=messages, stamp=ctx.stamp, live=template("slice.live")())
+
+
+def say(ctx, id):
+    text = ctx.field("text")[:2000]
+    the_room(ctx, id)
+    if not text:
+        raise Refused(422, "Write something first.", signal="toast")
+    ctx.store.exec("INSERT INTO messages (room, who, text) VALUES (?, ?, ?)", id, ctx.viewer.account, text)
+    ctx.publish(f"room/{id}")
+    ctx.publish("rooms")
+    return done(ctx, text="")
+
+
+def delete(ctx, id, message):
+    if not ctx.store.exec("DELETE FROM messages WHERE id = ? AND room = ? AND who = ?", message, id, ctx.viewer.account):
+        raise Refused(404, "That message is not here, or not yours.")
+    ctx.publish(f"room/{id}")
+    ctx.publish("rooms")
+    return done(ctx)
+
+
+def read(ctx, id, message):
+    ctx.store.exec("INSERT OR REPLACE INTO seen (room, who, message) VALUES (?, ?, ?)", id, ctx.viewer.account, message)
+    ctx.publish("rooms")
+    return done(ctx)
+
+
+room = Live("/rooms/<int:id>", "todos:read", lambda ctx, id: the_room(ctx, id)["name"],
+            (Region("room/<id>", messages, each="account"),), room_page)
+chat = Slice(
+    name="chat",
+    migrations=("CREATE TABLE rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL)",
+                "CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, room INTEGER NOT NULL REFERENCES rooms, who TEXT NOT NULL, text TEXT NOT NULL)",
+                "CREATE TABLE seen (room INTEGER NOT NULL, who TEXT NOT NULL, message INTEGER NOT NULL, PRIMARY KEY (room, who))"),
+    live=(Live("/rooms", "todos:read", "Rooms", (Region("rooms", rooms, each="account"),), rooms_page), room),
+    routes=(Route("POST", "/rooms", "todos:write", open_room),
+            Route("POST", "/rooms/<int:id>", "todos:write", say),
+            Route("DELETE", "/rooms/<int:id>/<int:message>", "todos:write", delete),
+            Route("POST", "/rooms/<int:id>/read/<int:message>", "todos:read", read)))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([chat]))
+'''.lstrip()
+
+
+def made_by(program):
+    names = {"__name__": "app"}
+    exec(compile(program, "app.py", "exec"), names)
+    return names
+
+
+def test_a_poll_shows_its_result_to_who_has_voted_and_to_all_when_its_time_is_over():
+    with orion.testing(made_by(POLL)["polls"]) as app:
+        bob, carol = app.viewer("bob"), app.viewer("carol")
+        assert bob.submit("/polls", question="Tea?", options="Yes\nNo", hours=1).location == "/w/acme/polls/1"
+        assert carol.post("/polls/1/votes/1").status == carol.post("/polls/1/votes/2").status == 204
+        assert re.findall(r"<b>(\d)</b>", carol.region("/polls/1")) == ["0", "1"] and "<b>" not in bob.region("/polls/1")
+        app.clock.move(3601)
+        assert app.run_jobs() == 1 and re.findall(r"<b>(\d)</b>", bob.region("/polls/1")) == ["0", "1"]
+        assert carol.post("/polls/1/votes/1").message == "This poll is closed." and "1 votes, closed" in bob.region("/polls")
+
+
+@pytest.fixture(params=list(CLIENTS))
+def club(request, start, windows, monkeypatch, tmp_path):
+    """A server with polls and rooms, and this client at /datastar.js."""
+    official_or_skip(request.param)
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    shutil.copy(CLIENTS[request.param], tmp_path / "templates" / "datastar.js")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    server = start((made_by(POLL)["polls"], made_by(CHAT)["chat"]))
+
+    def visit(path):
+        for window, account in zip(windows, ("bob", "carol")):
+            window.be(Person(server, account))
+            window.open(f"{server.origin}/w/acme{path}")
+            window.wait(IS_LIVE)
+            window.errors()
+        return windows
+    server.visit = visit
+    return server
+
+
+IS_LIVE = "document.querySelector('.link').textContent === 'Live'"
+VOTES = "[...document.querySelectorAll('#poll b')].map(b => b.textContent).join()"
+TALK = "[...document.querySelectorAll('#messages li')].map(li => li.textContent).join('|')"
+
+
+def test_two_people_vote_and_see_the_result_when_they_have(club):
+    bob, carol = club.visit("/polls")
+    bob.type("#question", "Tea & what?"), bob.type("#options", "Milk")
+    bob.click("form.new button")
+    bob.wait("document.getElementById('options-problem').textContent.startsWith('A poll has a question, 2 to 20 options')")
+    bob.type("#options", "\nLemon")
+    bob.click("form.new button")
+    bob.wait(f"document.title.startsWith('Tea & what?') && {IS_LIVE}")
+    carol.wait("document.querySelector('#polls li')?.textContent === 'Tea & what? 0 votes'")
+    carol.click("#polls a")
+    carol.wait(f"document.querySelector('#poll p')?.textContent === 'You will see the result when you have voted.' && {IS_LIVE}")
+    carol.click("#poll button")
+    carol.wait(f"{VOTES} === '1,0' && document.querySelector('#poll [aria-pressed=true] + bdi').textContent === 'Milk'")
+    assert bob.js(f"return {VOTES}") == ""
+    bob.click("#poll li:last-child button")
+    for window in (bob, carol):
+        window.wait(f"{VOTES} === '1,1'")
+    carol.click("#poll li:last-child button")
+    bob.wait(f"{VOTES} === '0,2'")
+    bob.click("#poll p button")
+    for window in (bob, carol):
+        window.wait("document.querySelector('#poll p').textContent === 'This poll is closed.' && !document.querySelector('#poll button')")
+    assert bob.errors() == carol.errors() == []
+
+
+def test_two_people_talk_in_a_room_and_see_what_is_new(club):
+    bob, carol = club.visit("/rooms")
+    bob.type("#name", "Tea")
+    bob.press("Enter")
+    bob.wait(f"document.querySelector('h1').textContent === 'Tea' && {IS_LIVE}")
+    bob.type("#text", "<b>Hi</b> @carol and @nobody")
+    bob.press("Enter")
+    bob.wait("document.getElementById('text').value === ''")
+    carol.wait("document.querySelector('#rooms li')?.textContent === 'Tea 1 new'")
+    carol.click("#rooms a")
+    carol.wait(f"{TALK} === 'bob <b>Hi</b> @carol and @nobody' && document.querySelector('mark').textContent === '@carol' && {IS_LIVE}")
+    carol.type("#text", "Hello")
+    carol.press("Enter")
+    bob.wait(f"{TALK}.endsWith('Delete|carol Hello')")
+    bob.click("#messages button")
+    for window, text in ((bob, "carol Hello"), (carol, "carol HelloDelete")):
+        window.wait(f"{TALK} === '{text}'")
+    bob.click("a[href='../rooms']")
+    bob.wait(f"document.querySelector('#rooms li')?.textContent.trim() === 'Tea' && {IS_LIVE}")
+    carol.type("#text", "Bye")
+    carol.press("Enter")
+    bob.wait("document.querySelector('#rooms li').textContent === 'Tea 1 new'")
+    assert bob.errors() == carol.errors() == []
+
+
 # -- reminders that come by mail
 
 REMINDERS = r'''
