@@ -11487,6 +11487,11 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
+def test_a_server_started_as_a_program_does_not_keep_its_syntax_tree(tmp_path):
+    with Command("--port", 0, "--data", tmp_path / "d", program=PROGRAM) as command:
+        assert memory(command.process.pid) < 48 * 1024, "kB: it is 32 MB, and 60 with the tree"
+
+
 @cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
     (tmp_path / "file").write_text("")
