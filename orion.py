@@ -162,6 +162,7 @@ class Request(NamedTuple):
     peer: str = ""                                       # the client's address
     scheme: str = "http"                                 # or "https", by a trusted proxy
     spool: Any = None                                    # [3] a body too long for memory
+    typed: Dict[str, str] = {}                           # see SliceHost.page_again
 
     @property
     def datastar(self) -> bool:
@@ -1469,15 +1470,14 @@ class Context:
     The context of a region is shared by a role (but for Region.each): its viewer is a Role,
     and there is no request.
     """
-    __slots__ = ("host", "store", "viewer", "params", "typed", "_request", "_sent")
+    __slots__ = ("host", "store", "viewer", "params", "_request", "_sent")
 
     def __init__(self, host: SliceHost, store: Tables, viewer: Role, params: Dict[str, str],
-                 request: Optional[Request], typed: Dict[str, str]):
+                 request: Optional[Request]):
         self.host = host                                 # for slices of the server itself
         self.store = store
         self.viewer = viewer
         self.params = params                             # of the query; see Live.params
-        self.typed = typed                               # see SliceHost.page_again
         self._request = request
         self._sent: Optional[List[Tuple[str, Any]]] = None
 
@@ -1486,6 +1486,11 @@ class Context:
         if self._request is None:
             raise PermissionError(NO_REQUEST)
         return self._request
+
+    @property
+    def typed(self) -> Dict[str, str]:
+        """What was typed into a form that was refused: see SliceHost.page_again."""
+        return self._request.typed if self._request else {}
 
     @property
     def workspace(self) -> str:
@@ -1559,14 +1564,13 @@ class Context:
 
     def for_page(self, live: Live) -> Context:
         params = live.heeded(self.params)
-        return type(self)(self.host, self.store, self.viewer, params, self.request,
-                          self.typed)
+        return type(self)(self.host, self.store, self.viewer, params, self.request)
 
     def for_region(self, region: Region, live: Live) -> Context:
         """Return the context of a region: the same for all who may see the same."""
         viewer = self.viewer.as_seen_by(region)
         params = live.heeded(self.params)
-        return type(self)(self.host, self.store, viewer, params, None, {})
+        return type(self)(self.host, self.store, viewer, params, None)
 
     def end(self) -> None:
         self.store.thread = 0
@@ -1653,22 +1657,19 @@ class SliceHost(DurableObject):
     # -- a request
 
     def handle(self, request: Request) -> Response:
-        return self.run(request, {})
-
-    def run(self, request, typed):
-        """Have the right slice answer. typed: see page_again."""
+        """Have the right slice answer."""
         router = self.router_for(request)
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
         refuse_old_page(request, viewer.account)
         viewer.permit(route.grant, request.method)
-        return self.call(slice, route, args, viewer, request, typed)
+        return self.call(slice, route, args, viewer, request)
 
-    def call(self, slice, route, args, viewer, request, typed):
+    def call(self, slice, route, args, viewer, request):
         may = READ if request.method in SAFE else WRITE
         before = self.store.db.total_changes
         store = Tables(self.store, slice, may)           # those of this slice: section 16
-        ctx = self.context(self, store, viewer, request.params, request, typed)
+        ctx = self.context(self, store, viewer, request.params, request)
         what = f"{slice}.{name_of(route.run)}"
         try:
             response = sendable(route.run(ctx, *args), what)
@@ -1711,10 +1712,10 @@ class SliceHost(DurableObject):
         """
         try:
             path = self.page_of_form(request)
-            again = request._replace(method="GET", path=path, query="")
             texts = {name: value for name, value in request.pairs() if type(value) is str}
             typed = {**texts, "problem": refused.message, **refused.problems}
-            return self.run(again, typed)._replace(status=refused.status)
+            again = request._replace(method="GET", path=path, query="", typed=typed)
+            return self.handle(again)._replace(status=refused.status)
         except Refused:
             raise refused from None
 
@@ -2049,13 +2050,13 @@ class RepeatsAnswers(SliceHost):
         super().on_open()
         self.known = None
 
-    def call(self, slice, route, args, viewer, request, typed):
+    def call(self, slice, route, args, viewer, request):
         command = command_id(request, viewer)
         known = self.answers().find(command) if command else None
         if known:
             return known
         before = self.store.db.total_changes
-        response = super().call(slice, route, args, viewer, request, typed)
+        response = super().call(slice, route, args, viewer, request)
         if command and self.store.db.total_changes != before:
             self.answers().keep(viewer.signature, command, response)
         return response
@@ -4610,7 +4611,10 @@ class Broadcast(GroupCommit, SliceHost):
     def handle(self, request):
         # From outside none comes: destination (2) refuses all paths that begin so.
         own = getattr(self, f"own{request.path[1:]}", None)
-        return as_json(own(request)) if own else super().handle(request)
+        if own is None:
+            return super().handle(request)
+        answer = own(request)
+        return answer if type(answer) is Response else as_json(answer)
 
     def render(self, region, live, ctx, args):
         """Bound what is kept, for queries can differ without end."""
@@ -8407,7 +8411,7 @@ class HasJobs(Broadcast):
 
     def job_context(self, row, request):
         viewer = dataclasses.replace(self.viewer(request), account=row["who"], id=self.id)
-        return self.context(self, JobTables(row["job"]), viewer, {}, request, {})
+        return self.context(self, JobTables(row["job"]), viewer, {}, request)
 
     def first_step(self, ctx, row):
         """Return what it waits for; None: it is done."""
@@ -12184,9 +12188,7 @@ class Rest:
 
 @addition
 class GivesPieces(Broadcast):
-    def handle(self, request):
-        if request.path != "/_piece":
-            return super().handle(request)
+    def own_piece(self, request):
         id, at, ends = [int(request.params[name]) for name in ("id", "at", "ends")]
         return Response(200, piece_of(self.store, id, at, ends))
 
@@ -12409,7 +12411,7 @@ class RefusesInLayout(Workspace):
     def refused_page(self, request, no):
         viewer = self.viewer(request)
         store = Tables(self.store, "welcome", READ)
-        ctx = self.context(self, store, viewer, {}, request, {})
+        ctx = self.context(self, store, viewer, {}, request)
         reason = REASONS[no.status]
         tabs = self.tabs(viewer)
         on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
@@ -13791,7 +13793,7 @@ class App:
         viewer = Viewer("", (), row["name"], row["id"], self.who)
         request = Request("POST", "/_app", headers={"x-title": title})
         store = Tables(one.store, APP, may)
-        ctx = one.context(one, store, viewer, {}, request, {})
+        ctx = one.context(one, store, viewer, {}, request)
         before = one.store.db.total_changes
         try:
             with one.store.tx() if may == WRITE else contextlib.nullcontext():
