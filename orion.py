@@ -1515,7 +1515,8 @@ class Context:
     def publish(self, topic: str) -> None:
         """Have all regions with this topic read again, when the command commits."""
         if self.store.may != WRITE:
-            raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
+            raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
+                                  " one that yields, only behind that")
         self.store.check_thread()
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
@@ -3702,7 +3703,8 @@ class Judge:
         if not migrates and action not in ROWS:
             return "does more than read and write rows, which is for migrations"
         if self.may == READ and action in WRITES:
-            return "writes, which only a command or a job may"
+            return ("writes, which only a command or a job may; one that yields, only "
+                    "behind that")
         if migrates and action in NO_SLICE_MAY:
             return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
@@ -8274,6 +8276,11 @@ class JobTables(Tables):
         self.host.began = time.monotonic()
         return super().run(sql, args)
 
+    def check_thread(self):
+        if self.thread != threading.get_ident():
+            raise RuntimeError("a job uses ctx before its yield and behind it, and not in "
+                               "the function that it yields: read first what that needs")
+
 
 @addition
 class HasJobs(Broadcast):
@@ -8422,9 +8429,13 @@ class HasJobs(Broadcast):
             return None
         ctx.store.use(self, READ)                        # if it fails it begins anew
         try:
-            return Wait(self, row["id"], made, ctx, next(made))
+            act = next(made)
         except StopIteration:
             return None
+        if not callable(act):
+            raise TypeError(f"a job yields a function, and not {act!r:.60}: write `yield "
+                            "lambda: ...`, and it is called while others work")
+        return Wait(self, row["id"], made, ctx, act)
 
     def last_step(self, wait):
         try:

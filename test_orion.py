@@ -4590,7 +4590,7 @@ IN_A_PAGE = {
     "the table of another slice": (mistaken(region=lambda ctx: ctx.store.query("SELECT title FROM todos")),
                                    "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; ask for what that exports: SELECT title FROM todos"),
     "a region that writes": (mistaken(region=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann", "x")),
-                             f"PermissionError: slice 'book' writes, which only a command or a job may: {INSERT_ENTRY}"),
+                             f"PermissionError: slice 'book' writes, which only a command or a job may; one that yields, only behind that: {INSERT_ENTRY}"),
 }
 BY_A_COMMAND = {
     "no return": (mistaken(command=lambda ctx: None), "TypeError: book.sign returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
@@ -7462,7 +7462,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.threads == 0)
 
 
-@cases("yields, why", [(0, "writes, which only a command or a job may"), (2, "a job yields at most once")])
+@cases("yields, why", [(0, "one that yields, only behind that"), (2, "a job yields at most once")])
 def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, why):
     def letter(ctx):
         for _ in range(yields):
@@ -7476,11 +7476,18 @@ def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, w
 
 
 @cases("yielded", [None, 5, "text"])
-def test_a_job_that_yields_what_cannot_be_called_is_not_taken_for_done(outside_world, yielded):
+def test_a_job_that_yields_what_cannot_be_called_is_told_what_to_write(outside_world, yielded):
     def letter(ctx):
         ctx.store.exec("INSERT INTO sent VALUES (?)", (yield yielded))
     Person(outside_world.job(letter), "bob", datastar=True).post("/w/acme/work", job="letter")
-    eventually(lambda: outside_world.jobs() and "is not callable" in outside_world.jobs()[0][1])
+    eventually(lambda: outside_world.jobs() and "write `yield lambda: ...`" in outside_world.jobs()[0][1])
+
+
+def test_what_a_job_yields_can_not_use_its_ctx_and_is_told_what_to_do(outside_world):
+    def letter(ctx):
+        ctx.store.exec("INSERT INTO sent VALUES (?)", (yield lambda: ctx.store.one("SELECT 1")))
+    Person(outside_world.job(letter), "bob", datastar=True).post("/w/acme/work", job="letter")
+    eventually(lambda: outside_world.jobs() and "read first what that needs" in outside_world.jobs()[0][1])
 
 
 def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outside_world):
