@@ -15112,6 +15112,20 @@ def test_a_command_that_gets_no_answer_is_given_up_and_keeps_its_id_when_it_is_s
 
 
 @better_than_official
+def test_to_send_the_same_files_again_is_the_same_command_and_other_files_are_another_one(show, host, browser):
+    """So a page is right that says of an upload without an answer: to try again is safe."""
+    page = show("""<form enctype="multipart/form-data"><input name=title value=t><input type=file name=file>
+                   <button type=button id=a data-on:click="@post('/c', {contentType: 'form', retryMaxCount: 0})">a</button></form>""")
+    page.js("""window.sent = []; window.fetch = (url, {headers}) => (sent.push(headers['Idempotency-Key']), Promise.reject(new TypeError('no network')))
+        window.press = async (text, name, lastModified = 1) => { const chosen = new DataTransfer(); chosen.items.add(new File([text], name, {lastModified}))
+            $('[type=file]').files = chosen.files; a.click(); await new Promise(done => setTimeout(done)) }""")
+    ids = page.js("""await press('one', 'a.txt'); await press('one', 'a.txt'); await press('one', 'b.txt'); await press('long', 'a.txt'); await press('two', 'a.txt', 2)
+        $('[name=title]').value = 'u'; await press('one', 'a.txt'); return sent""")
+    assert ids[0] == ids[1] and len({*ids}) == 5, ids
+    assert page.js("return events.filter(([name]) => name === 'retries-failed').map(([, {again}]) => again)") == ["safe"] * 6
+
+
+@better_than_official
 def test_the_id_of_a_command_is_remembered_for_ten_minutes_and_a_hundred_others_and_told_to_this_server_alone(show, host, browser):
     page = show("""<button id=a data-on:click="@post($to || '/c', {retryMaxCount: 0})">a</button>""" + STORE)
     page.js("""window.sent = []; window.fetch = (url, {headers}) => (sent.push(headers['Idempotency-Key']), Promise.reject(new TypeError('no network')))
