@@ -5019,7 +5019,7 @@ class Asked:
     """A request on its way: from the socket, and what is known of it so far."""
     connection: Any
     reading: Reading
-    request: Request
+    request: Optional[Request] = None                    # None: not made yet
     started: float = 0.0                                 # by time.perf_counter()
     directory_version: Any = None                        # see Kept.directory_version
     object_version: int = 0                              # of the object that answers
@@ -6459,19 +6459,19 @@ class LoopEdge:
     # -- a request: in the loop, then in the pool
 
     def take_up(self, connection, reading):
-        unknown = Request("GET", "/", "", reading.headers)
-        asked = Asked(connection, reading, unknown, time.perf_counter())
+        asked = Asked(connection, reading, started=time.perf_counter())
         try:
             asked.request = self.request(reading, connection.peer)
         except Refused as no:
+            asked.request = Request("GET", "/", "", reading.headers)     # as far as known
             return self.finish(asked, no)
         asked.cookie = asked.request.headers.get("cookie")
-        asked.account = self.account_of(asked)
         if reading.method in SAFE and self.keeps_answers():
             asked.directory_version = self.kept.directory_version()
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, renewed(kept))
+        asked.account = self.account_of(asked)
         self.line_up(asked)
 
     def line_up(self, asked):
