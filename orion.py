@@ -119,7 +119,7 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     destination (2)             which object answers; the verdict becomes headers
 #     Stub.fetch (7)              takes the turn of the object
 #     SliceHost.command (8)       opens the transaction: DurableObject.command (7)
-#     SliceHost.run (8)           finds the route, checks the grant, notes it in the journal
+#     SliceHost.handle (8)        finds the route, checks the grant, notes it in the journal
 #     create (9)                  validates, writes, publishes: Bus.publish (6)
 #     Store.transaction (5)       commits, and only then: Bus.tell (6)
 #
@@ -2256,7 +2256,7 @@ def valid_title(typed, signal="problem"):
 # ==== 10. Workspace =======================================================================
 # The idea: the data plane. One team's rows and nothing else: the connection is to this
 #   file, so there is no query that could reach another team.
-# It promises: SliceHost.run checks the grant of the route before any code of a slice runs.
+# It promises: SliceHost.handle checks the grant of the route before any code of a slice runs.
 #   The gate decides who comes in, this check what they may do inside. That a page hides a
 #   button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
@@ -3889,8 +3889,8 @@ def words_of(sql):
 # commit, and a rendering is sent as it is to everybody of a role.
 #
 # It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
-# Namespace and DurableObject. It uses worker, Env.forward, Bus.listeners, SliceHost.handle,
-# render and stream, Directory.make_file, Context.shared, headers_of and refusal.
+# Namespace and DurableObject. It uses worker, question_of, Env.forward, Bus.listeners,
+# SliceHost.handle, render and stream, Directory.make_file, headers_of and refusal.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
 # edge a LoopEdge, piece a Piece, stream a Stream, stub a GuardedStub; headers is a dict,

@@ -12168,6 +12168,28 @@ def test_pytest_takes_nothing_of_it_for_a_test():
     assert not [name for name, value in vars(orion).items() if name.lower().startswith("test") and getattr(value, "__test__", True)]
 
 
+def named_in_comments():
+    """What comments name as Class.name or, with the number of a section behind it, as name (12): (name, section or "")."""
+    text = (HERE / "orion.py").read_text("utf-8")
+    comments = " ".join(re.findall(r"(?m)^\s*#(.*)", text))
+    return sorted({*re.findall(r"\b([A-Za-z_]\w*\.\w+|\w*_\w+)(?: \((\d+)\))", comments), *re.findall(r"\b([A-Z]\w+[a-z]\.[a-z_]\w*)()\b", comments)})
+
+
+def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
+    lines = (HERE / "orion.py").read_text("utf-8").split("\n")
+    begins = {int(found[1]): number for number, line in enumerate(lines, 1) if (found := re.match(r"# ==== (\d+)\. ", line))}
+    names = named_in_comments()
+    assert len(names) > 40
+    for name, section in names:
+        owner, _, attribute = name.rpartition(".")
+        whole = getattr(orion, owner) if owner else orion
+        if not hasattr(whole, attribute):
+            assert attribute in whole.__init__.__code__.co_names, name
+        elif section:
+            line = inspect.unwrap(getattr(whole, attribute)).__code__.co_firstlineno
+            assert max(number for number in begins if begins[number] <= line) == int(section), name
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
