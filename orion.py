@@ -9956,7 +9956,7 @@ def wrong_with_file(settings, path, id):
             mark = db.execute("PRAGMA application_id").fetchone()[0]
             if not settings.single and mark not in (0, mark_of(id)):
                 raise sqlite3.DatabaseError("the file belongs to another object")
-            try_migrations(settings, db, path, schema_of(settings, id))
+            try_on_copy(settings, db, path, schema_of(settings, id))
     except (sqlite3.Error, MigrationError) as error:
         return [str(StorageFault(path, error))]
     return []
@@ -9970,20 +9970,41 @@ def schema_of(settings, id):
     return [*outside, *inside[1:]] if settings.single else outside
 
 
-def try_migrations(settings, db, path, schema):
-    """Raise MigrationError for what would keep people out of a file. It stays as it is."""
+ASKED = ("integrity-check",)
+INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"     # FTS5
+
+
+def try_on_copy(settings, db, path, schema):
+    """Raise MigrationError for what would keep people out of a file, DatabaseError for an
+    index of words that is damaged. The file stays as it is."""
     wanted = {(slice, number, hashlib.sha256(sql.encode()).hexdigest())
               for slice, entries in schema for number, sql in enumerate(entries, 1)}
     ran = db.execute("SELECT slice, entry, digest FROM _migrations").fetchall()
     slices = dict(schema)
-    if wanted == {row for row in ran if row[0] in slices}:
+    migrated = wanted == {row for row in ran if row[0] in slices}
+    if migrated and not db.execute(INDEXES).fetchone():
         return
     with tempfile.TemporaryDirectory(dir=settings.data) as folder:
         copy = pathlib.Path(folder, "adopted.db")
         copy_database(path, copy)
+        check_indexes(copy)
         with contextlib.closing(GuardedStore(copy)) as store:
             for slice, entries in schema:
                 store.migrate(slice, entries)
+
+
+def check_indexes(copy):
+    """Ask FTS5, which answers only to a writer; quick_check reads no word before SQLite
+    3.44."""
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        for name, in db.execute(INDEXES).fetchall():
+            try:
+                db.execute(f"""INSERT INTO "{name}" ("{name}") VALUES (?)""", ASKED)
+            except sqlite3.DatabaseError as error:
+                raise sqlite3.DatabaseError(
+                    f"the index {name} is damaged ({error}); if its text is in a table, "
+                    f"INSERT INTO {name} ({name}) VALUES ('rebuild') makes it anew, else"
+                ) from error
 
 
 def cut_short(settings):

@@ -11095,6 +11095,24 @@ def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fa
     assert check("CREATE INDEX one ON notes (x)") == 0 and [file.read_bytes() for file in files] == before
 
 
+def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start, capsys):
+    """FTS5 looks into it for a writer alone: it is a copy that is asked."""
+    slices = [orion.todos, orion.Slice("notes", (*NOTES, *WORDS))]
+    server = start(slices)
+    data, check = server.env.settings.data, lambda: orion.main(slices, ["check", "--data", str(data)])
+    server.env.workspaces.sleep_unused(idle=-1)
+    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+    before = file.read_bytes()
+    assert check() == 0 and file.read_bytes() == before
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE words_data SET block = x'ff' || block WHERE id > 10")
+    assert check() == 1 and not [*data.glob("tmp*")]
+    assert f"acme: {file}: the index words is damaged" in (said := capsys.readouterr().out) and "'rebuild'" in said
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute(re.search("INSERT INTO .*'rebuild'[)]", said)[0])
+    assert check() == 0
+
+
 def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
     data = served.env.settings.data
     left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
