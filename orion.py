@@ -13593,6 +13593,9 @@ def stop_or_leave(server, number):
         os._exit(1)
     server.stop()
     notify("STOPPING=1")
+    if server.draining:
+        server.call(log, f"stops in {server.settings.drain:g} s (--drain), and answers 503 "
+                         "until then; Ctrl+C or SIGTERM once more ends it at once")
 
 
 def notify(state: str):

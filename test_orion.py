@@ -6844,12 +6844,13 @@ def test_a_trusted_proxy_may_say_that_the_page_came_over_https(start):
     assert "203.0.113.9" in bob.get("/account", **proxied).text and bob.get("/metrics", **proxied).status == 403
 
 
-def test_while_it_drains_a_server_says_so_to_whoever_asks_and_then_it_ends(start):
-    """So a load balancer hears of it from /healthz, before the port is closed."""
+def test_while_it_drains_a_server_says_so_to_whoever_asks_and_then_it_ends(start, capfd):
+    """So a load balancer hears of it from /healthz, before the port is closed; and whoever pressed Ctrl+C from the log."""
     server = start(drain=WHOLE)
     bob, ear = Person(server, "bob"), Ear(Person(server, "bob"), "/w/acme/todos/live")
     ear.event()
-    server.edge.stop()
+    orion.stop_or_leave(server.edge, signal.SIGTERM)
+    logged(capfd, f"stops in {WHOLE:g} s (--drain), and answers 503 until then; Ctrl+C or SIGTERM once more ends it at once")
     answers = [bob.get("/healthz"), bob.get("/w/acme/todos"), bob.post("/w/acme/todos", title="x"), bob.get("/w/acme/todos/live")]
     assert {(answer.status, answer.headers["connection"]) for answer in answers} == {(503, "close")}
     assert answers[0].text == "draining\n" and "about to stop" in answers[1].text and "retry-after" in answers[1].headers
