@@ -2013,10 +2013,11 @@ class Answers:
     def keep(self, who: str, command: bytes, response: Response) -> None:
         """Keep it in the transaction of the command: both are on the disk, or neither.
 
-        An answer that sets a cookie is written nowhere. One that is too large is repeated
-        as a plain 204.
+        An answer with a secret is written nowhere: one that sets a cookie, or says itself
+        that it must not be stored. One that is too large is repeated as a plain 204.
         """
-        if "set-cookie" in [name.lower() for name, _ in response.headers]:
+        names = [name.lower() for name, _ in response.headers]
+        if "set-cookie" in names or "cache-control" in names:
             return
         body = response.body.decode("latin-1")
         text = json.dumps([response.status, body, response.type, response.headers])
@@ -2967,6 +2968,14 @@ DIRECTORY_TABLES = (
     "CREATE INDEX workspaces_by ON workspaces (founder)",
     "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
     "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
+    "CREATE TABLE links (digest BLOB PRIMARY KEY, kind TEXT NOT NULL, uses INTEGER NOT "
+    "NULL, expires REAL NOT NULL, used_by TEXT NOT NULL DEFAULT '', maker TEXT REFERENCES "
+    "accounts ON DELETE CASCADE, workspace TEXT, role TEXT, account TEXT REFERENCES "
+    "accounts ON DELETE CASCADE, password TEXT, session BLOB REFERENCES sessions ON DELETE "
+    "CASCADE, FOREIGN KEY (workspace, maker) REFERENCES memberships ON DELETE CASCADE) "
+    "WITHOUT ROWID",
+    "CREATE INDEX links_into ON links (workspace, maker)",
+    "CREATE INDEX links_of ON links (session)",
 )
 
 directory = Slice(
@@ -6772,7 +6781,7 @@ def create_workspace_with_file(request, env):
 #     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
 #     48 Uploads        49 Stored files 50 Ordinary pages
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
-#     56 Command line   57 Own options  58 Development  59 Testing
+#     56 Command line   57 Own options  58 Development  59 Testing      60 Links
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6831,6 +6840,7 @@ ROOTS: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []     # (want
 WAYS_TO_SERVE: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []  # likewise
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
+AT_START: List[Callable[[Any, str], None]] = []          # told of a server, and its address
 PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
 VERBS: Dict[str, Verb] = {}                              # by their words
 NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
@@ -7422,6 +7432,9 @@ def account_remove(settings, given):
 #   its open pages end within a second.
 # It needs: 30 Accounts.
 
+ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
+
+
 def account_page(ctx):
     """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
     mine = bytes.fromhex(ctx.request.headers["x-session"])
@@ -7432,8 +7445,9 @@ def account_page(ctx):
                  "since": formatdate(row["created"], usegmt=True),
                  "this": row["digest"] == mine} for row in rows]
     problem = ctx.typed.get("problem", "")
+    more = Html().join([part(ctx) for part in ACCOUNT_PARTS])
     body = template("account")(session=sessions, account=account, problem=problem,
-                               stamp=ctx.stamp)
+                               stamp=ctx.stamp, more=more)
     return page("Account", body, ctx.viewer)
 
 
@@ -13570,10 +13584,13 @@ def serve_part_one(settings):
 def say_where(server):
     host = server.settings.host
     host = f"[{host}]" if ":" in host else host
-    print(f"orion: http://{host}:{server.server_port}", flush=True)
+    address = f"http://{host}:{server.server_port}"
+    print(f"orion: {address}", flush=True)
     if server.settings.demo:
         print("orion: demo: open the address and choose a persona; bob and carol share the "
               "workspace acme", flush=True)
+    for say in AT_START:
+        say(server, address)
 
 
 def bound(settings, make):
@@ -14706,6 +14723,423 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
+
+
+# ==== 60. Links ===========================================================================
+# The idea: whoever has a link may do one thing, a few times, for some days: enter a
+#   workspace, sign in on another device, or set a new password. With the link that a new
+#   server prints, one makes its first account.
+# It promises: the secret stands behind the # of an address. Browsers send that to nobody,
+#   so it is in no log and no Referer; only its hash is stored. To look at a link does not
+#   use it up. None makes an owner, or changes the role of a member. One is void as soon as
+#   its maker could not make it any more: foreign keys remove it with the membership, which
+#   any change of the role replaces, and with the session.
+# Who uses it: the members page, the account page, and the first start.
+# It needs: 30 Accounts, 31 Account page.
+#
+# Its table is in section 13:
+#
+#     links   digest (of the secret), kind (of KINDS), uses (that are left), expires,
+#             used_by (accounts); maker, workspace and role; for a new password: whose
+#             (account), and a hash of what is stored now (password); session: of the maker
+
+DAY = 86400.0                                            # seconds
+MOST_LINKS = 100                                         # of one workspace
+LONGEST_LINK = 30                                        # days
+MOST_USES = 100
+GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
+               coalesce(l.account, s.account) AS person FROM links l
+               LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
+               LEFT JOIN memberships m ON m.workspace = w.id AND m.account = l.maker
+               LEFT JOIN sessions s ON s.digest = l.session AND s.operator IS NULL
+               AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
+LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
+                used_by FROM links WHERE workspace = ? ORDER BY expires"""
+NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
+           "in full. Ask for a new one.")
+
+
+# -- to make a link
+
+def add_link(store, kind, seconds, **row) -> str:
+    """Return its secret. Links that are too old go, 100 at a time."""
+    now = time.time()
+    store.exec("DELETE FROM links WHERE digest IN (SELECT digest FROM links WHERE expires "
+               "<= ? LIMIT 100)", now)
+    secret = secrets.token_urlsafe(32)
+    row = {"digest": token_hash(secret), "kind": kind, "uses": 1, "expires": now + seconds,
+           **row}
+    marks = ", ".join("?" * len(row))
+    store.exec(f"INSERT INTO links ({', '.join(row)}) VALUES ({marks})", *row.values())
+    return secret
+
+
+def new_link_page(ctx, secret, what, back, which):
+    """Return the page that shows a link, this once: it is kept nowhere (Answers.keep)."""
+    request = ctx.request
+    address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
+    body = template("links.made")(address=address, what=what, back=back)
+    return page("A link", body, ctx.viewer)._replace(
+        headers=(("cache-control", "no-store"),), which=which)
+
+
+def make_link(ctx):
+    """Make a link into this workspace. Fields: role, uses and days."""
+    role = valid_role(ctx.field("role", "member"))
+    uses = within("uses", ctx.number("uses", 1), MOST_USES)
+    days = within("days", ctx.number("days", 7), LONGEST_LINK)
+    if role == "owner":
+        raise Refused(422, "A link makes no owner. Choose another role, and make them an "
+                           "owner when they are here.")
+    if len(ctx.store.query(LINKS_INTO, ctx.viewer.id)) >= MOST_LINKS:
+        raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
+    secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
+                      uses=uses, maker=ctx.viewer.account)
+    ctx.publish("members")
+    until = day_of(time.time() + days * DAY)
+    what = f"It lets {uses} in, as {role}, until {until}."
+    which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
+    return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
+
+
+def within(name, number, most):
+    if not 1 <= number <= most:
+        raise Refused(422, f"{name} is a number from 1 to {most}.")
+    return number
+
+
+def day_of(seconds):
+    return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def withdraw_link(ctx):
+    """The field link is a part of its hash, as the members page has it."""
+    link = ctx.field("link")[:16]
+    ctx.store.exec("DELETE FROM links WHERE workspace = ? AND substr(hex(digest), 1, 16) = "
+                   "upper(?)", ctx.viewer.id, link)
+    ctx.publish("members")
+    return see_other(f"/w/{ctx.workspace}/members/links")._replace(
+        which=f"{ctx.viewer.id} {link}")
+
+
+def own_session(ctx):
+    """Return the session. Raises Refused(403) for an operator who looks on."""
+    session = ctx.host.session(ctx.request)
+    if session and session["operator"]:
+        raise Refused(403, f"You look on as {session['account']}, and a link would outlast "
+                           "that. End it first.")
+    return session
+
+
+def device_link(ctx):
+    """Make a link that signs the viewer in elsewhere. The one before it is void."""
+    session = own_session(ctx)["digest"]
+    ctx.store.exec("DELETE FROM links WHERE session = ?", session)
+    secret = add_link(ctx.store, "device", 300, session=session)
+    what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
+            "minutes. Give it to nobody.")
+    return new_link_page(ctx, secret, what, "/account", ctx.viewer.account)
+
+
+def password_link(ctx):
+    """Make a link with which somebody sets a new password. The one before it is void."""
+    maker = own_session(ctx)["account"]
+    if not ctx.host.is_operator(maker):
+        raise Refused(403, "Only an operator of this server may do that. Ask one.")
+    account = account_name(ctx.field("account"))
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
+        raise Refused(404, "There is no account of this name. Go back and check the "
+                           "spelling.")
+    ctx.store.exec("DELETE FROM links WHERE account = ?", account)
+    secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
+                      password=password_mark(ctx.host, account))
+    what = f"With it {account} chooses a new password, once, within a day."
+    return new_link_page(ctx, secret, what, "/account", account)
+
+
+def password_mark(host, account):
+    """Return a hash of the password's hash: it tells whether there was a new one since."""
+    return token_hash(host.password_of(account)).hex()
+
+
+# -- to use one
+
+def secret_in(text):
+    """Return the secret; text may be the whole address."""
+    return text.rpartition("#")[2].strip()
+
+
+def link_page(ctx):
+    """Return the page that asks for a link or, after a mistake, the link's own again."""
+    return page_of_link(ctx, secret_in(ctx.typed.get("link", "")))
+
+
+def page_of_link(ctx, secret):
+    link = ctx.host.link(token_hash(secret))
+    title, asked = "You have a link", {"paste": True}
+    if link:
+        title = KINDS[link["kind"]].title
+        asked = {link["kind"]: link_facts(ctx, link, secret)}
+    fill = {**dict.fromkeys(["paste", *KINDS], False), **asked}
+    body = template("links")(heading=title, problem=ctx.typed.get("problem", ""), **fill)
+    return page(title, body, ctx.viewer)
+
+
+def link_facts(ctx, link, secret):
+    """Return what the page says of a link to whoever looks at it."""
+    me = ctx.viewer.account
+    member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
+    return {**link, "secret": secret, "me": me, "stamp": ctx.stamp,
+            "next": f"/w/{link['name']}" if link["name"] else "/",
+            "username": ctx.typed.get("username", ""), "new": True, "known": True,
+            "member": member, "joins": bool(me) and not member, "stranger": not me,
+            "other": bool(me) and me != link["person"]}
+
+
+def use_link(ctx):
+    """Use a link. Without a field how, only show its page: so asks the script that takes
+    the secret out of the address."""
+    secret = secret_in(ctx.field("link"))
+    link = ctx.host.link(token_hash(secret))
+    if not link:
+        raise Refused(422, NO_LINK)
+    if not ctx.field("how"):
+        return page_of_link(ctx, secret)
+    own_session(ctx)
+    account = KINDS[link["kind"]].use(ctx, link)
+    if account == ctx.viewer.account:
+        answer = see_other(local_path(ctx.field("next", "/")))
+    else:
+        answer = open_session(ctx, account)
+    which = filter(None, [link["kind"], link["workspace"], account])
+    return answer._replace(which=" ".join(which))
+
+
+def count_use(ctx, link, account):
+    ctx.store.exec("UPDATE links SET uses = uses - 1, used_by = ltrim(used_by || ' ' || ?) "
+                   "WHERE digest = ?", account, link["digest"])
+    return account
+
+
+def join(ctx, link):
+    """Let somebody into a workspace. Who is a member already stays what they are."""
+    account = joining(ctx)
+    if role_of(ctx.store, link["workspace"], account) == NOT_A_MEMBER:
+        count_use(ctx, link, account)
+        ctx.viewer = dataclasses.replace(ctx.viewer, id=link["workspace"])
+        put_role(ctx, account, NOT_A_MEMBER, link["role"])
+    return account
+
+
+def joining(ctx):
+    """Return who joins, by the field how: new, known (with a password) or signed in."""
+    how = ctx.field("how")
+    if how == "new":
+        return new_account(ctx, operator=False)
+    account = proved(ctx) if how == "known" else ctx.viewer.account
+    if not account:
+        raise Refused(422, "Name and password do not go together. Try again.")
+    return account
+
+
+def new_account(ctx, operator):
+    name = account_name(ctx.field("username"))
+    if not ACCOUNT_NAME.fullmatch(name):
+        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
+                           "inside. Choose another.")
+    if ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+        raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
+                           "sign in.")
+    ctx.store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, "
+                   "?, ?)", name, name, new_hash(ctx), operator)
+    return name
+
+
+def new_hash(ctx):
+    """Return the hash of a new password, which at_link made. Raises Refused(422)."""
+    check_password(ctx.field("new"))
+    hashed = ctx.request.headers.get("x-hashed")
+    if not hashed:
+        raise Refused(422, "This can't be set so. Use the form that the link opens.")
+    return hashed
+
+
+def sign_in_here(ctx, link):
+    return count_use(ctx, link, link["person"])
+
+
+def set_password(ctx, link):
+    """All other sessions of the account end."""
+    account = link["person"]
+    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
+    hashed = new_hash(ctx)
+    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
+    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
+    return count_use(ctx, link, account)
+
+
+def make_first(ctx, link):
+    return count_use(ctx, link, new_account(ctx, operator=True))
+
+
+def may_invite(host, link):
+    return "members:manage" in ROLES.get(link["makes"], ())
+
+
+def is_signed_in(host, link):
+    return link["person"] is not None
+
+
+def may_set(host, link):
+    unchanged = link["password"] == password_mark(host, link["account"])
+    return unchanged and host.is_operator(link["maker"])
+
+
+class Kind(NamedTuple):
+    """What a link is for. title: of its page. holds(host, link): could it be made now?
+    use(ctx, link) returns the account that is signed in then."""
+    title: str
+    holds: Callable[[Any, sqlite3.Row], bool]
+    use: Callable[[Context, sqlite3.Row], str]
+
+
+KINDS = {"invite": Kind("You are invited", may_invite, join),
+         "device": Kind("Sign in on this device", is_signed_in, sign_in_here),
+         "password": Kind("Choose a new password", may_set, set_password),
+         "first": Kind("Make the first account", lambda host, link: host.is_empty(),
+                       make_first)}
+
+
+# -- pages
+
+def links_region(ctx):
+    rows = [{**row, "until": day_of(row["expires"]), "came": row["used_by"] != ""}
+            for row in ctx.store.query(LINKS_INTO, ctx.viewer.id)]
+    return template("links.region")(link=rows)
+
+
+def links_page(ctx, region):
+    typed = {"uses": "1", "days": "7", "role": "member", "problem": "", **ctx.typed}
+    roles = [{"role": role, "selected": role == typed["role"]} for role in ROLES
+             if role != "owner"]
+    return template("links.page")(
+        workspace=ctx.title, option=roles, uses=typed["uses"], days=typed["days"],
+        problem=typed["problem"], region=region, live=template("slice.live")(),
+        stamp=ctx.stamp)
+
+
+def members_with_links(ctx, region):
+    shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
+    return Html().join([members_page(ctx, region), shown])
+
+
+def account_links(ctx):
+    operator = ctx.host.is_operator(ctx.viewer.account)
+    return template("links.account")(operator=operator, stamp=ctx.stamp)
+
+
+ACCOUNT_PARTS.append(account_links)
+
+
+def home_or_first(ctx):
+    """As long as nobody can sign in, the front page says how the first one is made."""
+    if ctx.viewer.account or not ctx.host.is_empty():
+        return home(ctx)
+    return page("Welcome", template("links.nobody")(**LAYOUT))
+
+
+invitations = Live("/members/links", "members:manage", "Links",
+                   (Region("members", links_region),), links_page, tab=False)
+
+DIRECTORY_SLICES.append(Slice("links", live=(
+    members._replace(page=members_with_links), invitations), routes=(
+    Route("GET", "/", PUBLIC, home_or_first),
+    Route("GET", "/join", PUBLIC, link_page),
+    Route("POST", "/join", PUBLIC, use_link),
+    Route("POST", "/members/links", "members:manage", make_link),
+    Route("POST", "/members/links/withdraw", "members:manage", withdraw_link),
+    Route("POST", "/account/links", ACCOUNT, device_link),
+    Route("POST", "/account/links/password", ACCOUNT, password_link))))
+
+
+@addition
+class KnowsLinks(EdgeDirectory):
+    def link(self, digest):
+        """Return the row of a link that can be used now, else None."""
+        now = time.time()
+        row = self.store.one(GOOD_LINK, now, digest, now)
+        return row if row and KINDS[row["kind"]].holds(self, row) else None
+
+    def is_empty(self):
+        return self.store.one("SELECT 1 FROM accounts LIMIT 1") is None
+
+    def own_link(self, request):
+        return self.link(bytes.fromhex(request.headers["x-link"])) is not None
+
+    def own_first(self, request):
+        """Return the secret of a new link for the first account; "" if there is one. The
+        link that was printed before is void."""
+        with self.store.tx():
+            self.store.exec("DELETE FROM links WHERE kind = 'first'")
+            return add_link(self.store, "first", 7 * DAY) if self.is_empty() else ""
+
+
+@addition
+class OpensLinks(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.made_up = Throttle()
+        self.made_accounts = Throttle(MOST_USES)         # each takes 0.1 s to hash
+        self.add_doors({"/join": self.at_link})
+
+    def at_link(self, request, env):
+        """A door. Passwords are hashed before the Directory's turn is taken, and only for
+        a link that is good; so whoever has one is not slowed by those who guess."""
+        if request.method in SAFE:
+            return env.directory.fetch(request)
+        digest = token_hash(secret_in(request.text("link"))).hex()
+        if env.directory.ask("/_link", headers={"x-link": digest}):
+            return env.directory.fetch(self.with_hashes(request, env))
+        throttle(self.made_up, request)
+        return env.directory.fetch(request)
+
+    def with_hashes(self, request, env):
+        if request.text("how") == "known":
+            return self.passwords.prove(request, env.directory)
+        new = self.passwords.typed_in(request)[2]
+        if not new:
+            return request
+        throttle(self.made_accounts, request)
+        return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
+
+
+def throttle(attempts, request):
+    """Count an attempt from this address. Raises Refused(429) if there were too many."""
+    source = f"from {source_of(request.peer)}"
+    attempts.check(source)
+    attempts.count(source)
+
+
+def print_first_link(server, address):
+    """On standard output alone, which is not where errors are logged."""
+    if server.settings.demo or server.settings.plane == "data":
+        return
+    secret = server.env.directory.ask("/_first")
+    if secret:
+        print("orion: nobody can sign in yet; make the first account, an operator, at "
+              f"{address}/join#{secret}", flush=True)
+
+
+AT_START.append(print_first_link)
+
+
+def no_links(request, env):
+    """A door of --plain."""
+    raise Refused(404, "This server runs with --plain, where there are no passwords, so a "
+                       "link opens nothing. Start it without --plain.")
+
+
+PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 
 if __name__ == "__main__":

@@ -12209,6 +12209,301 @@ def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
             assert max(number for number in begins if begins[number] <= line) == int(section), name
 
 
+# ==== 60. Links =======================================================================================================
+
+def shown_link(answer):
+    """The address that a page shows, this once."""
+    assert answer.status == 200
+    return html.unescape(re.search(r'id="address" value="([^"]*)"', answer.text)[1])
+
+
+def link_into(person, workspace="acme", **fields):
+    return shown_link(person.post(f"/w/{workspace}/members/links", form=fields))
+
+
+def at_link(server, link, how="", person=None, **fields):
+    return (person or Person(server)).post("/join", form={"link": link, "how": how, **fields})
+
+
+def newcomer(server, link, name="bea"):
+    return at_link(server, link, "new", username=name, new="long enough", next="/w/acme")
+
+
+def signed_in_by(server, answer):
+    person = Person(server)
+    person.headers["Cookie"] = answer.headers["set-cookie"].split(";")[0]
+    return person
+
+
+def roles_in(server, workspace="acme"):
+    rows = server.directory().store.query("SELECT account, role FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE w.name = ?", workspace)
+    return {row["account"]: row["role"] for row in rows}
+
+
+def test_a_new_server_prints_a_link_for_the_first_account_and_logs_it_nowhere(tmp_path):
+    with Command("--port", 0, "--no-demo", "--data", tmp_path / "data") as server:
+        link = re.search(r"\S+/join#(\S+)", server.process.stdout.readline())
+        assert "operator" in at_link(server, link[0]).text
+        assert server.end()[0] == 0 and link[1] not in server.out + server.err and "POST /join " in server.out
+
+
+def first_link(server, capsys):
+    """What a start prints; "" for nothing."""
+    orion.print_first_link(server.edge, server.origin)
+    return "".join(re.findall(rf"{server.origin}/join#\S+", capsys.readouterr().out))
+
+
+@cases("settings", [{}, {"single": "team.db"}, {"plane": "directory"}], ids=str)
+def test_the_first_account_is_an_operators_and_the_link_is_void_after_another_start_or_account(start, capsys, tmp_path, settings):
+    server = start(demo=False, **{name: tmp_path / value if name == "single" else value for name, value in settings.items()})
+    links = [first_link(server, capsys) for _ in range(3)]
+    assert [at_link(server, link).status for link in links] == [422, 422, 200]
+    front = Person(server).get("/").text
+    assert "orion.py account add NAME --operator" in front and "orion.py workspace add TITLE --owner NAME" in front and links[2].partition("#")[2] not in front
+    ann = signed_in_by(server, at_link(server, links[2], "new", username=" Ann ", new="long enough"))
+    assert ann.get("/console").status == 200 and "Sign in" in Person(server).get("/").text and newcomer(server, links[2]).status == 422
+    assert first_link(server, capsys) == ""
+
+
+def test_the_link_for_the_first_account_is_void_when_the_command_line_made_one(start, capsys):
+    server = start(demo=False)
+    link = first_link(server, capsys)
+    server.write("INSERT INTO accounts (name, label) VALUES ('zoe', 'zoe')")
+    assert newcomer(server, link).status == 422 and first_link(server, capsys) == ""
+
+
+def test_the_demo_needs_no_first_account(server, capsys):
+    orion.print_first_link(server.edge, server.origin)
+    assert capsys.readouterr().out == "" and "be somebody" in Person(server).get("/").text
+
+
+def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_maker_sees_it_at_once(outside):
+    ann = outside.sign_in("ann")
+    ann.post("/workspaces", form={"name": "A <b> & co"})
+    link = link_into(ann, "a-b-co", role="viewer", uses="2")
+    ear = Ear(ann, "/w/a-b-co/members/links/live")
+    assert "for 2 more" in ear.event()
+    page = at_link(outside, link)
+    assert (page.status, page.headers["cache-control"]) == (200, "no-store") and "A &lt;b&gt; &amp; co</b>, as viewer" in page.text
+    answer = at_link(outside, link, "new", username="bea", new="long enough", next="/w/a-b-co")
+    assert (answer.status, answer.headers["location"]) == (303, "/w/a-b-co")
+    assert "Came by it: bea" in ear.until_it_says("for 1 more")
+    assert signed_in_by(outside, answer).get("/_gate/a-b-co").headers["x-role"] == "viewer"
+    assert outside.env.directory.ask("/_operator", "", {"cookie": signed_in_by(outside, answer).headers["Cookie"]}) is False
+    notes = [tuple(row) for row in outside.directory().store.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
+    assert notes == [("", "directory.use_link"), ("ann", "directory.make_link")]
+
+
+def test_whoever_has_an_account_joins_by_one_button_or_signs_in_by_the_link(outside):
+    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"), uses="2")
+    assert "Join as ops" in at_link(outside, link, person=ops).text and "ops" not in roles_in(outside)
+    assert at_link(outside, link, "me", ops, next="/w/acme").headers["location"] == "/w/acme" and roles_in(outside)["ops"] == "member"
+    outside.write("INSERT INTO accounts (name, label, password) VALUES ('zoe', 'zoe', ?)", orion.hash_password("long enough"))
+    wrong = at_link(outside, link, "known", username="zoe", password="not this one")
+    assert wrong.status == 422 and "do not go together" in wrong.text and "not this one" not in wrong.text and 'value="zoe"' in wrong.text
+    zoe = signed_in_by(outside, at_link(outside, link, "known", username="zoe", password="long enough"))
+    assert zoe.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
+
+
+@cases("role", ["owner", "viewer"])
+def test_a_link_changes_nothing_for_whoever_is_a_member_already_not_even_its_uses(outside, role):
+    ann = outside.sign_in("ann")
+    link = link_into(ann, role="admin")
+    if role == "viewer":
+        ann = outside.sign_in("ops")
+        outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
+    before = roles_in(outside)
+    assert "You are in it already" in at_link(outside, link, person=ann).text
+    assert at_link(outside, link, "me", ann, next="/w/acme").status == 303 and roles_in(outside) == before
+    assert newcomer(outside, link).status == 303
+
+
+def test_of_many_who_take_the_last_use_at_once_one_is_in(outside):
+    link, together = link_into(outside.sign_in("ann")), threading.Barrier(6)
+
+    def take(number):
+        together.wait(PATIENCE)
+        return newcomer(outside, link, f"n{number}").status
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        taken = sorted(pool.map(take, range(6)))
+    assert taken == [303] + 5 * [422] and len(roles_in(outside)) == 2
+    assert outside.directory().store.one("SELECT count(*) FROM accounts")[0] == 3, "who came too late has no account either"
+
+
+ENDS_OF_A_LINK = {
+    "it is withdrawn": lambda server, ops: ops.post("/w/acme/members/links/withdraw", form={
+        "link": re.search(r'name="link" value="(\w{16})"', ops.get("/w/acme/members/links").text)[1]}),
+    "it is too old": "UPDATE links SET expires = expires - 7.01 * 86400",
+    "its maker was removed": lambda server, ops: ops.delete("/w/acme/members/ann"),
+    "its maker left and came back": lambda server, ops: (ops.delete("/w/acme/members/ann"), ops.post("/w/acme/members", account="ann", role="admin")),
+    "its maker became a member": lambda server, ops: ops.patch("/w/acme/members/ann", role="member"),
+    "its maker's account is gone": "DELETE FROM accounts WHERE name = 'ann'",
+    "a role lost the right": "UPDATE memberships SET role = 'viewer' WHERE account = 'ann'",
+    "the workspace was removed": "DELETE FROM workspaces"}
+
+
+@cases("end", ENDS_OF_A_LINK)
+def test_a_link_is_void_as_soon_as(outside, end):
+    link = link_into(outside.sign_in("ann"))
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'owner' FROM workspaces")
+    assert at_link(outside, link).status == 200
+    change = ENDS_OF_A_LINK[end]
+    outside.write(change) if type(change) is str else change(outside, outside.sign_in("ops"))
+    assert at_link(outside, link).status == 422 and "Ask for a new one" in newcomer(outside, link).text
+    assert outside.directory().store.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None
+
+
+@cases("fields, why", [({"role": "owner"}, "makes no owner"), ({"role": "king"}, "one of owner"), ({"uses": "0"}, "from 1 to 100"), ({"uses": "101"}, "from 1 to 100"),
+                       ({"days": "31"}, "from 1 to 30"), ({"days": "x"}, "whole number")], ids=str)
+def test_a_link_makes_no_owner_and_has_its_bounds(outside, fields, why):
+    answer = outside.sign_in("ann").post("/w/acme/members/links", form=fields)
+    assert answer.status == 422 and why in answer.text and not outside.directory().store.query("SELECT 1 FROM links")
+
+
+def test_only_who_manages_members_makes_sees_and_withdraws_links(outside):
+    ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
+    link_into(ann)
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'member' FROM workspaces")
+    name = re.search(r'name="link" value="(\w{16})"', ann.get("/w/acme/members/links").text)[1]
+    assert 'href="./members/links"' in ann.get("/w/acme/members").text and "members/links" not in ops.get("/w/acme/members").text
+    assert {ops.get(path).status for path in ("/w/acme/members/links", "/w/acme/members/links/live")} == {403}
+    assert {ops.post(path, form={"link": name}).status for path in ("/w/acme/members/links", "/w/acme/members/links/withdraw")} == {403}
+    ann.post("/workspaces", form={"name": "other"})
+    ann.post("/w/other/members/links/withdraw", form={"link": name})
+    assert outside.directory().store.query("SELECT 1 FROM links"), "it is not of that workspace"
+
+
+def test_there_are_so_many_links_at_most_and_what_is_too_old_goes(outside, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_LINKS", 2)
+    ann = outside.sign_in("ann")
+    link_into(ann), link_into(ann)
+    assert "Withdraw one first" in ann.post("/w/acme/members/links", form={}).text
+    outside.write("UPDATE links SET expires = 1")
+    shown_link(ann.post("/account/links", form={}))
+    assert [row["kind"] for row in outside.directory().store.query("SELECT kind FROM links")] == ["device"]
+
+
+def test_made_up_links_are_slowed_like_passwords_and_slow_nobody_else(outside):
+    link, mallory = link_into(outside.sign_in("ann")), Person(outside)
+    tried = [at_link(outside, f"{link[:-1]}{number}{number}", "new", mallory, username="eve", new="long enough") for number in range(12)]
+    assert [answer.status for answer in tried] == 10 * [422] + 2 * [429] and int(tried[-1].headers["retry-after"]) > 500
+    outside.sign_in("ann")
+    assert newcomer(outside, link).status == 303, "from the same address"
+
+
+def test_a_made_up_link_costs_no_hash_of_a_password(outside, monkeypatch):
+    made = mock.Mock(wraps=orion.scrypt)
+    monkeypatch.setattr(orion, "scrypt", made)
+    assert newcomer(outside, "made up").status == 422 == at_link(outside, "made up", "known", username="ann", password="x").status
+    assert not made.called
+    link = link_into(outside.sign_in("ann"))
+    monkeypatch.setattr(orion, "MOST_USES", 2)
+    outside.edge.made_accounts.most = 2
+    tried = [at_link(outside, link, "new", username="ann", new="long enough").status for _ in range(3)]
+    assert tried == [422, 422, 429], "a good one costs so many at most"
+
+
+@cases("method", ["GET", "HEAD"])
+def test_to_ask_for_the_page_shows_and_uses_nothing_whatever_stands_in_its_address(outside, method):
+    link = link_into(outside.sign_in("ann"))
+    secret = link.partition("#")[2]
+    for path in (f"/join?link={secret}&how=new&username=bea&new=long+enough", f"/join/{secret}", "/join"):
+        answer = Person(outside).ask(method, path)
+        assert answer.status in (200, 404) and "acme" not in answer.text
+    assert newcomer(outside, link).status == 303
+
+
+@cases("headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": None}, {"Sec_Fetch_Site": "cross-site"}], ids=str)
+def test_no_other_site_has_a_link_made_or_used(outside, headers):
+    ann, ops, link = outside.sign_in("ann"), outside.sign_in("ops"), link_into(outside.sign_in("ann"))
+    form = "application/x-www-form-urlencoded"
+    body = urllib.parse.urlencode({"link": link, "how": "me"})
+    assert ops.ask("POST", "/join", body, Content_Type=form, **headers).status == 403
+    assert {ann.ask("POST", path, "", Content_Type=form, **headers).status for path in ("/account/links", "/w/acme/members/links")} == {403}
+    assert "ops" not in roles_in(outside) and len(outside.directory().store.query("SELECT 1 FROM links")) == 1
+
+
+def test_the_secret_of_a_link_is_in_no_file_log_or_console(start, capfd):
+    server = start(log="common")
+    bob, alice = Person(server, "bob"), Person(server, "alice")
+    console = Ear(alice, "/console/live")
+    console.event()
+    form = {"content_type": "application/x-www-form-urlencoded", "idempotency_key": "k"}
+    links = [shown_link(bob.ask("POST", path, "uses=3", **{**form, "idempotency_key": path})) for path in ("/w/acme/members/links", "/account/links")]
+    assert at_link(server, links[0]).status == 200 and at_link(server, links[0], "me", alice).status == 303 and at_link(server, links[1], "me").status == 303
+    said = console.until_it_says("/join")
+    said += Person(server, "alice").get("/console").text
+    eventually(lambda: '"POST /join HTTP/1.1" 303' in os.pread(1, 1 << 20, 0).decode())
+    out, err = capfd.readouterr()
+    server.close()
+    kept = b"".join(path.read_bytes() for path in server.env.settings.data.rglob("*") if path.is_file())
+    for link in links:
+        secret = link.partition("#")[2]
+        assert secret not in out + err + said and secret.encode() not in kept and orion.token_hash(secret) in kept
+
+
+def test_a_link_signs_in_on_another_device_once_and_no_longer_than_the_session_that_made_it(outside):
+    ann = outside.sign_in("ann")
+    link = shown_link(ann.post("/account/links", form={}))
+    assert "Sign in as ann" in at_link(outside, link).text
+    phone = signed_in_by(outside, at_link(outside, link, "me"))
+    assert phone.get("/w/acme/todos").status == 200 and ann.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
+    first, second = [shown_link(phone.post("/account/links", form={})) for _ in range(2)]
+    assert [at_link(outside, link).status for link in (first, second)] == [422, 200], "the one before is void"
+    age = outside.directory().store.one("SELECT max(expires) FROM links WHERE session NOT NULL")[0] - time.time()
+    assert 290 < age <= 300
+    ann.post("/account/sessions", form={"session": "others"})
+    assert at_link(outside, second, "me").status == 422
+
+
+def test_an_operator_gives_a_link_with_which_somebody_sets_a_new_password(outside):
+    ops, ann = outside.sign_in("ops"), outside.sign_in("ann")
+    assert ann.post("/account/links/password", form={"account": "ops"}).status == 403 and "forgot" not in ann.get("/account").text
+    assert ops.post("/account/links/password", form={"account": "nobody"}).status == 404
+    link = shown_link(ops.post("/account/links/password", form={"account": " Ann"}))
+    ear = Ear(ann, "/w/acme/todos/live")
+    ear.event()
+    assert at_link(outside, link, "new", new="short").status == 422 and ann.get("/account").status == 200
+    again = signed_in_by(outside, at_link(outside, link, "new", new="quite another"))
+    assert "signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401 and again.get("/account").status == 200
+    passwords = [Person(outside).post("/login", form={"username": "ann", "password": word}).status for word in ("long enough", "quite another")]
+    assert passwords == [422, 303] and at_link(outside, link).status == 422
+
+
+@cases("change", ["UPDATE accounts SET password = password || '0' WHERE name = 'ann'", "UPDATE accounts SET operator = 0", "DELETE FROM accounts WHERE name = 'ops'"])
+def test_a_link_for_a_new_password_is_void_when_there_is_one_or_its_maker_is_no_operator(outside, change):
+    link = shown_link(outside.sign_in("ops").post("/account/links/password", form={"account": "ann"}))
+    outside.write(change)
+    assert at_link(outside, link, "new", new="quite another").status == 422
+
+
+def test_an_operator_who_looks_on_makes_no_link_that_outlasts_it_and_uses_none(outside):
+    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"))
+    own = shown_link(ops.post("/account/links", form={}))
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert {ops.post("/account/links", form={}).status, ops.post("/account/links/password", form={"account": "ann"}).status,
+            at_link(outside, link, "me", ops).status} == {403}
+    assert at_link(outside, own).status == 422, "meanwhile it would sign in as ann"
+    ops.post("/masquerade/end", form={})
+    assert "Sign in as ops" in at_link(outside, own).text
+
+
+@cases("root", ["two planes", "single", "directory and node"])
+def test_a_link_leads_into_a_workspace_on_every_root_with_passwords(tmp_path, root):
+    with contextlib.closing(Root(ROOTS[root], tmp_path / "data")) as root:
+        answer = newcomer(root.server, link_into(root.person("bob")))
+        assert answer.status == 303 and signed_in_by(root.server, answer).get("/w/acme/todos").status == 200
+
+
+def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
+    with contextlib.closing(Plain(tmp_path / "plain")) as plain:
+        assert "without --plain" in Person(plain).get("/join").text and at_link(plain, "any").status == 404
+    (tmp_path / "data").mkdir()
+    orion.make_key(tmp_path / "data" / "secret.key")
+    node = start(demo=False, plane="data", directory="127.0.0.1:1")
+    assert "through the proxy" in Person(node).get("/join").text
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -14346,6 +14641,44 @@ def test_two_people_share_a_board_and_its_cards(windows, tmp_path, monkeypatch, 
         eventually(lambda: server.edge.broker.channels == {} if edge != "plain" else the_workspace(server).bus.waiting == 0)
         carol.click("#live a")
         carol.wait("location.pathname === '/w/acme/todos' && " + state("Live"))
+
+
+def test_a_link_is_made_opened_and_used_by_the_keyboard_on_a_telephone(site, windows):
+    bob, bea = site.at("bob", windows[0], "/w/acme/members/links"), windows[1]
+    narrow = "document.documentElement.scrollWidth <= innerWidth"
+    bob.size(375, 800), bea.size(375, 800), bob.errors()
+    bob.js("document.getElementById('days').focus()")
+    bob.press("Tab", "Enter")
+    link = bob.wait("document.activeElement.id === 'address' && document.activeElement.selectionEnd === document.activeElement.value.length && document.activeElement.value")
+    assert bob.js(f"return {narrow}") and link.startswith(f"{site.origin}/join#")
+    bea.open(link)
+    bea.wait(f"document.getElementById('new-name') && {narrow}")
+    assert link.partition("#")[2] not in bea.js("return location.href") and "acme, as member" in bea.js("return document.body.innerText")
+    bea.js("document.getElementById('new-name').focus()")
+    bea.press(*"bea", "Tab", *"longenough", "Enter")
+    bea.wait("location.pathname === '/w/acme/todos' && document.querySelector('.link').textContent === 'Live'")
+    bea.open(f"{site.origin}/join")
+    bea.js("location.hash = arguments[0]", link.partition("#")[2])       # another link in the same tab
+    bea.wait("document.body.innerText.includes('not valid') && location.hash === ''")
+    bob.open(f"{site.origin}/w/acme/members/links")
+    bob.wait(f"document.querySelector('#links li').textContent.includes('Came by it: bea') && {narrow}")
+    bob.click("#links li button")
+    bob.wait("document.querySelector('#links') && !document.querySelector('#links li')")
+    assert bob.errors() == [] == [error for error in bea.errors() if "422" not in error]
+
+
+@without_client
+def test_a_link_works_with_scripts_off(site, windows):
+    link, bea = link_into(Person(site, "bob")), windows[1]
+    bea.javascript(False)
+    bea.open(link)
+    bea.type("#link", link)
+    bea.press("Enter")
+    eventually(lambda: bea.js("return document.getElementById('new-name') !== null"))
+    bea.type("#new-name", "bea")
+    bea.type("#new", "long enough")
+    bea.press("Enter")
+    eventually(lambda: "bea" in roles_in(site))
 
 
 # ==== The client ======================================================================================================
