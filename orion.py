@@ -15144,6 +15144,9 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 if __name__ == "__main__":
     # Until the code of a program ends, Python keeps its syntax tree: 25 MB of this one. So
-    # the code ends here, by an exception, and Python's hook for uncaught ones goes on.
-    sys.excepthook = run_as_program
-    raise Exception("goes on in run_as_program")
+    # the code ends here, by an exception, and Python's hook for uncaught ones goes on. Not
+    # so in a debugger or a profiler: they would take that for the end.
+    if sys._getframe().f_back is None:
+        sys.excepthook = run_as_program
+        raise Exception("goes on in run_as_program")
+    sys.exit(main())

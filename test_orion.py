@@ -11518,6 +11518,11 @@ def test_a_server_started_as_a_program_does_not_keep_its_syntax_tree(tmp_path):
         assert memory(command.process.pid) < 48 * 1024, "kB: it is 32 MB, and 60 with the tree"
 
 
+def test_a_profiler_sees_all_of_a_run():
+    done = subprocess.run([sys.executable, "-m", "cProfile", PROGRAM, "--help"], capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "(parse_args)" in done.stdout
+
+
 @cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
     (tmp_path / "file").write_text("")
