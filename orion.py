@@ -301,15 +301,15 @@ def check_values(headers):
             raise ValueError(f"no header value may be {value!r:.200} (of {name})")
 
 
-def sendable(response, whose="this"):
-    """Return the response, with a tuple of headers.
+def sendable(response, function):
+    """Return the response that this function returned, with a tuple of headers.
 
     Raises TypeError or ValueError if it cannot be sent.
     """
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
-        raise TypeError(f"{whose} returned {response!r:.200}, and an answer is a Response "
-                        "with a number and bytes; for most commands: return done(ctx)")
+        raise returned(function, response, "an answer is a Response with a number and "
+                                           "bytes; for most commands: return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
     if type(response.headers) is not tuple:
         return response._replace(headers=tuple(map(tuple, response.headers)))
@@ -1673,7 +1673,7 @@ class SliceHost(DurableObject):
         ctx = self.context(self, store, viewer, request.params, request)
         what = f"{slice}.{name_of(route.run)}"
         try:
-            response = sendable(route.run(ctx, *args), what)
+            response = sendable(route.run(ctx, *args), route.run)
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
@@ -1757,7 +1757,7 @@ class SliceHost(DurableObject):
     def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
         made = time.perf_counter()
         try:
-            html = checked_region(region.show(ctx, *args))
+            html = checked_region(region.show(ctx, *args), region.show)
         except Exception as error:                       # for the log
             where = f"region {name_of(region.show)} of {live.path}"
             error.where = f"slice {ctx.store.slice!r}, {where}"
@@ -1781,7 +1781,7 @@ class SliceHost(DurableObject):
         renderings = self.renderings_of(live, ctx, args)
         own = ctx.for_page(live)
         body = self.around(live, own, renderings, args)
-        title = live.title(own, *args) if callable(live.title) else live.title
+        title = self.title_of(live, own, args)
         footer = self.xray(renderings, ctx, asked)
         return page(f"{title} · {ctx.title}", body, ctx.viewer,
                     self.navigation(live.path, ctx), footer, head=self.head(ctx))
@@ -1790,9 +1790,16 @@ class SliceHost(DurableObject):
         """Return a page with its regions, but without the layout of all pages."""
         body = live.page(ctx, *[one.html for one in renderings], *args)
         if type(body) is not Html:
-            raise TypeError(f"the page of {live.path} is to be Html, what a template "
-                            f"returns, and not {body!r:.200}")
+            raise returned(live.page, body, "a page is Html, such as a Template returns")
         return body
+
+    def title_of(self, live: Live, ctx: Context, args) -> str:
+        if not callable(live.title):
+            return live.title
+        title = live.title(ctx, *args)
+        if not isinstance(title, str):
+            raise returned(live.title, title, "a title is text")
+        return title
 
     def head(self, ctx):
         """[3] has styles and scripts of slices."""
@@ -1883,11 +1890,11 @@ REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id
                     r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
 
 
-def checked_region(made: Any) -> Html:
+def checked_region(made: Any, show: Callable[..., Any]) -> Html:
     """Return what a region returned. Raises TypeError if it could not stay current."""
     if type(made) is not Html or not REGION.match(made):
-        raise TypeError("a region is Html, one element with an id, such as a Template "
-                        f"returns, and not {made!r:.200}")
+        raise returned(show, made, "a region is Html, one element with an id, such as a "
+                                   "Template returns")
     return made
 
 
@@ -1915,11 +1922,26 @@ def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
     return PART_OF_PATH.sub(lambda part: str(values[part[2]]), text)
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """Return how a function is called, also one inside of functools.partial."""
+def inside_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return how a function is called, also one inside of functools.partial."""
+    function = inside_partial(function)
     return getattr(function, "__name__", type(function).__name__)
+
+
+def returned(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
+    """Return the error of a slice's function that returned something wrong.
+
+    No line of it is in the traceback, so the message says where it is.
+    """
+    code = getattr(inside_partial(function), "__code__", None)
+    at = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return TypeError(f"{name_of(function)}{at} returned {value!r:.200}, and {wanted}")
 
 
 # -- a page that was made for another account
@@ -3026,7 +3048,7 @@ STREAMING = {"transfer-encoding": "chunked", "x-accel-buffering": "no",
 def respond(request: Request, env: Env) -> Response:
     """Return the worker's response or, whatever went wrong, a refusal."""
     try:
-        return sendable(env.front(request, env))
+        return sendable(env.front(request, env), env.front)
     except (Exception, SystemExit) as error:             # a slice may call sys.exit()
         return refusal(request, error)
 
@@ -8436,10 +8458,11 @@ class HasJobs(Broadcast):
 
     def first_step(self, ctx, row):
         """Return what it waits for; None: it is done."""
-        made = self.router.jobs[row["job"]](ctx, **json.loads(row["args"]))
+        job = self.router.jobs[row["job"]]
+        made = job(ctx, **json.loads(row["args"]))
         if type(made) is not types.GeneratorType:
             if made is not None:
-                raise TypeError("a job returns nothing, and is not async")
+                raise returned(job, made, "a job returns nothing, and is not async")
             return None
         ctx.store.use(self, READ)                        # if it fails it begins anew
         try:
@@ -14571,7 +14594,7 @@ class Visitor:
         try:
             self.app.check_size(request)
             with self.app.clock:
-                answer = sendable(env.front(request, env))
+                answer = sendable(env.front(request, env), env.front)
         except Refused as no:
             return replied_no(no)
         for name, value in answer.headers:

@@ -2529,24 +2529,31 @@ def test_a_region_that_publishes_is_refused_instead_of_being_asked_for_ever(star
     logged(capfd, "publishes 'n', which only a command or a job may")
 
 
+def place_of(function):
+    """How the log says which function of a slice it was."""
+    return f"{function.__name__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
+
+
+A_REGION_IS = "and a region is Html, one element with an id, such as a Template returns"
+
+
 def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
-    careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Html("<p id=n>") + "<img src=x>"),)),))
+    show = lambda ctx: orion.Html("<p id=n>") + "<img src=x>"
+    careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "N", (orion.Region("n", functools.partial(show)),)),))
     bob = Person(start((orion.todos, careless)), "bob")
     assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500
-    assert logged(capfd, "slice 'careless', region <lambda> of /n: TypeError: a region is Html, one element with an id, such as a Template returns, and not '<p id=n><img src=x>'")
+    assert logged(capfd, f"slice 'careless', region <lambda> of /n: TypeError: {place_of(show)} returned '<p id=n><img src=x>', {A_REGION_IS}")
 
 
-@cases("returned", [None, 7])
-def test_a_region_that_is_nothing_is_an_error_and_not_shown(start, capfd, returned):
-    assert Person(start((small(region=lambda ctx: returned),)), "bob").get("/w/acme/n").status == 500
-    assert logged(capfd, f"slice 'small', region <lambda> of /n: TypeError: a region is Html, one element with an id, such as a Template returns, and not {returned!r}")
-
-
-@cases("returned", [None, "<h1>N</h1>", 7])
-def test_a_page_that_is_no_markup_is_an_error_and_not_shown(start, capfd, returned):
-    plain = orion.Slice("plain", (), (orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Template('<p id="n">x</p>')()),), lambda ctx, region: returned),))
-    assert Person(start((orion.todos, plain)), "bob").get("/w/acme/n").status == 500
-    assert logged(capfd, f"the page of /n is to be Html, what a template returns, and not {returned!r}")
+@cases("what, wrong, wanted", [("show", None, A_REGION_IS), ("show", 7, A_REGION_IS),
+                               *[("page", wrong, "and a page is Html, such as a Template returns") for wrong in (None, "<h1>N</h1>", 7)],
+                               ("title", None, "and a title is text")])
+def test_what_returns_what_can_not_be_shown_is_named_with_its_line(start, capfd, what, wrong, wanted):
+    region, function = orion.Template('<p id="n">x</p>')(), lambda *args: wrong
+    made = {"show": lambda ctx: region, "page": lambda ctx, region: region, "title": "N", what: function}
+    live = orion.Live("/n", "todos:read", made["title"], (orion.Region("n", made["show"]),), made["page"], tab=False)
+    assert Person(start((orion.todos, orion.Slice("plain", (), (live,)))), "bob").get("/w/acme/n").status == 500
+    assert logged(capfd, f"TypeError: {place_of(function)} returned {wrong!r}, {wanted}")
 
 
 @cases("markup", ['<div data-show="$n > 0" id="n">x</div>', "\n<p\n class='a>b'\n id=n>x</p>", '<x-y id = "n">x</x-y>'])
@@ -4593,7 +4600,7 @@ IN_A_PAGE = {
                              f"PermissionError: slice 'book' writes, which only a command or a job may; one that yields, only behind that: {INSERT_ENTRY}"),
 }
 BY_A_COMMAND = {
-    "no return": (mistaken(command=lambda ctx: None), "TypeError: book.sign returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
+    "no return": (mistaken(command=lambda ctx: None), "TypeError: SIGN returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
     "a value too few": (mistaken(command=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann")),
                         "ProgrammingError: Incorrect number of bindings supplied. The current statement uses 2, and there are 1 supplied., "
                         f"in slice 'book': {INSERT_ENTRY}; {VALUES}"),
@@ -4620,6 +4627,7 @@ def test_a_mistake_in_a_page_is_named_in_the_log(start, capfd, what):
 @cases("what", BY_A_COMMAND)
 def test_a_mistake_in_a_command_is_named_in_the_log(start, capfd, what):
     slice, said = BY_A_COMMAND[what]
+    said = said.replace("SIGN", place_of(slice.routes[0].run))
     bob = Person(start((orion.todos, slice)), "bob")
     assert 500 in [bob.post("/w/acme/book").status, bob.post("/w/acme/book").status]
     assert f"{said} (" in first_line_logged(capfd, "POST /w/acme/book")
@@ -7199,7 +7207,7 @@ def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
     slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
     with pytest.warns(RuntimeWarning, match="never awaited"):
         Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
-        assert logged(capfd, "a job returns nothing, and is not async")
+        assert logged(capfd, f"{place_of(later)} returned <coroutine object") and logged(capfd, "and a job returns nothing, and is not async")
         gc.collect()
 
 
