@@ -1700,7 +1700,8 @@ class SliceHost(DurableObject):
     def refuse(self, request, refused):
         """Show what is wrong with the input where it was typed, or raise refused."""
         if request.datastar and refused.status in (409, 422):
-            return as_json({refused.signal: refused.message, **refused.problems})
+            said = {refused.signal: refused.message, **refused.problems}
+            return as_json({**old_messages(request), **said})
         if request.form and refused.status in (409, 412, 422):
             return self.page_again(request, refused)
         raise refused
@@ -1881,6 +1882,28 @@ HOST_TABLES = (
     "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
     "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
 )
+
+def viewer_by_verdict(request: Request) -> Viewer:
+    """Return what the verdict says, in headers that only the worker can set."""
+    header = {**NO_VIEWER, **request.headers}
+    grants = tuple(header["x-grants"].split(",")) if header["x-grants"] else ()
+    return Viewer(header["x-role"], grants, header["x-workspace"], header["x-id"],
+                  header["x-account"])
+
+
+def old_messages(request: Request) -> Dict[str, str]:
+    """Return signals that take away what a page says of an earlier mistake: "problem" and,
+    for each field that was sent, "<field>_problem".
+
+    A form does not bring these signals along; otherwise, only those that came are meant.
+    """
+    names: Dict[str, Any] = {}
+    with contextlib.suppress(Refused):
+        names = dict(request.pairs())
+    problems = ["problem"]
+    problems += [f"{name}_problem" for name in names if not name.startswith("_")]
+    return {name: "" for name in problems if request.form or name in names}
+
 
 
 NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")

@@ -2771,6 +2771,15 @@ def test_several_mistakes_are_shown_each_at_its_field(start, status):
     assert "Look at" not in Person(server, "bob").get("/w/acme/n").text, "it is for its sender alone, and once"
 
 
+@cases("sent, cleared", [({"form": {"title": "a", "due": "x", "_stamp": "bob 1"}}, {"problem": "", "title_problem": ""}),
+                         ({"title": "a", "title_problem": "old", "due": "x", "maths_problem": "1 + 1"}, {"title_problem": ""})], ids=["a form", "signals"])
+def test_a_refusal_takes_away_what_the_one_before_said_of_the_same_fields(start, sent, cleared):
+    def plan(ctx):
+        raise orion.Refused(422, "Look.", signal="toast", fields={"due": "A day is as 2026-12-31."})
+    bob = Person(start((orion.Slice("n", routes=(orion.Route("POST", "/n", "todos:write", plan),)),)), "bob", datastar=True)
+    assert json.loads(bob.post("/w/acme/n", **sent).body) == {**cleared, "toast": "Look.", "due_problem": "A day is as 2026-12-31."}
+
+
 @cases("sql", ["SELECT title FROM todos", "SELECT (SELECT count(*) FROM todos)", "DELETE FROM todos", "INSERT INTO mine SELECT title FROM todos", "SELECT * FROM journal",
                "DELETE FROM jobs", "DELETE FROM _migrations", "ATTACH 'elsewhere.db' AS e", "PRAGMA foreign_keys = OFF", "UPDATE mine SET n = (SELECT max(id) FROM todos)",
                "WITH t AS (SELECT id FROM todos) SELECT * FROM t", "CREATE TRIGGER t AFTER INSERT ON todos BEGIN SELECT 1; END", "DROP TABLE todos",
@@ -13698,7 +13707,7 @@ def picture_of(ctx):
 def add(ctx):
     name, number = ctx.field("name").strip()[:60], ctx.number("number")
     if not name:
-        raise Refused(422, "It needs a name.", fields={"name": "It needs a name.", "picture": ""})
+        raise Refused(422, "It needs a name.", fields={"name": "It needs a name."})
     picture = picture_of(ctx)
     ctx.store.exec("INSERT INTO things (name, number, picture) VALUES (?, ?, ?)", name, number, picture)
     ctx.publish("things")
