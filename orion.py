@@ -1642,11 +1642,7 @@ class SliceHost(DurableObject):
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
 
     def viewer(self, request: Request) -> Viewer:
-        """Return what the verdict says, in headers that only the worker can set."""
-        header = {**NO_VIEWER, **request.headers}
-        grants = tuple(header["x-grants"].split(",")) if header["x-grants"] else ()
-        return Viewer(header["x-role"], grants, header["x-workspace"], header["x-id"],
-                      header["x-account"])
+        return viewer_by_verdict(request)
 
     def topic(self, name: str, viewer: Role) -> str:
         """Return how the bus of this object calls a slice's topic."""
@@ -1883,6 +1879,10 @@ HOST_TABLES = (
     "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
 )
 
+
+NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
+
+
 def viewer_by_verdict(request: Request) -> Viewer:
     """Return what the verdict says, in headers that only the worker can set."""
     header = {**NO_VIEWER, **request.headers}
@@ -1903,10 +1903,6 @@ def old_messages(request: Request) -> Dict[str, str]:
     problems = ["problem"]
     problems += [f"{name}_problem" for name in names if not name.startswith("_")]
     return {name: "" for name in problems if request.form or name in names}
-
-
-
-NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
 
 
 REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
@@ -7585,6 +7581,12 @@ def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
     return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
+def masked_in(viewer: Viewer, request: Request) -> Viewer:
+    """Return the viewer as a Guest, if the verdict names an operator."""
+    header = request.headers.get
+    return masked(viewer, header("x-operator"), header("x-read-only"))
+
+
 def masquerade(ctx):
     session = ctx.host.session(ctx.request)
     operator = session["operator"] or session["account"]
@@ -7618,8 +7620,7 @@ DIRECTORY_SLICES.append(Slice("masquerade", routes=(
 @addition
 class KnowsGuests(Broadcast):
     def viewer(self, request):
-        header = request.headers.get
-        return masked(super().viewer(request), header("x-operator"), header("x-read-only"))
+        return masked_in(super().viewer(request), request)
 
 
 @addition
@@ -11682,10 +11683,11 @@ CHECKS.append(use_brand)
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
 #   so no crash leaves it behind. When the body is whole, the request goes its usual way.
 # It promises: a route takes as much as its Route(upload=...) says, all others as little as
-#   before. Whoever lacks the grant is refused before the body is read. A sender has to send
-#   SLOWEST bytes a second. What is under way is bounded: of an account, and of all. A form
-#   is read in one pass; it has few parts, and short heads.
+#   before. Whoever lacks the grant, or only looks on, is refused before the body is read. A
+#   sender has to send SLOWEST bytes a second. What is under way is bounded: of an account,
+#   and of all. A form is read in one pass; it has few parts, and short heads.
 # Who uses it: slices, by ctx.upload().
+# It needs: 32 Masquerade, for who only looks on.
 
 PIECE = 2 ** 18                                          # bytes that are written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
@@ -11735,6 +11737,7 @@ class Spool:
             self.file.close()
 
 
+SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
 NO_DISK = "The disk of this server has no room for this. Ask whoever runs it to make room."
 
 
@@ -11813,9 +11816,7 @@ class TakesUploads(Connection):
             return super().check(reading, request)
         bare = request._replace(spool=None)
         decided = self.edge.decide(bare, self.edge.deciding)         # raises Refused
-        header = {**NO_VIEWER, **decided.request.headers}
-        grants = tuple(header["x-grants"].split(","))
-        viewer = Viewer(header["x-role"], grants, account=header["x-account"])
+        viewer = masked_in(viewer_by_verdict(decided.request), decided.request)
         viewer.permit(reading.spool.route.grant, reading.method)
         account = viewer.account or source_of(request.peer)
         self.edge.uploads.reserve(reading.spool, account, reading.length)
@@ -11887,13 +11888,7 @@ class TakesUploads(Connection):
         asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
         with contextlib.suppress(Refused):
             asked.request = self.edge.request(reading, self.peer)
-        self.write(self.encoded(asked, self.refusal(asked.request, no)))
-
-    def refusal(self, request, no):
-        """What is too large is said in the page, for Datastar, as what is wrong is."""
-        if request.datastar and no.status == 413:
-            return as_json({no.signal: no.message})
-        return self.edge.refusal(request, no)
+        self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
     def close(self):
         super().close()
@@ -11911,6 +11906,18 @@ class HasUploads(LoopEdge):
     def __init__(self, env, settings):
         self.uploads = Uploads(settings)
         super().__init__(env, settings)
+
+    def refusal(self, request, error):
+        """Tell a page why its upload was refused: Datastar would tell it the status alone.
+
+        What is too large is said where mistakes are, and all else as a toast.
+        """
+        said = isinstance(error, Refused) and error.status in SAID_OF_UPLOADS
+        if not said or not request.datastar \
+                or not self.uploads.route_of(request.method, request.path):
+            return super().refusal(request, error)
+        signal = error.signal if error.status == 413 else "toast"
+        return as_json({signal: error.message})
 
     def finish(self, asked, response):
         try:

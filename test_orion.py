@@ -9564,6 +9564,16 @@ def test_whoever_may_not_send_a_file_hears_so_before_the_body_is_read(pictures, 
         assert statuses(got) == [status] and not pictures.edge.uploads.taken
 
 
+def test_who_only_looks_on_is_refused_before_the_body_is_read_also_where_every_member_may_send(start):
+    route = orion.Route("PUT", "/n", orion.MEMBER, lambda ctx: orion.done(ctx), upload=MB)
+    server = start((looks()._replace(routes=(route,)),))
+    server.write("UPDATE accounts SET operator = 1 WHERE name = 'carol'")
+    carol = Person(server, "carol")
+    assert carol.post("/masquerade", form={"account": "bob"}).status == 303
+    got = raw(server, upload_head(server, carol, f"Content-Length: {MB}", method="PUT"))
+    assert statuses(got) == [403] and b"You look on read-only." in got and not server.edge.uploads.taken
+
+
 def test_a_file_that_is_too_large_is_refused_with_the_limit_before_it_comes(pictures):
     for headers, status in (({}, 413), ({"Datastar-Request": "true"}, 200)):
         pictures.bob.headers.update(headers)
@@ -9649,6 +9659,24 @@ def test_of_what_a_disk_takes_only_in_part_nothing_is_taken_for_whole():
     spool.extend(bytes(70_000))
     with mock.patch.object(tempfile, "TemporaryFile", lambda **_: ends), pytest.raises(orion.Refused, match="no room"):
         spool.write()
+
+
+def test_a_page_is_told_why_its_upload_was_refused(start, monkeypatch):
+    server = start((orion.todos, album()), quota=2 * MB)
+    bob = Person(server, "bob", datastar=True)
+
+    def refused(size=MB - 1000, body=None):
+        said = bring(bob, body, "multipart/form-data; boundary=B") if body else bring(bob, picture=("a.png", bytes(size)))
+        return said.status, json.loads(said.body)
+    assert refused(body=bytes(100_000)) == (200, {"toast": "This form can't be read. Reload the page and try again."})
+    assert refused(MB) == (200, {"problem": "This is too large: at most 1 MB can be sent here."})
+    assert bring(bob, picture=("a.png", bytes(MB - 1000))).status == 200
+    assert refused() == (200, {"toast": "There is no room left here for so much. Delete something, or ask for a larger quota."})
+    monkeypatch.setattr(server.edge.uploads, "most", 1)
+    assert refused() == (200, {"toast": "Too much of yours is on its way here. Try again when it has arrived."})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=MB))
+    assert refused() == (200, {"toast": orion.NO_DISK})
+    assert server.edge.uploads.taken == {} and bring(Person(server, "erin", datastar=True), picture=("a.png", bytes(MB - 1000))).status == 403
 
 
 def test_past_the_quota_nothing_is_left_of_a_file_and_nothing_is_lost(start):
@@ -13871,6 +13899,17 @@ def test_what_the_page_did_not_stop_is_refused_by_the_server_and_told_at_the_fie
     bob.click("form.new button")
     bob.wait(f"{PROBLEM} === 'This is too large: at most 10 MB can be sent here.'")
     assert bob.js("return document.getElementById('name').value") == "Anvil"
+
+
+def test_an_upload_that_is_refused_says_why_and_what_to_do(warehouse, windows, monkeypatch):
+    bob, _ = windows
+    bob.type("#name", "Anvil"), bob.type("#picture", str(warehouse.folder / "large.png"))
+    for says, (owner, name, value) in {"Too much of yours is on its way here. Try again when it has arrived.": (warehouse.edge.uploads, "most", 1),
+                                       orion.NO_DISK: (shutil, "disk_usage", lambda _: mock.Mock(free=MB))}.items():
+        monkeypatch.setattr(owner, name, value)
+        bob.click("form.new button")
+        bob.wait(f"document.querySelector('#toast p').textContent === {json.dumps(says)}")
+    assert bob.js("return document.getElementById('picture').files.length") == 1 and bob.errors() == []
 
 
 @cases("warehouse", ["ours"], indirect=True)
