@@ -14057,7 +14057,7 @@ def become_child(handle):
     DevEdge.handle = handle
     ASSETS.update(DEV_ASSETS)
     ERROR_LOGS[:] = [FAULTS.note]
-    for cls in (DevEdge, DevBroker, DevWorkspace):
+    for cls in (DevEdge, DevBroker, DevWorkspace, DevContext, DevHost):
         addition(cls)
 
 
@@ -14417,6 +14417,36 @@ class DevWorkspace(EdgeWorkspace):
                 f"{rendering.micros // 1000} ms, in which all others waited; read less, or "
                 "make an index")
         return rendering
+
+
+class DevContext(Context):
+    __slots__ = ()
+
+    def field(self, name, otherwise=""):
+        sent = [one for one, _ in self.sent if not one.startswith("_")]
+        if name not in sent:
+            self.host.missing[name] = sent
+        return super().field(name, otherwise)
+
+
+class DevHost(SliceHost):
+    """Tells of a field that a command asked for and that has another name in the page."""
+
+    def on_open(self):
+        super().on_open()
+        self.missing: Dict[str, List[str]] = {}          # with what was sent instead
+
+    def command(self, request):
+        self.missing.clear()
+        return super().command(request)
+
+    def refuse(self, request, refused):
+        for name, sent in self.missing.items():
+            log(f"dev: {request.method} {request.path} was refused, and it brought no "
+                f"{name!r}, but {', '.join(sent) or 'nothing'}; an input says its name by "
+                f'name="{name}" in a form, else by data-bind:{name}')
+        self.missing.clear()
+        return super().refuse(request, refused)
 
 
 class DevBroker(Broker):

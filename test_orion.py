@@ -1292,6 +1292,10 @@ def test_a_number_fills_the_part_of_its_name_unless_it_is_0_and_in_it_the_hole_h
     assert orion.Template("{{many}}")(many=number) == str(number)
 
 
+def test_what_no_hole_takes_is_left_out_so_a_whole_row_can_be_given(store):
+    assert orion.Template("{{n}}")(**store.one("SELECT 1 AS n, 2 AS more")) == "1"
+
+
 def test_joining_markup_escapes_what_is_not():
     assert orion.Html("|").join(["<", orion.Html("<br>")]) == "&lt;|<br>"
 
@@ -12018,6 +12022,17 @@ def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
     monkeypatch.setattr(orion, "SLOW_SECONDS", 0.0)
     Person(as_child(looks(region=number_of_looks)), "bob").get("/w/acme/n")
     assert logged(capfd, "dev: number_of_looks of /n took ")
+
+
+def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_was_refused(as_child, capfd):
+    def run(ctx):
+        if not ctx.field("words"):
+            raise orion.Refused(422, "Write something.")
+        return orion.done(ctx)
+    bob = Person(as_child(looks(("POST", "/n", run))), "bob", datastar=True)
+    said = 'dev: POST /n was refused, and it brought no \'words\', but word, who; an input says its name by name="words" in a form, else by data-bind:words\n'
+    assert [bob.post("/w/acme/n", words=words).status for words in ("x", "")] == [204, 200] and "brought no" not in capfd.readouterr().err
+    assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
 # ==== 59. Testing =====================================================================================================
