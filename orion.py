@@ -1349,11 +1349,12 @@ class Region(NamedTuple):
 
     show(ctx) returns Html, one element with an id. It only reads, and is called again after
     each publish of topic. each: it is made once for each "role" or, if it shows what is one
-    viewer's alone, for each "account".
+    viewer's alone, for each "account". data(ctx) returns the same for programs [3]: a dict.
     """
     topic: str
     show: Callable[..., Html]
     each: str = "role"
+    data: Optional[Callable[..., Dict[str, Any]]] = None
 
 
 def only_the_regions(ctx, *shown):
@@ -1369,9 +1370,9 @@ class Live(NamedTuple):
     params: the parameters of the query that all of this depends on, each with the pattern
     of its values. tab: whether the navigation shows it.
 
-    What stands for the <parts> of the path is a further argument of show, page and title,
-    and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a topic
-    for each card. Such a page is no tab.
+    What stands for the <parts> of the path is a further argument of show, data, page and
+    title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
+    topic for each card. Such a page is no tab.
     """
     path: str
     grant: str
@@ -1450,7 +1451,9 @@ class Viewer(Role):
             return True
         return False
 
-    # [3] An operator can look on in somebody's name. Then the next two say so.
+    # [3] An operator can look on in somebody's name, and a program can ask. Then the next
+    # three say so.
+    has_page = True                                      # whose signals can be set
 
     @property
     def signature(self) -> str:
@@ -1837,6 +1840,8 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     What it changed is not in it: the region brings that to everybody, the sender included.
     which: what it wrote, for the journal; by default what stood in the path.
     """
+    if not ctx.viewer.has_page:
+        return Response(204, which=which)
     if not ctx.request.datastar and ctx.request.form:
         path = ctx.host.page_after(ctx.request)
         return see_other(f"/w/{ctx.workspace}{path}")._replace(which=which)
@@ -2155,6 +2160,12 @@ def todos_page(ctx, region):
         stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""))
 
 
+def todos_data(ctx):
+    shown, _ = some_todos(ctx.store, ctx.params)
+    rows = [{**todo, "done": bool(todo["done"])} for todo in shown]
+    return {"todos": rows, **todo_counts(ctx.store)}
+
+
 # -- commands
 
 def create(ctx):
@@ -2211,8 +2222,8 @@ todos = Slice(
     name="todos",
     migrations=("CREATE TABLE todos (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT "
                 "NULL, done INTEGER NOT NULL DEFAULT 0)",),
-    live=(Live("/todos", "todos:read", "Todos", (Region("todos", todos_region),),
-               todos_page,
+    live=(Live("/todos", "todos:read", "Todos",
+               (Region("todos", todos_region, data=todos_data),), todos_page,
                params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]",        # 25
                        "q": r"[^\0-\x1f]{1,50}"}),),
     routes=(Route("POST", "/todos", "todos:write", create),
@@ -2968,7 +2979,8 @@ def store_role(store, id, account, before, after, offered=False):
                       signal="toast")
     store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
     if after != NOT_A_MEMBER:
-        add_member(store, id, account, after, offered)
+        return add_member(store, id, account, after, offered)
+    store.exec("DELETE FROM tokens WHERE workspace = ? AND account = ?", id, account)  # [3]
 
 
 members = Live("/members", MEMBER, "Members", (Region("members", members_region),),
@@ -3017,6 +3029,11 @@ DIRECTORY_TABLES = (
     "WITHOUT ROWID",
     "CREATE INDEX links_into ON links (workspace, maker)",
     "CREATE INDEX links_of ON links (session)",
+    "CREATE TABLE tokens (id TEXT PRIMARY KEY, digest BLOB NOT NULL, account TEXT NOT NULL "
+    "REFERENCES accounts ON DELETE CASCADE, workspace TEXT NOT NULL REFERENCES workspaces "
+    "ON DELETE CASCADE, name TEXT NOT NULL, writes INTEGER NOT NULL, made REAL NOT NULL, "
+    "used REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
+    "CREATE INDEX tokens_of ON tokens (account, workspace)",
 )
 
 directory = Slice(
@@ -4669,12 +4686,15 @@ class Broadcast(GroupCommit, SliceHost):
         return answer if type(answer) is Response else as_json(answer)
 
     def render(self, region, live, ctx, args):
+        self.make_room()
+        rendering = super().render(region, live, ctx, args)
+        return Piece(rendering.html, rendering.made, rendering.micros)
+
+    def make_room(self):
         """Bound what is kept, for queries can differ without end."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
-        rendering = super().render(region, live, ctx, args)
-        return Piece(rendering.html, rendering.made, rendering.micros)
 
     def forget_renderings(self):
         self.renderings.clear()
@@ -6823,6 +6843,7 @@ def create_workspace_with_file(request, env):
 #     48 Uploads        49 Stored files 50 Ordinary pages
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
+#     61 Tokens
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -8617,7 +8638,8 @@ def wrong_with_region(region, live):
                 "path")
     if region.each not in ("role", "account"):
         return f'each is "role" or "account", and not {region.each!r}'
-    return wrong_with_call("show", region.show)
+    of_data = wrong_with_call("data", region.data) if region.data else ""
+    return wrong_with_call("show", region.show) or of_data
 
 
 def wrong_with_call(what, function):
@@ -10373,6 +10395,7 @@ NOTICE_SECONDS = 2.0                                     # in which a server end
 def forget_workspace(store, id):
     """The row stays, without a name: the id is not given again."""
     store.exec("DELETE FROM memberships WHERE workspace = ?", id)
+    store.exec("DELETE FROM tokens WHERE workspace = ?", id)
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
 
 
@@ -10786,7 +10809,8 @@ FRESH_SECONDS = 2                                        # an older verdict is a
 TRUSTED.update({"x-node", "x-verdict"})
 # What is sealed, in this order.
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
-           "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title")
+           "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
+           "x-token")
 
 STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
              "to each node; compare clocks.")
@@ -15223,6 +15247,373 @@ def no_links(request, env):
 
 
 PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
+
+
+# ==== 61. Tokens ==========================================================================
+# The idea: a program comes with a token that a member made, in the header Authorization
+#   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
+#   write as well. A program is answered with data, at the addresses of the pages.
+# It promises: a token does what its maker may do now, or less, and nothing outside of its
+#   workspace nor with its members. It is void when its maker leaves. It is shown once; only
+#   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
+#   nobody down.
+# Who uses it: whoever writes a program. README has one in curl and one in Python.
+# It needs: 30 Accounts, 31 Account page.
+#
+# Its table is in section 13:
+#
+#     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
+#              name, writes, made, used (for the last time; 0: never)
+
+API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+MOST_TOKENS = 50                                         # of one account
+LONGEST_PURPOSE = 60                                     # characters
+TRUSTED.update({"x-bearer", "x-token"})
+
+
+# -- at the edge
+
+# Inside, a token stands in the cookie's place. So what is kept by cookie is kept by token,
+# and a cookie that came along counts for nothing. Browsers take no cookie that begins so
+# from another host, whatever its name (RFC 6265bis, 5.7).
+BEARER = "__Host-bearer="
+
+
+def with_token(request: Request) -> Request:
+    """Return the request of a program as a page of ours would send it, with its token.
+
+    Only pages need to say where they come from: no browser sends a token by itself.
+    """
+    scheme, _, given = request.headers["authorization"].partition(" ")
+    if scheme.lower() != "bearer":
+        return request
+    token = given if API_TOKEN.fullmatch(given) else ""
+    headers = {**request.headers, "cookie": BEARER + token, "accept": "application/json",
+               "origin": f"{request.scheme}://{request.headers.get('host', '')}"}
+    unsaid = ["sec-fetch-site", "datastar-request"]
+    if token:                                            # else it may be for a webhook
+        unsaid.append("authorization")
+    for name in unsaid:
+        headers.pop(name, None)
+    return request._replace(headers=headers)
+
+
+@addition
+class TakesTokens(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bad_tokens = Throttle()
+
+    def request(self, reading, peer):
+        request = super().request(reading, peer)
+        return with_token(request) if "authorization" in request.headers else request
+
+    def refusal(self, request, error):
+        """Programs are told it as JSON: {"message": ...}."""
+        if not request.headers.get("cookie", "").startswith(BEARER):
+            return super().refusal(request, error)
+        error = self.slowed(request, error)
+        no = super().refusal(request, error)
+        problems = getattr(error, "problems", {})
+        told = as_json({"message": no.body.decode().strip(), **problems},
+                       headers=no.headers)
+        return told._replace(status=no.status)
+
+    def slowed(self, request, error):
+        """Return the error or, after many tokens that are not valid, one to wait for.
+
+        It was looked up before: so a valid one never waits, whoever shares its address.
+        """
+        if getattr(error, "status", 0) != NO_TOKEN.status:
+            return error
+        source = f"from {source_of(request.peer)}"
+        try:
+            self.bad_tokens.check(source)
+        except Refused as wait:
+            return wait
+        self.bad_tokens.count(source)
+        return error
+
+
+# -- in the Directory
+
+NO_TOKEN = Response(401, b"This token is not valid: it was withdrawn, its maker has left, "
+                         b"or it was not copied in full. Make one at /account/tokens.\n",
+                    headers=(("www-authenticate", "Bearer"),))
+
+
+def narrowed(said: Dict[str, str], token) -> Dict[str, str]:
+    """Return a verdict on the maker as one on the token. Members, and the workspace itself,
+    are not for programs."""
+    grants = [one for one in said["x-grants"].split(",")
+              if not one.startswith(("members:", "workspace:"))
+              and (token["writes"] or one.endswith(":read"))]
+    said.pop("x-operates", None)
+    how = "write" if token["writes"] else "read"
+    return {**said, "x-grants": ",".join(grants),
+            "x-can-delete": "true" if "todos:delete" in grants else "false",
+            "x-token": f"{how} {token['id']} {urllib.parse.quote(token['name'])}"}
+
+
+@addition
+class KnowsTokens(EdgeDirectory):
+    """A token has no session. So it is nobody, everywhere but at the gate."""
+    USED_SECONDS = 60.0                                  # between notes of the last use
+
+    def on_open(self):
+        super().on_open()
+        self.uses: Dict[str, float] = {}                 # by id: not yet in the table
+        self.uses_due = 0.0
+
+    def identified(self, request):
+        """The hash stands where that of a session would: verdicts are kept by it."""
+        cookie = request.headers.get("cookie", "")
+        request = super().identified(request)
+        if not cookie.startswith(BEARER):
+            return request
+        token = cookie[len(BEARER):]
+        said = {"x-session": token_hash(token).hex(), "x-bearer": token[6:18]}
+        return request._replace(headers={**request.headers, **said})
+
+    def token(self, request) -> Optional[sqlite3.Row]:
+        """Return the row of the token; None if it is not valid."""
+        row = self.store.one("SELECT * FROM tokens WHERE id = ?",
+                             request.headers["x-bearer"])
+        given = bytes.fromhex(request.headers["x-session"])
+        return row if row and hmac.compare_digest(row["digest"], given) else None
+
+    def stranger(self, ctx, workspace, no):
+        """The gate asks this about all who have no session, or are no members."""
+        if "x-bearer" not in ctx.request.headers:
+            return super().stranger(ctx, workspace, no)
+        token = self.token(ctx.request)
+        if token is None:
+            return super().stranger(ctx, workspace, NO_TOKEN)
+        row = ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace, token["account"],
+                            token["workspace"])
+        if row is None:
+            return super().stranger(ctx, workspace, NO_ENTRY)
+        if row["moving"]:
+            return MOVING
+        self.uses[token["id"]] = time.time()
+        maker = Viewer(account=token["account"])
+        return let_in(narrowed(self.say(maker, row), token))
+
+    def viewer(self, request):
+        """Raises Refused(403) for a command at /members, which is the Directory's."""
+        if request.headers.get("x-token") and request.method not in SAFE:
+            raise Refused(403, "Programs do not change who is a member. Do that in the "
+                               "browser.")
+        return super().viewer(request)
+
+    def each_second(self):
+        super().each_second()
+        if self.uses and time.monotonic() >= self.uses_due:
+            self.uses_due = time.monotonic() + self.USED_SECONDS
+            with self.store.tx():
+                for id, at in self.uses.items():
+                    self.store.exec("UPDATE tokens SET used = ? WHERE id = ?", at, id)
+            self.uses.clear()
+
+
+# -- the page on which tokens are made
+
+TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
+               JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
+               ORDER BY t.made DESC"""
+MAY_ENTER = """SELECT w.name, coalesce(w.title, w.name) AS title FROM memberships m
+               JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
+               AND w.name IS NOT NULL ORDER BY w.name LIMIT 500"""
+
+
+def tokens_page(ctx, made=""):
+    """made: a token that is to be shown, this once."""
+    typed = ctx.typed
+    rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
+             "since": formatdate(row["made"], usegmt=True),
+             "last": formatdate(row["used"], usegmt=True) if row["used"] else "never"}
+            for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
+    places = [{**row, "selected": row["name"] == typed.get("workspace")}
+              for row in ctx.store.query(MAY_ENTER, ctx.viewer.account)]
+    body = template("tokens")(
+        new={"made": made} if made else False, token=rows, none=not rows, place=places,
+        name=typed.get("name", ""), problem=typed.get("problem", ""), stamp=ctx.stamp)
+    return page("Tokens", body, ctx.viewer)
+
+
+def make_token(ctx):
+    """Fields: name, workspace, how (read or write)."""
+    account = ctx.viewer.account
+    name, how = ctx.field("name"), ctx.field("how", "read")
+    row = ctx.store.one(MEMBERSHIP, ctx.field("workspace"), account)
+    check_token(ctx, name, how, row)
+    id = secrets.token_hex(6)
+    token = f"orion_{id}_{secrets.token_urlsafe(32)}"
+    ctx.store.exec("INSERT INTO tokens (id, digest, account, workspace, name, writes, "
+                   "made) VALUES (?, ?, ?, ?, ?, ?, ?)", id, token_hash(token), account,
+                   row["id"], name, how == "write", time.time())
+    once = (("cache-control", "no-store"),)              # so it is not kept: Answers
+    which = f"{row['id']} {name} ({id}): {how}"
+    return tokens_page(ctx, token)._replace(headers=once, which=which)
+
+
+def check_token(ctx, name, how, row):
+    """row: of the membership. Raise Refused if there can be no such token."""
+    if ctx.viewer.signature != ctx.viewer.account:
+        raise Refused(403, "You look on in somebody's name, and a token would outlast "
+                           "that. They can make one themselves.")
+    if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
+        raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
+    if row is None or how not in ("read", "write"):
+        raise Refused(422, "Choose one of your workspaces, and what the program may do.")
+    if len(ctx.store.query(TOKENS_OF, ctx.viewer.account)) >= MOST_TOKENS:
+        raise Refused(422, f"You have {MOST_TOKENS} tokens. Withdraw one first.")
+
+
+def withdraw_token(ctx):
+    """The field token is an id."""
+    id = ctx.field("token")[:12]
+    ctx.store.exec("DELETE FROM tokens WHERE id = ? AND account = ?", id,
+                   ctx.viewer.account)
+    access_changed(ctx, ctx.viewer.account)
+    return see_other("/account/tokens")._replace(which=id)
+
+
+DIRECTORY_SLICES.append(Slice("tokens", routes=(
+    Route("GET", "/account/tokens", ACCOUNT, tokens_page),
+    Route("POST", "/account/tokens", ACCOUNT, make_token),
+    Route("POST", "/account/tokens/withdraw", ACCOUNT, withdraw_token,
+          form="/account/tokens"))))
+ACCOUNT_PARTS.append(lambda ctx: template("tokens.link")())
+
+
+# -- what a program is answered
+
+@dataclasses.dataclass(frozen=True)
+class Program(Viewer):
+    """A member's program. token: the name and the id of what it came with."""
+    token: str = ""
+    read_only: bool = False
+    has_page = False
+    BY = " by token "
+
+    def permit(self, grant, method="GET"):
+        if self.read_only and method not in SAFE:
+            raise Refused(403, "This token only reads. Make one that may write as well.")
+        super().permit(grant, method)
+
+    @property
+    def signature(self):
+        return f"{self.account}{self.BY}{self.token}"
+
+
+@addition
+class KnowsPrograms(Broadcast):
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        said = request.headers.get("x-token")
+        if not said:
+            return viewer
+        how, id, name = said.split(" ")
+        token = f"{urllib.parse.unquote(name)} ({id})"
+        return Program(**vars(viewer), token=token, read_only=how == "read")
+
+    def job_context(self, row, request):
+        """A job that a program put in runs in its maker's name."""
+        ctx = super().job_context(row, request)
+        account, by, token = row["who"].partition(Program.BY)
+        if by:
+            whose = dataclasses.replace(ctx.viewer, account=account)
+            ctx.viewer = Program(**vars(whose), token=token)
+        return ctx
+
+
+LAST_WRITTEN = "SELECT which FROM journal ORDER BY id DESC LIMIT 1"
+
+
+@addition
+class AnswersCommands(SliceHost):
+    def call(self, slice, route, args, viewer, request):
+        """A program that made a row is told its id, and led to no page."""
+        before = self.store.db.total_changes
+        response = super().call(slice, route, args, viewer, request)
+        led = request.method not in SAFE and response.status in (204, 303)
+        if type(viewer) is not Program or not led:
+            return response
+        wrote = self.store.db.total_changes != before    # so the journal says what
+        which = self.store.one(LAST_WRITTEN)["which"] if wrote else ""
+        if route.method == "POST" and not args and which.isdecimal():
+            return as_json({"id": int(which)})._replace(status=201)
+        return Response(204)
+
+
+DATA = "_data"                                           # of the query: see DataInPages
+
+
+@dataclasses.dataclass
+class DataPiece(Piece):
+    """Data as an event without a name (WHATWG HTML, 9.2.6). html is JSON, in one line."""
+
+    @property
+    def event(self):
+        return f"id: {self.etag}\ndata: {self.html}\n\n".encode()
+
+
+@addition
+class DataInPages(EdgeWorkspace):
+    """A program gets the data of the regions. The broker asks for those of a stream again,
+    for all programs of a role: in that request, DATA says what they are."""
+
+    def refuse(self, request, refused):
+        if request.headers.get("x-token"):
+            raise refused
+        return super().refuse(request, refused)
+
+    def page(self, live, ctx, args):
+        regions = [region for region in live.regions if region.data]
+        if type(ctx.viewer) is not Program or not regions:
+            return super().page(live, ctx, args)
+        told: Dict[str, Any] = {}
+        for region in regions:
+            told.update(region.data(ctx.for_region(region, live), *args))
+        return Response(200, written(told).encode(), "application/json")
+
+    def stream(self, live, ctx, args):
+        regions = [region for region in live.regions if region.data]
+        again = DATA in ctx.params and "x-region" in ctx.request.headers
+        if regions and (again or type(ctx.viewer) is Program):
+            live = live._replace(regions=regions, params={**live.params, DATA: "1"})
+            ctx.params = {**ctx.params, DATA: "1"}
+        return super().stream(live, ctx, args)
+
+    def render(self, region, live, ctx, args):
+        if DATA not in ctx.params:
+            return super().render(region, live, ctx, args)
+        self.make_room()
+        made = time.perf_counter()
+        text = written(region.data(ctx, *args))
+        return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))
+
+
+def written(data) -> str:
+    """Return it as JSON. A row of the store is an object."""
+    return json.dumps(data, default=dict)
+
+
+def refuse_tokens(env):
+    """With --plain, for which there is no page to make one, or to withdraw it."""
+    front = env.front
+
+    def without(request, env):
+        given = request.headers.get("authorization", "").partition(" ")[2]
+        if API_TOKEN.fullmatch(given):
+            raise Refused(401, "This server runs with --plain, where there are no tokens. "
+                               "Start it without --plain.")
+        return front(request, env)
+    env.front = without
+
+
+PLAIN.append(refuse_tokens)
 
 
 if __name__ == "__main__":

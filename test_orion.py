@@ -5712,6 +5712,7 @@ FROM_OUTSIDE = {
                   ('form-data; name=""; filename*=', "a", ";")),
     "NOT_IN_TEXT": ("search", ("", "a", ""), ("", "\t", "")), "NOT_PLAIN": ("search", ("", "%", "")),
     "RANGE": ("fullmatch", ("bytes=", "0", ""), ("bytes=-", "0", "x"), ("bytes=0-", "0", "x")),
+    "API_TOKEN": ("fullmatch", ("orion_", "0", ""), ("orion_" + "0" * 12 + "_", "a", "")),
     "DIRECTORY_ANSWERS": ("fullmatch", ("/_gate/", "a", "/"), ("/_gate/", "\n", "")),
 }
 FROM_INSIDE = {
@@ -12569,6 +12570,376 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     assert "through the proxy" in Person(node).get("/join").text
 
 
+# ==== 61. Tokens ======================================================================================================
+
+def token_of(person, workspace="acme", how="write", name="deploy"):
+    """One that this person makes."""
+    page = person.post("/account/tokens", form={"name": name, "workspace": workspace, "how": how})
+    return re.search(orion.API_TOKEN.pattern, page.text)[0]
+
+
+class Program(Person):
+    """A program: it sends its token and nothing else, no Origin and no cookie."""
+
+    def __init__(self, server, token, **headers):
+        super().__init__(server)
+        self.headers = {"Authorization": f"Bearer {token}", **headers}
+
+
+def script_of(server, account, *made, **more):
+    return Program(server, token_of(Person(server, account), *made, **more))
+
+
+def data_in(answer):
+    """What a program reads."""
+    assert answer.headers["content-type"] == "application/json", answer.text
+    return json.loads(answer.text)
+
+
+def test_a_program_lists_creates_changes_and_deletes_with_a_token_alone(server):
+    script = script_of(server, "bob")
+    before = data_in(script.get("/w/acme/todos"))
+    assert before["todos"][0] == {"id": 3, "title": "Invoice the coyote", "done": False} and (before["all"], before["open"]) == (3, 3)
+    made = script.post("/w/acme/todos", title="Rope")
+    assert (made.status, data_in(made)) == (201, {"id": 4})
+    assert script.post("/w/acme/todos", form={"title": "Anvil"}).status == 201
+    assert script.patch("/w/acme/todos/4", done=True).status == 204 == script.post("/w/acme/todos/3", method="PATCH", form={"title": "New"}).status
+    assert script.delete("/w/acme/todos/1").status == 204
+    assert data_in(script.get("/w/acme/todos?show=done"))["todos"] == [{"id": 4, "title": "Rope", "done": True}]
+    assert [todo["title"] for todo in data_in(script.get("/w/acme/todos"))["todos"]] == ["Anvil", "Rope", "New", "Test the skates"]
+    assert script.get("/w/acme").headers["location"] == "/w/acme/todos"
+
+
+def test_the_journal_says_who_did_it_and_with_which_token(server):
+    bob = Person(server, "bob")
+    token = token_of(bob, name="nightly backup")
+    Program(server, token).delete("/w/acme/todos/1")
+    rows = "SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 1"
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute(rows).fetchone() == (f"bob by token nightly backup ({token[6:18]})", "todos.delete", "1")
+    made = server.directory().store.one(rows)
+    assert made["who"] == "bob" and made["what"] == "directory.make_token" and f"nightly backup ({token[6:18]}): write" in made["which"]
+
+
+def test_a_program_watches_data_until_its_token_is_withdrawn(server):
+    bob = Person(server, "bob")
+    token = token_of(bob)
+    ear = Ear(Program(server, token), "/w/acme/todos/live?show=open")
+    first = ear.event()
+    assert first.startswith("id: ") and json.loads(first.partition("data: ")[2])["open"] == 3
+    bob.post("/w/acme/todos", title='a\n\u2028"b"')
+    assert json.loads(ear.until_it_says("\\u2028").partition("data: ")[2])["todos"][0]["title"] == 'a\n\u2028"b"'
+    bob.post("/account/tokens/withdraw", form={"token": token[6:18]})
+    assert "signed out" in ear.until_it_says("signed out") and ear.event() is None
+    assert Program(server, token).get("/w/acme/todos").status == 401
+
+
+def test_a_stream_of_data_begins_anew_where_it_was(server):
+    script = script_of(server, "bob")
+    id = Ear(script, "/w/acme/todos/live").event()[4:].partition("\n")[0]
+    assert "datastar-current" in Ear(script, "/w/acme/todos/live", Last_Event_ID=id).event()
+
+
+def test_nobody_else_is_shown_data_by_asking_for_it(server):
+    bob = Person(server, "bob")
+    assert "<section" in Ear(bob, "/w/acme/todos/live?_data=1").event() and "<section" in bob.get("/w/acme/todos?_data=1").text
+
+
+def test_a_token_is_shown_once_and_stored_as_a_hash(server):
+    bob, fields = Person(server, "bob"), {"name": "deploy", "workspace": "acme", "how": "read", "_stamp": "bob 1"}
+    first, second = [bob.ask("POST", "/account/tokens", urllib.parse.urlencode(fields), Idempotency_Key="same",
+                             Content_Type="application/x-www-form-urlencoded") for _ in range(2)]
+    tokens = {re.search(orion.API_TOKEN.pattern, answer.text)[0] for answer in (first, second)}
+    assert len(tokens) == 2 and first.headers["cache-control"] == "no-store"
+    secrets = [token[19:] for token in tokens]
+    assert [Program(server, token).get("/w/acme/todos").status for token in tokens] == [200, 200]
+    page = bob.get("/account/tokens").text
+    files = b"".join([path.read_bytes() for path in server.env.settings.data.rglob("*") if path.is_file()])
+    assert all([secret not in page and secret.encode() not in files for secret in secrets])
+    assert all([f"orion_{token[6:18]}" in page for token in tokens])
+
+
+@cases("role, may", [("viewer", ["todos:read"]), ("member", ["todos:read", "todos:write"]),
+                     ("admin", ["todos:read", "todos:write", "todos:delete"]), ("owner", ["todos:read", "todos:write", "todos:delete"])])
+def test_a_token_may_what_its_makers_role_may_now_and_nothing_with_members(served, role, may):
+    reads, writes = [script_of(served, "carol", "acme", how) for how in ("read", "write")]
+    assert reads.get("/_gate/acme").status == writes.get("/_gate/acme").status == 200
+    served.write("UPDATE memberships SET role = ? WHERE account = 'carol' AND workspace = (SELECT id FROM workspaces WHERE name = 'acme')", role)
+    verdicts = [script.get("/_gate/acme").headers for script in (reads, writes, reads, Program(served, "", Cookie=Person(served, "bob").cookie, Authorization=None))]
+    assert [verdict["x-grants"].split(",") for verdict in verdicts[:3]] == [["todos:read"], may, ["todos:read"]]
+    assert [verdict["x-can-delete"] for verdict in verdicts[:3]] == ["false", str("todos:delete" in may).lower(), "false"]
+    assert verdicts[3]["x-grants"] == ",".join(orion.ROLES["owner"]) and "x-token" not in verdicts[3]
+    assert writes.post("/w/acme/todos", title="x").status == (201 if "todos:write" in may else 403)
+    assert writes.delete("/w/acme/todos/1").status == (204 if "todos:delete" in may else 403)
+    assert [reads.post("/w/acme/todos", title="x").status, reads.delete("/w/acme/todos/2").status] == [403, 403]
+
+
+def test_a_stream_goes_on_with_another_role_and_ends_with_none(server):
+    bob, script = Person(server, "bob"), script_of(server, "carol")
+    ear = Ear(script, "/w/acme/todos/live")
+    ear.event(), at_rest(server)
+    bob.patch("/w/acme/members/carol", role="viewer")
+    eventually(lambda: [stream for stream in server.edge.streams if stream.viewer[2] == "todos:read"])
+    bob.post("/w/acme/todos", title="More")
+    frame = ear.until_it_says("More")
+    assert "data: {" in frame and "<" not in frame
+    bob.delete("/w/acme/members/carol")
+    assert "no longer" in ear.until_it_says("no longer")
+
+
+@cases("how", ["page", "member", "account", "workspace"])
+def test_a_token_is_void_when_its_maker_has_left_and_stays_so(served, how):
+    bob, token = Person(served, "bob"), token_of(Person(served, "carol"))
+    ear = Ear(Program(served, token), "/w/acme/todos/live")
+    ear.event()
+    if how == "page":
+        assert bob.delete("/w/acme/members/carol").status in (200, 204)
+    else:
+        words = {"member": "member remove acme carol", "account": "account remove carol", "workspace": "workspace remove acme"}
+        assert served.run(*words[how].split())[0] == 0
+    while ear.event():
+        pass
+    assert Program(served, token).get("/w/acme/todos").status in (401, 403)
+    assert not served.directory().store.query("SELECT * FROM tokens")
+    if how in ("page", "member"):
+        bob.post("/w/acme/members", account="carol", role="owner")
+        assert "carol" in bob.get("/w/acme/members").text and Program(served, token).get("/w/acme/todos").status == 401
+
+
+NOT_FOR_PROGRAMS = [("GET", "/account", 401), ("GET", "/account/tokens", 401), ("POST", "/account/tokens", 401), ("POST", "/account/sessions", 401),
+                    ("POST", "/account/tokens/withdraw", 401), ("POST", "/workspaces", 401), ("POST", "/masquerade", 401), ("GET", "/console", 401),
+                    ("GET", "/console/live", 401), ("GET", "/metrics", 403), ("POST", "/w/acme/members", 403), ("PATCH", "/w/acme/members/ops", 403),
+                    ("DELETE", "/w/acme/members/ann", 403), ("POST", "/w/acme/members/offer", 403), ("GET", "/w/other/todos", 403), ("GET", "/w/acme/_jobs", 404)]
+
+
+def test_a_token_is_nobody_outside_of_its_workspace_and_with_its_members(outside):
+    outside.write("UPDATE accounts SET operator = 1 WHERE name = 'ann'")
+    ann = outside.sign_in("ann")
+    ann.post("/workspaces", form={"name": "other"})
+    script = Program(outside, token_of(ann), **{"X-Forwarded-For": "10.0.0.1"})
+    fields = {"account": "ops", "role": "owner", "name": "x", "workspace": "acme", "answer": "accept", "session": "all"}
+    answers = [script.get(path) if method == "GET" else script.post(path, method=method, form=fields) for method, path, _ in NOT_FOR_PROGRAMS]
+    assert [answer.status for answer in answers] == [status for _, _, status in NOT_FOR_PROGRAMS]
+    assert all([data_in(answer)["message"] for answer in answers]) and "ann" not in script.get("/").text
+    foreign, none = [re.sub("date.*?GMT", "", repr(sorted(script.get(f"/w/{name}/todos").headers.items()))) for name in ("other", "nowhere")]
+    assert foreign == none and script.get("/w/other/todos").text == script.get("/w/nowhere/todos").text
+    assert script.get("/w/acme/members").status == 200 and "x-operates" not in script.get("/_gate/acme").headers
+    assert len(outside.directory().store.query("SELECT * FROM tokens")) == 1 == len(outside.directory().store.query("SELECT * FROM memberships WHERE account = 'ann' AND role = 'owner'")) - 1
+
+
+def test_a_token_holds_and_not_the_cookie_beside_it(server, capfd):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    token = token_of(carol, how="read")
+    both = Program(server, token, Cookie=bob.cookie, Origin=server.origin)
+    assert both.get("/_gate/acme").headers["x-account"] == "carol" and both.post("/w/acme/todos", title="x").status == 403
+    for _ in range(2):                                   # also when the page of the cookie is kept
+        assert "<section" in bob.get("/w/acme/todos").text and "todos" in data_in(both.get("/w/acme/todos"))
+    wrong = token[:-1] + ("A" if token[-1] != "A" else "B")
+    for bad in (wrong, token[:-1], token + "x", token.upper(), f"{token}, Bearer {token}", "", f"x; {bob.cookie}", "a" * 8000):
+        refused = Program(server, bad, Cookie=bob.cookie, Origin=server.origin).get("/w/acme/todos")
+        assert refused.status in (401, 429) and "todos" not in data_in(refused) and token[19:] not in refused.text
+    assert refused.headers.get("www-authenticate", "Bearer") == "Bearer"
+
+
+def test_a_token_in_an_address_or_in_another_header_is_nobodys_and_in_no_log(start, capfd):
+    server = start(log="common")
+    token = token_of(Person(server, "bob"))
+    nobody = Person(server)
+    assert [nobody.get(f"/w/acme/todos?access_token={token}").status, nobody.get("/w/acme/todos", X_Token=f"write {token[6:18]} x").status,
+            nobody.get("/w/acme/todos", X_Bearer=token[6:18], X_Session=orion.token_hash(token).hex()).status,
+            nobody.get("/w/acme/todos", Authorization=f"Basic {token}").status, nobody.get("/w/acme/todos", Cookie=f"sid={token}").status] == [401] * 5
+    assert Program(server, token).get("/w/acme/todos").status == 200
+    server.close()
+    assert token[19:] not in "".join(capfd.readouterr()) and nobody.headers
+
+
+def test_a_page_of_another_site_can_not_use_a_token_that_stands_in_a_cookie(server):
+    script = Person(server)
+    script.headers = {"Cookie": f"__Host-bearer={token_of(Person(server, 'bob'))}", "Origin": "http://evil.example"}
+    assert script.post("/w/acme/todos", title="x").status == 403
+
+
+def test_made_up_tokens_are_slowed_and_nobody_else_is(server):
+    script, bob = script_of(server, "bob"), Person(server, "bob")
+    made_up = [Program(server, f"orion_{n:012x}_{'a' * 43}") for n in range(12)]
+    answers = [one.get("/w/acme/todos") for one in made_up]
+    assert [answer.status for answer in answers] == [401] * 10 + [429] * 2 and int(answers[-1].headers["retry-after"]) > 0
+    new = script_of(server, "carol")                     # the first time that it comes, from the same address
+    assert [one.get("/w/acme/todos").status for one in (script, bob, new, Person(server))] == [200, 200, 200, 401]
+
+
+def test_the_last_use_is_shown_and_written_once_a_minute(server, monkeypatch):
+    bob = Person(server, "bob")
+    script, directory = Program(server, token_of(bob)), server.directory()
+    last = lambda: directory.store.one("SELECT used FROM tokens")["used"]
+    assert "used last: never" in bob.get("/account/tokens").text
+    script.get("/w/acme/todos")
+    first = eventually(last)
+    assert "used last: never" not in bob.get("/account/tokens").text
+    monkeypatch.setattr(directory, "given", {})
+    script.get("/w/acme/todos")
+    before = directory.store.state()
+    directory.namespace.get(directory.id).ask("/_version")
+    assert last() == first and directory.store.state() == before and directory.uses
+    directory.uses_due = 0.0
+    eventually(lambda: last() > first)
+
+
+@cases("said, why", [({"name": ""}, "what it is for"), ({"name": "x" * 61}, "what it is for"), ({"name": "a\nb"}, "what it is for"), ({"workspace": "globe"}, "one of your workspaces"),
+                     ({"workspace": "home"}, "one of your workspaces"), ({"how": "all"}, "what the program may do")])
+def test_no_token_is_made_of_what_makes_no_sense(server, said, why):
+    bob = Person(server, "bob")
+    answer = bob.post("/account/tokens", form={"name": "deploy", "workspace": "acme", "how": "read", **said})
+    assert answer.status == 422 and why in answer.text and not server.directory().store.query("SELECT * FROM tokens")
+
+
+def test_an_account_has_so_many_tokens_and_withdraws_its_own_alone(server, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_TOKENS", 2)
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    tokens = [token_of(bob) for _ in range(2)]
+    full = bob.post("/account/tokens", form={"name": "third", "workspace": "acme", "how": "read"})
+    assert full.status == 422 and "Withdraw one" in full.text and 'value="third"' in full.text
+    carol.post("/account/tokens/withdraw", form={"token": tokens[0][6:18]})
+    assert Program(server, tokens[0]).get("/w/acme/todos").status == 200 and "deploy" not in carol.get("/account/tokens").text
+    bob.post("/account/tokens/withdraw", form={"token": tokens[0][6:18]})
+    assert [Program(server, token).get("/w/acme/todos").status for token in tokens] == [401, 200] and token_of(bob)
+
+
+def test_who_looks_on_in_somebodys_name_makes_no_token(outside):
+    ops = outside.sign_in("ops")
+    assert ops.post("/masquerade", form={"account": "ann", "writes": "on"}).status == 303
+    refused = ops.post("/account/tokens", form={"name": "x", "workspace": "acme", "how": "read"})
+    assert refused.status == 403 and "outlast" in refused.text
+
+
+def test_a_page_that_was_made_for_another_account_makes_no_token(server):
+    refused = Person(server, "carol").post("/account/tokens", form={"name": "x", "workspace": "acme", "how": "read", "_stamp": "bob 1"})
+    assert refused.status == 412 and not re.search(orion.API_TOKEN.pattern, refused.text)
+
+
+def guests(**more):
+    """An app's own slice, with what a program gets."""
+    region = orion.Template('<p id="guests">{{all}}</p>')
+    sign = lambda ctx: (ctx.store.exec("INSERT INTO guests (who, words) VALUES (?, ?)", ctx.viewer.account, ctx.field("words")),
+                        ctx.publish("guests"), orion.done(ctx, words=""))[-1]
+    return orion.Slice("guests", ("CREATE TABLE guests (id INTEGER PRIMARY KEY, who TEXT, words TEXT)",), live=(
+        orion.Live("/guests", "todos:read", "Guests", (
+            orion.Region("guests", lambda ctx: region(all=len(all_guests(ctx)["guests"])), data=all_guests),
+            orion.Region("more", lambda ctx: orion.Template('<p id="more"></p>')(), data=lambda ctx: {"role": ctx.viewer.role}))),
+        orion.Live("/other", "todos:read", "Other", (orion.Region("guests", lambda ctx: region(all=0)),)),
+        orion.Live("/guests/<int:id>", "todos:read", "Guest", (
+            orion.Region("guests", lambda ctx, id: region(all=id), data=lambda ctx, id: {"guest": id}),))),
+        routes=(orion.Route("POST", "/guests", "todos:write", sign), orion.Route("PUT", "/fails", orion.MEMBER, lambda ctx: 1 / 0),
+                orion.Route("POST", "/due", "todos:write", due), orion.Route("POST", "/hook/<secret>", orion.PUBLIC, hook),
+                orion.Route("POST", "/answers", orion.MEMBER, lambda ctx: (sign(ctx), orion.as_json({"mine": 1}))[1])), **more)
+
+
+def all_guests(ctx):
+    return {"guests": ctx.store.query("SELECT who, words FROM guests ORDER BY id")}
+
+
+def due(ctx):
+    raise orion.Refused(422, "Say when.", fields={"due": "It is over."})
+
+
+def hook(ctx, secret):
+    return orion.as_json([ctx.viewer.account, ctx.request.headers.get("authorization", "")])
+
+
+def test_an_apps_own_slice_has_data_by_one_more_function(start):
+    server = start((guests(), orion.todos))
+    script = script_of(server, "carol")
+    ear = Ear(script, "/w/acme/guests/live")
+    assert [json.loads(ear.event().partition("data: ")[2]) for _ in range(2)] == [{"guests": []}, {"role": "member"}]
+    made = script.post("/w/acme/guests", words="Hello")
+    assert (made.status, data_in(made)) == (201, {"id": 1})
+    assert data_in(script.get("/w/acme/guests")) == {"guests": [{"who": "carol", "words": "Hello"}], "role": "member"}
+    assert json.loads(ear.until_it_says("Hello").partition("data: ")[2]) == {"guests": [{"who": "carol", "words": "Hello"}]}
+    assert data_in(script.get("/w/acme/guests/7")) == {"guest": 7} == json.loads(Ear(script, "/w/acme/guests/7/live").event().partition("data: ")[2])
+    assert '<p id="guests">0</p>' in script.get("/w/acme/other").text and '<p id="guests">' in Ear(script, "/w/acme/other/live").event()
+    assert data_in(script.post("/w/acme/answers", words="x")) == {"mine": 1}
+    assert Person(server, "carol").post("/w/acme/guests", words="x").text == '{"words": ""}'
+
+
+def test_what_a_program_is_refused_is_told_as_json_with_its_status(start, capfd):
+    server = start((guests(), orion.todos))
+    script = Program(server, token_of(Person(server, "carol")), Accept="text/html")
+    answers = [script.post("/w/acme/todos", title=""), script.post("/w/acme/todos", form={"title": ""}), script.patch("/w/acme/todos/99", done=True), script.delete("/w/acme/todos/1"),
+               script.post("/w/acme/todos/1"), script.ask("POST", "/w/acme/todos", "{", Content_Type="application/json"), script.ask("POST", "/w/acme/todos", "x", Content_Type="text/plain"),
+               script.get("/w/acme/nothing"), script.ask("POST", "/w/acme/todos", "x" * 70_000), script.ask("PUT", "/w/acme/fails")]
+    assert [answer.status for answer in answers] == [422, 422, 404, 403, 405, 400, 415, 404, 413, 500]
+    assert [data_in(answer)["message"][:14] for answer in answers[:4]] == ["A title has 1 ", "A title has 1 ", "This todo is g", "Your role here"]
+    assert data_in(script.post("/w/acme/due")) == {"message": "Say when.", "due_problem": "It is over."} == data_in(script.post("/w/acme/due", form={}))
+    assert "ZeroDivisionError" in capfd.readouterr().err and answers[4].headers["allow"]
+
+
+def test_a_token_that_only_reads_calls_no_command_whatever_its_grant(start):
+    server = start((guests(), orion.todos))
+    reads = script_of(server, "bob", "acme", "read")
+    assert [reads.ask("PUT", "/w/acme/fails").status, reads.post("/w/acme/answers").status, reads.post("/w/acme/hook/x").status] == [403] * 3
+    assert data_in(reads.ask("PUT", "/w/acme/fails"))["message"].startswith("This token only reads")
+
+
+def test_what_is_public_knows_a_token_and_a_webhook_keeps_its_own(start):
+    server = start((guests(), orion.todos))
+    assert data_in(script_of(server, "bob").post("/w/acme/hook/x")) == ["bob", ""]
+    assert data_in(Program(server, "their-secret").post("/w/acme/hook/x")) == ["", "Bearer their-secret"]
+    assert data_in(Program(server, "their-secret", Cookie=Person(server, "bob").cookie, Origin=server.origin).post("/w/acme/hook/x"))[0] == ""
+
+
+def test_a_command_of_a_program_that_is_sent_again_gets_the_first_answer(server):
+    script = script_of(server, "bob")
+    script.headers["Idempotency-Key"] = "once"
+    assert [data_in(script.post("/w/acme/todos", title="once")) for _ in range(2)] == [{"id": 4}] * 2
+    assert data_in(script.get("/w/acme/todos"))["all"] == 4
+
+
+def test_a_job_that_a_program_puts_in_runs_in_its_makers_name(start):
+    names = []
+
+    def letter(ctx):
+        names.append(ctx.viewer.account)
+    server = start((orion.todos, working(letter)))
+    script = script_of(server, "bob")
+    assert script.post("/w/acme/work", job="letter").status in (201, 204)
+    eventually(lambda: names == ["bob"])
+    with contextlib.closing(server.store("acme")) as db:
+        eventually(lambda: db.execute("SELECT who FROM journal WHERE what LIKE '%letter'").fetchone()[0].startswith("bob by token deploy ("))
+
+
+def test_a_program_goes_to_a_single_root_and_is_told_why_not_with_plain(start, tmp_path, quick):
+    server = start(single=tmp_path / "all.db")
+    script = script_of(server, "bob")
+    assert script.post("/w/acme/todos", title="x").status == 201 and len(data_in(script.get("/w/acme/todos"))["todos"]) == 4
+    with contextlib.closing(Plain(tmp_path / "plain")) as plain:
+        refused = Program(plain, script.headers["Authorization"][7:], Cookie=Person(plain, "bob").cookie, Origin=plain.origin).get("/w/acme/todos")
+        assert refused.status == 401 and "Start it without --plain" in refused.text
+
+
+@needs_nginx
+def test_a_program_reaches_its_workspace_on_its_node_through_the_proxy(fleet, front):
+    name, bob = fleet.found("bob"), front.sign_in("bob")
+    token = token_of(bob, workspace=name)
+    script = Program(front, token)
+    ear = Ear(script, f"/w/{name}/todos/live")
+    ear.event()
+    assert script.post(f"/w/{name}/todos", title="through the proxy").status == 201 and script.post(f"/w/{name}/members", account="x").status == 403
+    assert data_in(script.get(f"/w/{name}/todos"))["todos"][0]["title"] == "through the proxy" and "data: {" in ear.until_it_says("through the proxy")
+    assert Program(front, token[:-2] + "__", Cookie=bob.cookie).get(f"/w/{name}/todos").status == 401
+    bob.post("/account/tokens/withdraw", form={"token": token[6:18]})
+    while ear.event():
+        pass
+    assert script.get(f"/w/{name}/todos").status == 401
+
+
+def test_a_request_without_a_token_costs_nothing_more(server):
+    """One look for the header, and no call."""
+    called = []
+    with mock.patch.object(orion, "with_token", lambda request: called.append(request)):
+        assert Person(server, "bob").get("/w/acme/todos").status == 200
+    assert not called
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -13099,7 +13470,7 @@ def test_a_page_comes_back_by_itself_after_a_restart(site, windows, start):
 def test_no_page_scrolls_sideways(site, windows):
     bob = site.at("bob", windows[0])
     Person(site, "bob").post("/w/acme/todos", form={"title": "w" * 500})
-    for path in ("/", "/login", "/w/acme/todos", "/w/acme/members", "/console", "/account", "/nothing"):
+    for path in ("/", "/login", "/w/acme/todos", "/w/acme/members", "/console", "/account", "/account/tokens", "/nothing"):
         bob.open(site.origin + path)
         bob.wait("document.readyState === 'complete'")
         for width in (320, 360, 768, 1440):
@@ -13125,6 +13496,27 @@ def test_the_journey_works_by_keyboard_alone(site, windows):
     bob.press("Enter")
     bob.wait(f"{TODOS}.length === 3")
     assert bob.js("return document.activeElement !== document.body"), "the focus was lost with the row"
+
+
+@cases("site, scripts", [("ours", True), ("official", True), ("ours", False)], indirect=["site"])
+def test_a_token_is_made_and_withdrawn_by_keyboard_alone(site, windows, scripts):
+    bob = site.at("bob", windows[0])
+    bob.size(375, 800), bob.javascript(scripts)
+    bob.open(site.origin + "/account/tokens")
+    bob.type("#name", "deploy")                          # this focuses it; from here on: keys
+    bob.press("Tab", "Tab", *"read and", "Tab", "Enter")
+    token = eventually(lambda: re.search(orion.API_TOKEN.pattern, bob.call("/source", "GET")))[0]
+    script = Program(site, token)
+    assert script.post("/w/acme/todos", title="By a program").status == 201
+    if scripts:
+        assert bob.js("return [document.activeElement.value, document.documentElement.scrollWidth]") == [token, 375]
+        assert bob.js("return getSelection().toString() || document.activeElement.value.slice(document.activeElement.selectionStart, document.activeElement.selectionEnd)") == token
+    bob.open(site.origin + "/account/tokens")
+    assert token[19:] not in bob.call("/source", "GET")
+    bob.type("#how", "\ue004")                           # Tab, from the last field to the button of the form, and to that of the row
+    bob.press("Tab", "Enter")
+    eventually(lambda: "You have no tokens" in bob.call("/source", "GET"))
+    assert script.get("/w/acme/todos").status == 401
 
 
 def test_the_filter_is_kept_in_the_address_and_the_page_stays_live(site, windows):
@@ -15775,6 +16167,36 @@ def test_each_block_of_curl_in_the_readme_keeps_its_promises_in_a_shell_of_its_o
         finally:
             os.killpg(watching.pid, signal.SIGKILL)
     assert not [*folder.iterdir()]                   # the cookies are not in the checkout
+
+
+def of_programs(server, how):
+    """What README shows of one language, with a token that holds."""
+    section = README.partition("### Programs\n")[2].partition("\n## ")[0]
+    block = re.search({"curl": r"(?m)(?:^    .*\n)+", "python": r"(?s)```python\n(.*?)```"}[how], section)
+    return re.sub("(?m)^    (?=A=|curl)", "", block[how == "python"]).replace("http://127.0.0.1:8000", server.origin).replace(
+        "orion_...", token_of(Person(server, "bob")))
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@cases("how", ["curl", "python"])
+def test_each_program_in_the_readme_runs(server, tmp_path, how):
+    text = of_programs(server, how)
+    if how == "python":
+        (tmp_path / "program.py").write_text(text), (text := f"exec {sys.executable} -u program.py")
+    with paste(text, tmp_path) as program:
+        try:
+            said = b"".join(itertools.takewhile(lambda line: b"Test the skates" not in line or how == "curl" and b"data: " not in line, program.stdout))
+            if how == "curl":
+                first, id = said.decode().split("}{")
+                assert json.loads(first + "}")["all"] == 3 and id.startswith('"id": 4}')
+            Person(server, "carol").post("/w/acme/todos", title="From carol")
+            while b"From carol" not in (line := program.stdout.readline()):
+                assert line
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT id, title, done FROM todos WHERE id > 2").fetchall() == {
+            "curl": [(4, "Buy rope", 1), (5, "From carol", 0)], "python": [(3, "Invoice the coyote", 0), (5, "From carol", 0)]}[how]
 
 
 def test_the_test_in_the_readme_passes(tmp_path, monkeypatch):
