@@ -13308,6 +13308,9 @@ ARGUMENTS = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if {flag for flag, *_ in OPTIONS} & {*unknown.split()}:
+            message += "; flags of the server stand before the command"
         self.exit(2, f"orion: {message}; --help tells what there is\n")
 
 

@@ -11531,6 +11531,13 @@ def test_a_number_that_makes_no_sense_is_refused_in_one_line(run, settled, words
     assert said == "" or said.count("\n") == 1 and said.startswith("orion: ")
 
 
+@cases("words, told", [("account list --port 9", True), ("node list --plane directory", True), ("account list --prot 9", False)])
+def test_a_flag_of_the_server_behind_a_command_is_refused_with_its_place(capsys, words, told):
+    with pytest.raises(SystemExit):
+        orion.main(argv=words.split())
+    assert ("flags of the server stand before the command" in capsys.readouterr().err) is told
+
+
 def test_a_variable_that_is_empty_says_nothing(monkeypatch):
     for name in ("ORION_SINGLE", "ORION_DATA", "ORION_DEMO", "ORION_PORT"):
         monkeypatch.setenv(name, "")
