@@ -12476,6 +12476,40 @@ def test_a_made_up_link_costs_no_hash_of_a_password(outside, monkeypatch):
     assert tried == [422, 422, 429], "a good one costs so many at most"
 
 
+OTHER_THAN_THE_SECRET = {
+    "one letter changed": lambda secret: secret[:-1] + chr(ord(secret[-1]) ^ 1), "cut short": lambda secret: secret[:-1], "longer": lambda secret: f"{secret}A",
+    "in the other case": str.swapcase, "quoted": '"{}"'.format, "encoded": lambda secret: f"%{ord(secret[0]):02x}{secret[1:]}",
+    "what is stored": lambda secret: orion.token_hash(secret).hex(), "nothing": lambda secret: "", "very much": lambda secret: secret * 1000,
+    "with a NUL": "{}\0".format, "half a character": "{}\udcff".format}
+
+
+@cases("change", OTHER_THAN_THE_SECRET)
+def test_nothing_but_the_secret_opens_a_link(outside, change):
+    secret = link_into(outside.sign_in("ann")).partition("#")[2]
+    wrong = OTHER_THAN_THE_SECRET[change](secret)
+    answer = Person(outside).post("/join", link=wrong, how="new", username="bea", new="long enough")
+    assert answer.status in (400, 422)
+    assert len(roles_in(outside)) == 1 and at_link(outside, f" {secret}\r\n").status == 200, "a space around it is of the clipboard"
+
+
+def test_headers_from_outside_stand_for_no_password_at_a_link(outside):
+    link, stored = link_into(outside.sign_in("ann")), outside.directory().password_of("ops")
+    ask = lambda body, **headers: Person(outside).ask("POST", "/join", urllib.parse.urlencode({"link": link, **body}), Content_Type="application/x-www-form-urlencoded", **headers)
+    assert ask({"how": "known", "username": "ops"}, X_Stored=stored, X_Account="ops").status == 422
+    assert ask({"how": "me"}, X_Session=outside.directory().store.one("SELECT hex(digest) FROM sessions")[0]).status == 422
+    assert ask({"how": "new", "username": "bea", "new": "long enough"}, X_Hashed=stored, X_Link="00").status == 303
+    assert outside.directory().password_of("bea") != stored
+
+
+def test_what_is_typed_at_a_link_stays_text_and_leads_to_a_local_page_only(outside):
+    link = link_into(outside.sign_in("ann"))
+    page = at_link(outside, link, "new", username='"><img src=x>', new="long enough")
+    assert page.status == 422 and "&quot;&gt;&lt;img src=x&gt;" in page.text and "<img src=x" not in page.text
+    taken = at_link(outside, link, "new", username="Ops", new="long enough")
+    assert taken.status == 422 and "is taken" in taken.text
+    assert at_link(outside, link, "new", username="bea", new="long enough", next="//evil.example").headers["location"] == "/"
+
+
 @cases("method", ["GET", "HEAD"])
 def test_to_ask_for_the_page_shows_and_uses_nothing_whatever_stands_in_its_address(outside, method):
     link = link_into(outside.sign_in("ann"))
