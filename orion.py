@@ -15334,10 +15334,10 @@ class TakesTokens(LoopEdge):
         source = f"from {source_of(request.peer)}"
         try:
             self.bad_tokens.check(source)
+            self.bad_tokens.count(source)
+            return error
         except Refused as wait:
             return wait
-        self.bad_tokens.count(source)
-        return error
 
 
 # -- in the Directory
@@ -15426,9 +15426,7 @@ class KnowsTokens(EdgeDirectory):
 TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
                JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
                ORDER BY t.made DESC"""
-MAY_ENTER = """SELECT w.name, coalesce(w.title, w.name) AS title FROM memberships m
-               JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
-               AND w.name IS NOT NULL ORDER BY w.name LIMIT 500"""
+MOST_PLACES = 500                                        # from which one chooses
 
 
 def tokens_page(ctx, made=""):
@@ -15439,7 +15437,7 @@ def tokens_page(ctx, made=""):
              "last": formatdate(row["used"], usegmt=True) if row["used"] else "never"}
             for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
     places = [{**row, "selected": row["name"] == typed.get("workspace")}
-              for row in ctx.store.query(MAY_ENTER, ctx.viewer.account)]
+              for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_PLACES)]
     body = template("tokens")(
         new={"made": made} if made else False, token=rows, none=not rows, place=places,
         name=typed.get("name", ""), problem=typed.get("problem", ""), stamp=ctx.stamp)

@@ -12662,6 +12662,17 @@ def test_the_journal_says_who_did_it_and_with_which_token(server):
     assert made["who"] == "bob" and made["what"] == "directory.make_token" and f"nightly backup ({token[6:18]}): write" in made["which"]
 
 
+def test_the_name_of_a_token_is_text_wherever_it_goes(server):
+    name, bob = '<img onerror=x> {{a}} "é🙂%0d%0a', Person(server, "bob")
+    script = Program(server, token_of(bob, name=name))
+    page = bob.get("/account/tokens").text
+    assert html.escape(name) in page and "<img onerror" not in page
+    assert urllib.parse.unquote(script.get("/_gate/acme").headers["x-token"].split(" ")[2]) == name
+    script.delete("/w/acme/todos/1")
+    with contextlib.closing(server.store("acme")) as db:
+        assert name in db.execute("SELECT who FROM journal ORDER BY id DESC").fetchone()[0]
+
+
 def test_a_program_watches_data_until_its_token_is_withdrawn(server):
     bob = Person(server, "bob")
     token = token_of(bob)
