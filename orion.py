@@ -12455,11 +12455,25 @@ def flash_in(request) -> str:
 
 def show_flash(request, response, text):
     """Put it at the end of the page, and have the browser forget it."""
+    forget = flash_field(request, "", urllib.parse.quote(request.path), 0)
+    return with_message(response._replace(headers=(*response.headers, forget)), text)
+
+
+def with_message(response, text):
     body, end, rest = response.body.rpartition(b"</body>")
-    path = urllib.parse.quote(request.path)
     shown = body + template("layout.flash")(text=text).encode("utf-8", "replace")
-    return response._replace(body=shown + end + rest, headers=(
-        *response.headers, flash_field(request, "", path, 0)))
+    return response._replace(body=shown + end + rest)
+
+
+@addition
+class SaysWhatWasWrong(SliceHost):
+    def page_again(self, request, refused):
+        """If the page of a plain form does not show the message, it stands at its end."""
+        response = super().page_again(request, refused)
+        message = escape(refused.message).encode("utf-8", "replace")
+        if not response.nonce or message in response.body:
+            return response                              # it is no page, or shows it
+        return with_message(response, refused.message)
 
 
 @addition

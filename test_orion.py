@@ -10063,6 +10063,17 @@ def test_a_command_leads_to_a_page_with_a_message_that_is_shown_there_once_as_te
     assert answer.status == 200 and "in the inventory" not in answer.text and "set-cookie" not in answer.headers
 
 
+@cases("problem, times", [("", 1), ("{{problem}}", 0)])
+def test_a_plain_form_is_told_what_was_wrong_also_by_a_page_that_does_not_show_it(problem, times):
+    def refuse(ctx):
+        raise orion.Refused(422, "Not <so>.", signal="toast")
+    live = orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Template("<p id=n></p>")()),),
+                      lambda ctx, region: orion.Template(problem + "{{region}}")(region=region, problem=ctx.typed.get("problem", "")))
+    with orion.testing(orion.Slice("n", live=(live,), routes=(orion.Route("POST", "/n", "todos:write", refuse),))) as app:
+        text = app.viewer("bob").submit("/n").text
+        assert text.count('<p class="flash"') == times and "Not &lt;so&gt;." in text and text.endswith("</body>\n</html>")
+
+
 def test_datastar_is_led_by_a_signal(stock):
     said = stock.person("bob", datastar=True).post("/w/acme/things", name="Saw", keeper="bob")
     assert said.status == 200 and re.fullmatch("/w/acme/things/[0-9]+", json.loads(said.text)["_go"])
