@@ -14407,6 +14407,11 @@ class DevEdge(LoopEdge):
         self.parent = os.getppid()
         FAULTS.secrets = [settings.setting(option.name) for option in settings.options
                           if option.secret]
+        for route in [route for slice in settings.slices for route in slice.routes]:
+            if route.method not in SAFE and route.grant.endswith(":read"):
+                log(f"dev: {route.method} {route.path} takes {route.grant}, which those "
+                    "have, too, who are only to read; if it writes more than what is "
+                    "their own, take another grant")
 
     def listening(self):
         return socket.socket(fileno=self.handle)

@@ -12043,6 +12043,12 @@ def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
     assert logged(capfd, "dev: number_of_looks of /n took ")
 
 
+def test_a_command_for_all_who_may_read_is_named_at_the_start(as_child, capfd):
+    as_child(orion.Slice("n", routes=tuple([orion.Route(method, f"/{grant}", f"todos:{grant}", nothing) for method in ("GET", "POST") for grant in ("read", "write")])))
+    said = capfd.readouterr().err
+    assert said.count("dev: ") == 1 and "dev: POST /read takes todos:read, which those have, too, who are only to read; if it writes more than what is" in said
+
+
 def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_was_refused(as_child, capfd):
     def run(ctx):
         if not ctx.field("words"):
