@@ -590,8 +590,10 @@ class Template:
             return write_json(value)
         if value is None or value is False:
             return ""
-        if value is True or type(value) is int and self.is_switch(kind, name, value):
-            return self.fill_once(kind, name, value, values)
+        if value is True:
+            return self.fill_once(kind, name, values)
+        if type(value) is int and (name in self.parts or kind == "an attribute"):
+            return self.fill_number(kind, name, value, values)
         if isinstance(value, (dict, sqlite3.Row)):
             return self.fill_rows(kind, name, [value], values)
         if isinstance(value, list):
@@ -603,19 +605,18 @@ class Template:
                             f"{name!r} with text, and not with {value!r:.60}")
         return value
 
-    def is_switch(self, kind, name, number):
-        """True if a number only shows or hides what stands there. (SQL has no True.)"""
+    def fill_once(self, kind, name, values):
         part = self.parts.get(name)
-        return kind == "an attribute" and number in (0, 1) or part and part.readings[kind]
+        return part.filled(kind, values) if part and part.readings[kind] else name
 
-    def fill_once(self, kind, name, value, values):
-        """Fill the part with the values around it; the hole itself has its text there."""
-        if not value:
-            return ""
+    def fill_number(self, kind, name, number, values):
+        """Fill the part, in which the hole has the digits. (SQL has no True, but 1.)"""
         part = self.parts.get(name)
         if part and part.readings[kind]:
-            return part.filled(kind, {**values, name: str(value)})
-        return name
+            return part.filled(kind, {**values, name: str(number)}) if number else ""
+        if kind == "an attribute" and number in (0, 1):
+            return name if number else ""
+        return WRITERS[kind](str(number))
 
     def fill_rows(self, kind, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
