@@ -2310,9 +2310,9 @@ def valid_title(typed, signal="problem"):
 # ==== 10. Workspace =======================================================================
 # The idea: the data plane. One team's rows and nothing else: the connection is to this
 #   file, so there is no query that could reach another team.
-# It promises: SliceHost.handle checks the grant of the route before any code of a slice runs.
-#   The gate decides who comes in, this check what they may do inside. That a page hides a
-#   button is only a courtesy.
+# It promises: SliceHost.handle checks the grant of the route before any code of a slice
+#   runs. The gate decides who comes in, this check what they may do inside. That a page
+#   hides a button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
 TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
