@@ -5864,6 +5864,7 @@ class Broker:
                 stream.show(channel.subscription.number, piece)
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
+        vars(piece).pop("plain", None)                   # thousands are kept, few sent again
         with self.lock:
             channel.busy = False
             again = channel.stale and channel.streams

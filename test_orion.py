@@ -6509,6 +6509,12 @@ def test_what_is_kept_of_renderings_is_bounded_by_its_bytes(server, monkeypatch)
     assert 0 < sum([len(one.html) for one in kept.values()]) < 10_000
 
 
+def test_of_a_rendering_that_all_have_the_bytes_that_were_sent_are_not_kept(server):
+    ear = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    assert "Order more anvils" in ear.event()
+    eventually(lambda: [name for one in the_workspace(server).renderings.values() for name in vars(one) if name == "plain"] == [], "kept")
+
+
 @cases("failing, sql, after", [("number 4", "INSERT INTO hits VALUES (2)", []), ("number 2", "INSERT OR ROLLBACK INTO known VALUES (1)", [204, 204])])
 def test_commands_whose_transaction_fails_are_all_told_so_and_nothing_of_them_stays(start, capfd, failing, sql, after):
     """At the commit, or in the middle; those after it have no part in it."""
