@@ -101,14 +101,25 @@ def deadline():
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def by_compose(settings):
+    return orion.compose(settings, settings.slices)
+
+
 @functools.lru_cache(maxsize=None)
-def seeded():
-    """The folder of a demo as it is at the beginning, without a key: to seed it again for each test would take a while."""
-    folder = pathlib.Path(tempfile.mkdtemp(), "seeded")
-    env = orion.compose(orion.Settings(data=folder, demo=True))
+def begun(root, demo, with_todos):
+    """A folder as this root leaves it after its first start, without a key: to begin anew for each test would take a while."""
+    folder = pathlib.Path(tempfile.mkdtemp(), "begun")
+    env = root(orion.Settings(data=folder, demo=demo, slices=(orion.todos,) * with_todos))
     env.workspaces.sleep_unused(idle=-1), env.directory.namespace.sleep_unused(idle=-1)
-    env.settings.key_file.unlink()
+    (folder / "secret.key").unlink()
     return folder
+
+
+def begin(folder, root, demo, slices):
+    """Have a copy of that, with a key of its own, where there is nothing yet."""
+    if not (os.path.exists(folder) and os.listdir(folder)):
+        shutil.copytree(begun(root, demo, orion.todos in slices), folder, dirs_exist_ok=True)
+        orion.make_key(folder / "secret.key")
 
 
 class Server:
@@ -116,9 +127,8 @@ class Server:
 
     def __init__(self, folder, slices=(orion.todos,), **settings):
         settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), "log": "off", **settings}
-        if settings["demo"] and slices == (orion.todos,) and not {"single", "plane"} & {*settings} and not os.path.exists(folder):
-            shutil.copytree(seeded(), folder)
-            orion.add_key(settings["data"] / "secret.key")
+        if not {"single", "seed"} & {*settings} and settings.get("plane") != "data":
+            begin(settings["data"], by_compose, bool(settings["demo"]), slices)
         self.env = orion.compose(orion.Settings(**settings), slices)
         self.edge = orion.Edge(self.env)
         self.edge.TICK_SECONDS = 0.1                 # what is looked after each second comes sooner
@@ -296,13 +306,20 @@ def once_for(check):
 @pytest.fixture(scope="session", autouse=True)
 def in_memory():
     """All temporary files on a disk that does not move, for nothing here is tested by pulling the plug. Passwords are hashed in no time,
-    tables that could be made once are not tried at each start, and processes keep their bytecode: all that would be most of what a test
-    takes."""
+    tables that could be made once are not tried at each start, processes keep their bytecode, and what pytest holds is no garbage to
+    look through: all that would be most of what a test takes."""
+    gc.collect(), gc.freeze(), gc.set_threshold(5_000)
     checks = [once_for(check) if check is orion.check_tables else check for check in orion.CHECKS]
     with tempfile.TemporaryDirectory(prefix="orion-", dir=MEMORY) as folder, mock.patch.object(tempfile, "tempdir", folder), \
             mock.patch.object(orion, "NOTICE_SECONDS", 0.0), mock.patch.dict(orion.SCRYPT, n=2), mock.patch.object(orion, "CHECKS", checks), \
-            mock.patch.dict(os.environ, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=f"{folder}/bytecode"):
+            mock.patch.dict(os.environ, LANGUAGE="C", PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=f"{folder}/bytecode"):
         yield
+
+
+@pytest.fixture
+def tmp_path():
+    """A folder of its own. pytest's looks at those of all tests before, to find a free name."""
+    return pathlib.Path(tempfile.mkdtemp())
 
 
 class TwoAtOnce:
@@ -450,8 +467,13 @@ class Fleet:
     def __init__(self, folder, **settings):
         self.folder, self.running, self.settings = folder, [], settings
         self.directory = self.serve("directory", plane="directory")
-        self.cli("account", "add", "bob", stdin="long enough\n"), self.cli("account", "add", "eve", stdin="long enough\n")
+        self.add_accounts("bob", "eve")
         self.nodes = [self.node("one"), self.node("two")]
+
+    def add_accounts(self, *names):
+        """As the command line would: it has tests of its own, and to read its words each time takes a while."""
+        for name in names:
+            self.directory.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password("long enough"))
 
     def serve(self, name, **settings):
         (self.folder / name).mkdir(exist_ok=True)
@@ -463,7 +485,7 @@ class Fleet:
         shutil.copy2(self.folder / "directory" / "secret.key", self.folder / name / "secret.key")
         server = self.serve(name, plane="data", directory=f"127.0.0.1:{self.directory.port}", port=port)
         server.address, server.folder = f"127.0.0.1:{server.port}", self.folder / name
-        self.cli("node", "add", server.address)
+        self.directory.write("INSERT OR IGNORE INTO nodes VALUES (?)", server.address)
         return server
 
     def cli(self, *words, stdin=None, status=0, data="directory", on=None):
@@ -520,9 +542,10 @@ def quick(monkeypatch):
 class Plain:
     """Part One's server in this process, as Server is the full one."""
 
-    def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0):
-        self.env = orion.plain_root(orion.Settings(data=pathlib.Path(folder), idle=idle, slices=slices, demo=True))
-        self.edge = orion.PlainEdge("127.0.0.1", port, self.env)
+    def __init__(self, folder, slices=(orion.todos,), port=0, idle=60.0, root=orion.plain_root, edge=orion.PlainEdge):
+        begin(pathlib.Path(folder), root, True, slices)
+        self.env = root(orion.Settings(data=pathlib.Path(folder), idle=idle, slices=slices, demo=True))
+        self.edge = edge("127.0.0.1", port, self.env)
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.edge.serve_forever, args=(0.01,), daemon=True)
@@ -556,16 +579,28 @@ def part_one_apart():
 
 
 class Alone(Command):
-    """Part One's text in a file of its own, as a process; its streams ask the gate again after a moment, as with quick."""
+    """Part One's text in a file of its own, as a process."""
 
-    def __init__(self, folder, port=0, ready=True):
-        folder.mkdir(exist_ok=True)
-        super().__init__("import part_one; part_one.REGATE_SECONDS = 0.1; part_one.plain_main()", "--port", port, "--data", folder / "data",
-                         program="-c", cwd=part_one_apart(), ready=ready)
+    def __init__(self, folder, ready=True):
+        super().__init__("import part_one; part_one.plain_main()", "--port", 0, "--data", folder, program="-c", cwd=part_one_apart(), ready=ready)
 
-    def close(self):
-        with self:
-            assert (self.end()[0], self.err) == (0, "")
+
+@functools.lru_cache(maxsize=None)
+def part_one_module():
+    """The same, in this process; its streams ask the gate again after a moment, as with quick."""
+    module = sys.modules["part_one"] = types.ModuleType("part_one")
+    module.__file__ = str(part_one_apart() / "part_one.py")
+    exec(compile(part_one(), module.__file__, "exec"), vars(module))
+    module.REGATE_SECONDS = 0.1
+    return module
+
+
+def by_part_one(settings):
+    return part_one_module().plain_planes(settings.data, settings.idle)
+
+
+def alone_in_this_process(folder, port=0):
+    return Plain(folder, port=port, root=by_part_one, edge=part_one_module().PlainEdge)
 
 
 class Way(http.server.BaseHTTPRequestHandler):
@@ -592,7 +627,9 @@ class Apart(Fleet):
     def __init__(self, folder, port=0, **settings):
         self.folder, self.running, self.settings, ports = folder, [], settings, folder / "ports"
         fresh = not folder.exists()
-        folder.mkdir(exist_ok=True)
+        if fresh:
+            shutil.copytree(begun_apart(), folder)
+            orion.make_key(folder / "directory" / "secret.key")
         ours, its = ports.read_text().split() if ports.exists() else (0, 0)
         self.directory = self.serve("directory", plane="directory", port=int(ours))
         (folder / "node").mkdir(exist_ok=True)
@@ -605,13 +642,13 @@ class Apart(Fleet):
         self.proxy.route, self.port = self.route, self.proxy.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True).start()
-        self.seed() if fresh else None
+        if fresh:
+            address = f"127.0.0.1:{self.nodes[0].port}"
+            self.directory.write("UPDATE nodes SET address = ?", address), self.directory.write("UPDATE workspaces SET node = ?", address)
 
     def seed(self):
-        """As the command line would: it has tests of its own, and to read its words 14 times takes a while."""
-        self.cli("node", "add", f"127.0.0.1:{self.nodes[0].port}")
-        for name in orion.DEMO_ACCOUNTS:
-            self.directory.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, orion.hash_password("long enough"))
+        self.directory.write("INSERT INTO nodes VALUES (?)", f"127.0.0.1:{self.nodes[0].port}")
+        self.add_accounts(*orion.DEMO_ACCOUNTS)
         for name, (people, todos) in orion.DEMO_WORKSPACES.items():
             (owner, _), *others = people.items()
             self.cli("workspace", "add", name, "--owner", owner)
@@ -638,11 +675,22 @@ class Apart(Fleet):
         super().close()
 
 
+@functools.lru_cache(maxsize=None)
+def begun_apart():
+    """The folders of one that has a demo, as begun() for one server."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    with contextlib.closing(Apart(folder)) as first:
+        first.seed()
+    for name in ("ports", "directory/secret.key", "node/secret.key"):
+        (folder / name).unlink()
+    return folder
+
+
 ROOTS = {"plain": Plain,
          "two planes": Server,
          "single": lambda folder, **port: Server(folder, single=folder / "team.db", **port),
          "directory and node": Apart,
-         "Part One alone": Alone}
+         "Part One alone": alone_in_this_process}
 
 
 class Root:
@@ -870,9 +918,7 @@ LEFT_OUT = {("single", "isolation"): "it has one workspace",
             ("single", "a plain form sent twice does one thing"): "nobody can create a second workspace",
             ("single", "a stranger contacts no workspace"): "gate and rows are one object",
             ("single", "sleep and wake"): "its one object is never idle",
-            ("directory and node", "sign in as a persona"): "the demo is for one process",
-            ("Part One alone", "a stranger contacts no workspace"): "its objects are in another process",
-            ("Part One alone", "sleep and wake"): "its objects are in another process"}
+            ("directory and node", "sign in as a persona"): "the demo is for one process"}
 
 
 WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
@@ -4067,8 +4113,8 @@ def test_part_one_alone_ends_quietly_however_often_it_is_told_to(tmp_path):
 
 @cases("contents", ["", "no key", "ab" * 31])
 def test_part_one_alone_says_in_one_line_why_it_does_not_start(tmp_path, contents):
-    Alone(tmp_path / "root").close()
-    (tmp_path / "root" / "data" / "secret.key").write_text(contents)
+    begin(tmp_path / "root", by_part_one, True, (orion.todos,))
+    (tmp_path / "root" / "secret.key").write_text(contents)
     with Alone(tmp_path / "root", ready=False) as alone:
         assert alone.wait() != 0 and "secret.key holds no keys" in alone.err and "Traceback" not in alone.err
 
@@ -9503,6 +9549,7 @@ def files_in(server, table="looks"):
 def gallery(tmp_path_factory):
     """For tests that leave it as it was, but for its rows."""
     with contextlib.closing(Server(tmp_path_factory.mktemp("gallery") / "data", (orion.todos, album()))) as server:
+        Person(server, "bob").get("/w/acme/n")       # its tables are made when its file is opened
         yield server
 
 
@@ -11151,6 +11198,7 @@ def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fa
     notes = orion.Slice("notes", ("CREATE TABLE notes (x)",))
     server = start([orion.todos, notes])
     for name, values in (("acme", (1, 1)), ("globex", (1, 2))):
+        Person(server, "bob").get(f"/w/{name}/todos")        # its tables are made when its file is opened
         with contextlib.closing(server.store(name)) as db, db:
             db.executemany("INSERT INTO notes VALUES (?)", [(value,) for value in values])
     files = [server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex")]
@@ -11167,6 +11215,7 @@ def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start
     """FTS5 looks into it for a writer alone: it is a copy that is asked."""
     slices = [orion.todos, orion.Slice("notes", (*NOTES, *WORDS))]
     server = start(slices)
+    Person(server, "bob").get("/w/acme/todos")       # its tables are made when its file is opened
     data, check = server.env.settings.data, lambda: orion.main(slices, ["check", "--data", str(data)])
     server.env.workspaces.sleep_unused(idle=-1)
     file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
@@ -13143,7 +13192,8 @@ KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Backspace": "\u
 
 def chromedriver(tries=10):
     """A driver that listens, and its port. It takes a free port of IPv6 and leaves if that one is taken on IPv4, as it may be
-    after all these connections: then the next one tries."""
+    after all these connections: then the next one tries. It ends, and all its browsers with it, when its standard input does: so
+    nothing stays of a process that was killed."""
     for _ in range(tries):
         driver, said = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True), []
         for line in driver.stdout:
