@@ -324,38 +324,41 @@ def tmp_path():
 
 class TwoAtOnce:
     """While the other tests run, a process of their own runs those with a browser. What it reports of them is reported where they stand.
-    If it ends before all of them have, so does the whole run."""
+    If it ends before all of them have, so does the whole run; and it ends with the run, however that ends."""
     process, heard = None, None
 
     def __init__(self, config):
         self.config, self.theirs, self.file = config, [], tempfile.TemporaryFile()
 
     def pytest_runtestloop(self, session):
+        signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell has had it ignored, if it started this in the background
         option, theirs = self.config.option, [item for item in session.items if {"browser", "browsers"} & {*item.fixturenames}]
         if option.collectonly or option.usepdb or option.capture != "fd" or not 100 < len(theirs) < len(session.items) - 1000:
             return                                   # the pytest that asks goes on
-        self.theirs, ours = {item.nodeid for item in theirs}, os.getpid()
+        self.theirs = {item.nodeid for item in theirs}
+        gone, self.alive = os.pipe()                     # nobody writes: it is at its end when the process that has the other end is gone
         self.process = os.fork()
-        if not self.process:
-            try:
-                self.run(theirs, ours)
-            except BaseException:
-                self.config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
-                traceback.print_exc()
-            finally:
-                os._exit(1)
+        if self.process:
+            return
+        os.close(self.alive)
+        threading.Thread(target=lambda: (os.read(gone, 1), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+        try:
+            self.run(theirs)
+        except BaseException:
+            self.config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+            traceback.print_exc()
+            session._setupstate.teardown_exact(None)     # the browsers and the files
+        finally:
+            os._exit(1)
 
-    def run(self, theirs, parent):
-        """In the fork. What it prints is its own, and nobody asks for more if the other process is gone."""
+    def run(self, theirs):
+        """In the fork. What it prints is its own."""
         self.config.get_terminal_writer()._file = open(os.devnull, "w")
         capture = self.config.pluginmanager.getplugin("capturemanager")
         capture.stop_global_capturing(), capture.start_global_capturing()
         self.theirs = []
         for item, following in zip(theirs, [*theirs[1:], None]):
-            left = os.getppid() != parent
-            item.ihook.pytest_runtest_protocol(item=item, nextitem=None if left else following)
-            if left:
-                return
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
         self.file.flush()
         os._exit(0)
 
@@ -13190,12 +13193,15 @@ KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Backspace": "\u
         "Control": "\ue009", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
 
 
+DRIVER = "chromedriver --port=0 & exec >&-; read -r _; kill -9 $!; wait; kill -9 0"
+
+
 def chromedriver(tries=10):
     """A driver that listens, and its port. It takes a free port of IPv6 and leaves if that one is taken on IPv4, as it may be
     after all these connections: then the next one tries. It ends, and all its browsers with it, when its standard input does: so
     nothing stays of a process that was killed."""
     for _ in range(tries):
-        driver, said = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True), []
+        driver, said = subprocess.Popen(["sh", "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True), []
         for line in driver.stdout:
             said.append(line)
             listens = re.search(r"successfully on port (\d+)", line)
@@ -13304,7 +13310,6 @@ class Chromium:
                 self.call("", "DELETE")
         finally:
             if self.owned:
-                self.owned.terminate()
                 self.owned.communicate(timeout=10)
             shutil.rmtree(self.profile, ignore_errors=True)
 
