@@ -5799,16 +5799,16 @@ def seconds_for(ask, text, times=4):
 
 
 def is_linear(expression, method, beginning, repeated, end):
-    """Does four times as much take four times as long? With the square of it, it would be sixteen."""
+    """Does eight times as much take eight times as long? With the square of it, it would be 64."""
     ask = getattr(expression, method)
 
     def text(length):
         whole = beginning + repeated * (length // len(repeated)) + end
         return whole.encode("latin-1") if isinstance(expression.pattern, bytes) else whole
-    short, long = text(2_000), text(8_000)
+    short, long = text(1_000), text(8_000)
     if seconds_for(ask, long, times=1) < 0.001:      # the square would be thirty million steps
         return True
-    return any([seconds_for(ask, long) < 8 * seconds_for(ask, short) + 0.0001 for _ in range(3)])
+    return any([seconds_for(ask, long) < 24 * seconds_for(ask, short) + 0.0001 for _ in range(3)])
 
 
 def test_every_regular_expression_is_listed_with_what_makes_it_work_hard():
@@ -7274,10 +7274,10 @@ def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
         ctx.enqueue(later)
         return orion.done(ctx, "later")
     slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
-    with pytest.warns(RuntimeWarning, match="never awaited"):
+    with pytest.warns(RuntimeWarning, match="never awaited") as warned:
         Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
         assert logged(capfd, f"{place_of(later)} returned <coroutine object") and logged(capfd, "and a job returns nothing, and is not async")
-        gc.collect()
+        eventually(lambda: gc.collect() >= 0 and warned.list)         # the thread that ran it may still hold it
 
 
 def test_what_a_job_wrote_is_on_the_page_that_is_asked_for_next_even_if_it_published_nothing(start):
@@ -13558,12 +13558,12 @@ def test_who_leaves_is_gone_from_the_others_page(site, windows):
 
 def test_who_loses_access_is_told_and_stops_asking(site, windows):
     carol = site.at("carol", windows[1])
+    carol.js("""window.asked = 0; const real = fetch; window.fetch = (...all) => { asked++; return real(...all) }
+        document.addEventListener('datastar-fetch', ({detail}) => window.over ||= detail.type === 'finished')""")
     Person(site, "bob").delete("/w/acme/members/carol")
     carol.wait("document.querySelector('#live').textContent.includes('no longer have access')")
-    assert carol.js("return new Promise(done => setTimeout(done, 500))") is None      # one request may have been on its way
-    asked = site.figure('orion_gate_verdicts_total{verdict="403"}')
-    assert carol.js("return new Promise(done => setTimeout(done, 1200))") is None
-    assert site.figure('orion_gate_verdicts_total{verdict="403"}') == asked
+    carol.wait("window.over")
+    assert carol.js("return new Promise(done => setTimeout(() => done(asked), 1200))") == 0
 
 
 ANSWERED_WHOLE = """
