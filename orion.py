@@ -56,7 +56,7 @@ The words. Where one has a second meaning, it is said here:
     command     a request that may write: POST, PUT, PATCH, DELETE
     topic       what a command publishes and a region listens to: "todos"
     stream      an answer that stays open and carries the regions of a page again after each
-                change; each time this is called a frame
+                change; what it sends each time is called a frame
     rendering   a region at one state of the store, made once for all viewers who have the
                 same role and ask with the same parameters; or for one account
 
@@ -119,7 +119,8 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     destination (2)             which object answers; the verdict becomes headers
 #     Stub.fetch (7)              takes the turn of the object
 #     SliceHost.command (8)       opens the transaction: DurableObject.command (7)
-#     SliceHost.handle (8)        finds the route, checks the grant, notes it in the journal
+#     SliceHost.handle (8)        finds the route, checks the grant
+#     SliceHost.call (8)          has the slice answer, and notes it in the journal
 #     create (9)                  validates, writes, publishes: Bus.publish (6)
 #     Store.transaction (5)       commits, and only then: Bus.tell (6)
 #
@@ -153,7 +154,10 @@ NOTHING_HERE = (404, "There is nothing at this address. Go back, or start from t
 
 
 class Request(NamedTuple):
-    """What came in. path is decoded, query is not; header names are in lower case."""
+    """What came in. path is decoded, query is not; header names are in lower case.
+
+    A HEAD is a GET here: the edge leaves the body out.
+    """
     method: str
     path: str
     query: str = ""
@@ -192,6 +196,11 @@ class Request(NamedTuple):
     def form(self) -> bool:
         """Is it a form, as a browser sends one by itself?"""
         return self.form_type in FORMS
+
+    @property
+    def plain_form(self) -> bool:
+        """Did a browser send it by itself? Then it shows the answer as its next page."""
+        return not self.datastar and self.form
 
     @property
     def params(self) -> Dict[str, str]:
@@ -308,8 +317,8 @@ def sendable(response, function):
     """
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
-        raise returned(function, response, "an answer is a Response with a number and "
-                                           "bytes; for most commands: return done(ctx)")
+        raise bad_return(function, response, "an answer is a Response with a number and "
+                                             "bytes; for most commands: return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
     if type(response.headers) is not tuple:
         return response._replace(headers=tuple(map(tuple, response.headers)))
@@ -366,8 +375,8 @@ def ask_the_gate(request, env):
 def question_of(request, env):
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
-    about = "public" if env.public(request) else ""      # [3]
-    return Request("GET", f"/_gate/{workspace}", about, headers, scheme=request.scheme)
+    query = "public" if env.public(request) else ""      # [3]
+    return Request("GET", f"/_gate/{workspace}", query, headers, scheme=request.scheme)
 
 
 def destination(request, verdict, env):
@@ -488,7 +497,7 @@ def escape(value: Any) -> Html:
     return Html(html.escape(str(value)))
 
 
-NOTHING = object()                                       # is given for a hole
+NOTHING = object()                                       # stands for no value at all
 
 
 class Template:
@@ -503,7 +512,11 @@ class Template:
         a list of these             that part, once for each
         True                        that part or, without one, the name: <input {{checked}}>
         False, None                 nothing
-        a number                    that part, unless it is 0; without one, its digits
+        a number                    that part, unless it is 0; without one, its digits (in
+                                    the place of an attribute, 1 and 0 are True and False)
+
+    The kinds of places in which a hole can stand are "text", between tags; "a value", in
+    quotes; "an address", the whole of an href; "an attribute", by itself in a tag; "json".
 
     The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
     data-on:click="greet({{json who}})".
@@ -521,7 +534,7 @@ class Template:
         first, *rest = PART.split(text)
         self.markup = first.rstrip("\n")
         self.line = line
-        self.readings = {}                               # by the kind of hole that it fills
+        self.readings = {}                               # by kind of place: see filled
         self.parts = {} if parts is None else parts      # one dict, shared by all of them
         for name, part in zip(rest[::2], rest[1::2]):
             line += first.count("\n") + 1
@@ -607,7 +620,9 @@ class Template:
 
     def fill_once(self, kind, name, values):
         part = self.parts.get(name)
-        return part.filled(kind, values) if part and part.readings[kind] else name
+        if part and part.readings[kind]:
+            return part.filled(kind, {**values, name: "True"})   # the hole inside of it
+        return name
 
     def fill_number(self, kind, name, number, values):
         """Fill the part, in which the hole has the digits. (SQL has no True, but 1.)"""
@@ -1139,7 +1154,7 @@ class DurableObject:
         self.namespace = namespace
         self.turn = threading.Condition(threading.Lock())
         self.used = time.monotonic()
-        self.gone = False                                # asleep: another takes its place
+        self.gone = False                                # closed: another takes its place
         self.store: Optional[OwnedStore] = None          # None: not opened yet
         self.bus: Optional[Bus] = None
 
@@ -1373,7 +1388,7 @@ class Live(NamedTuple):
 
     What stands for the <parts> of the path is a further argument of show, data, page and
     title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
-    topic for each card. Such a page is no tab.
+    topic for each card. Such a page is no tab, and none whose title is a function is one.
     """
     path: str
     grant: str
@@ -1381,7 +1396,7 @@ class Live(NamedTuple):
     regions: Sequence[Region]
     page: Callable[..., Html] = only_the_regions
     params: Dict[str, str] = {}
-    tab: Optional[bool] = None                           # None: if the path has no parts
+    tab: Optional[bool] = None                           # None: if it can be one
 
     def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
         """Return those of params that the page depends on, if their value is valid."""
@@ -1390,7 +1405,8 @@ class Live(NamedTuple):
 
     @property
     def is_tab(self) -> bool:
-        return "<" not in self.path if self.tab is None else self.tab
+        fixed = "<" not in self.path and not callable(self.title)
+        return fixed if self.tab is None else self.tab
 
     def routes(self):
         return (Route("GET", self.path, self.grant,
@@ -1642,7 +1658,7 @@ class SliceHost(DurableObject):
         self.router = router
         self.schema = router.schema
         self.pages = pages
-        self.state: Any = None                           # of the store, for the next line
+        self.state: Any = None                           # of the store, when they were made
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
 
     def viewer(self, request: Request) -> Viewer:
@@ -1677,14 +1693,15 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            self.journal(viewer, what, response.which or self.journal_row(route, args))
+            which = response.which or self.journal_row(route, args, store.inserted)
+            self.journal(viewer, what, which)
         return response
 
-    def journal_row(self, route, args):
+    def journal_row(self, route, args, inserted):
         """Return what stood in the path or, if nothing did, the row inserted last."""
         if route.grant == PUBLIC:                        # [3] There it may be a secret.
             args = ()
-        return "/".join(map(str, args)) or self.store.last_row()
+        return "/".join(map(str, args)) or str(inserted or "")
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
@@ -1713,7 +1730,7 @@ class SliceHost(DurableObject):
         refused if there is no such page.
         """
         try:
-            path = self.page_of_form(request)
+            path = self.form_path(request)
             texts = {name: value for name, value in request.pairs() if type(value) is str}
             typed = {**texts, "problem": refused.message, **refused.problems}
             again = request._replace(method="GET", path=path, query="", typed=typed)
@@ -1721,15 +1738,15 @@ class SliceHost(DurableObject):
         except Refused:
             raise refused from None
 
-    def page_of_form(self, request):
+    def form_path(self, request):
         """Return the path of the page on which the form for this command is."""
         _, route, args = self.router_for(request).match(request.method, request.path)
         return with_parts(route.form, route.path, args) or request.path
 
-    def page_after(self, request):
-        """Return where a plain form leads: to its page or, without one, to the list that
-        its path begins with."""
-        path = self.page_of_form(request)
+    def path_after(self, request):
+        """Return where a plain form leads when it is done: to its page or, without one, to
+        the list that its path begins with."""
+        path = self.form_path(request)
         with contextlib.suppress(Refused):
             self.router_for(request).match("GET", path)
             return urllib.parse.quote(path)
@@ -1791,7 +1808,7 @@ class SliceHost(DurableObject):
         """Return a page with its regions, but without the layout of all pages."""
         body = live.page(ctx, *[one.html for one in renderings], *args)
         if type(body) is not Html:
-            raise returned(live.page, body, "a page is Html, such as a Template returns")
+            raise bad_return(live.page, body, "a page is Html, such as a Template returns")
         return body
 
     def title_of(self, live: Live, ctx: Context, args) -> str:
@@ -1799,7 +1816,7 @@ class SliceHost(DurableObject):
             return live.title
         title = live.title(ctx, *args)
         if not isinstance(title, str):
-            raise returned(live.title, title, "a title is text")
+            raise bad_return(live.title, title, "a title is text")
         return title
 
     def head(self, ctx):
@@ -1839,12 +1856,13 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     """Answer a command: with signals for its sender or, after a plain form, with the page.
 
     What it changed is not in it: the region brings that to everybody, the sender included.
-    which: what it wrote, for the journal; by default what stood in the path.
+    which: what it wrote, for the journal; by default what stood in the path or, if nothing
+    did, the id of the row that was inserted last.
     """
     if not ctx.viewer.has_page:
         return Response(204, which=which)
-    if not ctx.request.datastar and ctx.request.form:
-        path = ctx.host.page_after(ctx.request)
+    if ctx.request.plain_form:
+        path = ctx.host.path_after(ctx.request)
         return see_other(f"/w/{ctx.workspace}{path}")._replace(which=which)
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
@@ -1918,8 +1936,8 @@ REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id
 def checked_region(made: Any, show: Callable[..., Any]) -> Html:
     """Return what a region returned. Raises TypeError if it could not stay current."""
     if type(made) is not Html or not REGION.match(made):
-        raise returned(show, made, "a region is Html, one element with an id, such as a "
-                                   "Template returns")
+        raise bad_return(show, made, "a region is Html, one element with an id, such as a "
+                                     "Template returns")
     return made
 
 
@@ -1959,7 +1977,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def returned(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
+def bad_return(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
     """Return the error of a slice's function that returned something wrong.
 
     No line of it is in the traceback, so the message says where it is.
@@ -2171,7 +2189,7 @@ def todos_data(ctx):
 
 def create(ctx):
     title = valid_title(ctx.field("title"))
-    ctx.store.exec("INSERT INTO todos (title) VALUES (?)", title)
+    ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
     return done(ctx, title="", problem="")
 
@@ -2310,9 +2328,8 @@ def valid_title(typed, signal="problem"):
 # ==== 10. Workspace =======================================================================
 # The idea: the data plane. One team's rows and nothing else: the connection is to this
 #   file, so there is no query that could reach another team.
-# It promises: SliceHost.handle checks the grant of the route before any code of a slice
-#   runs. The gate decides who comes in, this check what they may do inside. That a page
-#   hides a button is only a courtesy.
+# It promises: the gate decides who comes in, the grant of a route what they may do inside.
+#   That a page hides a button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
 TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
@@ -2785,7 +2802,7 @@ def create_workspace(ctx):
     ctx.host.place(ctx, name, account)
     ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
     set_title(ctx.store, name, title)
-    if ctx.request.form and not ctx.request.datastar:
+    if ctx.request.plain_form:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
     return done(ctx, name, name="", problem="")
 
@@ -2850,7 +2867,8 @@ def names_of(typed: str) -> Tuple[str, str]:
 # The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
 #   it is as live as every other.
 # It promises: only owners make or change owners, and the last owner stays. Nobody becomes
-#   an owner without saying yes: until then it is an offer, and they are an admin.
+#   an owner without saying yes: until then it is an offer. Members keep their role
+#   meanwhile; who is new is an admin.
 # Who uses it: every workspace has it beside the pages of its slices.
 
 MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
@@ -3068,7 +3086,7 @@ directory = Slice(
 REGATE_SECONDS = 2.0
 BODY_LIMIT = 65_536                                      # bytes
 BEAT = b":\n\n"                                          # a comment; it changes nothing
-SILENCE_SECONDS = 25                                     # the longest, between two of them
+SILENCE_SECONDS = 25                                     # between two of them, at most
 POLICY = ("default-src 'none'; script-src 'self'{}; style-src 'self'; img-src 'self'; "
           "font-src 'self'; media-src 'self'; connect-src 'self'; form-action 'self'; "
           "base-uri 'none'; frame-ancestors 'none'")
@@ -3166,7 +3184,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         try:
             request = self.request_of()
             response = respond(request, self.server.env)
-        except Refused as no:                            # the next one could not be found
+        except Refused as no:                            # where the next begins is unknown
             self.close_connection = True
             response = refusal(request, no)
         if response.watch and not self.modern:
@@ -3388,7 +3406,7 @@ NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can 
 def content_length(headers):
     """Return how many bytes the body has. Raises Refused(400).
 
-    That is also for digits that int() would read in another way than a proxy.
+    So it does for digits that int() would read in another way than a proxy.
     """
     length = headers.get("content-length", "0")
     if not LENGTH.fullmatch(length):
@@ -3791,9 +3809,9 @@ WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambi
 class Tables(Calls):
     """A store as one slice sees it, while it answers one request.
 
-    The comment makes the slice's name a part of the statement. So Python's cache of
-    compiled statements cannot reuse one slice's statement, which SQLite has judged, for
-    another. Each statement is judged once, when it is compiled.
+    mark, a comment in SQL, makes the slice's name a part of each statement. So Python's
+    cache of compiled statements cannot reuse one slice's statement, which SQLite has
+    judged, for another. Each statement is judged once, when it is compiled.
     """
 
     def __init__(self, store: Store, slice: str, may: str):
@@ -3802,7 +3820,13 @@ class Tables(Calls):
         self.may = may
         self.mark = f" /* {slice} may {may} */"
         self.cursor = store.cursor
+        self.inserted = 0                                # the id of the last row
         self.thread = threading.get_ident()              # 0: the request is over
+
+    def insert(self, sql, *args):
+        """The journal names the last row of a command."""
+        self.inserted = super().insert(sql, *args)
+        return self.inserted
 
     @contextlib.contextmanager
     def tx(self):
@@ -3895,7 +3919,9 @@ def prepare_rename(store, entries, number):
 
 
 def makes_way(entries, number) -> bool:
-    """True if the entry renames a table, to make another of its name and to drop it.
+    """True if the entry renames a table, to make another of its name and to drop it:
+
+        ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
 
     Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
     """
@@ -3951,13 +3977,18 @@ def words_of(sql):
 #     memory for a stream                          48 kB       1.9 kB   26 : 1
 #     threads for 1,000 streams                    1,004           18   56 : 1
 #
-# It costs a second way to read a request, and three rules. Whoever writes a slice has to
+# It costs a second reader of requests, and three rules. Whoever writes a slice has to
 # know one: a page depends on its rows, and on path, query and cookie of the request alone,
 # for it may be kept. Unseen by slices, commands that wait for the same object share a
 # commit, and a rendering is sent as it is to everybody of a role.
 #
-# It attaches to Part One by subclasses, which a composition root chooses: of Store, Stub,
-# Namespace and DurableObject. It uses worker, question_of, Env.forward, Bus.listeners,
+# It attaches to Part One by subclasses, which a composition root chooses (two_planes, in
+# section 55): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
+#
+#     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
+#
+# A publish goes from Bus.tell to GuardedNamespace.published, and on to Broker.published. It
+# uses worker, question_of, Env.forward, Bus.listeners,
 # SliceHost.handle, render and stream, Directory.make_file, headers_of and refusal.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
@@ -3997,6 +4028,7 @@ CRASH = BaseException                                    # a slice may call sys.
 
 class StorageFault(Refused):
     """The file of an object can't be used. The text is for the log, message for people."""
+    # The first that is in the text counts; the last, "", always is.
     REMEDIES = {"takes long": "it goes on apart; nobody is let in here until it ends",
                 "disk is full": "make room on the disk, or raise the quota",
                 "is locked": "another process holds it: end that one",
@@ -4150,7 +4182,7 @@ class ObjectStore(GuardedStore):
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    began = float("inf")                                 # when the present answer did
+    began = float("inf")                                 # when the present answer began
     LOCK_SECONDS = 5.0                                   # the longest wait for a lock
     lock_ends = float("-inf")                            # when everybody stops waiting
     OPEN_SECONDS = float("inf")                          # then its migrations go on apart
@@ -4584,8 +4616,8 @@ def failed(one):
 # ==== 19. Pieces ==========================================================================
 # The idea: a rendering is kept as the very bytes that all its watchers get, plain and
 #   compressed. Each piece is compressed by itself, so that one serves all streams.
-# It promises: a stream needs no compressor of its own. Its etag is made of the content, so
-#   it means the same after a restart and in another process.
+# It promises: a stream needs no compressor of its own. The etag of a piece is made of its
+#   content, so it means the same after a restart and in another process.
 # Who uses it: the broker (section 25).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
@@ -4722,8 +4754,8 @@ class Broadcast(GroupCommit, SliceHost):
 
 
 # ==== 20. Reader ==========================================================================
-# The idea: there is one way to read a request. What could be read in two ways is refused
-#   and the connection ends: a proxy in front of us might have read it the other way.
+# The idea: what could be read in two ways is refused, and the connection ends: a proxy in
+#   front of us might have read it the other way.
 # It promises: each byte of a head is looked at once, however slowly it comes.
 # Who uses it: connections (section 26).
 
@@ -4773,9 +4805,10 @@ def into_memory(reading):
 def read_requests(buffer, spool_for=into_memory) -> Iterator[Optional[Reading]]:
     """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
 
-    Without its body: if the client waits for a 100, or if spool_for(reading) returned what
-    is to take the body because it is long, or may be. Raises Refused if the framing is
-    broken. Then nothing behind it may be read.
+    A request is yielded twice if the client waits for a 100, or if spool_for(reading)
+    returned what is to take the body, because that is long or may be: first without its
+    body, to be let in, and then whole. Raises Refused if the framing is broken. Then
+    nothing behind it may be read.
     """
     while True:
         while buffer == b"\r":                           # perhaps of an empty line
@@ -5214,9 +5247,12 @@ class Lane:
     """Items that wait for the same job, in their order, each with its account.
 
     payer: the account that is charged while the lane is in line, or a thread works on it;
-    "": nobody is. None: the lane is parked, for its account has as many in line as it may.
-    When one of those ends, Pool.release puts a parked one in line. If another account adds
-    an item to a parked lane, that one pays, and unpark passes the lane over later.
+    "": nobody is. None: it is not in line. It is new, or parked under each account that has
+    an item in it, for all of them have as many lanes in line as they may.
+
+    The way of a lane: Pool.gather, admit (or it is parked), drive, put_back, release. When
+    a lane of an account is done, release puts a parked one in line (unpark). If another
+    account paid for that one meanwhile, unpark passes it over.
     """
 
     def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
@@ -5230,12 +5266,11 @@ class Pool:
     """A fixed number of threads that take jobs from one line.
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
-
-    While one account sends commands to 18 workspaces, on 360 connections, a command of
-    another one, alone 1.6 ms, takes 5 with an eighth of the threads for each, 5 to 11 with
-    a quarter, 20 to 50 with all. An account that is alone has more, because a slow disk
-    makes several files durable in the time of one.
     """
+    # An account that is alone has more lanes in line, because a slow disk makes several
+    # files durable in the time of one. While one sends commands to 18 workspaces, on 360
+    # connections, a command of another, alone 1.6 ms, takes 5 with an eighth of the threads
+    # for each account, 5 to 11 with a quarter, 20 to 50 with all.
     TOGETHER = 64                                        # items of a lane at a time
     ALONE_SECONDS = 1.0                                  # until an account counts as alone
 
@@ -5549,7 +5584,7 @@ class Held:
         self.events = 0                                  # what the selector watches for
         self.unsent: Any = b""
         self.deadline = 0.0                              # by time.monotonic()
-        self.listen(selectors.EVENT_READ)
+        self.listen(READABLE)
         edge.held.add(self)                              # last: others look through it
 
     def listen(self, events):
@@ -5744,7 +5779,8 @@ class Channel:
 
 
 class Broker:
-    """The loop changes it. Other threads only mark a channel."""
+    """The loop alone changes channels and streams. Other threads mark a channel, and note
+    which failed."""
     SOME = 64                                # streams that get a frame before others' turn
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
@@ -5859,7 +5895,7 @@ class Broker:
         After the last of them the channel is free, or goes round again.
         """
         for stream in streams[:self.SOME]:
-            if channel.streams.get(stream, piece.etag) != piece.etag:
+            if channel.streams.get(stream, piece.etag) != piece.etag:    # it has not left
                 channel.streams[stream] = piece.etag
                 stream.show(channel.subscription.number, piece)
         if len(streams) > self.SOME:
@@ -5922,7 +5958,7 @@ class Broker:
         self.moved.add(id)
 
     def tell_who_is_here(self):
-        """Once a second: to those who watch an object of which watchers came or went."""
+        """Tell those who watch an object of which watchers came or went."""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
@@ -6047,8 +6083,9 @@ def viewer_in(forwarded) -> Tuple[str, ...]:
 #   and not taken. Who is refused is answered. Who is let in is fetched, together with all
 #   that came for the same object.
 # It promises: each request comes out with a response. A connection that idles, reads slowly
-#   or sends slowly costs a buffer and no thread. Requests of people who were never let into
-#   a workspace stay out of its lane: how long they wait for their no tells them nothing.
+#   or sends slowly costs a buffer and no thread. Requests of people of whom no command was
+#   done in a workspace stay out of its lane: how long strangers wait for their no tells
+#   them nothing.
 # Who uses it: the network.
 
 class Noted(NamedTuple):
@@ -6179,7 +6216,8 @@ class Connection(Held):
             raise
 
     def check_before_body(self, reading):
-        """Refuse before the body is sent, if the client waits for that, or is read."""
+        """Refuse before the body is sent (the client waits for that) or read (it is long).
+        """
         self.check(reading, self.edge.request(reading, self.peer))
         return self.go_on
 
@@ -6213,7 +6251,7 @@ class Connection(Held):
         if asked.forwarded:
             self.whose = asked.forwarded.headers.get("x-account", self.whose)
         if len(response.body) > Backlog.ANSWER:
-            response = self.too_large(asked, response)
+            response = self.page_too_large(asked, response)
         data = self.encoded(asked, response)
         sent = self.offer(data)
         if sent == len(data) and self.keep:
@@ -6221,7 +6259,7 @@ class Connection(Held):
         else:
             self.edge.call(self.wrote, data, sent)
 
-    def too_large(self, asked, response):
+    def page_too_large(self, asked, response):
         """Only whoever made this page can make it smaller, so it is in the log, too."""
         log(f"{asked.request.method} {asked.request.path}: an answer of "
             f"{len(response.body)} bytes; at most {Backlog.ANSWER} are sent. Show less.")
@@ -6395,7 +6433,7 @@ class LoopEdge:
         names = ("", "localhost", socket.gethostname(), self.settings.host,
                  *self.settings.allow_host)
         self.hosts = frozenset([name.lower().rstrip(".") for name in names])
-        self.insiders = set()                            # hashes: who was let in, and where
+        self.insiders = set()                            # hashes: whose commands, and where
         self.accounts: Dict[int, str] = {}               # by the hash of a cookie
 
     def make_loop(self):
@@ -6551,7 +6589,7 @@ class LoopEdge:
         asked.insider = hash((lane, asked.cookie))
         if not lane:
             lane = asked.connection                      # it waits for nobody
-        elif asked.insider not in self.insiders:         # a stranger, so far
+        elif asked.insider not in self.insiders:         # they did nothing here, so far
             lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane, asked, self.answer_all, asked.account)
 
@@ -6570,7 +6608,7 @@ class LoopEdge:
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
-    def rightly_charged(self, asked, decided) -> bool:
+    def charge_rightly(self, asked, decided) -> bool:
         """Return whether the request is charged to its account. If not, learn whose it is.
         """
         account = decided.request.headers.get("x-account")
@@ -6590,7 +6628,7 @@ class LoopEdge:
             decided = outcome(self.decide, asked.request, env)
             if not isinstance(decided, Noted):
                 self.finish(asked, decided)
-            elif self.rightly_charged(asked, decided):
+            elif self.charge_rightly(asked, decided):
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
@@ -8509,7 +8547,7 @@ class HasJobs(Broadcast):
         made = job(ctx, **json.loads(row["args"]))
         if type(made) is not types.GeneratorType:
             if made is not None:
-                raise returned(job, made, "a job returns nothing, and is not async")
+                raise bad_return(job, made, "a job returns nothing, and is not async")
             return None
         ctx.store.use(self, READ)                        # if it fails it begins anew
         try:

@@ -1341,6 +1341,10 @@ def test_a_number_fills_the_part_of_its_name_unless_it_is_0_and_in_it_the_hole_h
     assert orion.Template("{{many}}")(many=number) == str(number)
 
 
+def test_in_the_part_of_what_is_true_its_own_hole_is_text():
+    assert orion.Template("[{{a}}]\n<!-- a -->\n<b>{{a}} {{b}}</b>")(a=True, b="<") == "[<b>True &lt;</b>]"
+
+
 def test_what_no_hole_takes_is_left_out_so_a_whole_row_can_be_given(store):
     assert orion.Template("{{n}}")(**store.one("SELECT 1 AS n, 2 AS more")) == "1"
 
@@ -4161,6 +4165,19 @@ def element(text):
 def rows(server, table="looks"):
     with contextlib.closing(server.store("acme")) as file:
         return file.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def test_the_journal_names_the_row_that_a_command_inserted_and_none_of_another(serve):
+    """The row is that of the last insert(), if nothing stood in the path and done() names none."""
+    run = lambda work, which="": lambda ctx: (work(ctx), orion.done(ctx, which))[1]
+    server = serve(looks(("POST", "/insert", run(lambda ctx: [ctx.store.insert("INSERT INTO looks VALUES (?)", n) for n in range(3)])),
+                         ("POST", "/update", run(lambda ctx: ctx.store.exec("UPDATE looks SET n = 7"))),
+                         ("POST", "/said", run(lambda ctx: ctx.store.insert("INSERT INTO looks VALUES (4)"), "all"))))
+    bob = Person(server, "bob", datastar=True)
+    assert [bob.post(f"/w/acme/{path}").status for path in ("insert", "update", "said", "update")] == [204] * 4
+    with contextlib.closing(server.store("acme")) as file:
+        assert [row[0] for row in file.execute("SELECT which FROM journal ORDER BY id DESC LIMIT 4")][::-1] == ["3", "", "all", ""]
+
 
 
 def write(ctx, *_):
@@ -12126,9 +12143,9 @@ def ask_poll(ctx):
     question = ctx.field("question")
     if not question:
         raise orion.Refused(422, "Ask something.", fields={"question": "It is empty."})
-    ctx.store.exec("INSERT INTO polls (question, at) VALUES (?, ?)", question, ctx.now())
+    ctx.store.insert("INSERT INTO polls (question, at) VALUES (?, ?)", question, ctx.now())
     ctx.publish("polls")
-    return orion.done(ctx, ctx.store.store.last_row(), question="")
+    return orion.done(ctx, question="")
 
 
 def vote(ctx, id):
