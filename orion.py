@@ -2517,7 +2517,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
-                AND w.moving < 2"""                      # [3] 1: it moves, 2: it is removed
+                AND w.moving < 2"""                      # [3] 1: it moves, more: it is gone
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
                   headers=(("retry-after", "30"),))      # [3]
@@ -2656,6 +2656,10 @@ class Directory(RepeatsAnswers):
     def shows_console(self, viewer: Viewer) -> bool:
         """[3] has a console."""
         return False
+
+    def below_members(self, ctx: Context) -> Html:
+        """[3] has links to further pages there."""
+        return Html()
 
     def signed_in(self, ctx: Context, answer: Response) -> Response:
         """[3] offers to send what was sent without a session."""
@@ -2907,7 +2911,7 @@ def members_page(ctx, region):
         region=region, workspace=ctx.title, me=ctx.viewer.account,
         form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
         option=role_choice(ctx.viewer, typed.get("role", "member")),
-        problem=typed.get("problem", ""), stamp=ctx.stamp)
+        problem=typed.get("problem", ""), stamp=ctx.stamp, more=ctx.host.below_members(ctx))
 
 
 def role_of(store, id, account):
@@ -3053,6 +3057,7 @@ DIRECTORY_TABLES = (
     "ON DELETE CASCADE, name TEXT NOT NULL, writes INTEGER NOT NULL, made REAL NOT NULL, "
     "used REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
     "CREATE INDEX tokens_of ON tokens (account, workspace)",
+    "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
 )
 
 directory = Slice(
@@ -6068,7 +6073,7 @@ def presence(streams) -> Piece:
 
 
 SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-operator",
-                   "x-read-only")
+                   "x-read-only", "x-title")
 
 
 def viewer_in(forwarded) -> Tuple[str, ...]:
@@ -6883,7 +6888,7 @@ def create_workspace_with_file(request, env):
 #     48 Uploads        49 Stored files 50 Ordinary pages
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
-#     61 Tokens
+#     61 Tokens         62 Own workspaces
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -8152,7 +8157,7 @@ class Alarms:
     def one_job(self, stub):
         """Claim a job and run it, in two commits. Return when the next one is due."""
         names = self.directory.ask("/_names_of", f"id={stub.id}")
-        if names is None:                                # its file is about to go
+        if names is None:                                # its file goes, or is kept only
             return time.time() + 60
         job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
         if job is not None:
@@ -8267,9 +8272,10 @@ class HasAlarms(GuardedNamespace):
 @addition
 class NamesWorkspaces(EdgeDirectory):
     def own_names_of(self, request):
-        """Return how a job's workspace is called, as headers; None: it was removed."""
+        """Return how a job's workspace is called, as headers; None: it is gone."""
         row = self.store.one("SELECT name, coalesce(title, name) AS title FROM workspaces "
-                             "WHERE id = ? AND name IS NOT NULL", request.params.get("id"))
+                             "WHERE id = ? AND name IS NOT NULL AND moving < 2",
+                             request.params.get("id"))
         return row and {"x-workspace": row["name"],
                         "x-title": urllib.parse.quote(row["title"])}
 
@@ -9796,7 +9802,7 @@ def may_replace(source, target) -> bool:
     return not logged and filecmp.cmp(source, target, shallow=False)
 
 
-STAYS, MOVES, GOES = range(3)                            # what workspaces.moving says
+STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.moving says
 
 
 def one_move(settings):
@@ -9828,8 +9834,8 @@ def files_here(settings) -> List[pathlib.Path]:
     return [path for path in files if not path.name.startswith("new-")]     # a draft
 
 
-NAMED_HERE = """SELECT id, name FROM workspaces WHERE name IS NOT NULL AND NOT moving
-                AND node = ''"""
+NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND moving IN
+                 ({STAYS}, {DELETED}) AND node = ''"""
 
 
 def names_here(settings, directory: Optional[pathlib.Path]) -> Dict[str, str]:
@@ -10388,7 +10394,7 @@ def workspace_list(settings, given):
         lost = "gone" if row["moving"] else "missing"
         size = path.stat().st_size if path.exists() else lost
         where = f"on {row['node']}" if row["node"] else size
-        moving = ("", "moving", "being removed")[row["moving"]]
+        moving = ("", "moving", "being removed", "deleted")[row["moving"]]
         quota = row["quota"] or settings.quota
         title = row["title"] or row["name"]
         print(row["name"], row["id"], where, f"of {quota}", moving, title, sep="\t")
@@ -15197,11 +15203,6 @@ def links_page(ctx, region):
         stamp=ctx.stamp)
 
 
-def members_with_links(ctx, region):
-    shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
-    return Html().join([members_page(ctx, region), shown])
-
-
 def account_links(ctx):
     operator = ctx.host.is_operator(ctx.viewer.account)
     return template("links.account")(operator=operator, stamp=ctx.stamp)
@@ -15220,8 +15221,7 @@ def home_or_first(ctx):
 invitations = Live("/members/links", "members:manage", "Links",
                    (Region("members", links_region),), links_page, tab=False)
 
-DIRECTORY_SLICES.append(Slice("links", live=(
-    members._replace(page=members_with_links), invitations), routes=(
+DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
     Route("GET", "/", PUBLIC, home_or_first),
     Route("GET", "/join", PUBLIC, link_page),
     Route("POST", "/join", PUBLIC, use_link),
@@ -15233,6 +15233,10 @@ DIRECTORY_SLICES.append(Slice("links", live=(
 
 @addition
 class KnowsLinks(EdgeDirectory):
+    def below_members(self, ctx):
+        shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
+        return Html().join([super().below_members(ctx), shown])
+
     def link(self, digest):
         """Return the row of a link that can be used now, else None."""
         now = time.time()
@@ -15676,6 +15680,132 @@ def refuse_tokens(env):
 
 
 PLAIN.append(refuse_tokens)
+
+
+# ==== 62. Own workspaces ==================================================================
+# The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
+#   in: the file, the members and the name stay as they are for 30 days.
+# It promises: a rename moves no address. To delete is one commit, and so is to bring it
+#   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
+#   could leave half done, and what is on its way in another thread is written.
+# Who uses it: the members page; on the command line, operators.
+# It needs: 40 Copies, 42 Exports.
+#
+# workspaces.deleted says when (section 13). It counts as one that its founder has, or many
+# could be made and deleted.
+
+KEPT_SECONDS = 30 * 86400.0                              # as copies of removed ones are
+TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
+ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
+           ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
+
+
+def space_region(ctx):
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    people = len(members_of(ctx.store, ctx.viewer.id))
+    return template("spaces.region")(name=row["name"], people=people)
+
+
+def space_page(ctx, region):
+    typed = {"title": ctx.title, "problem": "", **ctx.typed}
+    deletes = "confirm" in typed
+    return template("spaces")(
+        region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
+        title_problem="" if deletes else typed["problem"], open=deletes,
+        confirm_problem=typed["problem"] if deletes else "",
+        live=template("slice.live")(), stamp=ctx.stamp)
+
+
+def rename_workspace(ctx):
+    """Change the name that people write. Fields: title and, as the page had it, was."""
+    _, title = names_of(ctx.field("title"))
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    if ctx.field("was", row["title"]) != row["title"]:
+        raise Refused(409, f"Its name is {row['title']} meanwhile. Look, and try again.")
+    set_title(ctx.store, row["name"], title)
+    ask_all_again(ctx)
+    return done(ctx, f"{ctx.viewer.id} {title}")
+
+
+def ask_all_again(ctx):
+    """Have the gate asked again for all open pages of the workspace."""
+    for account, _ in members_of(ctx.store, ctx.viewer.id):
+        access_changed(ctx, account)
+
+
+def delete_workspace(ctx):
+    """Let nobody in any more. The field confirm is its name; case does not matter."""
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    if slug(" ".join(ctx.field("confirm").split())) != slug(row["title"]):
+        raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
+    if ctx.host.namespace.settings.single:
+        raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
+                           "whoever runs it to remove that.")
+    ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ?", DELETED,
+                   time.time(), ctx.viewer.id)
+    ask_all_again(ctx)
+    return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
+
+
+# workspace:delete is the grant that only owners have.
+DIRECTORY_SLICES.append(Slice("spaces", live=(
+    Live("/members/workspace", "workspace:delete", "Workspace",
+         (Region("members", space_region),), space_page, tab=False),), routes=(
+    Route("POST", "/members/workspace", "workspace:delete", rename_workspace),
+    Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,
+          form="/members/workspace"))))
+
+
+@addition
+class KnowsDeleted(EdgeDirectory):
+    def below_members(self, ctx):
+        may = ctx.viewer.can("workspace:delete")
+        way = template("spaces.way")() if may else Html()
+        return Html().join([super().below_members(ctx), way])
+
+    def own_ended(self, request):
+        """Return the row of one that was deleted long ago, else None."""
+        row = self.store.one(ENDED, DELETED, time.time() - KEPT_SECONDS)
+        return row and dict(row)
+
+    def own_forget(self, request):
+        """Its file is gone."""
+        id = request.params["id"]
+        forget_workspace(self.store, id)
+        self.journal(Viewer(account="(server)"), "workspace remove", id)
+
+
+@addition
+class EndsDeleted(LoopEdge):
+    def chores(self):
+        mine = [] if self.settings.plane == "data" else [(self.end_deleted, 60.0)]
+        return [*super().chores(), *mine]
+
+    def end_deleted(self):
+        """Remove one that was deleted long ago. If that is cut short, it is chosen again.
+        """
+        if not self.env.directory.ask("/_ended"):
+            return
+        with contextlib.suppress(Unusable, Refused), one_move(self.settings):
+            row = self.env.directory.ask("/_ended")      # undelete may have been faster
+            if row:
+                self.env.workspaces.check_removable(row, now=False)  # a node may be away
+                self.env.workspaces.remove(row, {"name": row["name"]}, now=True)
+                said = f"id={row['id']}"
+                self.env.directory.fetch(Request("POST", "/_forget", said))
+
+
+@verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
+def workspace_undelete(settings, given):
+    """All is as it was: nothing but one number has changed."""
+    with one_move(settings), opened(settings, given) as (store, env):
+        row = row_of(store, "workspaces", given.name)
+        if row["moving"] != DELETED:
+            raise Unusable(f"{given.name} is not deleted; workspace list tells what is")
+        if not row["node"] and not env.workspaces.path(row["id"]).exists():
+            raise Unusable(f"the file of {given.name} is gone; workspace remove "
+                           f"{given.name}, then workspace import a copy of it")
+        set_moving(store, row["id"], STAYS)
 
 
 if __name__ == "__main__":

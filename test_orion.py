@@ -13085,6 +13085,136 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
+# ==== 62. Own workspaces ==============================================================================================
+
+def file_of(server, workspace="acme"):
+    return server.env.workspaces.path(server.directory().store.one("SELECT id FROM workspaces WHERE name = ?", workspace)["id"])
+
+
+def delete_it(owner, workspace="acme", confirm="acme"):
+    return owner.post(f"/w/{workspace}/members/workspace/delete", form={"confirm": confirm})
+
+
+def test_an_owner_renames_the_workspace_and_every_open_page_of_it_says_so_at_once(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    kept = [carol.get("/w/acme/todos").text for _ in range(3)][-1]
+    answer = bob.post("/w/acme/members/workspace", form={"title": " Acme  & Söhne ", "was": "acme"})
+    assert (answer.status, answer.headers["location"]) == (303, "/w/acme/members/workspace")
+    while "<h1>Acme &amp; Söhne" not in ear.event(heartbeats=True):
+        pass
+    assert "Acme &amp; Söhne" not in kept and "Acme &amp; Söhne" in carol.get("/w/acme/todos").text and "Acme &amp; Söhne" in carol.get("/").text, "and its address stays"
+    assert tuple(server.directory().store.one("SELECT who, what FROM journal ORDER BY id DESC")) == ("bob", "directory.rename_workspace")
+    assert bob.post("/w/acme/members/workspace", form={"title": "acme"}).status == 303 and "x-title" not in bob.get("/_gate/acme").headers
+
+
+@cases("fields, status, why", [({"title": "New", "was": "Old"}, 409, "is acme meanwhile"), ({"title": "", "was": "acme"}, 422, "1 to 63 characters"),
+                               ({"title": "\u4e2d"}, 422, "1 to 63 characters"), ({"title": "x" * 64}, 422, "1 to 63"), ({"title": "New", "_stamp": "carol 1"}, 412, "made for carol")], ids=str)
+def test_a_name_that_can_not_be_is_shown_again_with_the_reason_and_nothing_is_written(server, fields, status, why):
+    answer = Person(server, "bob").post("/w/acme/members/workspace", form=fields)
+    assert answer.status == status and why in answer.text and f'name="title" value="{fields["title"]}"' in answer.text
+    assert server.directory().store.one("SELECT title FROM workspaces WHERE name = 'acme'")[0] is None
+
+
+@cases("name", ["carol", "erin", "alice"])
+def test_only_owners_rename_and_delete(server, name):
+    server.write("UPDATE memberships SET role = 'admin' WHERE account = 'carol'")
+    person, page = Person(server, name), "/w/acme/members/workspace"
+    assert {person.get(page).status, person.get(f"{page}/live").status, person.post(page, form={"title": "Mine"}).status, delete_it(person).status} == {403}
+    assert "members/workspace" not in person.get("/w/acme/members").text and "members/workspace" in Person(server, "bob").get("/w/acme/members").text
+
+
+@cases("confirm", ["", "globex", "acme corp 2"])
+def test_to_delete_a_workspace_takes_its_name(server, confirm):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/members/workspace", form={"title": "Acme Corp"})
+    answer = delete_it(bob, confirm=confirm)
+    assert answer.status == 422 and "Its name is Acme Corp" in answer.text and '<details class="leave" open>' in answer.text and bob.get("/w/acme/todos").status == 200
+    assert delete_it(bob, confirm=" acme  CORP").status == 303 and bob.get("/w/acme/todos").status == 403
+
+
+def test_a_workspace_that_an_owner_deleted_is_as_if_there_were_none_until_it_is_brought_back_as_it_was(outside, run):
+    ann, data = outside.sign_in("ann"), outside.env.settings.data
+    ann.post("/w/acme/todos", form={"title": "kept"})
+    guest = signed_in_by(outside, newcomer(outside, link_into(ann, uses="2")))
+    link, program = link_into(ann), Program(outside, token_of(ann))
+    ears = [Ear(person, path) for person in (ann, guest, program) for path in ("/w/acme/todos/live",)] + [Ear(guest, "/w/acme/members/live")]
+    for ear in ears:
+        ear.event()
+    before = outside.directory().store.query("SELECT * FROM memberships"), file_of(outside).stat().st_ino
+    answer = delete_it(ann)
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+    assert all("no longer have access" in ear.until_it_says("ended") and ear.event() is None for ear in ears[:2] + ears[3:])
+    while ears[2].event():
+        pass
+    gone, never = guest.get("/_gate/acme"), guest.get("/_gate/nowhere")
+    assert (gone.status, gone.text) == (never.status, never.text) == (403, never.text)
+    assert "/w/acme/" not in ann.get("/").text and program.get("/w/acme/todos").status == 403 and at_link(outside, link).status == 422
+    assert ann.post("/workspaces", form={"name": "acme"}).status == 422, "the name is kept for it"
+    assert outside.env.directory.ask("/_names_of", f"id={file_of(outside).stem}") is None, "its jobs wait"
+    assert "deleted" in run("workspace", "list", data=data)[1] and run("check", data=data)[0] == 0
+    assert run("workspace", "undelete", "acme", data=data)[0] == 0
+    assert (outside.directory().store.query("SELECT * FROM memberships"), file_of(outside).stat().st_ino) == before
+    assert eventually(lambda: "kept" in guest.get("/w/acme/todos").text) and program.get("/w/acme/todos").status == 200 == at_link(outside, link).status
+
+
+def test_a_deleted_workspace_counts_among_those_that_one_founded(outside):
+    outside.directory().limit = 1
+    ann = outside.sign_in("ann")
+    assert delete_it(ann).status == 303 and "which is the limit here" in ann.post("/workspaces", form={"name": "more"}).text
+
+
+def test_only_what_is_deleted_and_still_has_its_file_is_brought_back(outside, run):
+    data = outside.env.settings.data
+    assert "is not deleted" in run("workspace", "undelete", "acme", data=data)[2] and "no workspace b" in run("workspace", "undelete", "b", data=data)[2]
+    delete_it(outside.sign_in("ann"))
+    file_of(outside).unlink()
+    assert "is gone; workspace remove acme" in run("workspace", "undelete", "acme", data=data)[2]
+
+
+def test_a_backup_has_a_deleted_workspace_so_that_it_can_be_brought_back_there_too(outside, run, tmp_path):
+    outside.sign_in("ann").post("/w/acme/todos", form={"title": "kept"})
+    delete_it(outside.sign_in("ann"))
+    assert run("backup", tmp_path / "backup", data=outside.env.settings.data)[0] == run("restore", tmp_path / "backup", data=tmp_path / "new")[0] == 0
+    assert run("workspace", "undelete", "acme", data=tmp_path / "new")[0] == 0 == run("check", data=tmp_path / "new")[0]
+
+
+def test_a_deleted_workspace_goes_for_good_after_30_days_also_if_that_is_cut_short(outside, monkeypatch):
+    ann, file = outside.sign_in("ann"), file_of(outside)
+    delete_it(ann)
+    outside.write("UPDATE workspaces SET deleted = deleted - 29.99 * 86400")
+    outside.edge.end_deleted()
+    assert file.exists()
+    outside.write("UPDATE workspaces SET deleted = deleted - 0.02 * 86400")
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(orion, "forget_workspace", mock.Mock(side_effect=KeyboardInterrupt))
+        outside.edge.end_deleted()
+    assert not file.exists() and ann.post("/workspaces", form={"name": "acme"}).status == 422
+    outside.edge.end_deleted()
+    assert ann.post("/workspaces", form={"name": "acme"}).status == 303 and file_of(outside) != file and roles_in(outside) == {"ann": "owner"}
+
+
+def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path):
+    with contextlib.closing(Root(ROOTS["single"], tmp_path / "data")) as root:
+        bob = root.person("bob")
+        assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
+        assert "Other" in bob.get("/w/acme/todos").text
+
+
+def test_a_workspace_on_a_node_is_renamed_deleted_and_in_the_end_removed_there(tmp_path):
+    with contextlib.closing(Root(ROOTS["directory and node"], tmp_path / "data")) as root:
+        bob, ear, directory = root.person("bob"), root.ear("carol"), root.server.directory
+        bob.post("/w/acme/members/workspace", form={"title": "Other"})
+        while "<h1>Other" not in ear.event(heartbeats=True):
+            pass
+        file = root.server.env.workspaces.path(directory.directory().store.one("SELECT id FROM workspaces WHERE name = 'acme'")[0])
+        assert delete_it(bob, confirm="other").status == 303 and "no longer have access" in ear.until_it_says("ended") and file.exists()
+        directory.write("UPDATE workspaces SET deleted = 1 WHERE moving = ?", orion.DELETED)
+        directory.edge.end_deleted()
+        assert not file.exists() and directory.directory().store.one("SELECT 1 FROM workspaces WHERE name = 'acme'") is None
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
