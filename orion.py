@@ -15684,11 +15684,12 @@ PLAIN.append(refuse_tokens)
 
 # ==== 62. Own workspaces ==================================================================
 # The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
-#   in: the file, the members and the name stay as they are for 30 days.
+#   in: the file, the members and the name stay as they are for 30 days. And everybody goes
+#   from one of theirs to another by a list in the header.
 # It promises: a rename moves no address. To delete is one commit, and so is to bring it
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
 #   could leave half done, and what is on its way in another thread is written.
-# Who uses it: the members page; on the command line, operators.
+# Who uses it: the members page, and the header; on the command line, operators.
 # It needs: 40 Copies, 42 Exports.
 #
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
@@ -15747,10 +15748,28 @@ def delete_workspace(ctx):
     return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
 
 
+# -- from one to another
+
+def switch_list(ctx):
+    """Return what the switcher in the header shows, when it is opened."""
+    mine = ctx.store.query(MINE, ctx.viewer.account, "", NAMES_A_PAGE)
+    return Response(200, patch_elements(template("spaces.list")(workspace=mine)), EVENTS)
+
+
+@addition
+class HasSwitcher(Broadcast):
+    def navigation(self, path, ctx, state=True):
+        """It is the same in all pages: what other workspaces somebody has, no page says."""
+        nav = super().navigation(path, ctx, state) or Html()
+        switcher = template("spaces.switch")() if ctx.viewer.account else Html()
+        return Html().join([switcher, nav])
+
+
 # workspace:delete is the grant that only owners have.
 DIRECTORY_SLICES.append(Slice("spaces", live=(
     Live("/members/workspace", "workspace:delete", "Workspace",
          (Region("members", space_region),), space_page, tab=False),), routes=(
+    Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
     Route("POST", "/members/workspace", "workspace:delete", rename_workspace),
     Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,
           form="/members/workspace"))))

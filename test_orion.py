@@ -13130,7 +13130,7 @@ def test_to_delete_a_workspace_takes_its_name(server, confirm):
     bob = Person(server, "bob")
     bob.post("/w/acme/members/workspace", form={"title": "Acme Corp"})
     answer = delete_it(bob, confirm=confirm)
-    assert answer.status == 422 and "Its name is Acme Corp" in answer.text and '<details class="leave" open>' in answer.text and bob.get("/w/acme/todos").status == 200
+    assert answer.status == 422 and "Its name is Acme Corp" in answer.text and '<details class="apart" open>' in answer.text and bob.get("/w/acme/todos").status == 200
     assert delete_it(bob, confirm=" acme  CORP").status == 303 and bob.get("/w/acme/todos").status == 403
 
 
@@ -13213,6 +13213,17 @@ def test_a_workspace_on_a_node_is_renamed_deleted_and_in_the_end_removed_there(t
         directory.write("UPDATE workspaces SET deleted = 1 WHERE moving = ?", orion.DELETED)
         directory.edge.end_deleted()
         assert not file.exists() and directory.directory().store.one("SELECT 1 FROM workspaces WHERE name = 'acme'") is None
+
+
+def test_the_switcher_lists_ones_own_workspaces_when_it_is_opened_and_no_page_depends_on_them(server):
+    bob = Person(server, "bob")
+    page = bob.get("/w/acme/todos").text
+    assert '<details class="switch"' in page and "globex" not in page
+    asked = bob.get("/workspaces/mine")
+    assert asked.headers["content-type"].startswith("text/event-stream") and '<a href="/w/acme" dir="auto">acme</a>' in asked.text and "/w/globex" in asked.text and "/w/home" not in asked.text
+    assert Person(server).get("/workspaces/mine").status == 401
+    bob.post("/workspaces", form={"name": "A <b>"})
+    assert "A &lt;b&gt;</a>" in bob.get("/workspaces/mine").text
 
 
 # ==== Without a section ===============================================================================================
