@@ -398,7 +398,7 @@ def destination(request, verdict, env):
 
 # Headers that the parts of this server believe. Nobody outside may send them.
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
-           "x-id", "x-session", "x-counts"}              # the last one: [3]
+           "x-id", "x-session"}
 
 
 def stripped(request):
@@ -2653,6 +2653,12 @@ class Directory(RepeatsAnswers):
         found = self.store.query(every) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
 
+    live_home = False                                    # [3] keeps it current
+
+    def count_of(self, id: str) -> str:
+        """[3] knows how full a workspace is."""
+        return ""
+
     def shows_console(self, viewer: Viewer) -> bool:
         """[3] has a console."""
         return False
@@ -2770,17 +2776,24 @@ def home(ctx):
         body = template("home.welcome")(demo=bool(personas), persona=personas,
                                         lead=LAYOUT["brand"] == "orion", **LAYOUT)
         return page("Welcome", body)
-    counts = json.loads(ctx.request.headers.get("x-counts", "{}"))       # [3]
-    mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
-    shown = [{**row, "count": counts.get(row["id"], "")} for row in mine[:NAMES_A_PAGE]]
     body = template("home")(
-        offer=ctx.store.query(OFFERS, account, NAMES_A_PAGE),
-        workspace=shown, start=ctx.host.pages[0].path, none=not shown,
-        more=len(mine) > NAMES_A_PAGE, after=shown[-1]["name"] if shown else "",
-        demo=bool(personas), persona=personas, console=ctx.host.shows_console(ctx.viewer),
+        mine=mine_region(ctx), live=ctx.host.live_home, demo=bool(personas),
+        persona=personas, console=ctx.host.shows_console(ctx.viewer),
         name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""),
         stamp=ctx.stamp)
-    return page("Workspaces", body, ctx.viewer)
+    nav = template("layout.state")() if ctx.host.live_home else ""
+    return page("Workspaces", body, ctx.viewer, nav)
+
+
+def mine_region(ctx):
+    """The workspaces of an account, and what it is asked."""
+    account = ctx.viewer.account
+    mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
+    shown = [{**row, "count": ctx.host.count_of(row["id"])} for row in mine[:NAMES_A_PAGE]]
+    return template("home.mine")(
+        offer=ctx.store.query(OFFERS, account, NAMES_A_PAGE), workspace=shown,
+        start=ctx.host.pages[0].path, none=not shown, more=len(mine) > NAMES_A_PAGE,
+        after=shown[-1]["name"] if shown else "", stamp=ctx.stamp)
 
 
 def to_home(ctx):
@@ -2806,6 +2819,7 @@ def create_workspace(ctx):
     ctx.host.place(ctx, name, account)
     ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
     set_title(ctx.store, name, title)
+    access_changed(ctx, account)
     if ctx.request.plain_form:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
     return done(ctx, name, name="", problem="")
@@ -7888,13 +7902,23 @@ def home_with_counts(request, env):
     """A door."""
     if request.method in SAFE:
         mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
-        counts = json.dumps({id: count_of(env.workspaces.get(id)) for id in mine})
-        request = request._replace(headers={**request.headers, "x-counts": counts})
+        env.directory.namespace.counts.update(
+            {id: count_of(env.workspaces.get(id)) for id in mine})
     return env.directory.fetch(request)
 
 
 @addition
+class KeepsCounts(GuardedNamespace):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.counts: Dict[str, str] = {}                 # as the last one who asked heard
+
+
+@addition
 class KnowsMine(EdgeDirectory):
+    def count_of(self, id):
+        return self.namespace.counts.get(id, "")
+
     def own_mine(self, request):
         """Return the ids of the workspaces on this person's home page.
 
@@ -15685,12 +15709,13 @@ PLAIN.append(refuse_tokens)
 # ==== 62. Own workspaces ==================================================================
 # The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
 #   in: the file, the members and the name stay as they are for 30 days. And everybody goes
-#   from one of theirs to another by a list in the header.
+#   from one of theirs to another by a list in the header, and their home page is live.
 # It promises: a rename moves no address. To delete is one commit, and so is to bring it
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
-#   could leave half done, and what is on its way in another thread is written.
+#   could leave half done, and what is on its way in another thread is written. Once a
+#   second at most, a workspace is counted for all home pages that show it.
 # Who uses it: the members page, and the header; on the command line, operators.
-# It needs: 40 Copies, 42 Exports.
+# It needs: 34 Counts, 40 Copies, 42 Exports.
 #
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
 # could be made and deleted.
@@ -15713,8 +15738,8 @@ def space_page(ctx, region):
     return template("spaces")(
         region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
         title_problem="" if deletes else typed["problem"], open=deletes,
-        confirm_problem=typed["problem"] if deletes else "",
-        live=template("slice.live")(), stamp=ctx.stamp)
+        confirm_problem=typed["problem"] if deletes else "", name=ctx.workspace,
+        stamp=ctx.stamp)
 
 
 def rename_workspace(ctx):
@@ -15765,10 +15790,86 @@ class HasSwitcher(Broadcast):
         return Html().join([switcher, nav])
 
 
+# -- the home page
+
+# Each account has its own. What changes access is published there anyway, and so is what an
+# account is asked.
+HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
+            params={"after": WORKSPACE_NAME.pattern})
+
+
+def home_stream(ctx):
+    return ctx.host.stream(HOME, ctx, ())
+
+
+@addition
+class NotesWriting(GuardedNamespace):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.uncounted = set()                           # ids of workspaces
+
+
+@addition
+class KeepsHome(EdgeDirectory):
+    live_home = True
+
+    def count_of(self, id):
+        count = super().count_of(id)
+        if not count:
+            self.namespace.uncounted.add(id)
+        return count
+
+    def topics(self, live, ctx, args):
+        if live.path != HOME.path:
+            return super().topics(live, ctx, args)
+        return [f"access:{ctx.viewer.account}"]
+
+    def rendering(self, region, live, ctx, args):
+        """Counts are not in the store, so its state does not tell whether one is old."""
+        if live.path != HOME.path:
+            return super().rendering(region, live, ctx, args)
+        return self.render(region, live, ctx, args)
+
+
+@addition
+class HearsOfWriting(Broker):
+    def published(self, id, topic):
+        super().published(id, topic)
+        self.edge.env.directory.namespace.uncounted.add(id)
+
+
+@addition
+class CountsForHomes(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
+
+    def chores(self):
+        return [*super().chores(), (self.count_for_homes, 1.0)]
+
+    def count_for_homes(self):
+        """Count anew what was written to and stands on a home page that is open."""
+        directory, counts = self.env.directory, self.env.directory.namespace.counts
+        channels = [*self.broker.channels.get(directory.id, {}).values()]
+        homes = [one for one in channels if one.subscription.again.path == "/live"]
+        written, directory.namespace.uncounted = directory.namespace.uncounted, set()
+        shown = {home: self.ids_at(home) & written for home in homes if written}
+        for id in set().union(*shown.values()):
+            counts[id] = count_of(self.env.workspaces.get(id))
+        for home, ids in shown.items():
+            if ids:
+                self.broker.mark(home)
+
+    def ids_at(self, home):
+        again = home.subscription.again
+        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
+
+
 # workspace:delete is the grant that only owners have.
 DIRECTORY_SLICES.append(Slice("spaces", live=(
     Live("/members/workspace", "workspace:delete", "Workspace",
          (Region("members", space_region),), space_page, tab=False),), routes=(
+    Route("GET", "/live", ACCOUNT, home_stream),
     Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
     Route("POST", "/members/workspace", "workspace:delete", rename_workspace),
     Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,

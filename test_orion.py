@@ -13226,6 +13226,39 @@ def test_the_switcher_lists_ones_own_workspaces_when_it_is_opened_and_no_page_de
     assert "A &lt;b&gt;</a>" in bob.get("/workspaces/mine").text
 
 
+def test_an_open_home_page_shows_new_counts_memberships_names_and_removals(server):
+    bob, alice = Person(server, "bob"), Person(server, "alice")
+    bob.post("/workspaces", form={"name": "new"})
+    assert alice.get("/").status == 200
+    ear = Ear(alice, "/live")
+    assert "/w/home/" in ear.event()
+    said = lambda words: ear.until_it_says(words)
+    bob.post("/w/new/members", account="alice", role="viewer")
+    assert "viewer" in said("/w/new/")
+    bob.post("/w/new/members/workspace", form={"title": "Renamed"})
+    assert said("Renamed</strong>")
+    bob.post("/w/new/todos", form={"title": "one"})
+    assert said("1 open")
+    bob.post("/w/new/todos", form={"title": "two"})
+    assert said("2 open")
+    delete_it(bob, "new", "renamed")
+    while "/w/new/" in ear.event():
+        pass
+    alice.post("/workspaces", form={"name": "mine"})
+    assert said("/w/mine/")
+    alice.post("/logout", form={})
+    assert "signed out" in said("ended") and ear.event() is None and Person(server).get("/live").status == 401
+
+
+def test_a_workspace_that_is_written_to_is_counted_once_for_all_home_pages_that_show_it_and_others_are_not(server, monkeypatch):
+    ears = [Ear(Person(server, name), "/live") for name in ("bob", "carol", "erin", "alice")]
+    assert all(ear.event() for ear in ears) and all(ear.until_it_says("3 open") for ear in ears)
+    counted = mock.Mock(wraps=orion.facts_of)
+    monkeypatch.setattr(orion, "facts_of", counted)
+    Person(server, "carol").post("/w/acme/todos", form={"title": "more"})
+    assert all(ear.until_it_says("4 open") for ear in ears[:3]) and counted.call_count == 1
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -15443,6 +15476,58 @@ def test_a_link_works_with_scripts_off(site, windows):
     bea.type("#new", "long enough")
     bea.press("Enter")
     eventually(lambda: "bea" in roles_in(site))
+
+
+def test_an_owner_renames_and_deletes_a_workspace_by_the_keyboard_on_a_telephone_and_others_see_it(site, windows):
+    bob, carol = site.at("bob", windows[0], "/w/acme/members/workspace"), site.at("carol", windows[1])
+    narrow = "document.documentElement.scrollWidth <= innerWidth"
+    bob.size(375, 800), carol.size(375, 800), bob.errors(), carol.errors()
+    carol.type("#title", "half a wor")
+    bob.js("document.getElementById('title').select()")
+    bob.press(*"Acme Corp", "Enter")
+    carol.wait("document.querySelector('h1').textContent === 'Acme Corp' && document.title.includes('Acme Corp')")
+    assert carol.js("return document.activeElement.value") == "half a wor"
+    bob.wait(f"document.querySelector('h1').textContent.includes('Acme Corp') && {narrow}")
+    carol.open(f"{site.origin}/")
+    carol.wait("document.querySelector('.link').textContent === 'Live' && document.querySelector('.cards').textContent.includes('Acme Corp')")
+    bob.js("document.querySelector('.apart summary').focus()")
+    bob.press("Enter", "Tab", *"globex", "Enter")
+    bob.wait(f"document.getElementById('confirm-problem').textContent.includes('Acme Corp') && {narrow}")
+    bob.js("document.getElementById('confirm').focus()")
+    bob.press(*"acme corp", "Enter")
+    bob.wait("location.pathname === '/' && document.querySelector('.link').textContent === 'Live'")
+    carol.wait("document.querySelector('.cards').textContent.includes('None yet')")
+    assert carol.errors() == [] == [error for error in bob.errors() if "422" not in error]
+
+
+def test_the_switcher_is_used_by_the_keyboard_and_fits_a_telephone(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.size(375, 800), bob.errors()
+    bob.js("document.querySelector('.switch summary').focus()")
+    bob.press("Enter")
+    bob.wait("document.querySelectorAll('#switch a').length === 3 && document.documentElement.scrollWidth <= innerWidth")
+    bob.press("Escape")
+    assert bob.js("return !document.querySelector('.switch').open && document.activeElement.matches('.switch summary')")
+    bob.press("Enter", "Tab", "Tab", "Enter")
+    bob.wait("location.pathname === '/w/globex/todos'")
+    assert bob.errors() == []
+
+
+@without_client
+def test_a_workspace_is_renamed_deleted_and_left_for_another_with_scripts_off(site, windows):
+    bob = site.at("bob", windows[0], "/w/acme/members")
+    bob.javascript(False)
+    bob.open(f"{site.origin}/w/acme/members/workspace")
+    bob.type("#title", " Corp")
+    bob.press("Enter")
+    eventually(lambda: bob.js("return document.querySelector('h1').textContent") == "acme Corp Workspace")
+    bob.js("document.querySelector('.switch summary').focus()")
+    bob.press("Enter", "Tab")
+    assert bob.js("return document.activeElement.getAttribute('href')") == "/"
+    bob.js("document.querySelector('.apart summary').focus()")
+    bob.press("Enter", "Tab", *"acme corp", "Enter")
+    eventually(lambda: bob.js("return location.pathname") == "/")
+    assert "/w/acme/" not in Person(site, "bob").get("/").text
 
 
 # ==== The client ======================================================================================================
