@@ -15835,7 +15835,8 @@ class KeepsHome(EdgeDirectory):
 class HearsOfWriting(Broker):
     def published(self, id, topic):
         super().published(id, topic)
-        self.edge.env.directory.namespace.uncounted.add(id)
+        if id in self.edge.env.workspaces.objects:
+            self.edge.env.directory.namespace.uncounted.add(id)
 
 
 @addition
@@ -15849,13 +15850,13 @@ class CountsForHomes(LoopEdge):
 
     def count_for_homes(self):
         """Count anew what was written to and stands on a home page that is open."""
-        directory, counts = self.env.directory, self.env.directory.namespace.counts
-        channels = [*self.broker.channels.get(directory.id, {}).values()]
+        known = self.env.directory.namespace
+        written, known.uncounted = known.uncounted, set()
+        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
         homes = [one for one in channels if one.subscription.again.path == "/live"]
-        written, directory.namespace.uncounted = directory.namespace.uncounted, set()
         shown = {home: self.ids_at(home) & written for home in homes if written}
         for id in set().union(*shown.values()):
-            counts[id] = count_of(self.env.workspaces.get(id))
+            known.counts[id] = count_of(self.env.workspaces.get(id))
         for home, ids in shown.items():
             if ids:
                 self.broker.mark(home)
