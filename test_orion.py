@@ -13676,16 +13676,29 @@ def test_the_second_half_of_a_double_click_does_not_remove_the_next_row_too(site
         bob.wait(f"document.querySelectorAll('{rows}').length === {before - 1}")
 
 
-def test_what_is_typed_while_an_add_is_under_way_stays(site, windows):
+def test_each_enter_adds_a_todo_while_the_one_before_is_on_its_way(site, windows):
     bob = site.at("bob", windows[0])
     with busy(site, "acme"):
-        bob.type("#title", "slow one")
+        for title in ("slow one", "two", "three"):
+            bob.type("#title", title)
+            bob.press("Enter")
+            bob.wait("document.querySelector('#title').value === ''")
+        bob.type("#title", "and the n")
+    bob.wait(f"{TODOS}.slice(0, 4).join() === 'three,two,slow one,Invoice the coyote'")
+    assert bob.js("return document.querySelector('#title').value") == "and the n"
+
+
+def test_what_waited_for_an_add_that_failed_is_back_in_the_field(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.js("window.fetch = () => new Promise((_, fail) => window.fail = () => fail(TypeError('offline')))")
+    for title in ("one", "two"):
+        bob.type("#title", title)
         bob.press("Enter")
         bob.wait("document.querySelector('#title').value === ''")
-        bob.type("#title", "and the next")
-        bob.press("Enter")                           # does nothing, as long as the one before is under way
-    bob.wait(f"{TODOS}[0] === 'slow one'")
-    assert bob.js("return document.querySelector('#title').value") == "and the next"
+    bob.type("#title", "thr")
+    bob.js("fail()")
+    bob.wait("document.querySelector('#title').value === 'one two thr'")
+    assert bob.js("return Object.values(sessionStorage).join()") == "one two thr"
 
 
 def test_a_half_typed_todo_is_there_after_a_reload_and_only_for_whom_typed_it(site, windows):
