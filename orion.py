@@ -2144,6 +2144,7 @@ class RepeatsAnswers(SliceHost):
 # Its template is templates/todos.html, which is in short:
 #
 #     <h1>{{workspace}}</h1> {{form}} <form role="search">{{q}}</form> {{region}}
+#     <dialog> @patch($_editing, {payload: {title: $_edited, was: $_was}}) </dialog>
 #     <div id="live" data-init="@get('./todos/live', {retry: 'always'})"></div>
 #     <!-- form -->
 #     <form data-on:submit="@post('./todos', {payload: {title: $title}})"> ... </form>
@@ -2176,7 +2177,8 @@ def todos_page(ctx, region):
         variant=urllib.parse.urlencode(ctx.params),
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
-        stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""))
+        stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""),
+        limit=TITLE_LIMIT)
 
 
 def todos_data(ctx):
@@ -2201,6 +2203,7 @@ def change(ctx, id):
     otherwise = not todo["done"]
     if "title" in dict(ctx.sent):
         title = valid_title(ctx.field("title"), "toast")
+        refuse_if_changed(ctx.field("was"), todo["title"], title)
         otherwise = bool(todo["done"])
     ticked = ctx.checked("done", otherwise)
     ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked, id)
@@ -2299,7 +2302,7 @@ def todo_counts(store):
 def todo_row(id, title, done, write, delete):
     """Return the markup of a row. Most rows are as before, and are not made again."""
     return template("todos.row")(id=id, title=title, checked=bool(done), disabled=not write,
-                                 delete=delete)
+                                 edit=write, delete=delete)
 
 
 def todos_query(params, **changed):
@@ -2314,6 +2317,16 @@ def the_todo(ctx, id):
     if todo is None:
         raise Refused(404, "This todo is gone. The page shows what there is now.")
     return todo
+
+
+def refuse_if_changed(was, now, title):
+    """Raise Refused(409) if a title is no longer what it was when its edit began.
+
+    was: "" if the sender does not say. The page sends it, and offers both versions.
+    """
+    if was and now not in (was, title):
+        raise Refused(409, f'Meanwhile somebody made it "{now}". Save once more to put yours '
+                           "in its place, or cancel.", signal="toast", fields={"was": now})
 
 
 def valid_title(typed, signal="problem"):

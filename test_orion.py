@@ -3086,6 +3086,16 @@ def test_a_todo_changes_as_its_signals_say(server, signals, done, title):
         assert file.execute("SELECT done, title FROM todos WHERE id = 1").fetchone() == (done, title)
 
 
+@cases("was, title, saved", [("Order more anvils", "mine", True), ("older", "mine", False), ("older", "Order more anvils", True), ("", "mine", True)])
+def test_an_edit_that_began_from_another_title_than_there_is_now_is_a_conflict_which_tells_that_one(server, was, title, saved):
+    carol = Person(server, "carol")
+    answer = carol.patch("/w/acme/todos/1", title=title, was=was)
+    assert answer.status == (204 if saved else 409) and titles(carol)[2] == (title if saved else "Order more anvils")
+    if not saved:
+        shown = json.loads(Person(server, "carol", datastar=True).patch("/w/acme/todos/1", title=title, was=was).body)
+        assert shown == {"toast": answer.text.strip(), "was_problem": "Order more anvils"} and '"Order more anvils"' in answer.text
+
+
 @cases("id", ["99", "0", "-1", "1e3", "9223372036854775808", "1%20or%201=1", "x"])
 @cases("method", ["PATCH", "DELETE"])
 def test_an_unknown_todo_is_not_found_and_nothing_changes(server, method, id):
@@ -13589,7 +13599,7 @@ def test_two_windows_stay_in_step(site, windows):
     bob.click("#todo-4 input")
     carol.wait("document.querySelector('#todo-4 input').checked")
     bob.wait("!document.getElementById('todo-4').hasAttribute('aria-busy')")       # until then a click on it does nothing
-    bob.click("#todo-4 > button")
+    bob.click("#todo-4 > .icon")
     carol.wait(f"{TODOS}.length === 3")
     assert carol.js("return document.querySelector('#title').value") == ""
     assert bob.errors() == carol.errors() == []
@@ -13597,8 +13607,8 @@ def test_two_windows_stay_in_step(site, windows):
 
 def test_a_member_sees_no_way_to_delete_and_the_command_refuses_one_made_by_hand(site, windows):
     bob, carol = site.at("bob", windows[0]), site.at("carol", windows[1])
-    assert len(bob.js("return [...document.querySelectorAll('#todos li > button')]")) == 3
-    assert carol.js("return document.querySelectorAll('#todos li > button').length") == 0
+    assert len(bob.js("return [...document.querySelectorAll('#todos li > .icon')]")) == 3
+    assert carol.js("return document.querySelectorAll('#todos li > .icon').length") == 0
     assert carol.js("return fetch('./todos/1', {method: 'DELETE'}).then(answer => answer.status)") == 403
     assert len(carol.js(f"return {TODOS}")) == 3
 
@@ -13631,7 +13641,7 @@ def test_a_changed_role_changes_the_whole_open_page_and_takes_no_typed_text(site
     carol, bob = site.at("carol", windows[1]), Person(site, "bob")
     carol.type("#title", "half a thou")
     bob.patch("/w/acme/members/carol", role="admin")
-    carol.wait("document.querySelector('.xray').textContent.includes('members:manage') && document.querySelector('#todos li > button')")
+    carol.wait("document.querySelector('.xray').textContent.includes('members:manage') && document.querySelector('#todos li > .icon')")
     assert carol.js("return [document.querySelector('#title').value, document.activeElement.id]") == ["half a thou", "title"]
     carol.js("window.said = document.querySelector('p.hint[role=status]')")        # one that was there before is read aloud
     bob.patch("/w/acme/members/carol", role="viewer")
@@ -13654,15 +13664,15 @@ def test_a_bad_title_is_told_at_its_field_and_a_refused_command_by_a_toast(site,
     carol.wait("document.querySelector('#todo-1 input').disabled")
 
 
-def test_a_title_is_edited_in_place(site, windows):
+def test_a_title_is_edited(site, windows):
     bob, carol = site.at("bob", windows[0]), site.at("carol", windows[1])
-    bob.click("#todo-2 textarea")
+    bob.click("#todo-2 span")
     bob.press("Control+a", "N", "e", "w", "Enter")
     for window in (bob, carol):
         window.wait("document.querySelector('#todo-2 span').textContent === 'New'")
-    bob.click("#todo-2 textarea")
-    bob.press("x", "Escape")
-    assert bob.js("return document.querySelector('#todo-2 textarea').value") == "New"
+    bob.wait("document.activeElement.matches('#todo-2 .edit')")
+    bob.press("Enter", "x", "Escape", "Enter")
+    bob.wait("document.querySelector('dialog').open && document.querySelector('#edited').value === 'New'")
 
 
 def test_the_second_half_of_a_double_click_does_not_remove_the_next_row_too(site, windows):
@@ -13731,26 +13741,106 @@ def test_a_role_is_changed_when_it_was_chosen_and_not_at_each_arrow_key(site, wi
         eventually(lambda: carol.get("/_gate/acme").headers["x-role"] == wanted)
 
 
-def test_a_title_that_somebody_else_renames_meanwhile_does_not_take_what_is_being_typed(site, windows):
+TOLD = "document.querySelector('#edited-problem').textContent"
+EDITING = "document.querySelector('dialog').open && document.querySelector('#edited').value"
+
+
+def test_who_edits_what_somebody_changed_meanwhile_keeps_the_text_and_chooses_by_keyboard_on_a_phone(site, windows):
     bob, carol = site.at("bob", windows[0]), Person(site, "carol")
-    bob.click("#todo-2 textarea")
-    bob.press("x", "y", "z")
-    typed = bob.js("return document.activeElement.value")
-    carol.patch("/w/acme/todos/2", title="Renamed")
-    bob.wait("document.querySelector('#todo-2 span').textContent === 'Renamed'")
-    assert bob.js("return document.activeElement.value") == typed and "xyz" in typed
+    bob.size(375, 700)
+    bob.js("document.querySelector('#todo-2 input').focus()")
+    bob.press("Tab", "Enter", "Control+a", *"mine")
+    for theirs in ("theirs", "theirs again"):        # what they made of it since is not written over unseen either
+        carol.patch("/w/acme/todos/2", title=theirs)
+        bob.wait(f"document.querySelector('#todo-2 span').textContent === '{theirs}'")
+        bob.press("Enter")
+        assert bob.wait(f"{TOLD}.includes('\"{theirs}\"') && {EDITING}") == "mine"
+        bob.wait("!document.querySelector('#edited').readOnly")
+    assert bob.js("const box = document.querySelector('dialog').getBoundingClientRect(); return [document.documentElement.scrollWidth, box.left >= 0, box.right <= 375]") == [375, True, True]
+    bob.press("Enter")
+    bob.wait("document.querySelector('#todo-2 span').textContent === 'mine' && !document.querySelector('dialog').open")
+    bob.press("Enter", "x")
+    carol.patch("/w/acme/todos/2", title="theirs")
+    bob.press("Enter")
+    bob.wait(TOLD)
+    bob.press("Tab", "Tab", "Enter")                 # Cancel
+    bob.wait("!document.querySelector('dialog').open && document.querySelector('#todo-2 span').textContent === 'theirs'")
+
+
+def test_what_was_typed_stays_when_its_row_goes_or_the_right_to_write_or_to_read(site, windows):
+    bob, carol = Person(site, "bob"), site.at("carol", windows[1], "/w/acme/todos?show=open")
+    for row, take, gone, why in (
+            (2, lambda: bob.delete("/w/acme/todos/2"), "!document.querySelector('#todo-2')", "gone already"),
+            (3, lambda: bob.patch("/w/acme/todos/3", done=True), "!document.querySelector('#todo-3')", ""),
+            (1, lambda: bob.patch("/w/acme/members/carol", role="viewer"), "document.querySelector('#todo-1 input').disabled", "Not allowed"),
+            (1, lambda: bob.delete("/w/acme/members/carol"), "document.querySelector('#live').textContent.includes('no longer have')", "Not allowed")):
+        carol.click(f"#todo-{row} span")
+        carol.press("Control+a", *"mine")
+        take()
+        carol.wait(gone)
+        assert carol.js(f"return {EDITING}") == "mine"
+        carol.press("Enter")
+        carol.wait(f"{TOLD}.includes('{why}') && {EDITING} === 'mine'" if why else "!document.querySelector('dialog').open")
+        if why:
+            carol.wait("!document.querySelector('#edited').readOnly")
+            carol.press("Escape")
+            bob.patch("/w/acme/members/carol", role="member")
+            carol.wait("!document.querySelector('#todo-1 input').disabled")
+    assert titles(bob) == ["mine", "Order more anvils"]
 
 
 def test_an_edit_that_could_not_be_sent_stays_in_sight(site, windows):
     bob = site.at("bob", windows[0])
     bob.cdp("Network.enable")
     bob.cdp("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    bob.click("#todo-2 textarea")
+    bob.click("#todo-2 span")
     bob.press("Control+a", "N", "e", "w", "Enter")
-    bob.wait("document.querySelector('#todo-2 textarea:invalid')?.value === 'New'")
-    opacity = bob.js("return getComputedStyle(document.querySelector('#todo-2 textarea')).opacity")
+    bob.wait(f"{TOLD}.includes('No answer came') && {EDITING} === 'New'")
     bob.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    assert opacity == "1"
+
+
+def test_a_title_that_is_too_long_is_told_while_it_is_typed_and_not_cut(site, windows):
+    bob = site.at("bob", windows[0])
+    for place, problem in (("#todo-2 span", "#edited-problem"), ("#title", "#title-problem")):
+        bob.click(place)
+        bob.press("Control+a")
+        bob.cdp("Input.insertText", text="\U0001f511" * 501)       # two units of JavaScript each, and one character of Python
+        bob.wait(f"document.querySelector('{problem}').textContent.includes('this one has 501')")
+        bob.press("Backspace")
+        bob.wait(f"document.querySelector('{problem}').textContent === ''")
+        bob.press("Enter")
+        bob.wait("!document.querySelector('dialog').open")
+    bob.wait(f"{TODOS}.filter(title => [...title].length === 500).length === 2")
+
+
+WORD = """const range = document.createRange(), found = document.querySelector(arguments[0]), text = found.firstChild ?? found
+if (text !== found) range.setStart(text, 0), range.setEnd(text, 4)
+const {x, y, width, height} = (text === found ? found : range).getBoundingClientRect()
+return [x + width / 2, y + height / 2].map(Math.round)"""
+
+
+def drag(window, start, end):
+    """From the first word of what one selector finds to that of the other, with the mouse."""
+    (x, y), to = [window.js(WORD, css) for css in (start, end)]
+    move = lambda x, y: {"type": "pointerMove", "x": x, "y": y, "duration": 0}
+    steps = [move(x, y), {"type": "pointerDown", "button": 0}, move(x + 9, y + 3), move(*to), {"type": "pointerUp", "button": 0}]
+    window.call("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": steps}])
+
+
+@without_client
+def test_text_is_selected_across_rows_and_a_word_dragged_onto_another_row_changes_nothing(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.size(1200, 1200)                             # nothing scrolls
+    before = bob.js(f"return {TODOS}")
+    drag(bob, "#todo-3 span", "#todo-1 span")
+    first, second, third = bob.js("return getSelection().toString()").split("\n\n")
+    assert before[0].endswith(first) and second == before[1] and before[2].startswith(third)
+    bob.js("window.seen = ''; for (const type of ['dragstart', 'dragend']) addEventListener(type, evt => seen += type)")
+    drag(bob, "#todo-2 span", "#todo-1 span")
+    bob.wait("seen === 'dragstartdragend'")
+    bob.js("const title = document.querySelector('#todo-2 span'); getSelection().selectAllChildren(title); title.click()")
+    assert bob.js(f"return [{TODOS}, document.querySelector('dialog').open, document.querySelectorAll('#todos :checked').length]") == [before, False, 0]
+    assert titles(Person(site, "bob")) == before
 
 
 def test_the_focus_goes_to_the_next_row_when_a_ticked_one_leaves_the_filter(site, windows):
@@ -13841,7 +13931,7 @@ def test_the_journey_works_by_keyboard_alone(site, windows):
     bob.wait("document.querySelector('#todo-4 input').defaultChecked")
     for _ in range(5):
         bob.press("Tab")
-        if bob.js("return document.activeElement.matches('#todo-4 > button')"):
+        if bob.js("return document.activeElement.matches('#todo-4 > .icon')"):
             break
     bob.press("Enter")
     bob.wait(f"{TODOS}.length === 3")
@@ -14046,8 +14136,8 @@ def test_an_edit_is_not_lost_when_the_same_row_is_ticked_before_it_could_be_sent
     bob.js("""window.free = []; const real = window.fetch
         window.fetch = (url, init) => init?.method !== 'PATCH' ? real(url, init)
             : new Promise(done => free.push(done)).then(() => init.signal.throwIfAborted()).then(() => real(url, init))""")
-    bob.click("#todo-2 textarea")
-    bob.press("Control+a", "N", "e", "w", "Enter", "Space")
+    bob.click("#todo-2 span")
+    bob.press("Control+a", "N", "e", "w", "Enter", "Escape", "Shift+Tab", "Space")
     bob.wait("free.length === 2")
     bob.js("free.forEach(done => done())")
     bob.wait("document.querySelector('#todo-2 span').textContent === 'New' && document.querySelector('#todo-2 input').defaultChecked")
@@ -14067,12 +14157,12 @@ def test_a_command_that_can_not_even_be_sent_is_not_lost_without_a_word(server, 
 def test_enter_that_ends_a_composition_saves_no_half_word(server, windows):
     """Safari says it with the key code 229 alone; the composition is over by then."""
     bob = our_page(server, windows[0], "bob")
-    bob.click("#todo-2 textarea")
+    bob.click("#todo-2 span")
     for composing in ("{isComposing: true}", "{keyCode: 229}"):
         ignored = bob.js(f"return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: 'Enter', bubbles: true, cancelable: true, ...{composing}}}))")
-        assert ignored is True and bob.js("return document.activeElement.localName") == "textarea"
+        assert ignored is True and bob.js("return document.querySelector('dialog').open")
     bob.press("Enter")
-    assert bob.js("return document.activeElement.type") == "checkbox"
+    bob.wait("!document.querySelector('dialog').open")
 
 
 def fields_of(page, action=None):
@@ -14200,7 +14290,7 @@ def test_what_sets_the_direction_of_writing_stays_in_its_own_place(server, windo
     Person(server, "bob").post("/w/acme/todos", title="\u202eevil\u2067")
     bob.wait(f"{TODOS}[0].includes('evil')")
     isolated = "return [...document.querySelectorAll(arguments[0])].map(el => getComputedStyle(el).unicodeBidi).filter(how => !/isolate|plaintext/.test(how)).length"
-    assert bob.js(isolated, "#todos li span, #todos textarea, #title") == 0
+    assert bob.js(isolated, "#todos li span, #edited, #title") == 0
     bob.open(server.origin + "/console")
     bob.wait("document.querySelector('.link').textContent === 'Live'")
     Person(server, "bob").post("/w/acme/todos", title="\u202eevil\u2067")
