@@ -13706,6 +13706,7 @@ def test_what_waited_for_an_add_that_failed_is_back_in_the_field(site, windows):
         bob.press("Enter")
         bob.wait("document.querySelector('#title').value === ''")
     bob.type("#title", "thr")
+    bob.wait("Object.values(sessionStorage).join() === 'two thr'")                   # what a reload would bring back
     bob.js("fail()")
     bob.wait("document.querySelector('#title').value === 'one two thr'")
     assert bob.js("return Object.values(sessionStorage).join()") == "one two thr"
@@ -14137,7 +14138,9 @@ def test_an_edit_is_not_lost_when_the_same_row_is_ticked_before_it_could_be_sent
         window.fetch = (url, init) => init?.method !== 'PATCH' ? real(url, init)
             : new Promise(done => free.push(done)).then(() => init.signal.throwIfAborted()).then(() => real(url, init))""")
     bob.click("#todo-2 span")
-    bob.press("Control+a", "N", "e", "w", "Enter", "Escape", "Shift+Tab", "Space")
+    bob.press("Control+a", "N", "e", "w", "Enter")
+    bob.wait("free.length === 1 && document.querySelector('#edited').readOnly")      # what is typed now would be lost
+    bob.press("Escape", "Shift+Tab", "Space")
     bob.wait("free.length === 2")
     bob.js("free.forEach(done => done())")
     bob.wait("document.querySelector('#todo-2 span').textContent === 'New' && document.querySelector('#todo-2 input').defaultChecked")
