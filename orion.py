@@ -15845,11 +15845,15 @@ class KeepsHome(EdgeDirectory):
 
 
 @addition
-class HearsOfWriting(Broker):
+class KnowsHomes(Broker):
     def published(self, id, topic):
         super().published(id, topic)
         if id in self.edge.env.workspaces.objects:
             self.edge.env.directory.namespace.uncounted.add(id)
+
+    def watchers(self, id):
+        """Who looks at a home page is in no workspace. A single root has one object."""
+        return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
 
 
 @addition

@@ -13218,6 +13218,8 @@ def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path
         bob = root.person("bob")
         assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
         assert "Other" in bob.get("/w/acme/todos").text
+        assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
+        assert [stream.account for stream in root.server.edge.broker.watchers(orion.OneFile.ID)] == ["carol"], "who is at home is not here"
 
 
 def test_a_workspace_on_a_node_is_renamed_deleted_and_in_the_end_removed_there(tmp_path):
