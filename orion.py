@@ -15780,8 +15780,8 @@ def delete_workspace(ctx):
     if ctx.host.namespace.settings.single:
         raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
                            "whoever runs it to remove that.")
-    ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ?", DELETED,
-                   time.time(), ctx.viewer.id)
+    ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
+                   "moving", DELETED, time.time(), ctx.viewer.id)
     ask_all_again(ctx)
     return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
 
@@ -15868,11 +15868,16 @@ class CountsForHomes(LoopEdge):
     def count_for_homes(self):
         """Count anew what was written to and stands on a home page that is open."""
         known = self.env.directory.namespace
-        written, known.uncounted = known.uncounted, set()
+        written = set()
+        while known.uncounted:                           # others add to it meanwhile
+            written.add(known.uncounted.pop())
         channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
         homes = [one for one in channels if one.subscription.again.path == "/live"]
         shown = {home: self.ids_at(home) & written for home in homes if written}
-        for id in set().union(*shown.values()):
+        seen = set().union(*shown.values())
+        for id in written - seen:
+            known.counts.pop(id, None)                   # who comes later asks for it again
+        for id in seen:
             known.counts[id] = count_of(self.env.workspaces.get(id))
         for home, ids in shown.items():
             if ids:

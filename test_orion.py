@@ -13219,6 +13219,7 @@ def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path
         assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
         assert "Other" in bob.get("/w/acme/todos").text
         assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
+        at_rest(root.server)
         assert [stream.account for stream in root.server.edge.broker.watchers(orion.OneFile.ID)] == ["carol"], "who is at home is not here"
 
 
@@ -13271,13 +13272,41 @@ def test_an_open_home_page_shows_new_counts_memberships_names_and_removals(serve
     assert "signed out" in said("ended") and ear.event() is None and Person(server).get("/live").status == 401
 
 
-def test_a_workspace_that_is_written_to_is_counted_once_for_all_home_pages_that_show_it_and_others_are_not(server, monkeypatch):
-    ears = [Ear(Person(server, name), "/live") for name in ("bob", "carol", "erin", "alice")]
-    assert all(ear.event() for ear in ears) and all(ear.until_it_says("3 open") for ear in ears)
+@pytest.fixture
+def by_hand(start, monkeypatch):
+    """A server that counts for home pages only when edge.count_for_homes() is called."""
+    monkeypatch.setattr(orion.CountsForHomes, "chores", lambda self: super(orion.CountsForHomes, self).chores())
+    return start()
+
+
+def homes_of(server, *names):
+    """Their home pages, open; the broker knows their streams."""
+    ears = [Ear(Person(server, name), "/live") for name in names]
+    assert all(ear.event() for ear in ears) and eventually(lambda: len(server.edge.broker.channels.get("directory", ())) == len(ears))
+    return ears
+
+
+def test_a_workspace_that_is_written_to_is_counted_once_for_all_home_pages_that_show_it_and_others_are_not(by_hand, monkeypatch):
+    ears = homes_of(by_hand, "bob", "carol", "erin", "alice")
+    by_hand.edge.count_for_homes()
+    assert all(ear.until_it_says("3 open") for ear in ears)
+    at_rest(by_hand), by_hand.edge.count_for_homes()         # a page that was made meanwhile has asked again
     counted = mock.Mock(wraps=orion.facts_of)
     monkeypatch.setattr(orion, "facts_of", counted)
-    Person(server, "carol").post("/w/acme/todos", form={"title": "more"})
+    Person(by_hand, "carol").post("/w/acme/todos", form={"title": "more"})
+    eventually(lambda: by_hand.env.directory.namespace.uncounted)
+    by_hand.edge.count_for_homes()
     assert all(ear.until_it_says("4 open") for ear in ears[:3]) and counted.call_count == 1
+
+
+def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_is_back(by_hand):
+    by_hand.edge.count_for_homes(), homes_of(by_hand, "carol")[0].close()
+    Person(by_hand, "carol").get("/"), Person(by_hand, "bob").post("/w/acme/todos", form={"title": "more"})
+    eventually(lambda: by_hand.edge.broker.channels == {} and by_hand.env.directory.namespace.uncounted)
+    by_hand.edge.count_for_homes()
+    ear, = homes_of(by_hand, "carol")
+    by_hand.edge.count_for_homes()
+    assert ear.until_it_says("4 open")
 
 
 # ==== Without a section ===============================================================================================
