@@ -2325,8 +2325,9 @@ def refuse_if_changed(was, now, title):
     was: "" if the sender does not say. The page sends it, and offers both versions.
     """
     if was and now not in (was, title):
-        raise Refused(409, f'Meanwhile somebody made it "{now}". Save once more to put yours '
-                           "in its place, or cancel.", signal="toast", fields={"was": now})
+        raise Refused(409, f'Meanwhile somebody made it "{now}". Save once more to put '
+                           "yours in its place, or cancel.",
+                      signal="toast", fields={"was": now})
 
 
 def valid_title(typed, signal="problem"):
