@@ -3284,9 +3284,18 @@ MATRIX = [(method, path, body, {role: status for role, status in zip(("bob", "ca
 ]]
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """For what changes nothing."""
+    with contextlib.closing(Server(tmp_path_factory.mktemp("untouched") / "data")) as server:
+        yield server
+
+
 @cases("method, path, body, wanted", MATRIX)
 @cases("account", ["bob", "carol", "erin", "alice", None])
-def test_a_role_may_what_the_table_says(server, method, path, body, wanted, account):
+def test_a_role_may_what_the_table_says(request, method, path, body, wanted, account):
+    changes = wanted[account] < 400 and method not in orion.SAFE
+    server = request.getfixturevalue("server" if changes else "untouched")
     answer = Person(server, account).ask(method, path, body, Content_Type="application/json" if body else None)
     assert answer.status == (204 if (method, path, answer.status) == ("POST", "/w/acme/todos", 204) else wanted[account])
 
