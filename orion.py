@@ -1388,7 +1388,7 @@ class Live(NamedTuple):
 
     What stands for the <parts> of the path is a further argument of show, data, page and
     title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
-    topic for each card. Such a page is no tab, and none whose title is a function is one.
+    topic for each card. Such a page is no tab.
     """
     path: str
     grant: str
@@ -1396,7 +1396,7 @@ class Live(NamedTuple):
     regions: Sequence[Region]
     page: Callable[..., Html] = only_the_regions
     params: Dict[str, str] = {}
-    tab: Optional[bool] = None                           # None: if it can be one
+    tab: Optional[bool] = None                           # None: if the path has no parts
 
     def heeded(self, params: Dict[str, str]) -> Dict[str, str]:
         """Return those of params that the page depends on, if their value is valid."""
@@ -1405,8 +1405,7 @@ class Live(NamedTuple):
 
     @property
     def is_tab(self) -> bool:
-        fixed = "<" not in self.path and not callable(self.title)
-        return fixed if self.tab is None else self.tab
+        return "<" not in self.path if self.tab is None else self.tab
 
     def routes(self):
         return (Route("GET", self.path, self.grant,
@@ -5933,7 +5932,6 @@ class Broker:
                 stream.show(channel.subscription.number, piece)
         if len(streams) > self.SOME:
             return self.edge.call(self.deliver, channel, piece, streams[self.SOME:])
-        vars(piece).pop("plain", None)                   # thousands are kept, few sent again
         with self.lock:
             channel.busy = False
             again = channel.stale and channel.streams
