@@ -151,6 +151,11 @@ class Server:
         self.env.directory.fetch(orion.Request("GET", "/_version"))
         return self.env.directory.namespace.objects[self.env.directory.id]
 
+    @property
+    def policy(self):
+        """The Directory's store, each call in its turn: open pages ask the gate by the same connection, which is one thread's at a time."""
+        return InTurn(self.directory())
+
     def write(self, sql, *args):
         """Straight into the Directory's store: for what no route does."""
         directory = self.directory()
@@ -163,6 +168,17 @@ class Server:
     def figure(self, name):
         text = Person(self).get("/metrics").text
         return int(re.search(rf"^{re.escape(name)} (\d+)", text, re.M)[1])
+
+
+class InTurn:
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __getattr__(self, name):
+        def call(*args):
+            with self.directory.turn:
+                return getattr(self.directory.store, name)(*args)
+        return call
 
 
 class Answer:
@@ -565,7 +581,7 @@ class Plain:
         Person(self).get("/")
         return self.env.directory.namespace.objects[self.env.directory.id]
 
-    write, store = Server.write, Server.store
+    policy, write, store = Server.policy, Server.write, Server.store
 
 
 def part_one():
@@ -2981,7 +2997,7 @@ def test_an_answer_with_a_cookie_in_it_is_written_nowhere(server):
     bob = Person(server, "bob")
     answers = [bob.ask("POST", "/persona", "account=bob", Content_Type="application/x-www-form-urlencoded", Idempotency_Key="a") for _ in range(2)]
     assert [answer.status for answer in answers] == [303, 303] and answers[0].headers["set-cookie"] != answers[1].headers["set-cookie"]
-    assert server.directory().store.query("SELECT * FROM answers") == []
+    assert server.policy.query("SELECT * FROM answers") == []
 
 
 def test_a_command_without_an_id_costs_no_statement_for_it_and_one_with_an_id_one(server):
@@ -3670,7 +3686,7 @@ def test_a_session_that_can_not_be_renewed_just_now_is_good_all_the_same(server)
 
 def test_a_session_ends_when_its_time_is_up_and_is_renewed_in_its_second_half(server):
     bob = Person(server, "bob")
-    expires = lambda: server.directory().store.one("SELECT max(expires) FROM sessions")[0]
+    expires = lambda: server.policy.one("SELECT max(expires) FROM sessions")[0]
     server.write("UPDATE sessions SET expires = ?", time.time() + 86400)
     assert bob.get("/_gate/acme").status == 200 and expires() > time.time() + 29 * 86400
     server.write("UPDATE sessions SET expires = ?", time.time() - 1)
@@ -3679,7 +3695,7 @@ def test_a_session_ends_when_its_time_is_up_and_is_renewed_in_its_second_half(se
 
 def test_what_the_store_knows_of_a_session_opens_no_door(server):
     bob = Person(server, "bob")
-    digest = server.directory().store.one("SELECT digest FROM sessions")[0]
+    digest = server.policy.one("SELECT digest FROM sessions")[0]
     for value in (digest.hex(), base64.urlsafe_b64encode(digest).decode().rstrip("=")):
         assert bob.get("/_gate/acme", Cookie=f"sid={value}").status == 401
 
@@ -3794,7 +3810,7 @@ def test_members_are_invited_promoted_and_removed_while_others_watch(server):
     assert "member-dave" in ear.event()
     assert bob.patch("/w/acme/members/dave", role="admin").status == 204 and "admin" in ear.event()
     assert bob.delete("/w/acme/members/dave").status == 204 and "member-dave" not in ear.event()
-    rows = server.directory().store.query("SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 3")
+    rows = server.policy.query("SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 3")
     id = server.env.workspaces.id_from_name("acme")
     assert [tuple(row) for row in rows] == [("bob", f"directory.{what}", f"{id} dave") for what in ("expel", "change_role", "invite")]
 
@@ -3849,7 +3865,7 @@ def test_an_offer_that_is_over_makes_nobody_an_owner(server, how):
     if how in ("sent away", "left"):
         bob.post("/w/acme/members", form={"account": "carol", "role": "member"})
     assert answer(carol, "accept") == 409 and answer(dave, "accept") == 403 and answer(Person(server, "erin"), "accept") == 409
-    assert [row["account"] for row in server.directory().store.query("SELECT account FROM memberships WHERE role = 'owner' AND workspace = ?",
+    assert [row["account"] for row in server.policy.query("SELECT account FROM memberships WHERE role = 'owner' AND workspace = ?",
                                                                      server.env.workspaces.id_from_name("acme"))] == ["bob"]
 
 
@@ -4094,7 +4110,7 @@ def test_a_session_that_is_over_is_gone_and_ends_its_streams(outside):
     ear.event()
     outside.write("UPDATE sessions SET expires = ?", time.time() - 1)
     assert "You are signed out" in ear.until_it_says("ended")
-    assert not outside.directory().store.query("SELECT 1 FROM sessions")
+    assert not outside.policy.query("SELECT 1 FROM sessions")
 
 
 def test_a_tiny_quota_is_one_on_a_single_root_too(tmp_path):
@@ -4960,7 +4976,7 @@ def test_the_journal_says_of_which_workspace_a_membership_was(serve):
     bob.delete("/w/acme/members/erin")
     bob.post("/w/acme/members", account="erin", role="viewer")
     bob.post("/w/acme/members", form={"account": "alice"})
-    noted = server.directory().store.query("SELECT what, which FROM journal ORDER BY id DESC LIMIT 4")
+    noted = server.policy.query("SELECT what, which FROM journal ORDER BY id DESC LIMIT 4")
     assert [*map(tuple, noted)][::-1] == [("directory.change_role", f"{id} erin"), ("directory.expel", f"{id} erin"),
                            ("directory.invite", f"{id} erin"), ("directory.invite", f"{id} alice")]
 
@@ -4969,7 +4985,7 @@ def test_sessions_that_are_over_go_with_the_next_that_begins(serve):
     server = serve()
     server.write("INSERT INTO sessions (digest, account, created, expires) VALUES (x'00', 'bob', 0, 1)")
     Person(server, "carol")
-    assert server.directory().store.one("SELECT count(*) FROM sessions WHERE digest = x'00'")[0] == 0
+    assert server.policy.one("SELECT count(*) FROM sessions WHERE digest = x'00'")[0] == 0
 
 
 # -- files
@@ -8089,7 +8105,7 @@ def test_begin_and_end_of_a_masquerade_are_in_the_journal(outside):
     ops = outside.sign_in("ops")
     ops.post("/masquerade", form={"account": " Ann"})
     ops.post("/masquerade/end", form={})
-    rows = outside.directory().store.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
+    rows = outside.policy.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
     assert [tuple(row) for row in rows] == [("ops", "directory.masquerade", "ann"), ("ops as ann", "directory.unmask", "ann")]
 
 
@@ -8149,7 +8165,7 @@ def test_a_masquerade_that_is_over_is_journalled_once(outside):
     outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
     for _ in range(3):
         outside.env.directory.ask("/_version")
-    rows = outside.directory().store.query("SELECT who, which FROM journal WHERE what = 'directory.unmask'")
+    rows = outside.policy.query("SELECT who, which FROM journal WHERE what = 'directory.unmask'")
     assert [tuple(row) for row in rows] == [("ops as ann", "time is over")]
 
 
@@ -9444,7 +9460,7 @@ def test_a_node_is_added_to_a_server_that_has_planes(server, capsys, words, stat
     """Where all workspaces are on one machine, new ones of the command line would go to a node that nobody is led to."""
     assert orion.main(argv=[*words, "--data", str(server.env.settings.data), "node", "add", "10.0.0.2:8000"]) == status
     assert ("say: --plane directory node add 10.0.0.2:8000" in capsys.readouterr().err) == (status == 2)
-    assert server.directory().store.query("SELECT * FROM nodes") == [] or status == 0
+    assert server.policy.query("SELECT * FROM nodes") == [] or status == 0
 
 
 def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
@@ -10531,7 +10547,7 @@ def test_a_single_root_lets_nobody_else_in(single):
 def test_a_session_from_outside_signs_nobody_in_to_a_single_root(single):
     """Not even who has a copy of the table."""
     bob = Person(single, "bob")
-    digest = single.directory().store.one("SELECT digest FROM sessions")[0].hex()
+    digest = single.policy.one("SELECT digest FROM sessions")[0].hex()
     assert bob.get("/w/acme/todos").status == 200
     for stolen in (digest, "bob"):
         assert [Person(single).get("/w/acme/todos", X_Session=stolen).status for _ in range(3)] == [401] * 3
@@ -12415,7 +12431,7 @@ def signed_in_by(server, answer):
 
 
 def roles_in(server, workspace="acme"):
-    rows = server.directory().store.query("SELECT account, role FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE w.name = ?", workspace)
+    rows = server.policy.query("SELECT account, role FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE w.name = ?", workspace)
     return {row["account"]: row["role"] for row in rows}
 
 
@@ -12469,7 +12485,7 @@ def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_
     assert "Came by it: bea" in ear.until_it_says("for 1 more")
     assert signed_in_by(outside, answer).get("/_gate/a-b-co").headers["x-role"] == "viewer"
     assert outside.env.directory.ask("/_operator", "", {"cookie": signed_in_by(outside, answer).headers["Cookie"]}) is False
-    notes = [tuple(row) for row in outside.directory().store.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
+    notes = [tuple(row) for row in outside.policy.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
     assert notes == [("", "directory.use_link"), ("ann", "directory.make_link")]
 
 
@@ -12506,7 +12522,7 @@ def test_of_many_who_take_the_last_use_at_once_one_is_in(outside):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         taken = sorted(pool.map(take, range(4)))
     assert taken == [303] + 3 * [422] and len(roles_in(outside)) == 2
-    assert outside.directory().store.one("SELECT count(*) FROM accounts")[0] == 3, "who came too late has no account either"
+    assert outside.policy.one("SELECT count(*) FROM accounts")[0] == 3, "who came too late has no account either"
 
 
 ENDS_OF_A_LINK = {
@@ -12529,14 +12545,14 @@ def test_a_link_is_void_as_soon_as(outside, end):
     change = ENDS_OF_A_LINK[end]
     outside.write(change) if type(change) is str else change(outside, outside.sign_in("ops"))
     assert at_link(outside, link).status == 422 and "Ask for a new one" in newcomer(outside, link).text
-    assert outside.directory().store.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None
+    assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None
 
 
 @cases("fields, why", [({"role": "owner"}, "makes no owner"), ({"role": "king"}, "one of owner"), ({"uses": "0"}, "from 1 to 100"), ({"uses": "101"}, "from 1 to 100"),
                        ({"days": "31"}, "from 1 to 30"), ({"days": "x"}, "whole number")], ids=str)
 def test_a_link_makes_no_owner_and_has_its_bounds(outside, fields, why):
     answer = outside.sign_in("ann").post("/w/acme/members/links", form=fields)
-    assert answer.status == 422 and why in answer.text and not outside.directory().store.query("SELECT 1 FROM links")
+    assert answer.status == 422 and why in answer.text and not outside.policy.query("SELECT 1 FROM links")
 
 
 def test_only_who_manages_members_makes_sees_and_withdraws_links(outside):
@@ -12549,7 +12565,7 @@ def test_only_who_manages_members_makes_sees_and_withdraws_links(outside):
     assert {ops.post(path, form={"link": name}).status for path in ("/w/acme/members/links", "/w/acme/members/links/withdraw")} == {403}
     ann.post("/workspaces", form={"name": "other"})
     ann.post("/w/other/members/links/withdraw", form={"link": name})
-    assert outside.directory().store.query("SELECT 1 FROM links"), "it is not of that workspace"
+    assert outside.policy.query("SELECT 1 FROM links"), "it is not of that workspace"
 
 
 def test_there_are_so_many_links_at_most_and_what_is_too_old_goes(outside, monkeypatch):
@@ -12559,7 +12575,7 @@ def test_there_are_so_many_links_at_most_and_what_is_too_old_goes(outside, monke
     assert "Withdraw one first" in ann.post("/w/acme/members/links", form={}).text
     outside.write("UPDATE links SET expires = 1")
     shown_link(ann.post("/account/links", form={}))
-    assert [row["kind"] for row in outside.directory().store.query("SELECT kind FROM links")] == ["device"]
+    assert [row["kind"] for row in outside.policy.query("SELECT kind FROM links")] == ["device"]
 
 
 def test_made_up_links_are_slowed_like_passwords_and_slow_nobody_else(outside):
@@ -12602,7 +12618,7 @@ def test_headers_from_outside_stand_for_no_password_at_a_link(outside):
     link, stored = link_into(outside.sign_in("ann")), outside.directory().password_of("ops")
     ask = lambda body, **headers: Person(outside).ask("POST", "/join", urllib.parse.urlencode({"link": link, **body}), Content_Type="application/x-www-form-urlencoded", **headers)
     assert ask({"how": "known", "username": "ops"}, X_Stored=stored, X_Account="ops").status == 422
-    assert ask({"how": "me"}, X_Session=outside.directory().store.one("SELECT hex(digest) FROM sessions")[0]).status == 422
+    assert ask({"how": "me"}, X_Session=outside.policy.one("SELECT hex(digest) FROM sessions")[0]).status == 422
     assert ask({"how": "new", "username": "bea", "new": "long enough"}, X_Hashed=stored, X_Link="00").status == 303
     assert outside.directory().password_of("bea") != stored
 
@@ -12633,7 +12649,7 @@ def test_no_other_site_has_a_link_made_or_used(outside, headers):
     body = urllib.parse.urlencode({"link": link, "how": "me"})
     assert ops.ask("POST", "/join", body, Content_Type=form, **headers).status == 403
     assert {ann.ask("POST", path, "", Content_Type=form, **headers).status for path in ("/account/links", "/w/acme/members/links")} == {403}
-    assert "ops" not in roles_in(outside) and len(outside.directory().store.query("SELECT 1 FROM links")) == 1
+    assert "ops" not in roles_in(outside) and len(outside.policy.query("SELECT 1 FROM links")) == 1
 
 
 def test_the_secret_of_a_link_is_in_no_file_log_or_console(start, capfd):
@@ -12663,7 +12679,7 @@ def test_a_link_signs_in_on_another_device_once_and_no_longer_than_the_session_t
     assert phone.get("/w/acme/todos").status == 200 and ann.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
     first, second = [shown_link(phone.post("/account/links", form={})) for _ in range(2)]
     assert [at_link(outside, link).status for link in (first, second)] == [422, 200], "the one before is void"
-    age = outside.directory().store.one("SELECT max(expires) FROM links WHERE session NOT NULL")[0] - time.time()
+    age = outside.policy.one("SELECT max(expires) FROM links WHERE session NOT NULL")[0] - time.time()
     assert 290 < age <= 300
     ann.post("/account/sessions", form={"session": "others"})
     assert at_link(outside, second, "me").status == 422
@@ -12764,7 +12780,7 @@ def test_the_journal_says_who_did_it_and_with_which_token(server):
     rows = "SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 1"
     with contextlib.closing(server.store("acme")) as db:
         assert db.execute(rows).fetchone() == (f"bob by token nightly backup ({token[6:18]})", "todos.delete", "1")
-    made = server.directory().store.one(rows)
+    made = server.policy.one(rows)
     assert made["who"] == "bob" and made["what"] == "directory.make_token" and f"nightly backup ({token[6:18]}): write" in made["which"]
 
 
@@ -12858,7 +12874,7 @@ def test_a_token_is_void_when_its_maker_has_left_and_stays_so(served, how):
     while ear.event():
         pass
     assert Program(served, token).get("/w/acme/todos").status in (401, 403)
-    assert not served.directory().store.query("SELECT * FROM tokens")
+    assert not served.policy.query("SELECT * FROM tokens")
     if how in ("page", "member"):
         bob.post("/w/acme/members", account="carol", role="owner")
         assert "carol" in bob.get("/w/acme/members").text and Program(served, token).get("/w/acme/todos").status == 401
@@ -12882,7 +12898,7 @@ def test_a_token_is_nobody_outside_of_its_workspace_and_with_its_members(outside
     foreign, none = [re.sub("date.*?GMT", "", repr(sorted(script.get(f"/w/{name}/todos").headers.items()))) for name in ("other", "nowhere")]
     assert foreign == none and script.get("/w/other/todos").text == script.get("/w/nowhere/todos").text
     assert script.get("/w/acme/members").status == 200 and "x-operates" not in script.get("/_gate/acme").headers
-    assert len(outside.directory().store.query("SELECT * FROM tokens")) == 1 == len(outside.directory().store.query("SELECT * FROM memberships WHERE account = 'ann' AND role = 'owner'")) - 1
+    assert len(outside.policy.query("SELECT * FROM tokens")) == 1 == len(outside.policy.query("SELECT * FROM memberships WHERE account = 'ann' AND role = 'owner'")) - 1
 
 
 def test_a_token_holds_and_not_the_cookie_beside_it(server, capfd):
@@ -12929,16 +12945,16 @@ def test_made_up_tokens_are_slowed_and_nobody_else_is(server):
 def test_the_last_use_is_shown_and_written_once_a_minute(server, monkeypatch):
     bob = Person(server, "bob")
     script, directory = Program(server, token_of(bob)), server.directory()
-    last = lambda: directory.store.one("SELECT used FROM tokens")["used"]
+    last = lambda: server.policy.one("SELECT used FROM tokens")["used"]
     assert "used last: never" in bob.get("/account/tokens").text
     script.get("/w/acme/todos")
     first = eventually(last)
     assert "used last: never" not in bob.get("/account/tokens").text
     monkeypatch.setattr(directory, "given", {})
     script.get("/w/acme/todos")
-    before = directory.store.state()
+    before = server.policy.state()
     directory.namespace.get(directory.id).ask("/_version")
-    assert last() == first and directory.store.state() == before and directory.uses
+    assert last() == first and server.policy.state() == before and directory.uses
     directory.uses_due = 0.0
     eventually(lambda: last() > first)
 
@@ -12948,7 +12964,7 @@ def test_the_last_use_is_shown_and_written_once_a_minute(server, monkeypatch):
 def test_no_token_is_made_of_what_makes_no_sense(server, said, why):
     bob = Person(server, "bob")
     answer = bob.post("/account/tokens", form={"name": "deploy", "workspace": "acme", "how": "read", **said})
-    assert answer.status == 422 and why in answer.text and not server.directory().store.query("SELECT * FROM tokens")
+    assert answer.status == 422 and why in answer.text and not server.policy.query("SELECT * FROM tokens")
 
 
 def test_an_account_has_so_many_tokens_and_withdraws_its_own_alone(server, monkeypatch):
@@ -13101,10 +13117,8 @@ def test_a_request_without_a_token_costs_nothing_more(server):
 # ==== 62. Own workspaces ==============================================================================================
 
 def read(server, sql, *args):
-    """Rows of the Directory, read in its turn: open pages ask the gate just then."""
-    directory = server.directory()
-    with directory.turn:
-        return [tuple(row) for row in directory.store.query(sql, *args)]
+    """Rows of the Directory."""
+    return [tuple(row) for row in server.policy.query(sql, *args)]
 
 
 def file_of(server, workspace="acme"):
