@@ -9793,19 +9793,27 @@ def copy_database(source, target, about: Any = None) -> int:
 
 # A table of FTS5 has no page of its own, and these beside it, where it keeps its index.
 SHADOWS = ("data", "idx", "content", "docsize", "config")
+INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
 def verified(db: sqlite3.Connection) -> int:
     """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
-        raise sqlite3.DatabaseError(f"damaged: {found[0]}")
+        words = [name for name, in db.execute(INDEXES) if name in found[0]]
+        hints = [rebuild(name) for name in words if "fts5" in found[0].lower()]
+        raise sqlite3.DatabaseError("; ".join([f"damaged: {found[0]}", *hints[:1]]))
     made = db.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table' AND "
                       "name NOT LIKE 'sqlite_%'").fetchall()
     shadows = {f"{name}_{tail}" for name, rootpage in made for tail in SHADOWS
                if not rootpage}
     return sum([db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
                 for name, _ in made if name not in shadows])
+
+
+def rebuild(index):
+    return (f"if its text is in a table, INSERT INTO {index} ({index}) VALUES ('rebuild') "
+            "makes it anew, else")
 
 
 def opened_to_read(path):
@@ -10136,7 +10144,6 @@ def schema_of(settings, id):
 
 
 ASKED = ("integrity-check",)
-INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"     # FTS5
 
 
 def try_on_copy(settings, db, path, schema):
@@ -10166,10 +10173,8 @@ def check_indexes(copy):
             try:
                 db.execute(f"""INSERT INTO "{name}" ("{name}") VALUES (?)""", ASKED)
             except sqlite3.DatabaseError as error:
-                raise sqlite3.DatabaseError(
-                    f"the index {name} is damaged ({error}); if its text is in a table, "
-                    f"INSERT INTO {name} ({name}) VALUES ('rebuild') makes it anew, else"
-                ) from error
+                why = f"the index {name} is damaged ({error}); {rebuild(name)}"
+                raise sqlite3.DatabaseError(why) from error
 
 
 def cut_short(settings):
@@ -13664,12 +13669,6 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         return 2
 
 
-def run_as_program(*_):
-    """See the last lines of this file."""
-    sys.excepthook = sys.__excepthook__
-    sys.exit(main())
-
-
 def do(settings, given):
     roots = [name for name in ("plain", "single", "plane") if getattr(settings, name)]
     if len(roots) > 1:
@@ -15951,10 +15950,4 @@ def workspace_undelete(settings, given):
 
 
 if __name__ == "__main__":
-    # Until the code of a program ends, Python keeps its syntax tree: 25 MB of this one. So
-    # the code ends here, by an exception, and Python's hook for uncaught ones goes on. Not
-    # so in a debugger or a profiler: they would take that for the end.
-    if sys._getframe().f_back is None:
-        sys.excepthook = run_as_program
-        raise Exception("goes on in run_as_program")
     sys.exit(main())

@@ -11274,7 +11274,8 @@ def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.execute("UPDATE words_data SET block = x'ff' || block WHERE id > 10")
     assert check() == 1 and not [*data.glob("tmp*")]
-    assert f"acme: {file}: the index words is damaged" in (said := capsys.readouterr().out) and "'rebuild'" in said
+    said = capsys.readouterr().out                   # since SQLite 3.44 in its own words: quick_check looks into such an index, too
+    assert f"acme: {file}: " in said and re.search("the index words is damaged|damaged: .*words", said)
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.execute(re.search("INSERT INTO .*'rebuild'[)]", said)[0])
     assert check() == 0
@@ -11684,16 +11685,6 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         command.end()
         assert re.search("persona", command.out)
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
-
-
-def test_a_server_started_as_a_program_does_not_keep_its_syntax_tree(tmp_path):
-    with Command("--port", 0, "--data", tmp_path / "d", program=PROGRAM) as command:
-        assert memory(command.process.pid) < 48 * 1024, "kB: it is 32 MB, and 60 with the tree"
-
-
-def test_a_profiler_sees_all_of_a_run():
-    done = subprocess.run([sys.executable, "-m", "cProfile", PROGRAM, "--help"], capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0 and "(parse_args)" in done.stdout
 
 
 @cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
