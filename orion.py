@@ -11686,6 +11686,9 @@ def app_asset(request, env, encoded=False):
 
 def read_assets(settings: Settings) -> None:
     """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
+    for name in APP_ASSETS:                              # of another app, in a test
+        DOORS.pop(f"/assets/{name}", None)
+    APP_ASSETS.clear()
     if settings.assets:
         for name, path in assets_in(pathlib.Path(settings.assets)):
             add_asset(name, path.read_bytes())
@@ -11762,7 +11765,8 @@ def use_brand(settings: Settings) -> None:
     brand = settings.brand
     if brand is None:
         return
-    if type(brand) is not Brand or not LANGUAGE.fullmatch(brand.language):
+    if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
+            or not LANGUAGE.fullmatch(brand.language):
         raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
     icon = "/icon.svg"
     if brand.icon:
@@ -11770,6 +11774,9 @@ def use_brand(settings: Settings) -> None:
         icon = asset(brand.icon)
     links = link("icon", icon)
     if brand.colors:
+        if "brand.css" in APP_ASSETS:
+            raise Unusable("Brand(colors=...) makes brand.css; name the app's own file of "
+                           "that name otherwise")
         add_asset("brand.css", palette(brand.colors).encode())
         links += link("stylesheet", asset("brand.css"))
     LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
@@ -11778,7 +11785,7 @@ def use_brand(settings: Settings) -> None:
 def palette(colors) -> str:
     """Return a style sheet. Raises Unusable for what is no colour."""
     if isinstance(colors, str) or len(colors) != 2 \
-            or not all([COLOR.fullmatch(color) for color in colors]):
+            or not all([COLOR.fullmatch(str(color)) for color in colors]):
         raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
                        "the second for dark ground: (\"#33409f\", \"#ffd479\")")
     light, dark = colors
@@ -12673,8 +12680,9 @@ def public_path(router: Router, request: Request) -> str:
 def unnamed(request: Request, env: Env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. If it was refused, that is so whatever its method."""
+    bare = request._replace(path=request.path.rstrip("/"))   # with one it is a 404
     for method in (request.method, *(METHODS if status >= 400 else ())):
-        path = env.public(request._replace(method=method))
+        path = env.public(bare._replace(method=method))
         if path:
             start = request.path.split("/")[:3]
             return request._replace(path="/".join(start) + path)
@@ -12866,32 +12874,37 @@ class ListsOfNode(Lists):
 
     def of(self, id):
         """Mostly it is there already: see prepare. A job may have to wait."""
-        if id not in self.lists:
-            self.ask([id])
-        return self.lists[id][1]
+        known = self.lists.get(id)
+        return known[1] if known else self.ask([id])[id]
 
     def prepare(self, id):
         if id not in self.lists:
             with contextlib.suppress(NoAnswer):          # then of() tells
                 self.ask([id])
 
-    def ask(self, ids):
-        """Raises NoAnswer."""
+    def ask(self, ids) -> Dict[str, Tuple[Any, ...]]:
+        """Return the lists of these ids. Raises NoAnswer."""
+        as_of = self.as_of
         question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
         said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
         with self.lock:
-            for id, rows in said.items():
-                self.put(id, rows)
+            if self.as_of != as_of:                      # what was said may be older
+                self.as_of = None
+            return {id: self.put(id, rows) for id, rows in said.items()}
 
     def refresh(self, version) -> List[str]:
         """Ask for all again, if the Directory has changed. Return ids: whose list did."""
         if version == self.as_of:
             return []
+        self.as_of = version                             # first: see ask
         before = dict(self.lists)
         ids = [*before]
-        for first in range(0, len(ids), IDS_AT_ONCE):
-            self.ask(ids[first:first + IDS_AT_ONCE])
-        self.as_of = version
+        try:
+            for first in range(0, len(ids), IDS_AT_ONCE):
+                self.ask(ids[first:first + IDS_AT_ONCE])
+        except CRASH:
+            self.as_of = None
+            raise
         return [id for id in ids if id not in self.lists
                 or self.lists[id][1] is not before[id][1]]
 
@@ -12932,25 +12945,15 @@ class AsksForMembers(Context):
         """Return everybody in this workspace, by name: dicts with name and role."""
         self.store.check_thread()
         members = self.host.namespace.members_of(self.host.id)
-        if self.host.used_members is None:
-            self.host.used_members = members
+        if self.host.kept_members is None:
+            self.host.kept_members = members
         return [{"name": name, "role": role} for name, role in members]
 
 
 @addition
 class ShowsMembers(SliceHost):
     """What is kept of its renderings depends on the members, too."""
-    used_members: Any = None                             # by the present rendering, first
-    kept_members: Any = None                             # by those that are kept
-
-    def render(self, *what):
-        self.used_members = None
-        rendering = super().render(*what)
-        used = self.used_members
-        if used is not None and used is not self.kept_members:
-            self.renderings.clear()
-            self.kept_members = used
-        return rendering
+    kept_members: Any = None                             # as one used them; None: none did
 
     def rendering(self, *what):
         kept = self.kept_members
@@ -13539,12 +13542,17 @@ def locked(folder, taken: str):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(handle, taken)
         yield
-    except BlockingIOError as error:
-        raise Unusable(taken) from error
     finally:
         os.close(handle)
+
+
+def take_lock(handle, taken):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Unusable(taken) from error
 
 
 BEGINNINGS = ("account add", "workspace import", "node add")
@@ -13942,8 +13950,11 @@ def add_own_command(commands, function, options):
     try:
         for option in options:
             add_own_option(sub, option, suppress=True)
-        app, *parameters = inspect.signature(function).parameters.values()
-        for parameter in parameters:
+        parameters = [*inspect.signature(function).parameters.values()]
+        if not parameters:
+            raise Unusable(f"command {name!r}: its first parameter is the App: "
+                           f"def {name}(app)")
+        for parameter in parameters[1:]:
             add_parameter(sub, parameter)
     except argparse.ArgumentError as error:
         raise Unusable(f"command {name!r}: {error.argument_name} is a flag already; rename "
@@ -14964,7 +14975,7 @@ GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS
                LEFT JOIN sessions s ON s.digest = l.session AND s.operator IS NULL
                AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
 LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
-                used_by FROM links WHERE workspace = ? ORDER BY expires"""
+                used_by FROM links WHERE workspace = ? AND expires > ? ORDER BY expires"""
 NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
            "in full. Ask for a new one.")
 
@@ -15001,7 +15012,8 @@ def make_link(ctx):
     if role == "owner":
         raise Refused(422, "A link makes no owner. Choose another role, and make them an "
                            "owner when they are here.")
-    if len(ctx.store.query(LINKS_INTO, ctx.viewer.id)) >= MOST_LINKS:
+    links = ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())
+    if len([link for link in links if link["uses"]]) >= MOST_LINKS:
         raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
     secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
                       uses=uses, maker=ctx.viewer.account)
@@ -15146,9 +15158,13 @@ def joining(ctx):
     how = ctx.field("how")
     if how == "new":
         return new_account(ctx, operator=False)
-    account = proved(ctx) if how == "known" else ctx.viewer.account
+    account = ctx.viewer.account
+    why = "You are signed out. Sign in, or make an account."
+    if how == "known":
+        account = proved(ctx)
+        why = "Name and password do not go together. Try again."
     if not account:
-        raise Refused(422, "Name and password do not go together. Try again.")
+        raise Refused(422, why)
     return account
 
 
@@ -15224,7 +15240,7 @@ KINDS = {"invite": Kind("You are invited", may_invite, join),
 
 def links_region(ctx):
     rows = [{**row, "until": day_of(row["expires"]), "came": row["used_by"] != ""}
-            for row in ctx.store.query(LINKS_INTO, ctx.viewer.id)]
+            for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
     return template("links.region")(link=rows)
 
 

@@ -9523,12 +9523,30 @@ def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start
     ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
     ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
     ({"brand": orion.Brand(icon="none.svg")}, (), "Brand: there is no asset 'none.svg'"),
+    ({"brand": orion.Brand(name=None)}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language=None)}, (), "language="),
+    ({"brand": orion.Brand(colors=(None, "#000000"))}, (), "say two"),
     ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two")])
 def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
     settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
     with pytest.raises(orion.Unusable) as error:
         orion.compose(settings, (looks()._replace(styles=slices),))
     assert why in str(error.value)
+
+
+def test_an_app_has_no_asset_of_the_one_before_it_in_this_process(folder):
+    orion.read_assets(orion.Settings(assets=folder))
+    assert orion.asset("poll.css")
+    orion.read_assets(orion.Settings())
+    with pytest.raises(LookupError, match="there is none"):
+        orion.asset("poll.css")
+    assert not [path for path in orion.DOORS if path.startswith("/assets/")]
+
+
+def test_the_style_sheet_of_a_brand_takes_no_place_of_the_apps_own(tmp_path, folder):
+    (folder / "brand.css").write_text("p { color: red }")
+    settings = orion.Settings(data=tmp_path / "d", assets=folder, brand=orion.Brand(colors=("#005f56", "#7ce0d3")))
+    with pytest.raises(orion.Unusable, match="makes brand.css; name the app's own file of that name otherwise"):
+        orion.compose(settings)
 
 
 def test_assets_that_would_fill_the_memory_are_refused(tmp_path, folder):
@@ -10358,6 +10376,7 @@ def test_a_secret_in_a_public_path_is_written_neither_into_the_log_nor_into_the_
     server = start((orion.todos, stockroom()), log="common")
     assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
     assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
+    assert Person(server).post("/w/acme/hooks/tell-nobody/", name="Box").status == 401, "a slash too many"
     server.close()
     said = "".join(capfd.readouterr())
     assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
@@ -11860,12 +11879,23 @@ def test_a_secret_comes_from_a_file_and_is_shown_nowhere(monkeypatch, tmp_path):
     settings = []
     assert own_main("look", commands=(lambda app: settings.append(app.settings),))[0] == 2, "a lambda has no name"
 
+    def bare():
+        """It forgot the App."""
+    assert own_main("account", "list", commands=(bare,)) == (2, "", "orion: command 'bare': its first parameter is the App: def bare(app)\n")
+
     def look(app):
         settings.append(app.settings)
     assert own_main("look", commands=(look,))[0] == 0
     assert settings[0].setting("mail_password") == "s3cret" and "s3cret" not in repr(settings[0])
     said = own_main("--help")[1]
     assert "s3cret" not in said and "--mail-password-file MAIL_PASSWORD_FILE" in said and "say 100% more" in said
+
+
+def test_a_pipe_that_is_full_is_not_taken_for_another_server(tmp_path):
+    with pytest.raises(BlockingIOError), orion.locked(tmp_path, "taken"):
+        raise BlockingIOError
+    with orion.locked(tmp_path, "taken"), pytest.raises(orion.Unusable, match="taken"), orion.locked(tmp_path, "taken"):
+        pass
 
 
 def test_what_is_no_option_of_the_app_is_an_error_that_names_those_there_are():
@@ -12488,7 +12518,21 @@ def test_whoever_has_an_account_joins_by_one_button_or_signs_in_by_the_link(outs
     wrong = at_link(outside, link, "known", username="zoe", password="not this one")
     assert wrong.status == 422 and "do not go together" in wrong.text and "not this one" not in wrong.text and 'value="zoe"' in wrong.text
     zoe = signed_in_by(outside, at_link(outside, link, "known", username="zoe", password="long enough"))
-    assert zoe.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
+    assert zoe.get("/w/acme/todos").status == 200
+    nobody = at_link(outside, link_into(outside.sign_in("ann")), "me")
+    assert nobody.status == 422 and "You are signed out. Sign in, or make an account." in nobody.text
+
+
+def test_links_that_are_too_old_or_used_up_keep_no_place_from_a_new_one(outside, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_LINKS", 2)
+    ann = outside.sign_in("ann")
+    links = [link_into(ann) for _ in range(2)]
+    full = ann.post("/w/acme/members/links", form={"role": "member"})
+    assert full.status == 422 and "Withdraw one first" in full.text
+    assert newcomer(outside, links[0]).status == 303
+    assert "Came by it" in ann.get("/w/acme/members/links").text and link_into(ann)
+    outside.write("UPDATE links SET expires = 0")
+    assert "Withdraw" not in ann.get("/w/acme/members/links").text and link_into(ann) and link_into(ann)
 
 
 @cases("role", ["owner", "viewer"])
@@ -13009,6 +13053,29 @@ def due(ctx):
 
 def hook(ctx, secret):
     return orion.as_json([ctx.viewer.account, ctx.request.headers.get("authorization", "")])
+
+
+def test_data_of_the_members_comes_again_when_they_change(start):
+    crew = orion.Region("crew", lambda ctx: element("crew"), data=lambda ctx: {"crew": [one["name"] for one in ctx.members()]})
+    server = start((orion.Slice("crew", live=(orion.Live("/crew", "todos:read", "Crew", (crew,)),)), orion.todos))
+    ear = Ear(script_of(server, "bob"), "/w/acme/crew/live")
+    assert ear.until_it_says('{"crew": ["bob", "carol", "erin"]}')
+    Person(server, "bob").delete("/w/acme/members/erin")
+    assert ear.until_it_says('{"crew": ["bob", "carol"]}')
+
+
+def test_members_that_a_node_asked_for_while_they_changed_are_asked_for_again(monkeypatch):
+    lists, rows = orion.ListsOfNode(orion.Settings()), [["bob", "owner"]]
+
+    def ask(settings, place, question, patience):
+        before = {"a": [*rows]}
+        if not lists.lists:                              # the answer is on its way; meanwhile it becomes an old one
+            rows.append(["carol", "member"])
+            lists.refresh(2)
+        return before
+    monkeypatch.setattr(orion, "ask_process", ask)
+    assert lists.refresh(1) == [] and lists.of("a") == (("bob", "owner"),)
+    assert lists.refresh(2) == ["a"] and lists.of("a") == (("bob", "owner"), ("carol", "member")) and lists.refresh(2) == []
 
 
 def test_an_apps_own_slice_has_data_by_one_more_function(start):
