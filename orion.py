@@ -935,8 +935,8 @@ def read_signals(request: Request) -> Dict[str, Any]:
 
 
 # ==== 5. Store ============================================================================
-# The idea: one SQLite file behind six plain calls: query, one, exec, insert, tx, migrate.
-#   They do not wait for a network, so a region is an ordinary function from rows to markup.
+# The idea: one SQLite file behind five plain calls: query, one, exec, insert and tx. They
+#   do not wait for a network, so a region is an ordinary function from rows to markup.
 # It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
 #   only then are its messages sent. A slice reaches no table but its own; how, and how
 #   tables are made, is in section 16.
