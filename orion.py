@@ -14514,7 +14514,8 @@ class DevEdge(LoopEdge):
             return self.stop()
         if self.modules != len(sys.modules):
             self.modules = len(sys.modules)
-            print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):   # nobody reads it: go on
+                print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
 
     def drained(self):
         """Who has connected just now has a request on the way. It is answered, too."""

@@ -12175,6 +12175,15 @@ def test_a_command_for_all_who_may_read_is_named_at_the_start(as_child, capfd):
     assert said.count("dev: ") == 1 and "dev: POST /read takes todos:read, which those have, too, who are only to read; if it writes more than what is" in said
 
 
+def test_a_child_goes_on_when_nobody_hears_what_it_says(as_child, monkeypatch):
+    server, mute = as_child(looks()), open(os.devnull, "w")
+    mute.close()
+    monkeypatch.setattr(sys, "stderr", mute)
+    server.edge.modules = 0
+    eventually(lambda: server.edge.modules)
+    assert Person(server).get("/healthz").status == 200
+
+
 def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_was_refused(as_child, capfd):
     def run(ctx):
         if not ctx.field("words"):
