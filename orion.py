@@ -3470,10 +3470,15 @@ def log_error(where: str, error: BaseException) -> None:
         write(where, error)
 
 
+def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
+    """Return through which lines of an app it came."""
+    stack = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in stack if not frame.filename.startswith(OURS)]
+
+
 def log_traceback(where: str, error: BaseException) -> None:
     """Log what it was, and first of all the line of a slice that it comes from."""
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in stack if not frame.filename.startswith(OURS)] or stack
+    frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     where = f"{where}: {error.where}" if hasattr(error, "where") else where
     at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
@@ -12679,14 +12684,21 @@ def public_path(router: Router, request: Request) -> str:
 
 def unnamed(request: Request, env: Env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
-    secret. If it was refused, that is so whatever its method."""
-    bare = request._replace(path=request.path.rstrip("/"))   # with one it is a 404
-    for method in (request.method, *(METHODS if status >= 400 else ())):
-        path = env.public(bare._replace(method=method))
-        if path:
-            start = request.path.split("/")[:3]
-            return request._replace(path="/".join(start) + path)
+    secret. If it was refused, that is so whatever its method is, and what stands behind."""
+    parts = request.path.split("/")
+    methods, shortest = [request.method], len(parts)
+    if status >= 400:
+        methods, shortest = [request.method, *METHODS], 4
+    for end in range(min(len(parts), DEEPEST), shortest - 1, -1):
+        for method in methods:
+            shorter = request._replace(method=method, path="/".join(parts[:end]))
+            path = env.public(shorter)
+            if path:
+                return request._replace(path="/".join(parts[:3]) + path)
     return request
+
+
+DEEPEST = 20                                             # parts of a path that are looked at
 
 
 def as_nobody(request: Request, env: Env) -> Request:
@@ -13672,9 +13684,19 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what is written at the end
         return 141
     except FAILURES as error:
-        print(f"orion: {error}" if str(error) else "orion: nothing was typed",
-              file=sys.stderr)
+        print(f"orion: {in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def in_one_line(error) -> str:
+    """Return what went wrong. Of a mistake in an app's function, say what kind, and where.
+    """
+    if isinstance(error, EOFError):                      # at a question
+        return "nothing was typed"
+    frames = frames_of_app(error)
+    if not frames or isinstance(error, (Refused, Unusable, MigrationError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def do(settings, given):
@@ -14326,6 +14348,7 @@ class Parent:
         time.sleep(self.LOOK_SECONDS)
         now = self.look()
         news = [file for file in now if now[file] != self.seen.get(file)]
+        news += [file for file in self.seen.keys() - now if not os.path.exists(file)]
         if news:
             print(f"orion: {news[-1]} has changed", file=sys.stderr, flush=True)
             self.settle(now)

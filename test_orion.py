@@ -10377,6 +10377,7 @@ def test_a_secret_in_a_public_path_is_written_neither_into_the_log_nor_into_the_
     assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
     assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
     assert Person(server).post("/w/acme/hooks/tell-nobody/", name="Box").status == 401, "a slash too many"
+    assert Person(server).get("/w/acme/hooks/tell-nobody/and/more").status == 401, "what a program puts behind an address"
     server.close()
     said = "".join(capfd.readouterr())
     assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
@@ -11681,6 +11682,17 @@ def test_a_variable_that_is_empty_says_nothing(monkeypatch):
     assert (settings.single, settings.data, settings.demo, settings.port) == (None, pathlib.Path("data"), True, 8000)
 
 
+@cases("error, said", [(ValueError("no such day"), "ValueError: no such day ({place})"),
+                       (FileNotFoundError(2, "No such file", "rates.csv"), "FileNotFoundError: [Errno 2] No such file: 'rates.csv' ({place})"),
+                       (orion.Unusable("say --rates"), "say --rates")], ids=["value", "file", "unusable"])
+def test_a_mistake_in_what_an_app_does_at_its_start_is_told_with_its_line(tmp_path, capsys, error, said):
+    def begin(settings):
+        raise error
+    place = f"{__file__}:{begin.__code__.co_firstlineno + 1}"
+    assert orion.main([orion.todos], ["--data", str(tmp_path / "d"), "--port", "0"], start=begin) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "orion: " + said.format(place=place)
+
+
 @cases("given, status", [(EOFError(), 2), (KeyboardInterrupt(), 130)])
 def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run, tmp_path, monkeypatch, given, status):
     monkeypatch.setattr(orion, "new_password", mock.Mock(side_effect=given))
@@ -12063,6 +12075,9 @@ def test_what_an_app_has_imported_and_what_lies_beside_it_is_looked_at(tmp_path,
         assert not parent.changed()
         (tmp_path / name).write_text("new")
         assert parent.changed() and f"orion: {tmp_path / name} has changed" in capsys.readouterr().err
+    parent.seen = parent.look()
+    (tmp_path / "assets/icons/up.svg").unlink()
+    assert parent.changed() and f"{tmp_path}/assets/icons/up.svg has changed" in capsys.readouterr().err, "a file is gone"
     parent.seen = parent.look()
     (tmp_path / "app.log").write_text("new"), (tmp_path / "other.py").write_text("new")
     assert not parent.changed() and str(HERE / "orion.py") in orion.own_modules() and os.__file__ not in orion.own_modules()
