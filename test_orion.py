@@ -2512,11 +2512,11 @@ def grown(start, monkeypatch):
         migrations = ("CREATE TABLE small (n UNIQUE)", "CREATE TABLE more (n)", entry)
         run.server, run.apart, run.held, apply = None, [], threading.Event(), orion.GuardedStore.apply
 
-        def noticed(self, slice, number, sql):
-            if sql == entry and run.server and threading.current_thread() not in run.server.edge.pool.threads:
+        def noticed(self, slice, entries, number):
+            if entries[number] == entry and run.server and threading.current_thread() not in run.server.edge.pool.threads:
                 run.apart.append(threading.current_thread())
                 run.held.wait(PATIENCE)
-            return apply(self, slice, number, sql)
+            return apply(self, slice, entries, number)
         assert orion.EdgeWorkspace.OPEN_SECONDS <= 1
         monkeypatch.setattr(orion.EdgeWorkspace, "OPEN_SECONDS", 0.0)
         monkeypatch.setattr(orion.GuardedStore, "apply", noticed)
