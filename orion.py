@@ -92,7 +92,6 @@ import traceback
 import unicodedata
 import urllib.parse
 from email.utils import formatdate
-from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple,
                     Union)
@@ -2677,8 +2676,7 @@ class Directory(RepeatsAnswers):
 
     def personas(self, account: str) -> List[Dict[str, Any]]:
         """Return whom one can sign in as, by choosing them."""
-        every = "SELECT name, label FROM accounts WHERE persona ORDER BY name"
-        found = self.store.query(every) if self.demo else []
+        found = self.store.query(PERSONAS) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
 
     live_home = False                                    # [3] keeps it current
@@ -2725,18 +2723,27 @@ def persona(ctx):
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
         raise Refused(403, "This account is not part of the demo. Choose one that the home "
                            "page shows.")
-    return open_session(ctx, account)
+    first = ctx.store.one(f"SELECT w.name {PLACES} LIMIT 1", account)
+    start = f"/w/{first['name']}{ctx.host.pages[0].path}" if first else "/"
+    return open_session(ctx, account, start)
 
+
+# The workspaces of an account, its own first; and all personas with what they are there.
+PLACES = """FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
+            AND w.name IS NOT NULL ORDER BY m.role <> 'owner', w.name"""
+PERSONAS = f"""SELECT a.name, a.label, (SELECT group_concat(place, ', ') FROM (SELECT m.role
+               || ' of ' || coalesce(w.title, w.name) AS place {PLACES} LIMIT 3)) AS roles
+               FROM accounts a WHERE a.persona ORDER BY a.name""".replace("?", "a.name")
 
 # Sessions that are over, 100 at a time: to delete very many would keep everybody waiting.
 SPENT = """digest IN (SELECT digest FROM sessions WHERE expires <= ? AND operator IS NULL
            LIMIT 100)"""
 
 
-def open_session(ctx, account):
+def open_session(ctx, account, start="/"):
     """Begin a session; return the way to the page, with the cookie.
 
-    The token is always new: one that somebody planted before is worth nothing.
+    start: the page, if none was asked for. The token is always new: one that somebody planted before is worth nothing.
     """
     close_session(ctx)
     end_sessions(ctx, SPENT, time.time())
@@ -2744,7 +2751,7 @@ def open_session(ctx, account):
     key = ctx.host.keys[0]
     value = add_session(ctx.store, account, agent, key)
     cookie = set_cookie(ctx.request.scheme, key, value, COOKIE_SECONDS)
-    answer = see_other(local_path(ctx.field("next", "/")), cookie)._replace(which=account)
+    answer = see_other(local_path(ctx.field("next", start)), cookie)._replace(which=account)
     return ctx.host.signed_in(ctx, answer)
 
 
@@ -2802,6 +2809,7 @@ def home(ctx):
     personas = ctx.host.personas(account)
     if not account:
         body = template("home.welcome")(demo=bool(personas), persona=personas,
+                                        console=ctx.host.shows_console(ctx.viewer),
                                         lead=LAYOUT["brand"] == "orion", **LAYOUT)
         return page("Welcome", body)
     body = template("home")(
@@ -3179,9 +3187,21 @@ def error_page(request, no):
     if no.status == 405 and request.method in SAFE and request.path != "/":
         above = request.path.rpartition("/")[0] or "/"
         return see_other(urllib.parse.quote(above))
-    reason = REASONS.get(no.status, "Error")
-    body = template("error")(status=no.status, reason=reason, message=no.message, **LAYOUT)
-    return page(reason, body, status=no.status)._replace(headers=no.headers)
+    said = told(no)
+    body = template("error")(**said, **LAYOUT)
+    return page(said["headline"], body, status=no.status)._replace(headers=no.headers)
+
+
+HEADLINES = {401: "You are not signed in", 403: "This is not open to you",
+             404: "We can't find this", 429: "Please wait a little",
+             503: "Very busy just now", 507: "There is no room left"}
+PASSING = (429, 500, 502, 503, 504)                      # these are worth another try
+
+
+def told(no: Refused) -> Dict[str, Any]:
+    """Return what the page of an error says."""
+    return {"headline": HEADLINES.get(no.status, "That did not work"), "status": no.status,
+            "message": no.message, "again": no.status in PASSING}
 
 
 GOODBYES = {401: "signed_out", 403: "no_entry", 404: "gone", 412: "other_account"}
@@ -3757,6 +3777,7 @@ import random
 import selectors
 import stat
 import zlib
+from http.client import responses as REASONS
 from typing import Iterator
 
 try:
@@ -7404,7 +7425,8 @@ def login_form(next: str, problem: str = "", status: int = 200, personas: Any = 
                username: str = "", **unsent: str) -> Response:
     """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
     body = template("login")(next=next, username=username, problem=problem,
-                             persona=[*personas], **{**UNSENT, **unsent})
+                             demo=bool(personas), persona=[*personas],
+                             **{**UNSENT, **unsent})
     return page("Sign in", body, status=status)
 
 
@@ -7518,7 +7540,7 @@ class AsksForPasswords(LoopEdge):
         if not signed_out or not request.opens_page:
             return super().refusal(request, error)
         unsent = unsent_in(request)
-        problem = error.message
+        problem = ""
         if request.method not in SAFE:
             problem = "You are signed out, so this was not saved. Sign in to send it again."
         personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
@@ -12717,7 +12739,7 @@ def harmless_type(type: str) -> str:
 
 # -- a no, in the layout of the workspace
 
-IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422)
+IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)
 
 
 @addition
@@ -12735,12 +12757,12 @@ class RefusesInLayout(Workspace):
         viewer = self.viewer(request)
         store = Tables(self.store, "welcome", READ)
         ctx = self.context(self, store, viewer, {}, request)
-        reason = REASONS[no.status]
         tabs = self.tabs(viewer)
         on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
-        body = template("error.inside")(status=no.status, reason=reason,
-                                        message=no.message, on=on)
-        answer = plain_page(ctx, reason, body, no.status)
+        where = tabs[0].title if tabs else "Home page"
+        said = told(no)
+        body = template("error.inside")(**said, on=on, where=where)
+        answer = plain_page(ctx, said["headline"], body, no.status)
         return answer._replace(headers=no.headers)
 
 

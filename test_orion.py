@@ -759,7 +759,7 @@ def newest(person):
 def sign_in_as_a_persona(root):
     assert "Your workspaces" not in root.person().get("/").text
     carol = root.person("carol")
-    assert 'href="/w/acme/todos"' in carol.get("/").text and "globex" not in carol.get("/").text
+    assert 'href="/w/acme/todos"' in carol.get("/").text and "/w/globex" not in carol.get("/").text
     assert carol.post("/logout", form={}).status == 303 and carol.get("/w/acme/todos").status == 401
 
 
@@ -3700,6 +3700,14 @@ def test_what_the_store_knows_of_a_session_opens_no_door(server):
         assert bob.get("/_gate/acme", Cookie=f"sid={value}").status == 401
 
 
+def test_a_persona_says_what_it_is_where_and_begins_in_its_own_workspace(server):
+    bob = re.search('<button name="account" value="bob".*?</button>', Person(server).get("/").text)[0]
+    assert "owner of acme, member of globex" in bob
+    assert [Person(server).post("/persona", form={"account": name}).headers["location"] for name in ("bob", "alice")] == ["/w/acme/todos", "/w/home/todos"]
+    server.write("DELETE FROM memberships WHERE account = 'bob'")
+    assert Person(server).post("/persona", form={"account": "bob"}).headers["location"] == "/"
+
+
 def test_only_the_demo_has_personas(start):
     server = start(demo=False)
     assert Person(server).post("/persona", form={"account": "bob"}).status == 404
@@ -5914,6 +5922,23 @@ def test_every_page_has_a_nonce_of_its_own(server):
         assert f"'nonce-{nonce}'" in answer.headers["content-security-policy"]
         seen.add(nonce)
     assert len(seen) == 5
+
+
+@cases("status, headline, way", [(403, "not open to you", "Home page"), (404, "find this", "Home page"), (429, "wait", "Try again"), (503, "busy", "Try again"),
+                                 (507, "no room", "Home page"), (418, "did not work", "Home page")])
+def test_the_page_of_an_error_says_it_in_words_with_a_way_on_and_no_bare_status(status, headline, way):
+    opens = orion.Request("GET", "/x", headers={"accept": "text/html"})
+    shown = orion.refusal(opens, orion.Refused(status, "Do <this>.")).body.decode()
+    title = re.search("<h1>(.*?)</h1>", shown)[1]
+    assert headline in title and str(status) not in title and "Do &lt;this&gt;." in shown
+    assert way in re.findall('<a class="button[^>]*>(.*?)</a>', shown) and (">Try again<" in shown) == (way == "Try again")
+
+
+def test_who_is_merely_led_to_the_sign_in_page_did_nothing_wrong(outside):
+    led = Person(outside).get("/w/acme/todos", Accept="text/html")
+    assert led.status == 401 and 'role="alert"></p>' in led.text and 'value="/w/acme/todos"' in led.text
+    wrong = Person(outside).post("/login", form={"username": "ann", "password": "guessed"}, Accept="text/html")
+    assert wrong.status == 422 and 'role="alert">Name and password do not go together' in wrong.text
 
 
 @cases("accept, kind", [("text/html", "text/html; charset=utf-8"), ("*/*", "text/plain; charset=utf-8")])
@@ -12514,7 +12539,7 @@ def test_the_link_for_the_first_account_is_void_when_the_command_line_made_one(s
 
 def test_the_demo_needs_no_first_account(server, capsys):
     orion.print_first_link(server.edge, server.origin)
-    assert capsys.readouterr().out == "" and "be somebody" in Person(server).get("/").text
+    assert capsys.readouterr().out == "" and "Choose who you are" in Person(server).get("/").text
 
 
 def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_maker_sees_it_at_once(outside):
@@ -14646,9 +14671,7 @@ def test_the_guestbook_of_the_readme_lives(windows, tmp_path):
             window.call("/cookie", "DELETE")
             window.open(server.origin + "/")
             window.click(f"button[value={account}]")
-            window.wait("document.title.includes('Workspaces')")
-            window.open(server.origin + "/w/acme/todos")
-            window.wait("[...document.querySelectorAll('nav a')].some(link => link.textContent === 'Guestbook')")
+            window.wait("location.pathname === '/w/acme/todos' && [...document.querySelectorAll('nav a')].some(link => link.textContent === 'Guestbook')")
             window.open(server.origin + "/w/acme/guestbook")
             window.wait("document.querySelector('.link').textContent === 'Live'")
         windows[0].type("#words", "<b>Hello</b>, all")
