@@ -165,7 +165,7 @@ class Request(NamedTuple):
     peer: str = ""                                       # the client's address
     scheme: str = "http"                                 # or "https", by a trusted proxy
     spool: Any = None                                    # [3] a body too long for memory
-    typed: Dict[str, str] = {}                           # see SliceHost.page_again
+    typed: Dict[str, str] = {}                           # [3] see Context.typed
 
     @property
     def datastar(self) -> bool:
@@ -1537,6 +1537,9 @@ class Context:
     and there is no request.
     """
     __slots__ = ("host", "store", "viewer", "params", "_request", "_sent")
+    # [3] knows what was typed into a form that was refused, and a form that is sent twice.
+    typed: Dict[str, str] = {}
+    stamp = Html()
 
     def __init__(self, host: SliceHost, store: Store, viewer: Role, params: Dict[str, str],
                  request: Optional[Request]):
@@ -1554,11 +1557,6 @@ class Context:
         return self._request
 
     @property
-    def typed(self) -> Dict[str, str]:
-        """What was typed into a form that was refused: see SliceHost.page_again."""
-        return self._request.typed if self._request else {}
-
-    @property
     def workspace(self) -> str:
         """Its name."""
         return self.viewer.workspace
@@ -1568,15 +1566,6 @@ class Context:
         """The name of the workspace as people write it, for a page: Acme Corp."""
         title = self.request.headers.get("x-title", "")
         return urllib.parse.unquote(title) or self.workspace
-
-    @property
-    def stamp(self) -> Html:
-        """A hidden field for a plain form: for whom the page was made, and a number.
-
-        So the form does one thing, even if it is sent twice.
-        """
-        number = secrets.token_hex(12)
-        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
 
     def publish(self, topic: str) -> None:
         """Have all regions with this topic read again, when the command commits."""
@@ -1719,9 +1708,11 @@ class SliceHost(DurableObject):
         router = self.router_for(request)
         slice, route, args = router.match(request.method, request.path)
         viewer = self.viewer(request)
-        refuse_old_page(request, viewer.account)
-        viewer.permit(route.grant, request.method)
+        self.permit(viewer, route, request)
         return self.call(slice, route, args, viewer, request)
+
+    def permit(self, viewer: Viewer, route: Route, request: Request) -> None:
+        viewer.permit(route.grant, request.method)
 
     def call(self, slice, route, args, viewer, request):
         may = READ if request.method in SAFE else WRITE
@@ -1761,40 +1752,12 @@ class SliceHost(DurableObject):
     def refuse(self, request, refused):
         """Show what is wrong with the input where it was typed, or raise refused."""
         if request.datastar and refused.status in (409, 422):
-            said = {refused.signal: refused.message, **refused.problems}
-            return as_json({**old_messages(request), **said})
-        if request.form and refused.status in (409, 412, 422):
-            return self.page_again(request, refused)
+            return as_json({refused.signal: refused.message, **refused.problems})
         raise refused
 
-    def page_again(self, request, refused):
-        """Return the page of a plain form, with the status of the refusal.
-
-        ctx.typed has what was typed and, as "problem" and by field, the messages. Raises
-        refused if there is no such page.
-        """
-        try:
-            path = self.form_path(request)
-            texts = {name: value for name, value in request.pairs() if type(value) is str}
-            typed = {**texts, "problem": refused.message, **refused.problems}
-            again = request._replace(method="GET", path=path, query="", typed=typed)
-            return self.handle(again)._replace(status=refused.status)
-        except Refused:
-            raise refused from None
-
-    def form_path(self, request):
-        """Return the path of the page on which the form for this command is."""
-        _, route, args = self.router_for(request).match(request.method, request.path)
-        return with_parts(route.form, route.path, args) or request.path
-
     def path_after(self, request):
-        """Return where a plain form leads when it is done: to its page or, without one, to
-        the list that its path begins with."""
-        path = self.form_path(request)
-        with contextlib.suppress(Refused):
-            self.router_for(request).match("GET", path)
-            return urllib.parse.quote(path)
-        return "/" + path.split("/")[1]
+        """Return where a plain form leads when it is done: to its list."""
+        return "/" + request.path.split("/")[1]
 
     # -- live pages
 
@@ -1956,20 +1919,6 @@ def viewer_by_verdict(request: Request) -> Viewer:
                   header["x-account"])
 
 
-def old_messages(request: Request) -> Dict[str, str]:
-    """Return signals that take away what a page says of an earlier mistake: "problem" and,
-    for each field that was sent, "<field>_problem".
-
-    A form does not bring these signals along; otherwise, only those that came are meant.
-    """
-    names: Dict[str, Any] = {}
-    with contextlib.suppress(Refused):
-        names = dict(request.pairs())
-    problems = ["problem"]
-    problems += [f"{name}_problem" for name in names if not name.startswith("_")]
-    return {name: "" for name in problems if request.form or name in names}
-
-
 PART_OF_PATH = re.compile(r"<(int:)?(\w+)>")
 
 
@@ -1998,153 +1947,6 @@ def name_of(function: Callable[..., Any]) -> str:
     """Return how a function is called, also one inside of functools.partial."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
-
-
-# -- a page that was made for another account
-
-def stamp_of(request: Request) -> str:
-    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
-    may_have = b"_stamp" in request.body or request.spool    # [3]
-    if request.method in SAFE or not may_have or not request.form:
-        return ""
-    return request.text("_stamp")
-
-
-def page_account(request: Request) -> str:
-    """Return for whom the page was made that sent this; "" if it does not say."""
-    return request.headers.get("page-account", stamp_of(request).partition(" ")[0])
-
-
-def refuse_old_page(request: Request, account: str) -> None:
-    """Raise Refused(412) if the page that sent this was made for another account.
-
-    In another window of the same browser, somebody else may have signed in meanwhile.
-    """
-    made_for = page_account(request)
-    if made_for and account and made_for != account:
-        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
-                           f"{account} now. Nothing was written. Look, and try again.")
-
-
-# -- a command that is sent again, because its answer was lost
-
-def repeat_key(request: Request) -> str:
-    """Return what tells that a command is sent again; "" if nothing can.
-
-    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
-    plain form with a stamp, all that was sent.
-    """
-    if request.method in SAFE:
-        return ""
-    key = request.headers.get("idempotency-key", "")
-    if not key and stamp_of(request):
-        key = str([(name, str(value)) for name, value in request.pairs()])
-    return key
-
-
-def command_id(request: Request, viewer: Viewer) -> bytes:
-    """Return an id of the command, by account and address; b"" if it has no repeat_key.
-
-    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
-    contains, such as a password: the number in the form's stamp is kept nowhere.
-    """
-    key = repeat_key(request) if viewer.account else ""
-    if not key:
-        return b""
-    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
-               WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
-
-
-class Answers:
-    """The answers of the last ten minutes, of one object, to commands that have an id.
-
-    ids has the row of each command, so that a new command costs one INSERT and no query.
-    """
-    SECONDS = 600.0                                      # to send a command again
-    MOST = 2000                                          # of one account
-    FORGET_EVERY = 1000                                  # commands
-    LARGEST = 4096                                       # characters of one
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.ids: Dict[bytes, int] = {}
-        self.forget("")
-        rows = store.query("SELECT command, id FROM answers")
-        self.ids.update([(row["command"], row["id"]) for row in rows])
-
-    def find(self, command: bytes) -> Optional[Response]:
-        """Return the answer that this command had already; None if it is new."""
-        if command not in self.ids:
-            return None
-        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
-                             "at > ?", self.ids[command], command,
-                             time.time() - self.SECONDS)
-        if row is None:                                  # too old, or rolled back
-            return None
-        status, body, type, headers = json.loads(row["answer"])
-        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
-
-    def keep(self, who: str, command: bytes, response: Response) -> None:
-        """Keep it in the transaction of the command: both are on the disk, or neither.
-
-        An answer with a secret is written nowhere: one that sets a cookie, or says itself
-        that it must not be stored. One that is too large is repeated as a plain 204.
-        """
-        names = [name.lower() for name, _ in response.headers]
-        if "set-cookie" in names or "cache-control" in names:
-            return
-        body = response.body.decode("latin-1")
-        text = json.dumps([response.status, body, response.type, response.headers])
-        if len(text) > self.LARGEST:
-            text = '[204, "", "text/plain", []]'
-        row = who, command, time.time(), text
-        self.ids[command] = self.store.insert(
-            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
-        self.until_forget -= 1
-        if not self.until_forget:
-            self.forget(who)
-
-    def forget(self, who):
-        """Forget the answers that are too old, and those of this account beyond MOST.
-
-        One from the future was written while the clock was wrong.
-        """
-        self.until_forget = self.FORGET_EVERY
-        now = time.time()
-        args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
-        for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
-            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
-                del self.ids[row["command"]]
-        self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
-
-
-class RepeatsAnswers(SliceHost):
-    """A host that does nothing when a command comes again: it repeats the first answer."""
-    known: Optional[Answers] = None                      # None: nobody has asked yet
-
-    def on_open(self):
-        super().on_open()
-        self.known = None
-
-    def call(self, slice, route, args, viewer, request):
-        command = command_id(request, viewer)
-        known = self.answers().find(command) if command else None
-        if known:
-            return known
-        before = self.store.db.total_changes
-        response = super().call(slice, route, args, viewer, request)
-        if command and self.store.db.total_changes != before:
-            self.answers().keep(viewer.signature, command, response)
-        return response
-
-    def answers(self) -> Answers:
-        if self.known is None:
-            self.known = Answers(self.store)
-        return self.known
 
 
 # ==== 9. Todos ============================================================================
@@ -2363,7 +2165,7 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
               "operator may move and import it.")
 
 
-class Workspace(RepeatsAnswers):
+class Workspace(SliceHost):
     """What it does comes from its slices."""
 
     def open(self, create=False):
@@ -2581,7 +2383,7 @@ def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[st
 
 # -- the object
 
-class Directory(RepeatsAnswers):
+class Directory(SliceHost):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
     demo: everybody may sign in as a persona. limit: workspaces that one account may found.
@@ -3822,8 +3624,8 @@ class OwnedStore(Store):
         prepare_rename(self, entries, number)
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
-            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is allowed "
-                                 "in the name of a table")
+            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
+                                 "allowed in the name of a table")
         self.owners.update((table.lower(), slice) for table in made)
         return made
 
@@ -6959,7 +6761,7 @@ def create_workspace_with_file(request, env):
 #     48 Uploads        49 Stored files 50 Ordinary pages
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
-#     61 Tokens         62 Own workspaces
+#     61 Tokens         62 Own workspaces              63 Repeats
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -9093,7 +8895,7 @@ def execute_script(script: str, *, auto_remove: bool = True,
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 30 Accounts, 32 Masquerade, 34 Counts, 37 More events.
+# It needs: 30 Accounts, 32 Masquerade, 34 Counts, 37 More events, 63 Repeats.
 
 # -- notes: what happened
 
@@ -12557,6 +12359,7 @@ class SendsFiles(Connection):
 # It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
 #   shown once, as text, on that page, and to the session whose command it was. What is
 #   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
+#   A form that was refused is shown again, with what was typed.
 # Who uses it: slices.
 
 @public
@@ -12673,15 +12476,76 @@ def with_message(response, text):
     return response._replace(body=shown + end + rest)
 
 
+# -- a form that was refused
+
+def old_messages(request: Request) -> Dict[str, str]:
+    """Return signals that take away what a page says of an earlier mistake: "problem" and,
+    for each field that was sent, "<field>_problem".
+
+    A form does not bring these signals along; otherwise, only those that came are meant.
+    """
+    names: Dict[str, Any] = {}
+    with contextlib.suppress(Refused):
+        names = dict(request.pairs())
+    problems = ["problem"]
+    problems += [f"{name}_problem" for name in names if not name.startswith("_")]
+    return {name: "" for name in problems if request.form or name in names}
+
+
 @addition
-class SaysWhatWasWrong(SliceHost):
+class ShowsFormsAgain(SliceHost):
+    def refuse(self, request, refused):
+        """A plain form is shown again; a page forgets what it says of earlier mistakes."""
+        if request.datastar and refused.status in (409, 422):
+            said = {refused.signal: refused.message, **refused.problems}
+            return as_json({**old_messages(request), **said})
+        if request.form and refused.status in (409, 412, 422):
+            return self.page_again(request, refused)
+        raise refused
+
     def page_again(self, request, refused):
-        """If the page of a plain form does not show the message, it stands at its end."""
-        response = super().page_again(request, refused)
+        """Return the page of a plain form, with the status of the refusal.
+
+        ctx.typed has what was typed and, as "problem" and by field, the messages. If it
+        does not show them, the first stands at its end. Raises refused if there is no such
+        page.
+        """
+        try:
+            path = self.form_path(request)
+            texts = {name: value for name, value in request.pairs() if type(value) is str}
+            typed = {**texts, "problem": refused.message, **refused.problems}
+            again = request._replace(method="GET", path=path, query="", typed=typed)
+            response = self.handle(again)._replace(status=refused.status)
+        except Refused:
+            raise refused from None
         message = escape(refused.message).encode("utf-8", "replace")
         if not response.nonce or message in response.body:
             return response                              # it is no page, or shows it
         return with_message(response, refused.message)
+
+    def form_path(self, request):
+        """Return the path of the page on which the form for this command is."""
+        _, route, args = self.router_for(request).match(request.method, request.path)
+        return with_parts(route.form, route.path, args) or request.path
+
+    def path_after(self, request):
+        """Return where a plain form leads when it is done: to its page or, without one, to
+        the list that its path begins with."""
+        path = self.form_path(request)
+        with contextlib.suppress(Refused):
+            self.router_for(request).match("GET", path)
+            return urllib.parse.quote(path)
+        return "/" + path.split("/")[1]
+
+
+@addition
+class KnowsWhatWasTyped(Context):
+    __slots__ = ()
+
+    @property
+    def typed(self):
+        """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
+        return self._request.typed if self._request else {}
 
 
 @addition
@@ -16096,6 +15960,176 @@ def workspace_undelete(settings, given):
             raise Unusable(f"the file of {given.name} is gone; workspace remove "
                            f"{given.name}, then workspace import a copy of it")
         set_moving(store, row["id"], STAYS)
+
+
+# ==== 63. Repeats =========================================================================
+# The idea: a command may be sent again, because its answer was lost or a button was pressed
+#   twice; and a page may be left open while somebody else signs in. What comes with a key,
+#   or from a form with a stamp, is done once.
+# It promises: who sends a command again within ten minutes gets its first answer. Nothing
+#   is done from a page that was made for another account.
+# Who uses it: both kinds of hosts; our own script sends a key with each command.
+
+def stamp_of(request: Request) -> str:
+    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
+    may_have = b"_stamp" in request.body or request.spool    # [3]
+    if request.method in SAFE or not may_have or not request.form:
+        return ""
+    return request.text("_stamp")
+
+
+def repeat_key(request: Request) -> str:
+    """Return what tells that a command is sent again; "" if nothing can.
+
+    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
+    plain form with a stamp, all that was sent.
+    """
+    if request.method in SAFE:
+        return ""
+    key = request.headers.get("idempotency-key", "")
+    if not key and stamp_of(request):
+        key = str([(name, str(value)) for name, value in request.pairs()])
+    return key
+
+
+def command_id(request: Request, viewer: Viewer) -> bytes:
+    """Return an id of the command, by account and address; b"" if it has no repeat_key.
+
+    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
+    contains, such as a password: the number in the form's stamp is kept nowhere.
+    """
+    key = repeat_key(request) if viewer.account else ""
+    if not key:
+        return b""
+    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
+               WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
+
+
+class Answers:
+    """The answers of the last ten minutes, of one object, to commands that have an id.
+
+    ids has the row of each command, so that a new command costs one INSERT and no query.
+    """
+    SECONDS = 600.0                                      # to send a command again
+    MOST = 2000                                          # of one account
+    FORGET_EVERY = 1000                                  # commands
+    LARGEST = 4096                                       # characters of one
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.ids: Dict[bytes, int] = {}
+        self.forget("")
+        rows = store.query("SELECT command, id FROM answers")
+        self.ids.update([(row["command"], row["id"]) for row in rows])
+
+    def find(self, command: bytes) -> Optional[Response]:
+        """Return the answer that this command had already; None if it is new."""
+        if command not in self.ids:
+            return None
+        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
+                             "at > ?", self.ids[command], command,
+                             time.time() - self.SECONDS)
+        if row is None:                                  # too old, or rolled back
+            return None
+        status, body, type, headers = json.loads(row["answer"])
+        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
+
+    def keep(self, who: str, command: bytes, response: Response) -> None:
+        """Keep it in the transaction of the command: both are on the disk, or neither.
+
+        An answer with a secret is written nowhere: one that sets a cookie, or says itself
+        that it must not be stored. One that is too large is repeated as a plain 204.
+        """
+        names = [name.lower() for name, _ in response.headers]
+        if "set-cookie" in names or "cache-control" in names:
+            return
+        body = response.body.decode("latin-1")
+        text = json.dumps([response.status, body, response.type, response.headers])
+        if len(text) > self.LARGEST:
+            text = '[204, "", "text/plain", []]'
+        row = who, command, time.time(), text
+        self.ids[command] = self.store.insert(
+            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
+        self.until_forget -= 1
+        if not self.until_forget:
+            self.forget(who)
+
+    def forget(self, who):
+        """Forget the answers that are too old, and those of this account beyond MOST.
+
+        One from the future was written while the clock was wrong.
+        """
+        self.until_forget = self.FORGET_EVERY
+        now = time.time()
+        args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
+        for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
+            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
+                del self.ids[row["command"]]
+        self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
+
+
+@addition
+class RepeatsAnswers(SliceHost):
+    """A host that does nothing when a command comes again: it repeats the first answer."""
+    known: Optional[Answers] = None                      # None: nobody has asked yet
+
+    def on_open(self):
+        super().on_open()
+        self.known = None
+
+    def call(self, slice, route, args, viewer, request):
+        command = command_id(request, viewer)
+        known = self.answers().find(command) if command else None
+        if known:
+            return known
+        before = self.store.db.total_changes
+        response = super().call(slice, route, args, viewer, request)
+        if command and self.store.db.total_changes != before:
+            self.answers().keep(viewer.signature, command, response)
+        return response
+
+    def answers(self) -> Answers:
+        if self.known is None:
+            self.known = Answers(self.store)
+        return self.known
+
+
+@addition
+class StampsForms(Context):
+    __slots__ = ()
+
+    @property
+    def stamp(self) -> Html:
+        """A hidden field for a plain form: for whom the page was made, and a number.
+
+        So the form does one thing, even if it is sent twice.
+        """
+        number = secrets.token_hex(12)
+        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
+
+
+# -- a page that was made for another account
+
+def refuse_old_page(request: Request, account: str) -> None:
+    """Raise Refused(412) if the page that sent this was made for another account.
+
+    In another window of the same browser, somebody else may have signed in meanwhile.
+    """
+    made_for = request.headers.get("page-account", stamp_of(request).partition(" ")[0])
+    if made_for and account and made_for != account:
+        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
+                           f"{account} now. Nothing was written. Look, and try again.")
+
+
+@addition
+class RefusesOldPages(SliceHost):
+    def permit(self, viewer, route, request):
+        refuse_old_page(request, viewer.account)
+        viewer.permit(route.grant, request.method)
 
 
 if __name__ == "__main__":

@@ -806,6 +806,11 @@ def a_todo_by_a_plain_form(root):
     carol = root.person("carol")
     answer = carol.post("/w/acme/todos", form={"title": "Plain"})
     assert (answer.status, answer.headers["location"], titles(carol)[0]) == (303, "/w/acme/todos", "Plain")
+    assert carol.post("/w/acme/todos", form={"title": "y" * 501}).status == 422
+
+
+def a_plain_form_that_was_refused_is_shown_again(root):
+    carol = root.person("carol")
     again = carol.post("/w/acme/todos", form={"title": "y" * 501})
     assert again.status == 422 and f'value="{"y" * 501}"' in again.text and "1 to 500 characters" in again.text
 
@@ -929,7 +934,7 @@ def a_restart(root):
 
 JOURNEYS = {journey.__name__.replace("_", " "): journey for journey in (
     sign_in_as_a_persona, the_gate, a_foreign_workspace_looks_like_none, a_stranger_contacts_no_workspace,
-    a_todo_by_signals, a_todo_by_a_plain_form, a_command_sent_again_does_nothing_and_gets_the_first_answer,
+    a_todo_by_signals, a_todo_by_a_plain_form, a_plain_form_that_was_refused_is_shown_again, a_command_sent_again_does_nothing_and_gets_the_first_answer,
     a_plain_form_sent_twice_does_one_thing, nothing_goes_on_from_a_page_that_was_made_for_another_account, two_watchers, a_member_can_not_delete, markup_is_text, isolation,
     an_end_of_membership, a_demotion, sleep_and_wake, a_restart)}
 
@@ -937,7 +942,10 @@ LEFT_OUT = {("single", "isolation"): "it has one workspace",
             ("single", "a plain form sent twice does one thing"): "nobody can create a second workspace",
             ("single", "a stranger contacts no workspace"): "gate and rows are one object",
             ("single", "sleep and wake"): "its one object is never idle",
-            ("directory and node", "sign in as a persona"): "the demo is for one process"}
+            ("directory and node", "sign in as a persona"): "the demo is for one process",
+            ("Part One alone", "a plain form that was refused is shown again"): "Part Three does that",
+            **dict.fromkeys([("Part One alone", "a command sent again does nothing and gets the first answer"), ("Part One alone", "a plain form sent twice does one thing"),
+                             ("Part One alone", "nothing goes on from a page that was made for another account")], "Part Three does that")}
 
 
 WAYS = [(root, journey) for root in ROOTS for journey in JOURNEYS]
