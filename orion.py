@@ -2795,7 +2795,11 @@ def expel(ctx, account):
     if account != ctx.viewer.account:
         ctx.viewer.permit("members:manage")
     set_role(ctx, account, role_of_member(ctx, account), NOT_A_MEMBER)
-    return done(ctx, f"{ctx.viewer.id} {account}")
+    answer = done(ctx, f"{ctx.viewer.id} {account}")
+    if account != ctx.viewer.account or not ctx.request.datastar:
+        return answer
+    left = patch_elements(template("goodbye.left")(workspace=ctx.title))
+    return answer._replace(status=200, body=left, type=EVENTS)
 
 
 def role_of_member(ctx, account):
@@ -12470,9 +12474,9 @@ def show_flash(request, response, text):
     return with_message(response._replace(headers=(*response.headers, forget)), text)
 
 
-def with_message(response, text):
+def with_message(response, text, kind="flash"):
     body, end, rest = response.body.rpartition(b"</body>")
-    shown = body + template("layout.flash")(text=text).encode("utf-8", "replace")
+    shown = body + template(f"layout.{kind}")(text=text).encode("utf-8", "replace")
     return response._replace(body=shown + end + rest)
 
 
@@ -12521,7 +12525,7 @@ class ShowsFormsAgain(SliceHost):
         message = escape(refused.message).encode("utf-8", "replace")
         if not response.nonce or message in response.body:
             return response                              # it is no page, or shows it
-        return with_message(response, refused.message)
+        return with_message(response, refused.message, "wrong")
 
     def form_path(self, request):
         """Return the path of the page on which the form for this command is."""
