@@ -7423,6 +7423,31 @@ def account_remove(settings, given):
 
 ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
 
+# What is in a User-Agent, and what it means. The first that is found counts, for most say
+# of themselves that they are others, too.
+BROWSERS = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "FxiOS": "Firefox",
+            "CriOS": "Chrome", "Chrome": "Chrome", "Safari": "Safari", "": "A browser"}
+SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": "Windows",
+           "CrOS": "ChromeOS", "Mac OS": "macOS", "Linux": "Linux", "": "a device"}
+
+
+def device(agent: str) -> str:
+    """Return what a User-Agent says, in words: "Chrome on Linux"."""
+    browser, system = [next(words for sign, words in known.items() if sign in agent)
+                       for known in (BROWSERS, SYSTEMS)]
+    return f"{browser} on {system}"
+
+
+def utc(seconds: float) -> str:
+    """Return a time in words: "30 Nov 2026, 14:05 UTC"."""
+    return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def moment(seconds: float) -> Html:
+    """Return a time that a browser with scripts shows as of its own time zone."""
+    exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    return template("layout.moment")(exact=exact, text=utc(seconds))
+
 
 def account_page(ctx):
     """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
@@ -7430,12 +7455,14 @@ def account_page(ctx):
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
                            "ORDER BY created DESC LIMIT 100", account, account)
-    sessions = [{"name": row["digest"].hex()[:16], "agent": row["agent"],
-                 "since": formatdate(row["created"], usegmt=True),
-                 "this": row["digest"] == mine} for row in rows]
+    sessions = [{"name": row["digest"].hex()[:16], "device": device(row["agent"]),
+                 "since": moment(row["created"]), "utc": utc(row["created"]),
+                 "peer": row["agent"].partition(" ")[0], "this": row["digest"] == mine}
+                for row in rows]
     problem = ctx.typed.get("problem", "")
     more = Html().join([part(ctx) for part in ACCOUNT_PARTS])
     body = template("account")(session=sessions, account=account, problem=problem,
+                               password=ctx.host.password_of(account) != "",
                                stamp=ctx.stamp, more=more)
     return page("Account", body, ctx.viewer)
 
@@ -15019,7 +15046,7 @@ def make_link(ctx):
     secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
                       uses=uses, maker=ctx.viewer.account)
     ctx.publish("members")
-    until = day_of(time.time() + days * DAY)
+    until = utc(time.time() + days * DAY)
     what = f"It lets {uses} in, as {role}, until {until}."
     which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
     return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
@@ -15029,10 +15056,6 @@ def within(name, number, most):
     if not 1 <= number <= most:
         raise Refused(422, f"{name} is a number from 1 to {most}.")
     return number
-
-
-def day_of(seconds):
-    return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
 
 
 def withdraw_link(ctx):
@@ -15240,7 +15263,8 @@ KINDS = {"invite": Kind("You are invited", may_invite, join),
 # -- pages
 
 def links_region(ctx):
-    rows = [{**row, "until": day_of(row["expires"]), "came": row["used_by"] != ""}
+    rows = [{**row, "until": moment(row["expires"]),
+             "utc": utc(row["expires"]), "came": row["used_by"] != ""}
             for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
     return template("links.region")(link=rows)
 
@@ -15548,8 +15572,8 @@ def tokens_page(ctx, made=""):
     """made: a token that is to be shown, this once."""
     typed = ctx.typed
     rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
-             "since": formatdate(row["made"], usegmt=True),
-             "last": formatdate(row["used"], usegmt=True) if row["used"] else "never"}
+             "since": moment(row["made"]),
+             "last": moment(row["used"]) if row["used"] else "never"}
             for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
     places = [{**row, "selected": row["name"] == typed.get("workspace")}
               for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_PLACES)]

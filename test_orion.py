@@ -4066,6 +4066,24 @@ def test_one_sees_ones_sessions_and_ends_the_others(outside):
     assert there.get("/account").status == 401 and here.get("/account").text.count('name="session" value="') == 2 + 1
 
 
+MOZILLA = "Mozilla/5.0 (%s) AppleWebKit/537.36 (KHTML, like Gecko)"
+
+
+@cases("agent, words", [(MOZILLA % "X11; Linux x86_64" + " Chrome/150.0.0.0 Safari/537.36", "Chrome on Linux"),
+                        (MOZILLA % "Windows NT 10.0; Win64; x64" + " Chrome/150.0.0.0 Safari/537.36 Edg/150.0.0.0", "Edge on Windows"),
+                        (MOZILLA % "Macintosh; Intel Mac OS X 10_15_7" + " Version/18.0 Safari/605.1.15", "Safari on macOS"),
+                        (MOZILLA % "iPhone; CPU iPhone OS 18_0 like Mac OS X" + " CriOS/150.0.0.0 Mobile Safari/604.1", "Chrome on iPhone"),
+                        ("Mozilla/5.0 (Android 16; Mobile; rv:150.0) Gecko/150.0 Firefox/150.0", "Firefox on Android"), ("<b>curl</b>", "A browser on a device")])
+def test_a_device_is_told_in_words(outside, agent, words):
+    signed = Person(outside).ask("POST", "/login", "username=ann&password=long+enough", Content_Type="application/x-www-form-urlencoded", User_Agent=agent)
+    shown = Person(outside).get("/account", Cookie=signed.headers["set-cookie"].split(";")[0]).text
+    assert f"<b>{words}</b> <span class=\"name\">this one</span>" in shown and re.search(r'<time datetime="20..-..-..T..:..:..Z"[^>]*>.. ... 20.., ..:.. UTC</time>', shown)
+
+
+def test_only_who_has_a_password_is_asked_for_it(server, outside):
+    assert "Present password" in outside.sign_in("ann").get("/account").text and "assword" not in Person(server, "bob").get("/account").text
+
+
 def test_one_session_is_ended_by_its_name_and_none_of_somebody_else(outside):
     ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
     name = re.search(r'this one.*?value="([0-9a-f]{16})"', ann.get("/account").text, re.S)[1]
@@ -14005,6 +14023,25 @@ def test_text_is_selected_across_rows_and_a_word_dragged_onto_another_row_change
     bob.js("const title = document.querySelector('#todo-2 span'); getSelection().selectAllChildren(title); title.click()")
     assert bob.js(f"return [{TODOS}, document.querySelector('dialog').open, document.querySelectorAll('#todos :checked').length]") == [before, False, 0]
     assert titles(Person(site, "bob")) == before
+
+
+def test_a_time_is_shown_as_of_the_readers_own_time_zone_after_each_frame_too(site, windows):
+    bob = windows[0]
+    bob.cdp("Emulation.setTimezoneOverride", timezoneId="Asia/Kathmandu")
+    try:
+        person = Person(site, "bob")
+        make = lambda: person.post("/w/acme/members/links", form={"role": "member", "uses": 1, "days": 1})
+        make()
+        site.at("bob", bob, "/w/acme/members/links")
+        times = "[...document.querySelectorAll('#links time')]"
+        local = f"{times}.every(el => el.textContent === new Date(el.dateTime).toLocaleString([], {{dateStyle: 'medium', timeStyle: 'short', timeZone: 'Asia/Kathmandu'}}))"
+        bob.wait(f"{times}.length === 1 && {local}")
+        make()
+        bob.wait(f"{times}.length === 2 && {local}")
+        bob.open(site.origin + "/account")
+        bob.wait("document.querySelector('time').textContent.startsWith('today')")
+    finally:
+        bob.cdp("Emulation.setTimezoneOverride", timezoneId="")
 
 
 def test_the_focus_goes_to_the_next_row_when_a_ticked_one_leaves_the_filter(site, windows):
