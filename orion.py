@@ -5344,6 +5344,11 @@ class Pool:
         if not parked:
             self.parked.pop(account, None)
 
+    def waiting(self) -> List[Any]:
+        """Return all items that wait in lanes now."""
+        with self.lock:
+            return [item for lane in self.lanes.values() for item, _ in lane.items]
+
     def close(self, patience: float):
         """patience: seconds for all threads together. A job that takes longer is left."""
         for _ in self.threads:
@@ -9525,6 +9530,14 @@ def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
     return [{"label": label, "value": figures[label]} for label in sorted(figures)]
 
 
+def bytes_in(path) -> int:
+    """Return the size of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
     TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
@@ -9656,10 +9669,43 @@ class HasFigures(LoopEdge):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
         verdicts = directory.verdicts if directory else {}
         text = Template(TEMPLATES / "metrics.txt")
-        return text(**self.figures.requests(), verdict=labelled(verdicts),
-                    fetches=self.env.workspaces.fetches, streams=len(self.streams),
+        return text(**self.figures.requests(), **self.waiting(), **self.storage(),
+                    verdict=labelled(verdicts), fetches=self.env.workspaces.fetches,
                     awake=len(self.env.workspaces.objects),
                     result=labelled(self.broker.frames)) + "\n"
+
+    def waiting(self) -> Dict[str, float]:
+        """What templates/metrics.txt says of who waits for what."""
+        now = time.monotonic()
+        streams = self.streams
+        behind = [stream for stream in streams if stream.unsent]
+        stuck = [now - stream.deadline + stream.STUCK_SECONDS for stream in behind]
+        items = self.pool.waiting()
+        since = [item.started for item in items if isinstance(item, Asked)]
+        waited = [time.perf_counter() - started for started in since if started]
+        return {"streams": len(streams), "behind": len(behind),
+                "stuck": max(stuck, default=0.0), "in_line": len(items),
+                "waited": max(waited, default=0.0)}
+
+    def storage(self) -> Dict[str, Any]:
+        """And of the disk. To measure all files would wake the disk for 20,000; so it is
+        only those of the objects that are awake."""
+        workspaces = self.env.workspaces
+        paths = {one.id: workspaces.path(one.id) for one in workspaces.everybody()}
+        logs = [bytes_in(path.with_name(f"{path.name}-wal")) for path in paths.values()]
+        sizes = {id: bytes_in(path) for id, path in paths.items()}
+        return {"free": shutil.disk_usage(self.settings.data).free, "logs": sum(logs),
+                "size": self.most(sizes), "served": self.most(workspaces.served)}
+
+    def most(self, figures: Dict[str, int]) -> List[Dict[str, Any]]:
+        """Return the ten largest figures, each with the name of its workspace."""
+        ten = heapq.nlargest(10, figures, key=figures.__getitem__)
+        names = {id: self.name_of(id) for id in ten}
+        return labelled({names[id]: figures[id] for id in ten if names[id]})
+
+    def name_of(self, id):
+        said = outcome(self.env.directory.ask, "/_names_of", f"id={id}")
+        return said["x-workspace"] if isinstance(said, dict) else ""
 
     def server_close(self):
         super().server_close()
@@ -9915,8 +9961,8 @@ def manifest_of(snapshot):
 DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timestamp()
 
 
-def snapshot_again(settings) -> List[str]:
-    """Make the next one in data/backups. The oldest go. Return what is wrong.
+def snapshot_again(settings) -> Tuple[pathlib.Path, List[str]]:
+    """Make the next one in data/backups. The oldest go. Return it, and what is wrong.
 
     Those from the future were made while the clock was wrong. They do not count, and go
     with the first that is too old.
@@ -9933,7 +9979,7 @@ def snapshot_again(settings) -> List[str]:
     if surplus > 0:
         for old in {*kept} - {*past[surplus:]}:
             remove_any(old.rename(old.with_name(f"{old.name}.making")))
-    return faults
+    return target, faults
 
 
 @addition
@@ -9941,6 +9987,7 @@ class MakesSnapshots(LoopEdge):
     def __init__(self, *args):
         self.snapshots = {"made": 0, "incomplete": 0, "failed": 0}
         self.last_snapshot = 0                           # when, by the clock
+        self.snapshot_size = 0                           # in bytes
         super().__init__(*args)
 
     def chores(self):
@@ -9948,7 +9995,7 @@ class MakesSnapshots(LoopEdge):
 
     def copy_again(self):
         try:
-            faults = snapshot_again(self.settings)
+            made, faults = snapshot_again(self.settings)
         except CRASH as error:
             self.snapshots["failed"] += 1
             log(f"no snapshot was made: {error}; make room on the disk, or see what "
@@ -9960,11 +10007,12 @@ class MakesSnapshots(LoopEdge):
             log(f"the snapshot lacks what can't be read: {fault}")
         self.snapshots["incomplete" if faults else "made"] += 1
         self.last_snapshot = int(time.time())
+        self.snapshot_size = sum(map(bytes_in, made.rglob("*.db")))
 
     def text(self):
         text = Template(TEMPLATES / "snapshots.txt")
         return super().text() + text(result=labelled(self.snapshots),
-                                     last=self.last_snapshot) + "\n"
+                                     last=self.last_snapshot, size=self.snapshot_size) + "\n"
 
 
 # -- on the command line

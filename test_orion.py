@@ -8259,12 +8259,16 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
 # ==== 39. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
-    Person(server, "bob").get("/w/acme/todos")
-    text = Person(server).get("/metrics").text
-    families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
-    assert families == {"orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_gate_verdicts_total": "counter",
-                        "orion_workspace_fetches_total": "counter", "orion_workspaces_awake": "gauge", "orion_streams_open": "gauge", "orion_frames_total": "counter",
-                        "orion_snapshots_total": "counter", "orion_last_snapshot_timestamp_seconds": "gauge"}
+    with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
+        ear.event()
+        text = Person(server).get("/metrics").text
+    families = dict(re.findall(r"^# HELP (\w+) [A-Z].+\.\n# TYPE \1 (\w+)$", text, re.M))
+    assert families == {
+        "orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_requests_waiting": "gauge", "orion_longest_wait_seconds": "gauge",
+        "orion_gate_verdicts_total": "counter", "orion_workspace_fetches_total": "counter", "orion_workspace_requests_total": "counter",
+        "orion_workspaces_awake": "gauge", "orion_workspace_bytes": "gauge", "orion_wal_bytes": "gauge", "orion_disk_free_bytes": "gauge",
+        "orion_streams_open": "gauge", "orion_streams_behind": "gauge", "orion_longest_unsent_seconds": "gauge", "orion_frames_total": "counter",
+        "orion_snapshots_total": "counter", "orion_last_snapshot_timestamp_seconds": "gauge", "orion_last_snapshot_bytes": "gauge"}
     samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
     assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
     assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
@@ -8272,8 +8276,35 @@ def test_the_figures_are_prometheus_text(server):
     assert buckets == sorted(buckets) and all(name.endswith("_total") for name, kind in families.items() if kind == "counter")
     family = ""
     for line in text.splitlines():
-        family = line.split()[2] if line.startswith("# TYPE ") else family
-        assert line.startswith(("# TYPE ", family)), "a sample stands under another family's name"
+        family = line.split()[2] if line.startswith("# ") else family
+        assert line.startswith(("# ", family)), "a sample stands under another family's name"
+    assert int(samples['orion_workspace_requests_total{workspace="acme"}']) > 0 and int(samples['orion_workspace_bytes{workspace="acme"}']) > 4096
+    assert (samples["orion_streams_open"], samples["orion_streams_behind"]) == ("1", "0") and int(samples["orion_disk_free_bytes"]) > 0
+
+
+def test_the_figures_tell_of_requests_that_stand_in_line(start):
+    server = start(threads=1)
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title="so that bob is known here")
+    workspace = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme"))
+    with concurrent.futures.ThreadPoolExecutor(2) as others:
+        with workspace.turn:
+            first = others.submit(bob.post, "/w/acme/todos", title="has the thread")
+            eventually(lambda: server.edge.pool.busy)
+            second = others.submit(bob.post, "/w/acme/todos", title="stands in line")
+            waiting = eventually(lambda: server.edge.waiting()["waited"] and server.edge.waiting())
+        assert waiting["in_line"] >= 1 and first.result(PATIENCE).status == second.result(PATIENCE).status == 200
+    assert server.edge.waiting()["waited"] == 0.0
+
+
+def test_the_figures_tell_of_a_reader_that_does_not_read(start, monkeypatch):
+    monkeypatch.setattr(orion.Stream, "SEND_BUFFER", 4096)
+    server = start()
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/todos/live", room=2048)):
+        eventually(lambda: server.edge.streams)
+        eventually(lambda: bob.post("/w/acme/todos", title="x" * 400) and server.figure("orion_streams_behind"), "more than the kernel holds")
+        assert server.edge.waiting()["stuck"] > 0
 
 
 def test_whoever_comes_through_a_proxy_that_does_not_say_so_is_not_taken_for_this_machine(start):
@@ -8457,7 +8488,7 @@ def test_without_hard_links_snapshots_are_copies(start, monkeypatch):
     settings = start().env.settings
     monkeypatch.setattr(os, "link", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
     for _ in range(2):
-        assert orion.snapshot_again(settings) == []
+        assert orion.snapshot_again(settings)[1] == []
     first, second = [settings.data / "backups" / name for name in snapshots(settings)]
     assert [rows_in(copy) for copy in sorted(first.glob("workspaces/*"))] == [rows_in(copy) for copy in sorted(second.glob("workspaces/*"))] != []
 
@@ -8467,7 +8498,7 @@ def test_a_copy_that_the_snapshot_before_has_lost_is_made_anew(start):
     orion.snapshot_again(settings)
     for copy in settings.data.glob("backups/*/workspaces/*"):
         copy.unlink()
-    assert orion.snapshot_again(settings) == [] and len([*settings.data.glob("backups/*/workspaces/*")]) == 3
+    assert orion.snapshot_again(settings)[1] == [] and len([*settings.data.glob("backups/*/workspaces/*")]) == 3
 
 
 def test_what_a_killed_server_left_of_a_snapshot_goes_with_the_next(start):
