@@ -6967,6 +6967,7 @@ class Settings(NamedTuple):
     keep_journal: float = 365 * 86400.0                  # seconds; 0: for ever
     drain: float = 0.0                                   # seconds, before it stops
     log: str = "common"                                  # common, json or off
+    slow: float = 0.0                                    # s; log what takes longer; 0: no
     streams: int = 0                                     # pages one may open; 0: 100
     allow_host: Tuple[str, ...] = ()                     # further names of this server
     trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
@@ -9521,7 +9522,7 @@ class CountsConsoles(Broker):
 
 # ==== 39. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
-#   answer, and numbers for Prometheus.
+#   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
 # It needs: 29 Keys, for a token, and 30 Accounts, for who is an operator.
 
@@ -9538,13 +9539,70 @@ def bytes_in(path) -> int:
         return 0
 
 
+# -- what takes long
+
+class SlowLog:
+    LINES = 10                                           # a second, at most
+
+    def __init__(self, limit: float):
+        self.limit = limit                               # seconds
+        self.second = 0
+        self.left = 0                                    # lines of this second
+
+    def note(self, seconds: float, what: str) -> None:
+        if seconds < self.limit:
+            return
+        second = int(time.monotonic())
+        if second != self.second:
+            self.second, self.left = second, self.LINES
+        self.left -= 1
+        if self.left >= 0:
+            log(f"slow: {1000 * seconds:.0f} ms: {what}")
+
+
+@addition
+class HasSlowLog(GuardedNamespace):
+    slow: Optional[SlowLog] = None
+
+
+@addition
+class TimesWork(Broadcast):
+    """Without --slow nothing is timed."""
+    where = ""                                           # workspace and slice of a call
+
+    def on_open(self):
+        super().on_open()
+        if self.namespace.slow:
+            self.call = self.timed_call
+            self.store.run = functools.partial(self.timed_run, self.store.run)
+
+    def timed_call(self, slice, route, args, viewer, request):
+        self.where = f"{viewer.workspace or 'directory'}: {slice}"
+        started = time.perf_counter()
+        try:
+            return type(self).call(self, slice, route, args, viewer, request)
+        finally:
+            self.namespace.slow.note(time.perf_counter() - started, f"{self.where}: "
+                                     f"{route.method} {route.path}, in its turn")
+
+    def timed_run(self, run, sql, args):
+        started = time.perf_counter()
+        rows = run(sql, args)
+        self.namespace.slow.note(time.perf_counter() - started,
+                                 f"{self.where}: {len(rows)} rows: {sql}")
+        return rows
+
+
+# -- what is counted
+
 class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
     TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
 
-    def __init__(self, log: str):
+    def __init__(self, log: str, slow: Optional[SlowLog] = None):
         """log: common, json or off."""
         self.log = log
+        self.slow = slow
         self.date = ""                                   # of this second
         self.lines = collections.deque(maxlen=100_000)
         self.scribe = Pool(1)                            # its thread writes them
@@ -9563,6 +9621,8 @@ class Figures:
         if self.log != "off":
             line = self.line(asked, response.status, size_of(response), seconds)
             self.lines.append(line)                      # flush() may have exchanged them
+        if self.slow:
+            self.slow.note(seconds, f"{asked.request.method} {asked.request.path}, in all")
 
     def line(self, asked, status, size, seconds):
         """The common log format and the seconds it took, or JSON.
@@ -9640,7 +9700,9 @@ def metrics(settings, given):
 class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
-        self.figures = Figures(settings.log)
+        slow = SlowLog(settings.slow) if settings.slow else None
+        self.env.workspaces.slow = self.env.directory.namespace.slow = slow
+        self.figures = Figures(settings.log, slow)
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
@@ -13327,7 +13389,7 @@ def matching(pattern: str, hint: str,
     return kind
 
 
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def read_size(text):
@@ -13349,8 +13411,8 @@ def read_address(text):
 
 
 a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
-a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)[smhd]?", "no time: say 90, 15m or 1h",
-                  read_seconds)
+a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)(ms|[smhd])?",
+                  "no time: say 90, 100ms, 15m or 1h", read_seconds)
 a_port = matching("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
 an_address = matching(HOST.pattern, "no address: say HOST:PORT", read_address)
 a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
@@ -13436,6 +13498,8 @@ OPTIONS = (
     ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
      "too, so that a load balancer hears of it first", a_time),
     ("--log", "access log on standard output: common, json or off", a_log),
+    ("--slow", "as 100ms: write a line to standard error for what takes longer, ten a second "
+     "at most; 0: for nothing", a_time),
 )
 
 # The arguments of commands, for argparse.

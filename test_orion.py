@@ -8282,6 +8282,38 @@ def test_the_figures_are_prometheus_text(server):
     assert (samples["orion_streams_open"], samples["orion_streams_behind"]) == ("1", "0") and int(samples["orion_disk_free_bytes"]) > 0
 
 
+def test_a_request_a_call_of_a_slice_and_a_statement_that_take_long_are_in_the_log(start, capfd, monkeypatch):
+    monkeypatch.setattr(orion.SlowLog, "LINES", 1000)
+    bob = Person(start((orion.todos, stockroom()), slow=1e-9), "bob")
+    assert bob.post("/w/acme/todos", title="tell-nobody").status == 200
+    for words in ("in all", "acme: todos: POST /todos, in its turn", "acme: todos: 0 rows: INSERT INTO todos", "directory: "):
+        logged(capfd, words)
+    assert Person(bob.server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+    logged(capfd, "slow: POST /w/acme/hooks")
+    said = os.pread(2, 1 << 20, 0).decode()
+    assert re.search(r"(?m)^slow: \d+ ms: POST /w/acme/todos, in all$", said) and "tell-nobody" not in said
+
+
+def test_at_most_ten_lines_a_second_tell_of_what_is_slow(monkeypatch, capsys):
+    now = iter([5.0] * 12 + [5.9, 6.1])
+    monkeypatch.setattr(orion.time, "monotonic", lambda: next(now))
+    slow = orion.SlowLog(0.1)
+    slow.note(0.099, "quick"), [slow.note(0.2, f"{number}") for number in range(14)]
+    assert capsys.readouterr().err.splitlines() == [f"slow: 200 ms: {number}" for number in (*range(10), 13)]
+
+
+def test_without_slow_nothing_is_timed(start):
+    server = start()
+    Person(server, "bob").get("/w/acme/todos")
+    workspace = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme"))
+    assert not {"run", "call"} & {*vars(workspace), *vars(workspace.store)} and server.edge.figures.slow is None
+
+
+@cases("said, seconds", [("100ms", 0.1), ("1.5s", 1.5), ("2", 2.0), ("0", 0.0)])
+def test_the_limit_of_the_slow_log_can_be_said_in_milliseconds(said, seconds):
+    assert orion.read_command_line(["--slow", said])[0].slow == seconds
+
+
 def test_the_figures_tell_of_requests_that_stand_in_line(start):
     server = start(threads=1)
     bob = Person(server, "bob")
