@@ -3051,7 +3051,6 @@ class PlainHandler(BaseHTTPRequestHandler):
     """
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1                                        # head and body leave together
     timeout = 75                                         # seconds, for a silent peer
 
     def answer(self):
@@ -3062,8 +3061,6 @@ class PlainHandler(BaseHTTPRequestHandler):
         except Refused as no:                            # where the next begins is unknown
             self.close_connection = True
             response = refusal(request, no)
-        if response.watch and not self.modern:
-            response = refusal(request, Refused(505, "A stream needs HTTP/1.1."))
         if response.watch and self.command == "GET":
             return self.hold(request, response)
         self.begin(response)
@@ -3072,26 +3069,17 @@ class PlainHandler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
-    @property
-    def modern(self) -> bool:
-        return self.request_version != "HTTP/1.0"
-
-    def handle_expect_100(self):
-        """Say at once that the body may come."""
-        super().handle_expect_100()
-        self.wfile.flush()
-        return True
-
     def request_of(self):
         """Raise Refused for what can be read in two ways, and for what is too large."""
-        if not REQUEST.fullmatch(self.requestline):
-            raise Refused(*NO_REQUEST_LINE)
-        headers = self.header_fields()
-        self.close_connection = not goes_on(headers, self.modern)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        twice = len(headers) < len(self.headers)
+        unread = self.headers.defects                    # the parser stopped at a line
+        if twice or unread or not REQUEST.fullmatch(self.requestline):
+            raise Refused(400, "The request is malformed, or has a header field twice.")
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = True
         if not known_host(headers.get("host", "")):
             raise Refused(*NOT_OUR_NAME)
-        path, _, query = self.requestline.split()[1].partition("?")
-        method = "GET" if self.command == "HEAD" else self.command
         if "transfer-encoding" in headers:
             raise Refused(411, "Send the body with a Content-Length.")
         length = content_length(headers)
@@ -3100,15 +3088,10 @@ class PlainHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if len(body) < length:
             raise Refused(400, "The body is shorter than its Content-Length.")
+        path, _, query = self.requestline.split()[1].partition("?")
+        method = "GET" if self.command == "HEAD" else self.command
         return Request(method, plain_path(path), query, headers, body,
                        self.client_address[0])
-
-    def header_fields(self):
-        headers = joined(self.headers.items())
-        stopped = self.headers.defects                   # the parser did, at a line
-        if stopped or any([NOT_IN_A_VALUE.search(value) for value in headers.values()]):
-            raise Refused(*NO_FIELDS)
-        return headers
 
     def begin(self, response):
         self.send_response(response.status)
@@ -3116,9 +3099,8 @@ class PlainHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if not response.watch and response.status not in (204, 304):
             self.send_header("content-length", str(len(response.body)))
-        connection = connection_field(not self.close_connection, self.modern)
-        if connection:
-            self.send_header("connection", connection)
+        if self.close_connection:
+            self.send_header("connection", "close")
         self.end_headers()
 
     def hold(self, request, response):
@@ -3144,7 +3126,6 @@ class PlainHandler(BaseHTTPRequestHandler):
     def chunk(self, data):
         """RFC 9112, 7.1: a length, then so many bytes. An empty one ends the answer."""
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
 
     def log_message(self, *_):
         """Part One keeps no access log."""
@@ -3188,14 +3169,8 @@ class PlainEdge(ThreadingHTTPServer):
 
 # -- a request that could be read in two ways is refused (to be skipped on a first reading)
 
-NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
-NO_FIELDS = (400, "The header fields are malformed.")
 LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 REQUEST = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.[01]")
-ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
-        "sec-fetch-site", "expect"}                      # header fields that may come once
-
-
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
 AMBIGUOUS = (400, "The path is ambiguous. Write it without empty or dot segments, encoded "
                   "slashes or control characters.")
@@ -3220,37 +3195,6 @@ def plain_path(path: str) -> str:
     if ambiguous:
         raise Refused(*AMBIGUOUS)
     return decoded
-
-
-def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
-    """Join header fields that came more than once to a list (RFC 9110, 5.3).
-
-    A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
-    Raises Refused(400) if it is a field of which two could be read as either.
-    """
-    headers: Dict[str, str] = {}
-    for name, value in pairs:
-        name = name.lower()
-        if name in headers and name in ONCE:
-            raise Refused(400, f"Send the header field {name} once.")
-        if name in headers:
-            comma = "; " if name == "cookie" else ", "
-            value = f"{headers[name]}{comma}{value}"
-        headers[name] = value
-    return headers
-
-
-def goes_on(headers: Dict[str, str], modern: bool) -> bool:
-    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
-    said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
-    return "close" not in said and (modern or "keep-alive" in said)
-
-
-def connection_field(keep: bool, modern: bool) -> str:
-    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
-    if not keep:
-        return "close"
-    return "" if modern else "keep-alive"
 
 
 def without_port(host: str) -> str:
@@ -3305,27 +3249,14 @@ def log(message: str) -> None:
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
 
 
-OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
-
-
 def log_error(where: str, error: BaseException) -> None:
     for write in ERROR_LOGS:
         write(where, error)
 
 
-def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
-    """Return through which lines of an app it came."""
-    stack = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in stack if not frame.filename.startswith(OURS)]
-
-
 def log_traceback(where: str, error: BaseException) -> None:
-    """Log what it was, and first of all the line of a slice that it comes from."""
-    frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
-    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    where = f"{where}: {error.where}" if hasattr(error, "where") else where
-    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
+    what = traceback.format_exception(type(error), error, error.__traceback__)
+    log(f"error: {where}: {''.join(what)}")
 
 
 ERROR_LOGS = [log_traceback]                             # [3] has another one
@@ -3400,29 +3331,12 @@ def healthz(request, env):
     return Response(200, b"ok\n")
 
 
-def own_asset(request, env, coding=""):
-    """A door: a file of templates/. A browser asks each time whether it has changed.
-
-    coding: an end for its tag [2]. Each encoding has its own (RFC 9110, 8.8.3.3).
+def own_asset(request, env):
+    """A door: a file of templates/. A browser asks for it each time: it may have changed.
     """
     only_read(request)
     body = (TEMPLATES / request.path[1:]).read_bytes()
-    response = Response(200, body, ASSETS[request.path], (("cache-control", "no-cache"),))
-    return unless_known(request, response, f"{fingerprint(body)}{coding}")
-
-
-def fingerprint(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=9).hexdigest()
-
-
-def unless_known(request: Request, response: Response, tag: str) -> Response:
-    """Return the response with this etag or, if the browser has it, a 304."""
-    etag = f'"{tag}"'
-    response = response._replace(headers=(("etag", etag), *response.headers))
-    known = request.headers.get("if-none-match", "")     # RFC 9110, 13.1.2
-    if known.strip() == "*" or etag in re.findall(r'"[^"]*"', known):
-        return response._replace(status=304, body=b"")
-    return response
+    return Response(200, body, ASSETS[request.path], (("cache-control", "no-cache"),))
 
 
 DOORS = {"/healthz": healthz, **dict.fromkeys(ASSETS, own_asset)}
@@ -3822,7 +3736,7 @@ class OwnContext(Context):
             raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
                                   " one that yields, only behind that")
         self.store.check_thread()
-        super().publish(topic)
+        self.host.bus.publish(self.host.topic(topic, self.viewer))
 
     def end(self):
         self.store.thread = 0
@@ -4661,6 +4575,10 @@ HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]
                   r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
 ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
 
+NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
+NO_FIELDS = (400, "The header fields are malformed.")
+ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
+        "sec-fetch-site", "expect"}                      # header fields that may come once
 TOO_LONG = (414, "The address is too long. Send what is long in the body.")
 
 
@@ -4757,6 +4675,37 @@ def parse_head(head) -> Reading:
     length = body_length(headers)
     return Reading(method.decode(), target.decode(), headers, goes_on(headers, modern),
                    modern, length)
+
+
+def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
+    """Join header fields that came more than once to a list (RFC 9110, 5.3).
+
+    A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
+    Raises Refused(400) if it is a field of which two could be read as either.
+    """
+    headers: Dict[str, str] = {}
+    for name, value in pairs:
+        name = name.lower()
+        if name in headers and name in ONCE:
+            raise Refused(400, f"Send the header field {name} once.")
+        if name in headers:
+            comma = "; " if name == "cookie" else ", "
+            value = f"{headers[name]}{comma}{value}"
+        headers[name] = value
+    return headers
+
+
+def goes_on(headers: Dict[str, str], modern: bool) -> bool:
+    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
+    said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    return "close" not in said and (modern or "keep-alive" in said)
+
+
+def connection_field(keep: bool, modern: bool) -> str:
+    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
+    if not keep:
+        return "close"
+    return "" if modern else "keep-alive"
 
 
 def remembered(function):
@@ -4921,9 +4870,25 @@ def accepts_gzip(request) -> bool:
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
+def fingerprint(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=9).hexdigest()
+
+
+def unless_known(request: Request, response: Response, tag: str) -> Response:
+    """Return the response with this etag or, if the browser has it, a 304."""
+    etag = f'"{tag}"'
+    response = response._replace(headers=(("etag", etag), *response.headers))
+    known = request.headers.get("if-none-match", "")     # RFC 9110, 13.1.2
+    if known.strip() == "*" or etag in re.findall(r'"[^"]*"', known):
+        return response._replace(status=304, body=b"")
+    return response
+
+
 def encoded_asset(request, env):
-    """A door: an asset. Compressed, as encode() sends it, it has an etag of its own."""
-    return own_asset(request, env, coding_of(request, ASSETS[request.path]))
+    """A door: an asset. Each encoding has an etag of its own (RFC 9110, 8.8.3.3)."""
+    response = own_asset(request, env)
+    coding = coding_of(request, response.type)
+    return unless_known(request, response, f"{fingerprint(response.body)}{coding}")
 
 
 def coding_of(request, type):
@@ -4933,7 +4898,7 @@ def coding_of(request, type):
 def encode(request, response, connection, head_only, date) -> bytes:
     """Return the bytes of an answer.
 
-    connection: the value of that header field, or "": see connection_field in section 14.
+    connection: the value of that header field, or "": see connection_field in section 20.
     """
     live = response.watch is not None
     zipped = accepts_gzip(request) and (live or is_worth_it(response))
@@ -6835,6 +6800,15 @@ VERBS: Dict[str, Verb] = {}                              # by their words
 NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
 APP_PARSERS: List[Callable[..., Any]] = []               # see read_command_line
 APP_SEEDS: List[Callable[..., None]] = []                # seed(env, names of workspaces)
+
+
+OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
+
+
+def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
+    """Return through which lines of an app it came."""
+    stack = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in stack if not frame.filename.startswith(OURS)]
 
 
 log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
@@ -8742,6 +8716,19 @@ def check_one_element(region, name):
 
 
 # -- what the functions of slices return
+
+def log_place(where: str, error: BaseException) -> None:
+    """Log what it was, and first of all the line of a slice that it comes from."""
+    frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    where = f"{where}: {error.where}" if hasattr(error, "where") else where
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
+
+
+ERROR_LOGS.remove(log_traceback)
+ERROR_LOGS.append(log_place)
+
 
 def bad_return(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
     """Return the error of a slice's function that returned something wrong.
@@ -14557,7 +14544,7 @@ class Faults:
         self.secrets: Sequence[str] = ()                 # of the app's options
 
     def note(self, where, error):
-        """It takes the place of log_traceback: several lines, as people read them.
+        """It takes the place of log_place: several lines, as people read them.
 
         A page whose stream fails asks again and again, which is told once.
         """

@@ -4218,6 +4218,7 @@ def serve(request, tmp_path, quick):
 
 
 on_plain = cases("serve", ["plain"], indirect=True)
+on_full = cases("serve", ["two planes"], indirect=True)
 
 
 def looks(*routes, region=lambda ctx: element("x"), **more):
@@ -4891,6 +4892,7 @@ def test_the_plain_edge_takes_no_body_in_chunks(serve):
     assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
 
 
+@on_full
 @cases("version, field, said", [("1.0", "keep-alive", "keep-alive"), ("1.0", "Foo, Keep-Alive", "keep-alive"), ("1.0", None, "close"),
                                 ("1.0", "keep-alive, close", "close"), ("1.1", "foo,close", "close"), ("1.1", "TE, CLOSE", "close"),
                                 ("1.1", "closed", None), ("1.1", "not-close", None), ("1.1", "keep-alive", None), ("1.1", None, None)])
