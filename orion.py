@@ -847,6 +847,9 @@ LAYOUT = {"brand": "orion", "icon": "/icon.svg", "language": "en",
           "links": Html('<link rel="icon" href="/icon.svg">')}
 
 
+OF_VIEWER: List[Callable[[Viewer], Html]] = []           # [3] how pages show their viewer
+
+
 def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
          footer: Any = "", status: int = 200, head: Any = "") -> Response:
     """Return a whole page. head: further links to styles and scripts.
@@ -857,8 +860,9 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
     """
     viewer = viewer or Viewer()
     nonce = secrets.token_hex(16)
+    person = Html().join([shown(viewer) for shown in OF_VIEWER]) or viewer.account
     text = template("layout")(title=title, body=body, nonce=nonce, nav=nav, footer=footer,
-                              head=head, account=viewer.account, **LAYOUT,
+                              head=head, account=viewer.account, person=person, **LAYOUT,
                               signed=viewer.account != "", masquerade=viewer.banner())
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     nonce=nonce)
@@ -1492,6 +1496,7 @@ class Role:
 class Viewer(Role):
     """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
     account: str = ""
+    label: str = ""                                      # [3] what others call them
 
     def as_seen_by(self, region: Region) -> Role:
         """Return what a region may know of the viewer: see Region.each."""
@@ -2347,6 +2352,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
                 AND w.moving < 2"""                      # [3] 1: it moves, more: it is gone
+LABELLED = "SELECT *, (SELECT label FROM accounts WHERE name = account) AS label FROM"
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
                   headers=(("retry-after", "30"),))      # [3]
@@ -2390,8 +2396,7 @@ class Directory(SliceHost):
     """
     digest_of = staticmethod(session_digest)             # [2] remembers what it returned
     # [3] An operator can look on in somebody's name. Here such a session signs nobody in.
-    SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? AND expires > ? "
-                 "AND operator IS NULL")
+    SIGNED_IN = f"{LABELLED} sessions WHERE digest = ? AND expires > ? AND operator IS NULL"
 
     def __init__(self, id, namespace, router, pages, keys: Sequence[bytes],
                  workspaces: Namespace, demo: bool = False, limit: int = 20):
@@ -2480,6 +2485,10 @@ class Directory(SliceHost):
         """Return whom one can sign in as, by choosing them."""
         found = self.store.query(PERSONAS) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
+
+    def shown(self, person: Any) -> Any:
+        """Return how lists show a person, a row with name and label. [3] shows more."""
+        return person["name"]
 
     live_home = False                                    # [3] keeps it current
 
@@ -2742,18 +2751,19 @@ def role_choice(viewer, chosen):
             if role != "owner" or viewer.role == "owner"]
 
 
-def member_row(viewer, member):
+def member_row(ctx, member):
+    viewer = ctx.viewer
     over_them = member["role"] != "owner" or viewer.role == "owner"
     managed = viewer.can("members:manage") and over_them
     offered = bool(member["offer"])
     chosen = "owner" if offered and viewer.role == "owner" else member["role"]
-    return {**member, "offer": offered, "option": role_choice(viewer, chosen),
-            "managed": managed, "fixed": not managed}
+    return {**member, "person": ctx.host.shown(member), "offer": offered,
+            "option": role_choice(viewer, chosen), "managed": managed, "fixed": not managed}
 
 
 def members_region(ctx):
     members = ctx.store.query(MEMBERS_OF, ctx.viewer.id)
-    rows = [member_row(ctx.viewer, member) for member in members]
+    rows = [member_row(ctx, member) for member in members]
     return template("members.region")(member=rows, all=len(rows))
 
 
@@ -3341,8 +3351,8 @@ def own_asset(request, env):
 
 DOORS = {"/healthz": healthz, **dict.fromkeys(ASSETS, own_asset)}
 
-DEMO_ACCOUNTS = {"alice": "Personal", "bob": "Acme", "carol": "Acme", "dave": "Globex",
-                 "erin": "Acme"}
+DEMO_ACCOUNTS = {"alice": "Alice Brown", "bob": "Bob Miller", "carol": "Carol Jones",
+                 "dave": "Dave Smith", "erin": "Erin Walker"}
 DEMO_WORKSPACES = {
     "home": ({"alice": "owner"},
              ("Water the plants", "Call grandmother", "Book the dentist")),
@@ -3357,9 +3367,9 @@ def seed(env, workspaces, with_todos):
     """Fill the demo. Its people go into their table; all else comes by the usual ways."""
     store = Store(env.directory.namespace.path(env.directory.id))
     with contextlib.closing(store), store.tx():
-        for name, group in DEMO_ACCOUNTS.items():
-            store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)", name,
-                       f"{name} · {group}")
+        for account in DEMO_ACCOUNTS.items():
+            store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)",
+                       *account)
     for name, (people, titles) in workspaces.items():
         (owner, _), *others = people.items()
         ask = env.doors.get("/workspaces", ask_directory)    # [2] has a door there
@@ -5638,6 +5648,7 @@ class Broker:
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
     unannounced = ()                         # ids of which nobody is told who looks on
+    SHOWN = 8                                # of those who look on
 
     def __init__(self, edge):
         self.edge = edge
@@ -5814,9 +5825,21 @@ class Broker:
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
-            self.here[id] = presence(streams)
+            self.here[id] = self.presence(streams)
             for stream in streams:
                 stream.show_here(self.here[id])
+
+    def presence(self, streams) -> Piece:
+        people = {stream.account: self.shown(stream) for stream in streams}
+        some = [{"person": people[name]} for name in sorted(people)[:self.SHOWN]]
+        rest = len(people) - len(some)
+        html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
+                                watchers=len(streams))
+        return Piece(html, 0.0, 0, main=False)
+
+    def shown(self, stream):
+        """Return how a page shows who looks at it. [3] shows more."""
+        return stream.account
 
     # -- who may still watch
 
@@ -5911,16 +5934,8 @@ class Broker:
         """[3] looks for what another process may have changed besides the Directory."""
 
 
-def presence(streams) -> Piece:
-    names = sorted({stream.account for stream in streams})
-    some = [{"account": name} for name in names[:20]]
-    more = f"and {len(names) - 20} more" if len(names) > 20 else ""
-    html = template("here")(name=some, more=more, watchers=len(streams))
-    return Piece(html, 0.0, 0, main=False)
-
-
 SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-operator",
-                   "x-read-only", "x-title")
+                   "x-read-only", "x-title", "x-label")
 
 
 def viewer_in(forwarded) -> Tuple[str, ...]:
@@ -6735,7 +6750,7 @@ def create_workspace_with_file(request, env):
 #     48 Uploads        49 Stored files 50 Ordinary pages
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
-#     61 Tokens         62 Own workspaces              63 Repeats
+#     61 Tokens         62 Own workspaces              63 Repeats      64 People
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -7439,7 +7454,7 @@ def account_page(ctx):
                  "since": moment(row["created"]), "utc": utc(row["created"]),
                  "peer": row["agent"].partition(" ")[0], "this": row["digest"] == mine}
                 for row in rows]
-    problem = ctx.typed.get("problem", "")
+    problem = ctx.typed.get("problem", "") if "username" in ctx.typed else ""
     more = Html().join([part(ctx) for part in ACCOUNT_PARTS])
     body = template("account")(session=sessions, account=account, problem=problem,
                                password=ctx.host.password_of(account) != "",
@@ -7503,7 +7518,7 @@ END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only
               expires = ? WHERE digest = ? AND operator IS NOT NULL"""
 
 
-MASKS_OVER = "SELECT * FROM sessions WHERE operator > '' AND expires <= ?"     # by an index
+MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"       # by an index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7580,7 +7595,7 @@ class KnowsGuests(Broadcast):
 
 @addition
 class LetsOperatorsLookOn(EdgeDirectory):
-    SIGNED_IN = ("SELECT * FROM sessions WHERE digest = ? "
+    SIGNED_IN = (f"{LABELLED} sessions WHERE digest = ? "
                  "AND (expires > ? OR operator IS NOT NULL)")
 
     def session(self, request):
@@ -10941,7 +10956,7 @@ TRUSTED.update({"x-node", "x-verdict"})
 # What is sealed, in this order.
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
-           "x-token")
+           "x-token", "x-label")
 
 STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
              "to each node; compare clocks.")
@@ -12901,8 +12916,8 @@ PLAIN.append(open_to_anybody)
 # It needs: 45 Nodes, for how processes ask each other.
 
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
-NAMES_AND_ROLES = """SELECT account, role FROM memberships WHERE workspace = ?
-                     ORDER BY account LIMIT ?"""
+ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
+                      ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
 IDS_AT_ONCE = 50                                         # in one question to a Directory
 
 
@@ -12916,7 +12931,7 @@ class Lists:
         self.size = 0
 
     def put(self, id, rows, version=None) -> Tuple[Any, ...]:
-        """Keep rows of a name and a role; return them. The caller holds the lock."""
+        """Keep rows of name, role and label; return them. The caller holds the lock."""
         _, known = self.lists.pop(id, (None, ()))
         members = tuple([tuple(row) for row in rows])
         if members == known:
@@ -12952,7 +12967,7 @@ class ListsOfFile(Lists):
                 as_of, members = self.lists.get(id, (None, ()))
                 if as_of == version:
                     return members
-                found = self.db.execute(NAMES_AND_ROLES, (id, MOST_MEMBERS))
+                found = self.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
                 return self.put(id, found.fetchall(), version)
         except sqlite3.Error as error:
             log_once(f"members: {self.path}: {error}")
@@ -13027,7 +13042,7 @@ class TellsMembers(EdgeDirectory):
     def own_members_of(self, request):
         found = {}
         for id in request.params["ids"].split(","):
-            rows = self.store.query(NAMES_AND_ROLES, id, MOST_MEMBERS)
+            rows = self.store.query(ROLES_AND_LABELS, id, MOST_MEMBERS)
             found[id] = [tuple(row) for row in rows]
         return found
 
@@ -13055,12 +13070,12 @@ class AsksForMembers(Context):
     __slots__ = ()
 
     def members(self) -> List[Any]:
-        """Return everybody in this workspace, by name: dicts with name and role."""
+        """Return everybody in this workspace, by name: dicts with name, role and label."""
         self.store.check_thread()
         members = self.host.namespace.members_of(self.host.id)
         if self.host.kept_members is None:
             self.host.kept_members = members
-        return [{"name": name, "role": role} for name, role in members]
+        return [dict(zip(("name", "role", "label"), member)) for member in members]
 
 
 @addition
@@ -15235,6 +15250,7 @@ def link_facts(ctx, link, secret):
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
     return {**link, "secret": secret, "me": me, "stamp": ctx.stamp,
+            "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
             "next": f"/w/{link['name']}" if link["name"] else "/",
             "username": ctx.typed.get("username", ""), "new": True, "known": True,
             "member": member, "joins": bool(me) and not member, "stranger": not me,
@@ -15362,10 +15378,35 @@ KINDS = {"invite": Kind("You are invited", may_invite, join),
 # -- pages
 
 def links_region(ctx):
-    rows = [{**row, "until": moment(row["expires"]),
-             "utc": utc(row["expires"]), "came": row["used_by"] != ""}
+    rows = [link_row(ctx, row)
             for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
     return template("links.region")(link=rows)
+
+
+def link_row(ctx, link):
+    people = people_of(ctx, [link["maker"], *link["used_by"].split()])
+    came = [{"person": one} for one in people[1:]]
+    return {**link, "until": moment(link["expires"]), "utc": utc(link["expires"]),
+            "by": people[0], "came": came and {"guest": came}}
+
+
+def people_of(ctx, names):
+    """Return how lists show these accounts, in this order. Some may be gone."""
+    marks = ", ".join("?" * len(names))
+    rows = ctx.store.query(f"SELECT name, label FROM accounts WHERE name IN ({marks})",
+                           *names)
+    known = {row["name"]: ctx.host.shown(row) for row in rows}
+    return [known.get(name, name) for name in names]
+
+
+def in_words(role):
+    """Return what a role may do: "read, write and delete todos; manage members"."""
+    verbs: Dict[str, List[str]] = {}
+    for grant in ROLES.get(role, ()):
+        thing, _, verb = grant.partition(":")
+        verbs.setdefault(thing, []).append(verb)
+    said = [" and ".join(", ".join(some).rsplit(", ", 1)) for some in verbs.values()]
+    return "; ".join(map("{} {}".format, said, verbs))
 
 
 def links_page(ctx, region):
@@ -15620,8 +15661,7 @@ class KnowsTokens(EdgeDirectory):
 
     def token(self, request) -> Optional[sqlite3.Row]:
         """Return the row of the token; None if it is not valid."""
-        row = self.store.one("SELECT * FROM tokens WHERE id = ?",
-                             request.headers["x-bearer"])
+        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", request.headers["x-bearer"])
         given = bytes.fromhex(request.headers["x-session"])
         return row if row and hmac.compare_digest(row["digest"], given) else None
 
@@ -15639,7 +15679,7 @@ class KnowsTokens(EdgeDirectory):
         if row["moving"]:
             return MOVING
         self.uses[token["id"]] = time.time()
-        maker = Viewer(account=token["account"])
+        maker = Viewer(account=token["account"], label=token["label"])
         return let_in(narrowed(self.say(maker, row), token))
 
     def viewer(self, request):
@@ -16257,6 +16297,143 @@ class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
         refuse_old_page(request, viewer.account)
         viewer.permit(route.grant, request.method)
+
+
+# ==== 64. People ==========================================================================
+# The idea: beside the name of the account, carol, people have one that others see: Carol
+#   Jones. In the tables it is the account's label. Lists show it, with its initials on a
+#   colour that the account keeps.
+# It promises: who somebody is, the account alone says. It stands beside the other name
+#   where one decides about people: among members, and in an invitation. Nobody is called
+#   like somebody else's account. All open pages show a new name at once.
+# Who uses it: the account page; the lists of members and links; the head of each page, and
+#   who else looks at it.
+# It needs: 30 Accounts, 31 Account page, 46 Assets, 60 Links.
+
+COLOURS = 6                                              # .face-0 to .face-5 in style.css
+TRUSTED.add("x-label")
+
+
+@functools.lru_cache(maxsize=10_000)
+def person_of(account: str, label: str) -> Html:
+    """Return somebody as lists show them."""
+    return template("people.person")(
+        account=account, label=label, initials=initials(label), known=label != account,
+        colour=int(fingerprint(account.encode()), 16) % COLOURS)
+
+
+def initials(label: str) -> str:
+    """Return the first letters of the first and of the last word: Carol Jones, CJ."""
+    letters = [word[0] for word in label.split() if word[0].isalnum()] or [label[:1]]
+    return "".join(letters[:1] + letters[1:][-1:]).upper()
+
+
+def of_viewer(viewer):
+    """Return what the head of each page has of its viewer."""
+    if not viewer.account:
+        return Html()
+    style = link("stylesheet", f"/you.css?{viewer.account}")
+    return Html().join([style, person_of(viewer.account, viewer.label or viewer.account)])
+
+
+OF_VIEWER.append(of_viewer)
+
+
+def you_css(request, env):
+    """A door: the style that says (you) behind the account in the query. For a list is
+    rendered once for many people, so it can't tell which of them looks at it."""
+    only_read(request)
+    if not ACCOUNT_NAME.fullmatch(request.query):
+        raise Refused(*NOTHING_HERE)
+    rule = f'[data-account="{request.query}"] {{ --you: "(you)" }}\n'
+    return Response(200, rule.encode(), "text/css; charset=utf-8", FOR_A_YEAR)
+
+
+DOORS.update({"/you.css": you_css})
+
+
+@addition
+class TellsLabels(EdgeDirectory):
+    def viewer_of(self, session):
+        return dataclasses.replace(super().viewer_of(session), label=session["label"])
+
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        if viewer.label not in ("", viewer.account):
+            said["x-label"] = urllib.parse.quote(viewer.label)
+        return said
+
+    def shown(self, row):
+        return person_of(row["name"], row["label"])
+
+
+@addition
+class KnowsLabels(Broadcast):
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        label = urllib.parse.unquote(request.headers.get("x-label", ""))
+        return dataclasses.replace(viewer, label=label) if label else viewer
+
+
+@addition
+class ShowsPeople(Broker):
+    def shown(self, stream):
+        said = dict(zip(SAID_OF_VIEWERS, stream.viewer))
+        label = urllib.parse.unquote(said["x-label"])
+        return person_of(stream.account, label or stream.account)
+
+
+# -- the account page
+
+def account_label(ctx):
+    label = ctx.viewer.label
+    typed = {"label": "" if label == ctx.viewer.account else label, "problem": ""}
+    if "label" in ctx.typed:
+        typed.update(ctx.typed)
+    return template("people.account")(
+        account=ctx.viewer.account, label=typed["label"], problem=typed["problem"],
+        stamp=ctx.stamp)
+
+
+ACCOUNT_PARTS.insert(0, account_label)
+
+
+def change_label(ctx):
+    """The field label is how others see the viewer; empty: by the account's name."""
+    account = ctx.viewer.account
+    label = " ".join(ctx.field("label").split()) or account
+    check_label(ctx.store, account, label)
+    ctx.store.exec("UPDATE accounts SET label = ? WHERE name = ?", label, account)
+    for row in ctx.store.query("SELECT workspace FROM memberships WHERE account = ?",
+                               account):
+        ctx.host.bus.publish(f"members:{row['workspace']}")
+    access_changed(ctx, account)
+    return see_other("/account")._replace(which=f"{account} {label}")
+
+
+def check_label(store, account, label):
+    """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
+    also in other letters: Bób, bob."""
+    clear = label.isprintable() and FILLERS.isdisjoint(label)
+    if not clear or len(label) > LONGEST_TITLE:
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters, all of which can "
+                           "be seen. Choose another.")
+    known = slug(label)
+    if known != account and store.one("SELECT 1 FROM accounts WHERE name = ?", known):
+        raise Refused(422, f"There is an account {known}, and it is not yours. Add "
+                           "something that tells you apart.")
+
+
+# -- the members page
+
+def people_page(ctx, region):
+    """What each role may do stands beside the choice of a role."""
+    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
+    return members_page(ctx, Html().join([template("people.roles")(role=roles), region]))
+
+
+DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page),), routes=(
+    Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
 
 
 if __name__ == "__main__":

@@ -10441,7 +10441,7 @@ def test_a_public_page_is_for_anybody_and_everybody_comes_as_who_they_are_there(
         person = stock.person(name)
         answer = person.get("/w/acme/shown")
         assert answer.status == 200 and "things.</p>" in answer.text
-        assert ('href="/w/acme/things"' in answer.text) == (name == "erin") == (">erin</a>" in answer.text)
+        assert ('href="/w/acme/things"' in answer.text) == (name == "erin") == ('content="erin"' in answer.text)
 
 
 @cases("path", ["/w/acme/things", "/w/acme/", "/w/acme", "/w/acme/things.csv", "/w/acme/shown/more", "/w/acme/members", "/w/nowhere/shown", "/w/nowhere/things", "/w/acme/shown/live", "/w/acme/SHOWN"])
@@ -12643,7 +12643,7 @@ def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_
     assert (page.status, page.headers["cache-control"]) == (200, "no-store") and "A &lt;b&gt; &amp; co</b>, as viewer" in page.text
     answer = at_link(outside, link, "new", username="bea", new="long enough", next="/w/a-b-co")
     assert (answer.status, answer.headers["location"]) == (303, "/w/a-b-co")
-    assert "Came by it: bea" in ear.until_it_says("for 1 more")
+    assert "Came by it:" in (told := ear.until_it_says("for 1 more")) and 'data-account="bea"' in told
     assert signed_in_by(outside, answer).get("/_gate/a-b-co").headers["x-role"] == "viewer"
     assert outside.env.directory.ask("/_operator", "", {"cookie": signed_in_by(outside, answer).headers["Cookie"]}) is False
     notes = [tuple(row) for row in outside.policy.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
@@ -13634,6 +13634,119 @@ def test_a_section_that_needs_another_says_so(title):
     assert needs <= needed(title) <= {*found}
 
 
+# ==== 64. People ======================================================================================================
+
+def be_shown_as(person, label):
+    return person.post("/account/name", form={"label": label})
+
+
+def people_in(markup):
+    """Whom it lists: the text of each, with the initials, and the account if that is another name."""
+    found = re.findall(r'<span class="person" data-account="[^"]*">(.*?)</span> </span>', markup, re.S)
+    return [html.unescape(" ".join(re.sub("<[^>]*>", "", one).split())) for one in found]
+
+
+@cases("root", ["two planes", "single", "directory and node"])
+def test_a_new_name_is_on_all_open_pages_at_once_and_the_account_stays_what_it_is(tmp_path, root):
+    crew = orion.Region("crew", lambda ctx: element(", ".join([one["label"] for one in ctx.members()])))
+    crew = orion.Slice("crew", live=(orion.Live("/crew", "todos:read", "Crew", (crew,)),))
+    with contextlib.closing(Root(functools.partial(ROOTS[root], slices=(orion.todos, crew)), tmp_path / "root")) as root:
+        carol, own = root.person("carol"), root.ear("carol")
+        ears = [root.ear("bob", f"/w/acme/{page}/live") for page in ("todos", "members", "crew")]
+        answer = be_shown_as(carol, "  C\u00e4rol  <b> \u674e ")
+        assert (answer.status, answer.headers["location"]) == (303, "/account")
+        for ear in ears + [own]:
+            while "C\u00e4rol &lt;b&gt; \u674e" not in ear.event(heartbeats=True):
+                pass
+        shown = "C\u674e C\u00e4rol <b> \u674e carol"
+        for page in ("/w/acme/members", "/w/acme/todos", "/account"):
+            assert shown in people_in(carol.get(page).text), page
+        said = carol.get("/_gate/acme").headers
+        assert (said["x-account"], urllib.parse.unquote(said["x-label"])) == ("carol", "C\u00e4rol <b> \u674e")
+        assert be_shown_as(carol, "").status == 303 and "C carol" in people_in(carol.get("/account").text) and "x-label" not in carol.get("/_gate/acme").headers
+
+
+@cases("label, why", [("x" * 64, "1 to 63"), ("x" * 10_000, "1 to 63"), ("\u202ebob", "can be seen"), ("a\u2066b", "can be seen"), ("bo\u200db", "can be seen"),
+                      ("bob\u3164", "can be seen"), ("a\x00b", "can be seen"), ("\x1b[31m", "can be seen"),
+                      ("bob", "account bob"), (" BOB ", "account bob"), ("B\u00f3b", "account bob"), ("bo\u0301b", "account bob"), ("\uff22ob", "account bob"), ("bob\ufe0f", "account bob"), ("bob.", "account bob")], ids=ascii)
+def test_a_name_that_deceives_is_refused_and_shown_again_and_the_one_before_stays(server, label, why):
+    carol = Person(server, "carol")
+    answer = be_shown_as(carol, label)
+    field = re.search(r'<input id="label"[^>]*value="([^"]*)"', answer.text)[1]
+    assert answer.status == 422 and why in re.search(r'id="label-problem"[^>]*>([^<]*)', answer.text)[1] and html.unescape(field) == label
+    assert read(server, "SELECT label FROM accounts WHERE name = 'carol'") == [("Carol Jones",)]
+
+
+@cases("label", ["Carol", "CAROL", "\u041c\u0430\u0440\u0438\u044f", "\u05de\u05e8\u05d9\u05dd", "\u0939\u093f\u0928\u094d\u0926\u0940", "\U0001f98a", "Bob Miller", "x" * 63], ids=ascii)
+def test_any_name_that_can_be_seen_is_taken_even_one_that_somebody_else_has_for_the_account_tells_them_apart(server, label):
+    carol = Person(server, "carol")
+    assert be_shown_as(carol, label).status == 303
+    assert people_in(carol.get("/w/acme/members").text)[2].endswith(f"{label} carol")
+
+
+def test_only_who_is_signed_in_changes_the_own_name_and_the_journal_has_it(server):
+    assert be_shown_as(Person(server), "Nobody").status == 401
+    assert Person(server, "carol").post("/account/name", form={"label": "Eve", "_stamp": "bob 1"}).status == 412
+    assert Person(server, "carol").post("/account/name", form={"label": "Carol J.", "account": "bob"}).status == 303
+    assert read(server, "SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 1") == [("carol", "directory.change_label", "carol Carol J.")]
+    assert read(server, "SELECT label FROM accounts WHERE name = 'bob'") == [("Bob Miller",)]
+
+
+def test_what_is_wrong_with_a_name_is_not_said_of_the_password_nor_the_other_way_round(outside):
+    problems = lambda answer: re.findall(r'id="(label|password)-problem"[^>]*>([^<]*)', answer.text)
+    ann = outside.sign_in("ann")
+    assert problems(be_shown_as(ann, "ops")) == [("label", "There is an account ops, and it is not yours. Add something that tells you apart."), ("password", "")]
+    wrong = ann.post("/account/password", form={"username": "ann", "password": "wrong", "new": "long enough too"})
+    assert problems(wrong) == [("label", ""), ("password", "The present password is not right. Try again.")]
+
+
+@cases("label, initials", [("Carol Jones", "CJ"), ("carol", "C"), ("Carol van der Jones", "CJ"), ("Carol (she)", "C"), ("\u00e9lodie \u00e5berg", "\u00c9\u00c5"), ("\U0001f98a", "\U0001f98a"), ("- -", "-")], ids=ascii)
+def test_initials_are_the_first_letters_of_the_first_and_the_last_word(label, initials):
+    assert orion.initials(label) == initials
+
+
+def test_an_account_keeps_its_colour_and_initials_can_be_read_on_each(server):
+    css = (HERE / "templates" / "style.css").read_text("utf-8")
+    grounds = dict(re.findall(r"\.face-(\d) \{ background: (#[0-9a-f]{6}); \}", css))
+    assert {*grounds} == {*map(str, range(orion.COLOURS))} and min(contrast("#fff", ground) for ground in grounds.values()) >= 4.5
+    assert "face-0" in orion.person_of("carol", "Carol") and "face-0" in orion.person_of("carol", "X"), "whatever process makes it"
+
+
+def test_a_page_links_to_the_style_that_says_you_which_depends_on_its_address_alone(server):
+    assert '<link rel="stylesheet" href="/you.css?carol">' in Person(server, "carol").get("/w/acme/members").text and "you.css" not in Person(server).get("/").text
+    answer = Person(server).get("/you.css?carol")
+    assert answer.text == '[data-account="carol"] { --you: "(you)" }\n' and answer.headers["cache-control"].endswith("immutable") and "text/css" in answer.headers["content-type"]
+    for odd in ("", "carol%22%5D", "Carol", "a=b", "a" * 33, "%0A"):
+        assert Person(server).get(f"/you.css?{odd}").status == 404, odd
+    assert Person(server).post("/you.css?carol", form={}).status == 405
+
+
+def test_who_is_here_is_counted_in_full_and_eight_are_shown(server):
+    for number in range(10):
+        add_account(server, f"ann-{number}", "long enough")
+        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", f"ann-{number}")
+        server.write("UPDATE accounts SET persona = 1, label = ? WHERE name = ?", f"Ann {number}", f"ann-{number}")
+    ears = [Ear(Person(server, f"ann-{number}"), "/w/acme/todos/live") for number in range(10)]
+    while "10 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert people_in(told) == [f"A{number} Ann {number} ann-{number}" for number in range(8)] and "+2</span>" in told
+    ears.pop().close(), ears.pop().close()
+    while "8 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert len(people_in(told)) == 8 and "+" not in told
+
+
+def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_is_invited(server, monkeypatch):
+    monkeypatch.setitem(orion.ROLES, "member", ("todos:read", "todos:write", "cards:move"))
+    bob = Person(server, "bob")
+    for role, may in (("owner", "read, write and delete todos; manage members; delete workspace"), ("member", "read and write todos; move cards"), ("viewer", "read todos")):
+        assert f"<b>{role}</b>: {may}</p>" in bob.get("/w/acme/members").text
+    page = at_link(server, link_into(bob)).text
+    assert "as member. You may: read and write todos; move cards." in page and people_in(page) == ["BM Bob Miller bob"]
+    newcomer(server, link_into(bob))
+    assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
+
+
 # #### In the browser ##################################################################################################
 
 # ==== The browser =====================================================================================================
@@ -14354,7 +14467,7 @@ def test_a_page_says_so_and_loads_anew_when_somebody_else_signs_in_in_another_wi
     bob.js("document.body.dataset.old = 1; return fetch('/persona', {method: 'POST', body: new URLSearchParams({account: 'carol'})}).then(() => 1)")
     bob.press("Enter")                               # in this moment, before anything has told the page
     bob.wait("document.getElementById('toast').textContent.includes('Somebody else is signed in here now. Nothing was written') || !document.body.dataset.old")
-    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol' && document.querySelector('.link').textContent === 'Live'")
+    bob.wait("!document.body.dataset.old && document.querySelector('meta[name=account]').content === 'carol' && document.querySelector('.link').textContent === 'Live'")
     assert len(titles(Person(server, "bob"))) == 3 and bob.js("return document.getElementById('title').value") == ""
 
 
@@ -14366,13 +14479,13 @@ def test_a_stream_that_comes_back_as_somebody_elses_says_so_and_the_page_loads_a
         if type(held) is orion.Stream:
             server.edge.call(held.close)
     bob.wait("document.getElementById('live').textContent.includes('Somebody else is signed in here now')")
-    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol'")
+    bob.wait("!document.body.dataset.old && document.querySelector('meta[name=account]').content === 'carol'")
 
 
 def test_a_page_whose_session_ended_looks_once_whether_somebody_has_signed_in_since(server, windows):
     bob = our_page(server, windows[0], "bob")
     bob.js("document.body.dataset.old = 1; return fetch('/persona', {method: 'POST', body: new URLSearchParams({account: 'carol'})}).then(() => 1)")
-    bob.wait("!document.body.dataset.old && document.querySelector('.account a').textContent === 'carol'")
+    bob.wait("!document.body.dataset.old && document.querySelector('meta[name=account]').content === 'carol'")
     carol = Person(server, "carol")
     bob.be(carol)
     bob.open(server.origin + "/w/acme/todos")
@@ -15876,10 +15989,49 @@ def test_a_link_is_made_opened_and_used_by_the_keyboard_on_a_telephone(site, win
     bea.js("location.hash = arguments[0]", link.partition("#")[2])       # another link in the same tab
     bea.wait("document.body.innerText.includes('not valid') && location.hash === ''")
     bob.open(f"{site.origin}/w/acme/members/links")
-    bob.wait(f"document.querySelector('#links li').textContent.includes('Came by it: bea') && {narrow}")
+    bob.wait(f"/Came by it:\\s+B\\s+bea/.test(document.querySelector('#links li').textContent) && {narrow}")
     bob.click("#links li button")
     bob.wait("document.querySelector('#links') && !document.querySelector('#links li')")
     assert bob.errors() == [] == [error for error in bea.errors() if "422" not in error]
+
+
+YOU = "[...document.querySelectorAll('main .person')].filter(one => getComputedStyle(one, '::after').content === '\"(you)\"').map(one => one.dataset.account).join()"
+
+
+def test_a_name_is_changed_by_the_keyboard_on_a_telephone_and_the_others_see_it_and_each_who_they_are(site, windows):
+    bob, carol = site.at("bob", windows[0], "/w/acme/members"), site.at("carol", windows[1])
+    narrow = "document.documentElement.scrollWidth <= innerWidth"
+    for window in windows:
+        window.size(375, 800), window.errors()
+    here = "[...document.querySelectorAll('#here .person')].map(one => one.innerText.split(/\\s+/).join(' ')).join()"
+    carol.wait(f"{here} === 'CJ Carol Jones carol' && {YOU} === 'carol'")
+    assert bob.js(f"return {YOU}") == "bob" and bob.js(f"return {narrow}")
+    bob.open(site.origin + "/account")
+    bob.js("document.querySelector('.account a').focus()")
+    bob.press("Tab", "Tab", "Control+a", *"Bob", "Space", *"Lee", "Enter")
+    bob.wait(f"document.querySelector('#main .person, .account .person bdi').textContent === 'Bob Lee' && {narrow}")
+    bob.open(site.origin + "/w/acme/todos")
+    carol.wait(f"{here} === 'BL Bob Lee bob,CJ Carol Jones carol' && {YOU} === 'carol' && {narrow}")
+    Person(site, "bob").patch("/w/acme/members/carol", role="admin")     # so the whole page is shown again
+    carol.wait(f"document.querySelector('.tools button:last-child')?.textContent.includes('Clear') && {YOU} === 'carol'")
+    Person(site, "bob").post("/account/name", form={"label": "W" * 63})
+    carol.wait(f"document.querySelector('#here').textContent.includes('WWW') && {narrow}")
+    carol.open(site.origin + "/w/acme/members")
+    carol.wait(f"document.querySelectorAll('#members .person').length === 3 && {YOU} === 'carol' && {narrow}")
+    assert bob.errors() == [] == carol.errors()
+
+
+@without_client
+def test_a_name_is_changed_with_scripts_off_and_a_refused_one_is_shown_again(site, windows):
+    bob = windows[0]
+    bob.be(Person(site, "bob"))
+    bob.javascript(False)
+    bob.open(site.origin + "/account")
+    bob.js("document.getElementById('label').value = ''")
+    bob.type("#label", "Carol\n")
+    eventually(lambda: "account carol" in bob.js("return document.getElementById('label-problem').textContent") and bob.js("return document.getElementById('label').value") == "Carol")
+    bob.type("#label", " Lee\n")
+    eventually(lambda: bob.js("return document.querySelector('.account bdi').textContent") == "Carol Lee")
 
 
 @without_client
@@ -15914,7 +16066,7 @@ def test_an_owner_renames_and_deletes_a_workspace_by_the_keyboard_on_a_telephone
     bob.js("document.getElementById('confirm').focus()")
     bob.press(*"acme corp", "Enter")
     bob.wait("location.pathname === '/' && document.querySelector('.link').textContent === 'Live'")
-    carol.wait("document.querySelector('.cards').textContent.includes('None yet')")
+    carol.wait("document.querySelector('.cards').textContent.includes('no workspace yet')")
     assert carol.errors() == [] == [error for error in bob.errors() if "422" not in error]
 
 
