@@ -6834,6 +6834,7 @@ import inspect
 import mmap
 import shutil
 import tempfile
+import textwrap
 import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
@@ -8962,7 +8963,8 @@ def execute_script(script: str, *, auto_remove: bool = True,
 # ==== 38. Console =========================================================================
 # The idea: the running server seen from the inside: both planes, each request on its way,
 #   each store call as it lands. The console is asked like an object and streamed like a
-#   region, but it has no store: what it shows is read from the objects that run.
+#   region, but it has no store: what it shows is read from the objects that run. Beside
+#   its drawing of a request's way stand the functions on that way, from this file.
 # It promises: notes are taken while somebody watches, and only the last are kept. A server
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
@@ -8979,7 +8981,7 @@ class Call(NamedTuple):
     sql: str
     args: str
     rows: Any                                            # found or changed; "": neither
-    micros: int
+    took: str
 
 
 class Leg(NamedTuple):
@@ -8987,7 +8989,7 @@ class Leg(NamedTuple):
     kind: str                                            # gate, directory or workspace
     id: str
     status: int
-    micros: int
+    took: str
     calls: int                                           # to its store
     said: Dict[str, str]                                 # the answer's headers
 
@@ -8997,11 +8999,13 @@ class Trip:
     numbers = itertools.count(1)
 
     def __init__(self, request: Request):
-        self.request = request
         self.number = next(self.numbers)
+        self.method = request.method
+        self.path = request.path[:80]
         self.status = 0
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
+        self.probed: Any = None                          # what a probe has shown
 
 
 class OfThread(threading.local):
@@ -9049,7 +9053,7 @@ class Trace:
             self.noted += 1
             call = Call(self.noted, clock(time.time(), "milliseconds"), object,
                         " ".join(sql.split()), shown, rows if rows >= 0 else "",
-                        micros(seconds))
+                        in_ms(seconds))
             self.calls.append(call)
         if self.thread.trip:
             self.thread.trip.calls.append(call)
@@ -9084,7 +9088,7 @@ class Trace:
         started = time.perf_counter()
         before = len(trip.calls)
         answer = outcome(fetch)
-        took = micros(time.perf_counter() - started)
+        took = in_ms(time.perf_counter() - started)
         status = getattr(answer, "status", 500)
         said = dict(getattr(answer, "headers", ()))
         trip.legs.append(Leg(kind, id, status, took, len(trip.calls) - before, said))
@@ -9099,8 +9103,8 @@ def argument(value):
     return repr(value)[:80]
 
 
-def micros(seconds: float) -> int:
-    return round(1e6 * seconds)
+def in_ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
 
 
 def clock(at: float, digits: str = "seconds") -> str:
@@ -9174,6 +9178,38 @@ class Follows(LoopEdge):
         return []
 
 
+# -- the way of one POST, by the numbers in the drawing
+
+WAY = {"Ask the gate": (worker, ask_the_gate),
+       "The verdict": (gate,),
+       "Forward, with the verdict": (destination, SliceHost.command, DurableObject.command,
+                                     SliceHost.handle, SliceHost.call),
+       "Write, commit, publish": (create, Bus.publish, Store.transaction, Bus.tell),
+       "Frames to every stream": (Broker.published, Broker.refresh, SliceHost.rendering,
+                                  SliceHost.render, Broker.deliver, Stream.show)}
+
+
+@functools.lru_cache(maxsize=None)
+def steps():
+    """Return the way in rows, with the text of each function as it runs."""
+    return [{"number": number, "title": title, "function": [*map(listing, functions)]}
+            for number, (title, functions) in enumerate(WAY.items(), 1)]
+
+
+def listing(function):
+    lines, first = inspect.getsourcelines(function)
+    return {"name": function.__qualname__, "source": textwrap.dedent("".join(lines)),
+            "where": f"lines {first} to {first + len(lines) - 1}"}
+
+
+@verb("read", "print the functions that answer one POST, in order, for a pager")
+def read_way(settings, given):
+    for step in steps():
+        print(f"{step['number']}. {step['title']}\n")
+        for one in step["function"]:
+            print(f"# {one['name']}, {one['where']}\n{one['source']}")
+
+
 # -- the console: what it shows of that
 
 class Console:
@@ -9184,12 +9220,9 @@ class Console:
         self.edge = edge
         self.broker = edge.broker
         self.trace = edge.trace
-        self.lock = threading.Lock()
         self.due = False                                 # a frame is on its way
-        self.stale = True                                # the facts may be old
-        self.facts: Dict[str, Dict[str, Any]] = {}       # by id: what each object told
-        self.counted = 0.0                               # when it was asked
-        self.micros = 0                                  # how long all of them took
+        self.changed = 0                                 # the second after a publish
+        self.count_all = functools.lru_cache(maxsize=8)(self.count_all)
         self.actions = {("GET", "/console"): self.page,
                         ("GET", "/console/live"): self.stream,
                         ("POST", "/console/probe"): self.probe,
@@ -9218,8 +9251,8 @@ class Console:
     # -- what makes a frame: news, a second that passed, somebody who came
 
     def published(self, id: str, topic: str) -> None:
-        """Have the next frame ask the objects for their facts."""
-        self.stale = True
+        """Have the objects asked for their facts, from the next second on."""
+        self.changed = int(time.monotonic()) + 1
 
     def news(self) -> None:
         if not self.due:
@@ -9234,8 +9267,9 @@ class Console:
 
     def fetch(self, request: Request) -> Response:
         """Return the region, as an object would: the broker takes this for a stub."""
-        with self.trace.silence(), self.lock:
-            html = self.region(request.params, "paused" not in request.params)
+        with self.trace.silence():
+            shown = self.shown(request.params, "paused" not in request.params)
+            html = template("console.live")(**shown, picture=True, region=True)
             watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
             return Response(200, type=EVENTS, watch=(watch,))
 
@@ -9245,20 +9279,14 @@ class Console:
 
     # -- the page
 
-    def page(self, request, me, probe=False):
-        account = me["account"]
-        demo = bool(self.env.settings.demo)
-        roles = ", ".join([f"{role} of {name}" for name, role in me["roles"].items()])
-        with self.lock:
-            region = self.region(request.params, True)
+    def page(self, request, me, probe=None):
+        roles = [row["role"] for row in me["mine"]]
         body = template("console")(
-            region=region, personas=demo, masquerade=not demo, grant=grant_rows(),
-            who=account or "nobody yet", persona=me["personas"], nobody=not account,
-            standing=bool(account), account=account,
-            roles=roles or "member of no workspace", probe=probe, idle=not probe,
+            **self.shown(request.params, True), **me, picture=True, region=True,
+            step=steps(), masquerade=not self.env.settings.demo, grant=grant_rows(),
+            who=me["account"] or "nobody yet", probe=probe,
             name=probe["name"] if probe else "",
-            role=[{"role": role, "current": role in me["roles"].values()}
-                  for role in ROLES])
+            role=[{"role": role, "current": role in roles} for role in ROLES])
         nav = template("layout.console")(state=True)
         return page("Console", body, guest_of(me), nav)
 
@@ -9268,20 +9296,19 @@ class Console:
         id = self.id_of(name)
         served = self.env.workspaces.served
         before = served[id]
-        trip = self.trip_to(name, request)
-        verdict = trip.legs[0].status if trip.legs else trip.status
-        said = verdict_in_words(verdict, name, me["account"])
+        trip, answer = self.trip_to(name, request)
+        trip.probed = {"before": before, "after": served[id]}
+        passed = len(trip.legs) > 1
         names = {self.env.directory.id: "Directory", id: name}
-        result = {"name": name, "verdict": verdict, "said": said,
-                  "before": before, "after": served[id],
-                  "kind": "ok" if verdict == 200 else "refused",
-                  "alone": verdict != 200,
-                  "let": verdict == 200 and admission(trip),
+        result = {**me, **trip.probed, "name": name, "status": trip.status,
+                  "said": str(answer), "stopped": not passed,
+                  "passed": passed and verdict_of(trip),
                   "call": self.call_rows(trip.calls, names)}
-        if request.datastar:
-            patch = patch_elements(template("console.probe")(**result))
-            return Response(200, patch + patch_signals({"toast": said}), EVENTS)
-        return self.page(request, me, result)
+        if not request.datastar:
+            return self.page(request, me, result)
+        html = template("console.probe")(**result)
+        patch = patch_elements(html, selector="#probe", mode="inner")
+        return Response(200, patch, EVENTS)
 
     def trip_to(self, name, request):
         """Send a request of our own, with this person's cookie. A busy one is not waited
@@ -9294,10 +9321,9 @@ class Console:
         self.trace.watch(1)
         try:
             with self.trace.silence(False):
-                self.trace.follow(trip, worker, asked, briefly)
+                return trip, self.trace.follow(trip, worker, asked, briefly)
         finally:
             self.trace.watch(-1)
-        return trip
 
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
@@ -9305,7 +9331,7 @@ class Console:
         id = self.id_of(request.text("workspace"))
         if id:
             fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
-        self.stale = True
+        self.published(id, "")
         return Response(204) if request.datastar else see_other("/console")
 
     def id_of(self, name):
@@ -9315,126 +9341,100 @@ class Console:
 
     # -- the region
 
-    def count_all(self, ids):
-        """Ask each object for its facts, if something was published; once a second at
-        most."""
-        too_soon = time.time() < self.counted + 1
-        if self.facts.keys() == {*ids} and (too_soon or not self.stale):
-            return
-        self.stale = False
+    def count_all(self, second, *ids):
+        """Ask each object for its facts. Return them, and how long that took."""
         started = time.perf_counter()
-        self.facts = {id: self.count(id) for id in ids}
-        self.micros = micros(time.perf_counter() - started)
-        self.counted = time.time()
+        facts = {id: self.count(id) for id in ids}
+        return facts, in_ms(time.perf_counter() - started)
 
     def count(self, id):
         workspaces = self.env.workspaces
         slept = id not in workspaces.objects
         facts = facts_of(workspaces.get(id))
         if facts["count"] == "busy":
-            self.stale = True                            # it is asked again
+            self.published(id, "")                       # it is asked again
         woken = workspaces.objects.get(id)
         if slept and woken:
             woken.sleep(time.monotonic())
         return facts
 
-    def region(self, params, with_feed):
+    def shown(self, params, with_feed):
+        """Return what the picture and the region show, by the names in the template."""
         after = params.get("after", "")
         query = urllib.parse.urlencode({"after": after})
         found = self.env.directory.ask("/_names", query)
         page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
-        self.count_all(page)
         names = {self.env.directory.id: "Directory", **page}
-        rows = [self.object_row(self.env.workspaces.get(id), name, self.facts[id])
+        second = min(self.changed, int(time.monotonic()))
+        facts, took = self.count_all(second, *page)
+        rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
                 for id, name in page.items()]
         first = self.object_row(self.env.directory, "Directory", {})
-        return template("console.region")(
-            object=[first, *rows],
-            option=rows,
-            dead=[row for row in rows if row["failed"]],
-            all=found["all"], awake=len(self.env.workspaces.objects),
-            asked=len(page), micros=self.micros,
-            more=len(found["page"]) > NAMES_A_PAGE,
-            last=max(page.values(), default=""), after=after,
-            feed=with_feed and self.feed(params, names),
-            **self.drawing(rows, found["all"], names),
-            **self.streams(names))
+        return {"object": [first, *rows],
+                "gate": first,
+                "option": rows,
+                "dead": [row for row in rows if row["failed"]],
+                "all": found["all"], "awake": len(self.env.workspaces.objects),
+                "asked": len(page), "took": took,
+                "more": len(found["page"]) > NAMES_A_PAGE,
+                "last": max(page.values(), default=""), "after": after,
+                "feed": with_feed and self.feed(params, names),
+                **self.drawing(rows, found["all"]),
+                **self.streams()}
 
     def object_row(self, stub, name, facts):
         id, namespace = stub
-        file = namespace.path(id)
         one = namespace.objects.get(id)
         awake = bool(one and one.store)
-        size = sum([part.stat().st_size for part in with_wal(file)])
+        size = sum([part.stat().st_size for part in with_wal(namespace.path(id))])
         return {"count": "", "jobs": "", "failed": [], **facts,
                 "id": id,
                 "name": name,
-                "file": file.name,
-                "size": size // 1024,                    # kB
+                "size": in_kb_or_mb(size),
                 "state": "awake" if awake else "asleep",
                 "since": awake and {"opened": clock(one.opened_at)},
                 "streams": len(self.broker.watchers(id)),
                 "served": namespace.served[id]}
 
-    # -- the drawing: where a workspace stands in it is its x. Rows have two names, as node
-    # and wire, if the template shows them twice
+    # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
+    # stands in it is a percentage of the plane's width
 
-    PLACES = (450, 548, 646, 744)
-    OTHERS = 842
+    PLACES = (10, 30, 50, 70)
+    OTHERS = 90
 
-    def drawing(self, rows, all, names):
+    def drawing(self, rows, all):
         """Both planes, and the way of each request of late."""
-        nodes = [{**row, "x": x, "short": shortened(row["name"])}
-                 for x, row in zip(self.PLACES, rows)]
-        places = {node["id"]: node["x"] for node in nodes}
-        if all > len(nodes):
-            nodes.append({"x": self.OTHERS, "short": "others", "state": ""})
-        trips = [self.trip_row(trip, names, places) for trip in [*self.trace.trips][::-1]]
-        newest_on_top = trips[:3][::-1]
-        return {"node": nodes, "wire": nodes, "path": newest_on_top, "trip": trips,
-                "none": not trips}
+        nodes = [{**row, "at": at, "short": shortened(row["name"])}
+                 for at, row in zip(self.PLACES, rows)]
+        places = {node["id"]: node["at"] for node in nodes}
+        trips = [self.trip_row(trip, places) for trip in [*self.trace.trips]]
+        stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
+        paths = stopped[-1:] + trips[-3:]
+        return {"node": nodes, "others": all - len(nodes), "way": paths,
+                "tall_way": paths, "trip": trips[::-1], "none": not trips}
 
-    def trip_row(self, trip, names, places):
-        legs = [self.leg_row(leg, names, places) for leg in trip.legs]
-        stopped = trip.legs[-1].kind == "gate" and trip.legs[-1].status != 200
-        return {"number": trip.number,
-                "method": trip.request.method,
-                "path": trip.request.path[:80],
-                "status": trip.status,
-                "kind": "refused" if trip.status in (401, 403) else "ok",
-                "leg": legs, "hop": legs, "way": not stopped,
-                "stop": stopped, "barred": stopped}
-
-    def leg_row(self, leg, names, places):
-        object = "gate" if leg.kind == "gate" else names.get(leg.id, leg.id[:8])
-        calls = "1 store call" if leg.calls == 1 else f"{leg.calls} store calls"
-        if leg.kind != "workspace":
-            return {**leg._asdict(), "object": object, "calls": calls, "x": 560, "y": 76}
-        return {**leg._asdict(), "object": object,
-                "calls": calls if leg.calls else "from the cache",
-                "x": places.get(leg.id, self.OTHERS), "y": 232}
+    def trip_row(self, trip, places):
+        return {**vars(trip), **verdict_of(trip), "kind": kind_of(trip),
+                "at": places.get(trip.legs[-1].id, self.OTHERS),
+                "leg": [{**leg._asdict(), "cached": not leg.calls,
+                         "code": code_of(leg, trip)} for leg in trip.legs]}
 
     # -- streams and store calls
 
-    def streams(self, names):
+    def streams(self):
         channels = [channel for of_object in [*self.broker.channels.values()]
                     for channel in [*of_object.values()]]
-        rows = [self.stream_row(channel, names) for channel in channels[:50]]
+        rows = [stream_row(channel) for channel in channels[:50]]
         open = sum(self.broker.accounts.values())
         return {"stream": rows, "open": open, **self.broker.frames}
-
-    def stream_row(self, channel, names):
-        stub, _, again, *_ = channel.subscription
-        return {"object": names.get(stub.id, stub.id[:8]), "path": again.path,
-                "role": again.headers.get("x-role", ""), "open": len(channel.streams)}
 
     def feed(self, params, names):
         object = params.get("object", "")
         calls = [call for call in self.trace.show() if object in ("", call.object)]
-        return {"line": self.call_rows(calls[::-1], names), "noted": self.trace.noted,
-                "missed": self.trace.dropped, "object": object,
+        return {**vars(self.trace), "line": self.call_rows(calls[::-1], names),
+                "object": object,
                 "whose": object and {"label": names.get(object, object[:8])},
-                "everything": object != "", "paused": "paused" in params,
+                "paused": "paused" in params,
                 "going": "paused" not in params}
 
     def call_rows(self, calls, names):
@@ -9442,33 +9442,52 @@ class Console:
                 for call in calls]
 
 
+def stream_row(channel):
+    stub, _, again, *_ = channel.subscription
+    headers = again.headers
+    return {"object": headers.get("x-workspace", stub.id), "path": again.path,
+            "role": headers.get("x-role"), "open": len(channel.streams)}
+
+
+def kind_of(trip):
+    """Return how far it came: so much of the way is drawn."""
+    last = trip.legs[-1]
+    if last.kind == "gate" and last.status != 200:
+        return "stopped"
+    if last.kind != "workspace":
+        return "asked"
+    return "wrote" if trip.method not in SAFE and trip.status < 400 else "read"
+
+
+def verdict_of(trip):
+    said = trip.legs[0].said
+    return {"verdict": trip.legs[0].status, "role": said.get("x-role"),
+            "grants": said.get("x-grants")}
+
+
+def code_of(leg, trip):
+    """Return the name of the function that the leg opens."""
+    if leg.kind == "gate":
+        return "gate"
+    return "SliceHost.handle" if trip.method in SAFE else "SliceHost.command"
+
+
 def shortened(name):
-    return name if len(name) < 12 else f"{name[:10]}…"
+    return name if len(name) < 9 else f"{name[:7]}…"
+
+
+def in_kb_or_mb(size):
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def grant_rows():
     """Which role has which grant, as a table."""
-    return [{"grant": grant,
-             "cell": [{"yes": grant in some, "no": grant not in some}
-                      for some in ROLES.values()]} for grant in ROLES["owner"]]
+    return [{"grant": grant, "cell": [{"yes": grant in some} for some in ROLES.values()]}
+            for grant in ROLES["owner"]]
 
 
 def guest_of(me) -> Viewer:
     return masked(Viewer(account=me["account"]), me["mask"], me["read_only"])
-
-
-def admission(trip):
-    """What the verdict said, and what the workspace did."""
-    said = trip.legs[0].said
-    return {"busy": trip.status == 503, "contacted": trip.status != 503,
-            "role": said["x-role"], "grants": said["x-grants"]}
-
-
-def verdict_in_words(verdict, name, account):
-    return {200: f"The gate lets {account} into {name}.",
-            401: f"Refused at the gate: nobody is signed in, so {name} is closed.",
-            403: f"Refused at the gate: {account} has no access to {name}.",
-            }.get(verdict, f"No verdict: {verdict}.")
 
 
 @addition
@@ -9490,12 +9509,11 @@ class AnswersTheConsole(EdgeDirectory):
     def own_onlooker(self, request):
         """Who asks, where they belong, and whether they run this server."""
         viewer = self.viewer(request)
-        mine = self.store.query(MINE, viewer.account, "", 100)
         return {"account": viewer.account, "operator": self.own_operator(request),
                 "mask": getattr(viewer, "operator", ""),
                 "read_only": getattr(viewer, "read_only", False),
-                "roles": {row["name"]: row["role"] for row in mine},
-                "personas": self.personas(viewer.account)}
+                "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
+                "persona": self.personas(viewer.account)}
 
     def shows_console(self, viewer):
         account = getattr(viewer, "operator", viewer.account)

@@ -44,6 +44,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -8159,7 +8160,7 @@ def test_the_console_shows_each_object_with_id_state_and_count(server):
     text = bob.get("/console").text
     id = server.env.workspaces.id_from_name("acme")
     row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
-    assert '>acme</a></th><td><code class="id"' in row and "<td>4</td><td></td></tr>" in row and "awake since" in row
+    assert f'>acme</a></th><td><code class="id" title="{id}">{id}</code>' in row and "<td>4</td><td></td></tr>" in row and "awake since" in row
 
 
 def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
@@ -8182,7 +8183,7 @@ def test_a_workspace_that_is_busy_holds_up_neither_the_console_nor_a_probe(serve
     with acme.turn:
         text = bob.get("/console").text
         assert "busy</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
-        assert "The gate lets bob into acme" in probe(bob, "acme")
+        assert "200, let in." in probe(bob, "acme")
         assert bob.post("/console/retry", workspace="acme").status == 503
     eventually(lambda: bob.get("/console").text.count("<td>3</td><td></td></tr>") == 3)
 
@@ -8198,6 +8199,17 @@ def test_the_console_pages_through_many_workspaces(server):
     assert len(names(first)) == orion.NAMES_A_PAGE and len(names(first) + names(rest)) == 33 == len({*names(first), *names(rest)})
 
 
+def test_the_console_asks_no_workspace_that_it_does_not_show(server):
+    alice, workspaces = Person(server, "alice"), server.env.workspaces
+    for n in range(25):
+        alice.post("/workspaces", form={"name": f"w{n:02}"})
+    workspaces.sleep_unused(idle=-1)
+    before = workspaces.fetches
+    for _ in range(2):
+        alice.get("/console")
+    assert workspaces.fetches == before + orion.NAMES_A_PAGE and not workspaces.objects
+
+
 def probe(person, workspace):
     answer = person.post("/console/probe", workspace=workspace)
     return answer.text
@@ -8207,27 +8219,28 @@ def test_a_probe_of_a_foreign_workspace_ends_at_the_gate_and_contacts_no_workspa
     titles(Person(server, "bob"))
     before = server.env.workspaces.fetches
     text = probe(Person(server, "alice", datastar=True), "acme")
-    assert "403 · Refused at the gate: alice has no access to acme." in text and f"{before} before, {before} after" in text
+    assert "403, stopped at the gate.</b> This workspace is not yours" in text and f"{before} before, {before} after" in text
     assert {*re.findall(r"<li><b>(.*?)</b>", text)} == {"Directory"} and server.env.workspaces.fetches == before
-    assert '"toast": "Refused at the gate' in text
+    assert "toast" not in text
 
 
 def test_a_probe_of_ones_own_workspace_shows_the_verdict(server):
     titles(Person(server, "bob"))
     before = server.env.workspaces.fetches
     text = probe(Person(server, "bob", datastar=True), "acme")
-    assert "200 · The gate lets bob into acme." in text and f"{before} before, {before + 1} after" in text
-    assert "role owner, grants todos:read,todos:write" in text
+    assert "200, let in." in text and f"{before} before, {before + 1} after" in text
+    assert "bob is owner, with the grants todos:read,todos:write" in text
 
 
 def test_a_probe_tells_no_difference_between_a_foreign_workspace_and_none(server):
-    text = probe(Person(server, "alice", datastar=True), "nowhere")
-    assert "403 · Refused at the gate: alice has no access to nowhere." in text
+    alice = Person(server, "alice", datastar=True)
+    foreign, none = [re.sub(r"[\d.]+ ms|acme|nowhere|\d+ (before|after)", "", probe(alice, name)) for name in ("acme", "nowhere")]
+    assert foreign == none and "403, stopped at the gate." in none
 
 
 def test_a_probe_works_without_scripts_and_signed_out(server):
     answer = Person(server).post("/console/probe", form={"workspace": "acme"})
-    assert answer.status == 200 and "401 · Refused at the gate: nobody is signed in" in answer.text and "<html" in answer.text
+    assert answer.status == 200 and "401, stopped at the gate.</b> Sign in first." in answer.text and "<html" in answer.text
 
 
 def test_a_hostile_probe_is_text(server):
@@ -8242,16 +8255,54 @@ def test_store_calls_and_requests_of_others_reach_the_open_console(server):
     event = ear.until_it_says("INSERT INTO todos")
     while "/w/acme/todos</bdi>" not in event:
         event = ear.event()
-    way = re.search(r'<li id="way-\d+" class="ok"><b>POST</b> <code><bdi>/w/acme/todos</bdi></code>.*?</li>', event)[0]
-    assert "gate <b>200</b>" in way and "acme <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
+    way = re.search(r'<li id="way-\d+" class="wrote"><b>POST</b> <code><bdi>/w/acme/todos</bdi></code>.*?</li>', event)[0]
+    assert ">gate</a> <b>200</b>" in way and ">SliceHost.command</a> <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
 
 
 def test_a_refused_request_visibly_ends_at_the_gate(server):
     ear = Ear(Person(server), "/console/live")
     ear.event()
     Person(server, "alice").get("/w/acme/todos")
-    event = ear.until_it_says("stopped at the gate")
-    assert 'class="trip refused"' in event
+    assert 'class="trip stopped"' in ear.until_it_says("<b>403</b></li>")
+
+
+def test_the_functions_beside_the_drawing_are_those_of_a_real_post_in_their_order(start):
+    ran = []
+    threading.setprofile(lambda frame, event, _: ran.append(frame.f_code) if event == "call" else None)
+    try:
+        server = start()
+        bob, ear = Person(server, "bob"), Ear(Person(server, "carol"), "/w/acme/todos/live")
+        ear.event()
+        at_rest(server)
+        ran.clear()
+        bob.post("/w/acme/todos", title="on its way")
+        ear.until_it_says("on its way")
+    finally:
+        threading.setprofile(None)
+    later = iter([*ran])                             # each is looked for behind the one before
+    assert [one.__qualname__ for functions in orion.WAY.values() for one in functions if inspect.unwrap(one).__code__ not in later] == []
+
+
+def test_each_leg_of_a_request_leads_to_a_function_that_the_page_shows(server):
+    ear, bob = Ear(Person(server), "/console/live"), Person(server, "bob")
+    ear.event()
+    for ask in (bob.get, bob.post):
+        ask("/w/acme/todos", **({"title": "x"} if ask == bob.post else {}))
+    page = bob.get("/console").text
+    leads = {*re.findall(r'href="#(code-[^"]+)"', page)}
+    assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<h3 id="([^"]+)"', page)}
+
+
+@cases("program", ["-morion", PROGRAM])
+def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(program):
+    with Command("read", program=program, ready=False) as command:
+        text = command.process.communicate(timeout=PATIENCE)[0]
+    lines = PROGRAM.read_text("utf-8").splitlines(keepends=True)
+    found = re.findall(r"(?m)^# ([\w.]+), lines (\d+) to (\d+)$", text)
+    assert [name for name, _, _ in found] == [one.__qualname__ for functions in orion.WAY.values() for one in functions]
+    for name, first, last in found:
+        assert f"def {name.split('.')[-1]}(" in "".join(lines[int(first) - 1:int(first) + 1])
+        assert textwrap.dedent("".join(lines[int(first) - 1:int(last)])) in text
 
 
 def test_the_feed_can_be_of_one_object_and_can_pause(server):
@@ -15047,15 +15098,17 @@ def test_every_colour_can_be_read_on_its_ground(scheme, text, ground, least):
     assert contrast(known[text], known[ground]) >= least
 
 
-def test_alice_probes_acme_and_sees_that_nobody_was_contacted(site, windows):
+def test_alice_probes_acme_and_sees_in_the_drawing_that_nobody_was_contacted(site, windows):
     alice = site.at("alice", windows[0], "/console")
     row = f"document.getElementById('object-{site.env.workspaces.id_from_name('acme')}').cells[5].textContent"
     served = alice.js(f"return {row}")
     alice.type("#workspace", "acme")
-    alice.click("[action='/console/probe'] button")
-    alice.wait("document.querySelector('#toast.shown p').textContent.startsWith('Refused at the gate')")
+    alice.press("Enter")
+    alice.wait(f"document.querySelector('.wide .stopped')?.textContent.includes('requests: {served} before the probe, {served} after')")
+    assert alice.js("return [...document.querySelectorAll('.wide .stopped .no')].pop().textContent") == "403"
+    alice.wait("document.querySelector('#probe details:not([open])')")
     assert "No workspace was contacted" in alice.js("return document.getElementById('probe').textContent")
-    assert alice.js(f"return {row}") == served
+    assert alice.js(f"return {row}") == served and not alice.js("return document.querySelector('#toast.shown')")
 
 
 def test_the_console_lives_while_others_work(site, windows):
@@ -15067,8 +15120,40 @@ def test_the_console_lives_while_others_work(site, windows):
     bob.press("Enter")
     watcher.wait(f"{row} === '4'")
     watcher.wait("document.getElementById('feed').textContent.includes('INSERT INTO todos')")
-    watcher.wait("document.querySelector('polyline.trip.ok')")
-    assert watcher.errors() == []
+    watcher.wait("document.querySelector('.wide .trip.wrote')")
+    watcher.click("#trips [href='#code-Bus.publish']")
+    watcher.wait("[...document.querySelectorAll('.steps [open]')].map(step => step.textContent.includes('def publish(self, topic')).join() === 'true'")
+    watcher.click("#objects .copy")
+    assert watcher.js("return getSelection().toString()") == "directory" and watcher.errors() == []
+
+
+@without_client
+def test_the_drawing_comes_first_and_is_whole_at_each_width(site, windows):
+    alice = site.at("alice", windows[0], "/console")
+    Person(site, "bob").post("/w/acme/todos", title="x")
+    alice.type("#workspace", "acme")
+    alice.press("Enter")
+    alice.wait("document.querySelector('.wide .stopped')?.textContent.includes('before')")
+    for width, kind in ((1280, "wide"), (768, "wide"), (375, "tall")):
+        alice.size(width, 900)
+        seen, bottom, cropped = alice.js("""const shown = [...document.querySelectorAll('.drawing[viewBox]')].filter(one => one.getBoundingClientRect().width)
+            const frame = shown[0].getBoundingClientRect()
+            const cropped = [...shown[0].querySelectorAll('text, rect, circle, line')].filter(one => {
+                const box = one.getBoundingClientRect()
+                return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1 })
+            return [shown.map(one => one.classList[1]).join(), frame.bottom, cropped.filter(one => one.getBoundingClientRect().width).map(one => one.outerHTML)]""")
+        assert seen == kind and bottom < 900 and cropped == []
+
+
+@without_client
+def test_a_request_travels_through_the_drawing_but_not_for_who_wants_no_motion(site, windows):
+    alice, bob = site.at("alice", windows[0], "/console"), Person(site, "bob")
+    moves = "[...new Set(document.getAnimations().map(one => one.animationName))].sort().join()"
+    bob.post("/w/acme/todos", title="x")
+    alice.wait(f"document.querySelector('.trip.wrote') && {moves} === 'appear,draw,go'")
+    alice.media(prefers_reduced_motion="reduce")
+    assert alice.js(f"return {moves}") == "appear"
+    alice.media()
 
 
 @without_client
@@ -15076,7 +15161,7 @@ def test_the_persona_is_switched_by_one_click_and_the_page_follows(site, windows
     window = site.at("alice", windows[0], "/console")
     window.click(".switch button[value=bob]")
     window.wait("document.getElementById('who-title').textContent === 'You are bob'")
-    assert "owner of acme, member of globex" in window.js("return document.body.textContent.replace(/bob is /, '')")
+    assert "bob is owner of acme.bob is member of globex." in window.js("return document.body.textContent")
 
 
 @without_client
