@@ -458,8 +458,8 @@ def as_sent(origin: str) -> str:
 # ==== 3. Markup ===========================================================================
 # The idea: text becomes markup in one place only. A template has holes; where a hole stands
 #   decides what it takes, and how that is written there.
-# It promises: what a user typed stays text. A template in which it could become markup,
-#   code or a harmful address is refused when it is read, with the line and the remedy.
+# It promises: what a user typed stays text. [3] refuses a template in which it could become
+#   markup, code or a harmful address.
 # Who uses it: every region and every page.
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
@@ -482,6 +482,7 @@ def escape(value: Any) -> Html:
 
 
 NOTHING = object()                                       # stands for no value at all
+LINKED = ('href="', 'src="', 'action="')
 
 
 class Template:
@@ -539,20 +540,39 @@ class Template:
         if kind in self.readings:
             return
         self.readings[kind] = None                       # for now: it can't
-        scanner = Scanner(self.markup)
-        try:
-            scanner.scan(kind)
-        except ValueError as error:
-            if kind in ("text", "an attribute"):
-                raise self.error(scanner.at, error) from None
+        found = self.places(kind)
+        if found is None:
             return                                       # text of that name will fill it
         first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
         holes = [(kind, name, WRITERS[kind], markup)
-                 for (kind, name), markup in zip(scanner.found, after)]
+                 for (kind, name), markup in zip(found, after)]
         self.readings[kind] = first, holes
-        for kind, name in scanner.found:
+        for kind, name in found:
             if name in self.parts and kind != "json":
                 self.parts[name].read_as(kind)
+
+    def places(self, kind):
+        """Return (kind, name) of each hole; None if this can't fill a hole of that kind.
+
+        It relies on each attribute being in double quotes, as in templates/. [3] reads all
+        that browsers do, and refuses a hole that text could break out of.
+        """
+        if kind in ("text", "an attribute"):
+            holes = HOLE.finditer(self.markup)
+            return [(self.place_of(hole, kind), hole[2]) for hole in holes]
+        fits = kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup)
+        return [(kind, name) for _, name in HOLE.findall(self.markup)] if fits else None
+
+    def place_of(self, hole, kind):
+        before = self.markup[:hole.start()]
+        unquoted = re.sub('"[^"]*"', "", before)
+        tag = unquoted.rfind("<")
+        in_tag = kind == "an attribute" or tag > unquoted.rfind(">")
+        if hole[1]:
+            return "json"
+        if in_tag and '"' in unquoted[tag:]:
+            return "an address" if before.endswith(LINKED) else "a value"
+        return "an attribute" if in_tag else "text"
 
     def error(self, at, remedy):
         rest = self.markup[at:].lstrip() or self.markup[-60:]
@@ -655,179 +675,6 @@ def write_address(text):
 
 WRITERS = {"text": html.escape, "a value": html.escape, "an attribute": write_attribute,
            "json": write_json, "an address": write_address}
-
-
-# -- where a hole stands (to be skipped on a first reading). Some markup means one thing in
-#    <svg>, or without scripts, and another elsewhere: it is refused.
-
-TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
-                 "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
-                 "(?=[^a-z/!?{]))")
-ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
-                       r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
-                       """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
-                       r"(?=[ \t\n\f\r/>]|\Z)")
-TAG_END = re.compile("[ \t\n\f\r]*/?>")
-# The attributes that Datastar runs, by all their names: also older ones, and an alias.
-EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
-                        "style|init|effect|indicator|ref|json-signals|animate|persist|"
-                        "custom-validity|match-media|query-string|replace-url|"
-                        "scroll-into-view|view-transition)(?![a-z0-9])")
-STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
-LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
-# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
-NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
-LOADING = ("script", "style", "link", "base", "object", "embed")
-FORM_METHODS = ("get", "post", "dialog")
-TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
-           "plaintext")                                  # in them, < begins no tag
-
-
-class Scanner:
-    """Finds out in what kind of place each hole of some markup stands.
-
-    Raises ValueError with the remedy; at is where.
-    """
-
-    def __init__(self, markup):
-        self.markup = markup
-        self.at = 0
-        self.found = []                                  # (kind, name) of each hole
-        self.inside = ""                                 # of which element of TAGLESS
-
-    def scan(self, kind):
-        """Read all the markup, as what fills a hole of this kind."""
-        self.refuse_broken_holes()
-        if kind == "text":
-            self.text()
-        elif kind == "an attribute":
-            self.attributes("")
-        elif kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup):
-            self.holes_until(len(self.markup), kind)
-        if self.inside:
-            raise ValueError(f"</{self.inside}> is missing")
-        if self.markup[self.at:].strip():
-            raise ValueError(f"this part stands in the place of {kind}; take out what "
-                             "can't stand there")
-
-    def refuse_broken_holes(self):
-        others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
-        if "{{" in others:
-            self.at = others.index("{{")
-            raise ValueError("a hole is {{name}}, one word of letters, digits and _; for "
-                             "two braces in an expression put a space between them")
-
-    def holes_until(self, end, kind):
-        for is_json, name in HOLE.findall(self.markup, self.at, end):
-            if self.inside in LOADING:
-                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
-                                 "an attribute such as data-who, and read it from there")
-            self.found.append(("json" if is_json else kind, name))
-        self.at = end
-
-    def text(self):
-        """Read up to the end."""
-        while True:
-            tag = self.markup.find("<", self.at)
-            end = tag if tag >= 0 else len(self.markup)
-            self.holes_until(end, "a value" if self.inside else "text")
-            if tag < 0:
-                return
-            self.token()
-
-    def token(self):
-        """Read what begins with <."""
-        token = TAG.match(self.markup, self.at)
-        if not token:
-            raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
-        comment, closing, opening = token.groups()
-        if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
-            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
-                             "in a script a space after it")
-        if comment is not None:
-            check_comment(comment)
-        self.at = token.end()
-        if opening:
-            self.tag(opening.lower())
-        elif closing:
-            self.inside = ""
-
-    def tag(self, name):
-        self.attributes(name)
-        end = TAG_END.match(self.markup, self.at)
-        if not end:
-            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
-                             "itself, <input {{checked}}>; put spaces between attributes, "
-                             "and close quotes and the tag")
-        self.at = end.end()
-        if name in TAGLESS:
-            self.inside = name
-
-    def attributes(self, tag):
-        while (found := ATTRIBUTE.match(self.markup, self.at)):
-            is_json, hole, name, value = found.groups()
-            if hole and (is_json or tag in LOADING):
-                raise ValueError(f"this hole can't be an attribute of <{tag}>; put it in "
-                                 "quotes")
-            if hole:
-                self.found.append(("an attribute", hole))
-            elif value:
-                self.value(tag, name.lower(), value[1:-1])
-            self.at = found.end()
-
-    def value(self, tag, name, text):
-        """Read what stands in quotes. (Without quotes there is no hole.)"""
-        if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
-            raise ValueError("browsers send a form by get or post alone; for another "
-                             "method, write data-on:submit=\"@delete('...')\"")
-        if name == "http-equiv" or "</noscript" in text.lower():
-            raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
-                             "template; leave it out")
-        for hole in HOLE.finditer(text):
-            kind = kind_in_value(tag, name, hole)
-            self.found.append((kind, hole[2]))
-
-
-def check_comment(text):
-    if "{{" in text:
-        raise ValueError("no hole can stand in a comment; take it out")
-    if text.strip()[:1] == "/":
-        raise ValueError("a part has no closing line: it stands at the end of the file and "
-                         "lasts until the next part; take this line out")
-    if text.strip().replace("-", "_").isidentifier():
-        raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
-                         "of letters, digits and _; a remark has two words or more")
-
-
-def kind_in_value(tag, name, hole):
-    """Return the kind of a hole in the value of this attribute."""
-    if EXPRESSION.match(name):
-        return kind_in_expression(name, hole)
-    if tag in LOADING or NO_HOLES.match(name):
-        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
-                         "load; choose a class, or use data-on:click and {{json who}}")
-    if LINKS.fullmatch(name):
-        return kind_in_address(name, hole)
-    return "json" if hole[1] else "a value"
-
-
-def kind_in_expression(name, hole):
-    before = STRING.sub("", html.unescape(hole.string[:hole.start()]))
-    if hole[1] and {*"\"'`"}.isdisjoint(before):
-        return "json"
-    raise ValueError(f"{name} is code; write {{{{json {hole[2]}}}}} there, outside of "
-                     f"quotes, as in 'Hello ' + {{{{json {hole[2]}}}}}")
-
-
-def kind_in_address(name, hole):
-    """A hole that begins an address is checked when it is filled."""
-    before, after = hole.string[:hole.start()], hole.string[hole.end():]
-    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
-        return "a value"
-    if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
-        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
-                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
-    return "an address"
 
 
 @functools.lru_cache(maxsize=None)
@@ -6784,6 +6631,7 @@ def create_workspace_with_file(request, env):
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
 #     61 Tokens         62 Own workspaces              63 Repeats      64 People
+#     65 Places
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -16499,6 +16347,198 @@ def people_page(ctx, region):
 
 DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page),), routes=(
     Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
+
+
+# ==== 65. Places ==========================================================================
+# The idea: Part One takes a template for sound. Here it is read as browsers read markup,
+#   and refused if a hole stands where text could become code, with the line and the remedy.
+# It promises: in no hole of a template that is read can text do harm. Some markup means one
+#   thing in <svg>, or without scripts, and another elsewhere: it is refused.
+# Who uses it: each Template, when it is made.
+
+TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
+                 "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
+                 "(?=[^a-z/!?{]))")
+ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
+                       r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
+                       """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
+                       r"(?=[ \t\n\f\r/>]|\Z)")
+TAG_END = re.compile("[ \t\n\f\r]*/?>")
+# The attributes that Datastar runs, by all their names: also older ones, and an alias.
+EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
+                        "style|init|effect|indicator|ref|json-signals|animate|persist|"
+                        "custom-validity|match-media|query-string|replace-url|"
+                        "scroll-into-view|view-transition)(?![a-z0-9])")
+STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
+LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
+# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
+NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
+LOADING = ("script", "style", "link", "base", "object", "embed")
+FORM_METHODS = ("get", "post", "dialog")
+TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
+           "plaintext")                                  # in them, < begins no tag
+
+
+class Scanner:
+    """Finds out in what kind of place each hole of some markup stands.
+
+    Raises ValueError with the remedy; at is where.
+    """
+
+    def __init__(self, markup):
+        self.markup = markup
+        self.at = 0
+        self.found = []                                  # (kind, name) of each hole
+        self.inside = ""                                 # of which element of TAGLESS
+
+    def scan(self, kind):
+        """Read all the markup, as what fills a hole of this kind."""
+        self.refuse_broken_holes()
+        if kind == "text":
+            self.text()
+        elif kind == "an attribute":
+            self.attributes("")
+        elif kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup):
+            self.holes_until(len(self.markup), kind)
+        if self.inside:
+            raise ValueError(f"</{self.inside}> is missing")
+        if self.markup[self.at:].strip():
+            raise ValueError(f"this part stands in the place of {kind}; take out what "
+                             "can't stand there")
+
+    def refuse_broken_holes(self):
+        others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
+        if "{{" in others:
+            self.at = others.index("{{")
+            raise ValueError("a hole is {{name}}, one word of letters, digits and _; for "
+                             "two braces in an expression put a space between them")
+
+    def holes_until(self, end, kind):
+        for is_json, name in HOLE.findall(self.markup, self.at, end):
+            if self.inside in LOADING:
+                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
+                                 "an attribute such as data-who, and read it from there")
+            self.found.append(("json" if is_json else kind, name))
+        self.at = end
+
+    def text(self):
+        """Read up to the end."""
+        while True:
+            tag = self.markup.find("<", self.at)
+            end = tag if tag >= 0 else len(self.markup)
+            self.holes_until(end, "a value" if self.inside else "text")
+            if tag < 0:
+                return
+            self.token()
+
+    def token(self):
+        """Read what begins with <."""
+        token = TAG.match(self.markup, self.at)
+        if not token:
+            raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
+        comment, closing, opening = token.groups()
+        if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
+            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
+                             "in a script a space after it")
+        if comment is not None:
+            check_comment(comment)
+        self.at = token.end()
+        if opening:
+            self.tag(opening.lower())
+        elif closing:
+            self.inside = ""
+
+    def tag(self, name):
+        self.attributes(name)
+        end = TAG_END.match(self.markup, self.at)
+        if not end:
+            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
+                             "itself, <input {{checked}}>; put spaces between attributes, "
+                             "and close quotes and the tag")
+        self.at = end.end()
+        if name in TAGLESS:
+            self.inside = name
+
+    def attributes(self, tag):
+        while (found := ATTRIBUTE.match(self.markup, self.at)):
+            is_json, hole, name, value = found.groups()
+            if hole and (is_json or tag in LOADING):
+                raise ValueError(f"this hole can't be an attribute of <{tag}>; put it in "
+                                 "quotes")
+            if hole:
+                self.found.append(("an attribute", hole))
+            elif value:
+                self.value(tag, name.lower(), value[1:-1])
+            self.at = found.end()
+
+    def value(self, tag, name, text):
+        """Read what stands in quotes. (Without quotes there is no hole.)"""
+        if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
+            raise ValueError("browsers send a form by get or post alone; for another "
+                             "method, write data-on:submit=\"@delete('...')\"")
+        if name == "http-equiv" or "</noscript" in text.lower():
+            raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
+                             "template; leave it out")
+        for hole in HOLE.finditer(text):
+            kind = kind_in_value(tag, name, hole)
+            self.found.append((kind, hole[2]))
+
+
+def check_comment(text):
+    if "{{" in text:
+        raise ValueError("no hole can stand in a comment; take it out")
+    if text.strip()[:1] == "/":
+        raise ValueError("a part has no closing line: it stands at the end of the file and "
+                         "lasts until the next part; take this line out")
+    if text.strip().replace("-", "_").isidentifier():
+        raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
+                         "of letters, digits and _; a remark has two words or more")
+
+
+def kind_in_value(tag, name, hole):
+    """Return the kind of a hole in the value of this attribute."""
+    if EXPRESSION.match(name):
+        return kind_in_expression(name, hole)
+    if tag in LOADING or NO_HOLES.match(name):
+        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
+                         "load; choose a class, or use data-on:click and {{json who}}")
+    if LINKS.fullmatch(name):
+        return kind_in_address(name, hole)
+    return "json" if hole[1] else "a value"
+
+
+def kind_in_expression(name, hole):
+    before = STRING.sub("", html.unescape(hole.string[:hole.start()]))
+    if hole[1] and {*"\"'`"}.isdisjoint(before):
+        return "json"
+    raise ValueError(f"{name} is code; write {{{{json {hole[2]}}}}} there, outside of "
+                     f"quotes, as in 'Hello ' + {{{{json {hole[2]}}}}}")
+
+
+def kind_in_address(name, hole):
+    """A hole that begins an address is checked when it is filled."""
+    before, after = hole.string[:hole.start()], hole.string[hole.end():]
+    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
+        return "a value"
+    if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
+        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
+                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
+    return "an address"
+
+
+def checked_places(self, kind):
+    """Take the place of Template.places. Raises ValueError."""
+    scanner = Scanner(self.markup)
+    try:
+        scanner.scan(kind)
+    except ValueError as error:
+        if kind in ("text", "an attribute"):
+            raise self.error(scanner.at, error) from None
+        return None
+    return scanner.found
+
+
+setattr(Template, "places", checked_places)              # for apps make theirs themselves
 
 
 if __name__ == "__main__":
