@@ -589,14 +589,13 @@ class Template:
         return Html(self.filled("text", values))
 
     def filled(self, kind, values):
-        first, holes = self.readings[kind]
-        texts = [first]
+        text, holes = self.readings[kind]
         for kind, name, write, after in holes:
             value = values.get(name, NOTHING)
             plain = type(value) is str
-            text = write(value) if plain else self.fill(kind, name, value, values)
-            texts += text, after
-        return "".join(texts)
+            text += write(value) if plain else self.fill(kind, name, value, values)
+            text += after
+        return text
 
     def fill(self, kind, name, value, values):
         """Return what a value that is no text becomes."""
@@ -609,7 +608,7 @@ class Template:
             return ""
         if value is True:
             return self.fill_once(kind, name, values)
-        if type(value) is int and (name in self.parts or kind == "an attribute"):
+        if type(value) is int:
             return self.fill_number(kind, name, value, values)
         if isinstance(value, (dict, sqlite3.Row)):
             return self.fill_rows(kind, name, [value], values)
