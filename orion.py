@@ -1844,7 +1844,7 @@ def todos_page(ctx, region):
         form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
         stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""),
-        limit=TITLE_LIMIT)
+        limit=TITLE_LIMIT, params=ctx.params, remove=ctx.viewer.can("todos:delete"))
 
 
 def todos_data(ctx):
@@ -1859,7 +1859,7 @@ def create(ctx):
     title = valid_title(ctx.field("title"))
     ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
-    return done(ctx, title="", problem="")
+    return done(ctx, title="", problem="", **unless_shown(title, ctx))
 
 
 def change(ctx, id):
@@ -1957,6 +1957,14 @@ def found_todos(store, typed, show):
     found = store.query(LISTED.format(condition), *words, TODOS_A_PAGE + 1)
     many = {"most": TODOS_A_PAGE} if len(found) > TODOS_A_PAGE else None
     return found[:TODOS_A_PAGE], {"more": None, "many": many}
+
+
+def unless_shown(title, ctx):
+    """Return a note for the sender, whose list (show, q) may not have the new todo."""
+    words = ctx.field("q").lower().split()
+    if ctx.field("show") != "done" and all([word in title.lower() for word in words]):
+        return {}
+    return {"note": "Added. This list does not show it."}
 
 
 def todo_counts(store):
@@ -2387,7 +2395,7 @@ def persona(ctx):
 
 # The workspaces of an account, its own first; and all personas with what they are there.
 PLACES = """FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
-            AND w.name IS NOT NULL ORDER BY m.role <> 'owner', w.name"""
+            AND w.name IS NOT NULL AND w.moving < 2 ORDER BY m.role <> 'owner', w.name"""
 PERSONAS = f"""SELECT a.name, a.label, (SELECT group_concat(place, ', ') FROM (SELECT m.role
                || ' of ' || coalesce(w.title, w.name) AS place {PLACES} LIMIT 3)) AS roles
                FROM accounts a WHERE a.persona ORDER BY a.name""".replace("?", "a.name")
