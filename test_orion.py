@@ -12786,6 +12786,11 @@ def named_in_comments():
     return sorted({*re.findall(r"\b([A-Za-z_]\w*\.\w+|\w*_\w+)(?: \((\d+)\))", comments), *re.findall(r"\b([A-Z]\w+[a-z]\.[a-z_]\w*)()\b", comments)})
 
 
+def test_no_line_of_the_file_is_longer_than_92_characters():
+    lines = pathlib.Path(orion.__file__).read_text("utf-8").splitlines()
+    assert [f"{number}: {line}" for number, line in enumerate(lines, 1) if len(line) > 92] == []
+
+
 def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
     lines = (HERE / "orion.py").read_text("utf-8").split("\n")
     begins = {int(found[1]): number for number, line in enumerate(lines, 1) if (found := re.match(r"# ==== (\d+)\. ", line))}
