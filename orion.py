@@ -119,9 +119,9 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     Stub.fetch (7)              takes the turn of the object
 #     SliceHost.command (8)       opens the transaction: DurableObject.command (7)
 #     SliceHost.handle (8)        finds the route, checks the grant
-#     SliceHost.call (8)          has the slice answer, and notes it in the journal
+#     SliceHost.call (8)          has the slice answer
 #     create (9)                  validates, writes, publishes: Bus.publish (6)
-#     Store.transaction (5)       commits, and only then: Bus.tell (6)
+#     Store.tx (5)                commits, and only then: Bus.tell (6)
 #
 # And in the thread of each open stream:
 #
@@ -272,7 +272,7 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
-    which: str = ""                                      # the row that a command wrote
+    which: str = ""                                      # what was written [2]
     rest: Any = None                                     # [3] what follows the body
 
 
@@ -823,10 +823,6 @@ class Store(Calls):
         """Fetch all rows: a cursor with rows to come would keep a transaction open."""
         return self.cursor.execute(sql, args).fetchall()
 
-    def last_row(self) -> str:
-        """Return the number of the row that was inserted last, or "" if there is none."""
-        return str(self.cursor.lastrowid or "")
-
     def state(self) -> Tuple[int, int]:
         """Return two numbers. While both stand still, no row has changed.
 
@@ -834,15 +830,9 @@ class Store(Calls):
         """
         return self.db.total_changes, self.run("PRAGMA data_version", ())[0][0]
 
-    def tx(self):
-        """Use it as `with store.tx():`. All of what is inside happens, or nothing.
-
-        Inside another tx it is a savepoint: it can fail alone.
-        """
-        return self.savepoint() if self.db.in_transaction else self.transaction()
-
     @contextlib.contextmanager
-    def transaction(self):
+    def tx(self):
+        """Use it as `with store.tx():`. All of what is inside happens, or nothing."""
         self.begin()
         try:
             yield
@@ -862,20 +852,6 @@ class Store(Calls):
 
     def commit(self):
         self.run("COMMIT", ())
-
-    @contextlib.contextmanager
-    def savepoint(self):
-        mark = len(self.after_commit)
-        self.run("SAVEPOINT part", ())
-        try:
-            yield
-            self.run("RELEASE part", ())
-        except BaseException:
-            del self.after_commit[mark:]
-            if self.db.in_transaction:
-                self.run("ROLLBACK TO part", ())
-                self.run("RELEASE part", ())
-            raise
 
     def close(self) -> None:
         """The last connection that closes moves the write-ahead log into the file."""
@@ -941,9 +917,6 @@ def check_history(slice, row, digest):
         why = ("was edited since; append an entry instead or, while you only try, begin "
                "with another folder: --data NEW")
     raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
-
-
-READ, WRITE = "read", "write"                            # what a request may do
 
 
 # -- files that their owner alone can read
@@ -1219,9 +1192,7 @@ class Watch(NamedTuple):
 #   live page and each command names the grant that it takes, so none can be forgotten.
 # It promises: what all slices need is done here, once, by their host. It checks the grant
 #   of the route: the gate says which grants somebody has, not which one a route takes. A
-#   write leaves a row in the journal, in the same transaction. A region is rendered once
-#   for each role and state of the store, however many people look. What goes wrong outside
-#   comes last: a page that is old, a command that is sent again as its answer was lost.
+#   region is rendered once for each role and state of the store, however many people look.
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Slice(NamedTuple):
@@ -1566,33 +1537,13 @@ class SliceHost(DurableObject):
         viewer.permit(route.grant, request.method)
 
     def call(self, slice, route, args, viewer, request):
-        may = READ if request.method in SAFE else WRITE
-        before = self.store.db.total_changes
-        store = self.tables(self.store, slice, may)
-        ctx = self.context(self, store, viewer, request.params, request)
-        what = f"{slice}.{name_of(route.run)}"
+        """Have this slice answer. [2] keeps slices apart, and a journal of what they did.
+        """
+        ctx = self.context(self, self.store, viewer, request.params, request)
         try:
-            response = self.run(route, ctx, args)
+            return self.run(route, ctx, args)
         finally:
             ctx.end()
-        if self.store.db.total_changes != before:        # no slice can forget the journal
-            which = response.which or self.journal_row(route, args, store)
-            self.journal(viewer, what, which)
-        return response
-
-    @staticmethod
-    def tables(store, slice, may):
-        """Return the store as this slice sees it. [2] shows it its own tables alone."""
-        return store
-
-    def journal_row(self, route, args, store):
-        """Return what stood in the path or, if nothing did, the row inserted last."""
-        return "/".join(map(str, args)) or store.last_row()
-
-    def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        """Note who did what, and to which row."""
-        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                        time.time(), viewer.signature, what, which)
 
     def command(self, request: Request) -> Response:
         try:
@@ -1792,12 +1743,6 @@ def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
     names = [name for _, name in PART_OF_PATH.findall(path)]
     values = dict(zip(names, args))
     return PART_OF_PATH.sub(lambda part: str(values[part[2]]), text)
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return how a function is called, also one inside of functools.partial."""
-    function = getattr(function, "func", function)
-    return getattr(function, "__name__", type(function).__name__)
 
 
 # ==== 9. Todos ============================================================================
@@ -2020,23 +1965,8 @@ def valid_title(typed, signal="problem"):
 #   That a page hides a button is only a courtesy.
 # Who uses it: the worker, after a verdict of 200.
 
-TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
-              "operator may move and import it.")
-
-
 class Workspace(SliceHost):
     """What it does comes from its slices."""
-
-    def open(self, create=False):
-        """Raises Refused(422) if it is to be new, and its file has rows.
-
-        They are of a workspace that no Directory knows any more. A file without rows was
-        left behind by a command that failed.
-        """
-        super().open(create)
-        if create and self.store.one("SELECT 1 FROM journal"):
-            self.store.close()
-            raise Refused(*TAKEN)
 
 
 def front_page(ctx):
@@ -3375,7 +3305,8 @@ CRASH = BaseException                                    # a slice may call sys.
 
 # ==== 16. Tables ==========================================================================
 # The idea: a table belongs to the slice whose migration made it. SQLite itself is asked
-#   about each statement, and refuses what reaches into the tables of another slice.
+#   about each statement, and refuses what reaches into the tables of another slice. And
+#   what was written, and by whom, stands in a journal.
 # It promises: a region only reads; a command reads and writes rows; only a migration makes
 #   tables: ordinary ones, and those of full-text search (FTS5), which keep what they index
 #   in further tables of the same slice.
@@ -3389,6 +3320,24 @@ class OwnedStore(Store):
         self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
         self.judge = Judge(self.owners)
         self.db.set_authorizer(self.judge)
+
+    def tx(self):
+        """Inside another tx it is a savepoint: it can fail alone."""
+        return self.savepoint() if self.db.in_transaction else super().tx()
+
+    @contextlib.contextmanager
+    def savepoint(self):
+        mark = len(self.after_commit)
+        self.run("SAVEPOINT part", ())
+        try:
+            yield
+            self.run("RELEASE part", ())
+        except BaseException:
+            del self.after_commit[mark:]
+            if self.db.in_transaction:
+                self.run("ROLLBACK TO part", ())
+                self.run("RELEASE part", ())
+            raise
 
     def migrate_all(self, schema):
         super().migrate_all(schema)
@@ -3434,7 +3383,7 @@ class OwnedStore(Store):
 
 # -- what a statement of a slice may do
 
-MIGRATE = "migrate"                                      # beside READ and WRITE
+READ, WRITE, MIGRATE = "read", "write", "migrate"
 WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
 ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
         sqlite3.SQLITE_RECURSIVE, *WRITES}
@@ -3579,16 +3528,59 @@ class Tables(Calls):
                                "another thread; to write later, use a job or a new request")
 
 
-class OwnsTables(SliceHost):
-    """A host whose slices reach their own tables alone."""
-    store_class = OwnedStore
-    tables = Tables
+def name_of(function: Callable[..., Any]) -> str:
+    """Return how a function is called, also one inside of functools.partial."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
 
-    def journal_row(self, route, args, store):
-        """The path of what is public may be a secret [3]."""
-        if route.grant == PUBLIC:
+
+class OwnsTables(SliceHost):
+    """A host whose slices reach their own tables alone. A write leaves a row in the
+    journal, in the same transaction."""
+    store_class = OwnedStore
+
+    def call(self, slice, route, args, viewer, request):
+        may = READ if request.method in SAFE else WRITE
+        before = self.store.db.total_changes
+        store = Tables(self.store, slice, may)
+        ctx = self.context(self, store, viewer, request.params, request)
+        what = f"{slice}.{name_of(route.run)}"
+        try:
+            response = self.run(route, ctx, args)
+        finally:
+            ctx.end()
+        if self.store.db.total_changes != before:        # no slice can forget the journal
+            row = self.journal_row(route, args, store.inserted)
+            self.journal(viewer, what, response.which or row)
+        return response
+
+    def journal_row(self, route, args, inserted):
+        """Return what stood in the path or, if nothing did, the row inserted last."""
+        if route.grant == PUBLIC:                        # [3] There it may be a secret.
             args = ()
-        return "/".join(map(str, args)) or str(store.inserted or "")
+        return "/".join(map(str, args)) or str(inserted or "")
+
+    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+        """Note who did what, and to which row."""
+        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                        time.time(), viewer.signature, what, which)
+
+
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
+              "operator may move and import it.")
+
+
+class OwnWorkspace(Workspace):
+    def open(self, create=False):
+        """Raises Refused(422) if it is to be new, and its file has rows.
+
+        They are of a workspace that no Directory knows any more. A file without rows was
+        left behind by a command that failed.
+        """
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.store.close()
+            raise Refused(*TAKEN)
 
 
 class OwnContext(Context):
@@ -6822,8 +6814,8 @@ class GivesWholeContexts(SliceHost):
         return whole(Context)
 
 
-addition(OwnsTables)                                     # also with --plain
-addition(OwnContext)
+for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
+    addition(cls)
 
 
 # ==== 28. Settings ========================================================================
@@ -7634,7 +7626,7 @@ class ForgetsOldNotes(Broadcast):
         """
         super().journal(viewer, what, which)
         keep = self.namespace.settings.keep_journal
-        if keep and self.store.last_row().endswith("0"):
+        if keep and self.store.cursor.lastrowid % 10 == 0:
             now = time.time()
             self.store.exec(OLD_NOTES, now - keep, now + keep)
 
@@ -9039,8 +9031,8 @@ class Follows(LoopEdge):
 WAY = {"Ask the gate": (worker, ask_the_gate),
        "The verdict": (gate,),
        "Forward, with the verdict": (destination, SliceHost.command, DurableObject.command,
-                                     SliceHost.handle, SliceHost.call),
-       "Write, commit, publish": (create, Bus.publish, Store.transaction, Bus.tell),
+                                     SliceHost.handle, OwnsTables.call),
+       "Write, commit, publish": (create, Bus.publish, Store.tx, Bus.tell),
        "Frames to every stream": (Broker.published, Broker.refresh, SliceHost.rendering,
                                   SliceHost.render, Broker.deliver, Stream.show)}
 
@@ -14105,7 +14097,7 @@ class App:
             with one.store.tx() if may == WRITE else contextlib.nullcontext():
                 yield ctx
                 if one.store.db.total_changes != before:
-                    SliceHost.journal(one, viewer, self.what, "")    # see NoticesSilence
+                    OwnsTables.journal(one, viewer, self.what, "")    # see NoticesSilence
         finally:
             ctx.end()
 

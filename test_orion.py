@@ -1743,7 +1743,7 @@ def test_a_slice_searches_the_words_that_its_triggers_and_commands_put_into_its_
     write = notes(orion.WRITE)
     with write.tx():
         assert write.insert("INSERT INTO notes (text) VALUES ('Robots, a rope')") == 2
-        assert write.store.last_row() == "2" and found(write) == [1, 2], "what is not committed yet is found, too"
+        assert write.store.cursor.lastrowid == 2 and found(write) == [1, 2], "what is not committed yet is found, too"
     write.exec(FORGET_WORDS)
     assert found(write) == [2] and write.one("SELECT text FROM words WHERE words MATCH 'robots'")[0] == "Robots, a rope"
     write.exec("INSERT INTO words (words) VALUES ('rebuild')"), write.exec("INSERT INTO words (words) VALUES ('integrity-check')")
