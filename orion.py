@@ -2523,7 +2523,9 @@ def names_of(typed: str) -> Tuple[str, str]:
 
 MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
                 JOIN accounts a ON a.name = m.account WHERE m.workspace = ?
-                ORDER BY a.name"""
+                AND m.account >= ? ORDER BY m.account LIMIT ?"""
+COUNT_OF = "SELECT count(*) FROM memberships WHERE workspace = ?"
+MEMBERS_A_PAGE = 100
 ROLE_OF = "SELECT role FROM memberships WHERE workspace = ? AND account = ?"
 OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
 OWNERS_OF = "SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'"
@@ -2547,9 +2549,12 @@ def member_row(ctx, member):
 
 
 def members_region(ctx):
-    members = ctx.store.query(MEMBERS_OF, ctx.viewer.id)
-    rows = [member_row(ctx, member) for member in members]
-    return template("members.region")(member=rows, all=len(rows))
+    first = ctx.params.get("from", "")
+    some = ctx.store.query(MEMBERS_OF, ctx.viewer.id, first, MEMBERS_A_PAGE + 1)
+    rows = [member_row(ctx, member) for member in some[:MEMBERS_A_PAGE]]
+    return template("members.region")(
+        member=rows, all=ctx.store.one(COUNT_OF, ctx.viewer.id)[0],
+        more=[{"next": member["name"]} for member in some[MEMBERS_A_PAGE:]])
 
 
 def members_page(ctx, region):
@@ -2558,7 +2563,9 @@ def members_page(ctx, region):
         region=region, workspace=ctx.title, me=ctx.viewer.account,
         form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
         option=role_choice(ctx.viewer, typed.get("role", "member")),
-        problem=typed.get("problem", ""), stamp=ctx.stamp, more=ctx.host.below_members(ctx))
+        problem=typed.get("problem", ""), stamp=ctx.stamp, more=ctx.host.below_members(ctx),
+        find=ctx.store.one(COUNT_OF, ctx.viewer.id)[0] > MEMBERS_A_PAGE,
+        first=ctx.params.get("from", ""))
 
 
 def role_of(store, id, account):
@@ -2658,7 +2665,7 @@ def store_role(store, id, account, before, after, offered=False):
 
 
 members = Live("/members", MEMBER, "Members", (Region("members", members_region),),
-               members_page)
+               members_page, params={"from": ".{1,63}"})
 
 # The history of its tables: what ran once is never edited. What section 12 does not name is
 # for [3].

@@ -4831,6 +4831,35 @@ def test_a_migration_that_was_edited_is_named_with_what_to_do(start):
                                  "begin with another folder: --data NEW")
 
 
+def add_members(server, workspace, many):
+    """many members m0000, m0001 ..., straight into the Directory."""
+    names = [f"m{number:04d}" for number in range(many)]
+    directory = server.directory()
+    with directory.turn, directory.store.tx():
+        directory.store.db.executemany("INSERT INTO accounts (name, label) VALUES (?, ?)", [(name, name.upper()) for name in names])
+        directory.store.db.executemany("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'member' FROM workspaces WHERE name = ?",
+                                       [(name, workspace) for name in names])
+
+
+def test_of_many_members_a_page_shows_a_hundred_and_leads_to_the_others(start):
+    server = start()
+    bob = Person(server, "bob")
+    assert 'name="from"' not in bob.get("/w/acme/members").text, "nobody has to be found among three"
+    add_members(server, "acme", 250)
+    shown = lambda text: re.findall(r'<li id="member-(\w+)"', text)
+    first, path = bob.get("/w/acme/members").text, "/w/acme/members?from=m0097"
+    assert len(shown(first)) == 100 and shown(first)[:3] == ["bob", "carol", "erin"] and "253 with access" in first
+    assert 'href="./members?from=m0097"' in first and 'name="from"' in first
+    second = bob.get(path).text
+    assert shown(second)[0] == "m0097" and len(shown(second)) == 100 and 'value="m0097"' in second
+    last = bob.get("/w/acme/members?from=m0200").text
+    assert shown(last) == [f"m{number:04d}" for number in range(200, 250)] and "More members" not in last
+    with contextlib.closing(Ear(bob, path.replace("?", "/live?"))) as ear:
+        assert shown(ear.event())[0] == "m0097"
+        assert bob.delete("/w/acme/members/m0100").status == 204
+        assert "m0100" not in shown(ear.event())
+
+
 # ==== 14. Plain edge: faults ==========================================================================================
 # What browsers, networks, disks and slices do wrong; on the full edge as well, where that is promised there too.
 
