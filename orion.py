@@ -1762,7 +1762,7 @@ def with_parts(text: str, path: str, args: Tuple[Any, ...]) -> str:
 #     <!-- region -->
 #     <section id="todos"> {{open}} of {{all}} remaining <ul>{{row}}</ul> </section>
 #     <!-- row -->
-#     <li id="todo-{{id}}"> <input type="checkbox" {{checked}}> {{title}} {{delete}} </li>
+#     <li id="todo-{{id}}"> <input type=checkbox {{checked}}> {{title}} {{delete}} </li>
 
 # -- the page
 

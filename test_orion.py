@@ -3035,7 +3035,7 @@ def test_a_slice_asks_another_for_what_it_exports(start):
 # ==== 9. Todos ========================================================================================================
 
 def titles(person, workspace="acme", query=""):
-    return re.findall(r'<input type="checkbox"[^>]*><span>(.*?)</span>', person.get(f"/w/{workspace}/todos{query}").text)
+    return re.findall(r"<input type=checkbox[^>]*><span>(.*?)</span>", person.get(f"/w/{workspace}/todos{query}").text)
 
 
 def test_a_new_todo_reaches_everybody_and_the_journal(server):
@@ -4079,7 +4079,7 @@ MOZILLA = "Mozilla/5.0 (%s) AppleWebKit/537.36 (KHTML, like Gecko)"
 def test_a_device_is_told_in_words(outside, agent, words):
     signed = Person(outside).ask("POST", "/login", "username=ann&password=long+enough", Content_Type="application/x-www-form-urlencoded", User_Agent=agent)
     shown = Person(outside).get("/account", Cookie=signed.headers["set-cookie"].split(";")[0]).text
-    assert f"<b>{words}</b> <span class=\"name\">this one</span>" in shown and re.search(r'<time datetime="20..-..-..T..:..:..Z"[^>]*>.. ... 20.., ..:.. UTC</time>', shown)
+    assert f"<b>{words}</b> <span class=\"hint\">· this one</span>" in shown and re.search(r'<time datetime="20..-..-..T..:..:..Z"[^>]*>.. ... 20.., ..:.. UTC</time>', shown)
 
 
 def test_only_who_has_a_password_is_asked_for_it(server, outside):
