@@ -2136,6 +2136,7 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
                 AND w.moving < 2"""                      # [3] 1: it moves, more: it is gone
+# [3] shows the label.
 LABELLED = "SELECT *, (SELECT label FROM accounts WHERE name = account) AS label FROM"
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
@@ -5536,7 +5537,7 @@ class Broker:
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
     unannounced = ()                         # ids of which nobody is told who looks on
-    SHOWN = 8                                # of those who look on
+    SHOWN = 7                                # of those who look on; they fit on a phone
 
     def __init__(self, edge):
         self.edge = edge
@@ -5717,8 +5718,9 @@ class Broker:
                 stream.show_here(self.here[id])
 
     def presence(self, streams) -> Piece:
-        people = {stream.account: self.shown(stream) for stream in streams}
-        some = [{"person": people[name]} for name in sorted(people)[:self.SHOWN]]
+        people = {stream.account: stream for stream in streams}
+        some = [{"person": self.shown(people[name])}
+                for name in sorted(people)[:self.SHOWN]]
         rest = len(people) - len(some)
         html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
                                 watchers=len(streams))
@@ -15336,14 +15338,20 @@ def in_words(role):
     return "; ".join(map("{} {}".format, said, verbs))
 
 
+def roles_in_words():
+    """Return what stands beside the choice of a role."""
+    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
+    return template("links.roles")(can=roles)
+
+
 def links_page(ctx, region):
     typed = {"uses": "1", "days": "7", "role": "member", "problem": "", **ctx.typed}
     roles = [{"role": role, "selected": role == typed["role"]} for role in ROLES
              if role != "owner"]
     return template("links.page")(
         workspace=ctx.title, option=roles, uses=typed["uses"], days=typed["days"],
-        problem=typed["problem"], region=region, live=template("slice.live")(),
-        stamp=ctx.stamp)
+        problem=typed["problem"], roles=roles_in_words(), region=region,
+        live=template("slice.live")(), stamp=ctx.stamp)
 
 
 def account_links(ctx):
@@ -16241,11 +16249,13 @@ COLOURS = 6                                              # .face-0 to .face-5 in
 TRUSTED.add("x-label")
 
 
-@functools.lru_cache(maxsize=10_000)
+@functools.lru_cache(maxsize=1000)
 def person_of(account: str, label: str) -> Html:
     """Return somebody as lists show them."""
+    other = label != account
     return template("people.person")(
-        account=account, label=label, initials=initials(label), known=label != account,
+        account=account, label=label, initials=initials(label), other=other,
+        title=f"{label} ({account})" if other else account,
         colour=int(fingerprint(account.encode()), 16) % COLOURS)
 
 
@@ -16313,13 +16323,11 @@ class ShowsPeople(Broker):
 # -- the account page
 
 def account_label(ctx):
-    label = ctx.viewer.label
-    typed = {"label": "" if label == ctx.viewer.account else label, "problem": ""}
-    if "label" in ctx.typed:
-        typed.update(ctx.typed)
+    account, label = ctx.viewer.account, ctx.viewer.label
+    typed = ctx.typed if "label" in ctx.typed else {}
     return template("people.account")(
-        account=ctx.viewer.account, label=typed["label"], problem=typed["problem"],
-        stamp=ctx.stamp)
+        account=account, label=typed.get("label", "" if label == account else label),
+        problem=typed.get("problem", ""), stamp=ctx.stamp)
 
 
 ACCOUNT_PARTS.insert(0, account_label)
@@ -16354,9 +16362,7 @@ def check_label(store, account, label):
 # -- the members page
 
 def people_page(ctx, region):
-    """What each role may do stands beside the choice of a role."""
-    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
-    return members_page(ctx, Html().join([template("people.roles")(role=roles), region]))
+    return members_page(ctx, Html().join([roles_in_words(), region]))
 
 
 DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page),), routes=(
