@@ -1217,8 +1217,8 @@ class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
     args are what stood for the <parts> of the path: text, or an int for <int:part>. form:
-    the page on which the form for this is, if it has another path. upload: bytes that a
-    request may bring; 0: no more than any other [3].
+    the page on which the form for this is, if it has another path. [3] upload: bytes that a
+    request may bring; 0: no more than any other. says: what somebody did, as "deleted".
     """
     method: str
     path: str
@@ -1226,6 +1226,7 @@ class Route(NamedTuple):
     run: Callable[..., Response]
     form: str = ""
     upload: int = 0
+    says: str = ""
 
 
 class Region(NamedTuple):
@@ -1389,6 +1390,15 @@ class Context:
         title = self.request.headers.get("x-title", "")
         return urllib.parse.unquote(title) or self.workspace
 
+    def remove(self, table: str, where: str, *args: Any) -> Dict[str, Any]:
+        """Delete the rows that match where, an SQL condition. Return signals for done().
+
+        [3] keeps these rows, and the signals offer to put them back.
+        """
+        signals = self.host.keep(self, table, where, args)
+        self.store.exec(f"DELETE FROM {table} WHERE {where}", *args)
+        return signals
+
     def publish(self, topic: str) -> None:
         """Have all regions with this topic read again, when the command commits."""
         self.host.bus.publish(self.host.topic(topic, self.viewer))
@@ -1545,6 +1555,10 @@ class SliceHost(DurableObject):
         finally:
             ctx.end()
 
+    def keep(self, ctx: Context, table: str, where: str, args) -> Dict[str, Any]:
+        """See Context.remove."""
+        return {}
+
     def command(self, request: Request) -> Response:
         try:
             return super().command(request)
@@ -1556,6 +1570,10 @@ class SliceHost(DurableObject):
         if request.datastar and refused.status in (409, 422):
             return as_json({refused.signal: refused.message, **refused.problems})
         raise refused
+
+    def after_form(self, ctx: Context, signals: Dict[str, Any]) -> Response:
+        """Lead a plain form that is done to its page. [3] shows the signal note there."""
+        return see_other(f"/w/{ctx.workspace}{self.path_after(ctx.request)}")
 
     def path_after(self, request):
         """Return where a plain form leads when it is done: to its list."""
@@ -1662,14 +1680,13 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     """Answer a command: with signals for its sender or, after a plain form, with the page.
 
     What it changed is not in it: the region brings that to everybody, the sender included.
-    which: what it wrote, for the journal; by default what stood in the path or, if nothing
-    did, the id of the row that was inserted last.
+    which: what it wrote, for the journal: an id and, behind a space, how people call it. By
+    default it is what stood in the path or, if nothing did, the id of the last new row.
     """
     if not ctx.viewer.has_page:
         return Response(204, which=which)
     if ctx.request.plain_form:
-        path = ctx.host.path_after(ctx.request)
-        return see_other(f"/w/{ctx.workspace}{path}")._replace(which=which)
+        return ctx.host.after_form(ctx, signals)._replace(which=which)
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
@@ -1783,10 +1800,11 @@ def todos_page(ctx, region):
               "current": name == show, "label": name.capitalize() or "All"}
              for name in SHOWN]
     write = ctx.viewer.can("todos:write")
+    delete = ctx.viewer.can("todos:delete")
     return template("todos")(
         region=region, link=links, workspace=ctx.title,
-        variant=urllib.parse.urlencode(ctx.params),
-        form=write, readonly=not write, toggle=write, clear=ctx.viewer.can("todos:delete"),
+        variant=urllib.parse.urlencode(ctx.params), form=write, readonly=not write,
+        tools=write or delete, toggle=write, clear=delete,
         title=ctx.typed.get("title", ""), problem=ctx.typed.get("problem", ""),
         stamp=ctx.stamp, only=show != "", show=show, q=ctx.params.get("q", ""),
         limit=TITLE_LIMIT, params=ctx.params, remove=ctx.viewer.can("todos:delete"))
@@ -1802,9 +1820,9 @@ def todos_data(ctx):
 
 def create(ctx):
     title = valid_title(ctx.field("title"))
-    ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
+    id = ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
-    return done(ctx, title="", problem="", **unless_shown(title, ctx))
+    return done(ctx, f"{id} {title}", title="", problem="", **unless_shown(title, ctx))
 
 
 def change(ctx, id):
@@ -1819,14 +1837,14 @@ def change(ctx, id):
     ticked = ctx.checked("done", otherwise)
     ctx.store.exec("UPDATE todos SET title = ?, done = ? WHERE id = ?", title, ticked, id)
     ctx.publish("todos")
-    return done(ctx)
+    return done(ctx, f"{id} {title}")
 
 
 def delete(ctx, id):
-    the_todo(ctx, id)
-    ctx.store.exec("DELETE FROM todos WHERE id = ?", id)
+    todo = the_todo(ctx, id)
+    signals = ctx.remove("todos", "id = ?", id)
     ctx.publish("todos")
-    return done(ctx)
+    return done(ctx, f"{id} {todo['title']}", **signals)
 
 
 def change_all(ctx):
@@ -1839,9 +1857,9 @@ def change_all(ctx):
 
 
 def clear(ctx):
-    ctx.store.exec("DELETE FROM todos WHERE done")
+    signals = ctx.remove("todos", "done")
     ctx.publish("todos")
-    return done(ctx, "done ones")
+    return done(ctx, "done ones", **signals)
 
 
 # -- the slice
@@ -1859,11 +1877,11 @@ todos = Slice(
                (Region("todos", todos_region, data=todos_data),), todos_page,
                params={"show": "open|done", "pages": "[2-9]|1[0-9]|2[0-5]",        # 25
                        "q": r"[^\0-\x1f]{1,50}"}),),
-    routes=(Route("POST", "/todos", "todos:write", create),
-            Route("PATCH", "/todos", "todos:write", change_all),
-            Route("DELETE", "/todos", "todos:delete", clear),
-            Route("PATCH", "/todos/<int:id>", "todos:write", change),
-            Route("DELETE", "/todos/<int:id>", "todos:delete", delete)),
+    routes=(Route("POST", "/todos", "todos:write", create, says="added"),
+            Route("PATCH", "/todos", "todos:write", change_all, says="ticked or unticked"),
+            Route("DELETE", "/todos", "todos:delete", clear, says="cleared"),
+            Route("PATCH", "/todos/<int:id>", "todos:write", change, says="changed"),
+            Route("DELETE", "/todos/<int:id>", "todos:delete", delete, says="deleted")),
     count=count_todos, exports=(count_todos,))
 
 
@@ -2581,15 +2599,17 @@ def invite(ctx):
                            "whoever runs this server to add it.")
     if role_of(ctx.store, ctx.viewer.id, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
-    set_role(ctx, account, NOT_A_MEMBER, valid_role(ctx.field("role", "member")))
-    return done(ctx, f"{ctx.viewer.id} {account}", account="", problem="")
+    role = valid_role(ctx.field("role", "member"))
+    set_role(ctx, account, NOT_A_MEMBER, role)
+    return done(ctx, f"{ctx.viewer.id} {account}: {role}", account="", problem="")
 
 
 def change_role(ctx, account):
     account = account_name(account)
     before = role_of_member(ctx, account)
-    set_role(ctx, account, before, valid_role(ctx.field("role")))
-    return done(ctx, f"{ctx.viewer.id} {account}")
+    role = valid_role(ctx.field("role"))
+    set_role(ctx, account, before, role)
+    return done(ctx, f"{ctx.viewer.id} {account}: {role}")
 
 
 def expel(ctx, account):
@@ -2644,7 +2664,7 @@ def answer_offer(ctx):
         raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
     before = ctx.viewer.role
     put_role(ctx, account, before, "owner" if answer == "accept" else before)
-    return done(ctx, f"{ctx.viewer.id} {account}")
+    return done(ctx, f"{ctx.viewer.id} {answer}")
 
 
 def put_role(ctx, account, before, after, offered=False):
@@ -2730,10 +2750,12 @@ directory = Slice(
             Route("POST", "/persona", PUBLIC, persona),
             Route("POST", "/logout", PUBLIC, logout),
             Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
-            Route("POST", "/members", "members:manage", invite),
-            Route("POST", "/members/offer", MEMBER, answer_offer),
-            Route("PATCH", "/members/<account>", "members:manage", change_role),
-            Route("DELETE", "/members/<account>", MEMBER, expel)))
+            Route("POST", "/members", "members:manage", invite, says="let in"),
+            Route("POST", "/members/offer", MEMBER, answer_offer,
+                  says="was asked to be an owner:"),
+            Route("PATCH", "/members/<account>", "members:manage", change_role,
+                  says="made"),
+            Route("DELETE", "/members/<account>", MEMBER, expel, says="removed")))
 
 
 # ==== 14. Plain edge ======================================================================
@@ -5564,7 +5586,8 @@ class Broker:
             self.access_changed_at = time.monotonic()
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
-            if topic in ("", channel.subscription.topic):
+            heard = channel.subscription.topic           # "": all that is published
+            if topic == heard or "" in (topic, heard):
                 self.mark(channel)
 
     def mark(self, channel):
@@ -6640,7 +6663,7 @@ def create_workspace_with_file(request, env):
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
 #     61 Tokens         62 Own workspaces              63 Repeats      64 People
-#     65 Places
+#     65 Places         66 History
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -10750,6 +10773,7 @@ def member_set(settings, given):
     role = valid_role(given.role) if "role" in given else NOT_A_MEMBER
     with opened(settings, given) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
+        given.workspace = id                             # for the journal: names change
         row_of(store, "accounts", given.account)
         before = role_of(store, id, given.account)
         if before and given.verb == "member add":
@@ -12449,17 +12473,17 @@ def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Respo
 
 
 @public
-def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "") -> Response:
+def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
+       **signals: Any) -> Response:
     """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
 
     It works for plain forms and for Datastar. flash: a message that the page shows once.
-    Raises LookupError if no slice here has the page, ValueError if it is not to be found
-    with these args.
+    signals: what ctx.remove returned. Raises LookupError if no slice here has the page,
+    ValueError if it is not to be found with these args.
     """
     path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
-    text = flash[:LONGEST_FLASH].encode("utf-8", "replace")
-    data = base64.urlsafe_b64encode(text).decode()
-    headers = ((FLASH, f"{path} {data}"),) if flash else ()
+    flash = flash or signals.get("note", "")
+    headers = (flash_header(path, flash, signals),) if flash else ()
     if ctx.request.datastar:                             # the layout has the rest
         return as_json({"_go": path})._replace(headers=headers)
     return see_other(path, *headers)
@@ -12491,6 +12515,12 @@ FLASH = "x-flash"                                        # the header of an answ
 FLASH_SECONDS = 60
 FLASH_KEY = secrets.token_bytes(32)                      # of this process
 LONGEST_FLASH = 200                                      # characters
+
+
+def flash_header(path, text, signals):
+    """The signal _undo, if there is one, goes along in a second line."""
+    lines = f"{text[:LONGEST_FLASH]}\n{signals.get('_undo', '')}".encode("utf-8", "replace")
+    return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
 
 
 def with_flash(request: Request, response: Response) -> Response:
@@ -12539,12 +12569,14 @@ def flash_in(request) -> str:
 def show_flash(request, response, text):
     """Put it at the end of the page, and have the browser forget it."""
     forget = flash_field(request, "", urllib.parse.quote(request.path), 0)
-    return with_message(response._replace(headers=(*response.headers, forget)), text)
+    text, _, undo = text.rpartition("\n")
+    return with_message(response._replace(headers=(*response.headers, forget)), text,
+                        undo=undo, undo_form={"undo": undo} if undo else None)
 
 
-def with_message(response, text, kind="flash"):
+def with_message(response, text, kind="flash", **more):
     body, end, rest = response.body.rpartition(b"</body>")
-    shown = body + template(f"layout.{kind}")(text=text).encode("utf-8", "replace")
+    shown = body + template(f"layout.{kind}")(text=text, **more).encode("utf-8", "replace")
     return response._replace(body=shown + end + rest)
 
 
@@ -12618,6 +12650,17 @@ class KnowsWhatWasTyped(Context):
     def typed(self):
         """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
         return self._request.typed if self._request else {}
+
+
+@addition
+class ShowsNotesAfterForms(SliceHost):
+    def after_form(self, ctx, signals):
+        answer = super().after_form(ctx, signals)
+        if "note" not in signals:
+            return answer
+        path = dict(answer.headers)["location"]
+        flash = flash_header(path, signals["note"], signals)
+        return answer._replace(headers=(*answer.headers, flash))
 
 
 @addition
@@ -15201,7 +15244,7 @@ def use_link(ctx):
         answer = see_other(local_path(ctx.field("next", "/")))
     else:
         answer = open_session(ctx, account)
-    which = filter(None, [link["kind"], link["workspace"], account])
+    which = filter(None, [link["workspace"], link["kind"], account])
     return answer._replace(which=" ".join(which))
 
 
@@ -15375,9 +15418,10 @@ invitations = Live("/members/links", "members:manage", "Links",
 DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
     Route("GET", "/", PUBLIC, home_or_first),
     Route("GET", "/join", PUBLIC, link_page),
-    Route("POST", "/join", PUBLIC, use_link),
-    Route("POST", "/members/links", "members:manage", make_link),
-    Route("POST", "/members/links/withdraw", "members:manage", withdraw_link),
+    Route("POST", "/join", PUBLIC, use_link, says="opened a link:"),
+    Route("POST", "/members/links", "members:manage", make_link, says="made a link:"),
+    Route("POST", "/members/links/withdraw", "members:manage", withdraw_link,
+          says="withdrew the link"),
     Route("POST", "/account/links", ACCOUNT, device_link),
     Route("POST", "/account/links/password", ACCOUNT, password_link))))
 
@@ -15697,7 +15741,7 @@ def withdraw_token(ctx):
 
 DIRECTORY_SLICES.append(Slice("tokens", routes=(
     Route("GET", "/account/tokens", ACCOUNT, tokens_page),
-    Route("POST", "/account/tokens", ACCOUNT, make_token),
+    Route("POST", "/account/tokens", ACCOUNT, make_token, says="made a token:"),
     Route("POST", "/account/tokens/withdraw", ACCOUNT, withdraw_token,
           form="/account/tokens"))))
 ACCOUNT_PARTS.append(lambda ctx: template("tokens.link")())
@@ -15758,8 +15802,9 @@ class AnswersCommands(SliceHost):
             return response
         wrote = self.store.db.total_changes != before    # so the journal says what
         which = self.store.one(LAST_WRITTEN)["which"] if wrote else ""
-        if route.method == "POST" and not args and which.isdecimal():
-            return as_json({"id": int(which)})._replace(status=201)
+        id = which.partition(" ")[0]
+        if route.method == "POST" and not args and id.isdecimal():
+            return as_json({"id": int(id)})._replace(status=201)
         return Response(204)
 
 
@@ -16007,9 +16052,10 @@ DIRECTORY_SLICES.append(Slice("spaces", live=(
          (Region("members", space_region),), space_page, tab=False),), routes=(
     Route("GET", "/live", ACCOUNT, home_stream),
     Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
-    Route("POST", "/members/workspace", "workspace:delete", rename_workspace),
+    Route("POST", "/members/workspace", "workspace:delete", rename_workspace,
+          says="renamed the workspace to"),
     Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,
-          form="/members/workspace"))))
+          form="/members/workspace", says="deleted the workspace"))))
 
 
 @addition
@@ -16559,6 +16605,346 @@ def checked_places(self, kind):
 
 
 setattr(Template, "places", checked_places)              # for apps make theirs themselves
+
+
+# ==== 66. History =========================================================================
+# The idea: the journal, in which each write leaves a row, is a page: who did what, the
+#   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
+#   Directory one of its members, for each has a journal of its own. What a command removes
+#   is kept for ten minutes, under its row of the journal, and can be put back.
+# It promises: nobody sees of a slice's commands who may not see its pages. What links and
+#   tokens did is for those who may make them. A command does no more than before: a page
+#   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
+#   removed is put back as it was, or not at all, and only by who removed it and still may.
+# Who uses it: members, from the members page; slices, by ctx.remove().
+# It needs: 31 Account page, 50 Ordinary pages.
+
+NOTES_A_PAGE = 50
+STRETCH = 10_000                                         # rows of the journal
+NOTES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
+           ORDER BY id DESC LIMIT ?"""
+ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
+          (SELECT max(id) FROM journal) AS last"""
+CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
+CSV_HEAD = ("time", "who", "did", "what")
+FORMULAS = set("=+-@\t\r")                               # a cell that is one begins so
+PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
+
+
+def notes(ctx, most):
+    """Return rows of the journal, and before which id there are older ones; 0: none.
+
+    They are those that the viewer may see, of one stretch, as the parameters ask for them.
+    """
+    store, params = ctx.host.store, HISTORY.heeded(ctx.params)
+    first, last = [id or 0 for id in store.one(ENDS)]
+    last = min(last, int(params.get("before", last + 1)) - 1)
+    begins = last - STRETCH + 1
+    where, args = ctx.host.told_to(ctx.viewer)
+    for name in {"who", "what"} & params.keys():
+        where += f" AND {name} = ?"
+        args.append(params[name])
+    found = store.query(NOTES.format(where), begins, last, *args, most + 1)
+    if len(found) > most:
+        return found[:most], found[most - 1]["id"]
+    return found, begins if first < begins else 0
+
+
+@functools.lru_cache(maxsize=4)
+def routes_of(router: Router) -> Dict[str, List[Route]]:
+    """Return the routes by what the journal calls their commands."""
+    found: Dict[str, List[Route]] = {}
+    for _, slice, route in router.rows:
+        found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
+    return found
+
+
+def said_of(router, what):
+    """Return in words what the journal calls so: todos.delete, or member add."""
+    says = [route.says for route in routes_of(router).get(what, ()) if route.says]
+    slice, _, name = what.partition(".")
+    default = f"wrote to {slice} ({name}):" if name else what
+    return says[0] if says else default
+
+
+def name_in(which, workspace):
+    """Return how people call what was written: without the id before it."""
+    id, _, name = which.partition(" ")
+    return name if id == workspace or name and id.isdecimal() else which
+
+
+def sentence(ctx, note):
+    """Return a row of the journal as people read it."""
+    says = said_of(ctx.host.router, note["what"])
+    return {"who": note["who"] or "somebody", "says": says,
+            "name": name_in(note["which"], ctx.viewer.id)}
+
+
+def history_region(ctx):
+    found, older = notes(ctx, NOTES_A_PAGE)
+    query = urllib.parse.urlencode({**ctx.params, "before": older})
+    rows = [{"when": moment(note["at"]), **sentence(ctx, note)} for note in found]
+    return template("history.region")(note=rows, none=not rows,
+                                      older={"query": query} if older else None)
+
+
+def history_page(ctx, region):
+    within = ctx.host.within
+    here = f"/w/{ctx.workspace}{within}/history"
+    links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
+              "current": path == within} for path, label in HISTORIES.items()]
+    query = urllib.parse.urlencode(ctx.params)
+    return template("history")(
+        workspace=ctx.title, here=here, file=f"{here}.csv?{query}", region=region,
+        link=links if ctx.viewer.can("members:manage") else [], undo=undo_forms(ctx),
+        live=template("slice.live")(), **choices(ctx))
+
+
+def choices(ctx):
+    """Return by whom and by what one can choose: what there is in the last stretch."""
+    where, args = ctx.host.told_to(ctx.viewer)
+    last = ctx.host.store.one(ENDS)["last"] or 0
+    rows = ctx.host.store.query(CHOICES.format(where), last - STRETCH, *args)
+    acts = {row["what"]: said_of(ctx.host.router, row["what"]) for row in rows}
+    return {"person": options({row["who"]: row["who"] for row in rows}, ctx.params, "who"),
+            "act": options(acts, ctx.params, "what")}
+
+
+def options(labels, params, name):
+    return [{"value": value, "label": label, "selected": value == params.get(name)}
+            for value, label in sorted(labels.items()) if value]
+
+
+def history_csv(ctx):
+    """Return a stretch of it as a file (RFC 4180)."""
+    found, _ = notes(ctx, STRETCH)
+    rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note["at"])),
+             *sentence(ctx, note).values()) for note in found]
+    lines = [",".join(map(cell, row)) + "\r\n" for row in [CSV_HEAD, *rows]]
+    return download(f"{ctx.workspace}-history.csv", "".join(lines), "text/csv")
+
+
+def cell(text):
+    """Return a text in quotes, which no spreadsheet takes for a formula."""
+    apostrophe = "'" if text[:1] in FORMULAS else ""
+    return f'"{apostrophe}' + text.replace('"', '""') + '"'
+
+
+# -- to put back what was removed
+#
+# Its table:
+#
+#     _removed   note (the row of the journal), until, size (in characters), rows (JSON: the
+#                table, its columns, and the values of each row)
+
+REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL, until "
+           "REAL NOT NULL, size INTEGER NOT NULL, rows TEXT NOT NULL)",)
+UNDO_SECONDS = 600.0
+LARGEST_UNDO = 2 ** 20                                   # characters, of one command
+ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
+ROW_SIZE = 4096                                          # more than one takes
+FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
+                    FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
+                    FROM _removed) WHERE size > ?)"""
+KEPT = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON r.note = j.id
+          WHERE j.id = ? AND j.who = ? AND r.until > ? ORDER BY r.id DESC"""
+MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
+                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
+UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
+             "somebody else did it. Look at History.")
+PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
+               "belonged to is gone. Mend that, and try again within the ten minutes.")
+
+
+def removed_rows(ctx, id):
+    """Return what the command was and wrote, and what it removed: (table, columns, rows).
+
+    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
+    they did then.
+    """
+    kept = ctx.host.store.query(KEPT, id, ctx.viewer.signature, time.time())
+    what = kept[0]["what"] if kept else ""
+    routes = routes_of(ctx.host.router).get(what, ())
+    if not routes or what.partition(".")[0] != ctx.store.slice:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    for route in routes:
+        ctx.viewer.permit(route.grant, route.method)
+    removed = [json.loads(row["rows"], object_hook=from_hex) for row in kept]
+    return kept[0]["which"], removed
+
+
+def from_hex(data):
+    """Bytes are in the JSON as {"hex": ...}."""
+    return bytes.fromhex(data["hex"])
+
+
+def put_back(ctx, id):
+    which, kept = removed_rows(ctx, id)
+    try:
+        for table, columns, rows in kept:
+            names = ", ".join([f'"{column}"' for column in columns])
+            marks = ", ".join("?" * len(columns))
+            for row in rows:
+                ctx.store.exec(f"INSERT INTO {table} ({names}) VALUES ({marks})", *row)
+    except sqlite3.IntegrityError:
+        raise Refused(409, PLACE_TAKEN, signal="toast") from None
+    ctx.host.store.exec("DELETE FROM _removed WHERE note = ?", id)
+    return done(ctx, which, note="It is back.")
+
+
+def undo(ctx, id):
+    """Put back what the command removed that left the row id in the journal."""
+    ctx.host.bus.publish("")                             # all regions: any can show it
+    return put_back(ctx, id)
+
+
+def remove_member(ctx, account):
+    """Do what expel does; but whom somebody else removed can be let in again."""
+    account = account_name(account)
+    if account == ctx.viewer.account:
+        return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
+    row = ctx.viewer.id, account
+    signals = ctx.host.keep(ctx, "memberships", "workspace = ? AND account = ?", row)
+    expel(ctx, account)
+    if signals:
+        signals = offer(f"{account} is removed.", signals["_undo"])
+    return done(ctx, " ".join(row), **signals)
+
+
+def let_in_again(ctx, id):
+    """Give the role back. Links and tokens of the member stay void."""
+    _, [(_, columns, [row])] = removed_rows(ctx, id)
+    member = dict(zip(columns, row))
+    if member["workspace"] != ctx.viewer.id:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    owns = member["role"] == "owner" or member["offered"]
+    if owns and ctx.viewer.role != "owner":
+        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
+    ctx.publish("members")
+    access_changed(ctx, member["account"])
+    return put_back(ctx, id)
+
+
+def offer(text, undo):
+    """Return signals: a message, and where to undo what it tells; "": nowhere."""
+    return {"note": text, "_undo": undo}
+
+
+def undo_forms(ctx):
+    """Return what the viewer can put back: scripts or none, toast or none."""
+    where, args = ctx.host.told_to(ctx.viewer)
+    mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
+                                time.time())
+    return [{"path": ctx.host.undo_path(ctx, note["what"].partition(".")[0], note["id"]),
+             **sentence(ctx, note)} for note in mine]
+
+
+@addition
+class KeepsRemoved(Broadcast):
+    def on_open(self):
+        super().on_open()
+        if self.store.one("SELECT 1 FROM _removed WHERE until < ?", time.time()):
+            self.forget_removed()
+
+    def forget_removed(self):
+        now = time.time()
+        self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
+
+    def keep(self, ctx, table, where, args):
+        signals = self.keep_rows(ctx, table, where, args)
+        has_page = ctx.request.datastar or ctx.request.plain_form
+        return signals if has_page else {}
+
+    def keep_rows(self, ctx, table, where, args):
+        found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
+        if not found:
+            return offer("There was nothing to delete.", "")
+        rows = [tuple(row) for row in found]
+        text = json.dumps([table, found[0].keys(), rows],
+                          default=lambda data: {"hex": data.hex()})
+        said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
+        if len(text) > LARGEST_UNDO:
+            return offer(f"{said}, for good: that is too much to keep.", "")
+        if self.is_tight():
+            self.store.exec("DELETE FROM _removed")
+            return offer(f"{said}, for good: there is little room here.", "")
+        note = (self.store.one(ENDS)["last"] or 0) + 1   # the row that call() will insert
+        self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
+                        "?)", note, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
+        self.forget_removed()
+        return offer(f"{said}.", self.undo_path(ctx, ctx.store.slice, note))
+
+    def is_tight(self):
+        """Is nine tenths of the quota used? Then what is deleted has to make room."""
+        pages, free, quota = [self.store.one(f"PRAGMA {name}")[0] for name in
+                              ("page_count", "freelist_count", "user_version")]
+        return quota > 0 and pages - free > 0.9 * quota  # see limit_pages
+
+    def undo_path(self, ctx, slice, note):
+        return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
+
+
+# -- the slices
+
+HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
+               params=PAST)
+MEMBERS_HISTORY = HISTORY._replace(path="/members/history", grant="members:manage",
+                                   regions=(Region("members", history_region),))
+HISTORIES = {"": "Pages", "/members": "Members"}
+history = Slice("orion.history", live=(HISTORY,),
+                routes=(Route("GET", "/history.csv", MEMBER, history_csv),))
+DIRECTORY_SLICES.append(Slice("history", live=(MEMBERS_HISTORY,), routes=(
+    Route("GET", "/members/history.csv", "members:manage", history_csv),
+    Route("DELETE", "/members/<account>", MEMBER, remove_member, says="removed"),
+    Route("POST", "/members/undo/directory/<int:id>", "members:manage", let_in_again,
+          form="/members", says="let in again"))))
+
+
+def with_undo(slice):
+    """Return the slice with a route to put back its own rows."""
+    route = Route("POST", f"/undo/{slice.name}/<int:id>", MEMBER, undo, form="/history",
+                  says="put back")
+    return slice._replace(routes=(*slice.routes, route))
+
+
+@addition
+class RoutesHistory(QuickRouter):
+    def __init__(self, slices):
+        if welcome in slices:                            # it is the Workspaces' router
+            slices = [*map(with_undo, slices), history]
+        super().__init__(slices)
+        self.schema.append(("orion.removed", REMOVED))
+
+
+@addition
+class TellsHistory(EdgeWorkspace):
+    within = ""
+
+    def told_to(self, viewer):
+        """Return which rows of the journal a viewer may see: a condition in SQL, its args.
+
+        They are those of slices whose pages the viewer may see. Commands of an app name no
+        slice. In the one journal of a single root, what names none is the Directory's.
+        """
+        may = {PUBLIC, ACCOUNT, MEMBER, *viewer.grants}
+        slices = [slice.name for slice in self.router.slices
+                  if may.issuperset([one.grant for one in slice.live or slice.routes])]
+        if not self.namespace.settings.single:
+            slices.append("")
+        marks = ", ".join("?" * len(slices))
+        return f"substr(what, 1, instr(what, '.') - 1) IN ({marks})", slices
+
+
+@addition
+class TellsMembersHistory(EdgeDirectory):
+    within = "/members"
+
+    def told_to(self, viewer):
+        """What is about a workspace begins with its id."""
+        return "substr(which, 1, 64) = ?", [viewer.id]
+
+    def below_members(self, ctx):
+        return Html().join([template("history.way")(), super().below_members(ctx)])
 
 
 if __name__ == "__main__":
