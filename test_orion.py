@@ -8333,7 +8333,7 @@ def test_each_leg_of_a_request_leads_to_a_function_that_the_page_shows(server):
         ask("/w/acme/todos", **({"title": "x"} if ask == bob.post else {}))
     page = bob.get("/console").text
     leads = {*re.findall(r'href="#(code-[^"]+)"', page)}
-    assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<h3 id="([^"]+)"', page)}
+    assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<p id="([^"]+)"', page)}
 
 
 @cases("program", ["-morion", PROGRAM])
