@@ -9178,11 +9178,10 @@ class Console:
         before = served[id]
         trip, answer = self.trip_to(name, request)
         trip.probed = {"before": before, "after": served[id]}
-        passed = len(trip.legs) > 1
+        passed = trip.legs[0].status == 200
         names = {self.env.directory.id: "Directory", id: name}
-        result = {**me, **trip.probed, "name": name, "status": trip.status,
-                  "said": str(answer), "stopped": not passed,
-                  "passed": passed and verdict_of(trip),
+        result = {**me, **trip.probed, **verdict_of(trip), "name": name,
+                  "said": str(answer), "passed": passed, "stopped": not passed,
                   "call": self.call_rows(trip.calls, names)}
         if not request.datastar:
             return self.page(request, me, result)
