@@ -4365,20 +4365,31 @@ def saying(event) -> Piece:
 # Says that a region could not be read again. It is due until the next good one.
 NOT_CURRENT_PIECE = saying(NOT_CURRENT)
 BEAT_PIECE = saying(BEAT)
-NO_DELTAS: Dict[Tuple[bytes, ...], bytes] = {}
+BETWEEN = 16                                             # heartbeats, and who is here
 
 
-def deltas_of(piece, streams) -> Dict[Tuple[bytes, ...], bytes]:
+def said_after(said, piece, regions) -> Tuple[bytes, ...]:
+    """Return what a stream said last, when it said a piece after this.
+
+    That is as many events as it has regions and, until the next region, what comes after
+    them. So streams that show the same are in step again after each frame.
+    """
+    most = regions if piece.main else BETWEEN
+    return (*said, piece.event)[-most:] if len(piece.event) < LOOKS_BACK else ()
+
+
+def deltas_of(piece, streams) -> Dict[Tuple[bytes, ...], Any]:
     """Compress a piece for these streams, in the pool, and not in the loop.
 
-    Return it as what differs from what most of them said last, by that. All others get it
-    compressed by itself.
+    Return, by what a stream said last, the bytes for it and what it has said then. They are
+    made once, for what most of them said. All others get the piece compressed by itself.
     """
-    windows = collections.Counter([one.window for one in streams if one.zipped])
-    common = [window for window, _ in windows.most_common(1) if window]
-    if len(windows) > len(common):
-        piece.zipped                                     # it is kept
-    return {window: chunk(deflated(piece.event, b"".join(window))) for window in common}
+    said = collections.Counter([stream.said for stream in streams if stream.zipped])
+    common = [last for last, _ in said.most_common(1) if last]
+    if len(said) > len(common):
+        piece.zipped                                     # made here; it is kept
+    return {last: (chunk(deflated(piece.event, b"".join(last))),
+                   said_after(last, piece, len(streams[0].channels))) for last in common}
 
 
 class Subscription(NamedTuple):
@@ -5432,8 +5443,7 @@ class Stream(Held):
     else looks on, and "page" for all of it, after a change of role.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
-    BEAT_SECONDS = SILENCE_SECONDS - 5.0                 # after a frame, so all in step
-    BETWEEN = 16                                         # heartbeats, and who is here
+    BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
 
     def __init__(self, edge, socket_, request, response, viewer):
         self.again = request._replace(body=b"")
@@ -5445,8 +5455,8 @@ class Stream(Held):
         self.frames = edge.broker.frames                 # how many, in all
         self.here = ""
         self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
-        self.window: Tuple[bytes, ...] = ()              # what it said last, if zipped
-        self.beat = time.monotonic() + self.BEAT_SECONDS
+        self.said: Tuple[bytes, ...] = ()                # the last events, if zipped
+        self.silent = 0                                  # for how many seconds
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                      # a peer that vanished silently
             patience = int(1000 * self.STUCK_SECONDS)
@@ -5464,32 +5474,27 @@ class Stream(Held):
             self.here = piece.etag
             self.show("here", piece)
 
-    def show(self, slot, piece, deltas=NO_DELTAS):
+    def show(self, slot, piece, deltas=None):
         """Send a piece. While something is unsent it waits; of each slot, the latest."""
         if self.unsent:
             self.frames["coalesced"] += slot in self.latest
             self.latest[slot] = piece
             return self.edge.backlog.note(self)
         self.frames["sent"] += piece is not BEAT_PIECE
-        self.beat = time.monotonic() + self.BEAT_SECONDS
-        data = self.encoded(piece, deltas)
+        self.silent = 0
+        data = self.encoded(piece, deltas or {})
         if self.edge.broker.failed and piece is not NOT_CURRENT_PIECE:
             data += self.reminder()
         sent = self.offer(data)
         if sent != len(data):                            # else there is nothing left to do
             self.wrote(data, sent)
 
-    def encoded(self, piece, deltas=NO_DELTAS):
-        """Return a piece as the bytes that are sent next. Note what was said last: as many
-        events as there are regions and, until the next region, what comes after them. So
-        streams that show the same are in step again after each frame.
-        """
+    def encoded(self, piece, deltas):
+        """Return a piece as the bytes that are sent next."""
         if not self.zipped:
             return piece.plain
-        data = deltas.get(self.window) or piece.zipped
-        most = len(self.channels) if piece.main else self.BETWEEN
-        window = (*self.window, piece.event)[-most:]
-        self.window = window if len(piece.event) < LOOKS_BACK else ()
+        data, self.said = deltas.get(self.said) or (
+            piece.zipped, said_after(self.said, piece, len(self.channels)))
         return data
 
     def reminder(self):
@@ -5497,7 +5502,7 @@ class Stream(Held):
         old = [channel for channel in self.channels if channel in self.edge.broker.failed]
         for channel in old:
             channel.streams[self] = NOT_CURRENT_PIECE.etag
-        return self.encoded(NOT_CURRENT_PIECE) if old else b""
+        return self.encoded(NOT_CURRENT_PIECE, {}) if old else b""
 
     def written(self):
         latest, self.latest = self.latest, {}
@@ -5510,9 +5515,10 @@ class Stream(Held):
             self.close()
 
     def tick(self, now):
+        self.silent += 1
         if self.unsent and now > self.deadline:
             self.cut_off()
-        elif not self.unsent and now > self.beat:
+        elif not self.unsent and self.silent > self.BEAT_SECONDS:
             self.edge.call(self.show, "beat", BEAT_PIECE)    # thousands may beat
 
     def unread(self):
@@ -5525,7 +5531,7 @@ class Stream(Held):
     def end(self, frame):
         """With a last frame and a proper end, if the gate closed it and not the network."""
         if frame and not self.unsent:
-            self.write(self.encoded(saying(frame)) + LAST_CHUNK)
+            self.write(self.encoded(saying(frame), {}) + LAST_CHUNK)
         self.close()
 
     def close(self):
@@ -5615,7 +5621,7 @@ class Broker:
     def refresh(self, channel):
         """Ask the object what its region is now. It wakes for this if it must."""
         channel.stale = False
-        piece, deltas = NOT_CURRENT_PIECE, NO_DELTAS
+        piece, deltas = NOT_CURRENT_PIECE, {}
         streams = [*channel.streams]                     # a later one marks it: see join
         try:
             piece = self.ask(channel.subscription)
