@@ -3,6 +3,7 @@ real sockets, a real browser.
 
     python3 -m pytest -q test_orion.py      everything, under three minutes
     python3 test_orion.py bench             figures of this machine, as ratios (not part of the suite)
+    python3 test_orion.py grow              how figures grow with rows, streams, tenants and members (not part of the suite)
     python3 test_orion.py smoke             one journey without pytest, for any CPython from 3.9 on
 """
 import argparse
@@ -28,6 +29,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -18100,6 +18102,89 @@ def last_watcher(links, words, end, trigger):
     return 1000 * (time.perf_counter() - started)
 
 
+GROWTH = {"rows": (10, 1_000, 100_000), "streams": (1, 100, 1_000, 5_000), "tenants": (100, 2_000, 20_000),
+          "members": (10, 1_000, 10_000)}
+
+
+def grow():
+    """Print how latency, start, memory and idle CPU grow with what one tenant, or the server, has in plenty: for each the
+    exponent, 0 if it stays as it is, 1 if it grows as fast. `other page` is one of a tenant that has little."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    for what, sizes in GROWTH.items():
+        figures = [measure_grown(what, size) for size in sizes]
+        print(f"\n| {what} | {' | '.join(f'{size:,}' for size in sizes)} | exponent |\n|---|{'--:|' * (len(sizes) + 1)}")
+        for name in figures[0]:
+            values = [found[name] for found in figures]
+            print("|", name, "|", " | ".join(map(figure, values)), f"| {exponent(sizes, values):.2f} |", flush=True)
+
+
+def exponent(sizes, values):
+    """The slope of the line that fits best, where both axes are logarithmic."""
+    points = [(math.log(size), math.log(max(value, 0.01))) for size, value in zip(sizes, values)]
+    middle = [statistics.mean(axis) for axis in zip(*points)]
+    return sum((x - middle[0]) * (y - middle[1]) for x, y in points) / sum((x - middle[0]) ** 2 for x, _ in points)
+
+
+def measure_grown(what, size):
+    with tempfile.TemporaryDirectory() as folder:
+        words = (HERE / "orion.py", "--port", 0, "--data", folder, "--streams", 10_000)
+        with program(*words):
+            pass                                     # it fills the demo
+        enlarge(pathlib.Path(folder), what, size)
+        begun = time.perf_counter()
+        with program(*words) as server:
+            found = {"ms to start": 1000 * (time.perf_counter() - begun)}
+            server.origin = f"http://127.0.0.1:{server.port}"
+            bob, dave = Person(server, "bob"), Person(server, "dave")
+            newest = "/w/acme/todos/" + re.search(r'id="todo-(\d+)', bob.get("/w/acme/todos").text)[1]
+            watchers = [Ear(bob, "/w/acme/todos/live").socket for _ in range(size if what == "streams" else 1)]
+            found.update({
+                "ms a page": median_ms(lambda n: (bob.patch(newest), bob.get("/w/acme/todos"))),
+                "ms a command": median_ms(lambda n: bob.patch(newest, title=f"News {n}")),
+                "ms to the last watcher": statistics.median(last_watcher(
+                    watchers, f"Newest {n}<".encode(), b"\n\n\r\n", lambda: bob.patch(newest, title=f"Newest {n}")) for n in range(9)),
+                "ms an other page": median_ms(lambda n: dave.get(f"/w/globex/todos?q={n}")),
+                "MB of memory": memory(server.pid) / 1024, "ms of CPU an idle second": idle(server.pid)})
+            return found
+
+
+def median_ms(call):
+    taken = []
+    for n in range(15):
+        begun = time.perf_counter()
+        call(n)
+        taken.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(taken)
+
+
+def idle(pid):
+    used = lambda: sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    before = used()
+    time.sleep(3)
+    return 1000 * (used() - before) / os.sysconf("SC_CLK_TCK") / 3
+
+
+def enlarge(folder, what, size):
+    """Straight into the files of a demo that is not running. Tenants are copies of a new workspace's file."""
+    with contextlib.closing(sqlite3.connect(folder / "directory.db")) as db, db:
+        acme, = db.execute("SELECT id FROM workspaces WHERE name = 'acme'").fetchone()
+        if what == "rows":
+            with contextlib.closing(sqlite3.connect(folder / "workspaces" / f"{acme}.db")) as rows, rows:
+                rows.executemany("INSERT INTO todos (title) VALUES (?)", [(f"Todo {n}",) for n in range(size)])
+        elif what == "members":
+            db.executemany("INSERT INTO accounts (name, label) VALUES (?, ?)", [(f"m{n:05}", f"Member {n}") for n in range(size)])
+            db.executemany("INSERT INTO memberships (workspace, account, role) VALUES (?, ?, 'member')", [(acme, f"m{n:05}") for n in range(size)])
+        elif what == "tenants":
+            blank = bytearray((folder / "workspaces" / f"{acme}.db").read_bytes())
+            for n in range(size):
+                id = f"{n:064x}"
+                blank[68:72] = orion.mark_of(id).to_bytes(4, "big")      # application_id: sqlite.org/fileformat2.html, 1.3
+                (folder / "workspaces" / f"{id}.db").write_bytes(blank)
+            db.executemany("INSERT INTO workspaces (id, name, born) VALUES (?, ?, '')", [(f"{n:064x}", f"t{n:05}") for n in range(size)])
+            db.executemany("INSERT INTO memberships (workspace, account, role) VALUES (?, 'dave', 'owner')", [(f"{n:064x}",) for n in range(size)])
+
+
 def memory(pid):
     """Resident, in kB."""
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
@@ -18107,5 +18192,5 @@ def memory(pid):
 
 if __name__ == "__main__":
     choice = argparse.ArgumentParser(description="Figures and a smoke test; the suite itself runs under pytest.")
-    choice.add_argument("what", choices=["bench", "smoke"])
-    {"bench": bench, "smoke": smoke}[choice.parse_args().what]()
+    choice.add_argument("what", choices=["bench", "grow", "smoke"])
+    {"bench": bench, "grow": grow, "smoke": smoke}[choice.parse_args().what]()
