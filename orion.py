@@ -183,10 +183,6 @@ class Request(NamedTuple):
         return self.method == "GET" and self.path.endswith("/live")
 
     @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "").lower()
-
-    @property
     def form_type(self) -> str:
         """The content type without its options: a key of FORMS, if this is a form."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -1411,33 +1407,11 @@ class Context:
         return self._sent
 
     # What was sent along under a name. otherwise: if nothing was. A value that no person
-    # can have typed there is a Refused(400), which names the field.
+    # can have typed there is a Refused(400), which names the field. [3] has more of these.
 
     def field(self, name: str, otherwise: str = "") -> str:
-        """Return it as text; "" if nobody can see it. Of several, the last."""
-        text = as_text(name, dict(self.sent).get(name, otherwise))
-        return text if visible(text) else ""
-
-    def fields(self, name: str) -> List[str]:
-        """Return all that a form has under this name, or a list among the signals.
-
-        What nobody can see is left out.
-        """
-        found = [value for key, value in self.sent if key == name]
-        if len(found) == 1 and isinstance(found[0], list):
-            found = found[0]
-        texts = [as_text(name, value) for value in found]
-        return [text for text in texts if visible(text)]
-
-    def number(self, name: str, otherwise: Optional[int] = None) -> int:
-        """Return a whole number. Raises Refused(422) for anything else."""
-        text = self.field(name).strip()
-        if not text and otherwise is not None:
-            return otherwise
-        if not WHOLE_NUMBER.fullmatch(text):
-            why = f"{name} is a whole number of at most 18 digits."
-            raise Refused(422, why, fields={name: why})
-        return int(text)
+        """Return it as text. Of several, the last."""
+        return as_text(name, dict(self.sent).get(name, otherwise))
 
     def checked(self, name: str, otherwise: bool = False) -> bool:
         """Return whether a box without a value is ticked, or whether a signal is true."""
@@ -1690,22 +1664,7 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 TICKED = {"on": True, "true": True, "off": False, "false": False}
-FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
-
-
-def visible(text: str) -> str:
-    """Return the text without blanks around it; "" if no character of it can be seen."""
-    return "" if all(map(unseen, text)) else text.strip()
-
-
-def unseen(character: str) -> bool:
-    """Is it a blank, a control or a mark, without width, or does it only set the direction
-    of writing?"""
-    kind = unicodedata.category(character)
-    return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
-            or "\U000e0000" <= character <= "\U000e0fff")
 
 
 # -- what host and routes are made of (to be skipped on a first reading, up to section 9)
@@ -1969,7 +1928,7 @@ def refuse_if_changed(was, now, title):
 
 def valid_title(typed, signal="problem"):
     """Return the title that was typed. Raise Refused(422) if it is no good."""
-    title = visible(typed)
+    title = typed.strip()
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
                            f"{len(title)}.", signal=signal)
@@ -2089,42 +2048,18 @@ def make_key(path: pathlib.Path) -> None:
         file.write(secrets.token_hex(32) + "\n")
 
 
-def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+def read_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
     """Return the keys in the file, the newest first; older ones still hold.
 
-    Raise Unusable if there are none, or if others can read them.
+    Raise Unusable if there are none.
     """
     lost = "restore it from a backup; without it everybody is signed out"
     if not path.exists():
         raise Unusable(f"{path} is missing; {lost}")
-    readable = os.name == "posix" and os.stat(path).st_mode & 0o077
-    if readable and not ignores_modes(path.parent):
-        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
-                       "`keys rotate`")
-    try:
-        lines = path.read_bytes().split()
-    except OSError as error:
-        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
-                       "chown it to the user as whom the server runs") from error
+    lines = path.read_bytes().split()
     if not lines or not all([re.fullmatch(b"[0-9a-f]{64}", line) for line in lines]):
         raise Unusable(f"{path} holds no keys, or more than keys; {lost}")
     return tuple([bytes.fromhex(line.decode()) for line in lines])
-
-
-@functools.lru_cache(maxsize=None)
-def ignores_modes(folder: pathlib.Path) -> bool:
-    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
-    probe = folder / f"mode-{secrets.token_hex(8)}"
-    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        ignored = os.stat(probe).st_mode & 0o077 != 0
-    finally:
-        probe.unlink()
-    if ignored:
-        log(f"warning: the file system of {folder} ignores modes, so others on this "
-            "machine may be able to read all that is there; if that matters, use another "
-            "one")
-    return ignored
 
 
 # ==== 12. Directory =======================================================================
@@ -3099,12 +3034,15 @@ ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/
 
 
 def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice] = (todos,),
-                 demo: bool = True, whole: Callable[[type], type] = lambda cls: cls) -> Env:
+                 demo: bool = True, whole: Callable[[type], type] = lambda cls: cls,
+                 keys_in: Callable[[pathlib.Path], Any] = read_keys) -> Env:
     """The two planes of this part: one Directory, and a Workspace for each team.
 
-    whole(class) returns what is built in its place. [3] adds to the classes.
+    whole(class) returns what is built in its place, and keys_in(file) the keys. [3] adds to
+    the classes, and asks more of the file.
     """
-    keys, fresh = prepare(data, data / "directory.db", data / "secret.key")
+    fresh = prepare(data, data / "directory.db", data / "secret.key")
+    keys = keys_in(data / "secret.key")
     inside = Router([welcome, *slices])
     outside = Router([directory])
     pages = pages_of(slices)
@@ -3129,7 +3067,7 @@ def pages_of(slices: Sequence[Slice]) -> List[Live]:
 
 
 def prepare(data, file, key_file):
-    """Make the folders and the key. Return the keys, and True if there was nothing yet.
+    """Make the folders and the key. Return True if there was nothing yet.
 
     Raise Unusable if the Directory was lost. A new one would know none of the workspaces,
     and nobody could enter them.
@@ -3142,7 +3080,7 @@ def prepare(data, file, key_file):
                        "--plane data)")
     if fresh and not key_file.exists():
         make_key(key_file)
-    return load_keys(key_file), fresh
+    return fresh
 
 
 def only_read(request):
@@ -6669,7 +6607,7 @@ def create_workspace_with_file(request, env):
 #     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
 #     61 Tokens         62 Own workspaces              63 Repeats      64 People
-#     65 Places         66 History
+#     65 Places         66 History    67 Fields
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -12229,7 +12167,7 @@ class BringsUploads(Context):
         if request.form:
             return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
-        if name or request.content_type.startswith("application/json"):
+        if name or request.form_type.startswith("application/json"):
             return []                                    # what has names is no file
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []
@@ -13212,7 +13150,7 @@ def Edge(env: FullEnv) -> LoopEdge:
 def plain_root(settings: Settings) -> Env:
     """The root of --plain: Part One, and what other sections add to its classes."""
     env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
-                       whole)
+                       whole, load_keys)
     env.workspaces.settings = settings
     for change in PLAIN:
         change(env)
@@ -13275,14 +13213,44 @@ def prepared(settings):
         fresh = not settings.directory_file.exists()
         if fresh and not settings.key_file.exists():
             make_key(settings.key_file)
-        keys = load_keys(settings.key_file)
     else:
-        keys, fresh = prepare(settings.data, settings.directory_file, settings.key_file)
+        fresh = prepare(settings.data, settings.directory_file, settings.key_file)
+    keys = load_keys(settings.key_file)
     demo = settings.demo
     if demo and not fresh:
         with contextlib.closing(GuardedStore(settings.directory_file)) as store:
             demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
     return settings._replace(demo=demo), fresh, keys
+
+
+def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+    """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
+    """
+    readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
+    if readable and not ignores_modes(path.parent):
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
+                       "`keys rotate`")
+    try:
+        return read_keys(path)
+    except OSError as error:
+        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
+                       "chown it to the user as whom the server runs") from error
+
+
+@functools.lru_cache(maxsize=None)
+def ignores_modes(folder: pathlib.Path) -> bool:
+    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
+    probe = folder / f"mode-{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        ignored = os.stat(probe).st_mode & 0o077 != 0
+    finally:
+        probe.unlink()
+    if ignored:
+        log(f"warning: the file system of {folder} ignores modes, so others on this "
+            "machine may be able to read all that is there; if that matters, use another "
+            "one")
+    return ignored
 
 
 def workspace_router(settings):
@@ -14945,7 +14913,7 @@ class TestedApp(App):
     def check_size(self, request):
         """Raise Refused(413) for a body that is longer than a server takes."""
         route = self.uploads.route_of(request.method, request.path)
-        in_memory = route is None or request.content_type.startswith(IN_MEMORY)
+        in_memory = route is None or request.form_type.startswith(IN_MEMORY)
         limit = BODY_LIMIT if in_memory else route.upload
         if len(request.body) > limit:
             raise too_large(limit)
@@ -15075,7 +15043,7 @@ setattr(testing, "__test__", False)                      # for pytest, it is no 
 #   its maker could not make it any more: foreign keys remove it with the membership, which
 #   any change of the role replaces, and with the session.
 # Who uses it: the members page, the account page, and the first start.
-# It needs: 30 Accounts, 31 Account page.
+# It needs: 30 Accounts, 31 Account page, 67 Fields.
 #
 # Its table is in section 13:
 #
@@ -16294,7 +16262,7 @@ class RefusesOldPages(SliceHost):
 #   like somebody else's account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
 #   who else looks at it.
-# It needs: 30 Accounts, 31 Account page, 46 Assets, 60 Links.
+# It needs: 30 Accounts, 31 Account page, 46 Assets, 60 Links, 67 Fields.
 
 COLOURS = 6                                              # .face-0 to .face-5 in style.css
 TRUSTED.add("x-label")
@@ -16950,6 +16918,58 @@ class TellsMembersHistory(EdgeDirectory):
 
     def below_members(self, ctx):
         return Html().join([template("history.way")(), super().below_members(ctx)])
+
+
+# ==== 67. Fields ==========================================================================
+# The idea: more ways to read what was sent along. What nobody can see counts as nothing.
+# Who uses it: slices, by their contexts.
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
+
+
+def visible(text: str) -> bool:
+    """Can any character of it be seen?"""
+    return not all(map(unseen, text))
+
+
+def unseen(character: str) -> bool:
+    """Is it a blank, a control or a mark, without width, or does it only set the direction
+    of writing?"""
+    kind = unicodedata.category(character)
+    return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
+            or "\U000e0000" <= character <= "\U000e0fff")
+
+
+@addition
+class ReadsFields(Context):
+    __slots__ = ()
+
+    def field(self, name, otherwise=""):
+        """Return it as text; "" if nobody can see it. Of several, the last."""
+        text = as_text(name, dict(self.sent).get(name, otherwise))
+        return text if visible(text) else ""
+
+    def fields(self, name: str) -> List[str]:
+        """Return all that a form has under this name, or a list among the signals.
+
+        What nobody can see is left out.
+        """
+        found = [value for key, value in self.sent if key == name]
+        if len(found) == 1 and isinstance(found[0], list):
+            found = found[0]
+        texts = [as_text(name, value) for value in found]
+        return [text for text in texts if visible(text)]
+
+    def number(self, name: str, otherwise: Optional[int] = None) -> int:
+        """Return a whole number. Raises Refused(422) for anything else."""
+        text = self.field(name).strip()
+        if not text and otherwise is not None:
+            return otherwise
+        if not WHOLE_NUMBER.fullmatch(text):
+            why = f"{name} is a whole number of at most 18 digits."
+            raise Refused(422, why, fields={name: why})
+        return int(text)
 
 
 if __name__ == "__main__":
