@@ -14812,6 +14812,21 @@ def test_a_time_is_shown_as_of_the_readers_own_time_zone_after_each_frame_too(si
         bob.cdp("Emulation.setTimezoneOverride", timezoneId="")
 
 
+def test_on_touch_one_button_of_a_row_leads_to_both_what_edits_and_what_deletes(site, windows):
+    bob = site.at("bob", windows[0])
+    bob.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        bob.size(375, 700)
+        bob.wait("matchMedia('(hover: none)').matches")
+        assert bob.js("return [...document.querySelectorAll('#todo-2 > button')].map(el => el.checkVisibility())") == [True, False]
+        bob.click("#todo-2 > .edit")
+        bob.click("dialog .danger")
+        bob.wait(f"{TODOS}.length === 2 && !document.querySelector('dialog').open")
+    finally:
+        bob.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert "Test the skates" not in titles(Person(site, "bob"))
+
+
 def test_who_adds_a_todo_that_the_list_does_not_show_is_told_so(site, windows):
     bob = site.at("bob", windows[0], "/w/acme/todos?show=open&q=rope")
     note = "document.querySelector('#toast.good p')?.textContent"
