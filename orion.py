@@ -2451,7 +2451,7 @@ def slug(title: str) -> str:
     if WORKSPACE_NAME.fullmatch(title):
         return title
     letters = unicodedata.normalize("NFKD", title.casefold())
-    bare = "".join([one for one in letters if not unicodedata.combining(one)])
+    bare = "".join([one for one in letters if unicodedata.category(one) != "Mn"])
     if any([one.isalnum() and not one.isascii() for one in bare]):
         return ""                                        # it could look like another name
     return "-".join(re.findall("[a-z0-9]+", bare))
@@ -5725,6 +5725,8 @@ class Broker:
                 self.compare_viewers(stream, decided, busy)
             elif not decided.watch:                      # it is no stream any more
                 self.edge.call(stream.end, b"")
+            elif decided.which != stream.account:        # the session is another one's now
+                raise Refused(412, "Somebody else is signed in here now.")
         except Busy:                                     # not even the gate could be asked
             self.edge.call(stream.close)                 # its client comes back
         except Refused as no:
@@ -5984,8 +5986,9 @@ class Connection(Held):
 
     def page_too_large(self, asked, response):
         """Only whoever made this page can make it smaller, so it is in the log, too."""
-        log(f"{asked.request.method} {asked.request.path}: an answer of "
-            f"{len(response.body)} bytes; at most {Backlog.ANSWER} are sent. Show less.")
+        request = self.edge.as_logged(asked.request)
+        log(f"{request.method} {request.path}: an answer of {len(response.body)} bytes; "
+            f"at most {Backlog.ANSWER} are sent. Show less.")
         no = Refused(500, "This page is too large to be sent. Ask for a part of it.")
         return self.edge.refusal(asked.request, no)
 
@@ -6397,7 +6400,8 @@ class LoopEdge:
             asked.connection.reply(asked, response)
         except CRASH as error:
             self.call(asked.connection.close)
-            log_error(f"{asked.request.method} {asked.request.path}", error)
+            request = self.as_logged(asked.request)
+            log_error(f"{request.method} {request.path}", error)
 
     def learn(self, asked, response):
         """Remember whose command was done, or keep a page.
@@ -6453,6 +6457,10 @@ class LoopEdge:
 
     def refusal(self, request, error) -> Response:
         return refusal(request, error)
+
+    def as_logged(self, request: Request, status: int = 500) -> Request:
+        """Return the request as others may read of it. [3] Some paths are secrets."""
+        return request
 
     def count(self, asked, response):
         """For Part Three: figures, and the access log."""
@@ -7072,7 +7080,7 @@ def proved(ctx):
     """Return whose password came along; "" if it was wrong, or has changed just now."""
     name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
-    return name if stored and stored == ctx.request.headers["x-stored"] else ""
+    return name if stored and stored == ctx.request.headers.get("x-stored") else ""
 
 
 SECRET = ("/login", "/account/password")                 # what is sent there is not kept
@@ -8996,7 +9004,7 @@ class Follows(LoopEdge):
         if not self.trace.watched:
             return super().answer_all(several)
         for asked in several:
-            trip = Trip(asked.request)
+            trip = Trip(self.as_logged(asked.request))
             answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
             self.finish(asked, answer)
         return []
@@ -12800,15 +12808,18 @@ class OpensToAnybody(LoopEdge):
         headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
         return decided._replace(request=decided.request._replace(headers=headers))
 
+    def as_logged(self, request, status=500):
+        return unnamed(request, self.env, status) if self.secretive else request
+
     def count(self, asked, response):
         if self.secretive:
-            request = unnamed(asked.request, self.env, response.status)
+            request = self.as_logged(asked.request, response.status)
             asked = dataclasses.replace(asked, request=request)
         super().count(asked, response)
 
     def refusal(self, request, error):
         if not isinstance(error, Refused):               # it goes to the log
-            request = unnamed(request, self.env, 500)
+            request = self.as_logged(request)
         return super().refusal(request, error)
 
 
@@ -15063,20 +15074,26 @@ GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS
                AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
 LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
                 used_by FROM links WHERE workspace = ? AND expires > ? ORDER BY expires"""
+OLD_LINKS = """DELETE FROM links WHERE digest IN (SELECT digest FROM links
+               WHERE expires <= ? LIMIT 100)"""
 NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
            "in full. Ask for a new one.")
 
 
 # -- to make a link
 
+def refuse_guest(ctx):
+    """Raise Refused(403) for an operator who looks on in somebody's name."""
+    if ctx.viewer.signature != ctx.viewer.account:
+        raise Refused(403, f"You look on as {ctx.viewer.account}, and a link would outlast "
+                           "that. End it first.")
+
+
 def add_link(store, kind, seconds, **row) -> str:
-    """Return its secret. Links that are too old go, 100 at a time."""
-    now = time.time()
-    store.exec("DELETE FROM links WHERE digest IN (SELECT digest FROM links WHERE expires "
-               "<= ? LIMIT 100)", now)
+    """Return its secret."""
     secret = secrets.token_urlsafe(32)
-    row = {"digest": token_hash(secret), "kind": kind, "uses": 1, "expires": now + seconds,
-           **row}
+    row = {"digest": token_hash(secret), "kind": kind, "uses": 1,
+           "expires": time.time() + seconds, **row}
     marks = ", ".join("?" * len(row))
     store.exec(f"INSERT INTO links ({', '.join(row)}) VALUES ({marks})", *row.values())
     return secret
@@ -15093,6 +15110,7 @@ def new_link_page(ctx, secret, what, back, which):
 
 def make_link(ctx):
     """Make a link into this workspace. Fields: role, uses and days."""
+    refuse_guest(ctx)
     role = valid_role(ctx.field("role", "member"))
     uses = within("uses", ctx.number("uses", 1), MOST_USES)
     days = within("days", ctx.number("days", 7), LONGEST_LINK)
@@ -15127,18 +15145,10 @@ def withdraw_link(ctx):
         which=f"{ctx.viewer.id} {link}")
 
 
-def own_session(ctx):
-    """Return the session. Raises Refused(403) for an operator who looks on."""
-    session = ctx.host.session(ctx.request)
-    if session and session["operator"]:
-        raise Refused(403, f"You look on as {session['account']}, and a link would outlast "
-                           "that. End it first.")
-    return session
-
-
 def device_link(ctx):
     """Make a link that signs the viewer in elsewhere. The one before it is void."""
-    session = own_session(ctx)["digest"]
+    refuse_guest(ctx)
+    session = bytes.fromhex(ctx.request.headers["x-session"])
     ctx.store.exec("DELETE FROM links WHERE session = ?", session)
     secret = add_link(ctx.store, "device", 300, session=session)
     what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
@@ -15148,7 +15158,8 @@ def device_link(ctx):
 
 def password_link(ctx):
     """Make a link with which somebody sets a new password. The one before it is void."""
-    maker = own_session(ctx)["account"]
+    refuse_guest(ctx)
+    maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
         raise Refused(403, "Only an operator of this server may do that. Ask one.")
     account = account_name(ctx.field("account"))
@@ -15211,7 +15222,7 @@ def use_link(ctx):
         raise Refused(422, NO_LINK)
     if not ctx.field("how"):
         return page_of_link(ctx, secret)
-    own_session(ctx)
+    refuse_guest(ctx)
     account = KINDS[link["kind"]].use(ctx, link)
     if account == ctx.viewer.account:
         answer = see_other(local_path(ctx.field("next", "/")))
@@ -15410,6 +15421,14 @@ class KnowsLinks(EdgeDirectory):
         now = time.time()
         row = self.store.one(GOOD_LINK, now, digest, now)
         return row if row and KINDS[row["kind"]].holds(self, row) else None
+
+    def each_second(self):
+        """Links that are too old go: no clock that is set back makes them good again."""
+        super().each_second()
+        now = time.time()
+        if self.store.one("SELECT 1 FROM links WHERE expires <= ?", now):
+            with self.store.tx():
+                self.store.exec(OLD_LINKS, now)
 
     def is_empty(self):
         return self.store.one("SELECT 1 FROM accounts LIMIT 1") is None
@@ -16258,8 +16277,8 @@ class RefusesOldPages(SliceHost):
 #   Jones. In the tables it is the account's label. Lists show it, with its initials on a
 #   colour that the account keeps.
 # It promises: who somebody is, the account alone says. It stands beside the other name
-#   where one decides about people: among members, and in an invitation. Nobody is called
-#   like somebody else's account. All open pages show a new name at once.
+#   where one decides about people: among members, and in an invitation. Nobody can choose
+#   the name of another's account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
 #   who else looks at it.
 # It needs: 30 Accounts, 31 Account page, 46 Assets, 60 Links, 67 Fields.
@@ -16367,15 +16386,24 @@ def change_label(ctx):
 
 def check_label(store, account, label):
     """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
-    also in other letters: Bób, bob."""
+    also in other letters: Bób, bob, or with an o that is Cyrillic."""
     clear = label.isprintable() and FILLERS.isdisjoint(label)
     if not clear or len(label) > LONGEST_TITLE:
         raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters, all of which can "
                            "be seen. Choose another.")
+    if any(map(mixes_alphabets, label.split())):
+        raise Refused(422, "A word of this mixes alphabets whose letters look alike. Write "
+                           "each word in one.")
     known = slug(label)
     if known != account and store.one("SELECT 1 FROM accounts WHERE name = ?", known):
         raise Refused(422, f"There is an account {known}, and it is not yours. Add "
                            "something that tells you apart.")
+
+
+def mixes_alphabets(word):
+    """Has a word letters of two that look alike? (A character's name says whose it is.)"""
+    names = [unicodedata.name(one, "").partition(" ")[0] for one in word]
+    return len({"LATIN", "CYRILLIC", "GREEK"} & {*names}) > 1
 
 
 # -- the members page
@@ -16600,7 +16628,7 @@ ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
           (SELECT max(id) FROM journal) AS last"""
 CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
 CSV_HEAD = ("time", "who", "did", "what")
-FORMULAS = set("=+-@\t\r")                               # a cell that is one begins so
+FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
 PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
 
 
