@@ -6640,7 +6640,7 @@ def create_workspace_with_file(request, env):
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
 # 56: opened() gives the Directory's store, to change it; looked_up() reads from it;
-# check_begun() refuses if there is none; row_of() finds a row by its name; table() prints
+# check_there() refuses if there is none; row_of() finds a row by its name; table() prints
 # rows. What they raise as Unusable is the line that people read.
 #
 # Further words:
@@ -6694,6 +6694,9 @@ def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
 
 log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
 
+# The tables of FTS5: they have no page of their own.
+INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
+
 
 def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
     """Return those files of a database that there are: itself, and its log."""
@@ -6736,6 +6739,13 @@ def disposition(how: str, name: str) -> str:
     plain = NOT_PLAIN.sub("_", name)
     encoded = urllib.parse.quote(name, safe="")
     return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+
+
+def at_end(response: Response, markup: str) -> Response:
+    """Return a page with more markup at its end."""
+    body, end, rest = response.body.rpartition(b"</body>")
+    body += markup.encode("utf-8", "replace")
+    return response._replace(body=body + end + rest)
 
 
 def addition(cls: type) -> type:
@@ -6832,7 +6842,7 @@ class Settings(NamedTuple):
     plane: str = ""                                      # "directory" or "data": one alone
     directory: str = ""                                  # its HOST:PORT, for a data plane
     node_name: str = ""                                  # HOST:PORT; "": as it listens
-    slices: Sequence[Slice] = ()
+    slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Any = None                                    # section 47
     options: Sequence[Any] = ()                          # of the app; section 57
@@ -6919,7 +6929,7 @@ class ReadsKeysAgain(EdgeDirectory):
 @verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
                      "rotation")
 def keys_rotate(settings, given):
-    check_begun(settings)
+    check_there(settings, or_node=True)
     add_key(settings.key_file)
     print("there is a new key; the one before holds until the next rotation; if there are "
           "nodes, copy secret.key to them before that")
@@ -6988,6 +6998,12 @@ def check_password(new: str) -> None:
                            "printed. Choose another.")
 
 
+def check_account_name(name):
+    if not ACCOUNT_NAME.fullmatch(name):
+        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
+                           "inside. Choose another.")
+
+
 class Throttle:
     """Remembers attempts by key. A key with too many has to wait.
 
@@ -7027,6 +7043,13 @@ class Throttle:
             for key in keys:
                 times = self.times.get(key, ())
                 self.times[key] = [when for when in times if when not in mine]
+
+
+def throttle(attempts, request):
+    """Count an attempt from this address. Raises Refused(429) if there were too many."""
+    source = f"from {source_of(request.peer)}"
+    attempts.check(source)
+    attempts.count(source)
 
 
 class Passwords:
@@ -7081,6 +7104,15 @@ def proved(ctx):
     name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
     return name if stored and stored == ctx.request.headers.get("x-stored") else ""
+
+
+def account_meant(ctx):
+    """Return the field account. Raises Refused(404) if there is none of this name."""
+    name = account_name(ctx.field("account"))
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+        raise Refused(404, "There is no account of this name. Go back and check the "
+                           "spelling.")
+    return name
 
 
 SECRET = ("/login", "/account/password")                 # what is sent there is not kept
@@ -7143,16 +7175,19 @@ def login(ctx):
 
 
 def change_password(ctx):
-    """All other sessions of the account end."""
     account = ctx.viewer.account
     if proved(ctx) != account:
         raise Refused(422, "The present password is not right. Try again.")
     check_password(ctx.field("new"))
-    hashed = ctx.request.headers["x-hashed"]
-    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
-    mine = bytes.fromhex(ctx.request.headers["x-session"])
-    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
+    store_password(ctx, account, ctx.request.headers["x-hashed"])
     return see_other("/account")._replace(which=account)
+
+
+def store_password(ctx, account, hashed):
+    """All other sessions of the account end."""
+    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
+    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
+    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
 
 
 DIRECTORY_SLICES.append(Slice("passwords", routes=(
@@ -7228,9 +7263,7 @@ def new_password(name):
 
 @verb("account add", "let somebody sign in", "account", "--operator")
 def account_add(settings, given):
-    if not ACCOUNT_NAME.fullmatch(given.account):
-        raise Unusable("an account's name has 1 to 32 characters: a to z, 0 to 9, and "
-                       "hyphens inside")
+    check_account_name(given.account)
     row = given.account, given.account, new_password(given.account), given.operator
     with opened(settings, given) as (store, _):
         added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
@@ -7426,13 +7459,10 @@ def masked_in(viewer: Viewer, request: Request) -> Viewer:
 def masquerade(ctx):
     session = ctx.host.session(ctx.request)
     operator = session["operator"] or session["account"]
-    account = account_name(ctx.field("account"))
     if not ctx.host.is_operator(operator):
         raise Refused(403, "Only an operator of this server may do that: account add NAME "
                            "--operator makes one.")
-    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(404, "There is no account of this name. Go back and check the "
-                           "spelling.")
+    account = account_meant(ctx)
     read_only = "writes" not in dict(ctx.sent)
     until = time.time() + MASQUERADE_SECONDS
     ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
@@ -7555,16 +7585,13 @@ class SaysQuotas(EdgeDirectory):
         return {**super().say(viewer, workspace), "x-quota": str(quota)}
 
 
-HAS_INDEX = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND rootpage = 0"     # FTS5
-
-
 @addition
 class KeepsQuota(EdgeWorkspace):
     def on_open(self):
         super().on_open()
         self.quota = ""
         self.deletes = False                             # the present command
-        self.has_index = self.store.one(HAS_INDEX) is not None
+        self.has_index = self.store.one(INDEXES) is not None
         pages = self.store.one("PRAGMA user_version")[0]
         if pages:
             self.store.exec(f"PRAGMA max_page_count = {pages}")
@@ -8531,8 +8558,7 @@ def check_tables(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "tables.db")
         with contextlib.closing(ScratchStore(file, create=True)) as store:
-            for name, entries in router.schema:
-                store.migrate(name, entries)
+            store.migrate_all(router.schema)
             check_references(store)
 
 
@@ -9576,7 +9602,7 @@ def has_token(request, settings):
 
 @verb("metrics", "print the token with which Prometheus may read /metrics from elsewhere")
 def metrics(settings, given):
-    check_begun(settings)
+    check_there(settings, or_node=True)
     print(token_for_figures(load_keys(settings.key_file)[0]))
 
 
@@ -9730,9 +9756,8 @@ def copy_database(source, target, about: Any = None) -> int:
     return rows
 
 
-# A table of FTS5 has no page of its own, and these beside it, where it keeps its index.
+# What FTS5 has beside each of the INDEXES, where it keeps what is in it.
 SHADOWS = ("data", "idx", "content", "docsize", "config")
-INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
 def verified(db: sqlite3.Connection) -> int:
@@ -9980,7 +10005,7 @@ class MakesSnapshots(LoopEdge):
 def backup(settings, given):
     """Return 1 if some files can't be copied. All others are in it."""
     check_new(given.folder)
-    check_begun(settings)
+    check_there(settings, or_node=True)
     held, faults = snapshot(settings, given.folder)
     for fault in faults:
         print(fault)
@@ -10123,8 +10148,7 @@ def try_on_copy(settings, db, path, schema):
         copy_database(path, copy)
         check_indexes(copy)
         with contextlib.closing(GuardedStore(copy)) as store:
-            for slice, entries in schema:
-                store.migrate(slice, entries)
+            store.migrate_all(schema)
 
 
 def check_indexes(copy):
@@ -10466,21 +10490,17 @@ def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pa
     return copy
 
 
-def forget_removed(settings):
-    """Some of the copies that are older than 30 days go."""
-    files = (settings.data / "removed").glob("*.db")
-    limit = time.time() - 30 * 86400
-    for old in [file for file in files if file.stat().st_mtime < limit][:10]:
-        old.unlink()
-
-
 @addition
 class ForgetsWorkspaces(LoopEdge):
     def chores(self):
         return [*super().chores(), (self.forget_some, 60.0)]
 
     def forget_some(self):
-        forget_removed(self.settings)
+        """Some of the copies that are older than 30 days go."""
+        files = (self.settings.data / "removed").glob("*.db")
+        limit = time.time() - 30 * 86400
+        for old in [file for file in files if file.stat().st_mtime < limit][:10]:
+            old.unlink()
 
 
 @verb("workspace export", "write all of it to one file, while the server runs; with --move "
@@ -10672,8 +10692,7 @@ def bring_up_to_date(settings, path):
         for slice in there - {name for name, _ in schema} - had_once(settings, there):
             raise MigrationError(f"it has rows of slice {slice!r}, which is not here; take "
                                  "it in with an app that has this slice")
-        for name, entries in schema:
-            store.migrate(name, entries)
+        store.migrate_all(schema)
 
 
 def had_once(settings, there):
@@ -11637,14 +11656,14 @@ def add_asset(name, body):
     DOORS[f"/assets/{name}"] = app_asset
 
 
-def app_asset(request, env, encoded=False):
+def app_asset(request, env):
     """A door: a file of the app. With a version in its address that is not the present one,
     a browser asks each time whether it has changed."""
     only_read(request)
     body, type, version = APP_ASSETS[request.path[len("/assets/"):]]
     caching = FOR_A_YEAR if request.params.get("v") == version else ASK_EACH_TIME
-    coding = coding_of(request, type) if encoded else ""
-    return unless_known(request, Response(200, body, type, caching), f"{version}{coding}")
+    tag = f"{version}{coding_of(request, type)}"
+    return unless_known(request, Response(200, body, type, caching), tag)
 
 
 def read_assets(settings: Settings) -> None:
@@ -11692,14 +11711,6 @@ class LinksAssets(SliceHost):
         styles = [link("stylesheet", asset(name)) for name in slice.styles]
         scripts = [SCRIPT.format(escape(asset(name))) for name in slice.scripts]
         return Html("".join([*styles, *scripts]))
-
-
-@addition
-class ServesAssets(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        door = functools.partial(app_asset, encoded=True)
-        self.add_doors({f"/assets/{name}": door for name in APP_ASSETS})
 
 
 # ==== 47. Brand ===========================================================================
@@ -12526,9 +12537,7 @@ def show_flash(request, response, text):
 
 
 def with_message(response, text, kind="flash", **more):
-    body, end, rest = response.body.rpartition(b"</body>")
-    shown = body + template(f"layout.{kind}")(text=text, **more).encode("utf-8", "replace")
-    return response._replace(body=shown + end + rest)
+    return at_end(response, template(f"layout.{kind}")(text=text, **more))
 
 
 # -- a form that was refused
@@ -13149,11 +13158,6 @@ class Server(LoopEdge):
         return super().most_streams()
 
 
-def Edge(env: FullEnv) -> LoopEdge:
-    """Return a server; it is bound already."""
-    return whole(LoopEdge)(env, env.settings)
-
-
 # ==== 55. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
@@ -13168,9 +13172,8 @@ def plain_root(settings: Settings) -> Env:
     return env
 
 
-def compose(settings: Settings, slices: Sequence[Slice] = (todos,)) -> FullEnv:
+def compose(settings: Settings) -> FullEnv:
     """Raises BadSlice or MigrationError if it can't be with these slices."""
-    settings = settings._replace(slices=slices)
     for check in CHECKS:
         check(settings)
     for wanted, root in ROOTS:
@@ -13644,9 +13647,11 @@ def take_lock(handle, taken):
 BEGINNINGS = ("account add", "workspace import", "node add")
 
 
-def check_there(settings):
-    """Raise Unusable if there is no deployment, or another user's."""
-    if not settings.directory_file.exists():
+def check_there(settings, or_node=False):
+    """Raise Unusable if there is no deployment, or another user's. or_node: one without a
+    Directory will do."""
+    there = settings.directory_file.exists()
+    if not there and not (or_node and settings.workspaces.exists()):
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
                        "or begin one with account add")
     load_keys(settings.key_file)
@@ -13661,8 +13666,7 @@ def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
     with contextlib.closing(GuardedStore(settings.directory_file)) as store:
         store.begin()
         try:
-            for name, entries in directory_router().schema:
-                store.migrate(name, entries)
+            store.migrate_all(directory_router().schema)
             return read(store)
         finally:
             store.exec("ROLLBACK")
@@ -13680,7 +13684,7 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
     what = given.verb if given else ""
     if what not in BEGINNINGS:
         check_there(settings)
-    env = compose(settings._replace(demo=False, plane=""), settings.slices)
+    env = compose(settings._replace(demo=False, plane=""))
     with contextlib.closing(GuardedStore(settings.directory_file)) as store, \
             store.tx() if given else contextlib.nullcontext():
         yield store, env
@@ -13689,13 +13693,6 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
                                        VERBS[what].arguments if "--" not in name])
             store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                        time.time(), "(command line)", what, which)
-
-
-def check_begun(settings):
-    """Raise Unusable if there is no deployment, or its key is no good."""
-    if not settings.directory_file.exists() and not settings.workspaces.exists():
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data")
-    load_keys(settings.key_file)
 
 
 def check_new(path):
@@ -13830,12 +13827,12 @@ def serve(settings):
         return serve_part_one(settings)
     for prepare_process in BEFORE_SERVING:
         prepare_process()
-    env = compose(settings, settings.slices)
+    env = compose(settings)
     if not settings.single:
         env.workspaces.tidy()
     if settings.start:
         settings.start(env.settings)
-    server = bound(settings, lambda: Edge(env))
+    server = bound(settings, lambda: whole(LoopEdge)(env, env.settings))
     for number in stop_signals():
         signal.signal(number, lambda number, _: stop_or_leave(server, number))
     signal.set_wakeup_fd(server.waker.fileno())
@@ -14143,8 +14140,7 @@ class App:
             raise Unusable("the app's commands open no workspace where the planes are "
                            "apart; have a route or a job do it")
         found = looked_up(self.settings, named_workspaces)
-        settings = self.settings._replace(demo=False)
-        self.env = self.env or compose(settings, settings.slices)
+        self.env = self.env or compose(self.settings._replace(demo=False))
         for row in found:
             if row["name"] == workspace:
                 return row
@@ -14498,11 +14494,9 @@ def fault_page(request, text):
 
 def with_script(response):
     """Have a page load dev.js."""
-    before, end, rest = response.body.rpartition(b"</body>")
-    if not response.nonce or not end:
+    if not response.nonce:
         return response
-    script = b'<script type="module" src="/dev.js"></script>\n'
-    return response._replace(body=b"".join([before, script, end, rest]))
+    return at_end(response, '<script type="module" src="/dev.js"></script>\n')
 
 
 class Faults:
@@ -14914,7 +14908,7 @@ class TestedApp(App):
     def __init__(self, settings):
         super().__init__(settings, "test")
         self.clock = Clock()
-        self.env = compose(settings, settings.slices)
+        self.env = compose(settings)
         for change in PLAIN:                             # as for any edge but the loop's
             change(self.env)
         self.settings = self.env.settings
@@ -15162,10 +15156,7 @@ def password_link(ctx):
     maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
         raise Refused(403, "Only an operator of this server may do that. Ask one.")
-    account = account_name(ctx.field("account"))
-    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(404, "There is no account of this name. Go back and check the "
-                           "spelling.")
+    account = account_meant(ctx)
     ctx.store.exec("DELETE FROM links WHERE account = ?", account)
     secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
                       password=password_mark(ctx.host, account))
@@ -15265,9 +15256,7 @@ def joining(ctx):
 
 def new_account(ctx, operator):
     name = account_name(ctx.field("username"))
-    if not ACCOUNT_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
-                           "inside. Choose another.")
+    check_account_name(name)
     if ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
         raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
                            "sign in.")
@@ -15290,13 +15279,8 @@ def sign_in_here(ctx, link):
 
 
 def set_password(ctx, link):
-    """All other sessions of the account end."""
-    account = link["person"]
-    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
-    hashed = new_hash(ctx)
-    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
-    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
-    return count_use(ctx, link, account)
+    store_password(ctx, link["person"], new_hash(ctx))
+    return count_use(ctx, link, link["person"])
 
 
 def make_first(ctx, link):
@@ -15475,13 +15459,6 @@ class OpensLinks(LoopEdge):
         return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
 
 
-def throttle(attempts, request):
-    """Count an attempt from this address. Raises Refused(429) if there were too many."""
-    source = f"from {source_of(request.peer)}"
-    attempts.check(source)
-    attempts.count(source)
-
-
 def print_first_link(server, address):
     """On standard output alone, which is not where errors are logged."""
     if server.settings.plane == "data":
@@ -15581,10 +15558,8 @@ class TakesTokens(LoopEdge):
         """
         if getattr(error, "status", 0) != NO_TOKEN.status:
             return error
-        source = f"from {source_of(request.peer)}"
         try:
-            self.bad_tokens.check(source)
-            self.bad_tokens.count(source)
+            throttle(self.bad_tokens, request)
             return error
         except Refused as wait:
             return wait

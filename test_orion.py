@@ -106,7 +106,7 @@ def deadline():
 
 
 def by_compose(settings):
-    return orion.compose(settings, settings.slices)
+    return orion.compose(settings)
 
 
 @functools.lru_cache(maxsize=None)
@@ -133,8 +133,8 @@ class Server:
         settings = {"port": 0, "data": pathlib.Path(folder), "demo": True, "allow_host": ("h",), "log": "off", **settings}
         if not {"single", "seed"} & {*settings} and settings.get("plane") != "data":
             begin(settings["data"], by_compose, bool(settings["demo"]), slices)
-        self.env = orion.compose(orion.Settings(**settings), slices)
-        self.edge = orion.Edge(self.env)
+        self.env = orion.compose(orion.Settings(**settings, slices=slices))
+        self.edge = orion.whole(orion.LoopEdge)(self.env, self.env.settings)
         self.edge.TICK_SECONDS = 0.1                 # what is looked after each second comes sooner
         look, looked = self.edge.alarms.look, threading.Event()
         self.edge.alarms.look = lambda: (look(), looked.set())
@@ -8095,7 +8095,7 @@ def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_co
     (note, "write (one,), with a comma"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
 def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
-        orion.compose(orion.Settings(data=tmp_path / "data"), (orion.Slice("work", jobs=jobs),))
+        orion.compose(orion.Settings(data=tmp_path / "data", slices=(orion.Slice("work", jobs=jobs),)))
     assert str(no.value).startswith("slice 'work'") and why in str(no.value) and not (tmp_path / "data").exists()
 
 
@@ -9951,7 +9951,7 @@ def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start
 def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
     settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
     with pytest.raises(orion.Unusable) as error:
-        orion.compose(settings, (looks()._replace(styles=slices),))
+        orion.compose(settings._replace(slices=(looks()._replace(styles=slices),)))
     assert why in str(error.value)
 
 
@@ -10451,7 +10451,7 @@ def test_files_go_through_the_proxy_to_their_node_however_long_they_take(tmp_pat
 def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
     slice = looks()._replace(routes=(orion.Route(**{"method": "POST", "path": "/n", "grant": "todos:write", "run": write, **route}),))
     with pytest.raises(orion.Unusable, match="upload is a number of bytes above 65536, of a POST, PUT or PATCH"):
-        orion.compose(orion.Settings(data=tmp_path / "d"), (slice,))
+        orion.compose(orion.Settings(data=tmp_path / "d", slices=(slice,)))
 
 
 def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
@@ -11612,7 +11612,7 @@ def test_an_apps_own_command_line_knows_its_slices_and_no_others(tmp_path, monke
     file, = (tmp_path / "d" / "workspaces").glob("*.db")
     with contextlib.closing(sqlite3.connect(file)) as db:
         assert {slice for slice, in db.execute("SELECT slice FROM _migrations")} == {"orion", "orion.removed", "chores"}
-    orion.compose(orion.Settings(data=tmp_path / "d"), [own]).directory.namespace.sleep_unused(idle=-1)
+    orion.compose(orion.Settings(data=tmp_path / "d", slices=[own])).directory.namespace.sleep_unused(idle=-1)
 
 
 @cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
@@ -12414,7 +12414,7 @@ def test_a_new_demo_is_filled_by_the_app_once_in_each_workspace(tmp_path, root):
         ctx.store.exec("INSERT INTO todos (title) VALUES ('of the app')")
     settings = orion.Settings(port=0, data=tmp_path, demo=True, log="off", seed=fill, single=tmp_path / "all.db" if root else None)
     for _ in range(2):
-        env = orion.compose(settings, (orion.todos, letters))
+        env = orion.compose(settings._replace(slices=(orion.todos, letters)))
         for name in ["acme"] if root else ["acme", "globex", "home"]:
             with contextlib.closing(sqlite3.connect(env.workspaces.path(env.workspaces.id_from_name(name)))) as db:
                 assert db.execute("SELECT text FROM sent").fetchall() == [(name,)] and db.execute("SELECT 1 FROM todos WHERE title = 'of the app'").fetchone()
@@ -14275,7 +14275,8 @@ class Struck:
             module.REGATE_SECONDS = 0.1
             self.edge = module.PlainEdge("127.0.0.1", 0, module.plain_planes(folder))
         else:
-            self.edge = module.Edge(module.compose(module.Settings(port=0, data=folder, demo=True, log="off")))
+            env = module.compose(module.Settings(port=0, data=folder, demo=True, log="off"))
+            self.edge = module.whole(module.LoopEdge)(env, env.settings)
         self.port = self.edge.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.edge.serve_forever, daemon=True)
