@@ -8363,10 +8363,10 @@ def test_each_leg_of_a_request_leads_to_a_function_that_the_page_shows(server):
     assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<p id="([^"]+)"', page)}
 
 
-@cases("program", ["-morion", PROGRAM])
-def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(program):
-    with Command("read", program=program, ready=False) as command:
+def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(run, tmp_path):
+    with Command("read", ready=False) as command:
         text = command.process.communicate(timeout=PATIENCE)[0]
+    assert run("read", data=tmp_path / "none") == (0, text, "")
     lines = PROGRAM.read_text("utf-8").splitlines(keepends=True)
     found = re.findall(r"(?m)^# ([\w.]+), lines (\d+) to (\d+)$", text)
     assert [name for name, _, _ in found] == [one.__qualname__ for functions in orion.WAY.values() for one in functions]
