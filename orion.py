@@ -2130,19 +2130,18 @@ def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[st
 class Directory(SliceHost):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
-    demo: everybody may sign in as a persona. limit: workspaces that one account may found.
+    demo: everybody may sign in as a persona.
     """
     digest_of = staticmethod(session_digest)             # [2] remembers what it returned
     # [3] An operator can look on in somebody's name. Here such a session signs nobody in.
     SIGNED_IN = f"{LABELLED} sessions WHERE digest = ? AND expires > ? AND operator IS NULL"
 
     def __init__(self, id, namespace, router, pages, keys: Sequence[bytes],
-                 workspaces: Namespace, demo: bool = False, limit: int = 20):
+                 workspaces: Namespace, demo: bool = False):
         super().__init__(id, namespace, router, pages)
         self.keys = keys
         self.workspaces = workspaces
         self.demo = demo
-        self.limit = limit
 
     def topic(self, name, viewer):
         """One object serves all workspaces: each has topics of its own."""
@@ -2227,6 +2226,13 @@ class Directory(SliceHost):
     def shown(self, person: Any) -> Any:
         """Return how lists show a person, a row with name and label. [3] shows more."""
         return person["name"]
+
+    def offers_to(self, account: str) -> Sequence[Any]:
+        """[3] asks somebody before they become an owner."""
+        return []
+
+    def give_role(self, ctx: Context, account: str, before: str, after: str) -> None:
+        put_role(ctx, account, before, after)
 
     live_home = False                                    # [3] keeps it current
 
@@ -2348,12 +2354,6 @@ NAMES_A_PAGE = 24                                        # on the home page
 MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.role
           FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
           AND w.name > ? AND w.moving < 2 ORDER BY w.name LIMIT ?"""
-OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
-            FROM memberships m JOIN workspaces w ON w.id = m.workspace
-            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
-            w.moving < 2 ORDER BY w.name LIMIT ?"""
-
-
 def home(ctx):
     account = ctx.viewer.account
     personas = ctx.host.personas(account)
@@ -2377,7 +2377,7 @@ def mine_region(ctx):
     mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
     shown = [{**row, "count": ctx.host.count_of(row["id"])} for row in mine[:NAMES_A_PAGE]]
     return template("home.mine")(
-        offer=ctx.store.query(OFFERS, account, NAMES_A_PAGE), workspace=shown,
+        offer=ctx.host.offers_to(account), workspace=shown,
         start=ctx.host.pages[0].path, none=not shown, more=len(mine) > NAMES_A_PAGE,
         after=shown[-1]["name"] if shown else "", stamp=ctx.stamp)
 
@@ -2390,21 +2390,19 @@ def to_home(ctx):
 # -- new workspaces
 
 WORKSPACE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-LONGEST_TITLE = 63                                       # characters
 
 
-def create_workspace(ctx):
+def new_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
+    name = ctx.field("name").strip()
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Refused(422, "A name has 1 to 63 of a to z, 0 to 9 and hyphens between them.")
+    return found(ctx, name)
+
+
+def found(ctx, name):
     account = ctx.viewer.account
-    name, title = names_of(ctx.field("name"))
-    founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
-                            "IS NOT NULL", account)[0]
-    if founded >= ctx.host.limit:
-        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
-                           "Ask whoever runs this server to remove one.")
     ctx.host.place(ctx, name, account)
-    ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
-    set_title(ctx.store, name, title)
     access_changed(ctx, account)
     if ctx.request.plain_form:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
@@ -2418,16 +2416,9 @@ def add_rows(store, id, name, people):
         add_member(store, id, account, role)
 
 
-def add_member(store, id, account, role, offered=False):
-    """offered: they are asked to be an owner."""
-    store.exec("INSERT INTO memberships (workspace, account, role, offered) VALUES "
-               "(?, ?, ?, ?)", id, account, role, offered)
-
-
-def set_title(store, name, title):
-    """Only a title that says more than the name is stored."""
-    title = None if title == name else title
-    store.exec("UPDATE workspaces SET title = ? WHERE name = ?", title, name)
+def add_member(store, id, account, role):
+    store.exec("INSERT INTO memberships (workspace, account, role) VALUES (?, ?, ?)", id,
+               account, role)
 
 
 def check_free(store, name):
@@ -2441,38 +2432,10 @@ def new_id(store, workspaces, name):
     return workspaces.id_from_name(f"{name}#{before}" if before else name)
 
 
-def slug(title: str) -> str:
-    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
-
-    It can be too long. It is empty if there is none, or if the title is too long.
-    """
-    if len(title) > LONGEST_TITLE:
-        return ""
-    if WORKSPACE_NAME.fullmatch(title):
-        return title
-    letters = unicodedata.normalize("NFKD", title.casefold())
-    bare = "".join([one for one in letters if unicodedata.category(one) != "Mn"])
-    if any([one.isalnum() and not one.isascii() for one in bare]):
-        return ""                                        # it could look like another name
-    return "-".join(re.findall("[a-z0-9]+", bare))
-
-
-def names_of(typed: str) -> Tuple[str, str]:
-    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
-    title = " ".join(typed.split())
-    name = slug(title) if title.isprintable() else ""
-    if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
-                           "to z, also with accents, for the address is made of them.")
-    return name, title
-
-
 # ==== 13. Members =========================================================================
 # The idea: who is in a workspace is policy. So this page of a workspace is the Directory's;
 #   it is as live as every other.
-# It promises: only owners make or change owners, and the last owner stays. Nobody becomes
-#   an owner without saying yes: until then it is an offer. Members keep their role
-#   meanwhile; who is new is an admin.
+# It promises: only owners make or change owners, and the last owner stays.
 # Who uses it: every workspace has it beside the pages of its slices.
 
 MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM memberships m
@@ -2481,7 +2444,6 @@ MEMBERS_OF = """SELECT a.name, a.label, m.role, m.offered AS offer FROM membersh
 COUNT_OF = "SELECT count(*) FROM memberships WHERE workspace = ?"
 MEMBERS_A_PAGE = 100
 ROLE_OF = "SELECT role FROM memberships WHERE workspace = ? AND account = ?"
-OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
 OWNERS_OF = "SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'"
 NOT_A_MEMBER = ""                                        # in the place of a role
 
@@ -2496,10 +2458,10 @@ def member_row(ctx, member):
     viewer = ctx.viewer
     over_them = member["role"] != "owner" or viewer.role == "owner"
     managed = viewer.can("members:manage") and over_them
-    offered = bool(member["offer"])
-    chosen = "owner" if offered and viewer.role == "owner" else member["role"]
-    return {**member, "person": ctx.host.shown(member), "offer": offered,
-            "option": role_choice(viewer, chosen), "managed": managed, "fixed": not managed}
+    offered = member["offer"] and viewer.role == "owner"     # [3] their answer is awaited
+    chosen = "owner" if offered else member["role"]
+    return {**member, "person": ctx.host.shown(member), "managed": managed,
+            "option": role_choice(viewer, chosen), "fixed": not managed}
 
 
 def members_region(ctx):
@@ -2582,41 +2544,24 @@ def set_role(ctx, account, before, after):
     """
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
-    offered = after == "owner" and before != "owner"
-    if offered:
-        after = before or "admin"
-    put_role(ctx, account, before, after, offered)
+    ctx.host.give_role(ctx, account, before, after)
 
 
-def answer_offer(ctx):
-    """Become an owner, or not. The field answer is accept or decline."""
-    account = ctx.viewer.account
-    answer = ctx.field("answer")
-    if answer not in ("accept", "decline"):
-        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
-                           "page.")
-    if not ctx.store.one(OFFERED, ctx.viewer.id, account):
-        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
-    before = ctx.viewer.role
-    put_role(ctx, account, before, "owner" if answer == "accept" else before)
-    return done(ctx, f"{ctx.viewer.id} {answer}")
-
-
-def put_role(ctx, account, before, after, offered=False):
+def put_role(ctx, account, before, after):
     """Store a role, and have the pages of the members read again."""
-    store_role(ctx.store, ctx.viewer.id, account, before, after, offered)
+    store_role(ctx.store, ctx.viewer.id, account, before, after)
     ctx.publish("members")
     access_changed(ctx, account)
 
 
-def store_role(store, id, account, before, after, offered=False):
+def store_role(store, id, account, before, after):
     """Store a role. Raise Refused(409) if that would leave no owner."""
     if before == "owner" and after != "owner" and store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
     store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
     if after != NOT_A_MEMBER:
-        return add_member(store, id, account, after, offered)
+        return add_member(store, id, account, after)
     store.exec("DELETE FROM tokens WHERE workspace = ? AND account = ?", id, account)  # [3]
 
 
@@ -2684,10 +2629,8 @@ directory = Slice(
             Route("GET", "/account", PUBLIC, to_home),
             Route("POST", "/persona", PUBLIC, persona),
             Route("POST", "/logout", PUBLIC, logout),
-            Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
+            Route("POST", "/workspaces", ACCOUNT, new_workspace, form="/"),
             Route("POST", "/members", "members:manage", invite, says="let in"),
-            Route("POST", "/members/offer", MEMBER, answer_offer,
-                  says="was asked to be an owner:"),
             Route("PATCH", "/members/<account>", "members:manage", change_role,
                   says="made"),
             Route("DELETE", "/members/<account>", MEMBER, expel, says="removed")))
@@ -6616,6 +6559,7 @@ def create_workspace_with_file(request, env):
 #     56 Command line   57 Own options  58 Development  59 Testing      60 Links
 #     61 Tokens         62 Own workspaces              63 Repeats      64 People
 #     65 Places         66 History    67 Fields
+#     68 Owners
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6729,6 +6673,43 @@ def file_name(said: str) -> str:
     name = said.replace("\\", "/").rpartition("/")[2]
     seen = [sign for sign in name if unicodedata.category(sign)[0] != "C"]
     return "".join(seen).strip(" .")[-120:] or "file"
+
+
+# -- what a workspace is called
+
+LONGEST_TITLE = 63                                       # characters
+
+
+def slug(title: str) -> str:
+    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
+
+    It can be too long. It is empty if there is none, or if the title is too long.
+    """
+    if len(title) > LONGEST_TITLE:
+        return ""
+    if WORKSPACE_NAME.fullmatch(title):
+        return title
+    letters = unicodedata.normalize("NFKD", title.casefold())
+    bare = "".join([one for one in letters if unicodedata.category(one) != "Mn"])
+    if any([one.isalnum() and not one.isascii() for one in bare]):
+        return ""                                        # it could look like another name
+    return "-".join(re.findall("[a-z0-9]+", bare))
+
+
+def names_of(typed: str) -> Tuple[str, str]:
+    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
+    title = " ".join(typed.split())
+    name = slug(title) if title.isprintable() else ""
+    if not WORKSPACE_NAME.fullmatch(name):
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
+                           "to z, also with accents, for the address is made of them.")
+    return name, title
+
+
+def set_title(store, name, title):
+    """Only a title that says more than the name is stored."""
+    title = None if title == name else title
+    store.exec("UPDATE workspaces SET title = ? WHERE name = ?", title, name)
 
 
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
@@ -13214,7 +13195,7 @@ def set_up(directory, workspaces, settings, fresh, demo):
 def directory_builder(kind, settings, keys, workspaces):
     return functools.partial(
         whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
-        workspaces=workspaces, demo=bool(settings.demo), limit=most_workspaces(settings))
+        workspaces=workspaces, demo=bool(settings.demo))
 
 
 def prepared(settings):
@@ -13298,11 +13279,6 @@ def awake_by_default() -> int:
     if descriptors == resource.RLIM_INFINITY:            # which is -1
         return 1024
     return min(1024, descriptors // 4)
-
-
-def most_workspaces(settings):
-    """Of one account."""
-    return settings.max_workspaces or (2000 if settings.demo else 20)
 
 
 class Ledger(GuardedStore):
@@ -16973,6 +16949,80 @@ class ReadsFields(Context):
             why = f"{name} is a whole number of at most 18 digits."
             raise Refused(422, why, fields={name: why})
         return int(text)
+
+
+# ==== 68. Owners ==========================================================================
+# The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
+#   address is made of it. And an owner is asked before they become one.
+# It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
+#   without saying yes: until then it is an offer. Members keep their role meanwhile; who is
+#   new is an admin.
+# Who uses it: the home page and the members page.
+
+OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
+            FROM memberships m JOIN workspaces w ON w.id = m.workspace
+            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
+            w.moving < 2 ORDER BY w.name LIMIT ?"""
+OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
+
+
+def create_workspace(ctx):
+    """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
+    account = ctx.viewer.account
+    name, title = names_of(ctx.field("name"))
+    check_founded(ctx, account)
+    answer = found(ctx, name)
+    ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
+    set_title(ctx.store, name, title)
+    return answer
+
+
+def check_founded(ctx, account):
+    """Raise Refused(422) if this account founded as many as it may."""
+    founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
+                            "IS NOT NULL", account)[0]
+    if founded >= most_workspaces(ctx.host.namespace.settings):
+        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
+                           "Ask whoever runs this server to remove one.")
+
+
+def most_workspaces(settings):
+    """Of one account."""
+    return settings.max_workspaces or (2000 if settings.demo else 20)
+
+
+@addition
+class AsksOwners(EdgeDirectory):
+    def offers_to(self, account):
+        return self.store.query(OFFERS, account, NAMES_A_PAGE)
+
+    def give_role(self, ctx, account, before, after):
+        offered = after == "owner" and before != "owner"
+        if offered:
+            after = before or "admin"
+        super().give_role(ctx, account, before, after)
+        ctx.store.exec("UPDATE memberships SET offered = ? WHERE workspace = ? AND account "
+                       "= ?", offered, ctx.viewer.id, account)
+
+
+def answer_offer(ctx):
+    """Become an owner, or not. The field answer is accept or decline."""
+    account = ctx.viewer.account
+    answer = ctx.field("answer")
+    if answer not in ("accept", "decline"):
+        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
+                           "page.")
+    if not ctx.store.one(OFFERED, ctx.viewer.id, account):
+        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
+    before = ctx.viewer.role
+    put_role(ctx, account, before, "owner" if answer == "accept" else before)
+    return done(ctx, f"{ctx.viewer.id} {answer}")
+
+
+DIRECTORY_SLICES.append(Slice("owners", routes=(
+    Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
+    Route("POST", "/members/offer", MEMBER, answer_offer,
+          says="was asked to be an owner:"))))
 
 
 if __name__ == "__main__":

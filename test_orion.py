@@ -13776,8 +13776,8 @@ def test_a_workspace_that_an_owner_deleted_is_as_if_there_were_none_until_it_is_
     assert eventually(lambda: "kept" in guest.get("/w/acme/todos").text) and program.get("/w/acme/todos").status == 200 == at_link(outside, link).status
 
 
-def test_a_deleted_workspace_counts_among_those_that_one_founded(outside):
-    outside.directory().limit = 1
+def test_a_deleted_workspace_counts_among_those_that_one_founded(outside, monkeypatch):
+    monkeypatch.setattr(orion, "most_workspaces", lambda settings: 1)
     ann = outside.sign_in("ann")
     assert delete_it(ann).status == 303 and "which is the limit here" in ann.post("/workspaces", form={"name": "more"}).text
 
