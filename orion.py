@@ -9235,10 +9235,9 @@ class Console:
                 "served": namespace.served[id]}
 
     # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
-    # stands in it is a percentage of the plane's width
+    # stands in it is a percentage of the plane's width; all others together are at 90
 
     PLACES = (10, 30, 50, 70)
-    OTHERS = 90
 
     def drawing(self, rows, all):
         """Both planes, and the way of each request of late."""
@@ -9253,7 +9252,7 @@ class Console:
 
     def trip_row(self, trip, places):
         return {**vars(trip), **verdict_of(trip), "kind": kind_of(trip),
-                "at": places.get(trip.legs[-1].id, self.OTHERS),
+                "at": places.get(trip.legs[-1].id, 90),
                 "leg": [{**leg._asdict(), "cached": not leg.calls,
                          "code": code_of(leg, trip)} for leg in trip.legs]}
 
