@@ -5589,7 +5589,7 @@ class Broker:
             channel.account = channel.account or stream.account
             self.mark(channel)                           # something may have come meanwhile
         if id in self.here:
-            stream.show_here(self.here[id])
+            self.show_here(stream, self.here[id])
         elif id not in self.unannounced:
             self.tell_who_is_here()
 
@@ -5625,7 +5625,11 @@ class Broker:
             streams = self.watchers(id)
             self.here[id] = self.presence(streams)
             for stream in streams:
-                stream.show_here(self.here[id])
+                self.show_here(stream, self.here[id])
+
+    def show_here(self, stream, piece):
+        """[3] shows it to people alone."""
+        stream.show_here(piece)
 
     def presence(self, streams) -> Piece:
         people = {stream.account: stream for stream in streams}
@@ -7088,11 +7092,10 @@ def proved(ctx):
 
 
 def account_meant(ctx):
-    """Return the field account. Raises Refused(404) if there is none of this name."""
+    """Return the field account. Raises Refused(422) if there is none of this name."""
     name = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
-        raise Refused(404, "There is no account of this name. Go back and check the "
-                           "spelling.")
+        raise Refused(422, "There is no account of this name. Check the spelling.")
     return name
 
 
@@ -15163,15 +15166,23 @@ def page_of_link(ctx, secret):
         title = KINDS[link["kind"]].title
         asked = {link["kind"]: link_facts(ctx, link, secret)}
     fill = {**dict.fromkeys(["paste", *KINDS], False), **asked}
-    body = template("links")(heading=title, problem=ctx.typed.get("problem", ""), **fill)
+    body = template("links")(heading=title, problem=mistake(ctx)["problem"], **fill)
     return page(title, body, ctx.viewer)
+
+
+def mistake(ctx):
+    """Return what was wrong, for the form that was used: one gets on where one was."""
+    how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
+    place = "known_problem" if how == "known" else "problem"
+    return {"problem": "", "known_problem": "", "again_known": how == "known",
+            "again_new": how == "new", place: problem}
 
 
 def link_facts(ctx, link, secret):
     """Return what the page says of a link to whoever looks at it."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
-    return {**link, "secret": secret, "me": me, "stamp": ctx.stamp,
+    return {**link, **mistake(ctx), "secret": secret, "me": me, "stamp": ctx.stamp,
             "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
             "next": f"/w/{link['name']}" if link["name"] else "/",
             "username": ctx.typed.get("username", ""), "new": True, "known": True,
@@ -15295,14 +15306,15 @@ KINDS = {"invite": Kind("You are invited", may_invite, join),
 def links_region(ctx):
     rows = [link_row(ctx, row)
             for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
-    return template("links.region")(link=rows)
+    return template("links.region")(link=rows, none=not rows)
 
 
 def link_row(ctx, link):
     people = people_of(ctx, [link["maker"], *link["used_by"].split()])
     came = [{"person": one} for one in people[1:]]
     return {**link, "until": moment(link["expires"]), "utc": utc(link["expires"]),
-            "by": people[0], "came": came and {"guest": came}}
+            "by": people[0], "came": came and {"guest": came},
+            "open": link["uses"] > 0, "spent": link["uses"] == 0}
 
 
 def people_of(ctx, names):
@@ -15342,7 +15354,10 @@ def links_page(ctx, region):
 
 def account_links(ctx):
     operator = ctx.host.is_operator(ctx.viewer.account)
-    return template("links.account")(operator=operator, stamp=ctx.stamp)
+    typed = ctx.typed if "account" in ctx.typed else {}
+    return template("links.account")(
+        operator=operator, account=typed.get("account", ""),
+        problem=typed.get("problem", ""), stamp=ctx.stamp)
 
 
 ACCOUNT_PARTS.append(account_links)
@@ -15366,7 +15381,8 @@ DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
     Route("POST", "/members/links/withdraw", "members:manage", withdraw_link,
           says="withdrew the link"),
     Route("POST", "/account/links", ACCOUNT, device_link),
-    Route("POST", "/account/links/password", ACCOUNT, password_link))))
+    Route("POST", "/account/links/password", ACCOUNT, password_link,
+          form="/account"))))
 
 
 @addition
@@ -15505,6 +15521,10 @@ def with_token(request: Request) -> Request:
     return request._replace(headers=headers)
 
 
+def of_program(request: Request) -> bool:
+    return request.headers.get("cookie", "").startswith(BEARER)
+
+
 @addition
 class TakesTokens(LoopEdge):
     def __init__(self, *args):
@@ -15517,7 +15537,7 @@ class TakesTokens(LoopEdge):
 
     def refusal(self, request, error):
         """Programs are told it as JSON: {"message": ...}."""
-        if not request.headers.get("cookie", "").startswith(BEARER):
+        if not of_program(request):
             return super().refusal(request, error)
         error = self.slowed(request, error)
         no = super().refusal(request, error)
@@ -15538,6 +15558,18 @@ class TakesTokens(LoopEdge):
             return error
         except Refused as wait:
             return wait
+
+
+@addition
+class LeavesProgramsOut(Broker):
+    """Who left a program running is not here. And programs are not told who is."""
+
+    def presence(self, streams):
+        return super().presence([one for one in streams if not of_program(one.again)])
+
+    def show_here(self, stream, piece):
+        if not of_program(stream.again):
+            super().show_here(stream, piece)
 
 
 # -- in the Directory
