@@ -16726,6 +16726,11 @@ UNDO_SECONDS = 600.0
 LARGEST_UNDO = 2 ** 20                                   # characters, of one command
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
+# The id of the row that call() will insert; and whether nine tenths of the quota are used.
+# Then what is deleted has to make room. user_version is the quota, in pages: section 33.
+NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
+               page_count - freelist_count > 0.9 * user_version
+               FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
 FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
                     FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
                     FROM _removed) WHERE size > ?)"""
@@ -16848,20 +16853,14 @@ class KeepsRemoved(Broadcast):
         said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
         if len(text) > LARGEST_UNDO:
             return offer(f"{said}, for good: that is too much to keep.", "")
-        if self.is_tight():
+        note, is_tight = self.store.one(NEXT_NOTE)
+        if is_tight:
             self.store.exec("DELETE FROM _removed")
             return offer(f"{said}, for good: there is little room here.", "")
-        note = (self.store.one(ENDS)["last"] or 0) + 1   # the row that call() will insert
         self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
                         "?)", note, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
         self.forget_removed()
         return offer(f"{said}.", self.undo_path(ctx, ctx.store.slice, note))
-
-    def is_tight(self):
-        """Is nine tenths of the quota used? Then what is deleted has to make room."""
-        pages, free, quota = [self.store.one(f"PRAGMA {name}")[0] for name in
-                              ("page_count", "freelist_count", "user_version")]
-        return quota > 0 and pages - free > 0.9 * quota  # see limit_pages
 
     def undo_path(self, ctx, slice, note):
         return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
