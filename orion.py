@@ -2,7 +2,7 @@
 """orion: a live, multi-tenant web server in one file, on the standard library alone.
 
     python3 orion.py           serves on http://127.0.0.1:8000, with a demo to click through
-    python3 orion.py --plain   serves Part One of this file alone, as it stands
+    python3 orion.py --plain   serves by Part One of this file: a thread for each browser
 
 Teams share pages. When somebody changes a page, everybody who looks at it sees the change
 at once; and no team can see a row of another. A team is called a workspace here. This is
@@ -61,10 +61,11 @@ The words. Where one has a second meaning, it is said here:
                 same role and ask with the same parameters; or for one account
 
 The file has three parts; its markup, style and script are in the folder templates/. Part
-One is the architecture. It is complete: --plain runs it without the other two. Part Two
-replaces the place where connections and streams are held, to serve thousands of them. Part
-Three is what a product needs around it. To know how it works, read Part One, and stop at
-its last line. What stands there for the other parts only is marked: [2], [3].
+One is the architecture. It is complete: cut out, it runs without the other two, and --plain
+serves by it, with what Part Three adds to its classes. Part Two replaces the place where
+connections and streams are held, to serve thousands of them. Part Three is what a product
+needs around it. To know how it works, read Part One, and stop at its last line. What stands
+there for the other parts only is marked: [2], [3].
 """
 from __future__ import annotations
 
@@ -108,8 +109,11 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #      7 Objects     8 Slices       9 Todos        10 Workspace  11 Sessions  12 Directory
 #     13 Members    14 Plain edge  15 Composition
 #
-# The first two sections show the way of a request; each later one explains a word of it.
-# Some end with what is to be skipped on a first reading; their banners say so.
+# 1 and 2 are the way of a request: gate first, then forward. 3 and 4 are what it brings
+# back: markup, and the events of a stream. 5 to 8 are an object: its file, its topics, its
+# turn, and the slices that it runs; 9 is such a slice. 10 to 13 are the two kinds of
+# objects, Workspace and Directory. 14 puts sockets around it, 15 puts it all together.
+# Some sections end with what is to be skipped on a first reading; their banners say so.
 #
 # This is the way of one click, by functions and their sections:
 #
@@ -268,7 +272,7 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
-    which: str = ""                                      # what was written [2]
+    which: str = ""                                      # for the journal, and streams [2]
     rest: Any = None                                     # [3] what follows the body
 
 
@@ -2127,7 +2131,41 @@ def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[st
 
 # -- the object
 
-class Directory(SliceHost):
+class DirectoryHooks(SliceHost):
+    """Where Part Three adds to the Directory: answers and pages that say more. Here, each
+    of these adds nothing."""
+    live_home = False                                    # does the home page stay current?
+
+    def stranger(self, ctx: Context, workspace: str, no: Response) -> Response:
+        """Return the verdict on somebody who is no member: a route may be public."""
+        return no
+
+    def signed_in(self, ctx: Context, answer: Response) -> Response:
+        return answer
+
+    def give_role(self, ctx: Context, account: str, before: str, after: str) -> None:
+        """Who is to be an owner is asked before."""
+        put_role(ctx, account, before, after)
+
+    def offers_to(self, account: str) -> Sequence[Any]:
+        return []
+
+    def shown(self, person: Any) -> Any:
+        """Return how lists show a person, a row with name and label."""
+        return person["name"]
+
+    def count_of(self, id: str) -> str:
+        """Return how full a workspace is."""
+        return ""
+
+    def shows_console(self, viewer: Viewer) -> bool:
+        return False
+
+    def below_members(self, ctx: Context) -> Html:
+        return Html()
+
+
+class Directory(DirectoryHooks):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
     demo: everybody may sign in as a persona.
@@ -2193,7 +2231,7 @@ class Directory(SliceHost):
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.make_file(ctx, id)
 
-    # -- what the other parts change
+    # -- what other parts change
 
     def make_file(self, ctx, id):
         """[2] makes it before, while nobody waits for the Directory's turn."""
@@ -2209,10 +2247,6 @@ class Directory(SliceHost):
             said["x-title"] = urllib.parse.quote(workspace["title"])
         return said
 
-    def stranger(self, ctx: Context, workspace: str, no: Response) -> Response:
-        """Return the verdict on somebody who is no member. [3] Some routes are public."""
-        return no
-
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
         sql = f"SELECT DISTINCT account FROM sessions WHERE {where}"
@@ -2222,35 +2256,6 @@ class Directory(SliceHost):
         """Return whom one can sign in as, by choosing them."""
         found = self.store.query(PERSONAS) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
-
-    def shown(self, person: Any) -> Any:
-        """Return how lists show a person, a row with name and label. [3] shows more."""
-        return person["name"]
-
-    def offers_to(self, account: str) -> Sequence[Any]:
-        """[3] asks somebody before they become an owner."""
-        return []
-
-    def give_role(self, ctx: Context, account: str, before: str, after: str) -> None:
-        put_role(ctx, account, before, after)
-
-    live_home = False                                    # [3] keeps it current
-
-    def count_of(self, id: str) -> str:
-        """[3] knows how full a workspace is."""
-        return ""
-
-    def shows_console(self, viewer: Viewer) -> bool:
-        """[3] has a console."""
-        return False
-
-    def below_members(self, ctx: Context) -> Html:
-        """[3] has links to further pages there."""
-        return Html()
-
-    def signed_in(self, ctx: Context, answer: Response) -> Response:
-        """[3] offers to send what was sent without a session."""
-        return answer
 
 
 # -- signing in and out
