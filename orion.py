@@ -9458,9 +9458,10 @@ class SlowLog:
             log(f"slow: {1000 * seconds:.0f} ms: {what}")
 
 
-@addition
-class HasSlowLog(GuardedNamespace):
-    slow: Optional[SlowLog] = None
+@functools.lru_cache(maxsize=None)
+def slow_log(limit: float) -> Optional[SlowLog]:
+    """Return the one of this process; None if there is no limit."""
+    return SlowLog(limit) if limit else None
 
 
 @addition
@@ -9470,7 +9471,8 @@ class TimesWork(Broadcast):
 
     def on_open(self):
         super().on_open()
-        if self.namespace.slow:
+        self.slow = slow_log(self.namespace.settings.slow)
+        if self.slow:
             self.call = self.timed_call
             self.store.run = functools.partial(self.timed_run, self.store.run)
 
@@ -9480,14 +9482,14 @@ class TimesWork(Broadcast):
         try:
             return type(self).call(self, slice, route, args, viewer, request)
         finally:
-            self.namespace.slow.note(time.perf_counter() - started, f"{self.where}: "
-                                     f"{route.method} {route.path}, in its turn")
+            self.slow.note(time.perf_counter() - started, f"{self.where}: {route.method} "
+                           f"{route.path}, in its turn")
 
     def timed_run(self, run, sql, args):
         started = time.perf_counter()
         rows = run(sql, args)
-        self.namespace.slow.note(time.perf_counter() - started,
-                                 f"{self.where}: {len(rows)} rows: {sql}")
+        self.slow.note(time.perf_counter() - started,
+                       f"{self.where}: {len(rows)} rows: {sql}")
         return rows
 
 
@@ -9598,9 +9600,7 @@ def metrics(settings, given):
 class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
-        slow = SlowLog(settings.slow) if settings.slow else None
-        self.env.workspaces.slow = self.env.directory.namespace.slow = slow
-        self.figures = Figures(settings.log, slow)
+        self.figures = Figures(settings.log, slow_log(settings.slow))
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
