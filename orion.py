@@ -15887,7 +15887,7 @@ def space_page(ctx, region):
     deletes = "confirm" in typed
     return template("spaces")(
         region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
-        title_problem="" if deletes else typed["problem"], open=deletes,
+        title_problem="" if deletes else typed["problem"], open=deletes, wrong=deletes,
         confirm_problem=typed["problem"] if deletes else "", name=ctx.workspace,
         stamp=ctx.stamp)
 

@@ -16943,8 +16943,12 @@ def test_a_workspace_is_renamed_deleted_and_left_for_another_with_scripts_off(si
     bob.js("document.querySelector('.switch summary').focus()")
     bob.press("Enter", "Tab")
     assert bob.js("return document.activeElement.getAttribute('href')") == "/"
+    bob.size(375, 700)
     bob.js("document.querySelector('.apart summary').focus()")
-    bob.press("Enter", "Tab", *"acme corp", "Enter")
+    bob.press("Enter", "Tab", *"acme", "Enter")
+    seen = "const {bottom} = document.getElementById('confirm-problem').getBoundingClientRect(); return document.activeElement.id === 'confirm' && bottom <= innerHeight"
+    eventually(lambda: bob.js("return document.getElementById('confirm-problem').textContent") and bob.js(seen))
+    bob.press(*"acme corp", "Enter")
     eventually(lambda: bob.js("return location.pathname") == "/")
     assert "/w/acme/" not in Person(site, "bob").get("/").text
 
