@@ -2034,10 +2034,14 @@ def is_genuine(token, sealed, keys):
 
 
 def set_cookie(scheme: str, key: bytes, value: str, seconds: int) -> Tuple[str, str]:
-    attributes = f"Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
+    return cookie_field(scheme, cookie_name(scheme, key), value, "/", seconds)
+
+
+def cookie_field(scheme, name, value, path, seconds):
+    attributes = f"Path={path}; Max-Age={seconds}; HttpOnly; SameSite=Lax"
     if scheme == "https":
         attributes += "; Secure"
-    return "set-cookie", f"{cookie_name(scheme, key)}={value}; {attributes}"
+    return "set-cookie", f"{name}={value}; {attributes}"
 
 
 # -- the file of the keys (to be skipped on a first reading)
@@ -6580,7 +6584,7 @@ def create_workspace_with_file(request, env):
 #     DIRECTORY_SLICES.append(...)  a slice of the Directory: pages outside of workspaces
 #     @verb("backup", ...)          a command of the command line
 #     @public                       a name that apps use
-#     @root_for(condition)          a composition root for some settings
+#     ROOTS.append(...)             a composition root for some settings
 #     PLAIN.append(...)             what slices may use with --plain, too
 #
 # settings is a Settings, and given what a command was given. A file, folder or path is a
@@ -6684,6 +6688,10 @@ def file_name(said: str) -> str:
     return "".join(seen).strip(" .")[-120:] or "file"
 
 
+def all_routes(slices: Sequence[Slice]) -> List[Route]:
+    return [route for slice in slices for route in slice.routes]
+
+
 # -- what a workspace is called
 
 LONGEST_TITLE = 63                                       # characters
@@ -6778,14 +6786,6 @@ def verb(words: str, help: str, *arguments: str):
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
         return run
-    return mark
-
-
-def root_for(wanted: Callable[[Settings], bool]):
-    """Mark a function as the composition root for settings for which wanted is true."""
-    def mark(root):
-        ROOTS.append((wanted, root))
-        return root
     return mark
 
 
@@ -7845,14 +7845,11 @@ def wrong_with_job(job) -> str:
 def check_jobs(settings: Settings) -> None:
     """Raise Unusable for a job that could not run."""
     for slice in settings.slices:
-        jobs = getattr(slice, "jobs", ())
-        if callable(jobs):
-            raise Unusable(f"slice {slice.name!r}, jobs: write (one,), with a comma")
-        for job in jobs:
+        for job in slice.jobs:
             why = wrong_with_job(job)
             if why:
                 raise Unusable(f"slice {slice.name!r}, job {job!r:.99}: {why}")
-        functions = {function_of(job) for job in jobs}
+        functions = {function_of(job) for job in slice.jobs}
         names = {function.__name__ for function in functions}
         if len(names) < len(functions):
             raise Unusable(f"slice {slice.name!r}: two jobs have the same name; rename one")
@@ -8517,7 +8514,7 @@ def check_slices(settings: Settings) -> None:
 
 
 def check_commas(slice):
-    for name in ("migrations", "live", "routes", "exports"):
+    for name in ("migrations", "live", "routes", "jobs", "exports"):
         if type(getattr(slice, name)) not in (tuple, list):
             raise BadSlice(f"slice {slice.name!r}: {name} is a tuple, and (one,) has a "
                            "comma too")
@@ -8573,7 +8570,8 @@ def check_references(store):
                                  "row of it any more")
 
 
-CHECKS.extend((check_slices, check_tables))
+CHECKS.insert(0, check_slices)                           # others trust these fields
+CHECKS.append(check_tables)
 
 
 def id_of(region: Html) -> str:
@@ -10797,11 +10795,8 @@ class Inside(EdgeWorkspace):
 
     def leave(self):
         """Forget the store, which is closed already."""
-        self.namespace.changed(self.id)
         self.store = None
-        self.bus = None
-        self.gone = True
-        self.namespace.forget(self)
+        super().close()
 
     def close(self):
         self.outside.close()
@@ -10826,7 +10821,6 @@ class OneFile(GuardedNamespace):
         """The file is there: it is the one in which the row of this workspace is."""
 
 
-@root_for(lambda settings: settings.single)
 def single_root(settings):
     settings, fresh, keys = prepared(settings)
     router = workspace_router(settings)
@@ -10844,6 +10838,9 @@ def single_root(settings):
     outside = directory_builder(Single, settings, keys, workspaces)
     demo = {"acme": DEMO_WORKSPACES["acme"]}
     return set_up(control.get(OneFile.ID), workspaces, settings, fresh, demo)
+
+
+ROOTS.append((lambda settings: settings.single, single_root))
 
 
 # ==== 45. Nodes ===========================================================================
@@ -11199,7 +11196,6 @@ def create_on_node(request, env):
     return response
 
 
-@root_for(lambda settings: settings.plane == "directory")
 def directory_plane(settings):
     """Accounts, sessions and the gate. The workspaces are on the nodes of its table."""
     env = two_planes(settings._replace(demo=False))
@@ -11209,6 +11205,9 @@ def directory_plane(settings):
     workspaces.directory = env.directory
     env.doors["/workspaces"] = create_on_node
     return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
+
+
+ROOTS.append((lambda settings: settings.plane == "directory", directory_plane))
 
 
 # -- a node's side
@@ -11311,7 +11310,6 @@ def answer_directory(request, env):
         raise StorageFault(env.workspaces.path(id), error) from error
 
 
-@root_for(lambda settings: settings.plane == "data")
 def data_plane(settings):
     """A node. The Directory is in another process, whose key it shares."""
     private_folder(settings.workspaces)
@@ -11322,6 +11320,9 @@ def data_plane(settings):
     control.settings = settings
     env = full_env(control.get("directory"), workspaces, settings)
     return dataclasses.replace(env, gate=node_gate, regate=node_regate, front=node_front)
+
+
+ROOTS.append((lambda settings: settings.plane == "data", data_plane))
 
 
 def check_node(settings):
@@ -11546,11 +11547,10 @@ def nginx(settings, given):
     targets.update((one["address"], one["name"]) for one in fixed)
     headers = [{"header": header, "variable": header.replace("-", "_")}
                for header in (*VERDICT, "x-verdict")]
-    largest = max([route.upload for slice in settings.slices for route in slice.routes],
-                  default=0)
+    largest = max([BODY_LIMIT, *[one.upload for one in all_routes(settings.slices)]])
     text = Template(TEMPLATES / "nginx.txt")
     print(text(
-        largest=max(largest, BODY_LIMIT) // 1024,
+        largest=largest // 1024,
         upstream=fixed, directory=targets[given.directory], taken=headers, given=headers,
         by_name=[{"server": dns_server()}] if len(fixed) < len(places) else [],
         choice=[{"pattern": re.escape(node), "target": targets[node]}
@@ -11876,7 +11876,7 @@ class Uploads:
 class TakesUploads(Connection):
     """spool: where the present body goes, from its head until it is whole."""
     spool: Optional[Spool] = None
-    refused: Optional[Tuple[Reading, int]] = None        # if it is; and the route's limit
+    would_refuse: Optional[Tuple[Reading, int]] = None   # and the limit of its route
     paused = 0.0                                         # since when nothing is read
     READ_OVER_SECONDS = 10.0                             # of a body that was refused
 
@@ -11885,7 +11885,7 @@ class TakesUploads(Connection):
         type = reading.headers.get("content-type", "").lower()
         if route is None or type.startswith(IN_MEMORY):
             return super().spool_for(reading)
-        self.refused = reading, route.upload             # if it is: see refuse
+        self.would_refuse = reading, route.upload
         if (reading.length or 0) > route.upload:
             raise too_large(route.upload)
         self.spool = Spool(route, self.edge.uploads.folder)
@@ -11951,7 +11951,7 @@ class TakesUploads(Connection):
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it
-        self.refused = None
+        self.would_refuse = None
         if self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
         self.edge.take_up(self, reading)
@@ -11959,9 +11959,9 @@ class TakesUploads(Connection):
     def refuse(self, no):
         """Answer an upload as its page expects it, and read over what is on its way."""
         self.drop()
-        if self.refused is None or self not in self.edge.held:
+        if self.would_refuse is None or self not in self.edge.held:
             return super().refuse(no)
-        reading, limit = self.refused
+        reading, limit = self.would_refuse
         self.state = self.ANSWERING
         self.spare = 2 * limit
         self.LINGER_SECONDS = self.READ_OVER_SECONDS
@@ -12181,8 +12181,7 @@ class BringsUploads(Context):
 
 
 def upload_routes(slices) -> List[Route]:
-    routes = [route for slice in slices for route in slice.routes]
-    return [route for route in routes if route.upload]
+    return [route for route in all_routes(slices) if route.upload]
 
 
 def check_uploads(settings: Settings) -> None:
@@ -12488,14 +12487,7 @@ def with_flash(request: Request, response: Response) -> Response:
 
 def flash_cookie(request, path, data):
     sealed = flash_seal(request, urllib.parse.unquote(path), data)
-    return flash_field(request, f"{data}.{sealed}", path, FLASH_SECONDS)
-
-
-def flash_field(request, value, path, seconds):
-    attributes = f"Path={path}; Max-Age={seconds}; HttpOnly; SameSite=Lax"
-    if request.scheme == "https":
-        attributes += "; Secure"
-    return "set-cookie", f"flash={value}; {attributes}"
+    return cookie_field(request.scheme, "flash", f"{data}.{sealed}", path, FLASH_SECONDS)
 
 
 def flash_seal(request, path, data) -> str:
@@ -12518,7 +12510,8 @@ def flash_in(request) -> str:
 
 def show_flash(request, response, text):
     """Put it at the end of the page, and have the browser forget it."""
-    forget = flash_field(request, "", urllib.parse.quote(request.path), 0)
+    path = urllib.parse.quote(request.path)
+    forget = cookie_field(request.scheme, "flash", "", path, 0)
     text, _, undo = text.rpartition("\n")
     return with_message(response._replace(headers=(*response.headers, forget)), text,
                         undo=undo, undo_form={"undo": undo} if undo else None)
@@ -12783,8 +12776,8 @@ class OpensToAnybody(LoopEdge):
     secretive = False                                    # one of their paths has <parts>
 
     def use(self, env):
-        routes = [route for slice in env.settings.slices for route in slice.routes]
-        paths = [route.path for route in routes if route.grant == PUBLIC]
+        paths = [route.path for route in all_routes(env.settings.slices)
+                 if route.grant == PUBLIC]
         if paths:                                        # else it costs nothing
             self.is_open = True
             self.secretive = "<" in "".join(paths)
@@ -13264,8 +13257,8 @@ def directory_router():
     Where two have the same address, the first one answers."""
     slices = [*DIRECTORY_SLICES, directory]
     live = [row for slice in slices for row in slice.live]
-    routes = [row for slice in slices for row in slice.routes]
-    return whole(QuickRouter)([Slice("directory", DIRECTORY_TABLES, live, routes)])
+    outside = Slice("directory", DIRECTORY_TABLES, live, all_routes(slices))
+    return whole(QuickRouter)([outside])
 
 
 def workspaces_of(settings, router):
@@ -13516,11 +13509,11 @@ def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = N
     if settings.single:
         settings = settings._replace(data=settings.single.parent)
     if settings.demo is None:
-        settings = settings._replace(demo=is_private(settings))
+        settings = settings._replace(demo=is_for_this_machine(settings))
     return settings, given
 
 
-def is_private(settings):
+def is_for_this_machine(settings):
     """Does nobody but this machine get in? (Behind a proxy, others do.)"""
     here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
     proxied = settings.allow_host or settings.trust_proxy or settings.plane
@@ -14249,7 +14242,7 @@ SLOW_SECONDS = 0.05                                      # of a region
 
 
 def serve_dev(settings):
-    check_private(settings)
+    check_dev(settings)
     handle = os.environ.pop(SOCKET, "")
     if not handle:
         return Parent(settings).run()
@@ -14269,9 +14262,9 @@ def become_child(handle):
         addition(cls)
 
 
-def check_private(settings):
+def check_dev(settings):
     """Raise Unusable where anybody but this machine could ask."""
-    if not is_private(settings):
+    if not is_for_this_machine(settings):
         raise Unusable("--dev shows code and rows to whoever asks, so it is for this "
                        "machine alone; leave --host, --allow-host, --trust-proxy and "
                        "--plane out")
@@ -14573,7 +14566,7 @@ class DevEdge(LoopEdge):
         self.parent = os.getppid()
         FAULTS.secrets = [settings.setting(option.name) for option in settings.options
                           if option.secret]
-        for route in [route for slice in settings.slices for route in slice.routes]:
+        for route in all_routes(settings.slices):
             if route.method not in SAFE and route.grant.endswith(":read"):
                 log(f"dev: {route.method} {route.path} takes {route.grant}, which those "
                     "have, too, who are only to read; if it writes more than what is "

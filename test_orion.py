@@ -2387,7 +2387,7 @@ LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
         "waits is async; write def, and do in a job what takes long": {"page": waits}, "waits is async": {"regions": (REGION._replace(show=functools.partial(waits, 1)),)}, "yields yields; let it return": {"page": yields}}.items()],
     ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits, tab=False),))]),
     *[(f"slice 'a': {name} is a tuple, and (one,) has a comma too", [orion.Slice("a")._replace(**{name: one})]) for name, one in
-      {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "exports": nothing}.items()],
+      {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "jobs": nothing, "exports": nothing}.items()],
     ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE, LIVE))]),
     ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<float:id>"),))]),
     ("answers there; choose another path", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
@@ -8092,7 +8092,7 @@ def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_co
     ((orion.every(note),), "it has no time"),
     ((lambda ctx: None,), "it is no function with a name; write def"),
     (("note",), "it is no function with a name"), ((orion.daily("note", "07:30"),), "it is no function with a name"),
-    (note, "write (one,), with a comma"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
+    (note, "jobs is a tuple, and (one,) has a comma too"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
 def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
         orion.compose(orion.Settings(data=tmp_path / "data", slices=(orion.Slice("work", jobs=jobs),)))
