@@ -800,7 +800,7 @@ class Calls:
 class Store(Calls):
     """A connection to one file. create=True makes it; otherwise it has to be there.
 
-    Raises sqlite3.Error as it comes.
+    A with statement closes it. Raises sqlite3.Error as it comes.
     """
     SETUP = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON"
     STATEMENTS = 100                                     # kept compiled by Python's sqlite3
@@ -852,6 +852,12 @@ class Store(Calls):
 
     def commit(self):
         self.run("COMMIT", ())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self) -> None:
         """The last connection that closes moves the write-ahead log into the file."""
@@ -3071,7 +3077,7 @@ DEMO_WORKSPACES = {
 def seed(env, workspaces, with_todos):
     """Fill the demo. Its people go into their table; all else comes by the usual ways."""
     store = Store(env.directory.namespace.path(env.directory.id))
-    with contextlib.closing(store), store.tx():
+    with store, store.tx():
         for account in DEMO_ACCOUNTS.items():
             store.exec("INSERT INTO accounts (name, label, persona) VALUES (?, ?, 1)",
                        *account)
@@ -3599,6 +3605,11 @@ def words_of(sql):
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
 # Who uses it: both planes, through the composition roots of Part Three.
 
+def retry_after(seconds: int) -> Tuple[Tuple[str, str], ...]:
+    """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
+    return (("retry-after", str(seconds)),)
+
+
 class StorageFault(Refused):
     """The file of an object can't be used. The text is for the log, message for people."""
     # The first that is in the text counts; the last, "", always is.
@@ -3622,11 +3633,11 @@ class StorageFault(Refused):
     SAID = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it to "
                                   "make room."),
             "takes long": (503, "This is being brought up to date. Try again in a few "
-                                "minutes.", (("retry-after", "10"),)),
+                                "minutes.", retry_after(10)),
             "is locked": (503, "Another program is writing to this just now. Try again in "
-                               "a few seconds.", (("retry-after", "5"),))}
+                               "a few seconds.", retry_after(5))}
     OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
-                 (("retry-after", "60"),))
+                 retry_after(60))
 
     def __init__(self, path, error):
         word = next(word for word in self.REMEDIES if word in str(error))
@@ -3958,8 +3969,7 @@ class GuardedStub(Stub):
 
 class Busy(Refused):
     def __init__(self):
-        super().__init__(503, "This is busy. Try again in a moment.",
-                         (("retry-after", "1"),))
+        super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
 
 
 LOOK_SECONDS = 0.2                                       # see fetch_briefly
@@ -4099,7 +4109,7 @@ class GuardedNamespace(Namespace):
         """
         place = self.path(id)
         if place.exists():
-            with contextlib.closing(Store(place)) as store:
+            with Store(place) as store:
                 if store.one("SELECT 1 FROM journal"):
                     raise Refused(*TAKEN)
         self.path(draft).rename(place)
@@ -6215,7 +6225,7 @@ class LoopEdge:
         connection = self.connection_kind(self, link, address[0])
         if len(self.held) > self.settings.connections:
             connection.refuse(Refused(503, "The server is full. Try again in a minute.",
-                                      (("retry-after", "60"),)))
+                                      retry_after(60)))
 
     def tick(self, now):
         """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
@@ -6394,7 +6404,7 @@ class LoopEdge:
             path, query = parse_target(reading.target, headers.get("host", ""))
         if self.stopping and self.draining and path != "/healthz":
             raise Refused(503, "This server is about to stop. Try again in a moment.",
-                          (("retry-after", "2"),))
+                          retry_after(2))
         return Request(method, path, query, headers, reading.body or b"", peer, scheme,
                        reading.spool)
 
@@ -6405,7 +6415,7 @@ class LoopEdge:
                                 "the proxy.")
         if self.broker.accounts[response.which] >= self.most_streams():
             return Refused(429, "Too many windows are open for this account. Close some.",
-                           (("retry-after", "30"),))
+                           retry_after(30))
         return None
 
     def most_streams(self) -> int:
@@ -6945,7 +6955,7 @@ def scrypt(password: str, salt: bytes) -> bytes:
     """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
     if not SCRYPT_IN_LINE.acquire(blocking=False):
         raise Refused(503, "Many people are signing in. Try again in a moment.",
-                      (("retry-after", "2"),))
+                      retry_after(2))
     try:
         with SCRYPT_AT_ONCE:
             data = password.encode("utf-8", "replace")
@@ -7013,9 +7023,9 @@ class Throttle:
         for key in keys:
             times = self.times.get(key, ())
             if len(times) == self.most and times[0] > begin:
-                wait = str(int(times[0] - begin) + 1)
+                wait = int(times[0] - begin) + 1
                 raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
-                              (("retry-after", wait),))
+                              retry_after(wait))
 
     def count(self, *keys: str) -> None:
         now = time.monotonic()
@@ -8543,7 +8553,7 @@ def check_tables(settings: Settings) -> None:
     router = Router([welcome, *settings.slices])
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "tables.db")
-        with contextlib.closing(ScratchStore(file, create=True)) as store:
+        with ScratchStore(file, create=True) as store:
             store.migrate_all(router.schema)
             check_references(store)
 
@@ -9729,7 +9739,7 @@ def copy_database(source, target, about: Any = None) -> int:
     """
     with in_the_making(target) as part:
         os.close(private_file(part))
-        with contextlib.closing(Original(source)) as original, \
+        with Original(source) as original, \
                 contextlib.closing(sqlite3.connect(part)) as copy:
             original.db.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
@@ -9779,7 +9789,7 @@ def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> i
     Commands that are on their way finish first, and are in the copy. The others see that
     the file is gone, before they write.
     """
-    with contextlib.closing(GuardedStore(path)) as store:
+    with GuardedStore(path) as store:
         store.begin()
         rows = copy_database(path, copy, about) if copy else 0
         path.unlink()
@@ -10037,7 +10047,7 @@ def check_known(settings, file):
     known = dict(directory_router().schema)
     for slice, entries in workspace_router(settings).schema:
         known[f"workspace/{slice}"] = entries
-    with contextlib.closing(Original(file)) as store:
+    with Original(file) as store:
         for row in store.query("SELECT * FROM _migrations"):
             entries = known.get(row["slice"], ())
             digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
@@ -10133,7 +10143,7 @@ def try_on_copy(settings, db, path, schema):
         copy = pathlib.Path(folder, "adopted.db")
         copy_database(path, copy)
         check_indexes(copy)
-        with contextlib.closing(GuardedStore(copy)) as store:
+        with GuardedStore(copy) as store:
             store.migrate_all(schema)
 
 
@@ -10293,7 +10303,7 @@ def repair(settings):
 
 def remove_blanks(settings):
     """Meanwhile nobody founds a workspace: its file is there before its row."""
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store, store.tx():
+    with GuardedStore(settings.directory_file) as store, store.tx():
         named = {row["id"] for row in store.query(WHEREABOUTS)}
         blank = [path for path in files_here(settings)
                  if path.stem not in named and is_blank(path)]
@@ -10459,7 +10469,7 @@ def forget_workspace(store, id):
 
 
 def settle(env, name):
-    with contextlib.closing(GuardedStore(env.settings.directory_file)) as store:
+    with GuardedStore(env.settings.directory_file) as store:
         env.workspaces.settle(store, name)
 
 
@@ -10579,7 +10589,7 @@ def about_file(file, name=None):
     Raises Unusable if it is no export, no single root and no file of workspaces.
     """
     try:
-        with contextlib.closing(Original(file)) as store:
+        with Original(file) as store:
             own_name, members, accounts = about_store(store)
         for account, role in members.items():
             check_member(file, account, role)
@@ -10659,7 +10669,7 @@ def settle_jobs(source, path, jobs):
     others, and nothing was said.
     """
     others = f"key IS NULL OR key NOT IN ({PLANNED})"
-    with contextlib.closing(GuardedStore(path)) as store:
+    with GuardedStore(path) as store:
         store.exec("DELETE FROM answers")                # to commands that were sent there
         many = store.one(f"SELECT count(*) AS many FROM jobs WHERE {others}")["many"]
         if many and not jobs:
@@ -10673,7 +10683,7 @@ def settle_jobs(source, path, jobs):
 def bring_up_to_date(settings, path):
     """Raise MigrationError for what would keep people out of it later."""
     schema = workspace_router(settings).schema
-    with contextlib.closing(GuardedStore(path)) as store:
+    with GuardedStore(path) as store:
         there = {row["slice"] for row in store.query("SELECT slice FROM _migrations")}
         for slice in there - {name for name, _ in schema} - had_once(settings, there):
             raise MigrationError(f"it has rows of slice {slice!r}, which is not here; take "
@@ -10909,7 +10919,7 @@ class NoAnswer(Refused):
 
     def __init__(self, why):
         super().__init__(503, "This can't be found out just now. Try again in a minute.",
-                         (("retry-after", "60"),))
+                         retry_after(60))
         self.why = why
 
     def __str__(self):
@@ -11857,10 +11867,10 @@ class Uploads:
         with self.lock:
             if self.taken[account] + size > self.most:
                 raise Refused(429, "Too much of yours is on its way here. Try again when "
-                                   "it has arrived.", (("retry-after", "5"),))
+                                   "it has arrived.", retry_after(5))
             if sum(self.taken.values()) + size > self.most * self.ACCOUNTS:
                 raise Refused(503, "Too much is on its way here. Try again in a minute.",
-                              (("retry-after", "60"),))
+                              retry_after(60))
             self.taken[account] += size
             spool.reserved = size
             spool.account = account
@@ -12888,7 +12898,7 @@ class ListsOfFile(Lists):
         except sqlite3.Error as error:
             log_once(f"members: {self.path}: {error}")
             raise Refused(503, "The members can't be read just now. Try again in a minute.",
-                          (("retry-after", "60"),)) from error
+                          retry_after(60)) from error
 
     def version(self):
         """Return what changes with each commit to the file, and with the file."""
@@ -13213,7 +13223,7 @@ def prepared(settings):
     keys = load_keys(settings.key_file)
     demo = settings.demo
     if demo and not fresh:
-        with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+        with GuardedStore(settings.directory_file) as store:
             demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
     return settings._replace(demo=demo), fresh, keys
 
@@ -13293,7 +13303,7 @@ def check_ledger(settings, router):
 
     So it is known before any file of a tenant that was there is opened.
     """
-    with contextlib.closing(Ledger(settings.directory_file)) as store:
+    with Ledger(settings.directory_file) as store:
         for name, entries in router.schema:
             store.migrate(f"workspace/{name}", entries)
 
@@ -13639,7 +13649,7 @@ def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
     Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
     """
     check_there(settings)
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store:
+    with GuardedStore(settings.directory_file) as store:
         store.begin()
         try:
             store.migrate_all(directory_router().schema)
@@ -13661,7 +13671,7 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
     if what not in BEGINNINGS:
         check_there(settings)
     env = compose(settings._replace(demo=False, plane=""))
-    with contextlib.closing(GuardedStore(settings.directory_file)) as store, \
+    with GuardedStore(settings.directory_file) as store, \
             store.tx() if given else contextlib.nullcontext():
         yield store, env
         if given:
@@ -14125,7 +14135,7 @@ class App:
 
     def note(self, id):
         """Tell the server, if one runs, by the Directory's journal."""
-        with contextlib.closing(GuardedStore(self.settings.directory_file)) as store:
+        with GuardedStore(self.settings.directory_file) as store:
             store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                        time.time(), self.who, WRITTEN, id)
 
@@ -14909,7 +14919,7 @@ class TestedApp(App):
         account = account_name(name)
         address, title = names_of(workspace)
         file = self.settings.directory_file
-        with self.clock, contextlib.closing(GuardedStore(file)) as store, store.tx():
+        with self.clock, GuardedStore(file) as store, store.tx():
             self.let_in(store, account, role, address, title)
             return Visitor(self, address, self.cookie(store, account))
 
