@@ -3916,9 +3916,12 @@ class GuardedStub(Stub):
         question = Request("GET", path, query, headers, scheme=scheme)
         return json.loads(self.fetch(question).body)
 
-    def fetch_all(self, requests) -> List[Any]:
-        """See GroupCommit."""
-        return self.enter(lambda one: one.answer_all(requests), requests[0])
+    def fetch_all(self, requests, check=lambda: None) -> List[Any]:
+        """See GroupCommit. check() is called when the turn has come; it may raise."""
+        def ask(one):
+            check()
+            return one.answer_all(requests)
+        return self.enter(ask, requests[0])
 
     def enter(self, ask, request, seconds=-1):
         """Return ask(object), called in its turn.
@@ -5475,7 +5478,7 @@ class Broker:
         self.accounts = collections.Counter()            # how many streams each has open
         self.version = 0                                 # of the Directory
         self.unreachable_since = 0.0                     # 0: it can be reached
-        self.access_changed_at = float("-inf")           # anybody's
+        self.access_changed_at: Dict[str, float] = {}    # by account; "": everybody's
         self.here: Dict[str, Piece] = {}                 # by object: who watches it
         self.moved = set()                               # objects whose watchers changed
         self.failed = set()                              # channels whose region is old
@@ -5489,12 +5492,22 @@ class Broker:
         Whose command it was pays for what follows from it.
         """
         if topic.startswith("access:"):
-            self.access_changed_at = time.monotonic()
+            self.note_change(topic[7:])
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
             heard = channel.subscription.topic           # "": all that is published
             if topic == heard or "" in (topic, heard):
                 self.mark(channel)
+
+    def note_change(self, account):
+        if len(self.access_changed_at) > 10_000:         # too many to tell them apart
+            self.access_changed_at, account = {}, ""
+        self.access_changed_at[account] = time.monotonic()
+
+    def changed_since(self, account, then) -> bool:
+        """Did what this account may do change since then, by time.monotonic()?"""
+        known = self.access_changed_at
+        return known.get(account, then) > then or known.get("", then) > then
 
     def mark(self, channel):
         with self.lock:
@@ -5590,10 +5603,10 @@ class Broker:
     # -- who watches
 
     def welcome(self, stream, watch):
-        """Let a new stream join. If access changed of late, its verdict may be older than
-        that, so the gate is asked again."""
+        """Let a new stream join. If its access changed of late, its verdict may be older
+        than that, so the gate is asked again."""
         self.join(stream, watch)
-        if time.monotonic() < self.access_changed_at + self.CALM_SECONDS:
+        if self.changed_since(stream.account, time.monotonic() - self.CALM_SECONDS):
             self.regate(stream)
 
     def join(self, stream, watch):
@@ -6088,6 +6101,10 @@ give_way = getattr(os, "sched_yield", lambda: None)
 known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
 
+class Outdated(Exception):
+    """While a request waited for its turn, it changed what its account may do."""
+
+
 class LoopEdge:
     """Binds in the constructor, serves in serve_forever(), ends by stop().
 
@@ -6315,6 +6332,7 @@ class LoopEdge:
         If commands take long, others have this thread in between.
         """
         let_in = collections.defaultdict(collections.deque)
+        decided_at = time.monotonic()
         env = asking_once(self.deciding) if len(several) > 1 else self.deciding
         for asked in several:
             decided = outcome(self.decide, asked.request, env)
@@ -6328,20 +6346,30 @@ class LoopEdge:
                 asked.account = self.account_of(asked)
                 self.call(self.line_up, asked)
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
-        for stub, group in let_in.items():
-            self.fetch_some(stub, group)
-            while group and time.monotonic() < until:
-                self.fetch_some(stub, group)
+        with contextlib.suppress(Outdated):
+            for stub, group in let_in.items():
+                self.fetch_some(stub, group, decided_at)
+                while group and time.monotonic() < until:
+                    self.fetch_some(stub, group, decided_at)
         return [asked for group in let_in.values() for asked in group]
 
-    def fetch_some(self, stub, group):
+    def fetch_some(self, stub, group, decided_at):
         """Commands share a commit. A page can be large: it leaves before the next.
 
-        Those that were answered leave the group.
+        Those that were answered leave the group. Raises Outdated before it asks for any.
         """
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
-        outcomes = outcome(stub.fetch_all, [asked.forwarded for asked in some])
+        requests = [asked.forwarded for asked in some]
+
+        def check():
+            for request in requests:
+                account = request.headers.get("x-account", "")
+                if self.broker.changed_since(account, decided_at):
+                    raise Outdated()
+        outcomes = outcome(stub.fetch_all, requests, check)
+        if isinstance(outcomes, Outdated):
+            raise outcomes
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
         for response in outcomes:
@@ -11001,7 +11029,7 @@ class RemoteStub(GuardedStub):
     def fetch(self, request, seconds=-1):
         return self.namespace.send(self.id, request)
 
-    def fetch_all(self, requests):
+    def fetch_all(self, requests, check=lambda: None):
         return [outcome(self.fetch, request) for request in requests]
 
     def ask(self, path, query="", headers={}, scheme="http"):

@@ -1315,6 +1315,40 @@ def test_a_changed_role_changes_what_the_open_stream_shows(server):
     assert "Goes on" in ear.event()
 
 
+ENDS_OF_ACCESS = {"is removed": lambda bob, carol, token: bob.delete("/w/acme/members/carol"),
+                  "may only read": lambda bob, carol, token: bob.patch("/w/acme/members/carol", role="viewer"),
+                  "signs out": lambda bob, carol, token: carol.post("/logout", form={}),
+                  "withdraws it": lambda bob, carol, token: carol.post("/account/tokens/withdraw", form={"token": token[6:18]}),
+                  "is not concerned": lambda bob, carol, token: bob.delete("/w/acme/members/erin")}
+
+
+@cases("who, change, status", [("page", "is removed", 403), ("page", "may only read", 403), ("page", "signs out", 401), ("page", "is not concerned", 200),
+                               ("program", "is removed", 401), ("program", "may only read", 403), ("program", "withdraws it", 401), ("program", "is not concerned", 201)])
+def test_a_command_that_waits_for_its_turn_is_not_done_when_its_member(server, who, change, status):
+    """It was let in before; then access ended, and whoever ended it was told so."""
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    token = token_of(carol)
+    caller = carol if who == "page" else Program(server, token)
+    bob.get("/w/acme/todos")
+    turn, decided, decide = server.env.workspaces.objects[file_of(server).stem].turn, threading.Event(), server.edge.decide
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, mock.patch.object(server.edge, "decide", lambda *what: (decide(*what), decided.set())[0]):
+        with turn:
+            late = pool.submit(caller.post, "/w/acme/todos", title="late")
+            assert decided.wait(PATIENCE)
+            assert ENDS_OF_ACCESS[change](bob, carol, token).status < 400
+        assert late.result(PATIENCE).status == status
+    assert ("late" in bob.get("/w/acme/todos").text) == (status < 400)
+
+
+def test_when_the_access_of_too_many_changed_it_is_taken_for_everybodys(server):
+    broker, then = server.edge.broker, time.monotonic()
+    for number in range(10_001):
+        broker.note_change(f"n{number}")
+    assert broker.changed_since("n1", then) and not broker.changed_since("carol", then)
+    broker.note_change("one more")
+    assert broker.changed_since("carol", then) and not broker.changed_since("carol", time.monotonic()) and len(broker.access_changed_at) == 1
+
+
 def test_another_process_can_revoke_too(server):
     carol = Person(server, "carol")
     ear = Ear(carol, "/w/acme/todos/live")
@@ -13049,7 +13083,7 @@ def test_a_link_is_void_also_for_whoever_is_using_it_when(outside, monkeypatch, 
     assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None and "bea" not in roles_in(outside)
 
 
-@cases("how", ["new", "known", "me"])
+@cases("how", ["new", "known"])
 def test_a_link_that_is_good_only_after_the_door_was_asked_lets_nobody_in_without_a_password(outside, monkeypatch, how):
     link = link_into(outside.sign_in("ann"))
     monkeypatch.setattr(type(outside.directory()), "own_link", lambda self, request: False)
