@@ -9368,7 +9368,8 @@ def grant_rows():
 
 
 def guest_of(me) -> Viewer:
-    return masked(Viewer(account=me["account"]), me["mask"], me["read_only"])
+    viewer = Viewer(account=me["account"], label=me["label"])
+    return masked(viewer, me["mask"], me["read_only"])
 
 
 @addition
@@ -9390,7 +9391,8 @@ class AnswersTheConsole(EdgeDirectory):
     def own_onlooker(self, request):
         """Who asks, where they belong, and whether they run this server."""
         viewer = self.viewer(request)
-        return {"account": viewer.account, "operator": self.own_operator(request),
+        return {"account": viewer.account, "label": viewer.label,
+                "operator": self.own_operator(request),
                 "mask": getattr(viewer, "operator", ""),
                 "read_only": getattr(viewer, "read_only", False),
                 "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
