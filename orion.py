@@ -10112,9 +10112,8 @@ def check(settings, given):
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
-    look = functools.partial(wrong_with_workspace, settings)
-    said = map(look, names)                              # no threads: the disk has no work
-    said = with_progress(said, len(names), "checked")
+    said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
+    said = with_progress(said, len(names), "checked")    # no threads: the disk has no work
     for name, wrong in zip(names.values(), said):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
@@ -10129,10 +10128,6 @@ def check(settings, given):
     if not faults:
         print(f"{settings.single or f'{len(names)} workspaces'}, all is well")
     return 1 if faults else 0
-
-
-def wrong_with_workspace(settings, id):
-    return wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
 
 
 def wrong_with_file(settings, path, id):
@@ -11581,19 +11576,17 @@ def nginx(settings, given):
     places = {"orion_directory": given.directory}
     places.update((f"orion_node_{number}", node)
                   for number, node in enumerate(given.node, 1))
-    fixed = [{"name": name, "address": address} for name, address in places.items()
-             if is_fixed(address)]
-    targets = {address: address for address in places.values()}
-    targets.update((one["address"], one["name"]) for one in fixed)
+    fixed = {address: name for name, address in places.items() if is_fixed(address)}
     headers = [{"header": header, "variable": header.replace("-", "_")}
                for header in (*VERDICT, "x-verdict")]
     largest = max([BODY_LIMIT, *[one.upload for one in all_routes(settings.slices)]])
     text = Template(TEMPLATES / "nginx.txt")
     print(text(
         largest=largest // 1024,
-        upstream=fixed, directory=targets[given.directory], taken=headers, given=headers,
-        by_name=[{"server": dns_server()}] if len(fixed) < len(places) else [],
-        choice=[{"pattern": re.escape(node), "target": targets[node]}
+        upstream=[{"name": name, "address": address} for address, name in fixed.items()],
+        directory=fixed.get(given.directory, given.directory), taken=headers, given=headers,
+        by_name=[] if fixed.keys() >= {*places.values()} else [{"server": dns_server()}],
+        choice=[{"pattern": re.escape(node), "target": fixed.get(node, node)}
                 for node in given.node],
         listen=[{"where": where} for where in listening_at(given.listen or "80")]))
 
