@@ -1329,7 +1329,7 @@ def test_a_command_that_waits_for_its_turn_is_not_done_when_its_member(server, w
     bob, carol = Person(server, "bob"), Person(server, "carol")
     token = token_of(carol)
     caller = carol if who == "page" else Program(server, token)
-    bob.get("/w/acme/todos")
+    bob.get("/w/acme/todos"), caller.get("/w/acme/todos")     # whose it is, is known: it is decided once
     turn, decided, decide = server.env.workspaces.objects[file_of(server).stem].turn, threading.Event(), server.edge.decide
     with concurrent.futures.ThreadPoolExecutor(1) as pool, mock.patch.object(server.edge, "decide", lambda *what: (decide(*what), decided.set())[0]):
         with turn:
