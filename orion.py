@@ -6666,8 +6666,9 @@ import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
-ROOTS: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []     # (wanted, root)
-WAYS_TO_SERVE: List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]] = []  # likewise
+BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
+ROOTS: BySettings = []                                   # (for which settings, root)
+WAYS_TO_SERVE: BySettings = []                           # likewise
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
 AT_START: List[Callable[[Any, str], None]] = []          # told of a server, and its address
@@ -9660,8 +9661,7 @@ class HasFigures(LoopEdge):
     def may_see_figures(self, request, env):
         if self.is_from_here(request) or has_token(request, self.settings):
             return True
-        cookie = {"cookie": request.headers.get("cookie", "")}
-        return env.directory.ask("/_operator", "", cookie, request.scheme)
+        return env.directory.ask("/_operator", "", request.headers, request.scheme)
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
