@@ -9840,7 +9840,10 @@ STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.movin
 
 
 def one_move(settings):
-    """Raise Unusable if another process brings a workspace here, or away."""
+    """Raise Unusable if another process brings a workspace here, or away. Of a single root
+    none can."""
+    if settings.single:
+        return contextlib.nullcontext()
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
@@ -10188,7 +10191,7 @@ def cut_short(settings):
     """Say what is left of commands, and of servers, that were killed. Nothing, while a
     command may still be at work."""
     try:
-        with nobody_at_work(settings):
+        with one_move(settings):
             said = [f"{path}: left behind by what was cut short; check --repair removes it"
                     for path in leftovers(settings)]
             said += [f"{path}: an older version set it aside for a move; if the workspace "
@@ -10199,10 +10202,6 @@ def cut_short(settings):
             return [*said, *said_of_restore(settings), *said_of_strays(settings)]
     except Unusable:
         return []
-
-
-def nobody_at_work(settings):
-    return contextlib.nullcontext() if settings.single else one_move(settings)
 
 
 def leftovers(settings) -> List[pathlib.Path]:
@@ -10311,7 +10310,7 @@ def repair(settings):
     """Do what is safe. Raises Unusable while a command is at work."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
         return
-    with nobody_at_work(settings):
+    with one_move(settings):
         gone = leftovers(settings)
         for path in gone:
             remove_any(path)
@@ -12510,17 +12509,14 @@ def with_flash(request: Request, response: Response) -> Response:
     given = [value for name, value in response.headers if name == FLASH]
     if given:
         rest = [pair for pair in response.headers if pair[0] != FLASH]
-        cookie = flash_cookie(request, *given[0].split(" "))
+        path, data = given[0].split(" ")
+        value = f"{data}.{flash_seal(request, urllib.parse.unquote(path), data)}"
+        cookie = cookie_field(request.scheme, "flash", value, path, FLASH_SECONDS)
         return response._replace(headers=(*rest, cookie))
     if not response.nonce or "flash=" not in request.headers.get("cookie", ""):
         return response
     text = flash_in(request)
     return show_flash(request, response, text) if text else response
-
-
-def flash_cookie(request, path, data):
-    sealed = flash_seal(request, urllib.parse.unquote(path), data)
-    return cookie_field(request.scheme, "flash", f"{data}.{sealed}", path, FLASH_SECONDS)
 
 
 def flash_seal(request, path, data) -> str:
@@ -13529,8 +13525,10 @@ def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = N
                     "file. Without a command it serves.", epilog="Every option is an "
                     "environment variable too: ORION_PORT=80 is --port 80.")
     parser.set_defaults(verb="")
-    for option in OPTIONS:
-        add_option(parser, *option)
+    for flag, help, kind in OPTIONS:
+        name = name_of_flag(flag)
+        default = from_environment(flag) or getattr(Settings(), name)
+        add_flag(parser, flag, kind, default, name, help)
     words = sys.argv[1:] if argv is None else argv
     commands = add_verbs(parser, words)
     readers = [add(parser, commands, app) for add in APP_PARSERS]
@@ -13551,12 +13549,6 @@ def is_for_this_machine(settings):
     here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
     proxied = settings.allow_host or settings.trust_proxy or settings.plane
     return here and not proxied
-
-
-def add_option(parser, flag, help, kind):
-    name = name_of_flag(flag)
-    default = from_environment(flag) or getattr(Settings(), name)
-    add_flag(parser, flag, kind, default, name, help)
 
 
 def name_of_flag(flag):
