@@ -2632,6 +2632,7 @@ DIRECTORY_TABLES = (
     "used REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
     "CREATE INDEX tokens_of ON tokens (account, workspace)",
     "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
+    "CREATE INDEX links_until ON links (expires)",
 )
 
 directory = Slice(
