@@ -539,10 +539,10 @@ class Template:
         """Find out what each hole takes, if this fills a hole of that kind."""
         if kind in self.readings:
             return
-        self.readings[kind] = None                       # for now: it can't
+        self.readings[kind] = None                       # a part may contain itself
         found = self.places(kind)
-        if found is None:
-            return                                       # text of that name will fill it
+        if found is None:                                # it can't: text has to fill it
+            return
         first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
         holes = [(kind, name, WRITERS[kind], markup)
                  for (kind, name), markup in zip(found, after)]
@@ -2142,8 +2142,7 @@ def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[st
 # -- the object
 
 class DirectoryHooks(SliceHost):
-    """Where Part Three adds to the Directory: answers and pages that say more. Here, each
-    of these adds nothing."""
+    """Where Part Three adds to the Directory. Here, none of these adds anything."""
     live_home = False                                    # does the home page stay current?
 
     def stranger(self, ctx: Context, workspace: str, no: Response) -> Response:
@@ -2151,13 +2150,15 @@ class DirectoryHooks(SliceHost):
         return no
 
     def signed_in(self, ctx: Context, answer: Response) -> Response:
+        """Return the answer to a sign-in: a form may be waiting to be sent again."""
         return answer
 
     def give_role(self, ctx: Context, account: str, before: str, after: str) -> None:
-        """Who is to be an owner is asked before."""
+        """Change a role: somebody who is to be an owner may have to agree first."""
         put_role(ctx, account, before, after)
 
     def offers_to(self, account: str) -> Sequence[Any]:
+        """Return the workspaces whose owners ask this account to be one, too."""
         return []
 
     def shown(self, person: Any) -> Any:
@@ -2172,6 +2173,7 @@ class DirectoryHooks(SliceHost):
         return False
 
     def below_members(self, ctx: Context) -> Html:
+        """Return what stands below the list of members: links to further pages."""
         return Html()
 
 
