@@ -100,7 +100,7 @@ from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, T
 # What an app may use. [3] has more.
 __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "Region",
            "Response", "Route", "Slice", "Template", "as_json", "count_todos", "done",
-           "patch_elements", "read_signals", "template", "todos"]
+           "read_signals", "template", "todos"]
 
 
 # #### Part One: the architecture ########################################################
@@ -149,7 +149,7 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 # Who uses it: every section.
 
 SAFE = ("GET", "HEAD")                                   # methods that change nothing
-SENT_IN_QUERY = (*SAFE, "DELETE")                        # by these no body is sent
+BODYLESS = (*SAFE, "DELETE")                             # what they send is in the query
 METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 EVENTS = "text/event-stream"                             # the content type of a stream
 NOTHING_HERE = (404, "There is nothing at this address. Go back, or start from the home "
@@ -187,19 +187,15 @@ class Request(NamedTuple):
         return self.method == "GET" and self.path.endswith("/live")
 
     @property
-    def form_type(self) -> str:
-        """The content type without its options: a key of FORMS, if this is a form."""
+    def media_type(self) -> str:
+        """The content type without its options; of a form it is a key of FORMS."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     @property
-    def form(self) -> bool:
-        """Is it a form, as a browser sends one by itself?"""
-        return self.form_type in FORMS
-
-    @property
     def plain_form(self) -> bool:
-        """Did a browser send it by itself? Then it shows the answer as its next page."""
-        return not self.datastar and self.form
+        """Is it a form that the browser sent by itself? Then it shows the answer as its
+        next page. (Datastar can send forms, too.)"""
+        return not self.datastar and self.media_type in FORMS
 
     @property
     def params(self) -> Dict[str, str]:
@@ -207,28 +203,19 @@ class Request(NamedTuple):
         return dict(decoded_pairs(self.query))
 
     def pairs(self) -> List[Tuple[str, Any]]:
-        """Return the fields, each with its name: of a form, or signals. The query of a GET
-        or DELETE has fields, too.
+        """Return all that was sent along, each with its name: the fields of a form, or
+        signals; of a GET or DELETE also the parameters.
 
         Raises Refused(415) for another body, Refused(400) if it cannot be read or has too
         many fields.
         """
-        type = self.form_type
-        if type in FORMS:
-            return FORMS[type](self)
-        if self.body and type != "application/json":
+        if self.media_type in FORMS:
+            return FORMS[self.media_type](self)
+        if self.body and self.media_type != "application/json":
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
-        in_query = decoded_pairs(self.query) if self.method in SENT_IN_QUERY else []
+        in_query = decoded_pairs(self.query) if self.method in BODYLESS else []
         return [*in_query, *read_signals(self).items()]
-
-    def fields(self) -> Dict[str, Any]:
-        """Return the fields by name. Of several with one name it is the last."""
-        return dict(self.pairs())
-
-    def text(self, name: str, otherwise: str = "") -> str:
-        """Return one field as text. Raises Refused(400) for a list."""
-        return as_text(name, self.fields().get(name, otherwise))
 
 
 # Parameters or fields of a request. Without a bound, a form of 64 KB takes 18 ms to decode.
@@ -248,6 +235,22 @@ def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
 
 def read_form(request: Request) -> List[Tuple[str, Any]]:
     return decoded_pairs(request.body.decode("utf-8", "replace"), keep_blank_values=True)
+
+
+def read_signals(request: Request) -> Dict[str, Any]:
+    """Return the signals that came along: of GET and DELETE in the query, else in the body.
+
+    Raises Refused(400) if they are not a JSON object.
+    """
+    in_query = request.method in BODYLESS
+    try:
+        text = request.params.get("datastar") if in_query else request.body.decode()
+        signals = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        signals = None
+    if isinstance(signals, dict):
+        return signals
+    raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
 # How a form is read, by its content type. [3] adds one that brings files.
@@ -280,8 +283,8 @@ class Refused(Exception):
     """A no, with its HTTP status.
 
     message says what to do next. That of a 422 (wrong input) or a 409 (a conflict with what
-    is there) is shown in the page, at this signal. fields: the messages of single fields;
-    that of "due" is shown at the signal due_problem.
+    is there) is shown in the page that sent the command, at this signal (section 8).
+    fields: the messages of single fields; that of "due" is shown at the signal due_problem.
     """
 
     def __init__(self, status: int, message: str,
@@ -719,53 +722,20 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
 # It promises: no text, whatever is in it, can end its own event and begin another.
 # Who uses it: streams (section 8), and the edge to say goodbye.
 
-def event(kind, text, options, event_id, retry):
+def event(kind: str, text: str, *lines: str) -> bytes:
     """Return a server-sent event (WHATWG HTML, 9.2.5): lines, and an empty one to end it.
 
-    kind is "elements" or "signals". Raises ValueError for a line break outside of text.
+    kind is "elements": text is markup, and each of its elements takes the place of the one
+    with the same id; or "signals" [3]. lines: what else it has, as "id: 3". Raises
+    ValueError for a line break in one of these.
     """
-    lines = [f"event: datastar-patch-{kind}"]
-    if event_id is not None:
-        lines.append(f"id: {event_id}")
-    if retry is not None:
-        lines.append(f"retry: {retry}")
-    lines += [f"data: {name} {value}" for name, value in options.items() if value]
+    lines = [f"event: datastar-patch-{kind}", *lines]
     if re.search(r"[\r\n\0]", "".join(lines)):
         raise ValueError("a line break or NUL inside a line of an event")
     if text:
         text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
         lines += [f"data: {kind} {line}" for line in text.split("\n")]
     return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
-
-
-def patch_elements(elements: str = "", *, selector: Optional[str] = None,
-                   mode: str = "outer", namespace: Optional[str] = None,
-                   use_view_transition: bool = False, event_id: Optional[str] = None,
-                   retry: Optional[int] = None) -> bytes:
-    """Return an event that morphs elements into the page, by their own ids or at selector.
-
-    mode: outer, inner, replace, prepend, append, before, after, remove. retry: in ms.
-    """
-    options = {"selector": selector, "mode": "" if mode == "outer" else mode,
-               "namespace": namespace,
-               "useViewTransition": "true" if use_view_transition else ""}
-    return event("elements", elements, options, event_id, retry)
-
-
-def read_signals(request: Request) -> Dict[str, Any]:
-    """Return the signals that came along: of GET and DELETE in the query, else in the body.
-
-    Raises Refused(400) if they are not a JSON object.
-    """
-    in_query = request.method in SENT_IN_QUERY
-    try:
-        text = request.params.get("datastar") if in_query else request.body.decode()
-        signals = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        signals = None
-    if isinstance(signals, dict):
-        return signals
-    raise Refused(400, "The signals are not a JSON object. Reload the page and try again.")
 
 
 # ==== 5. Store ============================================================================
@@ -1454,7 +1424,7 @@ class Rendering:
     @functools.cached_property
     def frame(self) -> bytes:
         """What a stream gets."""
-        return patch_elements(self.html)
+        return event("elements", self.html)
 
 
 # -- which route answers
@@ -2535,7 +2505,7 @@ def expel(ctx, account):
     answer = done(ctx, f"{ctx.viewer.id} {account}")
     if account != ctx.viewer.account or not ctx.request.datastar:
         return answer
-    left = patch_elements(template("goodbye.left")(workspace=ctx.title))
+    left = event("elements", template("goodbye.left")(workspace=ctx.title))
     return answer._replace(status=200, body=left, type=EVENTS)
 
 
@@ -2742,7 +2712,7 @@ def last_frame(no: Refused) -> bytes:
     """
     if no.status in GOODBYES:
         farewell = template(f"goodbye.{GOODBYES[no.status]}")
-        return patch_elements(farewell(message=no.message))
+        return event("elements", farewell(message=no.message))
     return NOT_CURRENT if no.status == 500 else b""
 
 
@@ -4250,7 +4220,8 @@ class Piece(Rendering):
 
     @functools.cached_property
     def event(self) -> bytes:
-        return patch_elements(self.html, event_id=self.etag if self.main else None)
+        id = [f"id: {self.etag}"] if self.main else []
+        return event("elements", self.html, *id)
 
     @functools.cached_property
     def plain(self) -> bytes:
@@ -6781,6 +6752,11 @@ def disposition(how: str, name: str) -> str:
     return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
 
 
+def text_of(request: Request, name: str) -> str:
+    """Return a field as text; "" if it was not sent. Raises Refused(400) for a list."""
+    return as_text(name, dict(request.pairs()).get(name, ""))
+
+
 def at_end(response: Response, markup: str) -> Response:
     """Return a page with more markup at its end."""
     body, end, rest = response.body.rpartition(b"</body>")
@@ -7102,9 +7078,9 @@ class Passwords:
 
     def typed_in(self, request) -> Tuple[str, str, str]:
         """Return the name, the password, and the new password. Bound what is hashed."""
-        name = account_name(request.text("username"))
-        password = request.text("password")
-        new = request.text("new")
+        name = account_name(text_of(request, "username"))
+        password = text_of(request, "password")
+        new = text_of(request, "new")
         if max(len(name), len(password), len(new)) > self.LONGEST:
             raise Refused(400, f"A name and a password have at most {self.LONGEST} "
                                "characters.")
@@ -7179,10 +7155,10 @@ def page_of(request: Request) -> str:
 
 def unsent_in(request: Request) -> Dict[str, str]:
     """Return the form that came without a session, so that it can be sent again."""
-    if not request.form or request.method in SAFE or request.path in SECRET:
+    if request.media_type not in FORMS or request.method in SAFE or request.path in SECRET:
         return UNSENT
     body = request.body.decode("latin-1")
-    if FORMS[request.form_type] is not read_form:        # it brings files
+    if FORMS[request.media_type] is not read_form:        # it brings files
         return UNSENT
     if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
         return UNSENT                                    # else nobody could sign in with it
@@ -8809,7 +8785,29 @@ class NoticesSilence(EdgeWorkspace):
 
 
 # ==== 37. More events =====================================================================
-# The idea: what Datastar understands besides patched elements.
+# The idea: what else Datastar understands, for apps.
+
+def lines_of(event_id, retry, **options) -> List[str]:
+    """Return the lines of an event for what is given."""
+    fields = {"id": event_id, "retry": retry}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return lines + [f"data: {name} {value}" for name, value in options.items() if value]
+
+
+@public
+def patch_elements(elements: str = "", *, selector: Optional[str] = None,
+                   mode: str = "outer", namespace: Optional[str] = None,
+                   use_view_transition: bool = False, event_id: Optional[str] = None,
+                   retry: Optional[int] = None) -> bytes:
+    """Return an event that morphs elements into the page, by their own ids or at selector.
+
+    mode: outer, inner, replace, prepend, append, before, after, remove. namespace: svg or
+    mathml. retry: in ms. Raises ValueError for a line break outside of elements.
+    """
+    return event("elements", elements, *lines_of(
+        event_id, retry, selector=selector, mode="" if mode == "outer" else mode,
+        namespace=namespace, useViewTransition="true" if use_view_transition else ""))
+
 
 @public
 def patch_signals(signals: Any, *, only_if_missing: bool = False,
@@ -8820,8 +8818,8 @@ def patch_signals(signals: Any, *, only_if_missing: bool = False,
     """
     if not isinstance(signals, str):
         signals = json.dumps(signals, ensure_ascii=False)
-    options = {"onlyIfMissing": "true" if only_if_missing else ""}
-    return event("signals", signals, options, event_id, retry)
+    only = "true" if only_if_missing else ""
+    return event("signals", signals, *lines_of(event_id, retry, onlyIfMissing=only))
 
 
 @public
@@ -9179,7 +9177,7 @@ class Console:
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
-        name = slug(request.text("workspace").strip())[:63]
+        name = slug(text_of(request, "workspace").strip())[:63]
         id = self.id_of(name)
         served = self.env.workspaces.served
         before = served[id]
@@ -9193,7 +9191,7 @@ class Console:
         if not request.datastar:
             return self.page(request, me, result)
         html = template("console.probe")(**result)
-        patch = patch_elements(html, selector="#probe", mode="inner")
+        patch = event("elements", html, "data: selector #probe", "data: mode inner")
         return Response(200, patch, EVENTS)
 
     def trip_to(self, name, request):
@@ -9214,7 +9212,7 @@ class Console:
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
         guest_of(me).permit(ACCOUNT, request.method)
-        id = self.id_of(request.text("workspace"))
+        id = self.id_of(text_of(request, "workspace"))
         if id:
             fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
         self.published(id, "")
@@ -12206,10 +12204,10 @@ class BringsUploads(Context):
     def uploads(self, name: str = "") -> List[Upload]:
         """Return all that were chosen under this name."""
         request = self.request
-        if request.form:
+        if request.media_type in FORMS:
             return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
-        if name or request.form_type.startswith("application/json"):
+        if name or request.media_type.startswith("application/json"):
             return []                                    # what has names is no file
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []
@@ -12223,7 +12221,7 @@ def check_uploads(settings: Settings) -> None:
     """Raise Unusable for a limit that is none."""
     for route in upload_routes(settings.slices):
         if type(route.upload) is not int or route.upload <= BODY_LIMIT \
-                or route.method in SENT_IN_QUERY:
+                or route.method in BODYLESS:
             raise Unusable(f"{route!r:.200}: upload is a number of bytes above "
                            f"{BODY_LIMIT}, of a POST, PUT or PATCH")
         if settings.plain:
@@ -12566,7 +12564,7 @@ def old_messages(request: Request) -> Dict[str, str]:
         names = dict(request.pairs())
     problems = ["problem"]
     problems += [f"{name}_problem" for name in names if not name.startswith("_")]
-    return {name: "" for name in problems if request.form or name in names}
+    return {name: "" for name in problems if request.media_type in FORMS or name in names}
 
 
 @addition
@@ -12576,7 +12574,7 @@ class ShowsFormsAgain(SliceHost):
         if request.datastar and refused.status in (409, 422):
             said = {refused.signal: refused.message, **refused.problems}
             return as_json({**old_messages(request), **said})
-        if request.form and refused.status in (409, 412, 422):
+        if request.media_type in FORMS and refused.status in (409, 412, 422):
             return self.page_again(request, refused)
         raise refused
 
@@ -14922,7 +14920,7 @@ class TestedApp(App):
     def check_size(self, request):
         """Raise Refused(413) for a body that is longer than a server takes."""
         route = self.uploads.route_of(request.method, request.path)
-        in_memory = route is None or request.form_type.startswith(IN_MEMORY)
+        in_memory = route is None or request.media_type.startswith(IN_MEMORY)
         limit = BODY_LIMIT if in_memory else route.upload
         if len(request.body) > limit:
             raise too_large(limit)
@@ -15460,14 +15458,14 @@ class OpensLinks(LoopEdge):
         a link that is good; so whoever has one is not slowed by those who guess."""
         if request.method in SAFE:
             return env.directory.fetch(request)
-        digest = token_hash(secret_in(request.text("link"))).hex()
+        digest = token_hash(secret_in(text_of(request, "link"))).hex()
         if env.directory.ask("/_link", headers={"x-link": digest}):
             return env.directory.fetch(self.with_hashes(request, env))
         throttle(self.made_up, request)
         return env.directory.fetch(request)
 
     def with_hashes(self, request, env):
-        if request.text("how") == "known":
+        if text_of(request, "how") == "known":
             return self.passwords.prove(request, env.directory)
         new = self.passwords.typed_in(request)[2]
         if not new:
@@ -15949,7 +15947,7 @@ def delete_workspace(ctx):
 def switch_list(ctx):
     """Return what the switcher in the header shows, when it is opened."""
     mine = ctx.store.query(MINE, ctx.viewer.account, "", NAMES_A_PAGE)
-    return Response(200, patch_elements(template("spaces.list")(workspace=mine)), EVENTS)
+    return Response(200, event("elements", template("spaces.list")(workspace=mine)), EVENTS)
 
 
 @addition
@@ -16121,9 +16119,9 @@ def workspace_undelete(settings, given):
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
     may_have = b"_stamp" in request.body or request.spool    # [3]
-    if request.method in SAFE or not may_have or not request.form:
+    if request.method in SAFE or not may_have or request.media_type not in FORMS:
         return ""
-    return request.text("_stamp")
+    return text_of(request, "_stamp")
 
 
 def repeat_key(request: Request) -> str:

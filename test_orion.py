@@ -7500,7 +7500,7 @@ def post_letter(ctx, text):
 
 
 def write_letter(ctx):
-    fields = ctx.request.fields()
+    fields = dict(ctx.sent)
     ctx.enqueue(post_letter, after=fields.get("after", 0), text=fields["text"])
     if fields.get("refused"):
         raise orion.Refused(409, "after all, no", signal="toast")
@@ -7717,7 +7717,7 @@ def test_one_tenants_slow_job_keeps_nobody_else_waiting(start):
 def working(*jobs, migrations=("CREATE TABLE sent (text TEXT)",), routes=()):
     """A slice with these jobs: POST /work puts the named one in."""
     def begin(ctx):
-        fields = ctx.request.fields()
+        fields = dict(ctx.sent)
         ctx.enqueue(next(job for job in jobs if job.__name__ == fields["job"]), after=fields.get("after", 0))
         return orion.done(ctx, "work")
     return orion.Slice("work", migrations, jobs=jobs, routes=(orion.Route("POST", "/work", "todos:write", begin), *routes))
@@ -8139,7 +8139,7 @@ def remind(ctx, text):
 
 
 def set_reminder(ctx):
-    fields = ctx.request.fields()
+    fields = dict(ctx.sent)
     if "cancel" in fields:
         return orion.as_json(ctx.cancel(fields["cancel"]))
     ctx.enqueue(remind, after=fields.get("after", 3600), key=fields["key"], text=fields["text"])
