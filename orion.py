@@ -341,7 +341,7 @@ def worker(request: Request, env: Env) -> Response:
         return Response(204, headers=(("allow", ", ".join(METHODS)),))
     refuse_foreign(request)
     if not request.path.startswith("/w/"):
-        return env.apex(request, env)
+        return outside(request, env)
     verdict = admit(request, env)
     return env.forward(*destination(request, verdict, env))
 
@@ -356,14 +356,13 @@ def admit(request, env):
 
 def ask_the_gate(request, env):
     """Fetch the verdict on whoever holds this cookie, from the Directory."""
-    return env.directory.fetch(question_of(request, env))
+    return env.directory.fetch(env.question(request))
 
 
-def question_of(request, env):
+def question_of(request):
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
-    query = "public" if env.public(request) else ""      # [3]
-    return Request("GET", f"/_gate/{workspace}", query, headers, scheme=request.scheme)
+    return Request("GET", f"/_gate/{workspace}", "", headers, scheme=request.scheme)
 
 
 def destination(request, verdict, env):
@@ -396,11 +395,11 @@ def stripped(request):
     return request._replace(headers=headers)
 
 
-def apex(request, env):
+def outside(request, env):
     """Answer what is outside of the workspaces: by a door, or by the Directory.
 
-    At paths that begin with "/_" the server itself asks its objects [2, 3]. From outside
-    only the gate can be asked: it tells people about themselves alone.
+    At paths that begin with "/_" the server itself asks its objects. Of these only the gate
+    can be asked by others, too: it tells people about themselves alone.
     """
     request = stripped(request)
     if request.path in env.doors:
@@ -409,25 +408,24 @@ def apex(request, env):
         return env.directory.fetch(request)
     if request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request._replace(query=""))   # "public" we say, not they
+    return env.directory.fetch(request._replace(query=""))   # with no more than that
 
 
 @dataclasses.dataclass
 class Env:
     """All that a worker works with. A composition root (section 15) fills it in.
 
-    The last five are functions, so that another root can choose others: [2] forwards many
-    requests at once; [3] asks the gate on another machine, and has public routes, whose
-    path public returns. An edge asks front.
+    The last four are functions, so that another root can choose others: [2] forwards many
+    requests at once; [3] asks the gate on another machine, or asks it more. An edge asks
+    front.
     """
     directory: Stub
     workspaces: Namespace
     doors: Dict[str, Callable[[Request, Env], Response]]     # by path
     gate: Callable[[Request, Env], Response] = ask_the_gate
-    apex: Callable[[Request, Env], Response] = apex
+    question: Callable[[Request], Request] = question_of     # that it is asked
     forward: Callable[[Stub, Request], Response] = lambda stub, request: stub.fetch(request)
-    public: Callable[[Request], str] = lambda request: ""
-    front: Callable[[Request, Env], Response] = lambda request, env: worker(request, env)
+    front: Callable[[Request, Env], Response] = worker
 
 
 def refuse_foreign(request):
@@ -3177,7 +3175,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
 #
 # A publish goes from Bus.tell to GuardedNamespace.published, and on to Broker.published. It
-# uses worker, question_of, Env.forward, Bus.listeners,
+# uses worker, ask_the_gate, Env.question, Env.forward, Bus.listeners,
 # SliceHost.handle, render and stream, Directory.make_file, headers_of and refusal.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
@@ -5780,7 +5778,7 @@ def asking_once(deciding: Env) -> Env:
     verdicts: Dict[Any, Response] = {}
 
     def gate(request, env):
-        question = question_of(request, env)
+        question = env.question(request)
         key = question.path, question.query, question.scheme, *question.headers.items()
         if key not in verdicts:
             verdicts[key] = env.directory.fetch(question)
@@ -12741,6 +12739,16 @@ def public_path(router: Router, request: Request) -> str:
     return ""
 
 
+def public_functions(settings) -> Dict[str, Callable]:
+    """Return what an Env has where there are public routes."""
+    public = functools.partial(public_path, workspace_router(settings))
+
+    def question(request):
+        query = "public" if public(request) else ""
+        return question_of(request)._replace(query=query)
+    return {"public": public, "question": question}
+
+
 def unnamed(request: Request, env: Env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. If it was refused, that is so whatever its method is, and what stands behind."""
@@ -12811,8 +12819,7 @@ class OpensToAnybody(LoopEdge):
         if paths:                                        # else it costs nothing
             self.is_open = True
             self.secretive = "<" in "".join(paths)
-            public = functools.partial(public_path, workspace_router(env.settings))
-            env = dataclasses.replace(env, public=public)
+            env = dataclasses.replace(env, **public_functions(env.settings))
         super().use(env)
 
     def request(self, reading, peer):
@@ -12845,7 +12852,7 @@ class OpensToAnybody(LoopEdge):
 
 def open_to_anybody(env):
     front = env.front
-    env.public = functools.partial(public_path, workspace_router(env.workspaces.settings))
+    vars(env).update(public_functions(env.workspaces.settings))
     env.front = lambda request, env: front(as_nobody(request, env), env)
 
 
@@ -13116,10 +13123,11 @@ class GivesBackMemory(LoopEdge):
 @dataclasses.dataclass
 class FullEnv(Env):
     """regate: who judges streams that are open. start: the page with which a workspace
-    begins."""
+    begins. public returns the path of a route that is for anybody (section 51)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
+    public: Callable[[Request], str] = lambda request: ""
 
 
 # RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
