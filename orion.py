@@ -496,13 +496,14 @@ class Template:
         Html                        as it is, between tags
         a dict or a row of a store  the part of that name, filled with it
         a list of these             that part, once for each
-        True                        that part or, without one, the name: <input {{checked}}>
+        True                        the part of that name: "{{delete}}" in todos.html; if
+                                    there is none, the name itself: <input {{checked}}>
+        a number                    that part, unless it is 0; if there is none, its digits
         False, None                 nothing
-        a number                    that part, unless it is 0; without one, its digits (in
-                                    the place of an attribute, 1 and 0 are True and False)
 
     The kinds of places in which a hole can stand are "text", between tags; "a value", in
-    quotes; "an address", the whole of an href; "an attribute", by itself in a tag; "json".
+    quotes; "an address", the whole of an href; "an attribute", by itself in a tag (there, 1
+    and 0 are True and False, for SQL has no others); "json".
 
     The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
     data-on:click="greet({{json who}})".
@@ -520,7 +521,10 @@ class Template:
         first, *rest = PART.split(text)
         self.markup = first.rstrip("\n")
         self.line = line
-        self.readings = {}                               # by kind of place: see filled
+        # By the kind of place that this fills: the markup before its first hole and, for
+        # each hole, its own kind, its name, its writer and the markup behind it. None: it
+        # cannot stand there.
+        self.readings = {}
         self.parts = {} if parts is None else parts      # one dict, shared by all of them
         for name, part in zip(rest[::2], rest[1::2]):
             line += first.count("\n") + 1
@@ -529,6 +533,11 @@ class Template:
         if parts is None:
             for part in [self, *self.parts.values()]:
                 part.read_as("text")
+
+    def __call__(self, **values: Any) -> Html:
+        return Html(self.filled("text", values))
+
+    # -- how it is read and filled (to be skipped on a first reading, up to template)
 
     def add(self, name, part):
         part.where = f"{self.where}part {name!r}, "
@@ -540,17 +549,17 @@ class Template:
         """Find out what each hole takes, if this fills a hole of that kind."""
         if kind in self.readings:
             return
-        self.readings[kind] = None                       # a part may contain itself
-        found = self.places(kind)
-        if found is None:                                # it can't: text has to fill it
+        places = self.places(kind)
+        if places is None:                               # text has to fill it
+            self.readings[kind] = None
             return
         first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
-        holes = [(kind, name, WRITERS[kind], markup)
-                 for (kind, name), markup in zip(found, after)]
+        holes = [(place, name, WRITERS[place], markup)
+                 for (place, name), markup in zip(places, after)]
         self.readings[kind] = first, holes
-        for kind, name in found:
-            if name in self.parts and kind != "json":
-                self.parts[name].read_as(kind)
+        for place, name in places:                       # a part may contain itself
+            if name in self.parts and place != "json":
+                self.parts[name].read_as(place)
 
     def places(self, kind):
         """Return (kind, name) of each hole; None if this can't fill a hole of that kind.
@@ -576,8 +585,9 @@ class Template:
         return "an attribute" if in_tag else "text"
 
     def error(self, at, remedy):
-        rest = self.markup[at:].lstrip() or self.markup[-60:]
-        line = self.line + self.markup[:-len(rest) or None].count("\n")
+        """Return the ValueError for what stands at this place of the markup."""
+        rest = self.markup[at:].lstrip() or self.markup[-60:]    # at its end, its last
+        line = self.line + self.markup.count("\n", 0, len(self.markup) - len(rest))
         shown = rest.partition("\n")[0]
         return ValueError(f"{self.where}line {line}: {shown:.60}: {remedy}")
 
@@ -586,15 +596,12 @@ class Template:
         holes = [hole.start() for hole in HOLE.finditer(self.markup) if hole[2] == name]
         return KeyError(str(self.error(holes[0], remedy)))
 
-    def __call__(self, **values: Any) -> Html:
-        return Html(self.filled("text", values))
-
     def filled(self, kind, values):
         text, holes = self.readings[kind]
-        for kind, name, write, after in holes:
+        for place, name, write, after in holes:
             value = values.get(name, NOTHING)
             plain = type(value) is str
-            text += write(value) if plain else self.fill(kind, name, value, values)
+            text += write(value) if plain else self.fill(place, name, value, values)
             text += after
         return text
 
@@ -607,10 +614,8 @@ class Template:
             return write_json(value)
         if value is None or value is False:
             return ""
-        if value is True:
-            return self.fill_once(kind, name, values)
-        if type(value) is int:
-            return self.fill_number(kind, name, value, values)
+        if isinstance(value, int):                       # True is one, too
+            return self.fill_once(kind, name, value, values)
         if isinstance(value, (dict, sqlite3.Row)):
             return self.fill_rows(kind, name, [value], values)
         if isinstance(value, list):
@@ -622,20 +627,14 @@ class Template:
                             f"{name!r} with text, and not with {value!r:.60}")
         return value
 
-    def fill_once(self, kind, name, values):
+    def fill_once(self, kind, name, value, values):
+        """Fill the part with its own name: in it, the hole has True, or the digits."""
         part = self.parts.get(name)
         if part and part.readings[kind]:
-            return part.filled(kind, {**values, name: "True"})   # the hole inside of it
-        return name
-
-    def fill_number(self, kind, name, number, values):
-        """Fill the part, in which the hole has the digits. (SQL has no True, but 1.)"""
-        part = self.parts.get(name)
-        if part and part.readings[kind]:
-            return part.filled(kind, {**values, name: str(number)}) if number else ""
-        if kind == "an attribute" and number in (0, 1):
-            return name if number else ""
-        return WRITERS[kind](str(number))
+            return part.filled(kind, {**values, name: str(value)}) if value else ""
+        if value is True or kind == "an attribute" and value in (0, 1):
+            return name if value else ""
+        return WRITERS[kind](str(value))
 
     def fill_rows(self, kind, name, rows, around):
         """Fill the part with each row; the values around it hold inside, too."""
@@ -653,6 +652,7 @@ class Template:
 
 # -- how a hole writes its value, by the kind of place in which it stands
 
+# Signs that mean something in an expression, and how JSON may write them: \u003c is <.
 CODE = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "!#$%&'()*/;<=>?@^`|~"})
 ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
 
@@ -677,6 +677,8 @@ WRITERS = {"text": html.escape, "a value": html.escape, "an attribute": write_at
            "json": write_json, "an address": write_address}
 
 
+# -- pages
+
 @functools.lru_cache(maxsize=None)
 def template(name: str) -> Template:
     """Return the file templates/<name>.html; for "todos.row", its part "row"."""
@@ -694,9 +696,6 @@ LAYOUT = {"brand": "orion", "icon": "/icon.svg", "language": "en",
           "links": Html('<link rel="icon" href="/icon.svg">')}
 
 
-OF_VIEWER: List[Callable[[Viewer], Html]] = []           # [3] how pages show their viewer
-
-
 def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
          footer: Any = "", status: int = 200, head: Any = "") -> Response:
     """Return a whole page. head: further links to styles and scripts.
@@ -707,10 +706,10 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
     """
     viewer = viewer or Viewer()
     nonce = secrets.token_hex(16)
-    person = Html().join([shown(viewer) for shown in OF_VIEWER]) or viewer.account
     text = template("layout")(title=title, body=body, nonce=nonce, nav=nav, footer=footer,
-                              head=head, account=viewer.account, person=person, **LAYOUT,
-                              signed=viewer.account != "", masquerade=viewer.banner())
+                              head=head, account=viewer.account, person=viewer.person,
+                              signed=viewer.account != "", masquerade=viewer.banner(),
+                              **LAYOUT)
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     nonce=nonce)
 
@@ -1311,13 +1310,18 @@ class Viewer(Role):
             return True
         return False
 
-    # [3] An operator can look on in somebody's name, and a program can ask. Then the next
-    # three say so.
+    # [3] An operator can look on in somebody's name, a program can ask, and people have
+    # faces. Then the next four say so.
     has_page = True                                      # whose signals can be set
 
     @property
     def signature(self) -> str:
         """Who did it, for the journal."""
+        return self.account
+
+    @property
+    def person(self):
+        """How the head of a page shows them."""
         return self.account
 
     def banner(self):
@@ -16325,7 +16329,7 @@ def of_viewer(viewer):
     return Html().join([style, person_of(viewer.account, viewer.label or viewer.account)])
 
 
-OF_VIEWER.append(of_viewer)
+setattr(Viewer, "person", property(of_viewer))
 
 
 def you_css(request, env):
