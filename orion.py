@@ -744,7 +744,10 @@ def event(kind: str, text: str, *lines: str) -> bytes:
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class Calls:
-    """Four calls, by way of run(sql, args), which returns all rows, and of a cursor."""
+    """Four calls, by way of run(sql, args), which returns all rows, and of a cursor.
+
+    They are a class of their own for the store that a slice gets [2].
+    """
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
         return self.run(sql, args)
@@ -782,7 +785,13 @@ class Store(Calls):
                                   isolation_level=None, check_same_thread=False,
                                   cached_statements=self.STATEMENTS)
         self.db.row_factory = sqlite3.Row
-        self.db.executescript(self.SETUP)
+        # SQLite's own lower() knows ASCII alone.
+        self.db.create_function("casefold", 1, str.casefold, deterministic=True)
+        try:
+            self.db.executescript(self.SETUP)
+        except BaseException:                            # it is no database, or damaged
+            self.db.close()
+            raise
         self.cursor = self.db.cursor()
         self.after_commit: List[Tuple[Any, ...]] = []    # calls: (function, *args)
 
@@ -830,7 +839,7 @@ class Store(Calls):
         """The last connection that closes moves the write-ahead log into the file."""
         self.db.close()
 
-    # -- tables
+    # -- tables (to be skipped on a first reading, up to section 6)
 
     def migrate_all(self, schema: Sequence[Tuple[str, Sequence[str]]]) -> None:
         for slice, entries in schema:
@@ -849,14 +858,14 @@ class Store(Calls):
             check_history(slice, row, digest)
         if len(entries) == len(ran):
             return
-        with self.migration(slice, entries, len(ran)):
+        with self.migrating(slice, entries, len(ran)):
             for number in range(len(ran), len(entries)):
                 tables = self.apply(slice, entries, number)
                 row = slice, number + 1, digests[number], " ".join(tables)
                 self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
 
-    def migration(self, slice, entries, done):
-        """Return the transaction for the entries behind the first done ones."""
+    def migrating(self, slice, entries, ran):
+        """Return the transaction for all entries but the first `ran`."""
         return self.tx()
 
     def apply(self, slice, entries, number):
@@ -903,7 +912,7 @@ def private_file(path: pathlib.Path) -> int:
     Raises FileExistsError. SQLite gives the logs of a database its mode and its owner.
     """
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    give(handle, path.parent)
+    own_as(path.parent, handle)
     return handle
 
 
@@ -912,11 +921,11 @@ def private_folder(path: pathlib.Path) -> None:
     if not path.is_dir():
         private_folder(path.parent)
         path.mkdir(0o700, exist_ok=True)
-        give(path, path.parent)
+        own_as(path.parent, path)
 
 
-def give(made, folder):
-    """What root makes belongs to the folder's owner: as that one, the server reads it."""
+def own_as(folder, made):
+    """Have what root made belong to the folder's owner, as whom the server reads it."""
     if AS_ROOT:
         owner = os.stat(folder)
         change = os.fchown if type(made) is int else os.lchown
@@ -1763,7 +1772,7 @@ def create(ctx):
     title = valid_title(ctx.field("title"))
     id = ctx.store.insert("INSERT INTO todos (title) VALUES (?)", title)
     ctx.publish("todos")
-    return done(ctx, f"{id} {title}", title="", problem="", **unless_shown(title, ctx))
+    return done(ctx, f"{id} {title}", title="", problem="", **note_if_hidden(title, ctx))
 
 
 def change(ctx, id):
@@ -1856,17 +1865,17 @@ def found_todos(store, typed, show):
     It reads every title, 1,000 in half a millisecond. An index of all words (FTS5) would
     make each command take 1.4 times as long, and each awake workspace 36 KB larger.
     """
-    words = typed.split()
-    condition = " AND ".join([show, *["instr(lower(title), lower(?))"] * len(words)])
+    words = typed.casefold().split()
+    condition = " AND ".join([show, *["instr(casefold(title), ?)"] * len(words)])
     found = store.query(LISTED.format(condition), *words, TODOS_A_PAGE + 1)
     many = {"most": TODOS_A_PAGE} if len(found) > TODOS_A_PAGE else None
     return found[:TODOS_A_PAGE], {"more": None, "many": many}
 
 
-def unless_shown(title, ctx):
-    """Return a note for the sender, whose list (show, q) may not have the new todo."""
-    words = ctx.field("q").lower().split()
-    if ctx.field("show") != "done" and all([word in title.lower() for word in words]):
+def note_if_hidden(title, ctx):
+    """Return a note for the sender, if their list (show, q) does not have the new todo."""
+    words = ctx.field("q").casefold().split()
+    if ctx.field("show") != "done" and all([word in title.casefold() for word in words]):
         return {}
     return {"note": "Added. This list does not show it."}
 
@@ -3245,8 +3254,8 @@ class OwnedStore(Store):
         self.learn_owners()
 
     @contextlib.contextmanager
-    def migration(self, slice, entries, done):
-        with migration(self, slice, entries, done):
+    def migrating(self, slice, entries, ran):
+        with migrating(self, slice, entries, ran):
             yield
         self.learn_owners()
 
@@ -3505,9 +3514,9 @@ class OwnContext(Context):
 # To change a table, one makes a new one, copies the rows, drops the old one and renames
 # the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
 
-def migration(store, slice, entries, done):
-    """Return a transaction for the entries behind the first done ones."""
-    if any(["drop" in sql.lower() for sql in entries[done:]]):
+def migrating(store, slice, entries, ran):
+    """Return the transaction for all entries but the first `ran`."""
+    if any(["drop" in sql.lower() for sql in entries[ran:]]):
         return unenforced(store, f"slice {slice!r}, entry {len(entries)}")
     return store.tx()
 
@@ -9722,7 +9731,7 @@ class HasFigures(LoopEdge):
 
 def put_in_place(part, target):
     with open(part, "rb") as file:
-        give(file.fileno(), target.parent)
+        own_as(target.parent, file.fileno())
         os.fsync(file.fileno())
     remove_log(target)                                   # SQLite would add it to this one
     os.replace(part, target)

@@ -1622,6 +1622,15 @@ def store(tmp_path):
     store.close()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="shows what is open")
+def test_a_store_that_can_not_be_opened_keeps_no_file_open(tmp_path):
+    (tmp_path / "a.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(sqlite3.DatabaseError) as raised:
+        orion.Store(tmp_path / "a.db")
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+    assert raised.tb and str(tmp_path / "a.db") not in opened
+
+
 def test_a_transaction_that_raises_leaves_nothing(store):
     with pytest.raises(ZeroDivisionError), store.tx():
         store.exec("INSERT INTO t VALUES (1)")
@@ -3201,6 +3210,13 @@ def test_a_title_that_no_page_sends_is_refused(server, title):
 
 def searched(person, q, more=""):
     return titles(person, query=f"?{urllib.parse.urlencode({'q': q})}{more}")
+
+
+def test_the_search_takes_no_notice_of_case_in_any_alphabet_and_neither_does_the_note_on_a_new_todo(serve):
+    bob = Person(serve(), "bob", datastar=True)
+    assert "note" not in bob.post("/w/acme/todos", title="Ärger mit ΣΊΣΥΦΟΣ, Straße", q="ärger").text
+    assert searched(bob, "ÄRGER σίσυφος") == searched(bob, "STRASSE") == ["Ärger mit ΣΊΣΥΦΟΣ, Straße"] and searched(bob, "arger") == []
+    assert "note" in bob.post("/w/acme/todos", title="Seil", q="ÄRGER").text
 
 
 def test_the_search_finds_todos_that_contain_all_its_words(server):
