@@ -3183,7 +3183,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # A table is of one slice (section 16); the plain edge of this file keeps to that, too.
 #
 # It attaches to Part One by subclasses, which a composition root chooses (two_planes, in
-# section 55): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
+# section 30): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
 #
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
 #
@@ -6586,16 +6586,17 @@ def create_workspace_with_file(request, env):
 
 # #### Part Three: running it ############################################################
 #
-#     28 Settings       29 Keys         30 Accounts     31 Account page  32 Masquerade
-#     33 Quotas         34 Counts       35 Jobs         36 Checks        37 More events
-#     38 Console        39 Figures      40 Copies       41 Snapshots     42 Exports
-#     43 Member verbs   44 Single       45 Nodes        46 Assets        47 Brand
-#     48 Uploads        49 Stored files 50 Ordinary pages
-#     51 Public routes  52 Member lists 53 Memory       54 Server        55 Roots
-#     56 Command line   57 Own options  58 Development  59 Testing      60 Links
-#     61 Tokens         62 Own workspaces              63 Repeats      64 People
-#     65 Places         66 History    67 Fields
-#     68 Owners
+#     The frame        28 Settings  29 Server  30 Roots  31 Command line
+#     For slices       32 Checks  33 Places  34 Fields  35 Ordinary pages  36 More events
+#                      37 Assets  38 Brand  39 Counts  40 Jobs
+#     People           41 Keys  42 Accounts  43 Account page  44 Masquerade  45 Links
+#                      46 People  47 Owners
+#     To run it        48 Quotas  49 Memory  50 Figures
+#     A deployment     51 Copies  52 Snapshots  53 Exports  54 Member verbs
+#                      55 Own workspaces  56 Single  57 Nodes
+#     More for slices  58 Public routes  59 Member lists  60 Uploads  61 Stored files
+#                      62 Tokens  63 Repeats  64 History
+#     For its author   65 Console  66 Own options  67 Development  68 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on.
@@ -6619,7 +6620,7 @@ def create_workspace_with_file(request, env):
 #
 # Four sections are the frame that the others stand in: Settings, Server, Roots and Command
 # line. Without one of them, only --plain is left. Commands use some functions of section
-# 56: opened() gives the Directory's store, to change it; looked_up() reads from it;
+# 31: opened() gives the Directory's store, to change it; looked_up() reads from it;
 # check_there() refuses if there is none; row_of() finds a row by its name; table() prints
 # rows. What they raise as Unusable is the line that people read.
 #
@@ -6810,7 +6811,7 @@ def public(thing: Any) -> Any:
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    arguments: keys of ARGUMENTS in section 56.
+    arguments: keys of ARGUMENTS in section 31.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -6831,9 +6832,11 @@ for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
     addition(cls)
 
 
+# #### The frame ###########################################################################
+
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 56) fills it in.
+# Who uses it: everything in this part. The command line (section 31) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -6863,8 +6866,8 @@ class Settings(NamedTuple):
     node_name: str = ""                                  # HOST:PORT; "": as it listens
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
-    brand: Any = None                                    # section 47
-    options: Sequence[Any] = ()                          # of the app; section 57
+    brand: Any = None                                    # section 38
+    options: Sequence[Any] = ()                          # of the app; section 66
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -6897,778 +6900,1919 @@ class Settings(NamedTuple):
 LOOPBACK = ("127.0.0.0/8", "::1")
 
 
-# ==== 29. Keys ============================================================================
-# The idea: a new key seals sessions from now on. What the key before it has sealed holds
-#   until the next rotation.
-# It promises: a running server takes a new key within a second, and no open page notices.
+# ==== 29. Server ==========================================================================
+# The idea: the loop edge, with all that other sections add to it.
 
-def add_key(path: pathlib.Path) -> None:
-    """Write a new key, and keep the newest one behind it. Older ones go."""
-    keys = [secrets.token_hex(32)]
-    if path.exists():
-        keys += path.read_text().split()
-    write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
-
-
-KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its age, its keys
+@dataclasses.dataclass
+class FullEnv(Env):
+    """regate: who judges streams that are open. start: the page with which a workspace
+    begins. public returns the path of a route that is for anybody (section 58)."""
+    settings: Settings = None
+    start: str = ""
+    regate: Any = ask_the_gate
+    public: Callable[[Request], str] = lambda request: ""
 
 
-def keys_now(settings) -> Tuple[bytes, ...]:
-    """Return the keys in the file. If they are lost, the old ones hold.
-
-    Raises Unusable or OSError if there are none.
-    """
-    path = settings.key_file
-    changed, keys = KEYS_READ.get(path, (0, ()))
-    try:
-        now = path.stat().st_mtime_ns
-        if now != changed:
-            keys = load_keys(path)
-            KEYS_READ[path] = now, keys
-    except (OSError, Unusable):
-        if not keys:
-            raise
-    return keys
+# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
+SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
+                   "x-forwarded-host", "x-real-ip"}
 
 
 @addition
-class ReadsKeysAgain(EdgeDirectory):
-    def each_second(self):
-        """Take the keys that are in the file now. If they are lost, the old ones hold."""
-        super().each_second()
-        try:
-            keys = load_keys(self.namespace.settings.key_file)
-        except Unusable as lost:
-            return log_once(str(lost))
-        if keys != self.keys:
-            self.keys = keys
-            self.namespace.changed(self.id)              # forget pages of old cookies
-
-
-@verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
-                     "rotation")
-def keys_rotate(settings, given):
-    check_there(settings, or_node=True)
-    add_key(settings.key_file)
-    print("there is a new key; the one before holds until the next rotation; if there are "
-          "nodes, copy secret.key to them before that")
-
-
-# ==== 30. Accounts ========================================================================
-# The idea: one signs in with a name and a password. A password is hashed so that each guess
-#   costs 0.1 s and 32 MiB, and guesses are counted.
-# It promises: the hash is made before the request takes the Directory's turn, for meanwhile
-#   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
-#   signed in from an address before is not locked out by what others type elsewhere, nor by
-#   what they type there for other accounts.
-
-SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
-SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
-SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
-ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
-OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
-
-
-def scrypt(password: str, salt: bytes) -> bytes:
-    """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
-    if not SCRYPT_IN_LINE.acquire(blocking=False):
-        raise Refused(503, "Many people are signing in. Try again in a moment.",
-                      retry_after(2))
-    try:
-        with SCRYPT_AT_ONCE:
-            data = password.encode("utf-8", "replace")
-            return hashlib.scrypt(data, salt=salt, **SCRYPT)
-    finally:
-        SCRYPT_IN_LINE.release()
-
-
-def as_hashed(password: str) -> str:
-    """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
-
-    Keyboards differ in what they send for the same password.
-    """
-    spaced = [" " if unicodedata.category(one) == "Zs" else one for one in password]
-    return unicodedata.normalize("NFC", "".join(spaced))
-
-
-def hash_password(password: str) -> str:
-    salt = secrets.token_bytes(16)
-    return f"{salt.hex()}${scrypt(as_hashed(password), salt).hex()}"
-
-
-def password_matches(password: str, stored: str) -> bool:
-    """True if it is the one. If nothing is stored, it takes as long, and is False.
-
-    Older versions hashed what was typed. How long it takes depends on that alone.
-    """
-    salt, _, known = (stored or "00$").partition("$")
-    spellings = dict.fromkeys([as_hashed(password), password])
-    found = [scrypt(spelling, bytes.fromhex(salt)).hex() for spelling in spellings]
-    matches = [hmac.compare_digest(one, known) for one in found]
-    return any(matches) and bool(stored)
-
-
-def check_password(new: str) -> None:
-    """Raise Refused(422) if no password can be so."""
-    new = as_hashed(new)
-    if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
-        raise Refused(422, "A password has 8 to 256 characters, all of which can be "
-                           "printed. Choose another.")
-
-
-def check_account_name(name):
-    if not ACCOUNT_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
-                           "inside. Choose another.")
-
-
-class Throttle:
-    """Remembers attempts by key. A key with too many has to wait.
-
-    It is bounded: the oldest keys are forgotten.
-    """
-    SECONDS = 600.0                                      # then an attempt is forgotten
-    KEYS = 10_000
-
-    def __init__(self, most: int = 10):
-        self.most = most
-        self.lock = threading.Lock()                     # guards the next line
-        self.times = collections.OrderedDict()           # of the last attempts, by key
-
-    def check(self, *keys: str) -> None:
-        """Raise Refused(429) if one of the keys has to wait."""
-        begin = time.monotonic() - self.SECONDS
-        for key in keys:
-            times = self.times.get(key, ())
-            if len(times) == self.most and times[0] > begin:
-                wait = int(times[0] - begin) + 1
-                raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
-                              retry_after(wait))
-
-    def count(self, *keys: str) -> None:
-        now = time.monotonic()
-        with self.lock:
-            for key in keys:
-                times = self.times.pop(key, [])
-                self.times[key] = [*times, now][-self.most:]
-            while len(self.times) > self.KEYS:
-                self.times.popitem(last=False)
-
-    def forgive(self, own: str, *keys: str) -> None:
-        """Forget the attempts of own, for all keys: it was mistyped, and not guessed."""
-        with self.lock:
-            mine = self.times.pop(own, ())
-            for key in keys:
-                times = self.times.get(key, ())
-                self.times[key] = [when for when in times if when not in mine]
-
-
-def throttle(attempts, request):
-    """Count an attempt from this address. Raises Refused(429) if there were too many."""
-    source = f"from {source_of(request.peer)}"
-    attempts.check(source)
-    attempts.count(source)
-
-
-class Passwords:
-    """Two doors: /login and /account/password. They prove a password before the Directory's
-    turn is taken, and pass on what they found, in headers."""
-    LONGEST = 256                                        # characters
-    FAMILIAR = 1000                                      # names with their addresses
-
-    def __init__(self):
-        self.guesses = Throttle()
-        self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
-        self.familiar: Dict[str, None] = {}              # signed in before; oldest first
-
-    def door(self, request: Request, env: Env) -> Response:
-        if request.method == "POST":
-            request = self.prove(request, env.directory)
-        return env.directory.fetch(request)
-
-    def typed_in(self, request) -> Tuple[str, str, str]:
-        """Return the name, the password, and the new password. Bound what is hashed."""
-        name = account_name(text_of(request, "username"))
-        password = text_of(request, "password")
-        new = text_of(request, "new")
-        if max(len(name), len(password), len(new)) > self.LONGEST:
-            raise Refused(400, f"A name and a password have at most {self.LONGEST} "
-                               "characters.")
-        return name, password, new
-
-    def prove(self, request, directory):
-        """Return the request with x-stored: which stored hash its password has, or ""."""
-        name, password, new = self.typed_in(request)
-        source = source_of(request.peer)
-        here = f"{name} from {source}"
-        slowed = [f"from {source}", f"to {name}"]
-        if here in self.familiar:                        # then others' guesses don't matter
-            slowed = []
-        self.guesses.check(here, *slowed)
-        self.sign_ins.check(here)
-        stored = directory.ask("/_password", headers={"x-account": name})
-        if not password_matches(password, stored):
-            self.guesses.count(here, *slowed)
-            return request._replace(headers={**request.headers, "x-stored": ""})
-        self.guesses.forgive(here, *slowed)
-        self.sign_ins.count(here)
-        self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
-        said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
-        return request._replace(headers={**request.headers, **said})
-
-
-def proved(ctx):
-    """Return whose password came along; "" if it was wrong, or has changed just now."""
-    name = account_name(ctx.field("username"))
-    stored = ctx.host.password_of(name)
-    return name if stored and stored == ctx.request.headers.get("x-stored") else ""
-
-
-def account_meant(ctx):
-    """Return the field account. Raises Refused(422) if there is none of this name."""
-    name = account_name(ctx.field("account"))
-    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
-        raise Refused(422, "There is no account of this name. Check the spelling.")
-    return name
-
-
-SECRET = ("/login", "/account/password")                 # what is sent there is not kept
-UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
-MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
-
-
-def login_form(next: str, problem: str = "", status: int = 200, personas: Any = (),
-               username: str = "", **unsent: str) -> Response:
-    """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
-    body = template("login")(next=next, username=username, problem=problem,
-                             demo=bool(personas), persona=[*personas],
-                             **{**UNSENT, **unsent})
-    return page("Sign in", body, status=status)
-
-
-def login_page(ctx):
-    typed = ctx.typed
-    next = local_path(typed.get("next") or ctx.params.get("next", "/"))
-    carried = {name: typed.get(name, "") for name in ("username", "problem", *UNSENT)}
-    return login_form(next, personas=ctx.host.personas(""), **carried)
-
-
-def page_of(request: Request) -> str:
-    """Return the page that a request opens or, if it is a form, on which the form stood."""
-    if request.method in SAFE:
-        query = f"?{request.query}" if request.query else ""
-        return local_path(urllib.parse.quote(request.path) + query)
-    ours = f"{request.scheme}://{request.headers.get('host', '')}"
-    referer = request.headers.get("referer", "")
-    return local_path(referer[len(ours):]) if referer.startswith(f"{ours}/") else "/"
-
-
-def unsent_in(request: Request) -> Dict[str, str]:
-    """Return the form that came without a session, so that it can be sent again."""
-    if request.media_type not in FORMS or request.method in SAFE or request.path in SECRET:
-        return UNSENT
-    body = request.body.decode("latin-1")
-    if FORMS[request.media_type] is not read_form:        # it brings files
-        return UNSENT
-    if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
-        return UNSENT                                    # else nobody could sign in with it
-    return {"unsent": body, "to": urllib.parse.quote(request.path)}
-
-
-def unsent_page(ctx, unsent, next):
-    """Return a page that says what was not saved, and sends it at one more click."""
-    fields = decoded_pairs(unsent, keep_blank_values=True)
-    rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
-            for name, value in fields]
-    body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
-    return page("Send it again?", body)
-
-
-def login(ctx):
-    account = proved(ctx)
-    if not account:
-        raise Refused(422, "Name and password do not go together. Try again.")
-    return open_session(ctx, account)
-
-
-def change_password(ctx):
-    account = ctx.viewer.account
-    if proved(ctx) != account:
-        raise Refused(422, "The present password is not right. Try again.")
-    check_password(ctx.field("new"))
-    store_password(ctx, account, ctx.request.headers["x-hashed"])
-    return see_other("/account")._replace(which=account)
-
-
-def store_password(ctx, account, hashed):
-    """All other sessions of the account end."""
-    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
-    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
-    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
-
-
-DIRECTORY_SLICES.append(Slice("passwords", routes=(
-    Route("GET", "/login", PUBLIC, login_page),
-    Route("POST", "/login", PUBLIC, login),
-    Route("POST", "/account/password", ACCOUNT, change_password, form="/account"))))
-
-
-@addition
-class KnowsAccounts(EdgeDirectory):
-    def own_personas(self, request):
-        return self.personas("")
-
-    def signed_in(self, ctx, answer):
-        unsent = ctx.field("unsent")
-        if not unsent:
-            return answer
-        said = dict(answer.headers)
-        again = unsent_page(ctx, unsent, said["location"])
-        return again._replace(headers=(("set-cookie", said["set-cookie"]),),
-                              which=answer.which)
-
-    def own_password(self, request):
-        return self.password_of(request.headers["x-account"])
-
-    def password_of(self, account):
-        """Return the hash that is stored; "" if there is none."""
-        row = self.store.one("SELECT password FROM accounts WHERE name = ?", account)
-        return row["password"] if row else ""
-
-    def own_operator(self, request):
-        """True if the session is an operator's, whoever it looks on as."""
-        row = self.session(request)
-        return bool(row) and self.is_operator(row["operator"] or row["account"])
-
-    def is_operator(self, account):
-        sql = "SELECT 1 FROM accounts WHERE name = ? AND operator"
-        return self.store.one(sql, account) is not None
-
-
-@addition
-class AsksForPasswords(LoopEdge):
+class Server(LoopEdge):
     def __init__(self, *args):
+        self.broker_kind = whole(Broker)
+        self.connection_kind = whole(Connection)
         super().__init__(*args)
-        self.passwords = Passwords()
-        self.add_doors({"/login": self.passwords.door,
-                        "/account/password": self.passwords.door})
-
-    def refusal(self, request, error):
-        """A browser that is not signed in gets the form for it."""
-        signed_out = isinstance(error, Refused) and error.status == 401
-        if not signed_out or not request.opens_page:
-            return super().refusal(request, error)
-        unsent = unsent_in(request)
-        problem = ""
-        if request.method not in SAFE:
-            problem = "You are signed out, so this was not saved. Sign in to send it again."
-        personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
-        return login_form(page_of(request), problem, 401, personas, **unsent)
-
-
-# -- on the command line
-
-def new_password(name):
-    """Ask for a password, or read one from standard input. Return its hash."""
-    if sys.stdin.isatty():
-        password = getpass.getpass(f"Password of {name}: ")
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    check_password(password)
-    return hash_password(password)
-
-
-@verb("account add", "let somebody sign in", "account", "--operator")
-def account_add(settings, given):
-    check_account_name(given.account)
-    row = given.account, given.account, new_password(given.account), given.operator
-    with opened(settings, given) as (store, _):
-        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
-                           "operator) VALUES (?, ?, ?, ?)", *row)
-        if not added:
-            raise Unusable(f"there is an account {given.account} already")
-    print(f"{given.account} may sign in now")
-
-
-@verb("account passwd", "set a new password; it signs the account out everywhere",
-      "account")
-def account_passwd(settings, given):
-    hashed = new_password(given.account)
-    with opened(settings, given) as (store, _):
-        row_of(store, "accounts", given.account)
-        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.account)
-        store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.account, given.account)
-    print(f"{given.account} has a new password, and is signed out everywhere")
-
-
-@verb("account list", "list who may sign in")
-def account_list(settings, given):
-    table(looked_up(settings, lambda store: store.query(
-        "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
-        "FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY "
-        "name")))
-
-
-LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
-                WHERE m.role = 'owner' GROUP BY w.id
-                HAVING count(*) = 1 AND max(m.account) = ?"""
-
-
-@verb("account remove", "remove an account, with its sessions and memberships",
-      "account")
-def account_remove(settings, given):
-    with opened(settings, given) as (store, _):
-        row_of(store, "accounts", given.account)
-        alone = store.one(LAST_OWNED, given.account)
-        if alone:
-            raise Unusable(f"{given.account} is the last owner of {alone['name']}; make "
-                           "somebody else an owner first, or remove the workspace")
-        store.exec("DELETE FROM accounts WHERE name = ?", given.account)
-
-
-# ==== 31. Account page ====================================================================
-# The idea: people see where they are signed in, and end what they do not know.
-# It promises: a session that is used goes on; one that is not used for 30 days is over, and
-#   its open pages end within a second.
-# It needs: 30 Accounts.
-
-ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
-
-# What is in a User-Agent, and what it means. The first that is found counts, for most say
-# of themselves that they are others, too.
-BROWSERS = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "FxiOS": "Firefox",
-            "CriOS": "Chrome", "Chrome": "Chrome", "Safari": "Safari", "": "A browser"}
-SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": "Windows",
-           "CrOS": "ChromeOS", "Mac OS": "macOS", "Linux": "Linux", "": "a device"}
-
-
-def device(agent: str) -> str:
-    """Return what a User-Agent says, in words: "Chrome on Linux"."""
-    browser, system = [next(words for sign, words in known.items() if sign in agent)
-                       for known in (BROWSERS, SYSTEMS)]
-    return f"{browser} on {system}"
-
-
-def utc(seconds: float) -> str:
-    """Return a time in words: "30 Nov 2026, 14:05 UTC"."""
-    return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
-
-
-def moment(seconds: float) -> Html:
-    """Return a time that a browser with scripts shows as of its own time zone."""
-    exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-    return template("layout.moment")(exact=exact, text=utc(seconds))
-
-
-def account_page(ctx):
-    """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
-    mine = bytes.fromhex(ctx.request.headers["x-session"])
-    account = ctx.viewer.account
-    rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
-                           "ORDER BY created DESC LIMIT 100", account, account)
-    sessions = [{"name": row["digest"].hex()[:16], "device": device(row["agent"]),
-                 "since": moment(row["created"]), "utc": utc(row["created"]),
-                 "peer": row["agent"].partition(" ")[0], "this": row["digest"] == mine}
-                for row in rows]
-    problem = ctx.typed.get("problem", "") if "username" in ctx.typed else ""
-    more = Html().join([part(ctx) for part in ACCOUNT_PARTS])
-    body = template("account")(session=sessions, account=account, problem=problem,
-                               password=ctx.host.password_of(account) != "",
-                               stamp=ctx.stamp, more=more)
-    return page("Account", body, ctx.viewer)
-
-
-CHOSEN = """(? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
-             OR substr(hex(digest), 1, 16) = upper(?))"""
-
-
-def choose_sessions(ctx):
-    """End some. The field session is the name of one, or "all", or "others"."""
-    which = ctx.field("session")
-    account = ctx.viewer.account
-    mine = ctx.request.headers["x-session"]
-    end_sessions(ctx, f"{OWNED} AND {CHOSEN}", account, account, which, which, mine, which)
-    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
-
-
-DIRECTORY_SLICES.append(Slice("sessions", routes=(
-    Route("GET", "/account", ACCOUNT, account_page),
-    Route("POST", "/account/sessions", ACCOUNT, choose_sessions))))
-
-
-@addition
-class EndsSessions(EdgeDirectory):
-    def session(self, request):
-        """A session in the second half of its time begins anew."""
-        row = super().session(request)
-        half = time.time() + SESSION_SECONDS / 2
-        if row and row["expires"] < half and row["operator"] is None:
-            with contextlib.suppress(sqlite3.OperationalError):  # locked: the next time
-                self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
-                                time.time() + SESSION_SECONDS, row["digest"])
-        return row
-
-    def each_second(self):
-        super().each_second()
-        now = time.time()
-        spent = self.accounts_of(SPENT, (now,))
-        if spent:
-            with self.store.tx():
-                self.store.exec(f"DELETE FROM sessions WHERE {SPENT}", now)
-                for row in spent:
-                    self.bus.publish(f"access:{row['account']}")
-
-
-# ==== 32. Masquerade ======================================================================
-# The idea: an operator looks on in somebody's name, to see what they see. The operator's
-#   session is given the other account, and remembers the operator.
-# It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
-#   Each page says so, and the journal names both.
-# It needs: 30 Accounts, which knows who is an operator.
-
-MASQUERADE_SECONDS = 15 * 60
-TRUSTED.update({"x-operator", "x-read-only"})
-BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, expires = ?
-                WHERE digest = ?"""
-END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
-              expires = ? WHERE digest = ? AND operator IS NOT NULL"""
-
-
-MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"       # by an index
-
-
-@dataclasses.dataclass(frozen=True)
-class Guest(Viewer):
-    """An operator who looks on in somebody's name."""
-    operator: str = ""
-    read_only: bool = False
-
-    def permit(self, grant, method="GET"):
-        super().permit(grant, method)
-        own = grant == PUBLIC and not self.workspace     # such as to end it
-        if self.read_only and not own and method not in SAFE:
-            raise Refused(403, "You look on read-only. End it, or begin again with writing "
-                               "allowed.")
-
-    @property
-    def signature(self):
-        return f"{self.operator} as {self.account}"
-
-    def banner(self):
-        how = "read-only" if self.read_only else "writing"
-        return template("layout.masquerade")(operator=self.operator, account=self.account,
-                                             how=how)
-
-
-def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
-    """Return the viewer as a Guest, if there is an operator behind them."""
-    if not operator or isinstance(viewer, Guest):        # the Directory's own are already
-        return viewer
-    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
-
-
-def masked_in(viewer: Viewer, request: Request) -> Viewer:
-    """Return the viewer as a Guest, if the verdict names an operator."""
-    header = request.headers.get
-    return masked(viewer, header("x-operator"), header("x-read-only"))
-
-
-def masquerade(ctx):
-    session = ctx.host.session(ctx.request)
-    operator = session["operator"] or session["account"]
-    if not ctx.host.is_operator(operator):
-        raise Refused(403, "Only an operator of this server may do that: account add NAME "
-                           "--operator makes one.")
-    account = account_meant(ctx)
-    read_only = "writes" not in dict(ctx.sent)
-    until = time.time() + MASQUERADE_SECONDS
-    ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
-    access_changed(ctx, session["account"])
-    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
-
-
-def unmask(ctx):
-    """End it. Its time may have run out just now: then the viewer is the operator."""
-    session = ctx.host.session(ctx.request)
-    if session and session["operator"]:
-        ctx.host.end_mask(session)
-    return see_other("/")._replace(which=ctx.viewer.account)
-
-
-DIRECTORY_SLICES.append(Slice("masquerade", routes=(
-    Route("POST", "/masquerade", ACCOUNT, masquerade),
-    Route("POST", "/masquerade/end", PUBLIC, unmask))))
-
-
-@addition
-class KnowsGuests(Broadcast):
-    def viewer(self, request):
-        return masked_in(super().viewer(request), request)
-
-
-@addition
-class LetsOperatorsLookOn(EdgeDirectory):
-    SIGNED_IN = (f"{LABELLED} sessions WHERE digest = ? "
-                 "AND (expires > ? OR operator IS NOT NULL)")
-
-    def session(self, request):
-        row = super().session(request)
-        if row and row["operator"] and row["expires"] <= time.time():
-            self.time_is_over(row)
-            return super().session(request)
-        return row
-
-    def time_is_over(self, session):
-        with self.store.tx():
-            self.end_mask(session)
-            self.journal(self.viewer_of(session), "directory.unmask", "time is over")
-
-    def end_mask(self, session):
-        """Give the session back to its operator, unless it would be over by now, too."""
-        until = session["expires"] + SESSION_SECONDS
-        if until > time.time():
-            self.store.exec(END_MASK, until, session["digest"])
-        else:
-            self.store.exec("DELETE FROM sessions WHERE digest = ?", session["digest"])
-        self.bus.publish(f"access:{session['account']}")
-
-    def viewer_of(self, session):
-        viewer = super().viewer_of(session)
-        return masked(viewer, session["operator"], session["read_only"])
-
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
-        if not isinstance(viewer, Guest):
-            return said
-        said["x-operator"] = viewer.operator
-        if viewer.read_only:
-            grants = said["x-grants"].split(",")
-            said["x-grants"] = ",".join([one for one in grants if one.endswith(":read")])
-            said["x-can-delete"] = "false"
-            said["x-read-only"] = "true"
-        return said
-
-    def accounts_of(self, where, args):
-        """Return the operators, too: their own open pages end as well."""
-        return self.store.query(
-            f"SELECT account FROM sessions WHERE {where} UNION SELECT operator FROM "
-            f"sessions WHERE operator IS NOT NULL AND {where}", *args, *args)
-
-    def each_second(self):
-        super().each_second()
-        for session in self.store.query(MASKS_OVER, time.time()):
-            self.time_is_over(session)
-
-
-# ==== 33. Quotas ==========================================================================
-# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
-#   old in the journal goes as new rows come.
-# It promises: a command that would go past it is refused with 507 and changes nothing. To
-#   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
-
-TRUSTED.add("x-quota")
-LARGEST_FILE = 2 ** 31 - 1                               # pages
-RESERVE = 256                                            # pages, and a quarter of the quota
-
-
-def limit_pages(store: Store, quota: int) -> None:
-    """Limit the file to so many bytes.
-
-    SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
-    remembers it, as its user_version, in pages; 0: there is no limit.
+        name = f"{self.settings.host}:{self.server_port}"
+        name = self.settings.node_name or name
+        self.settings = self.settings._replace(node_name=name)
+        self.use(dataclasses.replace(self.env, settings=self.settings))
+
+    def add_doors(self, doors):
+        self.env.doors.update(doors)
+
+    def use(self, env):
+        super().use(env)
+        self.regating = dataclasses.replace(self.deciding, gate=env.regate)
+
+    def decide(self, request, env):
+        """What is in a spool was long on its way. So the gate is asked again, and no
+        verdict that came with it is taken."""
+        if request.spool:
+            env = self.regating
+        return super().decide(request, env)
+
+    def is_from_here(self, request):
+        """True if it comes from this machine, and not from a proxy here, which asks for
+        others: most of them say so, and the rest pass on the name that others asked for."""
+        if request.headers.keys() & SAID_BY_PROXIES:
+            return False
+        if in_networks(request.peer, self.settings.trust_proxy):
+            return False
+        host = without_port(request.headers.get("host", ""))
+        asked_here = host == "localhost" or in_networks(host.strip("[]"), LOOPBACK)
+        return asked_here and in_networks(request.peer, LOOPBACK)
+
+    def most_streams(self):
+        if self.settings.demo and not self.settings.streams:
+            return self.settings.connections
+        return super().most_streams()
+
+
+# ==== 30. Roots ===========================================================================
+# The idea: the composition root of the product: two planes in one process. Single and Nodes
+#   bring further roots.
+
+def plain_root(settings: Settings) -> Env:
+    """The root of --plain: Part One, and what other sections add to its classes."""
+    env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
+                       whole, load_keys)
+    env.workspaces.settings = settings
+    for change in PLAIN:
+        change(env)
+    return env
+
+
+def compose(settings: Settings) -> FullEnv:
+    """Raises BadSlice or MigrationError if it can't be with these slices."""
+    for check in CHECKS:
+        check(settings)
+    for wanted, root in ROOTS:
+        if wanted(settings):
+            return root(settings)
+    return two_planes(settings)
+
+
+def two_planes(settings) -> FullEnv:
+    """One Directory, a Workspace for each tenant, and a worker in front."""
+    settings, fresh, keys = prepared(settings)
+    router = workspace_router(settings)
+    workspaces = workspaces_of(settings, router)
+    build = directory_builder(EdgeDirectory, settings, keys, workspaces)
+    control = whole(GuardedNamespace)("directory", settings.data, float("inf"), build)
+    env = set_up(control.get("directory"), workspaces, settings, fresh, DEMO_WORKSPACES)
+    check_ledger(settings, router)
+    return env
+
+
+def set_up(directory, workspaces, settings, fresh, demo):
+    """Make the Directory if it is a fresh one, and open it. Return the env.
+
+    So what is wrong with its file is raised here, and not by a later request.
     """
-    page_size = store.one("PRAGMA page_size")[0]
-    pages = min(max(1, quota // page_size), LARGEST_FILE)
-    store.exec(f"PRAGMA max_page_count = {pages}")
-    if store.one("PRAGMA user_version")[0] != pages:
-        store.exec(f"PRAGMA user_version = {pages}")
+    directory.namespace.settings = settings
+    if fresh:
+        directory.namespace.create(directory.id)
+    directory.ask("/_version")
+    env = full_env(directory, workspaces, settings)
+    if fresh and settings.demo:
+        seed(env, demo, todos in settings.slices)
+        for seed_more in APP_SEEDS:
+            seed_more(env, demo)
+    return env
+
+
+def directory_builder(kind, settings, keys, workspaces):
+    return functools.partial(
+        whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
+        workspaces=workspaces, demo=bool(settings.demo))
+
+
+def prepared(settings):
+    """Return the settings, whether there is nothing yet, and the keys.
+
+    A folder that has no personas is no demo, whatever was asked for.
+    """
+    if settings.single:
+        private_folder(settings.data)
+        fresh = not settings.directory_file.exists()
+        if fresh and not settings.key_file.exists():
+            make_key(settings.key_file)
+    else:
+        fresh = prepare(settings.data, settings.directory_file, settings.key_file)
+    keys = load_keys(settings.key_file)
+    demo = settings.demo
+    if demo and not fresh:
+        with GuardedStore(settings.directory_file) as store:
+            demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
+    return settings._replace(demo=demo), fresh, keys
+
+
+def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+    """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
+    """
+    readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
+    if readable and not ignores_modes(path.parent):
+        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
+                       "`keys rotate`")
+    try:
+        return read_keys(path)
+    except OSError as error:
+        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
+                       "chown it to the user as whom the server runs") from error
+
+
+@functools.lru_cache(maxsize=None)
+def ignores_modes(folder: pathlib.Path) -> bool:
+    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
+    probe = folder / f"mode-{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        ignored = os.stat(probe).st_mode & 0o077 != 0
+    finally:
+        probe.unlink()
+    if ignored:
+        log(f"warning: the file system of {folder} ignores modes, so others on this "
+            "machine may be able to read all that is there; if that matters, use another "
+            "one")
+    return ignored
+
+
+def workspace_router(settings):
+    return whole(QuickRouter)([welcome, *settings.slices])
+
+
+def directory_router():
+    """Return the router of all DIRECTORY_SLICES as one slice, for they share the tables.
+    Where two have the same address, the first one answers."""
+    slices = [*DIRECTORY_SLICES, directory]
+    live = [row for slice in slices for row in slice.live]
+    outside = Slice("directory", DIRECTORY_TABLES, live, all_routes(slices))
+    return whole(QuickRouter)([outside])
+
+
+def workspaces_of(settings, router):
+    build = functools.partial(whole(EdgeWorkspace), router=router,
+                              pages=pages_of(settings.slices))
+    most = settings.awake or awake_by_default()
+    workspaces = whole(GuardedNamespace)("workspace", settings.workspaces, settings.idle,
+                                         build, most=most)
+    workspaces.settings = settings
+    return workspaces
+
+
+def awake_by_default() -> int:
+    """An awake workspace takes three descriptors; the last quarter is for sockets."""
+    if resource is None:
+        return 256
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:            # which is -1
+        return 1024
+    return min(1024, descriptors // 4)
+
+
+class Ledger(GuardedStore):
+    """Notes the migrations that tenants' files run, without running them."""
+
+    def apply(self, slice, entries, number):
+        return set()
+
+
+def check_ledger(settings, router):
+    """Raise MigrationError if a slice's migrations do not continue those that ran before.
+
+    So it is known before any file of a tenant that was there is opened.
+    """
+    with Ledger(settings.directory_file) as store:
+        for name, entries in router.schema:
+            store.migrate(f"workspace/{name}", entries)
+
+
+def full_env(directory, workspaces, settings):
+    doors = {**DOORS}
+    if not settings.single and not settings.plane:       # else no file is to be made here
+        doors["/workspaces"] = create_workspace_with_file
+    start = pages_of(settings.slices)[0].path
+    return FullEnv(directory, workspaces, doors, settings=settings, start=start)
+
+
+# ==== 31. Command line ====================================================================
+# The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
+#   goes into its files, whether its server runs or not: SQLite lets several processes at a
+#   file, and the server looks each second whether another one wrote to the Directory.
+# It promises: what prevents a command is one line on standard error, and exit status 2.
+
+def matching(pattern: str, hint: str,
+             read: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return a type for argparse: what read() makes of a text that matches.
+
+    If it makes None, the text is refused, too.
+    """
+    def kind(text):
+        value = read(text) if re.fullmatch(pattern, text) else None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
+        return value
+    return kind
+
+
+UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def read_size(text):
+    digits = text.rstrip("KMGTkmgt")
+    return int(digits) * 1024 ** " KMGT".index(text[len(digits):].upper() or " ")
+
+
+def read_seconds(text):
+    digits = text.rstrip("smhd")
+    return float(digits) * UNITS[text[len(digits):]]
+
+
+def read_port(text):
+    return int(text) if int(text) < 65536 else None
+
+
+def read_address(text):
+    return text if HOST.fullmatch(text)[1] else None
+
+
+a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
+a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)(ms|[smhd])?",
+                  "no time: say 90, 100ms, 15m or 1h", read_seconds)
+a_port = matching("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
+an_address = matching(HOST.pattern, "no address: say HOST:PORT", read_address)
+a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
+                      "nowhere to listen: say 80, or 127.0.0.1:80")
+a_number = matching("[0-9]{1,9}", "no number: say 0 or more", int)
+at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
+a_plane = matching("(directory|data)?", "no plane: say directory or data")
+what_of_jobs = matching("keep|drop", "no answer: say keep or drop")
+a_log = matching("common|json|off", "no log: say common, json or off")
+
+
+def several(text):
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def networks(text):
+    try:
+        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
+    except ValueError as error:
+        hint = f"{error}: say 10.0.0.0/8, or an address"
+        raise argparse.ArgumentTypeError(hint) from error
+
+
+HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+
+
+def host_names(text):
+    """Return names as browsers send them: in lower case, and in ASCII (RFC 5890, 2.3.2.1).
+
+    The port of a request does not matter, so a name has none here.
+    """
+    names = tuple([".".join(map(in_ascii, name.lower().rstrip(".").split(".")))
+                   for name in several(text)])
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no name of a host: say todo.example.org, without scheme, "
+                "port or *, and each name in full")
+    return names
+
+
+def in_ascii(label):
+    if label.isascii():
+        return label
+    return f"xn--{unicodedata.normalize('NFC', label).encode('punycode').decode()}"
+
+
+# Flags, what --help says of them, and their types. Their defaults are in Settings.
+OPTIONS = (
+    ("--host", "address to listen on", str),
+    ("--port", "port to listen on; 0: any free one", a_port),
+    ("--data", "folder with all state", pathlib.Path),
+    ("--single", "one file that holds everything, for one workspace, in place of the data "
+     "folder", pathlib.Path),
+    ("--demo", "personas and workspaces to click through; on a loopback address, with no "
+     "proxy in front, a new data folder has them anyway", bool),
+    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
+     "small trusted networks", bool),
+    ("--dev", "while you write an app: start again when a file changes, and show errors, "
+     "with code and rows, in the browser; for this machine alone", bool),
+    ("--idle", "seconds until an unused workspace goes to sleep", a_time),
+    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
+     "descriptors, at most 1,024", a_number),
+    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", a_size),
+    ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
+     a_number),
+    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
+     "connections", a_number),
+    ("--connections", "connections at most; more get a 503", at_least_1),
+    ("--allow-host", "names that this server goes by, with commas between", host_names),
+    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
+     "believed, with commas between", networks),
+    ("--plane", "directory or data: run one plane alone, with the other in other processes",
+     a_plane),
+    ("--directory", "HOST:PORT of the directory, for --plane data", str),
+    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
+     "it listens", str),
+    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
+     "the data folder; 0: never", a_time),
+    ("--keep", "backups to keep", at_least_1),
+    ("--keep-journal", "seconds, or as 365d: how long the journals tell who did what; 0: "
+     "for ever", a_time),
+    ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
+     "too, so that a load balancer hears of it first", a_time),
+    ("--log", "access log on standard output: common, json or off", a_log),
+    ("--slow", "as 100ms: write a line to standard error for what takes longer, ten a "
+     "second at most; 0: for nothing", a_time),
+)
+
+# The arguments of commands, for argparse.
+ARGUMENTS = {
+    "name": {"help": "of the workspace", "type": slug},
+    "title": {"help": "its name, as people write it: it becomes the address, too",
+              "metavar": "name"},
+    "new": {"help": "the new name, as people write it"},
+    "workspace": {"help": "its name", "type": slug},
+    "account": {"help": "its name", "type": account_name},
+    "role": {"help": f"one of {', '.join(ROLES)}"},
+    "size": {"help": "as 500M or 10G", "type": a_size},
+    "file": {"help": "path of the file", "type": pathlib.Path},
+    "folder": {"help": "path of the folder", "type": pathlib.Path},
+    "address": {"help": "HOST:PORT of the node", "type": an_address},
+    "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
+    "--operator": {"help": "may open the console, and look on in others' names",
+                   "action": "store_true"},
+    "--owner": {"help": "account that owns it", "type": account_name},
+    "--now": {"help": "keep no copy", "action": "store_true"},
+    "--repair": {"help": "first remove what was left behind by what was cut short, and "
+                 "close files to others", "action": "store_true"},
+    "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
+               "action": "store_true"},
+    "--name": {"help": "in place of the name in the file"},
+    "--jobs": {"help": "keep or drop the jobs in the file: they would run here, too",
+               "type": what_of_jobs},
+    "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
+             "type": pathlib.Path, "required": True},
+    "--new": {"help": "name of what comes up; by default the name and the snapshot's"},
+    "--directory": {"help": "HOST:PORT of the directory", "type": an_address,
+                    "required": True},
+    "--node": {"help": "HOST:PORT of a node; once for each", "type": an_address,
+               "action": "append", "required": True},
+    "--listen": {"help": "port of the proxy; by default 80", "type": a_listener},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if {flag for flag, *_ in OPTIONS} & {*unknown.split()}:
+            message += "; flags of the server stand before the command"
+        self.exit(2, f"orion: {message}; --help tells what there is\n")
+
+
+def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = None
+                      ) -> Tuple[Settings, argparse.Namespace]:
+    """Return the settings, and what a command was given. Its verb is "" to serve.
+
+    app: with what main() was given. APP_PARSERS add to the parser what an app has of its
+    own: each (parser, its commands, app) returns a function that takes out of the second
+    result what was said of that, and returns the settings with it.
+    """
+    app = app or Settings()
+    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
+                    "file. Without a command it serves.", epilog="Every option is an "
+                    "environment variable too: ORION_PORT=80 is --port 80.")
+    parser.set_defaults(verb="")
+    for flag, help, kind in OPTIONS:
+        name = name_of_flag(flag)
+        default = from_environment(flag) or getattr(Settings(), name)
+        add_flag(parser, flag, kind, default, name, help)
+    words = sys.argv[1:] if argv is None else argv
+    commands = add_verbs(parser, words)
+    readers = [add(parser, commands, app) for add in APP_PARSERS]
+    given = parser.parse_args(words)
+    said = {name: value for name, value in vars(given).items() if name in Settings._fields}
+    settings = app._replace(**said)
+    for read in readers:
+        settings = read(settings, given)
+    if settings.single:
+        settings = settings._replace(data=settings.single.parent)
+    if settings.demo is None:
+        settings = settings._replace(demo=is_for_this_machine(settings))
+    return settings, given
+
+
+def is_for_this_machine(settings):
+    """Does nobody but this machine get in? (Behind a proxy, others do.)"""
+    here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
+    proxied = settings.allow_host or settings.trust_proxy or settings.plane
+    return here and not proxied
+
+
+def name_of_flag(flag):
+    return flag[2:].replace("-", "_")
+
+
+def add_flag(parser, flag, kind, default, dest, help):
+    """kind: bool, or a type for argparse. default may be text, from the environment."""
+    if default and default is not argparse.SUPPRESS:
+        help += f" (default: {default})"
+    help = help.replace("%", "%%")
+    if kind is not bool:
+        return parser.add_argument(flag, help=help, default=default, type=kind, dest=dest,
+                                   metavar=name_of_flag(flag).upper())
+    if isinstance(default, str) and default is not argparse.SUPPRESS:
+        default = default.lower() not in ("0", "no", "off", "false")
+    parser.add_argument(flag, help=help, default=default, dest=dest,
+                        action=argparse.BooleanOptionalAction)
+
+
+def from_environment(flag):
+    """For a service that is called orion, Kubernetes sets variables of its own. One of them
+    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000."""
+    name = f"ORION_{name_of_flag(flag).upper()}"
+    value = os.environ.get(name, "")
+    if name == "ORION_PORT" and "://" in value:
+        print(f"orion: {name}={value} is ignored, for it is no port but what Kubernetes "
+              "says of a service; --port sets ours", file=sys.stderr)
+        return ""
+    return value
+
+
+def add_verbs(parser, given_words):
+    """Add all commands; return what can take more.
+
+    Of a group that is not named, add its name alone: it saves 10 ms at each start.
+    """
+    common = flags_of_all()
+    groups = {"": parser.add_subparsers(title="commands", metavar="command")}
+    for words, one in sorted(VERBS.items()):
+        group, _, word = words.rpartition(" ")
+        if group not in groups:
+            parent = groups[""].add_parser(group, help=f"see {group} --help")
+            groups[group] = parent.add_subparsers(required=True, metavar="command")
+        if group and group not in given_words:
+            continue
+        sub = groups[group].add_parser(word, help=one.help, description=one.help,
+                                       parents=[common])
+        sub.set_defaults(verb=words, run=one.run)
+        for argument in one.arguments:
+            sub.add_argument(argument, **ARGUMENTS[argument])
+    return groups[""]
+
+
+def flags_of_all() -> argparse.ArgumentParser:
+    """Return a parser that those of all commands have among their parents."""
+    common = argparse.ArgumentParser(add_help=False)
+    for flag in ("--data", "--single"):
+        common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
+                            help="the folder, or the one file, with all state")
+    return common
+
+
+# -- what all commands need
+
+@contextlib.contextmanager
+def locked(folder, taken: str):
+    """One process at a time in a folder.
+
+    Raises Unusable if the folder is no good or, with the text taken, if another is in it.
+    """
+    try:
+        private_folder(folder)
+        if not os.access(folder, os.R_OK | os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}"
+                       "); name another with --data") from error
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        take_lock(handle, taken)
+        yield
+    finally:
+        os.close(handle)
+
+
+def take_lock(handle, taken):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Unusable(taken) from error
+
+
+BEGINNINGS = ("account add", "workspace import", "node add")
+
+
+def check_there(settings, or_node=False):
+    """Raise Unusable if there is no deployment, or another user's. or_node: one without a
+    Directory will do."""
+    there = settings.directory_file.exists()
+    if not there and not (or_node and settings.workspaces.exists()):
+        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
+                       "or begin one with account add")
+    load_keys(settings.key_file)
+
+
+def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
+    """Return what read finds in the Directory, as this version would have it.
+
+    Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
+    """
+    check_there(settings)
+    with GuardedStore(settings.directory_file) as store:
+        store.begin()
+        try:
+            store.migrate_all(directory_router().schema)
+            return read(store)
+        finally:
+            store.exec("ROLLBACK")
 
 
 @contextlib.contextmanager
-def reserve(store: Store):
-    """Meanwhile the file may go past its quota."""
-    pages = store.one("PRAGMA user_version")[0] or LARGEST_FILE
-    store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
+def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
+    """Give the Directory's store, and the env around it.
+
+    A command (given) is one transaction, and is noted in the journal, with its arguments,
+    or with which. While it lasts nobody can sign in, so nothing is printed or asked for
+    inside. Without a command, nothing is locked. Raises Unusable if there is no deployment
+    and this is none of the BEGINNINGS, which make one.
+    """
+    what = given.verb if given else ""
+    if what not in BEGINNINGS:
+        check_there(settings)
+    env = compose(settings._replace(demo=False, plane=""))
+    with GuardedStore(settings.directory_file) as store, \
+            store.tx() if given else contextlib.nullcontext():
+        yield store, env
+        if given:
+            which = which or " ".join([str(vars(given)[name]) for name in
+                                       VERBS[what].arguments if "--" not in name])
+            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                       time.time(), "(command line)", what, which)
+
+
+def check_new(path):
+    if path.exists():
+        raise Unusable(f"{path} exists; name a new one")
+
+
+def row_of(store, table, name, column="name"):
+    row = store.one(f"SELECT * FROM {table} WHERE {column} = ?", name)
+    if row is None:
+        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what "
+                       "there is")
+    return row
+
+
+def table(rows):
+    for row in rows:
+        print(*row, sep="\t")
+
+
+@verb("new", "write a file with a slice of your own to begin with", "file")
+def new(settings, given):
+    check_installation()
+    check_new(given.file)
+    given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
+    print(f"{given.file}: a guestbook; python3 {given.file} serves it")
+
+
+# -- to serve
+
+FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError, ValueError,
+            OverflowError)
+
+
+@public
+def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
+         assets: Optional[pathlib.Path] = None, brand: Any = None,
+         options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
+         start: Optional[Callable[[Settings], None]] = None,
+         seed: Optional[Callable[[Context], None]] = None) -> int:
+    """Return the exit status: 0; 1 when a check found something; 2 with one line on
+    standard error. assets: a folder (section 37). brand: see section 38.
+
+    The rest is in section 66. options and commands of the app are on the command line, too.
+    start(settings) is called before the server listens, seed(ctx) with each workspace of a
+    new demo.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app = Settings(slices=slices, assets=assets, brand=brand, options=options,
+                   commands=commands, start=start, seed=seed)
     try:
-        yield
-    finally:
-        store.exec(f"PRAGMA max_page_count = {pages}")
+        status = do(*read_command_line(argv, app)) or 0
+        sys.stdout.flush()                               # while a failure can be answered
+        return status
+    except KeyboardInterrupt:                            # at the question for a password
+        return 130
+    except BrokenPipeError:                              # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what is written at the end
+        return 141
+    except FAILURES as error:
+        print(f"orion: {in_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def in_one_line(error) -> str:
+    """Return what went wrong. Of a mistake in an app's function, say what kind, and where.
+    """
+    if isinstance(error, EOFError):                      # at a question
+        return "nothing was typed"
+    frames = frames_of_app(error)
+    if not frames or isinstance(error, (Refused, Unusable, MigrationError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} ({frames[-1].filename}:{frames[-1].lineno})"
+
+
+def do(settings, given):
+    roots = [name for name in ("plain", "single", "plane") if getattr(settings, name)]
+    if len(roots) > 1:
+        raise Unusable(f"--{roots[0]} is another way to run both planes; leave "
+                       f"--{roots[1]} out")
+    if settings.plane == "data" and given.verb in NODE_VERBS:
+        return NODE_VERBS[given.verb](settings, given)
+    if given.verb:
+        return given.run(settings, given)
+    for wanted, way in WAYS_TO_SERVE:
+        if wanted(settings):
+            return way(settings)
+    serve_alone(settings)
+
+
+def serve_alone(settings):
+    """Two servers would each believe to be the only one that writes to a tenant's file."""
+    with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
+                               "it, or name another with --data"):
+        serve(settings)
+
+
+NEEDED_SQLITE = (3, 30)                                  # for FILTER
+NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
+NAMED_FILE = re.compile(r'TEMPLATES / "([\w.]+)"')
+
+
+def check_installation() -> None:
+    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
+    if sqlite3.sqlite_version_info < NEEDED_SQLITE:
+        needed = ".".join(map(str, NEEDED_SQLITE))
+        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
+                       "needed; use a newer Python")
+    text = pathlib.Path(__file__).read_text("utf-8")
+    files = [*NAMED_FILE.findall(text), *[path[1:] for path in ASSETS]]
+    try:
+        for name in NAMED_TEMPLATE.findall(text):
+            template(name)
+        for name in files:
+            (TEMPLATES / name).read_bytes()
+        as_browser = Request("GET", "/", headers={"accept": "text/html"})
+        refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
+    except OSError as error:
+        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ that "
+                       "came with this orion.py has to be beside it") from error
+    except (KeyError, ValueError) as error:
+        raise Unusable(f"{TEMPLATES} is of another version of orion.py, or was changed "
+                       f"({error}); copy the folder that came with this one") from error
+
+
+def serve(settings):
+    check_installation()
+    take_all_descriptors()
+    if settings.plain:
+        return serve_part_one(settings)
+    for prepare_process in BEFORE_SERVING:
+        prepare_process()
+    env = compose(settings)
+    if not settings.single:
+        env.workspaces.tidy()
+    if settings.start:
+        settings.start(env.settings)
+    server = bound(settings, lambda: whole(LoopEdge)(env, env.settings))
+    for number in stop_signals():
+        signal.signal(number, lambda number, _: stop_or_leave(server, number))
+    signal.set_wakeup_fd(server.waker.fileno())
+    say_where(server)
+    notify("READY=1")
+    server.serve_forever()
+    signal.set_wakeup_fd(-1)                             # what it wakes is closed now
+    server.server_close()
+
+
+def take_all_descriptors():
+    """Raise this process's limit as far as it may: each open page is a descriptor."""
+    if resource:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def serve_part_one(settings):
+    for check in CHECKS:
+        check(settings)
+    serve_plain(plain_root(settings), settings.host, settings.port)
+
+
+def say_where(server):
+    host = server.settings.host
+    host = f"[{host}]" if ":" in host else host
+    address = f"http://{host}:{server.server_port}"
+    print(f"orion: {address}", flush=True)
+    if server.settings.demo:
+        print("orion: demo: open the address and choose a persona; bob and carol share the "
+              "workspace acme", flush=True)
+    for say in AT_START:
+        say(server, address)
+
+
+def bound(settings, make):
+    """Return what make makes, which listens. Raises Unusable if it can't."""
+    try:
+        return make()
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise Unusable(f"can't listen on {where} ({error.strerror or error}); choose "
+                       "another with --host or --port") from error
+
+
+def stop_or_leave(server, number):
+    """The second signal does not wait for requests in flight; a terminal that is closed
+    may send several."""
+    if server.stopping and number in (signal.SIGINT, signal.SIGTERM):
+        os._exit(1)
+    server.stop()
+    notify("STOPPING=1")
+    if server.draining:
+        server.call(log, f"stops in {server.settings.drain:g} s (--drain), and answers 503 "
+                         "until then; Ctrl+C or SIGTERM once more ends it at once")
+
+
+def notify(state: str):
+    """Tell systemd, if it asked to be told (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):                          # Linux: not in the file system
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, \
+            contextlib.suppress(OSError):
+        link.sendto(state.encode(), address)
+
+
+# #### For slices ##########################################################################
+
+# ==== 32. Checks ==========================================================================
+# The idea: a slice that can't work is refused when the server starts, with the reason. If a
+#   command writes what no open page will show, the log says so, once.
+
+class BadSlice(Unusable):
+    """A slice can't work as it is written; the text says which one and why."""
+
+
+PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<(int:)?\w+>)*")
+
+
+def addresses(row):
+    """Return (method, path) of each request that a Live or a Route answers."""
+    routes = row.routes() if type(row) is Live else [row]
+    return [(route.method, PART_OF_PATH.sub("<>", route.path)) for route in routes]
+
+
+def wrong_with(row, kind, grants):
+    """Return why a Live or a Route would never do what it is for, or ""."""
+    if type(row) is not kind:
+        return f"it is no {kind.__name__}; (one,) has a comma too"
+    if kind is Live and row.grant == PUBLIC:
+        return "what is public has no stream; make a Route of it, and return plain_page()"
+    if not PATH.fullmatch(row.path):
+        return "a path is as /things, /things/<id> or /things/<int:id>"
+    if row.path.split("/")[1] == "members":
+        return "/members is the Directory's"
+    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
+        return (f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that "
+                "should")
+    if kind is Live:
+        return wrong_with_live(row)
+    if row.method not in METHODS:
+        return f"a method is one of {', '.join(METHODS)}"
+    return wrong_with_call("run", row.run)
+
+
+def wrong_with_live(live):
+    if type(live.regions) not in (tuple, list) or not live.regions:
+        return ("regions is a tuple, and (one,) has a comma too: "
+                f'Live({live.path!r}, {live.grant!r}, "Title", '
+                '(Region("topic", show),), page)')
+    if type(live.params) is not dict:
+        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
+    if live.is_tab and ("<" in live.path or type(live.title) is not str):
+        return ("a tab has one address, and text as its title; say tab=False for a path "
+                "with <parts>, or if the title is a function")
+    whys = [wrong_with_region(region, live) for region in live.regions]
+    whys.append(wrong_with_call("page", live.page))
+    if type(live.title) is not str:
+        whys.append(wrong_with_call("title", live.title))
+    return next(filter(None, whys), "")
+
+
+def wrong_with_region(region, live):
+    if type(region) is not Region:
+        return f"{region!r:.60} is no Region(topic, show)"
+    if type(region.topic) is not str:
+        return f"a topic is text, and not {region.topic!r:.60}"
+    parts = {name for _, name in PART_OF_PATH.findall(live.path)}
+    others = {name for _, name in PART_OF_PATH.findall(region.topic)} - parts
+    if others:
+        return (f"the topic {region.topic!r} has <{others.pop()}>, which is no part of the "
+                "path")
+    if region.each not in ("role", "account"):
+        return f'each is "role" or "account", and not {region.each!r}'
+    of_data = wrong_with_call("data", region.data) if region.data else ""
+    return wrong_with_call("show", region.show) or of_data
+
+
+def wrong_with_call(what, function):
+    """The same of a function that a slice gives."""
+    if not callable(function):
+        return f"{what} can't be called"
+    name = name_of(function)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return f"{name} is async; write def, and do in a job what takes long"
+    if inspect.isgeneratorfunction(function):
+        return f"{name} yields; let it return what it makes"
+    return ""
+
+
+def check_slices(settings: Settings) -> None:
+    """Raise BadSlice for what would be found out later, or never."""
+    if "public" in ROLES:
+        raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
+                       "another name")
+    grants = {grant for role in ROLES.values() for grant in role}
+    names = {"orion", "directory", "welcome"}
+    taken: Dict[Tuple[str, str], str] = {}               # whose each address is
+    for slice in settings.slices:
+        if type(slice) is not Slice:
+            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
+        check_commas(slice)
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
+            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
+                           "not orion, directory or welcome")
+        names.add(slice.name)
+        check_rows(slice, grants, taken)
+
+
+def check_commas(slice):
+    for name in ("migrations", "live", "routes", "jobs", "exports"):
+        if type(getattr(slice, name)) not in (tuple, list):
+            raise BadSlice(f"slice {slice.name!r}: {name} is a tuple, and (one,) has a "
+                           "comma too")
+
+
+def check_rows(slice, grants, taken):
+    rows = [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]
+    for kind, row in rows:
+        why = wrong_with(row, kind, grants)
+        if why:
+            raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why}")
+        for address in addresses(row):
+            if address in taken:
+                raise BadSlice(f"slice {slice.name!r}, {' '.join(address)}: "
+                               f"{taken[address]} answers there; choose another path")
+            taken[address] = f"slice {slice.name!r}, {row.path}"
+
+
+class ScratchStore(GuardedStore):
+    """A store whose file need not last. It waits for no disk: a start takes 30 ms less."""
+    SETUP = GuardedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
+
+
+def check_tables(settings: Settings) -> None:
+    """Make the tables once in a file of their own. Raise MigrationError if they clash."""
+    router = Router([welcome, *settings.slices])
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "tables.db")
+        with ScratchStore(file, create=True) as store:
+            store.migrate_all(router.schema)
+            check_references(store)
+
+
+REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM sqlite_master
+                AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
+
+
+def check_references(store):
+    """Raise MigrationError if a table refers to none, or to one of another slice.
+
+    The other slice could not delete a row of its own table any more.
+    """
+    there = {table.lower() for table in store.tables()}
+    for child, parent in store.query(REFERENCES):
+        if parent not in there:
+            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is "
+                                 "not there in the end; to change a table, copy it, drop "
+                                 "it, and rename the copy last")
+        slice, owner = store.owners[child], store.owners[parent]
+        if slice != owner:
+            raise MigrationError(f"slice {slice!r}: table {child!r} refers to table "
+                                 f"{parent!r} of slice {owner!r}, which could not delete a "
+                                 "row of it any more")
+
+
+CHECKS.insert(0, check_slices)                           # others trust these fields
+CHECKS.append(check_tables)
+
+
+def id_of(region: Html) -> str:
+    """Return how the id of a region is written, with the space before it."""
+    return REGION.match(region)[1]
+
+
+# A comment; or a tag, up to its >, with what stands in quotes in it.
+TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
+                            r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
+WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
+
+
+def behind_element(region: Html) -> str:
+    """Return what stands behind the first element; "", if that has no end tag."""
+    first = TAG_OR_COMMENT.search(region)[2]
+    if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
+        return ""                                        # 18 ms of 1,000 rows are saved
+    depth = 0
+    for found in TAG_OR_COMMENT.finditer(region):
+        closing, name = found.groups()
+        if name == first:
+            depth += -1 if closing else 1
+        if depth == 0 or first in WITHOUT_END:
+            return region[found.end() + 1:].strip()
+    return ""
+
+
+def check_one_element(region, name):
+    """Raise ValueError if the region has more, which a browser would not find."""
+    more = behind_element(region)
+    if more and not more.startswith("<!--"):
+        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
+                         f"which would not stay current: {more:.60}; put all into that one "
+                         "element")
+
+
+# -- what the functions of slices return
+
+def log_place(where: str, error: BaseException) -> None:
+    """Log what it was, and first of all the line of a slice that it comes from."""
+    frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
+    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    where = f"{where}: {error.where}" if hasattr(error, "where") else where
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
+
+
+ERROR_LOGS.remove(log_traceback)
+ERROR_LOGS.append(log_place)
+
+
+def bad_return(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
+    """Return the error of a slice's function that returned something wrong.
+
+    No line of it is in the traceback, so the message says where it is.
+    """
+    code = getattr(getattr(function, "func", function), "__code__", None)
+    at = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return TypeError(f"{name_of(function)}{at} returned {value!r:.200}, and {wanted}")
+
+
+def sendable(response, function):
+    """Return the response that this function returned, with a tuple of headers.
+
+    Raises TypeError or ValueError if it cannot be sent.
+    """
+    if type(response) is not Response or type(response.body) is not bytes \
+            or type(response.status) is not int:
+        raise bad_return(function, response, "an answer is a Response with a number and "
+                                             "bytes; for most commands: return done(ctx)")
+    check_values((*response.headers, ("content-type", response.type)))
+    if type(response.headers) is not tuple:
+        return response._replace(headers=tuple(map(tuple, response.headers)))
+    return response
+
+
+REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
+                    r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
 
 
 @addition
-class SaysQuotas(EdgeDirectory):
-    def say(self, viewer, workspace):
-        quota = workspace["quota"] or self.namespace.settings.quota
-        return {**super().say(viewer, workspace), "x-quota": str(quota)}
+class ChecksReturns(SliceHost):
+    """Raises TypeError for what a function of a slice should not return."""
+
+    def run(self, route, ctx, args):
+        return sendable(route.run(ctx, *args), route.run)
+
+    def show(self, region, live, ctx, args):
+        try:
+            made = region.show(ctx, *args)
+            if type(made) is Html and REGION.match(made):
+                return made
+            raise bad_return(region.show, made, "a region is Html, one element with an id, "
+                                                "such as a Template returns")
+        except Exception as error:                       # for the log
+            where = f"region {name_of(region.show)} of {live.path}"
+            error.where = f"slice {ctx.store.slice!r}, {where}"
+            raise
+
+    def around(self, live, ctx, renderings, args):
+        body = live.page(ctx, *[one.html for one in renderings], *args)
+        if type(body) is not Html:
+            raise bad_return(live.page, body, "a page is Html, such as a Template returns")
+        return body
+
+    def title_of(self, live, ctx, args):
+        title = live.title(ctx, *args) if callable(live.title) else live.title
+        if not isinstance(title, str):
+            raise bad_return(live.title, title, "a title is text")
+        return title
 
 
 @addition
-class KeepsQuota(EdgeWorkspace):
+class ChecksPages(EdgeWorkspace):
+    """A page that can't stay current is an error, and not a page that looks current."""
+    MOST_IDS = 1000
+
     def on_open(self):
         super().on_open()
-        self.quota = ""
-        self.deletes = False                             # the present command
-        self.has_index = self.store.one(INDEXES) is not None
-        pages = self.store.one("PRAGMA user_version")[0]
-        if pages:
-            self.store.exec(f"PRAGMA max_page_count = {pages}")
+        self.ids: Dict[Any, str] = {}                    # of each region, as it was first
 
-    def handle(self, request):
-        quota = request.headers.get("x-quota", "0")
-        if request.method not in SAFE and quota not in ("0", self.quota):
-            limit_pages(self.store, int(quota))
-            self.quota = quota
-        self.deletes = request.method == "DELETE"
-        with reserve(self.store) if self.deletes else contextlib.nullcontext():
-            response = super().handle(request)
-            if self.has_index and request.method not in SAFE:
-                self.write_index()
-            return response
+    def render(self, region, live, ctx, args):
+        """Raises ValueError if open pages can't find the region any more."""
+        rendering = super().render(region, live, ctx, args)
+        if len(self.ids) > self.MOST_IDS:
+            self.ids.clear()
+        id = id_of(rendering.html)
+        key = region, args, ctx.viewer, tuple(ctx.params.items())
+        if key not in self.ids:
+            check_one_element(rendering.html, f"{name_of(region.show)} of {live.path}")
+        before = self.ids.setdefault(key, id)
+        if id != before:
+            raise ValueError(
+                f"region {name_of(region.show)} of {live.path} had{before} before and has"
+                f"{id} now: open pages can't find it; make its id of the path alone")
+        return rendering
 
-    def write_index(self):
-        """Have FTS5 write at this savepoint, and not at the commit, when others pay for it,
-        or the reserve is gone."""
-        with self.store.tx():
-            pass
-
-    def fault(self, error):
-        """Say whose room it is that there is none of, and what helps."""
-        fault = super().fault(error)
-        disk = shutil.disk_usage(self.namespace.path(self.id).parent)
-        if fault.status == 507 and disk.free > 2 ** 20:
-            hint = "Ask" if self.deletes else "Delete something, or ask"
-            fault.message = f"There is no room left here. {hint} for a larger quota."
-        return fault
+    def around(self, live, ctx, renderings, args):
+        """Raises ValueError if the page has not each region, once."""
+        body = super().around(live, ctx, renderings, args)
+        for region, rendering in zip(live.regions, renderings):
+            id = id_of(rendering.html)
+            found = body.count(id.strip()) == 1 or body.count(id)
+            if found != 1:
+                raise ValueError(
+                    f"page {name_of(live.page)} of {live.path} has {found} elements with"
+                    f"{id}, and one is needed: put region {name_of(region.show)} into it "
+                    "once, as it is, and give each region an id of its own")
+        return body
 
 
-OLD_NOTES = """DELETE FROM journal WHERE at NOT BETWEEN ? AND ? AND id IN
-               (SELECT id FROM journal ORDER BY id LIMIT 100)"""
+@functools.lru_cache(maxsize=4)
+def topics_of(router: Router) -> re.Pattern:
+    """Return the pattern of the topics that pages listen to."""
+    topics = []
+    for slice in router.slices:
+        for live in slice.live:
+            topics += [path_pattern(region.topic) for region in live.regions]
+    pattern = "|".join(topics) or "(?!)"
+    return re.compile(pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_silent(router: Router, what: str, told: Tuple[str, ...]) -> bool:
+    """Did a command of a slice with live pages publish nothing that a page listens to?"""
+    own = what.partition(".")[0]
+    live = any([slice.live for slice in router.slices if slice.name == own])
+    return live and not any(map(topics_of(router).fullmatch, told))
 
 
 @addition
-class ForgetsOldNotes(Broadcast):
+class NoticesSilence(EdgeWorkspace):
+    before = 0                                           # calls that are of other commands
+
+    def call(self, *what):
+        self.before = len(self.store.after_commit)
+        try:
+            return super().call(*what)
+        finally:
+            self.before = 0
+
     def journal(self, viewer, what, which):
-        """Each tenth row takes up to a hundred with it that are too old.
-
-        A row from the far future is of a time when the clock was wrong.
-        """
+        """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        keep = self.namespace.settings.keep_journal
-        if keep and self.store.cursor.lastrowid % 10 == 0:
-            now = time.time()
-            self.store.exec(OLD_NOTES, now - keep, now + keep)
+        calls = self.store.after_commit[self.before:]
+        told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
+        if len(told) < len(calls):                       # a job follows, and may publish
+            return
+        if is_silent(self.router, what, told):
+            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
+                     "page will show it")
 
 
-@verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
-                         "server's --quota", "name", "size")
-def workspace_quota(settings, given):
-    with opened(settings, given) as (store, _):
-        id = row_of(store, "workspaces", given.name)["id"]
-        store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
+# ==== 33. Places ==========================================================================
+# The idea: Part One takes a template for sound. Here it is read as browsers read markup,
+#   and refused if a hole stands where text could become code, with the line and the remedy.
+# It promises: in no hole of a template that is read can text do harm. Some markup means one
+#   thing in <svg>, or without scripts, and another elsewhere: it is refused.
+# Who uses it: each Template, when it is made.
+
+TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
+                 "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
+                 "(?=[^a-z/!?{]))")
+ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
+                       r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
+                       """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
+                       r"(?=[ \t\n\f\r/>]|\Z)")
+TAG_END = re.compile("[ \t\n\f\r]*/?>")
+# The attributes that Datastar runs, by all their names: also older ones, and an alias.
+EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
+                        "style|init|effect|indicator|ref|json-signals|animate|persist|"
+                        "custom-validity|match-media|query-string|replace-url|"
+                        "scroll-into-view|view-transition)(?![a-z0-9])")
+STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
+LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
+# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
+NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
+LOADING = ("script", "style", "link", "base", "object", "embed")
+FORM_METHODS = ("get", "post", "dialog")
+TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
+           "plaintext")                                  # in them, < begins no tag
 
 
-# ==== 34. Counts ==========================================================================
+class Scanner:
+    """Finds out in what kind of place each hole of some markup stands.
+
+    Raises ValueError with the remedy; at is where.
+    """
+
+    def __init__(self, markup):
+        self.markup = markup
+        self.at = 0
+        self.found = []                                  # (kind, name) of each hole
+        self.inside = ""                                 # of which element of TAGLESS
+
+    def scan(self, kind):
+        """Read all the markup, as what fills a hole of this kind."""
+        self.refuse_broken_holes()
+        if kind == "text":
+            self.text()
+        elif kind == "an attribute":
+            self.attributes("")
+        elif kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup):
+            self.holes_until(len(self.markup), kind)
+        if self.inside:
+            raise ValueError(f"</{self.inside}> is missing")
+        if self.markup[self.at:].strip():
+            raise ValueError(f"this part stands in the place of {kind}; take out what "
+                             "can't stand there")
+
+    def refuse_broken_holes(self):
+        others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
+        if "{{" in others:
+            self.at = others.index("{{")
+            raise ValueError("a hole is {{name}}, one word of letters, digits and _; for "
+                             "two braces in an expression put a space between them")
+
+    def holes_until(self, end, kind):
+        for is_json, name in HOLE.findall(self.markup, self.at, end):
+            if self.inside in LOADING:
+                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
+                                 "an attribute such as data-who, and read it from there")
+            self.found.append(("json" if is_json else kind, name))
+        self.at = end
+
+    def text(self):
+        """Read up to the end."""
+        while True:
+            tag = self.markup.find("<", self.at)
+            end = tag if tag >= 0 else len(self.markup)
+            self.holes_until(end, "a value" if self.inside else "text")
+            if tag < 0:
+                return
+            self.token()
+
+    def token(self):
+        """Read what begins with <."""
+        token = TAG.match(self.markup, self.at)
+        if not token:
+            raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
+        comment, closing, opening = token.groups()
+        if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
+            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
+                             "in a script a space after it")
+        if comment is not None:
+            check_comment(comment)
+        self.at = token.end()
+        if opening:
+            self.tag(opening.lower())
+        elif closing:
+            self.inside = ""
+
+    def tag(self, name):
+        self.attributes(name)
+        end = TAG_END.match(self.markup, self.at)
+        if not end:
+            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
+                             "itself, <input {{checked}}>; put spaces between attributes, "
+                             "and close quotes and the tag")
+        self.at = end.end()
+        if name in TAGLESS:
+            self.inside = name
+
+    def attributes(self, tag):
+        while (found := ATTRIBUTE.match(self.markup, self.at)):
+            is_json, hole, name, value = found.groups()
+            if hole and (is_json or tag in LOADING):
+                raise ValueError(f"this hole can't be an attribute of <{tag}>; put it in "
+                                 "quotes")
+            if hole:
+                self.found.append(("an attribute", hole))
+            elif value:
+                self.value(tag, name.lower(), value[1:-1])
+            self.at = found.end()
+
+    def value(self, tag, name, text):
+        """Read what stands in quotes. (Without quotes there is no hole.)"""
+        if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
+            raise ValueError("browsers send a form by get or post alone; for another "
+                             "method, write data-on:submit=\"@delete('...')\"")
+        if name == "http-equiv" or "</noscript" in text.lower():
+            raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
+                             "template; leave it out")
+        for hole in HOLE.finditer(text):
+            kind = kind_in_value(tag, name, hole)
+            self.found.append((kind, hole[2]))
+
+
+def check_comment(text):
+    if "{{" in text:
+        raise ValueError("no hole can stand in a comment; take it out")
+    if text.strip()[:1] == "/":
+        raise ValueError("a part has no closing line: it stands at the end of the file and "
+                         "lasts until the next part; take this line out")
+    if text.strip().replace("-", "_").isidentifier():
+        raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
+                         "of letters, digits and _; a remark has two words or more")
+
+
+def kind_in_value(tag, name, hole):
+    """Return the kind of a hole in the value of this attribute."""
+    if EXPRESSION.match(name):
+        return kind_in_expression(name, hole)
+    if tag in LOADING or NO_HOLES.match(name):
+        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
+                         "load; choose a class, or use data-on:click and {{json who}}")
+    if LINKS.fullmatch(name):
+        return kind_in_address(name, hole)
+    return "json" if hole[1] else "a value"
+
+
+def kind_in_expression(name, hole):
+    before = STRING.sub("", html.unescape(hole.string[:hole.start()]))
+    if hole[1] and {*"\"'`"}.isdisjoint(before):
+        return "json"
+    raise ValueError(f"{name} is code; write {{{{json {hole[2]}}}}} there, outside of "
+                     f"quotes, as in 'Hello ' + {{{{json {hole[2]}}}}}")
+
+
+def kind_in_address(name, hole):
+    """A hole that begins an address is checked when it is filled."""
+    before, after = hole.string[:hole.start()], hole.string[hole.end():]
+    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
+        return "a value"
+    if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
+        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
+                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
+    return "an address"
+
+
+def checked_places(self, kind):
+    """Take the place of Template.places. Raises ValueError."""
+    scanner = Scanner(self.markup)
+    try:
+        scanner.scan(kind)
+    except ValueError as error:
+        if kind in ("text", "an attribute"):
+            raise self.error(scanner.at, error) from None
+        return None
+    return scanner.found
+
+
+setattr(Template, "places", checked_places)              # for apps make theirs themselves
+
+
+# ==== 34. Fields ==========================================================================
+# The idea: more ways to read what was sent along. What nobody can see counts as nothing.
+# Who uses it: slices, by their contexts.
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
+
+
+def visible(text: str) -> bool:
+    """Can any character of it be seen?"""
+    return not all(map(unseen, text))
+
+
+def unseen(character: str) -> bool:
+    """Is it a blank, a control or a mark, without width, or does it only set the direction
+    of writing?"""
+    kind = unicodedata.category(character)
+    return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
+            or "\U000e0000" <= character <= "\U000e0fff")
+
+
+@addition
+class ReadsFields(Context):
+    __slots__ = ()
+
+    def field(self, name, otherwise=""):
+        """Return it as text; "" if nobody can see it. Of several, the last."""
+        text = as_text(name, dict(self.sent).get(name, otherwise))
+        return text if visible(text) else ""
+
+    def fields(self, name: str) -> List[str]:
+        """Return all that a form has under this name, or a list among the signals.
+
+        What nobody can see is left out.
+        """
+        found = [value for key, value in self.sent if key == name]
+        if len(found) == 1 and isinstance(found[0], list):
+            found = found[0]
+        texts = [as_text(name, value) for value in found]
+        return [text for text in texts if visible(text)]
+
+    def number(self, name: str, otherwise: Optional[int] = None) -> int:
+        """Return a whole number. Raises Refused(422) for anything else."""
+        text = self.field(name).strip()
+        if not text and otherwise is not None:
+            return otherwise
+        if not WHOLE_NUMBER.fullmatch(text):
+            why = f"{name} is a whole number of at most 18 digits."
+            raise Refused(422, why, fields={name: why})
+        return int(text)
+
+
+# ==== 35. Ordinary pages ==================================================================
+# The idea: a slice has pages without a stream, too, and answers that lead from one page to
+#   another, or that a browser keeps as a file.
+# It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
+#   shown once, as text, on that page, and to the session whose command it was. What is
+#   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
+#   A form that was refused is shown again, with what was typed.
+# Who uses it: slices.
+
+@public
+def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Response:
+    """Return a page without a stream, in the same layout as live ones.
+
+    Raises TypeError if html is not Html.
+    """
+    if type(html) is not Html:
+        raise TypeError("plain_page(ctx, title, html) takes Html, what a template returns, "
+                        f"and not {html!r:.200}")
+    nav = ctx.host.navigation("", ctx, state=False)
+    return page(f"{title} · {ctx.title}", html, ctx.viewer, nav, status=status,
+                head=ctx.host.head(ctx))
+
+
+@public
+def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
+       **signals: Any) -> Response:
+    """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
+
+    It works for plain forms and for Datastar. flash: a message that the page shows once.
+    signals: what ctx.remove returned. Raises LookupError if no slice here has the page,
+    ValueError if it is not to be found with these args.
+    """
+    path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
+    flash = flash or signals.get("note", "")
+    headers = (flash_header(path, flash, signals),) if flash else ()
+    if ctx.request.datastar:                             # the layout has the rest
+        return as_json({"_go": path})._replace(headers=headers)
+    return see_other(path, *headers)
+
+
+def path_to(router, page, args) -> str:
+    """Return the path of a page, in its workspace. Raises LookupError or ValueError."""
+    pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
+    if page not in pages:
+        raise LookupError(f"go() leads to a page by its value, and no slice here has "
+                          f"{page!r:.99}; put it into live or routes of a slice")
+    many = len(PART_OF_PATH.findall(page.path))
+    if len(args) != many:
+        raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
+    rest = iter(args)
+    path = PART_OF_PATH.sub(lambda part: str(next(rest)), page.path)
+    with contextlib.suppress(Refused):
+        plain_path(urllib.parse.quote(path))
+        if router.match("GET", path)[1].path == page.path:
+            return path
+    raise ValueError(f"there is no page at {path!r:.99}: a part of {page.path} is text "
+                     "without slashes or dots alone, and of <int:part> a number")
+
+
+# -- a flash: a message for the page to which go() leads. A cookie brings it there, sealed,
+#    and only to that path. The page deletes it.
+
+FLASH = "x-flash"                                        # the header of an answer, inside
+FLASH_SECONDS = 60
+FLASH_KEY = secrets.token_bytes(32)                      # of this process
+LONGEST_FLASH = 200                                      # characters
+
+
+def flash_header(path, text, signals):
+    """The signal _undo, if there is one, goes along in a second line."""
+    lines = f"{text[:LONGEST_FLASH]}\n{signals.get('_undo', '')}".encode("utf-8", "replace")
+    return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
+
+
+def with_flash(request: Request, response: Response) -> Response:
+    """Return the answer as it leaves: with the message it gives, or the one it got."""
+    given = [value for name, value in response.headers if name == FLASH]
+    if given:
+        rest = [pair for pair in response.headers if pair[0] != FLASH]
+        path, data = given[0].split(" ")
+        value = f"{data}.{flash_seal(request, urllib.parse.unquote(path), data)}"
+        cookie = cookie_field(request.scheme, "flash", value, path, FLASH_SECONDS)
+        return response._replace(headers=(*rest, cookie))
+    if not response.nonce or "flash=" not in request.headers.get("cookie", ""):
+        return response
+    text = flash_in(request)
+    return show_flash(request, response, text) if text else response
+
+
+def flash_seal(request, path, data) -> str:
+    """The seal is over the session, too: the next one to sign in here is not shown it."""
+    cookies = request.headers.get("cookie", "").split(";")
+    session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
+    sealed = json.dumps([path, data, session]).encode()
+    return hmac.digest(FLASH_KEY, sealed, "sha256").hex()
+
+
+def flash_in(request) -> str:
+    """Return the message that came along for this page; "" if there is none of ours."""
+    for value in cookie_values(request.headers["cookie"], "flash"):
+        data, _, sealed = value.partition(".")
+        ours = flash_seal(request, request.path, data)
+        if hmac.compare_digest(ours.encode(), sealed.encode("utf-8", "replace")):
+            return base64.urlsafe_b64decode(data).decode()
+    return ""
+
+
+def show_flash(request, response, text):
+    """Put it at the end of the page, and have the browser forget it."""
+    path = urllib.parse.quote(request.path)
+    forget = cookie_field(request.scheme, "flash", "", path, 0)
+    text, _, undo = text.rpartition("\n")
+    return with_message(response._replace(headers=(*response.headers, forget)), text,
+                        undo=undo, undo_form={"undo": undo} if undo else None)
+
+
+def with_message(response, text, kind="flash", **more):
+    return at_end(response, template(f"layout.{kind}")(text=text, **more))
+
+
+# -- a form that was refused
+
+def old_messages(request: Request) -> Dict[str, str]:
+    """Return signals that take away what a page says of an earlier mistake: "problem" and,
+    for each field that was sent, "<field>_problem".
+
+    A form does not bring these signals along; otherwise, only those that came are meant.
+    """
+    names: Dict[str, Any] = {}
+    with contextlib.suppress(Refused):
+        names = dict(request.pairs())
+    problems = ["problem"]
+    problems += [f"{name}_problem" for name in names if not name.startswith("_")]
+    return {name: "" for name in problems if request.media_type in FORMS or name in names}
+
+
+@addition
+class ShowsFormsAgain(SliceHost):
+    def refuse(self, request, refused):
+        """A plain form is shown again; a page forgets what it says of earlier mistakes."""
+        if request.datastar and refused.status in (409, 422):
+            said = {refused.signal: refused.message, **refused.problems}
+            return as_json({**old_messages(request), **said})
+        if request.media_type in FORMS and refused.status in (409, 412, 422):
+            return self.page_again(request, refused)
+        raise refused
+
+    def page_again(self, request, refused):
+        """Return the page of a plain form, with the status of the refusal.
+
+        ctx.typed has what was typed and, as "problem" and by field, the messages. If it
+        does not show them, the first stands at its end. Raises refused if there is no such
+        page.
+        """
+        try:
+            path = self.form_path(request)
+            texts = {name: value for name, value in request.pairs() if type(value) is str}
+            typed = {**texts, "problem": refused.message, **refused.problems}
+            again = request._replace(method="GET", path=path, query="", typed=typed)
+            response = self.handle(again)._replace(status=refused.status)
+        except Refused:
+            raise refused from None
+        message = escape(refused.message).encode("utf-8", "replace")
+        if not response.nonce or message in response.body:
+            return response                              # it is no page, or shows it
+        return with_message(response, refused.message, "wrong")
+
+    def form_path(self, request):
+        """Return the path of the page on which the form for this command is."""
+        _, route, args = self.router_for(request).match(request.method, request.path)
+        return with_parts(route.form, route.path, args) or request.path
+
+    def path_after(self, request):
+        """Return where a plain form leads when it is done: to its page or, without one, to
+        the list that its path begins with."""
+        path = self.form_path(request)
+        with contextlib.suppress(Refused):
+            self.router_for(request).match("GET", path)
+            return urllib.parse.quote(path)
+        return "/" + path.split("/")[1]
+
+
+@addition
+class KnowsWhatWasTyped(Context):
+    __slots__ = ()
+
+    @property
+    def typed(self):
+        """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
+        return self._request.typed if self._request else {}
+
+
+@addition
+class ShowsNotesAfterForms(SliceHost):
+    def after_form(self, ctx, signals):
+        answer = super().after_form(ctx, signals)
+        if "note" not in signals:
+            return answer
+        path = dict(answer.headers)["location"]
+        flash = flash_header(path, signals["note"], signals)
+        return answer._replace(headers=(*answer.headers, flash))
+
+
+@addition
+class CarriesFlashes(LoopEdge):
+    def finish(self, asked, response):
+        """No other answer than a page, or one with header fields, has to do with a flash.
+        """
+        carries = isinstance(response, Response) and (response.headers or response.nonce)
+        if carries and asked.reading.method != "HEAD":
+            response = with_flash(asked.request, response)
+        super().finish(asked, response)
+
+
+def carry_flashes(env):
+    front = env.front
+    env.front = lambda request, env: with_flash(request, front(request, env))
+
+
+PLAIN.append(carry_flashes)
+
+
+# -- a file for the browser to keep
+
+# Types, and how others begin. None of those that end with "xml" is one.
+HARMLESS = ("text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
+            "application/json", "application/pdf", "application/zip", "application/gzip",
+            "application/rtf", "application/epub+zip", "application/vnd.", "image/",
+            "audio/", "video/", "font/")
+SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
+
+
+@public
+def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
+    """Return a file that the browser saves under this name.
+
+    type: of its content, as "text/csv". What a browser could run (HTML, SVG, XML, scripts)
+    is sent as application/octet-stream.
+    """
+    if isinstance(data, str):
+        data = data.encode("utf-8", "replace")
+        type = type or "text/plain"
+        type += "" if "charset" in type else "; charset=utf-8"
+    saved = disposition("attachment", file_name(name))
+    headers = (("content-disposition", saved), SANDBOX)
+    return Response(200, data, harmless_type(type), headers)
+
+
+def harmless_type(type: str) -> str:
+    """Return the type, if no browser runs what has it; else one that means nothing."""
+    kind = type.partition(";")[0].strip().lower()
+    if kind.startswith(HARMLESS) and not kind.endswith("xml"):
+        return type
+    return "application/octet-stream"
+
+
+# -- a no, in the layout of the workspace
+
+IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)
+
+
+@addition
+class RefusesInLayout(Workspace):
+    def answer(self, request):
+        """What was written is rolled back by now."""
+        try:
+            return super().answer(request)
+        except Refused as no:
+            if no.status not in IN_LAYOUT or not request.opens_page:
+                raise
+            return self.refused_page(request, no)
+
+    def refused_page(self, request, no):
+        viewer = self.viewer(request)
+        store = Tables(self.store, "welcome", READ)
+        ctx = self.context(self, store, viewer, {}, request)
+        tabs = self.tabs(viewer)
+        on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
+        where = tabs[0].title if tabs else "Home page"
+        said = told(no)
+        body = template("error.inside")(**said, on=on, where=where)
+        answer = plain_page(ctx, said["headline"], body, no.status)
+        return answer._replace(headers=no.headers)
+
+
+# ==== 36. More events =====================================================================
+# The idea: what else Datastar understands, for apps.
+
+def lines_of(event_id, retry, **options) -> List[str]:
+    """Return the lines of an event for what is given."""
+    fields = {"id": event_id, "retry": retry}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return lines + [f"data: {name} {value}" for name, value in options.items() if value]
+
+
+@public
+def patch_elements(elements: str = "", *, selector: Optional[str] = None,
+                   mode: str = "outer", namespace: Optional[str] = None,
+                   use_view_transition: bool = False, event_id: Optional[str] = None,
+                   retry: Optional[int] = None) -> bytes:
+    """Return an event that morphs elements into the page, by their own ids or at selector.
+
+    mode: outer, inner, replace, prepend, append, before, after, remove. namespace: svg or
+    mathml. retry: in ms. Raises ValueError for a line break outside of elements.
+    """
+    return event("elements", elements, *lines_of(
+        event_id, retry, selector=selector, mode="" if mode == "outer" else mode,
+        namespace=namespace, useViewTransition="true" if use_view_transition else ""))
+
+
+@public
+def patch_signals(signals: Any, *, only_if_missing: bool = False,
+                  event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
+
+    signals is a dict, or JSON text that is sent as it is.
+    """
+    if not isinstance(signals, str):
+        signals = json.dumps(signals, ensure_ascii=False)
+    only = "true" if only_if_missing else ""
+    return event("signals", signals, *lines_of(event_id, retry, onlyIfMissing=only))
+
+
+@public
+def remove_elements(selector: str, *, event_id: Optional[str] = None,
+                    retry: Optional[int] = None) -> bytes:
+    return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
+
+
+@public
+def execute_script(script: str, *, auto_remove: bool = True,
+                   attributes: Optional[Dict[str, str]] = None,
+                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
+    """Return an event that runs script in the page.
+
+    Raises ValueError if it contains "</script", which would end its element early.
+    """
+    if "</script" in script.lower():
+        raise ValueError("a script must not contain </script")
+    given = {"data-effect": "el.remove()"} if auto_remove else {}
+    given.update(attributes or {})
+    said = "".join([f' {name}="{escape(value)}"' for name, value in given.items()])
+    return patch_elements(f"<script{said}>{script}</script>", selector="body",
+                          mode="append", event_id=event_id, retry=retry)
+
+
+# ==== 37. Assets ==========================================================================
+# The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
+#   once, when the server starts. The address of each has a fingerprint of its content. So a
+#   browser keeps it for a year; when the content changes, the address does, too.
+# It promises: only files of that folder have an address: none that is hidden, and none of
+#   a type that is not listed here. A slice whose style or script is missing is refused when
+#   the server starts.
+# Who uses it: slices, by Slice(styles=..., scripts=...) and asset().
+
+ASSET_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+               ".txt": "text/plain; charset=utf-8", ".svg": "image/svg+xml",
+               ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
+               ".gif": "image/gif", ".webp": "image/webp", ".avif": "image/avif",
+               ".ico": "image/x-icon", ".woff2": "font/woff2", ".mp3": "audio/mpeg",
+               ".mp4": "video/mp4", ".webm": "video/webm"}
+__all__.append("ASSET_TYPES")
+MOST_OF_ASSETS = 64 * 2 ** 20                            # bytes of all; they are in memory
+FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
+ASK_EACH_TIME = (("cache-control", "no-cache"),)
+
+
+# Here and not in a template: there no hole may stand in what browsers run or load.
+LINK = '<link rel="{}" href="{}">\n'
+SCRIPT = '<script type="module" src="{}"></script>\n'
+
+
+class Asset(NamedTuple):
+    body: bytes
+    type: str
+    version: str                                         # its fingerprint
+
+
+APP_ASSETS: Dict[str, Asset] = {}                        # by name, as "icons/up.svg"
+
+
+@public
+def asset(name: str) -> str:
+    """Return the address of a file in the folder of assets.
+
+    They are read when the server starts. Raises LookupError if there is no such file.
+    """
+    if name not in APP_ASSETS:
+        raise LookupError(f"there is no asset {name!r}; there is "
+                          f"{', '.join(APP_ASSETS) or 'none: main(assets=folder)'}")
+    return f"/assets/{urllib.parse.quote(name)}?v={APP_ASSETS[name].version}"
+
+
+def link(relation, address):
+    return Html(LINK.format(relation, escape(address)))
+
+
+def add_asset(name, body):
+    type = ASSET_TYPES[pathlib.PurePath(name).suffix.lower()]
+    APP_ASSETS[name] = Asset(body, type, fingerprint(body))
+    DOORS[f"/assets/{name}"] = app_asset
+
+
+def app_asset(request, env):
+    """A door: a file of the app. With a version in its address that is not the present one,
+    a browser asks each time whether it has changed."""
+    only_read(request)
+    body, type, version = APP_ASSETS[request.path[len("/assets/"):]]
+    caching = FOR_A_YEAR if request.params.get("v") == version else ASK_EACH_TIME
+    tag = f"{version}{coding_of(request, type)}"
+    return unless_known(request, Response(200, body, type, caching), tag)
+
+
+def read_assets(settings: Settings) -> None:
+    """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
+    for name in APP_ASSETS:                              # of another app, in a test
+        DOORS.pop(f"/assets/{name}", None)
+    APP_ASSETS.clear()
+    if settings.assets:
+        for name, path in assets_in(pathlib.Path(settings.assets)):
+            add_asset(name, path.read_bytes())
+    for slice in settings.slices:
+        for name in (*slice.styles, *slice.scripts):
+            check_asset(name, f"slice {slice.name!r}")
+
+
+def check_asset(name, user):
+    if name not in APP_ASSETS:
+        raise Unusable(f"{user}: there is no asset {name!r}; put it into the folder of "
+                       "main(assets=...), and mind that (one,) has a comma too")
+
+
+def assets_in(folder) -> List[Tuple[str, pathlib.Path]]:
+    """Return the files that are served, each with its name."""
+    if not folder.is_dir():
+        raise Unusable(f"the folder of assets {folder} is not there; name one by "
+                       "main(assets=...)")
+    found = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
+    served = [(name.as_posix(), path) for name, path in found if path.is_file()
+              and not any([part.startswith(".") for part in name.parts])
+              and name.suffix.lower() in ASSET_TYPES]
+    size = sum([path.stat().st_size for _, path in served])
+    if size > MOST_OF_ASSETS:
+        raise Unusable(f"the assets in {folder} have {size} bytes; at most "
+                       f"{MOST_OF_ASSETS} are kept in memory. Serve large ones elsewhere")
+    return served
+
+
+CHECKS.append(read_assets)
+
+
+@addition
+class LinksAssets(SliceHost):
+    def head(self, ctx):
+        slice = next(one for one in self.router.slices if one.name == ctx.store.slice)
+        styles = [link("stylesheet", asset(name)) for name in slice.styles]
+        scripts = [SCRIPT.format(escape(asset(name))) for name in slice.scripts]
+        return Html("".join([*styles, *scripts]))
+
+
+# ==== 38. Brand ===========================================================================
+# The idea: name, icon, colours and language of the product that an app is.
+# It needs: 37 Assets.
+
+@public
+class Brand(NamedTuple):
+    """What all pages say of the product: main(slices, brand=Brand(name="Poll")).
+
+    icon: the name of an asset. colors: of links and buttons, as "#33409f": on light ground
+    and on dark ground. language: in which the app's pages are written, as in HTML's lang.
+    """
+    name: str = "orion"
+    icon: str = ""
+    colors: Sequence[str] = ()
+    language: str = "en"
+
+
+COLOR = re.compile(r"#[0-9a-f]{6}")
+LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5646, 2.1
+
+
+def use_brand(settings: Settings) -> None:
+    """Raise Unusable for a brand that can't be shown."""
+    brand = settings.brand
+    if brand is None:
+        return
+    if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
+            or not LANGUAGE.fullmatch(brand.language):
+        raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
+    icon = "/icon.svg"
+    if brand.icon:
+        check_asset(brand.icon, "Brand")
+        icon = asset(brand.icon)
+    links = link("icon", icon)
+    if brand.colors:
+        if "brand.css" in APP_ASSETS:
+            raise Unusable("Brand(colors=...) makes brand.css; name the app's own file of "
+                           "that name otherwise")
+        add_asset("brand.css", palette(brand.colors).encode())
+        links += link("stylesheet", asset("brand.css"))
+    LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
+
+
+def palette(colors) -> str:
+    """Return a style sheet. Raises Unusable for what is no colour."""
+    if isinstance(colors, str) or len(colors) != 2 \
+            or not all([COLOR.fullmatch(str(color)) for color in colors]):
+        raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
+                       "the second for dark ground: (\"#33409f\", \"#ffd479\")")
+    light, dark = colors
+    return Template(TEMPLATES / "brand.txt")(light=light, dark=dark)
+
+
+CHECKS.append(use_brand)
+
+
+# ==== 39. Counts ==========================================================================
 # The idea: the home page shows how full each workspace is. Each is asked before the request
 #   takes the Directory's turn.
 # It promises: one that is busy, or that can't be read, holds up no other.
@@ -7738,7 +8882,7 @@ class CountsAtHome(LoopEdge):
         self.add_doors({"/": home_with_counts})
 
 
-# ==== 35. Jobs ============================================================================
+# ==== 40. Jobs ============================================================================
 # The idea: work for later is a row, which the command's own transaction writes. So there is
 #   no job for what was rolled back.
 # It promises: a job runs in a transaction that also takes its row out: its writes and its
@@ -7747,7 +8891,7 @@ class CountsAtHome(LoopEdge):
 #   mail server for one, it yields as a function. That is called while others have the turn.
 #   A job that comes again is a row, too, one in each workspace, with the time when it is
 #   due next. What was missed while the server was down is done once.
-# It needs: 36 Checks.
+# It needs: 32 Checks.
 # One job, on its way:
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -8441,1039 +9585,1499 @@ class KeepsPlans(EdgeWorkspace):
                 self.put_in(name, "{}", "(schedule)", due, key)
 
 
-# ==== 36. Checks ==========================================================================
-# The idea: a slice that can't work is refused when the server starts, with the reason. If a
-#   command writes what no open page will show, the log says so, once.
+# #### People ##############################################################################
 
-class BadSlice(Unusable):
-    """A slice can't work as it is written; the text says which one and why."""
+# ==== 41. Keys ============================================================================
+# The idea: a new key seals sessions from now on. What the key before it has sealed holds
+#   until the next rotation.
+# It promises: a running server takes a new key within a second, and no open page notices.
 
-
-PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<(int:)?\w+>)*")
-
-
-def addresses(row):
-    """Return (method, path) of each request that a Live or a Route answers."""
-    routes = row.routes() if type(row) is Live else [row]
-    return [(route.method, PART_OF_PATH.sub("<>", route.path)) for route in routes]
+def add_key(path: pathlib.Path) -> None:
+    """Write a new key, and keep the newest one behind it. Older ones go."""
+    keys = [secrets.token_hex(32)]
+    if path.exists():
+        keys += path.read_text().split()
+    write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
-def wrong_with(row, kind, grants):
-    """Return why a Live or a Route would never do what it is for, or ""."""
-    if type(row) is not kind:
-        return f"it is no {kind.__name__}; (one,) has a comma too"
-    if kind is Live and row.grant == PUBLIC:
-        return "what is public has no stream; make a Route of it, and return plain_page()"
-    if not PATH.fullmatch(row.path):
-        return "a path is as /things, /things/<id> or /things/<int:id>"
-    if row.path.split("/")[1] == "members":
-        return "/members is the Directory's"
-    if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return (f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that "
-                "should")
-    if kind is Live:
-        return wrong_with_live(row)
-    if row.method not in METHODS:
-        return f"a method is one of {', '.join(METHODS)}"
-    return wrong_with_call("run", row.run)
+KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its age, its keys
 
 
-def wrong_with_live(live):
-    if type(live.regions) not in (tuple, list) or not live.regions:
-        return ("regions is a tuple, and (one,) has a comma too: "
-                f'Live({live.path!r}, {live.grant!r}, "Title", '
-                '(Region("topic", show),), page)')
-    if type(live.params) is not dict:
-        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
-    if live.is_tab and ("<" in live.path or type(live.title) is not str):
-        return ("a tab has one address, and text as its title; say tab=False for a path "
-                "with <parts>, or if the title is a function")
-    whys = [wrong_with_region(region, live) for region in live.regions]
-    whys.append(wrong_with_call("page", live.page))
-    if type(live.title) is not str:
-        whys.append(wrong_with_call("title", live.title))
-    return next(filter(None, whys), "")
+def keys_now(settings) -> Tuple[bytes, ...]:
+    """Return the keys in the file. If they are lost, the old ones hold.
 
-
-def wrong_with_region(region, live):
-    if type(region) is not Region:
-        return f"{region!r:.60} is no Region(topic, show)"
-    if type(region.topic) is not str:
-        return f"a topic is text, and not {region.topic!r:.60}"
-    parts = {name for _, name in PART_OF_PATH.findall(live.path)}
-    others = {name for _, name in PART_OF_PATH.findall(region.topic)} - parts
-    if others:
-        return (f"the topic {region.topic!r} has <{others.pop()}>, which is no part of the "
-                "path")
-    if region.each not in ("role", "account"):
-        return f'each is "role" or "account", and not {region.each!r}'
-    of_data = wrong_with_call("data", region.data) if region.data else ""
-    return wrong_with_call("show", region.show) or of_data
-
-
-def wrong_with_call(what, function):
-    """The same of a function that a slice gives."""
-    if not callable(function):
-        return f"{what} can't be called"
-    name = name_of(function)
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        return f"{name} is async; write def, and do in a job what takes long"
-    if inspect.isgeneratorfunction(function):
-        return f"{name} yields; let it return what it makes"
-    return ""
-
-
-def check_slices(settings: Settings) -> None:
-    """Raise BadSlice for what would be found out later, or never."""
-    if "public" in ROLES:
-        raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
-                       "another name")
-    grants = {grant for role in ROLES.values() for grant in role}
-    names = {"orion", "directory", "welcome"}
-    taken: Dict[Tuple[str, str], str] = {}               # whose each address is
-    for slice in settings.slices:
-        if type(slice) is not Slice:
-            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
-        check_commas(slice)
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
-            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
-                           "not orion, directory or welcome")
-        names.add(slice.name)
-        check_rows(slice, grants, taken)
-
-
-def check_commas(slice):
-    for name in ("migrations", "live", "routes", "jobs", "exports"):
-        if type(getattr(slice, name)) not in (tuple, list):
-            raise BadSlice(f"slice {slice.name!r}: {name} is a tuple, and (one,) has a "
-                           "comma too")
-
-
-def check_rows(slice, grants, taken):
-    rows = [(Live, row) for row in slice.live] + [(Route, row) for row in slice.routes]
-    for kind, row in rows:
-        why = wrong_with(row, kind, grants)
-        if why:
-            raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why}")
-        for address in addresses(row):
-            if address in taken:
-                raise BadSlice(f"slice {slice.name!r}, {' '.join(address)}: "
-                               f"{taken[address]} answers there; choose another path")
-            taken[address] = f"slice {slice.name!r}, {row.path}"
-
-
-class ScratchStore(GuardedStore):
-    """A store whose file need not last. It waits for no disk: a start takes 30 ms less."""
-    SETUP = GuardedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
-
-
-def check_tables(settings: Settings) -> None:
-    """Make the tables once in a file of their own. Raise MigrationError if they clash."""
-    router = Router([welcome, *settings.slices])
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder, "tables.db")
-        with ScratchStore(file, create=True) as store:
-            store.migrate_all(router.schema)
-            check_references(store)
-
-
-REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM sqlite_master
-                AS one, pragma_foreign_key_list(one.name) WHERE type = 'table'"""
-
-
-def check_references(store):
-    """Raise MigrationError if a table refers to none, or to one of another slice.
-
-    The other slice could not delete a row of its own table any more.
+    Raises Unusable or OSError if there are none.
     """
-    there = {table.lower() for table in store.tables()}
-    for child, parent in store.query(REFERENCES):
-        if parent not in there:
-            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is "
-                                 "not there in the end; to change a table, copy it, drop "
-                                 "it, and rename the copy last")
-        slice, owner = store.owners[child], store.owners[parent]
-        if slice != owner:
-            raise MigrationError(f"slice {slice!r}: table {child!r} refers to table "
-                                 f"{parent!r} of slice {owner!r}, which could not delete a "
-                                 "row of it any more")
-
-
-CHECKS.insert(0, check_slices)                           # others trust these fields
-CHECKS.append(check_tables)
-
-
-def id_of(region: Html) -> str:
-    """Return how the id of a region is written, with the space before it."""
-    return REGION.match(region)[1]
-
-
-# A comment; or a tag, up to its >, with what stands in quotes in it.
-TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
-                            r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
-WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
-
-
-def behind_element(region: Html) -> str:
-    """Return what stands behind the first element; "", if that has no end tag."""
-    first = TAG_OR_COMMENT.search(region)[2]
-    if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
-        return ""                                        # 18 ms of 1,000 rows are saved
-    depth = 0
-    for found in TAG_OR_COMMENT.finditer(region):
-        closing, name = found.groups()
-        if name == first:
-            depth += -1 if closing else 1
-        if depth == 0 or first in WITHOUT_END:
-            return region[found.end() + 1:].strip()
-    return ""
-
-
-def check_one_element(region, name):
-    """Raise ValueError if the region has more, which a browser would not find."""
-    more = behind_element(region)
-    if more and not more.startswith("<!--"):
-        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
-                         f"which would not stay current: {more:.60}; put all into that one "
-                         "element")
-
-
-# -- what the functions of slices return
-
-def log_place(where: str, error: BaseException) -> None:
-    """Log what it was, and first of all the line of a slice that it comes from."""
-    frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
-    rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    where = f"{where}: {error.where}" if hasattr(error, "where") else where
-    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    log(f"error: {where}: {type(error).__name__}: {error} ({at}): {rest}")
-
-
-ERROR_LOGS.remove(log_traceback)
-ERROR_LOGS.append(log_place)
-
-
-def bad_return(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
-    """Return the error of a slice's function that returned something wrong.
-
-    No line of it is in the traceback, so the message says where it is.
-    """
-    code = getattr(getattr(function, "func", function), "__code__", None)
-    at = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-    return TypeError(f"{name_of(function)}{at} returned {value!r:.200}, and {wanted}")
-
-
-def sendable(response, function):
-    """Return the response that this function returned, with a tuple of headers.
-
-    Raises TypeError or ValueError if it cannot be sent.
-    """
-    if type(response) is not Response or type(response.body) is not bytes \
-            or type(response.status) is not int:
-        raise bad_return(function, response, "an answer is a Response with a number and "
-                                             "bytes; for most commands: return done(ctx)")
-    check_values((*response.headers, ("content-type", response.type)))
-    if type(response.headers) is not tuple:
-        return response._replace(headers=tuple(map(tuple, response.headers)))
-    return response
-
-
-REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id, which is
-                    r"""(\sid\s*=\s*(?:"[^"]+"|'[^']+'|[^\s"'>]+[\s>]))""")    # not empty
-
-
-@addition
-class ChecksReturns(SliceHost):
-    """Raises TypeError for what a function of a slice should not return."""
-
-    def run(self, route, ctx, args):
-        return sendable(route.run(ctx, *args), route.run)
-
-    def show(self, region, live, ctx, args):
-        try:
-            made = region.show(ctx, *args)
-            if type(made) is Html and REGION.match(made):
-                return made
-            raise bad_return(region.show, made, "a region is Html, one element with an id, "
-                                                "such as a Template returns")
-        except Exception as error:                       # for the log
-            where = f"region {name_of(region.show)} of {live.path}"
-            error.where = f"slice {ctx.store.slice!r}, {where}"
+    path = settings.key_file
+    changed, keys = KEYS_READ.get(path, (0, ()))
+    try:
+        now = path.stat().st_mtime_ns
+        if now != changed:
+            keys = load_keys(path)
+            KEYS_READ[path] = now, keys
+    except (OSError, Unusable):
+        if not keys:
             raise
-
-    def around(self, live, ctx, renderings, args):
-        body = live.page(ctx, *[one.html for one in renderings], *args)
-        if type(body) is not Html:
-            raise bad_return(live.page, body, "a page is Html, such as a Template returns")
-        return body
-
-    def title_of(self, live, ctx, args):
-        title = live.title(ctx, *args) if callable(live.title) else live.title
-        if not isinstance(title, str):
-            raise bad_return(live.title, title, "a title is text")
-        return title
+    return keys
 
 
 @addition
-class ChecksPages(EdgeWorkspace):
-    """A page that can't stay current is an error, and not a page that looks current."""
-    MOST_IDS = 1000
-
-    def on_open(self):
-        super().on_open()
-        self.ids: Dict[Any, str] = {}                    # of each region, as it was first
-
-    def render(self, region, live, ctx, args):
-        """Raises ValueError if open pages can't find the region any more."""
-        rendering = super().render(region, live, ctx, args)
-        if len(self.ids) > self.MOST_IDS:
-            self.ids.clear()
-        id = id_of(rendering.html)
-        key = region, args, ctx.viewer, tuple(ctx.params.items())
-        if key not in self.ids:
-            check_one_element(rendering.html, f"{name_of(region.show)} of {live.path}")
-        before = self.ids.setdefault(key, id)
-        if id != before:
-            raise ValueError(
-                f"region {name_of(region.show)} of {live.path} had{before} before and has"
-                f"{id} now: open pages can't find it; make its id of the path alone")
-        return rendering
-
-    def around(self, live, ctx, renderings, args):
-        """Raises ValueError if the page has not each region, once."""
-        body = super().around(live, ctx, renderings, args)
-        for region, rendering in zip(live.regions, renderings):
-            id = id_of(rendering.html)
-            found = body.count(id.strip()) == 1 or body.count(id)
-            if found != 1:
-                raise ValueError(
-                    f"page {name_of(live.page)} of {live.path} has {found} elements with"
-                    f"{id}, and one is needed: put region {name_of(region.show)} into it "
-                    "once, as it is, and give each region an id of its own")
-        return body
-
-
-@functools.lru_cache(maxsize=4)
-def topics_of(router: Router) -> re.Pattern:
-    """Return the pattern of the topics that pages listen to."""
-    topics = []
-    for slice in router.slices:
-        for live in slice.live:
-            topics += [path_pattern(region.topic) for region in live.regions]
-    pattern = "|".join(topics) or "(?!)"
-    return re.compile(pattern)
-
-
-@functools.lru_cache(maxsize=1024)
-def is_silent(router: Router, what: str, told: Tuple[str, ...]) -> bool:
-    """Did a command of a slice with live pages publish nothing that a page listens to?"""
-    own = what.partition(".")[0]
-    live = any([slice.live for slice in router.slices if slice.name == own])
-    return live and not any(map(topics_of(router).fullmatch, told))
-
-
-@addition
-class NoticesSilence(EdgeWorkspace):
-    before = 0                                           # calls that are of other commands
-
-    def call(self, *what):
-        self.before = len(self.store.after_commit)
+class ReadsKeysAgain(EdgeDirectory):
+    def each_second(self):
+        """Take the keys that are in the file now. If they are lost, the old ones hold."""
+        super().each_second()
         try:
-            return super().call(*what)
-        finally:
-            self.before = 0
-
-    def journal(self, viewer, what, which):
-        """A command that forgets to publish leaves old pages, and raises no error."""
-        super().journal(viewer, what, which)
-        calls = self.store.after_commit[self.before:]
-        told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
-        if len(told) < len(calls):                       # a job follows, and may publish
-            return
-        if is_silent(self.router, what, told):
-            log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
-                     "page will show it")
+            keys = load_keys(self.namespace.settings.key_file)
+        except Unusable as lost:
+            return log_once(str(lost))
+        if keys != self.keys:
+            self.keys = keys
+            self.namespace.changed(self.id)              # forget pages of old cookies
 
 
-# ==== 37. More events =====================================================================
-# The idea: what else Datastar understands, for apps.
+@verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
+                     "rotation")
+def keys_rotate(settings, given):
+    check_there(settings, or_node=True)
+    add_key(settings.key_file)
+    print("there is a new key; the one before holds until the next rotation; if there are "
+          "nodes, copy secret.key to them before that")
 
-def lines_of(event_id, retry, **options) -> List[str]:
-    """Return the lines of an event for what is given."""
-    fields = {"id": event_id, "retry": retry}
-    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
-    return lines + [f"data: {name} {value}" for name, value in options.items() if value]
+
+# ==== 42. Accounts ========================================================================
+# The idea: one signs in with a name and a password. A password is hashed so that each guess
+#   costs 0.1 s and 32 MiB, and guesses are counted.
+# It promises: the hash is made before the request takes the Directory's turn, for meanwhile
+#   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
+#   signed in from an address before is not locked out by what others type elsewhere, nor by
+#   what they type there for other accounts.
+
+SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
+SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
+SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
+ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
+OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 
 
-@public
-def patch_elements(elements: str = "", *, selector: Optional[str] = None,
-                   mode: str = "outer", namespace: Optional[str] = None,
-                   use_view_transition: bool = False, event_id: Optional[str] = None,
-                   retry: Optional[int] = None) -> bytes:
-    """Return an event that morphs elements into the page, by their own ids or at selector.
+def scrypt(password: str, salt: bytes) -> bytes:
+    """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
+    if not SCRYPT_IN_LINE.acquire(blocking=False):
+        raise Refused(503, "Many people are signing in. Try again in a moment.",
+                      retry_after(2))
+    try:
+        with SCRYPT_AT_ONCE:
+            data = password.encode("utf-8", "replace")
+            return hashlib.scrypt(data, salt=salt, **SCRYPT)
+    finally:
+        SCRYPT_IN_LINE.release()
 
-    mode: outer, inner, replace, prepend, append, before, after, remove. namespace: svg or
-    mathml. retry: in ms. Raises ValueError for a line break outside of elements.
+
+def as_hashed(password: str) -> str:
+    """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
+
+    Keyboards differ in what they send for the same password.
     """
-    return event("elements", elements, *lines_of(
-        event_id, retry, selector=selector, mode="" if mode == "outer" else mode,
-        namespace=namespace, useViewTransition="true" if use_view_transition else ""))
+    spaced = [" " if unicodedata.category(one) == "Zs" else one for one in password]
+    return unicodedata.normalize("NFC", "".join(spaced))
 
 
-@public
-def patch_signals(signals: Any, *, only_if_missing: bool = False,
-                  event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
+def hash_password(password: str) -> str:
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${scrypt(as_hashed(password), salt).hex()}"
 
-    signals is a dict, or JSON text that is sent as it is.
+
+def password_matches(password: str, stored: str) -> bool:
+    """True if it is the one. If nothing is stored, it takes as long, and is False.
+
+    Older versions hashed what was typed. How long it takes depends on that alone.
     """
-    if not isinstance(signals, str):
-        signals = json.dumps(signals, ensure_ascii=False)
-    only = "true" if only_if_missing else ""
-    return event("signals", signals, *lines_of(event_id, retry, onlyIfMissing=only))
+    salt, _, known = (stored or "00$").partition("$")
+    spellings = dict.fromkeys([as_hashed(password), password])
+    found = [scrypt(spelling, bytes.fromhex(salt)).hex() for spelling in spellings]
+    matches = [hmac.compare_digest(one, known) for one in found]
+    return any(matches) and bool(stored)
 
 
-@public
-def remove_elements(selector: str, *, event_id: Optional[str] = None,
-                    retry: Optional[int] = None) -> bytes:
-    return patch_elements(selector=selector, mode="remove", event_id=event_id, retry=retry)
+def check_password(new: str) -> None:
+    """Raise Refused(422) if no password can be so."""
+    new = as_hashed(new)
+    if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
+        raise Refused(422, "A password has 8 to 256 characters, all of which can be "
+                           "printed. Choose another.")
 
 
-@public
-def execute_script(script: str, *, auto_remove: bool = True,
-                   attributes: Optional[Dict[str, str]] = None,
-                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Return an event that runs script in the page.
+def check_account_name(name):
+    if not ACCOUNT_NAME.fullmatch(name):
+        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
+                           "inside. Choose another.")
 
-    Raises ValueError if it contains "</script", which would end its element early.
+
+class Throttle:
+    """Remembers attempts by key. A key with too many has to wait.
+
+    It is bounded: the oldest keys are forgotten.
     """
-    if "</script" in script.lower():
-        raise ValueError("a script must not contain </script")
-    given = {"data-effect": "el.remove()"} if auto_remove else {}
-    given.update(attributes or {})
-    said = "".join([f' {name}="{escape(value)}"' for name, value in given.items()])
-    return patch_elements(f"<script{said}>{script}</script>", selector="body",
-                          mode="append", event_id=event_id, retry=retry)
+    SECONDS = 600.0                                      # then an attempt is forgotten
+    KEYS = 10_000
 
+    def __init__(self, most: int = 10):
+        self.most = most
+        self.lock = threading.Lock()                     # guards the next line
+        self.times = collections.OrderedDict()           # of the last attempts, by key
 
-# ==== 38. Console =========================================================================
-# The idea: the running server seen from the inside: both planes, each request on its way,
-#   each store call as it lands. The console is asked like an object and streamed like a
-#   region, but it has no store: what it shows is read from the objects that run. Beside
-#   its drawing of a request's way stand the functions on that way, from this file.
-# It promises: notes are taken while somebody watches, and only the last are kept. A server
-#   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
-#   object that slept goes back to sleep.
-# Who uses it: operators; in the demo, everybody.
-# It needs: 30 Accounts, 32 Masquerade, 34 Counts, 37 More events, 63 Repeats.
+    def check(self, *keys: str) -> None:
+        """Raise Refused(429) if one of the keys has to wait."""
+        begin = time.monotonic() - self.SECONDS
+        for key in keys:
+            times = self.times.get(key, ())
+            if len(times) == self.most and times[0] > begin:
+                wait = int(times[0] - begin) + 1
+                raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
+                              retry_after(wait))
 
-# -- notes: what happened
-
-class Call(NamedTuple):
-    """A store call. object: the id of the object whose store it was."""
-    number: int
-    time: str                                            # of the day
-    object: str
-    sql: str
-    args: str
-    rows: Any                                            # found or changed; "": neither
-    took: str
-
-
-class Leg(NamedTuple):
-    """A request to one object."""
-    kind: str                                            # gate, directory or workspace
-    id: str
-    status: int
-    took: str
-    calls: int                                           # to its store
-    said: Dict[str, str]                                 # the answer's headers
-
-
-class Trip:
-    """A request from outside: its legs, its store calls, and how it ended."""
-    numbers = itertools.count(1)
-
-    def __init__(self, request: Request):
-        self.number = next(self.numbers)
-        self.method = request.method
-        self.path = request.path[:80]
-        self.status = 0
-        self.legs: List[Leg] = []
-        self.calls: List[Call] = []
-        self.probed: Any = None                          # what a probe has shown
-
-
-class OfThread(threading.local):
-    """What a thread does just now: for which trip, and whether it is noted at all."""
-    trip: Optional[Trip] = None
-    silent = False
-
-
-class Trace:
-    """The notes of one server. with_args: also what users typed."""
-    KEPT_CALLS = 200
-    KEPT_TRIPS = 12
-
-    def __init__(self, with_args: bool = False):
-        self.with_args = with_args
-        self.watched = 0                                 # how many watch
-        self.thread = OfThread()
-        self.lock = threading.Lock()                     # guards all that follows
-        self.calls = collections.deque(maxlen=self.KEPT_CALLS)
-        self.trips = collections.deque(maxlen=self.KEPT_TRIPS)
-        self.noted = 0                                   # the number of the last call
-        self.shown = 0                                   # and of the last one shown
-        self.dropped = 0                                 # calls that nobody was shown
-        self.news: Callable[[], None] = lambda: None     # called after each note
-
-    def watch(self, more: int) -> None:
-        """One watcher more (1) or less (-1). With none, a call costs a comparison."""
+    def count(self, *keys: str) -> None:
+        now = time.monotonic()
         with self.lock:
-            self.watched += more
+            for key in keys:
+                times = self.times.pop(key, [])
+                self.times[key] = [*times, now][-self.most:]
+            while len(self.times) > self.KEYS:
+                self.times.popitem(last=False)
 
-    @contextlib.contextmanager
-    def silence(self, silent: bool = True):
-        """What this thread does meanwhile is the console's own."""
-        before = self.thread.silent
-        self.thread.silent = silent
-        try:
-            yield
-        finally:
-            self.thread.silent = before
-
-    def note(self, object: str, sql: str, args: Sequence[Any], rows: int,
-             seconds: float) -> None:
-        shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
+    def forgive(self, own: str, *keys: str) -> None:
+        """Forget the attempts of own, for all keys: it was mistyped, and not guessed."""
         with self.lock:
-            self.noted += 1
-            call = Call(self.noted, clock(time.time(), "milliseconds"), object,
-                        " ".join(sql.split()), shown, rows if rows >= 0 else "",
-                        in_ms(seconds))
-            self.calls.append(call)
-        if self.thread.trip:
-            self.thread.trip.calls.append(call)
-        self.news()
-
-    def show(self) -> List[Call]:
-        """Return the calls that are kept. Count those that went before they were shown."""
-        with self.lock:
-            self.dropped += max(0, self.noted - self.shown - self.KEPT_CALLS)
-            self.shown = self.noted
-            return [*self.calls]
-
-    def follow(self, trip: Trip, route: Callable[..., Response], *args: Any) -> Any:
-        """Return outcome(route, *args), noted as the trip.
-
-        One that reached no object is not kept: there is nothing to draw.
-        """
-        self.thread.trip = trip
-        answer = outcome(route, *args)
-        self.thread.trip = None
-        trip.status = getattr(answer, "status", 500)
-        if trip.legs:
-            self.trips.append(trip)
-            self.news()
-        return answer
-
-    def leg(self, kind: str, id: str, fetch: Callable[[], Response]) -> Response:
-        """Return fetch(), noted as a leg of this thread's trip."""
-        trip = self.thread.trip
-        if trip is None or self.thread.silent:
-            return fetch()
-        started = time.perf_counter()
-        before = len(trip.calls)
-        answer = outcome(fetch)
-        took = in_ms(time.perf_counter() - started)
-        status = getattr(answer, "status", 500)
-        said = dict(getattr(answer, "headers", ()))
-        trip.legs.append(Leg(kind, id, status, took, len(trip.calls) - before, said))
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+            mine = self.times.pop(own, ())
+            for key in keys:
+                times = self.times.get(key, ())
+                self.times[key] = [when for when in times if when not in mine]
 
 
-def argument(value):
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    return repr(value)[:80]
+def throttle(attempts, request):
+    """Count an attempt from this address. Raises Refused(429) if there were too many."""
+    source = f"from {source_of(request.peer)}"
+    attempts.check(source)
+    attempts.count(source)
 
 
-def in_ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f} ms"
+class Passwords:
+    """Two doors: /login and /account/password. They prove a password before the Directory's
+    turn is taken, and pass on what they found, in headers."""
+    LONGEST = 256                                        # characters
+    FAMILIAR = 1000                                      # names with their addresses
+
+    def __init__(self):
+        self.guesses = Throttle()
+        self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
+        self.familiar: Dict[str, None] = {}              # signed in before; oldest first
+
+    def door(self, request: Request, env: Env) -> Response:
+        if request.method == "POST":
+            request = self.prove(request, env.directory)
+        return env.directory.fetch(request)
+
+    def typed_in(self, request) -> Tuple[str, str, str]:
+        """Return the name, the password, and the new password. Bound what is hashed."""
+        name = account_name(text_of(request, "username"))
+        password = text_of(request, "password")
+        new = text_of(request, "new")
+        if max(len(name), len(password), len(new)) > self.LONGEST:
+            raise Refused(400, f"A name and a password have at most {self.LONGEST} "
+                               "characters.")
+        return name, password, new
+
+    def prove(self, request, directory):
+        """Return the request with x-stored: which stored hash its password has, or ""."""
+        name, password, new = self.typed_in(request)
+        source = source_of(request.peer)
+        here = f"{name} from {source}"
+        slowed = [f"from {source}", f"to {name}"]
+        if here in self.familiar:                        # then others' guesses don't matter
+            slowed = []
+        self.guesses.check(here, *slowed)
+        self.sign_ins.check(here)
+        stored = directory.ask("/_password", headers={"x-account": name})
+        if not password_matches(password, stored):
+            self.guesses.count(here, *slowed)
+            return request._replace(headers={**request.headers, "x-stored": ""})
+        self.guesses.forgive(here, *slowed)
+        self.sign_ins.count(here)
+        self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
+        said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
+        return request._replace(headers={**request.headers, **said})
 
 
-def clock(at: float, digits: str = "seconds") -> str:
-    """Return the time of day, cut off after the seconds or after the milliseconds."""
-    return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
+def proved(ctx):
+    """Return whose password came along; "" if it was wrong, or has changed just now."""
+    name = account_name(ctx.field("username"))
+    stored = ctx.host.password_of(name)
+    return name if stored and stored == ctx.request.headers.get("x-stored") else ""
 
 
-class TracedStore(ObjectStore):
-    """A store whose calls are noted while somebody watches."""
-
-    def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):
-        self.owner = owner
-        super().__init__(path, create)
-
-    def run(self, sql, args):
-        trace = self.owner.namespace.trace
-        if not trace.watched or trace.thread.silent:
-            return super().run(sql, args)
-        started = time.perf_counter()
-        rows = super().run(sql, args)
-        found = len(rows) if self.cursor.description else self.cursor.rowcount
-        plain = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
-        trace.note(self.owner.id, plain, args, found, time.perf_counter() - started)
-        return rows
+def account_meant(ctx):
+    """Return the field account. Raises Refused(422) if there is none of this name."""
+    name = account_name(ctx.field("account"))
+    if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+        raise Refused(422, "There is no account of this name. Check the spelling.")
+    return name
 
 
-class TracedStub(GuardedStub):
-    def enter(self, ask, request, seconds=-1):
-        trace = self.namespace.trace
-        if not trace.watched:
-            return super().enter(ask, request, seconds)
-        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
-        enter = functools.partial(super().enter, ask, request, seconds)
-        return trace.leg(kind, self.id, enter)
+SECRET = ("/login", "/account/password")                 # what is sent there is not kept
+UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
+MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
+
+
+def login_form(next: str, problem: str = "", status: int = 200, personas: Any = (),
+               username: str = "", **unsent: str) -> Response:
+    """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
+    body = template("login")(next=next, username=username, problem=problem,
+                             demo=bool(personas), persona=[*personas],
+                             **{**UNSENT, **unsent})
+    return page("Sign in", body, status=status)
+
+
+def login_page(ctx):
+    typed = ctx.typed
+    next = local_path(typed.get("next") or ctx.params.get("next", "/"))
+    carried = {name: typed.get(name, "") for name in ("username", "problem", *UNSENT)}
+    return login_form(next, personas=ctx.host.personas(""), **carried)
+
+
+def page_of(request: Request) -> str:
+    """Return the page that a request opens or, if it is a form, on which the form stood."""
+    if request.method in SAFE:
+        query = f"?{request.query}" if request.query else ""
+        return local_path(urllib.parse.quote(request.path) + query)
+    ours = f"{request.scheme}://{request.headers.get('host', '')}"
+    referer = request.headers.get("referer", "")
+    return local_path(referer[len(ours):]) if referer.startswith(f"{ours}/") else "/"
+
+
+def unsent_in(request: Request) -> Dict[str, str]:
+    """Return the form that came without a session, so that it can be sent again."""
+    if request.media_type not in FORMS or request.method in SAFE or request.path in SECRET:
+        return UNSENT
+    body = request.body.decode("latin-1")
+    if FORMS[request.media_type] is not read_form:        # it brings files
+        return UNSENT
+    if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
+        return UNSENT                                    # else nobody could sign in with it
+    return {"unsent": body, "to": urllib.parse.quote(request.path)}
+
+
+def unsent_page(ctx, unsent, next):
+    """Return a page that says what was not saved, and sends it at one more click."""
+    fields = decoded_pairs(unsent, keep_blank_values=True)
+    rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
+            for name, value in fields]
+    body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
+    return page("Send it again?", body)
+
+
+def login(ctx):
+    account = proved(ctx)
+    if not account:
+        raise Refused(422, "Name and password do not go together. Try again.")
+    return open_session(ctx, account)
+
+
+def change_password(ctx):
+    account = ctx.viewer.account
+    if proved(ctx) != account:
+        raise Refused(422, "The present password is not right. Try again.")
+    check_password(ctx.field("new"))
+    store_password(ctx, account, ctx.request.headers["x-hashed"])
+    return see_other("/account")._replace(which=account)
+
+
+def store_password(ctx, account, hashed):
+    """All other sessions of the account end."""
+    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
+    ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
+    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
+
+
+DIRECTORY_SLICES.append(Slice("passwords", routes=(
+    Route("GET", "/login", PUBLIC, login_page),
+    Route("POST", "/login", PUBLIC, login),
+    Route("POST", "/account/password", ACCOUNT, change_password, form="/account"))))
 
 
 @addition
-class IsTraced(GuardedNamespace):
-    trace = Trace()                                      # nobody watches this one
+class KnowsAccounts(EdgeDirectory):
+    def own_personas(self, request):
+        return self.personas("")
 
-    def get(self, id):
-        return TracedStub(id, self)
+    def signed_in(self, ctx, answer):
+        unsent = ctx.field("unsent")
+        if not unsent:
+            return answer
+        said = dict(answer.headers)
+        again = unsent_page(ctx, unsent, said["location"])
+        return again._replace(headers=(("set-cookie", said["set-cookie"]),),
+                              which=answer.which)
+
+    def own_password(self, request):
+        return self.password_of(request.headers["x-account"])
+
+    def password_of(self, account):
+        """Return the hash that is stored; "" if there is none."""
+        row = self.store.one("SELECT password FROM accounts WHERE name = ?", account)
+        return row["password"] if row else ""
+
+    def own_operator(self, request):
+        """True if the session is an operator's, whoever it looks on as."""
+        row = self.session(request)
+        return bool(row) and self.is_operator(row["operator"] or row["account"])
+
+    def is_operator(self, account):
+        sql = "SELECT 1 FROM accounts WHERE name = ? AND operator"
+        return self.store.one(sql, account) is not None
 
 
 @addition
-class TracesItsStore(GuardedObject):
-    def make_store(self, create):
-        return TracedStore(self.namespace.path(self.id), create, self)
-
-
-@addition
-class Follows(LoopEdge):
-    """While somebody watches, each request makes its trip alone, and none is kept."""
-
+class AsksForPasswords(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
-        self.trace = Trace(with_args=bool(self.settings.demo))
-        self.env.directory.namespace.trace = self.trace
-        self.env.workspaces.trace = self.trace
+        self.passwords = Passwords()
+        self.add_doors({"/login": self.passwords.door,
+                        "/account/password": self.passwords.door})
 
-    def keeps_answers(self):
-        return super().keeps_answers() and not self.trace.watched
-
-    def answer_all(self, several):
-        if not self.trace.watched:
-            return super().answer_all(several)
-        for asked in several:
-            trip = Trip(self.as_logged(asked.request))
-            answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
-            self.finish(asked, answer)
-        return []
-
-
-# -- the way of one POST, by the numbers in the drawing
-
-WAY = {"Ask the gate": (worker, ask_the_gate),
-       "The verdict": (gate,),
-       "Forward, with the verdict": (destination, SliceHost.command, DurableObject.command,
-                                     SliceHost.handle, OwnsTables.call),
-       "Write, commit, publish": (create, Bus.publish, Store.tx, Bus.tell),
-       "Frames to every stream": (Broker.published, Broker.refresh, SliceHost.rendering,
-                                  SliceHost.render, Broker.deliver, Stream.show)}
+    def refusal(self, request, error):
+        """A browser that is not signed in gets the form for it."""
+        signed_out = isinstance(error, Refused) and error.status == 401
+        if not signed_out or not request.opens_page:
+            return super().refusal(request, error)
+        unsent = unsent_in(request)
+        problem = ""
+        if request.method not in SAFE:
+            problem = "You are signed out, so this was not saved. Sign in to send it again."
+        personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
+        return login_form(page_of(request), problem, 401, personas, **unsent)
 
 
-@functools.lru_cache(maxsize=None)
-def steps():
-    """Return the way in rows, with the text of each function as it runs."""
-    return [{"number": number, "title": title, "function": [*map(listing, functions)]}
-            for number, (title, functions) in enumerate(WAY.items(), 1)]
+# -- on the command line
+
+def new_password(name):
+    """Ask for a password, or read one from standard input. Return its hash."""
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"Password of {name}: ")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    check_password(password)
+    return hash_password(password)
 
 
-def listing(function):
-    lines, first = inspect.getsourcelines(function)
-    return {"name": function.__qualname__, "source": textwrap.dedent("".join(lines)),
-            "where": f"lines {first} to {first + len(lines) - 1}"}
+@verb("account add", "let somebody sign in", "account", "--operator")
+def account_add(settings, given):
+    check_account_name(given.account)
+    row = given.account, given.account, new_password(given.account), given.operator
+    with opened(settings, given) as (store, _):
+        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
+                           "operator) VALUES (?, ?, ?, ?)", *row)
+        if not added:
+            raise Unusable(f"there is an account {given.account} already")
+    print(f"{given.account} may sign in now")
 
 
-@verb("read", "print the functions that answer one POST, in order, for a pager")
-def read_way(settings, given):
-    for step in steps():
-        print(f"{step['number']}. {step['title']}\n")
-        for one in step["function"]:
-            print(f"# {one['name']}, {one['where']}\n{one['source']}")
+@verb("account passwd", "set a new password; it signs the account out everywhere",
+      "account")
+def account_passwd(settings, given):
+    hashed = new_password(given.account)
+    with opened(settings, given) as (store, _):
+        row_of(store, "accounts", given.account)
+        store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, given.account)
+        store.exec(f"DELETE FROM sessions WHERE {OWNED}", given.account, given.account)
+    print(f"{given.account} has a new password, and is signed out everywhere")
 
 
-# -- the console: what it shows of that
+@verb("account list", "list who may sign in")
+def account_list(settings, given):
+    table(looked_up(settings, lambda store: store.query(
+        "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
+        "FROM memberships WHERE account = name) || ' workspaces' FROM accounts ORDER BY "
+        "name")))
 
-class Console:
-    id = "console"                                       # in the place of an object's
-    PAUSE = 0.25                                         # s between frames, at least
 
-    def __init__(self, edge: LoopEdge):
-        self.edge = edge
-        self.broker = edge.broker
-        self.trace = edge.trace
-        self.due = False                                 # a frame is on its way
-        self.changed = 0                                 # the second after a publish
-        self.count_all = functools.lru_cache(maxsize=8)(self.count_all)
-        self.actions = {("GET", "/console"): self.page,
-                        ("GET", "/console/live"): self.stream,
-                        ("POST", "/console/probe"): self.probe,
-                        ("POST", "/console/retry"): self.retry}
-        self.trace.news = self.news
-        edge.env.workspaces.listeners.append(self.published)
+LAST_OWNED = """SELECT w.name FROM memberships m JOIN workspaces w ON w.id = m.workspace
+                WHERE m.role = 'owner' GROUP BY w.id
+                HAVING count(*) = 1 AND max(m.account) = ?"""
+
+
+@verb("account remove", "remove an account, with its sessions and memberships",
+      "account")
+def account_remove(settings, given):
+    with opened(settings, given) as (store, _):
+        row_of(store, "accounts", given.account)
+        alone = store.one(LAST_OWNED, given.account)
+        if alone:
+            raise Unusable(f"{given.account} is the last owner of {alone['name']}; make "
+                           "somebody else an owner first, or remove the workspace")
+        store.exec("DELETE FROM accounts WHERE name = ?", given.account)
+
+
+# ==== 43. Account page ====================================================================
+# The idea: people see where they are signed in, and end what they do not know.
+# It promises: a session that is used goes on; one that is not used for 30 days is over, and
+#   its open pages end within a second.
+# It needs: 42 Accounts.
+
+ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
+
+# What is in a User-Agent, and what it means. The first that is found counts, for most say
+# of themselves that they are others, too.
+BROWSERS = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "FxiOS": "Firefox",
+            "CriOS": "Chrome", "Chrome": "Chrome", "Safari": "Safari", "": "A browser"}
+SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": "Windows",
+           "CrOS": "ChromeOS", "Mac OS": "macOS", "Linux": "Linux", "": "a device"}
+
+
+def device(agent: str) -> str:
+    """Return what a User-Agent says, in words: "Chrome on Linux"."""
+    browser, system = [next(words for sign, words in known.items() if sign in agent)
+                       for known in (BROWSERS, SYSTEMS)]
+    return f"{browser} on {system}"
+
+
+def utc(seconds: float) -> str:
+    """Return a time in words: "30 Nov 2026, 14:05 UTC"."""
+    return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def moment(seconds: float) -> Html:
+    """Return a time that a browser with scripts shows as of its own time zone."""
+    exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    return template("layout.moment")(exact=exact, text=utc(seconds))
+
+
+def account_page(ctx):
+    """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
+    mine = bytes.fromhex(ctx.request.headers["x-session"])
+    account = ctx.viewer.account
+    rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
+                           "ORDER BY created DESC LIMIT 100", account, account)
+    sessions = [{"name": row["digest"].hex()[:16], "device": device(row["agent"]),
+                 "since": moment(row["created"]), "utc": utc(row["created"]),
+                 "peer": row["agent"].partition(" ")[0], "this": row["digest"] == mine}
+                for row in rows]
+    problem = ctx.typed.get("problem", "") if "username" in ctx.typed else ""
+    more = Html().join([part(ctx) for part in ACCOUNT_PARTS])
+    body = template("account")(session=sessions, account=account, problem=problem,
+                               password=ctx.host.password_of(account) != "",
+                               stamp=ctx.stamp, more=more)
+    return page("Account", body, ctx.viewer)
+
+
+CHOSEN = """(? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
+             OR substr(hex(digest), 1, 16) = upper(?))"""
+
+
+def choose_sessions(ctx):
+    """End some. The field session is the name of one, or "all", or "others"."""
+    which = ctx.field("session")
+    account = ctx.viewer.account
+    mine = ctx.request.headers["x-session"]
+    end_sessions(ctx, f"{OWNED} AND {CHOSEN}", account, account, which, which, mine, which)
+    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
+
+
+DIRECTORY_SLICES.append(Slice("sessions", routes=(
+    Route("GET", "/account", ACCOUNT, account_page),
+    Route("POST", "/account/sessions", ACCOUNT, choose_sessions))))
+
+
+@addition
+class EndsSessions(EdgeDirectory):
+    def session(self, request):
+        """A session in the second half of its time begins anew."""
+        row = super().session(request)
+        half = time.time() + SESSION_SECONDS / 2
+        if row and row["expires"] < half and row["operator"] is None:
+            with contextlib.suppress(sqlite3.OperationalError):  # locked: the next time
+                self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
+                                time.time() + SESSION_SECONDS, row["digest"])
+        return row
+
+    def each_second(self):
+        super().each_second()
+        now = time.time()
+        spent = self.accounts_of(SPENT, (now,))
+        if spent:
+            with self.store.tx():
+                self.store.exec(f"DELETE FROM sessions WHERE {SPENT}", now)
+                for row in spent:
+                    self.bus.publish(f"access:{row['account']}")
+
+
+# ==== 44. Masquerade ======================================================================
+# The idea: an operator looks on in somebody's name, to see what they see. The operator's
+#   session is given the other account, and remembers the operator.
+# It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
+#   Each page says so, and the journal names both.
+# It needs: 42 Accounts, which knows who is an operator.
+
+MASQUERADE_SECONDS = 15 * 60
+TRUSTED.update({"x-operator", "x-read-only"})
+BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, expires = ?
+                WHERE digest = ?"""
+END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
+              expires = ? WHERE digest = ? AND operator IS NOT NULL"""
+
+
+MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"       # by an index
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest(Viewer):
+    """An operator who looks on in somebody's name."""
+    operator: str = ""
+    read_only: bool = False
+
+    def permit(self, grant, method="GET"):
+        super().permit(grant, method)
+        own = grant == PUBLIC and not self.workspace     # such as to end it
+        if self.read_only and not own and method not in SAFE:
+            raise Refused(403, "You look on read-only. End it, or begin again with writing "
+                               "allowed.")
 
     @property
-    def env(self) -> FullEnv:
-        return self.edge.env
+    def signature(self):
+        return f"{self.operator} as {self.account}"
 
-    def answer(self, request: Request, env: Env) -> Response:
-        """A door, for operators. In the demo it is open to everybody."""
-        action = self.actions.get((request.method, request.path))
-        if action is None:
-            raise Refused(405, "The console is read with GET, and used from its own page.")
-        with self.trace.silence():
-            me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
-            refuse_old_page(request, me["account"])
-            if not me["operator"] and not env.settings.demo:
-                Viewer(account=me["account"]).permit(ACCOUNT)
-                raise Refused(403, "The console is for operators: account add NAME "
-                                   "--operator makes one.")
-            return action(request, me)
-
-    # -- what makes a frame: news, a second that passed, somebody who came
-
-    def published(self, id: str, topic: str) -> None:
-        """Have the objects asked for their facts, from the next second on."""
-        self.changed = int(time.monotonic()) + 1
-
-    def news(self) -> None:
-        if not self.due:
-            self.due = True
-            later = threading.Timer(self.PAUSE, self.tell)
-            later.daemon = True
-            later.start()
-
-    def tell(self) -> None:
-        self.due = False
-        self.broker.published(self.id, self.id)
-
-    def fetch(self, request: Request) -> Response:
-        """Return the region, as an object would: the broker takes this for a stub."""
-        with self.trace.silence():
-            shown = self.shown(request.params, "paused" not in request.params)
-            html = template("console.live")(**shown, picture=True, region=True)
-            watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
-            return Response(200, type=EVENTS, watch=(watch,))
-
-    def stream(self, request, me):
-        again = Request("GET", request.path, request.query)
-        return self.fetch(again)._replace(which=me["account"])
-
-    # -- the page
-
-    def page(self, request, me, probe=None):
-        roles = [row["role"] for row in me["mine"]]
-        body = template("console")(
-            **self.shown(request.params, True), **me, picture=True, region=True,
-            step=steps(), masquerade=not self.env.settings.demo, grant=grant_rows(),
-            who=me["account"] or "nobody yet", probe=probe,
-            name=probe["name"] if probe else "",
-            role=[{"role": role, "current": role in roles} for role in ROLES])
-        nav = template("layout.console")(state=True)
-        return page("Console", body, guest_of(me), nav)
-
-    def probe(self, request, me):
-        """Ask for a workspace's page as whoever is signed in; show how far that came."""
-        name = slug(text_of(request, "workspace").strip())[:63]
-        id = self.id_of(name)
-        served = self.env.workspaces.served
-        before = served[id]
-        trip, answer = self.trip_to(name, request)
-        trip.probed = {"before": before, "after": served[id]}
-        passed = trip.legs[0].status == 200
-        names = {self.env.directory.id: "Directory", id: name}
-        result = {**me, **trip.probed, **verdict_of(trip), "name": name,
-                  "said": str(answer), "passed": passed, "stopped": not passed,
-                  "call": self.call_rows(trip.calls, names)}
-        if not request.datastar:
-            return self.page(request, me, result)
-        html = template("console.probe")(**result)
-        patch = event("elements", html, "data: selector #probe", "data: mode inner")
-        return Response(200, patch, EVENTS)
-
-    def trip_to(self, name, request):
-        """Send a request of our own, with this person's cookie. A busy one is not waited
-        for."""
-        cookie = {"cookie": request.headers.get("cookie", "")}
-        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
-                        scheme=request.scheme)
-        briefly = dataclasses.replace(self.env, forward=fetch_briefly)
-        trip = Trip(asked)
-        self.trace.watch(1)
-        try:
-            with self.trace.silence(False):
-                return trip, self.trace.follow(trip, worker, asked, briefly)
-        finally:
-            self.trace.watch(-1)
-
-    def retry(self, request, me):
-        """The jobs that a workspace gave up begin anew."""
-        guest_of(me).permit(ACCOUNT, request.method)
-        id = self.id_of(text_of(request, "workspace"))
-        if id:
-            fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
-        self.published(id, "")
-        return Response(204) if request.datastar else see_other("/console")
-
-    def id_of(self, name):
-        """Return the id of the workspace; None: there is none of this name."""
-        query = urllib.parse.urlencode({"name": name})
-        return self.env.directory.ask("/_named", query)
-
-    # -- the region
-
-    def count_all(self, second, *ids):
-        """Ask each object for its facts. Return them, and how long that took."""
-        started = time.perf_counter()
-        facts = {id: self.count(id) for id in ids}
-        return facts, in_ms(time.perf_counter() - started)
-
-    def count(self, id):
-        workspaces = self.env.workspaces
-        slept = id not in workspaces.objects
-        facts = facts_of(workspaces.get(id))
-        if facts["count"] == "busy":
-            self.published(id, "")                       # it is asked again
-        woken = workspaces.objects.get(id)
-        if slept and woken:
-            woken.sleep(time.monotonic())
-        return facts
-
-    def shown(self, params, with_feed):
-        """Return what the picture and the region show, by the names in the template."""
-        after = params.get("after", "")
-        query = urllib.parse.urlencode({"after": after})
-        found = self.env.directory.ask("/_names", query)
-        page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
-        names = {self.env.directory.id: "Directory", **page}
-        second = min(self.changed, int(time.monotonic()))
-        facts, took = self.count_all(second, *page)
-        rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
-                for id, name in page.items()]
-        first = self.object_row(self.env.directory, "Directory", {})
-        return {"object": [first, *rows],
-                "gate": first,
-                "option": rows,
-                "dead": [row for row in rows if row["failed"]],
-                "all": found["all"], "awake": len(self.env.workspaces.objects),
-                "asked": len(page), "took": took,
-                "more": len(found["page"]) > NAMES_A_PAGE,
-                "last": max(page.values(), default=""), "after": after,
-                "feed": with_feed and self.feed(params, names),
-                **self.drawing(rows, found["all"]),
-                **self.streams()}
-
-    def object_row(self, stub, name, facts):
-        id, namespace = stub
-        one = namespace.objects.get(id)
-        awake = bool(one and one.store)
-        size = sum([part.stat().st_size for part in with_wal(namespace.path(id))])
-        return {"count": "", "jobs": "", "failed": [], **facts,
-                "id": id,
-                "name": name,
-                "size": in_kb_or_mb(size),
-                "state": "awake" if awake else "asleep",
-                "since": awake and {"opened": clock(one.opened_at)},
-                "streams": len(self.broker.watchers(id)),
-                "served": namespace.served[id]}
-
-    # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
-    # stands in it is a percentage of the plane's width; all others together are at 90
-
-    PLACES = (10, 30, 50, 70)
-
-    def drawing(self, rows, all):
-        """Both planes, and the way of each request of late."""
-        nodes = [{**row, "at": at, "short": shortened(row["name"])}
-                 for at, row in zip(self.PLACES, rows)]
-        places = {node["id"]: node["at"] for node in nodes}
-        trips = [self.trip_row(trip, places) for trip in [*self.trace.trips]]
-        stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
-        paths = stopped[-1:] + trips[-3:]
-        return {"node": nodes, "others": all - len(nodes), "way": paths,
-                "tall_way": paths, "trip": trips[::-1], "none": not trips}
-
-    def trip_row(self, trip, places):
-        return {**vars(trip), **verdict_of(trip), "kind": kind_of(trip),
-                "at": places.get(trip.legs[-1].id, 90),
-                "leg": [{**leg._asdict(), "cached": not leg.calls,
-                         "code": code_of(leg, trip)} for leg in trip.legs]}
-
-    # -- streams and store calls
-
-    def streams(self):
-        channels = [channel for of_object in [*self.broker.channels.values()]
-                    for channel in [*of_object.values()]]
-        rows = [stream_row(channel) for channel in channels[:50]]
-        open = sum(self.broker.accounts.values())
-        return {"stream": rows, "open": open, **self.broker.frames}
-
-    def feed(self, params, names):
-        object = params.get("object", "")
-        calls = [call for call in self.trace.show() if object in ("", call.object)]
-        return {**vars(self.trace), "line": self.call_rows(calls[::-1], names),
-                "object": object,
-                "whose": object and {"label": names.get(object, object[:8])},
-                "paused": "paused" in params,
-                "going": "paused" not in params}
-
-    def call_rows(self, calls, names):
-        return [{**call._asdict(), "object": names.get(call.object, call.object[:8])}
-                for call in calls]
+    def banner(self):
+        how = "read-only" if self.read_only else "writing"
+        return template("layout.masquerade")(operator=self.operator, account=self.account,
+                                             how=how)
 
 
-def stream_row(channel):
-    stub, _, again, *_ = channel.subscription
-    headers = again.headers
-    return {"object": headers.get("x-workspace", stub.id), "path": again.path,
-            "role": headers.get("x-role"), "open": len(channel.streams)}
+def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
+    """Return the viewer as a Guest, if there is an operator behind them."""
+    if not operator or isinstance(viewer, Guest):        # the Directory's own are already
+        return viewer
+    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
-def kind_of(trip):
-    """Return how far it came: so much of the way is drawn."""
-    last = trip.legs[-1]
-    if last.kind == "gate" and last.status != 200:
-        return "stopped"
-    if last.kind != "workspace":
-        return "asked"
-    return "wrote" if trip.method not in SAFE and trip.status < 400 else "read"
+def masked_in(viewer: Viewer, request: Request) -> Viewer:
+    """Return the viewer as a Guest, if the verdict names an operator."""
+    header = request.headers.get
+    return masked(viewer, header("x-operator"), header("x-read-only"))
 
 
-def verdict_of(trip):
-    said = trip.legs[0].said
-    return {"verdict": trip.legs[0].status, "role": said.get("x-role"),
-            "grants": said.get("x-grants")}
+def masquerade(ctx):
+    session = ctx.host.session(ctx.request)
+    operator = session["operator"] or session["account"]
+    if not ctx.host.is_operator(operator):
+        raise Refused(403, "Only an operator of this server may do that: account add NAME "
+                           "--operator makes one.")
+    account = account_meant(ctx)
+    read_only = "writes" not in dict(ctx.sent)
+    until = time.time() + MASQUERADE_SECONDS
+    ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
+    access_changed(ctx, session["account"])
+    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
 
 
-def code_of(leg, trip):
-    """Return the name of the function that the leg opens."""
-    if leg.kind == "gate":
-        return "gate"
-    return "SliceHost.handle" if trip.method in SAFE else "SliceHost.command"
+def unmask(ctx):
+    """End it. Its time may have run out just now: then the viewer is the operator."""
+    session = ctx.host.session(ctx.request)
+    if session and session["operator"]:
+        ctx.host.end_mask(session)
+    return see_other("/")._replace(which=ctx.viewer.account)
 
 
-def shortened(name):
-    return name if len(name) < 9 else f"{name[:7]}…"
-
-
-def in_kb_or_mb(size):
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-
-
-def grant_rows():
-    """Which role has which grant, as a table."""
-    return [{"grant": grant, "cell": [{"yes": grant in some} for some in ROLES.values()]}
-            for grant in ROLES["owner"]]
-
-
-def guest_of(me) -> Viewer:
-    viewer = Viewer(account=me["account"], label=me["label"])
-    return masked(viewer, me["mask"], me["read_only"])
+DIRECTORY_SLICES.append(Slice("masquerade", routes=(
+    Route("POST", "/masquerade", ACCOUNT, masquerade),
+    Route("POST", "/masquerade/end", PUBLIC, unmask))))
 
 
 @addition
-class AnswersTheConsole(EdgeDirectory):
-    def own_names(self, request):
-        """Some of all workspaces that can be asked, as names by id; and how many those are.
-        """
-        there = "FROM workspaces WHERE name > ? AND NOT moving"
-        some = self.store.query(f"SELECT id, name {there} ORDER BY name LIMIT ?",
-                                request.params.get("after", ""), NAMES_A_PAGE + 1)
-        count = self.store.one(f"SELECT count(*) {there}", "")[0]
-        return {"page": dict(some), "all": count}
-
-    def own_named(self, request):
-        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
-                             request.params.get("name", ""))
-        return row and row["id"]
-
-    def own_onlooker(self, request):
-        """Who asks, where they belong, and whether they run this server."""
-        viewer = self.viewer(request)
-        return {"account": viewer.account, "label": viewer.label,
-                "operator": self.own_operator(request),
-                "mask": getattr(viewer, "operator", ""),
-                "read_only": getattr(viewer, "read_only", False),
-                "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
-                "persona": self.personas(viewer.account)}
-
-    def shows_console(self, viewer):
-        account = getattr(viewer, "operator", viewer.account)
-        return bool(self.personas("")) or self.is_operator(account)
-
-
-# -- the foot of each page
-
-TRUSTED.add("x-operates")
+class KnowsGuests(Broadcast):
+    def viewer(self, request):
+        return masked_in(super().viewer(request), request)
 
 
 @addition
-class SaysWhoOperates(EdgeDirectory):
+class LetsOperatorsLookOn(EdgeDirectory):
+    SIGNED_IN = (f"{LABELLED} sessions WHERE digest = ? "
+                 "AND (expires > ? OR operator IS NOT NULL)")
+
+    def session(self, request):
+        row = super().session(request)
+        if row and row["operator"] and row["expires"] <= time.time():
+            self.time_is_over(row)
+            return super().session(request)
+        return row
+
+    def time_is_over(self, session):
+        with self.store.tx():
+            self.end_mask(session)
+            self.journal(self.viewer_of(session), "directory.unmask", "time is over")
+
+    def end_mask(self, session):
+        """Give the session back to its operator, unless it would be over by now, too."""
+        until = session["expires"] + SESSION_SECONDS
+        if until > time.time():
+            self.store.exec(END_MASK, until, session["digest"])
+        else:
+            self.store.exec("DELETE FROM sessions WHERE digest = ?", session["digest"])
+        self.bus.publish(f"access:{session['account']}")
+
+    def viewer_of(self, session):
+        viewer = super().viewer_of(session)
+        return masked(viewer, session["operator"], session["read_only"])
+
     def say(self, viewer, workspace):
         said = super().say(viewer, workspace)
-        account = getattr(viewer, "operator", viewer.account)
-        if not self.namespace.settings.demo and self.is_operator(account):
-            said["x-operates"] = "true"
+        if not isinstance(viewer, Guest):
+            return said
+        said["x-operator"] = viewer.operator
+        if viewer.read_only:
+            grants = said["x-grants"].split(",")
+            said["x-grants"] = ",".join([one for one in grants if one.endswith(":read")])
+            said["x-can-delete"] = "false"
+            said["x-read-only"] = "true"
         return said
 
+    def accounts_of(self, where, args):
+        """Return the operators, too: their own open pages end as well."""
+        return self.store.query(
+            f"SELECT account FROM sessions WHERE {where} UNION SELECT operator FROM "
+            f"sessions WHERE operator IS NOT NULL AND {where}", *args, *args)
+
+    def each_second(self):
+        super().each_second()
+        for session in self.store.query(MASKS_OVER, time.time()):
+            self.time_is_over(session)
+
+
+# ==== 45. Links ===========================================================================
+# The idea: whoever has a link may do one thing, a few times, for some days: enter a
+#   workspace, sign in on another device, or set a new password. With the link that a new
+#   server prints, one makes its first account.
+# It promises: the secret stands behind the # of an address. Browsers send that to nobody,
+#   so it is in no log and no Referer; only its hash is stored. To look at a link does not
+#   use it up. None makes an owner, or changes the role of a member. One is void as soon as
+#   its maker could not make it any more: foreign keys remove it with the membership, which
+#   any change of the role replaces, and with the session.
+# Who uses it: the members page, the account page, and the first start.
+# It needs: 34 Fields, 42 Accounts, 43 Account page.
+#
+# Its table is in section 13:
+#
+#     links   digest (of the secret), kind (of KINDS), uses (that are left), expires,
+#             used_by (accounts); maker, workspace and role; for a new password: whose
+#             (account), and a hash of what is stored now (password); session: of the maker
+
+DAY = 86400.0                                            # seconds
+MOST_LINKS = 100                                         # of one workspace
+LONGEST_LINK = 30                                        # days
+MOST_USES = 100
+GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
+               coalesce(l.account, s.account) AS person FROM links l
+               LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
+               LEFT JOIN memberships m ON m.workspace = w.id AND m.account = l.maker
+               LEFT JOIN sessions s ON s.digest = l.session AND s.operator IS NULL
+               AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
+LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
+                used_by FROM links WHERE workspace = ? AND expires > ? ORDER BY expires"""
+OLD_LINKS = """DELETE FROM links WHERE digest IN (SELECT digest FROM links
+               WHERE expires <= ? LIMIT 100)"""
+NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
+           "in full. Ask for a new one.")
+
+
+# -- to make a link
+
+def refuse_guest(ctx):
+    """Raise Refused(403) for an operator who looks on in somebody's name."""
+    if ctx.viewer.signature != ctx.viewer.account:
+        raise Refused(403, f"You look on as {ctx.viewer.account}, and a link would outlast "
+                           "that. End it first.")
+
+
+def add_link(store, kind, seconds, **row) -> str:
+    """Return its secret."""
+    secret = secrets.token_urlsafe(32)
+    row = {"digest": token_hash(secret), "kind": kind, "uses": 1,
+           "expires": time.time() + seconds, **row}
+    marks = ", ".join("?" * len(row))
+    store.exec(f"INSERT INTO links ({', '.join(row)}) VALUES ({marks})", *row.values())
+    return secret
+
+
+def new_link_page(ctx, secret, what, back, which):
+    """Return the page that shows a link, this once: it is kept nowhere (Answers.keep)."""
+    request = ctx.request
+    address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
+    body = template("links.made")(address=address, what=what, back=back)
+    return page("A link", body, ctx.viewer)._replace(
+        headers=(("cache-control", "no-store"),), which=which)
+
+
+def make_link(ctx):
+    """Make a link into this workspace. Fields: role, uses and days."""
+    refuse_guest(ctx)
+    role = valid_role(ctx.field("role", "member"))
+    uses = within("uses", ctx.number("uses", 1), MOST_USES)
+    days = within("days", ctx.number("days", 7), LONGEST_LINK)
+    if role == "owner":
+        raise Refused(422, "A link makes no owner. Choose another role, and make them an "
+                           "owner when they are here.")
+    links = ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())
+    if len([link for link in links if link["uses"]]) >= MOST_LINKS:
+        raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
+    secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
+                      uses=uses, maker=ctx.viewer.account)
+    ctx.publish("members")
+    until = utc(time.time() + days * DAY)
+    what = f"It lets {uses} in, as {role}, until {until}."
+    which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
+    return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
+
+
+def within(name, number, most):
+    if not 1 <= number <= most:
+        raise Refused(422, f"{name} is a number from 1 to {most}.")
+    return number
+
+
+def withdraw_link(ctx):
+    """The field link is a part of its hash, as the members page has it."""
+    link = ctx.field("link")[:16]
+    ctx.store.exec("DELETE FROM links WHERE workspace = ? AND substr(hex(digest), 1, 16) = "
+                   "upper(?)", ctx.viewer.id, link)
+    ctx.publish("members")
+    return see_other(f"/w/{ctx.workspace}/members/links")._replace(
+        which=f"{ctx.viewer.id} {link}")
+
+
+def device_link(ctx):
+    """Make a link that signs the viewer in elsewhere. The one before it is void."""
+    refuse_guest(ctx)
+    session = bytes.fromhex(ctx.request.headers["x-session"])
+    ctx.store.exec("DELETE FROM links WHERE session = ?", session)
+    secret = add_link(ctx.store, "device", 300, session=session)
+    what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
+            "minutes. Give it to nobody.")
+    return new_link_page(ctx, secret, what, "/account", ctx.viewer.account)
+
+
+def password_link(ctx):
+    """Make a link with which somebody sets a new password. The one before it is void."""
+    refuse_guest(ctx)
+    maker = ctx.viewer.account
+    if not ctx.host.is_operator(maker):
+        raise Refused(403, "Only an operator of this server may do that. Ask one.")
+    account = account_meant(ctx)
+    ctx.store.exec("DELETE FROM links WHERE account = ?", account)
+    secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
+                      password=password_mark(ctx.host, account))
+    what = f"With it {account} chooses a new password, once, within a day."
+    return new_link_page(ctx, secret, what, "/account", account)
+
+
+def password_mark(host, account):
+    """Return a hash of the password's hash: it tells whether there was a new one since."""
+    return token_hash(host.password_of(account)).hex()
+
+
+# -- to use one
+
+def secret_in(text):
+    """Return the secret; text may be the whole address."""
+    return text.rpartition("#")[2].strip()
+
+
+def link_page(ctx):
+    """Return the page that asks for a link or, after a mistake, the link's own again."""
+    return page_of_link(ctx, secret_in(ctx.typed.get("link", "")))
+
+
+def page_of_link(ctx, secret):
+    link = ctx.host.link(token_hash(secret))
+    title, asked = "You have a link", {"paste": True}
+    if link:
+        title = KINDS[link["kind"]].title
+        asked = {link["kind"]: link_facts(ctx, link, secret)}
+    fill = {**dict.fromkeys(["paste", *KINDS], False), **asked}
+    body = template("links")(heading=title, problem=mistake(ctx)["problem"], **fill)
+    return page(title, body, ctx.viewer)
+
+
+def mistake(ctx):
+    """Return what was wrong, for the form that was used: one gets on where one was."""
+    how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
+    place = "known_problem" if how == "known" else "problem"
+    return {"problem": "", "known_problem": "", "again_known": how == "known",
+            "again_new": how == "new", place: problem}
+
+
+def link_facts(ctx, link, secret):
+    """Return what the page says of a link to whoever looks at it."""
+    me = ctx.viewer.account
+    member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
+    return {**link, **mistake(ctx), "secret": secret, "me": me, "stamp": ctx.stamp,
+            "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
+            "next": f"/w/{link['name']}" if link["name"] else "/",
+            "username": ctx.typed.get("username", ""), "new": True, "known": True,
+            "member": member, "joins": bool(me) and not member, "stranger": not me,
+            "other": bool(me) and me != link["person"]}
+
+
+def use_link(ctx):
+    """Use a link. Without a field how, only show its page: so asks the script that takes
+    the secret out of the address."""
+    secret = secret_in(ctx.field("link"))
+    link = ctx.host.link(token_hash(secret))
+    if not link:
+        raise Refused(422, NO_LINK)
+    if not ctx.field("how"):
+        return page_of_link(ctx, secret)
+    refuse_guest(ctx)
+    account = KINDS[link["kind"]].use(ctx, link)
+    if account == ctx.viewer.account:
+        answer = see_other(local_path(ctx.field("next", "/")))
+    else:
+        answer = open_session(ctx, account)
+    which = filter(None, [link["workspace"], link["kind"], account])
+    return answer._replace(which=" ".join(which))
+
+
+def count_use(ctx, link, account):
+    ctx.store.exec("UPDATE links SET uses = uses - 1, used_by = ltrim(used_by || ' ' || ?) "
+                   "WHERE digest = ?", account, link["digest"])
+    return account
+
+
+def join(ctx, link):
+    """Let somebody into a workspace. Who is a member already stays what they are."""
+    account = joining(ctx)
+    if role_of(ctx.store, link["workspace"], account) == NOT_A_MEMBER:
+        count_use(ctx, link, account)
+        ctx.viewer = dataclasses.replace(ctx.viewer, id=link["workspace"])
+        put_role(ctx, account, NOT_A_MEMBER, link["role"])
+    return account
+
+
+def joining(ctx):
+    """Return who joins, by the field how: new, known (with a password) or signed in."""
+    how = ctx.field("how")
+    if how == "new":
+        return new_account(ctx, operator=False)
+    account = ctx.viewer.account
+    why = "You are signed out. Sign in, or make an account."
+    if how == "known":
+        account = proved(ctx)
+        why = "Name and password do not go together. Try again."
+    if not account:
+        raise Refused(422, why)
+    return account
+
+
+def new_account(ctx, operator):
+    name = account_name(ctx.field("username"))
+    check_account_name(name)
+    if ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+        raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
+                           "sign in.")
+    ctx.store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, "
+                   "?, ?)", name, name, new_hash(ctx), operator)
+    return name
+
+
+def new_hash(ctx):
+    """Return the hash of a new password, which at_link made. Raises Refused(422)."""
+    check_password(ctx.field("new"))
+    hashed = ctx.request.headers.get("x-hashed")
+    if not hashed:
+        raise Refused(422, "This can't be set so. Use the form that the link opens.")
+    return hashed
+
+
+def sign_in_here(ctx, link):
+    return count_use(ctx, link, link["person"])
+
+
+def set_password(ctx, link):
+    store_password(ctx, link["person"], new_hash(ctx))
+    return count_use(ctx, link, link["person"])
+
+
+def make_first(ctx, link):
+    return count_use(ctx, link, new_account(ctx, operator=True))
+
+
+def may_invite(host, link):
+    return "members:manage" in ROLES.get(link["makes"], ())
+
+
+def is_signed_in(host, link):
+    return link["person"] is not None
+
+
+def may_set(host, link):
+    unchanged = link["password"] == password_mark(host, link["account"])
+    return unchanged and host.is_operator(link["maker"])
+
+
+class Kind(NamedTuple):
+    """What a link is for. title: of its page. holds(host, link): could it be made now?
+    use(ctx, link) returns the account that is signed in then."""
+    title: str
+    holds: Callable[[Any, sqlite3.Row], bool]
+    use: Callable[[Context, sqlite3.Row], str]
+
+
+KINDS = {"invite": Kind("You are invited", may_invite, join),
+         "device": Kind("Sign in on this device", is_signed_in, sign_in_here),
+         "password": Kind("Choose a new password", may_set, set_password),
+         "first": Kind("Make the first account", lambda host, link: host.is_empty(),
+                       make_first)}
+
+
+# -- pages
+
+def links_region(ctx):
+    rows = [link_row(ctx, row)
+            for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
+    return template("links.region")(link=rows, none=not rows)
+
+
+def link_row(ctx, link):
+    people = people_of(ctx, [link["maker"], *link["used_by"].split()])
+    came = [{"person": one} for one in people[1:]]
+    return {**link, "until": moment(link["expires"]), "utc": utc(link["expires"]),
+            "by": people[0], "came": came and {"guest": came},
+            "open": link["uses"] > 0, "spent": link["uses"] == 0}
+
+
+def people_of(ctx, names):
+    """Return how lists show these accounts, in this order. Some may be gone."""
+    marks = ", ".join("?" * len(names))
+    rows = ctx.store.query(f"SELECT name, label FROM accounts WHERE name IN ({marks})",
+                           *names)
+    known = {row["name"]: ctx.host.shown(row) for row in rows}
+    return [known.get(name, name) for name in names]
+
+
+def in_words(role):
+    """Return what a role may do: "read, write and delete todos; manage members"."""
+    verbs: Dict[str, List[str]] = {}
+    for grant in ROLES.get(role, ()):
+        thing, _, verb = grant.partition(":")
+        verbs.setdefault(thing, []).append(verb)
+    said = [" and ".join(", ".join(some).rsplit(", ", 1)) for some in verbs.values()]
+    return "; ".join(map("{} {}".format, said, verbs))
+
+
+def roles_in_words():
+    """Return what stands beside the choice of a role."""
+    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
+    return template("links.roles")(can=roles)
+
+
+def links_page(ctx, region):
+    typed = {"uses": "1", "days": "7", "role": "member", "problem": "", **ctx.typed}
+    roles = [{"role": role, "selected": role == typed["role"]} for role in ROLES
+             if role != "owner"]
+    return template("links.page")(
+        workspace=ctx.title, option=roles, uses=typed["uses"], days=typed["days"],
+        problem=typed["problem"], roles=roles_in_words(), region=region,
+        live=template("slice.live")(), stamp=ctx.stamp)
+
+
+def account_links(ctx):
+    operator = ctx.host.is_operator(ctx.viewer.account)
+    typed = ctx.typed if "account" in ctx.typed else {}
+    return template("links.account")(
+        operator=operator, account=typed.get("account", ""),
+        problem=typed.get("problem", ""), stamp=ctx.stamp)
+
+
+ACCOUNT_PARTS.append(account_links)
+
+
+def home_or_first(ctx):
+    """As long as nobody can sign in, the front page says how the first one is made."""
+    if ctx.viewer.account or not ctx.host.is_empty():
+        return home(ctx)
+    return page("Welcome", template("links.nobody")(**LAYOUT))
+
+
+invitations = Live("/members/links", "members:manage", "Links",
+                   (Region("members", links_region),), links_page, tab=False)
+
+DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
+    Route("GET", "/", PUBLIC, home_or_first),
+    Route("GET", "/join", PUBLIC, link_page),
+    Route("POST", "/join", PUBLIC, use_link, says="opened a link:"),
+    Route("POST", "/members/links", "members:manage", make_link, says="made a link:"),
+    Route("POST", "/members/links/withdraw", "members:manage", withdraw_link,
+          says="withdrew the link"),
+    Route("POST", "/account/links", ACCOUNT, device_link),
+    Route("POST", "/account/links/password", ACCOUNT, password_link,
+          form="/account"))))
+
 
 @addition
-class HidesXray(Broadcast):
-    def xray(self, renderings, ctx, asked):
-        """It is for operators; in the demo, for everybody."""
-        if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
-            return super().xray(renderings, ctx, asked)
-        return ""
+class KnowsLinks(EdgeDirectory):
+    def below_members(self, ctx):
+        shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
+        return Html().join([super().below_members(ctx), shown])
+
+    def link(self, digest):
+        """Return the row of a link that can be used now, else None."""
+        now = time.time()
+        row = self.store.one(GOOD_LINK, now, digest, now)
+        return row if row and KINDS[row["kind"]].holds(self, row) else None
+
+    def each_second(self):
+        """Links that are too old go: no clock that is set back makes them good again."""
+        super().each_second()
+        now = time.time()
+        if self.store.one("SELECT 1 FROM links WHERE expires <= ?", now):
+            with self.store.tx():
+                self.store.exec(OLD_LINKS, now)
+
+    def is_empty(self):
+        return self.store.one("SELECT 1 FROM accounts LIMIT 1") is None
+
+    def own_link(self, request):
+        return self.link(bytes.fromhex(request.headers["x-link"])) is not None
+
+    def own_first(self, request):
+        """Return the secret of a new link for the first account; "" if there is one. The
+        link that was printed before is void."""
+        if not self.is_empty():
+            return ""
+        with self.store.tx():
+            self.store.exec("DELETE FROM links WHERE kind = 'first'")
+            return add_link(self.store, "first", 7 * DAY)
 
 
 @addition
-class HasConsole(LoopEdge):
+class OpensLinks(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
-        self.console = Console(self)
-        self.broker.unannounced = (Console.id,)
-        if self.env.directory.namespace.kind == "directory":
-            self.broker.unannounced += ("directory",)
-        paths = [path for _, path in self.console.actions]
-        self.add_doors(dict.fromkeys(paths, self.console.answer))
+        self.made_up = Throttle()
+        self.made_accounts = Throttle(MOST_USES)         # each takes 0.1 s to hash
+        self.add_doors({"/join": self.at_link})
 
-    def tick(self, now):
-        super().tick(now)
-        self.broker.published(Console.id, Console.id)
+    def at_link(self, request, env):
+        """A door. Passwords are hashed before the Directory's turn is taken, and only for
+        a link that is good; so whoever has one is not slowed by those who guess."""
+        if request.method in SAFE:
+            return env.directory.fetch(request)
+        digest = token_hash(secret_in(text_of(request, "link"))).hex()
+        if env.directory.ask("/_link", headers={"x-link": digest}):
+            return env.directory.fetch(self.with_hashes(request, env))
+        throttle(self.made_up, request)
+        return env.directory.fetch(request)
+
+    def with_hashes(self, request, env):
+        if text_of(request, "how") == "known":
+            return self.passwords.prove(request, env.directory)
+        new = self.passwords.typed_in(request)[2]
+        if not new:
+            return request
+        throttle(self.made_accounts, request)
+        return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
+
+
+def print_first_link(server, address):
+    """On standard output alone, which is not where errors are logged."""
+    if server.settings.plane == "data":
+        return
+    secret = server.env.directory.ask("/_first")
+    if secret:
+        print("orion: nobody can sign in yet; make the first account, an operator, at "
+              f"{address}/join#{secret}", flush=True)
+
+
+AT_START.append(print_first_link)
+
+
+def no_links(request, env):
+    """A door of --plain."""
+    raise Refused(404, "This server runs with --plain, where there are no passwords, so a "
+                       "link opens nothing. Start it without --plain.")
+
+
+PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
+
+
+# ==== 46. People ==========================================================================
+# The idea: beside the name of the account, carol, people have one that others see: Carol
+#   Jones. In the tables it is the account's label. Lists show it, with its initials on a
+#   colour that the account keeps.
+# It promises: who somebody is, the account alone says. It stands beside the other name
+#   where one decides about people: among members, and in an invitation. Nobody can choose
+#   the name of another's account. All open pages show a new name at once.
+# Who uses it: the account page; the lists of members and links; the head of each page, and
+#   who else looks at it.
+# It needs: 34 Fields, 37 Assets, 42 Accounts, 43 Account page, 45 Links.
+
+COLOURS = 6                                              # .face-0 to .face-5 in style.css
+TRUSTED.add("x-label")
+
+
+@functools.lru_cache(maxsize=1000)
+def person_of(account: str, label: str) -> Html:
+    """Return somebody as lists show them."""
+    other = label != account
+    return template("people.person")(
+        account=account, label=label, initials=initials(label), other=other,
+        title=f"{label} ({account})" if other else account,
+        colour=int(fingerprint(account.encode()), 16) % COLOURS)
+
+
+def initials(label: str) -> str:
+    """Return the first letters of the first and of the last word: Carol Jones, CJ."""
+    letters = [word[0] for word in label.split() if word[0].isalnum()] or [label[:1]]
+    return "".join(letters[:1] + letters[1:][-1:]).upper()
+
+
+def of_viewer(viewer):
+    """Return what the head of each page has of its viewer."""
+    if not viewer.account:
+        return Html()
+    style = link("stylesheet", f"/you.css?{viewer.account}")
+    return Html().join([style, person_of(viewer.account, viewer.label or viewer.account)])
+
+
+setattr(Viewer, "person", property(of_viewer))
+
+
+def you_css(request, env):
+    """A door: the style that says (you) behind the account in the query. For a list is
+    rendered once for many people, so it can't tell which of them looks at it."""
+    only_read(request)
+    if not ACCOUNT_NAME.fullmatch(request.query):
+        raise Refused(*NOTHING_HERE)
+    rule = f'[data-account="{request.query}"] {{ --you: "(you)" }}\n'
+    return Response(200, rule.encode(), "text/css; charset=utf-8", FOR_A_YEAR)
+
+
+DOORS.update({"/you.css": you_css})
 
 
 @addition
-class CountsConsoles(Broker):
-    def count_watcher(self, id, more):
-        super().count_watcher(id, more)
-        if id == Console.id:
-            self.edge.trace.watch(more)
+class TellsLabels(EdgeDirectory):
+    def viewer_of(self, session):
+        return dataclasses.replace(super().viewer_of(session), label=session["label"])
 
-    def look_elsewhere(self):
-        """What the server asks itself each second is not shown."""
-        with self.edge.trace.silence():
-            super().look_elsewhere()
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        if viewer.label not in ("", viewer.account):
+            said["x-label"] = urllib.parse.quote(viewer.label)
+        return said
+
+    def shown(self, row):
+        return person_of(row["name"], row["label"])
 
 
-# ==== 39. Figures =========================================================================
+@addition
+class KnowsLabels(Broadcast):
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        label = urllib.parse.unquote(request.headers.get("x-label", ""))
+        return dataclasses.replace(viewer, label=label) if label else viewer
+
+
+@addition
+class ShowsPeople(Broker):
+    def shown(self, stream):
+        said = dict(zip(SAID_OF_VIEWERS, stream.viewer))
+        label = urllib.parse.unquote(said["x-label"])
+        return person_of(stream.account, label or stream.account)
+
+
+# -- the account page
+
+def account_label(ctx):
+    account, label = ctx.viewer.account, ctx.viewer.label
+    typed = ctx.typed if "label" in ctx.typed else {}
+    return template("people.account")(
+        account=account, label=typed.get("label", "" if label == account else label),
+        problem=typed.get("problem", ""), stamp=ctx.stamp)
+
+
+ACCOUNT_PARTS.insert(0, account_label)
+
+
+def change_label(ctx):
+    """The field label is how others see the viewer; empty: by the account's name."""
+    account = ctx.viewer.account
+    label = " ".join(ctx.field("label").split()) or account
+    check_label(ctx.store, account, label)
+    ctx.store.exec("UPDATE accounts SET label = ? WHERE name = ?", label, account)
+    for row in ctx.store.query("SELECT workspace FROM memberships WHERE account = ?",
+                               account):
+        ctx.host.bus.publish(f"members:{row['workspace']}")
+    access_changed(ctx, account)
+    return see_other("/account")._replace(which=f"{account} {label}")
+
+
+def check_label(store, account, label):
+    """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
+    also in other letters: Bób, bob, or with an o that is Cyrillic."""
+    clear = label.isprintable() and FILLERS.isdisjoint(label)
+    if not clear or len(label) > LONGEST_TITLE:
+        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters, all of which can "
+                           "be seen. Choose another.")
+    if any(map(mixes_alphabets, label.split())):
+        raise Refused(422, "A word of this mixes alphabets whose letters look alike. Write "
+                           "each word in one.")
+    known = slug(label)
+    if known != account and store.one("SELECT 1 FROM accounts WHERE name = ?", known):
+        raise Refused(422, f"There is an account {known}, and it is not yours. Add "
+                           "something that tells you apart.")
+
+
+def mixes_alphabets(word):
+    """Has a word letters of two that look alike? (A character's name says whose it is.)"""
+    names = [unicodedata.name(one, "").partition(" ")[0] for one in word]
+    return len({"LATIN", "CYRILLIC", "GREEK"} & {*names}) > 1
+
+
+# -- the members page
+
+def people_page(ctx, region):
+    return members_page(ctx, Html().join([roles_in_words(), region]))
+
+
+DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page),), routes=(
+    Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
+
+
+# ==== 47. Owners ==========================================================================
+# The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
+#   address is made of it. And an owner is asked before they become one.
+# It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
+#   without saying yes: until then it is an offer. Members keep their role meanwhile; who is
+#   new is an admin.
+# Who uses it: the home page and the members page.
+
+OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
+            FROM memberships m JOIN workspaces w ON w.id = m.workspace
+            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
+            w.moving < 2 ORDER BY w.name LIMIT ?"""
+OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
+
+
+def create_workspace(ctx):
+    """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
+    account = ctx.viewer.account
+    name, title = names_of(ctx.field("name"))
+    check_founded(ctx, account)
+    answer = found(ctx, name)
+    ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
+    set_title(ctx.store, name, title)
+    return answer
+
+
+def check_founded(ctx, account):
+    """Raise Refused(422) if this account founded as many as it may."""
+    founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
+                            "IS NOT NULL", account)[0]
+    if founded >= most_workspaces(ctx.host.namespace.settings):
+        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
+                           "Ask whoever runs this server to remove one.")
+
+
+def most_workspaces(settings):
+    """Of one account."""
+    return settings.max_workspaces or (2000 if settings.demo else 20)
+
+
+@addition
+class AsksOwners(EdgeDirectory):
+    def offers_to(self, account):
+        return self.store.query(OFFERS, account, NAMES_A_PAGE)
+
+    def give_role(self, ctx, account, before, after):
+        offered = after == "owner" and before != "owner"
+        if offered:
+            after = before or "admin"
+        super().give_role(ctx, account, before, after)
+        ctx.store.exec("UPDATE memberships SET offered = ? WHERE workspace = ? AND account "
+                       "= ?", offered, ctx.viewer.id, account)
+
+
+def answer_offer(ctx):
+    """Become an owner, or not. The field answer is accept or decline."""
+    account = ctx.viewer.account
+    answer = ctx.field("answer")
+    if answer not in ("accept", "decline"):
+        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
+                           "page.")
+    if not ctx.store.one(OFFERED, ctx.viewer.id, account):
+        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
+    before = ctx.viewer.role
+    put_role(ctx, account, before, "owner" if answer == "accept" else before)
+    return done(ctx, f"{ctx.viewer.id} {answer}")
+
+
+DIRECTORY_SLICES.append(Slice("owners", routes=(
+    Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
+    Route("POST", "/members/offer", MEMBER, answer_offer,
+          says="was asked to be an owner:"))))
+
+
+# #### To run it ###########################################################################
+
+# ==== 48. Quotas ==========================================================================
+# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
+#   old in the journal goes as new rows come.
+# It promises: a command that would go past it is refused with 507 and changes nothing. To
+#   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
+
+TRUSTED.add("x-quota")
+LARGEST_FILE = 2 ** 31 - 1                               # pages
+RESERVE = 256                                            # pages, and a quarter of the quota
+
+
+def limit_pages(store: Store, quota: int) -> None:
+    """Limit the file to so many bytes.
+
+    SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
+    remembers it, as its user_version, in pages; 0: there is no limit.
+    """
+    page_size = store.one("PRAGMA page_size")[0]
+    pages = min(max(1, quota // page_size), LARGEST_FILE)
+    store.exec(f"PRAGMA max_page_count = {pages}")
+    if store.one("PRAGMA user_version")[0] != pages:
+        store.exec(f"PRAGMA user_version = {pages}")
+
+
+@contextlib.contextmanager
+def reserve(store: Store):
+    """Meanwhile the file may go past its quota."""
+    pages = store.one("PRAGMA user_version")[0] or LARGEST_FILE
+    store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
+    try:
+        yield
+    finally:
+        store.exec(f"PRAGMA max_page_count = {pages}")
+
+
+@addition
+class SaysQuotas(EdgeDirectory):
+    def say(self, viewer, workspace):
+        quota = workspace["quota"] or self.namespace.settings.quota
+        return {**super().say(viewer, workspace), "x-quota": str(quota)}
+
+
+@addition
+class KeepsQuota(EdgeWorkspace):
+    def on_open(self):
+        super().on_open()
+        self.quota = ""
+        self.deletes = False                             # the present command
+        self.has_index = self.store.one(INDEXES) is not None
+        pages = self.store.one("PRAGMA user_version")[0]
+        if pages:
+            self.store.exec(f"PRAGMA max_page_count = {pages}")
+
+    def handle(self, request):
+        quota = request.headers.get("x-quota", "0")
+        if request.method not in SAFE and quota not in ("0", self.quota):
+            limit_pages(self.store, int(quota))
+            self.quota = quota
+        self.deletes = request.method == "DELETE"
+        with reserve(self.store) if self.deletes else contextlib.nullcontext():
+            response = super().handle(request)
+            if self.has_index and request.method not in SAFE:
+                self.write_index()
+            return response
+
+    def write_index(self):
+        """Have FTS5 write at this savepoint, and not at the commit, when others pay for it,
+        or the reserve is gone."""
+        with self.store.tx():
+            pass
+
+    def fault(self, error):
+        """Say whose room it is that there is none of, and what helps."""
+        fault = super().fault(error)
+        disk = shutil.disk_usage(self.namespace.path(self.id).parent)
+        if fault.status == 507 and disk.free > 2 ** 20:
+            hint = "Ask" if self.deletes else "Delete something, or ask"
+            fault.message = f"There is no room left here. {hint} for a larger quota."
+        return fault
+
+
+OLD_NOTES = """DELETE FROM journal WHERE at NOT BETWEEN ? AND ? AND id IN
+               (SELECT id FROM journal ORDER BY id LIMIT 100)"""
+
+
+@addition
+class ForgetsOldNotes(Broadcast):
+    def journal(self, viewer, what, which):
+        """Each tenth row takes up to a hundred with it that are too old.
+
+        A row from the far future is of a time when the clock was wrong.
+        """
+        super().journal(viewer, what, which)
+        keep = self.namespace.settings.keep_journal
+        if keep and self.store.cursor.lastrowid % 10 == 0:
+            now = time.time()
+            self.store.exec(OLD_NOTES, now - keep, now + keep)
+
+
+@verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
+                         "server's --quota", "name", "size")
+def workspace_quota(settings, given):
+    with opened(settings, given) as (store, _):
+        id = row_of(store, "workspaces", given.name)["id"]
+        store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
+
+
+# ==== 49. Memory ==========================================================================
+# The idea: thousands of small databases are open. Two libraries keep more memory for each
+#   of them than they need; both can be told otherwise.
+# It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
+#   it saves 30 of 180 MB.
+
+def save_memory():
+    """Before the first database is opened.
+
+    SQLite takes memory for 20 pages with each file that it opens, and most tenants have
+    fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE).
+    glibc gives each thread a heap of its own, and what one has freed is of no use to the
+    others (mallopt(3), M_ARENA_MAX).
+    """
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
+        sqlite.sqlite3_shutdown()
+        sqlite.sqlite3_config(7, None, 0, 0)
+        sqlite.sqlite3_initialize()
+        ctypes.CDLL(None).mallopt(-8, 1)
+
+
+def give_back_memory():
+    """What was freed, glibc keeps until it is told (malloc_trim(3))."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+BEFORE_SERVING.extend((save_memory, give_back_memory))
+
+
+@addition
+class GivesBackMemory(LoopEdge):
+    def chores(self):
+        return [*super().chores(), (give_back_memory, 5.0)]
+
+
+# ==== 50. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 29 Keys, for a token, and 30 Accounts, for who is an operator.
+# It needs: 41 Keys, for a token, and 42 Accounts, for who is an operator.
 
 def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
     """Return rows for the template: of each figure its label and its value."""
@@ -9722,7 +11326,9 @@ class HasFigures(LoopEdge):
         self.figures.close()
 
 
-# ==== 40. Copies ==========================================================================
+# #### A deployment ########################################################################
+
+# ==== 51. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets
 #   its final name when it is whole, checked and on the disk.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
@@ -9876,14 +11482,14 @@ def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]
             print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
 
 
-# ==== 41. Snapshots =======================================================================
+# ==== 52. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there. One that failed is in the log and in the figures. What check says of
 #   the files that are here comes with what to do; it repairs only what is safe.
-# It needs: 39 Figures, 40 Copies.
+# It needs: 50 Figures, 51 Copies.
 
 def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
@@ -10349,13 +11955,13 @@ def remove_blanks(settings):
     return blank
 
 
-# ==== 42. Exports =========================================================================
+# ==== 53. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, people are shut out before the copy is made, so nothing can be
 #   written after it. A file from elsewhere is checked first, and never trusted: whoever
 #   made it may wish us ill.
-# It needs: 30 Accounts, 35 Jobs, 40 Copies. On a node, 45 Nodes does the same in another
+# It needs: 42 Accounts, 40 Jobs, 51 Copies. On a node, 57 Nodes does the same in another
 #   way.
 
 def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
@@ -10389,7 +11995,7 @@ class AddsWorkspaces(EdgeDirectory):
 class KeepsFiles(GuardedNamespace):
     """The file of a workspace, when it is added or removed.
 
-    Each step is a method because with nodes (section 45) another machine has the file.
+    Each step is a method because with nodes (section 57) another machine has the file.
     """
 
     def put(self, store, id, name, source: Optional[pathlib.Path]):
@@ -10761,10 +12367,10 @@ def workspace_restore(settings, given):
     settle(env, name)
 
 
-# ==== 43. Member verbs ====================================================================
+# ==== 54. Member verbs ====================================================================
 # The idea: what the members page does, on the command line and by the same rules. But an
 #   operator makes somebody an owner without asking them.
-# It needs: 42 Exports.
+# It needs: 53 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
@@ -10793,12 +12399,245 @@ def member_list(settings, given):
     table(looked_up(settings, members))
 
 
-# ==== 44. Single ==========================================================================
+# ==== 55. Own workspaces ==================================================================
+# The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
+#   in: the file, the members and the name stay as they are for 30 days. And everybody goes
+#   from one of theirs to another by a list in the header, and their home page is live.
+# It promises: a rename moves no address. To delete is one commit, and so is to bring it
+#   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
+#   could leave half done, and what is on its way in another thread is written. Once a
+#   second at most, a workspace is counted for all home pages that show it.
+# Who uses it: the members page, and the header; on the command line, operators.
+# It needs: 39 Counts, 51 Copies, 53 Exports.
+#
+# workspaces.deleted says when (section 13). It counts as one that its founder has, or many
+# could be made and deleted.
+
+KEPT_SECONDS = 30 * 86400.0                              # as copies of removed ones are
+TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
+ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
+           ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
+
+
+def space_region(ctx):
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    people = len(members_of(ctx.store, ctx.viewer.id))
+    return template("spaces.region")(name=row["name"], people=people)
+
+
+def space_page(ctx, region):
+    typed = {"title": ctx.title, "problem": "", **ctx.typed}
+    deletes = "confirm" in typed
+    return template("spaces")(
+        region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
+        title_problem="" if deletes else typed["problem"], open=deletes, wrong=deletes,
+        confirm_problem=typed["problem"] if deletes else "", name=ctx.workspace,
+        stamp=ctx.stamp)
+
+
+def rename_workspace(ctx):
+    """Change the name that people write. Fields: title and, as the page had it, was."""
+    _, title = names_of(ctx.field("title"))
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    if ctx.field("was", row["title"]) != row["title"]:
+        raise Refused(409, f"Its name is {row['title']} meanwhile. Look, and try again.")
+    set_title(ctx.store, row["name"], title)
+    ask_all_again(ctx)
+    return done(ctx, f"{ctx.viewer.id} {title}")
+
+
+def ask_all_again(ctx):
+    """Have the gate asked again for all open pages of the workspace."""
+    for account, _ in members_of(ctx.store, ctx.viewer.id):
+        access_changed(ctx, account)
+
+
+def delete_workspace(ctx):
+    """Let nobody in any more. The field confirm is its name; case does not matter."""
+    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
+    if slug(" ".join(ctx.field("confirm").split())) != slug(row["title"]):
+        raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
+    if ctx.host.namespace.settings.single:
+        raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
+                           "whoever runs it to remove that.")
+    ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
+                   "moving", DELETED, time.time(), ctx.viewer.id)
+    ask_all_again(ctx)
+    return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
+
+
+# -- from one to another
+
+def switch_list(ctx):
+    """Return what the switcher in the header shows, when it is opened."""
+    mine = ctx.store.query(MINE, ctx.viewer.account, "", NAMES_A_PAGE)
+    return Response(200, event("elements", template("spaces.list")(workspace=mine)), EVENTS)
+
+
+@addition
+class HasSwitcher(Broadcast):
+    def navigation(self, path, ctx, state=True):
+        """It is the same in all pages: what other workspaces somebody has, no page says."""
+        nav = super().navigation(path, ctx, state) or Html()
+        switcher = template("spaces.switch")() if ctx.viewer.account else Html()
+        return Html().join([switcher, nav])
+
+
+# -- the home page
+
+# Each account has its own. What changes access is published there anyway, and so is what an
+# account is asked.
+HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
+            params={"after": WORKSPACE_NAME.pattern})
+
+
+def home_stream(ctx):
+    return ctx.host.stream(HOME, ctx, ())
+
+
+@addition
+class NotesWriting(GuardedNamespace):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.uncounted = set()                           # ids of workspaces
+
+
+@addition
+class KeepsHome(EdgeDirectory):
+    live_home = True
+
+    def count_of(self, id):
+        count = super().count_of(id)
+        if not count:
+            self.namespace.uncounted.add(id)
+        return count
+
+    def topics(self, live, ctx, args):
+        if live.path != HOME.path:
+            return super().topics(live, ctx, args)
+        return [f"access:{ctx.viewer.account}"]
+
+    def rendering(self, region, live, ctx, args):
+        """Counts are not in the store, so its state does not tell whether one is old."""
+        if live.path != HOME.path:
+            return super().rendering(region, live, ctx, args)
+        return self.render(region, live, ctx, args)
+
+
+@addition
+class KnowsHomes(Broker):
+    def published(self, id, topic):
+        super().published(id, topic)
+        if id in self.edge.env.workspaces.objects:
+            self.edge.env.directory.namespace.uncounted.add(id)
+
+    def watchers(self, id):
+        """Who looks at a home page is in no workspace. A single root has one object."""
+        return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
+
+
+@addition
+class CountsForHomes(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
+
+    def chores(self):
+        return [*super().chores(), (self.count_for_homes, 1.0)]
+
+    def count_for_homes(self):
+        """Count anew what was written to and stands on a home page that is open."""
+        known = self.env.directory.namespace
+        written = set()
+        while known.uncounted:                           # others add to it meanwhile
+            written.add(known.uncounted.pop())
+        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
+        homes = [one for one in channels if one.subscription.again.path == "/live"]
+        shown = {home: self.ids_at(home) & written for home in homes if written}
+        seen = set().union(*shown.values())
+        for id in written - seen:
+            known.counts.pop(id, None)                   # who comes later asks for it again
+        for id in seen:
+            known.counts[id] = count_of(self.env.workspaces.get(id))
+        for home, ids in shown.items():
+            if ids:
+                self.broker.mark(home)
+
+    def ids_at(self, home):
+        again = home.subscription.again
+        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
+
+
+# workspace:delete is the grant that only owners have.
+DIRECTORY_SLICES.append(Slice("spaces", live=(
+    Live("/members/workspace", "workspace:delete", "Workspace",
+         (Region("members", space_region),), space_page, tab=False),), routes=(
+    Route("GET", "/live", ACCOUNT, home_stream),
+    Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
+    Route("POST", "/members/workspace", "workspace:delete", rename_workspace,
+          says="renamed the workspace to"),
+    Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,
+          form="/members/workspace", says="deleted the workspace"))))
+
+
+@addition
+class KnowsDeleted(EdgeDirectory):
+    def below_members(self, ctx):
+        may = ctx.viewer.can("workspace:delete")
+        way = template("spaces.way")() if may else Html()
+        return Html().join([super().below_members(ctx), way])
+
+    def own_ended(self, request):
+        """Return the row of one that was deleted long ago, else None."""
+        row = self.store.one(ENDED, DELETED, time.time() - KEPT_SECONDS)
+        return row and dict(row)
+
+    def own_forget(self, request):
+        """Its file is gone."""
+        id = request.params["id"]
+        forget_workspace(self.store, id)
+        self.journal(Viewer(account="(server)"), "workspace remove", id)
+
+
+@addition
+class EndsDeleted(LoopEdge):
+    def chores(self):
+        mine = [] if self.settings.plane == "data" else [(self.end_deleted, 60.0)]
+        return [*super().chores(), *mine]
+
+    def end_deleted(self):
+        """Remove one that was deleted long ago. If that is cut short, it is chosen again.
+        """
+        if not self.env.directory.ask("/_ended"):
+            return
+        with contextlib.suppress(Unusable, Refused), one_move(self.settings):
+            row = self.env.directory.ask("/_ended")      # undelete may have been faster
+            if row:
+                self.env.workspaces.check_removable(row, now=False)  # a node may be away
+                self.env.workspaces.remove(row, {"name": row["name"]}, now=True)
+                said = f"id={row['id']}"
+                self.env.directory.fetch(Request("POST", "/_forget", said))
+
+
+@verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
+def workspace_undelete(settings, given):
+    """All is as it was: nothing but one number has changed."""
+    with one_move(settings), opened(settings, given) as (store, env):
+        row = row_of(store, "workspaces", given.name)
+        if row["moving"] != DELETED:
+            raise Unusable(f"{given.name} is not deleted; workspace list tells what is")
+        if not row["node"] and not env.workspaces.path(row["id"]).exists():
+            raise Unusable(f"the file of {given.name} is gone; workspace remove "
+                           f"{given.name}, then workspace import a copy of it")
+        set_moving(store, row["id"], STAYS)
+
+
+# ==== 56. Single ==========================================================================
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
 # It promises: the first workspace that is founded is the only one.
-# It needs: 33 Quotas, 42 Exports.
+# It needs: 48 Quotas, 53 Exports.
 
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
@@ -10889,7 +12728,7 @@ def single_root(settings):
 ROOTS.append((lambda settings: settings.single, single_root))
 
 
-# ==== 45. Nodes ===========================================================================
+# ==== 57. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. A proxy
 #   asks the directory's gate, and brings its verdict to the node where the workspace lives:
 #
@@ -10902,7 +12741,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 29 Keys, 34 Counts, 40 Copies, 42 Exports.
+# It needs: 39 Counts, 41 Keys, 51 Copies, 53 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -11631,177 +13470,373 @@ def listening_at(where):
     return [where]
 
 
-# ==== 46. Assets ==========================================================================
-# The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
-#   once, when the server starts. The address of each has a fingerprint of its content. So a
-#   browser keeps it for a year; when the content changes, the address does, too.
-# It promises: only files of that folder have an address: none that is hidden, and none of
-#   a type that is not listed here. A slice whose style or script is missing is refused when
-#   the server starts.
-# Who uses it: slices, by Slice(styles=..., scripts=...) and asset().
+# #### More for slices #####################################################################
 
-ASSET_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-               ".txt": "text/plain; charset=utf-8", ".svg": "image/svg+xml",
-               ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
-               ".gif": "image/gif", ".webp": "image/webp", ".avif": "image/avif",
-               ".ico": "image/x-icon", ".woff2": "font/woff2", ".mp3": "audio/mpeg",
-               ".mp4": "video/mp4", ".webm": "video/webm"}
-__all__.append("ASSET_TYPES")
-MOST_OF_ASSETS = 64 * 2 ** 20                            # bytes of all; they are in memory
-FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
-ASK_EACH_TIME = (("cache-control", "no-cache"),)
+# ==== 58. Public routes ===================================================================
+# The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
+#   address at which another service calls (a webhook). The gate lets them in by the slice's
+#   word.
+# It promises: who is not signed in, or no member, is nobody to the slice: account "", role
+#   "public", no grants. A command from another site is nobody's, too, whatever cookie came
+#   along. Only what a slice made public tells that there is a workspace of a name.
+# Who uses it: slices, by Route(..., PUBLIC, ...).
+# It needs: 57 Nodes, for what proxies ask.
+
+NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
+SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
 
 
-# Here and not in a template: there no hole may stand in what browsers run or load.
-LINK = '<link rel="{}" href="{}">\n'
-SCRIPT = '<script type="module" src="{}"></script>\n'
+def public_path(router: Router, request: Request) -> str:
+    """Return the path of the route, if a slice lets anybody in with this; else ""."""
+    if not request.path.startswith("/w/"):
+        return ""
+    path = "/" + "/".join(request.path.split("/")[3:])
+    with contextlib.suppress(Refused):
+        route = router.match(request.method, path)[1]
+        return route.path if route.grant == PUBLIC else ""
+    return ""
 
 
-class Asset(NamedTuple):
-    body: bytes
-    type: str
-    version: str                                         # its fingerprint
+def public_functions(settings) -> Dict[str, Callable]:
+    """Return what an Env has where there are public routes."""
+    public = functools.partial(public_path, workspace_router(settings))
+
+    def question(request):
+        query = "public" if public(request) else ""
+        return question_of(request)._replace(query=query)
+    return {"public": public, "question": question}
 
 
-APP_ASSETS: Dict[str, Asset] = {}                        # by name, as "icons/up.svg"
+def unnamed(request: Request, env: Env, status: int) -> Request:
+    """Return the request for a log: what stands for a <part> of a public path may be a
+    secret. If it was refused, that is so whatever its method is, and what stands behind."""
+    parts = request.path.split("/")
+    methods, shortest = [request.method], len(parts)
+    if status >= 400:
+        methods, shortest = [request.method, *METHODS], 4
+    for end in range(min(len(parts), DEEPEST), shortest - 1, -1):
+        for method in methods:
+            shorter = request._replace(method=method, path="/".join(parts[:end]))
+            path = env.public(shorter)
+            if path:
+                return request._replace(path="/".join(parts[:3]) + path)
+    return request
 
 
-@public
-def asset(name: str) -> str:
-    """Return the address of a file in the folder of assets.
+DEEPEST = 20                                             # parts of a path looked at
 
-    They are read when the server starts. Raises LookupError if there is no such file.
+
+def as_nobody(request: Request, env: Env) -> Request:
+    """Return the request. A public command from another site becomes nobody's.
+
+    It goes on as if a page of ours had sent it. (Other commands are refused then.)
     """
-    if name not in APP_ASSETS:
-        raise LookupError(f"there is no asset {name!r}; there is "
-                          f"{', '.join(APP_ASSETS) or 'none: main(assets=folder)'}")
-    return f"/assets/{urllib.parse.quote(name)}?v={APP_ASSETS[name].version}"
-
-
-def link(relation, address):
-    return Html(LINK.format(relation, escape(address)))
-
-
-def add_asset(name, body):
-    type = ASSET_TYPES[pathlib.PurePath(name).suffix.lower()]
-    APP_ASSETS[name] = Asset(body, type, fingerprint(body))
-    DOORS[f"/assets/{name}"] = app_asset
-
-
-def app_asset(request, env):
-    """A door: a file of the app. With a version in its address that is not the present one,
-    a browser asks each time whether it has changed."""
-    only_read(request)
-    body, type, version = APP_ASSETS[request.path[len("/assets/"):]]
-    caching = FOR_A_YEAR if request.params.get("v") == version else ASK_EACH_TIME
-    tag = f"{version}{coding_of(request, type)}"
-    return unless_known(request, Response(200, body, type, caching), tag)
-
-
-def read_assets(settings: Settings) -> None:
-    """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
-    for name in APP_ASSETS:                              # of another app, in a test
-        DOORS.pop(f"/assets/{name}", None)
-    APP_ASSETS.clear()
-    if settings.assets:
-        for name, path in assets_in(pathlib.Path(settings.assets)):
-            add_asset(name, path.read_bytes())
-    for slice in settings.slices:
-        for name in (*slice.styles, *slice.scripts):
-            check_asset(name, f"slice {slice.name!r}")
-
-
-def check_asset(name, user):
-    if name not in APP_ASSETS:
-        raise Unusable(f"{user}: there is no asset {name!r}; put it into the folder of "
-                       "main(assets=...), and mind that (one,) has a comma too")
-
-
-def assets_in(folder) -> List[Tuple[str, pathlib.Path]]:
-    """Return the files that are served, each with its name."""
-    if not folder.is_dir():
-        raise Unusable(f"the folder of assets {folder} is not there; name one by "
-                       "main(assets=...)")
-    found = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
-    served = [(name.as_posix(), path) for name, path in found if path.is_file()
-              and not any([part.startswith(".") for part in name.parts])
-              and name.suffix.lower() in ASSET_TYPES]
-    size = sum([path.stat().st_size for _, path in served])
-    if size > MOST_OF_ASSETS:
-        raise Unusable(f"the assets in {folder} have {size} bytes; at most "
-                       f"{MOST_OF_ASSETS} are kept in memory. Serve large ones elsewhere")
-    return served
-
-
-CHECKS.append(read_assets)
+    if request.method in SAFE or not env.public(request):
+        return request
+    try:
+        refuse_foreign(request)
+        return request
+    except Refused:
+        headers = {name: value for name, value in request.headers.items()
+                   if name not in SAY_WHO}
+        headers["origin"] = f"{request.scheme}://{request.headers.get('host', '')}"
+        return request._replace(headers=headers)
 
 
 @addition
-class LinksAssets(SliceHost):
-    def head(self, ctx):
-        slice = next(one for one in self.router.slices if one.name == ctx.store.slice)
-        styles = [link("stylesheet", asset(name)) for name in slice.styles]
-        scripts = [SCRIPT.format(escape(asset(name))) for name in slice.scripts]
-        return Html("".join([*styles, *scripts]))
+class LetsAnybodyIn(Directory):
+    def stranger(self, ctx, workspace, no):
+        row = self.store.one("SELECT * FROM workspaces WHERE name = ? AND moving < 2",
+                             workspace)
+        if row is None or not self.asked_for_public(ctx.request):
+            return no
+        if row["moving"]:
+            return MOVING
+        said = self.say(Viewer(), {**row, "role": NOT_A_MEMBER})
+        return let_in({**said, **NOBODY})
+
+    def asked_for_public(self, request):
+        """The worker says so. Of a proxy it is known what that was asked for."""
+        if request.path != "/_gate":
+            return request.query == "public"
+        return bool(public_path(self.inner_router, behind(request)))
+
+    @functools.cached_property
+    def inner_router(self):
+        return workspace_router(self.namespace.settings)
 
 
-# ==== 47. Brand ===========================================================================
-# The idea: name, icon, colours and language of the product that an app is.
-# It needs: 46 Assets.
+@addition
+class OpensToAnybody(LoopEdge):
+    is_open = False                                      # there are public routes
+    secretive = False                                    # one of their paths has <parts>
 
-@public
-class Brand(NamedTuple):
-    """What all pages say of the product: main(slices, brand=Brand(name="Poll")).
+    def use(self, env):
+        paths = [route.path for route in all_routes(env.settings.slices)
+                 if route.grant == PUBLIC]
+        if paths:                                        # else it costs nothing
+            self.is_open = True
+            self.secretive = "<" in "".join(paths)
+            env = dataclasses.replace(env, **public_functions(env.settings))
+        super().use(env)
 
-    icon: the name of an asset. colors: of links and buttons, as "#33409f": on light ground
-    and on dark ground. language: in which the app's pages are written, as in HTML's lang.
-    """
-    name: str = "orion"
-    icon: str = ""
-    colors: Sequence[str] = ()
-    language: str = "en"
+    def request(self, reading, peer):
+        request = super().request(reading, peer)
+        return as_nobody(request, self.env) if self.is_open else request
 
+    def decide(self, request, env):
+        """A proxy may have brought a verdict by the cookie that as_nobody took out."""
+        decided = super().decide(request, env)
+        if not isinstance(decided, Noted) or "cookie" in request.headers \
+                or not self.env.public(request):
+            return decided
+        headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
+        return decided._replace(request=decided.request._replace(headers=headers))
 
-COLOR = re.compile(r"#[0-9a-f]{6}")
-LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5646, 2.1
+    def as_logged(self, request, status=500):
+        return unnamed(request, self.env, status) if self.secretive else request
 
+    def count(self, asked, response):
+        if self.secretive:
+            request = self.as_logged(asked.request, response.status)
+            asked = dataclasses.replace(asked, request=request)
+        super().count(asked, response)
 
-def use_brand(settings: Settings) -> None:
-    """Raise Unusable for a brand that can't be shown."""
-    brand = settings.brand
-    if brand is None:
-        return
-    if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
-            or not LANGUAGE.fullmatch(brand.language):
-        raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
-    icon = "/icon.svg"
-    if brand.icon:
-        check_asset(brand.icon, "Brand")
-        icon = asset(brand.icon)
-    links = link("icon", icon)
-    if brand.colors:
-        if "brand.css" in APP_ASSETS:
-            raise Unusable("Brand(colors=...) makes brand.css; name the app's own file of "
-                           "that name otherwise")
-        add_asset("brand.css", palette(brand.colors).encode())
-        links += link("stylesheet", asset("brand.css"))
-    LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
-
-
-def palette(colors) -> str:
-    """Return a style sheet. Raises Unusable for what is no colour."""
-    if isinstance(colors, str) or len(colors) != 2 \
-            or not all([COLOR.fullmatch(str(color)) for color in colors]):
-        raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
-                       "the second for dark ground: (\"#33409f\", \"#ffd479\")")
-    light, dark = colors
-    return Template(TEMPLATES / "brand.txt")(light=light, dark=dark)
+    def refusal(self, request, error):
+        if not isinstance(error, Refused):               # it goes to the log
+            request = self.as_logged(request)
+        return super().refusal(request, error)
 
 
-CHECKS.append(use_brand)
+def open_to_anybody(env):
+    front = env.front
+    vars(env).update(public_functions(env.workspaces.settings))
+    env.front = lambda request, env: front(as_nobody(request, env), env)
 
 
-# ==== 48. Uploads =========================================================================
+PLAIN.append(open_to_anybody)
+
+
+# ==== 59. Member lists ====================================================================
+# The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
+#   to know; here its file is read, from a connection of its own. On a node, copies are
+#   kept, and asked for anew when the Directory has changed.
+# It promises: nobody waits for the Directory's turn. A region that used it is rendered
+#   again when the members change: at once in one process, else after a second or two.
+# Who uses it: slices.
+# It needs: 57 Nodes, for how processes ask each other.
+
+MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
+ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
+                      ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
+IDS_AT_ONCE = 50                                         # in one question to a Directory
+
+
+class Lists:
+    """The members of workspaces, by id. A list that stays the same is the same object."""
+    MOST = 50_000                                        # members, of all lists
+
+    def __init__(self):
+        self.lock = threading.Lock()                     # guards the next two lines
+        self.lists: Dict[str, Any] = collections.OrderedDict()   # each with its version
+        self.size = 0
+
+    def put(self, id, rows, version=None) -> Tuple[Any, ...]:
+        """Keep rows of name, role and label; return them. The caller holds the lock."""
+        _, known = self.lists.pop(id, (None, ()))
+        members = tuple([tuple(row) for row in rows])
+        if members == known:
+            members = known
+        self.size += len(members) - len(known)
+        self.lists[id] = version, members
+        while self.size > self.MOST and len(self.lists) > 1:
+            _, (_, oldest) = self.lists.popitem(last=False)
+            self.size -= len(oldest)
+        return members
+
+    def prepare(self, id: str) -> None:
+        """Called before the turn of an object is taken."""
+
+    def close(self) -> None:
+        pass
+
+
+class ListsOfFile(Lists):
+    """Reads the Directory's file, whoever writes to it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.db: Optional[sqlite3.Connection] = None
+        self.inode: Any = None
+
+    def of(self, id: str) -> Tuple[Any, ...]:
+        """Raises Refused(503)."""
+        try:
+            with self.lock:
+                version = self.version()
+                as_of, members = self.lists.get(id, (None, ()))
+                if as_of == version:
+                    return members
+                found = self.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
+                return self.put(id, found.fetchall(), version)
+        except sqlite3.Error as error:
+            log_once(f"members: {self.path}: {error}")
+            raise Refused(503, "The members can't be read just now. Try again in a minute.",
+                          retry_after(60)) from error
+
+    def version(self):
+        """Return what changes with each commit to the file, and with the file."""
+        inode = identity(self.path)
+        if self.inode != inode:
+            self.close()
+            uri = f"{self.path.absolute().as_uri()}?mode=ro"
+            self.db = sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None,
+                                      check_same_thread=False)
+            self.inode = inode
+        return inode, self.db.execute("PRAGMA data_version").fetchone()[0]
+
+    def close(self):
+        if self.db:
+            self.db.close()
+        self.db = self.inode = None
+
+
+class ListsOfNode(Lists):
+    """What the Directory, in another process, said of its members."""
+    PATIENCE = 1.0                                       # seconds
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+        self.as_of: Any = None                           # version of the Directory
+
+    def of(self, id):
+        """Mostly it is there already: see prepare. A job may have to wait."""
+        known = self.lists.get(id)
+        return known[1] if known else self.ask([id])[id]
+
+    def prepare(self, id):
+        if id not in self.lists:
+            with contextlib.suppress(NoAnswer):          # then of() tells
+                self.ask([id])
+
+    def ask(self, ids) -> Dict[str, Tuple[Any, ...]]:
+        """Return the lists of these ids. Raises NoAnswer."""
+        as_of = self.as_of
+        question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
+        said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
+        with self.lock:
+            if self.as_of != as_of:                      # what was said may be older
+                self.as_of = None
+            return {id: self.put(id, rows) for id, rows in said.items()}
+
+    def refresh(self, version) -> List[str]:
+        """Ask for all again, if the Directory has changed. Return ids: whose list did."""
+        if version == self.as_of:
+            return []
+        self.as_of = version                             # first: see ask
+        before = dict(self.lists)
+        ids = [*before]
+        try:
+            for first in range(0, len(ids), IDS_AT_ONCE):
+                self.ask(ids[first:first + IDS_AT_ONCE])
+        except CRASH:
+            self.as_of = None
+            raise
+        return [id for id in ids if id not in self.lists
+                or self.lists[id][1] is not before[id][1]]
+
+
+@addition
+class TellsMembers(EdgeDirectory):
+    def own_members_of(self, request):
+        found = {}
+        for id in request.params["ids"].split(","):
+            rows = self.store.query(ROLES_AND_LABELS, id, MOST_MEMBERS)
+            found[id] = [tuple(row) for row in rows]
+        return found
+
+
+@addition
+class ListsMembers(Namespace):
+    lists: Optional[Lists] = None                        # None: nobody has asked yet
+
+    def members_of(self, id: str) -> Tuple[Any, ...]:
+        with self.lock:
+            if self.lists is None:
+                settings = self.settings
+                self.lists = (ListsOfNode(settings) if settings.plane == "data"
+                              else ListsOfFile(settings.directory_file))
+        return self.lists.of(id)
+
+    def close(self):
+        super().close()
+        if self.lists:
+            self.lists.close()
+
+
+@addition
+class AsksForMembers(Context):
+    __slots__ = ()
+
+    def members(self) -> List[Any]:
+        """Return everybody in this workspace, by name: dicts with name, role and label."""
+        self.store.check_thread()
+        members = self.host.namespace.members_of(self.host.id)
+        if self.host.kept_members is None:
+            self.host.kept_members = members
+        return [dict(zip(("name", "role", "label"), member)) for member in members]
+
+
+@addition
+class ShowsMembers(SliceHost):
+    """What is kept of its renderings depends on the members, too."""
+    kept_members: Any = None                             # as one used them; None: none did
+
+    def rendering(self, *what):
+        kept = self.kept_members
+        if kept is not None and kept is not self.namespace.members_of(self.id):
+            self.renderings.clear()
+            self.kept_members = None
+        return super().rendering(*what)
+
+
+@addition
+class TellsOfMembers(Broker):
+    def published(self, id, topic):
+        super().published(id, topic)
+        if id == self.edge.env.directory.id and topic.startswith("members:"):
+            self.members_changed([topic[len("members:"):]])
+        elif id == self.edge.env.directory.id and not topic:
+            lists = self.edge.env.workspaces.lists
+            if not isinstance(lists, ListsOfNode):       # it was another process
+                self.members_changed([*self.channels])
+
+    def members_changed(self, ids):
+        """All regions of these workspaces are asked again, if one ever used members."""
+        if self.edge.env.workspaces.lists:
+            for id in ids:
+                super().published(id, "")
+
+    def look_elsewhere(self):
+        super().look_elsewhere()
+        lists = self.edge.env.workspaces.lists
+        if isinstance(lists, ListsOfNode):
+            with contextlib.suppress(NoAnswer):          # in the next second
+                self.members_changed(lists.refresh(self.version))
+
+
+@addition
+class PreparesMembers(LoopEdge):
+    def decide(self, request, env):
+        decided = super().decide(request, env)
+        if isinstance(decided, Noted) and self.env.workspaces.lists:
+            self.env.workspaces.lists.prepare(decided.stub.id)
+        return decided
+
+
+# ==== 60. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
 #   reads the socket, and hands what has come to a thread, which writes it; until then the
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
@@ -11811,7 +13846,7 @@ CHECKS.append(use_brand)
 #   sender has to send SLOWEST bytes a second. What is under way is bounded: of an account,
 #   and of all. A form is read in one pass; it has few parts, and short heads.
 # Who uses it: slices, by ctx.upload().
-# It needs: 32 Masquerade, for who only looks on.
+# It needs: 44 Masquerade, for who only looks on.
 
 PIECE = 2 ** 18                                          # bytes that are written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
@@ -12242,7 +14277,7 @@ def check_uploads(settings: Settings) -> None:
 CHECKS.append(check_uploads)
 
 
-# ==== 49. Stored files ====================================================================
+# ==== 61. Stored files ====================================================================
 # The idea: a file is rows of the tenant's own database: one that describes it, and one for
 #   each piece. So it is written by the command's own transaction; the quota counts it, and
 #   snapshots, exports and moves have it.
@@ -12250,7 +14285,7 @@ CHECKS.append(check_uploads)
 #   holds up nobody. What a browser could run it saves instead, and does not open; what it
 #   opens it runs in a sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
-# It needs: 48 Uploads.
+# It needs: 60 Uploads.
 
 FILE_TABLES = (
     "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
@@ -12442,1496 +14477,1515 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 50. Ordinary pages ==================================================================
-# The idea: a slice has pages without a stream, too, and answers that lead from one page to
-#   another, or that a browser keeps as a file.
-# It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
-#   shown once, as text, on that page, and to the session whose command it was. What is
-#   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
-#   A form that was refused is shown again, with what was typed.
-# Who uses it: slices.
+# ==== 62. Tokens ==========================================================================
+# The idea: a program comes with a token that a member made, in the header Authorization
+#   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
+#   write as well. A program is answered with data, at the addresses of the pages.
+# It promises: a token does what its maker may do now, or less, and nothing outside of its
+#   workspace nor with its members. It is void when its maker leaves. It is shown once; only
+#   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
+#   nobody down.
+# Who uses it: whoever writes a program. README has one in curl and one in Python.
+# It needs: 42 Accounts, 43 Account page.
+#
+# Its table is in section 13:
+#
+#     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
+#              name, writes, made, used (for the last time; 0: never)
 
-@public
-def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Response:
-    """Return a page without a stream, in the same layout as live ones.
+API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+MOST_TOKENS = 50                                         # of one account
+LONGEST_PURPOSE = 60                                     # characters
+TRUSTED.update({"x-bearer", "x-token"})
 
-    Raises TypeError if html is not Html.
+
+# -- at the edge
+
+# Inside, a token stands in the cookie's place. So what is kept by cookie is kept by token,
+# and a cookie that came along counts for nothing. Browsers take no cookie that begins so
+# from another host, whatever its name (RFC 6265bis, 5.7).
+BEARER = "__Host-bearer="
+
+
+def with_token(request: Request) -> Request:
+    """Return the request of a program as a page of ours would send it, with its token.
+
+    Only pages need to say where they come from: no browser sends a token by itself.
     """
-    if type(html) is not Html:
-        raise TypeError("plain_page(ctx, title, html) takes Html, what a template returns, "
-                        f"and not {html!r:.200}")
-    nav = ctx.host.navigation("", ctx, state=False)
-    return page(f"{title} · {ctx.title}", html, ctx.viewer, nav, status=status,
-                head=ctx.host.head(ctx))
-
-
-@public
-def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
-       **signals: Any) -> Response:
-    """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
-
-    It works for plain forms and for Datastar. flash: a message that the page shows once.
-    signals: what ctx.remove returned. Raises LookupError if no slice here has the page,
-    ValueError if it is not to be found with these args.
-    """
-    path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
-    flash = flash or signals.get("note", "")
-    headers = (flash_header(path, flash, signals),) if flash else ()
-    if ctx.request.datastar:                             # the layout has the rest
-        return as_json({"_go": path})._replace(headers=headers)
-    return see_other(path, *headers)
-
-
-def path_to(router, page, args) -> str:
-    """Return the path of a page, in its workspace. Raises LookupError or ValueError."""
-    pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
-    if page not in pages:
-        raise LookupError(f"go() leads to a page by its value, and no slice here has "
-                          f"{page!r:.99}; put it into live or routes of a slice")
-    many = len(PART_OF_PATH.findall(page.path))
-    if len(args) != many:
-        raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
-    rest = iter(args)
-    path = PART_OF_PATH.sub(lambda part: str(next(rest)), page.path)
-    with contextlib.suppress(Refused):
-        plain_path(urllib.parse.quote(path))
-        if router.match("GET", path)[1].path == page.path:
-            return path
-    raise ValueError(f"there is no page at {path!r:.99}: a part of {page.path} is text "
-                     "without slashes or dots alone, and of <int:part> a number")
-
-
-# -- a flash: a message for the page to which go() leads. A cookie brings it there, sealed,
-#    and only to that path. The page deletes it.
-
-FLASH = "x-flash"                                        # the header of an answer, inside
-FLASH_SECONDS = 60
-FLASH_KEY = secrets.token_bytes(32)                      # of this process
-LONGEST_FLASH = 200                                      # characters
-
-
-def flash_header(path, text, signals):
-    """The signal _undo, if there is one, goes along in a second line."""
-    lines = f"{text[:LONGEST_FLASH]}\n{signals.get('_undo', '')}".encode("utf-8", "replace")
-    return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
-
-
-def with_flash(request: Request, response: Response) -> Response:
-    """Return the answer as it leaves: with the message it gives, or the one it got."""
-    given = [value for name, value in response.headers if name == FLASH]
-    if given:
-        rest = [pair for pair in response.headers if pair[0] != FLASH]
-        path, data = given[0].split(" ")
-        value = f"{data}.{flash_seal(request, urllib.parse.unquote(path), data)}"
-        cookie = cookie_field(request.scheme, "flash", value, path, FLASH_SECONDS)
-        return response._replace(headers=(*rest, cookie))
-    if not response.nonce or "flash=" not in request.headers.get("cookie", ""):
-        return response
-    text = flash_in(request)
-    return show_flash(request, response, text) if text else response
-
-
-def flash_seal(request, path, data) -> str:
-    """The seal is over the session, too: the next one to sign in here is not shown it."""
-    cookies = request.headers.get("cookie", "").split(";")
-    session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
-    sealed = json.dumps([path, data, session]).encode()
-    return hmac.digest(FLASH_KEY, sealed, "sha256").hex()
-
-
-def flash_in(request) -> str:
-    """Return the message that came along for this page; "" if there is none of ours."""
-    for value in cookie_values(request.headers["cookie"], "flash"):
-        data, _, sealed = value.partition(".")
-        ours = flash_seal(request, request.path, data)
-        if hmac.compare_digest(ours.encode(), sealed.encode("utf-8", "replace")):
-            return base64.urlsafe_b64decode(data).decode()
-    return ""
-
-
-def show_flash(request, response, text):
-    """Put it at the end of the page, and have the browser forget it."""
-    path = urllib.parse.quote(request.path)
-    forget = cookie_field(request.scheme, "flash", "", path, 0)
-    text, _, undo = text.rpartition("\n")
-    return with_message(response._replace(headers=(*response.headers, forget)), text,
-                        undo=undo, undo_form={"undo": undo} if undo else None)
-
-
-def with_message(response, text, kind="flash", **more):
-    return at_end(response, template(f"layout.{kind}")(text=text, **more))
-
-
-# -- a form that was refused
-
-def old_messages(request: Request) -> Dict[str, str]:
-    """Return signals that take away what a page says of an earlier mistake: "problem" and,
-    for each field that was sent, "<field>_problem".
-
-    A form does not bring these signals along; otherwise, only those that came are meant.
-    """
-    names: Dict[str, Any] = {}
-    with contextlib.suppress(Refused):
-        names = dict(request.pairs())
-    problems = ["problem"]
-    problems += [f"{name}_problem" for name in names if not name.startswith("_")]
-    return {name: "" for name in problems if request.media_type in FORMS or name in names}
-
-
-@addition
-class ShowsFormsAgain(SliceHost):
-    def refuse(self, request, refused):
-        """A plain form is shown again; a page forgets what it says of earlier mistakes."""
-        if request.datastar and refused.status in (409, 422):
-            said = {refused.signal: refused.message, **refused.problems}
-            return as_json({**old_messages(request), **said})
-        if request.media_type in FORMS and refused.status in (409, 412, 422):
-            return self.page_again(request, refused)
-        raise refused
-
-    def page_again(self, request, refused):
-        """Return the page of a plain form, with the status of the refusal.
-
-        ctx.typed has what was typed and, as "problem" and by field, the messages. If it
-        does not show them, the first stands at its end. Raises refused if there is no such
-        page.
-        """
-        try:
-            path = self.form_path(request)
-            texts = {name: value for name, value in request.pairs() if type(value) is str}
-            typed = {**texts, "problem": refused.message, **refused.problems}
-            again = request._replace(method="GET", path=path, query="", typed=typed)
-            response = self.handle(again)._replace(status=refused.status)
-        except Refused:
-            raise refused from None
-        message = escape(refused.message).encode("utf-8", "replace")
-        if not response.nonce or message in response.body:
-            return response                              # it is no page, or shows it
-        return with_message(response, refused.message, "wrong")
-
-    def form_path(self, request):
-        """Return the path of the page on which the form for this command is."""
-        _, route, args = self.router_for(request).match(request.method, request.path)
-        return with_parts(route.form, route.path, args) or request.path
-
-    def path_after(self, request):
-        """Return where a plain form leads when it is done: to its page or, without one, to
-        the list that its path begins with."""
-        path = self.form_path(request)
-        with contextlib.suppress(Refused):
-            self.router_for(request).match("GET", path)
-            return urllib.parse.quote(path)
-        return "/" + path.split("/")[1]
-
-
-@addition
-class KnowsWhatWasTyped(Context):
-    __slots__ = ()
-
-    @property
-    def typed(self):
-        """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
-        return self._request.typed if self._request else {}
-
-
-@addition
-class ShowsNotesAfterForms(SliceHost):
-    def after_form(self, ctx, signals):
-        answer = super().after_form(ctx, signals)
-        if "note" not in signals:
-            return answer
-        path = dict(answer.headers)["location"]
-        flash = flash_header(path, signals["note"], signals)
-        return answer._replace(headers=(*answer.headers, flash))
-
-
-@addition
-class CarriesFlashes(LoopEdge):
-    def finish(self, asked, response):
-        """No other answer than a page, or one with header fields, has to do with a flash.
-        """
-        carries = isinstance(response, Response) and (response.headers or response.nonce)
-        if carries and asked.reading.method != "HEAD":
-            response = with_flash(asked.request, response)
-        super().finish(asked, response)
-
-
-def carry_flashes(env):
-    front = env.front
-    env.front = lambda request, env: with_flash(request, front(request, env))
-
-
-PLAIN.append(carry_flashes)
-
-
-# -- a file for the browser to keep
-
-# Types, and how others begin. None of those that end with "xml" is one.
-HARMLESS = ("text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
-            "application/json", "application/pdf", "application/zip", "application/gzip",
-            "application/rtf", "application/epub+zip", "application/vnd.", "image/",
-            "audio/", "video/", "font/")
-SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
-
-
-@public
-def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
-    """Return a file that the browser saves under this name.
-
-    type: of its content, as "text/csv". What a browser could run (HTML, SVG, XML, scripts)
-    is sent as application/octet-stream.
-    """
-    if isinstance(data, str):
-        data = data.encode("utf-8", "replace")
-        type = type or "text/plain"
-        type += "" if "charset" in type else "; charset=utf-8"
-    saved = disposition("attachment", file_name(name))
-    headers = (("content-disposition", saved), SANDBOX)
-    return Response(200, data, harmless_type(type), headers)
-
-
-def harmless_type(type: str) -> str:
-    """Return the type, if no browser runs what has it; else one that means nothing."""
-    kind = type.partition(";")[0].strip().lower()
-    if kind.startswith(HARMLESS) and not kind.endswith("xml"):
-        return type
-    return "application/octet-stream"
-
-
-# -- a no, in the layout of the workspace
-
-IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)
-
-
-@addition
-class RefusesInLayout(Workspace):
-    def answer(self, request):
-        """What was written is rolled back by now."""
-        try:
-            return super().answer(request)
-        except Refused as no:
-            if no.status not in IN_LAYOUT or not request.opens_page:
-                raise
-            return self.refused_page(request, no)
-
-    def refused_page(self, request, no):
-        viewer = self.viewer(request)
-        store = Tables(self.store, "welcome", READ)
-        ctx = self.context(self, store, viewer, {}, request)
-        tabs = self.tabs(viewer)
-        on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
-        where = tabs[0].title if tabs else "Home page"
-        said = told(no)
-        body = template("error.inside")(**said, on=on, where=where)
-        answer = plain_page(ctx, said["headline"], body, no.status)
-        return answer._replace(headers=no.headers)
-
-
-# ==== 51. Public routes ===================================================================
-# The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
-#   address at which another service calls (a webhook). The gate lets them in by the slice's
-#   word.
-# It promises: who is not signed in, or no member, is nobody to the slice: account "", role
-#   "public", no grants. A command from another site is nobody's, too, whatever cookie came
-#   along. Only what a slice made public tells that there is a workspace of a name.
-# Who uses it: slices, by Route(..., PUBLIC, ...).
-# It needs: 45 Nodes, for what proxies ask.
-
-NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
-SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
-
-
-def public_path(router: Router, request: Request) -> str:
-    """Return the path of the route, if a slice lets anybody in with this; else ""."""
-    if not request.path.startswith("/w/"):
-        return ""
-    path = "/" + "/".join(request.path.split("/")[3:])
-    with contextlib.suppress(Refused):
-        route = router.match(request.method, path)[1]
-        return route.path if route.grant == PUBLIC else ""
-    return ""
-
-
-def public_functions(settings) -> Dict[str, Callable]:
-    """Return what an Env has where there are public routes."""
-    public = functools.partial(public_path, workspace_router(settings))
-
-    def question(request):
-        query = "public" if public(request) else ""
-        return question_of(request)._replace(query=query)
-    return {"public": public, "question": question}
-
-
-def unnamed(request: Request, env: Env, status: int) -> Request:
-    """Return the request for a log: what stands for a <part> of a public path may be a
-    secret. If it was refused, that is so whatever its method is, and what stands behind."""
-    parts = request.path.split("/")
-    methods, shortest = [request.method], len(parts)
-    if status >= 400:
-        methods, shortest = [request.method, *METHODS], 4
-    for end in range(min(len(parts), DEEPEST), shortest - 1, -1):
-        for method in methods:
-            shorter = request._replace(method=method, path="/".join(parts[:end]))
-            path = env.public(shorter)
-            if path:
-                return request._replace(path="/".join(parts[:3]) + path)
-    return request
-
-
-DEEPEST = 20                                             # parts of a path looked at
-
-
-def as_nobody(request: Request, env: Env) -> Request:
-    """Return the request. A public command from another site becomes nobody's.
-
-    It goes on as if a page of ours had sent it. (Other commands are refused then.)
-    """
-    if request.method in SAFE or not env.public(request):
+    scheme, _, given = request.headers["authorization"].partition(" ")
+    if scheme.lower() != "bearer":
         return request
-    try:
-        refuse_foreign(request)
-        return request
-    except Refused:
-        headers = {name: value for name, value in request.headers.items()
-                   if name not in SAY_WHO}
-        headers["origin"] = f"{request.scheme}://{request.headers.get('host', '')}"
-        return request._replace(headers=headers)
+    token = given if API_TOKEN.fullmatch(given) else ""
+    headers = {**request.headers, "cookie": BEARER + token, "accept": "application/json",
+               "origin": f"{request.scheme}://{request.headers.get('host', '')}"}
+    unsaid = ["sec-fetch-site", "datastar-request"]
+    if token:                                            # else it may be for a webhook
+        unsaid.append("authorization")
+    for name in unsaid:
+        headers.pop(name, None)
+    return request._replace(headers=headers)
+
+
+def of_program(request: Request) -> bool:
+    return request.headers.get("cookie", "").startswith(BEARER)
 
 
 @addition
-class LetsAnybodyIn(Directory):
-    def stranger(self, ctx, workspace, no):
-        row = self.store.one("SELECT * FROM workspaces WHERE name = ? AND moving < 2",
-                             workspace)
-        if row is None or not self.asked_for_public(ctx.request):
-            return no
-        if row["moving"]:
-            return MOVING
-        said = self.say(Viewer(), {**row, "role": NOT_A_MEMBER})
-        return let_in({**said, **NOBODY})
-
-    def asked_for_public(self, request):
-        """The worker says so. Of a proxy it is known what that was asked for."""
-        if request.path != "/_gate":
-            return request.query == "public"
-        return bool(public_path(self.inner_router, behind(request)))
-
-    @functools.cached_property
-    def inner_router(self):
-        return workspace_router(self.namespace.settings)
-
-
-@addition
-class OpensToAnybody(LoopEdge):
-    is_open = False                                      # there are public routes
-    secretive = False                                    # one of their paths has <parts>
-
-    def use(self, env):
-        paths = [route.path for route in all_routes(env.settings.slices)
-                 if route.grant == PUBLIC]
-        if paths:                                        # else it costs nothing
-            self.is_open = True
-            self.secretive = "<" in "".join(paths)
-            env = dataclasses.replace(env, **public_functions(env.settings))
-        super().use(env)
+class TakesTokens(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bad_tokens = Throttle()
 
     def request(self, reading, peer):
         request = super().request(reading, peer)
-        return as_nobody(request, self.env) if self.is_open else request
-
-    def decide(self, request, env):
-        """A proxy may have brought a verdict by the cookie that as_nobody took out."""
-        decided = super().decide(request, env)
-        if not isinstance(decided, Noted) or "cookie" in request.headers \
-                or not self.env.public(request):
-            return decided
-        headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
-        return decided._replace(request=decided.request._replace(headers=headers))
-
-    def as_logged(self, request, status=500):
-        return unnamed(request, self.env, status) if self.secretive else request
-
-    def count(self, asked, response):
-        if self.secretive:
-            request = self.as_logged(asked.request, response.status)
-            asked = dataclasses.replace(asked, request=request)
-        super().count(asked, response)
+        return with_token(request) if "authorization" in request.headers else request
 
     def refusal(self, request, error):
-        if not isinstance(error, Refused):               # it goes to the log
-            request = self.as_logged(request)
-        return super().refusal(request, error)
+        """Programs are told it as JSON: {"message": ...}."""
+        if not of_program(request):
+            return super().refusal(request, error)
+        error = self.slowed(request, error)
+        no = super().refusal(request, error)
+        problems = getattr(error, "problems", {})
+        told = as_json({"message": no.body.decode().strip(), **problems},
+                       headers=no.headers)
+        return told._replace(status=no.status)
 
+    def slowed(self, request, error):
+        """Return the error or, after many tokens that are not valid, one to wait for.
 
-def open_to_anybody(env):
-    front = env.front
-    vars(env).update(public_functions(env.workspaces.settings))
-    env.front = lambda request, env: front(as_nobody(request, env), env)
-
-
-PLAIN.append(open_to_anybody)
-
-
-# ==== 52. Member lists ====================================================================
-# The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
-#   to know; here its file is read, from a connection of its own. On a node, copies are
-#   kept, and asked for anew when the Directory has changed.
-# It promises: nobody waits for the Directory's turn. A region that used it is rendered
-#   again when the members change: at once in one process, else after a second or two.
-# Who uses it: slices.
-# It needs: 45 Nodes, for how processes ask each other.
-
-MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
-ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
-                      ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
-IDS_AT_ONCE = 50                                         # in one question to a Directory
-
-
-class Lists:
-    """The members of workspaces, by id. A list that stays the same is the same object."""
-    MOST = 50_000                                        # members, of all lists
-
-    def __init__(self):
-        self.lock = threading.Lock()                     # guards the next two lines
-        self.lists: Dict[str, Any] = collections.OrderedDict()   # each with its version
-        self.size = 0
-
-    def put(self, id, rows, version=None) -> Tuple[Any, ...]:
-        """Keep rows of name, role and label; return them. The caller holds the lock."""
-        _, known = self.lists.pop(id, (None, ()))
-        members = tuple([tuple(row) for row in rows])
-        if members == known:
-            members = known
-        self.size += len(members) - len(known)
-        self.lists[id] = version, members
-        while self.size > self.MOST and len(self.lists) > 1:
-            _, (_, oldest) = self.lists.popitem(last=False)
-            self.size -= len(oldest)
-        return members
-
-    def prepare(self, id: str) -> None:
-        """Called before the turn of an object is taken."""
-
-    def close(self) -> None:
-        pass
-
-
-class ListsOfFile(Lists):
-    """Reads the Directory's file, whoever writes to it."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-        self.db: Optional[sqlite3.Connection] = None
-        self.inode: Any = None
-
-    def of(self, id: str) -> Tuple[Any, ...]:
-        """Raises Refused(503)."""
+        It was looked up before: so a valid one never waits, whoever shares its address.
+        """
+        if getattr(error, "status", 0) != NO_TOKEN.status:
+            return error
         try:
-            with self.lock:
-                version = self.version()
-                as_of, members = self.lists.get(id, (None, ()))
-                if as_of == version:
-                    return members
-                found = self.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
-                return self.put(id, found.fetchall(), version)
-        except sqlite3.Error as error:
-            log_once(f"members: {self.path}: {error}")
-            raise Refused(503, "The members can't be read just now. Try again in a minute.",
-                          retry_after(60)) from error
-
-    def version(self):
-        """Return what changes with each commit to the file, and with the file."""
-        inode = identity(self.path)
-        if self.inode != inode:
-            self.close()
-            uri = f"{self.path.absolute().as_uri()}?mode=ro"
-            self.db = sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None,
-                                      check_same_thread=False)
-            self.inode = inode
-        return inode, self.db.execute("PRAGMA data_version").fetchone()[0]
-
-    def close(self):
-        if self.db:
-            self.db.close()
-        self.db = self.inode = None
-
-
-class ListsOfNode(Lists):
-    """What the Directory, in another process, said of its members."""
-    PATIENCE = 1.0                                       # seconds
-
-    def __init__(self, settings):
-        super().__init__()
-        self.settings = settings
-        self.as_of: Any = None                           # version of the Directory
-
-    def of(self, id):
-        """Mostly it is there already: see prepare. A job may have to wait."""
-        known = self.lists.get(id)
-        return known[1] if known else self.ask([id])[id]
-
-    def prepare(self, id):
-        if id not in self.lists:
-            with contextlib.suppress(NoAnswer):          # then of() tells
-                self.ask([id])
-
-    def ask(self, ids) -> Dict[str, Tuple[Any, ...]]:
-        """Return the lists of these ids. Raises NoAnswer."""
-        as_of = self.as_of
-        question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
-        said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
-        with self.lock:
-            if self.as_of != as_of:                      # what was said may be older
-                self.as_of = None
-            return {id: self.put(id, rows) for id, rows in said.items()}
-
-    def refresh(self, version) -> List[str]:
-        """Ask for all again, if the Directory has changed. Return ids: whose list did."""
-        if version == self.as_of:
-            return []
-        self.as_of = version                             # first: see ask
-        before = dict(self.lists)
-        ids = [*before]
-        try:
-            for first in range(0, len(ids), IDS_AT_ONCE):
-                self.ask(ids[first:first + IDS_AT_ONCE])
-        except CRASH:
-            self.as_of = None
-            raise
-        return [id for id in ids if id not in self.lists
-                or self.lists[id][1] is not before[id][1]]
+            throttle(self.bad_tokens, request)
+            return error
+        except Refused as wait:
+            return wait
 
 
 @addition
-class TellsMembers(EdgeDirectory):
-    def own_members_of(self, request):
-        found = {}
-        for id in request.params["ids"].split(","):
-            rows = self.store.query(ROLES_AND_LABELS, id, MOST_MEMBERS)
-            found[id] = [tuple(row) for row in rows]
-        return found
+class LeavesProgramsOut(Broker):
+    """Who left a program running is not here. And programs are not told who is."""
+
+    def presence(self, streams):
+        return super().presence([one for one in streams if not of_program(one.again)])
+
+    def show_here(self, stream, piece):
+        if not of_program(stream.again):
+            super().show_here(stream, piece)
+
+
+# -- in the Directory
+
+NO_TOKEN = Response(401, b"This token is not valid: it was withdrawn, its maker has left, "
+                         b"or it was not copied in full. Make one at /account/tokens.\n",
+                    headers=(("www-authenticate", "Bearer"),))
+
+
+def narrowed(said: Dict[str, str], token) -> Dict[str, str]:
+    """Return a verdict on the maker as one on the token. Members, and the workspace itself,
+    are not for programs."""
+    grants = [one for one in said["x-grants"].split(",")
+              if not one.startswith(("members:", "workspace:"))
+              and (token["writes"] or one.endswith(":read"))]
+    said.pop("x-operates", None)
+    how = "write" if token["writes"] else "read"
+    return {**said, "x-grants": ",".join(grants),
+            "x-can-delete": "true" if "todos:delete" in grants else "false",
+            "x-token": f"{how} {token['id']} {urllib.parse.quote(token['name'])}"}
 
 
 @addition
-class ListsMembers(Namespace):
-    lists: Optional[Lists] = None                        # None: nobody has asked yet
+class KnowsTokens(EdgeDirectory):
+    """A token has no session. So it is nobody, everywhere but at the gate."""
+    USED_SECONDS = 60.0                                  # between notes of the last use
 
-    def members_of(self, id: str) -> Tuple[Any, ...]:
-        with self.lock:
-            if self.lists is None:
-                settings = self.settings
-                self.lists = (ListsOfNode(settings) if settings.plane == "data"
-                              else ListsOfFile(settings.directory_file))
-        return self.lists.of(id)
+    def on_open(self):
+        super().on_open()
+        self.uses: Dict[str, float] = {}                 # by id: not yet in the table
+        self.uses_due = 0.0
 
-    def close(self):
-        super().close()
-        if self.lists:
-            self.lists.close()
+    def identified(self, request):
+        """The hash stands where that of a session would: verdicts are kept by it."""
+        cookie = request.headers.get("cookie", "")
+        request = super().identified(request)
+        if not cookie.startswith(BEARER):
+            return request
+        token = cookie[len(BEARER):]
+        said = {"x-session": token_hash(token).hex(), "x-bearer": token[6:18]}
+        return request._replace(headers={**request.headers, **said})
+
+    def token(self, request) -> Optional[sqlite3.Row]:
+        """Return the row of the token; None if it is not valid."""
+        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", request.headers["x-bearer"])
+        given = bytes.fromhex(request.headers["x-session"])
+        return row if row and hmac.compare_digest(row["digest"], given) else None
+
+    def stranger(self, ctx, workspace, no):
+        """The gate asks this about all who have no session, or are no members."""
+        if "x-bearer" not in ctx.request.headers:
+            return super().stranger(ctx, workspace, no)
+        token = self.token(ctx.request)
+        if token is None:
+            return super().stranger(ctx, workspace, NO_TOKEN)
+        row = ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace, token["account"],
+                            token["workspace"])
+        if row is None:
+            return super().stranger(ctx, workspace, NO_ENTRY)
+        if row["moving"]:
+            return MOVING
+        self.uses[token["id"]] = time.time()
+        maker = Viewer(account=token["account"], label=token["label"])
+        return let_in(narrowed(self.say(maker, row), token))
+
+    def viewer(self, request):
+        """Raises Refused(403) for a command at /members, which is the Directory's."""
+        if request.headers.get("x-token") and request.method not in SAFE:
+            raise Refused(403, "Programs do not change who is a member. Do that in the "
+                               "browser.")
+        return super().viewer(request)
+
+    def each_second(self):
+        super().each_second()
+        if self.uses and time.monotonic() >= self.uses_due:
+            self.uses_due = time.monotonic() + self.USED_SECONDS
+            with self.store.tx():
+                for id, at in self.uses.items():
+                    self.store.exec("UPDATE tokens SET used = ? WHERE id = ?", at, id)
+            self.uses.clear()
+
+
+# -- the page on which tokens are made
+
+TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
+               JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
+               ORDER BY t.made DESC"""
+MOST_PLACES = 500                                        # from which one chooses
+
+
+def tokens_page(ctx, made=""):
+    """made: a token that is to be shown, this once."""
+    typed = ctx.typed
+    rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
+             "since": moment(row["made"]),
+             "last": moment(row["used"]) if row["used"] else "never"}
+            for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
+    places = [{**row, "selected": row["name"] == typed.get("workspace")}
+              for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_PLACES)]
+    body = template("tokens")(
+        new={"made": made} if made else False, token=rows, none=not rows, place=places,
+        name=typed.get("name", ""), problem=typed.get("problem", ""), stamp=ctx.stamp)
+    return page("Tokens", body, ctx.viewer)
+
+
+def make_token(ctx):
+    """Fields: name, workspace, how (read or write)."""
+    account = ctx.viewer.account
+    name, how = ctx.field("name"), ctx.field("how", "read")
+    row = ctx.store.one(MEMBERSHIP, ctx.field("workspace"), account)
+    check_token(ctx, name, how, row)
+    id = secrets.token_hex(6)
+    token = f"orion_{id}_{secrets.token_urlsafe(32)}"
+    ctx.store.exec("INSERT INTO tokens (id, digest, account, workspace, name, writes, "
+                   "made) VALUES (?, ?, ?, ?, ?, ?, ?)", id, token_hash(token), account,
+                   row["id"], name, how == "write", time.time())
+    once = (("cache-control", "no-store"),)              # so it is not kept: Answers
+    which = f"{row['id']} {name} ({id}): {how}"
+    return tokens_page(ctx, token)._replace(headers=once, which=which)
+
+
+def check_token(ctx, name, how, row):
+    """row: of the membership. Raise Refused if there can be no such token."""
+    if ctx.viewer.signature != ctx.viewer.account:
+        raise Refused(403, "You look on in somebody's name, and a token would outlast "
+                           "that. They can make one themselves.")
+    if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
+        raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
+    if row is None or how not in ("read", "write"):
+        raise Refused(422, "Choose one of your workspaces, and what the program may do.")
+    if len(ctx.store.query(TOKENS_OF, ctx.viewer.account)) >= MOST_TOKENS:
+        raise Refused(422, f"You have {MOST_TOKENS} tokens. Withdraw one first.")
+
+
+def withdraw_token(ctx):
+    """The field token is an id."""
+    id = ctx.field("token")[:12]
+    ctx.store.exec("DELETE FROM tokens WHERE id = ? AND account = ?", id,
+                   ctx.viewer.account)
+    access_changed(ctx, ctx.viewer.account)
+    return see_other("/account/tokens")._replace(which=id)
+
+
+DIRECTORY_SLICES.append(Slice("tokens", routes=(
+    Route("GET", "/account/tokens", ACCOUNT, tokens_page),
+    Route("POST", "/account/tokens", ACCOUNT, make_token, says="made a token:"),
+    Route("POST", "/account/tokens/withdraw", ACCOUNT, withdraw_token,
+          form="/account/tokens"))))
+ACCOUNT_PARTS.append(lambda ctx: template("tokens.link")())
+
+
+# -- what a program is answered
+
+@dataclasses.dataclass(frozen=True)
+class Program(Viewer):
+    """A member's program. token: the name and the id of what it came with."""
+    token: str = ""
+    read_only: bool = False
+    has_page = False
+    BY = " by token "
+
+    def permit(self, grant, method="GET"):
+        if self.read_only and method not in SAFE:
+            raise Refused(403, "This token only reads. Make one that may write as well.")
+        super().permit(grant, method)
+
+    @property
+    def signature(self):
+        return f"{self.account}{self.BY}{self.token}"
 
 
 @addition
-class AsksForMembers(Context):
-    __slots__ = ()
+class KnowsPrograms(Broadcast):
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        said = request.headers.get("x-token")
+        if not said:
+            return viewer
+        how, id, name = said.split(" ")
+        token = f"{urllib.parse.unquote(name)} ({id})"
+        return Program(**vars(viewer), token=token, read_only=how == "read")
 
-    def members(self) -> List[Any]:
-        """Return everybody in this workspace, by name: dicts with name, role and label."""
-        self.store.check_thread()
-        members = self.host.namespace.members_of(self.host.id)
-        if self.host.kept_members is None:
-            self.host.kept_members = members
-        return [dict(zip(("name", "role", "label"), member)) for member in members]
+    def job_context(self, row, request):
+        """A job that a program put in runs in its maker's name."""
+        ctx = super().job_context(row, request)
+        account, by, token = row["who"].partition(Program.BY)
+        if by:
+            whose = dataclasses.replace(ctx.viewer, account=account)
+            ctx.viewer = Program(**vars(whose), token=token)
+        return ctx
 
 
-@addition
-class ShowsMembers(SliceHost):
-    """What is kept of its renderings depends on the members, too."""
-    kept_members: Any = None                             # as one used them; None: none did
-
-    def rendering(self, *what):
-        kept = self.kept_members
-        if kept is not None and kept is not self.namespace.members_of(self.id):
-            self.renderings.clear()
-            self.kept_members = None
-        return super().rendering(*what)
+LAST_WRITTEN = "SELECT which FROM journal ORDER BY id DESC LIMIT 1"
 
 
 @addition
-class TellsOfMembers(Broker):
-    def published(self, id, topic):
-        super().published(id, topic)
-        if id == self.edge.env.directory.id and topic.startswith("members:"):
-            self.members_changed([topic[len("members:"):]])
-        elif id == self.edge.env.directory.id and not topic:
-            lists = self.edge.env.workspaces.lists
-            if not isinstance(lists, ListsOfNode):       # it was another process
-                self.members_changed([*self.channels])
-
-    def members_changed(self, ids):
-        """All regions of these workspaces are asked again, if one ever used members."""
-        if self.edge.env.workspaces.lists:
-            for id in ids:
-                super().published(id, "")
-
-    def look_elsewhere(self):
-        super().look_elsewhere()
-        lists = self.edge.env.workspaces.lists
-        if isinstance(lists, ListsOfNode):
-            with contextlib.suppress(NoAnswer):          # in the next second
-                self.members_changed(lists.refresh(self.version))
+class AnswersCommands(SliceHost):
+    def call(self, slice, route, args, viewer, request):
+        """A program that made a row is told its id, and led to no page."""
+        before = self.store.db.total_changes
+        response = super().call(slice, route, args, viewer, request)
+        led = request.method not in SAFE and response.status in (204, 303)
+        if type(viewer) is not Program or not led:
+            return response
+        wrote = self.store.db.total_changes != before    # so the journal says what
+        which = self.store.one(LAST_WRITTEN)["which"] if wrote else ""
+        id = which.partition(" ")[0]
+        if route.method == "POST" and not args and id.isdecimal():
+            return as_json({"id": int(id)})._replace(status=201)
+        return Response(204)
 
 
-@addition
-class PreparesMembers(LoopEdge):
-    def decide(self, request, env):
-        decided = super().decide(request, env)
-        if isinstance(decided, Noted) and self.env.workspaces.lists:
-            self.env.workspaces.lists.prepare(decided.stub.id)
-        return decided
+DATA = "_data"                                           # of the query: see DataInPages
 
-
-# ==== 53. Memory ==========================================================================
-# The idea: thousands of small databases are open. Two libraries keep more memory for each
-#   of them than they need; both can be told otherwise.
-# It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
-#   it saves 30 of 180 MB.
-
-def save_memory():
-    """Before the first database is opened.
-
-    SQLite takes memory for 20 pages with each file that it opens, and most tenants have
-    fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE).
-    glibc gives each thread a heap of its own, and what one has freed is of no use to the
-    others (mallopt(3), M_ARENA_MAX).
-    """
-    if sys.platform != "linux" or threading.active_count() > 1:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        sqlite = ctypes.CDLL(sys.modules["_sqlite3"].__file__)
-        sqlite.sqlite3_shutdown()
-        sqlite.sqlite3_config(7, None, 0, 0)
-        sqlite.sqlite3_initialize()
-        ctypes.CDLL(None).mallopt(-8, 1)
-
-
-def give_back_memory():
-    """What was freed, glibc keeps until it is told (malloc_trim(3))."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-BEFORE_SERVING.extend((save_memory, give_back_memory))
-
-
-@addition
-class GivesBackMemory(LoopEdge):
-    def chores(self):
-        return [*super().chores(), (give_back_memory, 5.0)]
-
-
-# ==== 54. Server ==========================================================================
-# The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
-class FullEnv(Env):
-    """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 51)."""
-    settings: Settings = None
-    start: str = ""
-    regate: Any = ask_the_gate
-    public: Callable[[Request], str] = lambda request: ""
+class DataPiece(Piece):
+    """Data as an event without a name (WHATWG HTML, 9.2.6). html is JSON, in one line."""
 
-
-# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
-SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
-                   "x-forwarded-host", "x-real-ip"}
+    @functools.cached_property
+    def event(self):
+        return f"id: {self.etag}\ndata: {self.html}\n\n".encode()
 
 
 @addition
-class Server(LoopEdge):
-    def __init__(self, *args):
-        self.broker_kind = whole(Broker)
-        self.connection_kind = whole(Connection)
-        super().__init__(*args)
-        name = f"{self.settings.host}:{self.server_port}"
-        name = self.settings.node_name or name
-        self.settings = self.settings._replace(node_name=name)
-        self.use(dataclasses.replace(self.env, settings=self.settings))
+class DataInPages(EdgeWorkspace):
+    """A program gets the data of the regions. The broker asks for those of a stream again,
+    for all programs of a role: in that request, DATA says what they are."""
 
-    def add_doors(self, doors):
-        self.env.doors.update(doors)
+    def refuse(self, request, refused):
+        if request.headers.get("x-token"):
+            raise refused
+        return super().refuse(request, refused)
 
-    def use(self, env):
-        super().use(env)
-        self.regating = dataclasses.replace(self.deciding, gate=env.regate)
+    def page(self, live, ctx, args):
+        regions = [region for region in live.regions if region.data]
+        if type(ctx.viewer) is not Program or not regions:
+            return super().page(live, ctx, args)
+        told: Dict[str, Any] = {}
+        for region in regions:
+            told.update(region.data(ctx.for_region(region, live), *args))
+        return Response(200, written(told).encode(), "application/json")
 
-    def decide(self, request, env):
-        """What is in a spool was long on its way. So the gate is asked again, and no
-        verdict that came with it is taken."""
-        if request.spool:
-            env = self.regating
-        return super().decide(request, env)
+    def stream(self, live, ctx, args):
+        regions = [region for region in live.regions if region.data]
+        again = DATA in ctx.params and "x-region" in ctx.request.headers
+        if regions and (again or type(ctx.viewer) is Program):
+            live = live._replace(regions=regions, params={**live.params, DATA: "1"})
+            ctx.params = {**ctx.params, DATA: "1"}
+        return super().stream(live, ctx, args)
 
-    def is_from_here(self, request):
-        """True if it comes from this machine, and not from a proxy here, which asks for
-        others: most of them say so, and the rest pass on the name that others asked for."""
-        if request.headers.keys() & SAID_BY_PROXIES:
-            return False
-        if in_networks(request.peer, self.settings.trust_proxy):
-            return False
-        host = without_port(request.headers.get("host", ""))
-        asked_here = host == "localhost" or in_networks(host.strip("[]"), LOOPBACK)
-        return asked_here and in_networks(request.peer, LOOPBACK)
-
-    def most_streams(self):
-        if self.settings.demo and not self.settings.streams:
-            return self.settings.connections
-        return super().most_streams()
+    def render(self, region, live, ctx, args):
+        if DATA not in ctx.params:
+            return super().render(region, live, ctx, args)
+        self.make_room()
+        made = time.perf_counter()
+        text = written(region.data(ctx, *args))
+        return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))
 
 
-# ==== 55. Roots ===========================================================================
-# The idea: the composition root of the product: two planes in one process. Single and Nodes
-#   bring further roots.
-
-def plain_root(settings: Settings) -> Env:
-    """The root of --plain: Part One, and what other sections add to its classes."""
-    env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
-                       whole, load_keys)
-    env.workspaces.settings = settings
-    for change in PLAIN:
-        change(env)
-    return env
+def written(data) -> str:
+    """Return it as JSON. A row of the store is an object."""
+    return json.dumps(data, default=dict)
 
 
-def compose(settings: Settings) -> FullEnv:
-    """Raises BadSlice or MigrationError if it can't be with these slices."""
-    for check in CHECKS:
-        check(settings)
-    for wanted, root in ROOTS:
-        if wanted(settings):
-            return root(settings)
-    return two_planes(settings)
+def refuse_tokens(env):
+    """With --plain, for which there is no page to make one, or to withdraw it."""
+    front = env.front
+
+    def without(request, env):
+        given = request.headers.get("authorization", "").partition(" ")[2]
+        if API_TOKEN.fullmatch(given):
+            raise Refused(401, "This server runs with --plain, where there are no tokens. "
+                               "Start it without --plain.")
+        return front(request, env)
+    env.front = without
 
 
-def two_planes(settings) -> FullEnv:
-    """One Directory, a Workspace for each tenant, and a worker in front."""
-    settings, fresh, keys = prepared(settings)
-    router = workspace_router(settings)
-    workspaces = workspaces_of(settings, router)
-    build = directory_builder(EdgeDirectory, settings, keys, workspaces)
-    control = whole(GuardedNamespace)("directory", settings.data, float("inf"), build)
-    env = set_up(control.get("directory"), workspaces, settings, fresh, DEMO_WORKSPACES)
-    check_ledger(settings, router)
-    return env
+PLAIN.append(refuse_tokens)
 
 
-def set_up(directory, workspaces, settings, fresh, demo):
-    """Make the Directory if it is a fresh one, and open it. Return the env.
+# ==== 63. Repeats =========================================================================
+# The idea: a command may be sent again, because its answer was lost or a button was pressed
+#   twice; and a page may be left open while somebody else signs in. What comes with a key,
+#   or from a form with a stamp, is done once.
+# It promises: who sends a command again within ten minutes gets its first answer. Nothing
+#   is done from a page that was made for another account.
+# Who uses it: both kinds of hosts; our own script sends a key with each command.
 
-    So what is wrong with its file is raised here, and not by a later request.
+def stamp_of(request: Request) -> str:
+    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
+    may_have = b"_stamp" in request.body or request.spool    # [3]
+    if request.method in SAFE or not may_have or request.media_type not in FORMS:
+        return ""
+    return text_of(request, "_stamp")
+
+
+def repeat_key(request: Request) -> str:
+    """Return what tells that a command is sent again; "" if nothing can.
+
+    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
+    plain form with a stamp, all that was sent.
     """
-    directory.namespace.settings = settings
-    if fresh:
-        directory.namespace.create(directory.id)
-    directory.ask("/_version")
-    env = full_env(directory, workspaces, settings)
-    if fresh and settings.demo:
-        seed(env, demo, todos in settings.slices)
-        for seed_more in APP_SEEDS:
-            seed_more(env, demo)
-    return env
+    if request.method in SAFE:
+        return ""
+    key = request.headers.get("idempotency-key", "")
+    if not key and stamp_of(request):
+        key = str([(name, str(value)) for name, value in request.pairs()])
+    return key
 
 
-def directory_builder(kind, settings, keys, workspaces):
-    return functools.partial(
-        whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
-        workspaces=workspaces, demo=bool(settings.demo))
+def command_id(request: Request, viewer: Viewer) -> bytes:
+    """Return an id of the command, by account and address; b"" if it has no repeat_key.
 
-
-def prepared(settings):
-    """Return the settings, whether there is nothing yet, and the keys.
-
-    A folder that has no personas is no demo, whatever was asked for.
+    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
+    contains, such as a password: the number in the form's stamp is kept nowhere.
     """
-    if settings.single:
-        private_folder(settings.data)
-        fresh = not settings.directory_file.exists()
-        if fresh and not settings.key_file.exists():
-            make_key(settings.key_file)
-    else:
-        fresh = prepare(settings.data, settings.directory_file, settings.key_file)
-    keys = load_keys(settings.key_file)
-    demo = settings.demo
-    if demo and not fresh:
-        with GuardedStore(settings.directory_file) as store:
-            demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
-    return settings._replace(demo=demo), fresh, keys
+    key = repeat_key(request) if viewer.account else ""
+    if not key:
+        return b""
+    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
+FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
+               WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
+
+
+class Answers:
+    """The answers of the last ten minutes, of one object, to commands that have an id.
+
+    ids has the row of each command, so that a new command costs one INSERT and no query.
     """
-    readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
-    if readable and not ignores_modes(path.parent):
-        raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
-                       "`keys rotate`")
+    SECONDS = 600.0                                      # to send a command again
+    MOST = 2000                                          # of one account
+    FORGET_EVERY = 1000                                  # commands
+    LARGEST = 4096                                       # characters of one
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.ids: Dict[bytes, int] = {}
+        self.forget("")
+        rows = store.query("SELECT command, id FROM answers")
+        self.ids.update([(row["command"], row["id"]) for row in rows])
+
+    def find(self, command: bytes) -> Optional[Response]:
+        """Return the answer that this command had already; None if it is new."""
+        if command not in self.ids:
+            return None
+        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
+                             "at > ?", self.ids[command], command,
+                             time.time() - self.SECONDS)
+        if row is None:                                  # too old, or rolled back
+            return None
+        status, body, type, headers = json.loads(row["answer"])
+        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
+
+    def keep(self, who: str, command: bytes, response: Response) -> None:
+        """Keep it in the transaction of the command: both are on the disk, or neither.
+
+        An answer with a secret is written nowhere: one that sets a cookie, or says itself
+        that it must not be stored. One that is too large is repeated as a plain 204.
+        """
+        names = [name.lower() for name, _ in response.headers]
+        if "set-cookie" in names or "cache-control" in names:
+            return
+        body = response.body.decode("latin-1")
+        text = json.dumps([response.status, body, response.type, response.headers])
+        if len(text) > self.LARGEST:
+            text = '[204, "", "text/plain", []]'
+        row = who, command, time.time(), text
+        self.ids[command] = self.store.insert(
+            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
+        self.until_forget -= 1
+        if not self.until_forget:
+            self.forget(who)
+
+    def forget(self, who):
+        """Forget the answers that are too old, and those of this account beyond MOST.
+
+        One from the future was written while the clock was wrong.
+        """
+        self.until_forget = self.FORGET_EVERY
+        now = time.time()
+        args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
+        for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
+            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
+                del self.ids[row["command"]]
+        self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
+
+
+@addition
+class RepeatsAnswers(SliceHost):
+    """A host that does nothing when a command comes again: it repeats the first answer."""
+    known: Optional[Answers] = None                      # None: nobody has asked yet
+
+    def on_open(self):
+        super().on_open()
+        self.known = None
+
+    def call(self, slice, route, args, viewer, request):
+        command = command_id(request, viewer)
+        known = self.answers().find(command) if command else None
+        if known:
+            return known
+        before = self.store.db.total_changes
+        response = super().call(slice, route, args, viewer, request)
+        if command and self.store.db.total_changes != before:
+            self.answers().keep(viewer.signature, command, response)
+        return response
+
+    def answers(self) -> Answers:
+        if self.known is None:
+            self.known = Answers(self.store)
+        return self.known
+
+
+@addition
+class StampsForms(Context):
+    __slots__ = ()
+
+    @property
+    def stamp(self) -> Html:
+        """A hidden field for a plain form: for whom the page was made, and a number.
+
+        So the form does one thing, even if it is sent twice.
+        """
+        number = secrets.token_hex(12)
+        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
+
+
+# -- a page that was made for another account
+
+def refuse_old_page(request: Request, account: str) -> None:
+    """Raise Refused(412) if the page that sent this was made for another account.
+
+    In another window of the same browser, somebody else may have signed in meanwhile.
+    """
+    made_for = request.headers.get("page-account", stamp_of(request).partition(" ")[0])
+    if made_for and account and made_for != account:
+        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
+                           f"{account} now. Nothing was written. Look, and try again.")
+
+
+@addition
+class RefusesOldPages(SliceHost):
+    def permit(self, viewer, route, request):
+        refuse_old_page(request, viewer.account)
+        viewer.permit(route.grant, request.method)
+
+
+# ==== 64. History =========================================================================
+# The idea: the journal, in which each write leaves a row, is a page: who did what, the
+#   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
+#   Directory one of its members, for each has a journal of its own. What a command removes
+#   is kept for ten minutes, under its row of the journal, and can be put back.
+# It promises: nobody sees of a slice's commands who may not see its pages. What links and
+#   tokens did is for those who may make them. A command does no more than before: a page
+#   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
+#   removed is put back as it was, or not at all, and only by who removed it and still may.
+# Who uses it: members, from the members page; slices, by ctx.remove().
+# It needs: 35 Ordinary pages, 43 Account page.
+
+NOTES_A_PAGE = 50
+STRETCH = 10_000                                         # rows of the journal
+NOTES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
+           ORDER BY id DESC LIMIT ?"""
+ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
+          (SELECT max(id) FROM journal) AS last"""
+CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
+CSV_HEAD = ("time", "who", "did", "what")
+FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
+PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
+
+
+def notes(ctx, most):
+    """Return rows of the journal, and before which id there are older ones; 0: none.
+
+    They are those that the viewer may see, of one stretch, as the parameters ask for them.
+    """
+    store, params = ctx.host.store, HISTORY.heeded(ctx.params)
+    first, last = [id or 0 for id in store.one(ENDS)]
+    last = min(last, int(params.get("before", last + 1)) - 1)
+    begins = last - STRETCH + 1
+    where, args = ctx.host.told_to(ctx.viewer)
+    for name in {"who", "what"} & params.keys():
+        where += f" AND {name} = ?"
+        args.append(params[name])
+    found = store.query(NOTES.format(where), begins, last, *args, most + 1)
+    if len(found) > most:
+        return found[:most], found[most - 1]["id"]
+    return found, begins if first < begins else 0
+
+
+@functools.lru_cache(maxsize=4)
+def routes_of(router: Router) -> Dict[str, List[Route]]:
+    """Return the routes by what the journal calls their commands."""
+    found: Dict[str, List[Route]] = {}
+    for _, slice, route in router.rows:
+        found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
+    return found
+
+
+def said_of(router, what):
+    """Return in words what the journal calls so: todos.delete, or member add."""
+    says = [route.says for route in routes_of(router).get(what, ()) if route.says]
+    slice, _, name = what.partition(".")
+    default = f"wrote to {slice} ({name}):" if name else what
+    return says[0] if says else default
+
+
+def name_in(which, workspace):
+    """Return how people call what was written: without the id before it."""
+    id, _, name = which.partition(" ")
+    return name if id == workspace or name and id.isdecimal() else which
+
+
+def sentence(ctx, note):
+    """Return a row of the journal as people read it."""
+    says = said_of(ctx.host.router, note["what"])
+    return {"who": note["who"] or "somebody", "says": says,
+            "name": name_in(note["which"], ctx.viewer.id)}
+
+
+def history_region(ctx):
+    found, older = notes(ctx, NOTES_A_PAGE)
+    query = urllib.parse.urlencode({**ctx.params, "before": older})
+    rows = [{"when": moment(note["at"]), **sentence(ctx, note)} for note in found]
+    return template("history.region")(note=rows, none=not rows,
+                                      older={"query": query} if older else None)
+
+
+def history_page(ctx, region):
+    within = ctx.host.within
+    here = f"/w/{ctx.workspace}{within}/history"
+    links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
+              "current": path == within} for path, label in HISTORIES.items()]
+    query = urllib.parse.urlencode(ctx.params)
+    return template("history")(
+        workspace=ctx.title, here=here, file=f"{here}.csv?{query}", region=region,
+        link=links if ctx.viewer.can("members:manage") else [], undo=undo_forms(ctx),
+        live=template("slice.live")(), **choices(ctx))
+
+
+def choices(ctx):
+    """Return by whom and by what one can choose: what there is in the last stretch."""
+    where, args = ctx.host.told_to(ctx.viewer)
+    last = ctx.host.store.one(ENDS)["last"] or 0
+    rows = ctx.host.store.query(CHOICES.format(where), last - STRETCH, *args)
+    acts = {row["what"]: said_of(ctx.host.router, row["what"]) for row in rows}
+    return {"person": options({row["who"]: row["who"] for row in rows}, ctx.params, "who"),
+            "act": options(acts, ctx.params, "what")}
+
+
+def options(labels, params, name):
+    return [{"value": value, "label": label, "selected": value == params.get(name)}
+            for value, label in sorted(labels.items()) if value]
+
+
+def history_csv(ctx):
+    """Return a stretch of it as a file (RFC 4180)."""
+    found, _ = notes(ctx, STRETCH)
+    rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note["at"])),
+             *sentence(ctx, note).values()) for note in found]
+    lines = [",".join(map(cell, row)) + "\r\n" for row in [CSV_HEAD, *rows]]
+    return download(f"{ctx.workspace}-history.csv", "".join(lines), "text/csv")
+
+
+def cell(text):
+    """Return a text in quotes, which no spreadsheet takes for a formula."""
+    apostrophe = "'" if text[:1] in FORMULAS else ""
+    return f'"{apostrophe}' + text.replace('"', '""') + '"'
+
+
+# -- to put back what was removed
+#
+# Its table:
+#
+#     _removed   note (the row of the journal), until, size (in characters), rows (JSON: the
+#                table, its columns, and the values of each row)
+
+REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL, until "
+           "REAL NOT NULL, size INTEGER NOT NULL, rows TEXT NOT NULL)",)
+UNDO_SECONDS = 600.0
+LARGEST_UNDO = 2 ** 20                                   # characters, of one command
+ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
+ROW_SIZE = 4096                                          # more than one takes
+# The id of the row that call() will insert; and whether nine tenths of the quota are used.
+# Then what is deleted has to make room. user_version is the quota, in pages: section 48.
+NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
+               page_count - freelist_count > 0.9 * user_version
+               FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
+FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
+                    FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
+                    FROM _removed) WHERE size > ?)"""
+KEPT = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON r.note = j.id
+          WHERE j.id = ? AND j.who = ? AND r.until > ? ORDER BY r.id DESC"""
+MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
+                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
+UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
+             "somebody else did it. Look at History.")
+PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
+               "belonged to is gone. Mend that, and try again within the ten minutes.")
+
+
+def removed_rows(ctx, id):
+    """Return what the command was and wrote, and what it removed: (table, columns, rows).
+
+    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
+    they did then.
+    """
+    kept = ctx.host.store.query(KEPT, id, ctx.viewer.signature, time.time())
+    what = kept[0]["what"] if kept else ""
+    routes = routes_of(ctx.host.router).get(what, ())
+    if not routes or what.partition(".")[0] != ctx.store.slice:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    for route in routes:
+        ctx.viewer.permit(route.grant, route.method)
+    removed = [json.loads(row["rows"], object_hook=from_hex) for row in kept]
+    return kept[0]["which"], removed
+
+
+def from_hex(data):
+    """Bytes are in the JSON as {"hex": ...}."""
+    return bytes.fromhex(data["hex"])
+
+
+def put_back(ctx, id):
+    which, kept = removed_rows(ctx, id)
     try:
-        return read_keys(path)
-    except OSError as error:
-        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
-                       "chown it to the user as whom the server runs") from error
+        for table, columns, rows in kept:
+            names = ", ".join([f'"{column}"' for column in columns])
+            marks = ", ".join("?" * len(columns))
+            for row in rows:
+                ctx.store.exec(f"INSERT INTO {table} ({names}) VALUES ({marks})", *row)
+    except sqlite3.IntegrityError:
+        raise Refused(409, PLACE_TAKEN, signal="toast") from None
+    ctx.host.store.exec("DELETE FROM _removed WHERE note = ?", id)
+    return done(ctx, which, note="It is back.")
+
+
+def undo(ctx, id):
+    """Put back what the command removed that left the row id in the journal."""
+    ctx.host.bus.publish("")                             # all regions: any can show it
+    return put_back(ctx, id)
+
+
+def remove_member(ctx, account):
+    """Do what expel does; but whom somebody else removed can be let in again."""
+    account = account_name(account)
+    if account == ctx.viewer.account:
+        return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
+    row = ctx.viewer.id, account
+    signals = ctx.host.keep(ctx, "memberships", "workspace = ? AND account = ?", row)
+    expel(ctx, account)
+    if signals:
+        signals = offer(f"{account} is removed.", signals["_undo"])
+    return done(ctx, " ".join(row), **signals)
+
+
+def let_in_again(ctx, id):
+    """Give the role back. Links and tokens of the member stay void."""
+    _, [(_, columns, [row])] = removed_rows(ctx, id)
+    member = dict(zip(columns, row))
+    if member["workspace"] != ctx.viewer.id:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    owns = member["role"] == "owner" or member["offered"]
+    if owns and ctx.viewer.role != "owner":
+        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
+    ctx.publish("members")
+    access_changed(ctx, member["account"])
+    return put_back(ctx, id)
+
+
+def offer(text, undo):
+    """Return signals: a message, and where to undo what it tells; "": nowhere."""
+    return {"note": text, "_undo": undo}
+
+
+def undo_forms(ctx):
+    """Return what the viewer can put back: scripts or none, toast or none."""
+    where, args = ctx.host.told_to(ctx.viewer)
+    mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
+                                time.time())
+    return [{"path": ctx.host.undo_path(ctx, note["what"].partition(".")[0], note["id"]),
+             **sentence(ctx, note)} for note in mine]
+
+
+@addition
+class KeepsRemoved(Broadcast):
+    def on_open(self):
+        super().on_open()
+        if self.store.one("SELECT 1 FROM _removed WHERE until < ?", time.time()):
+            self.forget_removed()
+
+    def forget_removed(self):
+        now = time.time()
+        self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
+
+    def keep(self, ctx, table, where, args):
+        signals = self.keep_rows(ctx, table, where, args)
+        has_page = ctx.request.datastar or ctx.request.plain_form
+        return signals if has_page else {}
+
+    def keep_rows(self, ctx, table, where, args):
+        found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
+        if not found:
+            return offer("There was nothing to delete.", "")
+        rows = [tuple(row) for row in found]
+        text = json.dumps([table, found[0].keys(), rows],
+                          default=lambda data: {"hex": data.hex()})
+        said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
+        if len(text) > LARGEST_UNDO:
+            return offer(f"{said}, for good: that is too much to keep.", "")
+        note, is_tight = self.store.one(NEXT_NOTE)
+        if is_tight:
+            self.store.exec("DELETE FROM _removed")
+            return offer(f"{said}, for good: there is little room here.", "")
+        self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
+                        "?)", note, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
+        self.forget_removed()
+        return offer(f"{said}.", self.undo_path(ctx, ctx.store.slice, note))
+
+    def undo_path(self, ctx, slice, note):
+        return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
+
+
+# -- the slices
+
+HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
+               params=PAST)
+MEMBERS_HISTORY = HISTORY._replace(path="/members/history", grant="members:manage",
+                                   regions=(Region("members", history_region),))
+HISTORIES = {"": "Pages", "/members": "Members"}
+history = Slice("orion.history", live=(HISTORY,),
+                routes=(Route("GET", "/history.csv", MEMBER, history_csv),))
+DIRECTORY_SLICES.append(Slice("history", live=(MEMBERS_HISTORY,), routes=(
+    Route("GET", "/members/history.csv", "members:manage", history_csv),
+    Route("DELETE", "/members/<account>", MEMBER, remove_member, says="removed"),
+    Route("POST", "/members/undo/directory/<int:id>", "members:manage", let_in_again,
+          form="/members", says="let in again"))))
+
+
+def with_undo(slice):
+    """Return the slice with a route to put back its own rows."""
+    route = Route("POST", f"/undo/{slice.name}/<int:id>", MEMBER, undo, form="/history",
+                  says="put back")
+    return slice._replace(routes=(*slice.routes, route))
+
+
+@addition
+class RoutesHistory(QuickRouter):
+    def __init__(self, slices):
+        if welcome in slices:                            # it is the Workspaces' router
+            slices = [*map(with_undo, slices), history]
+        super().__init__(slices)
+        self.schema.append(("orion.removed", REMOVED))
+
+
+@addition
+class TellsHistory(EdgeWorkspace):
+    within = ""
+
+    def told_to(self, viewer):
+        """Return which rows of the journal a viewer may see: a condition in SQL, its args.
+
+        They are those of slices whose pages the viewer may see. Commands of an app name no
+        slice. In the one journal of a single root, what names none is the Directory's.
+        """
+        may = {PUBLIC, ACCOUNT, MEMBER, *viewer.grants}
+        slices = [slice.name for slice in self.router.slices
+                  if may.issuperset([one.grant for one in slice.live or slice.routes])]
+        if not self.namespace.settings.single:
+            slices.append("")
+        marks = ", ".join("?" * len(slices))
+        return f"substr(what, 1, instr(what, '.') - 1) IN ({marks})", slices
+
+
+@addition
+class TellsMembersHistory(EdgeDirectory):
+    within = "/members"
+
+    def told_to(self, viewer):
+        """What is about a workspace begins with its id."""
+        return "substr(which, 1, 64) = ?", [viewer.id]
+
+    def below_members(self, ctx):
+        return Html().join([template("history.way")(), super().below_members(ctx)])
+
+
+# #### For its author ######################################################################
+
+# ==== 65. Console =========================================================================
+# The idea: the running server seen from the inside: both planes, each request on its way,
+#   each store call as it lands. The console is asked like an object and streamed like a
+#   region, but it has no store: what it shows is read from the objects that run. Beside
+#   its drawing of a request's way stand the functions on that way, from this file.
+# It promises: notes are taken while somebody watches, and only the last are kept. A server
+#   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
+#   object that slept goes back to sleep.
+# Who uses it: operators; in the demo, everybody.
+# It needs: 36 More events, 39 Counts, 42 Accounts, 44 Masquerade, 63 Repeats.
+
+# -- notes: what happened
+
+class Call(NamedTuple):
+    """A store call. object: the id of the object whose store it was."""
+    number: int
+    time: str                                            # of the day
+    object: str
+    sql: str
+    args: str
+    rows: Any                                            # found or changed; "": neither
+    took: str
+
+
+class Leg(NamedTuple):
+    """A request to one object."""
+    kind: str                                            # gate, directory or workspace
+    id: str
+    status: int
+    took: str
+    calls: int                                           # to its store
+    said: Dict[str, str]                                 # the answer's headers
+
+
+class Trip:
+    """A request from outside: its legs, its store calls, and how it ended."""
+    numbers = itertools.count(1)
+
+    def __init__(self, request: Request):
+        self.number = next(self.numbers)
+        self.method = request.method
+        self.path = request.path[:80]
+        self.status = 0
+        self.legs: List[Leg] = []
+        self.calls: List[Call] = []
+        self.probed: Any = None                          # what a probe has shown
+
+
+class OfThread(threading.local):
+    """What a thread does just now: for which trip, and whether it is noted at all."""
+    trip: Optional[Trip] = None
+    silent = False
+
+
+class Trace:
+    """The notes of one server. with_args: also what users typed."""
+    KEPT_CALLS = 200
+    KEPT_TRIPS = 12
+
+    def __init__(self, with_args: bool = False):
+        self.with_args = with_args
+        self.watched = 0                                 # how many watch
+        self.thread = OfThread()
+        self.lock = threading.Lock()                     # guards all that follows
+        self.calls = collections.deque(maxlen=self.KEPT_CALLS)
+        self.trips = collections.deque(maxlen=self.KEPT_TRIPS)
+        self.noted = 0                                   # the number of the last call
+        self.shown = 0                                   # and of the last one shown
+        self.dropped = 0                                 # calls that nobody was shown
+        self.news: Callable[[], None] = lambda: None     # called after each note
+
+    def watch(self, more: int) -> None:
+        """One watcher more (1) or less (-1). With none, a call costs a comparison."""
+        with self.lock:
+            self.watched += more
+
+    @contextlib.contextmanager
+    def silence(self, silent: bool = True):
+        """What this thread does meanwhile is the console's own."""
+        before = self.thread.silent
+        self.thread.silent = silent
+        try:
+            yield
+        finally:
+            self.thread.silent = before
+
+    def note(self, object: str, sql: str, args: Sequence[Any], rows: int,
+             seconds: float) -> None:
+        shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
+        with self.lock:
+            self.noted += 1
+            call = Call(self.noted, clock(time.time(), "milliseconds"), object,
+                        " ".join(sql.split()), shown, rows if rows >= 0 else "",
+                        in_ms(seconds))
+            self.calls.append(call)
+        if self.thread.trip:
+            self.thread.trip.calls.append(call)
+        self.news()
+
+    def show(self) -> List[Call]:
+        """Return the calls that are kept. Count those that went before they were shown."""
+        with self.lock:
+            self.dropped += max(0, self.noted - self.shown - self.KEPT_CALLS)
+            self.shown = self.noted
+            return [*self.calls]
+
+    def follow(self, trip: Trip, route: Callable[..., Response], *args: Any) -> Any:
+        """Return outcome(route, *args), noted as the trip.
+
+        One that reached no object is not kept: there is nothing to draw.
+        """
+        self.thread.trip = trip
+        answer = outcome(route, *args)
+        self.thread.trip = None
+        trip.status = getattr(answer, "status", 500)
+        if trip.legs:
+            self.trips.append(trip)
+            self.news()
+        return answer
+
+    def leg(self, kind: str, id: str, fetch: Callable[[], Response]) -> Response:
+        """Return fetch(), noted as a leg of this thread's trip."""
+        trip = self.thread.trip
+        if trip is None or self.thread.silent:
+            return fetch()
+        started = time.perf_counter()
+        before = len(trip.calls)
+        answer = outcome(fetch)
+        took = in_ms(time.perf_counter() - started)
+        status = getattr(answer, "status", 500)
+        said = dict(getattr(answer, "headers", ()))
+        trip.legs.append(Leg(kind, id, status, took, len(trip.calls) - before, said))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def argument(value):
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return repr(value)[:80]
+
+
+def in_ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def clock(at: float, digits: str = "seconds") -> str:
+    """Return the time of day, cut off after the seconds or after the milliseconds."""
+    return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
+
+
+class TracedStore(ObjectStore):
+    """A store whose calls are noted while somebody watches."""
+
+    def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):
+        self.owner = owner
+        super().__init__(path, create)
+
+    def run(self, sql, args):
+        trace = self.owner.namespace.trace
+        if not trace.watched or trace.thread.silent:
+            return super().run(sql, args)
+        started = time.perf_counter()
+        rows = super().run(sql, args)
+        found = len(rows) if self.cursor.description else self.cursor.rowcount
+        plain = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
+        trace.note(self.owner.id, plain, args, found, time.perf_counter() - started)
+        return rows
+
+
+class TracedStub(GuardedStub):
+    def enter(self, ask, request, seconds=-1):
+        trace = self.namespace.trace
+        if not trace.watched:
+            return super().enter(ask, request, seconds)
+        kind = "gate" if request.path.startswith("/_gate") else self.namespace.kind
+        enter = functools.partial(super().enter, ask, request, seconds)
+        return trace.leg(kind, self.id, enter)
+
+
+@addition
+class IsTraced(GuardedNamespace):
+    trace = Trace()                                      # nobody watches this one
+
+    def get(self, id):
+        return TracedStub(id, self)
+
+
+@addition
+class TracesItsStore(GuardedObject):
+    def make_store(self, create):
+        return TracedStore(self.namespace.path(self.id), create, self)
+
+
+@addition
+class Follows(LoopEdge):
+    """While somebody watches, each request makes its trip alone, and none is kept."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.trace = Trace(with_args=bool(self.settings.demo))
+        self.env.directory.namespace.trace = self.trace
+        self.env.workspaces.trace = self.trace
+
+    def keeps_answers(self):
+        return super().keeps_answers() and not self.trace.watched
+
+    def answer_all(self, several):
+        if not self.trace.watched:
+            return super().answer_all(several)
+        for asked in several:
+            trip = Trip(self.as_logged(asked.request))
+            answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
+            self.finish(asked, answer)
+        return []
+
+
+# -- the way of one POST, by the numbers in the drawing
+
+WAY = {"Ask the gate": (worker, ask_the_gate),
+       "The verdict": (gate,),
+       "Forward, with the verdict": (destination, SliceHost.command, DurableObject.command,
+                                     SliceHost.handle, OwnsTables.call),
+       "Write, commit, publish": (create, Bus.publish, Store.tx, Bus.tell),
+       "Frames to every stream": (Broker.published, Broker.refresh, SliceHost.rendering,
+                                  SliceHost.render, Broker.deliver, Stream.show)}
 
 
 @functools.lru_cache(maxsize=None)
-def ignores_modes(folder: pathlib.Path) -> bool:
-    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
-    probe = folder / f"mode-{secrets.token_hex(8)}"
-    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    try:
-        ignored = os.stat(probe).st_mode & 0o077 != 0
-    finally:
-        probe.unlink()
-    if ignored:
-        log(f"warning: the file system of {folder} ignores modes, so others on this "
-            "machine may be able to read all that is there; if that matters, use another "
-            "one")
-    return ignored
-
-
-def workspace_router(settings):
-    return whole(QuickRouter)([welcome, *settings.slices])
-
-
-def directory_router():
-    """Return the router of all DIRECTORY_SLICES as one slice, for they share the tables.
-    Where two have the same address, the first one answers."""
-    slices = [*DIRECTORY_SLICES, directory]
-    live = [row for slice in slices for row in slice.live]
-    outside = Slice("directory", DIRECTORY_TABLES, live, all_routes(slices))
-    return whole(QuickRouter)([outside])
-
-
-def workspaces_of(settings, router):
-    build = functools.partial(whole(EdgeWorkspace), router=router,
-                              pages=pages_of(settings.slices))
-    most = settings.awake or awake_by_default()
-    workspaces = whole(GuardedNamespace)("workspace", settings.workspaces, settings.idle,
-                                         build, most=most)
-    workspaces.settings = settings
-    return workspaces
-
-
-def awake_by_default() -> int:
-    """An awake workspace takes three descriptors; the last quarter is for sockets."""
-    if resource is None:
-        return 256
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:            # which is -1
-        return 1024
-    return min(1024, descriptors // 4)
-
-
-class Ledger(GuardedStore):
-    """Notes the migrations that tenants' files run, without running them."""
-
-    def apply(self, slice, entries, number):
-        return set()
-
-
-def check_ledger(settings, router):
-    """Raise MigrationError if a slice's migrations do not continue those that ran before.
-
-    So it is known before any file of a tenant that was there is opened.
-    """
-    with Ledger(settings.directory_file) as store:
-        for name, entries in router.schema:
-            store.migrate(f"workspace/{name}", entries)
-
-
-def full_env(directory, workspaces, settings):
-    doors = {**DOORS}
-    if not settings.single and not settings.plane:       # else no file is to be made here
-        doors["/workspaces"] = create_workspace_with_file
-    start = pages_of(settings.slices)[0].path
-    return FullEnv(directory, workspaces, doors, settings=settings, start=start)
-
-
-# ==== 56. Command line ====================================================================
-# The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
-#   goes into its files, whether its server runs or not: SQLite lets several processes at a
-#   file, and the server looks each second whether another one wrote to the Directory.
-# It promises: what prevents a command is one line on standard error, and exit status 2.
-
-def matching(pattern: str, hint: str,
-             read: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Return a type for argparse: what read() makes of a text that matches.
-
-    If it makes None, the text is refused, too.
-    """
-    def kind(text):
-        value = read(text) if re.fullmatch(pattern, text) else None
-        if value is None:
-            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
-        return value
-    return kind
-
-
-UNITS = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def read_size(text):
-    digits = text.rstrip("KMGTkmgt")
-    return int(digits) * 1024 ** " KMGT".index(text[len(digits):].upper() or " ")
-
-
-def read_seconds(text):
-    digits = text.rstrip("smhd")
-    return float(digits) * UNITS[text[len(digits):]]
-
-
-def read_port(text):
-    return int(text) if int(text) < 65536 else None
-
-
-def read_address(text):
-    return text if HOST.fullmatch(text)[1] else None
-
-
-a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
-a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)(ms|[smhd])?",
-                  "no time: say 90, 100ms, 15m or 1h", read_seconds)
-a_port = matching("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
-an_address = matching(HOST.pattern, "no address: say HOST:PORT", read_address)
-a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
-                      "nowhere to listen: say 80, or 127.0.0.1:80")
-a_number = matching("[0-9]{1,9}", "no number: say 0 or more", int)
-at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
-a_plane = matching("(directory|data)?", "no plane: say directory or data")
-what_of_jobs = matching("keep|drop", "no answer: say keep or drop")
-a_log = matching("common|json|off", "no log: say common, json or off")
-
-
-def several(text):
-    return tuple(filter(None, map(str.strip, text.split(","))))
-
-
-def networks(text):
-    try:
-        return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
-    except ValueError as error:
-        hint = f"{error}: say 10.0.0.0/8, or an address"
-        raise argparse.ArgumentTypeError(hint) from error
-
-
-HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
-
-
-def host_names(text):
-    """Return names as browsers send them: in lower case, and in ASCII (RFC 5890, 2.3.2.1).
-
-    The port of a request does not matter, so a name has none here.
-    """
-    names = tuple([".".join(map(in_ascii, name.lower().rstrip(".").split(".")))
-                   for name in several(text)])
-    for name in names:
-        if not HOST_NAME.fullmatch(name):
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is no name of a host: say todo.example.org, without scheme, "
-                "port or *, and each name in full")
-    return names
-
-
-def in_ascii(label):
-    if label.isascii():
-        return label
-    return f"xn--{unicodedata.normalize('NFC', label).encode('punycode').decode()}"
-
-
-# Flags, what --help says of them, and their types. Their defaults are in Settings.
-OPTIONS = (
-    ("--host", "address to listen on", str),
-    ("--port", "port to listen on; 0: any free one", a_port),
-    ("--data", "folder with all state", pathlib.Path),
-    ("--single", "one file that holds everything, for one workspace, in place of the data "
-     "folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address, with no "
-     "proxy in front, a new data folder has them anyway", bool),
-    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
-     "small trusted networks", bool),
-    ("--dev", "while you write an app: start again when a file changes, and show errors, "
-     "with code and rows, in the browser; for this machine alone", bool),
-    ("--idle", "seconds until an unused workspace goes to sleep", a_time),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
-     "descriptors, at most 1,024", a_number),
-    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", a_size),
-    ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
-     a_number),
-    ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
-     "connections", a_number),
-    ("--connections", "connections at most; more get a 503", at_least_1),
-    ("--allow-host", "names that this server goes by, with commas between", host_names),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
-     "believed, with commas between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes",
-     a_plane),
-    ("--directory", "HOST:PORT of the directory, for --plane data", str),
-    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
-     "it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
-     "the data folder; 0: never", a_time),
-    ("--keep", "backups to keep", at_least_1),
-    ("--keep-journal", "seconds, or as 365d: how long the journals tell who did what; 0: "
-     "for ever", a_time),
-    ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
-     "too, so that a load balancer hears of it first", a_time),
-    ("--log", "access log on standard output: common, json or off", a_log),
-    ("--slow", "as 100ms: write a line to standard error for what takes longer, ten a "
-     "second at most; 0: for nothing", a_time),
-)
-
-# The arguments of commands, for argparse.
-ARGUMENTS = {
-    "name": {"help": "of the workspace", "type": slug},
-    "title": {"help": "its name, as people write it: it becomes the address, too",
-              "metavar": "name"},
-    "new": {"help": "the new name, as people write it"},
-    "workspace": {"help": "its name", "type": slug},
-    "account": {"help": "its name", "type": account_name},
-    "role": {"help": f"one of {', '.join(ROLES)}"},
-    "size": {"help": "as 500M or 10G", "type": a_size},
-    "file": {"help": "path of the file", "type": pathlib.Path},
-    "folder": {"help": "path of the folder", "type": pathlib.Path},
-    "address": {"help": "HOST:PORT of the node", "type": an_address},
-    "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
-    "--operator": {"help": "may open the console, and look on in others' names",
-                   "action": "store_true"},
-    "--owner": {"help": "account that owns it", "type": account_name},
-    "--now": {"help": "keep no copy", "action": "store_true"},
-    "--repair": {"help": "first remove what was left behind by what was cut short, and "
-                 "close files to others", "action": "store_true"},
-    "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
-               "action": "store_true"},
-    "--name": {"help": "in place of the name in the file"},
-    "--jobs": {"help": "keep or drop the jobs in the file: they would run here, too",
-               "type": what_of_jobs},
-    "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
-             "type": pathlib.Path, "required": True},
-    "--new": {"help": "name of what comes up; by default the name and the snapshot's"},
-    "--directory": {"help": "HOST:PORT of the directory", "type": an_address,
-                    "required": True},
-    "--node": {"help": "HOST:PORT of a node; once for each", "type": an_address,
-               "action": "append", "required": True},
-    "--listen": {"help": "port of the proxy; by default 80", "type": a_listener},
-}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        if {flag for flag, *_ in OPTIONS} & {*unknown.split()}:
-            message += "; flags of the server stand before the command"
-        self.exit(2, f"orion: {message}; --help tells what there is\n")
-
-
-def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = None
-                      ) -> Tuple[Settings, argparse.Namespace]:
-    """Return the settings, and what a command was given. Its verb is "" to serve.
-
-    app: with what main() was given. APP_PARSERS add to the parser what an app has of its
-    own: each (parser, its commands, app) returns a function that takes out of the second
-    result what was said of that, and returns the settings with it.
-    """
-    app = app or Settings()
-    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
-                    "file. Without a command it serves.", epilog="Every option is an "
-                    "environment variable too: ORION_PORT=80 is --port 80.")
-    parser.set_defaults(verb="")
-    for flag, help, kind in OPTIONS:
-        name = name_of_flag(flag)
-        default = from_environment(flag) or getattr(Settings(), name)
-        add_flag(parser, flag, kind, default, name, help)
-    words = sys.argv[1:] if argv is None else argv
-    commands = add_verbs(parser, words)
-    readers = [add(parser, commands, app) for add in APP_PARSERS]
-    given = parser.parse_args(words)
-    said = {name: value for name, value in vars(given).items() if name in Settings._fields}
-    settings = app._replace(**said)
-    for read in readers:
-        settings = read(settings, given)
-    if settings.single:
-        settings = settings._replace(data=settings.single.parent)
-    if settings.demo is None:
-        settings = settings._replace(demo=is_for_this_machine(settings))
-    return settings, given
-
-
-def is_for_this_machine(settings):
-    """Does nobody but this machine get in? (Behind a proxy, others do.)"""
-    here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
-    proxied = settings.allow_host or settings.trust_proxy or settings.plane
-    return here and not proxied
-
-
-def name_of_flag(flag):
-    return flag[2:].replace("-", "_")
-
-
-def add_flag(parser, flag, kind, default, dest, help):
-    """kind: bool, or a type for argparse. default may be text, from the environment."""
-    if default and default is not argparse.SUPPRESS:
-        help += f" (default: {default})"
-    help = help.replace("%", "%%")
-    if kind is not bool:
-        return parser.add_argument(flag, help=help, default=default, type=kind, dest=dest,
-                                   metavar=name_of_flag(flag).upper())
-    if isinstance(default, str) and default is not argparse.SUPPRESS:
-        default = default.lower() not in ("0", "no", "off", "false")
-    parser.add_argument(flag, help=help, default=default, dest=dest,
-                        action=argparse.BooleanOptionalAction)
-
-
-def from_environment(flag):
-    """For a service that is called orion, Kubernetes sets variables of its own. One of them
-    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000."""
-    name = f"ORION_{name_of_flag(flag).upper()}"
-    value = os.environ.get(name, "")
-    if name == "ORION_PORT" and "://" in value:
-        print(f"orion: {name}={value} is ignored, for it is no port but what Kubernetes "
-              "says of a service; --port sets ours", file=sys.stderr)
-        return ""
-    return value
-
-
-def add_verbs(parser, given_words):
-    """Add all commands; return what can take more.
-
-    Of a group that is not named, add its name alone: it saves 10 ms at each start.
-    """
-    common = flags_of_all()
-    groups = {"": parser.add_subparsers(title="commands", metavar="command")}
-    for words, one in sorted(VERBS.items()):
-        group, _, word = words.rpartition(" ")
-        if group not in groups:
-            parent = groups[""].add_parser(group, help=f"see {group} --help")
-            groups[group] = parent.add_subparsers(required=True, metavar="command")
-        if group and group not in given_words:
-            continue
-        sub = groups[group].add_parser(word, help=one.help, description=one.help,
-                                       parents=[common])
-        sub.set_defaults(verb=words, run=one.run)
-        for argument in one.arguments:
-            sub.add_argument(argument, **ARGUMENTS[argument])
-    return groups[""]
-
-
-def flags_of_all() -> argparse.ArgumentParser:
-    """Return a parser that those of all commands have among their parents."""
-    common = argparse.ArgumentParser(add_help=False)
-    for flag in ("--data", "--single"):
-        common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
-                            help="the folder, or the one file, with all state")
-    return common
-
-
-# -- what all commands need
-
-@contextlib.contextmanager
-def locked(folder, taken: str):
-    """One process at a time in a folder.
-
-    Raises Unusable if the folder is no good or, with the text taken, if another is in it.
-    """
-    try:
-        private_folder(folder)
-        if not os.access(folder, os.R_OK | os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        raise Unusable(f"the data folder {folder} can't be used ({error.strerror or error}"
-                       "); name another with --data") from error
-    if not fcntl:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        take_lock(handle, taken)
-        yield
-    finally:
-        os.close(handle)
-
-
-def take_lock(handle, taken):
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise Unusable(taken) from error
-
-
-BEGINNINGS = ("account add", "workspace import", "node add")
-
-
-def check_there(settings, or_node=False):
-    """Raise Unusable if there is no deployment, or another user's. or_node: one without a
-    Directory will do."""
-    there = settings.directory_file.exists()
-    if not there and not (or_node and settings.workspaces.exists()):
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
-                       "or begin one with account add")
-    load_keys(settings.key_file)
-
-
-def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
-    """Return what read finds in the Directory, as this version would have it.
-
-    Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
-    """
-    check_there(settings)
-    with GuardedStore(settings.directory_file) as store:
-        store.begin()
+def steps():
+    """Return the way in rows, with the text of each function as it runs."""
+    return [{"number": number, "title": title, "function": [*map(listing, functions)]}
+            for number, (title, functions) in enumerate(WAY.items(), 1)]
+
+
+def listing(function):
+    lines, first = inspect.getsourcelines(function)
+    return {"name": function.__qualname__, "source": textwrap.dedent("".join(lines)),
+            "where": f"lines {first} to {first + len(lines) - 1}"}
+
+
+@verb("read", "print the functions that answer one POST, in order, for a pager")
+def read_way(settings, given):
+    for step in steps():
+        print(f"{step['number']}. {step['title']}\n")
+        for one in step["function"]:
+            print(f"# {one['name']}, {one['where']}\n{one['source']}")
+
+
+# -- the console: what it shows of that
+
+class Console:
+    id = "console"                                       # in the place of an object's
+    PAUSE = 0.25                                         # s between frames, at least
+
+    def __init__(self, edge: LoopEdge):
+        self.edge = edge
+        self.broker = edge.broker
+        self.trace = edge.trace
+        self.due = False                                 # a frame is on its way
+        self.changed = 0                                 # the second after a publish
+        self.count_all = functools.lru_cache(maxsize=8)(self.count_all)
+        self.actions = {("GET", "/console"): self.page,
+                        ("GET", "/console/live"): self.stream,
+                        ("POST", "/console/probe"): self.probe,
+                        ("POST", "/console/retry"): self.retry}
+        self.trace.news = self.news
+        edge.env.workspaces.listeners.append(self.published)
+
+    @property
+    def env(self) -> FullEnv:
+        return self.edge.env
+
+    def answer(self, request: Request, env: Env) -> Response:
+        """A door, for operators. In the demo it is open to everybody."""
+        action = self.actions.get((request.method, request.path))
+        if action is None:
+            raise Refused(405, "The console is read with GET, and used from its own page.")
+        with self.trace.silence():
+            me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
+            refuse_old_page(request, me["account"])
+            if not me["operator"] and not env.settings.demo:
+                Viewer(account=me["account"]).permit(ACCOUNT)
+                raise Refused(403, "The console is for operators: account add NAME "
+                                   "--operator makes one.")
+            return action(request, me)
+
+    # -- what makes a frame: news, a second that passed, somebody who came
+
+    def published(self, id: str, topic: str) -> None:
+        """Have the objects asked for their facts, from the next second on."""
+        self.changed = int(time.monotonic()) + 1
+
+    def news(self) -> None:
+        if not self.due:
+            self.due = True
+            later = threading.Timer(self.PAUSE, self.tell)
+            later.daemon = True
+            later.start()
+
+    def tell(self) -> None:
+        self.due = False
+        self.broker.published(self.id, self.id)
+
+    def fetch(self, request: Request) -> Response:
+        """Return the region, as an object would: the broker takes this for a stub."""
+        with self.trace.silence():
+            shown = self.shown(request.params, "paused" not in request.params)
+            html = template("console.live")(**shown, picture=True, region=True)
+            watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
+            return Response(200, type=EVENTS, watch=(watch,))
+
+    def stream(self, request, me):
+        again = Request("GET", request.path, request.query)
+        return self.fetch(again)._replace(which=me["account"])
+
+    # -- the page
+
+    def page(self, request, me, probe=None):
+        roles = [row["role"] for row in me["mine"]]
+        body = template("console")(
+            **self.shown(request.params, True), **me, picture=True, region=True,
+            step=steps(), masquerade=not self.env.settings.demo, grant=grant_rows(),
+            who=me["account"] or "nobody yet", probe=probe,
+            name=probe["name"] if probe else "",
+            role=[{"role": role, "current": role in roles} for role in ROLES])
+        nav = template("layout.console")(state=True)
+        return page("Console", body, guest_of(me), nav)
+
+    def probe(self, request, me):
+        """Ask for a workspace's page as whoever is signed in; show how far that came."""
+        name = slug(text_of(request, "workspace").strip())[:63]
+        id = self.id_of(name)
+        served = self.env.workspaces.served
+        before = served[id]
+        trip, answer = self.trip_to(name, request)
+        trip.probed = {"before": before, "after": served[id]}
+        passed = trip.legs[0].status == 200
+        names = {self.env.directory.id: "Directory", id: name}
+        result = {**me, **trip.probed, **verdict_of(trip), "name": name,
+                  "said": str(answer), "passed": passed, "stopped": not passed,
+                  "call": self.call_rows(trip.calls, names)}
+        if not request.datastar:
+            return self.page(request, me, result)
+        html = template("console.probe")(**result)
+        patch = event("elements", html, "data: selector #probe", "data: mode inner")
+        return Response(200, patch, EVENTS)
+
+    def trip_to(self, name, request):
+        """Send a request of our own, with this person's cookie. A busy one is not waited
+        for."""
+        cookie = {"cookie": request.headers.get("cookie", "")}
+        asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
+                        scheme=request.scheme)
+        briefly = dataclasses.replace(self.env, forward=fetch_briefly)
+        trip = Trip(asked)
+        self.trace.watch(1)
         try:
-            store.migrate_all(directory_router().schema)
-            return read(store)
+            with self.trace.silence(False):
+                return trip, self.trace.follow(trip, worker, asked, briefly)
         finally:
-            store.exec("ROLLBACK")
+            self.trace.watch(-1)
+
+    def retry(self, request, me):
+        """The jobs that a workspace gave up begin anew."""
+        guest_of(me).permit(ACCOUNT, request.method)
+        id = self.id_of(text_of(request, "workspace"))
+        if id:
+            fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
+        self.published(id, "")
+        return Response(204) if request.datastar else see_other("/console")
+
+    def id_of(self, name):
+        """Return the id of the workspace; None: there is none of this name."""
+        query = urllib.parse.urlencode({"name": name})
+        return self.env.directory.ask("/_named", query)
+
+    # -- the region
+
+    def count_all(self, second, *ids):
+        """Ask each object for its facts. Return them, and how long that took."""
+        started = time.perf_counter()
+        facts = {id: self.count(id) for id in ids}
+        return facts, in_ms(time.perf_counter() - started)
+
+    def count(self, id):
+        workspaces = self.env.workspaces
+        slept = id not in workspaces.objects
+        facts = facts_of(workspaces.get(id))
+        if facts["count"] == "busy":
+            self.published(id, "")                       # it is asked again
+        woken = workspaces.objects.get(id)
+        if slept and woken:
+            woken.sleep(time.monotonic())
+        return facts
+
+    def shown(self, params, with_feed):
+        """Return what the picture and the region show, by the names in the template."""
+        after = params.get("after", "")
+        query = urllib.parse.urlencode({"after": after})
+        found = self.env.directory.ask("/_names", query)
+        page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
+        names = {self.env.directory.id: "Directory", **page}
+        second = min(self.changed, int(time.monotonic()))
+        facts, took = self.count_all(second, *page)
+        rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
+                for id, name in page.items()]
+        first = self.object_row(self.env.directory, "Directory", {})
+        return {"object": [first, *rows],
+                "gate": first,
+                "option": rows,
+                "dead": [row for row in rows if row["failed"]],
+                "all": found["all"], "awake": len(self.env.workspaces.objects),
+                "asked": len(page), "took": took,
+                "more": len(found["page"]) > NAMES_A_PAGE,
+                "last": max(page.values(), default=""), "after": after,
+                "feed": with_feed and self.feed(params, names),
+                **self.drawing(rows, found["all"]),
+                **self.streams()}
+
+    def object_row(self, stub, name, facts):
+        id, namespace = stub
+        one = namespace.objects.get(id)
+        awake = bool(one and one.store)
+        size = sum([part.stat().st_size for part in with_wal(namespace.path(id))])
+        return {"count": "", "jobs": "", "failed": [], **facts,
+                "id": id,
+                "name": name,
+                "size": in_kb_or_mb(size),
+                "state": "awake" if awake else "asleep",
+                "since": awake and {"opened": clock(one.opened_at)},
+                "streams": len(self.broker.watchers(id)),
+                "served": namespace.served[id]}
+
+    # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
+    # stands in it is a percentage of the plane's width; all others together are at 90
+
+    PLACES = (10, 30, 50, 70)
+
+    def drawing(self, rows, all):
+        """Both planes, and the way of each request of late."""
+        nodes = [{**row, "at": at, "short": shortened(row["name"])}
+                 for at, row in zip(self.PLACES, rows)]
+        places = {node["id"]: node["at"] for node in nodes}
+        trips = [self.trip_row(trip, places) for trip in [*self.trace.trips]]
+        stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
+        paths = stopped[-1:] + trips[-3:]
+        return {"node": nodes, "others": all - len(nodes), "way": paths,
+                "tall_way": paths, "trip": trips[::-1], "none": not trips}
+
+    def trip_row(self, trip, places):
+        return {**vars(trip), **verdict_of(trip), "kind": kind_of(trip),
+                "at": places.get(trip.legs[-1].id, 90),
+                "leg": [{**leg._asdict(), "cached": not leg.calls,
+                         "code": code_of(leg, trip)} for leg in trip.legs]}
+
+    # -- streams and store calls
+
+    def streams(self):
+        channels = [channel for of_object in [*self.broker.channels.values()]
+                    for channel in [*of_object.values()]]
+        rows = [stream_row(channel) for channel in channels[:50]]
+        open = sum(self.broker.accounts.values())
+        return {"stream": rows, "open": open, **self.broker.frames}
+
+    def feed(self, params, names):
+        object = params.get("object", "")
+        calls = [call for call in self.trace.show() if object in ("", call.object)]
+        return {**vars(self.trace), "line": self.call_rows(calls[::-1], names),
+                "object": object,
+                "whose": object and {"label": names.get(object, object[:8])},
+                "paused": "paused" in params,
+                "going": "paused" not in params}
+
+    def call_rows(self, calls, names):
+        return [{**call._asdict(), "object": names.get(call.object, call.object[:8])}
+                for call in calls]
 
 
-@contextlib.contextmanager
-def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
-    """Give the Directory's store, and the env around it.
-
-    A command (given) is one transaction, and is noted in the journal, with its arguments,
-    or with which. While it lasts nobody can sign in, so nothing is printed or asked for
-    inside. Without a command, nothing is locked. Raises Unusable if there is no deployment
-    and this is none of the BEGINNINGS, which make one.
-    """
-    what = given.verb if given else ""
-    if what not in BEGINNINGS:
-        check_there(settings)
-    env = compose(settings._replace(demo=False, plane=""))
-    with GuardedStore(settings.directory_file) as store, \
-            store.tx() if given else contextlib.nullcontext():
-        yield store, env
-        if given:
-            which = which or " ".join([str(vars(given)[name]) for name in
-                                       VERBS[what].arguments if "--" not in name])
-            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                       time.time(), "(command line)", what, which)
+def stream_row(channel):
+    stub, _, again, *_ = channel.subscription
+    headers = again.headers
+    return {"object": headers.get("x-workspace", stub.id), "path": again.path,
+            "role": headers.get("x-role"), "open": len(channel.streams)}
 
 
-def check_new(path):
-    if path.exists():
-        raise Unusable(f"{path} exists; name a new one")
+def kind_of(trip):
+    """Return how far it came: so much of the way is drawn."""
+    last = trip.legs[-1]
+    if last.kind == "gate" and last.status != 200:
+        return "stopped"
+    if last.kind != "workspace":
+        return "asked"
+    return "wrote" if trip.method not in SAFE and trip.status < 400 else "read"
 
 
-def row_of(store, table, name, column="name"):
-    row = store.one(f"SELECT * FROM {table} WHERE {column} = ?", name)
-    if row is None:
-        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what "
-                       "there is")
-    return row
+def verdict_of(trip):
+    said = trip.legs[0].said
+    return {"verdict": trip.legs[0].status, "role": said.get("x-role"),
+            "grants": said.get("x-grants")}
 
 
-def table(rows):
-    for row in rows:
-        print(*row, sep="\t")
+def code_of(leg, trip):
+    """Return the name of the function that the leg opens."""
+    if leg.kind == "gate":
+        return "gate"
+    return "SliceHost.handle" if trip.method in SAFE else "SliceHost.command"
 
 
-@verb("new", "write a file with a slice of your own to begin with", "file")
-def new(settings, given):
-    check_installation()
-    check_new(given.file)
-    given.file.write_text((TEMPLATES / "app.py.txt").read_text("utf-8"), "utf-8")
-    print(f"{given.file}: a guestbook; python3 {given.file} serves it")
+def shortened(name):
+    return name if len(name) < 9 else f"{name[:7]}…"
 
 
-# -- to serve
-
-FAILURES = (Refused, Unusable, MigrationError, OSError, sqlite3.Error, EOFError, ValueError,
-            OverflowError)
+def in_kb_or_mb(size):
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
-@public
-def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = None, *,
-         assets: Optional[pathlib.Path] = None, brand: Any = None,
-         options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
-         start: Optional[Callable[[Settings], None]] = None,
-         seed: Optional[Callable[[Context], None]] = None) -> int:
-    """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error. assets: a folder (section 46). brand: see section 47.
-
-    The rest is in section 57. options and commands of the app are on the command line, too.
-    start(settings) is called before the server listens, seed(ctx) with each workspace of a
-    new demo.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    app = Settings(slices=slices, assets=assets, brand=brand, options=options,
-                   commands=commands, start=start, seed=seed)
-    try:
-        status = do(*read_command_line(argv, app)) or 0
-        sys.stdout.flush()                               # while a failure can be answered
-        return status
-    except KeyboardInterrupt:                            # at the question for a password
-        return 130
-    except BrokenPipeError:                              # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what is written at the end
-        return 141
-    except FAILURES as error:
-        print(f"orion: {in_one_line(error)}", file=sys.stderr)
-        return 2
+def grant_rows():
+    """Which role has which grant, as a table."""
+    return [{"grant": grant, "cell": [{"yes": grant in some} for some in ROLES.values()]}
+            for grant in ROLES["owner"]]
 
 
-def in_one_line(error) -> str:
-    """Return what went wrong. Of a mistake in an app's function, say what kind, and where.
-    """
-    if isinstance(error, EOFError):                      # at a question
-        return "nothing was typed"
-    frames = frames_of_app(error)
-    if not frames or isinstance(error, (Refused, Unusable, MigrationError)):
-        return str(error)
-    return f"{type(error).__name__}: {error} ({frames[-1].filename}:{frames[-1].lineno})"
+def guest_of(me) -> Viewer:
+    viewer = Viewer(account=me["account"], label=me["label"])
+    return masked(viewer, me["mask"], me["read_only"])
 
 
-def do(settings, given):
-    roots = [name for name in ("plain", "single", "plane") if getattr(settings, name)]
-    if len(roots) > 1:
-        raise Unusable(f"--{roots[0]} is another way to run both planes; leave "
-                       f"--{roots[1]} out")
-    if settings.plane == "data" and given.verb in NODE_VERBS:
-        return NODE_VERBS[given.verb](settings, given)
-    if given.verb:
-        return given.run(settings, given)
-    for wanted, way in WAYS_TO_SERVE:
-        if wanted(settings):
-            return way(settings)
-    serve_alone(settings)
+@addition
+class AnswersTheConsole(EdgeDirectory):
+    def own_names(self, request):
+        """Some of all workspaces that can be asked, as names by id; and how many those are.
+        """
+        there = "FROM workspaces WHERE name > ? AND NOT moving"
+        some = self.store.query(f"SELECT id, name {there} ORDER BY name LIMIT ?",
+                                request.params.get("after", ""), NAMES_A_PAGE + 1)
+        count = self.store.one(f"SELECT count(*) {there}", "")[0]
+        return {"page": dict(some), "all": count}
+
+    def own_named(self, request):
+        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
+                             request.params.get("name", ""))
+        return row and row["id"]
+
+    def own_onlooker(self, request):
+        """Who asks, where they belong, and whether they run this server."""
+        viewer = self.viewer(request)
+        return {"account": viewer.account, "label": viewer.label,
+                "operator": self.own_operator(request),
+                "mask": getattr(viewer, "operator", ""),
+                "read_only": getattr(viewer, "read_only", False),
+                "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
+                "persona": self.personas(viewer.account)}
+
+    def shows_console(self, viewer):
+        account = getattr(viewer, "operator", viewer.account)
+        return bool(self.personas("")) or self.is_operator(account)
 
 
-def serve_alone(settings):
-    """Two servers would each believe to be the only one that writes to a tenant's file."""
-    with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
-                               "it, or name another with --data"):
-        serve(settings)
+# -- the foot of each page
+
+TRUSTED.add("x-operates")
 
 
-NEEDED_SQLITE = (3, 30)                                  # for FILTER
-NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
-NAMED_FILE = re.compile(r'TEMPLATES / "([\w.]+)"')
+@addition
+class SaysWhoOperates(EdgeDirectory):
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        account = getattr(viewer, "operator", viewer.account)
+        if not self.namespace.settings.demo and self.is_operator(account):
+            said["x-operates"] = "true"
+        return said
 
 
-def check_installation() -> None:
-    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
-    if sqlite3.sqlite_version_info < NEEDED_SQLITE:
-        needed = ".".join(map(str, NEEDED_SQLITE))
-        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
-                       "needed; use a newer Python")
-    text = pathlib.Path(__file__).read_text("utf-8")
-    files = [*NAMED_FILE.findall(text), *[path[1:] for path in ASSETS]]
-    try:
-        for name in NAMED_TEMPLATE.findall(text):
-            template(name)
-        for name in files:
-            (TEMPLATES / name).read_bytes()
-        as_browser = Request("GET", "/", headers={"accept": "text/html"})
-        refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
-    except OSError as error:
-        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ that "
-                       "came with this orion.py has to be beside it") from error
-    except (KeyError, ValueError) as error:
-        raise Unusable(f"{TEMPLATES} is of another version of orion.py, or was changed "
-                       f"({error}); copy the folder that came with this one") from error
+@addition
+class HidesXray(Broadcast):
+    def xray(self, renderings, ctx, asked):
+        """It is for operators; in the demo, for everybody."""
+        if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
+            return super().xray(renderings, ctx, asked)
+        return ""
 
 
-def serve(settings):
-    check_installation()
-    take_all_descriptors()
-    if settings.plain:
-        return serve_part_one(settings)
-    for prepare_process in BEFORE_SERVING:
-        prepare_process()
-    env = compose(settings)
-    if not settings.single:
-        env.workspaces.tidy()
-    if settings.start:
-        settings.start(env.settings)
-    server = bound(settings, lambda: whole(LoopEdge)(env, env.settings))
-    for number in stop_signals():
-        signal.signal(number, lambda number, _: stop_or_leave(server, number))
-    signal.set_wakeup_fd(server.waker.fileno())
-    say_where(server)
-    notify("READY=1")
-    server.serve_forever()
-    signal.set_wakeup_fd(-1)                             # what it wakes is closed now
-    server.server_close()
+@addition
+class HasConsole(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.console = Console(self)
+        self.broker.unannounced = (Console.id,)
+        if self.env.directory.namespace.kind == "directory":
+            self.broker.unannounced += ("directory",)
+        paths = [path for _, path in self.console.actions]
+        self.add_doors(dict.fromkeys(paths, self.console.answer))
+
+    def tick(self, now):
+        super().tick(now)
+        self.broker.published(Console.id, Console.id)
 
 
-def take_all_descriptors():
-    """Raise this process's limit as far as it may: each open page is a descriptor."""
-    if resource:
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+@addition
+class CountsConsoles(Broker):
+    def count_watcher(self, id, more):
+        super().count_watcher(id, more)
+        if id == Console.id:
+            self.edge.trace.watch(more)
+
+    def look_elsewhere(self):
+        """What the server asks itself each second is not shown."""
+        with self.edge.trace.silence():
+            super().look_elsewhere()
 
 
-def serve_part_one(settings):
-    for check in CHECKS:
-        check(settings)
-    serve_plain(plain_root(settings), settings.host, settings.port)
-
-
-def say_where(server):
-    host = server.settings.host
-    host = f"[{host}]" if ":" in host else host
-    address = f"http://{host}:{server.server_port}"
-    print(f"orion: {address}", flush=True)
-    if server.settings.demo:
-        print("orion: demo: open the address and choose a persona; bob and carol share the "
-              "workspace acme", flush=True)
-    for say in AT_START:
-        say(server, address)
-
-
-def bound(settings, make):
-    """Return what make makes, which listens. Raises Unusable if it can't."""
-    try:
-        return make()
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise Unusable(f"can't listen on {where} ({error.strerror or error}); choose "
-                       "another with --host or --port") from error
-
-
-def stop_or_leave(server, number):
-    """The second signal does not wait for requests in flight; a terminal that is closed
-    may send several."""
-    if server.stopping and number in (signal.SIGINT, signal.SIGTERM):
-        os._exit(1)
-    server.stop()
-    notify("STOPPING=1")
-    if server.draining:
-        server.call(log, f"stops in {server.settings.drain:g} s (--drain), and answers 503 "
-                         "until then; Ctrl+C or SIGTERM once more ends it at once")
-
-
-def notify(state: str):
-    """Tell systemd, if it asked to be told (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):                          # Linux: not in the file system
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link, \
-            contextlib.suppress(OSError):
-        link.sendto(state.encode(), address)
-
-
-# ==== 57. Own options =====================================================================
+# ==== 66. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
-# It needs: 35 Jobs.
+# It needs: 40 Jobs.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -14270,7 +16324,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 58. Development =====================================================================
+# ==== 67. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -14714,13 +16768,13 @@ class DevBroker(Broker):
         super().published(id, topic)
 
 
-# ==== 59. Testing =========================================================================
+# ==== 68. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 35 Jobs, 36 Checks, 42 Exports, 48 Uploads, 57 Own options.
+# It needs: 32 Checks, 40 Jobs, 53 Exports, 60 Uploads, 66 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -14923,7 +16977,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 57."""
+    """An app in a test: see testing(). It is an App, too: see section 66."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call
@@ -15059,2045 +17113,6 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
-
-
-# ==== 60. Links ===========================================================================
-# The idea: whoever has a link may do one thing, a few times, for some days: enter a
-#   workspace, sign in on another device, or set a new password. With the link that a new
-#   server prints, one makes its first account.
-# It promises: the secret stands behind the # of an address. Browsers send that to nobody,
-#   so it is in no log and no Referer; only its hash is stored. To look at a link does not
-#   use it up. None makes an owner, or changes the role of a member. One is void as soon as
-#   its maker could not make it any more: foreign keys remove it with the membership, which
-#   any change of the role replaces, and with the session.
-# Who uses it: the members page, the account page, and the first start.
-# It needs: 30 Accounts, 31 Account page, 67 Fields.
-#
-# Its table is in section 13:
-#
-#     links   digest (of the secret), kind (of KINDS), uses (that are left), expires,
-#             used_by (accounts); maker, workspace and role; for a new password: whose
-#             (account), and a hash of what is stored now (password); session: of the maker
-
-DAY = 86400.0                                            # seconds
-MOST_LINKS = 100                                         # of one workspace
-LONGEST_LINK = 30                                        # days
-MOST_USES = 100
-GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
-               coalesce(l.account, s.account) AS person FROM links l
-               LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
-               LEFT JOIN memberships m ON m.workspace = w.id AND m.account = l.maker
-               LEFT JOIN sessions s ON s.digest = l.session AND s.operator IS NULL
-               AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
-LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
-                used_by FROM links WHERE workspace = ? AND expires > ? ORDER BY expires"""
-OLD_LINKS = """DELETE FROM links WHERE digest IN (SELECT digest FROM links
-               WHERE expires <= ? LIMIT 100)"""
-NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
-           "in full. Ask for a new one.")
-
-
-# -- to make a link
-
-def refuse_guest(ctx):
-    """Raise Refused(403) for an operator who looks on in somebody's name."""
-    if ctx.viewer.signature != ctx.viewer.account:
-        raise Refused(403, f"You look on as {ctx.viewer.account}, and a link would outlast "
-                           "that. End it first.")
-
-
-def add_link(store, kind, seconds, **row) -> str:
-    """Return its secret."""
-    secret = secrets.token_urlsafe(32)
-    row = {"digest": token_hash(secret), "kind": kind, "uses": 1,
-           "expires": time.time() + seconds, **row}
-    marks = ", ".join("?" * len(row))
-    store.exec(f"INSERT INTO links ({', '.join(row)}) VALUES ({marks})", *row.values())
-    return secret
-
-
-def new_link_page(ctx, secret, what, back, which):
-    """Return the page that shows a link, this once: it is kept nowhere (Answers.keep)."""
-    request = ctx.request
-    address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
-    body = template("links.made")(address=address, what=what, back=back)
-    return page("A link", body, ctx.viewer)._replace(
-        headers=(("cache-control", "no-store"),), which=which)
-
-
-def make_link(ctx):
-    """Make a link into this workspace. Fields: role, uses and days."""
-    refuse_guest(ctx)
-    role = valid_role(ctx.field("role", "member"))
-    uses = within("uses", ctx.number("uses", 1), MOST_USES)
-    days = within("days", ctx.number("days", 7), LONGEST_LINK)
-    if role == "owner":
-        raise Refused(422, "A link makes no owner. Choose another role, and make them an "
-                           "owner when they are here.")
-    links = ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())
-    if len([link for link in links if link["uses"]]) >= MOST_LINKS:
-        raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
-    secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
-                      uses=uses, maker=ctx.viewer.account)
-    ctx.publish("members")
-    until = utc(time.time() + days * DAY)
-    what = f"It lets {uses} in, as {role}, until {until}."
-    which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
-    return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
-
-
-def within(name, number, most):
-    if not 1 <= number <= most:
-        raise Refused(422, f"{name} is a number from 1 to {most}.")
-    return number
-
-
-def withdraw_link(ctx):
-    """The field link is a part of its hash, as the members page has it."""
-    link = ctx.field("link")[:16]
-    ctx.store.exec("DELETE FROM links WHERE workspace = ? AND substr(hex(digest), 1, 16) = "
-                   "upper(?)", ctx.viewer.id, link)
-    ctx.publish("members")
-    return see_other(f"/w/{ctx.workspace}/members/links")._replace(
-        which=f"{ctx.viewer.id} {link}")
-
-
-def device_link(ctx):
-    """Make a link that signs the viewer in elsewhere. The one before it is void."""
-    refuse_guest(ctx)
-    session = bytes.fromhex(ctx.request.headers["x-session"])
-    ctx.store.exec("DELETE FROM links WHERE session = ?", session)
-    secret = add_link(ctx.store, "device", 300, session=session)
-    what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
-            "minutes. Give it to nobody.")
-    return new_link_page(ctx, secret, what, "/account", ctx.viewer.account)
-
-
-def password_link(ctx):
-    """Make a link with which somebody sets a new password. The one before it is void."""
-    refuse_guest(ctx)
-    maker = ctx.viewer.account
-    if not ctx.host.is_operator(maker):
-        raise Refused(403, "Only an operator of this server may do that. Ask one.")
-    account = account_meant(ctx)
-    ctx.store.exec("DELETE FROM links WHERE account = ?", account)
-    secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
-                      password=password_mark(ctx.host, account))
-    what = f"With it {account} chooses a new password, once, within a day."
-    return new_link_page(ctx, secret, what, "/account", account)
-
-
-def password_mark(host, account):
-    """Return a hash of the password's hash: it tells whether there was a new one since."""
-    return token_hash(host.password_of(account)).hex()
-
-
-# -- to use one
-
-def secret_in(text):
-    """Return the secret; text may be the whole address."""
-    return text.rpartition("#")[2].strip()
-
-
-def link_page(ctx):
-    """Return the page that asks for a link or, after a mistake, the link's own again."""
-    return page_of_link(ctx, secret_in(ctx.typed.get("link", "")))
-
-
-def page_of_link(ctx, secret):
-    link = ctx.host.link(token_hash(secret))
-    title, asked = "You have a link", {"paste": True}
-    if link:
-        title = KINDS[link["kind"]].title
-        asked = {link["kind"]: link_facts(ctx, link, secret)}
-    fill = {**dict.fromkeys(["paste", *KINDS], False), **asked}
-    body = template("links")(heading=title, problem=mistake(ctx)["problem"], **fill)
-    return page(title, body, ctx.viewer)
-
-
-def mistake(ctx):
-    """Return what was wrong, for the form that was used: one gets on where one was."""
-    how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
-    place = "known_problem" if how == "known" else "problem"
-    return {"problem": "", "known_problem": "", "again_known": how == "known",
-            "again_new": how == "new", place: problem}
-
-
-def link_facts(ctx, link, secret):
-    """Return what the page says of a link to whoever looks at it."""
-    me = ctx.viewer.account
-    member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
-    return {**link, **mistake(ctx), "secret": secret, "me": me, "stamp": ctx.stamp,
-            "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
-            "next": f"/w/{link['name']}" if link["name"] else "/",
-            "username": ctx.typed.get("username", ""), "new": True, "known": True,
-            "member": member, "joins": bool(me) and not member, "stranger": not me,
-            "other": bool(me) and me != link["person"]}
-
-
-def use_link(ctx):
-    """Use a link. Without a field how, only show its page: so asks the script that takes
-    the secret out of the address."""
-    secret = secret_in(ctx.field("link"))
-    link = ctx.host.link(token_hash(secret))
-    if not link:
-        raise Refused(422, NO_LINK)
-    if not ctx.field("how"):
-        return page_of_link(ctx, secret)
-    refuse_guest(ctx)
-    account = KINDS[link["kind"]].use(ctx, link)
-    if account == ctx.viewer.account:
-        answer = see_other(local_path(ctx.field("next", "/")))
-    else:
-        answer = open_session(ctx, account)
-    which = filter(None, [link["workspace"], link["kind"], account])
-    return answer._replace(which=" ".join(which))
-
-
-def count_use(ctx, link, account):
-    ctx.store.exec("UPDATE links SET uses = uses - 1, used_by = ltrim(used_by || ' ' || ?) "
-                   "WHERE digest = ?", account, link["digest"])
-    return account
-
-
-def join(ctx, link):
-    """Let somebody into a workspace. Who is a member already stays what they are."""
-    account = joining(ctx)
-    if role_of(ctx.store, link["workspace"], account) == NOT_A_MEMBER:
-        count_use(ctx, link, account)
-        ctx.viewer = dataclasses.replace(ctx.viewer, id=link["workspace"])
-        put_role(ctx, account, NOT_A_MEMBER, link["role"])
-    return account
-
-
-def joining(ctx):
-    """Return who joins, by the field how: new, known (with a password) or signed in."""
-    how = ctx.field("how")
-    if how == "new":
-        return new_account(ctx, operator=False)
-    account = ctx.viewer.account
-    why = "You are signed out. Sign in, or make an account."
-    if how == "known":
-        account = proved(ctx)
-        why = "Name and password do not go together. Try again."
-    if not account:
-        raise Refused(422, why)
-    return account
-
-
-def new_account(ctx, operator):
-    name = account_name(ctx.field("username"))
-    check_account_name(name)
-    if ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
-        raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
-                           "sign in.")
-    ctx.store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, "
-                   "?, ?)", name, name, new_hash(ctx), operator)
-    return name
-
-
-def new_hash(ctx):
-    """Return the hash of a new password, which at_link made. Raises Refused(422)."""
-    check_password(ctx.field("new"))
-    hashed = ctx.request.headers.get("x-hashed")
-    if not hashed:
-        raise Refused(422, "This can't be set so. Use the form that the link opens.")
-    return hashed
-
-
-def sign_in_here(ctx, link):
-    return count_use(ctx, link, link["person"])
-
-
-def set_password(ctx, link):
-    store_password(ctx, link["person"], new_hash(ctx))
-    return count_use(ctx, link, link["person"])
-
-
-def make_first(ctx, link):
-    return count_use(ctx, link, new_account(ctx, operator=True))
-
-
-def may_invite(host, link):
-    return "members:manage" in ROLES.get(link["makes"], ())
-
-
-def is_signed_in(host, link):
-    return link["person"] is not None
-
-
-def may_set(host, link):
-    unchanged = link["password"] == password_mark(host, link["account"])
-    return unchanged and host.is_operator(link["maker"])
-
-
-class Kind(NamedTuple):
-    """What a link is for. title: of its page. holds(host, link): could it be made now?
-    use(ctx, link) returns the account that is signed in then."""
-    title: str
-    holds: Callable[[Any, sqlite3.Row], bool]
-    use: Callable[[Context, sqlite3.Row], str]
-
-
-KINDS = {"invite": Kind("You are invited", may_invite, join),
-         "device": Kind("Sign in on this device", is_signed_in, sign_in_here),
-         "password": Kind("Choose a new password", may_set, set_password),
-         "first": Kind("Make the first account", lambda host, link: host.is_empty(),
-                       make_first)}
-
-
-# -- pages
-
-def links_region(ctx):
-    rows = [link_row(ctx, row)
-            for row in ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())]
-    return template("links.region")(link=rows, none=not rows)
-
-
-def link_row(ctx, link):
-    people = people_of(ctx, [link["maker"], *link["used_by"].split()])
-    came = [{"person": one} for one in people[1:]]
-    return {**link, "until": moment(link["expires"]), "utc": utc(link["expires"]),
-            "by": people[0], "came": came and {"guest": came},
-            "open": link["uses"] > 0, "spent": link["uses"] == 0}
-
-
-def people_of(ctx, names):
-    """Return how lists show these accounts, in this order. Some may be gone."""
-    marks = ", ".join("?" * len(names))
-    rows = ctx.store.query(f"SELECT name, label FROM accounts WHERE name IN ({marks})",
-                           *names)
-    known = {row["name"]: ctx.host.shown(row) for row in rows}
-    return [known.get(name, name) for name in names]
-
-
-def in_words(role):
-    """Return what a role may do: "read, write and delete todos; manage members"."""
-    verbs: Dict[str, List[str]] = {}
-    for grant in ROLES.get(role, ()):
-        thing, _, verb = grant.partition(":")
-        verbs.setdefault(thing, []).append(verb)
-    said = [" and ".join(", ".join(some).rsplit(", ", 1)) for some in verbs.values()]
-    return "; ".join(map("{} {}".format, said, verbs))
-
-
-def roles_in_words():
-    """Return what stands beside the choice of a role."""
-    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
-    return template("links.roles")(can=roles)
-
-
-def links_page(ctx, region):
-    typed = {"uses": "1", "days": "7", "role": "member", "problem": "", **ctx.typed}
-    roles = [{"role": role, "selected": role == typed["role"]} for role in ROLES
-             if role != "owner"]
-    return template("links.page")(
-        workspace=ctx.title, option=roles, uses=typed["uses"], days=typed["days"],
-        problem=typed["problem"], roles=roles_in_words(), region=region,
-        live=template("slice.live")(), stamp=ctx.stamp)
-
-
-def account_links(ctx):
-    operator = ctx.host.is_operator(ctx.viewer.account)
-    typed = ctx.typed if "account" in ctx.typed else {}
-    return template("links.account")(
-        operator=operator, account=typed.get("account", ""),
-        problem=typed.get("problem", ""), stamp=ctx.stamp)
-
-
-ACCOUNT_PARTS.append(account_links)
-
-
-def home_or_first(ctx):
-    """As long as nobody can sign in, the front page says how the first one is made."""
-    if ctx.viewer.account or not ctx.host.is_empty():
-        return home(ctx)
-    return page("Welcome", template("links.nobody")(**LAYOUT))
-
-
-invitations = Live("/members/links", "members:manage", "Links",
-                   (Region("members", links_region),), links_page, tab=False)
-
-DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
-    Route("GET", "/", PUBLIC, home_or_first),
-    Route("GET", "/join", PUBLIC, link_page),
-    Route("POST", "/join", PUBLIC, use_link, says="opened a link:"),
-    Route("POST", "/members/links", "members:manage", make_link, says="made a link:"),
-    Route("POST", "/members/links/withdraw", "members:manage", withdraw_link,
-          says="withdrew the link"),
-    Route("POST", "/account/links", ACCOUNT, device_link),
-    Route("POST", "/account/links/password", ACCOUNT, password_link,
-          form="/account"))))
-
-
-@addition
-class KnowsLinks(EdgeDirectory):
-    def below_members(self, ctx):
-        shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
-        return Html().join([super().below_members(ctx), shown])
-
-    def link(self, digest):
-        """Return the row of a link that can be used now, else None."""
-        now = time.time()
-        row = self.store.one(GOOD_LINK, now, digest, now)
-        return row if row and KINDS[row["kind"]].holds(self, row) else None
-
-    def each_second(self):
-        """Links that are too old go: no clock that is set back makes them good again."""
-        super().each_second()
-        now = time.time()
-        if self.store.one("SELECT 1 FROM links WHERE expires <= ?", now):
-            with self.store.tx():
-                self.store.exec(OLD_LINKS, now)
-
-    def is_empty(self):
-        return self.store.one("SELECT 1 FROM accounts LIMIT 1") is None
-
-    def own_link(self, request):
-        return self.link(bytes.fromhex(request.headers["x-link"])) is not None
-
-    def own_first(self, request):
-        """Return the secret of a new link for the first account; "" if there is one. The
-        link that was printed before is void."""
-        if not self.is_empty():
-            return ""
-        with self.store.tx():
-            self.store.exec("DELETE FROM links WHERE kind = 'first'")
-            return add_link(self.store, "first", 7 * DAY)
-
-
-@addition
-class OpensLinks(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.made_up = Throttle()
-        self.made_accounts = Throttle(MOST_USES)         # each takes 0.1 s to hash
-        self.add_doors({"/join": self.at_link})
-
-    def at_link(self, request, env):
-        """A door. Passwords are hashed before the Directory's turn is taken, and only for
-        a link that is good; so whoever has one is not slowed by those who guess."""
-        if request.method in SAFE:
-            return env.directory.fetch(request)
-        digest = token_hash(secret_in(text_of(request, "link"))).hex()
-        if env.directory.ask("/_link", headers={"x-link": digest}):
-            return env.directory.fetch(self.with_hashes(request, env))
-        throttle(self.made_up, request)
-        return env.directory.fetch(request)
-
-    def with_hashes(self, request, env):
-        if text_of(request, "how") == "known":
-            return self.passwords.prove(request, env.directory)
-        new = self.passwords.typed_in(request)[2]
-        if not new:
-            return request
-        throttle(self.made_accounts, request)
-        return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
-
-
-def print_first_link(server, address):
-    """On standard output alone, which is not where errors are logged."""
-    if server.settings.plane == "data":
-        return
-    secret = server.env.directory.ask("/_first")
-    if secret:
-        print("orion: nobody can sign in yet; make the first account, an operator, at "
-              f"{address}/join#{secret}", flush=True)
-
-
-AT_START.append(print_first_link)
-
-
-def no_links(request, env):
-    """A door of --plain."""
-    raise Refused(404, "This server runs with --plain, where there are no passwords, so a "
-                       "link opens nothing. Start it without --plain.")
-
-
-PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
-
-
-# ==== 61. Tokens ==========================================================================
-# The idea: a program comes with a token that a member made, in the header Authorization
-#   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
-#   write as well. A program is answered with data, at the addresses of the pages.
-# It promises: a token does what its maker may do now, or less, and nothing outside of its
-#   workspace nor with its members. It is void when its maker leaves. It is shown once; only
-#   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
-#   nobody down.
-# Who uses it: whoever writes a program. README has one in curl and one in Python.
-# It needs: 30 Accounts, 31 Account page.
-#
-# Its table is in section 13:
-#
-#     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
-#              name, writes, made, used (for the last time; 0: never)
-
-API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
-MOST_TOKENS = 50                                         # of one account
-LONGEST_PURPOSE = 60                                     # characters
-TRUSTED.update({"x-bearer", "x-token"})
-
-
-# -- at the edge
-
-# Inside, a token stands in the cookie's place. So what is kept by cookie is kept by token,
-# and a cookie that came along counts for nothing. Browsers take no cookie that begins so
-# from another host, whatever its name (RFC 6265bis, 5.7).
-BEARER = "__Host-bearer="
-
-
-def with_token(request: Request) -> Request:
-    """Return the request of a program as a page of ours would send it, with its token.
-
-    Only pages need to say where they come from: no browser sends a token by itself.
-    """
-    scheme, _, given = request.headers["authorization"].partition(" ")
-    if scheme.lower() != "bearer":
-        return request
-    token = given if API_TOKEN.fullmatch(given) else ""
-    headers = {**request.headers, "cookie": BEARER + token, "accept": "application/json",
-               "origin": f"{request.scheme}://{request.headers.get('host', '')}"}
-    unsaid = ["sec-fetch-site", "datastar-request"]
-    if token:                                            # else it may be for a webhook
-        unsaid.append("authorization")
-    for name in unsaid:
-        headers.pop(name, None)
-    return request._replace(headers=headers)
-
-
-def of_program(request: Request) -> bool:
-    return request.headers.get("cookie", "").startswith(BEARER)
-
-
-@addition
-class TakesTokens(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.bad_tokens = Throttle()
-
-    def request(self, reading, peer):
-        request = super().request(reading, peer)
-        return with_token(request) if "authorization" in request.headers else request
-
-    def refusal(self, request, error):
-        """Programs are told it as JSON: {"message": ...}."""
-        if not of_program(request):
-            return super().refusal(request, error)
-        error = self.slowed(request, error)
-        no = super().refusal(request, error)
-        problems = getattr(error, "problems", {})
-        told = as_json({"message": no.body.decode().strip(), **problems},
-                       headers=no.headers)
-        return told._replace(status=no.status)
-
-    def slowed(self, request, error):
-        """Return the error or, after many tokens that are not valid, one to wait for.
-
-        It was looked up before: so a valid one never waits, whoever shares its address.
-        """
-        if getattr(error, "status", 0) != NO_TOKEN.status:
-            return error
-        try:
-            throttle(self.bad_tokens, request)
-            return error
-        except Refused as wait:
-            return wait
-
-
-@addition
-class LeavesProgramsOut(Broker):
-    """Who left a program running is not here. And programs are not told who is."""
-
-    def presence(self, streams):
-        return super().presence([one for one in streams if not of_program(one.again)])
-
-    def show_here(self, stream, piece):
-        if not of_program(stream.again):
-            super().show_here(stream, piece)
-
-
-# -- in the Directory
-
-NO_TOKEN = Response(401, b"This token is not valid: it was withdrawn, its maker has left, "
-                         b"or it was not copied in full. Make one at /account/tokens.\n",
-                    headers=(("www-authenticate", "Bearer"),))
-
-
-def narrowed(said: Dict[str, str], token) -> Dict[str, str]:
-    """Return a verdict on the maker as one on the token. Members, and the workspace itself,
-    are not for programs."""
-    grants = [one for one in said["x-grants"].split(",")
-              if not one.startswith(("members:", "workspace:"))
-              and (token["writes"] or one.endswith(":read"))]
-    said.pop("x-operates", None)
-    how = "write" if token["writes"] else "read"
-    return {**said, "x-grants": ",".join(grants),
-            "x-can-delete": "true" if "todos:delete" in grants else "false",
-            "x-token": f"{how} {token['id']} {urllib.parse.quote(token['name'])}"}
-
-
-@addition
-class KnowsTokens(EdgeDirectory):
-    """A token has no session. So it is nobody, everywhere but at the gate."""
-    USED_SECONDS = 60.0                                  # between notes of the last use
-
-    def on_open(self):
-        super().on_open()
-        self.uses: Dict[str, float] = {}                 # by id: not yet in the table
-        self.uses_due = 0.0
-
-    def identified(self, request):
-        """The hash stands where that of a session would: verdicts are kept by it."""
-        cookie = request.headers.get("cookie", "")
-        request = super().identified(request)
-        if not cookie.startswith(BEARER):
-            return request
-        token = cookie[len(BEARER):]
-        said = {"x-session": token_hash(token).hex(), "x-bearer": token[6:18]}
-        return request._replace(headers={**request.headers, **said})
-
-    def token(self, request) -> Optional[sqlite3.Row]:
-        """Return the row of the token; None if it is not valid."""
-        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", request.headers["x-bearer"])
-        given = bytes.fromhex(request.headers["x-session"])
-        return row if row and hmac.compare_digest(row["digest"], given) else None
-
-    def stranger(self, ctx, workspace, no):
-        """The gate asks this about all who have no session, or are no members."""
-        if "x-bearer" not in ctx.request.headers:
-            return super().stranger(ctx, workspace, no)
-        token = self.token(ctx.request)
-        if token is None:
-            return super().stranger(ctx, workspace, NO_TOKEN)
-        row = ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace, token["account"],
-                            token["workspace"])
-        if row is None:
-            return super().stranger(ctx, workspace, NO_ENTRY)
-        if row["moving"]:
-            return MOVING
-        self.uses[token["id"]] = time.time()
-        maker = Viewer(account=token["account"], label=token["label"])
-        return let_in(narrowed(self.say(maker, row), token))
-
-    def viewer(self, request):
-        """Raises Refused(403) for a command at /members, which is the Directory's."""
-        if request.headers.get("x-token") and request.method not in SAFE:
-            raise Refused(403, "Programs do not change who is a member. Do that in the "
-                               "browser.")
-        return super().viewer(request)
-
-    def each_second(self):
-        super().each_second()
-        if self.uses and time.monotonic() >= self.uses_due:
-            self.uses_due = time.monotonic() + self.USED_SECONDS
-            with self.store.tx():
-                for id, at in self.uses.items():
-                    self.store.exec("UPDATE tokens SET used = ? WHERE id = ?", at, id)
-            self.uses.clear()
-
-
-# -- the page on which tokens are made
-
-TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
-               JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
-               ORDER BY t.made DESC"""
-MOST_PLACES = 500                                        # from which one chooses
-
-
-def tokens_page(ctx, made=""):
-    """made: a token that is to be shown, this once."""
-    typed = ctx.typed
-    rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
-             "since": moment(row["made"]),
-             "last": moment(row["used"]) if row["used"] else "never"}
-            for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
-    places = [{**row, "selected": row["name"] == typed.get("workspace")}
-              for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_PLACES)]
-    body = template("tokens")(
-        new={"made": made} if made else False, token=rows, none=not rows, place=places,
-        name=typed.get("name", ""), problem=typed.get("problem", ""), stamp=ctx.stamp)
-    return page("Tokens", body, ctx.viewer)
-
-
-def make_token(ctx):
-    """Fields: name, workspace, how (read or write)."""
-    account = ctx.viewer.account
-    name, how = ctx.field("name"), ctx.field("how", "read")
-    row = ctx.store.one(MEMBERSHIP, ctx.field("workspace"), account)
-    check_token(ctx, name, how, row)
-    id = secrets.token_hex(6)
-    token = f"orion_{id}_{secrets.token_urlsafe(32)}"
-    ctx.store.exec("INSERT INTO tokens (id, digest, account, workspace, name, writes, "
-                   "made) VALUES (?, ?, ?, ?, ?, ?, ?)", id, token_hash(token), account,
-                   row["id"], name, how == "write", time.time())
-    once = (("cache-control", "no-store"),)              # so it is not kept: Answers
-    which = f"{row['id']} {name} ({id}): {how}"
-    return tokens_page(ctx, token)._replace(headers=once, which=which)
-
-
-def check_token(ctx, name, how, row):
-    """row: of the membership. Raise Refused if there can be no such token."""
-    if ctx.viewer.signature != ctx.viewer.account:
-        raise Refused(403, "You look on in somebody's name, and a token would outlast "
-                           "that. They can make one themselves.")
-    if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
-        raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
-    if row is None or how not in ("read", "write"):
-        raise Refused(422, "Choose one of your workspaces, and what the program may do.")
-    if len(ctx.store.query(TOKENS_OF, ctx.viewer.account)) >= MOST_TOKENS:
-        raise Refused(422, f"You have {MOST_TOKENS} tokens. Withdraw one first.")
-
-
-def withdraw_token(ctx):
-    """The field token is an id."""
-    id = ctx.field("token")[:12]
-    ctx.store.exec("DELETE FROM tokens WHERE id = ? AND account = ?", id,
-                   ctx.viewer.account)
-    access_changed(ctx, ctx.viewer.account)
-    return see_other("/account/tokens")._replace(which=id)
-
-
-DIRECTORY_SLICES.append(Slice("tokens", routes=(
-    Route("GET", "/account/tokens", ACCOUNT, tokens_page),
-    Route("POST", "/account/tokens", ACCOUNT, make_token, says="made a token:"),
-    Route("POST", "/account/tokens/withdraw", ACCOUNT, withdraw_token,
-          form="/account/tokens"))))
-ACCOUNT_PARTS.append(lambda ctx: template("tokens.link")())
-
-
-# -- what a program is answered
-
-@dataclasses.dataclass(frozen=True)
-class Program(Viewer):
-    """A member's program. token: the name and the id of what it came with."""
-    token: str = ""
-    read_only: bool = False
-    has_page = False
-    BY = " by token "
-
-    def permit(self, grant, method="GET"):
-        if self.read_only and method not in SAFE:
-            raise Refused(403, "This token only reads. Make one that may write as well.")
-        super().permit(grant, method)
-
-    @property
-    def signature(self):
-        return f"{self.account}{self.BY}{self.token}"
-
-
-@addition
-class KnowsPrograms(Broadcast):
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        said = request.headers.get("x-token")
-        if not said:
-            return viewer
-        how, id, name = said.split(" ")
-        token = f"{urllib.parse.unquote(name)} ({id})"
-        return Program(**vars(viewer), token=token, read_only=how == "read")
-
-    def job_context(self, row, request):
-        """A job that a program put in runs in its maker's name."""
-        ctx = super().job_context(row, request)
-        account, by, token = row["who"].partition(Program.BY)
-        if by:
-            whose = dataclasses.replace(ctx.viewer, account=account)
-            ctx.viewer = Program(**vars(whose), token=token)
-        return ctx
-
-
-LAST_WRITTEN = "SELECT which FROM journal ORDER BY id DESC LIMIT 1"
-
-
-@addition
-class AnswersCommands(SliceHost):
-    def call(self, slice, route, args, viewer, request):
-        """A program that made a row is told its id, and led to no page."""
-        before = self.store.db.total_changes
-        response = super().call(slice, route, args, viewer, request)
-        led = request.method not in SAFE and response.status in (204, 303)
-        if type(viewer) is not Program or not led:
-            return response
-        wrote = self.store.db.total_changes != before    # so the journal says what
-        which = self.store.one(LAST_WRITTEN)["which"] if wrote else ""
-        id = which.partition(" ")[0]
-        if route.method == "POST" and not args and id.isdecimal():
-            return as_json({"id": int(id)})._replace(status=201)
-        return Response(204)
-
-
-DATA = "_data"                                           # of the query: see DataInPages
-
-
-@dataclasses.dataclass
-class DataPiece(Piece):
-    """Data as an event without a name (WHATWG HTML, 9.2.6). html is JSON, in one line."""
-
-    @functools.cached_property
-    def event(self):
-        return f"id: {self.etag}\ndata: {self.html}\n\n".encode()
-
-
-@addition
-class DataInPages(EdgeWorkspace):
-    """A program gets the data of the regions. The broker asks for those of a stream again,
-    for all programs of a role: in that request, DATA says what they are."""
-
-    def refuse(self, request, refused):
-        if request.headers.get("x-token"):
-            raise refused
-        return super().refuse(request, refused)
-
-    def page(self, live, ctx, args):
-        regions = [region for region in live.regions if region.data]
-        if type(ctx.viewer) is not Program or not regions:
-            return super().page(live, ctx, args)
-        told: Dict[str, Any] = {}
-        for region in regions:
-            told.update(region.data(ctx.for_region(region, live), *args))
-        return Response(200, written(told).encode(), "application/json")
-
-    def stream(self, live, ctx, args):
-        regions = [region for region in live.regions if region.data]
-        again = DATA in ctx.params and "x-region" in ctx.request.headers
-        if regions and (again or type(ctx.viewer) is Program):
-            live = live._replace(regions=regions, params={**live.params, DATA: "1"})
-            ctx.params = {**ctx.params, DATA: "1"}
-        return super().stream(live, ctx, args)
-
-    def render(self, region, live, ctx, args):
-        if DATA not in ctx.params:
-            return super().render(region, live, ctx, args)
-        self.make_room()
-        made = time.perf_counter()
-        text = written(region.data(ctx, *args))
-        return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))
-
-
-def written(data) -> str:
-    """Return it as JSON. A row of the store is an object."""
-    return json.dumps(data, default=dict)
-
-
-def refuse_tokens(env):
-    """With --plain, for which there is no page to make one, or to withdraw it."""
-    front = env.front
-
-    def without(request, env):
-        given = request.headers.get("authorization", "").partition(" ")[2]
-        if API_TOKEN.fullmatch(given):
-            raise Refused(401, "This server runs with --plain, where there are no tokens. "
-                               "Start it without --plain.")
-        return front(request, env)
-    env.front = without
-
-
-PLAIN.append(refuse_tokens)
-
-
-# ==== 62. Own workspaces ==================================================================
-# The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
-#   in: the file, the members and the name stay as they are for 30 days. And everybody goes
-#   from one of theirs to another by a list in the header, and their home page is live.
-# It promises: a rename moves no address. To delete is one commit, and so is to bring it
-#   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
-#   could leave half done, and what is on its way in another thread is written. Once a
-#   second at most, a workspace is counted for all home pages that show it.
-# Who uses it: the members page, and the header; on the command line, operators.
-# It needs: 34 Counts, 40 Copies, 42 Exports.
-#
-# workspaces.deleted says when (section 13). It counts as one that its founder has, or many
-# could be made and deleted.
-
-KEPT_SECONDS = 30 * 86400.0                              # as copies of removed ones are
-TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
-ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
-           ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
-
-
-def space_region(ctx):
-    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    people = len(members_of(ctx.store, ctx.viewer.id))
-    return template("spaces.region")(name=row["name"], people=people)
-
-
-def space_page(ctx, region):
-    typed = {"title": ctx.title, "problem": "", **ctx.typed}
-    deletes = "confirm" in typed
-    return template("spaces")(
-        region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
-        title_problem="" if deletes else typed["problem"], open=deletes, wrong=deletes,
-        confirm_problem=typed["problem"] if deletes else "", name=ctx.workspace,
-        stamp=ctx.stamp)
-
-
-def rename_workspace(ctx):
-    """Change the name that people write. Fields: title and, as the page had it, was."""
-    _, title = names_of(ctx.field("title"))
-    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    if ctx.field("was", row["title"]) != row["title"]:
-        raise Refused(409, f"Its name is {row['title']} meanwhile. Look, and try again.")
-    set_title(ctx.store, row["name"], title)
-    ask_all_again(ctx)
-    return done(ctx, f"{ctx.viewer.id} {title}")
-
-
-def ask_all_again(ctx):
-    """Have the gate asked again for all open pages of the workspace."""
-    for account, _ in members_of(ctx.store, ctx.viewer.id):
-        access_changed(ctx, account)
-
-
-def delete_workspace(ctx):
-    """Let nobody in any more. The field confirm is its name; case does not matter."""
-    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    if slug(" ".join(ctx.field("confirm").split())) != slug(row["title"]):
-        raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
-    if ctx.host.namespace.settings.single:
-        raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
-                           "whoever runs it to remove that.")
-    ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
-                   "moving", DELETED, time.time(), ctx.viewer.id)
-    ask_all_again(ctx)
-    return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
-
-
-# -- from one to another
-
-def switch_list(ctx):
-    """Return what the switcher in the header shows, when it is opened."""
-    mine = ctx.store.query(MINE, ctx.viewer.account, "", NAMES_A_PAGE)
-    return Response(200, event("elements", template("spaces.list")(workspace=mine)), EVENTS)
-
-
-@addition
-class HasSwitcher(Broadcast):
-    def navigation(self, path, ctx, state=True):
-        """It is the same in all pages: what other workspaces somebody has, no page says."""
-        nav = super().navigation(path, ctx, state) or Html()
-        switcher = template("spaces.switch")() if ctx.viewer.account else Html()
-        return Html().join([switcher, nav])
-
-
-# -- the home page
-
-# Each account has its own. What changes access is published there anyway, and so is what an
-# account is asked.
-HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
-            params={"after": WORKSPACE_NAME.pattern})
-
-
-def home_stream(ctx):
-    return ctx.host.stream(HOME, ctx, ())
-
-
-@addition
-class NotesWriting(GuardedNamespace):
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.uncounted = set()                           # ids of workspaces
-
-
-@addition
-class KeepsHome(EdgeDirectory):
-    live_home = True
-
-    def count_of(self, id):
-        count = super().count_of(id)
-        if not count:
-            self.namespace.uncounted.add(id)
-        return count
-
-    def topics(self, live, ctx, args):
-        if live.path != HOME.path:
-            return super().topics(live, ctx, args)
-        return [f"access:{ctx.viewer.account}"]
-
-    def rendering(self, region, live, ctx, args):
-        """Counts are not in the store, so its state does not tell whether one is old."""
-        if live.path != HOME.path:
-            return super().rendering(region, live, ctx, args)
-        return self.render(region, live, ctx, args)
-
-
-@addition
-class KnowsHomes(Broker):
-    def published(self, id, topic):
-        super().published(id, topic)
-        if id in self.edge.env.workspaces.objects:
-            self.edge.env.directory.namespace.uncounted.add(id)
-
-    def watchers(self, id):
-        """Who looks at a home page is in no workspace. A single root has one object."""
-        return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
-
-
-@addition
-class CountsForHomes(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
-
-    def chores(self):
-        return [*super().chores(), (self.count_for_homes, 1.0)]
-
-    def count_for_homes(self):
-        """Count anew what was written to and stands on a home page that is open."""
-        known = self.env.directory.namespace
-        written = set()
-        while known.uncounted:                           # others add to it meanwhile
-            written.add(known.uncounted.pop())
-        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
-        homes = [one for one in channels if one.subscription.again.path == "/live"]
-        shown = {home: self.ids_at(home) & written for home in homes if written}
-        seen = set().union(*shown.values())
-        for id in written - seen:
-            known.counts.pop(id, None)                   # who comes later asks for it again
-        for id in seen:
-            known.counts[id] = count_of(self.env.workspaces.get(id))
-        for home, ids in shown.items():
-            if ids:
-                self.broker.mark(home)
-
-    def ids_at(self, home):
-        again = home.subscription.again
-        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
-
-
-# workspace:delete is the grant that only owners have.
-DIRECTORY_SLICES.append(Slice("spaces", live=(
-    Live("/members/workspace", "workspace:delete", "Workspace",
-         (Region("members", space_region),), space_page, tab=False),), routes=(
-    Route("GET", "/live", ACCOUNT, home_stream),
-    Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
-    Route("POST", "/members/workspace", "workspace:delete", rename_workspace,
-          says="renamed the workspace to"),
-    Route("POST", "/members/workspace/delete", "workspace:delete", delete_workspace,
-          form="/members/workspace", says="deleted the workspace"))))
-
-
-@addition
-class KnowsDeleted(EdgeDirectory):
-    def below_members(self, ctx):
-        may = ctx.viewer.can("workspace:delete")
-        way = template("spaces.way")() if may else Html()
-        return Html().join([super().below_members(ctx), way])
-
-    def own_ended(self, request):
-        """Return the row of one that was deleted long ago, else None."""
-        row = self.store.one(ENDED, DELETED, time.time() - KEPT_SECONDS)
-        return row and dict(row)
-
-    def own_forget(self, request):
-        """Its file is gone."""
-        id = request.params["id"]
-        forget_workspace(self.store, id)
-        self.journal(Viewer(account="(server)"), "workspace remove", id)
-
-
-@addition
-class EndsDeleted(LoopEdge):
-    def chores(self):
-        mine = [] if self.settings.plane == "data" else [(self.end_deleted, 60.0)]
-        return [*super().chores(), *mine]
-
-    def end_deleted(self):
-        """Remove one that was deleted long ago. If that is cut short, it is chosen again.
-        """
-        if not self.env.directory.ask("/_ended"):
-            return
-        with contextlib.suppress(Unusable, Refused), one_move(self.settings):
-            row = self.env.directory.ask("/_ended")      # undelete may have been faster
-            if row:
-                self.env.workspaces.check_removable(row, now=False)  # a node may be away
-                self.env.workspaces.remove(row, {"name": row["name"]}, now=True)
-                said = f"id={row['id']}"
-                self.env.directory.fetch(Request("POST", "/_forget", said))
-
-
-@verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
-def workspace_undelete(settings, given):
-    """All is as it was: nothing but one number has changed."""
-    with one_move(settings), opened(settings, given) as (store, env):
-        row = row_of(store, "workspaces", given.name)
-        if row["moving"] != DELETED:
-            raise Unusable(f"{given.name} is not deleted; workspace list tells what is")
-        if not row["node"] and not env.workspaces.path(row["id"]).exists():
-            raise Unusable(f"the file of {given.name} is gone; workspace remove "
-                           f"{given.name}, then workspace import a copy of it")
-        set_moving(store, row["id"], STAYS)
-
-
-# ==== 63. Repeats =========================================================================
-# The idea: a command may be sent again, because its answer was lost or a button was pressed
-#   twice; and a page may be left open while somebody else signs in. What comes with a key,
-#   or from a form with a stamp, is done once.
-# It promises: who sends a command again within ten minutes gets its first answer. Nothing
-#   is done from a page that was made for another account.
-# Who uses it: both kinds of hosts; our own script sends a key with each command.
-
-def stamp_of(request: Request) -> str:
-    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
-    may_have = b"_stamp" in request.body or request.spool    # [3]
-    if request.method in SAFE or not may_have or request.media_type not in FORMS:
-        return ""
-    return text_of(request, "_stamp")
-
-
-def repeat_key(request: Request) -> str:
-    """Return what tells that a command is sent again; "" if nothing can.
-
-    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
-    plain form with a stamp, all that was sent.
-    """
-    if request.method in SAFE:
-        return ""
-    key = request.headers.get("idempotency-key", "")
-    if not key and stamp_of(request):
-        key = str([(name, str(value)) for name, value in request.pairs()])
-    return key
-
-
-def command_id(request: Request, viewer: Viewer) -> bytes:
-    """Return an id of the command, by account and address; b"" if it has no repeat_key.
-
-    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
-    contains, such as a password: the number in the form's stamp is kept nowhere.
-    """
-    key = repeat_key(request) if viewer.account else ""
-    if not key:
-        return b""
-    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
-               WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
-
-
-class Answers:
-    """The answers of the last ten minutes, of one object, to commands that have an id.
-
-    ids has the row of each command, so that a new command costs one INSERT and no query.
-    """
-    SECONDS = 600.0                                      # to send a command again
-    MOST = 2000                                          # of one account
-    FORGET_EVERY = 1000                                  # commands
-    LARGEST = 4096                                       # characters of one
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.ids: Dict[bytes, int] = {}
-        self.forget("")
-        rows = store.query("SELECT command, id FROM answers")
-        self.ids.update([(row["command"], row["id"]) for row in rows])
-
-    def find(self, command: bytes) -> Optional[Response]:
-        """Return the answer that this command had already; None if it is new."""
-        if command not in self.ids:
-            return None
-        row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
-                             "at > ?", self.ids[command], command,
-                             time.time() - self.SECONDS)
-        if row is None:                                  # too old, or rolled back
-            return None
-        status, body, type, headers = json.loads(row["answer"])
-        return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
-
-    def keep(self, who: str, command: bytes, response: Response) -> None:
-        """Keep it in the transaction of the command: both are on the disk, or neither.
-
-        An answer with a secret is written nowhere: one that sets a cookie, or says itself
-        that it must not be stored. One that is too large is repeated as a plain 204.
-        """
-        names = [name.lower() for name, _ in response.headers]
-        if "set-cookie" in names or "cache-control" in names:
-            return
-        body = response.body.decode("latin-1")
-        text = json.dumps([response.status, body, response.type, response.headers])
-        if len(text) > self.LARGEST:
-            text = '[204, "", "text/plain", []]'
-        row = who, command, time.time(), text
-        self.ids[command] = self.store.insert(
-            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
-        self.until_forget -= 1
-        if not self.until_forget:
-            self.forget(who)
-
-    def forget(self, who):
-        """Forget the answers that are too old, and those of this account beyond MOST.
-
-        One from the future was written while the clock was wrong.
-        """
-        self.until_forget = self.FORGET_EVERY
-        now = time.time()
-        args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
-        for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
-            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
-                del self.ids[row["command"]]
-        self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
-
-
-@addition
-class RepeatsAnswers(SliceHost):
-    """A host that does nothing when a command comes again: it repeats the first answer."""
-    known: Optional[Answers] = None                      # None: nobody has asked yet
-
-    def on_open(self):
-        super().on_open()
-        self.known = None
-
-    def call(self, slice, route, args, viewer, request):
-        command = command_id(request, viewer)
-        known = self.answers().find(command) if command else None
-        if known:
-            return known
-        before = self.store.db.total_changes
-        response = super().call(slice, route, args, viewer, request)
-        if command and self.store.db.total_changes != before:
-            self.answers().keep(viewer.signature, command, response)
-        return response
-
-    def answers(self) -> Answers:
-        if self.known is None:
-            self.known = Answers(self.store)
-        return self.known
-
-
-@addition
-class StampsForms(Context):
-    __slots__ = ()
-
-    @property
-    def stamp(self) -> Html:
-        """A hidden field for a plain form: for whom the page was made, and a number.
-
-        So the form does one thing, even if it is sent twice.
-        """
-        number = secrets.token_hex(12)
-        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
-
-
-# -- a page that was made for another account
-
-def refuse_old_page(request: Request, account: str) -> None:
-    """Raise Refused(412) if the page that sent this was made for another account.
-
-    In another window of the same browser, somebody else may have signed in meanwhile.
-    """
-    made_for = request.headers.get("page-account", stamp_of(request).partition(" ")[0])
-    if made_for and account and made_for != account:
-        raise Refused(412, f"This page was made for {made_for}; you are signed in as "
-                           f"{account} now. Nothing was written. Look, and try again.")
-
-
-@addition
-class RefusesOldPages(SliceHost):
-    def permit(self, viewer, route, request):
-        refuse_old_page(request, viewer.account)
-        viewer.permit(route.grant, request.method)
-
-
-# ==== 64. People ==========================================================================
-# The idea: beside the name of the account, carol, people have one that others see: Carol
-#   Jones. In the tables it is the account's label. Lists show it, with its initials on a
-#   colour that the account keeps.
-# It promises: who somebody is, the account alone says. It stands beside the other name
-#   where one decides about people: among members, and in an invitation. Nobody can choose
-#   the name of another's account. All open pages show a new name at once.
-# Who uses it: the account page; the lists of members and links; the head of each page, and
-#   who else looks at it.
-# It needs: 30 Accounts, 31 Account page, 46 Assets, 60 Links, 67 Fields.
-
-COLOURS = 6                                              # .face-0 to .face-5 in style.css
-TRUSTED.add("x-label")
-
-
-@functools.lru_cache(maxsize=1000)
-def person_of(account: str, label: str) -> Html:
-    """Return somebody as lists show them."""
-    other = label != account
-    return template("people.person")(
-        account=account, label=label, initials=initials(label), other=other,
-        title=f"{label} ({account})" if other else account,
-        colour=int(fingerprint(account.encode()), 16) % COLOURS)
-
-
-def initials(label: str) -> str:
-    """Return the first letters of the first and of the last word: Carol Jones, CJ."""
-    letters = [word[0] for word in label.split() if word[0].isalnum()] or [label[:1]]
-    return "".join(letters[:1] + letters[1:][-1:]).upper()
-
-
-def of_viewer(viewer):
-    """Return what the head of each page has of its viewer."""
-    if not viewer.account:
-        return Html()
-    style = link("stylesheet", f"/you.css?{viewer.account}")
-    return Html().join([style, person_of(viewer.account, viewer.label or viewer.account)])
-
-
-setattr(Viewer, "person", property(of_viewer))
-
-
-def you_css(request, env):
-    """A door: the style that says (you) behind the account in the query. For a list is
-    rendered once for many people, so it can't tell which of them looks at it."""
-    only_read(request)
-    if not ACCOUNT_NAME.fullmatch(request.query):
-        raise Refused(*NOTHING_HERE)
-    rule = f'[data-account="{request.query}"] {{ --you: "(you)" }}\n'
-    return Response(200, rule.encode(), "text/css; charset=utf-8", FOR_A_YEAR)
-
-
-DOORS.update({"/you.css": you_css})
-
-
-@addition
-class TellsLabels(EdgeDirectory):
-    def viewer_of(self, session):
-        return dataclasses.replace(super().viewer_of(session), label=session["label"])
-
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
-        if viewer.label not in ("", viewer.account):
-            said["x-label"] = urllib.parse.quote(viewer.label)
-        return said
-
-    def shown(self, row):
-        return person_of(row["name"], row["label"])
-
-
-@addition
-class KnowsLabels(Broadcast):
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        label = urllib.parse.unquote(request.headers.get("x-label", ""))
-        return dataclasses.replace(viewer, label=label) if label else viewer
-
-
-@addition
-class ShowsPeople(Broker):
-    def shown(self, stream):
-        said = dict(zip(SAID_OF_VIEWERS, stream.viewer))
-        label = urllib.parse.unquote(said["x-label"])
-        return person_of(stream.account, label or stream.account)
-
-
-# -- the account page
-
-def account_label(ctx):
-    account, label = ctx.viewer.account, ctx.viewer.label
-    typed = ctx.typed if "label" in ctx.typed else {}
-    return template("people.account")(
-        account=account, label=typed.get("label", "" if label == account else label),
-        problem=typed.get("problem", ""), stamp=ctx.stamp)
-
-
-ACCOUNT_PARTS.insert(0, account_label)
-
-
-def change_label(ctx):
-    """The field label is how others see the viewer; empty: by the account's name."""
-    account = ctx.viewer.account
-    label = " ".join(ctx.field("label").split()) or account
-    check_label(ctx.store, account, label)
-    ctx.store.exec("UPDATE accounts SET label = ? WHERE name = ?", label, account)
-    for row in ctx.store.query("SELECT workspace FROM memberships WHERE account = ?",
-                               account):
-        ctx.host.bus.publish(f"members:{row['workspace']}")
-    access_changed(ctx, account)
-    return see_other("/account")._replace(which=f"{account} {label}")
-
-
-def check_label(store, account, label):
-    """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
-    also in other letters: Bób, bob, or with an o that is Cyrillic."""
-    clear = label.isprintable() and FILLERS.isdisjoint(label)
-    if not clear or len(label) > LONGEST_TITLE:
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters, all of which can "
-                           "be seen. Choose another.")
-    if any(map(mixes_alphabets, label.split())):
-        raise Refused(422, "A word of this mixes alphabets whose letters look alike. Write "
-                           "each word in one.")
-    known = slug(label)
-    if known != account and store.one("SELECT 1 FROM accounts WHERE name = ?", known):
-        raise Refused(422, f"There is an account {known}, and it is not yours. Add "
-                           "something that tells you apart.")
-
-
-def mixes_alphabets(word):
-    """Has a word letters of two that look alike? (A character's name says whose it is.)"""
-    names = [unicodedata.name(one, "").partition(" ")[0] for one in word]
-    return len({"LATIN", "CYRILLIC", "GREEK"} & {*names}) > 1
-
-
-# -- the members page
-
-def people_page(ctx, region):
-    return members_page(ctx, Html().join([roles_in_words(), region]))
-
-
-DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page),), routes=(
-    Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
-
-
-# ==== 65. Places ==========================================================================
-# The idea: Part One takes a template for sound. Here it is read as browsers read markup,
-#   and refused if a hole stands where text could become code, with the line and the remedy.
-# It promises: in no hole of a template that is read can text do harm. Some markup means one
-#   thing in <svg>, or without scripts, and another elsewhere: it is refused.
-# Who uses it: each Template, when it is made.
-
-TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
-                 "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
-                 "(?=[^a-z/!?{]))")
-ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
-                       r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
-                       """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
-                       r"(?=[ \t\n\f\r/>]|\Z)")
-TAG_END = re.compile("[ \t\n\f\r]*/?>")
-# The attributes that Datastar runs, by all their names: also older ones, and an alias.
-EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
-                        "style|init|effect|indicator|ref|json-signals|animate|persist|"
-                        "custom-validity|match-media|query-string|replace-url|"
-                        "scroll-into-view|view-transition)(?![a-z0-9])")
-STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
-LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
-# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
-NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
-LOADING = ("script", "style", "link", "base", "object", "embed")
-FORM_METHODS = ("get", "post", "dialog")
-TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
-           "plaintext")                                  # in them, < begins no tag
-
-
-class Scanner:
-    """Finds out in what kind of place each hole of some markup stands.
-
-    Raises ValueError with the remedy; at is where.
-    """
-
-    def __init__(self, markup):
-        self.markup = markup
-        self.at = 0
-        self.found = []                                  # (kind, name) of each hole
-        self.inside = ""                                 # of which element of TAGLESS
-
-    def scan(self, kind):
-        """Read all the markup, as what fills a hole of this kind."""
-        self.refuse_broken_holes()
-        if kind == "text":
-            self.text()
-        elif kind == "an attribute":
-            self.attributes("")
-        elif kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup):
-            self.holes_until(len(self.markup), kind)
-        if self.inside:
-            raise ValueError(f"</{self.inside}> is missing")
-        if self.markup[self.at:].strip():
-            raise ValueError(f"this part stands in the place of {kind}; take out what "
-                             "can't stand there")
-
-    def refuse_broken_holes(self):
-        others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
-        if "{{" in others:
-            self.at = others.index("{{")
-            raise ValueError("a hole is {{name}}, one word of letters, digits and _; for "
-                             "two braces in an expression put a space between them")
-
-    def holes_until(self, end, kind):
-        for is_json, name in HOLE.findall(self.markup, self.at, end):
-            if self.inside in LOADING:
-                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
-                                 "an attribute such as data-who, and read it from there")
-            self.found.append(("json" if is_json else kind, name))
-        self.at = end
-
-    def text(self):
-        """Read up to the end."""
-        while True:
-            tag = self.markup.find("<", self.at)
-            end = tag if tag >= 0 else len(self.markup)
-            self.holes_until(end, "a value" if self.inside else "text")
-            if tag < 0:
-                return
-            self.token()
-
-    def token(self):
-        """Read what begins with <."""
-        token = TAG.match(self.markup, self.at)
-        if not token:
-            raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
-        comment, closing, opening = token.groups()
-        if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
-            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
-                             "in a script a space after it")
-        if comment is not None:
-            check_comment(comment)
-        self.at = token.end()
-        if opening:
-            self.tag(opening.lower())
-        elif closing:
-            self.inside = ""
-
-    def tag(self, name):
-        self.attributes(name)
-        end = TAG_END.match(self.markup, self.at)
-        if not end:
-            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
-                             "itself, <input {{checked}}>; put spaces between attributes, "
-                             "and close quotes and the tag")
-        self.at = end.end()
-        if name in TAGLESS:
-            self.inside = name
-
-    def attributes(self, tag):
-        while (found := ATTRIBUTE.match(self.markup, self.at)):
-            is_json, hole, name, value = found.groups()
-            if hole and (is_json or tag in LOADING):
-                raise ValueError(f"this hole can't be an attribute of <{tag}>; put it in "
-                                 "quotes")
-            if hole:
-                self.found.append(("an attribute", hole))
-            elif value:
-                self.value(tag, name.lower(), value[1:-1])
-            self.at = found.end()
-
-    def value(self, tag, name, text):
-        """Read what stands in quotes. (Without quotes there is no hole.)"""
-        if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
-            raise ValueError("browsers send a form by get or post alone; for another "
-                             "method, write data-on:submit=\"@delete('...')\"")
-        if name == "http-equiv" or "</noscript" in text.lower():
-            raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
-                             "template; leave it out")
-        for hole in HOLE.finditer(text):
-            kind = kind_in_value(tag, name, hole)
-            self.found.append((kind, hole[2]))
-
-
-def check_comment(text):
-    if "{{" in text:
-        raise ValueError("no hole can stand in a comment; take it out")
-    if text.strip()[:1] == "/":
-        raise ValueError("a part has no closing line: it stands at the end of the file and "
-                         "lasts until the next part; take this line out")
-    if text.strip().replace("-", "_").isidentifier():
-        raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
-                         "of letters, digits and _; a remark has two words or more")
-
-
-def kind_in_value(tag, name, hole):
-    """Return the kind of a hole in the value of this attribute."""
-    if EXPRESSION.match(name):
-        return kind_in_expression(name, hole)
-    if tag in LOADING or NO_HOLES.match(name):
-        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
-                         "load; choose a class, or use data-on:click and {{json who}}")
-    if LINKS.fullmatch(name):
-        return kind_in_address(name, hole)
-    return "json" if hole[1] else "a value"
-
-
-def kind_in_expression(name, hole):
-    before = STRING.sub("", html.unescape(hole.string[:hole.start()]))
-    if hole[1] and {*"\"'`"}.isdisjoint(before):
-        return "json"
-    raise ValueError(f"{name} is code; write {{{{json {hole[2]}}}}} there, outside of "
-                     f"quotes, as in 'Hello ' + {{{{json {hole[2]}}}}}")
-
-
-def kind_in_address(name, hole):
-    """A hole that begins an address is checked when it is filled."""
-    before, after = hole.string[:hole.start()], hole.string[hole.end():]
-    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
-        return "a value"
-    if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
-        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
-                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
-    return "an address"
-
-
-def checked_places(self, kind):
-    """Take the place of Template.places. Raises ValueError."""
-    scanner = Scanner(self.markup)
-    try:
-        scanner.scan(kind)
-    except ValueError as error:
-        if kind in ("text", "an attribute"):
-            raise self.error(scanner.at, error) from None
-        return None
-    return scanner.found
-
-
-setattr(Template, "places", checked_places)              # for apps make theirs themselves
-
-
-# ==== 66. History =========================================================================
-# The idea: the journal, in which each write leaves a row, is a page: who did what, the
-#   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
-#   Directory one of its members, for each has a journal of its own. What a command removes
-#   is kept for ten minutes, under its row of the journal, and can be put back.
-# It promises: nobody sees of a slice's commands who may not see its pages. What links and
-#   tokens did is for those who may make them. A command does no more than before: a page
-#   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
-#   removed is put back as it was, or not at all, and only by who removed it and still may.
-# Who uses it: members, from the members page; slices, by ctx.remove().
-# It needs: 31 Account page, 50 Ordinary pages.
-
-NOTES_A_PAGE = 50
-STRETCH = 10_000                                         # rows of the journal
-NOTES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
-           ORDER BY id DESC LIMIT ?"""
-ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
-          (SELECT max(id) FROM journal) AS last"""
-CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
-CSV_HEAD = ("time", "who", "did", "what")
-FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
-PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
-
-
-def notes(ctx, most):
-    """Return rows of the journal, and before which id there are older ones; 0: none.
-
-    They are those that the viewer may see, of one stretch, as the parameters ask for them.
-    """
-    store, params = ctx.host.store, HISTORY.heeded(ctx.params)
-    first, last = [id or 0 for id in store.one(ENDS)]
-    last = min(last, int(params.get("before", last + 1)) - 1)
-    begins = last - STRETCH + 1
-    where, args = ctx.host.told_to(ctx.viewer)
-    for name in {"who", "what"} & params.keys():
-        where += f" AND {name} = ?"
-        args.append(params[name])
-    found = store.query(NOTES.format(where), begins, last, *args, most + 1)
-    if len(found) > most:
-        return found[:most], found[most - 1]["id"]
-    return found, begins if first < begins else 0
-
-
-@functools.lru_cache(maxsize=4)
-def routes_of(router: Router) -> Dict[str, List[Route]]:
-    """Return the routes by what the journal calls their commands."""
-    found: Dict[str, List[Route]] = {}
-    for _, slice, route in router.rows:
-        found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
-    return found
-
-
-def said_of(router, what):
-    """Return in words what the journal calls so: todos.delete, or member add."""
-    says = [route.says for route in routes_of(router).get(what, ()) if route.says]
-    slice, _, name = what.partition(".")
-    default = f"wrote to {slice} ({name}):" if name else what
-    return says[0] if says else default
-
-
-def name_in(which, workspace):
-    """Return how people call what was written: without the id before it."""
-    id, _, name = which.partition(" ")
-    return name if id == workspace or name and id.isdecimal() else which
-
-
-def sentence(ctx, note):
-    """Return a row of the journal as people read it."""
-    says = said_of(ctx.host.router, note["what"])
-    return {"who": note["who"] or "somebody", "says": says,
-            "name": name_in(note["which"], ctx.viewer.id)}
-
-
-def history_region(ctx):
-    found, older = notes(ctx, NOTES_A_PAGE)
-    query = urllib.parse.urlencode({**ctx.params, "before": older})
-    rows = [{"when": moment(note["at"]), **sentence(ctx, note)} for note in found]
-    return template("history.region")(note=rows, none=not rows,
-                                      older={"query": query} if older else None)
-
-
-def history_page(ctx, region):
-    within = ctx.host.within
-    here = f"/w/{ctx.workspace}{within}/history"
-    links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
-              "current": path == within} for path, label in HISTORIES.items()]
-    query = urllib.parse.urlencode(ctx.params)
-    return template("history")(
-        workspace=ctx.title, here=here, file=f"{here}.csv?{query}", region=region,
-        link=links if ctx.viewer.can("members:manage") else [], undo=undo_forms(ctx),
-        live=template("slice.live")(), **choices(ctx))
-
-
-def choices(ctx):
-    """Return by whom and by what one can choose: what there is in the last stretch."""
-    where, args = ctx.host.told_to(ctx.viewer)
-    last = ctx.host.store.one(ENDS)["last"] or 0
-    rows = ctx.host.store.query(CHOICES.format(where), last - STRETCH, *args)
-    acts = {row["what"]: said_of(ctx.host.router, row["what"]) for row in rows}
-    return {"person": options({row["who"]: row["who"] for row in rows}, ctx.params, "who"),
-            "act": options(acts, ctx.params, "what")}
-
-
-def options(labels, params, name):
-    return [{"value": value, "label": label, "selected": value == params.get(name)}
-            for value, label in sorted(labels.items()) if value]
-
-
-def history_csv(ctx):
-    """Return a stretch of it as a file (RFC 4180)."""
-    found, _ = notes(ctx, STRETCH)
-    rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note["at"])),
-             *sentence(ctx, note).values()) for note in found]
-    lines = [",".join(map(cell, row)) + "\r\n" for row in [CSV_HEAD, *rows]]
-    return download(f"{ctx.workspace}-history.csv", "".join(lines), "text/csv")
-
-
-def cell(text):
-    """Return a text in quotes, which no spreadsheet takes for a formula."""
-    apostrophe = "'" if text[:1] in FORMULAS else ""
-    return f'"{apostrophe}' + text.replace('"', '""') + '"'
-
-
-# -- to put back what was removed
-#
-# Its table:
-#
-#     _removed   note (the row of the journal), until, size (in characters), rows (JSON: the
-#                table, its columns, and the values of each row)
-
-REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL, until "
-           "REAL NOT NULL, size INTEGER NOT NULL, rows TEXT NOT NULL)",)
-UNDO_SECONDS = 600.0
-LARGEST_UNDO = 2 ** 20                                   # characters, of one command
-ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
-ROW_SIZE = 4096                                          # more than one takes
-# The id of the row that call() will insert; and whether nine tenths of the quota are used.
-# Then what is deleted has to make room. user_version is the quota, in pages: section 33.
-NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
-               page_count - freelist_count > 0.9 * user_version
-               FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
-FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
-                    FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
-                    FROM _removed) WHERE size > ?)"""
-KEPT = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON r.note = j.id
-          WHERE j.id = ? AND j.who = ? AND r.until > ? ORDER BY r.id DESC"""
-MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
-                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
-UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
-             "somebody else did it. Look at History.")
-PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
-               "belonged to is gone. Mend that, and try again within the ten minutes.")
-
-
-def removed_rows(ctx, id):
-    """Return what the command was and wrote, and what it removed: (table, columns, rows).
-
-    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
-    they did then.
-    """
-    kept = ctx.host.store.query(KEPT, id, ctx.viewer.signature, time.time())
-    what = kept[0]["what"] if kept else ""
-    routes = routes_of(ctx.host.router).get(what, ())
-    if not routes or what.partition(".")[0] != ctx.store.slice:
-        raise Refused(409, UNDO_OVER, signal="toast")
-    for route in routes:
-        ctx.viewer.permit(route.grant, route.method)
-    removed = [json.loads(row["rows"], object_hook=from_hex) for row in kept]
-    return kept[0]["which"], removed
-
-
-def from_hex(data):
-    """Bytes are in the JSON as {"hex": ...}."""
-    return bytes.fromhex(data["hex"])
-
-
-def put_back(ctx, id):
-    which, kept = removed_rows(ctx, id)
-    try:
-        for table, columns, rows in kept:
-            names = ", ".join([f'"{column}"' for column in columns])
-            marks = ", ".join("?" * len(columns))
-            for row in rows:
-                ctx.store.exec(f"INSERT INTO {table} ({names}) VALUES ({marks})", *row)
-    except sqlite3.IntegrityError:
-        raise Refused(409, PLACE_TAKEN, signal="toast") from None
-    ctx.host.store.exec("DELETE FROM _removed WHERE note = ?", id)
-    return done(ctx, which, note="It is back.")
-
-
-def undo(ctx, id):
-    """Put back what the command removed that left the row id in the journal."""
-    ctx.host.bus.publish("")                             # all regions: any can show it
-    return put_back(ctx, id)
-
-
-def remove_member(ctx, account):
-    """Do what expel does; but whom somebody else removed can be let in again."""
-    account = account_name(account)
-    if account == ctx.viewer.account:
-        return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
-    row = ctx.viewer.id, account
-    signals = ctx.host.keep(ctx, "memberships", "workspace = ? AND account = ?", row)
-    expel(ctx, account)
-    if signals:
-        signals = offer(f"{account} is removed.", signals["_undo"])
-    return done(ctx, " ".join(row), **signals)
-
-
-def let_in_again(ctx, id):
-    """Give the role back. Links and tokens of the member stay void."""
-    _, [(_, columns, [row])] = removed_rows(ctx, id)
-    member = dict(zip(columns, row))
-    if member["workspace"] != ctx.viewer.id:
-        raise Refused(409, UNDO_OVER, signal="toast")
-    owns = member["role"] == "owner" or member["offered"]
-    if owns and ctx.viewer.role != "owner":
-        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
-    ctx.publish("members")
-    access_changed(ctx, member["account"])
-    return put_back(ctx, id)
-
-
-def offer(text, undo):
-    """Return signals: a message, and where to undo what it tells; "": nowhere."""
-    return {"note": text, "_undo": undo}
-
-
-def undo_forms(ctx):
-    """Return what the viewer can put back: scripts or none, toast or none."""
-    where, args = ctx.host.told_to(ctx.viewer)
-    mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
-                                time.time())
-    return [{"path": ctx.host.undo_path(ctx, note["what"].partition(".")[0], note["id"]),
-             **sentence(ctx, note)} for note in mine]
-
-
-@addition
-class KeepsRemoved(Broadcast):
-    def on_open(self):
-        super().on_open()
-        if self.store.one("SELECT 1 FROM _removed WHERE until < ?", time.time()):
-            self.forget_removed()
-
-    def forget_removed(self):
-        now = time.time()
-        self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
-
-    def keep(self, ctx, table, where, args):
-        signals = self.keep_rows(ctx, table, where, args)
-        has_page = ctx.request.datastar or ctx.request.plain_form
-        return signals if has_page else {}
-
-    def keep_rows(self, ctx, table, where, args):
-        found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
-        if not found:
-            return offer("There was nothing to delete.", "")
-        rows = [tuple(row) for row in found]
-        text = json.dumps([table, found[0].keys(), rows],
-                          default=lambda data: {"hex": data.hex()})
-        said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
-        if len(text) > LARGEST_UNDO:
-            return offer(f"{said}, for good: that is too much to keep.", "")
-        note, is_tight = self.store.one(NEXT_NOTE)
-        if is_tight:
-            self.store.exec("DELETE FROM _removed")
-            return offer(f"{said}, for good: there is little room here.", "")
-        self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
-                        "?)", note, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
-        self.forget_removed()
-        return offer(f"{said}.", self.undo_path(ctx, ctx.store.slice, note))
-
-    def undo_path(self, ctx, slice, note):
-        return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
-
-
-# -- the slices
-
-HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
-               params=PAST)
-MEMBERS_HISTORY = HISTORY._replace(path="/members/history", grant="members:manage",
-                                   regions=(Region("members", history_region),))
-HISTORIES = {"": "Pages", "/members": "Members"}
-history = Slice("orion.history", live=(HISTORY,),
-                routes=(Route("GET", "/history.csv", MEMBER, history_csv),))
-DIRECTORY_SLICES.append(Slice("history", live=(MEMBERS_HISTORY,), routes=(
-    Route("GET", "/members/history.csv", "members:manage", history_csv),
-    Route("DELETE", "/members/<account>", MEMBER, remove_member, says="removed"),
-    Route("POST", "/members/undo/directory/<int:id>", "members:manage", let_in_again,
-          form="/members", says="let in again"))))
-
-
-def with_undo(slice):
-    """Return the slice with a route to put back its own rows."""
-    route = Route("POST", f"/undo/{slice.name}/<int:id>", MEMBER, undo, form="/history",
-                  says="put back")
-    return slice._replace(routes=(*slice.routes, route))
-
-
-@addition
-class RoutesHistory(QuickRouter):
-    def __init__(self, slices):
-        if welcome in slices:                            # it is the Workspaces' router
-            slices = [*map(with_undo, slices), history]
-        super().__init__(slices)
-        self.schema.append(("orion.removed", REMOVED))
-
-
-@addition
-class TellsHistory(EdgeWorkspace):
-    within = ""
-
-    def told_to(self, viewer):
-        """Return which rows of the journal a viewer may see: a condition in SQL, its args.
-
-        They are those of slices whose pages the viewer may see. Commands of an app name no
-        slice. In the one journal of a single root, what names none is the Directory's.
-        """
-        may = {PUBLIC, ACCOUNT, MEMBER, *viewer.grants}
-        slices = [slice.name for slice in self.router.slices
-                  if may.issuperset([one.grant for one in slice.live or slice.routes])]
-        if not self.namespace.settings.single:
-            slices.append("")
-        marks = ", ".join("?" * len(slices))
-        return f"substr(what, 1, instr(what, '.') - 1) IN ({marks})", slices
-
-
-@addition
-class TellsMembersHistory(EdgeDirectory):
-    within = "/members"
-
-    def told_to(self, viewer):
-        """What is about a workspace begins with its id."""
-        return "substr(which, 1, 64) = ?", [viewer.id]
-
-    def below_members(self, ctx):
-        return Html().join([template("history.way")(), super().below_members(ctx)])
-
-
-# ==== 67. Fields ==========================================================================
-# The idea: more ways to read what was sent along. What nobody can see counts as nothing.
-# Who uses it: slices, by their contexts.
-
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
-FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
-
-
-def visible(text: str) -> bool:
-    """Can any character of it be seen?"""
-    return not all(map(unseen, text))
-
-
-def unseen(character: str) -> bool:
-    """Is it a blank, a control or a mark, without width, or does it only set the direction
-    of writing?"""
-    kind = unicodedata.category(character)
-    return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
-            or "\U000e0000" <= character <= "\U000e0fff")
-
-
-@addition
-class ReadsFields(Context):
-    __slots__ = ()
-
-    def field(self, name, otherwise=""):
-        """Return it as text; "" if nobody can see it. Of several, the last."""
-        text = as_text(name, dict(self.sent).get(name, otherwise))
-        return text if visible(text) else ""
-
-    def fields(self, name: str) -> List[str]:
-        """Return all that a form has under this name, or a list among the signals.
-
-        What nobody can see is left out.
-        """
-        found = [value for key, value in self.sent if key == name]
-        if len(found) == 1 and isinstance(found[0], list):
-            found = found[0]
-        texts = [as_text(name, value) for value in found]
-        return [text for text in texts if visible(text)]
-
-    def number(self, name: str, otherwise: Optional[int] = None) -> int:
-        """Return a whole number. Raises Refused(422) for anything else."""
-        text = self.field(name).strip()
-        if not text and otherwise is not None:
-            return otherwise
-        if not WHOLE_NUMBER.fullmatch(text):
-            why = f"{name} is a whole number of at most 18 digits."
-            raise Refused(422, why, fields={name: why})
-        return int(text)
-
-
-# ==== 68. Owners ==========================================================================
-# The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
-#   address is made of it. And an owner is asked before they become one.
-# It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
-#   without saying yes: until then it is an offer. Members keep their role meanwhile; who is
-#   new is an admin.
-# Who uses it: the home page and the members page.
-
-OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
-            FROM memberships m JOIN workspaces w ON w.id = m.workspace
-            WHERE m.account = ? AND m.offered AND w.name IS NOT NULL AND
-            w.moving < 2 ORDER BY w.name LIMIT ?"""
-OFFERED = "SELECT 1 FROM memberships WHERE workspace = ? AND account = ? AND offered"
-
-
-def create_workspace(ctx):
-    """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
-    account = ctx.viewer.account
-    name, title = names_of(ctx.field("name"))
-    check_founded(ctx, account)
-    answer = found(ctx, name)
-    ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
-    set_title(ctx.store, name, title)
-    return answer
-
-
-def check_founded(ctx, account):
-    """Raise Refused(422) if this account founded as many as it may."""
-    founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
-                            "IS NOT NULL", account)[0]
-    if founded >= most_workspaces(ctx.host.namespace.settings):
-        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
-                           "Ask whoever runs this server to remove one.")
-
-
-def most_workspaces(settings):
-    """Of one account."""
-    return settings.max_workspaces or (2000 if settings.demo else 20)
-
-
-@addition
-class AsksOwners(EdgeDirectory):
-    def offers_to(self, account):
-        return self.store.query(OFFERS, account, NAMES_A_PAGE)
-
-    def give_role(self, ctx, account, before, after):
-        offered = after == "owner" and before != "owner"
-        if offered:
-            after = before or "admin"
-        super().give_role(ctx, account, before, after)
-        ctx.store.exec("UPDATE memberships SET offered = ? WHERE workspace = ? AND account "
-                       "= ?", offered, ctx.viewer.id, account)
-
-
-def answer_offer(ctx):
-    """Become an owner, or not. The field answer is accept or decline."""
-    account = ctx.viewer.account
-    answer = ctx.field("answer")
-    if answer not in ("accept", "decline"):
-        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
-                           "page.")
-    if not ctx.store.one(OFFERED, ctx.viewer.id, account):
-        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
-    before = ctx.viewer.role
-    put_role(ctx, account, before, "owner" if answer == "accept" else before)
-    return done(ctx, f"{ctx.viewer.id} {answer}")
-
-
-DIRECTORY_SLICES.append(Slice("owners", routes=(
-    Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
-    Route("POST", "/members/offer", MEMBER, answer_offer,
-          says="was asked to be an owner:"))))
 
 
 if __name__ == "__main__":

@@ -551,6 +551,10 @@ class Fleet:
                 server.close()
 
 
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian: nginx-light)")
+
+
 # #### Every root ######################################################################################################
 
 # ==== The same journeys on every root =================================================================================
@@ -7503,7 +7507,1081 @@ def test_a_request_that_has_come_when_the_server_is_told_to_stop_is_answered(ser
 
 # #### Part Three: running it ##########################################################################################
 
-# ==== 35. Jobs ========================================================================================================
+# ==== 30. Roots =======================================================================================================
+
+def test_the_demo_is_as_the_readme_tells(server):
+    wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
+    for name, roles in wanted.items():
+        person = Person(server, name)
+        assert {ws: answer.headers["x-role"] for ws in ("home", "acme", "globex") if (answer := person.get(f"/_gate/{ws}")).status == 200} == roles
+    assert [len(titles(Person(server, owner), ws)) for owner, ws in (("alice", "home"), ("bob", "acme"), ("dave", "globex"))] == [3, 3, 3]
+
+
+def test_a_restart_keeps_sessions_and_todos(start):
+    server = start()
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", form={"title": "Kept"})
+    server.close()
+    bob.server = start()
+    assert titles(bob)[0] == "Kept"
+
+
+@pytest.fixture
+def single(start, tmp_path):
+    return start((orion.todos, letters), single=tmp_path / "data" / "team.db")
+
+
+def test_on_a_single_root_one_sees_who_else_is_here(single):
+    with contextlib.closing(Ear(Person(single, "bob"), "/w/acme/todos/live")) as ear:
+        while 'id="here"' not in ear.event(heartbeats=True):
+            pass
+
+
+def test_without_a_quota_a_single_root_has_none_either(start, tmp_path):
+    bob = Person(start(single=tmp_path / "team.db", quota=0), "bob", datastar=True)
+    assert [bob.post("/w/acme/todos", title="x" * 400).status for _ in range(30)] == [200] * 30
+
+
+@cases("root", [{}, {"single": pathlib.Path("alone.db")}])
+def test_without_a_slice_there_are_members(start, tmp_path, root):
+    bob = Person(start((), **{name: tmp_path / file for name, file in root.items()}), "bob")
+    assert bob.get("/w/acme").headers["location"] == "/w/acme/members"
+    assert "carol" in bob.get("/w/acme/members").text and bob.get("/w/acme/todos").status == 404
+
+
+def test_a_single_root_keeps_everything_in_one_file(single):
+    bob = Person(single, "bob")
+    ear = Ear(bob, "/w/acme/todos/live")
+    assert bob.post("/w/acme/todos", title="in the same file").status == 200
+    ear.until_it_says("in the same file")
+    assert "4 open" in bob.get("/").text and "carol" in bob.get("/w/acme/members").text and bob.get("/console").status == 200
+    assert sorted(path.name for path in single.env.settings.data.iterdir() if not path.name.endswith(("-wal", "-shm"))) == ["team.db", "team.db.key"]
+    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
+        assert {"accounts", "sessions", "memberships", "todos", "sent", "jobs"} <= {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+
+
+def test_a_single_root_lets_nobody_else_in(single):
+    bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
+    assert bob.get("/w/acme/todos").status == 200
+    for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_counts"):
+        told = {"x_account": "bob", "x_role": "owner", "x_id": single.env.directory.id}
+        assert nobody.get(path, **told).status == 401 and alice.get(path, **told).status == 403
+    assert bob.get("/w/acme/_counts").status == 404
+    assert erin.post("/w/acme/todos", title="no").status == 403 == erin.delete("/w/acme/todos/1").status
+    assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
+
+
+def test_a_session_from_outside_signs_nobody_in_to_a_single_root(single):
+    """Not even who has a copy of the table."""
+    bob = Person(single, "bob")
+    digest = single.policy.one("SELECT digest FROM sessions")[0].hex()
+    assert bob.get("/w/acme/todos").status == 200
+    for stolen in (digest, "bob"):
+        assert [Person(single).get("/w/acme/todos", X_Session=stolen).status for _ in range(3)] == [401] * 3
+        assert Person(single).ask("POST", "/w/acme/todos", "{}", X_Session=stolen, Content_Type="application/json").status == 401
+    assert Person(single).get("/w/acme/todos").status == 401
+
+
+def test_an_end_of_access_ends_streams_of_a_single_root(single):
+    bob, carol = Person(single, "bob"), Person(single, "carol", datastar=True)
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    assert bob.delete("/w/acme/members/carol").status in (200, 204)
+    assert "no longer" in ear.until_it_says("no longer")
+    assert "no longer" in carol.get("/w/acme/todos/live").text
+
+
+def test_a_single_roots_slices_are_for_its_members_alone(start, tmp_path):
+    route = orion.Route("GET", "/notes", orion.ACCOUNT, lambda ctx: orion.as_json("a note"))
+    server = start((orion.todos, orion.Slice("notes", (), routes=(route,))), single=tmp_path / "one.db")
+    for path in ("/notes", "/w/acme/notes"):
+        assert "a note" not in Person(server, "dave").get(path).text
+    assert "a note" in Person(server, "bob").get("/w/acme/notes").text
+
+
+def test_a_single_root_has_one_workspace_and_says_what_to_do_for_more(single):
+    bob = Person(single, "bob", datastar=True)
+    assert "one workspace" in bob.post("/workspaces", name="second").text
+
+
+def test_jobs_run_in_a_single_root(single):
+    Person(single, "bob").post("/w/acme/letters", text="to all")
+    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
+        assert eventually(lambda: db.execute("SELECT text FROM sent").fetchall() == [("to all",)])
+
+
+def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp_path, capsys):
+    bob = Person(single, "bob")
+    bob.post("/w/acme/todos", title="came along")
+    single.write("UPDATE accounts SET password = ? WHERE name = 'bob'", orion.hash_password("long enough"))
+    many = tmp_path / "many"
+    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(many)]) == 0
+    assert orion.main(argv=["check", "--data", str(many)]) == 0
+    server = start((orion.todos, letters), folder="many", demo=False)
+    bob = Person(server)
+    bob.headers["Cookie"] = bob.post("/login", form={"username": "bob", "password": "long enough"}).headers["set-cookie"].split(";")[0]
+    assert "came along" in bob.get("/w/acme/todos").text and "carol" in bob.get("/w/acme/members").text
+    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).read_bytes()
+    assert b"sessions" not in file and b"password" not in file
+
+
+def test_an_imported_file_has_no_free_page_in_which_a_password_could_be_left(single, tmp_path):
+    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(tmp_path / "many")]) == 0
+    file, = (tmp_path / "many" / "workspaces").glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
+
+
+def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsys):
+    Person(single, "bob").post("/w/acme/todos", title="kept")
+    root, copy = str(single.env.settings.single), str(tmp_path / "again" / "team.db")
+    assert orion.main(argv=["backup", str(tmp_path / "bk"), "--single", root]) == 0
+    assert orion.main(argv=["restore", str(tmp_path / "bk"), "--single", copy]) == 0
+    assert orion.main(argv=["check", "--single", copy]) == 0 and capsys.readouterr().out.endswith(f"{copy}, all is well\n")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert ("kept",) in db.execute("SELECT title FROM todos").fetchall()
+    with open(copy, "r+b") as file:
+        file.seek(5000), file.write(b"x" * 3000)
+    assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
+
+
+# ==== 31. Command line ================================================================================================
+
+class Terminal(io.StringIO):
+    """Standard input and output: whenever it is used, somebody signs in."""
+    reading = None                                   # a Directory's file, when there is one
+    used = 0
+
+    def sign_in(self):
+        if self.reading.exists():
+            self.used += 1
+            with contextlib.closing(sqlite3.connect(self.reading, timeout=0)) as db:
+                db.execute("BEGIN IMMEDIATE")
+
+    def write(self, text):
+        self.sign_in()
+        return super().write(text)
+
+    def readline(self, *_):
+        self.sign_in()
+        return "long enough\n"
+
+    def isatty(self):
+        return False
+
+
+def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, monkeypatch):
+    file, data = tmp_path / "acme.db", tmp_path / "data"
+    for words in ("account add ann", "account passwd ann", "account list", "workspace add acme --owner ann", "workspace list", "member list acme",
+                  f"workspace export acme {file}", "workspace remove acme", f"workspace import {file}", f"backup {tmp_path / 'backup'}",
+                  f"workspace restore acme --at {tmp_path / 'backup'}", "check", "keys rotate", "metrics", "account remove bob", "node list",
+                  f"workspace import {file} --name other"):
+        if words.endswith("other"):
+            orion.main(argv=["account", "add", "bea", "--data", str(data)])
+            with contextlib.closing(sqlite3.connect(file)) as db, db:
+                db.execute("UPDATE _export SET about = replace(about, 'ann', 'new')")
+        terminal = Terminal()
+        terminal.reading = data / "directory.db"
+        for name in ("stdin", "stdout", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+        assert orion.main(argv=[*words.split(), "--data", str(data)]) == (2 if "bob" in words else 0), terminal.getvalue()
+        assert terminal.used or words.split()[1] in ("add", "list")
+
+
+@cases("unbuffered", ["", "1"], ids=["at the end", "before the end"])
+def test_whoever_leaves_a_pager_gets_no_error(settled, unbuffered):
+    ends = os.pipe()
+    os.close(ends[0])
+    found = subprocess.run([sys.executable, HERE / "orion.py", "account", "list", "--data", settled], stdout=ends[1], stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(ends[1])
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def made_everything(folder, run):
+    """Have every kind of file made in the data folder, and beside it."""
+    data = folder / "data"
+    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann"), ("workspace", "add", "here", "--owner", "ann"),
+                  ("workspace", "export", "acme", folder / "acme.db"), ("backup", folder / "backup"), ("workspace", "remove", "acme"),
+                  ("workspace", "import", folder / "acme.db"), ("workspace", "export", "here", folder / "here.db", "--move"), ("keys", "rotate")):
+        assert run(*words, data=data, stdin="long enough\n")[0] == 0
+    orion.snapshot_again(orion.Settings(data=data))
+    assert run("restore", folder / "backup", data=folder / "restored")[0] == 0
+    orion.plain_planes(folder / "plain")
+    with contextlib.closing(Server(data, demo=False)), contextlib.closing(Server(folder / "single", single=folder / "single" / "one.db")):
+        return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+
+
+def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        made = made_everything(tmp_path, run)
+        assert len(made) > 30 and [path for path, stat in made.items() if stat.st_mode & 0o077] == []
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_makes_belongs_to_the_owner_of_its_folder(run, tmp_path):
+    os.chown(tmp_path, 65534, 65533)
+    made = made_everything(tmp_path, run)
+    assert [path for path, stat in made.items() if (stat.st_uid, stat.st_gid) != (65534, 65533)] == []
+
+
+@cases("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
+    with Command("--port", 0, "--data", tmp_path / "d") as command:
+        bob = Person(command, "bob")
+        ears = [Ear(bob, "/w/acme/todos/live") for _ in range(20)]
+        bob.post("/w/acme/todos", form={"title": "x"})
+        status, seconds = command.end(number)
+        assert (status, command.err) == (0, "") and seconds < PATIENCE / 2
+        with pytest.raises(EOFError):                # without the last chunk, so the browser comes back by itself
+            while ears[0].event():
+                pass
+    assert not list(tmp_path.rglob("*-wal"))
+
+
+def test_a_terminal_that_is_closed_ends_part_one_too_and_nohup_prevents_it(tmp_path):
+    folders = [[program, "--port", 0, "--data", tmp_path / f"{n}"] for n, program in enumerate(("--plain", "--demo"))]
+    for words in folders:
+        with Command(*words) as command:
+            assert (command.end(signal.SIGHUP)[0], command.err) == (0, "")
+        with Command(*words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as command:
+            command.process.send_signal(signal.SIGHUP)
+            assert Person(command).get("/healthz").status == 200
+            assert (command.end()[0], command.err) == (0, "")
+
+
+def rewrite(path, old, new):
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+
+
+BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
+          "one file less": lambda templates: (templates / "todos.html").unlink(),
+          "no client": lambda templates: (templates / "datastar.js").unlink(),
+          "no figures": lambda templates: (templates / "metrics.txt").unlink(),
+          "other code": lambda templates: rewrite(templates / "todos.html", "<li", '<li data-on:click="{{id}}"'),
+          "another hole": lambda templates: rewrite(templates / "layout.html", "{{body}}", "{{body}}{{aside}}"),
+          "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
+
+
+@cases("plain", [False, True], ids=["full", "plain"])
+@cases("how", BROKEN)
+def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypatch, capsys, how, plain):
+    shutil.copytree(orion.TEMPLATES, tmp_path / "templates")
+    BROKEN[how](tmp_path / "templates")
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    orion.template.cache_clear()
+    try:
+        assert orion.main(argv=["--port", "0", "--data", str(tmp_path / "data"), *["--plain"][:plain]]) == 2
+    finally:
+        orion.template.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "that came with this" in said and str(tmp_path / "templates") in said
+
+
+@cases("line", [("new", "app.py"), ("nginx", "--directory", "a:1", "--node", "b:2")])
+def test_a_command_that_needs_a_template_says_which_one_is_missing(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
+    orion.template.cache_clear()
+    assert orion.main(argv=line) == 2 and "templates/ that came with this orion.py has to be beside it" in capsys.readouterr().err
+
+
+def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypatch, capsys):
+    """More descriptors, here; and an older SQLite is named."""
+    refused = mock.Mock(side_effect=ValueError("current limit exceeds maximum limit"))
+    monkeypatch.setattr(orion.resource, "setrlimit", refused)
+    monkeypatch.setattr(orion, "compose", mock.Mock(side_effect=orion.Unusable("it went on")))
+    assert orion.main(argv=["--data", str(tmp_path)]) == 2 and refused.called and "it went on" in capsys.readouterr().err
+    monkeypatch.setattr(orion.resource, "getrlimit", lambda _: (orion.resource.RLIM_INFINITY,) * 2)
+    assert orion.awake_by_default() == 1024
+    monkeypatch.setattr(orion.sqlite3, "sqlite_version_info", (3, 26, 0))
+    assert orion.main(argv=["--data", str(tmp_path)]) == 2
+    assert re.fullmatch(r"orion: this Python has SQLite .*, and 3\.30 is needed; use a newer Python\n", capsys.readouterr().err)
+
+
+def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
+    for name, value in (("SERVICE_HOST", "10.96.14.2"), ("SERVICE_PORT", "8000"), ("SERVICE_PORT_HTTP", "8000"), ("PORT", "tcp://10.96.14.2:8000"),
+                        ("PORT_8000_TCP", "tcp://10.96.14.2:8000"), ("PORT_8000_TCP_PROTO", "tcp"), ("PORT_8000_TCP_PORT", "8000"),
+                        ("PORT_8000_TCP_ADDR", "10.96.14.2")):
+        monkeypatch.setenv(f"ORION_{name}", value)
+    settings, _ = orion.read_command_line(["account", "list"])
+    said = capsys.readouterr().err
+    assert settings.port == 8000 and said.count("\n") == 1 and "ORION_PORT=tcp://10.96.14.2:8000 is ignored" in said
+    assert orion.read_command_line(["--port", "80"])[0].port == 80
+
+
+@cases("said, names", [("todo.example.org", ("todo.example.org",)), ("A.example., b_c", ("a.example", "b_c")),
+                       ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",)),
+                       ("Mu\u0308ller.example", ("xn--mller-kva.example",))])
+def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
+    assert orion.read_command_line(["--allow-host", said])[0].allow_host == names
+
+
+@cases("said", ["https://todo.example.org", "todo.example.org:8443", "*.example.org", "todo.example.org/", "a..b", "a b"])
+def test_what_is_no_name_of_a_host_is_refused_with_what_to_write(capsys, said):
+    with pytest.raises(SystemExit) as end:
+        orion.main(argv=["--allow-host", said])
+    assert end.value.code == 2 and "say todo.example.org, without scheme, port or *" in capsys.readouterr().err
+
+
+@cases("words, demo", [((), True), (("--no-demo",), False), (("--allow-host", "todo.example.org"), False), (("--trust-proxy", "127.0.0.1"), False),
+                       (("--allow-host", "todo.example.org", "--demo"), True), (("--host", "0.0.0.0"), False), (("--plane", "directory"), False)])
+def test_there_is_a_demo_by_itself_only_where_nobody_but_this_machine_gets_in(words, demo):
+    assert orion.read_command_line(words)[0].demo is demo
+
+
+@cases("words", [("--keep", "0"), ("--keep", "-1"), ("--connections", "0"), ("--streams", "-1"), ("--awake", "x"), ("--max-workspaces", "-2"), ("--idle", "1.2.3"),
+                 ("nginx", "--directory", "a:1", "--node", "b:2", "--listen", "80; evil"), ("workspace", "quota", "acme", "99999999999999999T")])
+def test_a_number_that_makes_no_sense_is_refused_in_one_line(run, settled, words, capsys):
+    with contextlib.suppress(SystemExit):
+        assert run(*words, data=settled)[0] == 2
+    said = capsys.readouterr().err
+    assert said == "" or said.count("\n") == 1 and said.startswith("orion: ")
+
+
+@cases("words, told", [("account list --port 9", True), ("node list --plane directory", True), ("account list --prot 9", False)])
+def test_a_flag_of_the_server_behind_a_command_is_refused_with_its_place(capsys, words, told):
+    with pytest.raises(SystemExit):
+        orion.main(argv=words.split())
+    assert ("flags of the server stand before the command" in capsys.readouterr().err) is told
+
+
+def test_a_variable_that_is_empty_says_nothing(monkeypatch):
+    for name in ("ORION_SINGLE", "ORION_DATA", "ORION_DEMO", "ORION_PORT"):
+        monkeypatch.setenv(name, "")
+    settings, _ = orion.read_command_line([])
+    assert (settings.single, settings.data, settings.demo, settings.port) == (None, pathlib.Path("data"), True, 8000)
+
+
+@cases("error, said", [(ValueError("no such day"), "ValueError: no such day ({place})"),
+                       (FileNotFoundError(2, "No such file", "rates.csv"), "FileNotFoundError: [Errno 2] No such file: 'rates.csv' ({place})"),
+                       (orion.Unusable("say --rates"), "say --rates")], ids=["value", "file", "unusable"])
+def test_a_mistake_in_what_an_app_does_at_its_start_is_told_with_its_line(tmp_path, capsys, error, said):
+    def begin(settings):
+        raise error
+    place = f"{__file__}:{begin.__code__.co_firstlineno + 1}"
+    assert orion.main([orion.todos], ["--data", str(tmp_path / "d"), "--port", "0"], start=begin) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "orion: " + said.format(place=place)
+
+
+@cases("given, status", [(EOFError(), 2), (KeyboardInterrupt(), 130)])
+def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run, tmp_path, monkeypatch, given, status):
+    monkeypatch.setattr(orion, "new_password", mock.Mock(side_effect=given))
+    got, _, err = run("account", "add", "ann", data=tmp_path / "d")
+    assert got == status and err in ("", "orion: nothing was typed\n") and not (tmp_path / "d" / "directory.db").exists()
+
+
+@cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave --plane out"),
+                      (("workspace", "restore", "acme", "--at", "x" * 64), "1 to 63")])
+def test_what_makes_no_sense_is_one_line_and_no_traceback(run, settled, words, why):
+    status, _, err = run(*words, data=settled)
+    assert status == 2 and err.count("\n") == 1 and (why in err or "surrogates" in err)
+
+
+def test_a_password_that_is_no_text_is_refused(run, tmp_path):
+    assert "can be printed" in run("account", "add", "ann", data=tmp_path / "d", stdin="pass\x00word12\n")[2]
+
+
+def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
+    with Command("--port", 0, "--data", tmp_path / "d", program=PROGRAM) as command:
+        command.end()
+        assert re.search("persona", command.out)
+        assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
+
+
+@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
+def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
+    (tmp_path / "file").write_text("")
+    arguments = {"port": ["--port", server.port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"],
+                 "flag": ["--nope"], "command": ["nonsense"]}[trouble]
+    with pytest.raises(SystemExit) as end:
+        sys.exit(orion.main(argv=[*map(str, arguments)]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
+
+
+def test_two_servers_on_one_folder_are_one_too_many(tmp_path):
+    with Command("--port", 0, "--data", tmp_path / "d"), Command("--port", 0, "--data", tmp_path / "d", ready=False) as second:
+        assert second.wait() == 2 and second.out == "" and second.err.count("\n") == 1 and "another server" in second.err
+
+
+def test_a_setting_may_come_from_the_environment(tmp_path):
+    with Command(env={**os.environ, "ORION_PORT": "0", "ORION_DATA": str(tmp_path / "d")}) as command:
+        assert Person(command).get("/healthz").text == "ok\n" and (tmp_path / "d" / "directory.db").exists()
+
+
+def test_an_account_that_is_added_while_it_runs_may_sign_in(served):
+    assert [served.run("account", "add", "ann", stdin="correct horse\n")[0] for _ in range(2)] == [0, 2], "the second time the name is taken"
+    assert Person(served).post("/login", form={"username": "ann", "password": "correct horse"}).status == 303
+
+
+def test_a_folder_without_personas_is_no_demo(tmp_path, run, start):
+    assert run("account", "add", "ann", data=tmp_path / "data", stdin="correct horse\n")[0] == 0
+    assert Person(start()).post("/persona", form={"account": "ann"}).status == 404
+
+
+def test_kill_9_under_write_load_loses_no_acknowledged_command_and_leaves_no_half(tmp_path):
+    """Each todo has a journal row in its transaction, so as many of one as of the other; several rounds on the same folder."""
+    acknowledged = []
+    for round in range(4):
+        with Command("--port", 0, "--data", tmp_path / "d") as server:
+            bob, enough = Person(server, "bob"), threading.Event()
+
+            def write(writer):
+                for n in range(10_000):
+                    title = f"r{round} w{writer} n{n}"
+                    try:
+                        if bob.post("/w/acme/todos", form={"title": title}).status != 303:
+                            return
+                    except (OSError, http.client.HTTPException):
+                        return
+                    acknowledged.append(title)
+                    if len(acknowledged) >= 120 * (round + 1):
+                        enough.set()
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                writers = [pool.submit(write, writer) for writer in range(8)]
+                assert enough.wait(30)
+                server.process.kill()
+                concurrent.futures.wait(writers)
+    file = tmp_path / "d" / "workspaces" / f"{hashlib.sha256(b'workspace:acme').hexdigest()}.db"
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        stored = {title for title, in db.execute("SELECT title FROM todos")}
+        assert set(acknowledged) <= stored and len(acknowledged) >= 480
+        assert db.execute("SELECT count(*) FROM journal WHERE what = 'todos.create'").fetchone()[0] == len(stored)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@cases("kind", ["common", "json"])
+def test_each_request_is_a_line_of_the_access_log_without_what_was_typed(tmp_path, kind):
+    with Command("--port", 0, "--data", tmp_path / "d", "--log", kind) as command:
+        Person(command).get("/w/acme/todos?title=secret")
+        command.end()
+        line = next(line for line in command.out.splitlines() if "/w/acme/todos" in line)
+    if kind == "json":
+        seen = json.loads(line)
+        assert (seen["method"], seen["path"], seen["status"], seen["peer"]) == ("GET", "/w/acme/todos", 401, "127.0.0.1")
+    else:
+        assert re.fullmatch(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /w/acme/todos HTTP/1\.1" 401 \d+ \d\.\d{6}', line)
+
+
+def test_systemd_is_told_when_it_asks(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.bind(str(tmp_path / "notify"))
+        link.settimeout(PATIENCE)
+        with Command("--port", 0, "--data", tmp_path / "d", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}) as command:
+            assert link.recv(99) == b"READY=1"
+            command.end()
+            assert link.recv(99) == b"STOPPING=1"
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """The first waits for a command that is on its way; here one that would take for ever."""
+    app = tmp_path / "app.py"
+    app.write_text("import sys, threading\nimport orion\nsys.exit(orion.main([orion.todos, orion.Slice('stuck', (), routes=("
+                   "orion.Route('POST', '/stuck', orion.MEMBER, lambda ctx: (print('stuck', flush=True), threading.Event().wait())),))]))\n")
+    with Command("--port", 0, "--data", tmp_path / "d", "--log", "off", program=app, env={**os.environ, "PYTHONPATH": str(HERE)}) as command:
+        bob = Person(command, "bob")
+
+        def attempt(person):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                person.post("/w/acme/stuck")
+        thread = threading.Thread(target=attempt, args=(bob,), daemon=True)
+        thread.start()
+        while command.process.stdout.readline().strip() != "stuck":
+            pass
+        command.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.process.wait(0.5)
+        status, seconds = command.end()
+        assert status == 1 and seconds < PATIENCE / 2
+        thread.join(PATIENCE)
+
+
+def the_guestbook():
+    """The file that the README shows."""
+    return re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)[1]
+
+
+def test_a_new_file_is_the_guestbook_of_the_readme(tmp_path, capsys):
+    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 0 and (tmp_path / "app.py").read_text("utf-8") == the_guestbook()
+    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_to_import_it_runs_nothing(tmp_path):
+    found = subprocess.run([sys.executable, "-c", "import threading, orion; print(threading.active_count())"], cwd=tmp_path, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
+
+
+# ==== 35. Ordinary pages, 58. Public routes, 59. Member lists =========================================================
+# An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
+# anybody, and an address at which a shop says what it has sent.
+
+STOCKROOM = '''"""An inventory."""
+import csv
+import hmac
+import io
+import sys
+
+import orion
+from orion import PUBLIC, Live, Refused, Region, Route, Slice, Template, done, download, go, plain_page, template
+
+LIST = Template("""<section id="things"><ul>{{thing}}</ul></section>
+<!-- thing -->
+<li><a href="./things/{{id}}">{{name}}</a> {{keeper}} {{role}}</li>""")
+PAGE = Template("""<h1>Inventory</h1>
+<form class="new" method="post" action="./things" data-on:submit="@post('./things', {contentType: 'form', retryMaxCount: 0})">
+<div class="field"><label for="name">Name</label><input id="name" name="name" required maxlength="99" value="{{name}}"></div>
+<div class="field"><label for="keeper">Looked after by</label><select id="keeper" name="keeper">{{option}}</select></div>
+<button>Add</button>
+{{stamp}}</form>
+<p data-text="$problem">{{problem}}</p>
+<p><a class="button" href="./things.csv">As a file</a> <a class="button" href="./shown">For everybody</a></p>
+{{region}}{{live}}
+<!-- option -->
+<option>{{name}}</option>""")
+THING = Template("""<h1>{{name}}</h1>
+<p>{{keeper}} looks after it.</p>
+<p><a class="button" href="../things">All</a></p>""")
+SHOWN = Template("""<h1>What {{team}} has</h1>
+<p>{{many}} things.</p>""")
+
+
+def things(ctx):
+    roles = {member["name"]: member["role"] for member in ctx.members()}
+    rows = ctx.store.query("SELECT * FROM things ORDER BY id")
+    return LIST(thing=[{**row, "role": roles.get(row["keeper"], "gone")} for row in rows])
+
+
+def page(ctx, region):
+    return PAGE(region=region, live=template("slice.live")(), stamp=ctx.stamp, option=ctx.members(),
+                name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
+
+
+def show(ctx, id):
+    row = ctx.store.one("SELECT * FROM things WHERE id = ?", id)
+    if row is None:
+        raise Refused(404, "That thing is gone. Look at the others.")
+    return plain_page(ctx, row["name"], THING(**row))
+
+
+def add(ctx):
+    name, keeper = ctx.field("name"), ctx.field("keeper")
+    if not name:
+        raise Refused(422, "Give it a name.")
+    if keeper not in [member["name"] for member in ctx.members()]:
+        raise Refused(422, "Choose somebody who is here.")
+    id = put(ctx, name, keeper)
+    return go(ctx, thing, id, flash=f"{name} is in the inventory.")
+
+
+def put(ctx, name, keeper):
+    id = ctx.store.insert("INSERT INTO things (name, keeper) VALUES (?, ?)", name, keeper)
+    ctx.publish("things")
+    return id
+
+
+def as_file(ctx):
+    file = io.StringIO()
+    csv.writer(file).writerows(ctx.store.query("SELECT id, name, keeper FROM things ORDER BY id"))
+    return download(f"Things of {ctx.title}.csv", file.getvalue(), "text/csv")
+
+
+def shown(ctx):
+    many = ctx.store.one("SELECT count(*) FROM things")[0]
+    return plain_page(ctx, "What we have", SHOWN(team=ctx.title, many=many))
+
+
+def delivered(ctx, secret):
+    if not hmac.compare_digest(secret, "tell-nobody"):
+        raise Refused(404, "There is nothing here.")
+    put(ctx, ctx.field("name"), ctx.viewer.account or ctx.viewer.role)
+    return done(ctx)
+
+
+thing = Route("GET", "/things/<int:id>", "todos:read", show)
+inventory = Slice(
+    name="inventory",
+    migrations=("CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT NOT NULL, keeper TEXT NOT NULL)",),
+    live=(Live("/things", "todos:read", "Inventory", (Region("things", things),), page),),
+    routes=(thing, Route("POST", "/things", "todos:write", add), Route("GET", "/things.csv", "todos:read", as_file),
+            Route("GET", "/shown", PUBLIC, shown), Route("POST", "/hooks/<secret>", PUBLIC, delivered)))
+
+if __name__ == "__main__":
+    sys.exit(orion.main([orion.todos, inventory]))
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def stockroom():
+    names = {"__name__": "inventory"}
+    exec(compile(STOCKROOM, "inventory.py", "exec"), names)
+    return names["inventory"]
+
+
+@pytest.fixture(scope="module", params=[name for name in ROOTS if name != "Part One alone"])
+def stock(request, tmp_path_factory):
+    """A server of each kind, with the inventory."""
+    start = functools.partial(ROOTS[request.param], slices=(orion.todos, stockroom()))
+    with mock.patch.object(orion, "REGATE_SECONDS", 0.1), \
+            contextlib.closing(Root(start, tmp_path_factory.mktemp("stock") / "data")) as root:
+        yield root
+
+
+def a_thing(person, name="Rope", keeper="carol"):
+    """Add it. Return the answer, with the flash for the page to which it leads."""
+    said = person.post("/w/acme/things", form={"name": name, "keeper": keeper})
+    said.flash = said.headers["set-cookie"].split(";")[0]
+    return said
+
+
+def with_cookie(person, *cookies, path):
+    return person.get(path, Cookie="; ".join([person.cookie, *cookies])).text
+
+
+def test_a_page_without_a_stream_has_the_same_layout_and_says_nothing_of_a_connection(stock):
+    bob = stock.person("bob")
+    text = bob.get(a_thing(bob, "Anvil").headers["location"]).text
+    assert "<h1>Anvil</h1>" in text and "<title>Anvil · acme · orion</title>" in text
+    assert 'href="/w/acme/things"' in text and 'href="/w/acme/members"' in text and "Connecting" not in text
+
+
+def test_a_command_leads_to_a_page_with_a_message_that_is_shown_there_once_as_text(stock):
+    bob = stock.person("bob")
+    said = a_thing(bob, "<b>Hook</b>")
+    there = said.headers["location"]
+    assert said.status == 303 and re.fullmatch("/w/acme/things/[0-9]+", there)
+    flash, kept = said.headers["set-cookie"].split("; ", 1)
+    assert kept == f"Path={there}; Max-Age=60; HttpOnly; SameSite=Lax" and "Hook" not in flash
+    answer = bob.get(there, Cookie=f"{bob.cookie}; {flash}")
+    assert '">&lt;b&gt;Hook&lt;/b&gt; is in the inventory.</p></div></body>' in answer.text
+    assert answer.headers["set-cookie"] == f"flash=; Path={there}; Max-Age=0; HttpOnly; SameSite=Lax"
+    answer = bob.get(there)
+    assert answer.status == 200 and "in the inventory" not in answer.text and "set-cookie" not in answer.headers
+
+
+@cases("problem, times", [("", 1), ("{{problem}}", 0)])
+def test_a_plain_form_is_told_what_was_wrong_also_by_a_page_that_does_not_show_it(problem, times):
+    def refuse(ctx):
+        raise orion.Refused(422, "Not <so>.", signal="toast")
+    live = orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Template("<p id=n></p>")()),),
+                      lambda ctx, region: orion.Template(problem + "{{region}}")(region=region, problem=ctx.typed.get("problem", "")))
+    with orion.testing(orion.Slice("n", live=(live,), routes=(orion.Route("POST", "/n", "todos:write", refuse),))) as app:
+        text = app.viewer("bob").submit("/n").text
+        assert text.count('data-init="$toast = ') == times and "Not &lt;so&gt;." in text and text.endswith("</body>\n</html>")
+
+
+def test_datastar_is_led_by_a_signal(stock):
+    said = stock.person("bob", datastar=True).post("/w/acme/things", name="Saw", keeper="bob")
+    assert said.status == 200 and re.fullmatch("/w/acme/things/[0-9]+", json.loads(said.text)["_go"])
+    assert said.headers["set-cookie"].startswith("flash=")
+
+
+@cases("how", ["to another session", "on another page", "altered", "made by another process", "no such thing", "half"])
+def test_no_page_shows_a_message_that_was_not_for_it(stock, how, monkeypatch):
+    bob = stock.person("bob")
+    said = a_thing(bob)
+    there, flash = said.headers["location"], said.flash
+    if how == "to another session":
+        bob = stock.person("carol")
+    if how == "on another page":
+        there = "/w/acme/things"
+    if how == "made by another process":
+        monkeypatch.setattr(orion, "FLASH_KEY", b"another")
+    if how == "altered":
+        flash = flash.replace("=", "=1", 1)
+    flash = {"no such thing": "flash=\xe9", "half": flash.partition(".")[0]}.get(how, flash)
+    text = with_cookie(bob, flash, path=there)
+    assert "<h1>" in text and "in the inventory" not in text.partition("<main")[2].replace("For everybody", "")
+
+
+def test_a_page_with_a_message_is_not_kept(start):
+    server = start((orion.todos, stockroom()))
+    bob = Person(server, "bob")
+    said = a_thing(bob)
+    shown = [with_cookie(bob, said.flash, path=said.headers["location"]) for _ in range(3)]
+    assert all(["in the inventory" in text for text in shown])
+    assert not [kept for kept in server.edge.kept.answers.values() if kept.response and b"in the inventory" in kept.response.body]
+
+
+def test_a_command_that_is_sent_again_leads_there_again_and_does_nothing(start):
+    bob = Person(start((orion.todos, stockroom())), "bob")
+    form = {"name": "Once", "keeper": "bob", "_stamp": "bob 123"}
+    first, second = [bob.post("/w/acme/things", form=form) for _ in range(2)]
+    assert first.status == second.status == 303 and first.headers["location"] == second.headers["location"]
+    assert bob.get("/w/acme/things").text.count(">Once<") == 1
+
+
+def routes_of(*paths):
+    pages = [orion.Route("GET", path, "todos:read", lambda ctx, *_: None) for path in paths]
+    return pages, orion.Router([orion.Slice("pages", (), (), (*pages, orion.Route("POST", "/done", "todos:read", lambda ctx: None)))])
+
+
+@cases("path, args, found", [("/a", (), "/a"), ("/c/<int:id>", (3,), "/c/3"), ("/n/<name>", ("50% off",), "/n/50% off"), ("/n/<name>", ("\xe9",), "/n/\xe9")])
+def test_a_page_is_found_by_its_value(path, args, found):
+    (page,), router = routes_of(path)
+    assert orion.path_to(router, page, args) == found
+
+
+@cases("path, args, words", [("/a", (1,), "takes 0 args"), ("/c/<int:id>", (), "takes 1 args"), ("/c/<int:id>", ("x",), "no page at '/c/x'"), ("/c/<int:id>", (-1,), "no page"),
+                             ("/n/<name>", ("a/b",), "without slashes"), ("/n/<name>", ("..",), "no page"), ("/n/<name>", ("",), "no page"), ("/n/<name>", ("a;b",), "no page")])
+def test_what_would_lead_nowhere_is_an_error(path, args, words):
+    (page,), router = routes_of(path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        orion.path_to(router, page, args)
+
+
+def test_a_page_that_no_slice_has_and_a_command_are_no_way_to_go():
+    pages, router = routes_of("/a")
+    with pytest.raises(LookupError, match="no slice here has"):
+        orion.path_to(router, orion.Route("GET", "/a", "todos:write", pages[0].run), ())
+    with pytest.raises(ValueError, match="no page at"):
+        orion.path_to(router, router.slices[0].routes[-1], ())
+
+
+def test_a_download_is_saved_under_its_name_and_never_runs_here(stock):
+    bob = stock.person("bob")
+    a_thing(bob, "\xc9clair")
+    answer = bob.get("/w/acme/things.csv")
+    assert answer.status == 200 and ",\xc9clair,carol\r\n" in answer.text and answer.headers["content-type"] == "text/csv; charset=utf-8"
+    assert answer.headers["content-disposition"] == "attachment; filename=\"Things of acme.csv\"; filename*=UTF-8''Things%20of%20acme.csv"
+    assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox" and answer.headers["x-content-type-options"] == "nosniff"
+
+
+@cases("name, plain, full", [("\xe9 \"x\".csv", "_ _x_.csv", "%C3%A9%20%22x%22.csv"), ("../../etc/passwd", "passwd", "passwd"), ("a\r\nX: y", "aX: y", "aX%3A%20y"),
+                             ("fdp.\u202eexe", "fdp.exe", "fdp.exe"), ("", "file", "file"), ("..", "file", "file"), ("%41", "_41", "%2541"), ("\ud800", "file", "file")])
+def test_the_name_of_a_download_is_no_path_and_ends_no_header(name, plain, full):
+    saved = dict(orion.download(name, b"").headers)["content-disposition"]
+    assert saved == f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"
+
+
+@cases("type", ["text/html", "TEXT/HTML; charset=utf-8", "image/svg+xml", "application/xhtml+xml", "text/xml", "text/javascript", "text/css", "multipart/x-mixed-replace", "", "x"])
+def test_what_a_browser_could_run_is_sent_as_bytes_that_mean_nothing(type):
+    assert orion.download("a", b"<script>", type).type == "application/octet-stream"
+
+
+@cases("type", ["text/csv", "image/png", "application/pdf", "application/json", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"])
+def test_what_no_browser_runs_keeps_its_type(type):
+    assert orion.download("a", b"", type).type == type
+
+
+def test_a_page_that_is_gone_is_told_in_the_layout_of_its_workspace(stock):
+    bob = stock.person("bob")
+    answer = bob.get("/w/acme/things/999999", Accept="text/html")
+    assert answer.status == 404 and "That thing is gone." in answer.text and 'href="/w/acme/things"' in answer.text
+    assert bob.get("/w/acme/things/999999").text == "That thing is gone. Look at the others.\n"
+    answer = stock.person("erin").post("/w/acme/things", form={"name": "x"})
+    assert answer.status == 403
+
+
+def test_what_was_written_before_a_no_in_the_layout_is_rolled_back(start):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO notes VALUES (1)")
+        raise orion.Refused(404, "Gone.")
+    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
+    answer = Person(server, "bob").ask("POST", "/w/acme/notes", "", Accept="text/html", Content_Type="application/x-www-form-urlencoded")
+    assert answer.status == 404 and 'href="/w/acme/todos"' in answer.text
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT count(*) FROM notes").fetchone() == (0,)
+
+
+def test_nothing_is_said_of_a_slice_that_publishes_nothing_and_has_no_live_page(start, capfd):
+    def write(ctx):
+        ctx.store.exec("INSERT INTO notes VALUES (1)")
+        return orion.done(ctx)
+    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
+    assert Person(server, "bob").post("/w/acme/notes").status == 204
+    assert "no open page" not in capfd.readouterr().err
+
+
+# -- what is public
+
+def test_a_public_page_is_for_anybody_and_everybody_comes_as_who_they_are_there(stock):
+    for name in (None, "alice", "erin"):
+        person = stock.person(name)
+        answer = person.get("/w/acme/shown")
+        assert answer.status == 200 and "things.</p>" in answer.text
+        assert ('href="/w/acme/things"' in answer.text) == (name == "erin") == ('content="erin"' in answer.text)
+
+
+@cases("path", ["/w/acme/things", "/w/acme/", "/w/acme", "/w/acme/things.csv", "/w/acme/shown/more", "/w/acme/members", "/w/nowhere/shown", "/w/nowhere/things", "/w/acme/shown/live", "/w/acme/SHOWN"])
+def test_nothing_else_of_the_workspace_is_public_and_no_other_name_is_told_apart(stock, path):
+    for name, status in ((None, 401), ("alice", 403)):
+        person = stock.person(name)
+        answer, other = person.get(path), person.get("/w/nobody-has-this/todos")
+        assert answer.status == other.status == status and answer.text == other.text
+        assert person.post(path, form={"name": "x"}).status == status
+
+
+def test_the_gate_says_nothing_of_what_is_public_to_whoever_asks_it_from_outside(server):
+    for path in ("/_gate/acme?public", "/_gate?public", "/_gate/acme?public=1"):
+        assert Person(server).get(path, X_Original_URI="/w/acme/shown", X_Original_Method="GET").status == 401
+
+
+def keepers(person):
+    return re.findall(r"</a> (\S+) ", person.get("/w/acme/things").text)
+
+
+@cases("headers, keeper", [({}, "public"), ({"Origin": "http://evil.example"}, "public"), ({"Origin": "null"}, "public"), ({"Sec-Fetch-Site": "cross-site"}, "public"),
+                           ({"Sec-Fetch-Site": "none"}, "public"), ({"Origin": "ours"}, "bob"), ({"Origin": "ours", "Sec-Fetch-Site": "cross-site"}, "public"),
+                           ({"X-Account": "carol", "X-Role": "owner"}, "public")])
+def test_a_public_command_from_elsewhere_is_nobodys_whatever_cookie_came_along(stock, headers, keeper):
+    bob = stock.person("bob")
+    given = {**headers, "Cookie": bob.cookie, "Content-Type": "application/x-www-form-urlencoded"}
+    given = {name: stock.server.origin if value == "ours" else value for name, value in given.items()}
+    link = http.client.HTTPConnection("127.0.0.1", stock.server.port, timeout=PATIENCE)
+    with contextlib.closing(link):
+        link.request("POST", "/w/acme/hooks/tell-nobody", "name=Box", given)
+        assert link.getresponse().status == 303
+    assert keepers(bob)[-1] == keeper
+
+
+@cases("grant", [orion.ACCOUNT, orion.MEMBER, "todos:read"])
+def test_nobody_has_a_grant(grant):
+    nobody = orion.Viewer("public", (), "acme", "id")
+    assert not nobody.may(grant) and nobody.may(orion.PUBLIC)
+
+
+def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
+    bob = stock.person("bob")
+    before = keepers(bob)
+    assert stock.person().post("/w/acme/hooks/guessed", name="Box").status == 404 and keepers(bob) == before
+
+
+def test_a_secret_in_a_public_path_is_written_neither_into_the_log_nor_into_the_journal(start, capfd):
+    server = start((orion.todos, stockroom()), log="common")
+    console = Ear(Person(server, "alice"), "/console/live")
+    console.event()
+    assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+    assert "tell-nobody" not in console.until_it_says("/w/acme/hooks/&lt;secret&gt;")
+    assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
+    assert Person(server).post("/w/acme/hooks/tell-nobody/", name="Box").status == 401, "a slash too many"
+    assert Person(server).get("/w/acme/hooks/tell-nobody/and/more").status == 401, "what a program puts behind an address"
+    server.close()
+    said = "".join(capfd.readouterr())
+    assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT which FROM journal WHERE what = 'inventory.delivered'").fetchall() == [("1",)]
+
+
+def test_an_operator_who_only_looks_on_sends_no_public_command_as_a_member(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    viewer = orion.masked(orion.Viewer("owner", (), "acme", "id", "ann"), "ops", 1)
+    with pytest.raises(orion.Refused, match="read-only"):
+        viewer.permit(orion.PUBLIC, "POST")
+    assert ops.post("/masquerade/end", form={}).status == 303
+
+
+def test_who_sent_a_public_command_is_no_insider_and_is_charged_by_address(start):
+    server = start((orion.todos, stockroom()))
+    assert Person(server).ask("POST", "/w/acme/hooks/tell-nobody", "{}", Content_Type="application/json", Cookie="a=b").status == 204
+    assert not server.edge.insiders
+    asked = orion.Asked(None, None, orion.Request("POST", "/w/acme/hooks/tell-nobody", headers={"cookie": "a=b"}, peer="10.1.1.1"))
+    assert server.edge.account_of(asked) == "inside, from 10.1.1.1"
+
+
+@cases("moving, status", [(1, 503), (2, 401)])
+def test_what_is_public_of_a_workspace_that_is_moved_is_not_served_meanwhile(start, moving, status):
+    server = start((orion.todos, stockroom()))
+    nobody = Person(server)
+    assert nobody.get("/w/acme/shown").status == 200
+    server.write("UPDATE workspaces SET moving = ? WHERE name = 'acme'", moving)
+    assert nobody.get("/w/acme/shown").status == status
+
+
+def test_a_public_page_can_have_no_stream(start):
+    live = orion.Live("/shown", orion.PUBLIC, "Shown", (orion.Region("shown", lambda ctx: None),))
+    with pytest.raises(orion.BadSlice, match="make a Route of it"):
+        start((orion.Slice("shown", (), (live,)),))
+
+
+@needs_nginx
+def test_what_is_public_is_so_through_nginx_and_a_node_too(tmp_path):
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        apart.nodes[0].address = f"127.0.0.1:{apart.nodes[0].port}"
+        with contextlib.closing(Front(apart, tmp_path)) as front:
+            nobody, bob = Person(front), front.sign_in("bob")
+            assert nobody.get("/w/acme/shown").status == 200 and 'content="bob"' in bob.get("/w/acme/shown").text
+            assert nobody.get("/w/acme/things").status == nobody.get("/w/nowhere/shown").status == 401
+            assert nobody.post("/w/acme/hooks/tell-nobody", name="Box").status == 204
+            for origin, keeper in (("http://evil.example", "public"), (front.origin, "bob")):
+                given = {"Origin": origin, "Content_Type": "application/json"}
+                assert bob.ask("POST", "/w/acme/hooks/tell-nobody", '{"name": "Box"}', **given).status == 204
+                assert keepers(bob)[-1] == keeper
+
+
+# -- who is a member
+
+def test_a_region_shows_members_and_shows_them_again_when_they_change(stock):
+    bob = stock.person("bob")
+    a_thing(bob, "Kept", "erin")
+    with contextlib.closing(Ear(stock.person("carol", datastar=True), "/w/acme/things/live")) as ear:
+        assert "Kept</a> erin viewer" in ear.event()
+        assert bob.patch("/w/acme/members/erin", role="member").status == 204
+        ear.until_it_says("Kept</a> erin member")
+        assert "Kept</a> erin member" in bob.get("/w/acme/things").text
+        bob.patch("/w/acme/members/erin", role="viewer")
+        ear.until_it_says("Kept</a> erin viewer")
+
+
+def test_a_change_of_members_by_another_process_is_shown_too(start):
+    server = start((orion.todos, stockroom()))
+    bob = Person(server, "bob", datastar=True)
+    bob.post("/w/acme/things", name="Kept", keeper="erin")
+    with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
+        ear.event()
+        with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
+            db.execute("UPDATE memberships SET role = 'admin' WHERE account = 'erin'")
+        ear.until_it_says("Kept</a> erin admin")
+
+
+def test_a_node_tells_members_while_its_directory_can_not_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(orion, "FRESH_SECONDS", WHOLE)
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        node, bob = Person(apart.nodes[0]), apart.sign_in("bob")
+        assert "<option>carol</option>" in bob.get("/w/acme/things").text
+        said = verdict_of(apart, bob.cookie, "acme")
+        apart.directory.close()
+        assert "<option>carol</option>" in node.ask("GET", "/w/acme/things", **said).text
+
+
+def test_a_region_on_a_node_shows_members_again_when_they_change(tmp_path):
+    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
+        bob = apart.sign_in("bob")
+        a_thing(bob, "Kept", "erin")
+        with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
+            assert "Kept</a> erin viewer" in ear.event()
+            assert bob.patch("/w/acme/members/erin", role="member").status < 400
+            ear.until_it_says("Kept</a> erin member")
+
+
+def test_members_are_told_without_the_directorys_turn(start):
+    server = start((orion.todos, stockroom()))
+    acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
+    headers = orion.verdict_headers("bob", "owner", "acme", acme.id)
+    with server.directory().turn:
+        assert b"<option>carol</option>" in acme.fetch(orion.Request("GET", "/things", headers=headers)).body
+
+
+def test_of_very_many_members_the_first_are_told(start, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_MEMBERS", 2)
+    text = Person(start((orion.todos, stockroom())), "bob").get("/w/acme/things").text
+    assert re.findall("<option>(.*?)</option>", text) == ["bob", "carol"]
+
+
+def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
+    lists = orion.Lists()
+    lists.MOST = 3
+    same = lists.put("a", [("bob", "owner"), ("carol", "member")])
+    assert lists.put("a", [["bob", "owner"], ["carol", "member"]]) is same and lists.size == 2
+    lists.put("b", [("bob", "owner"), ("erin", "viewer")])
+    assert [*lists.lists] == ["b"] and lists.size == 2
+
+
+# ==== 37. Assets, 38. Brand ===========================================================================================
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of assets. What pages say is as before, after the test."""
+    for name in ("APP_ASSETS", "LAYOUT", "DOORS"):
+        monkeypatch.setattr(orion, name, dict(getattr(orion, name)))
+    files = {"poll.css": "p { color: red }", "icons/up.svg": "<svg/>", ".hidden.css": "x", ".git/a.css": "x", "notes.md": "x"}
+    for name, text in files.items():
+        (tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "assets" / name).write_text(text)
+    return tmp_path / "assets"
+
+
+def test_a_file_beside_the_app_is_kept_for_a_year_at_the_address_that_names_its_content(start, folder):
+    nobody = Person(start(assets=folder))
+    address = orion.asset("icons/up.svg")
+    found = nobody.get(address)
+    assert (found.status, found.body, found.headers["content-type"]) == (200, b"<svg/>", "image/svg+xml")
+    assert "immutable" in found.headers["cache-control"] and nobody.get(address, If_None_Match=found.headers["etag"]).status == 304
+    assert nobody.get(address.partition("?")[0]).headers["cache-control"] == nobody.get(address + "0").headers["cache-control"] == "no-cache"
+    (folder / "poll.css").write_text("p { color: blue }")
+    before = orion.asset("poll.css")
+    orion.read_assets(orion.Settings(assets=folder))
+    assert orion.asset("poll.css") != before
+
+
+@cases("path", ["/assets/.hidden.css", "/assets/.git/a.css", "/assets/notes.md", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py",
+                "/assets/icons", "/assets/icons/..%2fpoll.css", "/assets//poll.css"])
+def test_what_is_hidden_or_elsewhere_or_of_another_type_has_no_address(start, folder, path):
+    (folder.parent / "app.py").write_text("secret")
+    assert Person(start(assets=folder)).get(path).status in (400, 404)
+
+
+def test_the_etag_of_a_file_that_is_compressed_is_another_one(start, folder):
+    (folder / "long.css").write_text("p { color: red }" * 100)
+    nobody = Person(start(assets=folder))
+    plain, zipped = [nobody.get("/assets/long.css", Accept_Encoding=coding) for coding in ("identity", "gzip")]
+    assert gzip.decompress(zipped.body) == plain.body and zipped.headers["etag"] != plain.headers["etag"]
+
+
+def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start, folder):
+    (folder / "poll.js").write_text("document.title = 'x'")
+    poll = looks()._replace(styles=("poll.css",), scripts=("poll.js",))
+    bob = Person(start((orion.todos, poll), assets=folder), "bob")
+    links = [f'<link rel="stylesheet" href="{orion.asset("poll.css")}">', f'<script type="module" src="{orion.asset("poll.js")}"></script>']
+    assert all([link in bob.get("/w/acme/n").text for link in links]) and "/assets/" not in bob.get("/w/acme/todos").text
+
+
+@cases("settings, slices, why", [
+    ({"assets": "nowhere"}, (), "the folder of assets nowhere is not there"),
+    ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
+    ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
+    ({"brand": orion.Brand(icon="none.svg")}, (), "Brand: there is no asset 'none.svg'"),
+    ({"brand": orion.Brand(name=None)}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language=None)}, (), "language="),
+    ({"brand": orion.Brand(colors=(None, "#000000"))}, (), "say two"),
+    ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two")])
+def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
+    settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
+    with pytest.raises(orion.Unusable) as error:
+        orion.compose(settings._replace(slices=(looks()._replace(styles=slices),)))
+    assert why in str(error.value)
+
+
+def test_an_app_has_no_asset_of_the_one_before_it_in_this_process(folder):
+    orion.read_assets(orion.Settings(assets=folder))
+    assert orion.asset("poll.css")
+    orion.read_assets(orion.Settings())
+    with pytest.raises(LookupError, match="there is none"):
+        orion.asset("poll.css")
+    assert not [path for path in orion.DOORS if path.startswith("/assets/")]
+
+
+def test_the_style_sheet_of_a_brand_takes_no_place_of_the_apps_own(tmp_path, folder):
+    (folder / "brand.css").write_text("p { color: red }")
+    settings = orion.Settings(data=tmp_path / "d", assets=folder, brand=orion.Brand(colors=("#005f56", "#7ce0d3")))
+    with pytest.raises(orion.Unusable, match="makes brand.css; name the app's own file of that name otherwise"):
+        orion.compose(settings)
+
+
+def test_assets_that_would_fill_the_memory_are_refused(tmp_path, folder):
+    with open(folder / "film.mp4", "wb") as film:
+        film.truncate(orion.MOST_OF_ASSETS + 1)
+    with pytest.raises(orion.Unusable, match="Serve large ones elsewhere"):
+        orion.compose(orion.Settings(data=tmp_path / "d", assets=folder))
+
+
+def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
+    brand = orion.Brand("Poll & Co", "icons/up.svg", ("#005f56", "#7ce0d3"), "de-AT")
+    server = start(assets=folder, brand=brand)
+    bob, nobody = Person(server, "bob"), Person(server)
+    pages = [bob.get("/"), bob.get("/w/acme/todos"), nobody.get("/"), nobody.get("/w/acme/todos", Accept="text/html"), nobody.get("/none", Accept="text/html")]
+    for page in pages:
+        assert '<html lang="de-AT"' in page.text and "Poll &amp; Co</title>" in page.text and "orion</" not in page.text
+        assert orion.asset("brand.css") in page.text and orion.asset("icons/up.svg") in page.text and "/icon.svg" not in page.text
+    style = nobody.get(orion.asset("brand.css"))
+    assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
+
+
+# ==== 40. Jobs ========================================================================================================
 
 def post_letter(ctx, text):
     if text == "fail":
@@ -8217,405 +9295,1354 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
-# ==== 38. Console: notes ==============================================================================================
+# ==== 42. Accounts, 53. Exports, 54. Member verbs =====================================================================
 
 @pytest.fixture
-def traced(tmp_path):
-    trace = orion.Trace(with_args=True)
-    owner = types.SimpleNamespace(id="it", namespace=types.SimpleNamespace(trace=trace))
-    store = orion.TracedStore(tmp_path / "t.db", True, owner)
-    store.exec("CREATE TABLE t (n)")
-    yield trace, store
-    store.close()
+def run(capsys, monkeypatch):
+    """run("account", "list", data=folder): (exit status, standard output, standard error) of the command line."""
+    def run(*words, data, stdin=""):
+        file = tempfile.TemporaryFile("w+")
+        file.write(stdin)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", file)
+        capsys.readouterr()
+        status = orion.main(argv=[*map(str, words), "--data", str(data)])
+        return (status, *capsys.readouterr())
+    return run
 
 
-def test_a_store_call_is_noted_while_somebody_watches_and_only_then(traced):
-    trace, store = traced
-    store.exec("INSERT INTO t VALUES (1)")
-    trace.watch(1)
-    store.exec("INSERT INTO t  VALUES (?)", 2)
-    trace.watch(-1)
-    store.exec("INSERT INTO t VALUES (3)")
-    assert [(call.object, call.sql, call.args, call.rows) for call in trace.calls] == [("it", "INSERT INTO t VALUES (?)", "2", 1)]
+@pytest.fixture
+def served(server, run):
+    """The same on the folder of a server that runs."""
+    server.run = lambda *words, stdin="": run(*words, data=server.env.settings.data, stdin=stdin)
+    return server
 
 
-def test_what_the_console_itself_asks_is_not_noted(traced):
-    trace, store = traced
-    trace.watch(1)
-    with trace.silence():
-        store.query("SELECT * FROM t")
-    assert not trace.calls
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory):
+    """A folder in which ann owns acme, and ops is nobody's member."""
+    folder = tmp_path_factory.mktemp("settled")
+    given = argparse.Namespace(verb="account add", account="ann")
+    with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), given) as (store, env):
+        for name in ("ann", "ops"):
+            store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
+        orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
+    return folder
 
 
-def test_a_note_tells_how_many_rows_a_call_found_or_changed(traced):
-    trace, store = traced
-    trace.watch(1)
-    store.exec("INSERT INTO t VALUES (1), (2), (3)")
-    store.query("SELECT * FROM t")
-    store.one("SELECT * FROM t")
-    store.one("SELECT * FROM t WHERE n = 9")
-    store.begin()
-    assert [call.rows for call in trace.calls] == [3, 3, 3, 0, ""]
+@cases("verb", ["add", "role"])
+def test_no_role_is_not_taken_for_a_removal(served, verb):
+    account = "dave" if verb == "add" else "carol"
+    assert served.run("member", verb, "acme", account, "")[0] == 2
+    assert "carol\tmember" in served.run("member", "list", "acme")[1]
 
 
-def test_bytes_and_long_values_are_not_shown_in_full(traced):
-    trace, store = traced
-    trace.watch(1)
-    store.one("SELECT ?, ?", b"secret", "x" * 1000)
-    assert "secret" not in trace.calls[0].args and "6 bytes" in trace.calls[0].args and len(trace.calls[0].args) < 100
+def test_the_members_page_follows_the_command_line_while_it_is_open(served):
+    carol = Person(served, "carol")
+    ear = Ear(carol, "/w/acme/members/live")
+    assert "member-dave" not in ear.event()
+    assert served.run("member", "add", "acme", "dave", "viewer")[0] == 0
+    ear.until_it_says("member-dave")
+    assert "member-dave" in carol.get("/w/acme/members").text
 
 
-def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(traced):
-    trace, store = traced
-    trace.watch(1)
-    for _ in range(trace.KEPT_CALLS + 7):
-        store.one("SELECT 1")
-    assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
+@cases("word, demo", [("0", False), ("no", False), ("off", False), ("false", False), ("", False), ("1", True), ("yes", True)])
+def test_a_variable_can_say_no_to_the_demo(monkeypatch, word, demo):
+    monkeypatch.setenv("ORION_DEMO", word)
+    assert orion.read_command_line(["--host", "0.0.0.0"])[0].demo is demo
 
 
-# ==== 38. Console =====================================================================================================
-
-def test_the_console_shows_each_object_with_id_state_and_count(server):
-    bob = Person(server, "bob")
-    bob.post("/w/acme/todos", title="One more")
-    text = bob.get("/console").text
-    id = server.env.workspaces.id_from_name("acme")
-    row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
-    assert f'>acme</a></th><td><code class="id" title="{id}">{id}</code>' in row and "<td>4</td><td></td></tr>" in row and "awake since" in row
+@cases("words", ["--port 99999", "--port -1", "--log xml", "--plane both", "--quota much"])
+def test_a_value_that_means_nothing_here_is_refused_in_one_line(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        orion.read_command_line(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
-    bob = Person(server, "bob")
-    server.env.workspaces.sleep_unused(idle=-1)
-    text = bob.get("/console").text
-    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td></td></tr>") == 3
-    assert not server.env.workspaces.objects
+def test_accounts_are_added_listed_and_removed(run, tmp_path):
+    assert run("account", "add", "ann", data=tmp_path, stdin="long enough\n")[0] == 0
+    assert run("account", "add", "ops", "--operator", data=tmp_path, stdin="long enough\n")[0] == 0
+    assert run("account", "list", data=tmp_path)[1] == "ann\t\t0 workspaces\nops\toperator\t0 workspaces\n"
+    assert run("account", "remove", "ann", data=tmp_path)[0] == 0 and "ann" not in run("account", "list", data=tmp_path)[1]
 
 
-def test_a_workspace_that_can_not_be_read_hides_no_other(server):
-    server.env.workspaces.sleep_unused(idle=-1)
-    server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
-    text = Person(server, "bob").get("/console").text
-    assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
+def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path):
+    run("account", "add", "ann", data=tmp_path, stdin="long enough\n")
+    assert run("workspace", "add", "acme", data=tmp_path)[0] == 0 and run("member", "list", "acme", data=tmp_path)[1] == ""
+    assert run("member", "add", "acme", "ann", "owner", data=tmp_path)[0] == 0
+    assert run("member", "list", "acme", data=tmp_path)[1] == "ann\towner\n"
 
 
-def test_a_workspace_that_is_busy_holds_up_neither_the_console_nor_a_probe(server):
-    acme, bob = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")), Person(server, "bob", datastar=True)
-    with acme.turn:
-        text = bob.get("/console").text
-        assert "busy</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
-        assert "200, let in." in probe(bob, "acme")
-        assert bob.post("/console/retry", workspace="acme").status == 503
-    eventually(lambda: bob.get("/console").text.count("<td>3</td><td></td></tr>") == 3)
+@cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "ann already"), ("account add änn", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
+                             ("account passwd bea", "long enough\n", "no account bea"), ("account remove bea", "", "no account bea"), ("account remove ann", "", "last owner of acme"),
+                             ("workspace add acme --owner ann", "", "taken"), ("workspace add ! --owner ann", "", "a to z"), ("workspace add Acme --owner ann", "", "taken"), ("workspace add b --owner bea", "", "no account bea"),
+                             ("workspace rename b c", "", "no workspace b"), ("workspace remove b", "", "no workspace b"),
+                             ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
+                             ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
+def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, settled, words, stdin, why):
+    def state():
+        with contextlib.closing(sqlite3.connect(settled / "directory.db")) as db:
+            return [*db.iterdump()], sorted((path.name, path.read_bytes()) for path in settled.rglob("workspaces/*.db"))
+    before = state()
+    status, out, err = run(*words.split(), data=settled, stdin=stdin)
+    assert (status, out) == (2, "") and why in err and err.count("\n") == 1 and err.startswith("orion: ")
+    assert before == state()
 
 
-def test_the_console_pages_through_many_workspaces(server):
-    alice = Person(server, "alice")
-    for n in range(30):
-        alice.post("/workspaces", form={"name": f"w{n:02}"})
-    first = alice.get("/console").text
-    after = re.search(r'href="\?after=([a-z0-9]+)">More', first)[1]
-    rest = alice.get(f"/console?after={after}").text
-    names = lambda text: re.findall(r'object=[0-9a-f]{64}">(\w+)<', text)
-    assert len(names(first)) == orion.NAMES_A_PAGE and len(names(first) + names(rest)) == 33 == len({*names(first), *names(rest)})
-
-
-def test_the_console_asks_no_workspace_that_it_does_not_show(server):
-    alice, workspaces = Person(server, "alice"), server.env.workspaces
-    for n in range(25):
-        alice.post("/workspaces", form={"name": f"w{n:02}"})
-    workspaces.sleep_unused(idle=-1)
-    before = workspaces.fetches
-    for _ in range(2):
-        alice.get("/console")
-    assert workspaces.fetches == before + orion.NAMES_A_PAGE and not workspaces.objects
-
-
-def probe(person, workspace):
-    answer = person.post("/console/probe", workspace=workspace)
-    return answer.text
-
-
-def test_a_probe_of_a_foreign_workspace_ends_at_the_gate_and_contacts_no_workspace(server):
-    titles(Person(server, "bob"))
-    before = server.env.workspaces.fetches
-    text = probe(Person(server, "alice", datastar=True), "acme")
-    assert "403, stopped at the gate.</b> This workspace is not yours" in text and f"{before} before, {before} after" in text
-    assert {*re.findall(r"<li><b>(.*?)</b>", text)} == {"Directory"} and server.env.workspaces.fetches == before
-    assert "toast" not in text
-
-
-def test_a_probe_of_ones_own_workspace_shows_the_verdict(server):
-    titles(Person(server, "bob"))
-    before = server.env.workspaces.fetches
-    text = probe(Person(server, "bob", datastar=True), "acme")
-    assert "200, let in." in text and f"{before} before, {before + 1} after" in text
-    assert "bob is owner, with the grants todos:read,todos:write" in text
-
-
-def test_a_probe_tells_no_difference_between_a_foreign_workspace_and_none(server):
-    alice = Person(server, "alice", datastar=True)
-    foreign, none = [re.sub(r"[\d.]+ ms|acme|nowhere|\d+ (before|after)", "", probe(alice, name)) for name in ("acme", "nowhere")]
-    assert foreign == none and "403, stopped at the gate." in none
-
-
-def test_a_probe_works_without_scripts_and_signed_out(server):
-    answer = Person(server).post("/console/probe", form={"workspace": "acme"})
-    assert answer.status == 200 and "401, stopped at the gate.</b> Sign in first." in answer.text and "<html" in answer.text
-
-
-def test_a_hostile_probe_is_text(server):
-    text = probe(Person(server, "alice", datastar=True), "<script>alert(1)</script>")
-    assert "<script" not in text.replace("\\u003c", "<").split("datastar-patch-signals")[0]
-
-
-def test_store_calls_and_requests_of_others_reach_the_open_console(server):
-    bob, ear = Person(server, "bob"), Ear(Person(server), "/console/live")
+def test_a_new_password_by_the_command_line_signs_out_everywhere(outside, run):
+    ann = outside.sign_in("ann")
+    ear = Ear(ann, "/w/acme/todos/live")
     ear.event()
-    bob.post("/w/acme/todos", title="Seen by all")
-    event = ear.until_it_says("INSERT INTO todos")
-    while "/w/acme/todos</bdi>" not in event:
-        event = ear.event()
-    way = re.search(r'<li id="way-\d+" class="wrote"><b>POST</b> <code><bdi>/w/acme/todos</bdi></code>.*?</li>', event)[0]
-    assert ">gate</a> <b>200</b>" in way and ">SliceHost.command</a> <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
+    assert run("account", "passwd", "ann", data=outside.env.settings.data, stdin="quite another\n")[0] == 0
+    assert "You are signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401
 
 
-def test_a_refused_request_visibly_ends_at_the_gate(server):
-    ear = Ear(Person(server), "/console/live")
-    ear.event()
-    Person(server, "alice").get("/w/acme/todos")
-    assert 'class="trip stopped"' in ear.until_it_says("<b>403</b></li>")
-
-
-def test_the_functions_beside_the_drawing_are_those_of_a_real_post_in_their_order(start):
-    ran = []
-    threading.setprofile(lambda frame, event, _: ran.append(frame.f_code) if event == "call" else None)
-    try:
-        server = start()
-        bob, ear = Person(server, "bob"), Ear(Person(server, "carol"), "/w/acme/todos/live")
-        ear.event()
-        at_rest(server)
-        ran.clear()
-        bob.post("/w/acme/todos", title="on its way")
-        ear.until_it_says("on its way")
-    finally:
-        threading.setprofile(None)
-    later = iter([*ran])                             # each is looked for behind the one before
-    assert [one.__qualname__ for functions in orion.WAY.values() for one in functions if inspect.unwrap(one).__code__ not in later] == []
-
-
-def test_each_leg_of_a_request_leads_to_a_function_that_the_page_shows(server):
-    ear, bob = Ear(Person(server), "/console/live"), Person(server, "bob")
-    ear.event()
-    for ask in (bob.get, bob.post):
-        ask("/w/acme/todos", **({"title": "x"} if ask == bob.post else {}))
-    page = bob.get("/console").text
-    leads = {*re.findall(r'href="#(code-[^"]+)"', page)}
-    assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<p id="([^"]+)"', page)}
-
-
-def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(run, tmp_path):
-    with Command("read", ready=False) as command:
-        text = command.process.communicate(timeout=PATIENCE)[0]
-    assert run("read", data=tmp_path / "none") == (0, text, "")
-    lines = PROGRAM.read_text("utf-8").splitlines(keepends=True)
-    found = re.findall(r"(?m)^# ([\w.]+), lines (\d+) to (\d+)$", text)
-    assert [name for name, _, _ in found] == [one.__qualname__ for functions in orion.WAY.values() for one in functions]
-    for name, first, last in found:
-        assert f"def {name.split('.')[-1]}(" in "".join(lines[int(first) - 1:int(first) + 1])
-        assert textwrap.dedent("".join(lines[int(first) - 1:int(last)])) in text
-
-
-def test_the_feed_can_be_of_one_object_and_can_pause(server):
-    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
-    ear, paused = Ear(Person(server), f"/console/live?object={id}"), Ear(Person(server), "/console/live?paused=1")
-    ear.event(), paused.event()
-    bob.post("/w/acme/todos", title="x")
-    event = ear.until_it_says("INSERT INTO todos")
-    assert "Store calls of acme" in event and "<td>Directory</td>" not in event
-    assert 'id="feed"' not in paused.until_it_says("/w/acme/todos</bdi></code>")
-    assert "Go on" in bob.get("/console?paused=1").text
-
-
-def test_switching_the_persona_ends_the_streams_of_the_one_before(server):
-    bob = Person(server, "bob")
-    ear = Ear(bob, "/w/acme/todos/live")
-    ear.event()
-    bob.post("/persona", form={"account": "alice", "next": "/console"})
-    assert "You are signed out" in ear.until_it_says("ended")
-
-
-def test_outside_the_demo_the_console_is_for_operators(outside):
-    assert Person(outside).get("/console").status == 401
-    assert outside.sign_in("ann").get("/console").status == 403
-    assert outside.sign_in("ops").get("/console").status == 200
-    assert "/console" in outside.sign_in("ops").get("/").text and "/console" not in outside.sign_in("ann").get("/").text
-
-
-def test_outside_the_demo_the_feed_shows_no_parameters(outside):
-    ear = Ear(outside.sign_in("ops"), "/console/live")
-    ear.event()
-    outside.sign_in("ann").post("/w/acme/todos", title="A secret")
-    assert "A secret" not in ear.until_it_says("INSERT INTO todos")
-
-
-def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    text = ops.get("/w/acme/todos").text
-    assert "you look on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
-    assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
-    assert ops.post("/masquerade/end", form={}).status == 303
-    assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
-
-
-@cases("ending, seen", [("logout", "You are signed out"), ("end", "disabled"), ("time", "disabled"), ("expelled", "no longer")])
-def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside, ending, seen):
-    ops, ann = outside.sign_in("ops", datastar=True), outside.sign_in("ann", datastar=True)
-    ann.post("/w/acme/todos", title="x"), ann.post("/w/acme/members", account="ops", role="viewer")
-    ear = Ear(ops, "/w/acme/todos/live")
-    ear.event()
-    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
-    while "disabled" in (ear.event() or "disabled"):
-        pass
-    eventually(lambda: +outside.edge.broker.accounts == {"ann": 1})
-    if ending == "logout":
-        ops.post("/logout", form={})
-    if ending == "end":
-        ops.post("/masquerade/end", form={})
-    if ending == "time":
-        outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
-    if ending == "expelled":
-        outside.write("UPDATE memberships SET role = 'owner' WHERE account = 'ops'")       # ann is not the last one
-        ann.delete("/w/acme/members/ann")
-    ear.until_it_says(seen)
-
-
-@cases("change", ["begins", "ends", "time"])
-def test_a_home_page_is_shown_to_nobody_else_when_a_masquerade(outside, change):
-    ops, ann, over = outside.sign_in("ops"), outside.sign_in("ann"), "UPDATE sessions SET expires = ? WHERE operator IS NOT NULL"
-    begin = lambda: ops.post("/masquerade", form={"account": "ann"})
-    begin() if change != "begins" else None
-    ear = Ear(ops, "/live")
-    assert ("/w/acme/" in ear.event()) == (change != "begins")
-    at_rest(outside)
-    {"begins": begin, "ends": lambda: ops.post("/masquerade/end", form={}), "time": lambda: outside.write(over, time.time() - 1)}[change]()
-    assert "Somebody else is signed in here" in ear.until_it_says('id="live"') and ear.event() is None
-
-
-def test_an_operator_who_asks_for_it_writes_in_the_name_of_both(outside):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
-    assert ops.post("/w/acme/todos", title="x").status == 200
-    with contextlib.closing(outside.store("acme")) as store:
-        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("ops as ann", "todos.create")
-
-
-def test_begin_and_end_of_a_masquerade_are_in_the_journal(outside):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": " Ann"})
-    ops.post("/masquerade/end", form={})
-    rows = outside.policy.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
-    assert [tuple(row) for row in rows] == [("ops", "directory.masquerade", "ann"), ("ops as ann", "directory.unmask", "ann")]
-
-
-def test_a_masquerade_is_over_after_its_time_and_so_are_its_streams(outside):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    ear = Ear(ops, "/w/acme/todos/live")
-    ear.event()
-    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+def test_members_changed_by_the_command_line_are_changed_in_open_pages(served):
+    ear = Ear(Person(served, "carol"), "/w/acme/todos/live")
+    assert "Delete Order" not in ear.event()
+    assert served.run("member", "role", "acme", "carol", "admin")[0] == 0
+    ear.until_it_says("Delete Order")
+    assert served.run("member", "remove", "acme", "carol")[0] == 0
     assert "no longer have access" in ear.until_it_says("ended")
-    assert ops.get("/w/acme/todos").status == 403
+    assert served.run("member", "list", "acme")[1] == "bob\towner\nerin\tviewer\n"
 
 
-def test_a_masquerade_ends_on_time_also_before_anybody_tidied_up(outside, monkeypatch):
-    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    assert ops.get("/w/acme/todos").status == 200
-    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
-    assert ops.get("/w/acme/todos").status == 403
+def test_a_renamed_workspace_keeps_its_rows_members_and_file(served):
+    bob, id = Person(served, "bob"), served.env.workspaces.id_from_name("acme")
+    assert served.run("workspace", "rename", "acme", "apex")[0] == 0
+    assert bob.get("/w/acme/todos").status == 403 and len(titles(bob, "apex")) == 3
+    assert f"apex\t{id}" in served.run("workspace", "list")[1]
 
 
-def test_who_ends_a_masquerade_just_when_its_time_is_over_leaves_no_stream(outside, monkeypatch):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    ear = Ear(ops, "/w/acme/todos/live", Datastar_Request="true")
+def test_a_title_goes_with_its_workspace_wherever_the_command_line_brings_it(served, run, tmp_path):
+    listed = lambda data=served.env.settings.data: [(line.split("\t")[0], line.split("\t")[5]) for line in run("workspace", "list", data=data)[1].splitlines()]
+    assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[0] == 0 and ("mars-corp", "Mars Corp") in listed()
+    assert "<h1>Mars Corp</h1>" in Person(served, "bob").get("/w/mars-corp/todos").text
+    assert served.run("member", "add", "Mars Corp", " Carol", "viewer")[0] == 0 and "carol\tviewer" in served.run("member", "list", "mars corp")[1]
+    assert served.run("workspace", "rename", "MARS CORP", "Mars GmbH")[0] == 0 and ("mars-gmbh", "Mars GmbH") in listed()
+    assert served.run("workspace", "rename", "mars-gmbh", "MARS GmbH")[0] == 0 and ("mars-gmbh", "MARS GmbH") in listed()
+    assert served.run("workspace", "export", "mars gmbh", tmp_path / "x.db")[0] == 0
+    assert run("workspace", "import", tmp_path / "x.db", data=tmp_path / "d")[0] == 0 and listed(tmp_path / "d") == [("mars-gmbh", "MARS GmbH")]
+    assert run("workspace", "import", tmp_path / "x.db", "--name", "Venus!", data=tmp_path / "d")[0] == 0 and ("venus", "Venus!") in listed(tmp_path / "d")
+    assert served.run("backup", tmp_path / "b")[0] == served.run("workspace", "restore", "mars-gmbh", "--at", tmp_path / "b")[0] == 0
+    assert ("mars-gmbh-b", "MARS GmbH-b") in listed()
+    assert served.run("workspace", "rename", "mars-gmbh", "mars-gmbh")[0] == 0 and ("mars-gmbh", "mars-gmbh") in listed()
+
+
+def test_a_removed_workspace_is_gone_at_once_and_its_name_brings_none_of_it_back(served):
+    bob, carol = Person(served, "bob", datastar=True), Person(served, "carol")
+    ear, id = Ear(bob, "/w/acme/todos/live"), served.env.workspaces.id_from_name("acme")
     ear.event()
-    at_rest(outside)
-    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)        # nobody has tidied up yet
-    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
-    assert ops.post("/masquerade/end").status == 303
-    assert "no longer" in ear.until_it_says('id="live"') and ear.event() is None
+    status, out, _ = served.run("workspace", "remove", "acme")
+    assert status == 0 and "30 days" in out and bob.get("/w/acme/todos").status == 403
+    assert "no longer have access" in ear.until_it_says("ended")
+    assert not served.env.workspaces.path(id).exists() and len([*(served.env.settings.data / "removed").glob("acme-*.db")]) == 1
+    bob.post("/workspaces", name="acme")
+    assert titles(bob) == [] and carol.get("/w/acme/todos").status == 403
+    assert id not in served.run("workspace", "list")[1]
 
 
-@cases("path, form", [("/account/sessions", {"session": "others"}), ("/account/password", {"username": "ops", "password": "long enough", "new": "another one"})])
-def test_a_session_that_is_ended_from_elsewhere_ends_what_it_watches_in_somebodys_name(outside, path, form):
-    here, there = outside.sign_in("ops"), outside.sign_in("ops")
-    there.post("/masquerade", form={"account": "ann"})
-    ear = Ear(there, "/w/acme/todos/live", Datastar_Request="true")
+def test_the_streams_of_a_workspace_end_before_its_file_goes(served, monkeypatch):
+    ears = [Ear(Person(served, "bob"), f"/w/acme/{page}/live") for page in ("todos", "members")]
+    real, lines = orion.take_away, []
+    monkeypatch.setattr(orion, "log", lines.append)
+
+    def take_away(*args):
+        for ear in ears:
+            ear.socket.settimeout(0.01)
+            assert "no longer have access" in ear.until_it_says("ended")
+        return real(*args)
+    monkeypatch.setattr(orion, "take_away", take_away)
+    monkeypatch.setattr(orion, "NOTICE_SECONDS", 1.0)
+    assert served.run("workspace", "remove", "acme")[0] == 0
+    assert Person(served, "bob").get("/console").status == 200 and "missing" not in "".join(lines)
+
+
+@cases("when", ["before the copy", "before the end of the file", "after it"])
+def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(served, monkeypatch, when):
+    """All of the members are in the copy, whenever it was."""
+    bob = Person(served, "bob")
+    with monkeypatch.context() as killed:
+        place = {"before the copy": "take_away", "before the end of the file": "put_in_place", "after it": "forget_workspace"}[when]
+        real = getattr(orion, place)
+
+        def cut(*args):
+            if when == "before the end of the file":
+                real(*args)
+            raise KeyboardInterrupt
+        killed.setattr(orion, place, cut)
+        assert served.run("workspace", "remove", "acme")[0] == 130
+    assert bob.get("/w/acme/todos").status == 403 and "/w/acme/" not in bob.get("/").text
+    assert "being removed" in served.run("workspace", "list")[1]
+    assert served.run("workspace", "remove", "acme")[0] == 0
+    assert "acme" not in served.run("workspace", "list")[1] and not served.env.workspaces.path(served.env.workspaces.id_from_name("acme")).exists()
+    for copy in (served.env.settings.data / "removed").glob("*.db"):
+        assert served.run("workspace", "import", copy, "--name", f"again-{copy.stem[-3:]}")[0] == 0
+        assert served.run("member", "list", f"again-{copy.stem[-3:]}")[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
+
+
+def test_the_members_page_of_a_removed_workspace_does_not_show_for_a_new_one_of_its_name(served):
+    bob = Person(served, "bob")
+    ear = Ear(bob, "/w/acme/members/live")
     ear.event()
-    at_rest(outside)
-    assert here.post(path, form=form).status == 303
-    assert "signed out" in ear.until_it_says('id="live"') and ear.event() is None
+    for words in (("workspace", "remove", "acme", "--now"), ("workspace", "add", "acme", "--owner", "dave")):
+        bob.get("/w/acme/members")
+        assert served.run(*words)[0] == 0
+    assert "no longer have access" in ear.event() and ear.event() is None
+    assert bob.get("/w/acme/members").status == 403
+    text = Person(served, "dave").get("/w/acme/members").text
+    assert "member-dave" in text and "member-carol" not in text
 
 
-@cases("end", ["a page", "the button"])
-def test_a_masquerade_that_ended_long_ago_leaves_no_session(outside, end):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - orion.SESSION_SECONDS - 1)
-    ops.get("/account") if end == "a page" else ops.post("/masquerade/end")
-    assert ops.get("/account").status == 401
+def test_a_workspace_that_has_left_is_not_called_missing(served, tmp_path, monkeypatch):
+    bob, lines = Person(served, "bob"), []
+    monkeypatch.setattr(orion, "log", lines.append)
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+    assert "/w/acme/" in bob.get("/").text and bob.get("/console").status == 200
+    said = served.run("workspace", "list")[1], served.run("check")[1], *lines
+    assert "missing" not in "".join(said) and "gone" in said[0]
 
 
-def test_a_masquerade_that_is_over_is_journalled_once(outside):
-    outside.sign_in("ops").post("/masquerade", form={"account": "ann"})
-    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+def test_a_quota_is_kept_and_can_be_raised(served):
+    bob = Person(served, "bob", datastar=True)
+    assert served.run("workspace", "quota", "acme", "24K")[0] == 0
+    while bob.post("/w/acme/todos", title="x" * 500).status == 200:
+        pass
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 507
+    assert said_in(bob.delete("/w/acme/todos/1")) == "Deleted, for good: there is little room here.", "deleting helps"
+    served.run("workspace", "quota", "acme", "1M")
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 200
+    served.env.workspaces.sleep_unused(idle=-1)
+    served.run("workspace", "quota", "acme", "24K")
+    assert bob.post("/w/acme/todos", title="x" * 500).status == 507, "also after it slept"
+
+
+def full_of_short_titles(bob):
+    """acme, to its quota. Return what the next command is told."""
+    bob.post("/w/acme/todos", title="the quota of the verdict is heeded now")
+    one = the_workspace(bob.server)
+    with one.turn, contextlib.suppress(sqlite3.OperationalError):
+        while True:
+            one.store.exec("INSERT INTO todos (title) VALUES ('x')")
+    while (answer := bob.post("/w/acme/todos", title="x")).status == 200:
+        pass
+    return answer
+
+
+@cases("settings", [{"quota": 96 * 1024}, {"quota": 160 * 1024, "single": "all.db"}], ids=["two planes", "a single root"])
+def test_where_the_quota_is_full_everything_can_be_deleted_and_people_sign_out_and_in(start, tmp_path, settings):
+    server = start(**{**settings, **({"single": tmp_path / settings["single"]} if "single" in settings else {})})
+    bob = Person(server, "bob", datastar=True)
+    answer = full_of_short_titles(bob)
+    assert (answer.status, "Delete something, or ask for a larger quota" in answer.text) == (507, True)
+    assert [Person(server, "carol").post("/logout", form={}).status for _ in range(20)] == [303] * 20
+    assert [bob.delete(f"/w/acme/todos/{id}").status for id in range(100, 160)] == [200] * 60
+    assert full_of_short_titles(Person(server, "bob", datastar=True)).status == 507, "what is not deleted has no reserve"
+
+
+def test_where_even_deleting_has_no_room_left_nobody_is_told_to_delete_something(start, monkeypatch):
+    monkeypatch.setattr(orion, "RESERVE", -16)
+    bob = Person(start(quota=64 * 1024), "bob", datastar=True)
+    full_of_short_titles(bob)
+    refused = [answer.text for answer in map(bob.delete, [f"/w/acme/todos/{n}" for n in range(1, 99)]) if answer.status == 507]
+    assert "There is no room left here. Ask for a larger quota." in refused[0]
+
+
+def test_where_the_disk_is_full_it_is_the_disk_that_is_to_be_made_larger(start, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
+    answer = full_of_short_titles(Person(start(quota=64 * 1024), "bob", datastar=True))
+    assert answer.status == 507 and "The disk of this server is full. Ask whoever runs it" in answer.text
+
+
+@cases("keep, left", [(3600.0, 0), (0.0, 250)])
+def test_what_is_too_old_in_a_journal_goes_as_new_rows_come(start, keep, left):
+    server = start(keep_journal=keep)
+    bob = Person(server, "bob", datastar=True)
+    note = "INSERT INTO journal (at, who, what, which) VALUES (?, '', 'old', '')"
+    with contextlib.closing(server.store("acme")) as db, db:
+        db.executemany(note, [(0.0,)] * 200 + [(time.time() + 80 * 365 * 86400,)] * 50)
+    for n in range(40):
+        bob.post("/w/acme/todos", title=f"n{n}")
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT sum(what = 'old'), sum(what <> 'old') FROM journal").fetchone() == (left, 43)
+
+
+def test_copies_of_removed_workspaces_go_after_30_days_a_few_at_a_time(served):
+    served.run("workspace", "remove", "acme")
+    folder = served.env.settings.data / "removed"
+    copy, = folder.iterdir()
+    for n in range(12):
+        old = shutil.copy(copy, folder / f"old-{n}.db")
+        os.utime(old, (time.time() - 31 * 86400,) * 2)
+    sizes = []
     for _ in range(3):
-        outside.env.directory.ask("/_version")
-    rows = outside.policy.query("SELECT who, which FROM journal WHERE what = 'directory.unmask'")
-    assert [tuple(row) for row in rows] == [("ops as ann", "time is over")]
+        sizes.append(len([*folder.iterdir()]))
+        served.edge.forget_some()
+    assert sizes == [13, 3, 1] and copy.exists() and served.edge.forget_some in [chore for chore, _ in served.edge.chores()]
 
 
-def test_nobody_but_an_operator_looks_on_as_others(outside):
-    assert outside.sign_in("ann").post("/masquerade", form={"account": "ops"}).status == 403
-    assert outside.sign_in("ops").post("/masquerade", form={"account": "nobody"}).status == 422
+def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, run, tmp_path):
+    Person(served, "bob").post("/w/acme/todos", title="Moved")
+    assert "3 members" in served.run("workspace", "export", "acme", tmp_path / "acme.db")[1]
+    there = tmp_path / "there"
+    status, out, _ = run("workspace", "import", tmp_path / "acme.db", data=there)
+    assert status == 0 and "carol is new here" in out
+    assert run("member", "list", "acme", data=there)[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
+    path = there / "workspaces" / f"{served.env.workspaces.id_from_name('acme')}.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert ("Moved",) in db.execute("SELECT title FROM todos").fetchall()
+    assert "taken" in run("workspace", "import", tmp_path / "acme.db", data=there)[2]
+    assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
+    assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
+    assert "acme3" not in run("workspace", "list", data=there)[1]
 
 
-def test_a_moment_just_before_a_second_is_not_shown_a_second_early():
-    assert orion.clock(59.9996, "milliseconds").endswith(":59.999") and orion.clock(60.25, "milliseconds").endswith(":00.250") and orion.clock(59.9).endswith(":59")
+@cases("row, why", [(("todos", 99, "x", ""), "slice 'todos', entry 99 ran here and is unknown; a newer version wrote it"),
+                    (("orion", 1, "edited", ""), "slice 'orion', entry 1 ran here and was edited since"),
+                    (("chores", 1, "x", "chores"), "rows of slice 'chores', which is not here")], ids=["newer", "another orion", "other slices"])
+@cases("how", ["an export", "a file of workspaces"])
+def test_a_file_that_these_slices_can_not_go_on_with_is_refused_when_it_is_imported(served, run, tmp_path, how, row, why):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("INSERT OR REPLACE INTO _migrations VALUES (?, ?, ?, ?)", row)
+        file.execute("DROP TABLE _export") if how != "an export" else None
+    before = (tmp_path / "acme.db").read_bytes()
+    status, _, err = served.run("workspace", "import", tmp_path / "acme.db", "--name", "taken-in")
+    assert status == 2 and f"{tmp_path / 'acme.db'} does not fit: " in err and why in err
+    assert "taken-in" not in served.run("workspace", "list")[1] and before == (tmp_path / "acme.db").read_bytes()
+    assert run("workspace", "import", tmp_path / "acme.db", "--name", "first", data=tmp_path / "elsewhere")[0] == 2
 
 
-def test_the_footer_tells_the_truth_about_a_page(server):
-    bob = Person(server, "bob")
-    bob.post("/w/acme/todos", title="x")
-    first, second = bob.get("/w/acme/todos").text, bob.get("/w/acme/todos").text
-    assert "just now, in" in first and "from the cache" in second
-    assert server.env.workspaces.id_from_name("acme") in first and ">yes</dd>" in first
-    assert ">no</dd>" in Person(server, "carol").get("/w/acme/todos").text
+def test_an_older_file_and_one_with_a_slice_that_was_here_once_are_taken_in(served, tmp_path):
+    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("INSERT INTO _migrations VALUES ('chores', 1, 'x', 'chores')"), file.execute("CREATE TABLE chores (x)")
+        file.execute("DROP TABLE answers"), file.execute("DROP INDEX jobs_key"), file.execute("ALTER TABLE jobs DROP COLUMN key")
+        file.execute("DELETE FROM _migrations WHERE slice = 'orion' AND entry >= (SELECT entry FROM _migrations WHERE tables = 'answers')")
+    assert served.run("workspace", "import", tmp_path / "acme.db", "--name", "older")[0] == 0
+    with orion.opened_to_read(served.env.workspaces.path(served.env.workspaces.id_from_name("older"))) as file:
+        assert file.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+    assert len(titles(Person(served, "bob"), "older")) == 3
 
 
-def test_the_footer_counts_those_who_watch(server):
-    one = Ear(Person(server, "bob"), "/w/acme/todos/live")
-    two = Ear(Person(server, "carol"), "/w/acme/todos/live")
-    while 'id="watchers">2<' not in one.event(heartbeats=True):
-        pass
-    two.close()
-    while 'id="watchers">1<' not in one.event(heartbeats=True):
-        pass
+@cases("words", ["account list", "workspace list", "member list acme", "node list", "workspace list --single"])
+def test_who_merely_lists_with_a_newer_version_records_nothing(start, monkeypatch, capsys, tmp_path, words):
+    single = tmp_path / "all.db" if "--single" in words else None
+    server = start(single=single) if single else start()
+    server.close()
+    recorded = lambda: [*sqlite3.connect(server.env.settings.directory_file).iterdump()]
+    before = recorded()
+    newer = (*orion.DIRECTORY_TABLES, "ALTER TABLE accounts ADD COLUMN newer", "UPDATE accounts SET newer = 1")
+    monkeypatch.setattr(orion, "DIRECTORY_TABLES", newer)
+    where = ["--single", str(single)] if single else ["--data", str(tmp_path / "data")]
+    assert orion.main([orion.todos, small()], [*words.replace(" --single", "").split(), *where]) == 0
+    assert words == "node list" or {"bob", "acme"} & {*capsys.readouterr().out.split()}
+    assert recorded() == before
 
 
-def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
+@cases("words", ["keys rotate", "backup {new}", "workspace export acme {new}", "workspace export acme {new} --move", "workspace import {exported} --name other"])
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_command_ends(served, tmp_path, monkeypatch, words):
+    served.run("workspace", "export", "acme", tmp_path / "exported.db")
+    synced, named, unsafe = set(), {}, []
+    whose = lambda path: (os.stat(path).st_dev, os.stat(path).st_ino)
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        real_sync(handle)
+        found = os.fstat(handle)
+        synced.add((found.st_dev, found.st_ino))
+        [named.pop(path) for path, folder in [*named.items()] if folder in synced]
+
+    def replace(part, target):
+        os.path.isdir(part) or whose(part) in synced or unsafe.append(target)
+        folder = whose(os.path.dirname(target))
+        synced.discard(folder)
+        named[str(target)] = folder
+        return real_replace(part, target)
+    monkeypatch.setattr(os, "fsync", fsync), monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(pathlib.Path, "rename", lambda part, target: replace(part, target) or pathlib.Path(target))
+    assert served.run(*words.format(new=tmp_path / "new", exported=tmp_path / "exported.db").split())[0] == 0
+    assert synced and not unsafe and not {path for path in named if os.path.exists(path)}
+
+
+@cases("number, status", [(errno.EINVAL, 0), (errno.EIO, 2)])
+def test_a_folder_that_its_file_system_can_not_sync_is_no_fault_and_a_disk_that_fails_is(served, tmp_path, monkeypatch, number, status):
+    real_sync = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real_sync(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert served.run("backup", tmp_path / "new")[0] == status
+    assert (tmp_path / "new").exists() == (status == 0)
+
+
+def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
+    with orion.locked(served.env.settings.workspaces, "taken"):
+        status, _, error = served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
+    assert status == 2 and "a move is under way" in error and not (tmp_path / "acme.db").exists()
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+
+
+@cases("about", ["{", "[]", "{}", '{"name": "x"}', '{"name": "x", "members": [["bob"]]}', '{"name": "x", "members": [["bob", ["owner"]]]}', '{"name": "x", "members": [[["a"], "owner"]]}',
+                 '{"name": 5, "members": [[7, "owner"]]}', r'{"name": "x", "members": [["x\ny", "owner"]]}', '{"name": "x", "members": [["(command line)", "owner"]]}'])
+def test_an_export_that_somebody_made_by_hand_is_refused_in_one_line(served, run, tmp_path, about):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
+        file.execute("UPDATE _export SET about = ?", (about,))
+    there = tmp_path / "there"
+    run("account", "add", "ann", data=there)
+    status, _, error = run("workspace", "import", tmp_path / "acme.db", data=there)
+    assert status == 2 and error.startswith("orion: ") and error.count("\n") == 1
+    assert run("workspace", "list", data=there)[1] == ""
+
+
+def test_a_removed_workspace_is_brought_back_by_importing_its_copy(served):
+    Person(served, "bob").post("/w/acme/todos", title="Kept")
+    out = served.run("workspace", "remove", "acme")[1]
+    copy = re.search("workspace import (.*) brings", out)[1]
+    assert served.run("workspace", "import", copy)[0] == 0
+    assert "Kept" in titles(Person(served, "bob")) and Person(served, "carol").get("/w/acme/todos").status == 200
+
+
+def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, tmp_path):
+    file, there = tmp_path / "acme.db", tmp_path / "there"
+    with contextlib.closing(served.store("acme")) as db, db:
+        db.execute("INSERT INTO jobs (job, args, who, due) VALUES ('todos.none', '{}', 'eve', 9e9)")
+        db.execute("INSERT INTO answers (who, command, at, answer) VALUES ('bob', x'00', ?, '')", (time.time(),))
+    snapshot = served.run("backup", tmp_path / "backup")[0] or served.run("workspace", "export", "acme", file)[0] or tmp_path / "backup"
+    run("account", "add", "ann", data=there)
+    status, _, error = run("workspace", "import", file, data=there)
+    assert status == 2 and "has 1 jobs, which would run here, too; say --jobs keep" in error and run("workspace", "list", data=there)[1] == ""
+    for said, jobs in (("keep", 1), ("drop", 0)):
+        assert run("workspace", "import", file, "--name", said, "--jobs", said, data=there)[0] == 0
+        id = re.search(rf"{said}\t(\w+)", run("workspace", "list", data=there)[1])[1]
+        with contextlib.closing(sqlite3.connect(there / "workspaces" / f"{id}.db")) as db:
+            assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("jobs", "answers")] == [(jobs,), (0,)]
+    assert "say --jobs keep" in served.run("workspace", "restore", "acme", "--at", snapshot)[2]
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE jobs SET key = '@todos.none'")    # it comes again, and every workspace has one
+    assert run("workspace", "import", file, "--name", "again", data=there)[0] == 0
+    assert served.run("workspace", "restore", "acme", "--at", snapshot, "--jobs", "drop")[0] == 0
+
+
+def test_a_workspaces_bare_file_is_imported_under_a_name_and_a_directory_is_not(served, tmp_path):
+    served.env.workspaces.sleep_unused(idle=-1)
+    file = shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), tmp_path / "found.db")
+    assert "give it one with --name" in served.run("workspace", "import", file)[2]
+    assert served.run("workspace", "import", file, "--name", "found")[0] == 0 and served.run("member", "add", "found", "bob", "owner")[0] == 0
+    assert len(titles(Person(served, "bob"), "found")) == 3
+    assert "is no workspace" in served.run("workspace", "import", served.env.settings.directory_file, "--name", "x")[2]
+
+
+def test_what_is_there_is_not_overwritten(served, tmp_path):
+    (tmp_path / "precious").write_text("precious"), (tmp_path / "monday.part").mkdir()
+    assert "exists" in served.run("workspace", "export", "acme", tmp_path / "precious")[2] and (tmp_path / "precious").read_text() == "precious"
+    assert served.run("backup", tmp_path / "monday")[0] == 0 and (tmp_path / "monday.part").exists()
+
+
+def test_an_export_that_fails_leaves_all_as_it_was(served, tmp_path):
+    assert served.run("workspace", "export", "acme", tmp_path / "nowhere" / "acme.db", "--move")[0] == 2
+    bob = Person(served, "bob", datastar=True)
+    assert bob.post("/w/acme/todos", title="x").status == 200 and len(titles(bob)) == 4
+
+
+def test_a_workspace_on_its_way_stays_closed_when_it_is_exported_once_more(served, tmp_path):
+    served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
+    served.run("workspace", "export", "acme", tmp_path / "again.db")
+    answer = Person(served, "bob").get("/w/acme/todos")
+    assert answer.status == 503 and "is being moved" in answer.text
+
+
+def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_doubled(start, run, tmp_path):
+    here, there = start(folder="here"), start(folder="there")
+    for words in (("workspace", "remove", "acme", "--now"),):
+        assert run(*words, data=there.env.settings.data)[0] == 0
+    bobs, acknowledged, lock = {server: Person(server, "bob", datastar=True) for server in (here, there)}, [], threading.Lock()
+    waited = threading.Event()
+
+    def write(writer):
+        server = here
+        for n in range(10_000):
+            if n >= 60 and waited.is_set():
+                return
+            while (answer := bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}")).status != 200:
+                assert answer.status == 503, answer.text
+                waited.set()
+                server = there if there.moved else here
+            with lock:
+                acknowledged.append(f"w{writer} n{n}")
+    there.moved = False
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, writer) for writer in range(4)]
+        eventually(lambda: len(acknowledged) > 40)
+        assert run("workspace", "export", "acme", tmp_path / "acme.db", "--move", data=here.env.settings.data)[0] == 0
+        answer = bobs[here].get("/w/acme/todos")
+        assert answer.status == 503 and answer.headers["retry-after"] == "30" and bobs[here].get("/w/globex/todos").status == 200
+        assert run("workspace", "import", tmp_path / "acme.db", data=there.env.settings.data)[0] == 0
+        there.moved = True
+        for writer in writers:
+            writer.result(30)
+    with contextlib.closing(sqlite3.connect(next((tmp_path / "there" / "workspaces").glob(f"{there.env.workspaces.id_from_name('acme#1')}.db")))) as db:
+        stored = sorted(title for title, in db.execute("SELECT title FROM todos WHERE title LIKE 'w%'"))
+    assert stored == sorted(acknowledged) and len(stored) >= 240
+
+
+def test_a_backup_is_restored_elsewhere_with_everything(served, run, tmp_path):
+    bob = Person(served, "bob")
+    bob.post("/w/acme/todos", title="Kept")
+    status, out, _ = served.run("backup", tmp_path / "copy")
+    assert status == 0 and "4 databases" in out and "checked" in out
+    status, out, _ = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
+    assert status == 0 and "4 databases" in out
+    again = Server(tmp_path / "elsewhere")
+    try:
+        bob.server = again
+        bob.headers["Origin"] = again.origin
+        assert titles(bob)[0] == "Kept", "and bob is still signed in: the key came along"
+    finally:
+        again.close()
+    assert run("check", data=tmp_path / "elsewhere")[:2] == (0, "3 workspaces, all is well\n")
+
+
+def test_a_lost_directory_is_not_made_anew_where_there_are_workspaces(start, run, tmp_path):
+    server = start()
+    data = server.env.settings.data
+    server.run = functools.partial(run, data=data)
+    assert server.run("backup", tmp_path / "backup")[0] == 0
+    server.close()
+    (data / "directory.db").unlink()
+    with pytest.raises(orion.Unusable, match="directory.db is missing, and there are workspaces"):
+        start()
+    assert server.run("account", "add", "eve", stdin="long enough\n")[0] == 2 and not (data / "directory.db").exists()
+    status, _, err = server.run("restore", tmp_path / "backup")
+    assert status == 2 and "is there already" in err
+
+
+def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_not_know(served):
+    served.write("DELETE FROM memberships"), served.write("DELETE FROM workspaces")
+    alice = Person(served, "alice")
+    assert alice.post("/workspaces", form={"name": "acme"}).status == 422 and alice.get("/w/acme/todos").status == 403
+    assert "a file of such a workspace already" in served.run("workspace", "add", "acme", "--owner", "alice")[2]
+    file = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
+    before = file.read_bytes()
+    assert "a file of such a workspace already" in served.run("workspace", "import", file, "--name", "acme")[2] and file.read_bytes() == before
+    file.unlink()
+    assert alice.post("/workspaces", form={"name": "acme"}).status == 303 and titles(alice) == []
+
+
+def test_an_apps_own_command_line_knows_its_slices_and_no_others(tmp_path, monkeypatch, capsys):
+    own = orion.Slice("chores", ("CREATE TABLE todos (x)",), (orion.Live("/todos", "todos:read", "Chores", (orion.Region("chores", lambda ctx: orion.Template("<p id=c>x</p>")()),)),))
+    monkeypatch.setattr(orion, "new_password", lambda name: orion.hash_password("long enough"))
+    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann")):
+        assert orion.main([own], [*words, "--data", str(tmp_path / "d")]) == 0, capsys.readouterr().err
+    file, = (tmp_path / "d" / "workspaces").glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert {slice for slice, in db.execute("SELECT slice FROM _migrations")} == {"orion", "orion.removed", "chores"}
+    orion.compose(orion.Settings(data=tmp_path / "d", slices=[own])).directory.namespace.sleep_unused(idle=-1)
+
+
+@cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
+def test_only_a_beginning_makes_a_deployment(run, tmp_path, words):
+    status, out, err = run(*words.split(), *([tmp_path / "b"] if words == "backup" else []), data=tmp_path / "typo")
+    assert status == 1 and "missing" in out if words == "check" else status == 2 and "there is no deployment in" in err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_server_of_an_older_version_does_not_start_on_a_newer_directory(start):
+    server = start()
+    server.close()
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
+        db.execute("INSERT INTO _migrations VALUES ('directory', 99, 'x', '')")
+    with pytest.raises(orion.StorageFault, match="a newer version wrote it"):
+        start()
+
+
+@cases("slice", ["directory", "workspace/todos", "orion"])
+def test_a_backup_of_a_newer_version_is_not_restored_and_one_with_a_slice_that_was_there_once_is(served, run, tmp_path, slice):
+    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
+    served.run("backup", tmp_path / "older")
+    assert run("restore", tmp_path / "older", data=tmp_path / "there")[0] == 0
+    served.write("INSERT INTO _migrations VALUES (?, 99, 'x', '')", slice)
+    served.run("backup", tmp_path / "newer")
+    status, _, err = run("restore", tmp_path / "newer", data=tmp_path / "elsewhere")
+    assert status == 2 and f"slice '{slice}', entry 99 ran here and is unknown; a newer version wrote it" in err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
+    (tmp_path / "part").mkdir()
+    status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
+    assert status == 2 and "no complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
+
+
+def test_a_backup_that_lacks_rows_is_not_restored(served, run, tmp_path):
+    served.run("backup", tmp_path / "copy")
+    manifest = tmp_path / "copy" / "manifest.json"
+    held = json.loads(manifest.read_text())
+    held[served.env.workspaces.id_from_name("acme")]["rows"] += 1
+    manifest.write_text(json.dumps(held))
+    status, _, err = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
+    assert status == 2 and "when it was copied" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
+
+
+def test_a_workspace_comes_back_as_it_was_beside_the_present_one(served, tmp_path):
+    bob = Person(served, "bob", datastar=True)
+    served.run("backup", tmp_path / "monday")
+    bob.post("/w/acme/todos", title="Tuesday's")
+    status, out, _ = served.run("workspace", "restore", "acme", "--at", tmp_path / "monday")
+    assert status == 0 and "acme-monday" in out
+    assert len(titles(bob, "acme-monday")) == 3 and len(titles(bob)) == 4
+    assert Person(served, "carol").get("/w/acme-monday/todos").status == 200
+
+
+@cases("how", ["missing", "empty", "garbage", "cut short", "a link", "another's"])
+def test_check_finds_and_names_what_is_wrong(served, how):
+    assert served.run("check")[:2] == (0, "3 workspaces, all is well\n")
+    served.env.workspaces.sleep_unused(idle=-1)
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    spoil(path, how)
+    status, out, _ = served.run("check")
+    assert status == 1 and f"{path}: " in out and "restore" in out
+
+
+def test_check_finds_a_file_that_nobody_knows_and_a_key_that_all_can_read(served):
+    data = served.env.settings.data
+    (data / "workspaces" / "stray.db").write_bytes(b"x")
+    os.chmod(data / "secret.key", 0o644)
+    shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), data / "workspaces" / "rows.db")
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and "stray.db: no workspace" in out and "rows.db: no workspace" in out and "chmod 600" in out
+    assert {"stray.db", "rows.db"} < {path.name for path in (data / "workspaces").iterdir()}
+
+
+def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fail(start, capsys):
+    notes = orion.Slice("notes", ("CREATE TABLE notes (x)",))
+    server = start([orion.todos, notes])
+    for name, values in (("acme", (1, 1)), ("globex", (1, 2))):
+        Person(server, "bob").get(f"/w/{name}/todos")        # its tables are made when its file is opened
+        with contextlib.closing(server.store(name)) as db, db:
+            db.executemany("INSERT INTO notes VALUES (?)", [(value,) for value in values])
+    files = [server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex")]
+    check = lambda *more: orion.main([orion.todos, notes._replace(migrations=(*notes.migrations, *more))], ["check", "--data", str(server.env.settings.data)])
+    server.env.workspaces.sleep_unused(idle=-1)
+    before = [file.read_bytes() for file in files]
+    assert (check(), check("CREATE UNIQUE INDEX one ON notes (x)")) == (0, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].startswith(f"acme: {files[0]}: slice 'notes', entry 2: ") and "mend the rows" in said[1]
+    assert check("CREATE INDEX one ON notes (x)") == 0 and [file.read_bytes() for file in files] == before
+
+
+def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start, capsys):
+    """FTS5 looks into it for a writer alone: it is a copy that is asked."""
+    slices = [orion.todos, orion.Slice("notes", (*NOTES, *WORDS))]
+    server = start(slices)
+    Person(server, "bob").get("/w/acme/todos")       # its tables are made when its file is opened
+    data, check = server.env.settings.data, lambda: orion.main(slices, ["check", "--data", str(data)])
+    server.env.workspaces.sleep_unused(idle=-1)
+    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
+    before = file.read_bytes()
+    assert check() == 0 and file.read_bytes() == before
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute("UPDATE words_data SET block = x'ff' || block WHERE id > 10")
+    assert check() == 1 and not [*data.glob("tmp*")]
+    said = capsys.readouterr().out                   # since SQLite 3.44 in its own words: quick_check looks into such an index, too
+    assert f"acme: {file}: " in said and re.search("the index words is damaged|damaged: .*words", said)
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute(re.search("INSERT INTO .*'rebuild'[)]", said)[0])
+    assert check() == 0
+
+
+def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
+    data = served.env.settings.data
+    left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
+            "removed/x.db.making", "tmp12345678/adopted.db", "tmp87654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
+    for name in (*left, "tmp-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("x")
+    named = [data / name if name.count("/") < 2 and not name.startswith("tmp") else (data / name).parent for name in left]
+    status, out, _ = served.run("check")
+    assert status == 1 and [path for path in named if f"{path}: left behind" not in out] == [] and "of-ours" not in out
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and [path for path in named if path.exists()] == [] and (data / "tmp-of-ours" / "notes").exists()
+    assert "old.db.moved: an older version" in out and "gone.db-wal: its database is gone" in out and out.count("removed\n") == len(left)
+
+
+def test_check_takes_nothing_away_from_a_server_or_a_command_that_is_at_work(served):
+    data = served.env.settings.data
+    for name in ("backups/20260101-000000-000.making/x", "workspaces/new-0.db"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("x")
+    with orion.locked(data, "taken"):
+        assert served.run("check", "--repair")[:2] == (0, "3 workspaces, all is well\n") and (data / "workspaces" / "new-0.db").exists()
+    with orion.one_move(served.env.settings):
+        assert served.run("check")[0] == 0 and "a move is under way" in served.run("check", "--repair")[2]
+
+
+def test_while_the_directory_is_damaged_check_calls_no_workspace_a_stray(served):
+    served.close()
+    spoil(served.env.settings.directory_file, "garbage")
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    spoil(path, "cut short")
+    status, out, _ = served.run("check", "--repair")
+    assert status == 1 and "directory.db: " in out and f"{path}: " in out and len(out.splitlines()) == 2 and len([*path.parent.glob("*.db")]) == 3
+
+
+@cases("words, cut", [("workspace add new --owner bob", "set_title"), ("workspace import {file} --name new", "set_title"), ("workspace export acme {file2} --move", "take_away"),
+                      ("workspace export acme {file2} --move", "put_in_place"), ("workspace restore acme --at {backup} --new new", "set_title"), ("backup {backup2}", "write_private")])
+def test_a_command_that_was_killed_is_finished_by_the_same_command(served, monkeypatch, tmp_path, words, cut):
+    """As a kill would leave it: what was undone of it while it unwound is made again."""
+    places = {name: tmp_path / f"{name}.db" for name in ("file", "file2", "backup", "backup2")}
+    words = words.format(**places).split()
+    assert served.run("workspace", "export", "acme", places["file"])[0] == served.run("backup", places["backup"])[0] == 0
+    with monkeypatch.context() as killed:
+        real = getattr(orion, cut)
+
+        def kill(*args, **more):
+            if cut == "put_in_place":
+                real(*args, **more)
+            raise KeyboardInterrupt
+        killed.setattr(orion, cut, kill)
+        killed.setattr(orion, "remove_any", lambda path: None)
+        assert served.run(*words)[0] == 130
+    if "--move" in words:
+        served.write("UPDATE workspaces SET moving = 1 WHERE name = 'acme'")
+        assert "workspace export acme FILE --move finishes that" in served.run("check")[1]
+    elif "workspace" in words:
+        status, out, _ = served.run("check")
+        assert status == 1 and ("check --repair removes it" if "add" in words else "import it, or move it away") in out
+    status, _, err = served.run(*words)
+    assert status == 0, err
+    assert served.run("check", "--repair")[0] == 0
+    assert "taken" not in err and ("new\t" in served.run("workspace", "list")[1] or "new" not in words)
+
+
+def test_an_export_that_has_left_says_so_when_it_is_asked_for_again(served, tmp_path):
+    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
+    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
+    path.with_name(f"{path.name}-wal").write_text("of an export that was killed right before its end")
+    assert "has left already" in served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[2]
+    assert served.run("check")[0] == 0
+    assert served.run("workspace", "list")[1].count("moving") == 1
+
+
+def test_a_workspace_that_was_not_founded_leaves_a_file_that_check_removes(served, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(orion, "set_title", mock.Mock(side_effect=KeyboardInterrupt))
+        assert served.run("workspace", "add", "new")[0] == 130
+    assert served.run("check", "--repair")[0] == 0 and len([*served.env.settings.workspaces.glob("*.db")]) == 3
+
+
+def test_a_restore_that_was_cut_short_begins_anew_and_no_other_takes_its_place(served, run, monkeypatch, tmp_path):
+    for name in ("one", "other"):
+        assert served.run("backup", tmp_path / name)[0] == 0
+    there = tmp_path / "there"
+    real, done = orion.restore_one, []
+
+    def restore_one(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+    with monkeypatch.context() as killed:
+        killed.setattr(orion, "restore_one", restore_one)
+        assert run("restore", tmp_path / "one", data=there)[0] == 130
+    assert "is there already" in run("restore", tmp_path / "other", data=there)[2]
+    assert run("restore", tmp_path / "one", data=there)[0] == 0 and run("check", data=there)[:2] == (0, "3 workspaces, all is well\n")
+    assert "is there already" in run("restore", tmp_path / "one", data=there)[2]
+
+
+def test_check_names_files_that_others_can_read_and_closes_them(served):
+    data = served.env.settings.data
+    files = [*data.glob("*.db"), *data.glob("workspaces/*.db")]
+    for path in files:
+        path.chmod(0o644)
+    assert served.run("check")[0] == 0, "nobody else comes into the folder"
+    data.chmod(0o755)
+    outside = data.parent / "outside"
+    outside.write_text("x"), outside.chmod(0o644), (data / "link.db").symlink_to(outside)
+    status, out, _ = served.run("check")
+    assert status == 1 and re.search(r"directory\.db can be read by others on this machine, as \d+ files here can", out)
+    assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
+
+
+def test_check_asks_nobody_to_close_what_can_not_be_closed(served, monkeypatch):
+    """Where the file system ignores modes; the log says so."""
+    data, real = served.env.settings.data, os.stat
+    monkeypatch.setattr(orion.os, "stat", lambda path, **more: os.stat_result((real(path, **more).st_mode | 0o777, *real(path, **more)[1:])))
+    monkeypatch.setattr(orion.os, "fchmod", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    assert [served.run(*words)[0] for words in (("check",), ("check", "--repair"))] == [0, 0] and not [*data.glob("mode-*")]
+
+
+def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
+    bob = Person(served, "bob")
+    served.run("keys", "rotate")
+    old, new = orion.load_keys(served.env.settings.data / "secret.key")[1], orion.load_keys(served.env.settings.data / "secret.key")[0]
+    eventually(lambda: served.directory().keys[0] == new)
+    assert old in served.directory().keys and bob.get("/w/acme/todos").status == 200
+    served.run("keys", "rotate")
+    eventually(lambda: old not in served.directory().keys)
+    assert bob.get("/w/acme/todos").status == 401
+
+
+def test_streams_end_while_the_key_can_not_be_read(server, capfd):
+    """As it is for a server whose key root has written."""
+    key, ear = server.env.settings.key_file, Ear(Person(server, "carol"), "/w/acme/todos/live")
+    ear.event()
+    key.unlink(), key.mkdir(0o700)
+    logged(capfd, "chown it to the user as whom the server runs")
+    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
+        db.execute("DELETE FROM memberships WHERE account = 'carol'")
+    assert "no longer have access" in ear.until_it_says("ended")
+
+
+def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(server, monkeypatch):
+    ear = Ear(Person(server, "carol"), "/w/acme/todos/live")
+    ear.event()
+    monkeypatch.setattr(server.edge.broker, "UNREACHABLE_SECONDS", 0.0)
+    monkeypatch.setattr(orion.EdgeDirectory, "handle", mock.Mock(side_effect=KeyError("a fault of ours")))
+    with pytest.raises(EOFError):
+        ear.until_it_says("nothing")
+
+
+@cases("words", ["account list", "member remove acme carol", "keys rotate", "account add new", "backup b", "metrics"])
+def test_whoever_can_not_read_the_key_is_told_whose_the_deployment_is(run, settled, words):
+    key = settled / "secret.key"
+    kept = key.rename(settled / "kept")
+    key.mkdir(0o700)                                 # root could read any file
+    try:
+        status, out, err = run(*words.split(), data=settled, stdin="long enough\n")
+    finally:
+        key.rmdir(), kept.rename(key)
+    assert (status, out) == (2, "") and "do this as its owner" in err and err.count("\n") == 1
+
+
+def test_a_key_that_others_can_read_prevents_the_start(server, run):
+    data = server.env.settings.data
+    server.close()
+    os.chmod(data / "secret.key", 0o640)
+    assert "chmod 600" in run("metrics", data=data)[2]
+
+
+# ==== 45. Links =======================================================================================================
+
+def shown_link(answer):
+    """The address that a page shows, this once."""
+    assert answer.status == 200
+    return html.unescape(re.search(r'id="address" value="([^"]*)"', answer.text)[1])
+
+
+def link_into(person, workspace="acme", **fields):
+    return shown_link(person.post(f"/w/{workspace}/members/links", form=fields))
+
+
+def at_link(server, link, how="", person=None, **fields):
+    return (person or Person(server)).post("/join", form={"link": link, "how": how, **fields})
+
+
+def newcomer(server, link, name="bea"):
+    return at_link(server, link, "new", username=name, new="long enough", next="/w/acme")
+
+
+def signed_in_by(server, answer):
+    person = Person(server)
+    person.headers["Cookie"] = answer.headers["set-cookie"].split(";")[0]
+    return person
+
+
+def roles_in(server, workspace="acme"):
+    rows = server.policy.query("SELECT account, role FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE w.name = ?", workspace)
+    return {row["account"]: row["role"] for row in rows}
+
+
+def test_a_new_server_prints_a_link_for_the_first_account_and_logs_it_nowhere(tmp_path):
+    with Command("--port", 0, "--no-demo", "--data", tmp_path / "data") as server:
+        link = re.search(r"\S+/join#(\S+)", server.process.stdout.readline())
+        assert "operator" in at_link(server, link[0]).text
+        assert server.end()[0] == 0 and link[1] not in server.out + server.err and "POST /join " in server.out
+
+
+def first_link(server, capsys):
+    """What a start prints; "" for nothing."""
+    orion.print_first_link(server.edge, server.origin)
+    return "".join(re.findall(rf"{server.origin}/join#\S+", capsys.readouterr().out))
+
+
+@cases("settings", [{}, {"single": "team.db"}, {"plane": "directory"}], ids=str)
+def test_the_first_account_is_an_operators_and_the_link_is_void_after_another_start_or_account(start, capsys, tmp_path, settings):
+    server = start(demo=False, **{name: tmp_path / value if name == "single" else value for name, value in settings.items()})
+    links = [first_link(server, capsys) for _ in range(3)]
+    assert [at_link(server, link).status for link in links] == [422, 422, 200]
+    front = Person(server).get("/").text
+    assert "orion.py account add NAME --operator" in front and "orion.py workspace add TITLE --owner NAME" in front and links[2].partition("#")[2] not in front
+    ann = signed_in_by(server, at_link(server, links[2], "new", username=" Ann ", new="long enough"))
+    assert ann.get("/console").status == 200 and "Sign in" in Person(server).get("/").text and newcomer(server, links[2]).status == 422
+    assert first_link(server, capsys) == ""
+
+
+def test_the_link_for_the_first_account_is_void_when_the_command_line_made_one(start, capsys):
+    server = start(demo=False)
+    link = first_link(server, capsys)
+    server.write("INSERT INTO accounts (name, label) VALUES ('zoe', 'zoe')")
+    assert newcomer(server, link).status == 422 and first_link(server, capsys) == ""
+
+
+def test_the_demo_needs_no_first_account(server, capsys):
+    orion.print_first_link(server.edge, server.origin)
+    assert capsys.readouterr().out == "" and "Choose who you are" in Person(server).get("/").text
+
+
+def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_maker_sees_it_at_once(outside):
+    ann = outside.sign_in("ann")
+    ann.post("/workspaces", form={"name": "A <b> & co"})
+    link = link_into(ann, "a-b-co", role="viewer", uses="2")
+    ear = Ear(ann, "/w/a-b-co/members/links/live")
+    assert "for 2 more" in ear.event()
+    page = at_link(outside, link)
+    assert (page.status, page.headers["cache-control"]) == (200, "no-store") and "A &lt;b&gt; &amp; co</b>, as viewer" in page.text
+    answer = at_link(outside, link, "new", username="bea", new="long enough", next="/w/a-b-co")
+    assert (answer.status, answer.headers["location"]) == (303, "/w/a-b-co")
+    assert "Came by it:" in (told := ear.until_it_says("for 1 more")) and 'data-account="bea"' in told
+    assert signed_in_by(outside, answer).get("/_gate/a-b-co").headers["x-role"] == "viewer"
+    assert outside.env.directory.ask("/_operator", "", {"cookie": signed_in_by(outside, answer).headers["Cookie"]}) is False
+    notes = [tuple(row) for row in outside.policy.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
+    assert notes == [("", "directory.use_link"), ("ann", "directory.make_link")]
+
+
+def test_whoever_has_an_account_joins_by_one_button_or_signs_in_by_the_link(outside):
+    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"), uses="2")
+    assert "Join as ops" in at_link(outside, link, person=ops).text and "ops" not in roles_in(outside)
+    assert at_link(outside, link, "me", ops, next="/w/acme").headers["location"] == "/w/acme" and roles_in(outside)["ops"] == "member"
+    outside.write("INSERT INTO accounts (name, label, password) VALUES ('zoe', 'zoe', ?)", orion.hash_password("long enough"))
+    wrong = at_link(outside, link, "known", username="zoe", password="not this one")
+    assert wrong.status == 422 and "do not go together" in wrong.text and "not this one" not in wrong.text and 'value="zoe"' in wrong.text
+    zoe = signed_in_by(outside, at_link(outside, link, "known", username="zoe", password="long enough"))
+    assert zoe.get("/w/acme/todos").status == 200
+    nobody = at_link(outside, link_into(outside.sign_in("ann")), "me")
+    assert nobody.status == 422 and "You are signed out. Sign in, or make an account." in nobody.text
+
+
+def test_links_that_are_too_old_or_used_up_keep_no_place_from_a_new_one(outside, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_LINKS", 2)
+    ann = outside.sign_in("ann")
+    links = [link_into(ann) for _ in range(2)]
+    full = ann.post("/w/acme/members/links", form={"role": "member"})
+    assert full.status == 422 and "Withdraw one first" in full.text
+    assert newcomer(outside, links[0]).status == 303
+    assert "Came by it" in ann.get("/w/acme/members/links").text and link_into(ann)
+    outside.write("UPDATE links SET expires = 0")
+    assert "Withdraw" not in ann.get("/w/acme/members/links").text and link_into(ann) and link_into(ann)
+
+
+@cases("role", ["owner", "viewer"])
+def test_a_link_changes_nothing_for_whoever_is_a_member_already_not_even_its_uses(outside, role):
+    ann = outside.sign_in("ann")
+    link = link_into(ann, role="admin")
+    if role == "viewer":
+        ann = outside.sign_in("ops")
+        outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
+    before = roles_in(outside)
+    assert "You are in it already" in at_link(outside, link, person=ann).text
+    assert at_link(outside, link, "me", ann, next="/w/acme").status == 303 and roles_in(outside) == before
+    assert newcomer(outside, link).status == 303
+
+
+def test_of_many_who_take_the_last_use_at_once_one_is_in(outside):
+    link, together = link_into(outside.sign_in("ann")), threading.Barrier(4)
+
+    def take(number):
+        together.wait(PATIENCE)
+        return newcomer(outside, link, f"n{number}").status
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        taken = sorted(pool.map(take, range(4)))
+    assert taken == [303] + 3 * [422] and len(roles_in(outside)) == 2
+    assert outside.policy.one("SELECT count(*) FROM accounts")[0] == 3, "who came too late has no account either"
+
+
+ENDS_OF_A_LINK = {
+    "it is withdrawn": lambda server, ops: ops.post("/w/acme/members/links/withdraw", form={
+        "link": re.search(r'name="link" value="(\w{16})"', ops.get("/w/acme/members/links").text)[1]}),
+    "it is too old": "UPDATE links SET expires = expires - 7.01 * 86400",
+    "its maker was removed": lambda server, ops: ops.delete("/w/acme/members/ann"),
+    "its maker left and came back": lambda server, ops: (ops.delete("/w/acme/members/ann"), ops.post("/w/acme/members", account="ann", role="admin")),
+    "its maker became a member": lambda server, ops: ops.patch("/w/acme/members/ann", role="member"),
+    "its maker's account is gone": "DELETE FROM accounts WHERE name = 'ann'",
+    "a role lost the right": "UPDATE memberships SET role = 'viewer' WHERE account = 'ann'",
+    "the workspace was removed": "DELETE FROM workspaces"}
+
+
+@cases("end", ENDS_OF_A_LINK)
+def test_a_link_is_void_as_soon_as(outside, end):
+    link = link_into(outside.sign_in("ann"))
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'owner' FROM workspaces")
+    assert at_link(outside, link).status == 200
+    change = ENDS_OF_A_LINK[end]
+    outside.write(change) if type(change) is str else change(outside, outside.sign_in("ops"))
+    assert at_link(outside, link).status == 422 and "Ask for a new one" in newcomer(outside, link).text
+    assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None
+
+
+@cases("end", ["it is withdrawn", "its maker became a member", "a role lost the right", "the workspace was removed"])
+def test_a_link_is_void_also_for_whoever_is_using_it_when(outside, monkeypatch, end):
+    """The door has found it good, and a password is hashed: that takes a while."""
+    link, change, hashed = link_into(outside.sign_in("ann")), ENDS_OF_A_LINK[end], orion.hash_password
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'owner' FROM workspaces")
+    ops = outside.sign_in("ops")
+    monkeypatch.setattr(orion, "hash_password", lambda new: (outside.write(change) if type(change) is str else change(outside, ops), hashed(new))[1])
+    assert newcomer(outside, link).status == 422
+    assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None and "bea" not in roles_in(outside)
+
+
+@cases("how", ["new", "known"])
+def test_a_link_that_is_good_only_after_the_door_was_asked_lets_nobody_in_without_a_password(outside, monkeypatch, how):
+    link = link_into(outside.sign_in("ann"))
+    monkeypatch.setattr(type(outside.directory()), "own_link", lambda self, request: False)
+    assert at_link(outside, link, how, username="ops", password="long enough", new="long enough").status == 422 and [*roles_in(outside)] == ["ann"]
+
+
+@cases("fields, why", [({"role": "owner"}, "makes no owner"), ({"role": "king"}, "one of owner"), ({"uses": "0"}, "from 1 to 100"), ({"uses": "101"}, "from 1 to 100"),
+                       ({"days": "31"}, "from 1 to 30"), ({"days": "x"}, "whole number")], ids=str)
+def test_a_link_makes_no_owner_and_has_its_bounds(outside, fields, why):
+    answer = outside.sign_in("ann").post("/w/acme/members/links", form=fields)
+    assert answer.status == 422 and why in answer.text and not outside.policy.query("SELECT 1 FROM links")
+
+
+def test_only_who_manages_members_makes_sees_and_withdraws_links(outside):
     ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
-    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
-    for path in ("/w/acme/todos", "/w/acme/members"):
-        assert "x-ray" not in ann.get(path, X_Operates="true").text and "x-ray" in ops.get(path).text
-    assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
+    link_into(ann)
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'member' FROM workspaces")
+    name = re.search(r'name="link" value="(\w{16})"', ann.get("/w/acme/members/links").text)[1]
+    assert 'href="./members/links"' in ann.get("/w/acme/members").text and "members/links" not in ops.get("/w/acme/members").text
+    assert {ops.get(path).status for path in ("/w/acme/members/links", "/w/acme/members/links/live")} == {403}
+    assert {ops.post(path, form={"link": name}).status for path in ("/w/acme/members/links", "/w/acme/members/links/withdraw")} == {403}
+    ann.post("/workspaces", form={"name": "other"})
+    ann.post("/w/other/members/links/withdraw", form={"link": name})
+    assert outside.policy.query("SELECT 1 FROM links"), "it is not of that workspace"
+    outside.write("UPDATE memberships SET role = 'admin' WHERE account = 'ops'")
+    ear = Ear(ops, "/w/acme/members/links/live")
+    assert "for 1 more" in ear.event()
+    ann.patch("/w/acme/members/ops", role="member")
+    assert "no longer have access" in ear.until_it_says('id="live"') and ear.event() is None
 
 
-# ==== 39. Figures =====================================================================================================
+def test_there_are_so_many_links_at_most_and_what_is_too_old_goes(outside, monkeypatch):
+    monkeypatch.setattr(orion, "MOST_LINKS", 2)
+    ann = outside.sign_in("ann")
+    link_into(ann), link_into(ann)
+    assert "Withdraw one first" in ann.post("/w/acme/members/links", form={}).text
+    outside.write("UPDATE links SET expires = 1")
+    assert eventually(lambda: not outside.policy.query("SELECT 1 FROM links")), "no clock that is set back makes them good again"
+
+
+def test_made_up_links_are_slowed_like_passwords_and_slow_nobody_else(outside):
+    link, mallory = link_into(outside.sign_in("ann")), Person(outside)
+    tried = [at_link(outside, f"{link[:-1]}{number}{number}", "new", mallory, username="eve", new="long enough") for number in range(12)]
+    assert [answer.status for answer in tried] == 10 * [422] + 2 * [429] and int(tried[-1].headers["retry-after"]) > 500
+    outside.sign_in("ann")
+    assert newcomer(outside, link).status == 303, "from the same address"
+
+
+def test_no_link_and_no_foreign_token_opens_a_workspace(outside):
+    ann = outside.sign_in("ann")
+    ann.post("/workspaces", form={"name": "other"})
+    link, script, workspaces = link_into(ann, "other", uses="9"), Program(outside, token_of(ann)), outside.env.workspaces
+    workspaces.sleep_unused(idle=-1)
+    before = dict(workspaces.served)
+    assert newcomer(outside, link).status == 303 and at_link(outside, link).status == 200 and at_link(outside, "made up").status == 422
+    assert {script.get(f"/w/{name}").status for name in ("other/todos", "other/todos/live", "nowhere/todos", "other")} == {403}
+    assert dict(workspaces.served) == before and not workspaces.objects
+
+
+def test_while_the_directory_is_gone_no_link_and_no_token_opens_anything(outside):
+    ann = outside.sign_in("ann")
+    link, script = link_into(ann), Program(outside, token_of(ann))
+    assert script.get("/w/acme/todos").status == 200
+    outside.env.settings.directory_file.rename(outside.env.settings.data / "elsewhere.db")
+    eventually(lambda: script.get("/w/acme/todos").status == 503)
+    assert [script.post("/w/acme/todos", title="x").status, at_link(outside, link).status, newcomer(outside, link).status] == [503] * 3
+
+
+def test_a_made_up_link_costs_no_hash_of_a_password(outside, monkeypatch):
+    made = mock.Mock(wraps=orion.scrypt)
+    monkeypatch.setattr(orion, "scrypt", made)
+    assert newcomer(outside, "made up").status == 422 == at_link(outside, "made up", "known", username="ann", password="x").status
+    assert not made.called
+    link = link_into(outside.sign_in("ann"))
+    monkeypatch.setattr(orion, "MOST_USES", 2)
+    outside.edge.made_accounts.most = 2
+    tried = [at_link(outside, link, "new", username="ann", new="long enough").status for _ in range(3)]
+    assert tried == [422, 422, 429], "a good one costs so many at most"
+
+
+OTHER_THAN_THE_SECRET = {
+    "one letter changed": lambda secret: secret[:-1] + chr(ord(secret[-1]) ^ 1), "cut short": lambda secret: secret[:-1], "longer": lambda secret: f"{secret}A",
+    "in the other case": str.swapcase, "quoted": '"{}"'.format, "encoded": lambda secret: f"%{ord(secret[0]):02x}{secret[1:]}",
+    "what is stored": lambda secret: orion.token_hash(secret).hex(), "nothing": lambda secret: "", "very much": lambda secret: secret * 1000,
+    "with a NUL": "{}\0".format, "half a character": "{}\udcff".format}
+
+
+@cases("change", OTHER_THAN_THE_SECRET)
+def test_nothing_but_the_secret_opens_a_link(outside, change):
+    secret = link_into(outside.sign_in("ann")).partition("#")[2]
+    wrong = OTHER_THAN_THE_SECRET[change](secret)
+    answer = Person(outside).post("/join", link=wrong, how="new", username="bea", new="long enough")
+    assert answer.status in (400, 422)
+    assert len(roles_in(outside)) == 1 and at_link(outside, f" {secret}\r\n").status == 200, "a space around it is of the clipboard"
+
+
+def test_headers_from_outside_stand_for_no_password_at_a_link(outside):
+    link, stored = link_into(outside.sign_in("ann")), outside.directory().password_of("ops")
+    ask = lambda body, **headers: Person(outside).ask("POST", "/join", urllib.parse.urlencode({"link": link, **body}), Content_Type="application/x-www-form-urlencoded", **headers)
+    assert ask({"how": "known", "username": "ops"}, X_Stored=stored, X_Account="ops").status == 422
+    assert ask({"how": "me"}, X_Session=outside.policy.one("SELECT hex(digest) FROM sessions")[0]).status == 422
+    assert ask({"how": "new", "username": "bea", "new": "long enough"}, X_Hashed=stored, X_Link="00").status == 303
+    assert outside.directory().password_of("bea") != stored
+
+
+def test_what_is_typed_at_a_link_stays_text_and_leads_to_a_local_page_only(outside):
+    link = link_into(outside.sign_in("ann"))
+    page = at_link(outside, link, "new", username='"><img src=x>', new="long enough")
+    assert page.status == 422 and "&quot;&gt;&lt;img src=x&gt;" in page.text and "<img src=x" not in page.text
+    taken = at_link(outside, link, "new", username="Ops", new="long enough")
+    assert taken.status == 422 and "is taken" in taken.text
+    assert at_link(outside, link, "new", username="bea", new="long enough", next="//evil.example").headers["location"] == "/"
+
+
+@cases("method", ["GET", "HEAD"])
+def test_to_ask_for_the_page_shows_and_uses_nothing_whatever_stands_in_its_address(outside, method):
+    link = link_into(outside.sign_in("ann"))
+    secret = link.partition("#")[2]
+    for path in (f"/join?link={secret}&how=new&username=bea&new=long+enough", f"/join/{secret}", "/join"):
+        answer = Person(outside).ask(method, path)
+        assert answer.status in (200, 404) and "acme" not in answer.text
+    assert newcomer(outside, link).status == 303
+
+
+@cases("headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": None}, {"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}], ids=str)
+def test_no_other_site_has_a_link_or_a_token_made_used_or_withdrawn(outside, headers):
+    ann, ops, link = outside.sign_in("ann"), outside.sign_in("ops"), link_into(outside.sign_in("ann"))
+    id, form = token_of(ann)[6:18], {"content_type": "application/x-www-form-urlencoded"}
+    body = urllib.parse.urlencode({"link": link, "how": "me", "name": "x", "workspace": "acme", "token": id, "label": "x"})
+    assert ops.ask("POST", "/join", body, **form, **headers).status == 403
+    withdraw = body.replace("link=http", f"link={orion.token_hash(link.partition('#')[2]).hex()[:16]}&_=")
+    paths = ("/account/links", "/w/acme/members/links", "/w/acme/members/links/withdraw", "/account/tokens", "/account/tokens/withdraw", "/account/name")
+    assert {ann.ask("POST", path, withdraw, **form, **headers).status for path in paths} == {403}
+    assert "ops" not in roles_in(outside) and len(outside.policy.query("SELECT 1 FROM links")) == 1 == len(outside.policy.query("SELECT 1 FROM tokens"))
+    assert {ann.get(f"{path}?{withdraw}").status for path in (*paths[:1], *paths[2:3], *paths[4:])} <= {404, 405}, "and none by an address alone"
+
+
+def test_the_secret_of_a_link_or_a_token_is_in_no_file_log_or_console(start, capfd):
+    server = start(log="common")
+    bob, alice = Person(server, "bob"), Person(server, "alice")
+    console = Ear(alice, "/console/live")
+    console.event()
+    form = {"content_type": "application/x-www-form-urlencoded", "idempotency_key": "k"}
+    links = [shown_link(bob.ask("POST", path, "uses=3", **{**form, "idempotency_key": path})) for path in ("/w/acme/members/links", "/account/links")]
+    assert at_link(server, links[0]).status == 200 and at_link(server, links[0], "me", alice).status == 303 and at_link(server, links[1], "me").status == 303
+    said = console.until_it_says("/join")
+    token = token_of(bob)
+    assert Program(server, token).post("/w/acme/todos", title="by token").status == 201
+    said += console.until_it_says("by token") + Person(server, "alice").get("/console").text
+    eventually(lambda: '"POST /join HTTP/1.1" 303' in os.pread(1, 1 << 20, 0).decode())
+    out, err = capfd.readouterr()
+    server.close()
+    kept = b"".join(path.read_bytes() for path in server.env.settings.data.rglob("*") if path.is_file())
+    for link in links:
+        secret = link.partition("#")[2]
+        assert secret not in out + err + said and secret.encode() not in kept and orion.token_hash(secret) in kept
+    assert token[19:] not in out + err + said and token[19:].encode() not in kept and orion.token_hash(token) in kept
+
+
+def test_a_link_signs_in_on_another_device_once_and_no_longer_than_the_session_that_made_it(outside):
+    ann = outside.sign_in("ann")
+    link = shown_link(ann.post("/account/links", form={}))
+    assert "Sign in as ann" in at_link(outside, link).text
+    ops = outside.sign_in("ops")
+    taken = at_link(outside, link, "me", ops)
+    flags = "; HttpOnly; SameSite=Lax"
+    assert ops.cookie not in taken.headers["set-cookie"] and flags in taken.headers["set-cookie"] and ops.get("/account").status == 401, "whose cookie was there"
+    phone = signed_in_by(outside, taken)
+    assert phone.get("/w/acme/todos").status == 200 and ann.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
+    first, second = [shown_link(phone.post("/account/links", form={})) for _ in range(2)]
+    assert [at_link(outside, link).status for link in (first, second)] == [422, 200], "the one before is void"
+    age = outside.policy.one("SELECT max(expires) FROM links WHERE session NOT NULL")[0] - time.time()
+    assert 290 < age <= 300
+    ann.post("/account/sessions", form={"session": "others"})
+    assert at_link(outside, second, "me").status == 422
+
+
+def test_an_operator_gives_a_link_with_which_somebody_sets_a_new_password(outside):
+    ops, ann = outside.sign_in("ops"), outside.sign_in("ann")
+    assert ann.post("/account/links/password", form={"account": "ops"}).status == 403 and "forgot" not in ann.get("/account").text
+    mistyped = ops.post("/account/links/password", form={"account": "nobody"})
+    assert mistyped.status == 422 and 'value="nobody"' in mistyped.text and "no account of this name" in mistyped.text
+    link = shown_link(ops.post("/account/links/password", form={"account": " Ann"}))
+    ear = Ear(ann, "/w/acme/todos/live")
+    ear.event()
+    assert at_link(outside, link, "new", new="short").status == 422 and ann.get("/account").status == 200
+    again = signed_in_by(outside, at_link(outside, link, "new", new="quite another"))
+    assert "signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401 and again.get("/account").status == 200
+    passwords = [Person(outside).post("/login", form={"username": "ann", "password": word}).status for word in ("long enough", "quite another")]
+    assert passwords == [422, 303] and at_link(outside, link).status == 422
+
+
+@cases("change", ["UPDATE accounts SET password = password || '0' WHERE name = 'ann'", "UPDATE accounts SET operator = 0", "DELETE FROM accounts WHERE name = 'ops'"])
+def test_a_link_for_a_new_password_is_void_when_there_is_one_or_its_maker_is_no_operator(outside, change):
+    link = shown_link(outside.sign_in("ops").post("/account/links/password", form={"account": "ann"}))
+    outside.write(change)
+    assert at_link(outside, link, "new", new="quite another").status == 422
+
+
+def test_an_operator_who_looks_on_makes_no_link_that_outlasts_it_and_uses_none(outside):
+    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"))
+    own = shown_link(ops.post("/account/links", form={}))
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert {ops.post("/account/links", form={}).status, ops.post("/account/links/password", form={"account": "ann"}).status,
+            ops.post("/w/acme/members/links", form={}).status, at_link(outside, link, "me", ops).status} == {403}
+    assert at_link(outside, own).status == 422, "meanwhile it would sign in as ann"
+    ops.post("/masquerade/end", form={})
+    assert "Sign in as ops" in at_link(outside, own).text
+
+
+@cases("root", ["two planes", "single", "directory and node"])
+def test_a_link_leads_into_a_workspace_on_every_root_with_passwords(tmp_path, root):
+    with contextlib.closing(Root(ROOTS[root], tmp_path / "data")) as root:
+        answer = newcomer(root.server, link_into(root.person("bob")))
+        assert answer.status == 303 and signed_in_by(root.server, answer).get("/w/acme/todos").status == 200
+
+
+def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
+    with contextlib.closing(Plain(tmp_path / "plain")) as plain:
+        assert "without --plain" in Person(plain).get("/join").text and at_link(plain, "any").status == 404
+    (tmp_path / "data").mkdir()
+    orion.make_key(tmp_path / "data" / "secret.key")
+    node = start(demo=False, plane="data", directory="127.0.0.1:1")
+    assert "through the proxy" in Person(node).get("/join").text
+
+
+# ==== 46. People ======================================================================================================
+
+def be_shown_as(person, label):
+    return person.post("/account/name", form={"label": label})
+
+
+def people_in(markup):
+    """Whom it lists: the text of each, with the initials, and the account if that is another name."""
+    found = re.findall(r'<span class="person" data-account="[^"]*">(.*?)</span> </span>', markup, re.S)
+    return [html.unescape(" ".join(re.sub("<[^>]*>", "", one).split())) for one in found]
+
+
+@cases("root", ["two planes", "single", "directory and node"])
+def test_a_new_name_is_on_all_open_pages_at_once_and_the_account_stays_what_it_is(tmp_path, root):
+    crew = orion.Region("crew", lambda ctx: element(", ".join([one["label"] for one in ctx.members()])))
+    crew = orion.Slice("crew", live=(orion.Live("/crew", "todos:read", "Crew", (crew,)),))
+    with contextlib.closing(Root(functools.partial(ROOTS[root], slices=(orion.todos, crew)), tmp_path / "root")) as root:
+        carol, own = root.person("carol"), root.ear("carol")
+        here, *ears = [root.ear("bob", f"/w/acme/{page}/live") for page in ("todos", "members", "crew")]
+        answer = be_shown_as(carol, "  C\u00e4rol  <b> \u674e ")
+        assert (answer.status, answer.headers["location"]) == (303, "/account")
+        for ear in ears:
+            ear.until_it_says("C\u00e4rol &lt;b&gt; \u674e")
+        for ear in (here, own):
+            while "C\u00e4rol &lt;b&gt; \u674e" not in ear.event(heartbeats=True):
+                pass
+        shown = "C\u674e C\u00e4rol <b> \u674e carol"
+        for page in ("/w/acme/members", "/w/acme/todos", "/account"):
+            assert shown in people_in(carol.get(page).text), page
+        said = carol.get("/_gate/acme").headers
+        assert (said["x-account"], urllib.parse.unquote(said["x-label"])) == ("carol", "C\u00e4rol <b> \u674e")
+        assert be_shown_as(carol, "").status == 303 and "C carol" in people_in(carol.get("/account").text) and "x-label" not in carol.get("/_gate/acme").headers
+
+
+@cases("label, why", [("x" * 64, "1 to 63"), ("x" * 10_000, "1 to 63"), ("\u202ebob", "can be seen"), ("a\u2066b", "can be seen"), ("bo\u200db", "can be seen"),
+                      ("bob\u3164", "can be seen"), ("a\x00b", "can be seen"), ("\x1b[31m", "can be seen"),
+                      ("bob", "account bob"), (" BOB ", "account bob"), ("B\u00f3b", "account bob"), ("bo\u0301b", "account bob"), ("\uff22ob", "account bob"), ("bob\ufe0f", "account bob"), ("b\u034fo\ufe0fb", "account bob"), ("b\U000e0100ob", "account bob"), ("bob.", "account bob"),
+                      ("b\u043eb", "mixes alphabets"), ("Anna b\u03bfb", "mixes alphabets")], ids=ascii)
+def test_a_name_that_deceives_is_refused_and_shown_again_and_the_one_before_stays(server, label, why):
+    carol = Person(server, "carol")
+    answer = be_shown_as(carol, label)
+    field = re.search(r'<input id="label"[^>]*value="([^"]*)"', answer.text)[1]
+    assert answer.status == 422 and why in re.search(r'id="label-problem"[^>]*>([^<]*)', answer.text)[1] and html.unescape(field) == label
+    assert read(server, "SELECT label FROM accounts WHERE name = 'carol'") == [("Carol Jones",)]
+
+
+@cases("label", ["Carol", "CAROL", "\u041c\u0430\u0440\u0438\u044f", "\u05de\u05e8\u05d9\u05dd", "\u0939\u093f\u0928\u094d\u0926\u0940", "\U0001f98a", "\u2764\ufe0f",
+                   "\u041c\u0430\u0440\u0438\u044f Jones", "Bob Miller", "x" * 63], ids=ascii)
+def test_any_name_that_can_be_seen_is_taken_even_one_that_somebody_else_has_for_the_account_tells_them_apart(server, label):
+    carol = Person(server, "carol")
+    assert be_shown_as(carol, label).status == 303
+    assert people_in(carol.get("/w/acme/members").text)[2].endswith(f"{label} carol")
+
+
+def test_only_who_is_signed_in_changes_the_own_name_and_the_journal_has_it(server):
+    assert be_shown_as(Person(server), "Nobody").status == 401
+    assert Person(server, "carol").post("/account/name", form={"label": "Eve", "_stamp": "bob 1"}).status == 412
+    assert Person(server, "carol").post("/account/name", form={"label": "Carol J.", "account": "bob"}).status == 303
+    assert read(server, "SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 1") == [("carol", "directory.change_label", "carol Carol J.")]
+    assert read(server, "SELECT label FROM accounts WHERE name = 'bob'") == [("Bob Miller",)]
+
+
+def test_what_is_wrong_with_a_name_is_not_said_of_the_password_nor_the_other_way_round(outside):
+    problems = lambda answer: re.findall(r'id="(label|password)-problem"[^>]*>([^<]*)', answer.text)
+    ann = outside.sign_in("ann")
+    assert problems(be_shown_as(ann, "ops")) == [("label", "There is an account ops, and it is not yours. Add something that tells you apart."), ("password", "")]
+    wrong = ann.post("/account/password", form={"username": "ann", "password": "wrong", "new": "long enough too"})
+    assert problems(wrong) == [("label", ""), ("password", "The present password is not right. Try again.")]
+
+
+@cases("label, initials", [("Carol Jones", "CJ"), ("carol", "C"), ("Carol van der Jones", "CJ"), ("Carol (she)", "C"), ("\u00e9lodie \u00e5berg", "\u00c9\u00c5"), ("\U0001f98a", "\U0001f98a"), ("- -", "-")], ids=ascii)
+def test_initials_are_the_first_letters_of_the_first_and_the_last_word(label, initials):
+    assert orion.initials(label) == initials
+
+
+def test_an_account_keeps_its_colour_and_initials_can_be_read_on_each(server):
+    css = (HERE / "templates" / "style.css").read_text("utf-8")
+    grounds = dict(re.findall(r"\.face-(\d) \{ background: (#[0-9a-f]{6}); \}", css))
+    assert {*grounds} == {*map(str, range(orion.COLOURS))} and min(contrast("#fff", ground) for ground in grounds.values()) >= 4.5
+    assert "face-0" in orion.person_of("carol", "Carol") and "face-0" in orion.person_of("carol", "X"), "whatever process makes it"
+
+
+def test_a_page_links_to_the_style_that_says_you_which_depends_on_its_address_alone(server):
+    assert '<link rel="stylesheet" href="/you.css?carol">' in Person(server, "carol").get("/w/acme/members").text and "you.css" not in Person(server).get("/").text
+    answer = Person(server).get("/you.css?carol")
+    assert answer.text == '[data-account="carol"] { --you: "(you)" }\n' and answer.headers["cache-control"].endswith("immutable") and "text/css" in answer.headers["content-type"]
+    for odd in ("", "carol%22%5D", "Carol", "a=b", "a" * 33, "%0A"):
+        assert Person(server).get(f"/you.css?{odd}").status == 404, odd
+    assert Person(server).post("/you.css?carol", form={}).status == 405
+
+
+def test_who_is_here_is_counted_in_full_and_seven_are_shown(server):
+    for number in range(10):
+        add_account(server, f"ann-{number}", "long enough")
+        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", f"ann-{number}")
+        server.write("UPDATE accounts SET persona = 1, label = ? WHERE name = ?", f"Ann {number}", f"ann-{number}")
+    ears = [Ear(Person(server, f"ann-{number}"), "/w/acme/todos/live") for number in range(10)]
+    while "10 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert people_in(told) == [f"A{number} Ann {number} ann-{number}" for number in range(7)] and "+3</span>" in told
+    for ear in ears[7:]:
+        ear.close()
+    while "7 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert len(people_in(told)) == 7 and "+" not in told
+
+
+def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_is_invited(server, monkeypatch):
+    monkeypatch.setitem(orion.ROLES, "member", ("todos:read", "todos:write", "cards:move"))
+    bob = Person(server, "bob")
+    for role, may in (("owner", "read, write and delete todos; manage members; delete workspace"), ("member", "read and write todos; move cards"), ("viewer", "read todos")):
+        assert all(f"<b>{role}</b>: {may}</p>" in bob.get(f"/w/acme/{page}").text for page in ("members", "members/links"))
+    page = at_link(server, link_into(bob)).text
+    assert "as member. You may: read and write todos; move cards." in page and people_in(page) == ["BM Bob Miller bob"]
+    newcomer(server, link_into(bob))
+    assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
+
+
+# ==== 50. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
     with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
@@ -8741,7 +10768,7 @@ def test_the_figures_are_for_operators_too(outside):
     assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
 
 
-# ==== 40. Copies, 41. Snapshots =======================================================================================
+# ==== 51. Copies, 52. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -8921,7 +10948,219 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 44. Single ======================================================================================================
+# ==== 55. Own workspaces ==============================================================================================
+
+def read(server, sql, *args):
+    """Rows of the Directory."""
+    return [tuple(row) for row in server.policy.query(sql, *args)]
+
+
+def file_of(server, workspace="acme"):
+    (id,), = read(server, "SELECT id FROM workspaces WHERE name = ?", workspace)
+    return server.env.workspaces.path(id)
+
+
+def delete_it(owner, workspace="acme", confirm="acme"):
+    return owner.post(f"/w/{workspace}/members/workspace/delete", form={"confirm": confirm})
+
+
+def test_an_owner_renames_the_workspace_and_every_open_page_of_it_says_so_at_once(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    ear = Ear(carol, "/w/acme/todos/live")
+    ear.event()
+    kept = [carol.get("/w/acme/todos").text for _ in range(3)][-1]
+    answer = bob.post("/w/acme/members/workspace", form={"title": " Acme  & Söhne ", "was": "acme"})
+    assert (answer.status, answer.headers["location"]) == (303, "/w/acme/members/workspace")
+    while "<h1>Acme &amp; Söhne" not in ear.event(heartbeats=True):
+        pass
+    assert "Acme &amp; Söhne" not in kept and "Acme &amp; Söhne" in carol.get("/w/acme/todos").text and "Acme &amp; Söhne" in carol.get("/").text, "and its address stays"
+    assert read(server, "SELECT who, what FROM journal ORDER BY id DESC LIMIT 1") == [("bob", "directory.rename_workspace")]
+    assert bob.post("/w/acme/members/workspace", form={"title": "acme"}).status == 303 and "x-title" not in bob.get("/_gate/acme").headers
+
+
+@cases("fields, status, why", [({"title": "New", "was": "Old"}, 409, "is acme meanwhile"), ({"title": "", "was": "acme"}, 422, "1 to 63 characters"),
+                               ({"title": "\u4e2d"}, 422, "1 to 63 characters"), ({"title": "x" * 64}, 422, "1 to 63"), ({"title": "New", "_stamp": "carol 1"}, 412, "made for carol")], ids=str)
+def test_a_name_that_can_not_be_is_shown_again_with_the_reason_and_nothing_is_written(server, fields, status, why):
+    answer = Person(server, "bob").post("/w/acme/members/workspace", form=fields)
+    assert answer.status == status and why in answer.text and f'name="title" value="{fields["title"]}"' in answer.text
+    assert read(server, "SELECT title FROM workspaces WHERE name = 'acme'") == [(None,)]
+
+
+@cases("name", ["carol", "erin", "alice"])
+def test_only_owners_rename_and_delete(server, name):
+    server.write("UPDATE memberships SET role = 'admin' WHERE account = 'carol'")
+    person, page = Person(server, name), "/w/acme/members/workspace"
+    assert {person.get(page).status, person.get(f"{page}/live").status, person.post(page, form={"title": "Mine"}).status, delete_it(person).status} == {403}
+    assert "members/workspace" not in person.get("/w/acme/members").text and "members/workspace" in Person(server, "bob").get("/w/acme/members").text
+
+
+@cases("confirm", ["", "globex", "acme corp 2"])
+def test_to_delete_a_workspace_takes_its_name(server, confirm):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/members/workspace", form={"title": "Acme Corp"})
+    answer = delete_it(bob, confirm=confirm)
+    assert answer.status == 422 and "Its name is Acme Corp" in answer.text and '<details class="apart" open>' in answer.text and bob.get("/w/acme/todos").status == 200
+    assert delete_it(bob, confirm=" acme  CORP").status == 303 and bob.get("/w/acme/todos").status == 403
+
+
+def test_a_workspace_that_an_owner_deleted_is_as_if_there_were_none_until_it_is_brought_back_as_it_was(outside, run):
+    ann, data = outside.sign_in("ann"), outside.env.settings.data
+    ann.post("/w/acme/todos", form={"title": "kept"})
+    guest = signed_in_by(outside, newcomer(outside, link_into(ann, uses="2")))
+    link, program = link_into(ann), Program(outside, token_of(ann))
+    ears = [Ear(person, path) for person in (ann, guest, program) for path in ("/w/acme/todos/live",)] + [Ear(guest, "/w/acme/members/live")]
+    for ear in ears:
+        ear.event()
+    before = read(outside, "SELECT * FROM memberships"), file_of(outside).stat().st_ino
+    answer = delete_it(ann)
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+    assert all("no longer have access" in ear.until_it_says("ended") and ear.event() is None for ear in ears[:2] + ears[3:])
+    while ears[2].event():
+        pass
+    gone, never = guest.get("/_gate/acme"), guest.get("/_gate/nowhere")
+    assert (gone.status, gone.text) == (never.status, never.text) == (403, never.text)
+    assert "/w/acme/" not in ann.get("/").text and program.get("/w/acme/todos").status == 403 and at_link(outside, link).status == 422
+    assert ann.post("/workspaces", form={"name": "acme"}).status == 422, "the name is kept for it"
+    assert outside.env.directory.ask("/_names_of", f"id={file_of(outside).stem}") is None, "its jobs wait"
+    assert "deleted" in run("workspace", "list", data=data)[1] and run("check", data=data)[0] == 0
+    assert run("workspace", "undelete", "acme", data=data)[0] == 0
+    assert (read(outside, "SELECT * FROM memberships"), file_of(outside).stat().st_ino) == before
+    assert eventually(lambda: "kept" in guest.get("/w/acme/todos").text) and program.get("/w/acme/todos").status == 200 == at_link(outside, link).status
+
+
+def test_a_deleted_workspace_counts_among_those_that_one_founded(outside, monkeypatch):
+    monkeypatch.setattr(orion, "most_workspaces", lambda settings: 1)
+    ann = outside.sign_in("ann")
+    assert delete_it(ann).status == 303 and "which is the limit here" in ann.post("/workspaces", form={"name": "more"}).text
+
+
+def test_only_what_is_deleted_and_still_has_its_file_is_brought_back(outside, run):
+    data = outside.env.settings.data
+    assert "is not deleted" in run("workspace", "undelete", "acme", data=data)[2] and "no workspace b" in run("workspace", "undelete", "b", data=data)[2]
+    delete_it(outside.sign_in("ann"))
+    file_of(outside).unlink()
+    assert "is gone; workspace remove acme" in run("workspace", "undelete", "acme", data=data)[2]
+
+
+def test_a_backup_has_a_deleted_workspace_so_that_it_can_be_brought_back_there_too(outside, run, tmp_path):
+    outside.sign_in("ann").post("/w/acme/todos", form={"title": "kept"})
+    delete_it(outside.sign_in("ann"))
+    assert run("backup", tmp_path / "backup", data=outside.env.settings.data)[0] == run("restore", tmp_path / "backup", data=tmp_path / "new")[0] == 0
+    assert run("workspace", "undelete", "acme", data=tmp_path / "new")[0] == 0 == run("check", data=tmp_path / "new")[0]
+
+
+def test_a_deleted_workspace_goes_for_good_after_30_days_also_if_that_is_cut_short(outside, monkeypatch):
+    ann, file = outside.sign_in("ann"), file_of(outside)
+    delete_it(ann)
+    outside.write("UPDATE workspaces SET deleted = deleted - 29.99 * 86400")
+    outside.edge.end_deleted()
+    assert file.exists()
+    outside.write("UPDATE workspaces SET deleted = deleted - 0.02 * 86400")
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(orion, "forget_workspace", mock.Mock(side_effect=KeyboardInterrupt))
+        outside.edge.end_deleted()
+    assert not file.exists() and ann.post("/workspaces", form={"name": "acme"}).status == 422
+    outside.edge.end_deleted()
+    assert ann.post("/workspaces", form={"name": "acme"}).status == 303 and file_of(outside) != file and read(outside, "SELECT account, role FROM memberships") == [("ann", "owner")]
+
+
+def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path):
+    with contextlib.closing(Root(ROOTS["single"], tmp_path / "data")) as root:
+        bob = root.person("bob")
+        assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
+        assert "Other" in bob.get("/w/acme/todos").text
+        assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
+        at_rest(root.server)
+        assert [stream.account for stream in root.server.edge.broker.watchers(orion.OneFile.ID)] == ["carol"], "who is at home is not here"
+
+
+def test_a_workspace_on_a_node_is_renamed_deleted_and_in_the_end_removed_there(tmp_path):
+    with contextlib.closing(Root(ROOTS["directory and node"], tmp_path / "data")) as root:
+        bob, ear, directory = root.person("bob"), root.ear("carol"), root.server.directory
+        bob.post("/w/acme/members/workspace", form={"title": "Other"})
+        while "<h1>Other" not in ear.event(heartbeats=True):
+            pass
+        (id,), = read(directory, "SELECT id FROM workspaces WHERE name = 'acme'")
+        file = root.server.env.workspaces.path(id)
+        assert delete_it(bob, confirm="other").status == 303 and "no longer have access" in ear.until_it_says("ended") and file.exists()
+        directory.write("UPDATE workspaces SET deleted = 1 WHERE moving = ?", orion.DELETED)
+        directory.edge.end_deleted()
+        assert not file.exists() and not read(directory, "SELECT 1 FROM workspaces WHERE name = 'acme'")
+
+
+def test_the_switcher_lists_ones_own_workspaces_when_it_is_opened_and_no_page_depends_on_them(server):
+    bob = Person(server, "bob")
+    page = bob.get("/w/acme/todos").text
+    assert '<details class="switch"' in page and "globex" not in page
+    asked = bob.get("/workspaces/mine")
+    assert asked.headers["content-type"].startswith("text/event-stream") and '<a href="/w/acme" dir="auto">acme</a>' in asked.text and "/w/globex" in asked.text and "/w/home" not in asked.text
+    assert Person(server).get("/workspaces/mine").status == 401
+    bob.post("/workspaces", form={"name": "A <b>"})
+    assert "A &lt;b&gt;</a>" in bob.get("/workspaces/mine").text
+
+
+def test_an_open_home_page_shows_new_counts_memberships_names_and_removals(server):
+    bob, alice = Person(server, "bob"), Person(server, "alice")
+    bob.post("/workspaces", form={"name": "new"})
+    assert alice.get("/").status == 200
+    ear = Ear(alice, "/live")
+    assert "/w/home/" in ear.event()
+    said = lambda words: ear.until_it_says(words)
+    bob.post("/w/new/members", account="alice", role="viewer")
+    assert "viewer" in said("/w/new/")
+    bob.post("/w/new/members/workspace", form={"title": "Renamed"})
+    assert said("Renamed</strong>")
+    bob.post("/w/new/todos", form={"title": "one"})
+    assert said("1 open")
+    bob.post("/w/new/todos", form={"title": "two"})
+    assert said("2 open")
+    delete_it(bob, "new", "renamed")
+    while "/w/new/" in ear.event():
+        pass
+    alice.post("/workspaces", form={"name": "mine"})
+    assert said("/w/mine/")
+    alice.post("/logout", form={})
+    assert "signed out" in said("ended") and ear.event() is None and Person(server).get("/live").status == 401
+
+
+@pytest.fixture
+def by_hand(start, monkeypatch):
+    """A server that counts for home pages only when edge.count_for_homes() is called."""
+    monkeypatch.setattr(orion.CountsForHomes, "chores", lambda self: super(orion.CountsForHomes, self).chores())
+    return start()
+
+
+def homes_of(server, *names):
+    """Their home pages, open; the broker knows their streams."""
+    ears = [Ear(Person(server, name), "/live") for name in names]
+    assert all(ear.event() for ear in ears) and eventually(lambda: len(server.edge.broker.channels.get("directory", ())) == len(ears))
+    return ears
+
+
+def test_a_workspace_that_is_written_to_is_counted_once_for_all_home_pages_that_show_it_and_others_are_not(by_hand, monkeypatch):
+    ears = homes_of(by_hand, "bob", "carol", "erin", "alice")
+    by_hand.edge.count_for_homes()
+    assert all(ear.until_it_says("3 open") for ear in ears)
+    at_rest(by_hand), by_hand.edge.count_for_homes()         # a page that was made meanwhile has asked again
+    counted = mock.Mock(wraps=orion.facts_of)
+    monkeypatch.setattr(orion, "facts_of", counted)
+    Person(by_hand, "carol").post("/w/acme/todos", form={"title": "more"})
+    eventually(lambda: by_hand.env.directory.namespace.uncounted)
+    by_hand.edge.count_for_homes()
+    assert all(ear.until_it_says("4 open") for ear in ears[:3]) and counted.call_count == 1
+
+
+def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_is_back(by_hand):
+    by_hand.edge.count_for_homes(), homes_of(by_hand, "carol")[0].close()
+    Person(by_hand, "carol").get("/"), Person(by_hand, "bob").post("/w/acme/todos", form={"title": "more"})
+    eventually(lambda: by_hand.edge.broker.channels == {} and by_hand.env.directory.namespace.uncounted)
+    by_hand.edge.count_for_homes()
+    ear, = homes_of(by_hand, "carol")
+    by_hand.edge.count_for_homes()
+    assert ear.until_it_says("4 open")
+
+
+# ==== 56. Single ======================================================================================================
 
 @cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_counts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
@@ -8933,7 +11172,7 @@ def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a
         assert Person(server, "bob").get(path).status in (400, 403, 404)
 
 
-# ==== 45. Nodes =======================================================================================================
+# ==== 57. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
 @pytest.fixture(scope="module")
@@ -8986,10 +11225,6 @@ class Front:
         self.process.terminate()
         self.process.wait(PATIENCE)
         self.process.stderr.close()
-
-
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
-needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian: nginx-light)")
 
 
 @pytest.fixture(scope="module")
@@ -9942,106 +12177,7 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 46. Assets, 47. Brand ===========================================================================================
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder of assets. What pages say is as before, after the test."""
-    for name in ("APP_ASSETS", "LAYOUT", "DOORS"):
-        monkeypatch.setattr(orion, name, dict(getattr(orion, name)))
-    files = {"poll.css": "p { color: red }", "icons/up.svg": "<svg/>", ".hidden.css": "x", ".git/a.css": "x", "notes.md": "x"}
-    for name, text in files.items():
-        (tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "assets" / name).write_text(text)
-    return tmp_path / "assets"
-
-
-def test_a_file_beside_the_app_is_kept_for_a_year_at_the_address_that_names_its_content(start, folder):
-    nobody = Person(start(assets=folder))
-    address = orion.asset("icons/up.svg")
-    found = nobody.get(address)
-    assert (found.status, found.body, found.headers["content-type"]) == (200, b"<svg/>", "image/svg+xml")
-    assert "immutable" in found.headers["cache-control"] and nobody.get(address, If_None_Match=found.headers["etag"]).status == 304
-    assert nobody.get(address.partition("?")[0]).headers["cache-control"] == nobody.get(address + "0").headers["cache-control"] == "no-cache"
-    (folder / "poll.css").write_text("p { color: blue }")
-    before = orion.asset("poll.css")
-    orion.read_assets(orion.Settings(assets=folder))
-    assert orion.asset("poll.css") != before
-
-
-@cases("path", ["/assets/.hidden.css", "/assets/.git/a.css", "/assets/notes.md", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py",
-                "/assets/icons", "/assets/icons/..%2fpoll.css", "/assets//poll.css"])
-def test_what_is_hidden_or_elsewhere_or_of_another_type_has_no_address(start, folder, path):
-    (folder.parent / "app.py").write_text("secret")
-    assert Person(start(assets=folder)).get(path).status in (400, 404)
-
-
-def test_the_etag_of_a_file_that_is_compressed_is_another_one(start, folder):
-    (folder / "long.css").write_text("p { color: red }" * 100)
-    nobody = Person(start(assets=folder))
-    plain, zipped = [nobody.get("/assets/long.css", Accept_Encoding=coding) for coding in ("identity", "gzip")]
-    assert gzip.decompress(zipped.body) == plain.body and zipped.headers["etag"] != plain.headers["etag"]
-
-
-def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start, folder):
-    (folder / "poll.js").write_text("document.title = 'x'")
-    poll = looks()._replace(styles=("poll.css",), scripts=("poll.js",))
-    bob = Person(start((orion.todos, poll), assets=folder), "bob")
-    links = [f'<link rel="stylesheet" href="{orion.asset("poll.css")}">', f'<script type="module" src="{orion.asset("poll.js")}"></script>']
-    assert all([link in bob.get("/w/acme/n").text for link in links]) and "/assets/" not in bob.get("/w/acme/todos").text
-
-
-@cases("settings, slices, why", [
-    ({"assets": "nowhere"}, (), "the folder of assets nowhere is not there"),
-    ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
-    ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
-    ({"brand": orion.Brand(icon="none.svg")}, (), "Brand: there is no asset 'none.svg'"),
-    ({"brand": orion.Brand(name=None)}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language=None)}, (), "language="),
-    ({"brand": orion.Brand(colors=(None, "#000000"))}, (), "say two"),
-    ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two")])
-def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
-    settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
-    with pytest.raises(orion.Unusable) as error:
-        orion.compose(settings._replace(slices=(looks()._replace(styles=slices),)))
-    assert why in str(error.value)
-
-
-def test_an_app_has_no_asset_of_the_one_before_it_in_this_process(folder):
-    orion.read_assets(orion.Settings(assets=folder))
-    assert orion.asset("poll.css")
-    orion.read_assets(orion.Settings())
-    with pytest.raises(LookupError, match="there is none"):
-        orion.asset("poll.css")
-    assert not [path for path in orion.DOORS if path.startswith("/assets/")]
-
-
-def test_the_style_sheet_of_a_brand_takes_no_place_of_the_apps_own(tmp_path, folder):
-    (folder / "brand.css").write_text("p { color: red }")
-    settings = orion.Settings(data=tmp_path / "d", assets=folder, brand=orion.Brand(colors=("#005f56", "#7ce0d3")))
-    with pytest.raises(orion.Unusable, match="makes brand.css; name the app's own file of that name otherwise"):
-        orion.compose(settings)
-
-
-def test_assets_that_would_fill_the_memory_are_refused(tmp_path, folder):
-    with open(folder / "film.mp4", "wb") as film:
-        film.truncate(orion.MOST_OF_ASSETS + 1)
-    with pytest.raises(orion.Unusable, match="Serve large ones elsewhere"):
-        orion.compose(orion.Settings(data=tmp_path / "d", assets=folder))
-
-
-def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
-    brand = orion.Brand("Poll & Co", "icons/up.svg", ("#005f56", "#7ce0d3"), "de-AT")
-    server = start(assets=folder, brand=brand)
-    bob, nobody = Person(server, "bob"), Person(server)
-    pages = [bob.get("/"), bob.get("/w/acme/todos"), nobody.get("/"), nobody.get("/w/acme/todos", Accept="text/html"), nobody.get("/none", Accept="text/html")]
-    for page in pages:
-        assert '<html lang="de-AT"' in page.text and "Poll &amp; Co</title>" in page.text and "orion</" not in page.text
-        assert orion.asset("brand.css") in page.text and orion.asset("icons/up.svg") in page.text and "/icon.svg" not in page.text
-    style = nobody.get(orion.asset("brand.css"))
-    assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
-
-
-# ==== 48. Uploads, 49. Stored files ===================================================================================
+# ==== 60. Uploads, 61. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -10510,2827 +12646,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 50. Ordinary pages, 51. Public routes, 52. Member lists =========================================================
-# An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
-# anybody, and an address at which a shop says what it has sent.
-
-STOCKROOM = '''"""An inventory."""
-import csv
-import hmac
-import io
-import sys
-
-import orion
-from orion import PUBLIC, Live, Refused, Region, Route, Slice, Template, done, download, go, plain_page, template
-
-LIST = Template("""<section id="things"><ul>{{thing}}</ul></section>
-<!-- thing -->
-<li><a href="./things/{{id}}">{{name}}</a> {{keeper}} {{role}}</li>""")
-PAGE = Template("""<h1>Inventory</h1>
-<form class="new" method="post" action="./things" data-on:submit="@post('./things', {contentType: 'form', retryMaxCount: 0})">
-<div class="field"><label for="name">Name</label><input id="name" name="name" required maxlength="99" value="{{name}}"></div>
-<div class="field"><label for="keeper">Looked after by</label><select id="keeper" name="keeper">{{option}}</select></div>
-<button>Add</button>
-{{stamp}}</form>
-<p data-text="$problem">{{problem}}</p>
-<p><a class="button" href="./things.csv">As a file</a> <a class="button" href="./shown">For everybody</a></p>
-{{region}}{{live}}
-<!-- option -->
-<option>{{name}}</option>""")
-THING = Template("""<h1>{{name}}</h1>
-<p>{{keeper}} looks after it.</p>
-<p><a class="button" href="../things">All</a></p>""")
-SHOWN = Template("""<h1>What {{team}} has</h1>
-<p>{{many}} things.</p>""")
-
-
-def things(ctx):
-    roles = {member["name"]: member["role"] for member in ctx.members()}
-    rows = ctx.store.query("SELECT * FROM things ORDER BY id")
-    return LIST(thing=[{**row, "role": roles.get(row["keeper"], "gone")} for row in rows])
-
-
-def page(ctx, region):
-    return PAGE(region=region, live=template("slice.live")(), stamp=ctx.stamp, option=ctx.members(),
-                name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""))
-
-
-def show(ctx, id):
-    row = ctx.store.one("SELECT * FROM things WHERE id = ?", id)
-    if row is None:
-        raise Refused(404, "That thing is gone. Look at the others.")
-    return plain_page(ctx, row["name"], THING(**row))
-
-
-def add(ctx):
-    name, keeper = ctx.field("name"), ctx.field("keeper")
-    if not name:
-        raise Refused(422, "Give it a name.")
-    if keeper not in [member["name"] for member in ctx.members()]:
-        raise Refused(422, "Choose somebody who is here.")
-    id = put(ctx, name, keeper)
-    return go(ctx, thing, id, flash=f"{name} is in the inventory.")
-
-
-def put(ctx, name, keeper):
-    id = ctx.store.insert("INSERT INTO things (name, keeper) VALUES (?, ?)", name, keeper)
-    ctx.publish("things")
-    return id
-
-
-def as_file(ctx):
-    file = io.StringIO()
-    csv.writer(file).writerows(ctx.store.query("SELECT id, name, keeper FROM things ORDER BY id"))
-    return download(f"Things of {ctx.title}.csv", file.getvalue(), "text/csv")
-
-
-def shown(ctx):
-    many = ctx.store.one("SELECT count(*) FROM things")[0]
-    return plain_page(ctx, "What we have", SHOWN(team=ctx.title, many=many))
-
-
-def delivered(ctx, secret):
-    if not hmac.compare_digest(secret, "tell-nobody"):
-        raise Refused(404, "There is nothing here.")
-    put(ctx, ctx.field("name"), ctx.viewer.account or ctx.viewer.role)
-    return done(ctx)
-
-
-thing = Route("GET", "/things/<int:id>", "todos:read", show)
-inventory = Slice(
-    name="inventory",
-    migrations=("CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT NOT NULL, keeper TEXT NOT NULL)",),
-    live=(Live("/things", "todos:read", "Inventory", (Region("things", things),), page),),
-    routes=(thing, Route("POST", "/things", "todos:write", add), Route("GET", "/things.csv", "todos:read", as_file),
-            Route("GET", "/shown", PUBLIC, shown), Route("POST", "/hooks/<secret>", PUBLIC, delivered)))
-
-if __name__ == "__main__":
-    sys.exit(orion.main([orion.todos, inventory]))
-'''
-
-
-@functools.lru_cache(maxsize=None)
-def stockroom():
-    names = {"__name__": "inventory"}
-    exec(compile(STOCKROOM, "inventory.py", "exec"), names)
-    return names["inventory"]
-
-
-@pytest.fixture(scope="module", params=[name for name in ROOTS if name != "Part One alone"])
-def stock(request, tmp_path_factory):
-    """A server of each kind, with the inventory."""
-    start = functools.partial(ROOTS[request.param], slices=(orion.todos, stockroom()))
-    with mock.patch.object(orion, "REGATE_SECONDS", 0.1), \
-            contextlib.closing(Root(start, tmp_path_factory.mktemp("stock") / "data")) as root:
-        yield root
-
-
-def a_thing(person, name="Rope", keeper="carol"):
-    """Add it. Return the answer, with the flash for the page to which it leads."""
-    said = person.post("/w/acme/things", form={"name": name, "keeper": keeper})
-    said.flash = said.headers["set-cookie"].split(";")[0]
-    return said
-
-
-def with_cookie(person, *cookies, path):
-    return person.get(path, Cookie="; ".join([person.cookie, *cookies])).text
-
-
-def test_a_page_without_a_stream_has_the_same_layout_and_says_nothing_of_a_connection(stock):
-    bob = stock.person("bob")
-    text = bob.get(a_thing(bob, "Anvil").headers["location"]).text
-    assert "<h1>Anvil</h1>" in text and "<title>Anvil · acme · orion</title>" in text
-    assert 'href="/w/acme/things"' in text and 'href="/w/acme/members"' in text and "Connecting" not in text
-
-
-def test_a_command_leads_to_a_page_with_a_message_that_is_shown_there_once_as_text(stock):
-    bob = stock.person("bob")
-    said = a_thing(bob, "<b>Hook</b>")
-    there = said.headers["location"]
-    assert said.status == 303 and re.fullmatch("/w/acme/things/[0-9]+", there)
-    flash, kept = said.headers["set-cookie"].split("; ", 1)
-    assert kept == f"Path={there}; Max-Age=60; HttpOnly; SameSite=Lax" and "Hook" not in flash
-    answer = bob.get(there, Cookie=f"{bob.cookie}; {flash}")
-    assert '">&lt;b&gt;Hook&lt;/b&gt; is in the inventory.</p></div></body>' in answer.text
-    assert answer.headers["set-cookie"] == f"flash=; Path={there}; Max-Age=0; HttpOnly; SameSite=Lax"
-    answer = bob.get(there)
-    assert answer.status == 200 and "in the inventory" not in answer.text and "set-cookie" not in answer.headers
-
-
-@cases("problem, times", [("", 1), ("{{problem}}", 0)])
-def test_a_plain_form_is_told_what_was_wrong_also_by_a_page_that_does_not_show_it(problem, times):
-    def refuse(ctx):
-        raise orion.Refused(422, "Not <so>.", signal="toast")
-    live = orion.Live("/n", "todos:read", "N", (orion.Region("n", lambda ctx: orion.Template("<p id=n></p>")()),),
-                      lambda ctx, region: orion.Template(problem + "{{region}}")(region=region, problem=ctx.typed.get("problem", "")))
-    with orion.testing(orion.Slice("n", live=(live,), routes=(orion.Route("POST", "/n", "todos:write", refuse),))) as app:
-        text = app.viewer("bob").submit("/n").text
-        assert text.count('data-init="$toast = ') == times and "Not &lt;so&gt;." in text and text.endswith("</body>\n</html>")
-
-
-def test_datastar_is_led_by_a_signal(stock):
-    said = stock.person("bob", datastar=True).post("/w/acme/things", name="Saw", keeper="bob")
-    assert said.status == 200 and re.fullmatch("/w/acme/things/[0-9]+", json.loads(said.text)["_go"])
-    assert said.headers["set-cookie"].startswith("flash=")
-
-
-@cases("how", ["to another session", "on another page", "altered", "made by another process", "no such thing", "half"])
-def test_no_page_shows_a_message_that_was_not_for_it(stock, how, monkeypatch):
-    bob = stock.person("bob")
-    said = a_thing(bob)
-    there, flash = said.headers["location"], said.flash
-    if how == "to another session":
-        bob = stock.person("carol")
-    if how == "on another page":
-        there = "/w/acme/things"
-    if how == "made by another process":
-        monkeypatch.setattr(orion, "FLASH_KEY", b"another")
-    if how == "altered":
-        flash = flash.replace("=", "=1", 1)
-    flash = {"no such thing": "flash=\xe9", "half": flash.partition(".")[0]}.get(how, flash)
-    text = with_cookie(bob, flash, path=there)
-    assert "<h1>" in text and "in the inventory" not in text.partition("<main")[2].replace("For everybody", "")
-
-
-def test_a_page_with_a_message_is_not_kept(start):
-    server = start((orion.todos, stockroom()))
-    bob = Person(server, "bob")
-    said = a_thing(bob)
-    shown = [with_cookie(bob, said.flash, path=said.headers["location"]) for _ in range(3)]
-    assert all(["in the inventory" in text for text in shown])
-    assert not [kept for kept in server.edge.kept.answers.values() if kept.response and b"in the inventory" in kept.response.body]
-
-
-def test_a_command_that_is_sent_again_leads_there_again_and_does_nothing(start):
-    bob = Person(start((orion.todos, stockroom())), "bob")
-    form = {"name": "Once", "keeper": "bob", "_stamp": "bob 123"}
-    first, second = [bob.post("/w/acme/things", form=form) for _ in range(2)]
-    assert first.status == second.status == 303 and first.headers["location"] == second.headers["location"]
-    assert bob.get("/w/acme/things").text.count(">Once<") == 1
-
-
-def routes_of(*paths):
-    pages = [orion.Route("GET", path, "todos:read", lambda ctx, *_: None) for path in paths]
-    return pages, orion.Router([orion.Slice("pages", (), (), (*pages, orion.Route("POST", "/done", "todos:read", lambda ctx: None)))])
-
-
-@cases("path, args, found", [("/a", (), "/a"), ("/c/<int:id>", (3,), "/c/3"), ("/n/<name>", ("50% off",), "/n/50% off"), ("/n/<name>", ("\xe9",), "/n/\xe9")])
-def test_a_page_is_found_by_its_value(path, args, found):
-    (page,), router = routes_of(path)
-    assert orion.path_to(router, page, args) == found
-
-
-@cases("path, args, words", [("/a", (1,), "takes 0 args"), ("/c/<int:id>", (), "takes 1 args"), ("/c/<int:id>", ("x",), "no page at '/c/x'"), ("/c/<int:id>", (-1,), "no page"),
-                             ("/n/<name>", ("a/b",), "without slashes"), ("/n/<name>", ("..",), "no page"), ("/n/<name>", ("",), "no page"), ("/n/<name>", ("a;b",), "no page")])
-def test_what_would_lead_nowhere_is_an_error(path, args, words):
-    (page,), router = routes_of(path)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        orion.path_to(router, page, args)
-
-
-def test_a_page_that_no_slice_has_and_a_command_are_no_way_to_go():
-    pages, router = routes_of("/a")
-    with pytest.raises(LookupError, match="no slice here has"):
-        orion.path_to(router, orion.Route("GET", "/a", "todos:write", pages[0].run), ())
-    with pytest.raises(ValueError, match="no page at"):
-        orion.path_to(router, router.slices[0].routes[-1], ())
-
-
-def test_a_download_is_saved_under_its_name_and_never_runs_here(stock):
-    bob = stock.person("bob")
-    a_thing(bob, "\xc9clair")
-    answer = bob.get("/w/acme/things.csv")
-    assert answer.status == 200 and ",\xc9clair,carol\r\n" in answer.text and answer.headers["content-type"] == "text/csv; charset=utf-8"
-    assert answer.headers["content-disposition"] == "attachment; filename=\"Things of acme.csv\"; filename*=UTF-8''Things%20of%20acme.csv"
-    assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox" and answer.headers["x-content-type-options"] == "nosniff"
-
-
-@cases("name, plain, full", [("\xe9 \"x\".csv", "_ _x_.csv", "%C3%A9%20%22x%22.csv"), ("../../etc/passwd", "passwd", "passwd"), ("a\r\nX: y", "aX: y", "aX%3A%20y"),
-                             ("fdp.\u202eexe", "fdp.exe", "fdp.exe"), ("", "file", "file"), ("..", "file", "file"), ("%41", "_41", "%2541"), ("\ud800", "file", "file")])
-def test_the_name_of_a_download_is_no_path_and_ends_no_header(name, plain, full):
-    saved = dict(orion.download(name, b"").headers)["content-disposition"]
-    assert saved == f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"
-
-
-@cases("type", ["text/html", "TEXT/HTML; charset=utf-8", "image/svg+xml", "application/xhtml+xml", "text/xml", "text/javascript", "text/css", "multipart/x-mixed-replace", "", "x"])
-def test_what_a_browser_could_run_is_sent_as_bytes_that_mean_nothing(type):
-    assert orion.download("a", b"<script>", type).type == "application/octet-stream"
-
-
-@cases("type", ["text/csv", "image/png", "application/pdf", "application/json", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"])
-def test_what_no_browser_runs_keeps_its_type(type):
-    assert orion.download("a", b"", type).type == type
-
-
-def test_a_page_that_is_gone_is_told_in_the_layout_of_its_workspace(stock):
-    bob = stock.person("bob")
-    answer = bob.get("/w/acme/things/999999", Accept="text/html")
-    assert answer.status == 404 and "That thing is gone." in answer.text and 'href="/w/acme/things"' in answer.text
-    assert bob.get("/w/acme/things/999999").text == "That thing is gone. Look at the others.\n"
-    answer = stock.person("erin").post("/w/acme/things", form={"name": "x"})
-    assert answer.status == 403
-
-
-def test_what_was_written_before_a_no_in_the_layout_is_rolled_back(start):
-    def write(ctx):
-        ctx.store.exec("INSERT INTO notes VALUES (1)")
-        raise orion.Refused(404, "Gone.")
-    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
-    answer = Person(server, "bob").ask("POST", "/w/acme/notes", "", Accept="text/html", Content_Type="application/x-www-form-urlencoded")
-    assert answer.status == 404 and 'href="/w/acme/todos"' in answer.text
-    with contextlib.closing(server.store("acme")) as db:
-        assert db.execute("SELECT count(*) FROM notes").fetchone() == (0,)
-
-
-def test_nothing_is_said_of_a_slice_that_publishes_nothing_and_has_no_live_page(start, capfd):
-    def write(ctx):
-        ctx.store.exec("INSERT INTO notes VALUES (1)")
-        return orion.done(ctx)
-    server = start((orion.todos, orion.Slice("notes", ("CREATE TABLE notes (x)",), routes=(orion.Route("POST", "/notes", "todos:write", write),))))
-    assert Person(server, "bob").post("/w/acme/notes").status == 204
-    assert "no open page" not in capfd.readouterr().err
-
-
-# -- what is public
-
-def test_a_public_page_is_for_anybody_and_everybody_comes_as_who_they_are_there(stock):
-    for name in (None, "alice", "erin"):
-        person = stock.person(name)
-        answer = person.get("/w/acme/shown")
-        assert answer.status == 200 and "things.</p>" in answer.text
-        assert ('href="/w/acme/things"' in answer.text) == (name == "erin") == ('content="erin"' in answer.text)
-
-
-@cases("path", ["/w/acme/things", "/w/acme/", "/w/acme", "/w/acme/things.csv", "/w/acme/shown/more", "/w/acme/members", "/w/nowhere/shown", "/w/nowhere/things", "/w/acme/shown/live", "/w/acme/SHOWN"])
-def test_nothing_else_of_the_workspace_is_public_and_no_other_name_is_told_apart(stock, path):
-    for name, status in ((None, 401), ("alice", 403)):
-        person = stock.person(name)
-        answer, other = person.get(path), person.get("/w/nobody-has-this/todos")
-        assert answer.status == other.status == status and answer.text == other.text
-        assert person.post(path, form={"name": "x"}).status == status
-
-
-def test_the_gate_says_nothing_of_what_is_public_to_whoever_asks_it_from_outside(server):
-    for path in ("/_gate/acme?public", "/_gate?public", "/_gate/acme?public=1"):
-        assert Person(server).get(path, X_Original_URI="/w/acme/shown", X_Original_Method="GET").status == 401
-
-
-def keepers(person):
-    return re.findall(r"</a> (\S+) ", person.get("/w/acme/things").text)
-
-
-@cases("headers, keeper", [({}, "public"), ({"Origin": "http://evil.example"}, "public"), ({"Origin": "null"}, "public"), ({"Sec-Fetch-Site": "cross-site"}, "public"),
-                           ({"Sec-Fetch-Site": "none"}, "public"), ({"Origin": "ours"}, "bob"), ({"Origin": "ours", "Sec-Fetch-Site": "cross-site"}, "public"),
-                           ({"X-Account": "carol", "X-Role": "owner"}, "public")])
-def test_a_public_command_from_elsewhere_is_nobodys_whatever_cookie_came_along(stock, headers, keeper):
-    bob = stock.person("bob")
-    given = {**headers, "Cookie": bob.cookie, "Content-Type": "application/x-www-form-urlencoded"}
-    given = {name: stock.server.origin if value == "ours" else value for name, value in given.items()}
-    link = http.client.HTTPConnection("127.0.0.1", stock.server.port, timeout=PATIENCE)
-    with contextlib.closing(link):
-        link.request("POST", "/w/acme/hooks/tell-nobody", "name=Box", given)
-        assert link.getresponse().status == 303
-    assert keepers(bob)[-1] == keeper
-
-
-@cases("grant", [orion.ACCOUNT, orion.MEMBER, "todos:read"])
-def test_nobody_has_a_grant(grant):
-    nobody = orion.Viewer("public", (), "acme", "id")
-    assert not nobody.may(grant) and nobody.may(orion.PUBLIC)
-
-
-def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
-    bob = stock.person("bob")
-    before = keepers(bob)
-    assert stock.person().post("/w/acme/hooks/guessed", name="Box").status == 404 and keepers(bob) == before
-
-
-def test_a_secret_in_a_public_path_is_written_neither_into_the_log_nor_into_the_journal(start, capfd):
-    server = start((orion.todos, stockroom()), log="common")
-    console = Ear(Person(server, "alice"), "/console/live")
-    console.event()
-    assert Person(server).post("/w/acme/hooks/tell-nobody", name="Box").status == 204
-    assert "tell-nobody" not in console.until_it_says("/w/acme/hooks/&lt;secret&gt;")
-    assert Person(server).get("/w/acme/hooks/tell-nobody").status == 401
-    assert Person(server).post("/w/acme/hooks/tell-nobody/", name="Box").status == 401, "a slash too many"
-    assert Person(server).get("/w/acme/hooks/tell-nobody/and/more").status == 401, "what a program puts behind an address"
-    server.close()
-    said = "".join(capfd.readouterr())
-    assert "POST /w/acme/hooks/%3Csecret%3E HTTP/1.1" in said and "tell-nobody" not in said
-    with contextlib.closing(server.store("acme")) as db:
-        assert db.execute("SELECT which FROM journal WHERE what = 'inventory.delivered'").fetchall() == [("1",)]
-
-
-def test_an_operator_who_only_looks_on_sends_no_public_command_as_a_member(outside):
-    ops = outside.sign_in("ops")
-    ops.post("/masquerade", form={"account": "ann"})
-    viewer = orion.masked(orion.Viewer("owner", (), "acme", "id", "ann"), "ops", 1)
-    with pytest.raises(orion.Refused, match="read-only"):
-        viewer.permit(orion.PUBLIC, "POST")
-    assert ops.post("/masquerade/end", form={}).status == 303
-
-
-def test_who_sent_a_public_command_is_no_insider_and_is_charged_by_address(start):
-    server = start((orion.todos, stockroom()))
-    assert Person(server).ask("POST", "/w/acme/hooks/tell-nobody", "{}", Content_Type="application/json", Cookie="a=b").status == 204
-    assert not server.edge.insiders
-    asked = orion.Asked(None, None, orion.Request("POST", "/w/acme/hooks/tell-nobody", headers={"cookie": "a=b"}, peer="10.1.1.1"))
-    assert server.edge.account_of(asked) == "inside, from 10.1.1.1"
-
-
-@cases("moving, status", [(1, 503), (2, 401)])
-def test_what_is_public_of_a_workspace_that_is_moved_is_not_served_meanwhile(start, moving, status):
-    server = start((orion.todos, stockroom()))
-    nobody = Person(server)
-    assert nobody.get("/w/acme/shown").status == 200
-    server.write("UPDATE workspaces SET moving = ? WHERE name = 'acme'", moving)
-    assert nobody.get("/w/acme/shown").status == status
-
-
-def test_a_public_page_can_have_no_stream(start):
-    live = orion.Live("/shown", orion.PUBLIC, "Shown", (orion.Region("shown", lambda ctx: None),))
-    with pytest.raises(orion.BadSlice, match="make a Route of it"):
-        start((orion.Slice("shown", (), (live,)),))
-
-
-@needs_nginx
-def test_what_is_public_is_so_through_nginx_and_a_node_too(tmp_path):
-    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
-        apart.nodes[0].address = f"127.0.0.1:{apart.nodes[0].port}"
-        with contextlib.closing(Front(apart, tmp_path)) as front:
-            nobody, bob = Person(front), front.sign_in("bob")
-            assert nobody.get("/w/acme/shown").status == 200 and 'content="bob"' in bob.get("/w/acme/shown").text
-            assert nobody.get("/w/acme/things").status == nobody.get("/w/nowhere/shown").status == 401
-            assert nobody.post("/w/acme/hooks/tell-nobody", name="Box").status == 204
-            for origin, keeper in (("http://evil.example", "public"), (front.origin, "bob")):
-                given = {"Origin": origin, "Content_Type": "application/json"}
-                assert bob.ask("POST", "/w/acme/hooks/tell-nobody", '{"name": "Box"}', **given).status == 204
-                assert keepers(bob)[-1] == keeper
-
-
-# -- who is a member
-
-def test_a_region_shows_members_and_shows_them_again_when_they_change(stock):
-    bob = stock.person("bob")
-    a_thing(bob, "Kept", "erin")
-    with contextlib.closing(Ear(stock.person("carol", datastar=True), "/w/acme/things/live")) as ear:
-        assert "Kept</a> erin viewer" in ear.event()
-        assert bob.patch("/w/acme/members/erin", role="member").status == 204
-        ear.until_it_says("Kept</a> erin member")
-        assert "Kept</a> erin member" in bob.get("/w/acme/things").text
-        bob.patch("/w/acme/members/erin", role="viewer")
-        ear.until_it_says("Kept</a> erin viewer")
-
-
-def test_a_change_of_members_by_another_process_is_shown_too(start):
-    server = start((orion.todos, stockroom()))
-    bob = Person(server, "bob", datastar=True)
-    bob.post("/w/acme/things", name="Kept", keeper="erin")
-    with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
-        ear.event()
-        with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
-            db.execute("UPDATE memberships SET role = 'admin' WHERE account = 'erin'")
-        ear.until_it_says("Kept</a> erin admin")
-
-
-def test_a_node_tells_members_while_its_directory_can_not_be_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr(orion, "FRESH_SECONDS", WHOLE)
-    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
-        node, bob = Person(apart.nodes[0]), apart.sign_in("bob")
-        assert "<option>carol</option>" in bob.get("/w/acme/things").text
-        said = verdict_of(apart, bob.cookie, "acme")
-        apart.directory.close()
-        assert "<option>carol</option>" in node.ask("GET", "/w/acme/things", **said).text
-
-
-def test_a_region_on_a_node_shows_members_again_when_they_change(tmp_path):
-    with contextlib.closing(Apart(tmp_path / "apart", slices=(orion.todos, stockroom()))) as apart:
-        bob = apart.sign_in("bob")
-        a_thing(bob, "Kept", "erin")
-        with contextlib.closing(Ear(bob, "/w/acme/things/live")) as ear:
-            assert "Kept</a> erin viewer" in ear.event()
-            assert bob.patch("/w/acme/members/erin", role="member").status < 400
-            ear.until_it_says("Kept</a> erin member")
-
-
-def test_members_are_told_without_the_directorys_turn(start):
-    server = start((orion.todos, stockroom()))
-    acme = server.env.workspaces.get(server.env.workspaces.id_from_name("acme"))
-    headers = orion.verdict_headers("bob", "owner", "acme", acme.id)
-    with server.directory().turn:
-        assert b"<option>carol</option>" in acme.fetch(orion.Request("GET", "/things", headers=headers)).body
-
-
-def test_of_very_many_members_the_first_are_told(start, monkeypatch):
-    monkeypatch.setattr(orion, "MOST_MEMBERS", 2)
-    text = Person(start((orion.todos, stockroom())), "bob").get("/w/acme/things").text
-    assert re.findall("<option>(.*?)</option>", text) == ["bob", "carol"]
-
-
-def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
-    lists = orion.Lists()
-    lists.MOST = 3
-    same = lists.put("a", [("bob", "owner"), ("carol", "member")])
-    assert lists.put("a", [["bob", "owner"], ["carol", "member"]]) is same and lists.size == 2
-    lists.put("b", [("bob", "owner"), ("erin", "viewer")])
-    assert [*lists.lists] == ["b"] and lists.size == 2
-
-
-# ==== 55. Roots =======================================================================================================
-
-def test_the_demo_is_as_the_readme_tells(server):
-    wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
-    for name, roles in wanted.items():
-        person = Person(server, name)
-        assert {ws: answer.headers["x-role"] for ws in ("home", "acme", "globex") if (answer := person.get(f"/_gate/{ws}")).status == 200} == roles
-    assert [len(titles(Person(server, owner), ws)) for owner, ws in (("alice", "home"), ("bob", "acme"), ("dave", "globex"))] == [3, 3, 3]
-
-
-def test_a_restart_keeps_sessions_and_todos(start):
-    server = start()
-    bob = Person(server, "bob")
-    bob.post("/w/acme/todos", form={"title": "Kept"})
-    server.close()
-    bob.server = start()
-    assert titles(bob)[0] == "Kept"
-
-
-@pytest.fixture
-def single(start, tmp_path):
-    return start((orion.todos, letters), single=tmp_path / "data" / "team.db")
-
-
-def test_on_a_single_root_one_sees_who_else_is_here(single):
-    with contextlib.closing(Ear(Person(single, "bob"), "/w/acme/todos/live")) as ear:
-        while 'id="here"' not in ear.event(heartbeats=True):
-            pass
-
-
-def test_without_a_quota_a_single_root_has_none_either(start, tmp_path):
-    bob = Person(start(single=tmp_path / "team.db", quota=0), "bob", datastar=True)
-    assert [bob.post("/w/acme/todos", title="x" * 400).status for _ in range(30)] == [200] * 30
-
-
-@cases("root", [{}, {"single": pathlib.Path("alone.db")}])
-def test_without_a_slice_there_are_members(start, tmp_path, root):
-    bob = Person(start((), **{name: tmp_path / file for name, file in root.items()}), "bob")
-    assert bob.get("/w/acme").headers["location"] == "/w/acme/members"
-    assert "carol" in bob.get("/w/acme/members").text and bob.get("/w/acme/todos").status == 404
-
-
-def test_a_single_root_keeps_everything_in_one_file(single):
-    bob = Person(single, "bob")
-    ear = Ear(bob, "/w/acme/todos/live")
-    assert bob.post("/w/acme/todos", title="in the same file").status == 200
-    ear.until_it_says("in the same file")
-    assert "4 open" in bob.get("/").text and "carol" in bob.get("/w/acme/members").text and bob.get("/console").status == 200
-    assert sorted(path.name for path in single.env.settings.data.iterdir() if not path.name.endswith(("-wal", "-shm"))) == ["team.db", "team.db.key"]
-    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
-        assert {"accounts", "sessions", "memberships", "todos", "sent", "jobs"} <= {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
-
-
-def test_a_single_root_lets_nobody_else_in(single):
-    bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
-    assert bob.get("/w/acme/todos").status == 200
-    for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_counts"):
-        told = {"x_account": "bob", "x_role": "owner", "x_id": single.env.directory.id}
-        assert nobody.get(path, **told).status == 401 and alice.get(path, **told).status == 403
-    assert bob.get("/w/acme/_counts").status == 404
-    assert erin.post("/w/acme/todos", title="no").status == 403 == erin.delete("/w/acme/todos/1").status
-    assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
-
-
-def test_a_session_from_outside_signs_nobody_in_to_a_single_root(single):
-    """Not even who has a copy of the table."""
-    bob = Person(single, "bob")
-    digest = single.policy.one("SELECT digest FROM sessions")[0].hex()
-    assert bob.get("/w/acme/todos").status == 200
-    for stolen in (digest, "bob"):
-        assert [Person(single).get("/w/acme/todos", X_Session=stolen).status for _ in range(3)] == [401] * 3
-        assert Person(single).ask("POST", "/w/acme/todos", "{}", X_Session=stolen, Content_Type="application/json").status == 401
-    assert Person(single).get("/w/acme/todos").status == 401
-
-
-def test_an_end_of_access_ends_streams_of_a_single_root(single):
-    bob, carol = Person(single, "bob"), Person(single, "carol", datastar=True)
-    ear = Ear(carol, "/w/acme/todos/live")
-    ear.event()
-    assert bob.delete("/w/acme/members/carol").status in (200, 204)
-    assert "no longer" in ear.until_it_says("no longer")
-    assert "no longer" in carol.get("/w/acme/todos/live").text
-
-
-def test_a_single_roots_slices_are_for_its_members_alone(start, tmp_path):
-    route = orion.Route("GET", "/notes", orion.ACCOUNT, lambda ctx: orion.as_json("a note"))
-    server = start((orion.todos, orion.Slice("notes", (), routes=(route,))), single=tmp_path / "one.db")
-    for path in ("/notes", "/w/acme/notes"):
-        assert "a note" not in Person(server, "dave").get(path).text
-    assert "a note" in Person(server, "bob").get("/w/acme/notes").text
-
-
-def test_a_single_root_has_one_workspace_and_says_what_to_do_for_more(single):
-    bob = Person(single, "bob", datastar=True)
-    assert "one workspace" in bob.post("/workspaces", name="second").text
-
-
-def test_jobs_run_in_a_single_root(single):
-    Person(single, "bob").post("/w/acme/letters", text="to all")
-    with contextlib.closing(sqlite3.connect(single.env.settings.single)) as db:
-        assert eventually(lambda: db.execute("SELECT text FROM sent").fetchall() == [("to all",)])
-
-
-def test_one_tenant_becomes_many_by_importing_its_single_root(single, start, tmp_path, capsys):
-    bob = Person(single, "bob")
-    bob.post("/w/acme/todos", title="came along")
-    single.write("UPDATE accounts SET password = ? WHERE name = 'bob'", orion.hash_password("long enough"))
-    many = tmp_path / "many"
-    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(many)]) == 0
-    assert orion.main(argv=["check", "--data", str(many)]) == 0
-    server = start((orion.todos, letters), folder="many", demo=False)
-    bob = Person(server)
-    bob.headers["Cookie"] = bob.post("/login", form={"username": "bob", "password": "long enough"}).headers["set-cookie"].split(";")[0]
-    assert "came along" in bob.get("/w/acme/todos").text and "carol" in bob.get("/w/acme/members").text
-    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).read_bytes()
-    assert b"sessions" not in file and b"password" not in file
-
-
-def test_an_imported_file_has_no_free_page_in_which_a_password_could_be_left(single, tmp_path):
-    assert orion.main([orion.todos, letters], ["workspace", "import", str(single.env.settings.single), "--data", str(tmp_path / "many")]) == 0
-    file, = (tmp_path / "many" / "workspaces").glob("*.db")
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
-
-
-def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsys):
-    Person(single, "bob").post("/w/acme/todos", title="kept")
-    root, copy = str(single.env.settings.single), str(tmp_path / "again" / "team.db")
-    assert orion.main(argv=["backup", str(tmp_path / "bk"), "--single", root]) == 0
-    assert orion.main(argv=["restore", str(tmp_path / "bk"), "--single", copy]) == 0
-    assert orion.main(argv=["check", "--single", copy]) == 0 and capsys.readouterr().out.endswith(f"{copy}, all is well\n")
-    with contextlib.closing(sqlite3.connect(copy)) as db:
-        assert ("kept",) in db.execute("SELECT title FROM todos").fetchall()
-    with open(copy, "r+b") as file:
-        file.seek(5000), file.write(b"x" * 3000)
-    assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
-
-
-# ==== 30. Accounts, 42. Exports, 43. Member verbs =====================================================================
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """run("account", "list", data=folder): (exit status, standard output, standard error) of the command line."""
-    def run(*words, data, stdin=""):
-        file = tempfile.TemporaryFile("w+")
-        file.write(stdin)
-        file.seek(0)
-        monkeypatch.setattr(sys, "stdin", file)
-        capsys.readouterr()
-        status = orion.main(argv=[*map(str, words), "--data", str(data)])
-        return (status, *capsys.readouterr())
-    return run
-
-
-@pytest.fixture
-def served(server, run):
-    """The same on the folder of a server that runs."""
-    server.run = lambda *words, stdin="": run(*words, data=server.env.settings.data, stdin=stdin)
-    return server
-
-
-@pytest.fixture(scope="module")
-def settled(tmp_path_factory):
-    """A folder in which ann owns acme, and ops is nobody's member."""
-    folder = tmp_path_factory.mktemp("settled")
-    given = argparse.Namespace(verb="account add", account="ann")
-    with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), given) as (store, env):
-        for name in ("ann", "ops"):
-            store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
-        orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
-    return folder
-
-
-@cases("verb", ["add", "role"])
-def test_no_role_is_not_taken_for_a_removal(served, verb):
-    account = "dave" if verb == "add" else "carol"
-    assert served.run("member", verb, "acme", account, "")[0] == 2
-    assert "carol\tmember" in served.run("member", "list", "acme")[1]
-
-
-def test_the_members_page_follows_the_command_line_while_it_is_open(served):
-    carol = Person(served, "carol")
-    ear = Ear(carol, "/w/acme/members/live")
-    assert "member-dave" not in ear.event()
-    assert served.run("member", "add", "acme", "dave", "viewer")[0] == 0
-    ear.until_it_says("member-dave")
-    assert "member-dave" in carol.get("/w/acme/members").text
-
-
-@cases("word, demo", [("0", False), ("no", False), ("off", False), ("false", False), ("", False), ("1", True), ("yes", True)])
-def test_a_variable_can_say_no_to_the_demo(monkeypatch, word, demo):
-    monkeypatch.setenv("ORION_DEMO", word)
-    assert orion.read_command_line(["--host", "0.0.0.0"])[0].demo is demo
-
-
-@cases("words", ["--port 99999", "--port -1", "--log xml", "--plane both", "--quota much"])
-def test_a_value_that_means_nothing_here_is_refused_in_one_line(capsys, words):
-    with pytest.raises(SystemExit) as end:
-        orion.read_command_line(words.split())
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_accounts_are_added_listed_and_removed(run, tmp_path):
-    assert run("account", "add", "ann", data=tmp_path, stdin="long enough\n")[0] == 0
-    assert run("account", "add", "ops", "--operator", data=tmp_path, stdin="long enough\n")[0] == 0
-    assert run("account", "list", data=tmp_path)[1] == "ann\t\t0 workspaces\nops\toperator\t0 workspaces\n"
-    assert run("account", "remove", "ann", data=tmp_path)[0] == 0 and "ann" not in run("account", "list", data=tmp_path)[1]
-
-
-def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path):
-    run("account", "add", "ann", data=tmp_path, stdin="long enough\n")
-    assert run("workspace", "add", "acme", data=tmp_path)[0] == 0 and run("member", "list", "acme", data=tmp_path)[1] == ""
-    assert run("member", "add", "acme", "ann", "owner", data=tmp_path)[0] == 0
-    assert run("member", "list", "acme", data=tmp_path)[1] == "ann\towner\n"
-
-
-@cases("words, stdin, why", [("account add ann", "long enough\n", "ann already"), ("account add Ann", "long enough\n", "ann already"), ("account add änn", "long enough\n", "a to z"), ("account add bea", "short\n", "8 to 256"),
-                             ("account passwd bea", "long enough\n", "no account bea"), ("account remove bea", "", "no account bea"), ("account remove ann", "", "last owner of acme"),
-                             ("workspace add acme --owner ann", "", "taken"), ("workspace add ! --owner ann", "", "a to z"), ("workspace add Acme --owner ann", "", "taken"), ("workspace add b --owner bea", "", "no account bea"),
-                             ("workspace rename b c", "", "no workspace b"), ("workspace remove b", "", "no workspace b"),
-                             ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
-                             ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
-def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, settled, words, stdin, why):
-    def state():
-        with contextlib.closing(sqlite3.connect(settled / "directory.db")) as db:
-            return [*db.iterdump()], sorted((path.name, path.read_bytes()) for path in settled.rglob("workspaces/*.db"))
-    before = state()
-    status, out, err = run(*words.split(), data=settled, stdin=stdin)
-    assert (status, out) == (2, "") and why in err and err.count("\n") == 1 and err.startswith("orion: ")
-    assert before == state()
-
-
-def test_a_new_password_by_the_command_line_signs_out_everywhere(outside, run):
-    ann = outside.sign_in("ann")
-    ear = Ear(ann, "/w/acme/todos/live")
-    ear.event()
-    assert run("account", "passwd", "ann", data=outside.env.settings.data, stdin="quite another\n")[0] == 0
-    assert "You are signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401
-
-
-def test_members_changed_by_the_command_line_are_changed_in_open_pages(served):
-    ear = Ear(Person(served, "carol"), "/w/acme/todos/live")
-    assert "Delete Order" not in ear.event()
-    assert served.run("member", "role", "acme", "carol", "admin")[0] == 0
-    ear.until_it_says("Delete Order")
-    assert served.run("member", "remove", "acme", "carol")[0] == 0
-    assert "no longer have access" in ear.until_it_says("ended")
-    assert served.run("member", "list", "acme")[1] == "bob\towner\nerin\tviewer\n"
-
-
-def test_a_renamed_workspace_keeps_its_rows_members_and_file(served):
-    bob, id = Person(served, "bob"), served.env.workspaces.id_from_name("acme")
-    assert served.run("workspace", "rename", "acme", "apex")[0] == 0
-    assert bob.get("/w/acme/todos").status == 403 and len(titles(bob, "apex")) == 3
-    assert f"apex\t{id}" in served.run("workspace", "list")[1]
-
-
-def test_a_title_goes_with_its_workspace_wherever_the_command_line_brings_it(served, run, tmp_path):
-    listed = lambda data=served.env.settings.data: [(line.split("\t")[0], line.split("\t")[5]) for line in run("workspace", "list", data=data)[1].splitlines()]
-    assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[0] == 0 and ("mars-corp", "Mars Corp") in listed()
-    assert "<h1>Mars Corp</h1>" in Person(served, "bob").get("/w/mars-corp/todos").text
-    assert served.run("member", "add", "Mars Corp", " Carol", "viewer")[0] == 0 and "carol\tviewer" in served.run("member", "list", "mars corp")[1]
-    assert served.run("workspace", "rename", "MARS CORP", "Mars GmbH")[0] == 0 and ("mars-gmbh", "Mars GmbH") in listed()
-    assert served.run("workspace", "rename", "mars-gmbh", "MARS GmbH")[0] == 0 and ("mars-gmbh", "MARS GmbH") in listed()
-    assert served.run("workspace", "export", "mars gmbh", tmp_path / "x.db")[0] == 0
-    assert run("workspace", "import", tmp_path / "x.db", data=tmp_path / "d")[0] == 0 and listed(tmp_path / "d") == [("mars-gmbh", "MARS GmbH")]
-    assert run("workspace", "import", tmp_path / "x.db", "--name", "Venus!", data=tmp_path / "d")[0] == 0 and ("venus", "Venus!") in listed(tmp_path / "d")
-    assert served.run("backup", tmp_path / "b")[0] == served.run("workspace", "restore", "mars-gmbh", "--at", tmp_path / "b")[0] == 0
-    assert ("mars-gmbh-b", "MARS GmbH-b") in listed()
-    assert served.run("workspace", "rename", "mars-gmbh", "mars-gmbh")[0] == 0 and ("mars-gmbh", "mars-gmbh") in listed()
-
-
-def test_a_removed_workspace_is_gone_at_once_and_its_name_brings_none_of_it_back(served):
-    bob, carol = Person(served, "bob", datastar=True), Person(served, "carol")
-    ear, id = Ear(bob, "/w/acme/todos/live"), served.env.workspaces.id_from_name("acme")
-    ear.event()
-    status, out, _ = served.run("workspace", "remove", "acme")
-    assert status == 0 and "30 days" in out and bob.get("/w/acme/todos").status == 403
-    assert "no longer have access" in ear.until_it_says("ended")
-    assert not served.env.workspaces.path(id).exists() and len([*(served.env.settings.data / "removed").glob("acme-*.db")]) == 1
-    bob.post("/workspaces", name="acme")
-    assert titles(bob) == [] and carol.get("/w/acme/todos").status == 403
-    assert id not in served.run("workspace", "list")[1]
-
-
-def test_the_streams_of_a_workspace_end_before_its_file_goes(served, monkeypatch):
-    ears = [Ear(Person(served, "bob"), f"/w/acme/{page}/live") for page in ("todos", "members")]
-    real, lines = orion.take_away, []
-    monkeypatch.setattr(orion, "log", lines.append)
-
-    def take_away(*args):
-        for ear in ears:
-            ear.socket.settimeout(0.01)
-            assert "no longer have access" in ear.until_it_says("ended")
-        return real(*args)
-    monkeypatch.setattr(orion, "take_away", take_away)
-    monkeypatch.setattr(orion, "NOTICE_SECONDS", 1.0)
-    assert served.run("workspace", "remove", "acme")[0] == 0
-    assert Person(served, "bob").get("/console").status == 200 and "missing" not in "".join(lines)
-
-
-@cases("when", ["before the copy", "before the end of the file", "after it"])
-def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(served, monkeypatch, when):
-    """All of the members are in the copy, whenever it was."""
-    bob = Person(served, "bob")
-    with monkeypatch.context() as killed:
-        place = {"before the copy": "take_away", "before the end of the file": "put_in_place", "after it": "forget_workspace"}[when]
-        real = getattr(orion, place)
-
-        def cut(*args):
-            if when == "before the end of the file":
-                real(*args)
-            raise KeyboardInterrupt
-        killed.setattr(orion, place, cut)
-        assert served.run("workspace", "remove", "acme")[0] == 130
-    assert bob.get("/w/acme/todos").status == 403 and "/w/acme/" not in bob.get("/").text
-    assert "being removed" in served.run("workspace", "list")[1]
-    assert served.run("workspace", "remove", "acme")[0] == 0
-    assert "acme" not in served.run("workspace", "list")[1] and not served.env.workspaces.path(served.env.workspaces.id_from_name("acme")).exists()
-    for copy in (served.env.settings.data / "removed").glob("*.db"):
-        assert served.run("workspace", "import", copy, "--name", f"again-{copy.stem[-3:]}")[0] == 0
-        assert served.run("member", "list", f"again-{copy.stem[-3:]}")[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
-
-
-def test_the_members_page_of_a_removed_workspace_does_not_show_for_a_new_one_of_its_name(served):
-    bob = Person(served, "bob")
-    ear = Ear(bob, "/w/acme/members/live")
-    ear.event()
-    for words in (("workspace", "remove", "acme", "--now"), ("workspace", "add", "acme", "--owner", "dave")):
-        bob.get("/w/acme/members")
-        assert served.run(*words)[0] == 0
-    assert "no longer have access" in ear.event() and ear.event() is None
-    assert bob.get("/w/acme/members").status == 403
-    text = Person(served, "dave").get("/w/acme/members").text
-    assert "member-dave" in text and "member-carol" not in text
-
-
-def test_a_workspace_that_has_left_is_not_called_missing(served, tmp_path, monkeypatch):
-    bob, lines = Person(served, "bob"), []
-    monkeypatch.setattr(orion, "log", lines.append)
-    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
-    assert "/w/acme/" in bob.get("/").text and bob.get("/console").status == 200
-    said = served.run("workspace", "list")[1], served.run("check")[1], *lines
-    assert "missing" not in "".join(said) and "gone" in said[0]
-
-
-def test_a_quota_is_kept_and_can_be_raised(served):
-    bob = Person(served, "bob", datastar=True)
-    assert served.run("workspace", "quota", "acme", "24K")[0] == 0
-    while bob.post("/w/acme/todos", title="x" * 500).status == 200:
-        pass
-    assert bob.post("/w/acme/todos", title="x" * 500).status == 507
-    assert said_in(bob.delete("/w/acme/todos/1")) == "Deleted, for good: there is little room here.", "deleting helps"
-    served.run("workspace", "quota", "acme", "1M")
-    assert bob.post("/w/acme/todos", title="x" * 500).status == 200
-    served.env.workspaces.sleep_unused(idle=-1)
-    served.run("workspace", "quota", "acme", "24K")
-    assert bob.post("/w/acme/todos", title="x" * 500).status == 507, "also after it slept"
-
-
-def full_of_short_titles(bob):
-    """acme, to its quota. Return what the next command is told."""
-    bob.post("/w/acme/todos", title="the quota of the verdict is heeded now")
-    one = the_workspace(bob.server)
-    with one.turn, contextlib.suppress(sqlite3.OperationalError):
-        while True:
-            one.store.exec("INSERT INTO todos (title) VALUES ('x')")
-    while (answer := bob.post("/w/acme/todos", title="x")).status == 200:
-        pass
-    return answer
-
-
-@cases("settings", [{"quota": 96 * 1024}, {"quota": 160 * 1024, "single": "all.db"}], ids=["two planes", "a single root"])
-def test_where_the_quota_is_full_everything_can_be_deleted_and_people_sign_out_and_in(start, tmp_path, settings):
-    server = start(**{**settings, **({"single": tmp_path / settings["single"]} if "single" in settings else {})})
-    bob = Person(server, "bob", datastar=True)
-    answer = full_of_short_titles(bob)
-    assert (answer.status, "Delete something, or ask for a larger quota" in answer.text) == (507, True)
-    assert [Person(server, "carol").post("/logout", form={}).status for _ in range(20)] == [303] * 20
-    assert [bob.delete(f"/w/acme/todos/{id}").status for id in range(100, 160)] == [200] * 60
-    assert full_of_short_titles(Person(server, "bob", datastar=True)).status == 507, "what is not deleted has no reserve"
-
-
-def test_where_even_deleting_has_no_room_left_nobody_is_told_to_delete_something(start, monkeypatch):
-    monkeypatch.setattr(orion, "RESERVE", -16)
-    bob = Person(start(quota=64 * 1024), "bob", datastar=True)
-    full_of_short_titles(bob)
-    refused = [answer.text for answer in map(bob.delete, [f"/w/acme/todos/{n}" for n in range(1, 99)]) if answer.status == 507]
-    assert "There is no room left here. Ask for a larger quota." in refused[0]
-
-
-def test_where_the_disk_is_full_it_is_the_disk_that_is_to_be_made_larger(start, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
-    answer = full_of_short_titles(Person(start(quota=64 * 1024), "bob", datastar=True))
-    assert answer.status == 507 and "The disk of this server is full. Ask whoever runs it" in answer.text
-
-
-@cases("keep, left", [(3600.0, 0), (0.0, 250)])
-def test_what_is_too_old_in_a_journal_goes_as_new_rows_come(start, keep, left):
-    server = start(keep_journal=keep)
-    bob = Person(server, "bob", datastar=True)
-    note = "INSERT INTO journal (at, who, what, which) VALUES (?, '', 'old', '')"
-    with contextlib.closing(server.store("acme")) as db, db:
-        db.executemany(note, [(0.0,)] * 200 + [(time.time() + 80 * 365 * 86400,)] * 50)
-    for n in range(40):
-        bob.post("/w/acme/todos", title=f"n{n}")
-    with contextlib.closing(server.store("acme")) as db:
-        assert db.execute("SELECT sum(what = 'old'), sum(what <> 'old') FROM journal").fetchone() == (left, 43)
-
-
-def test_copies_of_removed_workspaces_go_after_30_days_a_few_at_a_time(served):
-    served.run("workspace", "remove", "acme")
-    folder = served.env.settings.data / "removed"
-    copy, = folder.iterdir()
-    for n in range(12):
-        old = shutil.copy(copy, folder / f"old-{n}.db")
-        os.utime(old, (time.time() - 31 * 86400,) * 2)
-    sizes = []
-    for _ in range(3):
-        sizes.append(len([*folder.iterdir()]))
-        served.edge.forget_some()
-    assert sizes == [13, 3, 1] and copy.exists() and served.edge.forget_some in [chore for chore, _ in served.edge.chores()]
-
-
-def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, run, tmp_path):
-    Person(served, "bob").post("/w/acme/todos", title="Moved")
-    assert "3 members" in served.run("workspace", "export", "acme", tmp_path / "acme.db")[1]
-    there = tmp_path / "there"
-    status, out, _ = run("workspace", "import", tmp_path / "acme.db", data=there)
-    assert status == 0 and "carol is new here" in out
-    assert run("member", "list", "acme", data=there)[1] == "bob\towner\ncarol\tmember\nerin\tviewer\n"
-    path = there / "workspaces" / f"{served.env.workspaces.id_from_name('acme')}.db"
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert ("Moved",) in db.execute("SELECT title FROM todos").fetchall()
-    assert "taken" in run("workspace", "import", tmp_path / "acme.db", data=there)[2]
-    assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
-    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
-        file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
-    assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
-    assert "acme3" not in run("workspace", "list", data=there)[1]
-
-
-@cases("row, why", [(("todos", 99, "x", ""), "slice 'todos', entry 99 ran here and is unknown; a newer version wrote it"),
-                    (("orion", 1, "edited", ""), "slice 'orion', entry 1 ran here and was edited since"),
-                    (("chores", 1, "x", "chores"), "rows of slice 'chores', which is not here")], ids=["newer", "another orion", "other slices"])
-@cases("how", ["an export", "a file of workspaces"])
-def test_a_file_that_these_slices_can_not_go_on_with_is_refused_when_it_is_imported(served, run, tmp_path, how, row, why):
-    served.run("workspace", "export", "acme", tmp_path / "acme.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
-        file.execute("INSERT OR REPLACE INTO _migrations VALUES (?, ?, ?, ?)", row)
-        file.execute("DROP TABLE _export") if how != "an export" else None
-    before = (tmp_path / "acme.db").read_bytes()
-    status, _, err = served.run("workspace", "import", tmp_path / "acme.db", "--name", "taken-in")
-    assert status == 2 and f"{tmp_path / 'acme.db'} does not fit: " in err and why in err
-    assert "taken-in" not in served.run("workspace", "list")[1] and before == (tmp_path / "acme.db").read_bytes()
-    assert run("workspace", "import", tmp_path / "acme.db", "--name", "first", data=tmp_path / "elsewhere")[0] == 2
-
-
-def test_an_older_file_and_one_with_a_slice_that_was_here_once_are_taken_in(served, tmp_path):
-    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
-    served.run("workspace", "export", "acme", tmp_path / "acme.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
-        file.execute("INSERT INTO _migrations VALUES ('chores', 1, 'x', 'chores')"), file.execute("CREATE TABLE chores (x)")
-        file.execute("DROP TABLE answers"), file.execute("DROP INDEX jobs_key"), file.execute("ALTER TABLE jobs DROP COLUMN key")
-        file.execute("DELETE FROM _migrations WHERE slice = 'orion' AND entry >= (SELECT entry FROM _migrations WHERE tables = 'answers')")
-    assert served.run("workspace", "import", tmp_path / "acme.db", "--name", "older")[0] == 0
-    with orion.opened_to_read(served.env.workspaces.path(served.env.workspaces.id_from_name("older"))) as file:
-        assert file.execute("SELECT count(*) FROM answers").fetchone() == (0,)
-    assert len(titles(Person(served, "bob"), "older")) == 3
-
-
-@cases("words", ["account list", "workspace list", "member list acme", "node list", "workspace list --single"])
-def test_who_merely_lists_with_a_newer_version_records_nothing(start, monkeypatch, capsys, tmp_path, words):
-    single = tmp_path / "all.db" if "--single" in words else None
-    server = start(single=single) if single else start()
-    server.close()
-    recorded = lambda: [*sqlite3.connect(server.env.settings.directory_file).iterdump()]
-    before = recorded()
-    newer = (*orion.DIRECTORY_TABLES, "ALTER TABLE accounts ADD COLUMN newer", "UPDATE accounts SET newer = 1")
-    monkeypatch.setattr(orion, "DIRECTORY_TABLES", newer)
-    where = ["--single", str(single)] if single else ["--data", str(tmp_path / "data")]
-    assert orion.main([orion.todos, small()], [*words.replace(" --single", "").split(), *where]) == 0
-    assert words == "node list" or {"bob", "acme"} & {*capsys.readouterr().out.split()}
-    assert recorded() == before
-
-
-@cases("words", ["keys rotate", "backup {new}", "workspace export acme {new}", "workspace export acme {new} --move", "workspace import {exported} --name other"])
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_command_ends(served, tmp_path, monkeypatch, words):
-    served.run("workspace", "export", "acme", tmp_path / "exported.db")
-    synced, named, unsafe = set(), {}, []
-    whose = lambda path: (os.stat(path).st_dev, os.stat(path).st_ino)
-    real_sync, real_replace = os.fsync, os.replace
-
-    def fsync(handle):
-        real_sync(handle)
-        found = os.fstat(handle)
-        synced.add((found.st_dev, found.st_ino))
-        [named.pop(path) for path, folder in [*named.items()] if folder in synced]
-
-    def replace(part, target):
-        os.path.isdir(part) or whose(part) in synced or unsafe.append(target)
-        folder = whose(os.path.dirname(target))
-        synced.discard(folder)
-        named[str(target)] = folder
-        return real_replace(part, target)
-    monkeypatch.setattr(os, "fsync", fsync), monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(pathlib.Path, "rename", lambda part, target: replace(part, target) or pathlib.Path(target))
-    assert served.run(*words.format(new=tmp_path / "new", exported=tmp_path / "exported.db").split())[0] == 0
-    assert synced and not unsafe and not {path for path in named if os.path.exists(path)}
-
-
-@cases("number, status", [(errno.EINVAL, 0), (errno.EIO, 2)])
-def test_a_folder_that_its_file_system_can_not_sync_is_no_fault_and_a_disk_that_fails_is(served, tmp_path, monkeypatch, number, status):
-    real_sync = os.fsync
-
-    def fsync(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(number, os.strerror(number))
-        real_sync(handle)
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert served.run("backup", tmp_path / "new")[0] == status
-    assert (tmp_path / "new").exists() == (status == 0)
-
-
-def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
-    with orion.locked(served.env.settings.workspaces, "taken"):
-        status, _, error = served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
-    assert status == 2 and "a move is under way" in error and not (tmp_path / "acme.db").exists()
-    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
-
-
-@cases("about", ["{", "[]", "{}", '{"name": "x"}', '{"name": "x", "members": [["bob"]]}', '{"name": "x", "members": [["bob", ["owner"]]]}', '{"name": "x", "members": [[["a"], "owner"]]}',
-                 '{"name": 5, "members": [[7, "owner"]]}', r'{"name": "x", "members": [["x\ny", "owner"]]}', '{"name": "x", "members": [["(command line)", "owner"]]}'])
-def test_an_export_that_somebody_made_by_hand_is_refused_in_one_line(served, run, tmp_path, about):
-    served.run("workspace", "export", "acme", tmp_path / "acme.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
-        file.execute("UPDATE _export SET about = ?", (about,))
-    there = tmp_path / "there"
-    run("account", "add", "ann", data=there)
-    status, _, error = run("workspace", "import", tmp_path / "acme.db", data=there)
-    assert status == 2 and error.startswith("orion: ") and error.count("\n") == 1
-    assert run("workspace", "list", data=there)[1] == ""
-
-
-def test_a_removed_workspace_is_brought_back_by_importing_its_copy(served):
-    Person(served, "bob").post("/w/acme/todos", title="Kept")
-    out = served.run("workspace", "remove", "acme")[1]
-    copy = re.search("workspace import (.*) brings", out)[1]
-    assert served.run("workspace", "import", copy)[0] == 0
-    assert "Kept" in titles(Person(served, "bob")) and Person(served, "carol").get("/w/acme/todos").status == 200
-
-
-def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, tmp_path):
-    file, there = tmp_path / "acme.db", tmp_path / "there"
-    with contextlib.closing(served.store("acme")) as db, db:
-        db.execute("INSERT INTO jobs (job, args, who, due) VALUES ('todos.none', '{}', 'eve', 9e9)")
-        db.execute("INSERT INTO answers (who, command, at, answer) VALUES ('bob', x'00', ?, '')", (time.time(),))
-    snapshot = served.run("backup", tmp_path / "backup")[0] or served.run("workspace", "export", "acme", file)[0] or tmp_path / "backup"
-    run("account", "add", "ann", data=there)
-    status, _, error = run("workspace", "import", file, data=there)
-    assert status == 2 and "has 1 jobs, which would run here, too; say --jobs keep" in error and run("workspace", "list", data=there)[1] == ""
-    for said, jobs in (("keep", 1), ("drop", 0)):
-        assert run("workspace", "import", file, "--name", said, "--jobs", said, data=there)[0] == 0
-        id = re.search(rf"{said}\t(\w+)", run("workspace", "list", data=there)[1])[1]
-        with contextlib.closing(sqlite3.connect(there / "workspaces" / f"{id}.db")) as db:
-            assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("jobs", "answers")] == [(jobs,), (0,)]
-    assert "say --jobs keep" in served.run("workspace", "restore", "acme", "--at", snapshot)[2]
-    with contextlib.closing(sqlite3.connect(file)) as db, db:
-        db.execute("UPDATE jobs SET key = '@todos.none'")    # it comes again, and every workspace has one
-    assert run("workspace", "import", file, "--name", "again", data=there)[0] == 0
-    assert served.run("workspace", "restore", "acme", "--at", snapshot, "--jobs", "drop")[0] == 0
-
-
-def test_a_workspaces_bare_file_is_imported_under_a_name_and_a_directory_is_not(served, tmp_path):
-    served.env.workspaces.sleep_unused(idle=-1)
-    file = shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), tmp_path / "found.db")
-    assert "give it one with --name" in served.run("workspace", "import", file)[2]
-    assert served.run("workspace", "import", file, "--name", "found")[0] == 0 and served.run("member", "add", "found", "bob", "owner")[0] == 0
-    assert len(titles(Person(served, "bob"), "found")) == 3
-    assert "is no workspace" in served.run("workspace", "import", served.env.settings.directory_file, "--name", "x")[2]
-
-
-def test_what_is_there_is_not_overwritten(served, tmp_path):
-    (tmp_path / "precious").write_text("precious"), (tmp_path / "monday.part").mkdir()
-    assert "exists" in served.run("workspace", "export", "acme", tmp_path / "precious")[2] and (tmp_path / "precious").read_text() == "precious"
-    assert served.run("backup", tmp_path / "monday")[0] == 0 and (tmp_path / "monday.part").exists()
-
-
-def test_an_export_that_fails_leaves_all_as_it_was(served, tmp_path):
-    assert served.run("workspace", "export", "acme", tmp_path / "nowhere" / "acme.db", "--move")[0] == 2
-    bob = Person(served, "bob", datastar=True)
-    assert bob.post("/w/acme/todos", title="x").status == 200 and len(titles(bob)) == 4
-
-
-def test_a_workspace_on_its_way_stays_closed_when_it_is_exported_once_more(served, tmp_path):
-    served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
-    served.run("workspace", "export", "acme", tmp_path / "again.db")
-    answer = Person(served, "bob").get("/w/acme/todos")
-    assert answer.status == 503 and "is being moved" in answer.text
-
-
-def test_a_workspace_is_moved_under_load_and_no_acknowledged_write_is_lost_or_doubled(start, run, tmp_path):
-    here, there = start(folder="here"), start(folder="there")
-    for words in (("workspace", "remove", "acme", "--now"),):
-        assert run(*words, data=there.env.settings.data)[0] == 0
-    bobs, acknowledged, lock = {server: Person(server, "bob", datastar=True) for server in (here, there)}, [], threading.Lock()
-    waited = threading.Event()
-
-    def write(writer):
-        server = here
-        for n in range(10_000):
-            if n >= 60 and waited.is_set():
-                return
-            while (answer := bobs[server].post("/w/acme/todos", title=f"w{writer} n{n}")).status != 200:
-                assert answer.status == 503, answer.text
-                waited.set()
-                server = there if there.moved else here
-            with lock:
-                acknowledged.append(f"w{writer} n{n}")
-    there.moved = False
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        writers = [pool.submit(write, writer) for writer in range(4)]
-        eventually(lambda: len(acknowledged) > 40)
-        assert run("workspace", "export", "acme", tmp_path / "acme.db", "--move", data=here.env.settings.data)[0] == 0
-        answer = bobs[here].get("/w/acme/todos")
-        assert answer.status == 503 and answer.headers["retry-after"] == "30" and bobs[here].get("/w/globex/todos").status == 200
-        assert run("workspace", "import", tmp_path / "acme.db", data=there.env.settings.data)[0] == 0
-        there.moved = True
-        for writer in writers:
-            writer.result(30)
-    with contextlib.closing(sqlite3.connect(next((tmp_path / "there" / "workspaces").glob(f"{there.env.workspaces.id_from_name('acme#1')}.db")))) as db:
-        stored = sorted(title for title, in db.execute("SELECT title FROM todos WHERE title LIKE 'w%'"))
-    assert stored == sorted(acknowledged) and len(stored) >= 240
-
-
-def test_a_backup_is_restored_elsewhere_with_everything(served, run, tmp_path):
-    bob = Person(served, "bob")
-    bob.post("/w/acme/todos", title="Kept")
-    status, out, _ = served.run("backup", tmp_path / "copy")
-    assert status == 0 and "4 databases" in out and "checked" in out
-    status, out, _ = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
-    assert status == 0 and "4 databases" in out
-    again = Server(tmp_path / "elsewhere")
-    try:
-        bob.server = again
-        bob.headers["Origin"] = again.origin
-        assert titles(bob)[0] == "Kept", "and bob is still signed in: the key came along"
-    finally:
-        again.close()
-    assert run("check", data=tmp_path / "elsewhere")[:2] == (0, "3 workspaces, all is well\n")
-
-
-def test_a_lost_directory_is_not_made_anew_where_there_are_workspaces(start, run, tmp_path):
-    server = start()
-    data = server.env.settings.data
-    server.run = functools.partial(run, data=data)
-    assert server.run("backup", tmp_path / "backup")[0] == 0
-    server.close()
-    (data / "directory.db").unlink()
-    with pytest.raises(orion.Unusable, match="directory.db is missing, and there are workspaces"):
-        start()
-    assert server.run("account", "add", "eve", stdin="long enough\n")[0] == 2 and not (data / "directory.db").exists()
-    status, _, err = server.run("restore", tmp_path / "backup")
-    assert status == 2 and "is there already" in err
-
-
-def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_not_know(served):
-    served.write("DELETE FROM memberships"), served.write("DELETE FROM workspaces")
-    alice = Person(served, "alice")
-    assert alice.post("/workspaces", form={"name": "acme"}).status == 422 and alice.get("/w/acme/todos").status == 403
-    assert "a file of such a workspace already" in served.run("workspace", "add", "acme", "--owner", "alice")[2]
-    file = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
-    assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
-    before = file.read_bytes()
-    assert "a file of such a workspace already" in served.run("workspace", "import", file, "--name", "acme")[2] and file.read_bytes() == before
-    file.unlink()
-    assert alice.post("/workspaces", form={"name": "acme"}).status == 303 and titles(alice) == []
-
-
-def test_an_apps_own_command_line_knows_its_slices_and_no_others(tmp_path, monkeypatch, capsys):
-    own = orion.Slice("chores", ("CREATE TABLE todos (x)",), (orion.Live("/todos", "todos:read", "Chores", (orion.Region("chores", lambda ctx: orion.Template("<p id=c>x</p>")()),)),))
-    monkeypatch.setattr(orion, "new_password", lambda name: orion.hash_password("long enough"))
-    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann")):
-        assert orion.main([own], [*words, "--data", str(tmp_path / "d")]) == 0, capsys.readouterr().err
-    file, = (tmp_path / "d" / "workspaces").glob("*.db")
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        assert {slice for slice, in db.execute("SELECT slice FROM _migrations")} == {"orion", "orion.removed", "chores"}
-    orion.compose(orion.Settings(data=tmp_path / "d", slices=[own])).directory.namespace.sleep_unused(idle=-1)
-
-
-@cases("words", ["account list", "workspace list", "workspace add acme", "member list acme", "node list", "check", "keys rotate", "backup"])
-def test_only_a_beginning_makes_a_deployment(run, tmp_path, words):
-    status, out, err = run(*words.split(), *([tmp_path / "b"] if words == "backup" else []), data=tmp_path / "typo")
-    assert status == 1 and "missing" in out if words == "check" else status == 2 and "there is no deployment in" in err
-    assert not (tmp_path / "typo").exists()
-
-
-def test_a_server_of_an_older_version_does_not_start_on_a_newer_directory(start):
-    server = start()
-    server.close()
-    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
-        db.execute("INSERT INTO _migrations VALUES ('directory', 99, 'x', '')")
-    with pytest.raises(orion.StorageFault, match="a newer version wrote it"):
-        start()
-
-
-@cases("slice", ["directory", "workspace/todos", "orion"])
-def test_a_backup_of_a_newer_version_is_not_restored_and_one_with_a_slice_that_was_there_once_is(served, run, tmp_path, slice):
-    served.write("INSERT INTO _migrations VALUES ('workspace/chores', 1, 'x', '')")
-    served.run("backup", tmp_path / "older")
-    assert run("restore", tmp_path / "older", data=tmp_path / "there")[0] == 0
-    served.write("INSERT INTO _migrations VALUES (?, 99, 'x', '')", slice)
-    served.run("backup", tmp_path / "newer")
-    status, _, err = run("restore", tmp_path / "newer", data=tmp_path / "elsewhere")
-    assert status == 2 and f"slice '{slice}', entry 99 ran here and is unknown; a newer version wrote it" in err
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
-    (tmp_path / "part").mkdir()
-    status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
-    assert status == 2 and "no complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
-
-
-def test_a_backup_that_lacks_rows_is_not_restored(served, run, tmp_path):
-    served.run("backup", tmp_path / "copy")
-    manifest = tmp_path / "copy" / "manifest.json"
-    held = json.loads(manifest.read_text())
-    held[served.env.workspaces.id_from_name("acme")]["rows"] += 1
-    manifest.write_text(json.dumps(held))
-    status, _, err = run("restore", tmp_path / "copy", data=tmp_path / "elsewhere")
-    assert status == 2 and "when it was copied" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
-
-
-def test_a_workspace_comes_back_as_it_was_beside_the_present_one(served, tmp_path):
-    bob = Person(served, "bob", datastar=True)
-    served.run("backup", tmp_path / "monday")
-    bob.post("/w/acme/todos", title="Tuesday's")
-    status, out, _ = served.run("workspace", "restore", "acme", "--at", tmp_path / "monday")
-    assert status == 0 and "acme-monday" in out
-    assert len(titles(bob, "acme-monday")) == 3 and len(titles(bob)) == 4
-    assert Person(served, "carol").get("/w/acme-monday/todos").status == 200
-
-
-@cases("how", ["missing", "empty", "garbage", "cut short", "a link", "another's"])
-def test_check_finds_and_names_what_is_wrong(served, how):
-    assert served.run("check")[:2] == (0, "3 workspaces, all is well\n")
-    served.env.workspaces.sleep_unused(idle=-1)
-    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
-    spoil(path, how)
-    status, out, _ = served.run("check")
-    assert status == 1 and f"{path}: " in out and "restore" in out
-
-
-def test_check_finds_a_file_that_nobody_knows_and_a_key_that_all_can_read(served):
-    data = served.env.settings.data
-    (data / "workspaces" / "stray.db").write_bytes(b"x")
-    os.chmod(data / "secret.key", 0o644)
-    shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), data / "workspaces" / "rows.db")
-    status, out, _ = served.run("check", "--repair")
-    assert status == 1 and "stray.db: no workspace" in out and "rows.db: no workspace" in out and "chmod 600" in out
-    assert {"stray.db", "rows.db"} < {path.name for path in (data / "workspaces").iterdir()}
-
-
-def test_check_tries_migrations_on_a_copy_and_names_the_workspaces_where_they_fail(start, capsys):
-    notes = orion.Slice("notes", ("CREATE TABLE notes (x)",))
-    server = start([orion.todos, notes])
-    for name, values in (("acme", (1, 1)), ("globex", (1, 2))):
-        Person(server, "bob").get(f"/w/{name}/todos")        # its tables are made when its file is opened
-        with contextlib.closing(server.store(name)) as db, db:
-            db.executemany("INSERT INTO notes VALUES (?)", [(value,) for value in values])
-    files = [server.env.workspaces.path(server.env.workspaces.id_from_name(name)) for name in ("acme", "globex")]
-    check = lambda *more: orion.main([orion.todos, notes._replace(migrations=(*notes.migrations, *more))], ["check", "--data", str(server.env.settings.data)])
-    server.env.workspaces.sleep_unused(idle=-1)
-    before = [file.read_bytes() for file in files]
-    assert (check(), check("CREATE UNIQUE INDEX one ON notes (x)")) == (0, 1)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[1].startswith(f"acme: {files[0]}: slice 'notes', entry 2: ") and "mend the rows" in said[1]
-    assert check("CREATE INDEX one ON notes (x)") == 0 and [file.read_bytes() for file in files] == before
-
-
-def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start, capsys):
-    """FTS5 looks into it for a writer alone: it is a copy that is asked."""
-    slices = [orion.todos, orion.Slice("notes", (*NOTES, *WORDS))]
-    server = start(slices)
-    Person(server, "bob").get("/w/acme/todos")       # its tables are made when its file is opened
-    data, check = server.env.settings.data, lambda: orion.main(slices, ["check", "--data", str(data)])
-    server.env.workspaces.sleep_unused(idle=-1)
-    file = server.env.workspaces.path(server.env.workspaces.id_from_name("acme"))
-    before = file.read_bytes()
-    assert check() == 0 and file.read_bytes() == before
-    with contextlib.closing(sqlite3.connect(file)) as db, db:
-        db.execute("UPDATE words_data SET block = x'ff' || block WHERE id > 10")
-    assert check() == 1 and not [*data.glob("tmp*")]
-    said = capsys.readouterr().out                   # since SQLite 3.44 in its own words: quick_check looks into such an index, too
-    assert f"acme: {file}: " in said and re.search("the index words is damaged|damaged: .*words", said)
-    with contextlib.closing(sqlite3.connect(file)) as db, db:
-        db.execute(re.search("INSERT INTO .*'rebuild'[)]", said)[0])
-    assert check() == 0
-
-
-def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
-    data = served.env.settings.data
-    left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
-            "removed/x.db.making", "tmp12345678/adopted.db", "tmp87654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
-    for name in (*left, "tmp-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
-        (data / name).parent.mkdir(parents=True, exist_ok=True)
-        (data / name).write_text("x")
-    named = [data / name if name.count("/") < 2 and not name.startswith("tmp") else (data / name).parent for name in left]
-    status, out, _ = served.run("check")
-    assert status == 1 and [path for path in named if f"{path}: left behind" not in out] == [] and "of-ours" not in out
-    status, out, _ = served.run("check", "--repair")
-    assert status == 1 and [path for path in named if path.exists()] == [] and (data / "tmp-of-ours" / "notes").exists()
-    assert "old.db.moved: an older version" in out and "gone.db-wal: its database is gone" in out and out.count("removed\n") == len(left)
-
-
-def test_check_takes_nothing_away_from_a_server_or_a_command_that_is_at_work(served):
-    data = served.env.settings.data
-    for name in ("backups/20260101-000000-000.making/x", "workspaces/new-0.db"):
-        (data / name).parent.mkdir(parents=True, exist_ok=True)
-        (data / name).write_text("x")
-    with orion.locked(data, "taken"):
-        assert served.run("check", "--repair")[:2] == (0, "3 workspaces, all is well\n") and (data / "workspaces" / "new-0.db").exists()
-    with orion.one_move(served.env.settings):
-        assert served.run("check")[0] == 0 and "a move is under way" in served.run("check", "--repair")[2]
-
-
-def test_while_the_directory_is_damaged_check_calls_no_workspace_a_stray(served):
-    served.close()
-    spoil(served.env.settings.directory_file, "garbage")
-    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
-    spoil(path, "cut short")
-    status, out, _ = served.run("check", "--repair")
-    assert status == 1 and "directory.db: " in out and f"{path}: " in out and len(out.splitlines()) == 2 and len([*path.parent.glob("*.db")]) == 3
-
-
-@cases("words, cut", [("workspace add new --owner bob", "set_title"), ("workspace import {file} --name new", "set_title"), ("workspace export acme {file2} --move", "take_away"),
-                      ("workspace export acme {file2} --move", "put_in_place"), ("workspace restore acme --at {backup} --new new", "set_title"), ("backup {backup2}", "write_private")])
-def test_a_command_that_was_killed_is_finished_by_the_same_command(served, monkeypatch, tmp_path, words, cut):
-    """As a kill would leave it: what was undone of it while it unwound is made again."""
-    places = {name: tmp_path / f"{name}.db" for name in ("file", "file2", "backup", "backup2")}
-    words = words.format(**places).split()
-    assert served.run("workspace", "export", "acme", places["file"])[0] == served.run("backup", places["backup"])[0] == 0
-    with monkeypatch.context() as killed:
-        real = getattr(orion, cut)
-
-        def kill(*args, **more):
-            if cut == "put_in_place":
-                real(*args, **more)
-            raise KeyboardInterrupt
-        killed.setattr(orion, cut, kill)
-        killed.setattr(orion, "remove_any", lambda path: None)
-        assert served.run(*words)[0] == 130
-    if "--move" in words:
-        served.write("UPDATE workspaces SET moving = 1 WHERE name = 'acme'")
-        assert "workspace export acme FILE --move finishes that" in served.run("check")[1]
-    elif "workspace" in words:
-        status, out, _ = served.run("check")
-        assert status == 1 and ("check --repair removes it" if "add" in words else "import it, or move it away") in out
-    status, _, err = served.run(*words)
-    assert status == 0, err
-    assert served.run("check", "--repair")[0] == 0
-    assert "taken" not in err and ("new\t" in served.run("workspace", "list")[1] or "new" not in words)
-
-
-def test_an_export_that_has_left_says_so_when_it_is_asked_for_again(served, tmp_path):
-    assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
-    path = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
-    path.with_name(f"{path.name}-wal").write_text("of an export that was killed right before its end")
-    assert "has left already" in served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[2]
-    assert served.run("check")[0] == 0
-    assert served.run("workspace", "list")[1].count("moving") == 1
-
-
-def test_a_workspace_that_was_not_founded_leaves_a_file_that_check_removes(served, monkeypatch):
-    with monkeypatch.context() as killed:
-        killed.setattr(orion, "set_title", mock.Mock(side_effect=KeyboardInterrupt))
-        assert served.run("workspace", "add", "new")[0] == 130
-    assert served.run("check", "--repair")[0] == 0 and len([*served.env.settings.workspaces.glob("*.db")]) == 3
-
-
-def test_a_restore_that_was_cut_short_begins_anew_and_no_other_takes_its_place(served, run, monkeypatch, tmp_path):
-    for name in ("one", "other"):
-        assert served.run("backup", tmp_path / name)[0] == 0
-    there = tmp_path / "there"
-    real, done = orion.restore_one, []
-
-    def restore_one(*args):
-        if done:
-            raise KeyboardInterrupt
-        done.append(real(*args))
-    with monkeypatch.context() as killed:
-        killed.setattr(orion, "restore_one", restore_one)
-        assert run("restore", tmp_path / "one", data=there)[0] == 130
-    assert "is there already" in run("restore", tmp_path / "other", data=there)[2]
-    assert run("restore", tmp_path / "one", data=there)[0] == 0 and run("check", data=there)[:2] == (0, "3 workspaces, all is well\n")
-    assert "is there already" in run("restore", tmp_path / "one", data=there)[2]
-
-
-def test_check_names_files_that_others_can_read_and_closes_them(served):
-    data = served.env.settings.data
-    files = [*data.glob("*.db"), *data.glob("workspaces/*.db")]
-    for path in files:
-        path.chmod(0o644)
-    assert served.run("check")[0] == 0, "nobody else comes into the folder"
-    data.chmod(0o755)
-    outside = data.parent / "outside"
-    outside.write_text("x"), outside.chmod(0o644), (data / "link.db").symlink_to(outside)
-    status, out, _ = served.run("check")
-    assert status == 1 and re.search(r"directory\.db can be read by others on this machine, as \d+ files here can", out)
-    assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
-
-
-def test_check_asks_nobody_to_close_what_can_not_be_closed(served, monkeypatch):
-    """Where the file system ignores modes; the log says so."""
-    data, real = served.env.settings.data, os.stat
-    monkeypatch.setattr(orion.os, "stat", lambda path, **more: os.stat_result((real(path, **more).st_mode | 0o777, *real(path, **more)[1:])))
-    monkeypatch.setattr(orion.os, "fchmod", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
-    assert [served.run(*words)[0] for words in (("check",), ("check", "--repair"))] == [0, 0] and not [*data.glob("mode-*")]
-
-
-def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
-    bob = Person(served, "bob")
-    served.run("keys", "rotate")
-    old, new = orion.load_keys(served.env.settings.data / "secret.key")[1], orion.load_keys(served.env.settings.data / "secret.key")[0]
-    eventually(lambda: served.directory().keys[0] == new)
-    assert old in served.directory().keys and bob.get("/w/acme/todos").status == 200
-    served.run("keys", "rotate")
-    eventually(lambda: old not in served.directory().keys)
-    assert bob.get("/w/acme/todos").status == 401
-
-
-def test_streams_end_while_the_key_can_not_be_read(server, capfd):
-    """As it is for a server whose key root has written."""
-    key, ear = server.env.settings.key_file, Ear(Person(server, "carol"), "/w/acme/todos/live")
-    ear.event()
-    key.unlink(), key.mkdir(0o700)
-    logged(capfd, "chown it to the user as whom the server runs")
-    with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
-        db.execute("DELETE FROM memberships WHERE account = 'carol'")
-    assert "no longer have access" in ear.until_it_says("ended")
-
-
-def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(server, monkeypatch):
-    ear = Ear(Person(server, "carol"), "/w/acme/todos/live")
-    ear.event()
-    monkeypatch.setattr(server.edge.broker, "UNREACHABLE_SECONDS", 0.0)
-    monkeypatch.setattr(orion.EdgeDirectory, "handle", mock.Mock(side_effect=KeyError("a fault of ours")))
-    with pytest.raises(EOFError):
-        ear.until_it_says("nothing")
-
-
-@cases("words", ["account list", "member remove acme carol", "keys rotate", "account add new", "backup b", "metrics"])
-def test_whoever_can_not_read_the_key_is_told_whose_the_deployment_is(run, settled, words):
-    key = settled / "secret.key"
-    kept = key.rename(settled / "kept")
-    key.mkdir(0o700)                                 # root could read any file
-    try:
-        status, out, err = run(*words.split(), data=settled, stdin="long enough\n")
-    finally:
-        key.rmdir(), kept.rename(key)
-    assert (status, out) == (2, "") and "do this as its owner" in err and err.count("\n") == 1
-
-
-def test_a_key_that_others_can_read_prevents_the_start(server, run):
-    data = server.env.settings.data
-    server.close()
-    os.chmod(data / "secret.key", 0o640)
-    assert "chmod 600" in run("metrics", data=data)[2]
-
-
-# ==== 56. Command line ================================================================================================
-
-class Terminal(io.StringIO):
-    """Standard input and output: whenever it is used, somebody signs in."""
-    reading = None                                   # a Directory's file, when there is one
-    used = 0
-
-    def sign_in(self):
-        if self.reading.exists():
-            self.used += 1
-            with contextlib.closing(sqlite3.connect(self.reading, timeout=0)) as db:
-                db.execute("BEGIN IMMEDIATE")
-
-    def write(self, text):
-        self.sign_in()
-        return super().write(text)
-
-    def readline(self, *_):
-        self.sign_in()
-        return "long enough\n"
-
-    def isatty(self):
-        return False
-
-
-def test_no_command_holds_the_directory_while_it_prints_or_asks(tmp_path, monkeypatch):
-    file, data = tmp_path / "acme.db", tmp_path / "data"
-    for words in ("account add ann", "account passwd ann", "account list", "workspace add acme --owner ann", "workspace list", "member list acme",
-                  f"workspace export acme {file}", "workspace remove acme", f"workspace import {file}", f"backup {tmp_path / 'backup'}",
-                  f"workspace restore acme --at {tmp_path / 'backup'}", "check", "keys rotate", "metrics", "account remove bob", "node list",
-                  f"workspace import {file} --name other"):
-        if words.endswith("other"):
-            orion.main(argv=["account", "add", "bea", "--data", str(data)])
-            with contextlib.closing(sqlite3.connect(file)) as db, db:
-                db.execute("UPDATE _export SET about = replace(about, 'ann', 'new')")
-        terminal = Terminal()
-        terminal.reading = data / "directory.db"
-        for name in ("stdin", "stdout", "stderr"):
-            monkeypatch.setattr(sys, name, terminal)
-        assert orion.main(argv=[*words.split(), "--data", str(data)]) == (2 if "bob" in words else 0), terminal.getvalue()
-        assert terminal.used or words.split()[1] in ("add", "list")
-
-
-@cases("unbuffered", ["", "1"], ids=["at the end", "before the end"])
-def test_whoever_leaves_a_pager_gets_no_error(settled, unbuffered):
-    ends = os.pipe()
-    os.close(ends[0])
-    found = subprocess.run([sys.executable, HERE / "orion.py", "account", "list", "--data", settled], stdout=ends[1], stderr=subprocess.PIPE, text=True,
-                           env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
-    os.close(ends[1])
-    assert (found.returncode, found.stderr) == (141, "")
-
-
-def made_everything(folder, run):
-    """Have every kind of file made in the data folder, and beside it."""
-    data = folder / "data"
-    for words in (("account", "add", "ann"), ("workspace", "add", "acme", "--owner", "ann"), ("workspace", "add", "here", "--owner", "ann"),
-                  ("workspace", "export", "acme", folder / "acme.db"), ("backup", folder / "backup"), ("workspace", "remove", "acme"),
-                  ("workspace", "import", folder / "acme.db"), ("workspace", "export", "here", folder / "here.db", "--move"), ("keys", "rotate")):
-        assert run(*words, data=data, stdin="long enough\n")[0] == 0
-    orion.snapshot_again(orion.Settings(data=data))
-    assert run("restore", folder / "backup", data=folder / "restored")[0] == 0
-    orion.plain_planes(folder / "plain")
-    with contextlib.closing(Server(data, demo=False)), contextlib.closing(Server(folder / "single", single=folder / "single" / "one.db")):
-        return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
-
-
-def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path):
-    before = os.umask(0o022)
-    try:
-        made = made_everything(tmp_path, run)
-        assert len(made) > 30 and [path for path, stat in made.items() if stat.st_mode & 0o077] == []
-    finally:
-        os.umask(before)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_root_makes_belongs_to_the_owner_of_its_folder(run, tmp_path):
-    os.chown(tmp_path, 65534, 65533)
-    made = made_everything(tmp_path, run)
-    assert [path for path, stat in made.items() if (stat.st_uid, stat.st_gid) != (65534, 65533)] == []
-
-
-@cases("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_it_with_streams_open_and_every_wal_in_its_file(tmp_path, number):
-    with Command("--port", 0, "--data", tmp_path / "d") as command:
-        bob = Person(command, "bob")
-        ears = [Ear(bob, "/w/acme/todos/live") for _ in range(20)]
-        bob.post("/w/acme/todos", form={"title": "x"})
-        status, seconds = command.end(number)
-        assert (status, command.err) == (0, "") and seconds < PATIENCE / 2
-        with pytest.raises(EOFError):                # without the last chunk, so the browser comes back by itself
-            while ears[0].event():
-                pass
-    assert not list(tmp_path.rglob("*-wal"))
-
-
-def test_a_terminal_that_is_closed_ends_part_one_too_and_nohup_prevents_it(tmp_path):
-    folders = [[program, "--port", 0, "--data", tmp_path / f"{n}"] for n, program in enumerate(("--plain", "--demo"))]
-    for words in folders:
-        with Command(*words) as command:
-            assert (command.end(signal.SIGHUP)[0], command.err) == (0, "")
-        with Command(*words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as command:
-            command.process.send_signal(signal.SIGHUP)
-            assert Person(command).get("/healthz").status == 200
-            assert (command.end()[0], command.err) == (0, "")
-
-
-def rewrite(path, old, new):
-    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
-
-
-BROKEN = {"no folder": lambda templates: shutil.rmtree(templates),
-          "one file less": lambda templates: (templates / "todos.html").unlink(),
-          "no client": lambda templates: (templates / "datastar.js").unlink(),
-          "no figures": lambda templates: (templates / "metrics.txt").unlink(),
-          "other code": lambda templates: rewrite(templates / "todos.html", "<li", '<li data-on:click="{{id}}"'),
-          "another hole": lambda templates: rewrite(templates / "layout.html", "{{body}}", "{{body}}{{aside}}"),
-          "another part": lambda templates: rewrite(templates / "todos.html", "<!-- region -->", "<!-- list -->")}
-
-
-@cases("plain", [False, True], ids=["full", "plain"])
-@cases("how", BROKEN)
-def test_without_templates_that_go_with_it_nothing_is_served(tmp_path, monkeypatch, capsys, how, plain):
-    shutil.copytree(orion.TEMPLATES, tmp_path / "templates")
-    BROKEN[how](tmp_path / "templates")
-    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
-    orion.template.cache_clear()
-    try:
-        assert orion.main(argv=["--port", "0", "--data", str(tmp_path / "data"), *["--plain"][:plain]]) == 2
-    finally:
-        orion.template.cache_clear()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "that came with this" in said and str(tmp_path / "templates") in said
-
-
-@cases("line", [("new", "app.py"), ("nginx", "--directory", "a:1", "--node", "b:2")])
-def test_a_command_that_needs_a_template_says_which_one_is_missing(tmp_path, monkeypatch, capsys, line):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
-    orion.template.cache_clear()
-    assert orion.main(argv=line) == 2 and "templates/ that came with this orion.py has to be beside it" in capsys.readouterr().err
-
-
-def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypatch, capsys):
-    """More descriptors, here; and an older SQLite is named."""
-    refused = mock.Mock(side_effect=ValueError("current limit exceeds maximum limit"))
-    monkeypatch.setattr(orion.resource, "setrlimit", refused)
-    monkeypatch.setattr(orion, "compose", mock.Mock(side_effect=orion.Unusable("it went on")))
-    assert orion.main(argv=["--data", str(tmp_path)]) == 2 and refused.called and "it went on" in capsys.readouterr().err
-    monkeypatch.setattr(orion.resource, "getrlimit", lambda _: (orion.resource.RLIM_INFINITY,) * 2)
-    assert orion.awake_by_default() == 1024
-    monkeypatch.setattr(orion.sqlite3, "sqlite_version_info", (3, 26, 0))
-    assert orion.main(argv=["--data", str(tmp_path)]) == 2
-    assert re.fullmatch(r"orion: this Python has SQLite .*, and 3\.30 is needed; use a newer Python\n", capsys.readouterr().err)
-
-
-def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
-    for name, value in (("SERVICE_HOST", "10.96.14.2"), ("SERVICE_PORT", "8000"), ("SERVICE_PORT_HTTP", "8000"), ("PORT", "tcp://10.96.14.2:8000"),
-                        ("PORT_8000_TCP", "tcp://10.96.14.2:8000"), ("PORT_8000_TCP_PROTO", "tcp"), ("PORT_8000_TCP_PORT", "8000"),
-                        ("PORT_8000_TCP_ADDR", "10.96.14.2")):
-        monkeypatch.setenv(f"ORION_{name}", value)
-    settings, _ = orion.read_command_line(["account", "list"])
-    said = capsys.readouterr().err
-    assert settings.port == 8000 and said.count("\n") == 1 and "ORION_PORT=tcp://10.96.14.2:8000 is ignored" in said
-    assert orion.read_command_line(["--port", "80"])[0].port == 80
-
-
-@cases("said, names", [("todo.example.org", ("todo.example.org",)), ("A.example., b_c", ("a.example", "b_c")),
-                       ("Müller.example", ("xn--mller-kva.example",)), ("straße.example", ("xn--strae-oqa.example",)),
-                       ("Mu\u0308ller.example", ("xn--mller-kva.example",))])
-def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
-    assert orion.read_command_line(["--allow-host", said])[0].allow_host == names
-
-
-@cases("said", ["https://todo.example.org", "todo.example.org:8443", "*.example.org", "todo.example.org/", "a..b", "a b"])
-def test_what_is_no_name_of_a_host_is_refused_with_what_to_write(capsys, said):
-    with pytest.raises(SystemExit) as end:
-        orion.main(argv=["--allow-host", said])
-    assert end.value.code == 2 and "say todo.example.org, without scheme, port or *" in capsys.readouterr().err
-
-
-@cases("words, demo", [((), True), (("--no-demo",), False), (("--allow-host", "todo.example.org"), False), (("--trust-proxy", "127.0.0.1"), False),
-                       (("--allow-host", "todo.example.org", "--demo"), True), (("--host", "0.0.0.0"), False), (("--plane", "directory"), False)])
-def test_there_is_a_demo_by_itself_only_where_nobody_but_this_machine_gets_in(words, demo):
-    assert orion.read_command_line(words)[0].demo is demo
-
-
-@cases("words", [("--keep", "0"), ("--keep", "-1"), ("--connections", "0"), ("--streams", "-1"), ("--awake", "x"), ("--max-workspaces", "-2"), ("--idle", "1.2.3"),
-                 ("nginx", "--directory", "a:1", "--node", "b:2", "--listen", "80; evil"), ("workspace", "quota", "acme", "99999999999999999T")])
-def test_a_number_that_makes_no_sense_is_refused_in_one_line(run, settled, words, capsys):
-    with contextlib.suppress(SystemExit):
-        assert run(*words, data=settled)[0] == 2
-    said = capsys.readouterr().err
-    assert said == "" or said.count("\n") == 1 and said.startswith("orion: ")
-
-
-@cases("words, told", [("account list --port 9", True), ("node list --plane directory", True), ("account list --prot 9", False)])
-def test_a_flag_of_the_server_behind_a_command_is_refused_with_its_place(capsys, words, told):
-    with pytest.raises(SystemExit):
-        orion.main(argv=words.split())
-    assert ("flags of the server stand before the command" in capsys.readouterr().err) is told
-
-
-def test_a_variable_that_is_empty_says_nothing(monkeypatch):
-    for name in ("ORION_SINGLE", "ORION_DATA", "ORION_DEMO", "ORION_PORT"):
-        monkeypatch.setenv(name, "")
-    settings, _ = orion.read_command_line([])
-    assert (settings.single, settings.data, settings.demo, settings.port) == (None, pathlib.Path("data"), True, 8000)
-
-
-@cases("error, said", [(ValueError("no such day"), "ValueError: no such day ({place})"),
-                       (FileNotFoundError(2, "No such file", "rates.csv"), "FileNotFoundError: [Errno 2] No such file: 'rates.csv' ({place})"),
-                       (orion.Unusable("say --rates"), "say --rates")], ids=["value", "file", "unusable"])
-def test_a_mistake_in_what_an_app_does_at_its_start_is_told_with_its_line(tmp_path, capsys, error, said):
-    def begin(settings):
-        raise error
-    place = f"{__file__}:{begin.__code__.co_firstlineno + 1}"
-    assert orion.main([orion.todos], ["--data", str(tmp_path / "d"), "--port", "0"], start=begin) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "orion: " + said.format(place=place)
-
-
-@cases("given, status", [(EOFError(), 2), (KeyboardInterrupt(), 130)])
-def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run, tmp_path, monkeypatch, given, status):
-    monkeypatch.setattr(orion, "new_password", mock.Mock(side_effect=given))
-    got, _, err = run("account", "add", "ann", data=tmp_path / "d")
-    assert got == status and err in ("", "orion: nothing was typed\n") and not (tmp_path / "d" / "directory.db").exists()
-
-
-@cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave --plane out"),
-                      (("workspace", "restore", "acme", "--at", "x" * 64), "1 to 63")])
-def test_what_makes_no_sense_is_one_line_and_no_traceback(run, settled, words, why):
-    status, _, err = run(*words, data=settled)
-    assert status == 2 and err.count("\n") == 1 and (why in err or "surrogates" in err)
-
-
-def test_a_password_that_is_no_text_is_refused(run, tmp_path):
-    assert "can be printed" in run("account", "add", "ann", data=tmp_path / "d", stdin="pass\x00word12\n")[2]
-
-
-def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
-    with Command("--port", 0, "--data", tmp_path / "d", program=PROGRAM) as command:
-        command.end()
-        assert re.search("persona", command.out)
-        assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
-
-
-@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
-def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
-    (tmp_path / "file").write_text("")
-    arguments = {"port": ["--port", server.port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"],
-                 "flag": ["--nope"], "command": ["nonsense"]}[trouble]
-    with pytest.raises(SystemExit) as end:
-        sys.exit(orion.main(argv=[*map(str, arguments)]))
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
-
-
-def test_two_servers_on_one_folder_are_one_too_many(tmp_path):
-    with Command("--port", 0, "--data", tmp_path / "d"), Command("--port", 0, "--data", tmp_path / "d", ready=False) as second:
-        assert second.wait() == 2 and second.out == "" and second.err.count("\n") == 1 and "another server" in second.err
-
-
-def test_a_setting_may_come_from_the_environment(tmp_path):
-    with Command(env={**os.environ, "ORION_PORT": "0", "ORION_DATA": str(tmp_path / "d")}) as command:
-        assert Person(command).get("/healthz").text == "ok\n" and (tmp_path / "d" / "directory.db").exists()
-
-
-def test_an_account_that_is_added_while_it_runs_may_sign_in(served):
-    assert [served.run("account", "add", "ann", stdin="correct horse\n")[0] for _ in range(2)] == [0, 2], "the second time the name is taken"
-    assert Person(served).post("/login", form={"username": "ann", "password": "correct horse"}).status == 303
-
-
-def test_a_folder_without_personas_is_no_demo(tmp_path, run, start):
-    assert run("account", "add", "ann", data=tmp_path / "data", stdin="correct horse\n")[0] == 0
-    assert Person(start()).post("/persona", form={"account": "ann"}).status == 404
-
-
-def test_kill_9_under_write_load_loses_no_acknowledged_command_and_leaves_no_half(tmp_path):
-    """Each todo has a journal row in its transaction, so as many of one as of the other; several rounds on the same folder."""
-    acknowledged = []
-    for round in range(4):
-        with Command("--port", 0, "--data", tmp_path / "d") as server:
-            bob, enough = Person(server, "bob"), threading.Event()
-
-            def write(writer):
-                for n in range(10_000):
-                    title = f"r{round} w{writer} n{n}"
-                    try:
-                        if bob.post("/w/acme/todos", form={"title": title}).status != 303:
-                            return
-                    except (OSError, http.client.HTTPException):
-                        return
-                    acknowledged.append(title)
-                    if len(acknowledged) >= 120 * (round + 1):
-                        enough.set()
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                writers = [pool.submit(write, writer) for writer in range(8)]
-                assert enough.wait(30)
-                server.process.kill()
-                concurrent.futures.wait(writers)
-    file = tmp_path / "d" / "workspaces" / f"{hashlib.sha256(b'workspace:acme').hexdigest()}.db"
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        stored = {title for title, in db.execute("SELECT title FROM todos")}
-        assert set(acknowledged) <= stored and len(acknowledged) >= 480
-        assert db.execute("SELECT count(*) FROM journal WHERE what = 'todos.create'").fetchone()[0] == len(stored)
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-@cases("kind", ["common", "json"])
-def test_each_request_is_a_line_of_the_access_log_without_what_was_typed(tmp_path, kind):
-    with Command("--port", 0, "--data", tmp_path / "d", "--log", kind) as command:
-        Person(command).get("/w/acme/todos?title=secret")
-        command.end()
-        line = next(line for line in command.out.splitlines() if "/w/acme/todos" in line)
-    if kind == "json":
-        seen = json.loads(line)
-        assert (seen["method"], seen["path"], seen["status"], seen["peer"]) == ("GET", "/w/acme/todos", 401, "127.0.0.1")
-    else:
-        assert re.fullmatch(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /w/acme/todos HTTP/1\.1" 401 \d+ \d\.\d{6}', line)
-
-
-def test_systemd_is_told_when_it_asks(tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
-        link.bind(str(tmp_path / "notify"))
-        link.settimeout(PATIENCE)
-        with Command("--port", 0, "--data", tmp_path / "d", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}) as command:
-            assert link.recv(99) == b"READY=1"
-            command.end()
-            assert link.recv(99) == b"STOPPING=1"
-
-
-def test_a_second_signal_ends_it_at_once(tmp_path):
-    """The first waits for a command that is on its way; here one that would take for ever."""
-    app = tmp_path / "app.py"
-    app.write_text("import sys, threading\nimport orion\nsys.exit(orion.main([orion.todos, orion.Slice('stuck', (), routes=("
-                   "orion.Route('POST', '/stuck', orion.MEMBER, lambda ctx: (print('stuck', flush=True), threading.Event().wait())),))]))\n")
-    with Command("--port", 0, "--data", tmp_path / "d", "--log", "off", program=app, env={**os.environ, "PYTHONPATH": str(HERE)}) as command:
-        bob = Person(command, "bob")
-
-        def attempt(person):
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                person.post("/w/acme/stuck")
-        thread = threading.Thread(target=attempt, args=(bob,), daemon=True)
-        thread.start()
-        while command.process.stdout.readline().strip() != "stuck":
-            pass
-        command.process.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            command.process.wait(0.5)
-        status, seconds = command.end()
-        assert status == 1 and seconds < PATIENCE / 2
-        thread.join(PATIENCE)
-
-
-def the_guestbook():
-    """The file that the README shows."""
-    return re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)[1]
-
-
-def test_a_new_file_is_the_guestbook_of_the_readme(tmp_path, capsys):
-    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 0 and (tmp_path / "app.py").read_text("utf-8") == the_guestbook()
-    assert orion.main(argv=["new", str(tmp_path / "app.py")]) == 2 and "exists" in capsys.readouterr().err
-
-
-def test_to_import_it_runs_nothing(tmp_path):
-    found = subprocess.run([sys.executable, "-c", "import threading, orion; print(threading.active_count())"], cwd=tmp_path, text=True,
-                           capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
-
-
-# ==== 57. Own options =================================================================================================
-# An app has settings and commands of its own, which are on the same command line.
-
-OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
-       orion.Option("--loud", "say 100% more", False), orion.Option("--mail-password", "the password of the mail server", secret=True))
-
-
-def own_main(*words, commands=(), options=OWN, slices=(orion.todos,), **more):
-    """(exit status, standard output, standard error) of an app with these options and commands."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = orion.main(slices, [*map(str, words)], options=options, commands=commands, **more)
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def say_all(app):
-    print([app.setting(option.name) for option in OWN])
-
-
-@cases("words, variables, said", [
-    ((), {}, ["", 3, 0.5, False, ""]),
-    (("--smtp", "mail:25", "--tries", "5", "--pause", "2", "--loud"), {}, ["mail:25", 5, 2.0, True, ""]),
-    ((), {"SMTP": "mail:25", "TRIES": "5", "PAUSE": "2.5", "LOUD": "yes", "MAIL_PASSWORD": "x"}, ["mail:25", 5, 2.5, True, "x"]),
-    (("--tries", "7", "--no-loud"), {"TRIES": "5", "LOUD": "1"}, ["", 7, 0.5, False, ""])], ids=["defaults", "flags", "variables", "flags win"])
-def test_an_option_of_an_app_is_a_flag_and_a_variable_and_has_the_type_of_its_default(monkeypatch, words, variables, said):
-    for name, value in variables.items():
-        monkeypatch.setenv(f"ORION_{name}", value)
-    assert own_main(*words, "say-all", commands=(say_all,)) == (0, f"{said}\n", "")
-    assert own_main("say-all", *words, commands=(say_all,)) == (0, f"{said}\n", "")
-
-
-@cases("words, why", [(("--tries", "many"), "argument --tries: invalid int value: 'many'"), (("--pause", "1s"), "argument --pause: invalid float value: '1s'"),
-                      (("--mail-password", "s3cret"), "say it in ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
-                      (("--mail-password-file", "/nowhere/s"), "--mail-password-file: /nowhere/s can't be read (No such file or directory); name a file")])
-def test_an_option_that_is_said_wrong_is_one_line_with_the_remedy(words, why):
-    status, out, err = own_main(*words, "say-all", commands=(say_all,))
-    assert status == 2 and out == "" and why in err and err.count("\n") == 1 and "s3cret" not in err
-
-
-def test_a_secret_comes_from_a_file_and_is_shown_nowhere(monkeypatch, tmp_path):
-    (tmp_path / "s").write_text("s3cret\n")
-    assert "s3cret" in own_main("--mail-password-file", tmp_path / "s", "say-all", commands=(say_all,))[1]
-    monkeypatch.setenv("ORION_MAIL_PASSWORD", "s3cret")
-    settings = []
-    assert own_main("look", commands=(lambda app: settings.append(app.settings),))[0] == 2, "a lambda has no name"
-
-    def bare():
-        """It forgot the App."""
-    assert own_main("account", "list", commands=(bare,)) == (2, "", "orion: command 'bare': its first parameter is the App: def bare(app)\n")
-
-    def look(app):
-        settings.append(app.settings)
-    assert own_main("look", commands=(look,))[0] == 0
-    assert settings[0].setting("mail_password") == "s3cret" and "s3cret" not in repr(settings[0])
-    said = own_main("--help")[1]
-    assert "s3cret" not in said and "--mail-password-file MAIL_PASSWORD_FILE" in said and "say 100% more" in said
-
-
-def test_a_pipe_that_is_full_is_not_taken_for_another_server(tmp_path):
-    with pytest.raises(BlockingIOError), orion.locked(tmp_path, "taken"):
-        raise BlockingIOError
-    with orion.locked(tmp_path, "taken"), pytest.raises(orion.Unusable, match="taken"), orion.locked(tmp_path, "taken"):
-        pass
-
-
-def test_what_is_no_option_of_the_app_is_an_error_that_names_those_there_are():
-    with pytest.raises(LookupError, match=r"no option 'smpt'; main\(options=...\) has smtp, tries, pause, loud, mail_password"):
-        orion.Settings(options=OWN).setting("smpt")
-    with pytest.raises(LookupError, match="has none"):
-        orion.Settings().setting("smtp")
-
-
-@cases("options, why", [((orion.Option("--port", "x"),), "there is one already"), ((OWN[0], OWN[0]), "there is one already"), ((orion.Option("-x", "x"),), "a flag is as --mail-server"),
-                        ((orion.Option("--x", "x", None),), "with a text, a number, True or False"), (("--smtp",), "it is to be Option("), (OWN[0], "has a comma"),
-                        ((orion.Option("--x", "x", "known", secret=True),), "a secret has no default")])
-def test_an_option_that_can_not_be_is_refused_at_once(options, why):
-    status, _, err = own_main("account", "list", options=options)
-    assert status == 2 and why in err and "Traceback" not in err
-
-
-@cases("name, why", [("check", "a command of that name"), ("<lambda>", "no function with a name"), (None, "(one,) has a comma"), ("fine", "--loud/--no-loud is a flag already")])
-def test_a_command_that_can_not_be_is_refused_at_once(name, why):
-    def run(app, loud=False):
-        pass
-    run.__name__ = name or "fine"
-    status, _, err = own_main("account", "list", commands=(run,) if name else run)
-    assert status == 2 and why in err and "Traceback" not in err
-
-
-def add_sent(app, workspace, text, count: int, times=1, shout=False):
-    """Write to a workspace."""
-    with app.open(workspace, write=True) as ctx:
-        for _ in range(count * times):
-            ctx.store.exec("INSERT INTO sent VALUES (?)", f"{text} {ctx.title} {shout}")
-        ctx.enqueue(post_letter, text="by a job")
-
-
-def show_sent(app, workspace):
-    with app.open(workspace) as ctx:
-        print(*[row["text"] for row in ctx.store.query("SELECT text FROM sent")], sep=", ")
-
-
-def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_open_pages_and_jobs_follow(office):
-    say = lambda *words: own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
-    with contextlib.closing(Ear(office.bob, "/w/acme/letters/live")) as ear:
-        ear.event()
-        assert say("add-sent", "acme", "hello", 1, "--times", 2, "--shout") == (0, "", "")
-        ear.until_it_says("hello acme True, hello acme True")
-        ear.until_it_says("by a job")
-    assert say("show-sent", "acme") == (0, "hello acme True, hello acme True, by a job\n", "")
-    assert ("(command line)", "add-sent") in office.rows("SELECT who, what FROM journal")
-
-
-@cases("words, why", [(("show-sent", "nowhere"), "there is no workspace nowhere; workspace list tells what there is"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
-                      (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
-def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
-    status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
-    assert status == 2 and why in err and err.count("\n") == 1 and out == ""
-
-
-@cases("sql, write, why", [("INSERT INTO sent VALUES (1)", False, "writes, which only a command or a job may"), ("DELETE FROM journal", True, "of slice 'orion'"),
-                           ("DROP TABLE sent", True, "of slice 'orion'"), ("SELECT * FROM sent, todos", True, None), ("SELECT count(*) FROM journal", False, None)])
-def test_a_command_of_an_app_may_use_the_rows_of_all_slices_and_no_more(office, sql, write, why):
-    with contextlib.closing(orion.App(office.env.settings, "test")) as app:
-        with pytest.raises(PermissionError, match=why) if why else contextlib.nullcontext(), app.open("acme", write) as ctx:
-            ctx.store.query(sql)
-
-
-def test_a_command_that_raises_has_written_nothing(office):
-    def half(app):
-        with app.open("acme", write=True) as ctx:
-            ctx.store.exec("INSERT INTO sent VALUES ('half')")
-            raise ValueError("no more paper")
-    assert own_main("half", "--data", office.env.settings.data, commands=(half,), slices=office.env.settings.slices) == (
-        2, "", f"orion: ValueError: no more paper ({__file__}:{half.__code__.co_firstlineno + 3})\n")
-    assert office.rows("SELECT * FROM sent") == []
-
-
-@cases("root", [{}, {"single": True}], ids=["two planes", "one file"])
-def test_a_new_demo_is_filled_by_the_app_once_in_each_workspace(tmp_path, root):
-    def fill(ctx):
-        ctx.store.exec("INSERT INTO sent VALUES (?)", ctx.workspace)
-        ctx.store.exec("INSERT INTO todos (title) VALUES ('of the app')")
-    settings = orion.Settings(port=0, data=tmp_path, demo=True, log="off", seed=fill, single=tmp_path / "all.db" if root else None)
-    for _ in range(2):
-        env = orion.compose(settings._replace(slices=(orion.todos, letters)))
-        for name in ["acme"] if root else ["acme", "globex", "home"]:
-            with contextlib.closing(sqlite3.connect(env.workspaces.path(env.workspaces.id_from_name(name)))) as db:
-                assert db.execute("SELECT text FROM sent").fetchall() == [(name,)] and db.execute("SELECT 1 FROM todos WHERE title = 'of the app'").fetchone()
-        env.workspaces.close(), env.directory.namespace.close()
-
-
-def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_path, monkeypatch):
-    def begin(settings):
-        raise orion.Unusable(f"{settings.setting('smtp')} does not answer")
-    monkeypatch.setattr(orion, "bound", None)
-    with mock.patch.object(orion, "BEFORE_SERVING", []):
-        assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
-# ==== 58. Development =================================================================================================
-
-class Developed(Command):
-    """The guestbook of the README, served by --dev; save() changes its file."""
-
-    def __init__(self, folder):
-        self.file, self.text = folder / "app.py", the_guestbook()
-        self.file.write_text(self.text, "utf-8")
-        super().__init__("--dev", "--port", 0, "--data", folder / "d", "--log", "off", program=self.file, env={**os.environ, "PYTHONPATH": str(HERE)})
-
-    def save(self, old, new):
-        """The guestbook as it was, but for these words. Return the number of the server that was there before."""
-        before = self.state()["server"]
-        self.file.write_text(self.text.replace(old, new), "utf-8")
-        return before
-
-    def state(self):
-        return json.loads(Person(self).get("/_dev").body)
-
-    def another(self, before):
-        eventually(lambda: self.state()["server"] != before)
-
-
-@pytest.fixture(scope="module")
-def developed(tmp_path_factory):
-    with Developed(tmp_path_factory.mktemp("developed")) as app:
-        yield app
-
-
-def test_while_a_file_is_saved_nobody_is_refused_and_then_sees_the_new_page(developed):
-    bob = Person(developed, "bob")
-    before = developed.save("Your words", "Your own words")
-    while developed.state()["server"] == before:
-        assert bob.get("/w/acme/guestbook").status == 200
-    assert "Your own words" in bob.get("/w/acme/guestbook").text
-
-
-def test_what_keeps_an_app_from_starting_is_shown_until_the_next_file_is_saved(developed):
-    for right, wrong, said in (("def region(ctx):", "def region(ctx:", "SyntaxError"), ('"todos:read"', '"todo:read"', "no role has the grant")):
-        developed.another(developed.save(right, wrong))
-        page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
-        assert page.status == 500 and said in page.text and "dev.js" in page.text and page.headers["connection"] == "close" and developed.state()["errors"] == 1
-    developed.another(developed.save("", ""))
-    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
-
-
-def test_a_file_that_an_editor_has_emptied_to_write_it_does_not_end_the_parent(developed):
-    developed.another(developed.save(developed.text, ""))
-    page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
-    assert page.status == 500 and "app.py ended without serving" in page.text
-    developed.another(developed.save("", ""))
-    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
-
-
-def test_a_parent_that_is_told_to_stop_stops_its_child_first(developed):
-    status, _ = developed.end()
-    assert "orion: app.py ended without serving; it starts again when a file changes\n" in developed.err
-    assert status == 0 and "SyntaxError" in developed.err and developed.err.count("has changed") >= 3
-    with pytest.raises(ConnectionError):
-        Person(developed).get("/")
-
-
-def test_what_an_app_has_imported_and_what_lies_beside_it_is_looked_at(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(orion.Parent, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
-    (tmp_path / "assets" / "icons").mkdir(parents=True)
-    parent = orion.Parent(orion.Settings(port=0, assets=tmp_path / "assets"))
-    parent.modules = [str(tmp_path / "beside.py")]
-    for name in ("beside.py", "page.html", "assets/icons/up.svg"):
-        parent.seen = parent.look()
-        assert not parent.changed()
-        (tmp_path / name).write_text("new")
-        assert parent.changed() and f"orion: {tmp_path / name} has changed" in capsys.readouterr().err
-    parent.seen = parent.look()
-    (tmp_path / "assets/icons/up.svg").unlink()
-    assert parent.changed() and f"{tmp_path}/assets/icons/up.svg has changed" in capsys.readouterr().err, "a file is gone"
-    parent.seen = parent.look()
-    (tmp_path / "app.log").write_text("new"), (tmp_path / "other.py").write_text("new")
-    assert not parent.changed() and str(HERE / "orion.py") in orion.own_modules() and os.__file__ not in orion.own_modules()
-    parent.socket.close()
-
-
-@cases("words, why", [
-    (["--host", "0.0.0.0"], "--dev shows code and rows to whoever asks, so it is for this machine alone; leave --host, --allow-host, --trust-proxy and --plane out"),
-    (["--allow-host", "h"], "for this machine alone"), (["--trust-proxy", "127.0.0.1"], "for this machine alone"),
-    (["--plane", "directory"], "for this machine alone"), (["--plain"], "--dev needs the full server; leave --plain out")])
-def test_where_others_could_ask_there_is_no_dev(tmp_path, capsys, words, why):
-    assert orion.main(argv=["--dev", "--data", str(tmp_path / "d"), *words]) == 2
-    assert why in capsys.readouterr().err and not [*tmp_path.iterdir()]
-
-
-def test_without_dev_no_page_has_anything_of_it(server):
-    bob = Person(server, "bob")
-    assert bob.get("/_dev").status == bob.get("/dev.js").status == 404 and b"dev.js" not in bob.get("/w/acme/todos").body
-
-
-@pytest.fixture
-def as_child(start, monkeypatch):
-    """as_child(slice): a server as the child of --dev is one, in this process."""
-    monkeypatch.setattr(orion, "ADDED", collections.defaultdict(list, {base: [*added] for base, added in orion.ADDED.items()}))
-    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
-    monkeypatch.setattr(orion, "ERROR_LOGS", [*orion.ERROR_LOGS])
-    monkeypatch.setattr(orion, "FAULTS", orion.Faults())
-    orion.whole.cache_clear()
-
-    def serve(*slices, **settings):
-        orion.become_child(orion.listening("127.0.0.1", 0).detach())
-        return start((orion.todos, *slices), **settings)
-    yield serve
-    orion.whole.cache_clear()
-
-
-def test_who_has_connected_just_before_a_restart_is_answered(as_child, monkeypatch):
-    monkeypatch.setattr(orion.DevEdge, "EXPECTED_SECONDS", PATIENCE)
-    server = as_child()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
-        eventually(lambda: server.edge.held)
-        server.edge.stop()
-        eventually(lambda: server.edge.socket.fileno() < 0)
-        link.sendall(b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert statuses(link.recv(65536)) == [200]
-
-
-def test_an_error_is_shown_with_the_sql_its_values_and_the_line_and_the_log_has_several(as_child, capfd):
-    def run(ctx):
-        ctx.store.query("SELECT n FROM looks WHERE m = ?", "ten")
-    server = as_child(looks(("GET", "/n/raw", run), ("POST", "/n", run)))
-    bob = Person(server, "bob")
-    page, answer = bob.get("/w/acme/n/raw", Accept="text/html"), bob.post("/w/acme/n")
-    for text in (html.unescape(page.text), answer.text, json.loads(bob.get("/_dev").body)["text"], capfd.readouterr().err):
-        assert "OperationalError: no such column: m" in text and "SQL of slice 'looks': SELECT n FROM looks WHERE m = ?\nvalues: ('ten',)\n" in text
-        assert f'  File "{__file__}", line {run.__code__.co_firstlineno + 1}, in run\n' in text and "in answer" not in text
-    assert page.status == answer.status == 500 and json.loads(bob.get("/_dev").body)["errors"] == 2
-
-
-def test_an_error_in_a_template_is_shown_with_its_file_and_line(as_child, tmp_path):
-    (tmp_path / "n.html").write_text("<p id=n>\n{{nmae}}")
-    bob = Person(as_child(looks(region=lambda ctx: orion.Template(tmp_path / "n.html")(name="x"))), "bob")
-    said = bob.get("/w/acme/n").text
-    assert "n.html, line 2: {{nmae}}: nothing fills the hole 'nmae': give nmae=...; given: name" in said
-
-
-@cases("header", ["X_Forwarded_For", "Via"])
-def test_who_comes_through_a_tunnel_is_shown_nothing_of_dev(as_child, header):
-    bob = Person(as_child(looks(("GET", "/n/raw", lambda ctx: 1 / 0))), "bob")
-    assert "ZeroDivisionError" in bob.get("/w/acme/n/raw").text and bob.get("/_dev").status == 200
-    through = bob.get("/w/acme/n/raw", **{header: "10.1.1.1"})
-    assert through.status == 500 and "ZeroDivisionError" not in through.text and bob.get("/_dev", **{header: "10.1.1.1"}).status == 404
-
-
-def test_no_error_shows_a_cookie_or_a_password(as_child, capfd):
-    def run(ctx):
-        raise ValueError(ctx.field("password") + ctx.field("name") + ctx.setting("smtp_password"))
-
-    def door(request, env):
-        raise LookupError(request.headers["cookie"])
-    server = as_child(looks(("POST", "/n", run)), options=(orion.Option("--smtp-password", "", secret=True),), own=orion.Quiet(smtp_password="mellon"))
-    server.edge.add_doors({"/door": door})
-    bob = Person(server, "bob")
-    said = bob.post("/w/acme/n", form={"password": "sesame", "name": "shown"}).text + bob.get("/door").text + capfd.readouterr().err
-    assert said.count("ValueError: (hidden)shown(hidden)") > 1 and said.count("LookupError: (hidden)") > 1
-    assert "sesame" not in said and "mellon" not in said and bob.cookie.partition("=")[2] not in said
-
-
-def number_of_looks(ctx):
-    return element(str(ctx.store.one("SELECT count(*) FROM looks")[0]))
-
-
-def test_the_log_tells_of_each_publish_what_it_had_read_again(as_child, capfd):
-    bob = Person(as_child(looks(("POST", "/n", write), region=number_of_looks)), "bob")
-    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
-        ear.event()
-        bob.post("/w/acme/n")
-        assert logged(capfd, "dev: 'looks' was published: /n/live for 1 streams\n")
-
-
-def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
-    monkeypatch.setattr(orion, "SLOW_SECONDS", 0.0)
-    Person(as_child(looks(region=number_of_looks)), "bob").get("/w/acme/n")
-    assert logged(capfd, "dev: number_of_looks of /n took ")
-
-
-def test_a_command_for_all_who_may_read_is_named_at_the_start(as_child, capfd):
-    as_child(orion.Slice("n", routes=tuple([orion.Route(method, f"/{grant}", f"todos:{grant}", nothing) for method in ("GET", "POST") for grant in ("read", "write")])))
-    said = capfd.readouterr().err
-    assert said.count("dev: ") == 1 and "dev: POST /read takes todos:read, which those have, too, who are only to read; if it writes more than what is" in said
-
-
-def test_a_child_goes_on_when_nobody_hears_what_it_says(as_child, monkeypatch):
-    server, mute = as_child(looks()), open(os.devnull, "w")
-    mute.close()
-    monkeypatch.setattr(sys, "stderr", mute)
-    server.edge.modules = 0
-    eventually(lambda: server.edge.modules)
-    assert Person(server).get("/healthz").status == 200
-
-
-def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_was_refused(as_child, capfd):
-    def run(ctx):
-        if not ctx.field("words"):
-            raise orion.Refused(422, "Write something.")
-        return orion.done(ctx)
-    bob = Person(as_child(looks(("POST", "/n", run))), "bob", datastar=True)
-    said = 'dev: POST /n was refused, and it brought no \'words\', but word, who; an input says its name by name="words" in a form, else by data-bind:words\n'
-    assert [bob.post("/w/acme/n", words=words).status for words in ("x", "")] == [204, 200] and "brought no" not in capfd.readouterr().err
-    assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
-
-
-# ==== 59. Testing =====================================================================================================
-# What a slice's own tests may rely on: all of a server but its sockets.
-
-def ask_poll(ctx):
-    question = ctx.field("question")
-    if not question:
-        raise orion.Refused(422, "Ask something.", fields={"question": "It is empty."})
-    ctx.store.insert("INSERT INTO polls (question, at) VALUES (?, ?)", question, ctx.now())
-    ctx.publish("polls")
-    return orion.done(ctx, question="")
-
-
-def vote(ctx, id):
-    ctx.enqueue(count_votes, after=60, key=str(id), id=id)
-    return orion.done(ctx)
-
-
-def count_votes(ctx, id):
-    ctx.store.exec("UPDATE polls SET question = question || ? WHERE id = ?", (yield lambda: f" counted by {threading.current_thread().name}"), id)
-    ctx.publish("polls")
-
-
-def fail_daily(ctx):
-    ctx.store.exec("INSERT INTO polls (question, at) VALUES ('half', 0)")
-    raise KeyError("no votes")
-
-
-def of_poll(id):
-    return lambda ctx, *args: orion.Template(f"<p id={id}>{{{{all}}}}</p>")(all=" ".join(row["question"] for row in ctx.store.query("SELECT question FROM polls")))
-
-
-poll = orion.Slice(
-    "poll", ("CREATE TABLE polls (id INTEGER PRIMARY KEY, question TEXT NOT NULL, at REAL NOT NULL)",), jobs=(count_votes,),
-    live=(orion.Live("/polls", "todos:read", "Polls", (orion.Region("polls", of_poll("polls")), orion.Region("polls", of_poll("votes")))),),
-    routes=(orion.Route("POST", "/polls", "todos:write", ask_poll), orion.Route("POST", "/polls/<int:id>", "todos:write", vote),
-            orion.Route("PUT", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"put": ctx.field("a")})), orion.Route("PATCH", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"patch": ctx.field("a")})),
-            orion.Route("DELETE", "/polls/<int:id>", "todos:delete", lambda ctx, id: orion.as_json({"delete": ctx.field("a")})), orion.Route("GET", "/polls/boom", "todos:read", lambda ctx: 1 / 0)))
-
-
-@pytest.fixture
-def app():
-    with orion.testing(poll, orion.todos, options=OWN, smtp="mail:25") as app:
-        yield app
-
-
-def test_somebody_in_a_test_acts_and_sees_what_others_did(app):
-    bob, carol = app.viewer("bob"), app.viewer("carol", "viewer")
-    reply = bob.post("/polls", question="<Tea>?")
-    assert (reply.status, reply.signals) == (200, {"question": ""})
-    assert "&lt;Tea&gt;?" in carol.region("/polls") and "&lt;Tea&gt;?" in carol.page("/polls") and '<nav' in carol.page("/polls")
-    assert carol.region("/polls", "votes") == "<p id=votes>&lt;Tea&gt;?</p>" and carol.region("/polls") == "<p id=polls>&lt;Tea&gt;?</p><p id=votes>&lt;Tea&gt;?</p>"
-    with app.open() as ctx:
-        assert [tuple(row) for row in ctx.store.query("SELECT who, what, which FROM journal")] == [("bob", "poll.ask_poll", "1")]
-
-
-@cases("role, reply", [("owner", {"delete": "x"}), ("member", None)])
-def test_each_method_has_its_fields_and_its_grant_in_a_test(app, role, reply):
-    one = app.viewer("one", role)
-    assert [one.put("/polls/1", a="x").signals, one.patch("/polls/1", a="x").signals] == [{"put": "x"}, {"patch": "x"}]
-    said = one.delete("/polls/1", a="x")
-    assert said.signals == reply if reply else (said.status == 403 and "does not include todos:delete" in said.message)
-
-
-def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
-    bob, erin = app.viewer("bob"), app.viewer("erin", "viewer")
-    reply = bob.post("/polls", question="")
-    assert (reply.status, reply.message, reply.signals) == (422, "Ask something.", {"problem": "Ask something.", "question_problem": "It is empty."})
-    assert erin.post("/polls", question="x").status == 403 and erin.region("/polls", "polls") == "<p id=polls></p>"
-    assert app.anybody().get("/polls").status == 401 and app.viewer("dave", workspace="globex").get("/polls").status == 200
-    assert bob.get("/nothing").status == 404 and bob.submit("/polls", question="Tea?").location == "/w/acme/polls"
-    with pytest.raises(AssertionError, match="GET /nothing: 404 There is nothing at this address"):
-        bob.page("/nothing")
-    with pytest.raises(AssertionError, match=r"/polls has no region 'vots', but \['polls', 'votes'\]"):
-        bob.region("/polls", "vots")
-
-
-def test_ways_flashes_and_public_routes_are_followed_in_a_test():
-    def rename(ctx, id):
-        return orion.go(ctx, card, id, flash="Renamed & saved.")
-    card = orion.Live("/cards/<int:id>", "todos:read", "Card", (orion.Region("card/<id>", lambda ctx, id: orion.Template("<p id=card>{{id}}</p>")(id=id)),))
-    hook = orion.Route("POST", "/hooks/<secret>", orion.PUBLIC, lambda ctx, secret: orion.as_json({"who": ctx.viewer.account, "got": ctx.field("n")}))
-    with orion.testing(orion.Slice("cards", live=(card,), routes=(orion.Route("POST", "/cards/<int:id>", "todos:write", rename), hook))) as app:
-        bob = app.viewer("bob")
-        reply = bob.submit("/cards/3", title="x")
-        assert (reply.status, reply.location) == (303, "/w/acme/cards/3")
-        assert "Renamed &amp; saved." in bob.page(reply.location) and "Renamed" not in bob.page(reply.location)
-        assert app.anybody().post("/hooks/x", n=1).signals == {"who": "", "got": "1"} and app.anybody().post("/cards/3").status == 401
-
-
-def test_a_region_in_a_test_heeds_the_parameters_of_its_page():
-    def sorted_by(ctx):
-        return orion.Template("<p id=cards>{{by}}</p>")(by=ctx.params.get("by", "none"))
-    cards = orion.Live("/cards", "todos:read", "Cards", (orion.Region("cards", sorted_by),), params={"by": "date|name"})
-    with orion.testing(orion.Slice("cards", live=(cards,))) as app:
-        assert app.viewer("bob").region("/cards?by=date", "cards") == "<p id=cards>date</p>"
-
-
-def test_what_a_slice_raises_a_test_sees(app):
-    with pytest.raises(ZeroDivisionError):
-        app.viewer("bob").get("/polls/boom")
-
-
-def test_a_role_that_changes_or_that_there_is_not_is_heeded_in_a_test(app):
-    bob = app.viewer("bob", "viewer")
-    assert bob.post("/polls", question="x").status == 403
-    app.viewer("bob", "member")
-    assert bob.post("/polls", question="x").status == 200
-    with pytest.raises(ValueError, match="there is no role 'boss', but owner, admin"):
-        app.viewer("bob", "boss")
-
-
-def test_jobs_run_when_a_test_says_so_by_its_own_clock(app):
-    bob = app.viewer("bob")
-    bob.post("/polls", question="Tea?"), bob.post("/polls/1"), bob.post("/polls/1")
-    assert app.run_jobs() == 0
-    app.clock.move(61)
-    assert app.run_jobs() == 1 and app.run_jobs() == 0
-    assert bob.region("/polls", "polls") == "<p id=polls>Tea? counted by MainThread</p>"
-
-
-def test_a_clock_that_is_moved_is_the_time_of_sessions_and_of_the_slice_and_of_nobody_else(app):
-    bob = app.viewer("bob")
-    with orion.testing(poll) as other:
-        app.clock.move(29 * 86400)
-        for one in (bob, other.viewer("bob")):
-            assert one.post("/polls", question="Tea?").status == 200
-        with app.open() as ctx, other.open() as ctx2:
-            ats = [one.store.one("SELECT at FROM polls")[0] for one in (ctx, ctx2)]
-        assert ats[0] - ats[1] == pytest.approx(29 * 86400, abs=60) and orion.time.time() == pytest.approx(time.time(), abs=60)
-    app.clock.set(utc("2040-01-01T12:00"))
-    assert bob.get("/polls").status == 401 and app.viewer("bob").get("/polls").status == 200
-
-
-def test_what_a_job_raises_a_test_sees_and_the_job_is_tried_again():
-    with orion.testing(poll._replace(jobs=(orion.daily(fail_daily, "07:30"),))) as app:
-        bob = app.viewer("bob")
-        app.clock.move(86400)
-        for seconds in (0, 3):
-            app.clock.move(seconds)
-            with pytest.raises(KeyError, match="no votes"):
-                app.run_jobs()
-        with app.open() as ctx:
-            assert tuple(ctx.store.one("SELECT tries, error FROM jobs")) == (2, "KeyError: 'no votes'")
-        assert bob.region("/polls", "polls") == "<p id=polls></p>"
-
-
-def test_jobs_without_an_end_are_an_error_in_a_test(monkeypatch):
-    def again(ctx):
-        ctx.enqueue(again)
-    monkeypatch.setattr(orion.TestedApp, "MOST_JOBS", 20)
-    with orion.testing(working(again)) as app:
-        app.viewer("bob").post("/work", job="again")
-        with pytest.raises(RuntimeError, match="20 jobs ran, and there are more; does one enqueue itself?"):
-            app.run_jobs()
-
-
-def test_a_test_may_read_and_write_the_rows_themselves_but_not_wait_for_itself(app):
-    bob = app.viewer("bob")
-    with app.open(write=True) as ctx:
-        ctx.store.exec("INSERT INTO polls (question, at) VALUES ('Tea?', 0)")
-        assert (ctx.workspace, ctx.setting("smtp"), ctx.setting("tries")) == ("acme", "mail:25", 3)
-        for wait in (lambda: bob.get("/polls"), app.run_jobs):
-            with pytest.raises(RuntimeError, match="acme is open, so all others would wait forever"):
-                wait()
-    assert bob.region("/polls", "polls") == "<p id=polls>Tea?</p>"
-
-
-@cases("share", [["a", "b"], ("a", "b")])
-@cases("files", [{}, {"picture": [("1.png", PNG), ("2.png", PNG)]}])
-def test_a_list_in_a_test_is_several_fields_of_a_form_with_files_or_without(share, files):
-    def look(ctx):
-        return orion.as_json({"share": ctx.fields("share"), "picture": [file.name for file in ctx.uploads("picture")]})
-    with orion.testing(orion.Slice("s", routes=(orion.Route("POST", "/s", "todos:write", look),))) as app:
-        assert app.viewer("bob").submit("/s", share=share, **files).signals == {"share": ["a", "b"], "picture": ["1.png", "2.png"] if files else []}
-
-
-def test_files_are_sent_and_fetched_in_a_test():
-    def keep(ctx):
-        return orion.as_json(ctx.files.add(ctx.upload("picture")))
-    slice = orion.Slice("pictures", routes=(orion.Route("POST", "/pictures", "todos:write", keep, upload=2 ** 21), orion.Route("GET", "/pictures/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id))))
-    data = os.urandom(700_000)
-    with orion.testing(slice) as app:
-        bob = app.viewer("bob")
-        reply = bob.submit("/pictures", title="Cat", picture=("cat.bin", data))
-        assert reply.status == 200 and bob.get(f"/pictures/{reply.body.decode()}").body == data
-        assert bob.submit("/pictures", picture=("cat.bin", 3 * data)).message == "This is too large: at most 2 MB can be sent here."
-        assert bob.post("/pictures", words="a" * orion.BODY_LIMIT).status == bob.submit("/todos", title="a" * orion.BODY_LIMIT).status == 413
-
-
-@cases("wrong, error", [(lambda: orion.testing(poll, poll), orion.BadSlice), (lambda: orion.testing(poll, smpt="x"), LookupError)])
-def test_what_a_server_would_refuse_a_test_refuses(wrong, error):
-    with pytest.raises(error), wrong():
-        pass
-
-
-def test_nothing_is_left_of_a_test(monkeypatch):
-    made, mine = [], threading.get_ident()               # servers of other tests have threads and sockets, too
-    for kind in (threading.Thread, socket.socket):
-        begin = kind.__init__
-        monkeypatch.setattr(kind, "__init__", lambda self, *args, _begin=begin, **more: (
-            made.append(self) if threading.get_ident() == mine else None, _begin(self, *args, **more))[1])
-    with orion.testing(poll) as app:
-        app.viewer("bob").post("/polls", question="Tea?")
-        assert made == []
-        folder = app.settings.data
-        assert str(folder) in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
-    assert not folder.exists() and str(folder) not in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
-
-
-def test_only_who_calls_testing_gives_the_module_a_clock_that_can_be_moved():
-    nodes = [(one, node) for one in sections()[1].body for node in ast.walk(one)]
-    setters = [one.name for one, node in nodes if isinstance(node, ast.Global) and "time" in node.names]
-    callers = [node for _, node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("testing", "MovableTime")]
-    assert setters == ["testing"] and len(callers) == 1, "a server would pay for it"
-
-
-def test_pytest_takes_nothing_of_it_for_a_test():
-    assert not [name for name, value in vars(orion).items() if name.lower().startswith("test") and getattr(value, "__test__", True)]
-
-
-def named_in_comments():
-    """What comments name as Class.name or, with the number of a section behind it, as name (12): (name, section or "")."""
-    text = (HERE / "orion.py").read_text("utf-8")
-    comments = " ".join(re.findall(r"(?m)^\s*#(.*)", text))
-    return sorted({*re.findall(r"\b([A-Za-z_]\w*\.\w+|\w*_\w+)(?: \((\d+)\))", comments), *re.findall(r"\b([A-Z]\w+[a-z]\.[a-z_]\w*)()\b", comments)})
-
-
-def test_no_line_of_the_file_is_longer_than_92_characters():
-    lines = pathlib.Path(orion.__file__).read_text("utf-8").splitlines()
-    assert [f"{number}: {line}" for number, line in enumerate(lines, 1) if len(line) > 92] == []
-
-
-def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
-    lines = (HERE / "orion.py").read_text("utf-8").split("\n")
-    begins = {int(found[1]): number for number, line in enumerate(lines, 1) if (found := re.match(r"# ==== (\d+)\. ", line))}
-    names = named_in_comments()
-    assert len(names) > 40
-    for name, section in names:
-        owner, _, attribute = name.rpartition(".")
-        whole = getattr(orion, owner) if owner else orion
-        if not hasattr(whole, attribute):
-            assert attribute in whole.__init__.__code__.co_names, name
-        elif section:
-            line = inspect.unwrap(getattr(whole, attribute)).__code__.co_firstlineno
-            assert max(number for number in begins if begins[number] <= line) == int(section), name
-
-
-# ==== 60. Links =======================================================================================================
-
-def shown_link(answer):
-    """The address that a page shows, this once."""
-    assert answer.status == 200
-    return html.unescape(re.search(r'id="address" value="([^"]*)"', answer.text)[1])
-
-
-def link_into(person, workspace="acme", **fields):
-    return shown_link(person.post(f"/w/{workspace}/members/links", form=fields))
-
-
-def at_link(server, link, how="", person=None, **fields):
-    return (person or Person(server)).post("/join", form={"link": link, "how": how, **fields})
-
-
-def newcomer(server, link, name="bea"):
-    return at_link(server, link, "new", username=name, new="long enough", next="/w/acme")
-
-
-def signed_in_by(server, answer):
-    person = Person(server)
-    person.headers["Cookie"] = answer.headers["set-cookie"].split(";")[0]
-    return person
-
-
-def roles_in(server, workspace="acme"):
-    rows = server.policy.query("SELECT account, role FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE w.name = ?", workspace)
-    return {row["account"]: row["role"] for row in rows}
-
-
-def test_a_new_server_prints_a_link_for_the_first_account_and_logs_it_nowhere(tmp_path):
-    with Command("--port", 0, "--no-demo", "--data", tmp_path / "data") as server:
-        link = re.search(r"\S+/join#(\S+)", server.process.stdout.readline())
-        assert "operator" in at_link(server, link[0]).text
-        assert server.end()[0] == 0 and link[1] not in server.out + server.err and "POST /join " in server.out
-
-
-def first_link(server, capsys):
-    """What a start prints; "" for nothing."""
-    orion.print_first_link(server.edge, server.origin)
-    return "".join(re.findall(rf"{server.origin}/join#\S+", capsys.readouterr().out))
-
-
-@cases("settings", [{}, {"single": "team.db"}, {"plane": "directory"}], ids=str)
-def test_the_first_account_is_an_operators_and_the_link_is_void_after_another_start_or_account(start, capsys, tmp_path, settings):
-    server = start(demo=False, **{name: tmp_path / value if name == "single" else value for name, value in settings.items()})
-    links = [first_link(server, capsys) for _ in range(3)]
-    assert [at_link(server, link).status for link in links] == [422, 422, 200]
-    front = Person(server).get("/").text
-    assert "orion.py account add NAME --operator" in front and "orion.py workspace add TITLE --owner NAME" in front and links[2].partition("#")[2] not in front
-    ann = signed_in_by(server, at_link(server, links[2], "new", username=" Ann ", new="long enough"))
-    assert ann.get("/console").status == 200 and "Sign in" in Person(server).get("/").text and newcomer(server, links[2]).status == 422
-    assert first_link(server, capsys) == ""
-
-
-def test_the_link_for_the_first_account_is_void_when_the_command_line_made_one(start, capsys):
-    server = start(demo=False)
-    link = first_link(server, capsys)
-    server.write("INSERT INTO accounts (name, label) VALUES ('zoe', 'zoe')")
-    assert newcomer(server, link).status == 422 and first_link(server, capsys) == ""
-
-
-def test_the_demo_needs_no_first_account(server, capsys):
-    orion.print_first_link(server.edge, server.origin)
-    assert capsys.readouterr().out == "" and "Choose who you are" in Person(server).get("/").text
-
-
-def test_whoever_is_sent_a_link_chooses_a_name_and_a_password_and_is_in_and_its_maker_sees_it_at_once(outside):
-    ann = outside.sign_in("ann")
-    ann.post("/workspaces", form={"name": "A <b> & co"})
-    link = link_into(ann, "a-b-co", role="viewer", uses="2")
-    ear = Ear(ann, "/w/a-b-co/members/links/live")
-    assert "for 2 more" in ear.event()
-    page = at_link(outside, link)
-    assert (page.status, page.headers["cache-control"]) == (200, "no-store") and "A &lt;b&gt; &amp; co</b>, as viewer" in page.text
-    answer = at_link(outside, link, "new", username="bea", new="long enough", next="/w/a-b-co")
-    assert (answer.status, answer.headers["location"]) == (303, "/w/a-b-co")
-    assert "Came by it:" in (told := ear.until_it_says("for 1 more")) and 'data-account="bea"' in told
-    assert signed_in_by(outside, answer).get("/_gate/a-b-co").headers["x-role"] == "viewer"
-    assert outside.env.directory.ask("/_operator", "", {"cookie": signed_in_by(outside, answer).headers["Cookie"]}) is False
-    notes = [tuple(row) for row in outside.policy.query("SELECT who, what FROM journal ORDER BY id DESC LIMIT 2")]
-    assert notes == [("", "directory.use_link"), ("ann", "directory.make_link")]
-
-
-def test_whoever_has_an_account_joins_by_one_button_or_signs_in_by_the_link(outside):
-    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"), uses="2")
-    assert "Join as ops" in at_link(outside, link, person=ops).text and "ops" not in roles_in(outside)
-    assert at_link(outside, link, "me", ops, next="/w/acme").headers["location"] == "/w/acme" and roles_in(outside)["ops"] == "member"
-    outside.write("INSERT INTO accounts (name, label, password) VALUES ('zoe', 'zoe', ?)", orion.hash_password("long enough"))
-    wrong = at_link(outside, link, "known", username="zoe", password="not this one")
-    assert wrong.status == 422 and "do not go together" in wrong.text and "not this one" not in wrong.text and 'value="zoe"' in wrong.text
-    zoe = signed_in_by(outside, at_link(outside, link, "known", username="zoe", password="long enough"))
-    assert zoe.get("/w/acme/todos").status == 200
-    nobody = at_link(outside, link_into(outside.sign_in("ann")), "me")
-    assert nobody.status == 422 and "You are signed out. Sign in, or make an account." in nobody.text
-
-
-def test_links_that_are_too_old_or_used_up_keep_no_place_from_a_new_one(outside, monkeypatch):
-    monkeypatch.setattr(orion, "MOST_LINKS", 2)
-    ann = outside.sign_in("ann")
-    links = [link_into(ann) for _ in range(2)]
-    full = ann.post("/w/acme/members/links", form={"role": "member"})
-    assert full.status == 422 and "Withdraw one first" in full.text
-    assert newcomer(outside, links[0]).status == 303
-    assert "Came by it" in ann.get("/w/acme/members/links").text and link_into(ann)
-    outside.write("UPDATE links SET expires = 0")
-    assert "Withdraw" not in ann.get("/w/acme/members/links").text and link_into(ann) and link_into(ann)
-
-
-@cases("role", ["owner", "viewer"])
-def test_a_link_changes_nothing_for_whoever_is_a_member_already_not_even_its_uses(outside, role):
-    ann = outside.sign_in("ann")
-    link = link_into(ann, role="admin")
-    if role == "viewer":
-        ann = outside.sign_in("ops")
-        outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
-    before = roles_in(outside)
-    assert "You are in it already" in at_link(outside, link, person=ann).text
-    assert at_link(outside, link, "me", ann, next="/w/acme").status == 303 and roles_in(outside) == before
-    assert newcomer(outside, link).status == 303
-
-
-def test_of_many_who_take_the_last_use_at_once_one_is_in(outside):
-    link, together = link_into(outside.sign_in("ann")), threading.Barrier(4)
-
-    def take(number):
-        together.wait(PATIENCE)
-        return newcomer(outside, link, f"n{number}").status
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        taken = sorted(pool.map(take, range(4)))
-    assert taken == [303] + 3 * [422] and len(roles_in(outside)) == 2
-    assert outside.policy.one("SELECT count(*) FROM accounts")[0] == 3, "who came too late has no account either"
-
-
-ENDS_OF_A_LINK = {
-    "it is withdrawn": lambda server, ops: ops.post("/w/acme/members/links/withdraw", form={
-        "link": re.search(r'name="link" value="(\w{16})"', ops.get("/w/acme/members/links").text)[1]}),
-    "it is too old": "UPDATE links SET expires = expires - 7.01 * 86400",
-    "its maker was removed": lambda server, ops: ops.delete("/w/acme/members/ann"),
-    "its maker left and came back": lambda server, ops: (ops.delete("/w/acme/members/ann"), ops.post("/w/acme/members", account="ann", role="admin")),
-    "its maker became a member": lambda server, ops: ops.patch("/w/acme/members/ann", role="member"),
-    "its maker's account is gone": "DELETE FROM accounts WHERE name = 'ann'",
-    "a role lost the right": "UPDATE memberships SET role = 'viewer' WHERE account = 'ann'",
-    "the workspace was removed": "DELETE FROM workspaces"}
-
-
-@cases("end", ENDS_OF_A_LINK)
-def test_a_link_is_void_as_soon_as(outside, end):
-    link = link_into(outside.sign_in("ann"))
-    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'owner' FROM workspaces")
-    assert at_link(outside, link).status == 200
-    change = ENDS_OF_A_LINK[end]
-    outside.write(change) if type(change) is str else change(outside, outside.sign_in("ops"))
-    assert at_link(outside, link).status == 422 and "Ask for a new one" in newcomer(outside, link).text
-    assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None
-
-
-@cases("end", ["it is withdrawn", "its maker became a member", "a role lost the right", "the workspace was removed"])
-def test_a_link_is_void_also_for_whoever_is_using_it_when(outside, monkeypatch, end):
-    """The door has found it good, and a password is hashed: that takes a while."""
-    link, change, hashed = link_into(outside.sign_in("ann")), ENDS_OF_A_LINK[end], orion.hash_password
-    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'owner' FROM workspaces")
-    ops = outside.sign_in("ops")
-    monkeypatch.setattr(orion, "hash_password", lambda new: (outside.write(change) if type(change) is str else change(outside, ops), hashed(new))[1])
-    assert newcomer(outside, link).status == 422
-    assert outside.policy.one("SELECT 1 FROM accounts WHERE name = 'bea'") is None and "bea" not in roles_in(outside)
-
-
-@cases("how", ["new", "known"])
-def test_a_link_that_is_good_only_after_the_door_was_asked_lets_nobody_in_without_a_password(outside, monkeypatch, how):
-    link = link_into(outside.sign_in("ann"))
-    monkeypatch.setattr(type(outside.directory()), "own_link", lambda self, request: False)
-    assert at_link(outside, link, how, username="ops", password="long enough", new="long enough").status == 422 and [*roles_in(outside)] == ["ann"]
-
-
-@cases("fields, why", [({"role": "owner"}, "makes no owner"), ({"role": "king"}, "one of owner"), ({"uses": "0"}, "from 1 to 100"), ({"uses": "101"}, "from 1 to 100"),
-                       ({"days": "31"}, "from 1 to 30"), ({"days": "x"}, "whole number")], ids=str)
-def test_a_link_makes_no_owner_and_has_its_bounds(outside, fields, why):
-    answer = outside.sign_in("ann").post("/w/acme/members/links", form=fields)
-    assert answer.status == 422 and why in answer.text and not outside.policy.query("SELECT 1 FROM links")
-
-
-def test_only_who_manages_members_makes_sees_and_withdraws_links(outside):
-    ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
-    link_into(ann)
-    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'member' FROM workspaces")
-    name = re.search(r'name="link" value="(\w{16})"', ann.get("/w/acme/members/links").text)[1]
-    assert 'href="./members/links"' in ann.get("/w/acme/members").text and "members/links" not in ops.get("/w/acme/members").text
-    assert {ops.get(path).status for path in ("/w/acme/members/links", "/w/acme/members/links/live")} == {403}
-    assert {ops.post(path, form={"link": name}).status for path in ("/w/acme/members/links", "/w/acme/members/links/withdraw")} == {403}
-    ann.post("/workspaces", form={"name": "other"})
-    ann.post("/w/other/members/links/withdraw", form={"link": name})
-    assert outside.policy.query("SELECT 1 FROM links"), "it is not of that workspace"
-    outside.write("UPDATE memberships SET role = 'admin' WHERE account = 'ops'")
-    ear = Ear(ops, "/w/acme/members/links/live")
-    assert "for 1 more" in ear.event()
-    ann.patch("/w/acme/members/ops", role="member")
-    assert "no longer have access" in ear.until_it_says('id="live"') and ear.event() is None
-
-
-def test_there_are_so_many_links_at_most_and_what_is_too_old_goes(outside, monkeypatch):
-    monkeypatch.setattr(orion, "MOST_LINKS", 2)
-    ann = outside.sign_in("ann")
-    link_into(ann), link_into(ann)
-    assert "Withdraw one first" in ann.post("/w/acme/members/links", form={}).text
-    outside.write("UPDATE links SET expires = 1")
-    assert eventually(lambda: not outside.policy.query("SELECT 1 FROM links")), "no clock that is set back makes them good again"
-
-
-def test_made_up_links_are_slowed_like_passwords_and_slow_nobody_else(outside):
-    link, mallory = link_into(outside.sign_in("ann")), Person(outside)
-    tried = [at_link(outside, f"{link[:-1]}{number}{number}", "new", mallory, username="eve", new="long enough") for number in range(12)]
-    assert [answer.status for answer in tried] == 10 * [422] + 2 * [429] and int(tried[-1].headers["retry-after"]) > 500
-    outside.sign_in("ann")
-    assert newcomer(outside, link).status == 303, "from the same address"
-
-
-def test_no_link_and_no_foreign_token_opens_a_workspace(outside):
-    ann = outside.sign_in("ann")
-    ann.post("/workspaces", form={"name": "other"})
-    link, script, workspaces = link_into(ann, "other", uses="9"), Program(outside, token_of(ann)), outside.env.workspaces
-    workspaces.sleep_unused(idle=-1)
-    before = dict(workspaces.served)
-    assert newcomer(outside, link).status == 303 and at_link(outside, link).status == 200 and at_link(outside, "made up").status == 422
-    assert {script.get(f"/w/{name}").status for name in ("other/todos", "other/todos/live", "nowhere/todos", "other")} == {403}
-    assert dict(workspaces.served) == before and not workspaces.objects
-
-
-def test_while_the_directory_is_gone_no_link_and_no_token_opens_anything(outside):
-    ann = outside.sign_in("ann")
-    link, script = link_into(ann), Program(outside, token_of(ann))
-    assert script.get("/w/acme/todos").status == 200
-    outside.env.settings.directory_file.rename(outside.env.settings.data / "elsewhere.db")
-    eventually(lambda: script.get("/w/acme/todos").status == 503)
-    assert [script.post("/w/acme/todos", title="x").status, at_link(outside, link).status, newcomer(outside, link).status] == [503] * 3
-
-
-def test_a_made_up_link_costs_no_hash_of_a_password(outside, monkeypatch):
-    made = mock.Mock(wraps=orion.scrypt)
-    monkeypatch.setattr(orion, "scrypt", made)
-    assert newcomer(outside, "made up").status == 422 == at_link(outside, "made up", "known", username="ann", password="x").status
-    assert not made.called
-    link = link_into(outside.sign_in("ann"))
-    monkeypatch.setattr(orion, "MOST_USES", 2)
-    outside.edge.made_accounts.most = 2
-    tried = [at_link(outside, link, "new", username="ann", new="long enough").status for _ in range(3)]
-    assert tried == [422, 422, 429], "a good one costs so many at most"
-
-
-OTHER_THAN_THE_SECRET = {
-    "one letter changed": lambda secret: secret[:-1] + chr(ord(secret[-1]) ^ 1), "cut short": lambda secret: secret[:-1], "longer": lambda secret: f"{secret}A",
-    "in the other case": str.swapcase, "quoted": '"{}"'.format, "encoded": lambda secret: f"%{ord(secret[0]):02x}{secret[1:]}",
-    "what is stored": lambda secret: orion.token_hash(secret).hex(), "nothing": lambda secret: "", "very much": lambda secret: secret * 1000,
-    "with a NUL": "{}\0".format, "half a character": "{}\udcff".format}
-
-
-@cases("change", OTHER_THAN_THE_SECRET)
-def test_nothing_but_the_secret_opens_a_link(outside, change):
-    secret = link_into(outside.sign_in("ann")).partition("#")[2]
-    wrong = OTHER_THAN_THE_SECRET[change](secret)
-    answer = Person(outside).post("/join", link=wrong, how="new", username="bea", new="long enough")
-    assert answer.status in (400, 422)
-    assert len(roles_in(outside)) == 1 and at_link(outside, f" {secret}\r\n").status == 200, "a space around it is of the clipboard"
-
-
-def test_headers_from_outside_stand_for_no_password_at_a_link(outside):
-    link, stored = link_into(outside.sign_in("ann")), outside.directory().password_of("ops")
-    ask = lambda body, **headers: Person(outside).ask("POST", "/join", urllib.parse.urlencode({"link": link, **body}), Content_Type="application/x-www-form-urlencoded", **headers)
-    assert ask({"how": "known", "username": "ops"}, X_Stored=stored, X_Account="ops").status == 422
-    assert ask({"how": "me"}, X_Session=outside.policy.one("SELECT hex(digest) FROM sessions")[0]).status == 422
-    assert ask({"how": "new", "username": "bea", "new": "long enough"}, X_Hashed=stored, X_Link="00").status == 303
-    assert outside.directory().password_of("bea") != stored
-
-
-def test_what_is_typed_at_a_link_stays_text_and_leads_to_a_local_page_only(outside):
-    link = link_into(outside.sign_in("ann"))
-    page = at_link(outside, link, "new", username='"><img src=x>', new="long enough")
-    assert page.status == 422 and "&quot;&gt;&lt;img src=x&gt;" in page.text and "<img src=x" not in page.text
-    taken = at_link(outside, link, "new", username="Ops", new="long enough")
-    assert taken.status == 422 and "is taken" in taken.text
-    assert at_link(outside, link, "new", username="bea", new="long enough", next="//evil.example").headers["location"] == "/"
-
-
-@cases("method", ["GET", "HEAD"])
-def test_to_ask_for_the_page_shows_and_uses_nothing_whatever_stands_in_its_address(outside, method):
-    link = link_into(outside.sign_in("ann"))
-    secret = link.partition("#")[2]
-    for path in (f"/join?link={secret}&how=new&username=bea&new=long+enough", f"/join/{secret}", "/join"):
-        answer = Person(outside).ask(method, path)
-        assert answer.status in (200, 404) and "acme" not in answer.text
-    assert newcomer(outside, link).status == 303
-
-
-@cases("headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": None}, {"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}], ids=str)
-def test_no_other_site_has_a_link_or_a_token_made_used_or_withdrawn(outside, headers):
-    ann, ops, link = outside.sign_in("ann"), outside.sign_in("ops"), link_into(outside.sign_in("ann"))
-    id, form = token_of(ann)[6:18], {"content_type": "application/x-www-form-urlencoded"}
-    body = urllib.parse.urlencode({"link": link, "how": "me", "name": "x", "workspace": "acme", "token": id, "label": "x"})
-    assert ops.ask("POST", "/join", body, **form, **headers).status == 403
-    withdraw = body.replace("link=http", f"link={orion.token_hash(link.partition('#')[2]).hex()[:16]}&_=")
-    paths = ("/account/links", "/w/acme/members/links", "/w/acme/members/links/withdraw", "/account/tokens", "/account/tokens/withdraw", "/account/name")
-    assert {ann.ask("POST", path, withdraw, **form, **headers).status for path in paths} == {403}
-    assert "ops" not in roles_in(outside) and len(outside.policy.query("SELECT 1 FROM links")) == 1 == len(outside.policy.query("SELECT 1 FROM tokens"))
-    assert {ann.get(f"{path}?{withdraw}").status for path in (*paths[:1], *paths[2:3], *paths[4:])} <= {404, 405}, "and none by an address alone"
-
-
-def test_the_secret_of_a_link_or_a_token_is_in_no_file_log_or_console(start, capfd):
-    server = start(log="common")
-    bob, alice = Person(server, "bob"), Person(server, "alice")
-    console = Ear(alice, "/console/live")
-    console.event()
-    form = {"content_type": "application/x-www-form-urlencoded", "idempotency_key": "k"}
-    links = [shown_link(bob.ask("POST", path, "uses=3", **{**form, "idempotency_key": path})) for path in ("/w/acme/members/links", "/account/links")]
-    assert at_link(server, links[0]).status == 200 and at_link(server, links[0], "me", alice).status == 303 and at_link(server, links[1], "me").status == 303
-    said = console.until_it_says("/join")
-    token = token_of(bob)
-    assert Program(server, token).post("/w/acme/todos", title="by token").status == 201
-    said += console.until_it_says("by token") + Person(server, "alice").get("/console").text
-    eventually(lambda: '"POST /join HTTP/1.1" 303' in os.pread(1, 1 << 20, 0).decode())
-    out, err = capfd.readouterr()
-    server.close()
-    kept = b"".join(path.read_bytes() for path in server.env.settings.data.rglob("*") if path.is_file())
-    for link in links:
-        secret = link.partition("#")[2]
-        assert secret not in out + err + said and secret.encode() not in kept and orion.token_hash(secret) in kept
-    assert token[19:] not in out + err + said and token[19:].encode() not in kept and orion.token_hash(token) in kept
-
-
-def test_a_link_signs_in_on_another_device_once_and_no_longer_than_the_session_that_made_it(outside):
-    ann = outside.sign_in("ann")
-    link = shown_link(ann.post("/account/links", form={}))
-    assert "Sign in as ann" in at_link(outside, link).text
-    ops = outside.sign_in("ops")
-    taken = at_link(outside, link, "me", ops)
-    flags = "; HttpOnly; SameSite=Lax"
-    assert ops.cookie not in taken.headers["set-cookie"] and flags in taken.headers["set-cookie"] and ops.get("/account").status == 401, "whose cookie was there"
-    phone = signed_in_by(outside, taken)
-    assert phone.get("/w/acme/todos").status == 200 and ann.get("/w/acme/todos").status == 200 and at_link(outside, link, "me").status == 422
-    first, second = [shown_link(phone.post("/account/links", form={})) for _ in range(2)]
-    assert [at_link(outside, link).status for link in (first, second)] == [422, 200], "the one before is void"
-    age = outside.policy.one("SELECT max(expires) FROM links WHERE session NOT NULL")[0] - time.time()
-    assert 290 < age <= 300
-    ann.post("/account/sessions", form={"session": "others"})
-    assert at_link(outside, second, "me").status == 422
-
-
-def test_an_operator_gives_a_link_with_which_somebody_sets_a_new_password(outside):
-    ops, ann = outside.sign_in("ops"), outside.sign_in("ann")
-    assert ann.post("/account/links/password", form={"account": "ops"}).status == 403 and "forgot" not in ann.get("/account").text
-    mistyped = ops.post("/account/links/password", form={"account": "nobody"})
-    assert mistyped.status == 422 and 'value="nobody"' in mistyped.text and "no account of this name" in mistyped.text
-    link = shown_link(ops.post("/account/links/password", form={"account": " Ann"}))
-    ear = Ear(ann, "/w/acme/todos/live")
-    ear.event()
-    assert at_link(outside, link, "new", new="short").status == 422 and ann.get("/account").status == 200
-    again = signed_in_by(outside, at_link(outside, link, "new", new="quite another"))
-    assert "signed out" in ear.until_it_says("ended") and ann.get("/account").status == 401 and again.get("/account").status == 200
-    passwords = [Person(outside).post("/login", form={"username": "ann", "password": word}).status for word in ("long enough", "quite another")]
-    assert passwords == [422, 303] and at_link(outside, link).status == 422
-
-
-@cases("change", ["UPDATE accounts SET password = password || '0' WHERE name = 'ann'", "UPDATE accounts SET operator = 0", "DELETE FROM accounts WHERE name = 'ops'"])
-def test_a_link_for_a_new_password_is_void_when_there_is_one_or_its_maker_is_no_operator(outside, change):
-    link = shown_link(outside.sign_in("ops").post("/account/links/password", form={"account": "ann"}))
-    outside.write(change)
-    assert at_link(outside, link, "new", new="quite another").status == 422
-
-
-def test_an_operator_who_looks_on_makes_no_link_that_outlasts_it_and_uses_none(outside):
-    ops, link = outside.sign_in("ops"), link_into(outside.sign_in("ann"))
-    own = shown_link(ops.post("/account/links", form={}))
-    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
-    assert {ops.post("/account/links", form={}).status, ops.post("/account/links/password", form={"account": "ann"}).status,
-            ops.post("/w/acme/members/links", form={}).status, at_link(outside, link, "me", ops).status} == {403}
-    assert at_link(outside, own).status == 422, "meanwhile it would sign in as ann"
-    ops.post("/masquerade/end", form={})
-    assert "Sign in as ops" in at_link(outside, own).text
-
-
-@cases("root", ["two planes", "single", "directory and node"])
-def test_a_link_leads_into_a_workspace_on_every_root_with_passwords(tmp_path, root):
-    with contextlib.closing(Root(ROOTS[root], tmp_path / "data")) as root:
-        answer = newcomer(root.server, link_into(root.person("bob")))
-        assert answer.status == 303 and signed_in_by(root.server, answer).get("/w/acme/todos").status == 200
-
-
-def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
-    with contextlib.closing(Plain(tmp_path / "plain")) as plain:
-        assert "without --plain" in Person(plain).get("/join").text and at_link(plain, "any").status == 404
-    (tmp_path / "data").mkdir()
-    orion.make_key(tmp_path / "data" / "secret.key")
-    node = start(demo=False, plane="data", directory="127.0.0.1:1")
-    assert "through the proxy" in Person(node).get("/join").text
-
-
-# ==== 61. Tokens ======================================================================================================
+# ==== 62. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13766,219 +13082,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 62. Own workspaces ==============================================================================================
-
-def read(server, sql, *args):
-    """Rows of the Directory."""
-    return [tuple(row) for row in server.policy.query(sql, *args)]
-
-
-def file_of(server, workspace="acme"):
-    (id,), = read(server, "SELECT id FROM workspaces WHERE name = ?", workspace)
-    return server.env.workspaces.path(id)
-
-
-def delete_it(owner, workspace="acme", confirm="acme"):
-    return owner.post(f"/w/{workspace}/members/workspace/delete", form={"confirm": confirm})
-
-
-def test_an_owner_renames_the_workspace_and_every_open_page_of_it_says_so_at_once(server):
-    bob, carol = Person(server, "bob"), Person(server, "carol")
-    ear = Ear(carol, "/w/acme/todos/live")
-    ear.event()
-    kept = [carol.get("/w/acme/todos").text for _ in range(3)][-1]
-    answer = bob.post("/w/acme/members/workspace", form={"title": " Acme  & Söhne ", "was": "acme"})
-    assert (answer.status, answer.headers["location"]) == (303, "/w/acme/members/workspace")
-    while "<h1>Acme &amp; Söhne" not in ear.event(heartbeats=True):
-        pass
-    assert "Acme &amp; Söhne" not in kept and "Acme &amp; Söhne" in carol.get("/w/acme/todos").text and "Acme &amp; Söhne" in carol.get("/").text, "and its address stays"
-    assert read(server, "SELECT who, what FROM journal ORDER BY id DESC LIMIT 1") == [("bob", "directory.rename_workspace")]
-    assert bob.post("/w/acme/members/workspace", form={"title": "acme"}).status == 303 and "x-title" not in bob.get("/_gate/acme").headers
-
-
-@cases("fields, status, why", [({"title": "New", "was": "Old"}, 409, "is acme meanwhile"), ({"title": "", "was": "acme"}, 422, "1 to 63 characters"),
-                               ({"title": "\u4e2d"}, 422, "1 to 63 characters"), ({"title": "x" * 64}, 422, "1 to 63"), ({"title": "New", "_stamp": "carol 1"}, 412, "made for carol")], ids=str)
-def test_a_name_that_can_not_be_is_shown_again_with_the_reason_and_nothing_is_written(server, fields, status, why):
-    answer = Person(server, "bob").post("/w/acme/members/workspace", form=fields)
-    assert answer.status == status and why in answer.text and f'name="title" value="{fields["title"]}"' in answer.text
-    assert read(server, "SELECT title FROM workspaces WHERE name = 'acme'") == [(None,)]
-
-
-@cases("name", ["carol", "erin", "alice"])
-def test_only_owners_rename_and_delete(server, name):
-    server.write("UPDATE memberships SET role = 'admin' WHERE account = 'carol'")
-    person, page = Person(server, name), "/w/acme/members/workspace"
-    assert {person.get(page).status, person.get(f"{page}/live").status, person.post(page, form={"title": "Mine"}).status, delete_it(person).status} == {403}
-    assert "members/workspace" not in person.get("/w/acme/members").text and "members/workspace" in Person(server, "bob").get("/w/acme/members").text
-
-
-@cases("confirm", ["", "globex", "acme corp 2"])
-def test_to_delete_a_workspace_takes_its_name(server, confirm):
-    bob = Person(server, "bob")
-    bob.post("/w/acme/members/workspace", form={"title": "Acme Corp"})
-    answer = delete_it(bob, confirm=confirm)
-    assert answer.status == 422 and "Its name is Acme Corp" in answer.text and '<details class="apart" open>' in answer.text and bob.get("/w/acme/todos").status == 200
-    assert delete_it(bob, confirm=" acme  CORP").status == 303 and bob.get("/w/acme/todos").status == 403
-
-
-def test_a_workspace_that_an_owner_deleted_is_as_if_there_were_none_until_it_is_brought_back_as_it_was(outside, run):
-    ann, data = outside.sign_in("ann"), outside.env.settings.data
-    ann.post("/w/acme/todos", form={"title": "kept"})
-    guest = signed_in_by(outside, newcomer(outside, link_into(ann, uses="2")))
-    link, program = link_into(ann), Program(outside, token_of(ann))
-    ears = [Ear(person, path) for person in (ann, guest, program) for path in ("/w/acme/todos/live",)] + [Ear(guest, "/w/acme/members/live")]
-    for ear in ears:
-        ear.event()
-    before = read(outside, "SELECT * FROM memberships"), file_of(outside).stat().st_ino
-    answer = delete_it(ann)
-    assert (answer.status, answer.headers["location"]) == (303, "/")
-    assert all("no longer have access" in ear.until_it_says("ended") and ear.event() is None for ear in ears[:2] + ears[3:])
-    while ears[2].event():
-        pass
-    gone, never = guest.get("/_gate/acme"), guest.get("/_gate/nowhere")
-    assert (gone.status, gone.text) == (never.status, never.text) == (403, never.text)
-    assert "/w/acme/" not in ann.get("/").text and program.get("/w/acme/todos").status == 403 and at_link(outside, link).status == 422
-    assert ann.post("/workspaces", form={"name": "acme"}).status == 422, "the name is kept for it"
-    assert outside.env.directory.ask("/_names_of", f"id={file_of(outside).stem}") is None, "its jobs wait"
-    assert "deleted" in run("workspace", "list", data=data)[1] and run("check", data=data)[0] == 0
-    assert run("workspace", "undelete", "acme", data=data)[0] == 0
-    assert (read(outside, "SELECT * FROM memberships"), file_of(outside).stat().st_ino) == before
-    assert eventually(lambda: "kept" in guest.get("/w/acme/todos").text) and program.get("/w/acme/todos").status == 200 == at_link(outside, link).status
-
-
-def test_a_deleted_workspace_counts_among_those_that_one_founded(outside, monkeypatch):
-    monkeypatch.setattr(orion, "most_workspaces", lambda settings: 1)
-    ann = outside.sign_in("ann")
-    assert delete_it(ann).status == 303 and "which is the limit here" in ann.post("/workspaces", form={"name": "more"}).text
-
-
-def test_only_what_is_deleted_and_still_has_its_file_is_brought_back(outside, run):
-    data = outside.env.settings.data
-    assert "is not deleted" in run("workspace", "undelete", "acme", data=data)[2] and "no workspace b" in run("workspace", "undelete", "b", data=data)[2]
-    delete_it(outside.sign_in("ann"))
-    file_of(outside).unlink()
-    assert "is gone; workspace remove acme" in run("workspace", "undelete", "acme", data=data)[2]
-
-
-def test_a_backup_has_a_deleted_workspace_so_that_it_can_be_brought_back_there_too(outside, run, tmp_path):
-    outside.sign_in("ann").post("/w/acme/todos", form={"title": "kept"})
-    delete_it(outside.sign_in("ann"))
-    assert run("backup", tmp_path / "backup", data=outside.env.settings.data)[0] == run("restore", tmp_path / "backup", data=tmp_path / "new")[0] == 0
-    assert run("workspace", "undelete", "acme", data=tmp_path / "new")[0] == 0 == run("check", data=tmp_path / "new")[0]
-
-
-def test_a_deleted_workspace_goes_for_good_after_30_days_also_if_that_is_cut_short(outside, monkeypatch):
-    ann, file = outside.sign_in("ann"), file_of(outside)
-    delete_it(ann)
-    outside.write("UPDATE workspaces SET deleted = deleted - 29.99 * 86400")
-    outside.edge.end_deleted()
-    assert file.exists()
-    outside.write("UPDATE workspaces SET deleted = deleted - 0.02 * 86400")
-    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
-        cut.setattr(orion, "forget_workspace", mock.Mock(side_effect=KeyboardInterrupt))
-        outside.edge.end_deleted()
-    assert not file.exists() and ann.post("/workspaces", form={"name": "acme"}).status == 422
-    outside.edge.end_deleted()
-    assert ann.post("/workspaces", form={"name": "acme"}).status == 303 and file_of(outside) != file and read(outside, "SELECT account, role FROM memberships") == [("ann", "owner")]
-
-
-def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path):
-    with contextlib.closing(Root(ROOTS["single"], tmp_path / "data")) as root:
-        bob = root.person("bob")
-        assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
-        assert "Other" in bob.get("/w/acme/todos").text
-        assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
-        at_rest(root.server)
-        assert [stream.account for stream in root.server.edge.broker.watchers(orion.OneFile.ID)] == ["carol"], "who is at home is not here"
-
-
-def test_a_workspace_on_a_node_is_renamed_deleted_and_in_the_end_removed_there(tmp_path):
-    with contextlib.closing(Root(ROOTS["directory and node"], tmp_path / "data")) as root:
-        bob, ear, directory = root.person("bob"), root.ear("carol"), root.server.directory
-        bob.post("/w/acme/members/workspace", form={"title": "Other"})
-        while "<h1>Other" not in ear.event(heartbeats=True):
-            pass
-        (id,), = read(directory, "SELECT id FROM workspaces WHERE name = 'acme'")
-        file = root.server.env.workspaces.path(id)
-        assert delete_it(bob, confirm="other").status == 303 and "no longer have access" in ear.until_it_says("ended") and file.exists()
-        directory.write("UPDATE workspaces SET deleted = 1 WHERE moving = ?", orion.DELETED)
-        directory.edge.end_deleted()
-        assert not file.exists() and not read(directory, "SELECT 1 FROM workspaces WHERE name = 'acme'")
-
-
-def test_the_switcher_lists_ones_own_workspaces_when_it_is_opened_and_no_page_depends_on_them(server):
-    bob = Person(server, "bob")
-    page = bob.get("/w/acme/todos").text
-    assert '<details class="switch"' in page and "globex" not in page
-    asked = bob.get("/workspaces/mine")
-    assert asked.headers["content-type"].startswith("text/event-stream") and '<a href="/w/acme" dir="auto">acme</a>' in asked.text and "/w/globex" in asked.text and "/w/home" not in asked.text
-    assert Person(server).get("/workspaces/mine").status == 401
-    bob.post("/workspaces", form={"name": "A <b>"})
-    assert "A &lt;b&gt;</a>" in bob.get("/workspaces/mine").text
-
-
-def test_an_open_home_page_shows_new_counts_memberships_names_and_removals(server):
-    bob, alice = Person(server, "bob"), Person(server, "alice")
-    bob.post("/workspaces", form={"name": "new"})
-    assert alice.get("/").status == 200
-    ear = Ear(alice, "/live")
-    assert "/w/home/" in ear.event()
-    said = lambda words: ear.until_it_says(words)
-    bob.post("/w/new/members", account="alice", role="viewer")
-    assert "viewer" in said("/w/new/")
-    bob.post("/w/new/members/workspace", form={"title": "Renamed"})
-    assert said("Renamed</strong>")
-    bob.post("/w/new/todos", form={"title": "one"})
-    assert said("1 open")
-    bob.post("/w/new/todos", form={"title": "two"})
-    assert said("2 open")
-    delete_it(bob, "new", "renamed")
-    while "/w/new/" in ear.event():
-        pass
-    alice.post("/workspaces", form={"name": "mine"})
-    assert said("/w/mine/")
-    alice.post("/logout", form={})
-    assert "signed out" in said("ended") and ear.event() is None and Person(server).get("/live").status == 401
-
-
-@pytest.fixture
-def by_hand(start, monkeypatch):
-    """A server that counts for home pages only when edge.count_for_homes() is called."""
-    monkeypatch.setattr(orion.CountsForHomes, "chores", lambda self: super(orion.CountsForHomes, self).chores())
-    return start()
-
-
-def homes_of(server, *names):
-    """Their home pages, open; the broker knows their streams."""
-    ears = [Ear(Person(server, name), "/live") for name in names]
-    assert all(ear.event() for ear in ears) and eventually(lambda: len(server.edge.broker.channels.get("directory", ())) == len(ears))
-    return ears
-
-
-def test_a_workspace_that_is_written_to_is_counted_once_for_all_home_pages_that_show_it_and_others_are_not(by_hand, monkeypatch):
-    ears = homes_of(by_hand, "bob", "carol", "erin", "alice")
-    by_hand.edge.count_for_homes()
-    assert all(ear.until_it_says("3 open") for ear in ears)
-    at_rest(by_hand), by_hand.edge.count_for_homes()         # a page that was made meanwhile has asked again
-    counted = mock.Mock(wraps=orion.facts_of)
-    monkeypatch.setattr(orion, "facts_of", counted)
-    Person(by_hand, "carol").post("/w/acme/todos", form={"title": "more"})
-    eventually(lambda: by_hand.env.directory.namespace.uncounted)
-    by_hand.edge.count_for_homes()
-    assert all(ear.until_it_says("4 open") for ear in ears[:3]) and counted.call_count == 1
-
-
-def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_is_back(by_hand):
-    by_hand.edge.count_for_homes(), homes_of(by_hand, "carol")[0].close()
-    Person(by_hand, "carol").get("/"), Person(by_hand, "bob").post("/w/acme/todos", form={"title": "more"})
-    eventually(lambda: by_hand.edge.broker.channels == {} and by_hand.env.directory.namespace.uncounted)
-    by_hand.edge.count_for_homes()
-    ear, = homes_of(by_hand, "carol")
-    by_hand.edge.count_for_homes()
-    assert ear.until_it_says("4 open")
-
-
-# ==== 66. History =====================================================================================================
+# ==== 64. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -14291,6 +13395,1022 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
+# ==== 65. Console: notes ==============================================================================================
+
+@pytest.fixture
+def traced(tmp_path):
+    trace = orion.Trace(with_args=True)
+    owner = types.SimpleNamespace(id="it", namespace=types.SimpleNamespace(trace=trace))
+    store = orion.TracedStore(tmp_path / "t.db", True, owner)
+    store.exec("CREATE TABLE t (n)")
+    yield trace, store
+    store.close()
+
+
+def test_a_store_call_is_noted_while_somebody_watches_and_only_then(traced):
+    trace, store = traced
+    store.exec("INSERT INTO t VALUES (1)")
+    trace.watch(1)
+    store.exec("INSERT INTO t  VALUES (?)", 2)
+    trace.watch(-1)
+    store.exec("INSERT INTO t VALUES (3)")
+    assert [(call.object, call.sql, call.args, call.rows) for call in trace.calls] == [("it", "INSERT INTO t VALUES (?)", "2", 1)]
+
+
+def test_what_the_console_itself_asks_is_not_noted(traced):
+    trace, store = traced
+    trace.watch(1)
+    with trace.silence():
+        store.query("SELECT * FROM t")
+    assert not trace.calls
+
+
+def test_a_note_tells_how_many_rows_a_call_found_or_changed(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.exec("INSERT INTO t VALUES (1), (2), (3)")
+    store.query("SELECT * FROM t")
+    store.one("SELECT * FROM t")
+    store.one("SELECT * FROM t WHERE n = 9")
+    store.begin()
+    assert [call.rows for call in trace.calls] == [3, 3, 3, 0, ""]
+
+
+def test_bytes_and_long_values_are_not_shown_in_full(traced):
+    trace, store = traced
+    trace.watch(1)
+    store.one("SELECT ?, ?", b"secret", "x" * 1000)
+    assert "secret" not in trace.calls[0].args and "6 bytes" in trace.calls[0].args and len(trace.calls[0].args) < 100
+
+
+def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(traced):
+    trace, store = traced
+    trace.watch(1)
+    for _ in range(trace.KEPT_CALLS + 7):
+        store.one("SELECT 1")
+    assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
+
+
+# ==== 65. Console =====================================================================================================
+
+def test_the_console_shows_each_object_with_id_state_and_count(server):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title="One more")
+    text = bob.get("/console").text
+    id = server.env.workspaces.id_from_name("acme")
+    row = re.search(rf'<tr id="object-{id}">.*?</tr>', text)[0]
+    assert f'>acme</a></th><td><code class="id" title="{id}">{id}</code>' in row and "<td>4</td><td></td></tr>" in row and "awake since" in row
+
+
+def test_a_workspace_that_sleeps_is_counted_and_sleeps_again(server):
+    bob = Person(server, "bob")
+    server.env.workspaces.sleep_unused(idle=-1)
+    text = bob.get("/console").text
+    assert text.count("<td>asleep</td>") == 3 and text.count("<td>3</td><td></td></tr>") == 3
+    assert not server.env.workspaces.objects
+
+
+def test_a_workspace_that_can_not_be_read_hides_no_other(server):
+    server.env.workspaces.sleep_unused(idle=-1)
+    server.env.workspaces.path(server.env.workspaces.id_from_name("acme")).write_bytes(b"not a database, but long enough to be none" * 99)
+    text = Person(server, "bob").get("/console").text
+    assert "read</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
+
+
+def test_a_workspace_that_is_busy_holds_up_neither_the_console_nor_a_probe(server):
+    acme, bob = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme")), Person(server, "bob", datastar=True)
+    with acme.turn:
+        text = bob.get("/console").text
+        assert "busy</td><td></td></tr>" in text and text.count("<td>3</td><td></td></tr>") == 2
+        assert "200, let in." in probe(bob, "acme")
+        assert bob.post("/console/retry", workspace="acme").status == 503
+    eventually(lambda: bob.get("/console").text.count("<td>3</td><td></td></tr>") == 3)
+
+
+def test_the_console_pages_through_many_workspaces(server):
+    alice = Person(server, "alice")
+    for n in range(30):
+        alice.post("/workspaces", form={"name": f"w{n:02}"})
+    first = alice.get("/console").text
+    after = re.search(r'href="\?after=([a-z0-9]+)">More', first)[1]
+    rest = alice.get(f"/console?after={after}").text
+    names = lambda text: re.findall(r'object=[0-9a-f]{64}">(\w+)<', text)
+    assert len(names(first)) == orion.NAMES_A_PAGE and len(names(first) + names(rest)) == 33 == len({*names(first), *names(rest)})
+
+
+def test_the_console_asks_no_workspace_that_it_does_not_show(server):
+    alice, workspaces = Person(server, "alice"), server.env.workspaces
+    for n in range(25):
+        alice.post("/workspaces", form={"name": f"w{n:02}"})
+    workspaces.sleep_unused(idle=-1)
+    before = workspaces.fetches
+    for _ in range(2):
+        alice.get("/console")
+    assert workspaces.fetches == before + orion.NAMES_A_PAGE and not workspaces.objects
+
+
+def probe(person, workspace):
+    answer = person.post("/console/probe", workspace=workspace)
+    return answer.text
+
+
+def test_a_probe_of_a_foreign_workspace_ends_at_the_gate_and_contacts_no_workspace(server):
+    titles(Person(server, "bob"))
+    before = server.env.workspaces.fetches
+    text = probe(Person(server, "alice", datastar=True), "acme")
+    assert "403, stopped at the gate.</b> This workspace is not yours" in text and f"{before} before, {before} after" in text
+    assert {*re.findall(r"<li><b>(.*?)</b>", text)} == {"Directory"} and server.env.workspaces.fetches == before
+    assert "toast" not in text
+
+
+def test_a_probe_of_ones_own_workspace_shows_the_verdict(server):
+    titles(Person(server, "bob"))
+    before = server.env.workspaces.fetches
+    text = probe(Person(server, "bob", datastar=True), "acme")
+    assert "200, let in." in text and f"{before} before, {before + 1} after" in text
+    assert "bob is owner, with the grants todos:read,todos:write" in text
+
+
+def test_a_probe_tells_no_difference_between_a_foreign_workspace_and_none(server):
+    alice = Person(server, "alice", datastar=True)
+    foreign, none = [re.sub(r"[\d.]+ ms|acme|nowhere|\d+ (before|after)", "", probe(alice, name)) for name in ("acme", "nowhere")]
+    assert foreign == none and "403, stopped at the gate." in none
+
+
+def test_a_probe_works_without_scripts_and_signed_out(server):
+    answer = Person(server).post("/console/probe", form={"workspace": "acme"})
+    assert answer.status == 200 and "401, stopped at the gate.</b> Sign in first." in answer.text and "<html" in answer.text
+
+
+def test_a_hostile_probe_is_text(server):
+    text = probe(Person(server, "alice", datastar=True), "<script>alert(1)</script>")
+    assert "<script" not in text.replace("\\u003c", "<").split("datastar-patch-signals")[0]
+
+
+def test_store_calls_and_requests_of_others_reach_the_open_console(server):
+    bob, ear = Person(server, "bob"), Ear(Person(server), "/console/live")
+    ear.event()
+    bob.post("/w/acme/todos", title="Seen by all")
+    event = ear.until_it_says("INSERT INTO todos")
+    while "/w/acme/todos</bdi>" not in event:
+        event = ear.event()
+    way = re.search(r'<li id="way-\d+" class="wrote"><b>POST</b> <code><bdi>/w/acme/todos</bdi></code>.*?</li>', event)[0]
+    assert ">gate</a> <b>200</b>" in way and ">SliceHost.command</a> <b>200</b>" in way.replace("303", "200") and "&#x27;Seen by all&#x27;" in event
+
+
+def test_a_refused_request_visibly_ends_at_the_gate(server):
+    ear = Ear(Person(server), "/console/live")
+    ear.event()
+    Person(server, "alice").get("/w/acme/todos")
+    assert 'class="trip stopped"' in ear.until_it_says("<b>403</b></li>")
+
+
+def test_the_functions_beside_the_drawing_are_those_of_a_real_post_in_their_order(start):
+    ran = []
+    threading.setprofile(lambda frame, event, _: ran.append(frame.f_code) if event == "call" else None)
+    try:
+        server = start()
+        bob, ear = Person(server, "bob"), Ear(Person(server, "carol"), "/w/acme/todos/live")
+        ear.event()
+        at_rest(server)
+        ran.clear()
+        bob.post("/w/acme/todos", title="on its way")
+        ear.until_it_says("on its way")
+    finally:
+        threading.setprofile(None)
+    later = iter([*ran])                             # each is looked for behind the one before
+    assert [one.__qualname__ for functions in orion.WAY.values() for one in functions if inspect.unwrap(one).__code__ not in later] == []
+
+
+def test_each_leg_of_a_request_leads_to_a_function_that_the_page_shows(server):
+    ear, bob = Ear(Person(server), "/console/live"), Person(server, "bob")
+    ear.event()
+    for ask in (bob.get, bob.post):
+        ask("/w/acme/todos", **({"title": "x"} if ask == bob.post else {}))
+    page = bob.get("/console").text
+    leads = {*re.findall(r'href="#(code-[^"]+)"', page)}
+    assert leads >= {"code-gate", "code-SliceHost.handle", "code-SliceHost.command"} and leads <= {*re.findall(r'<p id="([^"]+)"', page)}
+
+
+def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(run, tmp_path):
+    with Command("read", ready=False) as command:
+        text = command.process.communicate(timeout=PATIENCE)[0]
+    assert run("read", data=tmp_path / "none") == (0, text, "")
+    lines = PROGRAM.read_text("utf-8").splitlines(keepends=True)
+    found = re.findall(r"(?m)^# ([\w.]+), lines (\d+) to (\d+)$", text)
+    assert [name for name, _, _ in found] == [one.__qualname__ for functions in orion.WAY.values() for one in functions]
+    for name, first, last in found:
+        assert f"def {name.split('.')[-1]}(" in "".join(lines[int(first) - 1:int(first) + 1])
+        assert textwrap.dedent("".join(lines[int(first) - 1:int(last)])) in text
+
+
+def test_the_feed_can_be_of_one_object_and_can_pause(server):
+    bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
+    ear, paused = Ear(Person(server), f"/console/live?object={id}"), Ear(Person(server), "/console/live?paused=1")
+    ear.event(), paused.event()
+    bob.post("/w/acme/todos", title="x")
+    event = ear.until_it_says("INSERT INTO todos")
+    assert "Store calls of acme" in event and "<td>Directory</td>" not in event
+    assert 'id="feed"' not in paused.until_it_says("/w/acme/todos</bdi></code>")
+    assert "Go on" in bob.get("/console?paused=1").text
+
+
+def test_switching_the_persona_ends_the_streams_of_the_one_before(server):
+    bob = Person(server, "bob")
+    ear = Ear(bob, "/w/acme/todos/live")
+    ear.event()
+    bob.post("/persona", form={"account": "alice", "next": "/console"})
+    assert "You are signed out" in ear.until_it_says("ended")
+
+
+def test_outside_the_demo_the_console_is_for_operators(outside):
+    assert Person(outside).get("/console").status == 401
+    assert outside.sign_in("ann").get("/console").status == 403
+    assert outside.sign_in("ops").get("/console").status == 200
+    assert "/console" in outside.sign_in("ops").get("/").text and "/console" not in outside.sign_in("ann").get("/").text
+
+
+def test_outside_the_demo_the_feed_shows_no_parameters(outside):
+    ear = Ear(outside.sign_in("ops"), "/console/live")
+    ear.event()
+    outside.sign_in("ann").post("/w/acme/todos", title="A secret")
+    assert "A secret" not in ear.until_it_says("INSERT INTO todos")
+
+
+def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    text = ops.get("/w/acme/todos").text
+    assert "you look on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
+    assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
+    assert ops.post("/masquerade/end", form={}).status == 303
+    assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
+
+
+@cases("ending, seen", [("logout", "You are signed out"), ("end", "disabled"), ("time", "disabled"), ("expelled", "no longer")])
+def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside, ending, seen):
+    ops, ann = outside.sign_in("ops", datastar=True), outside.sign_in("ann", datastar=True)
+    ann.post("/w/acme/todos", title="x"), ann.post("/w/acme/members", account="ops", role="viewer")
+    ear = Ear(ops, "/w/acme/todos/live")
+    ear.event()
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    while "disabled" in (ear.event() or "disabled"):
+        pass
+    eventually(lambda: +outside.edge.broker.accounts == {"ann": 1})
+    if ending == "logout":
+        ops.post("/logout", form={})
+    if ending == "end":
+        ops.post("/masquerade/end", form={})
+    if ending == "time":
+        outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+    if ending == "expelled":
+        outside.write("UPDATE memberships SET role = 'owner' WHERE account = 'ops'")       # ann is not the last one
+        ann.delete("/w/acme/members/ann")
+    ear.until_it_says(seen)
+
+
+@cases("change", ["begins", "ends", "time"])
+def test_a_home_page_is_shown_to_nobody_else_when_a_masquerade(outside, change):
+    ops, ann, over = outside.sign_in("ops"), outside.sign_in("ann"), "UPDATE sessions SET expires = ? WHERE operator IS NOT NULL"
+    begin = lambda: ops.post("/masquerade", form={"account": "ann"})
+    begin() if change != "begins" else None
+    ear = Ear(ops, "/live")
+    assert ("/w/acme/" in ear.event()) == (change != "begins")
+    at_rest(outside)
+    {"begins": begin, "ends": lambda: ops.post("/masquerade/end", form={}), "time": lambda: outside.write(over, time.time() - 1)}[change]()
+    assert "Somebody else is signed in here" in ear.until_it_says('id="live"') and ear.event() is None
+
+
+def test_an_operator_who_asks_for_it_writes_in_the_name_of_both(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann", "writes": "on"})
+    assert ops.post("/w/acme/todos", title="x").status == 200
+    with contextlib.closing(outside.store("acme")) as store:
+        assert store.execute("SELECT who, what FROM journal").fetchall()[-1] == ("ops as ann", "todos.create")
+
+
+def test_begin_and_end_of_a_masquerade_are_in_the_journal(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": " Ann"})
+    ops.post("/masquerade/end", form={})
+    rows = outside.policy.query("SELECT who, what, which FROM journal WHERE what LIKE '%mas%'")
+    assert [tuple(row) for row in rows] == [("ops", "directory.masquerade", "ann"), ("ops as ann", "directory.unmask", "ann")]
+
+
+def test_a_masquerade_is_over_after_its_time_and_so_are_its_streams(outside):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    ear = Ear(ops, "/w/acme/todos/live")
+    ear.event()
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+    assert "no longer have access" in ear.until_it_says("ended")
+    assert ops.get("/w/acme/todos").status == 403
+
+
+def test_a_masquerade_ends_on_time_also_before_anybody_tidied_up(outside, monkeypatch):
+    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    assert ops.get("/w/acme/todos").status == 200
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+    assert ops.get("/w/acme/todos").status == 403
+
+
+def test_who_ends_a_masquerade_just_when_its_time_is_over_leaves_no_stream(outside, monkeypatch):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    ear = Ear(ops, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    at_rest(outside)
+    monkeypatch.setattr(orion.Broker, "look_elsewhere", lambda self: None)        # nobody has tidied up yet
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+    assert ops.post("/masquerade/end").status == 303
+    assert "no longer" in ear.until_it_says('id="live"') and ear.event() is None
+
+
+@cases("path, form", [("/account/sessions", {"session": "others"}), ("/account/password", {"username": "ops", "password": "long enough", "new": "another one"})])
+def test_a_session_that_is_ended_from_elsewhere_ends_what_it_watches_in_somebodys_name(outside, path, form):
+    here, there = outside.sign_in("ops"), outside.sign_in("ops")
+    there.post("/masquerade", form={"account": "ann"})
+    ear = Ear(there, "/w/acme/todos/live", Datastar_Request="true")
+    ear.event()
+    at_rest(outside)
+    assert here.post(path, form=form).status == 303
+    assert "signed out" in ear.until_it_says('id="live"') and ear.event() is None
+
+
+@cases("end", ["a page", "the button"])
+def test_a_masquerade_that_ended_long_ago_leaves_no_session(outside, end):
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - orion.SESSION_SECONDS - 1)
+    ops.get("/account") if end == "a page" else ops.post("/masquerade/end")
+    assert ops.get("/account").status == 401
+
+
+def test_a_masquerade_that_is_over_is_journalled_once(outside):
+    outside.sign_in("ops").post("/masquerade", form={"account": "ann"})
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() - 1)
+    for _ in range(3):
+        outside.env.directory.ask("/_version")
+    rows = outside.policy.query("SELECT who, which FROM journal WHERE what = 'directory.unmask'")
+    assert [tuple(row) for row in rows] == [("ops as ann", "time is over")]
+
+
+def test_nobody_but_an_operator_looks_on_as_others(outside):
+    assert outside.sign_in("ann").post("/masquerade", form={"account": "ops"}).status == 403
+    assert outside.sign_in("ops").post("/masquerade", form={"account": "nobody"}).status == 422
+
+
+def test_a_moment_just_before_a_second_is_not_shown_a_second_early():
+    assert orion.clock(59.9996, "milliseconds").endswith(":59.999") and orion.clock(60.25, "milliseconds").endswith(":00.250") and orion.clock(59.9).endswith(":59")
+
+
+def test_the_footer_tells_the_truth_about_a_page(server):
+    bob = Person(server, "bob")
+    bob.post("/w/acme/todos", title="x")
+    first, second = bob.get("/w/acme/todos").text, bob.get("/w/acme/todos").text
+    assert "just now, in" in first and "from the cache" in second
+    assert server.env.workspaces.id_from_name("acme") in first and ">yes</dd>" in first
+    assert ">no</dd>" in Person(server, "carol").get("/w/acme/todos").text
+
+
+def test_the_footer_counts_those_who_watch(server):
+    one = Ear(Person(server, "bob"), "/w/acme/todos/live")
+    two = Ear(Person(server, "carol"), "/w/acme/todos/live")
+    while 'id="watchers">2<' not in one.event(heartbeats=True):
+        pass
+    two.close()
+    while 'id="watchers">1<' not in one.event(heartbeats=True):
+        pass
+
+
+def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
+    ann, ops = outside.sign_in("ann"), outside.sign_in("ops")
+    outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
+    for path in ("/w/acme/todos", "/w/acme/members"):
+        assert "x-ray" not in ann.get(path, X_Operates="true").text and "x-ray" in ops.get(path).text
+    assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
+
+
+# ==== 66. Own options =================================================================================================
+# An app has settings and commands of its own, which are on the same command line.
+
+OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
+       orion.Option("--loud", "say 100% more", False), orion.Option("--mail-password", "the password of the mail server", secret=True))
+
+
+def own_main(*words, commands=(), options=OWN, slices=(orion.todos,), **more):
+    """(exit status, standard output, standard error) of an app with these options and commands."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = orion.main(slices, [*map(str, words)], options=options, commands=commands, **more)
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def say_all(app):
+    print([app.setting(option.name) for option in OWN])
+
+
+@cases("words, variables, said", [
+    ((), {}, ["", 3, 0.5, False, ""]),
+    (("--smtp", "mail:25", "--tries", "5", "--pause", "2", "--loud"), {}, ["mail:25", 5, 2.0, True, ""]),
+    ((), {"SMTP": "mail:25", "TRIES": "5", "PAUSE": "2.5", "LOUD": "yes", "MAIL_PASSWORD": "x"}, ["mail:25", 5, 2.5, True, "x"]),
+    (("--tries", "7", "--no-loud"), {"TRIES": "5", "LOUD": "1"}, ["", 7, 0.5, False, ""])], ids=["defaults", "flags", "variables", "flags win"])
+def test_an_option_of_an_app_is_a_flag_and_a_variable_and_has_the_type_of_its_default(monkeypatch, words, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ORION_{name}", value)
+    assert own_main(*words, "say-all", commands=(say_all,)) == (0, f"{said}\n", "")
+    assert own_main("say-all", *words, commands=(say_all,)) == (0, f"{said}\n", "")
+
+
+@cases("words, why", [(("--tries", "many"), "argument --tries: invalid int value: 'many'"), (("--pause", "1s"), "argument --pause: invalid float value: '1s'"),
+                      (("--mail-password", "s3cret"), "say it in ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
+                      (("--mail-password-file", "/nowhere/s"), "--mail-password-file: /nowhere/s can't be read (No such file or directory); name a file")])
+def test_an_option_that_is_said_wrong_is_one_line_with_the_remedy(words, why):
+    status, out, err = own_main(*words, "say-all", commands=(say_all,))
+    assert status == 2 and out == "" and why in err and err.count("\n") == 1 and "s3cret" not in err
+
+
+def test_a_secret_comes_from_a_file_and_is_shown_nowhere(monkeypatch, tmp_path):
+    (tmp_path / "s").write_text("s3cret\n")
+    assert "s3cret" in own_main("--mail-password-file", tmp_path / "s", "say-all", commands=(say_all,))[1]
+    monkeypatch.setenv("ORION_MAIL_PASSWORD", "s3cret")
+    settings = []
+    assert own_main("look", commands=(lambda app: settings.append(app.settings),))[0] == 2, "a lambda has no name"
+
+    def bare():
+        """It forgot the App."""
+    assert own_main("account", "list", commands=(bare,)) == (2, "", "orion: command 'bare': its first parameter is the App: def bare(app)\n")
+
+    def look(app):
+        settings.append(app.settings)
+    assert own_main("look", commands=(look,))[0] == 0
+    assert settings[0].setting("mail_password") == "s3cret" and "s3cret" not in repr(settings[0])
+    said = own_main("--help")[1]
+    assert "s3cret" not in said and "--mail-password-file MAIL_PASSWORD_FILE" in said and "say 100% more" in said
+
+
+def test_a_pipe_that_is_full_is_not_taken_for_another_server(tmp_path):
+    with pytest.raises(BlockingIOError), orion.locked(tmp_path, "taken"):
+        raise BlockingIOError
+    with orion.locked(tmp_path, "taken"), pytest.raises(orion.Unusable, match="taken"), orion.locked(tmp_path, "taken"):
+        pass
+
+
+def test_what_is_no_option_of_the_app_is_an_error_that_names_those_there_are():
+    with pytest.raises(LookupError, match=r"no option 'smpt'; main\(options=...\) has smtp, tries, pause, loud, mail_password"):
+        orion.Settings(options=OWN).setting("smpt")
+    with pytest.raises(LookupError, match="has none"):
+        orion.Settings().setting("smtp")
+
+
+@cases("options, why", [((orion.Option("--port", "x"),), "there is one already"), ((OWN[0], OWN[0]), "there is one already"), ((orion.Option("-x", "x"),), "a flag is as --mail-server"),
+                        ((orion.Option("--x", "x", None),), "with a text, a number, True or False"), (("--smtp",), "it is to be Option("), (OWN[0], "has a comma"),
+                        ((orion.Option("--x", "x", "known", secret=True),), "a secret has no default")])
+def test_an_option_that_can_not_be_is_refused_at_once(options, why):
+    status, _, err = own_main("account", "list", options=options)
+    assert status == 2 and why in err and "Traceback" not in err
+
+
+@cases("name, why", [("check", "a command of that name"), ("<lambda>", "no function with a name"), (None, "(one,) has a comma"), ("fine", "--loud/--no-loud is a flag already")])
+def test_a_command_that_can_not_be_is_refused_at_once(name, why):
+    def run(app, loud=False):
+        pass
+    run.__name__ = name or "fine"
+    status, _, err = own_main("account", "list", commands=(run,) if name else run)
+    assert status == 2 and why in err and "Traceback" not in err
+
+
+def add_sent(app, workspace, text, count: int, times=1, shout=False):
+    """Write to a workspace."""
+    with app.open(workspace, write=True) as ctx:
+        for _ in range(count * times):
+            ctx.store.exec("INSERT INTO sent VALUES (?)", f"{text} {ctx.title} {shout}")
+        ctx.enqueue(post_letter, text="by a job")
+
+
+def show_sent(app, workspace):
+    with app.open(workspace) as ctx:
+        print(*[row["text"] for row in ctx.store.query("SELECT text FROM sent")], sep=", ")
+
+
+def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_open_pages_and_jobs_follow(office):
+    say = lambda *words: own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
+    with contextlib.closing(Ear(office.bob, "/w/acme/letters/live")) as ear:
+        ear.event()
+        assert say("add-sent", "acme", "hello", 1, "--times", 2, "--shout") == (0, "", "")
+        ear.until_it_says("hello acme True, hello acme True")
+        ear.until_it_says("by a job")
+    assert say("show-sent", "acme") == (0, "hello acme True, hello acme True, by a job\n", "")
+    assert ("(command line)", "add-sent") in office.rows("SELECT who, what FROM journal")
+
+
+@cases("words, why", [(("show-sent", "nowhere"), "there is no workspace nowhere; workspace list tells what there is"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
+                      (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
+def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
+    status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
+    assert status == 2 and why in err and err.count("\n") == 1 and out == ""
+
+
+@cases("sql, write, why", [("INSERT INTO sent VALUES (1)", False, "writes, which only a command or a job may"), ("DELETE FROM journal", True, "of slice 'orion'"),
+                           ("DROP TABLE sent", True, "of slice 'orion'"), ("SELECT * FROM sent, todos", True, None), ("SELECT count(*) FROM journal", False, None)])
+def test_a_command_of_an_app_may_use_the_rows_of_all_slices_and_no_more(office, sql, write, why):
+    with contextlib.closing(orion.App(office.env.settings, "test")) as app:
+        with pytest.raises(PermissionError, match=why) if why else contextlib.nullcontext(), app.open("acme", write) as ctx:
+            ctx.store.query(sql)
+
+
+def test_a_command_that_raises_has_written_nothing(office):
+    def half(app):
+        with app.open("acme", write=True) as ctx:
+            ctx.store.exec("INSERT INTO sent VALUES ('half')")
+            raise ValueError("no more paper")
+    assert own_main("half", "--data", office.env.settings.data, commands=(half,), slices=office.env.settings.slices) == (
+        2, "", f"orion: ValueError: no more paper ({__file__}:{half.__code__.co_firstlineno + 3})\n")
+    assert office.rows("SELECT * FROM sent") == []
+
+
+@cases("root", [{}, {"single": True}], ids=["two planes", "one file"])
+def test_a_new_demo_is_filled_by_the_app_once_in_each_workspace(tmp_path, root):
+    def fill(ctx):
+        ctx.store.exec("INSERT INTO sent VALUES (?)", ctx.workspace)
+        ctx.store.exec("INSERT INTO todos (title) VALUES ('of the app')")
+    settings = orion.Settings(port=0, data=tmp_path, demo=True, log="off", seed=fill, single=tmp_path / "all.db" if root else None)
+    for _ in range(2):
+        env = orion.compose(settings._replace(slices=(orion.todos, letters)))
+        for name in ["acme"] if root else ["acme", "globex", "home"]:
+            with contextlib.closing(sqlite3.connect(env.workspaces.path(env.workspaces.id_from_name(name)))) as db:
+                assert db.execute("SELECT text FROM sent").fetchall() == [(name,)] and db.execute("SELECT 1 FROM todos WHERE title = 'of the app'").fetchone()
+        env.workspaces.close(), env.directory.namespace.close()
+
+
+def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_path, monkeypatch):
+    def begin(settings):
+        raise orion.Unusable(f"{settings.setting('smtp')} does not answer")
+    monkeypatch.setattr(orion, "bound", None)
+    with mock.patch.object(orion, "BEFORE_SERVING", []):
+        assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
+
+
+# ==== 67. Development =================================================================================================
+
+class Developed(Command):
+    """The guestbook of the README, served by --dev; save() changes its file."""
+
+    def __init__(self, folder):
+        self.file, self.text = folder / "app.py", the_guestbook()
+        self.file.write_text(self.text, "utf-8")
+        super().__init__("--dev", "--port", 0, "--data", folder / "d", "--log", "off", program=self.file, env={**os.environ, "PYTHONPATH": str(HERE)})
+
+    def save(self, old, new):
+        """The guestbook as it was, but for these words. Return the number of the server that was there before."""
+        before = self.state()["server"]
+        self.file.write_text(self.text.replace(old, new), "utf-8")
+        return before
+
+    def state(self):
+        return json.loads(Person(self).get("/_dev").body)
+
+    def another(self, before):
+        eventually(lambda: self.state()["server"] != before)
+
+
+@pytest.fixture(scope="module")
+def developed(tmp_path_factory):
+    with Developed(tmp_path_factory.mktemp("developed")) as app:
+        yield app
+
+
+def test_while_a_file_is_saved_nobody_is_refused_and_then_sees_the_new_page(developed):
+    bob = Person(developed, "bob")
+    before = developed.save("Your words", "Your own words")
+    while developed.state()["server"] == before:
+        assert bob.get("/w/acme/guestbook").status == 200
+    assert "Your own words" in bob.get("/w/acme/guestbook").text
+
+
+def test_what_keeps_an_app_from_starting_is_shown_until_the_next_file_is_saved(developed):
+    for right, wrong, said in (("def region(ctx):", "def region(ctx:", "SyntaxError"), ('"todos:read"', '"todo:read"', "no role has the grant")):
+        developed.another(developed.save(right, wrong))
+        page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
+        assert page.status == 500 and said in page.text and "dev.js" in page.text and page.headers["connection"] == "close" and developed.state()["errors"] == 1
+    developed.another(developed.save("", ""))
+    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
+
+
+def test_a_file_that_an_editor_has_emptied_to_write_it_does_not_end_the_parent(developed):
+    developed.another(developed.save(developed.text, ""))
+    page = Person(developed).get("/w/acme/guestbook", Accept="text/html")
+    assert page.status == 500 and "app.py ended without serving" in page.text
+    developed.another(developed.save("", ""))
+    assert Person(developed, "bob").get("/w/acme/guestbook").status == 200
+
+
+def test_a_parent_that_is_told_to_stop_stops_its_child_first(developed):
+    status, _ = developed.end()
+    assert "orion: app.py ended without serving; it starts again when a file changes\n" in developed.err
+    assert status == 0 and "SyntaxError" in developed.err and developed.err.count("has changed") >= 3
+    with pytest.raises(ConnectionError):
+        Person(developed).get("/")
+
+
+def test_what_an_app_has_imported_and_what_lies_beside_it_is_looked_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(orion.Parent, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
+    (tmp_path / "assets" / "icons").mkdir(parents=True)
+    parent = orion.Parent(orion.Settings(port=0, assets=tmp_path / "assets"))
+    parent.modules = [str(tmp_path / "beside.py")]
+    for name in ("beside.py", "page.html", "assets/icons/up.svg"):
+        parent.seen = parent.look()
+        assert not parent.changed()
+        (tmp_path / name).write_text("new")
+        assert parent.changed() and f"orion: {tmp_path / name} has changed" in capsys.readouterr().err
+    parent.seen = parent.look()
+    (tmp_path / "assets/icons/up.svg").unlink()
+    assert parent.changed() and f"{tmp_path}/assets/icons/up.svg has changed" in capsys.readouterr().err, "a file is gone"
+    parent.seen = parent.look()
+    (tmp_path / "app.log").write_text("new"), (tmp_path / "other.py").write_text("new")
+    assert not parent.changed() and str(HERE / "orion.py") in orion.own_modules() and os.__file__ not in orion.own_modules()
+    parent.socket.close()
+
+
+@cases("words, why", [
+    (["--host", "0.0.0.0"], "--dev shows code and rows to whoever asks, so it is for this machine alone; leave --host, --allow-host, --trust-proxy and --plane out"),
+    (["--allow-host", "h"], "for this machine alone"), (["--trust-proxy", "127.0.0.1"], "for this machine alone"),
+    (["--plane", "directory"], "for this machine alone"), (["--plain"], "--dev needs the full server; leave --plain out")])
+def test_where_others_could_ask_there_is_no_dev(tmp_path, capsys, words, why):
+    assert orion.main(argv=["--dev", "--data", str(tmp_path / "d"), *words]) == 2
+    assert why in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_without_dev_no_page_has_anything_of_it(server):
+    bob = Person(server, "bob")
+    assert bob.get("/_dev").status == bob.get("/dev.js").status == 404 and b"dev.js" not in bob.get("/w/acme/todos").body
+
+
+@pytest.fixture
+def as_child(start, monkeypatch):
+    """as_child(slice): a server as the child of --dev is one, in this process."""
+    monkeypatch.setattr(orion, "ADDED", collections.defaultdict(list, {base: [*added] for base, added in orion.ADDED.items()}))
+    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
+    monkeypatch.setattr(orion, "ERROR_LOGS", [*orion.ERROR_LOGS])
+    monkeypatch.setattr(orion, "FAULTS", orion.Faults())
+    orion.whole.cache_clear()
+
+    def serve(*slices, **settings):
+        orion.become_child(orion.listening("127.0.0.1", 0).detach())
+        return start((orion.todos, *slices), **settings)
+    yield serve
+    orion.whole.cache_clear()
+
+
+def test_who_has_connected_just_before_a_restart_is_answered(as_child, monkeypatch):
+    monkeypatch.setattr(orion.DevEdge, "EXPECTED_SECONDS", PATIENCE)
+    server = as_child()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        eventually(lambda: server.edge.held)
+        server.edge.stop()
+        eventually(lambda: server.edge.socket.fileno() < 0)
+        link.sendall(b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert statuses(link.recv(65536)) == [200]
+
+
+def test_an_error_is_shown_with_the_sql_its_values_and_the_line_and_the_log_has_several(as_child, capfd):
+    def run(ctx):
+        ctx.store.query("SELECT n FROM looks WHERE m = ?", "ten")
+    server = as_child(looks(("GET", "/n/raw", run), ("POST", "/n", run)))
+    bob = Person(server, "bob")
+    page, answer = bob.get("/w/acme/n/raw", Accept="text/html"), bob.post("/w/acme/n")
+    for text in (html.unescape(page.text), answer.text, json.loads(bob.get("/_dev").body)["text"], capfd.readouterr().err):
+        assert "OperationalError: no such column: m" in text and "SQL of slice 'looks': SELECT n FROM looks WHERE m = ?\nvalues: ('ten',)\n" in text
+        assert f'  File "{__file__}", line {run.__code__.co_firstlineno + 1}, in run\n' in text and "in answer" not in text
+    assert page.status == answer.status == 500 and json.loads(bob.get("/_dev").body)["errors"] == 2
+
+
+def test_an_error_in_a_template_is_shown_with_its_file_and_line(as_child, tmp_path):
+    (tmp_path / "n.html").write_text("<p id=n>\n{{nmae}}")
+    bob = Person(as_child(looks(region=lambda ctx: orion.Template(tmp_path / "n.html")(name="x"))), "bob")
+    said = bob.get("/w/acme/n").text
+    assert "n.html, line 2: {{nmae}}: nothing fills the hole 'nmae': give nmae=...; given: name" in said
+
+
+@cases("header", ["X_Forwarded_For", "Via"])
+def test_who_comes_through_a_tunnel_is_shown_nothing_of_dev(as_child, header):
+    bob = Person(as_child(looks(("GET", "/n/raw", lambda ctx: 1 / 0))), "bob")
+    assert "ZeroDivisionError" in bob.get("/w/acme/n/raw").text and bob.get("/_dev").status == 200
+    through = bob.get("/w/acme/n/raw", **{header: "10.1.1.1"})
+    assert through.status == 500 and "ZeroDivisionError" not in through.text and bob.get("/_dev", **{header: "10.1.1.1"}).status == 404
+
+
+def test_no_error_shows_a_cookie_or_a_password(as_child, capfd):
+    def run(ctx):
+        raise ValueError(ctx.field("password") + ctx.field("name") + ctx.setting("smtp_password"))
+
+    def door(request, env):
+        raise LookupError(request.headers["cookie"])
+    server = as_child(looks(("POST", "/n", run)), options=(orion.Option("--smtp-password", "", secret=True),), own=orion.Quiet(smtp_password="mellon"))
+    server.edge.add_doors({"/door": door})
+    bob = Person(server, "bob")
+    said = bob.post("/w/acme/n", form={"password": "sesame", "name": "shown"}).text + bob.get("/door").text + capfd.readouterr().err
+    assert said.count("ValueError: (hidden)shown(hidden)") > 1 and said.count("LookupError: (hidden)") > 1
+    assert "sesame" not in said and "mellon" not in said and bob.cookie.partition("=")[2] not in said
+
+
+def number_of_looks(ctx):
+    return element(str(ctx.store.one("SELECT count(*) FROM looks")[0]))
+
+
+def test_the_log_tells_of_each_publish_what_it_had_read_again(as_child, capfd):
+    bob = Person(as_child(looks(("POST", "/n", write), region=number_of_looks)), "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/n/live")) as ear:
+        ear.event()
+        bob.post("/w/acme/n")
+        assert logged(capfd, "dev: 'looks' was published: /n/live for 1 streams\n")
+
+
+def test_a_region_that_takes_long_is_named(as_child, capfd, monkeypatch):
+    monkeypatch.setattr(orion, "SLOW_SECONDS", 0.0)
+    Person(as_child(looks(region=number_of_looks)), "bob").get("/w/acme/n")
+    assert logged(capfd, "dev: number_of_looks of /n took ")
+
+
+def test_a_command_for_all_who_may_read_is_named_at_the_start(as_child, capfd):
+    as_child(orion.Slice("n", routes=tuple([orion.Route(method, f"/{grant}", f"todos:{grant}", nothing) for method in ("GET", "POST") for grant in ("read", "write")])))
+    said = capfd.readouterr().err
+    assert said.count("dev: ") == 1 and "dev: POST /read takes todos:read, which those have, too, who are only to read; if it writes more than what is" in said
+
+
+def test_a_child_goes_on_when_nobody_hears_what_it_says(as_child, monkeypatch):
+    server, mute = as_child(looks()), open(os.devnull, "w")
+    mute.close()
+    monkeypatch.setattr(sys, "stderr", mute)
+    server.edge.modules = 0
+    eventually(lambda: server.edge.modules)
+    assert Person(server).get("/healthz").status == 200
+
+
+def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_was_refused(as_child, capfd):
+    def run(ctx):
+        if not ctx.field("words"):
+            raise orion.Refused(422, "Write something.")
+        return orion.done(ctx)
+    bob = Person(as_child(looks(("POST", "/n", run))), "bob", datastar=True)
+    said = 'dev: POST /n was refused, and it brought no \'words\', but word, who; an input says its name by name="words" in a form, else by data-bind:words\n'
+    assert [bob.post("/w/acme/n", words=words).status for words in ("x", "")] == [204, 200] and "brought no" not in capfd.readouterr().err
+    assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
+
+
+# ==== 68. Testing =====================================================================================================
+# What a slice's own tests may rely on: all of a server but its sockets.
+
+def ask_poll(ctx):
+    question = ctx.field("question")
+    if not question:
+        raise orion.Refused(422, "Ask something.", fields={"question": "It is empty."})
+    ctx.store.insert("INSERT INTO polls (question, at) VALUES (?, ?)", question, ctx.now())
+    ctx.publish("polls")
+    return orion.done(ctx, question="")
+
+
+def vote(ctx, id):
+    ctx.enqueue(count_votes, after=60, key=str(id), id=id)
+    return orion.done(ctx)
+
+
+def count_votes(ctx, id):
+    ctx.store.exec("UPDATE polls SET question = question || ? WHERE id = ?", (yield lambda: f" counted by {threading.current_thread().name}"), id)
+    ctx.publish("polls")
+
+
+def fail_daily(ctx):
+    ctx.store.exec("INSERT INTO polls (question, at) VALUES ('half', 0)")
+    raise KeyError("no votes")
+
+
+def of_poll(id):
+    return lambda ctx, *args: orion.Template(f"<p id={id}>{{{{all}}}}</p>")(all=" ".join(row["question"] for row in ctx.store.query("SELECT question FROM polls")))
+
+
+poll = orion.Slice(
+    "poll", ("CREATE TABLE polls (id INTEGER PRIMARY KEY, question TEXT NOT NULL, at REAL NOT NULL)",), jobs=(count_votes,),
+    live=(orion.Live("/polls", "todos:read", "Polls", (orion.Region("polls", of_poll("polls")), orion.Region("polls", of_poll("votes")))),),
+    routes=(orion.Route("POST", "/polls", "todos:write", ask_poll), orion.Route("POST", "/polls/<int:id>", "todos:write", vote),
+            orion.Route("PUT", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"put": ctx.field("a")})), orion.Route("PATCH", "/polls/<int:id>", "todos:write", lambda ctx, id: orion.as_json({"patch": ctx.field("a")})),
+            orion.Route("DELETE", "/polls/<int:id>", "todos:delete", lambda ctx, id: orion.as_json({"delete": ctx.field("a")})), orion.Route("GET", "/polls/boom", "todos:read", lambda ctx: 1 / 0)))
+
+
+@pytest.fixture
+def app():
+    with orion.testing(poll, orion.todos, options=OWN, smtp="mail:25") as app:
+        yield app
+
+
+def test_somebody_in_a_test_acts_and_sees_what_others_did(app):
+    bob, carol = app.viewer("bob"), app.viewer("carol", "viewer")
+    reply = bob.post("/polls", question="<Tea>?")
+    assert (reply.status, reply.signals) == (200, {"question": ""})
+    assert "&lt;Tea&gt;?" in carol.region("/polls") and "&lt;Tea&gt;?" in carol.page("/polls") and '<nav' in carol.page("/polls")
+    assert carol.region("/polls", "votes") == "<p id=votes>&lt;Tea&gt;?</p>" and carol.region("/polls") == "<p id=polls>&lt;Tea&gt;?</p><p id=votes>&lt;Tea&gt;?</p>"
+    with app.open() as ctx:
+        assert [tuple(row) for row in ctx.store.query("SELECT who, what, which FROM journal")] == [("bob", "poll.ask_poll", "1")]
+
+
+@cases("role, reply", [("owner", {"delete": "x"}), ("member", None)])
+def test_each_method_has_its_fields_and_its_grant_in_a_test(app, role, reply):
+    one = app.viewer("one", role)
+    assert [one.put("/polls/1", a="x").signals, one.patch("/polls/1", a="x").signals] == [{"put": "x"}, {"patch": "x"}]
+    said = one.delete("/polls/1", a="x")
+    assert said.signals == reply if reply else (said.status == 403 and "does not include todos:delete" in said.message)
+
+
+def test_what_is_refused_in_a_test_has_a_status_a_message_and_signals(app):
+    bob, erin = app.viewer("bob"), app.viewer("erin", "viewer")
+    reply = bob.post("/polls", question="")
+    assert (reply.status, reply.message, reply.signals) == (422, "Ask something.", {"problem": "Ask something.", "question_problem": "It is empty."})
+    assert erin.post("/polls", question="x").status == 403 and erin.region("/polls", "polls") == "<p id=polls></p>"
+    assert app.anybody().get("/polls").status == 401 and app.viewer("dave", workspace="globex").get("/polls").status == 200
+    assert bob.get("/nothing").status == 404 and bob.submit("/polls", question="Tea?").location == "/w/acme/polls"
+    with pytest.raises(AssertionError, match="GET /nothing: 404 There is nothing at this address"):
+        bob.page("/nothing")
+    with pytest.raises(AssertionError, match=r"/polls has no region 'vots', but \['polls', 'votes'\]"):
+        bob.region("/polls", "vots")
+
+
+def test_ways_flashes_and_public_routes_are_followed_in_a_test():
+    def rename(ctx, id):
+        return orion.go(ctx, card, id, flash="Renamed & saved.")
+    card = orion.Live("/cards/<int:id>", "todos:read", "Card", (orion.Region("card/<id>", lambda ctx, id: orion.Template("<p id=card>{{id}}</p>")(id=id)),))
+    hook = orion.Route("POST", "/hooks/<secret>", orion.PUBLIC, lambda ctx, secret: orion.as_json({"who": ctx.viewer.account, "got": ctx.field("n")}))
+    with orion.testing(orion.Slice("cards", live=(card,), routes=(orion.Route("POST", "/cards/<int:id>", "todos:write", rename), hook))) as app:
+        bob = app.viewer("bob")
+        reply = bob.submit("/cards/3", title="x")
+        assert (reply.status, reply.location) == (303, "/w/acme/cards/3")
+        assert "Renamed &amp; saved." in bob.page(reply.location) and "Renamed" not in bob.page(reply.location)
+        assert app.anybody().post("/hooks/x", n=1).signals == {"who": "", "got": "1"} and app.anybody().post("/cards/3").status == 401
+
+
+def test_a_region_in_a_test_heeds_the_parameters_of_its_page():
+    def sorted_by(ctx):
+        return orion.Template("<p id=cards>{{by}}</p>")(by=ctx.params.get("by", "none"))
+    cards = orion.Live("/cards", "todos:read", "Cards", (orion.Region("cards", sorted_by),), params={"by": "date|name"})
+    with orion.testing(orion.Slice("cards", live=(cards,))) as app:
+        assert app.viewer("bob").region("/cards?by=date", "cards") == "<p id=cards>date</p>"
+
+
+def test_what_a_slice_raises_a_test_sees(app):
+    with pytest.raises(ZeroDivisionError):
+        app.viewer("bob").get("/polls/boom")
+
+
+def test_a_role_that_changes_or_that_there_is_not_is_heeded_in_a_test(app):
+    bob = app.viewer("bob", "viewer")
+    assert bob.post("/polls", question="x").status == 403
+    app.viewer("bob", "member")
+    assert bob.post("/polls", question="x").status == 200
+    with pytest.raises(ValueError, match="there is no role 'boss', but owner, admin"):
+        app.viewer("bob", "boss")
+
+
+def test_jobs_run_when_a_test_says_so_by_its_own_clock(app):
+    bob = app.viewer("bob")
+    bob.post("/polls", question="Tea?"), bob.post("/polls/1"), bob.post("/polls/1")
+    assert app.run_jobs() == 0
+    app.clock.move(61)
+    assert app.run_jobs() == 1 and app.run_jobs() == 0
+    assert bob.region("/polls", "polls") == "<p id=polls>Tea? counted by MainThread</p>"
+
+
+def test_a_clock_that_is_moved_is_the_time_of_sessions_and_of_the_slice_and_of_nobody_else(app):
+    bob = app.viewer("bob")
+    with orion.testing(poll) as other:
+        app.clock.move(29 * 86400)
+        for one in (bob, other.viewer("bob")):
+            assert one.post("/polls", question="Tea?").status == 200
+        with app.open() as ctx, other.open() as ctx2:
+            ats = [one.store.one("SELECT at FROM polls")[0] for one in (ctx, ctx2)]
+        assert ats[0] - ats[1] == pytest.approx(29 * 86400, abs=60) and orion.time.time() == pytest.approx(time.time(), abs=60)
+    app.clock.set(utc("2040-01-01T12:00"))
+    assert bob.get("/polls").status == 401 and app.viewer("bob").get("/polls").status == 200
+
+
+def test_what_a_job_raises_a_test_sees_and_the_job_is_tried_again():
+    with orion.testing(poll._replace(jobs=(orion.daily(fail_daily, "07:30"),))) as app:
+        bob = app.viewer("bob")
+        app.clock.move(86400)
+        for seconds in (0, 3):
+            app.clock.move(seconds)
+            with pytest.raises(KeyError, match="no votes"):
+                app.run_jobs()
+        with app.open() as ctx:
+            assert tuple(ctx.store.one("SELECT tries, error FROM jobs")) == (2, "KeyError: 'no votes'")
+        assert bob.region("/polls", "polls") == "<p id=polls></p>"
+
+
+def test_jobs_without_an_end_are_an_error_in_a_test(monkeypatch):
+    def again(ctx):
+        ctx.enqueue(again)
+    monkeypatch.setattr(orion.TestedApp, "MOST_JOBS", 20)
+    with orion.testing(working(again)) as app:
+        app.viewer("bob").post("/work", job="again")
+        with pytest.raises(RuntimeError, match="20 jobs ran, and there are more; does one enqueue itself?"):
+            app.run_jobs()
+
+
+def test_a_test_may_read_and_write_the_rows_themselves_but_not_wait_for_itself(app):
+    bob = app.viewer("bob")
+    with app.open(write=True) as ctx:
+        ctx.store.exec("INSERT INTO polls (question, at) VALUES ('Tea?', 0)")
+        assert (ctx.workspace, ctx.setting("smtp"), ctx.setting("tries")) == ("acme", "mail:25", 3)
+        for wait in (lambda: bob.get("/polls"), app.run_jobs):
+            with pytest.raises(RuntimeError, match="acme is open, so all others would wait forever"):
+                wait()
+    assert bob.region("/polls", "polls") == "<p id=polls>Tea?</p>"
+
+
+@cases("share", [["a", "b"], ("a", "b")])
+@cases("files", [{}, {"picture": [("1.png", PNG), ("2.png", PNG)]}])
+def test_a_list_in_a_test_is_several_fields_of_a_form_with_files_or_without(share, files):
+    def look(ctx):
+        return orion.as_json({"share": ctx.fields("share"), "picture": [file.name for file in ctx.uploads("picture")]})
+    with orion.testing(orion.Slice("s", routes=(orion.Route("POST", "/s", "todos:write", look),))) as app:
+        assert app.viewer("bob").submit("/s", share=share, **files).signals == {"share": ["a", "b"], "picture": ["1.png", "2.png"] if files else []}
+
+
+def test_files_are_sent_and_fetched_in_a_test():
+    def keep(ctx):
+        return orion.as_json(ctx.files.add(ctx.upload("picture")))
+    slice = orion.Slice("pictures", routes=(orion.Route("POST", "/pictures", "todos:write", keep, upload=2 ** 21), orion.Route("GET", "/pictures/<int:id>", "todos:read", lambda ctx, id: ctx.files.send(id))))
+    data = os.urandom(700_000)
+    with orion.testing(slice) as app:
+        bob = app.viewer("bob")
+        reply = bob.submit("/pictures", title="Cat", picture=("cat.bin", data))
+        assert reply.status == 200 and bob.get(f"/pictures/{reply.body.decode()}").body == data
+        assert bob.submit("/pictures", picture=("cat.bin", 3 * data)).message == "This is too large: at most 2 MB can be sent here."
+        assert bob.post("/pictures", words="a" * orion.BODY_LIMIT).status == bob.submit("/todos", title="a" * orion.BODY_LIMIT).status == 413
+
+
+@cases("wrong, error", [(lambda: orion.testing(poll, poll), orion.BadSlice), (lambda: orion.testing(poll, smpt="x"), LookupError)])
+def test_what_a_server_would_refuse_a_test_refuses(wrong, error):
+    with pytest.raises(error), wrong():
+        pass
+
+
+def test_nothing_is_left_of_a_test(monkeypatch):
+    made, mine = [], threading.get_ident()               # servers of other tests have threads and sockets, too
+    for kind in (threading.Thread, socket.socket):
+        begin = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *args, _begin=begin, **more: (
+            made.append(self) if threading.get_ident() == mine else None, _begin(self, *args, **more))[1])
+    with orion.testing(poll) as app:
+        app.viewer("bob").post("/polls", question="Tea?")
+        assert made == []
+        folder = app.settings.data
+        assert str(folder) in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+    assert not folder.exists() and str(folder) not in "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+
+
+def test_only_who_calls_testing_gives_the_module_a_clock_that_can_be_moved():
+    nodes = [(one, node) for one in sections()[1].body for node in ast.walk(one)]
+    setters = [one.name for one, node in nodes if isinstance(node, ast.Global) and "time" in node.names]
+    callers = [node for _, node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("testing", "MovableTime")]
+    assert setters == ["testing"] and len(callers) == 1, "a server would pay for it"
+
+
+def test_pytest_takes_nothing_of_it_for_a_test():
+    assert not [name for name, value in vars(orion).items() if name.lower().startswith("test") and getattr(value, "__test__", True)]
+
+
+def named_in_comments():
+    """What comments name as Class.name or, with the number of a section behind it, as name (12): (name, section or "")."""
+    text = (HERE / "orion.py").read_text("utf-8")
+    comments = " ".join(re.findall(r"(?m)^\s*#(.*)", text))
+    return sorted({*re.findall(r"\b([A-Za-z_]\w*\.\w+|\w*_\w+)(?: \((\d+)\))", comments), *re.findall(r"\b([A-Z]\w+[a-z]\.[a-z_]\w*)()\b", comments)})
+
+
+def test_no_line_of_the_file_is_longer_than_92_characters():
+    lines = pathlib.Path(orion.__file__).read_text("utf-8").splitlines()
+    assert [f"{number}: {line}" for number, line in enumerate(lines, 1) if len(line) > 92] == []
+
+
+def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
+    lines = (HERE / "orion.py").read_text("utf-8").split("\n")
+    begins = {int(found[1]): number for number, line in enumerate(lines, 1) if (found := re.match(r"# ==== (\d+)\. ", line))}
+    names = named_in_comments()
+    assert len(names) > 40
+    for name, section in names:
+        owner, _, attribute = name.rpartition(".")
+        whole = getattr(orion, owner) if owner else orion
+        if not hasattr(whole, attribute):
+            assert attribute in whole.__init__.__code__.co_names, name
+        elif section:
+            line = inspect.unwrap(getattr(whole, attribute)).__code__.co_firstlineno
+            assert max(number for number in begins if begins[number] <= line) == int(section), name
+
+
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
@@ -14402,125 +14522,8 @@ def test_a_section_that_needs_another_says_so(title):
     assert needs <= needed(title) <= {*found}
 
 
-# ==== 64. People ======================================================================================================
-
-def be_shown_as(person, label):
-    return person.post("/account/name", form={"label": label})
-
-
-def people_in(markup):
-    """Whom it lists: the text of each, with the initials, and the account if that is another name."""
-    found = re.findall(r'<span class="person" data-account="[^"]*">(.*?)</span> </span>', markup, re.S)
-    return [html.unescape(" ".join(re.sub("<[^>]*>", "", one).split())) for one in found]
-
-
-@cases("root", ["two planes", "single", "directory and node"])
-def test_a_new_name_is_on_all_open_pages_at_once_and_the_account_stays_what_it_is(tmp_path, root):
-    crew = orion.Region("crew", lambda ctx: element(", ".join([one["label"] for one in ctx.members()])))
-    crew = orion.Slice("crew", live=(orion.Live("/crew", "todos:read", "Crew", (crew,)),))
-    with contextlib.closing(Root(functools.partial(ROOTS[root], slices=(orion.todos, crew)), tmp_path / "root")) as root:
-        carol, own = root.person("carol"), root.ear("carol")
-        here, *ears = [root.ear("bob", f"/w/acme/{page}/live") for page in ("todos", "members", "crew")]
-        answer = be_shown_as(carol, "  C\u00e4rol  <b> \u674e ")
-        assert (answer.status, answer.headers["location"]) == (303, "/account")
-        for ear in ears:
-            ear.until_it_says("C\u00e4rol &lt;b&gt; \u674e")
-        for ear in (here, own):
-            while "C\u00e4rol &lt;b&gt; \u674e" not in ear.event(heartbeats=True):
-                pass
-        shown = "C\u674e C\u00e4rol <b> \u674e carol"
-        for page in ("/w/acme/members", "/w/acme/todos", "/account"):
-            assert shown in people_in(carol.get(page).text), page
-        said = carol.get("/_gate/acme").headers
-        assert (said["x-account"], urllib.parse.unquote(said["x-label"])) == ("carol", "C\u00e4rol <b> \u674e")
-        assert be_shown_as(carol, "").status == 303 and "C carol" in people_in(carol.get("/account").text) and "x-label" not in carol.get("/_gate/acme").headers
-
-
-@cases("label, why", [("x" * 64, "1 to 63"), ("x" * 10_000, "1 to 63"), ("\u202ebob", "can be seen"), ("a\u2066b", "can be seen"), ("bo\u200db", "can be seen"),
-                      ("bob\u3164", "can be seen"), ("a\x00b", "can be seen"), ("\x1b[31m", "can be seen"),
-                      ("bob", "account bob"), (" BOB ", "account bob"), ("B\u00f3b", "account bob"), ("bo\u0301b", "account bob"), ("\uff22ob", "account bob"), ("bob\ufe0f", "account bob"), ("b\u034fo\ufe0fb", "account bob"), ("b\U000e0100ob", "account bob"), ("bob.", "account bob"),
-                      ("b\u043eb", "mixes alphabets"), ("Anna b\u03bfb", "mixes alphabets")], ids=ascii)
-def test_a_name_that_deceives_is_refused_and_shown_again_and_the_one_before_stays(server, label, why):
-    carol = Person(server, "carol")
-    answer = be_shown_as(carol, label)
-    field = re.search(r'<input id="label"[^>]*value="([^"]*)"', answer.text)[1]
-    assert answer.status == 422 and why in re.search(r'id="label-problem"[^>]*>([^<]*)', answer.text)[1] and html.unescape(field) == label
-    assert read(server, "SELECT label FROM accounts WHERE name = 'carol'") == [("Carol Jones",)]
-
-
-@cases("label", ["Carol", "CAROL", "\u041c\u0430\u0440\u0438\u044f", "\u05de\u05e8\u05d9\u05dd", "\u0939\u093f\u0928\u094d\u0926\u0940", "\U0001f98a", "\u2764\ufe0f",
-                   "\u041c\u0430\u0440\u0438\u044f Jones", "Bob Miller", "x" * 63], ids=ascii)
-def test_any_name_that_can_be_seen_is_taken_even_one_that_somebody_else_has_for_the_account_tells_them_apart(server, label):
-    carol = Person(server, "carol")
-    assert be_shown_as(carol, label).status == 303
-    assert people_in(carol.get("/w/acme/members").text)[2].endswith(f"{label} carol")
-
-
-def test_only_who_is_signed_in_changes_the_own_name_and_the_journal_has_it(server):
-    assert be_shown_as(Person(server), "Nobody").status == 401
-    assert Person(server, "carol").post("/account/name", form={"label": "Eve", "_stamp": "bob 1"}).status == 412
-    assert Person(server, "carol").post("/account/name", form={"label": "Carol J.", "account": "bob"}).status == 303
-    assert read(server, "SELECT who, what, which FROM journal ORDER BY id DESC LIMIT 1") == [("carol", "directory.change_label", "carol Carol J.")]
-    assert read(server, "SELECT label FROM accounts WHERE name = 'bob'") == [("Bob Miller",)]
-
-
-def test_what_is_wrong_with_a_name_is_not_said_of_the_password_nor_the_other_way_round(outside):
-    problems = lambda answer: re.findall(r'id="(label|password)-problem"[^>]*>([^<]*)', answer.text)
-    ann = outside.sign_in("ann")
-    assert problems(be_shown_as(ann, "ops")) == [("label", "There is an account ops, and it is not yours. Add something that tells you apart."), ("password", "")]
-    wrong = ann.post("/account/password", form={"username": "ann", "password": "wrong", "new": "long enough too"})
-    assert problems(wrong) == [("label", ""), ("password", "The present password is not right. Try again.")]
-
-
-@cases("label, initials", [("Carol Jones", "CJ"), ("carol", "C"), ("Carol van der Jones", "CJ"), ("Carol (she)", "C"), ("\u00e9lodie \u00e5berg", "\u00c9\u00c5"), ("\U0001f98a", "\U0001f98a"), ("- -", "-")], ids=ascii)
-def test_initials_are_the_first_letters_of_the_first_and_the_last_word(label, initials):
-    assert orion.initials(label) == initials
-
-
-def test_an_account_keeps_its_colour_and_initials_can_be_read_on_each(server):
-    css = (HERE / "templates" / "style.css").read_text("utf-8")
-    grounds = dict(re.findall(r"\.face-(\d) \{ background: (#[0-9a-f]{6}); \}", css))
-    assert {*grounds} == {*map(str, range(orion.COLOURS))} and min(contrast("#fff", ground) for ground in grounds.values()) >= 4.5
-    assert "face-0" in orion.person_of("carol", "Carol") and "face-0" in orion.person_of("carol", "X"), "whatever process makes it"
-
-
-def test_a_page_links_to_the_style_that_says_you_which_depends_on_its_address_alone(server):
-    assert '<link rel="stylesheet" href="/you.css?carol">' in Person(server, "carol").get("/w/acme/members").text and "you.css" not in Person(server).get("/").text
-    answer = Person(server).get("/you.css?carol")
-    assert answer.text == '[data-account="carol"] { --you: "(you)" }\n' and answer.headers["cache-control"].endswith("immutable") and "text/css" in answer.headers["content-type"]
-    for odd in ("", "carol%22%5D", "Carol", "a=b", "a" * 33, "%0A"):
-        assert Person(server).get(f"/you.css?{odd}").status == 404, odd
-    assert Person(server).post("/you.css?carol", form={}).status == 405
-
-
-def test_who_is_here_is_counted_in_full_and_seven_are_shown(server):
-    for number in range(10):
-        add_account(server, f"ann-{number}", "long enough")
-        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", f"ann-{number}")
-        server.write("UPDATE accounts SET persona = 1, label = ? WHERE name = ?", f"Ann {number}", f"ann-{number}")
-    ears = [Ear(Person(server, f"ann-{number}"), "/w/acme/todos/live") for number in range(10)]
-    while "10 here now:" not in (told := ears[0].event(heartbeats=True)):
-        pass
-    assert people_in(told) == [f"A{number} Ann {number} ann-{number}" for number in range(7)] and "+3</span>" in told
-    for ear in ears[7:]:
-        ear.close()
-    while "7 here now:" not in (told := ears[0].event(heartbeats=True)):
-        pass
-    assert len(people_in(told)) == 7 and "+" not in told
-
-
-def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_is_invited(server, monkeypatch):
-    monkeypatch.setitem(orion.ROLES, "member", ("todos:read", "todos:write", "cards:move"))
-    bob = Person(server, "bob")
-    for role, may in (("owner", "read, write and delete todos; manage members; delete workspace"), ("member", "read and write todos; move cards"), ("viewer", "read todos")):
-        assert all(f"<b>{role}</b>: {may}</p>" in bob.get(f"/w/acme/{page}").text for page in ("members", "members/links"))
-    page = at_link(server, link_into(bob)).text
-    assert "as member. You may: read and write todos; move cards." in page and people_in(page) == ["BM Bob Miller bob"]
-    newcomer(server, link_into(bob))
-    assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
-
-
 # #### In the browser ##################################################################################################
+
 
 # ==== The browser =====================================================================================================
 # A real Chromium. The journeys run once with our client and, where ORION_DATASTAR names a copy, once with the official
@@ -17982,6 +17985,7 @@ def test_nonce_mode_is_fast_with_distinct_expressions(show, browser):
 
 
 # #### README, and without pytest ######################################################################################
+
 
 # ==== README ==========================================================================================================
 # What it shows can be pasted: each block of commands runs in a shell of its own, as in a new terminal.
