@@ -4789,6 +4789,7 @@ class Asked:
     account: str = ""                                    # to whom it is charged
     cookie: Optional[str] = None
     insider: int = 0                                     # see LoopEdge.insiders
+    let_in: bool = False                                 # it is in the lane of its object
 
     @property
     def key(self) -> Tuple[Any, ...]:
@@ -5772,9 +5773,10 @@ def viewer_in(forwarded) -> Tuple[str, ...]:
 #   and not taken. Who is refused is answered. Who is let in is fetched, together with all
 #   that came for the same object.
 # It promises: each request comes out with a response. A connection that idles, reads slowly
-#   or sends slowly costs a buffer and no thread. Requests of people of whom no command was
-#   done in a workspace stay out of its lane: how long strangers wait for their no tells
-#   them nothing.
+#   or sends slowly costs a buffer and no thread. A workspace that is busy takes one thread:
+#   who was let in waits in its lane. All others wait for the gate's verdict in a lane of
+#   their own address. So how long somebody waits for a no does not tell whether a workspace
+#   is busy, or exists.
 # Who uses it: the network.
 
 class Noted(NamedTuple):
@@ -5800,11 +5802,11 @@ def asking_once(deciding: Env) -> Env:
 
 
 def lane_of(path: str) -> str:
-    """Where a request for a workspace's own object waits; "": it waits for nobody."""
-    parts = path.split("/")
-    if parts[:2] != ["", "w"] or len(parts) < 4 or parts[3] == "members":
+    """Return the lane of the Workspace that answers this path; "": none does."""
+    if not path.startswith("/w/"):
         return ""
-    return f"/w/{parts[2]}"
+    parts = path.split("/")
+    return "" if parts[3:4] == ["members"] else f"/w/{parts[2]}"
 
 
 UNREADABLE = Reading("-", "/", {}, keep=False, modern=True, length=0)
@@ -6127,7 +6129,7 @@ class LoopEdge:
         names = ("", "localhost", socket.gethostname(), self.settings.host,
                  *self.settings.allow_host)
         self.hosts = frozenset([name.lower().rstrip(".") for name in names])
-        self.insiders = set()                            # hashes: whose commands, and where
+        self.insiders = set()                            # hashes: who was let in, and where
         self.accounts: Dict[int, str] = {}               # by the hash of a cookie
 
     def make_loop(self):
@@ -6279,13 +6281,14 @@ class LoopEdge:
         self.line_up(asked)
 
     def line_up(self, asked):
+        """Put it into the lane of its Workspace; first into another one, if we do not know
+        yet that the gate lets them in."""
         lane = lane_of(asked.request.path)
         asked.insider = hash((lane, asked.cookie))
-        if not lane:
-            lane = asked.connection                      # it waits for nobody
-        elif asked.insider not in self.insiders:         # they did nothing here, so far
+        asked.let_in = asked.let_in or not lane or asked.insider in self.insiders
+        if not asked.let_in:
             lane = f"{source_of(asked.request.peer)} {lane}"
-        self.pool.gather(lane, asked, self.answer_all, asked.account)
+        self.pool.gather(lane or asked.connection, asked, self.answer_all, asked.account)
 
     def keeps_answers(self) -> bool:
         """Not on a node: the verdict comes with each request."""
@@ -6302,13 +6305,19 @@ class LoopEdge:
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
-    def charge_rightly(self, asked, decided) -> bool:
-        """Return whether the request is charged to its account. If not, learn whose it is.
-        """
+    def is_in_place(self, asked, decided) -> bool:
+        """Return whether the request waits where it should, at the expense of its account.
+        If not, learn who it is, and line it up again."""
         account = decided.request.headers.get("x-account")
-        if not asked.cookie or not account or asked.account == account:
+        known = not asked.cookie or not account or asked.account == account
+        if asked.let_in and known:
             return True
-        self.accounts[hash(asked.cookie)] = account
+        asked.let_in = True
+        if asked.cookie and account:
+            self.accounts[hash(asked.cookie)] = account
+            self.insiders.add(asked.insider)
+        asked.account = self.account_of(asked)
+        self.call(self.line_up, asked)
         return False
 
     def answer_all(self, several) -> List[Asked]:
@@ -6322,14 +6331,12 @@ class LoopEdge:
         for asked in several:
             decided = outcome(self.decide, asked.request, env)
             if not isinstance(decided, Noted):
+                self.insiders.discard(asked.insider)
                 self.finish(asked, decided)
-            elif self.charge_rightly(asked, decided):
+            elif self.is_in_place(asked, decided):
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
-            else:                                        # its account may have its share
-                asked.account = self.account_of(asked)
-                self.call(self.line_up, asked)
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
         with contextlib.suppress(Outdated):
             for stub, group in let_in.items():
@@ -6373,7 +6380,7 @@ class LoopEdge:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
             if asked.forwarded:
-                self.learn(asked, response)
+                self.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
                 first_frames(asked.request, response.watch)
             asked.connection.reply(asked, response)
@@ -6382,18 +6389,11 @@ class LoopEdge:
             request = self.as_logged(asked.request)
             log_error(f"{request.method} {request.path}", error)
 
-    def learn(self, asked, response):
-        """Remember whose command was done, or keep a page.
-
-        At what is public [3] nobody is let in. A page that sets a cookie is for this one
-        time.
-        """
-        if asked.request.method not in SAFE:
-            if response.status < 400 and asked.forwarded.headers.get("x-account"):
-                self.insiders.add(asked.insider)
-        elif asked.cookie and response.nonce and response.status == 200:
-            if "set-cookie" not in dict(response.headers):
-                self.kept.keep(asked, response)
+    def keep(self, asked, response):
+        """Keep a page. One that sets a cookie is for this one time."""
+        if asked.request.method in SAFE and asked.cookie and response.nonce \
+                and response.status == 200 and "set-cookie" not in dict(response.headers):
+            self.kept.keep(asked, response)
 
     def request(self, reading, peer) -> Request:
         """What a sound frame asks for. Raises Refused for a target, method or host."""
@@ -15579,10 +15579,17 @@ class Follows(LoopEdge):
         if not self.trace.watched:
             return super().answer_all(several)
         for asked in several:
-            trip = Trip(self.as_logged(asked.request))
-            answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
-            self.finish(asked, answer)
+            if asked.let_in or not self.moves_on(asked):
+                trip = Trip(self.as_logged(asked.request))
+                answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
+                self.finish(asked, answer)
         return []
+
+    def moves_on(self, asked) -> bool:
+        """If the gate lets them in, line the request up in the lane of its Workspace."""
+        with self.trace.silence():
+            decided = outcome(self.decide, asked.request, self.deciding)
+        return isinstance(decided, Noted) and not self.is_in_place(asked, decided)
 
 
 # -- the way of one POST, by the numbers in the drawing

@@ -7125,6 +7125,36 @@ def test_a_workspace_that_is_busy_takes_one_thread_however_many_ask(start):
     assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 20
 
 
+def visitor_from(server, address, path, cookie=""):
+    """A request of somebody at this address, whom a proxy brings; gives the connection."""
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    link.sendall(head(f"X-Forwarded-For: {address}", "X-Forwarded-Proto: http", f"Cookie: {cookie}", line=f"GET {path} HTTP/1.1"))
+    return link
+
+
+@cases("path, traced", [("/w/acme/todos", 0), ("/w/acme/todos", 1), ("/w/acme/todos/live", 0), ("/w/acme", 0), ("/w/acme/seen", 0)])
+def test_a_workspace_that_is_busy_takes_one_thread_also_of_those_who_only_look(start, path, traced):
+    """Each of them at an address of its own, and nobody has done anything here since the server started. /w/acme/seen is public."""
+    seen = orion.Slice("seen", routes=(orion.Route("GET", "/seen", orion.PUBLIC, lambda ctx: orion.Response(200)),))
+    server = start((orion.todos, seen), threads=4, trust_proxy=("127.0.0.1/32",))
+    dave, alice = Person(server, "dave", datastar=True), Person(server, "alice", datastar=True)
+    cookies, password = [], orion.hash_password("long enough")
+    for n in range(8):
+        name = f"reader{n}"
+        server.write("INSERT INTO accounts (name, label, password) VALUES (?, ?, ?)", name, name, password)
+        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", name)
+        signed_in = Person(server).post("/login", form={"username": name, "password": "long enough"})
+        cookies.append(signed_in.headers["set-cookie"].split(";")[0])
+    server.edge.trace.watch(traced)
+    with busy(server, "acme"):
+        links = [visitor_from(server, f"10.0.0.{n}", path, cookie) for n, cookie in enumerate(cookies)]
+        in_line(server, 8)
+        assert dave.get("/w/globex/todos").status == dave.post("/w/globex/todos", title="Meanwhile").status == 200
+        assert Person(server).post("/persona", form={"account": "bob"}).status == 303
+        assert [alice.get(f"/w/{name}/todos").status for name in ("acme", "nowhere")] == [403, 403]
+    assert [statuses(link.recv(65_536)) for link in links] == [[303 if path == "/w/acme" else 200]] * 8
+
+
 def waiting():
     """A slice whose command, and whose page, wait for an event; gives the event, and who waits."""
     go, begun = threading.Event(), []
@@ -7214,7 +7244,8 @@ def test_requests_that_take_long_give_their_thread_back_in_between(start, monkey
 
 @cases("target, lane", [
     ("/w/acme/todos", "/w/acme"), ("/w/acme/todos/7?show=open", "/w/acme"), ("/w/%61cme/todos", "/w/acme"), ("/%77/acme/todos", "/w/acme"), ("/w/acme/memberships", "/w/acme"),
-    ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h/w/acme/todos", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w/acme", ""), ("/login", "")])
+    ("http://h/w/acme/todos", "/w/acme"), ("HTTPS://h/w/acme/todos", "/w/acme"), ("/w/acme", "/w/acme"), ("/w/acme/members", ""), ("/w/acme/members/bob", ""), ("/w", ""),
+    ("/login", "")])
 def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
     path, _ = orion.parse_target(target, "h")
     assert orion.lane_of(path) == lane
