@@ -135,8 +135,8 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     PlainHandler.hold (14)      sends it
 #
 # A name has nearly always the same type, so it is not repeated at each function: request is
-# a Request, viewer a Viewer (in a region: a Role), env an Env, ctx a Context, store a
-# Store. workspace and account are names; slice is a name, too, except in a loop over
+# a Request, viewer a Viewer (in a region: a SharedViewer), env an Env, ctx a Context, store
+# a Store. workspace and account are names; slice is a name, too, except in a loop over
 # slices: there it is a Slice. A workspace's id has 64 hexadecimal digits. sql is a
 # statement, args are its parameters.
 
@@ -209,9 +209,10 @@ class Request(NamedTuple):
         Raises Refused(415) for another body, Refused(400) if it cannot be read or has too
         many fields.
         """
-        if self.media_type in FORMS:
-            return FORMS[self.media_type](self)
-        if self.body and self.media_type != "application/json":
+        type = self.media_type
+        if type in FORMS:
+            return FORMS[type](self)
+        if self.body and type != "application/json":
             raise Refused(415, "Send application/json or "
                                "application/x-www-form-urlencoded.")
         in_query = decoded_pairs(self.query) if self.method in BODYLESS else []
@@ -1097,7 +1098,7 @@ class Namespace:
         self.build = build
         self.closed = False
         self.lock = threading.Lock()                     # guards the next line
-        self.objects: Dict[str, DurableObject] = collections.OrderedDict()
+        self.objects: Dict[str, DurableObject] = {}      # those that are awake
 
     def id_from_name(self, name: str) -> str:
         """Return 64 hexadecimal digits, always the same for a name.
@@ -1178,11 +1179,11 @@ class Watch(NamedTuple):
 # Who uses it: Workspace and Directory are hosts; todos and directory are slices.
 
 class Slice(NamedTuple):
-    """A feature. What comes after count is for [3].
+    """A feature: its tables, its live pages and its commands.
 
-    count(store) says how full a workspace is. jobs: work that is done later. exports:
-    functions (store, ...) that other slices may ask. styles, scripts: names of assets that
-    its pages load.
+    What comes behind them is for [3]. count(store) says how full a workspace is. jobs: work
+    that is done later. exports: functions (store, ...) that other slices may ask. styles,
+    scripts: names of assets that its pages load.
     """
     name: str
     migrations: Sequence[str] = ()
@@ -1198,9 +1199,10 @@ class Slice(NamedTuple):
 class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
-    args are what stood for the <parts> of the path: text, or an int for <int:part>. form:
-    the page on which the form for this is, if it has another path. [3] upload: bytes that a
-    request may bring; 0: no more than any other. says: what somebody did, as "deleted".
+    args are what stood for the <parts> of the path: text, or an int for <int:part>. What
+    comes behind run is for [3]. form: the page on which the form for this is, if it has
+    another path. upload: bytes that a request may bring; 0: no more than any other. says:
+    what somebody did, as "deleted".
     """
     method: str
     path: str
@@ -1225,7 +1227,8 @@ class Region(NamedTuple):
 
 
 def only_the_regions(ctx, *shown):
-    """The page of a slice that has nothing to say around its regions."""
+    """The page of a slice that has nothing to say around its regions. (What stood for the
+    <parts> of the path is in shown, too.)"""
     regions = [html for html in shown if type(html) is Html]
     return template("slice")(region=Html().join(regions), live=True)
 
@@ -1267,7 +1270,8 @@ class Live(NamedTuple):
 
 # -- who looks
 
-PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"    # as a grant
+# What a route can name in the place of a grant: who may, whatever their role is.
+PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"
 NO_MEMBERS = ("", "public")                              # roles; the second one: [3]
 NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
               'so it cannot use the account of one viewer; Region(..., each="account") is '
@@ -1277,14 +1281,15 @@ NO_REQUEST = ("a region is shown again after each change, and has no request; na
 
 
 @dataclasses.dataclass(frozen=True)
-class Role:
-    """Who looks, as a region may know it: all that viewers of one role have in common."""
+class SharedViewer:
+    """Who looks, as a region may know it: what all viewers of one role have in common."""
     role: str = ""
     grants: Tuple[str, ...] = ()
     workspace: str = ""                                  # its name
     id: str = ""                                         # its id
 
     def can(self, grant: str) -> bool:
+        """Does their role have this grant?"""
         return grant in self.grants
 
     @property
@@ -1293,18 +1298,21 @@ class Role:
 
 
 @dataclasses.dataclass(frozen=True)
-class Viewer(Role):
+class Viewer(SharedViewer):
     """Who looks, as the verdict says it. Without a workspace: an account, or nobody."""
     account: str = ""
     label: str = ""                                      # [3] what others call them
 
-    def as_seen_by(self, region: Region) -> Role:
+    def as_seen_by(self, region: Region) -> SharedViewer:
         """Return what a region may know of the viewer: see Region.each."""
         said = self.role, self.grants, self.workspace, self.id
-        return Viewer(*said, self.account) if region.each == "account" else Role(*said)
+        if region.each == "account":
+            return Viewer(*said, self.account)
+        return SharedViewer(*said)
 
     def permit(self, grant: str, method: str = "GET") -> None:
-        """Raise Refused(401) or Refused(403) if they may not. (method is for [3].)"""
+        """Raise Refused(401) or (403) unless they have this grant or, if it is one of the
+        three above, are meant by it. (method is for [3].)"""
         if grant == ACCOUNT and not self.account:
             raise Refused(401, "Sign in first.")
         if grant == MEMBER and self.role in NO_MEMBERS:
@@ -1314,6 +1322,7 @@ class Viewer(Role):
                                "the workspace for it.")
 
     def may(self, grant: str) -> bool:
+        """Would permit agree?"""
         with contextlib.suppress(Refused):
             self.permit(grant)
             return True
@@ -1341,18 +1350,17 @@ class Viewer(Role):
 # -- what a slice is given
 
 class Context:
-    """What a slice is given to answer one request. After that it can't be used any more.
+    """What a slice is given to answer one request. [2] ends it with the request.
 
-    The context of a region is shared by a role (but for Region.each): its viewer is a Role,
-    and there is no request.
+    The context of a region is shared by all who have a role (but for Region.each): its
+    viewer is a SharedViewer, and it has no request.
     """
     __slots__ = ("host", "store", "viewer", "params", "_request", "_sent")
-    # [3] knows what was typed into a form that was refused, and a form that is sent twice.
-    typed: Dict[str, str] = {}
-    stamp = Html()
+    typed: Dict[str, str] = {}                           # [3] into a form that was refused
+    stamp = Html()                                       # [3] so a form does one thing once
 
-    def __init__(self, host: SliceHost, store: Store, viewer: Role, params: Dict[str, str],
-                 request: Optional[Request]):
+    def __init__(self, host: SliceHost, store: Store, viewer: SharedViewer,
+                 params: Dict[str, str], request: Optional[Request]):
         self.host = host                                 # for slices of the server itself
         self.store = store
         self.viewer = viewer
@@ -1378,13 +1386,12 @@ class Context:
         return urllib.parse.unquote(title) or self.workspace
 
     def remove(self, table: str, where: str, *args: Any) -> Dict[str, Any]:
-        """Delete the rows that match where, an SQL condition. Return signals for done().
+        """Delete the rows that match where, an SQL condition.
 
-        [3] keeps these rows, and the signals offer to put them back.
+        Return signals for done(). [3] keeps the rows, and has some that offer to undo it.
         """
-        signals = self.host.keep(self, table, where, args)
         self.store.exec(f"DELETE FROM {table} WHERE {where}", *args)
-        return signals
+        return {}
 
     def publish(self, topic: str) -> None:
         """Have all regions with this topic read again, when the command commits."""
@@ -1392,13 +1399,13 @@ class Context:
 
     @property
     def sent(self) -> List[Tuple[str, Any]]:
-        """What was sent along, each with its name. It is decoded once."""
+        """What was sent along: Request.pairs, decoded once."""
         if self._sent is None:
             self._sent = self.request.pairs()
         return self._sent
 
-    # What was sent along under a name. otherwise: if nothing was. A value that no person
-    # can have typed there is a Refused(400), which names the field. [3] has more of these.
+    # One of them. otherwise: if it was not sent. A value that nobody can have typed there
+    # is a Refused(400), which names the field. [3] has more of these.
 
     def field(self, name: str, otherwise: str = "") -> str:
         """Return it as text. Of several, the last."""
@@ -1416,21 +1423,16 @@ class Context:
         return type(self)(self.host, self.store, self.viewer, params, self.request)
 
     def for_region(self, region: Region, live: Live) -> Context:
-        """Return the context of a region: the same for all who may see the same."""
+        """It is the same for all who may see the same."""
         viewer = self.viewer.as_seen_by(region)
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, viewer, params, None)
-
-    def end(self) -> None:
-        self.host = None
 
 
 @dataclasses.dataclass
 class Rendering:
     """A region at one state of the store, made once for all who may see the same."""
     html: Html
-    made: float                                          # when, by time.perf_counter()
-    micros: int                                          # how long it took
 
     @functools.cached_property
     def frame(self) -> bytes:
@@ -1441,7 +1443,8 @@ class Rendering:
 # -- which route answers
 
 class Router:
-    """Finds slice and route for a request. One is made for all objects of a kind."""
+    """Finds slice and route for a request. schema: the tables of its slices. One router is
+    made for all objects of a kind."""
 
     def __init__(self, slices: Sequence[Slice]):
         self.slices = slices
@@ -1485,25 +1488,27 @@ class SliceHost(DurableObject):
         self.router = router
         self.schema = router.schema
         self.pages = pages
-        self.state: Any = None                           # of the store, when they were made
         self.renderings: Dict[Tuple[Any, ...], Rendering] = {}
+        self.state: Any = None                           # of the store, when they were made
 
     def viewer(self, request: Request) -> Viewer:
         return viewer_by_verdict(request)
 
-    def topic(self, name: str, viewer: Role) -> str:
+    def topic(self, name: str, viewer: SharedViewer) -> str:
         """Return how the bus of this object calls a slice's topic."""
         return name
 
-    def router_for(self, request: Request) -> Router:
-        return self.router
-
-    # -- a request
+    # -- a request. It goes through these methods, and each of them adds one thing:
+    #
+    #     answer (7)      opens the file
+    #     command         of a write: a transaction (7); what is wrong is shown where it was
+    #                     typed
+    #     handle          the route; who asks, and whether they may
+    #     call            what the slice is given
+    #     run             the slice
 
     def handle(self, request: Request) -> Response:
-        """Have the right slice answer."""
-        router = self.router_for(request)
-        slice, route, args = router.match(request.method, request.path)
+        slice, route, args = self.router.match(request.method, request.path)
         viewer = self.viewer(request)
         self.permit(viewer, route, request)
         return self.call(slice, route, args, viewer, request)
@@ -1515,14 +1520,7 @@ class SliceHost(DurableObject):
         """Have this slice answer. [2] keeps slices apart, and a journal of what they did.
         """
         ctx = self.context(self, self.store, viewer, request.params, request)
-        try:
-            return self.run(route, ctx, args)
-        finally:
-            ctx.end()
-
-    def keep(self, ctx: Context, table: str, where: str, args) -> Dict[str, Any]:
-        """See Context.remove."""
-        return {}
+        return self.run(route, ctx, args)
 
     def command(self, request: Request) -> Response:
         try:
@@ -1538,13 +1536,16 @@ class SliceHost(DurableObject):
 
     def after_form(self, ctx: Context, signals: Dict[str, Any]) -> Response:
         """Lead a plain form that is done to its page. [3] shows the signal note there."""
-        return see_other(f"/w/{ctx.workspace}{self.path_after(ctx.request)}")
+        path = urllib.parse.quote(self.path_after(ctx.request))
+        return see_other(f"/w/{ctx.workspace}{path}")
 
     def path_after(self, request):
         """Return where a plain form leads when it is done: to its list."""
         return "/" + request.path.split("/")[1]
 
-    # -- live pages
+    # -- live pages. A page and its stream are made of the same renderings: renderings_of
+    # returns them, rendering looks whether one is there, render makes it, show asks the
+    # slice.
 
     def renderings_of(self, live: Live, ctx: Context, args) -> List[Rendering]:
         """Return the regions of a page as this viewer sees them."""
@@ -1565,9 +1566,7 @@ class SliceHost(DurableObject):
         return made
 
     def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
-        made = time.perf_counter()
-        html = self.show(region, live, ctx, args)
-        return Rendering(html, made, round(1e6 * (time.perf_counter() - made)))
+        return Rendering(self.show(region, live, ctx, args))
 
     def topics(self, live: Live, ctx: Context, args) -> List[str]:
         """Return the topic of each region, as the bus of this object calls it."""
@@ -1582,14 +1581,13 @@ class SliceHost(DurableObject):
         return Response(200, b"".join(frames), EVENTS, watch=watch)
 
     def page(self, live: Live, ctx: Context, args) -> Response:
-        asked = time.perf_counter()
         renderings = self.renderings_of(live, ctx, args)
         own = ctx.for_page(live)
         body = self.around(live, own, renderings, args)
         title = self.title_of(live, own, args)
-        footer = self.xray(renderings, ctx, asked)
         return page(f"{title} · {ctx.title}", body, ctx.viewer,
-                    self.navigation(live.path, ctx), footer, head=self.head(ctx))
+                    self.navigation(live.path, ctx), self.footer(renderings, ctx),
+                    head=self.head(ctx))
 
     # -- calls to a slice. [3] checks what they return.
 
@@ -1608,11 +1606,7 @@ class SliceHost(DurableObject):
 
     # -- what all pages have
 
-    def head(self, ctx):
-        """[3] has styles and scripts of slices."""
-        return ""
-
-    def tabs(self, viewer: Role) -> List[Live]:
+    def tabs(self, viewer: Viewer) -> List[Live]:
         """Return the pages that the navigation shows to this viewer."""
         return [live for live in self.pages if viewer.may(live.grant)]
 
@@ -1623,19 +1617,12 @@ class SliceHost(DurableObject):
         nav = template("layout.workspace")
         return nav(workspace=ctx.workspace, link=links, state=state) if links else ""
 
-    def xray(self, renderings, ctx, asked):
-        """The foot of a page: which object served it, to whom, and what they may."""
-        viewer = ctx.viewer
-        fresh = max([one.made for one in renderings]) > asked
-        return template("xray")(
-            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
-            role=viewer.role, grants=", ".join(viewer.grants),
-            check="yes" if viewer.can("todos:delete") else "no",
-            how="just now, in" if fresh else "from the cache; it took",
-            micros=sum([one.micros for one in renderings]), more=self.xray_more(ctx))
+    def head(self, ctx):
+        """[3] has styles and scripts of slices."""
+        return ""
 
-    def xray_more(self, ctx):
-        """[2] knows who else looks."""
+    def footer(self, renderings, ctx):
+        """[3] tells which object served the page, and whom."""
         return ""
 
 
@@ -3987,6 +3974,7 @@ class GuardedNamespace(Namespace):
 
     def __init__(self, *args, most: int = 1024):
         super().__init__(*args)
+        self.objects = collections.OrderedDict()         # the last used is the last
         self.most = most
         self.waiting = threading.BoundedSemaphore(self.WAITING)
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
@@ -4222,6 +4210,8 @@ class Piece(Rendering):
     A browser that comes back says which region it has seen last, by its etag. main: False
     for what streams show beside the regions.
     """
+    made: float = 0.0                                    # when, by time.perf_counter()
+    micros: int = 0                                      # how long it took
     main: bool = True
 
     @functools.cached_property
@@ -4245,7 +4235,7 @@ class Piece(Rendering):
 
 def saying(event) -> Piece:
     """Return a piece that is this event, and shows no region."""
-    piece = Piece(Html(), 0.0, 0, main=False)
+    piece = Piece(Html(), main=False)
     piece.event = event
     return piece
 
@@ -4326,8 +4316,9 @@ class Broadcast(GroupCommit, SliceHost):
 
     def render(self, region, live, ctx, args):
         self.make_room()
-        rendering = super().render(region, live, ctx, args)
-        return Piece(rendering.html, rendering.made, rendering.micros)
+        made = time.perf_counter()
+        html = super().render(region, live, ctx, args).html
+        return Piece(html, made, round(1e6 * (time.perf_counter() - made)))
 
     def make_room(self):
         """Bound what is kept, for queries can differ without end."""
@@ -4353,10 +4344,6 @@ class Broadcast(GroupCommit, SliceHost):
         watch = [Subscription(stub, topic, shared_request(ctx, query, region, number),
                               piece, number) for number, region, topic, piece in rows]
         return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
-
-    def xray_more(self, ctx):
-        since = formatdate(self.opened_at, usegmt=True)
-        return template("xray.watchers")(since=since)
 
 
 # ==== 20. Reader ==========================================================================
@@ -8465,7 +8452,7 @@ class ShowsFormsAgain(SliceHost):
 
     def form_path(self, request):
         """Return the path of the page on which the form for this command is."""
-        _, route, args = self.router_for(request).match(request.method, request.path)
+        _, route, args = self.router.match(request.method, request.path)
         return with_parts(route.form, route.path, args) or request.path
 
     def path_after(self, request):
@@ -8473,8 +8460,8 @@ class ShowsFormsAgain(SliceHost):
         the list that its path begins with."""
         path = self.form_path(request)
         with contextlib.suppress(Refused):
-            self.router_for(request).match("GET", path)
-            return urllib.parse.quote(path)
+            self.router.match("GET", path)
+            return path
         return "/" + path.split("/")[1]
 
 
@@ -15302,6 +15289,18 @@ class KeepsRemoved(Broadcast):
         return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
 
 
+@addition
+class KeepsWhatItRemoves(Context):
+    __slots__ = ()
+
+    def remove(self, table, where, *args):
+        signals = {}
+        if isinstance(self.host, Broadcast):             # else it is --plain
+            signals = self.host.keep(self, table, where, args)
+        super().remove(table, where, *args)
+        return signals
+
+
 # -- the slices
 
 HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
@@ -15950,12 +15949,29 @@ class SaysWhoOperates(EdgeDirectory):
 
 
 @addition
-class HidesXray(Broadcast):
-    def xray(self, renderings, ctx, asked):
+class ShowsXray(Broadcast):
+    asked = 0.0                                          # when the present page was
+
+    def page(self, live, ctx, args):
+        self.asked = time.perf_counter()
+        return super().page(live, ctx, args)
+
+    def footer(self, renderings, ctx):
         """It is for operators; in the demo, for everybody."""
         if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
-            return super().xray(renderings, ctx, asked)
+            return self.xray(renderings, ctx.viewer)
         return ""
+
+    def xray(self, renderings, viewer):
+        """Return which object served a page, to whom, what they may, and who else looks."""
+        fresh = max([one.made for one in renderings]) > self.asked
+        return template("xray")(
+            id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
+            role=viewer.role, grants=", ".join(viewer.grants),
+            check="yes" if viewer.can("todos:delete") else "no",
+            how="just now, in" if fresh else "from the cache; it took",
+            micros=sum([one.micros for one in renderings]),
+            since=formatdate(self.opened_at, usegmt=True))
 
 
 @addition

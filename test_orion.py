@@ -2392,7 +2392,7 @@ def test_a_region_is_rendered_once_for_each_role_and_version(start):
     assert len(renders) == 3                         # three roles, whoever asks and how often
     assert people[0].post("/w/acme/n").status == 204
     assert all([ear.until_it_says('<section id="n">1<') for ear in ears]) and len(renders) == 6
-    assert {type(viewer) for viewer in renders} == {orion.Role}, "what a role shares must not know an account"
+    assert {type(viewer) for viewer in renders} == {orion.SharedViewer}, "what a role shares must not know an account"
 
 
 def small(*routes, name="small", path="/n", region=lambda ctx: orion.Template('<p id="n">{{n}}</p>')(n=ctx.store.one("SELECT count(*) FROM small")[0]), **more):
@@ -4773,6 +4773,13 @@ def test_after_a_plain_form_its_page_comes_again_or_the_list_where_it_has_none(s
     slice = orion.Slice("n", (), (live,), (orion.Route("POST", path, "todos:write", lambda ctx, id: orion.done(ctx), form=form),))
     answer = Person(serve(slice), "bob").post("/w/acme" + path.replace("<int:id>", "7"), form={"name": ""})
     assert (answer.status, answer.headers["location"]) == (303, "/w/acme" + leads)
+
+
+@on_plain
+def test_where_a_plain_form_leads_is_written_as_an_address(serve):
+    slice = orion.Slice("n", (), (), (orion.Route("POST", "/<city>/visits", "todos:write", lambda ctx, city: orion.done(ctx)),))
+    answer = Person(serve(slice), "bob").post("/w/acme/%E6%9D%B1%20%C3%A9/visits", form={"name": ""})
+    assert (answer.status, answer.headers["location"]) == (303, "/w/acme/%E6%9D%B1%20%C3%A9")
 
 
 def test_functions_made_by_partial_are_as_good_as_others(serve):
