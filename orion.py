@@ -6642,6 +6642,7 @@ DIRECTORY_SLICES: List[Slice] = []
 BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
 ROOTS: BySettings = []                                   # (for which settings, root)
 WAYS_TO_SERVE: BySettings = []                           # likewise
+VIEWERS: List[Callable[[Viewer, Request], Viewer]] = []  # see viewer_in_full
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
 AT_START: List[Callable[[Any, str], None]] = []          # told of a server, and its address
@@ -6671,6 +6672,24 @@ def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
     """Return those files of a database that there are: itself, and its log."""
     wal = path.with_name(f"{path.name}-wal")
     return [file for file in (path, wal) if file.exists()]
+
+
+def stamps(files: Iterable[Any]) -> Dict[Any, Any]:
+    """Return when each file was written, and its size; None if it is not there just now."""
+    found = dict.fromkeys(files)
+    for file in found:
+        with contextlib.suppress(OSError):
+            status = os.stat(file)
+            found[file] = status.st_mtime_ns, status.st_size
+    return found
+
+
+def bytes_in(path) -> int:
+    """Return the size of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def write_private(path: pathlib.Path, data: bytes) -> None:
@@ -6813,6 +6832,19 @@ class GivesWholeContexts(SliceHost):
     @functools.cached_property
     def context(self):
         return whole(Context)
+
+
+def viewer_in_full(viewer: Viewer, request: Request) -> Viewer:
+    """Return the viewer with what only some sections know of a verdict."""
+    for more in VIEWERS:
+        viewer = more(viewer, request)
+    return viewer
+
+
+@addition
+class KnowsViewers(Broadcast):
+    def viewer(self, request):
+        return viewer_in_full(super().viewer(request), request)
 
 
 for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
@@ -8541,7 +8573,7 @@ def harmless_type(type: str) -> str:
 
 # -- a no, in the layout of the workspace
 
-IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)
+IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: by check_room
 
 
 @addition
@@ -8766,9 +8798,7 @@ LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5
 
 def use_brand(settings: Settings) -> None:
     """Raise Unusable for a brand that can't be shown."""
-    brand = settings.brand
-    if brand is None:
-        return
+    brand = Brand() if settings.brand is None else settings.brand
     if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
             or not LANGUAGE.fullmatch(brand.language):
         raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
@@ -10178,10 +10208,7 @@ DIRECTORY_SLICES.append(Slice("masquerade", routes=(
     Route("POST", "/masquerade/end", PUBLIC, unmask))))
 
 
-@addition
-class KnowsGuests(Broadcast):
-    def viewer(self, request):
-        return masked_in(super().viewer(request), request)
+VIEWERS.append(masked_in)
 
 
 @addition
@@ -10764,12 +10791,12 @@ class TellsLabels(EdgeDirectory):
         return person_of(row["name"], row["label"])
 
 
-@addition
-class KnowsLabels(Broadcast):
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        label = urllib.parse.unquote(request.headers.get("x-label", ""))
-        return dataclasses.replace(viewer, label=label) if label else viewer
+def with_label(viewer: Viewer, request: Request) -> Viewer:
+    label = urllib.parse.unquote(request.headers.get("x-label", ""))
+    return dataclasses.replace(viewer, label=label) if label else viewer
+
+
+VIEWERS.append(with_label)
 
 
 @addition
@@ -11069,14 +11096,6 @@ class GivesBackMemory(LoopEdge):
 def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
     """Return rows for the template: of each figure its label and its value."""
     return [{"label": label, "value": figures[label]} for label in sorted(figures)]
-
-
-def bytes_in(path) -> int:
-    """Return the size of a file; 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 # -- what takes long
@@ -11437,7 +11456,7 @@ def may_replace(source, target) -> bool:
     """
     if not target.exists():
         return True
-    logged = sum([file.stat().st_size for file in with_wal(target)[1:]])
+    logged = any(map(bytes_in, with_wal(target)[1:]))
     return not logged and filecmp.cmp(source, target, shallow=False)
 
 
@@ -11509,8 +11528,7 @@ def copied(settings, part, before, known, id):
     name = f"workspaces/{id}.db"
     last = known.get(id)
     source = settings.data / name
-    seen = repr([(file.st_mtime_ns, file.st_size)
-                 for file in map(os.stat, with_wal(source))])
+    seen = repr([*stamps(with_wal(source)).values()])
     if last and last["seen"] == seen and linked(before / name, part / name):
         return last, ""
     try:
@@ -11872,11 +11890,12 @@ def said_of_strays(settings):
 
 
 def is_blank(path):
-    """True for what is left when a workspace was founded, and that was cut short."""
+    """True for what is left when a workspace was founded, and that was cut short: nobody
+    has ever written to it."""
     try:
         with opened_to_read(path) as db:
-            return verified(db) == db.execute("SELECT count(*) FROM _migrations"
-                                              ).fetchone()[0]
+            verified(db)
+            return not db.execute("SELECT 1 FROM journal").fetchone()
     except sqlite3.Error:
         return path.stat().st_size == 0
 
@@ -12149,10 +12168,11 @@ def export(settings, given):
     write_out = take_away if given.move else copy_database
     about = {"name": given.name, "title": row["title"], "members": members,
              "left": row["id"] if given.move else ""}
+    path = env.workspaces.path(row["id"])
     try:
-        rows = write_out(env.workspaces.path(row["id"]), given.file, about)
+        rows = write_out(path, given.file, about)
     except BaseException:
-        if given.move:                                   # all is as it was
+        if given.move and path.exists():                 # all is as it was
             with opened(settings, given, f"{given.name} failed") as (store, _):
                 set_moving(store, row["id"], row["moving"])
         raise
@@ -13352,8 +13372,9 @@ def leave_node(settings, given, id, path):
                 raise Unusable(f"{given.name} was removed just now")
             rows = take_away(path, given.file, {"name": name, "members": [], "left": id})
         except BaseException:
-            print(f"orion: node assign {given.name} with the address of this node lets "
-                  "people in again", file=sys.stderr)
+            if path.exists():
+                print(f"orion: node assign {given.name} with the address of this node lets "
+                      "people in again", file=sys.stderr)
             raise
     print(f"{given.file}: {rows} rows; workspace import it on another node, then node "
           f"assign {name} HOST:PORT on the directory's machine")
@@ -13833,7 +13854,6 @@ class PreparesMembers(LoopEdge):
 #   sender has to send SLOWEST bytes a second. What is under way is bounded: of an account,
 #   and of all. A form is read in one pass; it has few parts, and short heads.
 # Who uses it: slices, by ctx.upload().
-# It needs: 44 Masquerade, for who only looks on.
 
 PIECE = 2 ** 18                                          # bytes that are written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
@@ -13962,7 +13982,7 @@ class TakesUploads(Connection):
             return super().check(reading, request)
         bare = request._replace(spool=None)
         decided = self.edge.decide(bare, self.edge.deciding)         # raises Refused
-        viewer = masked_in(viewer_by_verdict(decided.request), decided.request)
+        viewer = viewer_in_full(viewer_by_verdict(decided.request), decided.request)
         viewer.permit(reading.spool.route.grant, reading.method)
         account = viewer.account or source_of(request.peer)
         self.edge.uploads.reserve(reading.spool, account, reading.length)
@@ -14733,17 +14753,21 @@ class Program(Viewer):
         return f"{self.account}{self.BY}{self.token}"
 
 
+def program_in(viewer: Viewer, request: Request) -> Viewer:
+    """Return the viewer as a Program, if the verdict names a token."""
+    said = request.headers.get("x-token")
+    if not said:
+        return viewer
+    how, id, name = said.split(" ")
+    token = f"{urllib.parse.unquote(name)} ({id})"
+    return Program(**vars(viewer), token=token, read_only=how == "read")
+
+
+VIEWERS.append(program_in)
+
+
 @addition
 class KnowsPrograms(Broadcast):
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        said = request.headers.get("x-token")
-        if not said:
-            return viewer
-        how, id, name = said.split(" ")
-        token = f"{urllib.parse.unquote(name)} ({id})"
-        return Program(**vars(viewer), token=token, read_only=how == "read")
-
     def job_context(self, row, request):
         """A job that a program put in runs in its maker's name."""
         ctx = super().job_context(row, request)
@@ -15154,6 +15178,7 @@ ROW_SIZE = 4096                                          # more than one takes
 NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                page_count - freelist_count > 0.9 * user_version
                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
+GENERATED = "SELECT name FROM pragma_table_xinfo(?) WHERE hidden > 1"      # columns
 FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
                     FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
                     FROM _removed) WHERE size > ?)"""
@@ -15187,6 +15212,7 @@ def removed_rows(ctx, id):
 def from_hex(data):
     """Bytes are in the JSON as {"hex": ...}."""
     return bytes.fromhex(data["hex"])
+
 
 
 def put_back(ctx, id):
@@ -15270,8 +15296,10 @@ class KeepsRemoved(Broadcast):
         found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
         if not found:
             return offer("There was nothing to delete.", "")
-        rows = [tuple(row) for row in found]
-        text = json.dumps([table, found[0].keys(), rows],
+        generated = [row["name"] for row in self.store.query(GENERATED, table)]
+        columns = [name for name in found[0].keys() if name not in generated]
+        rows = [[row[name] for name in columns] for row in found]
+        text = json.dumps([table, columns, rows],
                           default=lambda data: {"hex": data.hex()})
         said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
         if len(text) > LARGEST_UNDO:
@@ -15798,11 +15826,10 @@ class Console:
         id, namespace = stub
         one = namespace.objects.get(id)
         awake = bool(one and one.store)
-        size = sum([part.stat().st_size for part in with_wal(namespace.path(id))])
         return {"count": "", "jobs": "", "failed": [], **facts,
                 "id": id,
                 "name": name,
-                "size": in_kb_or_mb(size),
+                "size": in_kb_or_mb(sum(map(bytes_in, with_wal(namespace.path(id))))),
                 "state": "awake" if awake else "asleep",
                 "since": awake and {"opened": clock(one.opened_at)},
                 "streams": len(self.broker.watchers(id)),
@@ -16417,15 +16444,6 @@ def beside(modules: Sequence[str]) -> List[str]:
             found += [entry.path for entry in some if entry.name.endswith(BESIDE)]
     return found
 
-
-def stamps(files: Sequence[str]) -> Dict[str, Any]:
-    """Return when each file was written; None if it is not there, as while it is saved."""
-    found = dict.fromkeys(files)
-    for file in found:
-        with contextlib.suppress(OSError):
-            status = os.stat(file)
-            found[file] = status.st_mtime_ns, status.st_size
-    return found
 
 
 class Parent:
