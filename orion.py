@@ -6586,7 +6586,8 @@ def create_workspace_with_file(request, env):
 #     For its author   65 Console  66 Own options  67 Development  68 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
-# this file, together with those whose heads say that they need it. The others go on.
+# this file, together with those whose heads say that they need it. The others go on. The
+# frame alone has to stay: without one of its sections, only --plain is left.
 #
 # This works because nobody calls a feature by its name. It adds itself, in one of these
 # ways:
@@ -6596,27 +6597,41 @@ def create_workspace_with_file(request, env):
 #     @verb("backup", ...)          a command of the command line
 #     @public                       a name that apps use
 #     ROOTS.append(...)             a composition root for some settings
+#     VIEWERS.append(...)           what it knows of a viewer, by the headers of a verdict
 #     PLAIN.append(...)             what slices may use with --plain, too
 #
+# So the Directory of this part is a chain of classes:
+#
+#     TellsLabels -> LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs
+#     -> Broadcast
+#
+# A method to which several sections add calls super(), and so asks the sections before it.
+# These have most of them:
+#
+#     EdgeDirectory.say           44 46 48 57 65    what a verdict says
+#     EdgeDirectory.each_second   41 43 44 45 62    what changed, and what is over
+#     EdgeWorkspace.on_open       32 40 48          and Broadcast.on_open: 40 50 64
+#     LoopEdge.decide             29 58 59          whom a request is for
+#     LoopEdge.refusal            42 58 60 62       how a browser or a program is told no
+#     LoopEdge.tick               40 50 65          and LoopEdge.chores: 49 52 53 55
+#     Broker.look_elsewhere       59 65 66          what other processes may have changed
+#     SliceHost.call              62 63             a route, with its transaction
+#
+# So the order of sections means something. Where it does, and a section does not need the
+# one before it, its head says behind which one it stands.
+#
 # settings is a Settings, and given what a command was given. A file, folder or path is a
-# pathlib.Path.
-#
-# So the Directory of this part is a chain of classes, and super() goes along it:
-#
-#     LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs -> Broadcast
-#
-# Four sections are the frame that the others stand in: Settings, Server, Roots and Command
-# line. Without one of them, only --plain is left. Commands use some functions of section
-# 31: opened() gives the Directory's store, to change it; looked_up() reads from it;
-# check_there() refuses if there is none; row_of() finds a row by its name; table() prints
-# rows. What they raise as Unusable is the line that people read.
+# pathlib.Path. Commands use some functions of section 31: opened() gives the Directory's
+# store, to change it; looked_up() reads from it; check_there() refuses if there is none;
+# row_of() finds a row by its name; table() prints rows. What they raise as Unusable is the
+# line that people read.
 #
 # Further words:
 #
 #     deployment  all state of one server: its data folder
 #     root        a composition root (section 15); "single root": one with one workspace
-#     node        a machine that has workspaces, but not the Directory
 #     plane       the Directory (control), or workspaces (data), in a process of its own
+#     node        a machine, or process, with workspaces and no Directory: a data plane
 #     snapshot    a copy of a whole deployment; "backup": one that somebody asked for
 #     tenant      a workspace, seen by whoever runs the server
 
@@ -6637,21 +6652,96 @@ import tempfile
 import textwrap
 import types
 
+# -- how a section adds itself
+
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
-BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
-ROOTS: BySettings = []                                   # (for which settings, root)
-WAYS_TO_SERVE: BySettings = []                           # likewise
+PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
 VIEWERS: List[Callable[[Viewer, Request], Viewer]] = []  # see viewer_in_full
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
+VERBS: Dict[str, Verb] = {}                              # by their words
+BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
+ROOTS: BySettings = []                                   # (for which settings, the root)
+
+# Each of these has one user, and is a list so that this section can be struck out.
+WAYS_TO_SERVE: BySettings = []
 BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
 AT_START: List[Callable[[Any, str], None]] = []          # told of a server, and its address
-PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
-VERBS: Dict[str, Verb] = {}                              # by their words
-NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what they do on a node instead
+NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what verbs do on a node instead
 APP_PARSERS: List[Callable[..., Any]] = []               # see read_command_line
 APP_SEEDS: List[Callable[..., None]] = []                # seed(env, names of workspaces)
 
+
+def addition(cls: type) -> type:
+    """Mark a class: its methods come before those of its base, in each server."""
+    ADDED[cls.__bases__[0]].append(cls)
+    return cls
+
+
+@functools.lru_cache(maxsize=None)
+def whole(base: type) -> type:
+    """Return a class of base with all additions to it, and to its own bases.
+
+    A method is looked for in the additions to base, the last written first, then in base;
+    then in the additions to its next base, and so on.
+    """
+    bases = [*reversed(ADDED[base]), base]
+    for one in base.__mro__[1:]:
+        bases += reversed(ADDED[one])
+    return type(base.__name__, tuple(bases), {})
+
+
+class Verb(NamedTuple):
+    """A command: run(settings, given) returns an exit status, or None for 0."""
+    run: Callable[..., Optional[int]]
+    help: str
+    arguments: Sequence[str]
+
+
+def public(thing: Any) -> Any:
+    """Mark a function or a class as one that apps use."""
+    __all__.append(thing.__name__)
+    return thing
+
+
+def verb(words: str, help: str, *arguments: str):
+    """Mark a function as a command of the command line.
+
+    arguments: keys of ARGUMENTS in section 31.
+    """
+    def mark(run):
+        VERBS[words] = Verb(run, help, arguments)
+        return run
+    return mark
+
+
+@addition
+class GivesWholeContexts(SliceHost):
+    """What slices are given has its additions, too."""
+
+    @functools.cached_property
+    def context(self):
+        return whole(Context)
+
+
+def viewer_in_full(viewer: Viewer, request: Request) -> Viewer:
+    """Return the viewer with what only some sections know of a verdict."""
+    for more in VIEWERS:
+        viewer = more(viewer, request)
+    return viewer
+
+
+@addition
+class KnowsViewers(Broadcast):
+    def viewer(self, request):
+        return viewer_in_full(super().viewer(request), request)
+
+
+for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
+    addition(cls)
+
+
+# -- what several sections share (to be skipped until one of them uses it)
 
 OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
 
@@ -6702,13 +6792,6 @@ def write_private(path: pathlib.Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     sync_folder(path.parent)
-
-
-def size_of(response: Response) -> int:
-    """Return how many bytes the body of an answer has."""
-    pieces = [one.piece.plain for one in response.watch or ()]
-    rest = response.rest.size if response.rest else 0
-    return len(response.body) + sum(map(len, pieces)) + rest
 
 
 def file_name(said: str) -> str:
@@ -6780,75 +6863,6 @@ def at_end(response: Response, markup: str) -> Response:
     body, end, rest = response.body.rpartition(b"</body>")
     body += markup.encode("utf-8", "replace")
     return response._replace(body=body + end + rest)
-
-
-def addition(cls: type) -> type:
-    """Mark a class: its methods come before those of its base, in each server."""
-    ADDED[cls.__bases__[0]].append(cls)
-    return cls
-
-
-@functools.lru_cache(maxsize=None)
-def whole(base: type) -> type:
-    """Return a class of base with all additions to it, and to its own bases.
-
-    A method is looked for in the additions to base, the last written first, then in base;
-    then in the additions to its next base, and so on.
-    """
-    bases = [*reversed(ADDED[base]), base]
-    for one in base.__mro__[1:]:
-        bases += reversed(ADDED[one])
-    return type(base.__name__, tuple(bases), {})
-
-
-class Verb(NamedTuple):
-    """A command: run(settings, given) returns an exit status, or None for 0."""
-    run: Callable[..., Optional[int]]
-    help: str
-    arguments: Sequence[str]
-
-
-def public(thing: Any) -> Any:
-    """Mark a function or a class as one that apps use."""
-    __all__.append(thing.__name__)
-    return thing
-
-
-def verb(words: str, help: str, *arguments: str):
-    """Mark a function as a command of the command line.
-
-    arguments: keys of ARGUMENTS in section 31.
-    """
-    def mark(run):
-        VERBS[words] = Verb(run, help, arguments)
-        return run
-    return mark
-
-
-@addition
-class GivesWholeContexts(SliceHost):
-    """What slices are given has its additions, too."""
-
-    @functools.cached_property
-    def context(self):
-        return whole(Context)
-
-
-def viewer_in_full(viewer: Viewer, request: Request) -> Viewer:
-    """Return the viewer with what only some sections know of a verdict."""
-    for more in VIEWERS:
-        viewer = more(viewer, request)
-    return viewer
-
-
-@addition
-class KnowsViewers(Broadcast):
-    def viewer(self, request):
-        return viewer_in_full(super().viewer(request), request)
-
-
-for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
-    addition(cls)
 
 
 # #### The frame ###########################################################################
@@ -7094,7 +7108,7 @@ def workspace_router(settings):
 
 def directory_router():
     """Return the router of all DIRECTORY_SLICES as one slice, for they share the tables.
-    Where two have the same address, the first one answers."""
+    Where Part One has the same address as a section, the section answers."""
     slices = [*DIRECTORY_SLICES, directory]
     live = [row for slice in slices for row in slice.live]
     outside = Slice("directory", DIRECTORY_TABLES, live, all_routes(slices))
@@ -8909,6 +8923,7 @@ class CountsAtHome(LoopEdge):
 #   A job that comes again is a row, too, one in each workspace, with the time when it is
 #   due next. What was missed while the server was down is done once.
 # It needs: 32 Checks.
+# It stands behind: 39 Counts. What it tells of an object comes on top of the count.
 # One job, on its way:
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -11092,6 +11107,13 @@ class GivesBackMemory(LoopEdge):
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
 # It needs: 41 Keys, for a token, and 42 Accounts, for who is an operator.
+
+def size_of(response: Response) -> int:
+    """Return how many bytes the body of an answer has."""
+    pieces = [one.piece.plain for one in response.watch or ()]
+    rest = response.rest.size if response.rest else 0
+    return len(response.body) + sum(map(len, pieces)) + rest
+
 
 def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
     """Return rows for the template: of each figure its label and its value."""
@@ -13489,6 +13511,8 @@ def listening_at(where):
 #   along. Only what a slice made public tells that there is a workspace of a name.
 # Who uses it: slices, by Route(..., PUBLIC, ...).
 # It needs: 57 Nodes, for what proxies ask.
+# It stands behind: 50 Figures. What may be a secret in a path is taken out before that
+#   writes it to the log.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
 SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
@@ -14494,6 +14518,7 @@ class SendsFiles(Connection):
 #   nobody down.
 # Who uses it: whoever writes a program. README has one in curl and one in Python.
 # It needs: 42 Accounts, 43 Account page.
+# It stands behind: 32 Checks. Data is not looked at as markup.
 #
 # Its table is in section 13:
 #
@@ -14874,10 +14899,11 @@ PLAIN.append(refuse_tokens)
 # It promises: who sends a command again within ten minutes gets its first answer. Nothing
 #   is done from a page that was made for another account.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
+# It stands behind: 62 Tokens. What a program was told is what is kept.
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
-    may_have = b"_stamp" in request.body or request.spool    # [3]
+    may_have = b"_stamp" in request.body or request.spool
     if request.method in SAFE or not may_have or request.media_type not in FORMS:
         return ""
     return text_of(request, "_stamp")
@@ -16036,6 +16062,7 @@ class CountsConsoles(Broker):
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 40 Jobs.
+# It stands behind: 65 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation

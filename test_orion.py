@@ -14591,6 +14591,40 @@ def given_by_sections():
     return given
 
 
+def adding_sections():
+    """Of each method, as "Base.method": the number of each section that adds to it, and whether it calls super()."""
+    found, tree, lines = sections()
+    number = lambda node: next((int(re.search(r"\d+", lines[place.start - 1])[0]) for place in found.values() if node.lineno in place), 0)
+    kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and "addition" in [ast.unparse(one) for one in node.decorator_list]]
+    adds = collections.defaultdict(list)
+    for kind in kinds:
+        for one in kind.body:
+            if isinstance(one, ast.FunctionDef):
+                adds[f"{ast.unparse(kind.bases[0])}.{one.name}"].append((number(kind), "super()" in ast.unparse(one)))
+    return adds
+
+
+def test_the_table_of_methods_to_which_several_sections_add_is_true():
+    text = "\n".join(sections()[2])
+    table = text.partition("These have most of them:\n#\n")[2].partition("\n#\n")[0]
+    said = re.findall(r"([A-Z]\w+\.\w+):? +(\d\d(?: \d\d)+)", table)
+    adds = {name: sorted({number for number, _ in rows}) for name, rows in adding_sections().items()}
+    assert len(said) > 8 and {name: [int(one) for one in numbers.split()] for name, numbers in said} == {name: adds[name] for name, _ in said}
+    assert not [name for name, rows in adds.items() if len(rows) > 4 and name not in dict(said) and "__init__" not in name]
+
+
+def test_an_addition_that_does_not_ask_what_was_there_before_hides_no_other():
+    other_machine = "GuardedNamespace.settle"                       # one does nothing, and the other asks a node
+    assert not [(name, rows) for name, rows in adding_sections().items() if not all(asks for _, asks in rows[1:]) and name != other_machine]
+
+
+def test_a_section_stands_behind_those_that_its_head_says():
+    text = "\n".join(sections()[2])
+    said = re.findall(r"(?m)^# ==== (\d+)\. (?:(?!# ====)[^\n]*\n)+?# It stands behind: (\d+) ([A-Z][a-z ]+)\.", text)
+    assert len(said) == text.count("# It stands behind:") > 4
+    assert [number for number, other, title in said if int(other) > int(number) or f"\n# ==== {other}. {title} =" not in text] == []
+
+
 @cases("title", of_part_three())
 def test_a_section_that_needs_another_says_so(title):
     """What it uses of other sections' names; those of the frame are always there."""
