@@ -6574,16 +6574,17 @@ def create_workspace_with_file(request, env):
 # #### Part Three: running it ############################################################
 #
 #     The frame        28 Settings  29 Server  30 Roots  31 Command line
-#     For slices       32 Checks  33 Places  34 Fields  35 Ordinary pages  36 More events
-#                      37 Assets  38 Brand  39 Counts  40 Jobs
-#     People           41 Keys  42 Accounts  43 Account page  44 Masquerade  45 Links
-#                      46 People  47 Owners
-#     To run it        48 Quotas  49 Memory  50 Figures
-#     A deployment     51 Copies  52 Snapshots  53 Exports  54 Member verbs
-#                      55 Own workspaces  56 Single  57 Nodes
-#     More for slices  58 Public routes  59 Member lists  60 Uploads  61 Stored files
-#                      62 Tokens  63 Repeats  64 History
-#     For its author   65 Console  66 Own options  67 Development  68 Testing
+#     For slices       32 Slice checks  33 Page checks  34 Template checks  35 Fields
+#                      36 Ordinary pages  37 More events  38 Assets  39 Brand  40 Counts
+#                      41 Live home  42 Jobs
+#     People           43 Keys  44 Accounts  45 Account page  46 Masquerade  47 Links
+#                      48 People  49 Owners
+#     To run it        50 Quotas  51 Memory  52 Figures
+#     A deployment     53 Copies  54 Snapshots  55 Check and repair  56 Exports
+#                      57 Member verbs  58 Own workspaces  59 Single  60 Nodes  61 Proxy
+#     More for slices  62 Public routes  63 Member lists  64 Uploads  65 Stored files
+#                      66 Tokens  67 Repeats  68 History
+#     For its author   69 Console  70 Own options  71 Development  72 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -6608,14 +6609,14 @@ def create_workspace_with_file(request, env):
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
 #
-#     EdgeDirectory.say           44 46 48 57 65    what a verdict says
-#     EdgeDirectory.each_second   41 43 44 45 62    what changed, and what is over
-#     EdgeWorkspace.on_open       32 40 48          and Broadcast.on_open: 40 50 64
-#     LoopEdge.decide             29 58 59          whom a request is for
-#     LoopEdge.refusal            42 58 60 62       how a browser or a program is told no
-#     LoopEdge.tick               40 50 65          and LoopEdge.chores: 49 52 53 55
-#     Broker.look_elsewhere       59 65 66          what other processes may have changed
-#     SliceHost.call              62 63             a route, with its transaction
+#     EdgeDirectory.say           46 48 50 60 69    what a verdict says
+#     EdgeDirectory.each_second   43 45 46 47 66    what changed, and what is over
+#     EdgeWorkspace.on_open       33 42 50          and Broadcast.on_open: 42 52 68
+#     LoopEdge.decide             29 62 63          whom a request is for
+#     LoopEdge.refusal            44 62 64 66       how a browser or a program is told no
+#     LoopEdge.tick               42 52 69          and LoopEdge.chores: 41 51 54 56 58
+#     Broker.look_elsewhere       63 69 70          what other processes may have changed
+#     SliceHost.call              66 67             a route, with its transaction
 #
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
@@ -6806,6 +6807,9 @@ def all_routes(slices: Sequence[Slice]) -> List[Route]:
     return [route for slice in slices for route in slice.routes]
 
 
+STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.moving says
+
+
 # -- what a workspace is called
 
 LONGEST_TITLE = 63                                       # characters
@@ -6899,8 +6903,8 @@ class Settings(NamedTuple):
     node_name: str = ""                                  # HOST:PORT; "": as it listens
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
-    brand: Any = None                                    # section 38
-    options: Sequence[Any] = ()                          # of the app; section 66
+    brand: Any = None                                    # section 39
+    options: Sequence[Any] = ()                          # of the app; section 70
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -6939,7 +6943,7 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 @dataclasses.dataclass
 class FullEnv(Env):
     """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 58)."""
+    begins. public returns the path of a route that is for anybody (section 62)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -7560,9 +7564,9 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
          start: Optional[Callable[[Settings], None]] = None,
          seed: Optional[Callable[[Context], None]] = None) -> int:
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error. assets: a folder (section 37). brand: see section 38.
+    standard error. assets: a folder (section 38). brand: see section 39.
 
-    The rest is in section 66. options and commands of the app are on the command line, too.
+    The rest is in section 70. options and commands of the app are on the command line, too.
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
@@ -7731,9 +7735,8 @@ def notify(state: str):
 
 # #### For slices ##########################################################################
 
-# ==== 32. Checks ==========================================================================
-# The idea: a slice that can't work is refused when the server starts, with the reason. If a
-#   command writes what no open page will show, the log says so, once.
+# ==== 32. Slice checks ====================================================================
+# The idea: a slice that can't work is refused when the server starts, with the reason.
 
 class BadSlice(Unusable):
     """A slice can't work as it is written; the text says which one and why."""
@@ -7802,7 +7805,7 @@ def wrong_with_region(region, live):
 
 
 def wrong_with_call(what, function):
-    """The same of a function that a slice gives."""
+    """Return why a function of a slice can't be called, or ""."""
     if not callable(function):
         return f"{what} can't be called"
     name = name_of(function)
@@ -7889,46 +7892,16 @@ def check_references(store):
                                  "row of it any more")
 
 
-CHECKS.insert(0, check_slices)                           # others trust these fields
+CHECKS.append(check_slices)                              # others trust these fields
 CHECKS.append(check_tables)
 
 
-def id_of(region: Html) -> str:
-    """Return how the id of a region is written, with the space before it."""
-    return REGION.match(region)[1]
+# ==== 33. Page checks =====================================================================
+# The idea: what a slice's functions return is looked at each time. A page that could not
+#   stay current is an error, and not a page that looks current. If a command writes what no
+#   open page will show, the log says so, once.
 
-
-# A comment; or a tag, up to its >, with what stands in quotes in it.
-TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
-                            r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
-WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
-
-
-def behind_element(region: Html) -> str:
-    """Return what stands behind the first element; "", if that has no end tag."""
-    first = TAG_OR_COMMENT.search(region)[2]
-    if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
-        return ""                                        # 18 ms of 1,000 rows are saved
-    depth = 0
-    for found in TAG_OR_COMMENT.finditer(region):
-        closing, name = found.groups()
-        if name == first:
-            depth += -1 if closing else 1
-        if depth == 0 or first in WITHOUT_END:
-            return region[found.end() + 1:].strip()
-    return ""
-
-
-def check_one_element(region, name):
-    """Raise ValueError if the region has more, which a browser would not find."""
-    more = behind_element(region)
-    if more and not more.startswith("<!--"):
-        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
-                         f"which would not stay current: {more:.60}; put all into that one "
-                         "element")
-
-
-# -- what the functions of slices return
+# -- what functions return
 
 def log_place(where: str, error: BaseException) -> None:
     """Log what it was, and first of all the line of a slice that it comes from."""
@@ -8004,6 +7977,43 @@ class ChecksReturns(SliceHost):
         return title
 
 
+# -- whether pages stay current
+
+def id_of(region: Html) -> str:
+    """Return how the id of a region is written, with the space before it."""
+    return REGION.match(region)[1]
+
+
+# A comment; or a tag, up to its >, with what stands in quotes in it.
+TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
+                            r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
+WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
+
+
+def behind_element(region: Html) -> str:
+    """Return what stands behind the first element; "", if that has no end tag."""
+    first = TAG_OR_COMMENT.search(region)[2]
+    if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
+        return ""                                        # 18 ms of 1,000 rows are saved
+    depth = 0
+    for found in TAG_OR_COMMENT.finditer(region):
+        closing, name = found.groups()
+        if name == first:
+            depth += -1 if closing else 1
+        if depth == 0 or first in WITHOUT_END:
+            return region[found.end() + 1:].strip()
+    return ""
+
+
+def check_one_element(region, name):
+    """Raise ValueError if the region has more, which a browser would not find."""
+    more = behind_element(region)
+    if more and not more.startswith("<!--"):
+        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
+                         f"which would not stay current: {more:.60}; put all into that one "
+                         "element")
+
+
 @addition
 class ChecksPages(EdgeWorkspace):
     """A page that can't stay current is an error, and not a page that looks current."""
@@ -8064,19 +8074,19 @@ def is_silent(router: Router, what: str, told: Tuple[str, ...]) -> bool:
 
 @addition
 class NoticesSilence(EdgeWorkspace):
-    before = 0                                           # calls that are of other commands
+    waiting = 0                                          # calls of earlier commands
 
     def call(self, *what):
-        self.before = len(self.store.after_commit)
+        self.waiting = len(self.store.after_commit)
         try:
             return super().call(*what)
         finally:
-            self.before = 0
+            self.waiting = 0
 
     def journal(self, viewer, what, which):
         """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        calls = self.store.after_commit[self.before:]
+        calls = self.store.after_commit[self.waiting:]
         told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
         if len(told) < len(calls):                       # a job follows, and may publish
             return
@@ -8085,7 +8095,7 @@ class NoticesSilence(EdgeWorkspace):
                      "page will show it")
 
 
-# ==== 33. Places ==========================================================================
+# ==== 34. Template checks =================================================================
 # The idea: Part One takes a template for sound. Here it is read as browsers read markup,
 #   and refused if a hole stands where text could become code, with the line and the remedy.
 # It promises: in no hole of a template that is read can text do harm. Some markup means one
@@ -8274,10 +8284,10 @@ def checked_places(self, kind):
     return scanner.found
 
 
-setattr(Template, "places", checked_places)              # for apps make theirs themselves
+setattr(Template, "places", checked_places)              # apps make theirs by that name
 
 
-# ==== 34. Fields ==========================================================================
+# ==== 35. Fields ==========================================================================
 # The idea: more ways to read what was sent along. What nobody can see counts as nothing.
 # Who uses it: slices, by their contexts.
 
@@ -8329,7 +8339,7 @@ class ReadsFields(Context):
         return int(text)
 
 
-# ==== 35. Ordinary pages ==================================================================
+# ==== 36. Ordinary pages ==================================================================
 # The idea: a slice has pages without a stream, too, and answers that lead from one page to
 #   another, or that a browser keeps as a file.
 # It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
@@ -8614,7 +8624,7 @@ class RefusesInLayout(Workspace):
         return answer._replace(headers=no.headers)
 
 
-# ==== 36. More events =====================================================================
+# ==== 37. More events =====================================================================
 # The idea: what else Datastar understands, for apps.
 
 def lines_of(event_id, retry, **options) -> List[str]:
@@ -8675,7 +8685,7 @@ def execute_script(script: str, *, auto_remove: bool = True,
                           mode="append", event_id=event_id, retry=retry)
 
 
-# ==== 37. Assets ==========================================================================
+# ==== 38. Assets ==========================================================================
 # The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
 #   once, when the server starts. The address of each has a fingerprint of its content. So a
 #   browser keeps it for a year; when the content changes, the address does, too.
@@ -8789,9 +8799,9 @@ class LinksAssets(SliceHost):
         return Html("".join([*styles, *scripts]))
 
 
-# ==== 38. Brand ===========================================================================
+# ==== 39. Brand ===========================================================================
 # The idea: name, icon, colours and language of the product that an app is.
-# It needs: 37 Assets.
+# It needs: 38 Assets.
 
 @public
 class Brand(NamedTuple):
@@ -8843,7 +8853,7 @@ def palette(colors) -> str:
 CHECKS.append(use_brand)
 
 
-# ==== 39. Counts ==========================================================================
+# ==== 40. Counts ==========================================================================
 # The idea: the home page shows how full each workspace is. Each is asked before the request
 #   takes the Directory's turn.
 # It promises: one that is busy, or that can't be read, holds up no other.
@@ -8913,7 +8923,101 @@ class CountsAtHome(LoopEdge):
         self.add_doors({"/": home_with_counts})
 
 
-# ==== 40. Jobs ============================================================================
+# ==== 41. Live home =======================================================================
+# The idea: home pages are live, too. What was written to is counted again, if it stands on
+#   one that is open.
+# It promises: a workspace is counted once a second at most, for all home pages that show
+#   it.
+# It needs: 40 Counts.
+
+# Each account has its own. What changes access is published there anyway, and so is what an
+# account is asked.
+HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
+            params={"after": WORKSPACE_NAME.pattern})
+
+
+def home_stream(ctx):
+    return ctx.host.stream(HOME, ctx, ())
+
+
+@addition
+class NotesWriting(GuardedNamespace):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.uncounted = set()                           # ids of workspaces
+
+
+@addition
+class KeepsHome(EdgeDirectory):
+    live_home = True
+
+    def count_of(self, id):
+        count = super().count_of(id)
+        if not count:
+            self.namespace.uncounted.add(id)
+        return count
+
+    def topics(self, live, ctx, args):
+        if live.path != HOME.path:
+            return super().topics(live, ctx, args)
+        return [f"access:{ctx.viewer.account}"]
+
+    def rendering(self, region, live, ctx, args):
+        """Counts are not in the store, so its state does not tell whether one is old."""
+        if live.path != HOME.path:
+            return super().rendering(region, live, ctx, args)
+        return self.render(region, live, ctx, args)
+
+
+@addition
+class KnowsHomes(Broker):
+    def published(self, id, topic):
+        super().published(id, topic)
+        if id in self.edge.env.workspaces.objects:
+            self.edge.env.directory.namespace.uncounted.add(id)
+
+    def watchers(self, id):
+        """Who looks at a home page is in no workspace. A single root has one object."""
+        return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
+
+
+@addition
+class CountsForHomes(LoopEdge):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
+
+    def chores(self):
+        return [*super().chores(), (self.count_for_homes, 1.0)]
+
+    def count_for_homes(self):
+        """Count anew what was written to and stands on a home page that is open."""
+        known = self.env.directory.namespace
+        written = set()
+        while known.uncounted:                           # others add to it meanwhile
+            written.add(known.uncounted.pop())
+        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
+        homes = [one for one in channels if one.subscription.again.path == "/live"]
+        shown = {home: self.ids_at(home) & written for home in homes if written}
+        seen = set().union(*shown.values())
+        for id in written - seen:
+            known.counts.pop(id, None)                   # who comes later asks for it again
+        for id in seen:
+            known.counts[id] = count_of(self.env.workspaces.get(id))
+        for home, ids in shown.items():
+            if ids:
+                self.broker.mark(home)
+
+    def ids_at(self, home):
+        again = home.subscription.again
+        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
+
+
+DIRECTORY_SLICES.append(Slice("home", routes=(
+    Route("GET", "/live", ACCOUNT, home_stream),)))
+
+
+# ==== 42. Jobs ============================================================================
 # The idea: work for later is a row, which the command's own transaction writes. So there is
 #   no job for what was rolled back.
 # It promises: a job runs in a transaction that also takes its row out: its writes and its
@@ -8922,8 +9026,8 @@ class CountsAtHome(LoopEdge):
 #   mail server for one, it yields as a function. That is called while others have the turn.
 #   A job that comes again is a row, too, one in each workspace, with the time when it is
 #   due next. What was missed while the server was down is done once.
-# It needs: 32 Checks.
-# It stands behind: 39 Counts. What it tells of an object comes on top of the count.
+# It needs: 33 Page checks.
+# It stands behind: 40 Counts. What it tells of an object comes on top of the count.
 # One job, on its way:
 #   Alarms.ring     takes the id of an object whose alarm is due
 #   POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -9619,7 +9723,7 @@ class KeepsPlans(EdgeWorkspace):
 
 # #### People ##############################################################################
 
-# ==== 41. Keys ============================================================================
+# ==== 43. Keys ============================================================================
 # The idea: a new key seals sessions from now on. What the key before it has sealed holds
 #   until the next rotation.
 # It promises: a running server takes a new key within a second, and no open page notices.
@@ -9676,7 +9780,7 @@ def keys_rotate(settings, given):
           "nodes, copy secret.key to them before that")
 
 
-# ==== 42. Accounts ========================================================================
+# ==== 44. Accounts ========================================================================
 # The idea: one signs in with a name and a password. A password is hashed so that each guess
 #   costs 0.1 s and 32 MiB, and guesses are counted.
 # It promises: the hash is made before the request takes the Directory's turn, for meanwhile
@@ -10049,11 +10153,11 @@ def account_remove(settings, given):
         store.exec("DELETE FROM accounts WHERE name = ?", given.account)
 
 
-# ==== 43. Account page ====================================================================
+# ==== 45. Account page ====================================================================
 # The idea: people see where they are signed in, and end what they do not know.
 # It promises: a session that is used goes on; one that is not used for 30 days is over, and
 #   its open pages end within a second.
-# It needs: 42 Accounts.
+# It needs: 44 Accounts.
 
 ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
 
@@ -10142,12 +10246,12 @@ class EndsSessions(EdgeDirectory):
                     self.bus.publish(f"access:{row['account']}")
 
 
-# ==== 44. Masquerade ======================================================================
+# ==== 46. Masquerade ======================================================================
 # The idea: an operator looks on in somebody's name, to see what they see. The operator's
 #   session is given the other account, and remembers the operator.
 # It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
 #   Each page says so, and the journal names both.
-# It needs: 42 Accounts, which knows who is an operator.
+# It needs: 44 Accounts, which knows who is an operator.
 
 MASQUERADE_SECONDS = 15 * 60
 TRUSTED.update({"x-operator", "x-read-only"})
@@ -10280,7 +10384,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
             self.time_is_over(session)
 
 
-# ==== 45. Links ===========================================================================
+# ==== 47. Links ===========================================================================
 # The idea: whoever has a link may do one thing, a few times, for some days: enter a
 #   workspace, sign in on another device, or set a new password. With the link that a new
 #   server prints, one makes its first account.
@@ -10290,7 +10394,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
 #   its maker could not make it any more: foreign keys remove it with the membership, which
 #   any change of the role replaces, and with the session.
 # Who uses it: the members page, the account page, and the first start.
-# It needs: 34 Fields, 42 Accounts, 43 Account page.
+# It needs: 35 Fields, 44 Accounts, 45 Account page.
 #
 # Its table is in section 13:
 #
@@ -10736,7 +10840,7 @@ def no_links(request, env):
 PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 
-# ==== 46. People ==========================================================================
+# ==== 48. People ==========================================================================
 # The idea: beside the name of the account, carol, people have one that others see: Carol
 #   Jones. In the tables it is the account's label. Lists show it, with its initials on a
 #   colour that the account keeps.
@@ -10745,7 +10849,7 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 #   the name of another's account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
 #   who else looks at it.
-# It needs: 34 Fields, 37 Assets, 42 Accounts, 43 Account page, 45 Links.
+# It needs: 35 Fields, 38 Assets, 44 Accounts, 45 Account page, 47 Links.
 
 COLOURS = 6                                              # .face-0 to .face-5 in style.css
 TRUSTED.add("x-label")
@@ -10880,7 +10984,7 @@ DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page)
     Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
 
 
-# ==== 47. Owners ==========================================================================
+# ==== 49. Owners ==========================================================================
 # The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
 #   address is made of it. And an owner is asked before they become one.
 # It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
@@ -10956,7 +11060,7 @@ DIRECTORY_SLICES.append(Slice("owners", routes=(
 
 # #### To run it ###########################################################################
 
-# ==== 48. Quotas ==========================================================================
+# ==== 50. Quotas ==========================================================================
 # The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
 #   old in the journal goes as new rows come.
 # It promises: a command that would go past it is refused with 507 and changes nothing. To
@@ -11063,7 +11167,7 @@ def workspace_quota(settings, given):
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
 
 
-# ==== 49. Memory ==========================================================================
+# ==== 51. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -11102,11 +11206,11 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 50. Figures =========================================================================
+# ==== 52. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 41 Keys, for a token, and 42 Accounts, for who is an operator.
+# It needs: 43 Keys, for a token, and 44 Accounts, for who is an operator.
 
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
@@ -11356,7 +11460,7 @@ class HasFigures(LoopEdge):
 
 # #### A deployment ########################################################################
 
-# ==== 51. Copies ==========================================================================
+# ==== 53. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets
 #   its final name when it is whole, checked and on the disk.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
@@ -11482,9 +11586,6 @@ def may_replace(source, target) -> bool:
     return not logged and filecmp.cmp(source, target, shallow=False)
 
 
-STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.moving says
-
-
 def one_move(settings):
     """Raise Unusable if another process brings a workspace here, or away. Of a single root
     none can."""
@@ -11493,31 +11594,13 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-def in_two_threads(function: Callable[[Any], Any], all: Iterable[Any]) -> Iterator[Any]:
-    """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
-    workspaces: 2.3 x.)"""
-    from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
-    with ThreadPoolExecutor(2) as threads:
-        yield from threads.map(function, all)
-
-
-def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
-    """Yield one after the other, counted for somebody who waits at a terminal."""
-    for number, one in enumerate(results, 1):
-        yield one
-        if sys.stderr.isatty():
-            end = "\n" if number == many else ""
-            print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
-
-
-# ==== 52. Snapshots =======================================================================
+# ==== 54. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
-#   names is there. One that failed is in the log and in the figures. What check says of
-#   the files that are here comes with what to do; it repairs only what is safe.
-# It needs: 50 Figures, 51 Copies.
+#   names is there. One that failed is in the log and in the figures.
+# It needs: 52 Figures, 53 Copies.
 
 def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
@@ -11576,6 +11659,23 @@ def linked(source, target) -> bool:
     return True
 
 
+def in_two_threads(function: Callable[[Any], Any], all: Iterable[Any]) -> Iterator[Any]:
+    """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
+    workspaces: 2.3 x.)"""
+    from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
+    with ThreadPoolExecutor(2) as threads:
+        yield from threads.map(function, all)
+
+
+def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
+    """Yield one after the other, counted for somebody who waits at a terminal."""
+    for number, one in enumerate(results, 1):
+        yield one
+        if sys.stderr.isatty():
+            end = "\n" if number == many else ""
+            print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
+
+
 def snapshot(settings, target, before: Optional[pathlib.Path] = None,
              each: Callable[..., Any] = in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
@@ -11625,8 +11725,8 @@ def snapshot_again(settings) -> Tuple[pathlib.Path, List[str]]:
     """
     folder = settings.data / "backups"
     private_folder(folder)
-    for left in folder.glob(f"{DATED}.making"):        # behind by a crash
-        remove_any(left)
+    for part in folder.glob(f"{DATED}.making"):        # left behind by a crash
+        remove_any(part)
     target = folder / timestamp()
     kept = sorted([manifest.parent for manifest in folder.glob(f"{DATED}/manifest.json")])
     past = [one for one in kept if one.name < target.name]
@@ -11746,9 +11846,11 @@ def restore_one(settings, folder, held, id):
                        "copied")
 
 
-# -- to check and to repair
-
-# -- check: what is wrong with the files, and what is safe to repair
+# ==== 55. Check and repair ================================================================
+# The idea: look at each file of a deployment; say what is wrong, and what to do about it.
+# It promises: without --repair nothing is changed, and with it only what is surely left
+#   over. While another command is at work, nothing is removed.
+# It needs: 53 Copies, 54 Snapshots.
 
 @verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
@@ -11983,13 +12085,13 @@ def remove_blanks(settings):
     return blank
 
 
-# ==== 53. Exports =========================================================================
+# ==== 56. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, people are shut out before the copy is made, so nothing can be
 #   written after it. A file from elsewhere is checked first, and never trusted: whoever
 #   made it may wish us ill.
-# It needs: 42 Accounts, 40 Jobs, 51 Copies. On a node, 57 Nodes does the same in another
+# It needs: 44 Accounts, 42 Jobs, 53 Copies. On a node, 60 Nodes does the same in another
 #   way.
 
 def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
@@ -12023,7 +12125,7 @@ class AddsWorkspaces(EdgeDirectory):
 class KeepsFiles(GuardedNamespace):
     """The file of a workspace, when it is added or removed.
 
-    Each step is a method because with nodes (section 57) another machine has the file.
+    Each step is a method because with nodes (section 60) another machine has the file.
     """
 
     def put(self, store, id, name, source: Optional[pathlib.Path]):
@@ -12396,10 +12498,10 @@ def workspace_restore(settings, given):
     settle(env, name)
 
 
-# ==== 54. Member verbs ====================================================================
+# ==== 57. Member verbs ====================================================================
 # The idea: what the members page does, on the command line and by the same rules. But an
 #   operator makes somebody an owner without asking them.
-# It needs: 53 Exports.
+# It needs: 56 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
@@ -12428,16 +12530,15 @@ def member_list(settings, given):
     table(looked_up(settings, members))
 
 
-# ==== 55. Own workspaces ==================================================================
+# ==== 58. Own workspaces ==================================================================
 # The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
 #   in: the file, the members and the name stay as they are for 30 days. And everybody goes
-#   from one of theirs to another by a list in the header, and their home page is live.
+#   from one of theirs to another by a list in the header.
 # It promises: a rename moves no address. To delete is one commit, and so is to bring it
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
-#   could leave half done, and what is on its way in another thread is written. Once a
-#   second at most, a workspace is counted for all home pages that show it.
+#   could leave half done, and what is on its way in another thread is written.
 # Who uses it: the members page, and the header; on the command line, operators.
-# It needs: 39 Counts, 51 Copies, 53 Exports.
+# It needs: 53 Copies, 56 Exports.
 #
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
 # could be made and deleted.
@@ -12512,96 +12613,10 @@ class HasSwitcher(Broadcast):
         return Html().join([switcher, nav])
 
 
-# -- the home page
-
-# Each account has its own. What changes access is published there anyway, and so is what an
-# account is asked.
-HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
-            params={"after": WORKSPACE_NAME.pattern})
-
-
-def home_stream(ctx):
-    return ctx.host.stream(HOME, ctx, ())
-
-
-@addition
-class NotesWriting(GuardedNamespace):
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.uncounted = set()                           # ids of workspaces
-
-
-@addition
-class KeepsHome(EdgeDirectory):
-    live_home = True
-
-    def count_of(self, id):
-        count = super().count_of(id)
-        if not count:
-            self.namespace.uncounted.add(id)
-        return count
-
-    def topics(self, live, ctx, args):
-        if live.path != HOME.path:
-            return super().topics(live, ctx, args)
-        return [f"access:{ctx.viewer.account}"]
-
-    def rendering(self, region, live, ctx, args):
-        """Counts are not in the store, so its state does not tell whether one is old."""
-        if live.path != HOME.path:
-            return super().rendering(region, live, ctx, args)
-        return self.render(region, live, ctx, args)
-
-
-@addition
-class KnowsHomes(Broker):
-    def published(self, id, topic):
-        super().published(id, topic)
-        if id in self.edge.env.workspaces.objects:
-            self.edge.env.directory.namespace.uncounted.add(id)
-
-    def watchers(self, id):
-        """Who looks at a home page is in no workspace. A single root has one object."""
-        return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
-
-
-@addition
-class CountsForHomes(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
-
-    def chores(self):
-        return [*super().chores(), (self.count_for_homes, 1.0)]
-
-    def count_for_homes(self):
-        """Count anew what was written to and stands on a home page that is open."""
-        known = self.env.directory.namespace
-        written = set()
-        while known.uncounted:                           # others add to it meanwhile
-            written.add(known.uncounted.pop())
-        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
-        homes = [one for one in channels if one.subscription.again.path == "/live"]
-        shown = {home: self.ids_at(home) & written for home in homes if written}
-        seen = set().union(*shown.values())
-        for id in written - seen:
-            known.counts.pop(id, None)                   # who comes later asks for it again
-        for id in seen:
-            known.counts[id] = count_of(self.env.workspaces.get(id))
-        for home, ids in shown.items():
-            if ids:
-                self.broker.mark(home)
-
-    def ids_at(self, home):
-        again = home.subscription.again
-        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
-
-
 # workspace:delete is the grant that only owners have.
 DIRECTORY_SLICES.append(Slice("spaces", live=(
     Live("/members/workspace", "workspace:delete", "Workspace",
          (Region("members", space_region),), space_page, tab=False),), routes=(
-    Route("GET", "/live", ACCOUNT, home_stream),
     Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
     Route("POST", "/members/workspace", "workspace:delete", rename_workspace,
           says="renamed the workspace to"),
@@ -12661,12 +12676,12 @@ def workspace_undelete(settings, given):
         set_moving(store, row["id"], STAYS)
 
 
-# ==== 56. Single ==========================================================================
+# ==== 59. Single ==========================================================================
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
 # It promises: the first workspace that is founded is the only one.
-# It needs: 48 Quotas, 53 Exports.
+# It needs: 50 Quotas, 56 Exports.
 
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
@@ -12757,7 +12772,7 @@ def single_root(settings):
 ROOTS.append((lambda settings: settings.single, single_root))
 
 
-# ==== 57. Nodes ===========================================================================
+# ==== 60. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. A proxy
 #   asks the directory's gate, and brings its verdict to the node where the workspace lives:
 #
@@ -12770,7 +12785,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 39 Counts, 41 Keys, 51 Copies, 53 Exports.
+# It needs: 40 Counts, 43 Keys, 53 Copies, 56 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -13034,7 +13049,7 @@ class PlacesWorkspaces(EdgeDirectory):
                              request.params.get("id", ""))
         if row is None or request.method in SAFE:
             return None
-        self.store.exec("UPDATE workspaces SET moving = 1 WHERE id = ?", row["id"])
+        set_moving(self.store, row["id"], MOVES)
         for account, _ in members_of(self.store, row["id"]):
             self.bus.publish(f"access:{account}")
         self.journal(Viewer(account="(node)"), "workspace export", row["name"])
@@ -13051,7 +13066,8 @@ class PlacesFiles(GuardedNamespace):
             return super().put(store, id, name, source)
         if source:                                       # it takes its own way to a node
             node = ""
-        store.exec("UPDATE workspaces SET node = ?, moving = 1 WHERE id = ?", node, id)
+        store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
+                   id)
 
     def settle(self, store, name):
         """Have the node make its file, then let people in.
@@ -13333,9 +13349,9 @@ def not_assigned(settings, row, node):
 
 def assign(store, row, node):
     """Return why not, or ""."""
-    changed = store.exec("UPDATE workspaces SET node = ?, moving = 0 WHERE id = ? AND name "
-                         "= ? AND node = ? AND moving = ?", node, row["id"], row["name"],
-                         row["node"], row["moving"])
+    changed = store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ? AND name "
+                         "= ? AND node = ? AND moving = ?", node, STAYS, row["id"],
+                         row["name"], row["node"], row["moving"])
     return "" if changed else "something else was done with it meanwhile; try again"
 
 
@@ -13448,10 +13464,14 @@ NODE_VERBS.update({"workspace export": export_from_node,
                    "workspace import": import_on_node})
 
 
+# ==== 61. Proxy ===========================================================================
+# The idea: an nginx in front of a directory and its nodes. It does the worker's part: it
+#   asks the gate, and brings the verdict to the node.
+# It needs: 60 Nodes.
+
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
       "--directory", "--node", "--listen")
 def nginx(settings, given):
-    """A proxy that does the worker's part for several nodes."""
     check_installation()
     places = {"orion_directory": given.directory}
     places.update((f"orion_node_{number}", node)
@@ -13502,7 +13522,7 @@ def listening_at(where):
 
 # #### More for slices #####################################################################
 
-# ==== 58. Public routes ===================================================================
+# ==== 62. Public routes ===================================================================
 # The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
 #   address at which another service calls (a webhook). The gate lets them in by the slice's
 #   word.
@@ -13510,8 +13530,8 @@ def listening_at(where):
 #   "public", no grants. A command from another site is nobody's, too, whatever cookie came
 #   along. Only what a slice made public tells that there is a workspace of a name.
 # Who uses it: slices, by Route(..., PUBLIC, ...).
-# It needs: 57 Nodes, for what proxies ask.
-# It stands behind: 50 Figures. What may be a secret in a path is taken out before that
+# It needs: 60 Nodes, for what proxies ask.
+# It stands behind: 52 Figures. What may be a secret in a path is taken out before that
 #   writes it to the log.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
@@ -13649,14 +13669,14 @@ def open_to_anybody(env):
 PLAIN.append(open_to_anybody)
 
 
-# ==== 59. Member lists ====================================================================
+# ==== 63. Member lists ====================================================================
 # The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
 #   to know; here its file is read, from a connection of its own. On a node, copies are
 #   kept, and asked for anew when the Directory has changed.
 # It promises: nobody waits for the Directory's turn. A region that used it is rendered
 #   again when the members change: at once in one process, else after a second or two.
 # Who uses it: slices.
-# It needs: 57 Nodes, for how processes ask each other.
+# It needs: 60 Nodes, for how processes ask each other.
 
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
@@ -13868,7 +13888,7 @@ class PreparesMembers(LoopEdge):
         return decided
 
 
-# ==== 60. Uploads =========================================================================
+# ==== 64. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
 #   reads the socket, and hands what has come to a thread, which writes it; until then the
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
@@ -14308,7 +14328,7 @@ def check_uploads(settings: Settings) -> None:
 CHECKS.append(check_uploads)
 
 
-# ==== 61. Stored files ====================================================================
+# ==== 65. Stored files ====================================================================
 # The idea: a file is rows of the tenant's own database: one that describes it, and one for
 #   each piece. So it is written by the command's own transaction; the quota counts it, and
 #   snapshots, exports and moves have it.
@@ -14316,7 +14336,7 @@ CHECKS.append(check_uploads)
 #   holds up nobody. What a browser could run it saves instead, and does not open; what it
 #   opens it runs in a sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
-# It needs: 60 Uploads.
+# It needs: 64 Uploads.
 
 FILE_TABLES = (
     "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
@@ -14508,7 +14528,7 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 62. Tokens ==========================================================================
+# ==== 66. Tokens ==========================================================================
 # The idea: a program comes with a token that a member made, in the header Authorization
 #   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
 #   write as well. A program is answered with data, at the addresses of the pages.
@@ -14517,8 +14537,8 @@ class SendsFiles(Connection):
 #   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
 #   nobody down.
 # Who uses it: whoever writes a program. README has one in curl and one in Python.
-# It needs: 42 Accounts, 43 Account page.
-# It stands behind: 32 Checks. Data is not looked at as markup.
+# It needs: 44 Accounts, 45 Account page.
+# It stands behind: 33 Page checks. Data is not looked at as markup.
 #
 # Its table is in section 13:
 #
@@ -14892,14 +14912,14 @@ def refuse_tokens(env):
 PLAIN.append(refuse_tokens)
 
 
-# ==== 63. Repeats =========================================================================
+# ==== 67. Repeats =========================================================================
 # The idea: a command may be sent again, because its answer was lost or a button was pressed
 #   twice; and a page may be left open while somebody else signs in. What comes with a key,
 #   or from a form with a stamp, is done once.
 # It promises: who sends a command again within ten minutes gets its first answer. Nothing
 #   is done from a page that was made for another account.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 62 Tokens. What a program was told is what is kept.
+# It stands behind: 66 Tokens. What a program was told is what is kept.
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
@@ -15063,7 +15083,7 @@ class RefusesOldPages(SliceHost):
         viewer.permit(route.grant, request.method)
 
 
-# ==== 64. History =========================================================================
+# ==== 68. History =========================================================================
 # The idea: the journal, in which each write leaves a row, is a page: who did what, the
 #   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
 #   Directory one of its members, for each has a journal of its own. What a command removes
@@ -15073,7 +15093,7 @@ class RefusesOldPages(SliceHost):
 #   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
 #   removed is put back as it was, or not at all, and only by who removed it and still may.
 # Who uses it: members, from the members page; slices, by ctx.remove().
-# It needs: 35 Ordinary pages, 43 Account page.
+# It needs: 36 Ordinary pages, 45 Account page.
 
 NOTES_A_PAGE = 50
 STRETCH = 10_000                                         # rows of the journal
@@ -15200,7 +15220,7 @@ LARGEST_UNDO = 2 ** 20                                   # characters, of one co
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
 # The id of the row that call() will insert; and whether nine tenths of the quota are used.
-# Then what is deleted has to make room. user_version is the quota, in pages: section 48.
+# Then what is deleted has to make room. user_version is the quota, in pages: section 50.
 NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                page_count - freelist_count > 0.9 * user_version
                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
@@ -15420,7 +15440,7 @@ class TellsMembersHistory(EdgeDirectory):
 
 # #### For its author ######################################################################
 
-# ==== 65. Console =========================================================================
+# ==== 69. Console =========================================================================
 # The idea: the running server seen from the inside: both planes, each request on its way,
 #   each store call as it lands. The console is asked like an object and streamed like a
 #   region, but it has no store: what it shows is read from the objects that run. Beside
@@ -15429,7 +15449,7 @@ class TellsMembersHistory(EdgeDirectory):
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 36 More events, 39 Counts, 42 Accounts, 44 Masquerade, 63 Repeats.
+# It needs: 40 Counts, 44 Accounts, 46 Masquerade, 67 Repeats.
 
 # -- notes: what happened
 
@@ -16056,13 +16076,13 @@ class CountsConsoles(Broker):
             super().look_elsewhere()
 
 
-# ==== 66. Own options =====================================================================
+# ==== 70. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
-# It needs: 40 Jobs.
-# It stands behind: 65 Console. It changes the store that this made.
+# It needs: 42 Jobs.
+# It stands behind: 69 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -16401,7 +16421,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 67. Development =====================================================================
+# ==== 71. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -16836,13 +16856,13 @@ class DevBroker(Broker):
         super().published(id, topic)
 
 
-# ==== 68. Testing =========================================================================
+# ==== 72. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 32 Checks, 40 Jobs, 53 Exports, 60 Uploads, 66 Own options.
+# It needs: 33 Page checks, 42 Jobs, 56 Exports, 64 Uploads, 70 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -17045,7 +17065,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 66."""
+    """An app in a test: see testing(). It is an App, too: see section 70."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call

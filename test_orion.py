@@ -8054,7 +8054,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 35. Ordinary pages, 58. Public routes, 59. Member lists =========================================================
+# ==== 36. Ordinary pages, 62. Public routes, 63. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -8520,7 +8520,7 @@ def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
     assert [*lists.lists] == ["b"] and lists.size == 2
 
 
-# ==== 37. Assets, 38. Brand ===========================================================================================
+# ==== 38. Assets, 39. Brand ===========================================================================================
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -8625,7 +8625,7 @@ def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
     assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
 
 
-# ==== 40. Jobs ========================================================================================================
+# ==== 42. Jobs ========================================================================================================
 
 def post_letter(ctx, text):
     if text == "fail":
@@ -9339,7 +9339,7 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
-# ==== 42. Accounts, 53. Exports, 54. Member verbs =====================================================================
+# ==== 44. Accounts, 56. Exports, 57. Member verbs =====================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -10185,7 +10185,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 45. Links =======================================================================================================
+# ==== 47. Links =======================================================================================================
 
 def shown_link(answer):
     """The address that a page shows, this once."""
@@ -10581,7 +10581,7 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     assert "through the proxy" in Person(node).get("/join").text
 
 
-# ==== 46. People ======================================================================================================
+# ==== 48. People ======================================================================================================
 
 def be_shown_as(person, label):
     return person.post("/account/name", form={"label": label})
@@ -10699,7 +10699,7 @@ def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_i
     assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
 
 
-# ==== 50. Figures =====================================================================================================
+# ==== 52. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
     with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
@@ -10825,7 +10825,7 @@ def test_the_figures_are_for_operators_too(outside):
     assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
 
 
-# ==== 51. Copies, 52. Snapshots =======================================================================================
+# ==== 53. Copies, 54. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -11012,7 +11012,7 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 55. Own workspaces ==============================================================================================
+# ==== 58. Own workspaces ==============================================================================================
 
 def read(server, sql, *args):
     """Rows of the Directory."""
@@ -11224,7 +11224,7 @@ def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_i
     assert ear.until_it_says("4 open")
 
 
-# ==== 56. Single ======================================================================================================
+# ==== 59. Single ======================================================================================================
 
 @cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_counts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
@@ -11236,7 +11236,7 @@ def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a
         assert Person(server, "bob").get(path).status in (400, 403, 404)
 
 
-# ==== 57. Nodes =======================================================================================================
+# ==== 60. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
 @pytest.fixture(scope="module")
@@ -12241,7 +12241,7 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 60. Uploads, 61. Stored files ===================================================================================
+# ==== 64. Uploads, 65. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -12712,7 +12712,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 62. Tokens ======================================================================================================
+# ==== 66. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13148,7 +13148,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 64. History =====================================================================================================
+# ==== 68. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -13476,7 +13476,7 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
-# ==== 65. Console: notes ==============================================================================================
+# ==== 69. Console: notes ==============================================================================================
 
 @pytest.fixture
 def traced(tmp_path):
@@ -13532,7 +13532,7 @@ def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(trac
     assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
 
 
-# ==== 65. Console =====================================================================================================
+# ==== 69. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -13874,7 +13874,7 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
     assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
 
 
-# ==== 66. Own options =================================================================================================
+# ==== 70. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -14037,7 +14037,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
 
 
-# ==== 67. Development =================================================================================================
+# ==== 71. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -14245,7 +14245,7 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
-# ==== 68. Testing =====================================================================================================
+# ==== 72. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
