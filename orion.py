@@ -3140,7 +3140,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #
 # In a thread of the pool:
 #
-#     LoopEdge.answer_all (26)        runs the worker (2) up to its last step: Noted (26)
+#     LoopEdge.work_off (26)          runs the worker (2) up to its last step: Noted (26)
 #     GuardedStub.fetch_all (17)      takes the turn of the object
 #     GroupCommit.answer_all (18)     runs all commands of the lane in one transaction
 #     Broker.published (25)           is told what was published, after the commit
@@ -3812,19 +3812,20 @@ class GuardedObject(DurableObject):
         try:
             response = super().answer(request)
         except (sqlite3.Error, MigrationError) as error:
-            self.check_lock(error)
-            if not StorageFault.is_behind(error):
-                raise
-            raise self.fault(error) from error
+            self.check_file(error)
+            raise
         if request.method not in SAFE:
             self.lock_ends = float("-inf")
         return response
 
-    def check_lock(self, error):
-        """Raise Locked if nothing was done for that reason."""
+    def check_file(self, error):
+        """Raise Locked if nothing was done for that reason, or StorageFault if the file is
+        behind this error."""
         begun = self.store is not None and self.store.db.in_transaction
         if str(error) == "database is locked" and not begun:
             raise Locked(self, error) from error
+        if StorageFault.is_behind(error):
+            raise self.fault(error) from error
 
     def patience(self) -> float:
         """Return how many seconds are left to wait for SQLite's lock; <= 0: give up.
@@ -3838,9 +3839,7 @@ class GuardedObject(DurableObject):
         return self.lock_ends - now
 
     def fault(self, error):
-        fault = StorageFault(self.namespace.path(self.id), error)
-        log(f"storage: {fault}")
-        return fault
+        return self.namespace.fault(self.id, error)
 
     @property
     def torn(self):
@@ -3971,6 +3970,7 @@ class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for other processes
     LATE_SECONDS = 60.0                                  # until what failed is tried again
+    CLOSE_SECONDS = 1.0                                  # to wait for all turns, at the end
 
     def __init__(self, *args, most: int = 1024):
         super().__init__(*args)
@@ -3993,6 +3993,12 @@ class GuardedNamespace(Namespace):
         if not request.path.startswith("/_") or request.path.startswith("/_gate"):
             self.served[id] += 1
 
+    def fault(self, id, error) -> StorageFault:
+        """Tell the log what is wrong with a file."""
+        fault = StorageFault(self.path(id), error)
+        log(f"storage: {fault}")
+        return fault
+
     def published(self, id, topic):
         """Pass it on to the listeners. topic "": anything may be different."""
         for listener in self.listeners:
@@ -4004,10 +4010,10 @@ class GuardedNamespace(Namespace):
 
     def awake(self, id):
         """Raises StorageFault while its migrations go on apart."""
-        until, why = self.late.get(id, NOT_LATE)
+        one = super().awake(id)
+        until, why = self.late.get(id, NOT_LATE)         # see bring_up: now, not before
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
-        one = super().awake(id)
         self.touch(id)
         return one
 
@@ -4069,8 +4075,19 @@ class GuardedNamespace(Namespace):
     def draft(self) -> str:
         """Make a file for an object whose id is not known yet. Return a temporary id."""
         id = f"new-{secrets.token_hex(8)}"
-        self.create(id)
+        try:
+            self.create(id)
+        except BaseException as error:
+            self.discard(id)
+            if StorageFault.is_behind(error):
+                raise self.fault(id, error) from error
+            raise
         return id
+
+    def discard(self, draft: str) -> None:
+        """Remove the file, unless it has its real id by now."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path(draft).unlink()
 
     def tidy(self) -> None:
         """Remove the drafts that a crash left behind. Only when a server starts."""
@@ -4093,6 +4110,19 @@ class GuardedNamespace(Namespace):
     def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
         """The id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db"))
+
+    def close(self):
+        """At the end of the server. What is busy still, because a slice hangs, is left as
+        it is: all that was answered is on the disk."""
+        self.closed = True
+        until = time.monotonic() + self.CLOSE_SECONDS
+        for one in self.everybody():
+            if not one.turn.acquire(timeout=max(0.0, until - time.monotonic())):
+                log(f"storage: {self.path(one.id)}: a request still goes on, and is left")
+                continue
+            if not one.gone:
+                one.close()
+            one.turn.release()
 
 
 # ==== 18. Commits =========================================================================
@@ -4144,11 +4174,10 @@ class GroupCommit(GuardedObject):
             raise
         except CRASH as error:                           # nothing of it is on the disk
             if not outcomes:                             # it did not even begin
-                self.check_lock(error)
+                self.check_file(error)
+                raise
             self.forget_renderings()
             fault = error if isinstance(error, StorageFault) else self.fault(error)
-            if not outcomes:
-                raise fault from error
             return [one if failed(one) else fault for one in outcomes]
 
     def answer_each(self, requests, outcomes):
@@ -5320,6 +5349,7 @@ class Stream(Held):
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
+    may_break_off = True                                 # at the end; its browser returns
 
     def __init__(self, edge, socket_, request, response, viewer):
         self.again = request._replace(body=b"")
@@ -5825,6 +5855,11 @@ class Connection(Held):
     def busy(self) -> bool:
         return self.state == self.ANSWERING
 
+    @property
+    def may_break_off(self) -> bool:
+        """At the end of the server: nobody waits for the rest of an answer."""
+        return self.state not in (self.ANSWERING, self.LEAVING)
+
     # -- reading, in the loop
 
     def spool_for(self, reading):
@@ -5867,7 +5902,11 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
-        self.edge.take_up(self, reading)
+        try:
+            self.edge.take_up(self, reading)
+        except CRASH:                                    # nobody would answer any more
+            self.close()
+            raise
 
     def arriving(self):
         """A part of it has come."""
@@ -6131,7 +6170,6 @@ class LoopEdge:
         self.date = formatdate(usegmt=True)
         self.due: Dict[Callable[[], None], float] = {}   # when, by chore
         self.stopping = 0.0                              # since when; 0: it is not
-        self.stopped = threading.Event()
 
     def use(self, env):
         self.env = env
@@ -6154,12 +6192,11 @@ class LoopEdge:
         while not (self.stopping and self.drained()):
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self.TICK_SECONDS
-                self.tick(time.monotonic())
+                guarded(self.tick, time.monotonic())
             for key, events in self.ready():
                 guarded(key.data, events)
             self.run_calls()
         self.pool.rouse()
-        self.stopped.set()
 
     def ready(self):
         """Wait until a socket can be read or written, or somebody calls.
@@ -6256,7 +6293,7 @@ class LoopEdge:
         try:
             asked.request = self.request(reading, connection.peer)
         except Refused as no:
-            asked.request = Request("GET", "/", "", reading.headers)     # as far as known
+            asked.request = Request("GET", "/", "", reading.headers, peer=connection.peer)
             return self.finish(asked, no)
         asked.cookie = asked.request.headers.get("cookie")
         if reading.method in SAFE and self.keeps_answers():
@@ -6275,7 +6312,7 @@ class LoopEdge:
         asked.let_in = asked.let_in or not lane or asked.insider in self.insiders
         if not asked.let_in:
             lane = f"{source_of(asked.request.peer)} {lane}"
-        self.pool.gather(lane or asked.connection, asked, self.answer_all, asked.account)
+        self.pool.gather(lane or asked.connection, asked, self.work_off, asked.account)
 
     def keeps_answers(self) -> bool:
         """Not on a node: the verdict comes with each request."""
@@ -6307,13 +6344,29 @@ class LoopEdge:
         self.call(self.line_up, asked)
         return False
 
-    def answer_all(self, several) -> List[Asked]:
-        """In the pool: what came for one workspace. Return what is to be asked again.
+    def work_off(self, several) -> List[Asked]:
+        """In the pool: answer what came for one object. Return what is to be asked again.
 
         If commands take long, others have this thread in between.
         """
-        let_in = collections.defaultdict(collections.deque)
         decided_at = time.monotonic()
+        try:
+            let_in = self.decide_all(several)
+            until = time.monotonic() + GroupCommit.BATCH_SECONDS
+            with contextlib.suppress(Outdated):
+                for stub, group in let_in.items():
+                    self.fetch_some(stub, group, decided_at)
+                    while group and time.monotonic() < until:
+                        self.fetch_some(stub, group, decided_at)
+        except CRASH:                                    # else they would wait for ever
+            for asked in several:
+                self.call(asked.connection.close)
+            raise
+        return [asked for group in let_in.values() for asked in group]
+
+    def decide_all(self, several) -> Dict[GuardedStub, Any]:
+        """Answer what is not to be fetched. Return the rest, by whom to fetch it from."""
+        let_in = collections.defaultdict(collections.deque)
         env = asking_once(self.deciding) if len(several) > 1 else self.deciding
         for asked in several:
             decided = outcome(self.decide, asked.request, env)
@@ -6324,13 +6377,7 @@ class LoopEdge:
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 let_in[decided.stub].append(asked)
-        until = time.monotonic() + GroupCommit.BATCH_SECONDS
-        with contextlib.suppress(Outdated):
-            for stub, group in let_in.items():
-                self.fetch_some(stub, group, decided_at)
-                while group and time.monotonic() < until:
-                    self.fetch_some(stub, group, decided_at)
-        return [asked for group in let_in.values() for asked in group]
+        return let_in
 
     def fetch_some(self, stub, group, decided_at):
         """Commands share a commit. A page can be large: it leaves before the next.
@@ -6366,7 +6413,7 @@ class LoopEdge:
         try:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
-            if asked.forwarded:
+            if asked.forwarded and asked.request.method in SAFE:
                 self.keep(asked, response)
             if response.watch:                           # made here, and not in the loop
                 first_frames(asked.request, response.watch)
@@ -6378,8 +6425,8 @@ class LoopEdge:
 
     def keep(self, asked, response):
         """Keep a page. One that sets a cookie is for this one time."""
-        if asked.request.method in SAFE and asked.cookie and response.nonce \
-                and response.status == 200 and "set-cookie" not in dict(response.headers):
+        if asked.cookie and response.nonce and response.status == 200 \
+                and "set-cookie" not in dict(response.headers):
             self.kept.keep(asked, response)
 
     def request(self, reading, peer) -> Request:
@@ -6453,7 +6500,7 @@ class LoopEdge:
         self.wake()
 
     def drained(self):
-        """Close what merely waits. A stream breaks off, so its browser comes back."""
+        """Close what may break off. Return whether nothing is left, or the time is up."""
         if self.draining:
             return False
         if self.socket.fileno() >= 0:
@@ -6463,14 +6510,10 @@ class LoopEdge:
             self.wake()                                  # what has come is read first
             return False
         for held in [*self.held]:
-            if isinstance(held, Stream) or not held.busy:
+            if held.may_break_off:
                 held.close()
         until = self.stopping + self.settings.drain + self.DRAIN_SECONDS
         return not self.held or time.monotonic() > until
-
-    def shutdown(self):
-        self.stop()
-        self.stopped.wait()
 
     def server_close(self):
         """After serve_forever: end the threads, close every file."""
@@ -6567,8 +6610,7 @@ def create_workspace_with_file(request, env):
         headers = {**request.headers, "x-file": draft}
         return env.directory.fetch(request._replace(headers=headers))
     finally:
-        with contextlib.suppress(FileNotFoundError):     # it has its real id now
-            env.workspaces.path(draft).unlink()
+        env.workspaces.discard(draft)
 
 
 # #### Part Three: running it ############################################################
@@ -15648,9 +15690,9 @@ class Follows(LoopEdge):
     def keeps_answers(self):
         return super().keeps_answers() and not self.trace.watched
 
-    def answer_all(self, several):
+    def work_off(self, several):
         if not self.trace.watched:
-            return super().answer_all(several)
+            return super().work_off(several)
         for asked in several:
             if asked.let_in or not self.moves_on(asked):
                 trip = Trip(self.as_logged(asked.request))

@@ -145,7 +145,7 @@ class Server:
         assert looked.wait(PATIENCE)                 # a file that is open still would not stay as a test spoils it
 
     def close(self):
-        self.edge.shutdown()
+        self.edge.stop()
         self.thread.join(PATIENCE)
         self.edge.server_close()
         assert not self.thread.is_alive() and not [t for t in self.edge.pool.threads if t.is_alive()]
@@ -2127,6 +2127,14 @@ def test_an_object_that_can_not_begin_with_its_file_is_closed_and_begins_anew(co
         fetch(orion.Request("GET", "/"))
     assert counters.objects["a"].store is None
     assert fetch(orion.Request("POST", "/1")).body == b"1" and begun.call_count == 2
+
+
+def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
+    counters.create("a")
+    awake = orion.Namespace.awake
+    monkeypatch.setattr(orion.Namespace, "awake", lambda self, id: self.late.update({id: (float("inf"), "it takes long")}) or awake(self, id))
+    with pytest.raises(orion.StorageFault):
+        counters.get("a").fetch(orion.Request("GET", "/"))
 
 
 def test_falling_asleep_under_load_loses_nothing(counters):
@@ -6832,7 +6840,8 @@ class Script:
 def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(start, eager, jobs, awake):
     """eager: so many seconds it may, if no job is under way."""
     server, done = start(), threading.Event()
-    server.edge.shutdown()                           # its loop has ended, its threads are there
+    server.edge.stop()
+    server.thread.join(PATIENCE)                     # its loop has ended, its threads are there
     pool = server.edge.pool
     at_work = lambda: len(pool.line) + pool.busy
     eventually(lambda: at_work() == 0)
@@ -7541,6 +7550,86 @@ def test_a_request_that_has_come_when_the_server_is_told_to_stop_is_answered(ser
         eventually(lambda: server.edge.held)
         server.edge.call(lambda: (link.sendall(b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"), server.edge.stop()))
         assert statuses(link.recv(65536)) == [200]
+
+
+def test_what_fails_once_a_second_ends_no_server(server, capfd):
+    with mock.patch.object(server.edge, "chores", side_effect=ZeroDivisionError):
+        assert logged(capfd, "ZeroDivisionError") and Person(server).get("/healthz").status == 200
+
+
+def test_a_server_ends_in_bounded_time_though_a_slice_hangs_and_keeps_what_it_answered(start, monkeypatch, capfd):
+    slice, go, begun = waiting()
+    server = start((orion.todos, slice))
+    monkeypatch.setattr(server.edge, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(server.edge, "END_SECONDS", 0.1)
+    monkeypatch.setattr(orion.GuardedNamespace, "CLOSE_SECONDS", 0.1, raising=False)
+    bob = Person(server, "bob", datastar=True)
+    assert bob.post("/w/acme/todos", title="Kept").status == bob.post("/w/globex/todos", title="Kept").status == 200
+    send(server, bob, "POST", "/w/acme/waiting")
+    eventually(lambda: begun)
+    server.edge.stop()
+    server.thread.join(PATIENCE)
+    closing = threading.Thread(target=server.edge.server_close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE / 2)
+    ended = not closing.is_alive()
+    kept = [rows.execute("SELECT count(*) FROM todos WHERE title = 'Kept'").fetchone() for rows in map(server.store, ("acme", "globex"))]
+    go.set()
+    assert ended and kept == [(1,), (1,)] and logged(capfd, "a request still goes on, and is left")
+    eventually(lambda: not [thread for thread in server.edge.pool.threads if thread.is_alive()])
+
+
+@cases("broken", ["account_of", "request"])
+def test_a_fault_of_our_own_before_a_request_is_lined_up_leaves_no_connection_waiting(server, monkeypatch, capfd, broken):
+    """It was sent ahead, while the one before was answered."""
+    works = getattr(server.edge, broken)
+    monkeypatch.setattr(server.edge, broken, mock.Mock(side_effect=[mock.DEFAULT, ZeroDivisionError], wraps=works))
+    assert statuses(raw(server, OK + OK)) == [200] and logged(capfd, "ZeroDivisionError")
+    eventually(lambda: not server.edge.held)
+
+
+def test_a_fault_of_our_own_while_requests_are_answered_leaves_no_connection_waiting(server, monkeypatch, capfd):
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 3)
+        monkeypatch.setattr(server.edge, "finish", mock.Mock(side_effect=ZeroDivisionError))
+    assert [link.recv(65_536) for link in links] == [b""] * 3 and logged(capfd, "ZeroDivisionError")
+
+
+def test_requests_that_waited_together_hear_of_a_slice_at_fault_and_not_of_the_file(server, monkeypatch, capfd):
+    with busy(server, "acme") as one:
+        links = post_at_once(server, "/w/acme/todos", 3)
+        one.close()                                  # the next one opens the file
+        monkeypatch.setattr(orion.Broadcast, "on_open", mock.Mock(side_effect=TypeError("of a slice")))
+    assert [statuses(link.recv(65_536)) for link in links] == [[500]] * 3
+    assert logged(capfd, "of a slice") and not complaints("restore it from a backup")
+
+
+def test_who_is_still_sending_what_is_refused_can_read_why_while_the_server_ends(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(head("Content-Length: 99999999", line="POST /w/acme/todos HTTP/1.1"))
+        held = eventually(lambda: [held for held in server.edge.held if held.state == held.LEAVING])
+        held[0].deadline += WHOLE                    # on a slow machine, too
+        server.edge.stop()
+        eventually(lambda: server.edge.socket.fileno() < 0)
+        for _ in range(3):
+            link.sendall(b"x")
+            in_line(server, 0)
+        assert statuses(link.recv(65_536)) == [413] and server.thread.is_alive()
+    server.thread.join(PATIENCE)
+    assert not server.thread.is_alive()
+
+
+def test_what_waits_after_a_no_is_charged_to_the_address_that_asked(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(head(line="TRACE / HTTP/1.1"))
+        assert statuses(link.recv(65_536)) == [405]
+        assert [held.whose for held in server.edge.held] == ["127.0.0.1"]
+
+
+def test_what_fails_half_way_leaves_no_file_of_a_new_workspace_behind(server, monkeypatch):
+    monkeypatch.setattr(orion.Broadcast, "on_open", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+    assert Person(server, "bob").post("/workspaces", form={"name": "fresh"}).status == 507
+    assert not [*server.env.workspaces.folder.glob("new-*")]
 
 
 # #### Part Three: running it ##########################################################################################
@@ -14557,7 +14646,7 @@ class Struck:
         self.thread.start()
 
     def close(self):
-        self.edge.shutdown()
+        (self.edge.stop if hasattr(self.edge, "stop") else self.edge.shutdown)()
         self.thread.join(PATIENCE)
         self.edge.server_close()
         del sys.modules["struck"]
