@@ -7092,6 +7092,17 @@ def set_up(directory, workspaces, settings, fresh, demo):
     return env
 
 
+@addition
+class KnowsWorkspaces(EdgeDirectory):
+    def own_workspace(self, request):
+        """Return what is known of a workspace, by its id or name; None: there is none."""
+        row = self.store.one("SELECT id, name, coalesce(title, name) AS title, node, "
+                             "moving FROM workspaces WHERE name IS NOT NULL AND (id = ? OR "
+                             "name = ?)", request.params.get("id"),
+                             request.params.get("name"))
+        return row and dict(row)
+
+
 def directory_builder(kind, settings, keys, workspaces):
     return functools.partial(
         whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
@@ -9301,9 +9312,11 @@ class Alarms:
 
     def one_job(self, stub):
         """Claim a job and run it, in two commits. Return when the next one is due."""
-        names = self.directory.ask("/_names_of", f"id={stub.id}")
-        if names is None:                                # its file goes, or is kept only
+        known = self.directory.ask("/_workspace", f"id={stub.id}")
+        if known is None or known["moving"] > 1:         # its file goes, or is kept only
             return time.time() + 60
+        names = {"x-workspace": known["name"],
+                 "x-title": urllib.parse.quote(known["title"])}
         job = json.loads(stub.fetch(Request("POST", "/_claim")).body)
         if job is not None:
             with contextlib.suppress(StorageFault):      # it is in the log
@@ -9413,16 +9426,6 @@ class HasAlarms(GuardedNamespace):
         super().name_draft(draft, id)
         self.alarms.set(id, self.alarms.due.pop(draft, None))
 
-
-@addition
-class NamesWorkspaces(EdgeDirectory):
-    def own_names_of(self, request):
-        """Return how a job's workspace is called, as headers; None: it is gone."""
-        row = self.store.one("SELECT name, coalesce(title, name) AS title FROM workspaces "
-                             "WHERE id = ? AND name IS NOT NULL AND moving < 2",
-                             request.params.get("id"))
-        return row and {"x-workspace": row["name"],
-                        "x-title": urllib.parse.quote(row["title"])}
 
 
 @addition
@@ -11492,8 +11495,8 @@ class HasFigures(LoopEdge):
         return labelled({names[id]: figures[id] for id in ten if names[id]})
 
     def name_of(self, id):
-        said = outcome(self.env.directory.ask, "/_names_of", f"id={id}")
-        return said["x-workspace"] if isinstance(said, dict) else ""
+        known = outcome(self.env.directory.ask, "/_workspace", f"id={id}")
+        return known["name"] if isinstance(known, dict) else ""
 
     def server_close(self):
         super().server_close()
@@ -12827,7 +12830,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 40 Counts, 43 Keys, 53 Copies, 56 Exports.
+# It needs: 40 Counts, 42 Jobs, 43 Keys, 53 Copies, 56 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -12989,8 +12992,8 @@ class RemoteWorkspaces(RemoteDirectory):
         if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the "
                                "proxy in front.")
-        place = self.directory.ask("/_place_of", f"id={id}")
-        said = ask_node(self.settings, place["node"], id, request.path[1:], request.method)
+        known = self.directory.ask("/_workspace", f"id={id}")
+        said = ask_node(self.settings, known["node"], id, request.path[1:], request.method)
         return as_json(said)
 
     def files(self):
@@ -13074,12 +13077,6 @@ class PlacesWorkspaces(EdgeDirectory):
                                 if topic.startswith("access:")]))
         return version
 
-    def own_place_of(self, request):
-        """Return what is known of a workspace, by its id or name; None: there is none."""
-        row = self.store.one("SELECT id, name, node, moving FROM workspaces WHERE name "
-                             "IS NOT NULL AND (id = ? OR name = ?)",
-                             request.params.get("id"), request.params.get("name"))
-        return row and dict(row)
 
     def own_leave(self, request):
         """A node is about to give a workspace away: nobody is let in from now on.
@@ -13148,8 +13145,7 @@ class PlacesFiles(GuardedNamespace):
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
 
 
-DIRECTORY_ANSWERS = re.compile("/_(version|operator|place_of|members_of|names_of|leave|"
-                               "gate/[^/]*)")
+DIRECTORY_ANSWERS = re.compile("/_(version|operator|workspace|members_of|leave|gate/[^/]*)")
 
 
 def directory_front(request, env):
@@ -13422,7 +13418,7 @@ def ask_directory_of(settings, path, method="GET", **what):
 
 def place_of(settings, **what):
     """Return what the directory knows of a workspace, by its id or its name."""
-    place = ask_directory_of(settings, "/_place_of", **what)
+    place = ask_directory_of(settings, "/_workspace", **what)
     if not place:
         raise Unusable(f"the directory knows no workspace {[*what.values()][0]}; workspace "
                        "list there tells what there is")
@@ -15491,7 +15487,7 @@ class TellsMembersHistory(EdgeDirectory):
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 40 Counts, 44 Accounts, 46 Masquerade, 67 Repeats.
+# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 67 Repeats.
 
 # -- notes: what happened
 
@@ -15865,7 +15861,8 @@ class Console:
     def id_of(self, name):
         """Return the id of the workspace; None: there is none of this name."""
         query = urllib.parse.urlencode({"name": name})
-        return self.env.directory.ask("/_named", query)
+        known = self.env.directory.ask("/_workspace", query)
+        return known and known["id"]
 
     # -- the region
 
@@ -16028,10 +16025,6 @@ class AnswersTheConsole(EdgeDirectory):
         count = self.store.one(f"SELECT count(*) {there}", "")[0]
         return {"page": dict(some), "all": count}
 
-    def own_named(self, request):
-        row = self.store.one("SELECT id FROM workspaces WHERE name = ?",
-                             request.params.get("name", ""))
-        return row and row["id"]
 
     def own_onlooker(self, request):
         """Who asks, where they belong, and whether they run this server."""

@@ -11174,7 +11174,7 @@ def test_a_workspace_that_an_owner_deleted_is_as_if_there_were_none_until_it_is_
     assert (gone.status, gone.text) == (never.status, never.text) == (403, never.text)
     assert "/w/acme/" not in ann.get("/").text and program.get("/w/acme/todos").status == 403 and at_link(outside, link).status == 422
     assert ann.post("/workspaces", form={"name": "acme"}).status == 422, "the name is kept for it"
-    assert outside.env.directory.ask("/_names_of", f"id={file_of(outside).stem}") is None, "its jobs wait"
+    assert outside.env.directory.ask("/_workspace", f"id={file_of(outside).stem}")["moving"] == orion.DELETED, "its jobs wait"
     assert "deleted" in run("workspace", "list", data=data)[1] and run("check", data=data)[0] == 0
     assert run("workspace", "undelete", "acme", data=data)[0] == 0
     assert (read(outside, "SELECT * FROM memberships"), file_of(outside).stat().st_ino) == before
@@ -11565,7 +11565,7 @@ def test_a_node_does_what_the_directory_asks_for_nobody_else(fleet, method, what
     assert file.exists()
 
 
-@cases("path", ["/_leave", "/_place_of", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
+@cases("path", ["/_leave", "/_workspace", "/_operator", "/_version", "/_mine", "/_account", "/_facts"])
 @cases("method", ["GET", "POST"])
 @cases("where", ["directory", "node", "members page", "workspace"])
 def test_nobody_outside_is_told_what_processes_ask_each_other(fleet, path, method, where):
@@ -11865,7 +11865,7 @@ def test_while_the_directory_is_away_nothing_leaves_a_node(doomed, tmp_path):
 
 
 CUTS = {"before the directory knows": "o.ask_directory_of = lambda settings, path, *a, ask=o.ask_directory_of, **k: ask(settings, path, *a, **k) "
-                                      "if path == '/_place_of' else os._exit(9)",
+                                      "if path == '/_workspace' else os._exit(9)",
         "before the copy": "o.take_away = lambda *a: os._exit(9)",
         "before the copy has its name": "o.put_in_place = lambda *a: os._exit(9)",
         "after the copy": "o.copy_database = lambda *a, copy=o.copy_database: (copy(*a), os._exit(9))",
@@ -14668,15 +14668,17 @@ def test_without_one_section_the_others_go_on(tmp_path, title):
 
 @functools.lru_cache(maxsize=None)
 def given_by_sections():
-    """The names that each defines."""
+    """The names that each defines, and the questions that it answers first: "/_due"."""
     found, tree, _ = sections()
-    given = collections.defaultdict(set)
+    given, answered = collections.defaultdict(set), set()
     for node in tree.body:
         names = [getattr(node, "name", "")] + [one.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target
                                                for one in ast.walk(target) if isinstance(one, ast.Name)]
+        answers = {f"/{one.name[3:]}" for one in getattr(node, "body", ()) if getattr(one, "name", "").startswith("own_")}
         for other, place in found.items():
             if node.lineno in place:
-                given[other].update(filter(None, names))
+                given[other].update(filter(None, names), answers - answered)
+        answered |= answers
     return given
 
 
@@ -14716,12 +14718,13 @@ def test_a_section_stands_behind_those_that_its_head_says():
 
 @cases("title", of_part_three())
 def test_a_section_that_needs_another_says_so(title):
-    """What it uses of other sections' names; those of the frame are always there."""
+    """What it uses of other sections' names, and what it asks that they answer; those of the frame are always there."""
     (found, tree, _), given = sections(), given_by_sections()
     own = [node for node in tree.body if node.lineno in found[title]]
     nodes = [node for one in own for node in ast.walk(one)]
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)} | {getattr(node, "arg", "") for node in nodes}
-    used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound
+    asked = {node.value for node in nodes if isinstance(node, ast.Constant) and str(node.value).startswith("/_")} - given[title]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound | asked
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
     assert needs <= needed(title) <= {*found}
 
