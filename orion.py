@@ -2054,11 +2054,15 @@ def read_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
 #
 # Its tables. How they came to be is at the end of section 13:
 #
-#     accounts      name, label; persona: anybody may be this one
+#     accounts      name, label (how people call them); persona: anybody may be this one
 #     sessions      digest (of the token), account, created, expires, agent
-#     workspaces    id, name (in addresses), title (as people write it), founder;
+#     workspaces    id, name (in addresses), title (as people write it);
 #                   born: its first name, of which the id was made
-#     memberships   workspace, account, role; offered: asked to be an owner, too
+#     memberships   workspace, account, role
+#
+# Some statements name columns of [3], which change nothing here: workspaces.moving (1: it
+# moves to another machine, more: it is gone), sessions.operator (who looks on in somebody's
+# name) and memberships.offered (asked to be an owner, too).
 
 ROLES: Dict[str, Tuple[str, ...]] = {
     "owner": ("todos:read", "todos:write", "todos:delete", "members:manage",
@@ -2070,12 +2074,12 @@ ROLES: Dict[str, Tuple[str, ...]] = {
 
 MEMBERSHIP = """SELECT w.*, m.role FROM workspaces w JOIN memberships m
                 ON m.workspace = w.id WHERE w.name = ? AND m.account = ?
-                AND w.moving < 2"""                      # [3] 1: it moves, more: it is gone
-# [3] shows the label.
+                AND w.moving < 2"""
+# To be followed by the name of a table that has accounts.
 LABELLED = "SELECT *, (SELECT label FROM accounts WHERE name = account) AS label FROM"
 NO_SESSION = Response(401, b"Sign in first.\n")
 MOVING = Response(503, b"This workspace is being moved. Try again in a minute.\n",
-                  headers=(("retry-after", "30"),))      # [3]
+                  headers=(("retry-after", "30"),))
 NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that name. Ask "
                          b"its owner to invite you.\n")
 
@@ -2083,24 +2087,18 @@ NO_ENTRY = Response(403, b"This workspace is not yours, or there is none of that
 # -- the gate
 
 def gate(ctx, workspace):
-    """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member."""
-    account = ctx.viewer.account
-    if not account:
-        return ctx.host.stranger(ctx, workspace, NO_SESSION)
-    row = ctx.store.one(MEMBERSHIP, workspace, account)
-    if row is None:
-        return ctx.host.stranger(ctx, workspace, NO_ENTRY)
-    if row["moving"]:
-        return MOVING
-    return let_in(ctx.host.say(ctx.viewer, row))
+    """The verdict. 200: who they are in this workspace; 401: nobody; 403: no member; 503:
+    they have to wait."""
+    return ctx.host.verdict_on(ctx, workspace)
 
 
 def let_in(said):
+    """Return a verdict of 200. Its body says the same, to people who ask with curl."""
     return as_json(said, headers=tuple(said.items()))
 
 
 def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
-    """Return the headers that the worker passes on."""
+    """Return the headers that the worker passes on. (x-can-delete is for people, too.)"""
     grants = ROLES.get(role, ())
     return {"x-account": account, "x-role": role,
             "x-can-delete": "true" if "todos:delete" in grants else "false",
@@ -2109,49 +2107,12 @@ def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[st
 
 # -- the object
 
-class DirectoryHooks(SliceHost):
-    """Where Part Three adds to the Directory. Here, none of these adds anything."""
-    live_home = False                                    # does the home page stay current?
-
-    def stranger(self, ctx: Context, workspace: str, no: Response) -> Response:
-        """Return the verdict on somebody who is no member: a route may be public."""
-        return no
-
-    def signed_in(self, ctx: Context, answer: Response) -> Response:
-        """Return the answer to a sign-in: a form may be waiting to be sent again."""
-        return answer
-
-    def give_role(self, ctx: Context, account: str, before: str, after: str) -> None:
-        """Change a role: somebody who is to be an owner may have to agree first."""
-        put_role(ctx, account, before, after)
-
-    def offers_to(self, account: str) -> Sequence[Any]:
-        """Return the workspaces whose owners ask this account to be one, too."""
-        return []
-
-    def shown(self, person: Any) -> Any:
-        """Return how lists show a person, a row with name and label."""
-        return person["name"]
-
-    def count_of(self, id: str) -> str:
-        """Return how full a workspace is."""
-        return ""
-
-    def shows_console(self, viewer: Viewer) -> bool:
-        return False
-
-    def below_members(self, ctx: Context) -> Html:
-        """Return what stands below the list of members: links to further pages."""
-        return Html()
-
-
-class Directory(DirectoryHooks):
+class Directory(SliceHost):
     """A host like any other, which also knows the keys, and the files of the workspaces.
 
     demo: everybody may sign in as a persona.
     """
     digest_of = staticmethod(session_digest)             # [2] remembers what it returned
-    # [3] An operator can look on in somebody's name. Here such a session signs nobody in.
     SIGNED_IN = f"{LABELLED} sessions WHERE digest = ? AND expires > ? AND operator IS NULL"
 
     def __init__(self, id, namespace, router, pages, keys: Sequence[bytes],
@@ -2164,6 +2125,10 @@ class Directory(DirectoryHooks):
     def topic(self, name, viewer):
         """One object serves all workspaces: each has topics of its own."""
         return f"{name}:{viewer.id}" if viewer.id else name
+
+    # -- who asks. The cookie becomes the header x-session (identified), which names a row
+    # (session), of which a viewer is made (viewer_of). In a page of a workspace, the gate
+    # has said who it is; then it is looked whether that still holds (as_of_now).
 
     def answer(self, request):
         return super().answer(self.identified(request))
@@ -2204,28 +2169,50 @@ class Directory(DirectoryHooks):
         grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
         return dataclasses.replace(viewer, role=role, grants=grants)
 
-    def place(self, ctx, name, owner):
+    # -- the gate
+
+    def verdict_on(self, ctx: Context, workspace: str) -> Response:
+        account = ctx.viewer.account
+        if not account:
+            return NO_SESSION
+        row = ctx.store.one(MEMBERSHIP, workspace, account)
+        if row is None:
+            return NO_ENTRY
+        return MOVING if row["moving"] else let_in(self.say(ctx.viewer, row))
+
+    def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
+        """Return what a verdict says of a member, as headers."""
+        said = verdict_headers(viewer.account, workspace["role"], workspace["name"],
+                               workspace["id"])
+        if workspace["title"]:
+            said["x-title"] = urllib.parse.quote(workspace["title"])
+        return said
+
+    # -- what the slice's functions do by way of the object, for other parts add to it
+
+    def add_workspace(self, ctx, name, owner):
         """Add a workspace and its file. Raise Refused(422) for a name that is taken."""
         check_free(ctx.store, name)
         id = new_id(ctx.store, self.workspaces, name)
         add_rows(ctx.store, id, name, [(owner, "owner")])
         self.make_file(ctx, id)
 
-    # -- what other parts change
-
     def make_file(self, ctx, id):
-        """[2] makes it before, while nobody waits for the Directory's turn."""
         self.workspaces.create(id)
 
-    def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
-        """Return what a verdict says, as headers. [3] says more."""
-        if workspace["node"]:
-            raise Refused(503, "This workspace is on another machine; ask there.")
-        said = verdict_headers(viewer.account, workspace["role"], workspace["name"],
-                               workspace["id"])
-        if workspace["title"]:
-            said["x-title"] = urllib.parse.quote(workspace["title"])
-        return said
+    def open_session(self, ctx, account, start="/") -> Response:
+        """Begin a session; return the way to the page, with the cookie.
+
+        start: the page, if none was asked for. The token is always new: one that somebody
+        planted before is worth nothing.
+        """
+        close_session(ctx)
+        end_sessions(ctx, SPENT, time.time())
+        agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
+        value = add_session(ctx.store, account, agent, self.keys[0])
+        cookie = set_cookie(ctx.request.scheme, self.keys[0], value, COOKIE_SECONDS)
+        page = local_path(ctx.field("next", start))
+        return see_other(page, cookie)._replace(which=account)
 
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
@@ -2237,10 +2224,35 @@ class Directory(DirectoryHooks):
         found = self.store.query(PERSONAS) if self.demo else []
         return [{**row, "current": row["name"] == account} for row in found]
 
+    def home_holes(self, viewer: Viewer) -> Dict[str, Any]:
+        """Return what fills the home page: of these, [3] has a console and a stream."""
+        personas = self.personas(viewer.account)
+        return {"demo": bool(personas), "persona": personas, "console": False,
+                "live": False}
+
+    def mine(self, account: str, after: str) -> Dict[str, Any]:
+        """Return what fills the list of an account's workspaces, from one name on. There is
+        one too many if there are more. [3] has counts, and offers."""
+        found = self.store.query(MINE, account, after, NAMES_A_PAGE + 1)
+        return {"workspace": found, "count": "", "offer": False}
+
+    def person(self, row: sqlite3.Row) -> Any:
+        """Return how lists show somebody, by name and label."""
+        return row["name"]
+
+    def give_role(self, ctx, account, before, after):
+        put_role(ctx, account, before, after)
+
 
 # -- signing in and out
 
 LONGEST_TYPED = 256                                      # characters
+# The workspaces of an account, its own first; and all personas with what they are there.
+PLACES = """FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = {}
+            AND w.name IS NOT NULL AND w.moving < 2 ORDER BY m.role <> 'owner', w.name"""
+PERSONAS = f"""SELECT a.name, a.label, (SELECT group_concat(place, ', ') FROM (SELECT m.role
+               || ' of ' || coalesce(w.title, w.name) AS place {PLACES.format("a.name")}
+               LIMIT 3)) AS roles FROM accounts a WHERE a.persona ORDER BY a.name"""
 
 
 def account_name(typed: str) -> str:
@@ -2263,37 +2275,14 @@ def persona(ctx):
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ? AND persona", account):
         raise Refused(403, "This account is not part of the demo. Choose one that the home "
                            "page shows.")
-    first = ctx.store.one(f"SELECT w.name {PLACES} LIMIT 1", account)
+    first = ctx.store.one(f"SELECT w.name {PLACES.format('?')} LIMIT 1", account)
     start = f"/w/{first['name']}{ctx.host.pages[0].path}" if first else "/"
-    return open_session(ctx, account, start)
+    return ctx.host.open_session(ctx, account, start)
 
-
-# The workspaces of an account, its own first; and all personas with what they are there.
-PLACES = """FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
-            AND w.name IS NOT NULL AND w.moving < 2 ORDER BY m.role <> 'owner', w.name"""
-PERSONAS = f"""SELECT a.name, a.label, (SELECT group_concat(place, ', ') FROM (SELECT m.role
-               || ' of ' || coalesce(w.title, w.name) AS place {PLACES} LIMIT 3)) AS roles
-               FROM accounts a WHERE a.persona ORDER BY a.name""".replace("?", "a.name")
 
 # Sessions that are over, 100 at a time: to delete very many would keep everybody waiting.
 SPENT = """digest IN (SELECT digest FROM sessions WHERE expires <= ? AND operator IS NULL
            LIMIT 100)"""
-
-
-def open_session(ctx, account, start="/"):
-    """Begin a session; return the way to the page, with the cookie.
-
-    start: the page, if none was asked for. The token is always new: one that somebody
-    planted before is worth nothing.
-    """
-    close_session(ctx)
-    end_sessions(ctx, SPENT, time.time())
-    agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
-    key = ctx.host.keys[0]
-    value = add_session(ctx.store, account, agent, key)
-    cookie = set_cookie(ctx.request.scheme, key, value, COOKIE_SECONDS)
-    answer = see_other(local_path(ctx.field("next", start)), cookie)._replace(which=account)
-    return ctx.host.signed_in(ctx, answer)
 
 
 def add_session(store, account, agent, key) -> str:
@@ -2325,11 +2314,8 @@ def end_sessions(ctx, where, *args):
 
 
 def access_changed(ctx, account):
-    """Say that what this account may do has changed.
-
-    [2] has no thread for each stream. It hears by this whose streams must ask the gate
-    again. In Part One all of them do so every two seconds.
-    """
+    """Say that what this account may do has changed: [2] has its streams ask the gate
+    again. In Part One all streams do so every two seconds."""
     ctx.host.bus.publish(f"access:{account}")
 
 
@@ -2339,37 +2325,29 @@ NAMES_A_PAGE = 24                                        # on the home page
 MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.role
           FROM memberships m JOIN workspaces w ON w.id = m.workspace WHERE m.account = ?
           AND w.name > ? AND w.moving < 2 ORDER BY w.name LIMIT ?"""
+
+
 def home(ctx):
-    account = ctx.viewer.account
-    personas = ctx.host.personas(account)
-    if not account:
-        body = template("home.welcome")(demo=bool(personas), persona=personas,
-                                        console=ctx.host.shows_console(ctx.viewer),
-                                        lead=LAYOUT["brand"] == "orion", **LAYOUT)
+    """Whoever is signed in sees their workspaces. Signing in is to choose a persona here,
+    so /login and /account lead here, too."""
+    holes = ctx.host.home_holes(ctx.viewer)
+    if not ctx.viewer.account:
+        body = template("home.welcome")(lead=LAYOUT["brand"] == "orion", **holes, **LAYOUT)
         return page("Welcome", body)
     body = template("home")(
-        mine=mine_region(ctx), live=ctx.host.live_home, demo=bool(personas),
-        persona=personas, console=ctx.host.shows_console(ctx.viewer),
-        name=ctx.typed.get("name", ""), problem=ctx.typed.get("problem", ""),
-        stamp=ctx.stamp)
-    nav = template("layout.state")() if ctx.host.live_home else ""
+        mine=mine_region(ctx), name=ctx.typed.get("name", ""),
+        problem=ctx.typed.get("problem", ""), stamp=ctx.stamp, **holes)
+    nav = template("layout.state")() if holes["live"] else ""
     return page("Workspaces", body, ctx.viewer, nav)
 
 
 def mine_region(ctx):
-    """The workspaces of an account, and what it is asked."""
-    account = ctx.viewer.account
-    mine = ctx.store.query(MINE, account, ctx.params.get("after", ""), NAMES_A_PAGE + 1)
-    shown = [{**row, "count": ctx.host.count_of(row["id"])} for row in mine[:NAMES_A_PAGE]]
+    mine = ctx.host.mine(ctx.viewer.account, ctx.params.get("after", ""))
+    shown = mine["workspace"][:NAMES_A_PAGE]
+    mine.update(workspace=shown, more=len(mine["workspace"]) > NAMES_A_PAGE)
     return template("home.mine")(
-        offer=ctx.host.offers_to(account), workspace=shown,
-        start=ctx.host.pages[0].path, none=not shown, more=len(mine) > NAMES_A_PAGE,
-        after=shown[-1]["name"] if shown else "", stamp=ctx.stamp)
-
-
-def to_home(ctx):
-    """[3] has passwords, and a page for each account. Here one chooses a persona."""
-    return see_other("/")
+        start=ctx.host.pages[0].path, none=not shown, stamp=ctx.stamp,
+        after=shown[-1]["name"] if shown else "", **mine)
 
 
 # -- new workspaces
@@ -2382,12 +2360,13 @@ def new_workspace(ctx):
     name = ctx.field("name").strip()
     if not WORKSPACE_NAME.fullmatch(name):
         raise Refused(422, "A name has 1 to 63 of a to z, 0 to 9 and hyphens between them.")
-    return found(ctx, name)
+    return create_and_enter(ctx, name)
 
 
-def found(ctx, name):
+def create_and_enter(ctx, name):
+    """Create a workspace by a valid name, and lead its owner there."""
     account = ctx.viewer.account
-    ctx.host.place(ctx, name, account)
+    ctx.host.add_workspace(ctx, name, account)
     access_changed(ctx, account)
     if ctx.request.plain_form:
         return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
@@ -2445,7 +2424,7 @@ def member_row(ctx, member):
     managed = viewer.can("members:manage") and over_them
     offered = member["offer"] and viewer.role == "owner"     # [3] their answer is awaited
     chosen = "owner" if offered else member["role"]
-    return {**member, "person": ctx.host.shown(member), "managed": managed,
+    return {**member, "person": ctx.host.person(member), "managed": managed,
             "option": role_choice(viewer, chosen), "fixed": not managed}
 
 
@@ -2464,7 +2443,7 @@ def members_page(ctx, region):
         region=region, workspace=ctx.title, me=ctx.viewer.account,
         form=ctx.viewer.can("members:manage"), account=typed.get("account", ""),
         option=role_choice(ctx.viewer, typed.get("role", "member")),
-        problem=typed.get("problem", ""), stamp=ctx.stamp, more=ctx.host.below_members(ctx),
+        problem=typed.get("problem", ""), stamp=ctx.stamp,
         find=ctx.store.one(COUNT_OF, ctx.viewer.id)[0] > MEMBERS_A_PAGE,
         first=ctx.params.get("from", ""))
 
@@ -2522,25 +2501,24 @@ def valid_role(role):
     return role
 
 
-def set_role(ctx, account, before, after):
-    """Change a role by the rules of this section; NOT_A_MEMBER is a role, too.
+# A role is changed in three steps: set_role asks who may, put_role tells all who look, and
+# store_role writes. NOT_A_MEMBER is a role, too.
 
-    Raise Refused(403) if only an owner may do this.
-    """
+def set_role(ctx, account, before, after):
+    """Raise Refused(403) if only an owner may do this."""
     if "owner" in (before, after) and ctx.viewer.role != "owner":
         raise Refused(403, "Only an owner can make or change an owner. Ask one of them.")
     ctx.host.give_role(ctx, account, before, after)
 
 
 def put_role(ctx, account, before, after):
-    """Store a role, and have the pages of the members read again."""
     store_role(ctx.store, ctx.viewer.id, account, before, after)
     ctx.publish("members")
     access_changed(ctx, account)
 
 
 def store_role(store, id, account, before, after):
-    """Store a role. Raise Refused(409) if that would leave no owner."""
+    """Raise Refused(409) if that would leave no owner."""
     if before == "owner" and after != "owner" and store.one(OWNERS_OF, id)[0] == 1:
         raise Refused(409, "This is the last owner. Make somebody else an owner first.",
                       signal="toast")
@@ -2553,8 +2531,10 @@ def store_role(store, id, account, before, after):
 members = Live("/members", MEMBER, "Members", (Region("members", members_region),),
                members_page, params={"from": ".{1,63}"})
 
-# The history of its tables: what ran once is never edited. What section 12 does not name is
-# for [3].
+
+# -- the history of the tables (to be skipped on a first reading, up to the slice). What ran
+# once is never edited. What section 12 does not name is for [3].
+
 DIRECTORY_TABLES = (
     "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
     "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
@@ -2605,14 +2585,17 @@ DIRECTORY_TABLES = (
     "CREATE INDEX links_until ON links (expires)",
 )
 
+
+# -- the slice
+
 directory = Slice(
     name="directory",
     migrations=DIRECTORY_TABLES,
     live=(members,),
     routes=(Route("GET", "/_gate/<workspace>", PUBLIC, gate),
             Route("GET", "/", PUBLIC, home),
-            Route("GET", "/login", PUBLIC, to_home),
-            Route("GET", "/account", PUBLIC, to_home),
+            Route("GET", "/login", PUBLIC, home),
+            Route("GET", "/account", PUBLIC, home),
             Route("POST", "/persona", PUBLIC, persona),
             Route("POST", "/logout", PUBLIC, logout),
             Route("POST", "/workspaces", ACCOUNT, new_workspace, form="/"),
@@ -3054,8 +3037,7 @@ def seed(env, workspaces, with_todos):
                        *account)
     for name, (people, titles) in workspaces.items():
         (owner, _), *others = people.items()
-        ask = env.doors.get("/workspaces", ask_directory)    # [2] has a door there
-        ask(command_of("/workspaces", {"x-account": owner}, name=name), env)
+        env.directory.fetch(command_of("/workspaces", {"x-account": owner}, name=name))
         id = env.workspaces.id_from_name(name)
         as_owner = verdict_headers(owner, "owner", name, id)
         for account, role in others:
@@ -3063,10 +3045,6 @@ def seed(env, workspaces, with_todos):
             env.directory.fetch(invitation)
         for title in titles if with_todos else ():
             env.workspaces.get(id).fetch(command_of("/todos", as_owner, title=title))
-
-
-def ask_directory(request, env):
-    return env.directory.fetch(request)
 
 
 def command_of(path, trusted, **signals):
@@ -6577,8 +6555,12 @@ class EdgeDirectory(Broadcast, Directory):
         return answer
 
     def make_file(self, ctx, id):
-        """It was made by create_workspace_with_file."""
-        self.workspaces.name_draft(ctx.request.headers["x-file"], id)
+        """Mostly it was made before, while nobody waited: see create_workspace_with_file.
+        """
+        draft = ctx.request.headers.get("x-file")
+        if draft is None:
+            return super().make_file(ctx, id)
+        self.workspaces.name_draft(draft, id)
 
     def own_account(self, request):
         return self.viewer(request).account
@@ -6699,6 +6681,7 @@ import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
+MEMBERS_PARTS: List[Callable[[Context], Html]] = []      # what is below the list of members
 PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
 VIEWERS: List[Callable[[Viewer, Request], Viewer]] = []  # see viewer_in_full
 CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
@@ -6778,6 +6761,14 @@ def viewer_in_full(viewer: Viewer, request: Request) -> Viewer:
 class KnowsViewers(Broadcast):
     def viewer(self, request):
         return viewer_in_full(super().viewer(request), request)
+
+
+@addition
+class HasMembersParts(EdgeDirectory):
+    def around(self, live, ctx, renderings, args):
+        parts = MEMBERS_PARTS if live.path == members.path else ()
+        shown = super().around(live, ctx, renderings, args)
+        return Html().join([shown, *[part(ctx) for part in parts]])
 
 
 for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
@@ -8955,6 +8946,11 @@ class KeepsCounts(GuardedNamespace):
 
 @addition
 class KnowsMine(EdgeDirectory):
+    def mine(self, account, after):
+        mine = super().mine(account, after)
+        rows = [{**row, "count": self.count_of(row["id"])} for row in mine["workspace"]]
+        return {**mine, "workspace": rows}
+
     def count_of(self, id):
         return self.namespace.counts.get(id, "")
 
@@ -9002,7 +8998,8 @@ class NotesWriting(GuardedNamespace):
 
 @addition
 class KeepsHome(EdgeDirectory):
-    live_home = True
+    def home_holes(self, viewer):
+        return {**super().home_holes(viewer), "live": True}
 
     def count_of(self, id):
         count = super().count_of(id)
@@ -10060,7 +10057,7 @@ def login(ctx):
     account = proved(ctx)
     if not account:
         raise Refused(422, "Name and password do not go together. Try again.")
-    return open_session(ctx, account)
+    return ctx.host.open_session(ctx, account)
 
 
 def change_password(ctx):
@@ -10090,7 +10087,9 @@ class KnowsAccounts(EdgeDirectory):
     def own_personas(self, request):
         return self.personas("")
 
-    def signed_in(self, ctx, answer):
+    def open_session(self, ctx, account, start="/"):
+        """A form may be waiting to be sent again."""
+        answer = super().open_session(ctx, account, start)
         unsent = ctx.field("unsent")
         if not unsent:
             return answer
@@ -10617,7 +10616,7 @@ def use_link(ctx):
     if account == ctx.viewer.account:
         answer = see_other(local_path(ctx.field("next", "/")))
     else:
-        answer = open_session(ctx, account)
+        answer = ctx.host.open_session(ctx, account)
     which = filter(None, [link["workspace"], link["kind"], account])
     return answer._replace(which=" ".join(which))
 
@@ -10735,7 +10734,7 @@ def people_of(ctx, names):
     marks = ", ".join("?" * len(names))
     rows = ctx.store.query(f"SELECT name, label FROM accounts WHERE name IN ({marks})",
                            *names)
-    known = {row["name"]: ctx.host.shown(row) for row in rows}
+    known = {row["name"]: ctx.host.person(row) for row in rows}
     return [known.get(name, name) for name in names]
 
 
@@ -10798,12 +10797,15 @@ DIRECTORY_SLICES.append(Slice("links", live=(invitations,), routes=(
           form="/account"))))
 
 
+def way_to_links(ctx):
+    return template("links.way")() if ctx.viewer.can("members:manage") else Html()
+
+
+MEMBERS_PARTS.append(way_to_links)
+
+
 @addition
 class KnowsLinks(EdgeDirectory):
-    def below_members(self, ctx):
-        shown = template("links.way")() if ctx.viewer.can("members:manage") else Html()
-        return Html().join([super().below_members(ctx), shown])
-
     def link(self, digest):
         """Return the row of a link that can be used now, else None."""
         now = time.time()
@@ -10951,7 +10953,7 @@ class TellsLabels(EdgeDirectory):
             said["x-label"] = urllib.parse.quote(viewer.label)
         return said
 
-    def shown(self, row):
+    def person(self, row):
         return person_of(row["name"], row["label"])
 
 
@@ -11049,7 +11051,7 @@ def create_workspace(ctx):
     account = ctx.viewer.account
     name, title = names_of(ctx.field("name"))
     check_founded(ctx, account)
-    answer = found(ctx, name)
+    answer = create_and_enter(ctx, name)
     ctx.store.exec("UPDATE workspaces SET founder = ? WHERE name = ?", account, name)
     set_title(ctx.store, name, title)
     return answer
@@ -11071,10 +11073,12 @@ def most_workspaces(settings):
 
 @addition
 class AsksOwners(EdgeDirectory):
-    def offers_to(self, account):
-        return self.store.query(OFFERS, account, NAMES_A_PAGE)
+    def mine(self, account, after):
+        offers = self.store.query(OFFERS, account, NAMES_A_PAGE)
+        return {**super().mine(account, after), "offer": offers}
 
     def give_role(self, ctx, account, before, after):
+        """Somebody who is to be an owner has to agree first."""
         offered = after == "owner" and before != "owner"
         if offered:
             after = before or "admin"
@@ -12159,10 +12163,10 @@ def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
 
 @addition
 class AddsWorkspaces(EdgeDirectory):
-    def place(self, ctx, name, owner):
+    def add_workspace(self, ctx, name, owner):
         """If no file was made before, the namespace has one, or another machine."""
         if "x-file" in ctx.request.headers:
-            return super().place(ctx, name, owner)
+            return super().add_workspace(ctx, name, owner)
         add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
 
 
@@ -12669,13 +12673,15 @@ DIRECTORY_SLICES.append(Slice("spaces", live=(
           form="/members/workspace", says="deleted the workspace"))))
 
 
+def way_to_space(ctx):
+    return template("spaces.way")() if ctx.viewer.can("workspace:delete") else Html()
+
+
+MEMBERS_PARTS.append(way_to_space)
+
+
 @addition
 class KnowsDeleted(EdgeDirectory):
-    def below_members(self, ctx):
-        may = ctx.viewer.can("workspace:delete")
-        way = template("spaces.way")() if may else Html()
-        return Html().join([super().below_members(ctx), way])
-
     def own_ended(self, request):
         """Return the row of one that was deleted long ago, else None."""
         row = self.store.one(ENDED, DELETED, time.time() - KEPT_SECONDS)
@@ -13056,12 +13062,20 @@ DIRECTORY_SLICES.append(Slice("nodes", routes=(
 
 
 @addition
+class KnowsNodes(Directory):                             # with --plain, too
+    def say(self, viewer, workspace):
+        if workspace["node"]:
+            raise Refused(503, "This workspace is on another machine; ask there.")
+        return super().say(viewer, workspace)
+
+
+@addition
 class PlacesWorkspaces(EdgeDirectory):
-    def place(self, ctx, name, owner):
+    def add_workspace(self, ctx, name, owner):
         if self.namespace.settings.plane and not node_for(ctx.store, name):
             raise Refused(503, "There is no node yet that could hold it; node add "
                                "HOST:PORT names one.")
-        super().place(ctx, name, owner)
+        super().add_workspace(ctx, name, owner)
 
     def say(self, viewer, workspace):
         if not workspace["node"] or not self.namespace.settings.plane:
@@ -13635,11 +13649,14 @@ def as_nobody(request: Request, env: Env) -> Request:
 
 @addition
 class LetsAnybodyIn(Directory):
-    def stranger(self, ctx, workspace, no):
+    def verdict_on(self, ctx, workspace):
+        verdict = super().verdict_on(ctx, workspace)
+        if verdict.status not in (401, 403) or not self.asked_for_public(ctx.request):
+            return verdict
         row = self.store.one("SELECT * FROM workspaces WHERE name = ? AND moving < 2",
                              workspace)
-        if row is None or not self.asked_for_public(ctx.request):
-            return no
+        if row is None:
+            return verdict
         if row["moving"]:
             return MOVING
         said = self.say(Viewer(), {**row, "role": NOT_A_MEMBER})
@@ -14713,17 +14730,16 @@ class KnowsTokens(EdgeDirectory):
         given = bytes.fromhex(request.headers["x-session"])
         return row if row and hmac.compare_digest(row["digest"], given) else None
 
-    def stranger(self, ctx, workspace, no):
-        """The gate asks this about all who have no session, or are no members."""
+    def verdict_on(self, ctx, workspace):
         if "x-bearer" not in ctx.request.headers:
-            return super().stranger(ctx, workspace, no)
+            return super().verdict_on(ctx, workspace)
         token = self.token(ctx.request)
-        if token is None:
-            return super().stranger(ctx, workspace, NO_TOKEN)
-        row = ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace, token["account"],
-                            token["workspace"])
+        row = token and ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace,
+                                      token["account"], token["workspace"])
         if row is None:
-            return super().stranger(ctx, workspace, NO_ENTRY)
+            verdict = super().verdict_on(ctx, workspace)     # of nobody
+            no = NO_ENTRY if token else NO_TOKEN
+            return no if verdict is NO_SESSION else verdict
         if row["moving"]:
             return MOVING
         self.uses[token["id"]] = time.time()
@@ -15464,6 +15480,9 @@ class TellsHistory(EdgeWorkspace):
         return f"substr(what, 1, instr(what, '.') - 1) IN ({marks})", slices
 
 
+MEMBERS_PARTS.insert(0, lambda ctx: template("history.way")())
+
+
 @addition
 class TellsMembersHistory(EdgeDirectory):
     within = "/members"
@@ -15471,9 +15490,6 @@ class TellsMembersHistory(EdgeDirectory):
     def told_to(self, viewer):
         """What is about a workspace begins with its id."""
         return "substr(which, 1, 64) = ?", [viewer.id]
-
-    def below_members(self, ctx):
-        return Html().join([template("history.way")(), super().below_members(ctx)])
 
 
 # #### For its author ######################################################################
@@ -16036,9 +16052,10 @@ class AnswersTheConsole(EdgeDirectory):
                 "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
                 "persona": self.personas(viewer.account)}
 
-    def shows_console(self, viewer):
+    def home_holes(self, viewer):
+        holes = super().home_holes(viewer)
         account = getattr(viewer, "operator", viewer.account)
-        return bool(self.personas("")) or self.is_operator(account)
+        return {**holes, "console": holes["demo"] or self.is_operator(account)}
 
 
 # -- the foot of each page
