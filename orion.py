@@ -8904,8 +8904,8 @@ CHECKS.append(use_brand)
 
 @addition
 class TellsFacts(Broadcast):
-    def own_counts(self, request):
-        """What an object tells of itself. Other sections add to it."""
+    def own_facts(self, request):
+        """Return what an object tells of itself. Other sections add to it."""
         slices = [slice for slice in self.router.slices if slice.count]
         count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
         return {"count": count}
@@ -8914,7 +8914,7 @@ class TellsFacts(Broadcast):
 def facts_of(workspace: Stub) -> Dict[str, Any]:
     """Return its facts. If it is busy or can't be read, its count says so in words."""
     try:
-        return json.loads(fetch_briefly(workspace, Request("GET", "/_counts")).body)
+        return json.loads(fetch_briefly(workspace, Request("GET", "/_facts")).body)
     except Busy:
         return {"count": "busy"}
     except CRASH as error:
@@ -8923,7 +8923,7 @@ def facts_of(workspace: Stub) -> Dict[str, Any]:
         return {"count": "can't be read"}
 
 
-def count_of(workspace):
+def words_for_count(workspace):
     count = facts_of(workspace)["count"]
     return f"{count} open" if type(count) is int else count
 
@@ -8933,7 +8933,7 @@ def home_with_counts(request, env):
     if request.method in SAFE:
         mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
         env.directory.namespace.counts.update(
-            {id: count_of(env.workspaces.get(id)) for id in mine})
+            {id: words_for_count(env.workspaces.get(id)) for id in mine})
     return env.directory.fetch(request)
 
 
@@ -8941,7 +8941,7 @@ def home_with_counts(request, env):
 class KeepsCounts(GuardedNamespace):
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
-        self.counts: Dict[str, str] = {}                 # as the last one who asked heard
+        self.counts: Dict[str, str] = {}                 # in words, by id; as last heard
 
 
 @addition
@@ -9053,7 +9053,7 @@ class CountsForHomes(LoopEdge):
         for id in written - seen:
             known.counts.pop(id, None)                   # who comes later asks for it again
         for id in seen:
-            known.counts[id] = count_of(self.env.workspaces.get(id))
+            known.counts[id] = words_for_count(self.env.workspaces.get(id))
         for home, ids in shown.items():
             if ids:
                 self.broker.mark(home)
@@ -9078,13 +9078,16 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #   due next. What was missed while the server was down is done once.
 # It needs: 33 Page checks.
 # It stands behind: 40 Counts. What it tells of an object comes on top of the count.
+#
 # One job, on its way:
-#   Alarms.ring     takes the id of an object whose alarm is due
-#   POST /_claim    one commit: the try is counted, and the time of the next one is set
-#   POST /_jobs     one commit: the job runs, and its row goes; or it yields, and stays
-#   Alarms.wait_for then: calls what it has yielded, in a thread for such waits
-#   POST /_jobs     one commit: the job goes on with what came of that, and its row goes
-#   GET  /_due      when the object's next job is due: its next alarm
+#
+#     Alarms.ring     takes the id of an object whose alarm is due
+#     POST /_claim    one commit: the try is counted, and the time of the next one is set
+#     POST /_job      one commit: the job runs, and its row goes; or it yields, and stays
+#     Waits.call      then: calls what it has yielded, in a thread for such waits
+#     POST /_job      one commit: the job goes on with what came of that, and its row goes
+#     GET  /_due      when the object's next job is due: its next alarm
+#
 # Alarms are an index in memory, built from the files at each start.
 
 def due_in(path: pathlib.Path, plans: Any = frozenset()) -> Optional[float]:
@@ -9219,41 +9222,20 @@ CHECKS.append(check_jobs)
 
 # -- alarms
 
-class Wait:
-    """A job that waits: it has yielded act, a function without arguments."""
-
-    def __init__(self, host, job, steps, ctx, act):
-        self.stub = host.namespace.get(host.id)
-        self.key = host.id, job
-        self.steps = steps                               # the generator
-        self.ctx = ctx
-        self.act = act
-        self.called_at = float("inf")                    # act
-        self.resume: Optional[Callable[[], Any]] = None  # when it is known how
-        self.users = 2                                   # who calls act, and who resumes
-
-
 class Alarms:
     """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
-    WAITS_AT_ONCE = 32                                   # in threads of their own
-    THREADS = 256                                        # with those that were given up
-    WAITS_EACH = 4                                       # of one object
-    WAIT_SECONDS = 30.0                                  # then the try has failed
 
     def __init__(self, namespace: Namespace):
         self.namespace = namespace
         self.directory: Any = None                       # it knows the workspaces' names
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
+        self.waits = Waits(self)
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
         self.lock = threading.Lock()                     # guards all that follows
         self.due: Dict[str, float] = {}                  # by id
         self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
-        self.waits: Dict[Tuple[str, int], Wait] = {}     # by id and job
-        self.in_line: collections.deque = collections.deque()    # waits not yet begun
-        self.threads = 0                                 # that call acts
-        self.late = 0                                    # of these: see give_up_late
 
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
@@ -9321,22 +9303,60 @@ class Alarms:
         return stub.ask("/_due")
 
     def run(self, stub, job, names):
-        stub.fetch(Request("POST", "/_jobs", f"id={job}", names))
+        stub.fetch(Request("POST", "/_job", f"id={job}", names))
 
-    # -- what jobs wait for
+    def failed(self, row, error):
+        """Called by a host whose job failed."""
+        log_error(f"job {row['job']}, try {row['tries']}", error)
 
-    def waits_of(self, id: str) -> List[int]:
+
+# -- what jobs wait for
+
+class Wait:
+    """A job that has yielded: call is what it waits for, a function without arguments.
+
+    The call returns, and the job goes on: with what came of the call, or with a
+    TimeoutError. The wait is over when both have ended.
+    """
+
+    def __init__(self, host, job, steps, ctx, call):
+        self.stub = host.namespace.get(host.id)
+        self.key = host.id, job
+        self.steps = steps                               # the generator
+        self.ctx = ctx
+        self.call = call
+        self.called_at = float("inf")
+        self.go_on: Optional[Callable[[], Any]] = None   # the next step, once it is known
+        self.to_end = 2
+
+
+class Waits:
+    """Calls what jobs wait for, in threads of their own."""
+    AT_ONCE = 32                                         # that are not given up
+    THREADS = 256
+    OF_ONE_OBJECT = 4
+    SECONDS = 30.0                                       # then the try has failed
+
+    def __init__(self, alarms: Alarms):
+        self.alarms = alarms
+        self.lock = threading.Lock()                     # guards all that follows
+        self.by_job: Dict[Tuple[str, int], Wait] = {}    # by id of an object, and job
+        self.in_line: collections.deque = collections.deque()    # they have no thread yet
+        self.threads = 0
+        self.given_up = 0                                # of these threads
+
+    def of(self, id: str) -> List[int]:
+        """Return which jobs of an object wait."""
         with self.lock:
-            return [job for of, job in self.waits if of == id]
+            return [job for of, job in self.by_job if of == id]
 
-    def wait_for(self, wait: Wait) -> None:
-        """Have its act called, in a thread of its own."""
+    def add(self, wait: Wait) -> None:
         with self.lock:
-            self.waits[wait.key] = wait
+            self.by_job[wait.key] = wait
             self.in_line.append(wait)
-        self.begin_waits()
+        self.begin()
 
-    def begin_waits(self):
+    def begin(self):
         """Begin those that stand in line, as far as there are threads for them."""
         with self.lock:
             while self.in_line and self.has_thread():
@@ -9347,71 +9367,69 @@ class Alarms:
                 self.threads += 1
 
     def has_thread(self) -> bool:
-        in_time = self.threads - self.late
-        return in_time < self.WAITS_AT_ONCE and self.threads < self.THREADS
-
-    def failed(self, row, error):
-        """Called by a host whose job failed."""
-        log_error(f"job {row['job']}, try {row['tries']}", error)
+        at_once = self.threads - self.given_up
+        return at_once < self.AT_ONCE and self.threads < self.THREADS
 
     def call_in_thread(self, wait):
-        in_time = self.call_act(wait)
+        in_time = self.call(wait)
         with self.lock:
             self.threads -= 1
             if not in_time:
-                self.late -= 1
-        self.begin_waits()
+                self.given_up -= 1
+        self.begin()
 
-    def call_act(self, wait) -> bool:
+    def call(self, wait) -> bool:
         """Call what the job waits for. Return whether the job goes on with what came of it.
         """
         wait.called_at = time.monotonic()
         try:
-            resume = functools.partial(wait.steps.send, wait.act())
+            step = functools.partial(wait.steps.send, wait.call())
         except CRASH as error:
-            resume = functools.partial(wait.steps.throw, error)
-        in_time = self.resume_with(wait, resume)
-        self.release(wait)
+            step = functools.partial(wait.steps.throw, error)
+        in_time = self.go_on_with(wait, step)
+        self.end_one(wait)
         return in_time
 
-    def resume_with(self, wait, resume) -> bool:
-        """Have the job go on. Return False if it does already: either act has returned, or
-        it was given up."""
+    def go_on_with(self, wait, step) -> bool:
+        """Have the job go on. Return False if it does already: either the call has
+        returned, or it was given up."""
         with self.lock:
-            if wait.resume:
+            if wait.go_on:
                 return False
-            wait.resume = resume
-        self.put(self.resume, wait)
+            wait.go_on = step
+        self.alarms.put(self.go_on, wait)
         return True
 
-    def resume(self, wait):
+    def go_on(self, wait):
         try:
-            wait.stub.fetch(Request("POST", "/_jobs", f"id={wait.key[1]}"))
+            wait.stub.fetch(Request("POST", "/_job", f"id={wait.key[1]}"))
         finally:
-            self.release(wait)
+            self.end_one(wait)
 
-    def release(self, wait):
-        """The second of its users takes it out. Till then the job is not tried again."""
+    def end_one(self, wait):
+        """Call or job has ended. When both have, the job may be tried again."""
         with self.lock:
-            wait.users -= 1
-            if wait.users:
+            wait.to_end -= 1
+            if wait.to_end:
                 return
-            del self.waits[wait.key]
-        self.set(wait.key[0], time.time())
+            del self.by_job[wait.key]
+        self.alarms.set(wait.key[0], time.time())
 
     def give_up_late(self, now: float) -> None:
-        """No thread can be ended. So another takes the place of one whose act is late."""
+        """No thread can be ended. So another takes the place of one whose call is late."""
         with self.lock:
-            late = [wait for wait in self.waits.values()
-                    if not wait.resume and now > wait.called_at + self.WAIT_SECONDS]
+            late = [wait for wait in self.by_job.values()
+                    if not wait.go_on and now > wait.called_at + self.SECONDS]
         for wait in late:
-            error = TimeoutError(f"what it waits for takes more than {self.WAIT_SECONDS:g} "
-                                 "s; give that a time limit of its own")
-            if self.resume_with(wait, functools.partial(wait.steps.throw, error)):
+            error = TimeoutError(f"what it waits for takes more than {self.SECONDS:g} s; "
+                                 "give that a time limit of its own")
+            if self.go_on_with(wait, functools.partial(wait.steps.throw, error)):
                 with self.lock:
-                    self.late += 1
-        self.begin_waits()
+                    self.given_up += 1
+        self.begin()
 
+
+# -- who has alarms
 
 @addition
 class HasAlarms(GuardedNamespace):
@@ -9440,7 +9458,7 @@ class RingsAlarms(LoopEdge):
     def tick(self, now):
         super().tick(now)
         self.alarms.ring()
-        self.alarms.give_up_late(now)
+        self.alarms.waits.give_up_late(now)
         for one in self.env.workspaces.everybody():
             one.log_if_long(now)
 
@@ -9486,9 +9504,10 @@ class EnqueuesJobs(Context):
         If it waits for something outside just now, it does not go on after that.
         """
         self.check_may_enqueue()
-        router = self.host.router
-        keys = {router.key_of(self.store.slice, name, key) for name in router.names}
-        return self.host.cancel(*keys)
+        names = self.host.router.names
+        if self.store.slice in names:                    # else it is an app, and means any
+            names = [self.store.slice]
+        return self.host.cancel(*[f"{name}:{key}" for name in names])
 
     def check_may_enqueue(self):
         if self.store.may != WRITE:
@@ -9524,15 +9543,15 @@ class KnowsJobs(QuickRouter):
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
 
-    def key_of(self, slice, name, key) -> str:
-        """Return a key in the table: the slice's; outside of the slices, that of the slice
-        of this name, or of the job of this name."""
-        owner = slice if slice in self.names else name.partition(".")[0]
+    def key_of(self, slice, job, key) -> str:
+        """Return a key as the table has it. It is of the slice that enqueues the job; what
+        an app enqueues (section 70) is of the job's slice."""
+        owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
 
 class JobTables(Tables):
-    """The store of a job, the same at each step: see `store.exec(sql, (yield act))`.
+    """The store of a job, the same at each step: see `store.exec(sql, (yield call))`.
 
     The time limit is for each statement, and not for the job.
     """
@@ -9541,6 +9560,7 @@ class JobTables(Tables):
         self.owner = job.partition(".")[0]
 
     def use(self, host, may):
+        """Begin a step. The object may be another one, if it has slept."""
         super().__init__(host.store, self.owner, may)
         self.host = host
 
@@ -9608,8 +9628,8 @@ class HasJobs(Broadcast):
 
     def next_job(self):
         """Return the first row, of those that wait for nothing outside; None: no row."""
-        waits = self.namespace.alarms.waits_of(self.id)
-        if len(waits) >= self.namespace.alarms.WAITS_EACH:
+        waits = self.namespace.alarms.waits.of(self.id)
+        if len(waits) >= Waits.OF_ONE_OBJECT:
             return None
         rows = self.store.query("SELECT id, due, tries, key FROM jobs WHERE due IS NOT "
                                 "NULL ORDER BY due, id LIMIT ?", len(waits) + 1)
@@ -9643,7 +9663,7 @@ class HasJobs(Broadcast):
         plan = self.router.plans.get(row["key"])
         return plan and plan.next_time(time.time(), self.id)
 
-    def own_jobs(self, request):
+    def own_job(self, request):
         """Run a job that was claimed, or go on with it. If it fails, note the error."""
         row = self.store.one("SELECT * FROM jobs WHERE id = ?", request.params["id"])
         if row is None:                                  # it was claimed twice, and is done
@@ -9664,9 +9684,9 @@ class HasJobs(Broadcast):
     def work(self, row, request):
         """In the name of who enqueued it. Grants were checked then."""
         self.doing = f"job {row['job']}", time.monotonic()
-        wait = self.namespace.alarms.waits.get((self.id, row["id"]))
+        wait = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
         ctx = wait.ctx if wait else self.job_context(row, request)
-        ctx.host = self                                  # another one, if it has slept
+        ctx.host = self
         ctx.store.use(self, WRITE)
         try:
             wait = self.last_step(wait) if wait else self.first_step(ctx, row)
@@ -9674,7 +9694,7 @@ class HasJobs(Broadcast):
             ctx.end()
             self.began = time.monotonic()
         if wait:
-            self.store.after_commit.append((self.namespace.alarms.wait_for, wait))
+            self.store.after_commit.append((self.namespace.alarms.waits.add, wait))
             return
         self.journal(ctx.viewer, row["job"], str(row["id"]))
         self.finish(row)
@@ -9702,17 +9722,17 @@ class HasJobs(Broadcast):
             return None
         ctx.store.use(self, READ)                        # if it fails it begins anew
         try:
-            act = next(made)
+            call = next(made)
         except StopIteration:
             return None
-        if not callable(act):
-            raise TypeError(f"a job yields a function, and not {act!r:.60}: write `yield "
+        if not callable(call):
+            raise TypeError(f"a job yields a function, and not {call!r:.60}: write `yield "
                             "lambda: ...`, and it is called while others work")
-        return Wait(self, row["id"], made, ctx, act)
+        return Wait(self, row["id"], made, ctx, call)
 
     def last_step(self, wait):
         try:
-            wait.resume()
+            wait.go_on()
         except StopIteration:
             return None
         raise TypeError("a job yields at most once; enqueue another one for the rest")
@@ -9724,13 +9744,13 @@ class HasJobs(Broadcast):
                         self.TRIES)
         self.alarm_after_commit(now)
 
-    def own_counts(self, request):
+    def own_facts(self, request):
         given_up = self.store.query("SELECT job, tries, error FROM jobs WHERE tries >= ? "
                                     "ORDER BY id LIMIT 5", self.TRIES)
         jobs = self.store.query(
             "SELECT count(*) || CASE WHEN tries >= ?1 THEN ' given up' ELSE ' waiting' END "
             "FROM jobs GROUP BY tries >= ?1", self.TRIES)
-        return {**super().own_counts(request), "jobs": ", ".join([row[0] for row in jobs]),
+        return {**super().own_facts(request), "jobs": ", ".join([row[0] for row in jobs]),
                 "failed": [dict(row) for row in given_up]}
 
 
@@ -12881,7 +12901,7 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
 
 DOWN: Dict[str, float] = {}                              # address: until when nobody asks
 DOWN_SECONDS = 2.0
-PATIENCE = {"remove": 600.0, "_counts": 1.0}             # seconds; for all others 5
+PATIENCE = {"remove": 600.0, "_facts": 1.0}             # seconds; for all others 5
 
 
 class NoAnswer(Refused):
@@ -13273,7 +13293,7 @@ FOR_DIRECTORY = {
     ("GET", "has"): has_file,
     ("POST", "create"): lambda workspaces, id, body: workspaces.create(id),
     ("POST", "remove"): remove_here,
-    ("GET", "_counts"): lambda workspaces, id, body: facts_of(workspaces.get(id)),
+    ("GET", "_facts"): lambda workspaces, id, body: facts_of(workspaces.get(id)),
     ("POST", "_retry"): retry_here}
 
 
@@ -17201,6 +17221,7 @@ class CalledAlarms(Alarms):
         env.workspaces.alarms = self
         self.directory = env.directory
         self.put = lambda function, *args: function(*args)
+        self.waits.begin = lambda: None                  # see run
         self.count = 0                                   # jobs that ran
         self.error: Optional[BaseException] = None       # of the last one
 
@@ -17213,14 +17234,11 @@ class CalledAlarms(Alarms):
     def run(self, stub, job, names):
         self.count += 1
         super().run(stub, job, names)
-        if self.in_line:                                 # it waits
-            self.call_act(self.in_line.pop())
+        if self.waits.in_line:                           # the job has left its turn
+            self.waits.call(self.waits.in_line.pop())
 
     def ring(self):
         """The test does."""
-
-    def begin_waits(self):
-        """When the job has left its turn."""
 
     def failed(self, row, error):
         self.error = error

@@ -991,7 +991,7 @@ def test_a_stranger_is_refused_before_any_workspace_is_contacted(server):
     alice, nobody = Person(server, "alice"), Person(server)
     before = server.figure("orion_workspace_fetches_total"), server.figure('orion_gate_verdicts_total{verdict="403"}') if alice.get("/_gate/acme") else 0
     for method in ("GET", "POST", "PATCH", "DELETE", "HEAD"):
-        for path in ("/w/acme/todos", "/w/acme/todos/1", "/w/acme/todos/live", "/w/acme/_counts"):
+        for path in ("/w/acme/todos", "/w/acme/todos/1", "/w/acme/todos/live", "/w/acme/_facts"):
             assert alice.ask(method, path).status == 403 and nobody.ask(method, path).status == 401
     assert server.figure("orion_workspace_fetches_total") == before[0]
     assert server.figure('orion_gate_verdicts_total{verdict="403"}') == before[1] + 20
@@ -2788,7 +2788,7 @@ def test_a_command_that_fails_is_never_heard_and_leaves_nothing(start):
 
 
 @cases("path, method, status, allow", [("/w/acme/todos", "PUT", 405, "DELETE, GET, HEAD, PATCH, POST"), ("/w/acme/todos/1", "GET", 405, "DELETE, PATCH"),
-                                       ("/w/acme/nothing", "GET", 404, None), ("/w/acme/_counts", "GET", 404, None), ("/_mine", "GET", 404, None),
+                                       ("/w/acme/nothing", "GET", 404, None), ("/w/acme/_facts", "GET", 404, None), ("/_mine", "GET", 404, None),
                                        ("/_password", "GET", 404, None), ("/w/acme/todos/1/2", "DELETE", 404, None), ("/nothing", "GET", 404, None)])
 def test_an_address_that_is_not_there_says_so(server, path, method, status, allow):
     answer = Person(server, "bob").ask(method, path)
@@ -5511,9 +5511,9 @@ FRAMES = [
         b"", b".", b"..", b"-", b"_", b"a" * 64, b"ACME", b"acme.", b"acm%C3%A9", b"%D0%B0cme", b"x %D0%B0", b"~", b"%F0%9F%98%80", b"a%00b", b"a%1Bb", b"%2F", b"'", b"+%0A", b"a%E2%80%AEb")],
     ("a name that is taken is not given twice", post(path=b"/workspaces", body=b"name=home"), {400, 409, 422}, "kept"),
     ("an unknown route of a foreign workspace is as forbidden as a known one", at(b"/w/acme/nothing", cookie=b"@ALICE@"), 403, "kept"),
-    ("a route of the worker's own in a foreign workspace is as forbidden", at(b"/w/acme/_counts", cookie=b"@ALICE@"), 403, "kept"),
+    ("a route of the worker's own in a foreign workspace is as forbidden", at(b"/w/acme/_facts", cookie=b"@ALICE@"), 403, "kept"),
     ("an unknown route of one's own workspace is not found", at(b"/w/acme/nothing"), 404, "kept"),
-    ("a route of the worker's own is not found from outside", at(b"/w/acme/_counts"), 404, "kept"),
+    ("a route of the worker's own is not found from outside", at(b"/w/acme/_facts"), 404, "kept"),
     *[(f"{path.decode()} is not found from outside", at(path), 404, "kept") for path in (b"/_version", b"/_password", b"/_mine", b"/_", b"/_gatex")],
     ("the gate wants a session", at(b"/_gate/acme", cookie=None), 401, "kept"),
     ("the gate for who is no member", at(b"/_gate/acme", cookie=b"@ALICE@"), 403, "kept"),
@@ -7690,10 +7690,10 @@ def test_a_single_root_keeps_everything_in_one_file(single):
 def test_a_single_root_lets_nobody_else_in(single):
     bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
     assert bob.get("/w/acme/todos").status == 200
-    for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_counts"):
+    for path in ("/w/acme/todos", "/w/acme/todos/live", "/w/acme/members", "/w/other/todos", "/w/acme/_facts"):
         told = {"x_account": "bob", "x_role": "owner", "x_id": single.env.directory.id}
         assert nobody.get(path, **told).status == 401 and alice.get(path, **told).status == 403
-    assert bob.get("/w/acme/_counts").status == 404
+    assert bob.get("/w/acme/_facts").status == 404
     assert erin.post("/w/acme/todos", title="no").status == 403 == erin.delete("/w/acme/todos/1").status
     assert bob.ask("POST", "/w/acme/todos", "{}", Origin="http://elsewhere").status == 403
 
@@ -8783,7 +8783,7 @@ def test_a_command_that_only_cancels_a_job_is_not_said_to_be_silent(start, capfd
 def test_a_job_that_was_claimed_twice_and_is_done_does_nothing(office):
     office.write_letter(text="once", after=3600)
     stub = office.env.workspaces.get(office.acme)
-    assert stub.fetch(orion.Request("POST", "/_jobs", "id=4711")).status == 200
+    assert stub.fetch(orion.Request("POST", "/_job", "id=4711")).status == 200
     assert office.rows("SELECT count(*) FROM jobs") == [(1,)]
 
 
@@ -9064,7 +9064,7 @@ def test_while_jobs_wait_their_tenants_and_all_other_jobs_go_on(outside_world):
     for name in ("acme", "globex"):
         for _ in range(3):
             assert bob.post(f"/w/{name}/work", job="letter").status == 204
-    waits = outside_world.server.env.workspaces.alarms.waits
+    waits = outside_world.server.env.workspaces.alarms.waits.by_job
     eventually(lambda: len(waits) == 6)
     assert bob.post("/w/acme/todos", title="goes on").status == 200 and bob.post("/w/acme/work", job="note").status == 204
     eventually(lambda: noted(outside_world.server))
@@ -9074,12 +9074,13 @@ def test_while_jobs_wait_their_tenants_and_all_other_jobs_go_on(outside_world):
 
 def test_one_tenants_waits_do_not_take_all_threads_for_them(outside_world, monkeypatch):
     release = threading.Event()
-    for name, number in (("WAITS_AT_ONCE", 2), ("WAITS_EACH", 1), ("AT_ONCE", 1)):         # two jobs at once may begin a wait more
-        monkeypatch.setattr(orion.Alarms, name, number)
+    monkeypatch.setattr(orion.Alarms, "AT_ONCE", 1)                                       # two jobs at once may begin a wait more
+    for name, number in (("AT_ONCE", 2), ("OF_ONE_OBJECT", 1)):
+        monkeypatch.setattr(orion.Waits, name, number)
     bob = outside_world(lambda _: bob.get("/w/globex/todos").status == 404 or release.wait(PATIENCE) and "noted")
     for name in ("acme", "acme", "globex"):
         bob.post(f"/w/{name}/work", job="letter")
-    waits = outside_world.server.env.workspaces.alarms.waits
+    waits = outside_world.server.env.workspaces.alarms.waits.by_job
     assert eventually(lambda: len({of for of, _ in [*waits]}) == 2) and len(waits) == 2
     release.set()
     eventually(lambda: outside_world.jobs() == outside_world.jobs("globex") == [])
@@ -9095,7 +9096,7 @@ def test_what_fails_outside_is_raised_where_the_job_waits_and_it_is_tried_again_
 
 
 def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile(outside_world, monkeypatch):
-    monkeypatch.setattr(orion.Alarms, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(orion.Waits, "SECONDS", 0.05)
     release, calls = threading.Event(), []
     bob = outside_world(lambda _: (calls.append(1), release.wait(PATIENCE), "noted")[2])
     bob.post("/w/acme/work", job="letter")
@@ -9112,8 +9113,8 @@ def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile
 
 
 def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_world, monkeypatch):
-    for name, number in (("WAIT_SECONDS", 0.05), ("WAITS_AT_ONCE", 1), ("THREADS", 2)):
-        monkeypatch.setattr(orion.Alarms, name, number)
+    for name, number in (("SECONDS", 0.05), ("AT_ONCE", 1), ("THREADS", 2)):
+        monkeypatch.setattr(orion.Waits, name, number)
     release, calls = threading.Event(), []
 
     def answer(_):
@@ -9127,15 +9128,15 @@ def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_w
     assert given_up("acme")
     bob.post("/w/globex/work", job="letter")
     assert eventually(lambda: noted(outside_world.server, "globex"))
-    alarms = outside_world.server.env.workspaces.alarms
-    assert given_up("globex") and eventually(lambda: (alarms.threads, alarms.late) == (2, 2))
+    waits = outside_world.server.env.workspaces.alarms.waits
+    assert given_up("globex") and eventually(lambda: (waits.threads, waits.given_up) == (2, 2))
     bob.post("/w/globex/work", job="letter")
-    eventually(lambda: alarms.in_line)
+    eventually(lambda: waits.in_line)
     outside_world.server.edge.call(outside_world.server.edge.tick, time.monotonic())
     at_rest(outside_world.server)
-    assert len(calls) == 3 and alarms.in_line
+    assert len(calls) == 3 and waits.in_line
     release.set()
-    assert eventually(lambda: len(calls) > 3 and (alarms.threads, alarms.late, alarms.waits) == (0, 0, {}))
+    assert eventually(lambda: len(calls) > 3 and (waits.threads, waits.given_up, waits.by_job) == (0, 0, {}))
 
 
 def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
@@ -9143,7 +9144,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
         bob.post("/w/acme/work", job="letter")
         assert logged(capfd, "can't start new thread: raise the limit")
-    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.threads == 0)
+    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.waits.threads == 0)
 
 
 @cases("yields, why", [(0, "one that yields, only behind that"), (2, "a job yields at most once")])
@@ -9424,7 +9425,7 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     eventually(lambda: asked == ["first"])
     bob.post("/w/acme/letter", text="second")
     release.set()
-    eventually(lambda: the_rows(server, "acme", "SELECT count(*) FROM jobs") == [(0,)] and not server.env.workspaces.alarms.waits)
+    eventually(lambda: the_rows(server, "acme", "SELECT count(*) FROM jobs") == [(0,)] and not server.env.workspaces.alarms.waits.by_job)
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
@@ -11315,7 +11316,7 @@ def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_i
 
 # ==== 59. Single ======================================================================================================
 
-@cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_counts", "/w/acme/nothing",
+@cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_facts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
 def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a_fault(tmp_path, path):
     with contextlib.closing(Server(tmp_path, single=tmp_path / "team.db")) as server:
@@ -11470,7 +11471,7 @@ def test_strangers_get_the_gates_answer_and_no_node_hears_of_them(fleet, front):
     eve, nobody = front.sign_in("eve"), Person(front)
     before = [fetched(node) for node in fleet.nodes]
     for person, status in ((eve, 403), (nobody, 401)):
-        for path in (f"/w/{name}/todos", f"/w/{name}/todos/live", "/w/nowhere/todos", f"/w/{name}/_counts", f"/w/{name}/members"):
+        for path in (f"/w/{name}/todos", f"/w/{name}/todos/live", "/w/nowhere/todos", f"/w/{name}/_facts", f"/w/{name}/members"):
             answer = person.get(path, x_account="bob", x_role="owner", x_workspace=name)
             assert answer.status == status, path
         assert person.post(f"/w/{name}/todos", title="x").status == status
@@ -11533,7 +11534,7 @@ def test_a_node_believes_no_verdict_but_a_whole_and_fresh_one_for_itself(fleet, 
     assert answer.status == (421 if how == "another node's" else 403) and fetched(node) == before
 
 
-ASKED_OF_NODES = [("GET", "has"), ("POST", "create"), ("POST", "remove"), ("GET", "_counts"), ("POST", "_retry")]
+ASKED_OF_NODES = [("GET", "has"), ("POST", "create"), ("POST", "remove"), ("GET", "_facts"), ("POST", "_retry")]
 
 
 def test_all_that_a_directory_asks_of_nodes_is_tried_here():
@@ -12965,7 +12966,7 @@ def test_a_token_is_void_when_its_maker_has_left_and_stays_so(served, how):
 NOT_FOR_PROGRAMS = [("GET", "/account", 401), ("GET", "/account/tokens", 401), ("POST", "/account/tokens", 401), ("POST", "/account/sessions", 401),
                     ("POST", "/account/tokens/withdraw", 401), ("POST", "/workspaces", 401), ("POST", "/masquerade", 401), ("GET", "/console", 401),
                     ("GET", "/console/live", 401), ("GET", "/metrics", 403), ("POST", "/w/acme/members", 403), ("PATCH", "/w/acme/members/ops", 403),
-                    ("DELETE", "/w/acme/members/ann", 403), ("POST", "/w/acme/members/offer", 403), ("GET", "/w/other/todos", 403), ("GET", "/w/acme/_jobs", 404)]
+                    ("DELETE", "/w/acme/members/ann", 403), ("POST", "/w/acme/members/offer", 403), ("GET", "/w/other/todos", 403), ("GET", "/w/acme/_job", 404)]
 
 
 def test_a_token_is_nobody_outside_of_its_workspace_and_with_its_members(outside):
