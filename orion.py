@@ -2583,6 +2583,7 @@ DIRECTORY_TABLES = (
     "CREATE INDEX tokens_of ON tokens (account, workspace)",
     "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
     "CREATE INDEX links_until ON links (expires)",
+    "CREATE INDEX workspaces_away ON workspaces (moving) WHERE moving > 0",
 )
 
 
@@ -6609,6 +6610,7 @@ def create_workspace_with_file(request, env):
 #     More for slices  62 Public routes  63 Member lists  64 Uploads  65 Stored files
 #                      66 Tokens  67 Repeats  68 History
 #     For its author   69 Console  70 Own options  71 Development  72 Testing
+#     At night         73 More figures
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -6638,7 +6640,7 @@ def create_workspace_with_file(request, env):
 #     EdgeWorkspace.on_open       33 42 50          and Broadcast.on_open: 42 52 68
 #     LoopEdge.decide             29 62 63          whom a request is for
 #     LoopEdge.refusal            44 62 64 66       how a browser or a program is told no
-#     LoopEdge.tick               42 52 69          and LoopEdge.chores: 41 51 54 56 58
+#     LoopEdge.tick               42 52 69          and LoopEdge.chores: 41 51 52 54 56 58
 #     Broker.look_elsewhere       63 69 70          what other processes may have changed
 #     SliceHost.call              66 67             a route, with its transaction
 #
@@ -9090,22 +9092,29 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #
 # Alarms are an index in memory, built from the files at each start.
 
-def due_in(path: pathlib.Path, plans: Any = frozenset()) -> Optional[float]:
-    """Return when the next job in a file is due; None: there is none.
+def as_it_lies(path: pathlib.Path):
+    """Connect to a database only to read it; close it after a with statement.
 
-    It is due at once if the recurring jobs in it are not those of plans: opened, it gets
-    them. A file without a write-ahead log is read as it lies, in a quarter of the time: at
-    a start it may be one of thousands. Whoever opens it just then sets its alarm.
+    A file without a write-ahead log takes a quarter of the time: at a start it may be one
+    of thousands. Whoever opens it just then sets its alarm.
     """
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if with_wal(path) == [path]:
         uri += "&immutable=1"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
-        there = set()
-        with contextlib.suppress(sqlite3.OperationalError):  # an older version made it
-            there = {row[0] for row in db.execute(PLANNED)}
-        return due if there == plans else 0.0
+    return contextlib.closing(sqlite3.connect(uri, uri=True))
+
+
+def due_in(db: sqlite3.Connection, plans: Any = frozenset()) -> Optional[float]:
+    """Return when the next job in a file is due; None: there is none.
+
+    It is due at once if the recurring jobs in it are not those of plans: opened, it gets
+    them.
+    """
+    due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+    there = set()
+    with contextlib.suppress(sqlite3.OperationalError):      # an older version made it
+        there = {row[0] for row in db.execute(PLANNED)}
+    return due if there == plans else 0.0
 
 
 # -- jobs that come again
@@ -9240,13 +9249,14 @@ class Alarms:
     def look(self) -> None:
         """Look into the files that were not looked into yet."""
         files = dict(self.namespace.files())
-        plans = plans_of(self.namespace.settings.slices).keys()
         self.looked &= files.keys()                      # one may come back
-        for id, path in files.items():
-            if id not in self.looked:
-                self.looked.add(id)
-                with contextlib.suppress(sqlite3.Error):
-                    self.set(id, due_in(path, plans))
+        for id in files.keys() - self.looked:
+            self.looked.add(id)
+            with contextlib.suppress(sqlite3.Error), as_it_lies(files[id]) as db:
+                self.look_into(id, db)
+
+    def look_into(self, id, db):
+        self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
     def set(self, id: str, due: Optional[float]) -> None:
         """Wake the object then, if not sooner. None: it has no job."""
@@ -9435,7 +9445,7 @@ class Waits:
 class HasAlarms(GuardedNamespace):
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
-        self.alarms = Alarms(self)
+        self.alarms = whole(Alarms)(self)
 
     def name_draft(self, draft, id):
         super().name_draft(draft, id)
@@ -11175,17 +11185,17 @@ class SaysQuotas(EdgeDirectory):
 class KeepsQuota(EdgeWorkspace):
     def on_open(self):
         super().on_open()
-        self.quota = ""
         self.deletes = False                             # the present command
         self.has_index = self.store.one(INDEXES) is not None
         pages = self.store.one("PRAGMA user_version")[0]
+        self.quota = pages * self.store.one("PRAGMA page_size")[0]   # 0: it has none yet
         if pages:
             self.store.exec(f"PRAGMA max_page_count = {pages}")
 
     def handle(self, request):
-        quota = request.headers.get("x-quota", "0")
-        if request.method not in SAFE and quota not in ("0", self.quota):
-            limit_pages(self.store, int(quota))
+        quota = int(request.headers.get("x-quota", "0"))
+        if request.method not in SAFE and quota not in (0, self.quota):
+            limit_pages(self.store, quota)
             self.quota = quota
         self.deletes = request.method == "DELETE"
         with reserve(self.store) if self.deletes else contextlib.nullcontext():
@@ -11457,11 +11467,18 @@ class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
         self.figures = Figures(settings.log, slow_log(settings.slow))
+        self.minutes = collections.deque([{}, {}], 2)    # at the end of each: served, by id
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
         self.figures.flush()
         super().tick(now)
+
+    def chores(self):
+        return [*super().chores(), (self.end_minute, 60.0)]
+
+    def end_minute(self):
+        self.minutes.append(dict(self.env.workspaces.served))
 
     def count(self, asked, response):
         self.figures.count(asked, response)
@@ -11503,20 +11520,27 @@ class HasFigures(LoopEdge):
                 "waited": max(waited, default=0.0)}
 
     def storage(self) -> Dict[str, Any]:
-        """And of the disk. To measure all files would wake the disk for 20,000; so it is
-        only those of the objects that are awake."""
+        """And of the disk, and of workspaces. To measure all files would wake the disk for
+        20,000; so it is only those of the objects that are awake."""
         workspaces = self.env.workspaces
         paths = {one.id: workspaces.path(one.id) for one in workspaces.everybody()}
         logs = [bytes_in(path.with_name(f"{path.name}-wal")) for path in paths.values()]
+        served = dict(workspaces.served)
+        of_late = {id: served.get(id, 0) - self.minutes[0].get(id, 0) for id in paths}
+        watched = {id: len(self.broker.watchers(id)) for id in [*self.broker.channels]}
         sizes = {id: bytes_in(path) for id, path in paths.items()}
         return {"free": shutil.disk_usage(self.settings.data).free, "logs": sum(logs),
-                "size": self.most(sizes), "served": self.most(workspaces.served)}
+                **self.of_leaders(size=sizes, served=served, of_late=of_late,
+                                  watched=watched)}
 
-    def most(self, figures: Dict[str, int]) -> List[Dict[str, Any]]:
-        """Return the ten largest figures, each with the name of its workspace."""
-        ten = heapq.nlargest(10, figures, key=figures.__getitem__)
-        names = {id: self.name_of(id) for id in ten}
-        return labelled({names[id]: figures[id] for id in ten if names[id]})
+    def of_leaders(self, **figures: Dict[str, Any]) -> Dict[str, List[Dict[str, Any]]]:
+        """Return these figures, given by id, of those workspaces that are among the ten
+        with most in one of them."""
+        leaders = [heapq.nlargest(10, one, key=one.__getitem__) for one in figures.values()]
+        names = {id: self.name_of(id) for id in {*itertools.chain(*leaders)}}
+        named = {id: name for id, name in names.items() if name}
+        return {what: labelled({named[id]: one[id] for id in named.keys() & one.keys()})
+                for what, one in figures.items()}
 
     def name_of(self, id):
         known = outcome(self.env.directory.ask, "/_workspace", f"id={id}")
@@ -17150,7 +17174,7 @@ class TestedApp(App):
             change(self.env)
         self.settings = self.env.settings
         self.uploads = Uploads(self.settings)
-        self.alarms = CalledAlarms(self.env)
+        self.alarms = whole(CalledAlarms)(self.env)
 
     def check_size(self, request):
         """Raise Refused(413) for a body that is longer than a server takes."""
@@ -17271,6 +17295,102 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
+
+
+# #### At night ############################################################################
+
+# ==== 73. More figures ====================================================================
+# The idea: what is not well with some of many workspaces: which are full, whose jobs are
+#   late or given up, whose file is older than this program, which are on their way. And
+#   which nodes answer.
+# It promises: to ask for it opens no file. What is in those that sleep was noted when the
+#   server started, or when they were open.
+# It needs: 42 Jobs, 50 Quotas, 52 Figures, 54 Snapshots, 55 Check and repair, 60 Nodes.
+
+@addition
+class NotesFiles(Alarms):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.given_up: Dict[str, int] = {}               # by id, how many jobs, if any
+        self.behind = set()                              # ids: migrations are to come
+
+    @functools.cached_property
+    def schema(self):
+        return schema_of(self.namespace.settings, "")
+
+    def look_into(self, id, db):
+        self.behind.add(id)                              # first: it may be opened just now
+        ran = dict(db.execute("SELECT slice, count(*) FROM _migrations GROUP BY slice"))
+        if all([ran.get(slice, 0) >= len(entries) for slice, entries in self.schema]):
+            self.behind.discard(id)
+        self.note_given_up(id, db.execute(GIVEN_UP).fetchone()[0])
+        super().look_into(id, db)
+
+    def note_given_up(self, id, many):
+        self.given_up.pop(id, None)
+        if many:
+            self.given_up[id] = many
+
+
+GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
+
+
+@addition
+class NotesItself(Broadcast):
+    def own_due(self, request):
+        """Asked when it was opened, and after each job."""
+        alarms = self.namespace.alarms
+        alarms.behind.discard(self.id)
+        alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
+        return super().own_due(request)
+
+
+@addition
+class KnowsPlaces(EdgeDirectory):
+    def own_places(self, request):
+        many = dict(self.store.query("SELECT moving, count(*) FROM workspaces WHERE moving "
+                                     "> 0 GROUP BY moving"))
+        nodes = self.store.query("SELECT address FROM nodes")
+        return {"away": {name: many.get(state, 0) for name, state in AWAY.items()},
+                "nodes": [row["address"] for row in nodes]}
+
+
+AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
+
+
+def answers(settings, node) -> int:
+    """Return 1 if a node answers, in a second, what it says to its directory alone."""
+    question = Request("GET", f"/_node/{'0' * 64}/has")
+    return int(outcome(ask_process, settings, node, question, 1.0) is False)
+
+
+@addition
+class TellsMore(LoopEdge):
+    def text(self):
+        text = Template(TEMPLATES / "more.txt")
+        return super().text() + text(**self.work(), **self.places()) + "\n"
+
+    def work(self):
+        now = time.time()
+        late = [now - due for due in [*self.alarms.due.values()] if due < now]
+        open = self.env.workspaces.everybody()
+        used = {one.id: bytes_in(self.env.workspaces.path(one.id)) / one.quota
+                for one in open if getattr(one, "quota", 0)}
+        return {"due": len(late), "late": max(late, default=0.0),
+                "behind": len(self.alarms.behind),
+                **self.of_leaders(used=used, given_up=dict(self.alarms.given_up))}
+
+    def places(self):
+        """As the Directory knows them. A node has none, and asks for none."""
+        said = None
+        if self.settings.plane != "data":
+            said = outcome(self.env.directory.ask, "/_places")
+        if not isinstance(said, dict):                   # the other figures do without
+            said = {"away": {}, "nodes": []}
+        ask = functools.partial(answers, self.settings)
+        up = in_two_threads(ask, said["nodes"])
+        return {"away": labelled(said["away"]),
+                "node": labelled(dict(zip(said["nodes"], up)))}
 
 
 if __name__ == "__main__":

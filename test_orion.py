@@ -8830,7 +8830,8 @@ def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tm
     for part in orion.with_wal(file):
         shutil.copy(part, tmp_path / part.name)
     assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
-    assert orion.due_in(tmp_path / file.name) == due
+    with orion.as_it_lies(tmp_path / file.name) as db:
+        assert orion.due_in(db) == due
 
 
 def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
@@ -10799,9 +10800,11 @@ def test_the_figures_are_prometheus_text(server):
     assert families == {
         "orion_requests_total": "counter", "orion_request_seconds": "histogram", "orion_requests_waiting": "gauge", "orion_longest_wait_seconds": "gauge",
         "orion_gate_verdicts_total": "counter", "orion_workspace_fetches_total": "counter", "orion_workspace_requests_total": "counter",
-        "orion_workspaces_awake": "gauge", "orion_workspace_bytes": "gauge", "orion_wal_bytes": "gauge", "orion_disk_free_bytes": "gauge",
+        "orion_workspaces_awake": "gauge", "orion_workspace_bytes": "gauge", "orion_workspace_streams": "gauge", "orion_wal_bytes": "gauge", "orion_disk_free_bytes": "gauge",
         "orion_streams_open": "gauge", "orion_streams_behind": "gauge", "orion_longest_unsent_seconds": "gauge", "orion_frames_total": "counter",
-        "orion_snapshots_total": "counter", "orion_last_snapshot_timestamp_seconds": "gauge", "orion_last_snapshot_bytes": "gauge"}
+        "orion_snapshots_total": "counter", "orion_last_snapshot_timestamp_seconds": "gauge", "orion_last_snapshot_bytes": "gauge",
+        "orion_workspaces_away": "gauge", "orion_workspace_quota_ratio": "gauge", "orion_workspaces_behind": "gauge", "orion_jobs_given_up": "gauge",
+        "orion_jobs_due": "gauge", "orion_longest_job_delay_seconds": "gauge", "orion_node_up": "gauge"}
     samples = dict(re.findall(r'^(\w+(?:\{\w+="[^"]+"\})?) ([0-9.e+-]+)$', text, re.M))
     assert len(samples) == len([line for line in text.splitlines() if not line.startswith("#")])
     assert samples['orion_request_seconds_bucket{le="+Inf"}'] == samples["orion_request_seconds_count"]
@@ -10813,6 +10816,24 @@ def test_the_figures_are_prometheus_text(server):
         assert line.startswith(("# ", family)), "a sample stands under another family's name"
     assert int(samples['orion_workspace_requests_total{workspace="acme"}']) > 0 and int(samples['orion_workspace_bytes{workspace="acme"}']) > 4096
     assert (samples["orion_streams_open"], samples["orion_streams_behind"]) == ("1", "0") and int(samples["orion_disk_free_bytes"]) > 0
+    assert samples['orion_workspace_streams{workspace="acme"}'] == "1"
+
+
+def figures(server):
+    """What /metrics says, by names with their labels."""
+    found = re.findall(r"(?m)^(orion_\S+) (\S+)$", Person(server).get("/metrics").text)
+    return {name: float(value) for name, value in found}
+
+
+def test_a_workspace_that_is_busy_now_is_in_the_figures_though_ten_are_larger_and_were_busier_before(server, monkeypatch):
+    bob, workspaces = Person(server, "bob"), server.env.workspaces
+    for name in [f"w{number}" for number in range(11)]:
+        assert bob.post("/workspaces", form={"name": name}).status == 303 and bob.get(f"/w/{name}/todos").status == 200
+        workspaces.served[workspaces.id_from_name(name)] += 1000
+    monkeypatch.setattr(orion, "bytes_in", lambda path: 0 if path.stem == workspaces.id_from_name("acme") else 1)
+    server.edge.end_minute(), server.edge.end_minute()
+    bob.get("/w/acme/todos")
+    assert figures(server)['orion_workspace_requests_total{workspace="acme"}'] > 0
 
 
 def test_a_request_a_call_of_a_slice_and_a_statement_that_take_long_are_in_the_log(start, capfd, monkeypatch):
@@ -14728,6 +14749,66 @@ def test_a_section_that_needs_another_says_so(title):
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound | asked
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
     assert needs <= needed(title) <= {*found}
+
+
+# ==== 73. More figures ================================================================================================
+
+def test_the_figures_tell_how_full_a_workspace_is(start):
+    server = start(quota=2 ** 20)
+    Person(server, "bob").post("/w/acme/todos", title="so that it hears of its quota")
+    now = figures(server)
+    assert now['orion_workspace_quota_ratio{workspace="acme"}'] == now['orion_workspace_bytes{workspace="acme"}'] / 2 ** 20 > 0
+
+
+def test_jobs_that_were_given_up_are_counted_after_a_restart_too_and_until_they_are_done(office, start, monkeypatch):
+    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
+    given_up = 'orion_jobs_given_up{workspace="acme"}'
+    office.write_letter(text="fail")
+    eventually(lambda: figures(office).get(given_up) == 1)
+    office.close()
+    server = start((orion.todos, letters))
+    assert figures(server)[given_up] == 1 and not server.env.workspaces.objects
+    with contextlib.closing(server.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
+    assert Person(server, "bob", datastar=True).post("/console/retry", workspace="acme").status == 204
+    eventually(lambda: given_up not in figures(server))
+
+
+def test_the_figures_tell_since_when_a_job_is_due_that_has_not_begun(office):
+    alarms = office.env.workspaces.alarms
+    for _ in range(alarms.AT_ONCE):
+        alarms.free.acquire()                        # as if so many others were at work
+    office.write_letter(text="late", after=-60), office.write_letter(text="later", after=3600)
+    now = figures(office)
+    assert now["orion_jobs_due"] == 1 and 60 <= now["orion_longest_job_delay_seconds"] < 60 + PATIENCE
+    for _ in range(alarms.AT_ONCE):
+        alarms.free.release()
+    eventually(lambda: figures(office)["orion_jobs_due"] == 0)
+
+
+def test_workspaces_whose_file_is_older_than_the_program_are_counted_until_they_are_opened(server, start):
+    assert figures(server)["orion_workspaces_behind"] == 0
+    server.close()
+    newer = start((orion.todos, letters))
+    assert figures(newer)["orion_workspaces_behind"] == 3 and not newer.env.workspaces.objects
+    assert Person(newer, "bob").get("/w/acme/letters").status == 200
+    assert figures(newer)["orion_workspaces_behind"] == 2
+
+
+def test_workspaces_that_nobody_can_enter_are_counted_by_what_becomes_of_them(server):
+    for state, name in ((orion.MOVES, "acme"), (orion.DELETED, "globex")):
+        server.write("UPDATE workspaces SET moving = ? WHERE name = ?", state, name)
+    away = {name: value for name, value in figures(server).items() if "_away" in name}
+    assert away == {f'orion_workspaces_away{{state="{state}"}}': value for state, value in (("moving", 1), ("going", 0), ("deleted", 1))}
+
+
+def test_a_directory_tells_which_nodes_answer_it_and_what_becomes_of_workspaces_and_a_node_what_it_has(doomed):
+    one, two = doomed.nodes
+    up = lambda: [figures(doomed.directory)[f'orion_node_up{{node="{node.address}"}}'] for node in (one, two)]
+    assert up() == [1, 1]
+    one.close()
+    assert up() == [0, 1] and figures(doomed.directory)['orion_workspaces_away{state="moving"}'] == 0
+    assert not [name for name in figures(two) if "_away" in name or "node_up" in name] and figures(two)["orion_workspaces_behind"] == 0
 
 
 # #### In the browser ##################################################################################################
