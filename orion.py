@@ -4251,7 +4251,7 @@ def saying(event) -> Piece:
 # Says that a region could not be read again. It is due until the next good one.
 NOT_CURRENT_PIECE = saying(NOT_CURRENT)
 BEAT_PIECE = saying(BEAT)
-BETWEEN = 16                                             # heartbeats, and who is here
+BETWEEN = 16                                             # events: see said_after
 
 
 def said_after(said, piece, regions) -> Tuple[bytes, ...]:
@@ -5323,8 +5323,8 @@ class Held:
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it.
 
-    A page shows several pieces, each in a slot: a number for each region, "here" for who
-    else looks on, and "page" for all of it, after a change of role.
+    A page shows several pieces, each in a slot: a number for each region, and "page" for
+    all of it, after a change of role. [3] "here" is for who else looks on.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
@@ -5338,7 +5338,6 @@ class Stream(Held):
         self.zipped = accepts_gzip(request)
         self.channels: Sequence[Channel] = ()            # one for each region
         self.frames = edge.broker.frames                 # how many, in all
-        self.here = ""
         self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
         self.said: Tuple[bytes, ...] = ()                # the last events, if zipped
         self.silent = 0                                  # for how many seconds
@@ -5351,13 +5350,7 @@ class Stream(Held):
     def show_page(self, piece):
         """It has the regions as well. What waited is older."""
         self.latest = {}
-        self.here = ""
         self.show("page", piece)
-
-    def show_here(self, piece):
-        if self.here != piece.etag:
-            self.here = piece.etag
-            self.show("here", piece)
 
     def show(self, slot, piece, deltas=None):
         """Send a piece. While something is unsent it waits; of each slot, the latest."""
@@ -5449,8 +5442,6 @@ class Broker:
     SOME = 64                                # streams that get a frame before others' turn
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
-    unannounced = ()                         # ids of which nobody is told who looks on
-    SHOWN = 7                                # of those who look on; they fit on a phone
 
     def __init__(self, edge):
         self.edge = edge
@@ -5461,8 +5452,6 @@ class Broker:
         self.version = 0                                 # of the Directory
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at: Dict[str, float] = {}    # by account; "": everybody's
-        self.here: Dict[str, Piece] = {}                 # by object: who watches it
-        self.moved = set()                               # objects whose watchers changed
         self.failed = set()                              # channels whose region is old
         self.logged: Dict[Any, float] = {}               # when, by object and place
 
@@ -5525,8 +5514,8 @@ class Broker:
         except Refused as no:                            # a StorageFault is in the log
             self.failed.add(channel)
             if no.status in GOODBYES:
-                self.edge.call(self.dismiss, streams, last_frame(no))
-                streams = []
+                self.edge.call(self.in_turns, streams, Stream.end, last_frame(no))
+                streams = []                             # what they showed is not for them
         except CRASH as error:
             self.failed.add(channel)
             self.log_failure(channel, error)
@@ -5547,12 +5536,13 @@ class Broker:
         self.logged[key] = now + 60.0
         log_error(f"GET {subscription.again.path}", error)
 
-    def dismiss(self, streams, frame):
-        """End them: what they showed is gone, or is not for them any more."""
+    def in_turns(self, streams, job, *args):
+        """Do job(stream, *args) for SOME streams; put the rest off, so that others have a
+        turn."""
         for stream in streams[:self.SOME]:
-            stream.end(frame)
+            job(stream, *args)
         if len(streams) > self.SOME:
-            self.edge.call(self.dismiss, streams[self.SOME:], frame)
+            self.edge.call(self.in_turns, streams[self.SOME:], job, *args)
 
     def try_again(self):
         """In the pool, every 5 s: ask again for those whose object failed.
@@ -5597,15 +5587,11 @@ class Broker:
         stream.channels = [of_object.setdefault(one.question, Channel(one))
                            for one in watch]
         self.accounts[stream.account] += 1
-        self.count_watcher(id, 1)
         for one, channel in zip(watch, stream.channels):
             channel.streams[stream] = one.piece.etag
             channel.account = channel.account or stream.account
             self.mark(channel)                           # something may have come meanwhile
-        if id in self.here:
-            self.show_here(stream, self.here[id])
-        elif id not in self.unannounced:
-            self.tell_who_is_here()
+        self.count_watcher(stream, id, 1)
 
     def leave(self, stream):
         if not stream.channels:
@@ -5618,45 +5604,17 @@ class Broker:
                 del self.channels[id][channel.subscription.question]
                 self.failed.discard(channel)
         self.accounts[stream.account] -= 1
-        self.count_watcher(id, -1)
         if not self.channels[id]:
             del self.channels[id]
-            self.here.pop(id, None)
+        self.count_watcher(stream, id, -1)
 
     def watchers(self, id) -> List[Stream]:
         """Return the streams on this object."""
         channels = [*self.channels.get(id, {}).values()]
         return list({stream: True for channel in channels for stream in [*channel.streams]})
 
-    def count_watcher(self, id, more):
-        """Note that a stream on this object came (1) or went (-1)."""
-        self.moved.add(id)
-
-    def tell_who_is_here(self):
-        """Tell those who watch an object of which watchers came or went."""
-        moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {*self.unannounced}:
-            streams = self.watchers(id)
-            self.here[id] = self.presence(streams)
-            for stream in streams:
-                self.show_here(stream, self.here[id])
-
-    def show_here(self, stream, piece):
-        """[3] shows it to people alone."""
-        stream.show_here(piece)
-
-    def presence(self, streams) -> Piece:
-        people = {stream.account: stream for stream in streams}
-        some = [{"person": self.shown(people[name])}
-                for name in sorted(people)[:self.SHOWN]]
-        rest = len(people) - len(some)
-        html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
-                                watchers=len(streams))
-        return Piece(html, 0.0, 0, main=False)
-
-    def shown(self, stream):
-        """Return how a page shows who looks at it. [3] shows more."""
-        return stream.account
+    def count_watcher(self, stream, id, more):
+        """For [3]: this stream, on this object, came (1) or went (-1)."""
 
     # -- who may still watch
 
@@ -6242,7 +6200,6 @@ class LoopEdge:
                 memory.clear()
         for held in [*self.held]:
             guarded(held.tick, now)
-        guarded(self.broker.tell_who_is_here)
         self.begin(self.put_to_sleep)
         self.begin(self.broker.look_elsewhere)
         for chore, every in self.chores():               # 0 seconds: never
@@ -6603,14 +6560,14 @@ def create_workspace_with_file(request, env):
 #                      36 Ordinary pages  37 More events  38 Assets  39 Brand  40 Counts
 #                      41 Live home  42 Jobs
 #     People           43 Keys  44 Accounts  45 Account page  46 Masquerade  47 Links
-#                      48 People  49 Owners
-#     To run it        50 Quotas  51 Memory  52 Figures
-#     A deployment     53 Copies  54 Snapshots  55 Check and repair  56 Exports
-#                      57 Member verbs  58 Own workspaces  59 Single  60 Nodes  61 Proxy
-#     More for slices  62 Public routes  63 Member lists  64 Uploads  65 Stored files
-#                      66 Tokens  67 Repeats  68 History
-#     For its author   69 Console  70 Own options  71 Development  72 Testing
-#     At night         73 More figures
+#                      48 Onlookers  49 People  50 Owners
+#     To run it        51 Quotas  52 Memory  53 Figures
+#     A deployment     54 Copies  55 Snapshots  56 Check and repair  57 Exports
+#                      58 Member verbs  59 Own workspaces  60 Single  61 Nodes  62 Proxy
+#     More for slices  63 Public routes  64 Member lists  65 Uploads  66 Stored files
+#                      67 Tokens  68 Repeats  69 History
+#     For its author   70 Console  71 Own options  72 Development  73 Testing
+#     At night         74 More figures
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -6635,14 +6592,14 @@ def create_workspace_with_file(request, env):
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
 #
-#     EdgeDirectory.say           46 48 50 60 69    what a verdict says
-#     EdgeDirectory.each_second   43 45 46 47 66    what changed, and what is over
-#     EdgeWorkspace.on_open       33 42 50          and Broadcast.on_open: 42 52 68
-#     LoopEdge.decide             29 62 63          whom a request is for
-#     LoopEdge.refusal            44 62 64 66       how a browser or a program is told no
-#     LoopEdge.tick               42 52 69          and LoopEdge.chores: 41 51 52 54 56 58
-#     Broker.look_elsewhere       63 69 70          what other processes may have changed
-#     SliceHost.call              66 67             a route, with its transaction
+#     EdgeDirectory.say           46 49 51 61 70    what a verdict says
+#     EdgeDirectory.each_second   43 45 46 47 67    what changed, and what is over
+#     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 69
+#     LoopEdge.decide             29 63 64          whom a request is for
+#     LoopEdge.refusal            44 63 65 67       how a browser or a program is told no
+#     LoopEdge.tick               42 48 53 70       and LoopEdge.chores: 41 52 53 55 57 59
+#     Broker.look_elsewhere       64 70 71          what other processes may have changed
+#     SliceHost.call              67 68             a route, with its transaction
 #
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
@@ -6939,7 +6896,7 @@ class Settings(NamedTuple):
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Any = None                                    # section 39
-    options: Sequence[Any] = ()                          # of the app; section 70
+    options: Sequence[Any] = ()                          # of the app; section 71
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -6978,7 +6935,7 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 @dataclasses.dataclass
 class FullEnv(Env):
     """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 62)."""
+    begins. public returns the path of a route that is for anybody (section 63)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -7612,7 +7569,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
     standard error. assets: a folder (section 38). brand: see section 39.
 
-    The rest is in section 70. options and commands of the app are on the command line, too.
+    The rest is in section 71. options and commands of the app are on the command line, too.
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
@@ -9555,7 +9512,7 @@ class KnowsJobs(QuickRouter):
 
     def key_of(self, slice, job, key) -> str:
         """Return a key as the table has it. It is of the slice that enqueues the job; what
-        an app enqueues (section 70) is of the job's slice."""
+        an app enqueues (section 71) is of the job's slice."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -10917,7 +10874,71 @@ def no_links(request, env):
 PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 
-# ==== 48. People ==========================================================================
+# ==== 48. Onlookers =======================================================================
+# The idea: each page of a workspace shows who else looks at it just now.
+# It promises: within a second everybody hears who came and who went. The others go on
+#   meanwhile, however many look on.
+# Who uses it: the pages of workspaces, and xray.
+
+@addition
+class TellsWhoIsHere(Broker):
+    SHOWN = 7                                            # people; they fit on a phone
+    unannounced = ()                                     # ids of which nobody is told
+
+    def __init__(self, edge):
+        super().__init__(edge)
+        self.here: Dict[str, Piece] = {}                 # by object: who watches it
+        self.told: Dict[Stream, str] = {}                # and the etag of what each shows
+        self.moved = set()                               # objects whose watchers changed
+
+    def count_watcher(self, stream, id, more):
+        super().count_watcher(stream, id, more)
+        self.moved.add(id)
+        if more < 0:
+            self.told.pop(stream, None)
+            if id not in self.channels:
+                self.here.pop(id, None)
+        elif id in self.here:
+            self.show_here(stream, self.here[id])
+        elif id not in self.unannounced:
+            self.tell_who_is_here()
+
+    def tell_who_is_here(self):
+        """Tell those who watch an object of which watchers came or went."""
+        moved, self.moved = self.moved, set()
+        for id in moved & {*self.channels} - {*self.unannounced}:
+            streams = self.watchers(id)
+            self.here[id] = self.presence(streams)
+            self.in_turns(streams, self.show_here, self.here[id])
+
+    def show_here(self, stream, piece):
+        """Section 67 shows it to people alone."""
+        if stream.channels and self.told.get(stream) != piece.etag:
+            self.told[stream] = piece.etag
+            stream.show("here", piece)
+
+    def presence(self, streams) -> Piece:
+        people = {stream.account: stream for stream in streams}
+        some = [{"person": self.shown(people[name])}
+                for name in sorted(people)[:self.SHOWN]]
+        rest = len(people) - len(some)
+        html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
+                                watchers=len(streams))
+        return Piece(html, 0.0, 0, main=False)
+
+    def shown(self, stream):
+        """Return how a page shows who looks at it. Section 49 shows more."""
+        return stream.account
+
+
+@addition
+class LooksWhoIsHere(LoopEdge):
+    def tick(self, now):
+        super().tick(now)
+        guarded(self.broker.tell_who_is_here)
+
+
+# ==== 49. People ==========================================================================
 # The idea: beside the name of the account, carol, people have one that others see: Carol
 #   Jones. In the tables it is the account's label. Lists show it, with its initials on a
 #   colour that the account keeps.
@@ -11061,7 +11082,7 @@ DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page)
     Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
 
 
-# ==== 49. Owners ==========================================================================
+# ==== 50. Owners ==========================================================================
 # The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
 #   address is made of it. And an owner is asked before they become one.
 # It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
@@ -11139,7 +11160,7 @@ DIRECTORY_SLICES.append(Slice("owners", routes=(
 
 # #### To run it ###########################################################################
 
-# ==== 50. Quotas ==========================================================================
+# ==== 51. Quotas ==========================================================================
 # The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
 #   old in the journal goes as new rows come.
 # It promises: a command that would go past it is refused with 507 and changes nothing. To
@@ -11246,7 +11267,7 @@ def workspace_quota(settings, given):
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
 
 
-# ==== 51. Memory ==========================================================================
+# ==== 52. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -11285,7 +11306,7 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 52. Figures =========================================================================
+# ==== 53. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
@@ -11553,7 +11574,7 @@ class HasFigures(LoopEdge):
 
 # #### A deployment ########################################################################
 
-# ==== 53. Copies ==========================================================================
+# ==== 54. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets
 #   its final name when it is whole, checked and on the disk.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
@@ -11687,13 +11708,13 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-# ==== 54. Snapshots =======================================================================
+# ==== 55. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there. One that failed is in the log and in the figures.
-# It needs: 52 Figures, 53 Copies.
+# It needs: 53 Figures, 54 Copies.
 
 def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
@@ -11939,11 +11960,11 @@ def restore_one(settings, folder, held, id):
                        "copied")
 
 
-# ==== 55. Check and repair ================================================================
+# ==== 56. Check and repair ================================================================
 # The idea: look at each file of a deployment; say what is wrong, and what to do about it.
 # It promises: without --repair nothing is changed, and with it only what is surely left
 #   over. While another command is at work, nothing is removed.
-# It needs: 53 Copies, 54 Snapshots.
+# It needs: 54 Copies, 55 Snapshots.
 
 @verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
@@ -12178,13 +12199,13 @@ def remove_blanks(settings):
     return blank
 
 
-# ==== 56. Exports =========================================================================
+# ==== 57. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, people are shut out before the copy is made, so nothing can be
 #   written after it. A file from elsewhere is checked first, and never trusted: whoever
 #   made it may wish us ill.
-# It needs: 44 Accounts, 42 Jobs, 53 Copies. On a node, 60 Nodes does the same in another
+# It needs: 44 Accounts, 42 Jobs, 54 Copies. On a node, 61 Nodes does the same in another
 #   way.
 
 def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
@@ -12218,7 +12239,7 @@ class AddsWorkspaces(EdgeDirectory):
 class KeepsFiles(GuardedNamespace):
     """The file of a workspace, when it is added or removed.
 
-    Each step is a method because with nodes (section 60) another machine has the file.
+    Each step is a method because with nodes (section 61) another machine has the file.
     """
 
     def put(self, store, id, name, source: Optional[pathlib.Path]):
@@ -12591,10 +12612,10 @@ def workspace_restore(settings, given):
     settle(env, name)
 
 
-# ==== 57. Member verbs ====================================================================
+# ==== 58. Member verbs ====================================================================
 # The idea: what the members page does, on the command line and by the same rules. But an
 #   operator makes somebody an owner without asking them.
-# It needs: 56 Exports.
+# It needs: 57 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
@@ -12623,7 +12644,7 @@ def member_list(settings, given):
     table(looked_up(settings, members))
 
 
-# ==== 58. Own workspaces ==================================================================
+# ==== 59. Own workspaces ==================================================================
 # The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
 #   in: the file, the members and the name stay as they are for 30 days. And everybody goes
 #   from one of theirs to another by a list in the header.
@@ -12631,7 +12652,7 @@ def member_list(settings, given):
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
 #   could leave half done, and what is on its way in another thread is written.
 # Who uses it: the members page, and the header; on the command line, operators.
-# It needs: 53 Copies, 56 Exports.
+# It needs: 54 Copies, 57 Exports.
 #
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
 # could be made and deleted.
@@ -12771,12 +12792,12 @@ def workspace_undelete(settings, given):
         set_moving(store, row["id"], STAYS)
 
 
-# ==== 59. Single ==========================================================================
+# ==== 60. Single ==========================================================================
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
 # It promises: the first workspace that is founded is the only one.
-# It needs: 50 Quotas, 56 Exports.
+# It needs: 51 Quotas, 57 Exports.
 
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
@@ -12867,7 +12888,7 @@ def single_root(settings):
 ROOTS.append((lambda settings: settings.single, single_root))
 
 
-# ==== 60. Nodes ===========================================================================
+# ==== 61. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. A proxy
 #   asks the directory's gate, and brings its verdict to the node where the workspace lives:
 #
@@ -12880,7 +12901,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 40 Counts, 42 Jobs, 43 Keys, 53 Copies, 56 Exports.
+# It needs: 40 Counts, 42 Jobs, 43 Keys, 54 Copies, 57 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -13560,10 +13581,10 @@ NODE_VERBS.update({"workspace export": export_from_node,
                    "workspace import": import_on_node})
 
 
-# ==== 61. Proxy ===========================================================================
+# ==== 62. Proxy ===========================================================================
 # The idea: an nginx in front of a directory and its nodes. It does the worker's part: it
 #   asks the gate, and brings the verdict to the node.
-# It needs: 60 Nodes.
+# It needs: 61 Nodes.
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
       "--directory", "--node", "--listen")
@@ -13618,7 +13639,7 @@ def listening_at(where):
 
 # #### More for slices #####################################################################
 
-# ==== 62. Public routes ===================================================================
+# ==== 63. Public routes ===================================================================
 # The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
 #   address at which another service calls (a webhook). The gate lets them in by the slice's
 #   word.
@@ -13626,8 +13647,8 @@ def listening_at(where):
 #   "public", no grants. A command from another site is nobody's, too, whatever cookie came
 #   along. Only what a slice made public tells that there is a workspace of a name.
 # Who uses it: slices, by Route(..., PUBLIC, ...).
-# It needs: 60 Nodes, for what proxies ask.
-# It stands behind: 52 Figures. What may be a secret in a path is taken out before that
+# It needs: 61 Nodes, for what proxies ask.
+# It stands behind: 53 Figures. What may be a secret in a path is taken out before that
 #   writes it to the log.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
@@ -13768,14 +13789,14 @@ def open_to_anybody(env):
 PLAIN.append(open_to_anybody)
 
 
-# ==== 63. Member lists ====================================================================
+# ==== 64. Member lists ====================================================================
 # The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
 #   to know; here its file is read, from a connection of its own. On a node, copies are
 #   kept, and asked for anew when the Directory has changed.
 # It promises: nobody waits for the Directory's turn. A region that used it is rendered
 #   again when the members change: at once in one process, else after a second or two.
 # Who uses it: slices.
-# It needs: 60 Nodes, for how processes ask each other.
+# It needs: 61 Nodes, for how processes ask each other.
 
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
@@ -13987,7 +14008,7 @@ class PreparesMembers(LoopEdge):
         return decided
 
 
-# ==== 64. Uploads =========================================================================
+# ==== 65. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
 #   reads the socket, and hands what has come to a thread, which writes it; until then the
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
@@ -14427,7 +14448,7 @@ def check_uploads(settings: Settings) -> None:
 CHECKS.append(check_uploads)
 
 
-# ==== 65. Stored files ====================================================================
+# ==== 66. Stored files ====================================================================
 # The idea: a file is rows of the tenant's own database: one that describes it, and one for
 #   each piece. So it is written by the command's own transaction; the quota counts it, and
 #   snapshots, exports and moves have it.
@@ -14435,7 +14456,7 @@ CHECKS.append(check_uploads)
 #   holds up nobody. What a browser could run it saves instead, and does not open; what it
 #   opens it runs in a sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
-# It needs: 64 Uploads.
+# It needs: 65 Uploads.
 
 FILE_TABLES = (
     "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
@@ -14627,7 +14648,7 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 66. Tokens ==========================================================================
+# ==== 67. Tokens ==========================================================================
 # The idea: a program comes with a token that a member made, in the header Authorization
 #   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
 #   write as well. A program is answered with data, at the addresses of the pages.
@@ -15010,14 +15031,14 @@ def refuse_tokens(env):
 PLAIN.append(refuse_tokens)
 
 
-# ==== 67. Repeats =========================================================================
+# ==== 68. Repeats =========================================================================
 # The idea: a command may be sent again, because its answer was lost or a button was pressed
 #   twice; and a page may be left open while somebody else signs in. What comes with a key,
 #   or from a form with a stamp, is done once.
 # It promises: who sends a command again within ten minutes gets its first answer. Nothing
 #   is done from a page that was made for another account.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 66 Tokens. What a program was told is what is kept.
+# It stands behind: 67 Tokens. What a program was told is what is kept.
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
@@ -15181,7 +15202,7 @@ class RefusesOldPages(SliceHost):
         viewer.permit(route.grant, request.method)
 
 
-# ==== 68. History =========================================================================
+# ==== 69. History =========================================================================
 # The idea: the journal, in which each write leaves a row, is a page: who did what, the
 #   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
 #   Directory one of its members, for each has a journal of its own. What a command removes
@@ -15318,7 +15339,7 @@ LARGEST_UNDO = 2 ** 20                                   # characters, of one co
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
 # The id of the row that call() will insert; and whether nine tenths of the quota are used.
-# Then what is deleted has to make room. user_version is the quota, in pages: section 50.
+# Then what is deleted has to make room. user_version is the quota, in pages: section 51.
 NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                page_count - freelist_count > 0.9 * user_version
                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
@@ -15538,7 +15559,7 @@ class TellsMembersHistory(EdgeDirectory):
 
 # #### For its author ######################################################################
 
-# ==== 69. Console =========================================================================
+# ==== 70. Console =========================================================================
 # The idea: the running server seen from the inside: both planes, each request on its way,
 #   each store call as it lands. The console is asked like an object and streamed like a
 #   region, but it has no store: what it shows is read from the objects that run. Beside
@@ -15547,7 +15568,7 @@ class TellsMembersHistory(EdgeDirectory):
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 67 Repeats.
+# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 68 Repeats.
 
 # -- notes: what happened
 
@@ -16161,8 +16182,8 @@ class HasConsole(LoopEdge):
 
 @addition
 class CountsConsoles(Broker):
-    def count_watcher(self, id, more):
-        super().count_watcher(id, more)
+    def count_watcher(self, stream, id, more):
+        super().count_watcher(stream, id, more)
         if id == Console.id:
             self.edge.trace.watch(more)
 
@@ -16172,13 +16193,13 @@ class CountsConsoles(Broker):
             super().look_elsewhere()
 
 
-# ==== 70. Own options =====================================================================
+# ==== 71. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 42 Jobs.
-# It stands behind: 69 Console. It changes the store that this made.
+# It stands behind: 70 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -16517,7 +16538,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 71. Development =====================================================================
+# ==== 72. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -16952,13 +16973,13 @@ class DevBroker(Broker):
         super().published(id, topic)
 
 
-# ==== 72. Testing =========================================================================
+# ==== 73. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 33 Page checks, 42 Jobs, 56 Exports, 64 Uploads, 70 Own options.
+# It needs: 33 Page checks, 42 Jobs, 57 Exports, 65 Uploads, 71 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -17161,7 +17182,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 70."""
+    """An app in a test: see testing(). It is an App, too: see section 71."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call
@@ -17299,13 +17320,13 @@ setattr(testing, "__test__", False)                      # for pytest, it is no 
 
 # #### At night ############################################################################
 
-# ==== 73. More figures ====================================================================
+# ==== 74. More figures ====================================================================
 # The idea: what is not well with some of many workspaces: which are full, whose jobs are
 #   late or given up, whose file is older than this program, which are on their way. And
 #   which nodes answer.
 # It promises: to ask for it opens no file. What is in those that sleep was noted when the
 #   server started, or when they were open.
-# It needs: 42 Jobs, 50 Quotas, 52 Figures, 54 Snapshots, 55 Check and repair, 60 Nodes.
+# It needs: 42 Jobs, 51 Quotas, 53 Figures, 55 Snapshots, 56 Check and repair, 61 Nodes.
 
 @addition
 class NotesFiles(Alarms):

@@ -1363,23 +1363,6 @@ def test_another_process_can_revoke_too(server):
     assert "no longer have access" in ear.event()
 
 
-def test_who_is_here_is_told_to_all_who_are(server):
-    bob, carol = Person(server, "bob"), Person(server, "carol")
-    first = Ear(bob, "/w/acme/todos/live")
-    second = Ear(carol, "/w/acme/todos/live")
-
-    def here(ear):
-        while 'id="here"' not in (event := ear.event(heartbeats=True)):
-            pass
-        return [name for name in ("bob", "carol") if f">{name}<" in event]
-    while here(first) != ["bob", "carol"]:
-        pass
-    while here(second) != ["bob", "carol"]:
-        pass
-    second.close()
-    assert here(first) == ["bob"]
-
-
 # ==== 3. Markup =======================================================================================================
 
 @cases("value, markup", [
@@ -6365,7 +6348,7 @@ class Chance:
             held=set(), selector=types.SimpleNamespace(**dict.fromkeys(["register", "modify", "unregister"], lambda *_: None)), call=later(self.calls),
             pool=types.SimpleNamespace(account="", gather=lambda lane, channel, job, account="": self.jobs.append((job, [channel]))))
         self.edge.backlog = orion.Backlog(self.edge)
-        self.broker = self.edge.broker = orion.Broker(self.edge)
+        self.broker = self.edge.broker = orion.TellsWhoIsHere(self.edge)
         self.id, self.broken = "acme", False
         self.texts = [[f"<p>row {n} of region {number}: {self.random.random()}</p>" for n in range(size)] for number in range(regions)]
 
@@ -6552,23 +6535,6 @@ def test_frames_for_a_slow_reader_coalesce_to_the_final_state(start, monkeypatch
     eventually(lambda: server.edge.broker.frames["coalesced"] > 0, "nothing had to wait")
     assert slow.until_it_says(">59 x")
     assert server.edge.broker.frames["sent"] < 60
-
-
-def test_who_is_here_does_not_push_a_change_out_of_a_slow_readers_queue(start, monkeypatch):
-    monkeypatch.setattr(orion.Stream, "SEND_BUFFER", 4096)
-    server = start()
-    bob = Person(server, "bob")
-    slow = Ear(bob, "/w/acme/todos/live", room=4096)
-    stream, = eventually(lambda: [held for held in [*server.edge.held] if type(held) is orion.Stream])
-    sent = 0
-    while sent < 60 or 0 not in stream.latest:      # until the last one waits behind the rest of another
-        bob.post("/w/acme/todos", form={"title": f"{sent} " + "x" * 480})
-        at_rest(server)
-        sent += 1
-    other = Ear(Person(server, "erin"), "/w/acme/todos/live")
-    eventually(lambda: "here" in stream.latest)
-    other.close()
-    assert slow.until_it_says(f">{sent - 1} x")
 
 
 def test_a_stream_says_how_long_it_is_silent_at_most(server):
@@ -8143,7 +8109,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 36. Ordinary pages, 62. Public routes, 63. Member lists =========================================================
+# ==== 36. Ordinary pages, 63. Public routes, 64. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -9430,7 +9396,7 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
-# ==== 44. Accounts, 56. Exports, 57. Member verbs =====================================================================
+# ==== 44. Accounts, 57. Exports, 58. Member verbs =====================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -10672,7 +10638,72 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     assert "through the proxy" in Person(node).get("/join").text
 
 
-# ==== 48. People ======================================================================================================
+# ==== 48. Onlookers ===================================================================================================
+
+def test_who_is_here_is_told_to_all_who_are(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol")
+    first = Ear(bob, "/w/acme/todos/live")
+    second = Ear(carol, "/w/acme/todos/live")
+
+    def here(ear):
+        while 'id="here"' not in (event := ear.event(heartbeats=True)):
+            pass
+        return [name for name in ("bob", "carol") if f">{name}<" in event]
+    while here(first) != ["bob", "carol"]:
+        pass
+    while here(second) != ["bob", "carol"]:
+        pass
+    second.close()
+    assert here(first) == ["bob"]
+
+
+def test_who_is_here_does_not_push_a_change_out_of_a_slow_readers_queue(start, monkeypatch):
+    monkeypatch.setattr(orion.Stream, "SEND_BUFFER", 4096)
+    server = start()
+    bob = Person(server, "bob")
+    slow = Ear(bob, "/w/acme/todos/live", room=4096)
+    stream, = eventually(lambda: [held for held in [*server.edge.held] if type(held) is orion.Stream])
+    sent = 0
+    while sent < 60 or 0 not in stream.latest:      # until the last one waits behind the rest of another
+        bob.post("/w/acme/todos", form={"title": f"{sent} " + "x" * 480})
+        at_rest(server)
+        sent += 1
+    other = Ear(Person(server, "erin"), "/w/acme/todos/live")
+    eventually(lambda: "here" in stream.latest)
+    other.close()
+    assert slow.until_it_says(f">{sent - 1} x")
+
+
+def test_who_is_here_is_counted_in_full_and_seven_are_shown(server):
+    for number in range(10):
+        add_account(server, f"ann-{number}", "long enough")
+        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", f"ann-{number}")
+        server.write("UPDATE accounts SET persona = 1, label = ? WHERE name = ?", f"Ann {number}", f"ann-{number}")
+    ears = [Ear(Person(server, f"ann-{number}"), "/w/acme/todos/live") for number in range(10)]
+    while "10 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert people_in(told) == [f"A{number} Ann {number} ann-{number}" for number in range(7)] and "+3</span>" in told
+    for ear in ears[7:]:
+        ear.close()
+    while "7 here now:" not in (told := ears[0].event(heartbeats=True)):
+        pass
+    assert len(people_in(told)) == 7 and "+" not in told
+
+
+def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
+    chance = Chance(1, 1, 5)
+    for _ in range(130):
+        chance.joins()
+    chance.work()
+    news = chance.broker.here["acme"] = chance.broker.presence(chance.open[1:])
+    chance.broker.in_turns(chance.open, chance.broker.show_here, news)
+    told = lambda: [*chance.broker.told.values()].count(news.etag)
+    assert told() == orion.Broker.SOME
+    chance.work()
+    assert told() == 130
+
+
+# ==== 49. People ======================================================================================================
 
 def be_shown_as(person, label):
     return person.post("/account/name", form={"label": label})
@@ -10763,22 +10794,6 @@ def test_a_page_links_to_the_style_that_says_you_which_depends_on_its_address_al
     assert Person(server).post("/you.css?carol", form={}).status == 405
 
 
-def test_who_is_here_is_counted_in_full_and_seven_are_shown(server):
-    for number in range(10):
-        add_account(server, f"ann-{number}", "long enough")
-        server.write("INSERT INTO memberships (workspace, account, role) SELECT id, ?, 'viewer' FROM workspaces WHERE name = 'acme'", f"ann-{number}")
-        server.write("UPDATE accounts SET persona = 1, label = ? WHERE name = ?", f"Ann {number}", f"ann-{number}")
-    ears = [Ear(Person(server, f"ann-{number}"), "/w/acme/todos/live") for number in range(10)]
-    while "10 here now:" not in (told := ears[0].event(heartbeats=True)):
-        pass
-    assert people_in(told) == [f"A{number} Ann {number} ann-{number}" for number in range(7)] and "+3</span>" in told
-    for ear in ears[7:]:
-        ear.close()
-    while "7 here now:" not in (told := ears[0].event(heartbeats=True)):
-        pass
-    assert len(people_in(told)) == 7 and "+" not in told
-
-
 def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_is_invited(server, monkeypatch):
     monkeypatch.setitem(orion.ROLES, "member", ("todos:read", "todos:write", "cards:move"))
     bob = Person(server, "bob")
@@ -10790,7 +10805,7 @@ def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_i
     assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
 
 
-# ==== 52. Figures =====================================================================================================
+# ==== 53. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
     with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
@@ -10936,7 +10951,7 @@ def test_the_figures_are_for_operators_too(outside):
     assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
 
 
-# ==== 53. Copies, 54. Snapshots =======================================================================================
+# ==== 54. Copies, 55. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -11123,7 +11138,7 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 58. Own workspaces ==============================================================================================
+# ==== 59. Own workspaces ==============================================================================================
 
 def read(server, sql, *args):
     """Rows of the Directory."""
@@ -11335,7 +11350,7 @@ def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_i
     assert ear.until_it_says("4 open")
 
 
-# ==== 59. Single ======================================================================================================
+# ==== 60. Single ======================================================================================================
 
 @cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_facts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
@@ -11347,7 +11362,7 @@ def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a
         assert Person(server, "bob").get(path).status in (400, 403, 404)
 
 
-# ==== 60. Nodes =======================================================================================================
+# ==== 61. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
 @pytest.fixture(scope="module")
@@ -12352,7 +12367,7 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 64. Uploads, 65. Stored files ===================================================================================
+# ==== 65. Uploads, 66. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -12823,7 +12838,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 66. Tokens ======================================================================================================
+# ==== 67. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13259,7 +13274,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 68. History =====================================================================================================
+# ==== 69. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -13587,7 +13602,7 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
-# ==== 69. Console: notes ==============================================================================================
+# ==== 70. Console: notes ==============================================================================================
 
 @pytest.fixture
 def traced(tmp_path):
@@ -13643,7 +13658,7 @@ def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(trac
     assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
 
 
-# ==== 69. Console =====================================================================================================
+# ==== 70. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -13985,7 +14000,7 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
     assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
 
 
-# ==== 70. Own options =================================================================================================
+# ==== 71. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -14148,7 +14163,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
 
 
-# ==== 71. Development =================================================================================================
+# ==== 72. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -14356,7 +14371,7 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
-# ==== 72. Testing =====================================================================================================
+# ==== 73. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
@@ -14751,7 +14766,7 @@ def test_a_section_that_needs_another_says_so(title):
     assert needs <= needed(title) <= {*found}
 
 
-# ==== 73. More figures ================================================================================================
+# ==== 74. More figures ================================================================================================
 
 def test_the_figures_tell_how_full_a_workspace_is(start):
     server = start(quota=2 ** 20)
