@@ -7005,7 +7005,7 @@ def compose(settings: Settings) -> FullEnv:
 
 def two_planes(settings) -> FullEnv:
     """One Directory, a Workspace for each tenant, and a worker in front."""
-    settings, fresh, keys = prepared(settings)
+    settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
     workspaces = workspaces_of(settings, router)
     build = directory_builder(EdgeDirectory, settings, keys, workspaces)
@@ -7049,7 +7049,7 @@ def directory_builder(kind, settings, keys, workspaces):
         workspaces=workspaces, demo=bool(settings.demo))
 
 
-def prepared(settings):
+def prepare_data(settings):
     """Return the settings, whether there is nothing yet, and the keys.
 
     A folder that has no personas is no demo, whatever was asked for.
@@ -8323,7 +8323,7 @@ class ReadsFields(Context):
 
     def field(self, name, otherwise=""):
         """Return it as text; "" if nobody can see it. Of several, the last."""
-        text = as_text(name, dict(self.sent).get(name, otherwise))
+        text = super().field(name, otherwise)
         return text if visible(text) else ""
 
     def fields(self, name: str) -> List[str]:
@@ -9917,7 +9917,8 @@ class Throttle:
                 self.times.popitem(last=False)
 
     def forgive(self, own: str, *keys: str) -> None:
-        """Forget the attempts of own, for all keys: it was mistyped, and not guessed."""
+        """Forget the attempts of own, and take them out of the other keys: the password was
+        right at last, so they were typing errors."""
         with self.lock:
             mine = self.times.pop(own, ())
             for key in keys:
@@ -9925,7 +9926,7 @@ class Throttle:
                 self.times[key] = [when for when in times if when not in mine]
 
 
-def throttle(attempts, request):
+def count_attempt(attempts, request):
     """Count an attempt from this address. Raises Refused(429) if there were too many."""
     source = f"from {source_of(request.peer)}"
     attempts.check(source)
@@ -9959,20 +9960,21 @@ class Passwords:
         return name, password, new
 
     def prove(self, request, directory):
-        """Return the request with x-stored: which stored hash its password has, or ""."""
+        """Return the request with x-stored, the stored hash that the password goes with, or
+        "", and x-hashed, the hash of the new password, or ""."""
         name, password, new = self.typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        slowed = [f"from {source}", f"to {name}"]
-        if here in self.familiar:                        # then others' guesses don't matter
-            slowed = []
-        self.guesses.check(here, *slowed)
+        shared = [f"from {source}", f"to {name}"]        # with what others type
+        if here in self.familiar:
+            shared = []
+        self.guesses.check(here, *shared)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
-            self.guesses.count(here, *slowed)
+            self.guesses.count(here, *shared)
             return request._replace(headers={**request.headers, "x-stored": ""})
-        self.guesses.forgive(here, *slowed)
+        self.guesses.forgive(here, *shared)
         self.sign_ins.count(here)
         self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
         said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
@@ -10027,11 +10029,10 @@ def page_of(request: Request) -> str:
 
 def unsent_in(request: Request) -> Dict[str, str]:
     """Return the form that came without a session, so that it can be sent again."""
-    if request.media_type not in FORMS or request.method in SAFE or request.path in SECRET:
+    is_plain = FORMS.get(request.media_type) is read_form    # others bring files
+    if not is_plain or request.method in SAFE or request.path in SECRET:
         return UNSENT
     body = request.body.decode("latin-1")
-    if FORMS[request.media_type] is not read_form:        # it brings files
-        return UNSENT
     if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
         return UNSENT                                    # else nobody could sign in with it
     return {"unsent": body, "to": urllib.parse.quote(request.path)}
@@ -10845,7 +10846,7 @@ class OpensLinks(LoopEdge):
         digest = token_hash(secret_in(text_of(request, "link"))).hex()
         if env.directory.ask("/_link", headers={"x-link": digest}):
             return env.directory.fetch(self.with_hashes(request, env))
-        throttle(self.made_up, request)
+        count_attempt(self.made_up, request)
         return env.directory.fetch(request)
 
     def with_hashes(self, request, env):
@@ -10854,7 +10855,7 @@ class OpensLinks(LoopEdge):
         new = self.passwords.typed_in(request)[2]
         if not new:
             return request
-        throttle(self.made_accounts, request)
+        count_attempt(self.made_accounts, request)
         return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
 
 
@@ -10955,6 +10956,7 @@ class LooksWhoIsHere(LoopEdge):
 #   who else looks at it.
 # It needs: 35 Fields, 38 Assets, 44 Accounts, 45 Account page, 47 Links.
 
+LONGEST_NAME = 63                                        # characters
 COLOURS = 6                                              # .face-0 to .face-5 in style.css
 TRUSTED.add("x-label")
 
@@ -11060,8 +11062,8 @@ def check_label(store, account, label):
     """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
     also in other letters: Bób, bob, or with an o that is Cyrillic."""
     clear = label.isprintable() and FILLERS.isdisjoint(label)
-    if not clear or len(label) > LONGEST_TITLE:
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters, all of which can "
+    if not clear or len(label) > LONGEST_NAME:
+        raise Refused(422, f"A name has 1 to {LONGEST_NAME} characters, all of which can "
                            "be seen. Choose another.")
     if any(map(mixes_alphabets, label.split())):
         raise Refused(422, "A word of this mixes alphabets whose letters look alike. Write "
@@ -11744,7 +11746,7 @@ def names_here(settings, directory: Optional[pathlib.Path]) -> Dict[str, str]:
         return dict(db.execute(NAMED_HERE).fetchall())
 
 
-def copied(settings, part, before, known, id):
+def copy_one(settings, part, before, known, id):
     """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
 
     If it did not change, or can't be read, it is linked from the snapshot before. Raises
@@ -11754,7 +11756,7 @@ def copied(settings, part, before, known, id):
     last = known.get(id)
     source = settings.data / name
     seen = repr([*stamps(with_wal(source)).values()])
-    if last and last["seen"] == seen and linked(before / name, part / name):
+    if last and last["seen"] == seen and link_or_copy(before / name, part / name):
         return last, ""
     try:
         return {"rows": copy_database(source, part / name), "seen": seen}, ""
@@ -11762,12 +11764,12 @@ def copied(settings, part, before, known, id):
         if "disk is full" in str(error):
             raise
         fault = str(StorageFault(source, error))
-    if last and linked(before / name, part / name):
+    if last and link_or_copy(before / name, part / name):
         return last, f"{fault}; here it is as it was in the snapshot before"
     return None, fault
 
 
-def linked(source, target) -> bool:
+def link_or_copy(source, target) -> bool:
     """Link a copy; copy it where there are no hard links. Return False if it is lost."""
     try:
         os.link(source, target)
@@ -11812,7 +11814,7 @@ def snapshot(settings, target, before: Optional[pathlib.Path] = None,
             rows = copy_database(settings.directory_file, directory)
             held["directory"] = {"rows": rows, "seen": ""}
         ids = [*names_here(settings, directory)]
-        copy = functools.partial(copied, settings, part, before, known)
+        copy = functools.partial(copy_one, settings, part, before, known)
         copies = with_progress(each(copy, ids), len(ids), "copied")
         for id, (about, fault) in zip(ids, copies):
             if about:
@@ -12255,8 +12257,8 @@ class KeepsFiles(GuardedNamespace):
         else:
             self.name_draft(self.draft(), id)
 
-    def settle(self, store, name):
-        """Do what can only be done after that commit. Here it is nothing."""
+    def make_on_node(self, store, name):
+        """After that commit, have the node make the file. Here there is none."""
 
     def check_removable(self, row: sqlite3.Row, now: bool):
         """Raise Unusable if its file can't be removed."""
@@ -12268,8 +12270,8 @@ class KeepsFiles(GuardedNamespace):
             print(f"a copy stays for 30 days; workspace import {copy} brings it back")
 
 
-def members_of(store, id) -> List[Tuple[str, str]]:
-    """Return accounts with their roles."""
+def roles_in(store, id) -> List[Tuple[str, str]]:
+    """Return (account, role) of each member."""
     rows = store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY "
                        "account", id)
     return [(row["account"], row["role"]) for row in rows]
@@ -12297,7 +12299,7 @@ def workspace_add(settings, given):
             owners = [(given.owner, "owner")]
         add_workspace(store, env.workspaces, name, owners)
         set_title(store, name, title)
-    settle(env, name)
+    make_on_node(env, name)
 
 
 @verb("workspace list", "list name, id, bytes, quota and title of each")
@@ -12341,7 +12343,7 @@ def workspace_remove(settings, given):
         env.workspaces.check_removable(row, given.now)   # may take a while
         with opened(settings, given) as (store, env):
             row = row_of(store, "workspaces", given.name)
-            members = members_of(store, row["id"])
+            members = roles_in(store, row["id"])
             set_moving(store, row["id"], GOES)
         time.sleep(NOTICE_SECONDS)
         about = {"name": row["name"], "title": row["title"], "members": members}
@@ -12360,9 +12362,9 @@ def forget_workspace(store, id):
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
 
 
-def settle(env, name):
+def make_on_node(env, name):
     with GuardedStore(env.settings.directory_file) as store:
-        env.workspaces.settle(store, name)
+        env.workspaces.make_on_node(store, name)
 
 
 def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pathlib.Path]:
@@ -12406,7 +12408,7 @@ def export(settings, given):
     with opened(settings, given) as (store, env):
         row = row_with_file(settings, store, given.name)
         check_export(given, row, env.workspaces.path(row["id"]))
-        members = members_of(store, row["id"])
+        members = roles_in(store, row["id"])
         if given.move:
             set_moving(store, row["id"], MOVES)
     write_out = take_away if given.move else copy_database
@@ -12461,7 +12463,7 @@ def workspace_import(settings, given):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
             set_title(store, name, title)
-    settle(env, name)
+    make_on_node(env, name)
     for account in new:
         print(f"{account} is new here; account passwd {account} lets them in")
     print(f"{name}: {len(members)} members")
@@ -12538,7 +12540,7 @@ def adopted(settings, source, jobs: Optional[str]):
     """Give a copy of another deployment's file, which an object of this one will claim.
 
     Of a single root, give the part that is the workspace's. jobs: "keep", "drop" or None:
-    see settle_jobs. Raises Unusable if the slices that are here can't go on with it.
+    see keep_or_drop_jobs. Raises Unusable if the slices that are here can't go on with it.
     """
     private_folder(settings.data)
     with tempfile.TemporaryDirectory(dir=settings.data) as folder:
@@ -12548,13 +12550,13 @@ def adopted(settings, source, jobs: Optional[str]):
             strip_directory(db)
         try:
             bring_up_to_date(settings, path)
-            settle_jobs(source, path, jobs)
+            keep_or_drop_jobs(source, path, jobs)
         except (sqlite3.Error, MigrationError) as error:
             raise Unusable(f"{source} does not fit: {error}") from error
         yield path
 
 
-def settle_jobs(source, path, jobs):
+def keep_or_drop_jobs(source, path, jobs):
     """Drop the jobs, unless somebody says that they are to run here, in others' names.
 
     Where they come from they may have run, or run still; then a letter would be sent twice.
@@ -12612,10 +12614,10 @@ def workspace_restore(settings, given):
     file = given.at / "workspaces" / f"{row['id']}.db"
     with one_move(settings), adopted(settings, file, given.jobs) as copy, \
             opened(settings, given, name) as (store, env):
-        add_workspace(store, env.workspaces, name, members_of(store, row["id"]), copy)
+        add_workspace(store, env.workspaces, name, roles_in(store, row["id"]), copy)
         set_title(store, name, title)
     print(f"{name}: as {given.name} was in {given.at}")
-    settle(env, name)
+    make_on_node(env, name)
 
 
 # ==== 58. Member verbs ====================================================================
@@ -12646,7 +12648,7 @@ def member_set(settings, given):
 @verb("member list", "list the members of a workspace", "workspace")
 def member_list(settings, given):
     def members(store):
-        return members_of(store, row_of(store, "workspaces", given.workspace)["id"])
+        return roles_in(store, row_of(store, "workspaces", given.workspace)["id"])
     table(looked_up(settings, members))
 
 
@@ -12671,7 +12673,7 @@ ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND de
 
 def space_region(ctx):
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    people = len(members_of(ctx.store, ctx.viewer.id))
+    people = len(roles_in(ctx.store, ctx.viewer.id))
     return template("spaces.region")(name=row["name"], people=people)
 
 
@@ -12698,7 +12700,7 @@ def rename_workspace(ctx):
 
 def ask_all_again(ctx):
     """Have the gate asked again for all open pages of the workspace."""
-    for account, _ in members_of(ctx.store, ctx.viewer.id):
+    for account, _ in roles_in(ctx.store, ctx.viewer.id):
         access_changed(ctx, account)
 
 
@@ -12873,20 +12875,21 @@ class OneFile(GuardedNamespace):
 
 
 def single_root(settings):
-    settings, fresh, keys = prepared(settings)
+    """Each namespace builds by way of the other: the Directory brings its Workspace, and
+    whoever asks for the Workspace gets that one."""
+    settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
+    pages = pages_of(settings.slices)
+    control = whole(OneFile)("single", settings.data, float("inf"), None)
+    workspaces = whole(OneFile)("workspace", settings.data, float("inf"), None)
+    outside = directory_builder(Single, settings, keys, workspaces)
 
     def build(id, namespace):
-        inside = whole(Inside)(id, workspaces, router, pages_of(settings.slices))
-        return outside(id, namespace, inside=inside)
+        return outside(id, namespace, inside=whole(Inside)(id, workspaces, router, pages))
 
-    def build_inside(id, namespace):
-        return control.awake(id).inside
-
-    control = whole(OneFile)("single", settings.data, float("inf"), build)
-    workspaces = whole(OneFile)("workspace", settings.data, float("inf"), build_inside)
+    control.build = build
+    workspaces.build = lambda id, namespace: control.awake(id).inside
     workspaces.settings = settings
-    outside = directory_builder(Single, settings, keys, workspaces)
     demo = {"acme": DEMO_WORKSPACES["acme"]}
     return set_up(control.get(OneFile.ID), workspaces, settings, fresh, demo)
 
@@ -12895,8 +12898,10 @@ ROOTS.append((lambda settings: settings.single, single_root))
 
 
 # ==== 61. Nodes ===========================================================================
-# The idea: past one machine, the same file runs as one directory and several nodes. A proxy
-#   asks the directory's gate, and brings its verdict to the node where the workspace lives:
+# The idea: past one machine, the same file runs as one directory and several nodes. The
+#   directory is the process with the Directory (--plane directory), a node one with
+#   workspaces (--plane data). A proxy asks the directory's gate, and brings its verdict to
+#   the node where the workspace lives:
 #
 #     browser -> proxy -> directory   GET /_gate: a verdict, with a seal over all of it
 #                proxy -> node        the request, with that verdict: see node_gate
@@ -12935,7 +12940,7 @@ def seal_of(parts: Sequence[str], key, until: int = 0) -> str:
 SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
-def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
+def holds_until(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
     """Return until when the seal holds; 0 if it is too old, not ours, or over other parts.
 
     The clock of whoever made it may be SEALED_SECONDS ahead.
@@ -12952,7 +12957,8 @@ def believed(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
 
 DOWN: Dict[str, float] = {}                              # address: until when nobody asks
 DOWN_SECONDS = 2.0
-PATIENCE = {"remove": 600.0, "_facts": 1.0}             # seconds; for all others 5
+# How many seconds an answer may take, by what is asked: see FOR_DIRECTORY. Others: 5.
+PATIENCE = {"remove": 600.0, "_facts": 1.0}
 
 
 class NoAnswer(Refused):
@@ -13010,7 +13016,7 @@ def is_sealed(request, settings) -> bool:
     """Does it come from another process of this deployment?"""
     parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
     seal = request.headers.get("x-verdict", "")
-    return bool(believed(seal, parts, keys_now(settings)))
+    return bool(holds_until(seal, parts, keys_now(settings)))
 
 
 def ask_process(settings, address, request, patience: float = 5.0) -> Any:
@@ -13090,7 +13096,7 @@ def node_for(store, name) -> str:
                key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
 
 
-def behind(request) -> Request:
+def request_behind(request) -> Request:
     """Return the request for which a proxy asks: its method and path.
 
     Both are "" if the proxy does not say them, or in two ways.
@@ -13107,7 +13113,7 @@ def behind(request) -> Request:
 
 def workspace_behind(request) -> str:
     """Return the workspace of the request for which a proxy asks; "": none, or two."""
-    path = behind(request).path
+    path = request_behind(request).path
     return path.split("/")[2] if path.startswith("/w/") else ""
 
 
@@ -13174,7 +13180,7 @@ class PlacesWorkspaces(EdgeDirectory):
         if row is None or request.method in SAFE:
             return None
         set_moving(self.store, row["id"], MOVES)
-        for account, _ in members_of(self.store, row["id"]):
+        for account, _ in roles_in(self.store, row["id"]):
             self.bus.publish(f"access:{account}")
         self.journal(Viewer(account="(node)"), "workspace export", row["name"])
         return row["name"]
@@ -13193,7 +13199,7 @@ class PlacesFiles(GuardedNamespace):
         store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
                    id)
 
-    def settle(self, store, name):
+    def make_on_node(self, store, name):
         """Have the node make its file, then let people in.
 
         Raises Refused if it did not; the name is free again.
@@ -13245,11 +13251,11 @@ def create_on_node(request, env):
     """A door."""
     response = env.directory.fetch(request)
     if response.which:
-        settle(env, response.which)
+        make_on_node(env, response.which)
     return response
 
 
-def directory_plane(settings):
+def directory_root(settings):
     """Accounts, sessions and the gate. The workspaces are on the nodes of its table."""
     env = two_planes(settings._replace(demo=False))
     workspaces = whole(RemoteWorkspaces)("workspace", settings.workspaces, settings.idle,
@@ -13260,7 +13266,7 @@ def directory_plane(settings):
     return dataclasses.replace(env, workspaces=workspaces, front=directory_front)
 
 
-ROOTS.append((lambda settings: settings.plane == "directory", directory_plane))
+ROOTS.append((lambda settings: settings.plane == "directory", directory_root))
 
 
 # -- a node's side
@@ -13285,7 +13291,7 @@ def node_gate(request, env):
     said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
     seal = request.headers.get("x-verdict", "")
     parts = [said.get(name, "") for name in VERDICT]
-    until = believed(seal, parts, keys_now(env.settings))
+    until = holds_until(seal, parts, keys_now(env.settings))
     theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
     if not until or not theirs:
         raise Refused(*NO_VERDICT)
@@ -13363,7 +13369,7 @@ def answer_directory(request, env):
         raise StorageFault(env.workspaces.path(id), error) from error
 
 
-def data_plane(settings):
+def node_root(settings):
     """A node. The Directory is in another process, whose key it shares."""
     private_folder(settings.workspaces)
     check_node(settings)
@@ -13375,7 +13381,7 @@ def data_plane(settings):
     return dataclasses.replace(env, gate=node_gate, regate=node_regate, front=node_front)
 
 
-ROOTS.append((lambda settings: settings.plane == "data", data_plane))
+ROOTS.append((lambda settings: settings.plane == "data", node_root))
 
 
 def check_node(settings):
@@ -13546,7 +13552,7 @@ def import_on_node(settings, given):
 
     If the file is that workspace, and it left for here, its jobs come with it.
     """
-    known = meant(given)
+    known = workspace_meant(given)
     place = place_of(settings, **known)
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
@@ -13565,7 +13571,7 @@ def import_on_node(settings, given):
           "this node")
 
 
-def meant(given):
+def workspace_meant(given):
     """Return by what the directory knows the workspace that a file is to be.
 
     A file that is named by an id is from the workspaces of a node, or of its backup. Raises
@@ -13682,23 +13688,26 @@ def public_functions(settings) -> Dict[str, Callable]:
     return {"public": public, "question": question}
 
 
+DEEPEST = 20                                             # parts of a path looked at
+
+
 def unnamed(request: Request, env: Env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
-    secret. If it was refused, that is so whatever its method is, and what stands behind."""
+    secret. The longest beginning of the path that is public decides.
+
+    What was refused may be public by another method, and more may stand behind it.
+    """
     parts = request.path.split("/")
-    methods, shortest = [request.method], len(parts)
-    if status >= 400:
-        methods, shortest = [request.method, *METHODS], 4
-    for end in range(min(len(parts), DEEPEST), shortest - 1, -1):
-        for method in methods:
-            shorter = request._replace(method=method, path="/".join(parts[:end]))
-            path = env.public(shorter)
-            if path:
-                return request._replace(path="/".join(parts[:3]) + path)
+    refused = status >= 400
+    methods = [request.method, *METHODS] if refused else [request.method]
+    shortest = 4 if refused else len(parts)
+    lengths = range(min(len(parts), DEEPEST), shortest - 1, -1)
+    for length, method in itertools.product(lengths, methods):
+        beginning = "/".join(parts[:length])
+        public = env.public(request._replace(method=method, path=beginning))
+        if public:
+            return request._replace(path="/".join(parts[:3]) + public)
     return request
-
-
-DEEPEST = 20                                             # parts of a path looked at
 
 
 def as_nobody(request: Request, env: Env) -> Request:
@@ -13719,7 +13728,7 @@ def as_nobody(request: Request, env: Env) -> Request:
 
 
 @addition
-class LetsAnybodyIn(Directory):
+class LetsAnybodyIn(Directory):                          # also with --plain
     def verdict_on(self, ctx, workspace):
         verdict = super().verdict_on(ctx, workspace)
         if verdict.status not in (401, 403) or not self.asked_for_public(ctx.request):
@@ -13737,7 +13746,7 @@ class LetsAnybodyIn(Directory):
         """The worker says so. Of a proxy it is known what that was asked for."""
         if request.path != "/_gate":
             return request.query == "public"
-        return bool(public_path(self.inner_router, behind(request)))
+        return bool(public_path(self.inner_router, request_behind(request)))
 
     @functools.cached_property
     def inner_router(self):
@@ -13810,25 +13819,25 @@ ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
 IDS_AT_ONCE = 50                                         # in one question to a Directory
 
 
-class Lists:
+class MemberLists:
     """The members of workspaces, by id. A list that stays the same is the same object."""
     MOST = 50_000                                        # members, of all lists
 
     def __init__(self):
         self.lock = threading.Lock()                     # guards the next two lines
-        self.lists: Dict[str, Any] = collections.OrderedDict()   # each with its version
+        self.by_id: Dict[str, Any] = collections.OrderedDict()   # each with its version
         self.size = 0
 
     def put(self, id, rows, version=None) -> Tuple[Any, ...]:
         """Keep rows of name, role and label; return them. The caller holds the lock."""
-        _, known = self.lists.pop(id, (None, ()))
+        _, known = self.by_id.pop(id, (None, ()))
         members = tuple([tuple(row) for row in rows])
         if members == known:
             members = known
         self.size += len(members) - len(known)
-        self.lists[id] = version, members
-        while self.size > self.MOST and len(self.lists) > 1:
-            _, (_, oldest) = self.lists.popitem(last=False)
+        self.by_id[id] = version, members
+        while self.size > self.MOST and len(self.by_id) > 1:
+            _, (_, oldest) = self.by_id.popitem(last=False)
             self.size -= len(oldest)
         return members
 
@@ -13839,7 +13848,7 @@ class Lists:
         pass
 
 
-class ListsOfFile(Lists):
+class ListsOfFile(MemberLists):
     """Reads the Directory's file, whoever writes to it."""
 
     def __init__(self, path):
@@ -13853,7 +13862,7 @@ class ListsOfFile(Lists):
         try:
             with self.lock:
                 version = self.version()
-                as_of, members = self.lists.get(id, (None, ()))
+                as_of, members = self.by_id.get(id, (None, ()))
                 if as_of == version:
                     return members
                 found = self.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
@@ -13880,7 +13889,7 @@ class ListsOfFile(Lists):
         self.db = self.inode = None
 
 
-class ListsOfNode(Lists):
+class ListsOfNode(MemberLists):
     """What the Directory, in another process, said of its members."""
     PATIENCE = 1.0                                       # seconds
 
@@ -13891,11 +13900,11 @@ class ListsOfNode(Lists):
 
     def of(self, id):
         """Mostly it is there already: see prepare. A job may have to wait."""
-        known = self.lists.get(id)
+        known = self.by_id.get(id)
         return known[1] if known else self.ask([id])[id]
 
     def prepare(self, id):
-        if id not in self.lists:
+        if id not in self.by_id:
             with contextlib.suppress(NoAnswer):          # then of() tells
                 self.ask([id])
 
@@ -13914,7 +13923,7 @@ class ListsOfNode(Lists):
         if version == self.as_of:
             return []
         self.as_of = version                             # first: see ask
-        before = dict(self.lists)
+        before = dict(self.by_id)
         ids = [*before]
         try:
             for first in range(0, len(ids), IDS_AT_ONCE):
@@ -13922,8 +13931,8 @@ class ListsOfNode(Lists):
         except CRASH:
             self.as_of = None
             raise
-        return [id for id in ids if id not in self.lists
-                or self.lists[id][1] is not before[id][1]]
+        return [id for id in ids if id not in self.by_id
+                or self.by_id[id][1] is not before[id][1]]
 
 
 @addition
@@ -13938,7 +13947,7 @@ class TellsMembers(EdgeDirectory):
 
 @addition
 class ListsMembers(Namespace):
-    lists: Optional[Lists] = None                        # None: nobody has asked yet
+    lists: Optional[MemberLists] = None                  # None: nobody has asked yet
 
     def members_of(self, id: str) -> Tuple[Any, ...]:
         with self.lock:
@@ -14127,6 +14136,15 @@ class Uploads:
             spool.reserved = 0
         spool.close()
 
+
+# One upload, on its way. The loop runs what waits for nothing, and the pool the rest:
+#
+#     spool_for    loop   its head is here: whether it is one, how much it may be, and where
+#                         it goes
+#     check        pool   may they? Room is reserved; then in the loop: go_on
+#     arriving     loop   a piece is full: hand_over; pool: write_on; loop: read_on
+#     take         loop   the body is whole: hand_over; pool: read_form; loop: take_up
+#     refuse       loop   it was refused; drop: or its sender is gone
 
 @addition
 class TakesUploads(Connection):
@@ -14737,7 +14755,7 @@ class TakesTokens(LoopEdge):
         if getattr(error, "status", 0) != NO_TOKEN.status:
             return error
         try:
-            throttle(self.bad_tokens, request)
+            count_attempt(self.bad_tokens, request)
             return error
         except Refused as wait:
             return wait
@@ -15001,6 +15019,7 @@ class DataInPages(EdgeWorkspace):
 
     def stream(self, live, ctx, args):
         regions = [region for region in live.regions if region.data]
+        # The broker asks again for a role, and not for a viewer: then the query says it.
         again = DATA in ctx.params and "x-region" in ctx.request.headers
         if regions and (again or type(ctx.viewer) is Program):
             live = live._replace(regions=regions, params={**live.params, DATA: "1"})
@@ -15205,7 +15224,7 @@ def refuse_old_page(request: Request, account: str) -> None:
 class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
         refuse_old_page(request, viewer.account)
-        viewer.permit(route.grant, request.method)
+        super().permit(viewer, route, request)
 
 
 # ==== 69. History =========================================================================
@@ -15220,9 +15239,9 @@ class RefusesOldPages(SliceHost):
 # Who uses it: members, from the members page; slices, by ctx.remove().
 # It needs: 36 Ordinary pages, 45 Account page.
 
-NOTES_A_PAGE = 50
+ENTRIES_A_PAGE = 50
 STRETCH = 10_000                                         # rows of the journal
-NOTES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
+ENTRIES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
            ORDER BY id DESC LIMIT ?"""
 ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
           (SELECT max(id) FROM journal) AS last"""
@@ -15232,7 +15251,7 @@ FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one be
 PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
 
 
-def notes(ctx, most):
+def entries(ctx, most):
     """Return rows of the journal, and before which id there are older ones; 0: none.
 
     They are those that the viewer may see, of one stretch, as the parameters ask for them.
@@ -15245,7 +15264,7 @@ def notes(ctx, most):
     for name in {"who", "what"} & params.keys():
         where += f" AND {name} = ?"
         args.append(params[name])
-    found = store.query(NOTES.format(where), begins, last, *args, most + 1)
+    found = store.query(ENTRIES.format(where), begins, last, *args, most + 1)
     if len(found) > most:
         return found[:most], found[most - 1]["id"]
     return found, begins if first < begins else 0
@@ -15274,18 +15293,18 @@ def name_in(which, workspace):
     return name if id == workspace or name and id.isdecimal() else which
 
 
-def sentence(ctx, note):
+def sentence(ctx, entry):
     """Return a row of the journal as people read it."""
-    says = said_of(ctx.host.router, note["what"])
-    return {"who": note["who"] or "somebody", "says": says,
-            "name": name_in(note["which"], ctx.viewer.id)}
+    says = said_of(ctx.host.router, entry["what"])
+    return {"who": entry["who"] or "somebody", "says": says,
+            "name": name_in(entry["which"], ctx.viewer.id)}
 
 
 def history_region(ctx):
-    found, older = notes(ctx, NOTES_A_PAGE)
+    found, older = entries(ctx, ENTRIES_A_PAGE)
     query = urllib.parse.urlencode({**ctx.params, "before": older})
-    rows = [{"when": moment(note["at"]), **sentence(ctx, note)} for note in found]
-    return template("history.region")(note=rows, none=not rows,
+    rows = [{"when": moment(entry["at"]), **sentence(ctx, entry)} for entry in found]
+    return template("history.region")(entry=rows, none=not rows,
                                       older={"query": query} if older else None)
 
 
@@ -15318,9 +15337,9 @@ def options(labels, params, name):
 
 def history_csv(ctx):
     """Return a stretch of it as a file (RFC 4180)."""
-    found, _ = notes(ctx, STRETCH)
-    rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note["at"])),
-             *sentence(ctx, note).values()) for note in found]
+    found, _ = entries(ctx, STRETCH)
+    rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry["at"])),
+             *sentence(ctx, entry).values()) for entry in found]
     lines = [",".join(map(cell, row)) + "\r\n" for row in [CSV_HEAD, *rows]]
     return download(f"{ctx.workspace}-history.csv", "".join(lines), "text/csv")
 
@@ -15344,17 +15363,18 @@ UNDO_SECONDS = 600.0
 LARGEST_UNDO = 2 ** 20                                   # characters, of one command
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
-# The id of the row that call() will insert; and whether nine tenths of the quota are used.
-# Then what is deleted has to make room. user_version is the quota, in pages: section 51.
-NEXT_NOTE = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
-               page_count - freelist_count > 0.9 * user_version
-               FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
+# Of the row that call() will insert its id; and whether nine tenths of the quota are used
+# (user_version, in pages: section 51). Then what is deleted has to make room.
+NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
+                page_count - freelist_count > 0.9 * user_version
+                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
 GENERATED = "SELECT name FROM pragma_table_xinfo(?) WHERE hidden > 1"      # columns
 FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
                     FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
                     FROM _removed) WHERE size > ?)"""
-KEPT = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON r.note = j.id
-          WHERE j.id = ? AND j.who = ? AND r.until > ? ORDER BY r.id DESC"""
+TO_PUT_BACK = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON
+                 r.note = j.id WHERE j.id = ? AND j.who = ? AND r.until > ?
+                 ORDER BY r.id DESC"""
 MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
                   _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
 UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
@@ -15369,7 +15389,7 @@ def removed_rows(ctx, id):
     Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
     they did then.
     """
-    kept = ctx.host.store.query(KEPT, id, ctx.viewer.signature, time.time())
+    kept = ctx.host.store.query(TO_PUT_BACK, id, ctx.viewer.signature, time.time())
     what = kept[0]["what"] if kept else ""
     routes = routes_of(ctx.host.router).get(what, ())
     if not routes or what.partition(".")[0] != ctx.store.slice:
@@ -15383,7 +15403,6 @@ def removed_rows(ctx, id):
 def from_hex(data):
     """Bytes are in the JSON as {"hex": ...}."""
     return bytes.fromhex(data["hex"])
-
 
 
 def put_back(ctx, id):
@@ -15412,10 +15431,11 @@ def remove_member(ctx, account):
     if account == ctx.viewer.account:
         return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
     row = ctx.viewer.id, account
-    signals = ctx.host.keep(ctx, "memberships", "workspace = ? AND account = ?", row)
+    where = "workspace = ? AND account = ?"
+    signals = ctx.host.keep_removed(ctx, "memberships", where, row)
     expel(ctx, account)
     if signals:
-        signals = offer(f"{account} is removed.", signals["_undo"])
+        signals = undo_signals(f"{account} is removed.", signals["_undo"])
     return done(ctx, " ".join(row), **signals)
 
 
@@ -15433,7 +15453,7 @@ def let_in_again(ctx, id):
     return put_back(ctx, id)
 
 
-def offer(text, undo):
+def undo_signals(text, undo):
     """Return signals: a message, and where to undo what it tells; "": nowhere."""
     return {"note": text, "_undo": undo}
 
@@ -15443,8 +15463,8 @@ def undo_forms(ctx):
     where, args = ctx.host.told_to(ctx.viewer)
     mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
                                 time.time())
-    return [{"path": ctx.host.undo_path(ctx, note["what"].partition(".")[0], note["id"]),
-             **sentence(ctx, note)} for note in mine]
+    return [{"path": ctx.host.undo_path(ctx, entry["what"].partition(".")[0], entry["id"]),
+             **sentence(ctx, entry)} for entry in mine]
 
 
 @addition
@@ -15458,7 +15478,7 @@ class KeepsRemoved(Broadcast):
         now = time.time()
         self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
 
-    def keep(self, ctx, table, where, args):
+    def keep_removed(self, ctx, table, where, args):
         signals = self.keep_rows(ctx, table, where, args)
         has_page = ctx.request.datastar or ctx.request.plain_form
         return signals if has_page else {}
@@ -15466,7 +15486,7 @@ class KeepsRemoved(Broadcast):
     def keep_rows(self, ctx, table, where, args):
         found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
         if not found:
-            return offer("There was nothing to delete.", "")
+            return undo_signals("There was nothing to delete.", "")
         generated = [row["name"] for row in self.store.query(GENERATED, table)]
         columns = [name for name in found[0].keys() if name not in generated]
         rows = [[row[name] for name in columns] for row in found]
@@ -15474,18 +15494,18 @@ class KeepsRemoved(Broadcast):
                           default=lambda data: {"hex": data.hex()})
         said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
         if len(text) > LARGEST_UNDO:
-            return offer(f"{said}, for good: that is too much to keep.", "")
-        note, is_tight = self.store.one(NEXT_NOTE)
+            return undo_signals(f"{said}, for good: that is too much to keep.", "")
+        entry, is_tight = self.store.one(NEXT_ENTRY)
         if is_tight:
             self.store.exec("DELETE FROM _removed")
-            return offer(f"{said}, for good: there is little room here.", "")
+            return undo_signals(f"{said}, for good: there is little room here.", "")
         self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
-                        "?)", note, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
+                        "?)", entry, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
         self.forget_removed()
-        return offer(f"{said}.", self.undo_path(ctx, ctx.store.slice, note))
+        return undo_signals(f"{said}.", self.undo_path(ctx, ctx.store.slice, entry))
 
-    def undo_path(self, ctx, slice, note):
-        return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{note}"
+    def undo_path(self, ctx, slice, entry):
+        return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{entry}"
 
 
 @addition
@@ -15495,7 +15515,7 @@ class KeepsWhatItRemoves(Context):
     def remove(self, table, where, *args):
         signals = {}
         if isinstance(self.host, Broadcast):             # else it is --plain
-            signals = self.host.keep(self, table, where, args)
+            signals = self.host.keep_removed(self, table, where, args)
         super().remove(table, where, *args)
         return signals
 
@@ -15834,7 +15854,7 @@ class Console:
         self.trace = edge.trace
         self.due = False                                 # a frame is on its way
         self.changed = 0                                 # the second after a publish
-        self.count_all = functools.lru_cache(maxsize=8)(self.count_all)
+        self.all_facts = functools.lru_cache(maxsize=8)(self.ask_all)
         self.actions = {("GET", "/console"): self.page,
                         ("GET", "/console/live"): self.stream,
                         ("POST", "/console/probe"): self.probe,
@@ -15953,8 +15973,11 @@ class Console:
 
     # -- the region
 
-    def count_all(self, second, *ids):
-        """Ask each object for its facts. Return them, and how long that took."""
+    def ask_all(self, ids, second):
+        """Return the facts of each object, and how long it took to ask for them.
+
+        second: since when they may have changed. So the cache of it has those from before.
+        """
         started = time.perf_counter()
         facts = {id: self.count(id) for id in ids}
         return facts, in_ms(time.perf_counter() - started)
@@ -15978,7 +16001,7 @@ class Console:
         page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
         names = {self.env.directory.id: "Directory", **page}
         second = min(self.changed, int(time.monotonic()))
-        facts, took = self.count_all(second, *page)
+        facts, took = self.all_facts(tuple(page), second)
         rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
                 for id, name in page.items()]
         first = self.object_row(self.env.directory, "Directory", {})
@@ -16010,22 +16033,22 @@ class Console:
     # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
     # stands in it is a percentage of the plane's width; all others together are at 90
 
-    PLACES = (10, 30, 50, 70)
+    POSITIONS = (10, 30, 50, 70)
 
     def drawing(self, rows, all):
         """Both planes, and the way of each request of late."""
         nodes = [{**row, "at": at, "short": shortened(row["name"])}
-                 for at, row in zip(self.PLACES, rows)]
-        places = {node["id"]: node["at"] for node in nodes}
-        trips = [self.trip_row(trip, places) for trip in [*self.trace.trips]]
+                 for at, row in zip(self.POSITIONS, rows)]
+        positions = {node["id"]: node["at"] for node in nodes}
+        trips = [self.trip_row(trip, positions) for trip in [*self.trace.trips]]
         stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
         paths = stopped[-1:] + trips[-3:]
         return {"node": nodes, "others": all - len(nodes), "way": paths,
                 "tall_way": paths, "trip": trips[::-1], "none": not trips}
 
-    def trip_row(self, trip, places):
+    def trip_row(self, trip, positions):
         return {**vars(trip), **verdict_of(trip), "kind": kind_of(trip),
-                "at": places.get(trip.legs[-1].id, 90),
+                "at": positions.get(trip.legs[-1].id, 90),
                 "leg": [{**leg._asdict(), "cached": not leg.calls,
                          "code": code_of(leg, trip)} for leg in trip.legs]}
 

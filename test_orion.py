@@ -8567,12 +8567,12 @@ def test_of_very_many_members_the_first_are_told(start, monkeypatch):
 
 
 def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
-    lists = orion.Lists()
+    lists = orion.MemberLists()
     lists.MOST = 3
     same = lists.put("a", [("bob", "owner"), ("carol", "member")])
     assert lists.put("a", [["bob", "owner"], ["carol", "member"]]) is same and lists.size == 2
     lists.put("b", [("bob", "owner"), ("erin", "viewer")])
-    assert [*lists.lists] == ["b"] and lists.size == 2
+    assert [*lists.by_id] == ["b"] and lists.size == 2
 
 
 # ==== 38. Assets, 39. Brand ===========================================================================================
@@ -12248,7 +12248,7 @@ def test_a_workspace_whose_node_says_no_is_not_founded(doomed):
 
 
 def test_a_founding_that_was_cut_short_lets_nobody_in_and_its_name_can_be_freed(doomed, monkeypatch):
-    monkeypatch.setattr(orion.PlacesFiles, "settle", lambda *_: None)
+    monkeypatch.setattr(orion.PlacesFiles, "make_on_node", lambda *_: None)
     name = doomed.found()
     monkeypatch.undo()
     person = Person(doomed.directory)
@@ -13171,7 +13171,7 @@ def test_members_that_a_node_asked_for_while_they_changed_are_asked_for_again(mo
 
     def ask(settings, place, question, patience):
         before = {"a": [*rows]}
-        if not lists.lists:                              # the answer is on its way; meanwhile it becomes an old one
+        if not lists.by_id:                              # the answer is on its way; meanwhile it becomes an old one
             rows.append(["carol", "member"])
             lists.refresh(2)
         return before
@@ -13377,7 +13377,7 @@ def test_a_page_of_history_looks_at_a_bounded_stretch_of_the_journal_by_its_ids(
         db.executemany("INSERT INTO journal (at, who, what, which) VALUES (?, ?, 'todos.create', ?)",
                        [(time.time(), "zed" if n == 5 else "bob", f"{n} t{n}") for n in range(100_000)])
     told, query = acts(bob), ""
-    assert told[0] == 'bob added "t99999"' and len(told) == orion.NOTES_A_PAGE
+    assert told[0] == 'bob added "t99999"' and len(told) == orion.ENTRIES_A_PAGE
     older = re.search(r'href="\?(before=\d+)">Older', bob.get("/w/acme/history").text)[1]
     assert acts(bob, f"?{older}")[0] == 'bob added "t99949"'
     for stretches in range(11):
@@ -13387,7 +13387,7 @@ def test_a_page_of_history_looks_at_a_bounded_stretch_of_the_journal_by_its_ids(
             break
         query = found[1]
     assert "t5" in page and stretches == 10 - 1
-    for sql in (orion.NOTES.format("who = ?"), orion.CHOICES.format("who = ?")):
+    for sql in (orion.ENTRIES.format("who = ?"), orion.CHOICES.format("who = ?")):
         plan = [row["detail"] for row in store.query(f"EXPLAIN QUERY PLAN {sql}", *"1" * sql.count("?"))]
         assert plan[0].startswith("SEARCH journal USING INTEGER PRIMARY KEY (rowid>?"), plan
     bob.get("/w/acme/history?before=1")
@@ -14742,7 +14742,7 @@ def test_the_table_of_methods_to_which_several_sections_add_is_true():
 
 
 def test_an_addition_that_does_not_ask_what_was_there_before_hides_no_other():
-    other_machine = "GuardedNamespace.settle"                       # one does nothing, and the other asks a node
+    other_machine = "GuardedNamespace.make_on_node"                       # one does nothing, and the other asks a node
     assert not [(name, rows) for name, rows in adding_sections().items() if not all(asks for _, asks in rows[1:]) and name != other_machine]
 
 
