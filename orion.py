@@ -6554,10 +6554,10 @@ def create_workspace_with_file(request, env):
 #     To run it        51 Quotas  52 Memory  53 Figures
 #     A deployment     54 Copies  55 Snapshots  56 Check and repair  57 Exports
 #                      58 Member verbs  59 Own workspaces  60 Single  61 Nodes  62 Proxy
-#     More for slices  63 Public routes  64 Member lists  65 Uploads  66 Stored files
-#                      67 Tokens  68 Repeats  69 History
-#     For its author   70 Console  71 Own options  72 Development  73 Testing
-#     At night         74 More figures
+#                      63 More figures
+#     More for slices  64 Public routes  65 Member lists  66 Uploads  67 Stored files
+#                      68 Tokens  69 Repeats  70 History
+#     For its author   71 Console  72 Own options  73 Development  74 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -6582,14 +6582,14 @@ def create_workspace_with_file(request, env):
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
 #
-#     EdgeDirectory.say           46 49 51 61 70    what a verdict says
-#     EdgeDirectory.each_second   43 45 46 47 67    what changed, and what is over
-#     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 69
-#     LoopEdge.decide             29 63 64          whom a request is for
-#     LoopEdge.refusal            44 63 65 67       how a browser or a program is told no
-#     LoopEdge.tick               42 48 53 70       and LoopEdge.chores: 41 52 53 55 57 59
-#     Broker.look_elsewhere       64 70 71          what other processes may have changed
-#     SliceHost.call              67 68             a route, with its transaction
+#     EdgeDirectory.say           46 49 51 61 71    what a verdict says
+#     EdgeDirectory.each_second   43 45 46 47 68    what changed, and what is over
+#     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 70
+#     LoopEdge.decide             29 64 65          whom a request is for
+#     LoopEdge.refusal            44 64 66 68       how a browser or a program is told no
+#     LoopEdge.tick               42 48 53 71       and LoopEdge.chores: 41 52 53 55 57 59
+#     Broker.look_elsewhere       65 71 72          what other processes may have changed
+#     SliceHost.call              68 69             a route, with its transaction
 #
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
@@ -6886,7 +6886,7 @@ class Settings(NamedTuple):
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Any = None                                    # section 39
-    options: Sequence[Any] = ()                          # of the app; section 71
+    options: Sequence[Any] = ()                          # of the app; section 72
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -6925,7 +6925,7 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 @dataclasses.dataclass
 class FullEnv(Env):
     """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 63)."""
+    begins. public returns the path of a route that is for anybody (section 64)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -7559,7 +7559,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
     standard error. assets: a folder (section 38). brand: see section 39.
 
-    The rest is in section 71. options and commands of the app are on the command line, too.
+    The rest is in section 72. options and commands of the app are on the command line, too.
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
@@ -9518,7 +9518,7 @@ class KnowsJobs(QuickRouter):
 
     def key_of(self, slice, job, key) -> str:
         """Return a key as the table has it. It is of the slice that enqueues the job; what
-        an app enqueues (section 71) is of the job's slice."""
+        an app enqueues (section 72) is of the job's slice."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -10919,7 +10919,7 @@ class TellsWhoIsHere(Broker):
             self.in_turns(streams, self.show_here, self.here[id])
 
     def show_here(self, stream, piece):
-        """Section 67 shows it to people alone."""
+        """Section 68 shows it to people alone."""
         if stream.channels and self.told.get(stream) != piece.etag:
             self.told[stream] = piece.etag
             stream.show("here", piece)
@@ -13649,9 +13649,103 @@ def listening_at(where):
     return [where]
 
 
+# ==== 63. More figures ====================================================================
+# The idea: what is not well with some of many workspaces: which are full, whose jobs are
+#   late or given up, whose file is older than this program, which are on their way. And
+#   which nodes answer.
+# It promises: to ask for it opens no file. What is in those that sleep was noted when the
+#   server started, or when they were open.
+# It needs: 42 Jobs, 51 Quotas, 53 Figures, 55 Snapshots, 56 Check and repair, 61 Nodes.
+
+@addition
+class NotesFiles(Alarms):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.given_up: Dict[str, int] = {}               # by id, how many jobs, if any
+        self.behind = set()                              # ids: migrations are to come
+
+    @functools.cached_property
+    def schema(self):
+        return schema_of(self.namespace.settings, "")
+
+    def look_into(self, id, db):
+        self.behind.add(id)                              # first: it may be opened just now
+        ran = dict(db.execute("SELECT slice, count(*) FROM _migrations GROUP BY slice"))
+        if all([ran.get(slice, 0) >= len(entries) for slice, entries in self.schema]):
+            self.behind.discard(id)
+        self.note_given_up(id, db.execute(GIVEN_UP).fetchone()[0])
+        super().look_into(id, db)
+
+    def note_given_up(self, id, many):
+        self.given_up.pop(id, None)
+        if many:
+            self.given_up[id] = many
+
+
+GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
+
+
+@addition
+class NotesItself(Broadcast):
+    def own_due(self, request):
+        """Asked when it was opened, and after each job."""
+        alarms = self.namespace.alarms
+        alarms.behind.discard(self.id)
+        alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
+        return super().own_due(request)
+
+
+@addition
+class KnowsPlaces(EdgeDirectory):
+    def own_places(self, request):
+        many = dict(self.store.query("SELECT moving, count(*) FROM workspaces WHERE moving "
+                                     "> 0 GROUP BY moving"))
+        nodes = self.store.query("SELECT address FROM nodes")
+        return {"away": {name: many.get(state, 0) for name, state in AWAY.items()},
+                "nodes": [row["address"] for row in nodes]}
+
+
+AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
+
+
+def answers(settings, node) -> int:
+    """Return 1 if a node answers, in a second, what it says to its directory alone."""
+    question = Request("GET", f"/_node/{'0' * 64}/has")
+    return int(outcome(ask_process, settings, node, question, 1.0) is False)
+
+
+@addition
+class TellsMore(LoopEdge):
+    def text(self):
+        text = Template(TEMPLATES / "more.txt")
+        return super().text() + text(**self.work(), **self.places()) + "\n"
+
+    def work(self):
+        now = time.time()
+        late = [now - due for due in [*self.alarms.due.values()] if due < now]
+        open = self.env.workspaces.everybody()
+        used = {one.id: bytes_in(self.env.workspaces.path(one.id)) / one.quota
+                for one in open if getattr(one, "quota", 0)}
+        return {"due": len(late), "late": max(late, default=0.0),
+                "behind": len(self.alarms.behind),
+                **self.of_leaders(used=used, given_up=dict(self.alarms.given_up))}
+
+    def places(self):
+        """As the Directory knows them. A node has none, and asks for none."""
+        said = None
+        if self.settings.plane != "data":
+            said = outcome(self.env.directory.ask, "/_places")
+        if not isinstance(said, dict):                   # the other figures do without
+            said = {"away": {}, "nodes": []}
+        ask = functools.partial(answers, self.settings)
+        up = in_two_threads(ask, said["nodes"])
+        return {"away": labelled(said["away"]),
+                "node": labelled(dict(zip(said["nodes"], up)))}
+
+
 # #### More for slices #####################################################################
 
-# ==== 63. Public routes ===================================================================
+# ==== 64. Public routes ===================================================================
 # The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
 #   address at which another service calls (a webhook). The gate lets them in by the slice's
 #   word.
@@ -13804,7 +13898,7 @@ def open_to_anybody(env):
 PLAIN.append(open_to_anybody)
 
 
-# ==== 64. Member lists ====================================================================
+# ==== 65. Member lists ====================================================================
 # The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
 #   to know; here its file is read, from a connection of its own. On a node, copies are
 #   kept, and asked for anew when the Directory has changed.
@@ -14023,7 +14117,7 @@ class PreparesMembers(LoopEdge):
         return decided
 
 
-# ==== 65. Uploads =========================================================================
+# ==== 66. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
 #   reads the socket, and hands what has come to a thread, which writes it; until then the
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
@@ -14472,7 +14566,7 @@ def check_uploads(settings: Settings) -> None:
 CHECKS.append(check_uploads)
 
 
-# ==== 66. Stored files ====================================================================
+# ==== 67. Stored files ====================================================================
 # The idea: a file is rows of the tenant's own database: one that describes it, and one for
 #   each piece. So it is written by the command's own transaction; the quota counts it, and
 #   snapshots, exports and moves have it.
@@ -14480,7 +14574,7 @@ CHECKS.append(check_uploads)
 #   holds up nobody. What a browser could run it saves instead, and does not open; what it
 #   opens it runs in a sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
-# It needs: 65 Uploads.
+# It needs: 66 Uploads.
 
 FILE_TABLES = (
     "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
@@ -14672,7 +14766,7 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 67. Tokens ==========================================================================
+# ==== 68. Tokens ==========================================================================
 # The idea: a program comes with a token that a member made, in the header Authorization
 #   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
 #   write as well. A program is answered with data, at the addresses of the pages.
@@ -15056,14 +15150,14 @@ def refuse_tokens(env):
 PLAIN.append(refuse_tokens)
 
 
-# ==== 68. Repeats =========================================================================
+# ==== 69. Repeats =========================================================================
 # The idea: a command may be sent again, because its answer was lost or a button was pressed
 #   twice; and a page may be left open while somebody else signs in. What comes with a key,
 #   or from a form with a stamp, is done once.
 # It promises: who sends a command again within ten minutes gets its first answer. Nothing
 #   is done from a page that was made for another account.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 67 Tokens. What a program was told is what is kept.
+# It stands behind: 68 Tokens. What a program was told is what is kept.
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
@@ -15227,7 +15321,7 @@ class RefusesOldPages(SliceHost):
         super().permit(viewer, route, request)
 
 
-# ==== 69. History =========================================================================
+# ==== 70. History =========================================================================
 # The idea: the journal, in which each write leaves a row, is a page: who did what, the
 #   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
 #   Directory one of its members, for each has a journal of its own. What a command removes
@@ -15585,7 +15679,7 @@ class TellsMembersHistory(EdgeDirectory):
 
 # #### For its author ######################################################################
 
-# ==== 70. Console =========================================================================
+# ==== 71. Console =========================================================================
 # The idea: the running server seen from the inside: both planes, each request on its way,
 #   each store call as it lands. The console is asked like an object and streamed like a
 #   region, but it has no store: what it shows is read from the objects that run. Beside
@@ -15594,7 +15688,7 @@ class TellsMembersHistory(EdgeDirectory):
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 68 Repeats.
+# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 69 Repeats.
 
 # -- notes: what happened
 
@@ -16222,13 +16316,13 @@ class CountsConsoles(Broker):
             super().look_elsewhere()
 
 
-# ==== 71. Own options =====================================================================
+# ==== 72. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 42 Jobs.
-# It stands behind: 70 Console. It changes the store that this made.
+# It stands behind: 71 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -16567,7 +16661,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 72. Development =====================================================================
+# ==== 73. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -17002,13 +17096,13 @@ class DevBroker(Broker):
         super().published(id, topic)
 
 
-# ==== 73. Testing =========================================================================
+# ==== 74. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 33 Page checks, 42 Jobs, 57 Exports, 65 Uploads, 71 Own options.
+# It needs: 33 Page checks, 42 Jobs, 57 Exports, 66 Uploads, 72 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -17211,7 +17305,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 71."""
+    """An app in a test: see testing(). It is an App, too: see section 72."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call
@@ -17345,102 +17439,6 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
-
-
-# #### At night ############################################################################
-
-# ==== 74. More figures ====================================================================
-# The idea: what is not well with some of many workspaces: which are full, whose jobs are
-#   late or given up, whose file is older than this program, which are on their way. And
-#   which nodes answer.
-# It promises: to ask for it opens no file. What is in those that sleep was noted when the
-#   server started, or when they were open.
-# It needs: 42 Jobs, 51 Quotas, 53 Figures, 55 Snapshots, 56 Check and repair, 61 Nodes.
-
-@addition
-class NotesFiles(Alarms):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.given_up: Dict[str, int] = {}               # by id, how many jobs, if any
-        self.behind = set()                              # ids: migrations are to come
-
-    @functools.cached_property
-    def schema(self):
-        return schema_of(self.namespace.settings, "")
-
-    def look_into(self, id, db):
-        self.behind.add(id)                              # first: it may be opened just now
-        ran = dict(db.execute("SELECT slice, count(*) FROM _migrations GROUP BY slice"))
-        if all([ran.get(slice, 0) >= len(entries) for slice, entries in self.schema]):
-            self.behind.discard(id)
-        self.note_given_up(id, db.execute(GIVEN_UP).fetchone()[0])
-        super().look_into(id, db)
-
-    def note_given_up(self, id, many):
-        self.given_up.pop(id, None)
-        if many:
-            self.given_up[id] = many
-
-
-GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
-
-
-@addition
-class NotesItself(Broadcast):
-    def own_due(self, request):
-        """Asked when it was opened, and after each job."""
-        alarms = self.namespace.alarms
-        alarms.behind.discard(self.id)
-        alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
-        return super().own_due(request)
-
-
-@addition
-class KnowsPlaces(EdgeDirectory):
-    def own_places(self, request):
-        many = dict(self.store.query("SELECT moving, count(*) FROM workspaces WHERE moving "
-                                     "> 0 GROUP BY moving"))
-        nodes = self.store.query("SELECT address FROM nodes")
-        return {"away": {name: many.get(state, 0) for name, state in AWAY.items()},
-                "nodes": [row["address"] for row in nodes]}
-
-
-AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
-
-
-def answers(settings, node) -> int:
-    """Return 1 if a node answers, in a second, what it says to its directory alone."""
-    question = Request("GET", f"/_node/{'0' * 64}/has")
-    return int(outcome(ask_process, settings, node, question, 1.0) is False)
-
-
-@addition
-class TellsMore(LoopEdge):
-    def text(self):
-        text = Template(TEMPLATES / "more.txt")
-        return super().text() + text(**self.work(), **self.places()) + "\n"
-
-    def work(self):
-        now = time.time()
-        late = [now - due for due in [*self.alarms.due.values()] if due < now]
-        open = self.env.workspaces.everybody()
-        used = {one.id: bytes_in(self.env.workspaces.path(one.id)) / one.quota
-                for one in open if getattr(one, "quota", 0)}
-        return {"due": len(late), "late": max(late, default=0.0),
-                "behind": len(self.alarms.behind),
-                **self.of_leaders(used=used, given_up=dict(self.alarms.given_up))}
-
-    def places(self):
-        """As the Directory knows them. A node has none, and asks for none."""
-        said = None
-        if self.settings.plane != "data":
-            said = outcome(self.env.directory.ask, "/_places")
-        if not isinstance(said, dict):                   # the other figures do without
-            said = {"away": {}, "nodes": []}
-        ask = functools.partial(answers, self.settings)
-        up = in_two_threads(ask, said["nodes"])
-        return {"away": labelled(said["away"]),
-                "node": labelled(dict(zip(said["nodes"], up)))}
 
 
 if __name__ == "__main__":

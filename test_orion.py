@@ -8109,7 +8109,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 36. Ordinary pages, 63. Public routes, 64. Member lists =========================================================
+# ==== 36. Ordinary pages, 64. Public routes, 65. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -12367,7 +12367,67 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 65. Uploads, 66. Stored files ===================================================================================
+# ==== 63. More figures ================================================================================================
+
+def test_the_figures_tell_how_full_a_workspace_is(start):
+    server = start(quota=2 ** 20)
+    Person(server, "bob").post("/w/acme/todos", title="so that it hears of its quota")
+    now = figures(server)
+    assert now['orion_workspace_quota_ratio{workspace="acme"}'] == now['orion_workspace_bytes{workspace="acme"}'] / 2 ** 20 > 0
+
+
+def test_jobs_that_were_given_up_are_counted_after_a_restart_too_and_until_they_are_done(office, start, monkeypatch):
+    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
+    given_up = 'orion_jobs_given_up{workspace="acme"}'
+    office.write_letter(text="fail")
+    eventually(lambda: figures(office).get(given_up) == 1)
+    office.close()
+    server = start((orion.todos, letters))
+    assert figures(server)[given_up] == 1 and not server.env.workspaces.objects
+    with contextlib.closing(server.store("acme")) as db, db:
+        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
+    assert Person(server, "bob", datastar=True).post("/console/retry", workspace="acme").status == 204
+    eventually(lambda: given_up not in figures(server))
+
+
+def test_the_figures_tell_since_when_a_job_is_due_that_has_not_begun(office):
+    alarms = office.env.workspaces.alarms
+    for _ in range(alarms.AT_ONCE):
+        alarms.free.acquire()                        # as if so many others were at work
+    office.write_letter(text="late", after=-60), office.write_letter(text="later", after=3600)
+    now = figures(office)
+    assert now["orion_jobs_due"] == 1 and 60 <= now["orion_longest_job_delay_seconds"] < 60 + PATIENCE
+    for _ in range(alarms.AT_ONCE):
+        alarms.free.release()
+    eventually(lambda: figures(office)["orion_jobs_due"] == 0)
+
+
+def test_workspaces_whose_file_is_older_than_the_program_are_counted_until_they_are_opened(server, start):
+    assert figures(server)["orion_workspaces_behind"] == 0
+    server.close()
+    newer = start((orion.todos, letters))
+    assert figures(newer)["orion_workspaces_behind"] == 3 and not newer.env.workspaces.objects
+    assert Person(newer, "bob").get("/w/acme/letters").status == 200
+    assert figures(newer)["orion_workspaces_behind"] == 2
+
+
+def test_workspaces_that_nobody_can_enter_are_counted_by_what_becomes_of_them(server):
+    for state, name in ((orion.MOVES, "acme"), (orion.DELETED, "globex")):
+        server.write("UPDATE workspaces SET moving = ? WHERE name = ?", state, name)
+    away = {name: value for name, value in figures(server).items() if "_away" in name}
+    assert away == {f'orion_workspaces_away{{state="{state}"}}': value for state, value in (("moving", 1), ("going", 0), ("deleted", 1))}
+
+
+def test_a_directory_tells_which_nodes_answer_it_and_what_becomes_of_workspaces_and_a_node_what_it_has(doomed):
+    one, two = doomed.nodes
+    up = lambda: [figures(doomed.directory)[f'orion_node_up{{node="{node.address}"}}'] for node in (one, two)]
+    assert up() == [1, 1]
+    one.close()
+    assert up() == [0, 1] and figures(doomed.directory)['orion_workspaces_away{state="moving"}'] == 0
+    assert not [name for name in figures(two) if "_away" in name or "node_up" in name] and figures(two)["orion_workspaces_behind"] == 0
+
+
+# ==== 66. Uploads, 67. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -12838,7 +12898,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 67. Tokens ======================================================================================================
+# ==== 68. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13274,7 +13334,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 69. History =====================================================================================================
+# ==== 70. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -13602,7 +13662,7 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
-# ==== 70. Console: notes ==============================================================================================
+# ==== 71. Console: notes ==============================================================================================
 
 @pytest.fixture
 def traced(tmp_path):
@@ -13658,7 +13718,7 @@ def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(trac
     assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
 
 
-# ==== 70. Console =====================================================================================================
+# ==== 71. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -14000,7 +14060,7 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
     assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
 
 
-# ==== 71. Own options =================================================================================================
+# ==== 72. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -14163,7 +14223,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
 
 
-# ==== 72. Development =================================================================================================
+# ==== 73. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -14371,7 +14431,7 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
-# ==== 73. Testing =====================================================================================================
+# ==== 74. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
@@ -14764,66 +14824,6 @@ def test_a_section_that_needs_another_says_so(title):
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound | asked
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
     assert needs <= needed(title) <= {*found}
-
-
-# ==== 74. More figures ================================================================================================
-
-def test_the_figures_tell_how_full_a_workspace_is(start):
-    server = start(quota=2 ** 20)
-    Person(server, "bob").post("/w/acme/todos", title="so that it hears of its quota")
-    now = figures(server)
-    assert now['orion_workspace_quota_ratio{workspace="acme"}'] == now['orion_workspace_bytes{workspace="acme"}'] / 2 ** 20 > 0
-
-
-def test_jobs_that_were_given_up_are_counted_after_a_restart_too_and_until_they_are_done(office, start, monkeypatch):
-    monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
-    given_up = 'orion_jobs_given_up{workspace="acme"}'
-    office.write_letter(text="fail")
-    eventually(lambda: figures(office).get(given_up) == 1)
-    office.close()
-    server = start((orion.todos, letters))
-    assert figures(server)[given_up] == 1 and not server.env.workspaces.objects
-    with contextlib.closing(server.store("acme")) as db, db:
-        db.execute("UPDATE jobs SET args = ?", (json.dumps({"text": "at last"}),))
-    assert Person(server, "bob", datastar=True).post("/console/retry", workspace="acme").status == 204
-    eventually(lambda: given_up not in figures(server))
-
-
-def test_the_figures_tell_since_when_a_job_is_due_that_has_not_begun(office):
-    alarms = office.env.workspaces.alarms
-    for _ in range(alarms.AT_ONCE):
-        alarms.free.acquire()                        # as if so many others were at work
-    office.write_letter(text="late", after=-60), office.write_letter(text="later", after=3600)
-    now = figures(office)
-    assert now["orion_jobs_due"] == 1 and 60 <= now["orion_longest_job_delay_seconds"] < 60 + PATIENCE
-    for _ in range(alarms.AT_ONCE):
-        alarms.free.release()
-    eventually(lambda: figures(office)["orion_jobs_due"] == 0)
-
-
-def test_workspaces_whose_file_is_older_than_the_program_are_counted_until_they_are_opened(server, start):
-    assert figures(server)["orion_workspaces_behind"] == 0
-    server.close()
-    newer = start((orion.todos, letters))
-    assert figures(newer)["orion_workspaces_behind"] == 3 and not newer.env.workspaces.objects
-    assert Person(newer, "bob").get("/w/acme/letters").status == 200
-    assert figures(newer)["orion_workspaces_behind"] == 2
-
-
-def test_workspaces_that_nobody_can_enter_are_counted_by_what_becomes_of_them(server):
-    for state, name in ((orion.MOVES, "acme"), (orion.DELETED, "globex")):
-        server.write("UPDATE workspaces SET moving = ? WHERE name = ?", state, name)
-    away = {name: value for name, value in figures(server).items() if "_away" in name}
-    assert away == {f'orion_workspaces_away{{state="{state}"}}': value for state, value in (("moving", 1), ("going", 0), ("deleted", 1))}
-
-
-def test_a_directory_tells_which_nodes_answer_it_and_what_becomes_of_workspaces_and_a_node_what_it_has(doomed):
-    one, two = doomed.nodes
-    up = lambda: [figures(doomed.directory)[f'orion_node_up{{node="{node.address}"}}'] for node in (one, two)]
-    assert up() == [1, 1]
-    one.close()
-    assert up() == [0, 1] and figures(doomed.directory)['orion_workspaces_away{state="moving"}'] == 0
-    assert not [name for name in figures(two) if "_away" in name or "node_up" in name] and figures(two)["orion_workspaces_behind"] == 0
 
 
 # #### In the browser ##################################################################################################
