@@ -302,6 +302,11 @@ class Refused(Exception):
     def __str__(self):
         return self.message
 
+    @property
+    def signals(self) -> Dict[str, str]:
+        """What the page shows of it."""
+        return {self.signal: self.message, **self.problems}
+
 
 NOT_IN_A_VALUE = re.compile(r"[^\t -~\x80-\xff]")        # RFC 9110, 5.5
 
@@ -1524,7 +1529,7 @@ class SliceHost(DurableObject):
     def refuse(self, request, refused):
         """Show what is wrong with the input where it was typed, or raise refused."""
         if request.datastar and refused.status in (409, 422):
-            return as_json({refused.signal: refused.message, **refused.problems})
+            return as_json(refused.signals)
         raise refused
 
     def after_form(self, ctx: Context, signals: Dict[str, Any]) -> Response:
@@ -3629,6 +3634,12 @@ def identity(path) -> Tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def connected_to_read(path, how="", **options):
+    """how: more of the URI (sqlite.org/uri.html). options: what connect() takes."""
+    uri = f"{path.absolute().as_uri()}?mode=ro{how}"
+    return sqlite3.connect(uri, uri=True, **options)
+
+
 def mark_of(id) -> int:
     """A number in the file that says whose it is."""
     return zlib.crc32(id.encode()) >> 1
@@ -4825,9 +4836,8 @@ class Kept:
     def reopen(self, version):
         """The Directory's object has closed its file; another may be in its place."""
         self.close()
-        uri = f"{self.path.absolute().as_uri()}?mode=ro"
-        self.db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None,
-                                  check_same_thread=False)
+        self.db = connected_to_read(self.path, timeout=0, isolation_level=None,
+                                    check_same_thread=False)
         self.opened = version
 
     def close(self):
@@ -8464,6 +8474,7 @@ def show_flash(request, response, text):
                         undo=undo, undo_form={"undo": undo} if undo else None)
 
 
+
 def with_message(response, text, kind="flash", **more):
     return at_end(response, template(f"layout.{kind}")(text=text, **more))
 
@@ -8489,8 +8500,7 @@ class ShowsFormsAgain(SliceHost):
     def refuse(self, request, refused):
         """A plain form is shown again; a page forgets what it says of earlier mistakes."""
         if request.datastar and refused.status in (409, 422):
-            said = {refused.signal: refused.message, **refused.problems}
-            return as_json({**old_messages(request), **said})
+            return as_json({**old_messages(request), **refused.signals})
         if request.media_type in FORMS and refused.status in (409, 412, 422):
             return self.page_again(request, refused)
         raise refused
@@ -8529,6 +8539,14 @@ class ShowsFormsAgain(SliceHost):
             return path
         return "/" + path.split("/")[1]
 
+    def after_form(self, ctx, signals):
+        answer = super().after_form(ctx, signals)
+        if "note" not in signals:
+            return answer
+        path = dict(answer.headers)["location"]
+        flash = flash_header(path, signals["note"], signals)
+        return answer._replace(headers=(*answer.headers, flash))
+
 
 @addition
 class KnowsWhatWasTyped(Context):
@@ -8539,16 +8557,6 @@ class KnowsWhatWasTyped(Context):
         """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
         return self._request.typed if self._request else {}
 
-
-@addition
-class ShowsNotesAfterForms(SliceHost):
-    def after_form(self, ctx, signals):
-        answer = super().after_form(ctx, signals)
-        if "note" not in signals:
-            return answer
-        path = dict(answer.headers)["location"]
-        flash = flash_header(path, signals["note"], signals)
-        return answer._replace(headers=(*answer.headers, flash))
 
 
 @addition
@@ -8904,9 +8912,9 @@ def home_with_counts(request, env):
 
 @addition
 class KeepsCounts(GuardedNamespace):
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.counts: Dict[str, str] = {}                 # in words, by id; as last heard
+    @functools.cached_property
+    def counts(self):
+        return {}                                        # in words, by id; as last heard
 
 
 @addition
@@ -8956,9 +8964,9 @@ def home_stream(ctx):
 
 @addition
 class NotesWriting(GuardedNamespace):
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.uncounted = set()                           # ids of workspaces
+    @functools.cached_property
+    def uncounted(self):
+        return set()                                     # ids of workspaces
 
 
 @addition
@@ -8998,10 +9006,6 @@ class KnowsHomes(Broker):
 
 @addition
 class CountsForHomes(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.add_doors({"/live": lambda request, env: env.directory.fetch(request)})
-
     def chores(self):
         return [*super().chores(), (self.count_for_homes, 1.0)]
 
@@ -9061,10 +9065,8 @@ def as_it_lies(path: pathlib.Path):
     A file without a write-ahead log takes a quarter of the time: at a start it may be one
     of thousands. Whoever opens it just then sets its alarm.
     """
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    if with_wal(path) == [path]:
-        uri += "&immutable=1"
-    return contextlib.closing(sqlite3.connect(uri, uri=True))
+    as_it_lies = "&immutable=1" if with_wal(path) == [path] else ""
+    return contextlib.closing(connected_to_read(path, as_it_lies))
 
 
 def due_in(db: sqlite3.Connection, plans: Any = frozenset()) -> Optional[float]:
@@ -9988,6 +9990,13 @@ def proved(ctx):
     return name if stored and stored == ctx.request.headers.get("x-stored") else ""
 
 
+def refuse_guest(ctx, what):
+    """Raise Refused(403) for an operator who looks on in somebody's name."""
+    if ctx.viewer.signature != ctx.viewer.account:
+        raise Refused(403, f"You look on as {ctx.viewer.account}, and {what} would outlast "
+                           "that. End it first.")
+
+
 def account_meant(ctx):
     """Return the field account. Raises Refused(422) if there is none of this name."""
     name = account_name(ctx.field("account"))
@@ -10063,11 +10072,15 @@ def change_password(ctx):
     return see_other("/account")._replace(which=account)
 
 
+def my_digest(ctx) -> bytes:
+    """Return by what the table knows the viewer's session; b"": there is none."""
+    return bytes.fromhex(ctx.request.headers.get("x-session", ""))
+
+
 def store_password(ctx, account, hashed):
     """All other sessions of the account end."""
-    mine = bytes.fromhex(ctx.request.headers.get("x-session", ""))
     ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
-    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, mine)
+    end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, my_digest(ctx))
 
 
 DIRECTORY_SLICES.append(Slice("passwords", routes=(
@@ -10227,7 +10240,7 @@ def moment(seconds: float) -> Html:
 
 def account_page(ctx):
     """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
-    mine = bytes.fromhex(ctx.request.headers["x-session"])
+    mine = my_digest(ctx)
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
                            "ORDER BY created DESC LIMIT 100", account, account)
@@ -10243,16 +10256,16 @@ def account_page(ctx):
     return page("Account", body, ctx.viewer)
 
 
-CHOSEN = """(? = 'all' OR ? = 'others' AND hex(digest) <> upper(?)
-             OR substr(hex(digest), 1, 16) = upper(?))"""
+DIGEST_NAME = "lower(substr(hex(digest), 1, 16))"        # how a page calls a secret
 
 
 def choose_sessions(ctx):
     """End some. The field session is the name of one, or "all", or "others"."""
     which = ctx.field("session")
     account = ctx.viewer.account
-    mine = ctx.request.headers["x-session"]
-    end_sessions(ctx, f"{OWNED} AND {CHOSEN}", account, account, which, which, mine, which)
+    mine = ctx.request.headers["x-session"][:16]
+    how, name = {"all": ("<>", ""), "others": ("<>", mine)}.get(which, ("=", which))
+    end_sessions(ctx, f"{OWNED} AND {DIGEST_NAME} {how} ?", account, account, name)
     return see_other("/account")._replace(which=f"sessions: {which}"[:64])
 
 
@@ -10345,7 +10358,7 @@ def masquerade(ctx):
         raise Refused(403, "Only an operator of this server may do that: account add NAME "
                            "--operator makes one.")
     account = account_meant(ctx)
-    read_only = "writes" not in dict(ctx.sent)
+    read_only = not ctx.checked("writes")
     until = time.time() + MASQUERADE_SECONDS
     ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
     access_changed(ctx, session["account"])
@@ -10450,8 +10463,8 @@ GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS
                LEFT JOIN memberships m ON m.workspace = w.id AND m.account = l.maker
                LEFT JOIN sessions s ON s.digest = l.session AND s.operator IS NULL
                AND s.expires > ? WHERE l.digest = ? AND l.uses > 0 AND l.expires > ?"""
-LINKS_INTO = """SELECT lower(substr(hex(digest), 1, 16)) AS id, role, maker, uses, expires,
-                used_by FROM links WHERE workspace = ? AND expires > ? ORDER BY expires"""
+LINKS_INTO = f"""SELECT {DIGEST_NAME} AS id, role, maker, uses, expires, used_by FROM links
+                 WHERE workspace = ? AND expires > ? ORDER BY expires"""
 OLD_LINKS = """DELETE FROM links WHERE digest IN (SELECT digest FROM links
                WHERE expires <= ? LIMIT 100)"""
 NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
@@ -10459,13 +10472,6 @@ NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was n
 
 
 # -- to make a link
-
-def refuse_guest(ctx):
-    """Raise Refused(403) for an operator who looks on in somebody's name."""
-    if ctx.viewer.signature != ctx.viewer.account:
-        raise Refused(403, f"You look on as {ctx.viewer.account}, and a link would outlast "
-                           "that. End it first.")
-
 
 def add_link(store, kind, seconds, **row) -> str:
     """Return its secret."""
@@ -10488,7 +10494,7 @@ def new_link_page(ctx, secret, what, back, which):
 
 def make_link(ctx):
     """Make a link into this workspace. Fields: role, uses and days."""
-    refuse_guest(ctx)
+    refuse_guest(ctx, "a link")
     role = valid_role(ctx.field("role", "member"))
     uses = within("uses", ctx.number("uses", 1), MOST_USES)
     days = within("days", ctx.number("days", 7), LONGEST_LINK)
@@ -10516,8 +10522,8 @@ def within(name, number, most):
 def withdraw_link(ctx):
     """The field link is a part of its hash, as the members page has it."""
     link = ctx.field("link")[:16]
-    ctx.store.exec("DELETE FROM links WHERE workspace = ? AND substr(hex(digest), 1, 16) = "
-                   "upper(?)", ctx.viewer.id, link)
+    ctx.store.exec(f"DELETE FROM links WHERE workspace = ? AND {DIGEST_NAME} = ?",
+                   ctx.viewer.id, link)
     ctx.publish("members")
     return see_other(f"/w/{ctx.workspace}/members/links")._replace(
         which=f"{ctx.viewer.id} {link}")
@@ -10525,8 +10531,8 @@ def withdraw_link(ctx):
 
 def device_link(ctx):
     """Make a link that signs the viewer in elsewhere. The one before it is void."""
-    refuse_guest(ctx)
-    session = bytes.fromhex(ctx.request.headers["x-session"])
+    refuse_guest(ctx, "a link")
+    session = my_digest(ctx)
     ctx.store.exec("DELETE FROM links WHERE session = ?", session)
     secret = add_link(ctx.store, "device", 300, session=session)
     what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
@@ -10536,7 +10542,7 @@ def device_link(ctx):
 
 def password_link(ctx):
     """Make a link with which somebody sets a new password. The one before it is void."""
-    refuse_guest(ctx)
+    refuse_guest(ctx, "a link")
     maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
         raise Refused(403, "Only an operator of this server may do that. Ask one.")
@@ -10605,7 +10611,7 @@ def use_link(ctx):
         raise Refused(422, NO_LINK)
     if not ctx.field("how"):
         return page_of_link(ctx, secret)
-    refuse_guest(ctx)
+    refuse_guest(ctx, "a link")
     account = KINDS[link["kind"]].use(ctx, link)
     if account == ctx.viewer.account:
         answer = see_other(local_path(ctx.field("next", "/")))
@@ -11681,8 +11687,7 @@ def rebuild(index):
 def opened_to_read(path):
     """Connect to a database only to read it; close it after a with statement."""
     identity(path)
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    return contextlib.closing(sqlite3.connect(uri, uri=True))
+    return contextlib.closing(connected_to_read(path))
 
 
 def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> int:
@@ -13971,9 +13976,8 @@ class ListsOfFile(MemberLists):
         inode = identity(self.path)
         if self.inode != inode:
             self.close()
-            uri = f"{self.path.absolute().as_uri()}?mode=ro"
-            self.db = sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None,
-                                      check_same_thread=False)
+            self.db = connected_to_read(self.path, timeout=1, isolation_level=None,
+                                        check_same_thread=False)
             self.inode = inode
         return inode, self.db.execute("PRAGMA data_version").fetchone()[0]
 
@@ -14987,9 +14991,7 @@ def make_token(ctx):
 
 def check_token(ctx, name, how, row):
     """row: of the membership. Raise Refused if there can be no such token."""
-    if ctx.viewer.signature != ctx.viewer.account:
-        raise Refused(403, "You look on in somebody's name, and a token would outlast "
-                           "that. They can make one themselves.")
+    refuse_guest(ctx, "a token")
     if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
         raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
     if row is None or how not in ("read", "write"):
@@ -17175,8 +17177,7 @@ def replied(response: Response) -> Reply:
 
 
 def replied_no(no: Refused) -> Reply:
-    shown = no.status in (409, 422)                      # in the page
-    signals = {no.signal: no.message, **no.problems} if shown else {}
+    signals = no.signals if no.status in (409, 422) else {}
     return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
 
