@@ -2,7 +2,7 @@
 """orion: a live, multi-tenant web server in one file, on the standard library alone.
 
     python3 orion.py           serves on http://127.0.0.1:8000, with a demo to click through
-    python3 orion.py --plain   serves by Part One of this file: a thread for each browser
+    python3 orion.py --plain   serves by the edge of Part One: a thread for each browser
 
 Teams share pages. When somebody changes a page, everybody who looks at it sees the change
 at once; and no team can see a row of another. A team is called a workspace here. This is
@@ -44,16 +44,21 @@ The words. Where one has a second meaning, it is said here:
     grant       a permission: "todos:delete". A role is a name for a set of grants.
     viewer      an account inside a workspace, with its role and grants. One of the roles
                 is also called "viewer": those who may only read.
-    owner       a role; of a table it is the slice whose migration made it
-    verdict     the answer of the Directory's gate: 200 and the viewer, or 401, or 403
+    gate        where the Directory says who may enter a workspace. Its answer is called a
+                verdict: 200 and the viewer, or 401, 403, 503.
+    plane       a kind of work, with the objects that do it: the control plane, the data
+                plane
     edge        the part that knows sockets
     object      one SQLite file and one lock: a Workspace, or the Directory. Others hold
-                only a stub, its address.
+                only a stub, its address. One that runs slices is called their host; the
+                header Host names a server.
     turn        the lock of an object. One thread at a time holds it; the others wait.
     door        a function that answers one path outside of the workspaces: "/healthz"
     slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
-    command     a request that may write: POST, PUT, PATCH, DELETE
+    command     a request that may write: POST, PUT, PATCH, DELETE. What it wrote, and who
+                sent it, stands in a journal [2].
+    signal      a value in the page that an expression there, or an answer, can set
     topic       what a command publishes and a region listens to: "todos"
     stream      an answer that stays open and carries the regions of a page again after each
                 change; what it sends each time is called a frame
@@ -61,11 +66,11 @@ The words. Where one has a second meaning, it is said here:
                 same role and ask with the same parameters; or for one account
 
 The file has three parts; its markup, style and script are in the folder templates/. Part
-One is the architecture. It is complete: cut out, it runs without the other two, and --plain
-serves by it, with what Part Three adds to its classes. Part Two replaces the place where
-connections and streams are held, to serve thousands of them. Part Three is what a product
-needs around it. To know how it works, read Part One, and stop at its last line. What stands
-there for the other parts only is marked: [2], [3].
+One is the architecture. It is complete: in a file of its own it runs without the other two.
+(--plain serves by its edge, with what the others add to its classes.) Part Two replaces the
+place where connections and streams are held, to serve thousands of them. Part Three is what
+a product needs around it. To know how it works, read Part One, and stop at its last line.
+What stands there for the other parts only is marked: [2], [3].
 """
 from __future__ import annotations
 
@@ -2656,6 +2661,16 @@ def refusal(request: Request, error: BaseException) -> Response:
     return Response(no.status, text, headers=no.headers)
 
 
+def as_refused(request, error):
+    """Return the no that an error is. What is our own fault goes to the log."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, UnicodeEncodeError):            # half a character, written in JSON
+        return Refused(400, "There is a character in this that is none. Type it again.")
+    log_error(f"{request.method} {request.path}", error)
+    return Refused(500, "Something went wrong on our side; it is in the log. Try again.")
+
+
 def error_page(request, no):
     """A path that takes commands alone leads to the page above it."""
     if no.status == 405 and request.method in SAFE and request.path != "/":
@@ -2679,7 +2694,8 @@ def told(no: Refused) -> Dict[str, Any]:
 
 
 GOODBYES = {401: "signed_out", 403: "no_entry", 404: "gone", 412: "other_account"}
-NOT_CURRENT = b"event: datastar-stale\nretry: 5000\ndata: version old\n\n"     # in ms
+# It patches nothing; the layout shows it. retry is in ms.
+NOT_CURRENT = b"event: datastar-stale\nretry: 5000\ndata: version old\n\n"
 
 
 def last_frame(no: Refused) -> bytes:
@@ -2691,15 +2707,6 @@ def last_frame(no: Refused) -> bytes:
         farewell = template(f"goodbye.{GOODBYES[no.status]}")
         return event("elements", farewell(message=no.message))
     return NOT_CURRENT if no.status == 500 else b""
-
-
-def as_refused(request, error):
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, UnicodeEncodeError):            # half a character, written in JSON
-        return Refused(400, "There is a character in this that is none. Type it again.")
-    log_error(f"{request.method} {request.path}", error)
-    return Refused(500, "Something went wrong on our side; it is in the log. Try again.")
 
 
 def headers_of(response: Response) -> Dict[str, str]:
@@ -2726,10 +2733,10 @@ class PlainHandler(BaseHTTPRequestHandler):
         try:
             request = self.request_of()
             response = respond(request, self.server.env)
-        except Refused as no:                            # where the next begins is unknown
-            self.close_connection = True
+        except Refused as no:
+            self.close_connection = True                 # who knows where the next begins
             response = refusal(request, no)
-        if response.watch and self.command == "GET":
+        if response.watch and self.command == "GET":     # request.method is GET for HEAD
             return self.hold(request, response)
         self.begin(response)
         if self.command != "HEAD":
@@ -2758,8 +2765,11 @@ class PlainHandler(BaseHTTPRequestHandler):
             raise Refused(400, "The body is shorter than its Content-Length.")
         path, _, query = self.requestline.split()[1].partition("?")
         method = "GET" if self.command == "HEAD" else self.command
-        return Request(method, plain_path(path), query, headers, body,
-                       self.client_address[0])
+        request = Request(method, plain_path(path), query, headers, body,
+                          self.client_address[0])
+        if request.stream and self.request_version == "HTTP/1.0":
+            raise Refused(505, "A stream is sent in chunks, so it needs HTTP/1.1.")
+        return request
 
     def begin(self, response):
         self.send_response(response.status)
@@ -2946,8 +2956,8 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
                  keys_in: Callable[[pathlib.Path], Any] = read_keys) -> Env:
     """The two planes of this part: one Directory, and a Workspace for each team.
 
-    whole(class) returns what is built in its place, and keys_in(file) the keys. [3] adds to
-    the classes, and asks more of the file.
+    whole and keys_in are for [3], which adds to the classes, and asks more of the file of
+    the keys. Read whole(Workspace) as Workspace.
     """
     fresh = prepare(data, data / "directory.db", data / "secret.key")
     keys = keys_in(data / "secret.key")
@@ -2957,7 +2967,7 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
     workspaces = whole(Namespace)(
         "workspace", data / "workspaces", idle,
         lambda id, own: whole(Workspace)(id, own, inside, pages))
-    control = Namespace(
+    control = whole(Namespace)(
         "directory", data, float("inf"),
         lambda id, own: whole(Directory)(id, own, outside, pages, keys, workspaces, demo))
     env = Env(control.get("directory"), workspaces, DOORS)
@@ -3025,7 +3035,8 @@ DEMO_WORKSPACES = {
 
 
 def seed(env, workspaces, with_todos):
-    """Fill the demo. Its people go into their table; all else comes by the usual ways."""
+    """Fill the demo. Its people go into their table; all else comes by the usual ways. If
+    this is interrupted, remove the folder and begin again."""
     store = Store(env.directory.namespace.path(env.directory.id))
     with store, store.tx():
         for account in DEMO_ACCOUNTS.items():
@@ -3060,7 +3071,9 @@ def stop_signals() -> List[int]:
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until a signal comes that stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
-    reader, writer = socket.socketpair()                 # a signal writes a byte
+    # A signal writes a byte: nobody could set a lock in the middle of anything, and on
+    # Windows, waiting for one does not end.
+    reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
     for number in stop_signals():
@@ -3068,10 +3081,10 @@ def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     serving = threading.Thread(target=server.serve_forever, daemon=True)
     serving.start()
     print(f"orion: http://{f'[{host}]' if ':' in host else host}:{server.server_port}\n"
-          "orion: plain: Part One alone, for reading and for small trusted networks: a\n"
-          "orion: thread for each connection and each open page. Compared with the full\n"
+          "orion: plain: the edge of Part One, for reading and small trusted networks.\n"
+          "orion: A thread for each connection and each open page: compared with the full\n"
           "orion: server, a ninth of the pages a second, and 26 times the memory for an\n"
-          "orion: open page; no limits, and no passwords",
+          "orion: open page. No limits, and no passwords",
           flush=True)
     reader.recv(1)                                       # until then: wait
     signal.set_wakeup_fd(-1)
@@ -6888,7 +6901,7 @@ class Settings(NamedTuple):
     allow_host: Tuple[str, ...] = ()                     # further names of this server
     trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
     single: Optional[pathlib.Path] = None                # one file instead of a folder
-    plain: bool = False                                  # Part One alone
+    plain: bool = False                                  # by the edge of Part One
     dev: bool = False                                    # while somebody writes an app
     plane: str = ""                                      # "directory" or "data": one alone
     directory: str = ""                                  # its HOST:PORT, for a data plane
@@ -7267,8 +7280,8 @@ OPTIONS = (
      "folder", pathlib.Path),
     ("--demo", "personas and workspaces to click through; on a loopback address, with no "
      "proxy in front, a new data folder has them anyway", bool),
-    ("--plain", "serve Part One of this file alone, as it stands: for reading, and for "
-     "small trusted networks", bool),
+    ("--plain", "serve by the edge of Part One, without passwords and limits: for reading, "
+     "and for small trusted networks", bool),
     ("--dev", "while you write an app: start again when a file changes, and show errors, "
      "with code and rows, in the browser; for this machine alone", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", a_time),

@@ -4988,6 +4988,14 @@ def test_an_unsound_request_is_refused_and_does_nothing(serve, how):
     assert tick(serve(), *fields) == ([status], False)
 
 
+def test_a_stream_that_http_1_0_could_not_end_is_refused(serve):
+    """It has no chunks."""
+    server = serve()
+    asked = f"GET /w/acme/todos/live HTTP/1.0\r\nHost: 127.0.0.1\r\nCookie: {Person(server, 'bob').cookie}\r\n\r\n"
+    answer = raw(server, asked.encode("latin-1"), half_close=True)
+    assert statuses(answer) == [505] and b"chunked" not in answer.lower().partition(b"\r\n\r\n")[0] and b"HTTP/1.1" in answer.partition(b"\r\n\r\n")[2]
+
+
 @on_plain
 def test_the_plain_edge_takes_no_body_in_chunks(serve):
     assert tick(serve(), "Transfer-Encoding: chunked", body=b'e\r\n{"done": true}\r\n0\r\n\r\n') == ([411], False)
