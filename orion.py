@@ -10323,13 +10323,11 @@ BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, ex
                 WHERE digest = ?"""
 END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
               expires = ? WHERE digest = ? AND operator IS NOT NULL"""
-
-
 MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"       # by an index
 
 
 @dataclasses.dataclass(frozen=True)
-class Guest(Viewer):
+class Masked(Viewer):
     """An operator who looks on in somebody's name."""
     operator: str = ""
     read_only: bool = False
@@ -10352,14 +10350,14 @@ class Guest(Viewer):
 
 
 def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
-    """Return the viewer as a Guest, if there is an operator behind them."""
-    if not operator or isinstance(viewer, Guest):        # the Directory's own are already
+    """Return the viewer masked, if there is an operator behind them."""
+    if not operator or isinstance(viewer, Masked):        # the Directory's own are already
         return viewer
-    return Guest(**vars(viewer), operator=operator, read_only=bool(read_only))
+    return Masked(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
 def masked_in(viewer: Viewer, request: Request) -> Viewer:
-    """Return the viewer as a Guest, if the verdict names an operator."""
+    """Return the viewer masked, if the verdict names an operator."""
     header = request.headers.get
     return masked(viewer, header("x-operator"), header("x-read-only"))
 
@@ -10426,7 +10424,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
     def say(self, viewer, workspace):
         said = super().say(viewer, workspace)
-        if not isinstance(viewer, Guest):
+        if not isinstance(viewer, Masked):
             return said
         said["x-operator"] = viewer.operator
         if viewer.read_only:
@@ -10586,12 +10584,14 @@ def link_page(ctx):
 
 def page_of_link(ctx, secret):
     link = ctx.host.link(token_hash(secret))
-    title, asked = "You have a link", {"paste": True}
+    wrong = mistake(ctx)
+    title, parts = "You have a link", {"paste": True}
     if link:
         title = KINDS[link["kind"]].title
-        asked = {link["kind"]: link_facts(ctx, link, secret)}
-    fill = {**dict.fromkeys(["paste", *KINDS], False), **asked}
-    body = template("links")(heading=title, problem=mistake(ctx)["problem"], **fill)
+        facts = {**link_facts(ctx, link), **forms_for(ctx, link), **wrong}
+        parts = {link["kind"]: {**facts, "secret": secret}}
+    parts = {**dict.fromkeys(["paste", *KINDS], False), **parts}
+    body = template("links")(heading=title, problem=wrong["problem"], **parts)
     return page(title, body, ctx.viewer)
 
 
@@ -10603,16 +10603,19 @@ def mistake(ctx):
             "again_new": how == "new", place: problem}
 
 
-def link_facts(ctx, link, secret):
-    """Return what the page says of a link to whoever looks at it."""
+def link_facts(ctx, link):
+    """Return what its page says of a link."""
+    return {**link, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
+            "next": f"/w/{link['name']}" if link["name"] else "/"}
+
+
+def forms_for(ctx, link):
+    """Return which forms the page has for whoever looks at it, and what is in them."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
-    return {**link, **mistake(ctx), "secret": secret, "me": me, "stamp": ctx.stamp,
-            "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
-            "next": f"/w/{link['name']}" if link["name"] else "/",
-            "username": ctx.typed.get("username", ""), "new": True, "known": True,
-            "member": member, "joins": bool(me) and not member, "stranger": not me,
-            "other": bool(me) and me != link["person"]}
+    return {"member": member, "joins": bool(me) and not member, "stranger": not me,
+            "other": bool(me) and me != link["person"], "new": True, "known": True,
+            "me": me, "username": ctx.typed.get("username", ""), "stamp": ctx.stamp}
 
 
 def use_link(ctx):
@@ -11386,7 +11389,7 @@ class TimesWork(Broadcast):
     def on_open(self):
         super().on_open()
         self.slow = slow_log(self.namespace.settings.slow)
-        if self.slow:
+        if self.slow:                                    # else nothing is in the way
             self.call = self.timed_call
             self.store.run = functools.partial(self.timed_run, self.store.run)
 
@@ -11603,7 +11606,8 @@ class HasFigures(LoopEdge):
 
 # ==== 54. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets
-#   its final name when it is whole, checked and on the disk.
+#   its final name when it is whole, checked and on the disk. A file that moves is copied,
+#   and taken away, while nobody else can write.
 # It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
 #   or the one before.
 # Who uses it: snapshots and exports.
@@ -12935,7 +12939,8 @@ ROOTS.append((lambda settings: settings.single, single_root))
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
 TRUSTED.update({"x-node", "x-verdict"})
-# What is sealed, in this order.
+# What is sealed, in this order: all that say() says. (All of it is TRUSTED. By those in
+# SAID_OF_VIEWERS pages differ.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
            "x-token", "x-label")
@@ -16029,7 +16034,7 @@ class Console:
             name=probe["name"] if probe else "",
             role=[{"role": role, "current": role in roles} for role in ROLES])
         nav = template("layout.console")(state=True)
-        return page("Console", body, guest_of(me), nav)
+        return page("Console", body, console_viewer(me), nav)
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
@@ -16067,7 +16072,7 @@ class Console:
 
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
-        guest_of(me).permit(ACCOUNT, request.method)
+        console_viewer(me).permit(ACCOUNT, request.method)
         id = self.id_of(text_of(request, "workspace"))
         if id:
             fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
@@ -16228,7 +16233,7 @@ def grant_rows():
             for grant in ROLES["owner"]]
 
 
-def guest_of(me) -> Viewer:
+def console_viewer(me) -> Viewer:
     viewer = Viewer(account=me["account"], label=me["label"])
     return masked(viewer, me["mask"], me["read_only"])
 
@@ -16243,7 +16248,6 @@ class AnswersTheConsole(EdgeDirectory):
                                 request.params.get("after", ""), NAMES_A_PAGE + 1)
         count = self.store.one(f"SELECT count(*) {there}", "")[0]
         return {"page": dict(some), "all": count}
-
 
     def own_onlooker(self, request):
         """Who asks, where they belong, and whether they run this server."""
@@ -16308,7 +16312,7 @@ class HasConsole(LoopEdge):
         super().__init__(*args)
         self.console = Console(self)
         self.broker.unannounced = (Console.id,)
-        if self.env.directory.namespace.kind == "directory":
+        if self.env.directory.namespace.kind == "directory":     # and not a single root's
             self.broker.unannounced += ("directory",)
         paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
