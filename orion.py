@@ -744,13 +744,13 @@ def event(kind: str, text: str, *lines: str) -> bytes:
 #   do not wait for a network, so a region is an ordinary function from rows to markup.
 # It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
 #   only then are its messages sent. Each migration, which makes tables or changes them,
-#   runs once in each file. [2] keeps the tables of slices apart.
+#   runs once in each file. [3] keeps the tables of slices apart.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class Calls:
     """Four calls, by way of run(sql, args), which returns all rows, and of a cursor.
 
-    They are a class of their own for the store that a slice gets [2].
+    They are a class of their own for the store that a slice gets [3].
     """
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
@@ -1005,7 +1005,7 @@ class DurableObject:
     """Subclasses say which tables they need (schema) and answer requests (handle)."""
     schema: Sequence[Tuple[str, Sequence[str]]] = ()     # slices, with their migrations
     handle: Callable[[Request], Response]
-    store_class = Store                                  # [2] has others
+    store_class = Store                                  # [2, 3] have others
 
     def __init__(self, id: str, namespace: Namespace):
         self.id = id
@@ -1353,7 +1353,7 @@ class Viewer(SharedViewer):
 # -- what a slice is given
 
 class Context:
-    """What a slice is given to answer one request. [2] ends it with the request.
+    """What a slice is given to answer one request. [3] ends it with the request.
 
     The context of a region is shared by all who have a role (but for Region.each): its
     viewer is a SharedViewer, and it has no request.
@@ -1520,7 +1520,7 @@ class SliceHost(DurableObject):
         viewer.permit(route.grant, request.method)
 
     def call(self, slice, route, args, viewer, request):
-        """Have this slice answer. [2] keeps slices apart, and a journal of what they did.
+        """Have this slice answer. [3] keeps slices apart, and a journal of what they did.
         """
         ctx = self.context(self, self.store, viewer, request.params, request)
         return self.run(route, ctx, args)
@@ -3111,8 +3111,8 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 
 # #### Part Two: the edge ################################################################
 #
-#     16 Tables     17 Files       18 Commits     19 Pieces      20 Reader      21 Answers
-#     22 Kept       23 Threads     24 Sockets     25 Broker      26 Loop edge   27 Hosts
+#     16 Files      17 Commits     18 Pieces      19 Reader      20 Answers     21 Kept
+#     22 Threads    23 Sockets     24 Broker      25 Loop edge   26 Hosts
 #
 # In Part One the object holds its streams: a thread for each of them, and an object that
 # can't sleep while somebody looks at it. This part is the broker that replaces only where
@@ -3121,20 +3121,20 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #
 # The way of one click here. In the loop:
 #
-#     Connection.read, advance (26)   feeds read_requests (20), until a request is complete
-#     LoopEdge.take_up (26)           a page that was kept (22) leaves at once; else:
-#     Pool.gather (23)                puts the request into a lane, the queue of an object
+#     Connection.read, advance (25)   feeds read_requests (19), until a request is complete
+#     LoopEdge.take_up (25)           a page that was kept (21) leaves at once; else:
+#     Pool.gather (22)                puts the request into a lane, the queue of an object
 #
 # In a thread of the pool:
 #
-#     LoopEdge.work_off (26)          runs the worker (2) up to its last step: Noted (26)
-#     GuardedStub.fetch_all (17)      takes the turn of the object
-#     GroupCommit.answer_all (18)     runs all commands of the lane in one transaction
-#     Broker.published (25)           is told what was published, after the commit
-#     LoopEdge.finish (26)            sends the answers: Connection.reply (26)
-#     Broker.refresh (25)             the same thread asks for the region anew
+#     LoopEdge.work_off (25)          runs the worker (2) up to its last step: Noted (25)
+#     GuardedStub.fetch_all (16)      takes the turn of the object
+#     GroupCommit.answer_all (17)     runs all commands of the lane in one transaction
+#     Broker.published (24)           is told what was published, after the commit
+#     LoopEdge.finish (25)            sends the answers: Connection.reply (25)
+#     Broker.refresh (24)             the same thread asks for the region anew
 #
-# And in the loop again: Broker.deliver (25), Stream.show (24).
+# And in the loop again: Broker.deliver (24), Stream.show (23).
 #
 # What it buys, measured in one run by "test_orion.py bench" on two quiet cores:
 #
@@ -3153,8 +3153,6 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # know one: a page depends on its rows, and on path, query and cookie of the request alone,
 # for it may be kept. Unseen by slices, commands that wait for the same object share a
 # commit, and a rendering is sent as it is to everybody of a role.
-#
-# A table is of one slice (section 16); the plain edge of this file keeps to that, too.
 #
 # It attaches to Part One by subclasses, which a composition root chooses (two_planes, in
 # section 30): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
@@ -3187,370 +3185,7 @@ except ImportError:                                      # Windows: neither is t
 CRASH = BaseException                                    # a slice may call sys.exit()
 
 
-# ==== 16. Tables ==========================================================================
-# The idea: a table belongs to the slice whose migration made it. SQLite itself is asked
-#   about each statement, and refuses what reaches into the tables of another slice. And
-#   what was written, and by whom, stands in a journal.
-# It promises: a region only reads; a command reads and writes rows; only a migration makes
-#   tables: ordinary ones, and those of full-text search (FTS5), which keep what they index
-#   in further tables of the same slice.
-# Who uses it: slices, for each statement.
-
-class OwnedStore(Store):
-    """A store that knows which slice owns which table."""
-
-    def __init__(self, path: pathlib.Path, create: bool = False):
-        super().__init__(path, create)
-        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
-        self.judge = Judge(self.owners)
-        self.db.set_authorizer(self.judge)
-
-    def tx(self):
-        """Inside another tx it is a savepoint: it can fail alone."""
-        return self.savepoint() if self.db.in_transaction else super().tx()
-
-    @contextlib.contextmanager
-    def savepoint(self):
-        mark = len(self.after_commit)
-        self.run("SAVEPOINT part", ())
-        try:
-            yield
-            self.run("RELEASE part", ())
-        except BaseException:
-            del self.after_commit[mark:]
-            if self.db.in_transaction:
-                self.run("ROLLBACK TO part", ())
-                self.run("RELEASE part", ())
-            raise
-
-    def migrate_all(self, schema):
-        super().migrate_all(schema)
-        self.learn_owners()
-
-    @contextlib.contextmanager
-    def migrating(self, slice, entries, ran):
-        with migrating(self, slice, entries, ran):
-            yield
-        self.learn_owners()
-
-    def apply(self, slice, entries, number):
-        """The tables that it makes are the slice's own now."""
-        self.learn_owners()
-        prepare_rename(self, entries, number)
-        made = super().apply(slice, entries, number)
-        if re.search(r"\s", "".join(made)):
-            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
-                                 "allowed in the name of a table")
-        self.owners.update((table.lower(), slice) for table in made)
-        return made
-
-    def run_entry(self, slice, sql):
-        try:
-            with self.judge.watching(slice, MIGRATE):
-                super().run_entry(slice, sql)
-        except sqlite3.Error as error:
-            why = self.judge.objection or str(error)
-            if why == "no such module: fts5":
-                why += "; full-text search is not in this Python's SQLite; use another one"
-            raise sqlite3.OperationalError(why) from error
-
-    def learn_owners(self):
-        """Tables that no slice has made are the server's own: _migrations, for one."""
-        self.owners.clear()
-        self.owners.update((table.lower(), "orion") for table in self.tables())
-        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
-        for row in self.query("SELECT slice, tables FROM _migrations"):
-            for table in row["tables"].lower().split():
-                if not table.startswith("sqlite_"):
-                    self.owners[table] = row["slice"]
-
-
-# -- what a statement of a slice may do
-
-READ, WRITE, MIGRATE = "read", "write", "migrate"
-WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
-        sqlite3.SQLITE_RECURSIVE, *WRITES}
-TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
-                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
-NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
-                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
-                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
-                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
-# What SQLite asks about when a statement is the first to use full-text search (FTS5). That
-# reads nothing of others, and SQLite itself lets nobody write to sqlite_master.
-FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
-             (sqlite3.SQLITE_READ, "sqlite_master", "ROWID"),
-             *[(sqlite3.SQLITE_UPDATE, "sqlite_master", column)
-               for column in ("type", "name", "tbl_name", "rootpage", "sql")]}
-
-
-class Judge:
-    """SQLite calls it, while it compiles a statement, for each thing that this would do.
-
-    (See sqlite.org/c3ref/set_authorizer.html.) It guards against mistakes, such as a query
-    that reaches into the tables of another slice. It does not guard against a hostile
-    slice: slices are Python, and can do whatever this process can. (And SQLite does not
-    tell of the columns that a join names by USING or NATURAL.)
-    """
-
-    def __init__(self, owners: Dict[str, str]):
-        self.owners = owners
-        self.slice = ""                                  # whose statement; "": the server's
-        self.may = ""                                    # READ, WRITE or MIGRATE
-        self.objection = ""                              # why SQLite was told no
-
-    @contextlib.contextmanager
-    def watching(self, slice: str, may: str):
-        self.slice = slice
-        self.may = may
-        self.objection = ""
-        try:
-            yield
-        finally:
-            self.slice = ""
-
-    def __call__(self, action, first, second, *_):
-        if not self.slice:
-            return sqlite3.SQLITE_OK
-        table = second if action in TABLE_IS_SECOND else first
-        objection = self.object_to(action, table or "", second)
-        if not objection:
-            return sqlite3.SQLITE_OK
-        self.objection = self.objection or objection
-        return sqlite3.SQLITE_DENY
-
-    def object_to(self, action, table, second):
-        """Return why not, or "". It judges what FTS5 does in its own tables, too."""
-        migrates = self.may == MIGRATE
-        if (action, table, second) in FTS5_ASKS:
-            return ""
-        if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() != "fts5":
-            return "makes a virtual table that is not of FTS5; no slice may"
-        if not migrates and action not in ROWS:
-            return "does more than read and write rows, which is for migrations"
-        if self.may == READ and action in WRITES:
-            return ("writes, which only a command or a job may; one that yields, only "
-                    "behind that")
-        if migrates and action in NO_SLICE_MAY:
-            return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
-        if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
-            return ""
-        owner = self.owners.get(table.lower(), self.slice)
-        if owner != self.slice:
-            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
-        return ""
-
-
-# What SQLite says of a statement that can't be begins so.
-WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
-             "table ", "Incorrect number of bindings", "Error binding parameter")
-
-
-class Tables(Calls):
-    """A store as one slice sees it, while it answers one request.
-
-    mark, a comment in SQL, makes the slice's name a part of each statement. So Python's
-    cache of compiled statements cannot reuse one slice's statement, which SQLite has
-    judged, for another. Each statement is judged once, when it is compiled.
-    """
-
-    def __init__(self, store: Store, slice: str, may: str):
-        self.store = store
-        self.slice = slice
-        self.may = may
-        self.mark = f" /* {slice} may {may} */"
-        self.cursor = store.cursor
-        self.inserted = 0                                # the id of the last row
-        self.thread = threading.get_ident()              # 0: the request is over
-
-    def insert(self, sql, *args):
-        """The journal names the last row of a command."""
-        self.inserted = super().insert(sql, *args)
-        return self.inserted
-
-    @contextlib.contextmanager
-    def tx(self):
-        """A part of the command that can fail alone."""
-        self.check_thread()
-        with self.store.tx():
-            yield
-
-    def run(self, sql, args):
-        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
-        self.check_thread()
-        judge = self.store.judge
-        judge.slice, judge.may, judge.objection = self.slice, self.may, ""
-        try:
-            return self.store.run(sql + self.mark, args)
-        except sqlite3.Error as error:
-            judge.slice = ""
-            if judge.objection:
-                why = f"slice {self.slice!r} {judge.objection}: {sql}"
-                raise PermissionError(why) from error
-            if str(error).startswith(WRONG_SQL):
-                why = f"{error}, in slice {self.slice!r}: {sql}; {self.help(error)}"
-                raise type(error)(why) from None
-            raise
-        finally:
-            judge.slice = ""
-
-    def help(self, error):
-        """Return what somebody should look at who wrote SQL that can't be."""
-        if "binding" in str(error):
-            return "values stand beside the SQL, one for each ?: exec(sql, a, b)"
-        own = [table for table, slice in self.store.owners.items() if slice == self.slice]
-        columns = "SELECT group_concat(name, ', ') FROM pragma_table_info(?)"
-        tables = [f"{table} ({self.store.run(columns, (table,))[0][0]})" for table in own]
-        return f"its tables: {', '.join(tables) or 'none'}"
-
-    def check_thread(self):
-        """Raise RuntimeError if the request has ended, or in another thread."""
-        if self.thread != threading.get_ident():
-            raise RuntimeError("this store was for a request that has ended, or for "
-                               "another thread; to write later, use a job or a new request")
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return how a function is called, also one inside of functools.partial."""
-    function = getattr(function, "func", function)
-    return getattr(function, "__name__", type(function).__name__)
-
-
-class OwnsTables(SliceHost):
-    """A host whose slices reach their own tables alone. A write leaves a row in the
-    journal, in the same transaction."""
-    store_class = OwnedStore
-
-    def call(self, slice, route, args, viewer, request):
-        may = READ if request.method in SAFE else WRITE
-        before = self.store.db.total_changes
-        store = Tables(self.store, slice, may)
-        ctx = self.context(self, store, viewer, request.params, request)
-        what = f"{slice}.{name_of(route.run)}"
-        try:
-            response = self.run(route, ctx, args)
-        finally:
-            ctx.end()
-        if self.store.db.total_changes != before:        # no slice can forget the journal
-            row = self.journal_row(route, args, store.inserted)
-            self.journal(viewer, what, response.which or row)
-        return response
-
-    def journal_row(self, route, args, inserted):
-        """Return what stood in the path or, if nothing did, the row inserted last."""
-        if route.grant == PUBLIC:                        # [3] There it may be a secret.
-            args = ()
-        return "/".join(map(str, args)) or str(inserted or "")
-
-    def journal(self, viewer: Viewer, what: str, which: str) -> None:
-        """Note who did what, and to which row."""
-        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                        time.time(), viewer.signature, what, which)
-
-
-TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
-              "operator may move and import it.")
-
-
-class OwnWorkspace(Workspace):
-    def open(self, create=False):
-        """Raises Refused(422) if it is to be new, and its file has rows.
-
-        They are of a workspace that no Directory knows any more. A file without rows was
-        left behind by a command that failed.
-        """
-        super().open(create)
-        if create and self.store.one("SELECT 1 FROM journal"):
-            self.store.close()
-            raise Refused(*TAKEN)
-
-
-class OwnContext(Context):
-    """A context whose store is a Tables."""
-    __slots__ = ()
-
-    def publish(self, topic):
-        if self.store.may != WRITE:
-            raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
-                                  " one that yields, only behind that")
-        self.store.check_thread()
-        self.host.bus.publish(self.host.topic(topic, self.viewer))
-
-    def end(self):
-        self.store.thread = 0
-        self.host = None
-
-
-# -- a migration that rebuilds a table (to be skipped on a first reading)
-#
-# To change a table, one makes a new one, copies the rows, drops the old one and renames
-# the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
-
-def migrating(store, slice, entries, ran):
-    """Return the transaction for all entries but the first `ran`."""
-    if any(["drop" in sql.lower() for sql in entries[ran:]]):
-        return unenforced(store, f"slice {slice!r}, entry {len(entries)}")
-    return store.tx()
-
-
-@contextlib.contextmanager
-def unenforced(store, last):
-    """A transaction in which a table can be dropped and its references stay.
-
-    With foreign_keys on, SQLite would do with all rows that refer to that table as if its
-    rows were deleted. So references are checked at the end instead. Raises MigrationError,
-    with last, the last entry.
-    """
-    store.exec("PRAGMA foreign_keys=OFF")                # in a transaction it does nothing
-    try:
-        with store.tx():
-            before = orphans(store)
-            yield
-            for tables, many in orphans(store).items():
-                if many > before.get(tables, 0):
-                    raise MigrationError(last + ORPHANS.format(many, *tables))
-    finally:
-        store.exec("PRAGMA foreign_keys=ON")
-
-
-def orphans(store):
-    """Return how many rows refer to a row that is not there, by (table, its parent)."""
-    return {tuple(row)[:2]: row["many"] for row in store.query(
-        'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
-        "GROUP BY 1, 2")}
-
-
-ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
-           "dropped, no other statement cascades)")
-
-
-def prepare_rename(store, entries, number):
-    """Choose what happens, if the entry renames a table, to those that refer to it."""
-    store.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
-
-
-def makes_way(entries, number) -> bool:
-    """True if the entry renames a table, to make another of its name and to drop it:
-
-        ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
-
-    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
-    """
-    words = words_of(entries[number])
-    if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
-        return False
-    later = [words_of(sql)[:3] for sql in entries[number + 1:]]
-    return (["create", "table", words[2]] in later[:1]
-            and ["drop", "table", *words[5:]] in later)
-
-
-def words_of(sql):
-    return sql.lower().translate(str.maketrans('(;"', "   ")).split()
-
-
-# ==== 17. Files ===========================================================================
+# ==== 16. Files ===========================================================================
 # The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
 #   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says
 #   which file, what, and what to do.
@@ -3658,13 +3293,35 @@ def mark_of(id) -> int:
     return zlib.crc32(id.encode()) >> 1
 
 
-class GuardedStore(OwnedStore):
+class NestedStore(Store):
+    """A store in which a transaction can be inside of another."""
+
+    def tx(self):
+        """Inside another tx it is a savepoint: it can fail alone."""
+        return self.savepoint() if self.db.in_transaction else super().tx()
+
+    @contextlib.contextmanager
+    def savepoint(self):
+        mark = len(self.after_commit)
+        self.run("SAVEPOINT part", ())
+        try:
+            yield
+            self.run("RELEASE part", ())
+        except BaseException:
+            del self.after_commit[mark:]
+            if self.db.in_transaction:
+                self.run("ROLLBACK TO part", ())
+                self.run("RELEASE part", ())
+            raise
+
+
+class GuardedStore(NestedStore):
     """A store that notices what happens to its file.
 
     Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index
     of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
     """
-    SETUP = f"PRAGMA page_size=1024; {OwnedStore.SETUP}; PRAGMA cache_size=-512"
+    SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
     running = "what opens it"                            # for the log; or which migration
 
@@ -3729,6 +3386,7 @@ class ObjectStore(GuardedStore):
 
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
+    store_class = ObjectStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
     began = float("inf")                                 # when the present answer began
     LOCK_SECONDS = 5.0                                   # the longest wait for a lock
@@ -3774,7 +3432,7 @@ class GuardedObject(DurableObject):
         return store
 
     def make_store(self, create) -> GuardedStore:
-        return ObjectStore(self.namespace.path(self.id), create)
+        return super().connect(create)
 
     def too_long(self):
         """SQLite asks this now and then, in the midst of a statement."""
@@ -3959,6 +3617,10 @@ def in_new_thread(function: Callable[[], None]) -> bool:
     return True
 
 
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
+              "operator may move and import it.")
+
+
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for other processes
@@ -3971,7 +3633,7 @@ class GuardedNamespace(Namespace):
         self.most = most
         self.waiting = threading.BoundedSemaphore(self.WAITING)
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
-        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 22
+        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
         self.settings: Any = None                        # [3]
         self.late: Dict[str, Tuple[float, str]] = {}     # ids: until when, and why
         self.in_line: collections.deque = collections.deque()    # ids: see bring_up
@@ -4118,13 +3780,13 @@ class GuardedNamespace(Namespace):
             one.turn.release()
 
 
-# ==== 18. Commits =========================================================================
+# ==== 17. Commits =========================================================================
 # The idea: to make a file durable takes longer than most commands. So commands that wait
 #   for the same object anyway are run one after the other in one transaction, each in a
 #   savepoint, and are made durable together.
 # It promises: none of them is answered before its commit is on the disk. Each can fail
 #   alone. If the commit fails, all that were in it hear so.
-# Who uses it: the loop edge (section 26), for what waited in the lane of an object.
+# Who uses it: the loop edge (section 25), for what waited in the lane of an object.
 
 def outcome(call, *args):
     """Return what the call returned, or the exception that it raised."""
@@ -4193,7 +3855,7 @@ def failed(one):
     return isinstance(one, BaseException) or one.status >= 400
 
 
-# ==== 19. Pieces ==========================================================================
+# ==== 18. Pieces ==========================================================================
 # The idea: a rendering is kept as the very bytes that all its watchers get, plain and
 #   compressed. A piece that is compressed by itself can follow anything, so one serves all
 #   streams. But most of it was in the frame before; and gzip may refer to that, for whoever
@@ -4203,7 +3865,7 @@ def failed(one):
 # It promises: a stream needs no compressor of its own. It keeps what it said last, which it
 #   shares with all that show the same. The etag of a piece is made of its content, so it
 #   means the same after a restart and in another process.
-# Who uses it: the broker (section 25).
+# Who uses it: the broker (section 24).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
 LAST_CHUNK = b"0\r\n\r\n"
@@ -4368,11 +4030,11 @@ class Broadcast(GroupCommit, SliceHost):
         return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
 
 
-# ==== 20. Reader ==========================================================================
+# ==== 19. Reader ==========================================================================
 # The idea: what could be read in two ways is refused, and the connection ends: a proxy in
 #   front of us might have read it the other way.
 # It promises: each byte of a head is looked at once, however slowly it comes.
-# Who uses it: connections (section 26).
+# Who uses it: connections (section 25).
 
 LINE_LIMIT = 16_384                                      # bytes of a request line
 HEAD_LIMIT = 32_768                                      # bytes of it and all header fields
@@ -4660,11 +4322,11 @@ def parse_target(target: str, host) -> Tuple[str, str]:
     return plain_path(path), query
 
 
-# ==== 21. Answers =========================================================================
+# ==== 20. Answers =========================================================================
 # The idea: how a Response leaves: head and body in one piece, in one send. The frames of a
 #   stream come after its head, for many streams share the bytes of one.
 # It promises: what does not change from one answer to the next is put together once.
-# Who uses it: connections (section 26).
+# Who uses it: connections (section 25).
 
 MARK = "(nonce)"                                         # where a head has the page's nonce
 COMPRESSED = ("text/html", "text/css", "text/javascript")
@@ -4716,7 +4378,7 @@ def coding_of(request, type):
 def encode(request, response, connection, head_only, date) -> bytes:
     """Return the bytes of an answer.
 
-    connection: the value of that header field, or "": see connection_field in section 20.
+    connection: the value of that header field, or "": see connection_field in section 19.
     """
     live = response.watch is not None
     zipped = accepts_gzip(request) and (live or is_worth_it(response))
@@ -4774,7 +4436,7 @@ def first_frames(request, watch) -> bytes:
     return b"".join([piece.zipped if zipped else piece.plain for piece in pieces])
 
 
-# ==== 22. Kept ============================================================================
+# ==== 21. Kept ============================================================================
 # The idea: a page that was answered before is the same page until one of the two planes was
 #   written to. Each plane has a number that says so. The Directory's file has one that also
 #   moves when another process writes (PRAGMA data_version, seen from a connection of our
@@ -4900,7 +4562,7 @@ def renewed(response) -> Response:
     return response._replace(body=body, nonce=nonce)
 
 
-# ==== 23. Threads =========================================================================
+# ==== 22. Threads =========================================================================
 # The idea: a few threads do the work, one loop holds all sockets. What concerns the same
 #   object stands in a lane. One thread at a time works a lane off, all that came at once.
 # It promises: a lane keeps its order, and lets the others have their turn in between. One
@@ -5151,7 +4813,7 @@ def guarded(call, *args):
         log_error(getattr(call, "__qualname__", str(call)), error)
 
 
-# ==== 24. Sockets =========================================================================
+# ==== 23. Sockets =========================================================================
 # The idea: a socket that waits costs a place in the loop's selector, and no thread.
 # It promises: a reader that is slow delays nobody. It gets the latest frame when it can
 #   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
@@ -5430,7 +5092,7 @@ class Stream(Held):
         super().close()
 
 
-# ==== 25. Broker ==========================================================================
+# ==== 24. Broker ==========================================================================
 # The idea: streams that must show the same share a channel. When its topic is published,
 #   the object is asked once, and the same bytes go to every socket. The object may sleep.
 # It promises: after a publish each stream gets the latest; those between may be left out.
@@ -5443,7 +5105,7 @@ class Channel:
 
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
-        self.account = ""                                # to whom it is charged: section 23
+        self.account = ""                                # to whom it is charged: section 22
         self.streams: Dict[Stream, str] = {}             # and the etag that each one shows
         self.busy = False
         self.stale = False
@@ -5733,7 +5395,7 @@ def viewer_in(forwarded) -> Tuple[str, ...]:
     return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
 
 
-# ==== 26. Loop edge =======================================================================
+# ==== 25. Loop edge =======================================================================
 # The idea: one loop reads and writes all sockets. What was kept leaves at once; all else is
 #   answered by the pool.
 # How a request goes: the worker runs as it is, in an Env whose last step, forward, is noted
@@ -6474,7 +6136,7 @@ class LoopEdge:
             one.close()
 
 
-# ==== 27. Hosts ===========================================================================
+# ==== 26. Hosts ===========================================================================
 # The idea: a verdict of the gate is kept, as a page is, while the Directory's file stands
 #   still. And the file of a new workspace is made before the Directory's turn is taken, for
 #   that takes long.
@@ -6568,7 +6230,7 @@ def create_workspace_with_file(request, env):
 
 # #### Part Three: running it ############################################################
 #
-#     The frame        28 Settings  29 Server  30 Roots  31 Command line
+#     The frame        27 Tables  28 Settings  29 Server  30 Roots  31 Command line
 #     For slices       32 Slice checks  33 Page checks  34 Template checks  35 Fields
 #                      36 Ordinary pages  37 More events  38 Assets  39 Brand  40 Counts
 #                      41 Live home  42 Jobs
@@ -6612,7 +6274,7 @@ def create_workspace_with_file(request, env):
 #     LoopEdge.refusal            44 64 66 68       how a browser or a program is told no
 #     LoopEdge.tick               42 48 53 71       and LoopEdge.chores: 41 52 53 55 57 59
 #     Broker.look_elsewhere       65 71 72          what other processes may have changed
-#     SliceHost.call              68 69             a route, with its transaction
+#     SliceHost.call              27 68 69          a route, with its transaction
 #
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
@@ -6743,10 +6405,6 @@ class HasMembersParts(EdgeDirectory):
         return Html().join([shown, *[part(ctx) for part in parts]])
 
 
-for cls in (OwnsTables, OwnWorkspace, OwnContext):       # also with --plain
-    addition(cls)
-
-
 # -- what several sections share (to be skipped until one of them uses it)
 
 OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
@@ -6875,6 +6533,363 @@ def at_end(response: Response, markup: str) -> Response:
 
 
 # #### The frame ###########################################################################
+
+# ==== 27. Tables ==========================================================================
+# The idea: a table belongs to the slice whose migration made it. SQLite asks us about each
+#   statement, and refuses what reaches into the tables of another slice. And what was
+#   written, and by whom, stands in a journal.
+# It promises: a region only reads; a command reads and writes rows; only a migration makes
+#   tables: ordinary ones, and those of full-text search (FTS5), which keep what they index
+#   in further tables of the same slice.
+# Who uses it: slices, for each statement; with --plain, too.
+
+class KnowsOwners(NestedStore):
+    """A store that knows which slice owns which table."""
+
+    def __init__(self, path: pathlib.Path, create: bool = False):
+        super().__init__(path, create)
+        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
+        self.judge = Judge(self.owners)
+        self.db.set_authorizer(self.judge)
+
+    def migrate_all(self, schema):
+        super().migrate_all(schema)
+        self.learn_owners()
+
+    @contextlib.contextmanager
+    def migrating(self, slice, entries, ran):
+        with migrating(self, slice, entries, ran):
+            yield
+        self.learn_owners()
+
+    def apply(self, slice, entries, number):
+        """The tables that it makes are the slice's own now."""
+        self.learn_owners()
+        prepare_rename(self, entries, number)
+        made = super().apply(slice, entries, number)
+        if re.search(r"\s", "".join(made)):
+            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
+                                 "allowed in the name of a table")
+        self.owners.update((table.lower(), slice) for table in made)
+        return made
+
+    def run_entry(self, slice, sql):
+        try:
+            with self.judge.watching(slice, MIGRATE):
+                super().run_entry(slice, sql)
+        except sqlite3.Error as error:
+            why = self.judge.objection or str(error)
+            if why == "no such module: fts5":
+                why += "; full-text search is not in this Python's SQLite; use another one"
+            raise sqlite3.OperationalError(why) from error
+
+    def learn_owners(self):
+        """Tables that no slice has made are the server's own: _migrations, for one."""
+        self.owners.clear()
+        self.owners.update((table.lower(), "orion") for table in self.tables())
+        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
+        for row in self.query("SELECT slice, tables FROM _migrations"):
+            for table in row["tables"].lower().split():
+                if not table.startswith("sqlite_"):
+                    self.owners[table] = row["slice"]
+
+
+class OwnedStore(KnowsOwners, GuardedStore):
+    """For whoever opens a file alone: a command, or a check."""
+
+
+class OwnedObjectStore(KnowsOwners, ObjectStore):
+    """For objects."""
+
+
+@addition
+class HasOwners(GuardedObject):
+    store_class = OwnedObjectStore
+
+
+# -- what a statement of a slice may do
+
+READ, WRITE, MIGRATE = "read", "write", "migrate"
+WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_RECURSIVE, *WRITES}
+TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
+                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
+                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
+NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
+                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
+                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
+# What SQLite asks about when a statement is the first to use full-text search (FTS5). That
+# reads nothing of others, and SQLite itself lets nobody write to sqlite_master.
+FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
+             (sqlite3.SQLITE_READ, "sqlite_master", "ROWID"),
+             *[(sqlite3.SQLITE_UPDATE, "sqlite_master", column)
+               for column in ("type", "name", "tbl_name", "rootpage", "sql")]}
+
+
+class Judge:
+    """SQLite calls it, while it compiles a statement, for each thing that this would do.
+
+    (See sqlite.org/c3ref/set_authorizer.html.) It guards against mistakes, such as a query
+    that reaches into the tables of another slice. It does not guard against a hostile
+    slice: slices are Python, and can do whatever this process can. (And SQLite does not
+    tell of the columns that a join names by USING or NATURAL.)
+    """
+
+    def __init__(self, owners: Dict[str, str]):
+        self.owners = owners
+        self.slice = ""                                  # whose statement; "": the server's
+        self.may = ""                                    # READ, WRITE or MIGRATE
+        self.objection = ""                              # why SQLite was told no
+
+    @contextlib.contextmanager
+    def watching(self, slice: str, may: str):
+        self.slice = slice
+        self.may = may
+        self.objection = ""
+        try:
+            yield
+        finally:
+            self.slice = ""
+
+    def __call__(self, action, first, second, *_):
+        if not self.slice:
+            return sqlite3.SQLITE_OK
+        table = second if action in TABLE_IS_SECOND else first
+        objection = self.object_to(action, table or "", second)
+        if not objection:
+            return sqlite3.SQLITE_OK
+        self.objection = self.objection or objection
+        return sqlite3.SQLITE_DENY
+
+    def object_to(self, action, table, second):
+        """Return why not, or "". It judges what FTS5 does in its own tables, too."""
+        migrates = self.may == MIGRATE
+        if (action, table, second) in FTS5_ASKS:
+            return ""
+        if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() != "fts5":
+            return "makes a virtual table that is not of FTS5; no slice may"
+        if not migrates and action not in ROWS:
+            return "does more than read and write rows, which is for migrations"
+        if self.may == READ and action in WRITES:
+            return ("writes, which only a command or a job may; one that yields, only "
+                    "behind that")
+        if migrates and action in NO_SLICE_MAY:
+            return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
+        if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
+            return ""
+        owner = self.owners.get(table.lower(), self.slice)
+        if owner != self.slice:
+            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
+        return ""
+
+
+# What SQLite says of a statement that can't be begins so.
+WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
+             "table ", "Incorrect number of bindings", "Error binding parameter")
+
+
+class Tables(Calls):
+    """A store as one slice sees it, while it answers one request.
+
+    mark, a comment in SQL, makes the slice's name a part of each statement. So Python's
+    cache of compiled statements cannot reuse one slice's statement, which SQLite has
+    judged, for another. Each statement is judged once, when it is compiled.
+    """
+
+    def __init__(self, store: Store, slice: str, may: str):
+        self.store = store
+        self.slice = slice
+        self.may = may
+        self.mark = f" /* {slice} may {may} */"
+        self.cursor = store.cursor
+        self.inserted = 0                                # the id of the last row
+        self.thread = threading.get_ident()              # 0: the request is over
+
+    def insert(self, sql, *args):
+        """The journal names the last row of a command."""
+        self.inserted = super().insert(sql, *args)
+        return self.inserted
+
+    @contextlib.contextmanager
+    def tx(self):
+        """A part of the command that can fail alone."""
+        self.check_thread()
+        with self.store.tx():
+            yield
+
+    def run(self, sql, args):
+        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
+        self.check_thread()
+        judge = self.store.judge
+        judge.slice, judge.may, judge.objection = self.slice, self.may, ""
+        try:
+            return self.store.run(sql + self.mark, args)
+        except sqlite3.Error as error:
+            judge.slice = ""
+            if judge.objection:
+                why = f"slice {self.slice!r} {judge.objection}: {sql}"
+                raise PermissionError(why) from error
+            if str(error).startswith(WRONG_SQL):
+                why = f"{error}, in slice {self.slice!r}: {sql}; {self.help(error)}"
+                raise type(error)(why) from None
+            raise
+        finally:
+            judge.slice = ""
+
+    def help(self, error):
+        """Return what somebody should look at who wrote SQL that can't be."""
+        if "binding" in str(error):
+            return "values stand beside the SQL, one for each ?: exec(sql, a, b)"
+        own = [table for table, slice in self.store.owners.items() if slice == self.slice]
+        columns = "SELECT group_concat(name, ', ') FROM pragma_table_info(?)"
+        tables = [f"{table} ({self.store.run(columns, (table,))[0][0]})" for table in own]
+        return f"its tables: {', '.join(tables) or 'none'}"
+
+    def check_thread(self):
+        """Raise RuntimeError if the request has ended, or in another thread."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError("this store was for a request that has ended, or for "
+                               "another thread; to write later, use a job or a new request")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return how a function is called, also one inside of functools.partial."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+@addition
+class OwnsTables(SliceHost):
+    """A host whose slices reach their own tables alone. A write leaves a row in the
+    journal, in the same transaction."""
+    store_class = KnowsOwners                            # with --plain
+
+    def call(self, slice, route, args, viewer, request):
+        may = READ if request.method in SAFE else WRITE
+        before = self.store.db.total_changes
+        store = Tables(self.store, slice, may)
+        ctx = self.context(self, store, viewer, request.params, request)
+        what = f"{slice}.{name_of(route.run)}"
+        try:
+            response = self.run(route, ctx, args)
+        finally:
+            ctx.end()
+        if self.store.db.total_changes != before:        # no slice can forget the journal
+            row = self.journal_row(route, args, store.inserted)
+            self.journal(viewer, what, response.which or row)
+        return response
+
+    def journal_row(self, route, args, inserted):
+        """Return what stood in the path or, if nothing did, the row inserted last."""
+        if route.grant == PUBLIC:                        # [3] There it may be a secret.
+            args = ()
+        return "/".join(map(str, args)) or str(inserted or "")
+
+    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+        """Note who did what, and to which row."""
+        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+                        time.time(), viewer.signature, what, which)
+
+
+@addition
+class OwnWorkspace(Workspace):
+    def open(self, create=False):
+        """Raises Refused(422) if it is to be new, and its file has rows.
+
+        They are of a workspace that no Directory knows any more. A file without rows was
+        left behind by a command that failed.
+        """
+        super().open(create)
+        if create and self.store.one("SELECT 1 FROM journal"):
+            self.store.close()
+            raise Refused(*TAKEN)
+
+
+@addition
+class OwnContext(Context):
+    """A context whose store is a Tables."""
+    __slots__ = ()
+
+    def publish(self, topic):
+        if self.store.may != WRITE:
+            raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
+                                  " one that yields, only behind that")
+        self.store.check_thread()
+        self.host.bus.publish(self.host.topic(topic, self.viewer))
+
+    def end(self):
+        self.store.thread = 0
+        self.host = None
+
+
+# -- a migration that rebuilds a table (to be skipped on a first reading)
+#
+# To change a table, one makes a new one, copies the rows, drops the old one and renames
+# the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
+
+def migrating(store, slice, entries, ran):
+    """Return the transaction for all entries but the first `ran`."""
+    if any(["drop" in sql.lower() for sql in entries[ran:]]):
+        return unenforced(store, f"slice {slice!r}, entry {len(entries)}")
+    return store.tx()
+
+
+@contextlib.contextmanager
+def unenforced(store, last):
+    """A transaction in which a table can be dropped and its references stay.
+
+    With foreign_keys on, SQLite would do with all rows that refer to that table as if its
+    rows were deleted. So references are checked at the end instead. Raises MigrationError,
+    with last, the last entry.
+    """
+    store.exec("PRAGMA foreign_keys=OFF")                # in a transaction it does nothing
+    try:
+        with store.tx():
+            before = orphans(store)
+            yield
+            for tables, many in orphans(store).items():
+                if many > before.get(tables, 0):
+                    raise MigrationError(last + ORPHANS.format(many, *tables))
+    finally:
+        store.exec("PRAGMA foreign_keys=ON")
+
+
+def orphans(store):
+    """Return how many rows refer to a row that is not there, by (table, its parent)."""
+    return {tuple(row)[:2]: row["many"] for row in store.query(
+        'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
+        "GROUP BY 1, 2")}
+
+
+ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
+           "dropped, no other statement cascades)")
+
+
+def prepare_rename(store, entries, number):
+    """Choose what happens, if the entry renames a table, to those that refer to it."""
+    store.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
+
+
+def makes_way(entries, number) -> bool:
+    """True if the entry renames a table, to make another of its name and to drop it:
+
+        ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
+
+    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
+    """
+    words = words_of(entries[number])
+    if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
+        return False
+    later = [words_of(sql)[:3] for sql in entries[number + 1:]]
+    return (["create", "table", words[2]] in later[:1]
+            and ["drop", "table", *words[5:]] in later)
+
+
+def words_of(sql):
+    return sql.lower().translate(str.maketrans('(;"', "   ")).split()
+
 
 # ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
@@ -7087,7 +7102,7 @@ def prepare_data(settings):
     keys = load_keys(settings.key_file)
     demo = settings.demo
     if demo and not fresh:
-        with GuardedStore(settings.directory_file) as store:
+        with OwnedStore(settings.directory_file) as store:
             demo = store.one("SELECT 1 FROM accounts WHERE persona") is not None
     return settings._replace(demo=demo), fresh, keys
 
@@ -7155,7 +7170,7 @@ def awake_by_default() -> int:
     return min(1024, descriptors // 4)
 
 
-class Ledger(GuardedStore):
+class Ledger(OwnedStore):
     """Notes the migrations that tenants' files run, without running them."""
 
     def apply(self, slice, entries, number):
@@ -7509,7 +7524,7 @@ def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
     Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
     """
     check_there(settings)
-    with GuardedStore(settings.directory_file) as store:
+    with OwnedStore(settings.directory_file) as store:
         store.begin()
         try:
             store.migrate_all(directory_router().schema)
@@ -7531,7 +7546,7 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
     if what not in BEGINNINGS:
         check_there(settings)
     env = compose(settings._replace(demo=False, plane=""))
-    with GuardedStore(settings.directory_file) as store, \
+    with OwnedStore(settings.directory_file) as store, \
             store.tx() if given else contextlib.nullcontext():
         yield store, env
         if given:
@@ -7871,9 +7886,9 @@ def check_rows(slice, grants, taken):
             taken[address] = f"slice {slice.name!r}, {row.path}"
 
 
-class ScratchStore(GuardedStore):
+class ScratchStore(OwnedStore):
     """A store whose file need not last. It waits for no disk: a start takes 30 ms less."""
-    SETUP = GuardedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
+    SETUP = OwnedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
 
 
 def check_tables(settings: Settings) -> None:
@@ -11651,7 +11666,7 @@ def remove_any(path):
         file.unlink(missing_ok=True)
 
 
-class Original(GuardedStore):
+class Original(OwnedStore):
     """A file that is only read, and stays as it is."""
     SETUP = "PRAGMA query_only=ON"
 
@@ -11713,7 +11728,7 @@ def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> i
     Commands that are on their way finish first, and are in the copy. The others see that
     the file is gone, before they write.
     """
-    with GuardedStore(path) as store:
+    with OwnedStore(path) as store:
         store.begin()
         rows = copy_database(path, copy, about) if copy else 0
         path.unlink()
@@ -12062,7 +12077,7 @@ def try_on_copy(settings, db, path, schema):
         copy = pathlib.Path(folder, "adopted.db")
         copy_database(path, copy)
         check_indexes(copy)
-        with GuardedStore(copy) as store:
+        with OwnedStore(copy) as store:
             store.migrate_all(schema)
 
 
@@ -12219,7 +12234,7 @@ def repair(settings):
 
 def remove_blanks(settings):
     """Meanwhile nobody founds a workspace: its file is there before its row."""
-    with GuardedStore(settings.directory_file) as store, store.tx():
+    with OwnedStore(settings.directory_file) as store, store.tx():
         named = {row["id"] for row in store.query(WHEREABOUTS)}
         blank = [path for path in files_here(settings)
                  if path.stem not in named and is_blank(path)]
@@ -12385,7 +12400,7 @@ def forget_workspace(store, id):
 
 
 def make_on_node(env, name):
-    with GuardedStore(env.settings.directory_file) as store:
+    with OwnedStore(env.settings.directory_file) as store:
         env.workspaces.make_on_node(store, name)
 
 
@@ -12586,7 +12601,7 @@ def keep_or_drop_jobs(source, path, jobs):
     others, and nothing was said.
     """
     others = f"key IS NULL OR key NOT IN ({PLANNED})"
-    with GuardedStore(path) as store:
+    with OwnedStore(path) as store:
         store.exec("DELETE FROM answers")                # to commands that were sent there
         many = store.one(f"SELECT count(*) AS many FROM jobs WHERE {others}")["many"]
         if many and not jobs:
@@ -12600,7 +12615,7 @@ def keep_or_drop_jobs(source, path, jobs):
 def bring_up_to_date(settings, path):
     """Raise MigrationError for what would keep people out of it later."""
     schema = workspace_router(settings).schema
-    with GuardedStore(path) as store:
+    with OwnedStore(path) as store:
         there = {row["slice"] for row in store.query("SELECT slice FROM _migrations")}
         for slice in there - {name for name, _ in schema} - had_once(settings, there):
             raise MigrationError(f"it has rows of slice {slice!r}, which is not here; take "
@@ -15851,7 +15866,7 @@ def clock(at: float, digits: str = "seconds") -> str:
     return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
 
 
-class TracedStore(ObjectStore):
+class TracedStore(OwnedObjectStore):
     """A store whose calls are noted while somebody watches."""
 
     def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):
@@ -16582,7 +16597,7 @@ class App:
 
     def note(self, id):
         """Tell the server, if one runs, by the Directory's journal."""
-        with GuardedStore(self.settings.directory_file) as store:
+        with OwnedStore(self.settings.directory_file) as store:
             store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
                        time.time(), self.who, WRITTEN, id)
 
@@ -17356,7 +17371,7 @@ class TestedApp(App):
         account = account_name(name)
         address, title = names_of(workspace)
         file = self.settings.directory_file
-        with self.clock, GuardedStore(file) as store, store.tx():
+        with self.clock, OwnedStore(file) as store, store.tx():
             self.let_in(store, account, role, address, title)
             return Visitor(self, address, self.cookie(store, account))
 

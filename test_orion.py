@@ -1599,11 +1599,11 @@ def test_signals_are_a_json_object_or_a_bad_request(method, query, body, signals
         assert orion.read_signals(request) == signals
 
 
-# ==== 5. Store, 16. Tables ============================================================================================
+# ==== 5. Store, 27. Tables ============================================================================================
 
 @pytest.fixture
 def store(tmp_path):
-    store = orion.GuardedStore(tmp_path / "a.db", create=True)
+    store = orion.OwnedStore(tmp_path / "a.db", create=True)
     store.exec("CREATE TABLE t (n INTEGER)")
     yield store
     store.close()
@@ -1654,7 +1654,7 @@ def test_a_writing_transaction_takes_the_lock_when_it_begins(store, tmp_path):
 
 def test_a_file_that_is_missing_is_not_made_anew(tmp_path):
     with pytest.raises(sqlite3.DatabaseError, match="missing"):
-        orion.GuardedStore(tmp_path / "lost.db")
+        orion.OwnedStore(tmp_path / "lost.db")
     assert not (tmp_path / "lost.db").exists()
 
 
@@ -1755,11 +1755,11 @@ FORGET_WORDS = "INSERT INTO words (words, rowid, text) VALUES ('delete', 1, 'a r
 @pytest.fixture
 def notes(tmp_path):
     """notes(may): the tables of a slice with full-text search, by a connection that has not used it yet."""
-    opened = [orion.GuardedStore(tmp_path / "notes.db", create=True)]
+    opened = [orion.OwnedStore(tmp_path / "notes.db", create=True)]
     opened[0].migrate("notes", (*NOTES, *WORDS)), opened[0].migrate("nosy", ("CREATE TABLE mine (text)",))
 
     def notes(may, slice="notes"):
-        opened.append(orion.GuardedStore(tmp_path / "notes.db"))
+        opened.append(orion.OwnedStore(tmp_path / "notes.db"))
         opened[-1].learn_owners()
         return orion.Tables(opened[-1], slice, may)
     yield notes
@@ -1876,7 +1876,7 @@ def test_a_statement_that_its_owner_may_run_is_refused_to_all_others(store):
 
 
 def test_what_was_written_before_a_part_that_failed_goes_with_its_transaction(tmp_path):
-    store = orion.GuardedStore(tmp_path / "a.db", create=True)
+    store = orion.OwnedStore(tmp_path / "a.db", create=True)
     store.exec("CREATE TABLE t (n)")
     with store.tx():
         with contextlib.suppress(KeyError), store.tx():
@@ -3665,7 +3665,7 @@ def test_no_verdict_outlives_what_another_process_wrote(start, what):
     server.edge.TICK_SECONDS = 3600                  # nothing may rely on the look once a second
     bob = Person(server, "bob")
     assert [bob.get("/_gate/acme").headers["x-role"] for _ in range(3)] == ["owner"] * 3
-    with contextlib.closing(orion.GuardedStore(server.env.settings.directory_file)) as other:
+    with contextlib.closing(orion.OwnedStore(server.env.settings.directory_file)) as other:
         other.exec(ENDS_OF_A_VERDICT[what])
     answer = bob.get("/_gate/acme")
     assert answer.status != 200 or answer.headers["x-role"] == "viewer"
@@ -3963,7 +3963,7 @@ def test_a_limit_counts_what_one_founded_and_not_what_others_gave(start):
 
 def test_who_founded_a_workspace_of_an_older_version_is_whoever_owned_it_alone(tmp_path):
     older = orion.DIRECTORY_TABLES[:next(n for n, sql in enumerate(orion.DIRECTORY_TABLES) if "COLUMN offered" in sql)]
-    with contextlib.closing(orion.GuardedStore(tmp_path / "d.db", create=True)) as store:
+    with contextlib.closing(orion.OwnedStore(tmp_path / "d.db", create=True)) as store:
         store.migrate("directory", older)
         for name in ("ann", "bob"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
@@ -5251,7 +5251,7 @@ def test_a_command_that_is_refused_has_nothing_rendered_again(serve, signals):
 
 # #### Part Two: the edge ##############################################################################################
 
-# ==== 20. Reader ======================================================================================================
+# ==== 19. Reader ======================================================================================================
 # What a connection must do with these bytes: (what is promised, bytes, status, is it kept?). A status is a number; a set,
 # any of them; a tuple, these answers in this order; None, closed without a word. @HOST@ and the like are filled in.
 
@@ -6041,7 +6041,7 @@ def test_an_expression_that_takes_longer_than_that_is_noticed():
     assert not is_linear(re.compile("a*b"), "search", "", "a", "c")
 
 
-# ==== 21. Answers =====================================================================================================
+# ==== 20. Answers =====================================================================================================
 
 def test_every_answer_has_the_security_headers(server):
     bob = Person(server, "bob")
@@ -6088,7 +6088,7 @@ def test_every_refusal_says_what_to_do_next(server, accept, kind):
     assert "Sign in" in Person(server).get("/w/acme/todos", Accept=accept).text
 
 
-# ==== 23. Threads =====================================================================================================
+# ==== 22. Threads =====================================================================================================
 
 def test_a_lane_goes_on_at_the_expense_of_anybody_in_it_who_has_something_to_spend():
     pool, begun, go, done = orion.Pool(2), threading.Event(), threading.Event(), threading.Event()
@@ -6278,7 +6278,7 @@ def test_what_is_written_to_the_log_is_one_line_and_a_closed_log_harms_nobody(ca
     orion.log("nobody listens")
 
 
-# ==== 24. Sockets, 25. Broker =========================================================================================
+# ==== 23. Sockets, 24. Broker =========================================================================================
 
 def test_a_stream_begins_with_the_present_and_then_tells_each_change(server):
     bob = Person(server, "bob")
@@ -6783,7 +6783,7 @@ def test_to_cut_off_sixteen_times_as_many_takes_sixteen_times_as_long():
     assert any(least(40_000) < 35 * least(2_500) for _ in range(3))
 
 
-# ==== 26. Loop edge ===================================================================================================
+# ==== 25. Loop edge ===================================================================================================
 
 def test_idle_connections_beyond_the_number_of_threads_are_all_served(start):
     before, server = threading.active_count(), start(threads=2)
@@ -14689,7 +14689,7 @@ def test_what_a_comment_names_is_there_and_in_the_section_that_it_says():
 # ==== Without a section ===============================================================================================
 # Each section of Part Three can be struck out: the others go on without it.
 
-FRAME = ("Settings", "Server", "Roots", "Command line")          # without one of these, Part One is left
+FRAME = ("Tables", "Settings", "Server", "Roots", "Command line")          # without one of these, Part One is left
 
 
 @functools.lru_cache(maxsize=None)
@@ -14730,7 +14730,7 @@ class Struck:
     """A server of the file without one section, and those that need it: its full edge or, if the frame is incomplete, the plain one."""
 
     def __init__(self, folder, title):
-        gone = {title}
+        gone = {*sections()[0]} if title == "Tables" else {title}    # all others stand on that one
         while more := {other for other in sections()[0] if needed(other) & gone} - gone:
             gone |= more
         place = {line for one in gone for line in sections()[0][one]}
