@@ -8502,7 +8502,6 @@ def show_flash(request, response, text):
                         undo=undo, undo_form={"undo": undo} if undo else None)
 
 
-
 def with_message(response, text, kind="flash", **more):
     return at_end(response, template(f"layout.{kind}")(text=text, **more))
 
@@ -8584,7 +8583,6 @@ class KnowsWhatWasTyped(Context):
     def typed(self):
         """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
         return self._request.typed if self._request else {}
-
 
 
 @addition
@@ -9445,7 +9443,6 @@ class HasAlarms(GuardedNamespace):
         self.alarms.set(id, self.alarms.due.pop(draft, None))
 
 
-
 @addition
 class RingsAlarms(LoopEdge):
     def __init__(self, *args):
@@ -10011,7 +10008,7 @@ class Passwords:
         return request._replace(headers={**request.headers, **said})
 
 
-def proved(ctx):
+def account_proved(ctx):
     """Return whose password came along; "" if it was wrong, or has changed just now."""
     name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
@@ -10085,7 +10082,7 @@ def unsent_page(ctx, unsent, next):
 
 
 def login(ctx):
-    account = proved(ctx)
+    account = account_proved(ctx)
     if not account:
         raise Refused(422, "Name and password do not go together. Try again.")
     return ctx.host.open_session(ctx, account)
@@ -10093,7 +10090,7 @@ def login(ctx):
 
 def change_password(ctx):
     account = ctx.viewer.account
-    if proved(ctx) != account:
+    if account_proved(ctx) != account:
         raise Refused(422, "The present password is not right. Try again.")
     check_password(ctx.field("new"))
     store_password(ctx, account, ctx.request.headers["x-hashed"])
@@ -10676,7 +10673,7 @@ def joining(ctx):
     account = ctx.viewer.account
     why = "You are signed out. Sign in, or make an account."
     if how == "known":
-        account = proved(ctx)
+        account = account_proved(ctx)
         why = "Name and password do not go together. Try again."
     if not account:
         raise Refused(422, why)
@@ -13206,7 +13203,6 @@ class PlacesWorkspaces(EdgeDirectory):
                                 if topic.startswith("access:")]))
         return version
 
-
     def own_leave(self, request):
         """A node is about to give a workspace away: nobody is let in from now on.
 
@@ -14238,9 +14234,12 @@ class Uploads:
         if self.routes:
             with contextlib.suppress(Refused):           # it is raised again, later
                 path, _ = parse_target(reading.target, reading.headers.get("host", ""))
-        return self.route_of(reading.method, path)
+        type = reading.headers.get("content-type", "")
+        return self.route_of(reading.method, path, type.lower())
 
-    def route_of(self, method, path):
+    def route_of(self, method, path, type=""):
+        if type.startswith(IN_MEMORY):
+            return None
         return next((route for pattern, route in self.routes
                      if route.method == method and pattern.fullmatch(path)), None)
 
@@ -14287,8 +14286,7 @@ class TakesUploads(Connection):
 
     def spool_for(self, reading):
         route = self.edge.uploads.route(reading)
-        type = reading.headers.get("content-type", "").lower()
-        if route is None or type.startswith(IN_MEMORY):
+        if route is None:
             return super().spool_for(reading)
         self.would_refuse = reading, route.upload
         if (reading.length or 0) > route.upload:
@@ -16193,7 +16191,8 @@ class Console:
     def feed(self, params, names):
         object = params.get("object", "")
         calls = [call for call in self.trace.show() if object in ("", call.object)]
-        return {**vars(self.trace), "line": self.call_rows(calls[::-1], names),
+        return {"noted": self.trace.noted, "dropped": self.trace.dropped,
+                "line": self.call_rows(calls[::-1], names),
                 "object": object,
                 "whose": object and {"label": names.get(object, object[:8])},
                 "paused": "paused" in params,
@@ -16766,7 +16765,6 @@ def beside(modules: Sequence[str]) -> List[str]:
     return found
 
 
-
 class Parent:
     """Holds the socket, and has a child serve on it; after each change, another one."""
     LOOK_SECONDS = 0.2
@@ -16778,7 +16776,7 @@ class Parent:
         ASSETS.update(DEV_ASSETS)
         self.socket = bound(settings, lambda: listening(settings.host, settings.port))
         self.assets = settings.assets
-        self.modules = own_modules()
+        self.modules = own_modules()                     # then the child's: see read
         self.seen: Dict[str, Any] = {}                   # stamps
         self.child: Any = None
         self.said: Sequence[str] = ()                    # by the child, of late
@@ -16860,10 +16858,10 @@ class Parent:
         news += [file for file in self.seen.keys() - now if not os.path.exists(file)]
         if news:
             print(f"orion: {news[-1]} has changed", file=sys.stderr, flush=True)
-            self.settle(now)
+            self.wait_until_quiet(now)
         return bool(news) or self.stopping
 
-    def settle(self, now):
+    def wait_until_quiet(self, now):
         """Who saves several files has not saved the last one yet."""
         before = None
         while now != before:
@@ -17355,9 +17353,8 @@ class TestedApp(App):
 
     def check_size(self, request):
         """Raise Refused(413) for a body that is longer than a server takes."""
-        route = self.uploads.route_of(request.method, request.path)
-        in_memory = route is None or request.media_type.startswith(IN_MEMORY)
-        limit = BODY_LIMIT if in_memory else route.upload
+        route = self.uploads.route_of(request.method, request.path, request.media_type)
+        limit = route.upload if route else BODY_LIMIT
         if len(request.body) > limit:
             raise too_large(limit)
 
