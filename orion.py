@@ -371,6 +371,7 @@ def ask_the_gate(request, env):
 
 
 def question_of(request):
+    """Return what the gate is asked: may the holder of this cookie enter the workspace?"""
     workspace = request.path.split("/")[2]
     headers = {"cookie": request.headers.get("cookie", "")}
     return Request("GET", f"/_gate/{workspace}", "", headers, scheme=request.scheme)
@@ -2128,7 +2129,7 @@ class Directory(SliceHost):
 
     # -- who asks. The cookie becomes the header x-session (identified), which names a row
     # (session), of which a viewer is made (viewer_of). In a page of a workspace, the gate
-    # has said who it is; then it is looked whether that still holds (as_of_now).
+    # has said who it is.
 
     def answer(self, request):
         return super().answer(self.identified(request))
@@ -2152,22 +2153,12 @@ class Directory(SliceHost):
     def viewer(self, request):
         """Return whom the verdict names or, without one, whose session it is."""
         if "x-account" in request.headers:
-            return self.as_of_now(super().viewer(request))
+            return super().viewer(request)
         row = self.session(request)
         return self.viewer_of(row) if row else Viewer()
 
     def viewer_of(self, session: sqlite3.Row) -> Viewer:
         return Viewer(account=session["account"])
-
-    def as_of_now(self, viewer):
-        """Return the viewer with the present role, if it has changed since the verdict."""
-        if not viewer.account or not viewer.id:
-            return viewer
-        role = role_of(self.store, viewer.id, viewer.account)
-        if role == NOT_A_MEMBER:
-            raise Refused(NO_ENTRY.status, NO_ENTRY.body.decode().strip())
-        grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
-        return dataclasses.replace(viewer, role=role, grants=grants)
 
     # -- the gate
 
@@ -7029,6 +7020,21 @@ def plain_root(settings: Settings) -> Env:
     for change in PLAIN:
         change(env)
     return env
+
+
+@addition
+class LooksAgain(Directory):                             # with --plain, too
+    """Goes by the present role of whoever asks, if it has changed since the verdict."""
+
+    def viewer(self, request):
+        viewer = super().viewer(request)
+        if not viewer.account or not viewer.id:
+            return viewer
+        role = role_of(self.store, viewer.id, viewer.account)
+        if role == NOT_A_MEMBER:
+            raise Refused(NO_ENTRY.status, NO_ENTRY.body.decode().strip())
+        grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
+        return dataclasses.replace(viewer, role=role, grants=grants)
 
 
 def compose(settings: Settings) -> FullEnv:
