@@ -57,7 +57,7 @@ The words. Where one has a second meaning, it is said here:
     slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
     command     a request that may write: POST, PUT, PATCH, DELETE. What it wrote, and who
-                sent it, stands in a journal [2].
+                sent it, stands in a journal [3].
     signal      a value in the page that an expression there, or an answer, can set
     topic       what a command publishes and a region listens to: "todos"
     stream      an answer that stays open and carries the regions of a page again after each
@@ -281,7 +281,7 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     nonce: str = ""                                      # of a page; see section 3
     watch: Optional[Watch] = None                        # of a stream; see section 7
-    which: str = ""                                      # for the journal, and streams [2]
+    which: str = ""                                      # for streams [2], the journal [3]
     rest: Any = None                                     # [3] what follows the body
 
 
