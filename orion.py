@@ -4524,6 +4524,7 @@ class Kept:
         if known.as_of != (asked.directory_version, namespace.versions[known.stub.id]):
             return None
         namespace.touch(known.stub.id)
+        namespace.served[known.stub.id] += 1
         return known.response
 
     def keep(self, asked, response):
@@ -6234,6 +6235,7 @@ def create_workspace_with_file(request, env):
 #     More for slices  64 Public routes  65 Member lists  66 Uploads  67 Stored files
 #                      68 Tokens  69 Repeats  70 History
 #     For its author   71 Console  72 Own options  73 Development  74 Testing
+#     At night         75 Top
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -7366,6 +7368,9 @@ ARGUMENTS = {
                     "required": True},
     "--node": {"help": "HOST:PORT of a node; once for each", "type": an_address,
                "action": "append", "required": True},
+    "--once": {"help": "show it once, and end", "action": "store_true"},
+    "--every": {"help": "as 500ms or 5s: how often to ask; by default 2s", "type": a_time,
+                "default": 2.0},
     "--listen": {"help": "port of the proxy; by default 80", "type": a_listener},
 }
 
@@ -17475,6 +17480,128 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
+
+
+# #### At night ############################################################################
+
+# ==== 75. Top =============================================================================
+# The idea: the figures of a running server as a table. A terminal shows it anew every two
+#   seconds; a pipe gets lines. It asks for /metrics, as Prometheus does.
+# It promises: the server does no more for it than for a scrape. So the 99 % are of all
+#   requests: to time them by workspace would cost each of them something.
+# It needs: 53 Figures.
+
+SUMMARY = ("{:.1f} requests/s, 99 % in {:g} ms, {:.0f} waiting, {:.0f} streams, {:.0f} "
+           "awake, {:.1f} GB free")
+COLUMNS = "1 workspace", "2 requests/s", "3 streams", "4 MB", "5 awake"
+ROW = "{:<36.36} {:>12} {:>9} {:>9} {:>8}"               # 78 columns
+
+
+def figures_of(settings) -> Dict[str, Dict[str, float]]:
+    """Return the figures of the server, by name and label. Raises Unusable."""
+    where = f"{settings.host}:{settings.port}"
+    headers = {"Host": "localhost"}
+    with contextlib.suppress(Unusable):                  # perhaps it asks for no token
+        token = token_for_figures(load_keys(settings.key_file)[0])
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        link = http.client.HTTPConnection(settings.host, settings.port, timeout=5)
+        with contextlib.closing(link):
+            link.request("GET", "/metrics", headers=headers)
+            answer = link.getresponse()
+            text = answer.read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        raise Unusable(f"no server answers at {where} ({error}); start it, or say where it "
+                       "listens: --host and --port stand before top") from error
+    if answer.status != 200:
+        raise Unusable(f"{where} shows no figures ({answer.status}): it wants the token of "
+                       "its folder, which --data names; with --plain it has none")
+    found: Dict[str, Dict[str, float]] = collections.defaultdict(dict)
+    for line in text.splitlines():
+        words, _, value = line.rpartition(" ")
+        name, _, label = words.partition("{")
+        if not line.startswith("#"):
+            found[name][label.partition('"')[2][:-2]] = float(value)
+    return found
+
+
+class Top:
+    def __init__(self, settings):
+        self.settings = settings
+        self.by = 1                                      # the column that sorts
+        self.at = time.monotonic()
+        self.now = figures_of(settings)
+        self.read()
+
+    def read(self) -> None:
+        self.before, then = self.now, self.at
+        self.now, self.at = figures_of(self.settings), time.monotonic()
+        self.seconds = self.at - then
+
+    def rates(self, name) -> Dict[str, float]:
+        """Return by how much a figure grew in a second; 0 if the server began anew."""
+        before = self.before[name]
+        return {label: max(0.0, now - before.get(label, now)) / self.seconds
+                for label, now in self.now[name].items()}
+
+    def lines(self) -> List[str]:
+        rates = self.rates("orion_request_seconds_bucket")
+        all = rates["+Inf"]
+        p99 = min([float(bound) for bound, rate in rates.items() if rate >= 0.99 * all])
+        waiting, streams, awake, free = [
+            self.now[f"orion_{name}"][""] for name in
+            ("requests_waiting", "streams_open", "workspaces_awake", "disk_free_bytes")]
+        return [SUMMARY.format(all, 1000 * p99, waiting, streams, awake, free / 1e9),
+                ROW.format(*COLUMNS), *[ROW.format(*row) for row in self.rows()]]
+
+    def rows(self):
+        rates = self.rates("orion_workspace_requests_total")
+        streams = self.now["orion_workspace_streams"]
+        sizes = self.now["orion_workspace_bytes"]
+        rows = [(name, round(rate, 1), int(streams.get(name, 0)),
+                 round(sizes.get(name, 0) / 1e6, 1), "yes" if name in sizes else "no")
+                for name, rate in sorted(rates.items())]
+        return sorted(rows, key=lambda row: row[self.by], reverse=self.by > 0)
+
+    def show(self, screen, every: float) -> None:
+        """Until somebody presses q. A change of the window's size is a key, too."""
+        screen.timeout(int(1000 * every))
+        key = 0
+        while key != ord("q"):
+            height, width = screen.getmaxyx()
+            lines = [*self.lines()[:height - 1], "q quits, 1 to 5 sort"]
+            screen.erase()
+            for row, line in enumerate(lines):
+                screen.addnstr(row, 0, line, width - 1)  # in the last cell it would scroll
+            key = screen.getch()
+            if key == -1:                                # nobody pressed one
+                self.read()
+            if ord("1") <= key <= ord("5"):
+                self.by = key - ord("1")
+
+
+def curses_here() -> Any:
+    """Return the module, if it can draw where the output goes."""
+    with contextlib.suppress(ImportError):               # Windows has none
+        import curses
+        with contextlib.suppress(curses.error):          # it does not know the terminal
+            curses.setupterm()
+            return curses if sys.stdout.isatty() else None
+
+
+@verb("top", "show what a running server does, and for which workspaces", "--once",
+      "--every")
+def top(settings, given):
+    shown = Top(settings)
+    curses = None if given.once else curses_here()
+    if curses:
+        return curses.wrapper(shown.show, given.every)
+    going = True
+    while going:
+        time.sleep(given.every)
+        shown.read()
+        print(*shown.lines(), sep="\n", flush=True)
+        going = not given.once
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import ctypes
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -36,6 +37,7 @@ import pickle
 import random
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -47,6 +49,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -14832,6 +14835,104 @@ def test_a_section_that_needs_another_says_so(title):
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound | asked
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
     assert needs <= needed(title) <= {*found}
+
+
+# ==== 75. Top =========================================================================================================
+
+def top_of(server, *words, data=True):
+    """The command as others would give it; what it asks of a server that runs."""
+    where = ("--data", str(server.env.settings.data)) if data else ("--data", "/nowhere")
+    return orion.main(argv=["--port", str(server.port), "top", "--every", "10ms", *words, *where])
+
+
+def test_top_tells_in_lines_how_often_each_workspace_was_asked_even_if_its_page_was_kept(server, capsys, monkeypatch):
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/todos/live")):
+        eventually(lambda: server.edge.streams)
+        began, times = time.monotonic(), []
+        monkeypatch.setattr(orion.time, "sleep", lambda seconds: times.extend([time.monotonic(), *[bob.get("/w/acme/todos") for _ in range(9)], time.monotonic()]))
+        assert top_of(server, "--once") == 0
+        most, least = 9 / (times[-1] - times[0]), 9 / (time.monotonic() - began)
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[0-9.]+ requests/s, 99 % in [0-9.]+ ms, 0 waiting, 1 streams, [123] awake, [0-9.]+ GB free", head)
+    assert columns.split() == ["1", "workspace", "2", "requests/s", "3", "streams", "4", "MB", "5", "awake"]
+    name, rate, streams, size, awake = rows[0].split()
+    asked, of_all = float(rate), float(head.split()[0])
+    assert (name, streams, size, awake) == ("acme", "1", "0.0", "yes") and 0.9 * 9 / 11 < asked / of_all < 1.1 * 9 / 10 and least < asked < most
+    assert max(map(len, [columns, *rows])) < 80 and rows[0].index(awake) > 70
+
+
+class Window:
+    """What top needs of curses: a size, and keys. -1: nobody has pressed one."""
+
+    def __init__(self, keys, height=24, width=80):
+        self.keys, self.size, self.lines = iter(keys), (height, width), []
+        self.getmaxyx, self.timeout, self.erase = lambda: self.size, lambda milliseconds: None, lambda: self.lines.clear()
+        self.seen = []
+
+    def addnstr(self, row, column, text, most):
+        assert len(self.lines) == row < self.size[0]
+        self.lines.append(text[:most])
+
+    def getch(self):
+        self.seen.append([*self.lines])
+        return next(self.keys)
+
+
+def test_top_sorts_by_the_column_whose_number_is_pressed_and_fits_any_window(server):
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": "zebra" * 12}).status == 303 and bob.get("/w/acme/todos").status == 200
+    visit = lambda: bob.get(f"/w/{'zebra' * 12}/todos").status
+    assert visit() == 200
+    shown = orion.Top(server.env.settings._replace(port=server.port))
+    visit()
+    for height, width in ((24, 80), (5, 30), (2, 10), (1, 1)):
+        window = Window([-1, ord("1"), ord("2"), ord("x"), ord("q")], height, width)
+        shown.show(window, 0.01)
+        assert all(len(line) < width for lines in window.seen for line in lines) and all(len(lines) <= height for lines in window.seen)
+        assert window.seen[-1][-1] == "q quits, 1 to 5 sort"[:width - 1]
+        if height == 24:
+            names = [[line.split()[0] for line in lines[2:-1]] for lines in window.seen]
+            assert names[1][0] == names[3][0] == ("zebra" * 12)[:36] != names[2][0] == min(names[2]), "by requests, by name, by requests"
+
+
+def test_in_a_terminal_top_draws_anew_when_that_is_resized_and_q_ends_it(server):
+    master, slave = os.openpty()
+    try:
+        resize = lambda rows, columns: fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+        resize(24, 80)
+        process = subprocess.Popen([sys.executable, "-morion", "--port", str(server.port), "top", "--data", str(server.env.settings.data)],
+                                   stdin=slave, stdout=slave, stderr=slave, cwd=HERE, env={**os.environ, "TERM": "xterm"})
+        said = bytearray()
+
+        def says(words):
+            while words not in said:
+                assert select.select([master], [], [], PATIENCE)[0], said
+                said.extend(os.read(master, 65536))
+            del said[:said.index(words) + len(words)]
+        says(b"requests/s, 99 % in"), says(b"GB free"), says(b"q quits, 1 to 5 sort")
+        resize(24, 30)
+        process.send_signal(signal.SIGWINCH)
+        says(b"requests/s, 99 % in"), says(b"q quits, 1 to 5 sort")
+        os.write(master, b"q")
+        says(b"\x1b[?1049l")                           # the screen of before is back
+        assert process.wait(PATIENCE) == 0
+    finally:
+        os.close(master), os.close(slave)
+
+
+def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_where_there_are_no_figures(start, tmp_path, capsys):
+    server = start(demo=False, trust_proxy=("127.0.0.0/8",))
+    assert (top_of(server, "--once"), top_of(server, "--once", data=False)) == (0, 2)
+    said = capsys.readouterr()
+    assert "requests/s" in said.out and "wants the token of its folder, which --data names" in said.err
+    server.close()
+    assert top_of(server, "--once") == 2 and "no server answers at 127.0.0.1:" in (said := capsys.readouterr().err) and "start it" in said
+    plain = orion.PlainEdge("127.0.0.1", 0, orion.plain_planes(tmp_path / "plain"))
+    thread = threading.Thread(target=plain.serve_forever)
+    thread.start()
+    assert orion.main(argv=["--port", str(plain.server_port), "top", "--once"]) == 2 and "with --plain it has none" in capsys.readouterr().err
+    plain.shutdown(), thread.join(PATIENCE), plain.server_close()
 
 
 # #### In the browser ##################################################################################################
