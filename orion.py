@@ -3106,9 +3106,16 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     22 Threads    23 Sockets     24 Broker      25 Loop edge   26 Hosts
 #
 # In Part One the object holds its streams: a thread for each of them, and an object that
-# can't sleep while somebody looks at it. This part is the broker that replaces only where
-# the stream is held. One loop holds all sockets, a few threads do the work, and an object
-# may sleep while thousands watch it.
+# can't sleep while somebody looks at it. Here one loop holds all sockets, a few threads do
+# the work, and an object may sleep while thousands watch it. This part has three layers:
+#
+#     16, 17     the object: its file, which may fail, and its commits, which are shared
+#     18 to 21   bytes: what is rendered once for many, how requests are read, how answers
+#                are written, and which are kept
+#     22 to 25   threads and sockets: the pool, the loop, and the broker, which knows which
+#                stream shows what
+#
+# 26 puts them together. Who wants to follow a click alone skips 16.
 #
 # The way of one click here. In the loop:
 #
@@ -3118,7 +3125,8 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #
 # In a thread of the pool:
 #
-#     LoopEdge.work_off (25)          runs the worker (2) up to its last step: Noted (25)
+#     LoopEdge.work_off (25)          runs the worker (2) up to its last step, which is not
+#                                     taken, but noted: Noted (25)
 #     GuardedStub.fetch_all (16)      takes the turn of the object
 #     GroupCommit.answer_all (17)     runs all commands of the lane in one transaction
 #     Broker.published (24)           is told what was published, after the commit
@@ -3149,10 +3157,10 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # section 30): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
 #
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
+#     -> DurableObject
 #
-# A publish goes from Bus.tell to GuardedNamespace.published, and on to Broker.published. It
-# uses worker, ask_the_gate, Env.question, Env.forward, Bus.listeners,
-# SliceHost.handle, render and stream, Directory.make_file, headers_of and refusal.
+# The worker stays as it is: it runs in an Env whose forward is another one. A publish goes
+# from Bus.tell to GuardedNamespace.published, and on to Broker.published.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
 # edge a LoopEdge, piece a Piece, stream a Stream, stub a GuardedStub; headers is a dict,
@@ -3178,16 +3186,24 @@ CRASH = BaseException                                    # a slice may call sys.
 
 # ==== 16. Files ===========================================================================
 # The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
-#   a StorageFault: a 503 or 507 for this tenant alone, and a line in the log that says
+#   a StorageFault: a 503 or 507 for this workspace alone, and a line in the log that says
 #   which file, what, and what to do.
 # It promises: nothing is made anew in the place of what was lost; nothing is written to a
 #   file that was taken away or exchanged; no statement runs for longer than a few seconds.
 #   Migrations that take longer than one go on in a thread of their own, one file after the
-#   other; until they end, that tenant alone gets a 503.
+#   other; until they end, that workspace alone answers 503.
 #   While another process holds the write lock of a file, commands to it wait, and so do the
 #   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
-# Who uses it: both planes, through the composition roots of Part Three.
+# Who uses it: both planes. (To be skipped on a first reading.)
+#
+# What can be in the way is an exception of its own:
+#
+#     StorageFault  the file is at fault: 503 or 507
+#     Torn          another file is at its path: the stub closes the object, and asks the
+#                   next one, which opens that file
+#     Locked        another process writes to it: the stub asks again, for some seconds
+#     Busy          to wait would take too long: 503
 
 def retry_after(seconds: int) -> Tuple[Tuple[str, str], ...]:
     """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
@@ -3196,7 +3212,7 @@ def retry_after(seconds: int) -> Tuple[Tuple[str, str], ...]:
 
 class StorageFault(Refused):
     """The file of an object can't be used. The text is for the log, message for people."""
-    # The first that is in the text counts; the last, "", always is.
+    # By a part of the error's text. The first that fits counts; the last always fits.
     REMEDIES = {"takes long": "it goes on apart; nobody is let in here until it ends",
                 "disk is full": "make room on the disk, or raise the quota",
                 "is locked": "another process holds it: end that one",
@@ -3314,7 +3330,6 @@ class GuardedStore(NestedStore):
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
-    running = "what opens it"                            # for the log; or which migration
 
     def __init__(self, path, create=False):
         self.inode = None if create else identity(path)  # None: it is made just now
@@ -3356,10 +3371,6 @@ class GuardedStore(NestedStore):
         with contextlib.suppress(sqlite3.Error):         # it is written before it fails
             self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
 
-    def apply(self, slice, entries, number):
-        self.running = f"slice {slice!r}, entry {number + 1}"
-        return super().apply(slice, entries, number)
-
     def close(self):
         """Write the log of a torn file into that file. SQLite does so by itself only if the
         file is at its path; and the file that is there now must not find this log."""
@@ -3379,38 +3390,32 @@ class GuardedObject(DurableObject):
     """An object whose file may fail."""
     store_class = ObjectStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    began = float("inf")                                 # when the present answer began
-    LOCK_SECONDS = 5.0                                   # the longest wait for a lock
-    lock_ends = float("-inf")                            # when everybody stops waiting
+    OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
     OPEN_SECONDS = float("inf")                          # then its migrations go on apart
+    SAID_SECONDS = 2.0                                   # what took longer is in the log
+    began = float("inf")                                 # when the present answer began
+    lock_ends = float("-inf")                            # when everybody stops waiting
     open_began = 0.0
-    opened_at = 0.0                                      # by the clock
-    NOTICE_SECONDS = 60.0                                # between lines on its migrations
-    notice_at = 0.0                                      # when the next line is due
+    opened_at = 0.0                                      # by the clock, for people
 
     def open(self, create=False):
-        """Raises StorageFault if it takes long; then it goes on apart."""
+        """Raises StorageFault if migrations take long. Then they go on apart."""
         self.open_began = time.monotonic()
-        first_notice = self.notice_at = self.open_began + 2.0
         try:
             super().open(create)
         except (sqlite3.Error, MigrationError) as error:
             if not str(error).endswith("interrupted") or self.namespace.closed:
                 raise
-            late = str(error).replace(": interrupted", " takes long")
+            late = str(error).replace(": interrupted", " takes long")    # see too_long
             self.namespace.bring_up(self.id, late)
             self.close()                                 # all who wait for it hear so
             raise self.fault(late) from error
-        if self.notice_at > first_notice:                # there was one: say how it ended
-            self.log_progress("was opened, in")
-
-    def log_progress(self, what):
-        seconds = time.monotonic() - self.open_began
-        log(f"storage: {self.store.path}: {what} {seconds:.0f} s")
-        self.notice_at = time.monotonic() + self.NOTICE_SECONDS
+        took = time.monotonic() - self.open_began
+        if took > self.SAID_SECONDS:
+            log(f"storage: {self.store.path}: was opened, in {took:.0f} s")
 
     def connect(self, create):
-        self.namespace.make_room()
+        self.namespace.sleep_excess()
         store = self.make_store(create)
         store.db.set_progress_handler(self.too_long, 100_000)
         try:
@@ -3425,14 +3430,12 @@ class GuardedObject(DurableObject):
     def make_store(self, create) -> GuardedStore:
         return super().connect(create)
 
-    def too_long(self):
-        """SQLite asks this now and then, in the midst of a statement."""
+    def too_long(self) -> bool:
+        """SQLite asks this now and then, in the midst of a statement, which True ends."""
         now = time.monotonic()
         is_open = self.bus is not None                   # no migrations are under way
         if is_open:
             return now > self.began + self.STATEMENT_SECONDS
-        if self.store and now > self.notice_at:
-            self.log_progress(f"{self.store.running} goes on, for")
         return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
 
     def claim(self, store):
@@ -3469,16 +3472,15 @@ class GuardedObject(DurableObject):
         if StorageFault.is_behind(error):
             raise self.fault(error) from error
 
-    def patience(self) -> float:
-        """Return how many seconds are left to wait for SQLite's lock; <= 0: give up.
+    def begin_waiting(self):
+        """All requests that wait for SQLite's lock give up at the same time, lock_ends.
 
-        All requests that wait for it give up at the same time. One that comes in the
-        LOCK_SECONDS after that gives up at once, for the lock is probably the same.
+        One that comes in the OUTLAST_SECONDS after that gives up at once, for the lock is
+        probably the same.
         """
         now = time.monotonic()
-        if now > self.lock_ends + self.LOCK_SECONDS:
-            self.lock_ends = now + self.LOCK_SECONDS
-        return self.lock_ends - now
+        if now > self.lock_ends + self.OUTLAST_SECONDS:
+            self.lock_ends = now + self.OUTLAST_SECONDS
 
     def fault(self, error):
         return self.namespace.fault(self.id, error)
@@ -3514,8 +3516,8 @@ class GuardedStub(Stub):
     """Takes the turn, asks, and deals with Undone.
 
     Torn: the object is closed, and the next one is asked. Locked: the turn is given back,
-    and asked for again after a pause, as long as patience() lasts. Whoever gave a limit of
-    seconds does not wait for a lock at all.
+    and taken again after a pause, until lock_ends. Whoever gave a limit of seconds does not
+    wait for a lock at all.
     """
     PAUSE = 0.005                                        # seconds
 
@@ -3566,20 +3568,22 @@ class GuardedStub(Stub):
 
         In the pauses others have the turn. Raises StorageFault, Busy.
         """
-        if locked.one.patience() <= 0:                   # it is in the log already
+        locked.one.begin_waiting()
+        if time.monotonic() >= locked.one.lock_ends:     # it is in the log already
             raise StorageFault(self.namespace.path(self.id), locked.error)
-        if not self.namespace.waiting.acquire(blocking=False):
+        if not self.namespace.may_wait.acquire(blocking=False):
             raise Busy()
         try:
-            while locked.one.patience() > 0:
+            while time.monotonic() < locked.one.lock_ends:
                 time.sleep(self.PAUSE)
                 try:
                     return self.take_turn(ask)
                 except Locked as again:
                     locked = again
+                    locked.one.begin_waiting()
             raise locked.one.fault(locked.error) from locked
         finally:
-            self.namespace.waiting.release()
+            self.namespace.may_wait.release()
 
 
 class Busy(Refused):
@@ -3614,7 +3618,7 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
 
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
-    WAITING = 4                                          # threads, for other processes
+    WAITING = 4                                          # threads, for locks of others
     LATE_SECONDS = 60.0                                  # until what failed is tried again
     CLOSE_SECONDS = 1.0                                  # to wait for all turns, at the end
 
@@ -3622,7 +3626,7 @@ class GuardedNamespace(Namespace):
         super().__init__(*args)
         self.objects = collections.OrderedDict()         # the last used is the last
         self.most = most
-        self.waiting = threading.BoundedSemaphore(self.WAITING)
+        self.may_wait = threading.BoundedSemaphore(self.WAITING)
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
         self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
         self.settings: Any = None                        # [3]
@@ -3664,7 +3668,10 @@ class GuardedNamespace(Namespace):
         return one
 
     def bring_up(self, id, why):
-        """Open it apart, however long it takes, when those before it are done."""
+        """Open a file apart, however long that takes, when those before it are done.
+
+        late: for how long, and why, nobody is let in here.
+        """
         with self.lock:
             self.late[id] = float("inf"), why
             self.in_line.append(id)
@@ -3681,7 +3688,7 @@ class GuardedNamespace(Namespace):
                 left = bool(self.in_line)
 
     def bring_one_up(self, id):
-        """What fails is tried again after a while, when somebody asks for it."""
+        """What fails is tried again after LATE_SECONDS, when somebody asks for it."""
         one = self.build(id, self)
         one.OPEN_SECONDS = float("inf")
         why = "it can't be opened"
@@ -3696,14 +3703,14 @@ class GuardedNamespace(Namespace):
             self.late[id] = (time.monotonic() + self.LATE_SECONDS, why) if why else NOT_LATE
 
     def touch(self, id):
-        """Note that it is in use, so it does not go to sleep: a page of it that was kept is
-        answered without it."""
+        """Note that the object is in use. A page of it that was kept is answered without
+        it, and for that it shall not fall asleep."""
         with self.lock:
             if id in self.objects:
                 self.objects[id].used = time.monotonic()
                 self.objects.move_to_end(id)             # the least recently used is first
 
-    def make_room(self):
+    def sleep_excess(self):
         """The least recently used go to sleep; one that is busy just now is passed over."""
         with self.lock:
             excess = max(0, len(self.objects) - self.most)
@@ -3743,7 +3750,8 @@ class GuardedNamespace(Namespace):
     def name_draft(self, draft: str, id: str) -> None:
         """Give the file its real id.
 
-        Raises Refused(422) if a file of this id has rows: see Workspace.open.
+        Raises Refused(422) if a file of this id has rows, which are of a workspace that no
+        Directory knows any more.
         """
         place = self.path(id)
         if place.exists():
@@ -3752,10 +3760,6 @@ class GuardedNamespace(Namespace):
                     raise Refused(*TAKEN)
         self.path(draft).rename(place)
         sync_folder(self.folder)
-
-    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
-        """The id and the path of each object of this kind, awake or not."""
-        return ((path.stem, path) for path in self.folder.glob("*.db"))
 
     def close(self):
         """At the end of the server. What is busy still, because a slice hangs, is left as
@@ -4448,7 +4452,7 @@ class Asked:
     object_version: int = 0                              # of the object that answers
     stub: Any = None                                     # who is to answer
     forwarded: Optional[Request] = None                  # and the request as they see it
-    account: str = ""                                    # to whom it is charged
+    account: str = ""                                    # who pays for its thread
     cookie: Optional[str] = None
     insider: int = 0                                     # see LoopEdge.insiders
     let_in: bool = False                                 # it is in the lane of its object
@@ -4557,28 +4561,32 @@ def renewed(response) -> Response:
 # ==== 22. Threads =========================================================================
 # The idea: a few threads do the work, one loop holds all sockets. What concerns the same
 #   object stands in a lane. One thread at a time works a lane off, all that came at once.
+#   Somebody pays for each lane: the account for which it is done or, while we know none,
+#   an address.
 # It promises: a lane keeps its order, and lets the others have their turn in between. One
-#   account has at most half of the threads, and an eighth while others are there, however
+#   payer has at most half of the threads, and an eighth while others are there, however
 #   many lanes it fills: its lanes take turns, and those of the others find threads free. A
 #   job that fails is logged; its thread goes on.
 # Who uses it: the loop edge and the broker.
 
 class Lane:
-    """Items that wait for the same job, in their order, each with its account.
+    """Items that wait for the same job, in their order, each with its payer.
 
-    payer: the account that is charged while the lane is in line, or a thread works on it;
-    "": nobody is. None: it is not in line. It is new, or parked under each account that has
-    an item in it, for all of them have as many lanes in line as they may.
+    A lane that has items is in one of two states:
 
-    The way of a lane: Pool.gather, admit (or it is parked), drive, put_back, release. When
-    a lane of an account is done, release puts a parked one in line (unpark). If another
-    account paid for that one meanwhile, unpark passes it over.
+        in line   A thread works on it, or will. payer says who is charged; "": nobody.
+        parked    Each payer of its items has as many lanes in line as it may. So the lane
+                  waits under each of them (Pool.parked), and the first that may have
+                  another lane in line takes it. payer is None.
+
+    One that has none is forgotten. The way of a lane: Pool.gather, admit (or it is parked),
+    drive, put_back, release. release puts parked lanes of its payer in line (unpark).
     """
 
     def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
         self.name = name
         self.job = job
-        self.items: collections.deque = collections.deque()
+        self.items: collections.deque = collections.deque()    # of (item, payer)
         self.payer: Optional[str] = None
 
 
@@ -4587,24 +4595,24 @@ class Pool:
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
     """
-    # An account that is alone has more lanes in line, because a slow disk makes several
-    # files durable in the time of one. While one sends commands to 18 workspaces, on 360
+    # A payer that is alone has more lanes in line, because a slow disk makes several files
+    # durable in the time of one. While one sends commands to 18 workspaces, on 360
     # connections, a command of another, alone 1.6 ms, takes 5 with an eighth of the threads
-    # for each account, 5 to 11 with a quarter, 20 to 50 with all.
+    # for each payer, 5 to 11 with a quarter, 20 to 50 with all.
     TOGETHER = 64                                        # items of a lane at a time
-    ALONE_SECONDS = 1.0                                  # until an account counts as alone
+    ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
     def __init__(self, size):
         self.line: collections.deque = collections.deque()   # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # on each an idle thread sleeps
-        self.local = threading.local()                   # line, account: of each thread
-        self.most = max(1, size // 2)                    # lanes in line, for one account
+        self.local = threading.local()                   # line, payer: of each thread
+        self.most = max(1, size // 2)                    # lanes in line, for one payer
         self.fair = max(1, size // 8)                    # and while there are others
         self.lock = threading.Lock()                     # guards the next four lines
         self.crowded = float("-inf")                     # when there were others last
         self.lanes: Dict[Any, Lane] = {}                 # in which something waits
-        self.taken: Dict[str, int] = collections.Counter()   # lanes in line, by account
-        self.parked: Dict[str, Dict[Lane, None]] = {}    # by account: those that wait
+        self.taken: Dict[str, int] = collections.Counter()   # lanes in line, by payer
+        self.parked: Dict[str, Dict[Lane, None]] = {}    # by payer: those that wait
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -4623,12 +4631,12 @@ class Pool:
             own.append((job, args))
 
     def defer(self):
-        """For the loop's thread: from now on put() only adds to the common line.
+        """For the loop's thread: from now on its put() wakes nobody; rouse() does.
 
-        rouse() then wakes threads for all of it. In the midst of the loop's work they would
-        only contend with it for the interpreter. (Commands to 1,000 tenants: 1.2 x.)
+        In the midst of the loop's work threads would only contend with it for the
+        interpreter. (Commands to 1,000 tenants: 1.2 x.)
         """
-        self.local.line = self.line                      # put() appends to it, and no more
+        self.local.line = self.line                      # as if that were its own: see put
 
     def rouse(self):
         for _ in range(min(len(self.line), len(self.idle))):
@@ -4647,7 +4655,7 @@ class Pool:
 
     def work(self):
         self.local.line = collections.deque()
-        self.local.account = ""
+        self.local.payer = ""
         wakeup = threading.Lock()                        # to release it wakes this thread
         wakeup.acquire()
         while True:
@@ -4684,42 +4692,41 @@ class Pool:
     # -- lanes, and who pays for them
 
     @property
-    def account(self) -> str:
-        """Whom the present job of this thread is charged to."""
-        return getattr(self.local, "account", "")
+    def payer(self) -> str:
+        """Who is charged for the present job of this thread."""
+        return getattr(self.local, "payer", "")
 
-    def gather(self, name, item, job, account=""):
+    def gather(self, name, item, job, payer=""):
         """Have job(items) done with all that came to the lane of this name until then.
 
-        job returns the items that it left undone, or None; they stay in front. account: to
-        whom it is charged; "": to nobody. If a job of the pool calls this, its own account
-        is charged for the thread already, so the lane is charged to nobody.
+        job returns the items that it left undone, or None; they stay in front. If a job of
+        the pool calls this, its own payer is charged for the thread already, so nobody is
+        charged for the lane.
         """
-        in_a_job = hasattr(self.local, "account")
-        payer = "" if in_a_job else account
+        in_a_job = hasattr(self.local, "payer")
         with self.lock:
             lane = self.lanes.get(name)
             if lane is None:
                 lane = self.lanes[name] = Lane(name, job)
-            lane.items.append((item, account))
-            begins = lane.payer is None and self.admit(lane, payer)
+            lane.items.append((item, payer))
+            begins = lane.payer is None and self.admit(lane, "" if in_a_job else payer)
         if begins:
             self.put(self.drive, lane)
 
-    def admit(self, lane, account) -> bool:
-        """Charge the lane to the account, or park it. The caller holds the lock."""
-        if account and self.taken[account] >= self.limit(account):
-            parked = self.parked.setdefault(account, collections.OrderedDict())
+    def admit(self, lane, payer) -> bool:
+        """Charge the lane to this payer, or park it. The caller holds the lock."""
+        if payer and self.taken[payer] >= self.limit(payer):
+            parked = self.parked.setdefault(payer, collections.OrderedDict())
             parked[lane] = None
             return False
-        self.taken[account] += 1
-        lane.payer = account
+        self.taken[payer] += 1
+        lane.payer = payer
         return True
 
-    def limit(self, account) -> int:
-        """Return how many lanes the account may have in line now."""
+    def limit(self, payer) -> int:
+        """Return how many lanes this payer may have in line now."""
         now = time.monotonic()
-        others = len(self.taken) - (account in self.taken) - ("" in self.taken)
+        others = len(self.taken) - (payer in self.taken) - ("" in self.taken)
         if others > 0:
             self.crowded = now
         return self.fair if now < self.crowded + self.ALONE_SECONDS else self.most
@@ -4727,25 +4734,25 @@ class Pool:
     def drive(self, lane):
         """Have the next items of a lane done, and all that this makes the thread put in."""
         payer = lane.payer
-        before = self.local.account
-        self.local.account = payer or before
+        before = self.local.payer
+        self.local.payer = payer or before
         some = min(len(lane.items), self.TOGETHER)
-        items = [lane.items.popleft()[0] for _ in range(some)]
-        left = None
+        rows = [lane.items.popleft() for _ in range(some)]
+        undone = None
         try:
-            left = lane.job(items)
+            undone = lane.job([item for item, _ in rows])
         finally:
-            self.put_back(lane, [(item, getattr(item, "account", payer))
-                                 for item in left or ()])
+            left = {id(item) for item in undone} if undone else ()
+            self.put_back(lane, [row for row in rows if left and id(row[0]) in left])
             self.follow_up()
             self.release(payer)
-            self.local.account = before
+            self.local.payer = before
 
     def put_back(self, lane, left):
         """Have the rest of the lane done behind the others.
 
-        left: items with their accounts, to be done first. The next items are charged
-        together, to the first of their accounts that may have another lane in line.
+        left: items with their payers, to be done first. The next items are charged
+        together, to the first of their payers that may have another lane in line.
         """
         with self.lock:
             lane.items.extendleft(reversed(left))
@@ -4754,37 +4761,33 @@ class Pool:
                 del self.lanes[lane.name]
                 return
             some = itertools.islice(lane.items, self.TOGETHER)
-            accounts = dict.fromkeys([account for _, account in some])
-            begins = any(self.admit(lane, account) for account in accounts)
+            payers = dict.fromkeys([payer for _, payer in some])
+            begins = any(self.admit(lane, payer) for payer in payers)
         if begins:
             self.share(self.drive, lane)
 
-    def release(self, account):
-        """A job of this account is done. Begin with those of its lanes that may now."""
+    def release(self, payer):
+        """A job that this one paid for is done. Begin with those of its lanes that may now.
+        """
         with self.lock:
-            self.taken[account] -= 1
-            begun = [*self.unpark(account)]
-            if not self.taken[account]:
-                del self.taken[account]
+            self.taken[payer] -= 1
+            begun = [*self.unpark(payer)]
+            if not self.taken[payer]:
+                del self.taken[payer]
         self.line.extend([(self.drive, (lane,)) for lane in begun])
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
 
-    def unpark(self, account) -> Iterator[Lane]:
-        """Another account may have paid for a lane meanwhile; such a one is passed over."""
-        parked = self.parked.get(account)
-        while parked and self.taken[account] < self.limit(account):
+    def unpark(self, payer) -> Iterator[Lane]:
+        """A lane that another payer has taken meanwhile is passed over."""
+        parked = self.parked.get(payer)
+        while parked and self.taken[payer] < self.limit(payer):
             lane, _ = parked.popitem(last=False)
             if lane.payer is None and lane.items:
-                self.admit(lane, account)
+                self.admit(lane, payer)
                 yield lane
         if not parked:
-            self.parked.pop(account, None)
-
-    def waiting(self) -> List[Any]:
-        """Return all items that wait in lanes now."""
-        with self.lock:
-            return [item for lane in self.lanes.values() for item, _ in lane.items]
+            self.parked.pop(payer, None)
 
     def close(self, patience: float):
         """patience: seconds for all threads together. A job that takes longer is left."""
@@ -5097,7 +5100,7 @@ class Channel:
 
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
-        self.account = ""                                # to whom it is charged: section 22
+        self.account = ""                                # who pays for it: section 22
         self.streams: Dict[Stream, str] = {}             # and the etag that each one shows
         self.busy = False
         self.stale = False
@@ -5152,7 +5155,7 @@ class Broker:
             busy = channel.busy
             channel.busy = True
             channel.stale = True
-            channel.account = self.edge.pool.account or channel.account
+            channel.account = self.edge.pool.payer or channel.account
         if not busy:
             lane = channel.subscription.stub.id
             self.edge.pool.gather(lane, channel, self.refresh_all, channel.account)
@@ -6789,11 +6792,8 @@ class OwnsTables(SliceHost):
 @addition
 class OwnWorkspace(Workspace):
     def open(self, create=False):
-        """Raises Refused(422) if it is to be new, and its file has rows.
-
-        They are of a workspace that no Directory knows any more. A file without rows was
-        left behind by a command that failed.
-        """
+        """Raises Refused(422) if it is to be new, and its file has rows: see name_draft. A
+        file without rows was left behind by a command that failed."""
         super().open(create)
         if create and self.store.one("SELECT 1 FROM journal"):
             self.store.close()
@@ -9449,6 +9449,10 @@ class HasAlarms(GuardedNamespace):
         super().__init__(*args, **more)
         self.alarms = whole(Alarms)(self)
 
+    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+        """The id and the path of each object of this kind, awake or not."""
+        return ((path.stem, path) for path in self.folder.glob("*.db"))
+
     def name_draft(self, draft, id):
         super().name_draft(draft, id)
         self.alarms.set(id, self.alarms.due.pop(draft, None))
@@ -11586,7 +11590,8 @@ class HasFigures(LoopEdge):
         streams = self.streams
         behind = [stream for stream in streams if stream.unsent]
         stuck = [now - stream.deadline + stream.STUCK_SECONDS for stream in behind]
-        items = self.pool.waiting()
+        with self.pool.lock:
+            items = [item for lane in self.pool.lanes.values() for item, _ in lane.items]
         since = [item.started for item in items if isinstance(item, Asked)]
         waited = [time.perf_counter() - started for started in since if started]
         return {"streams": len(streams), "behind": len(behind),

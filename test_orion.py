@@ -2312,7 +2312,7 @@ def test_what_was_refused_for_the_disk_does_not_come_back_after_a_crash(server, 
 
 
 def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", 0.05)
     bob = Person(server, "bob", datastar=True)
     bob.get("/w/acme/todos")
     with contextlib.closing(server.store("acme")) as other:
@@ -2596,14 +2596,14 @@ def test_a_migration_that_takes_longer_than_a_visit_ends_and_meanwhile_others_no
     assert capfd.readouterr().err.count("takes long") == 1 and len(grown.apart) == 1
 
 
-def test_the_log_says_what_goes_on_and_for_how_long(grown, capfd, monkeypatch):
+def test_the_log_says_what_was_opened_apart_and_how_long_that_took(grown, capfd, monkeypatch):
     clock = time.monotonic
     server = grown()
     Person(server, "bob").get("/w/acme/n")
     eventually(lambda: grown.apart)
     monkeypatch.setattr(orion.time, "monotonic", lambda: clock() + 61)
     grown.held.set()
-    assert logged(capfd, ".db: slice 'small', entry 3 goes on, for 6") and logged(capfd, ".db: was opened, in 6")
+    assert logged(capfd, ".db: was opened, in 6")
 
 
 def test_a_migration_that_fails_after_a_long_time_is_not_begun_again_at_each_visit(grown, capfd):
@@ -6357,7 +6357,7 @@ class Chance:
         later = lambda queue: lambda *job: queue.append(job)
         self.edge = types.SimpleNamespace(
             held=set(), selector=types.SimpleNamespace(**dict.fromkeys(["register", "modify", "unregister"], lambda *_: None)), call=later(self.calls),
-            pool=types.SimpleNamespace(account="", gather=lambda lane, channel, job, account="": self.jobs.append((job, [channel]))))
+            pool=types.SimpleNamespace(payer="", gather=lambda lane, channel, job, payer="": self.jobs.append((job, [channel]))))
         self.edge.backlog = orion.Backlog(self.edge)
         self.broker = self.edge.broker = orion.TellsWhoIsHere(self.edge)
         self.id, self.broken = "acme", False
@@ -7028,7 +7028,7 @@ def complaints(words):
 @pytest.fixture
 def patient(monkeypatch):
     """Who waits for a file that another process holds waits for as long as a test takes."""
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", WHOLE)
+    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", WHOLE)
 
 
 def lose_patience(one):
@@ -8893,7 +8893,7 @@ def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
 
 
 def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", 0.05)
     office.write_letter(text="later", after=3600)
     alarms = office.env.workspaces.alarms.due
     with contextlib.closing(office.store("acme")) as other:
