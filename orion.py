@@ -6412,7 +6412,8 @@ def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
     return [frame for frame in stack if not frame.filename.startswith(OURS)]
 
 
-log_once = functools.lru_cache(maxsize=256)(log)         # for what is found each second
+# For what is found each second: it is said again when 256 others were said since.
+log_once = functools.lru_cache(maxsize=256)(log)
 
 # The tables of FTS5: they have no page of their own.
 INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
@@ -10030,7 +10031,7 @@ def account_proved(ctx):
     return name if stored and stored == ctx.request.headers.get("x-stored") else ""
 
 
-def refuse_guest(ctx, what):
+def refuse_masked(ctx, what):
     """Raise Refused(403) for an operator who looks on in somebody's name."""
     if ctx.viewer.signature != ctx.viewer.account:
         raise Refused(403, f"You look on as {ctx.viewer.account}, and {what} would outlast "
@@ -10532,7 +10533,7 @@ def new_link_page(ctx, secret, what, back, which):
 
 def make_link(ctx):
     """Make a link into this workspace. Fields: role, uses and days."""
-    refuse_guest(ctx, "a link")
+    refuse_masked(ctx, "a link")
     role = valid_role(ctx.field("role", "member"))
     uses = within("uses", ctx.number("uses", 1), MOST_USES)
     days = within("days", ctx.number("days", 7), LONGEST_LINK)
@@ -10569,7 +10570,7 @@ def withdraw_link(ctx):
 
 def device_link(ctx):
     """Make a link that signs the viewer in elsewhere. The one before it is void."""
-    refuse_guest(ctx, "a link")
+    refuse_masked(ctx, "a link")
     session = my_digest(ctx)
     ctx.store.exec("DELETE FROM links WHERE session = ?", session)
     secret = add_link(ctx.store, "device", 300, session=session)
@@ -10580,7 +10581,7 @@ def device_link(ctx):
 
 def password_link(ctx):
     """Make a link with which somebody sets a new password. The one before it is void."""
-    refuse_guest(ctx, "a link")
+    refuse_masked(ctx, "a link")
     maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
         raise Refused(403, "Only an operator of this server may do that. Ask one.")
@@ -10654,7 +10655,7 @@ def use_link(ctx):
         raise Refused(422, NO_LINK)
     if not ctx.field("how"):
         return page_of_link(ctx, secret)
-    refuse_guest(ctx, "a link")
+    refuse_masked(ctx, "a link")
     account = KINDS[link["kind"]].use(ctx, link)
     if account == ctx.viewer.account:
         answer = see_other(local_path(ctx.field("next", "/")))
@@ -11416,7 +11417,7 @@ class TimesWork(Broadcast):
     def on_open(self):
         super().on_open()
         self.slow = slow_log(self.namespace.settings.slow)
-        if self.slow:                                    # else nothing is in the way
+        if self.slow:
             self.call = self.timed_call
             self.store.run = functools.partial(self.timed_run, self.store.run)
 
@@ -15002,7 +15003,7 @@ class KnowsTokens(EdgeDirectory):
 TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
                JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
                ORDER BY t.made DESC"""
-MOST_PLACES = 500                                        # from which one chooses
+MOST_CHOICES = 500                                        # from which one chooses
 
 
 def tokens_page(ctx, made=""):
@@ -15012,10 +15013,10 @@ def tokens_page(ctx, made=""):
              "since": moment(row["made"]),
              "last": moment(row["used"]) if row["used"] else "never"}
             for row in ctx.store.query(TOKENS_OF, ctx.viewer.account)]
-    places = [{**row, "selected": row["name"] == typed.get("workspace")}
-              for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_PLACES)]
+    choices = [{**row, "selected": row["name"] == typed.get("workspace")}
+              for row in ctx.store.query(MINE, ctx.viewer.account, "", MOST_CHOICES)]
     body = template("tokens")(
-        new={"made": made} if made else False, token=rows, none=not rows, place=places,
+        new={"made": made} if made else False, token=rows, none=not rows, choice=choices,
         name=typed.get("name", ""), problem=typed.get("problem", ""), stamp=ctx.stamp)
     return page("Tokens", body, ctx.viewer)
 
@@ -15038,7 +15039,7 @@ def make_token(ctx):
 
 def check_token(ctx, name, how, row):
     """row: of the membership. Raise Refused if there can be no such token."""
-    refuse_guest(ctx, "a token")
+    refuse_masked(ctx, "a token")
     if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
         raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
     if row is None or how not in ("read", "write"):
@@ -15388,9 +15389,6 @@ ENTRIES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND
            ORDER BY id DESC LIMIT ?"""
 ENDS = """SELECT (SELECT min(id) FROM journal) AS first,
           (SELECT max(id) FROM journal) AS last"""
-CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
-CSV_HEAD = ("time", "who", "did", "what")
-FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
 PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0-9]{1,18}"}
 
 
@@ -15463,6 +15461,9 @@ def history_page(ctx, region):
         live=template("slice.live")(), **choices(ctx))
 
 
+CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
+
+
 def choices(ctx):
     """Return by whom and by what one can choose: what there is in the last stretch."""
     where, args = ctx.host.told_to(ctx.viewer)
@@ -15476,6 +15477,10 @@ def choices(ctx):
 def options(labels, params, name):
     return [{"value": value, "label": label, "selected": value == params.get(name)}
             for value, label in sorted(labels.items()) if value]
+
+
+CSV_HEAD = ("time", "who", "did", "what")
+FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
 
 
 def history_csv(ctx):
@@ -15503,27 +15508,13 @@ def cell(text):
 REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL, until "
            "REAL NOT NULL, size INTEGER NOT NULL, rows TEXT NOT NULL)",)
 UNDO_SECONDS = 600.0
-LARGEST_UNDO = 2 ** 20                                   # characters, of one command
-ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
-ROW_SIZE = 4096                                          # more than one takes
-# Of the row that call() will insert its id; and whether nine tenths of the quota are used
-# (user_version, in pages: section 51). Then what is deleted has to make room.
-NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
-                page_count - freelist_count > 0.9 * user_version
-                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
-GENERATED = "SELECT name FROM pragma_table_xinfo(?) WHERE hidden > 1"      # columns
-FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
-                    FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
-                    FROM _removed) WHERE size > ?)"""
+
+
 TO_PUT_BACK = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON
                  r.note = j.id WHERE j.id = ? AND j.who = ? AND r.until > ?
                  ORDER BY r.id DESC"""
-MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
-                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
 UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
              "somebody else did it. Look at History.")
-PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
-               "belonged to is gone. Mend that, and try again within the ten minutes.")
 
 
 def removed_rows(ctx, id):
@@ -15546,6 +15537,10 @@ def removed_rows(ctx, id):
 def from_hex(data):
     """Bytes are in the JSON as {"hex": ...}."""
     return bytes.fromhex(data["hex"])
+
+
+PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
+               "belonged to is gone. Mend that, and try again within the ten minutes.")
 
 
 def put_back(ctx, id):
@@ -15601,6 +15596,10 @@ def undo_signals(text, undo):
     return {"note": text, "_undo": undo}
 
 
+MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
+                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
+
+
 def undo_forms(ctx):
     """Return what the viewer can put back: scripts or none, toast or none."""
     where, args = ctx.host.told_to(ctx.viewer)
@@ -15608,6 +15607,20 @@ def undo_forms(ctx):
                                 time.time())
     return [{"path": ctx.host.undo_path(ctx, entry["what"].partition(".")[0], entry["id"]),
              **sentence(ctx, entry)} for entry in mine]
+
+
+LARGEST_UNDO = 2 ** 20                                   # characters, of one command
+ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
+ROW_SIZE = 4096                                          # more than one takes
+# The id of the row that call() will insert; and whether nine tenths of the quota are used
+# (user_version, in pages: section 51). Then what is deleted has to make room.
+NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
+                page_count - freelist_count > 0.9 * user_version
+                FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
+GENERATED = "SELECT name FROM pragma_table_xinfo(?) WHERE hidden > 1"      # columns
+FORGET_REMOVED = """DELETE FROM _removed WHERE until NOT BETWEEN ? AND ? OR id IN (SELECT id
+                    FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS size
+                    FROM _removed) WHERE size > ?)"""
 
 
 @addition
