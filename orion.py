@@ -495,7 +495,7 @@ def escape(value: Any) -> Html:
 
 
 NOTHING = object()                                       # stands for no value at all
-LINKED = ('href="', 'src="', 'action="')
+LINKED = ('href="', 'src="', 'action="')                 # behind these is an address
 
 
 class Template:
@@ -957,7 +957,7 @@ class Bus:
         # and another stands for it, no topic gets an old version again.
         self.start = time.time_ns()
         self.versions: Dict[str, int] = {}               # of topics that were published
-        self.listeners: List[Callable[[str], None]] = []     # [2]
+        self.listeners: List[Callable[[str], None]] = []     # [2] told of each topic
         self.waiting = 0                                 # streams that are inside wait()
 
     def publish(self, topic: str) -> None:
@@ -2189,6 +2189,7 @@ class Directory(SliceHost):
         self.make_file(ctx, id)
 
     def make_file(self, ctx, id):
+        """[2] has made it before, while nobody waited for the Directory's turn."""
         self.workspaces.create(id)
 
     def open_session(self, ctx, account, start="/") -> Response:
@@ -2232,6 +2233,7 @@ class Directory(SliceHost):
         return row["name"]
 
     def give_role(self, ctx, account, before, after):
+        """Change a role. [3] asks whoever is to be an owner first."""
         put_role(ctx, account, before, after)
 
 
@@ -2943,15 +2945,14 @@ ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/
 
 
 def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice] = (todos,),
-                 demo: bool = True, whole: Callable[[type], type] = lambda cls: cls,
-                 keys_in: Callable[[pathlib.Path], Any] = read_keys) -> Env:
+                 demo: bool = True,
+                 whole: Callable[[type], type] = lambda cls: cls) -> Env:
     """The two planes of this part: one Directory, and a Workspace for each team.
 
-    whole and keys_in are for [3], which adds to the classes, and asks more of the file of
-    the keys. Read whole(Workspace) as Workspace.
+    whole is for [3], which adds to the classes: read whole(Workspace) as Workspace.
     """
     fresh = prepare(data, data / "directory.db", data / "secret.key")
-    keys = keys_in(data / "secret.key")
+    keys = read_keys(data / "secret.key")
     inside = Router([welcome, *slices])
     outside = Router([directory])
     pages = pages_of(slices)
@@ -7017,8 +7018,10 @@ class Server(LoopEdge):
 
 def plain_root(settings: Settings) -> Env:
     """The root of --plain: Part One, and what other sections add to its classes."""
+    if settings.key_file.exists():                       # else it is made
+        load_keys(settings.key_file)
     env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
-                       whole, load_keys)
+                       whole)
     env.workspaces.settings = settings
     for change in PLAIN:
         change(env)
