@@ -9449,9 +9449,9 @@ class Waits:
 
 @addition
 class HasAlarms(GuardedNamespace):
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.alarms = whole(Alarms)(self)
+    @functools.cached_property
+    def alarms(self):
+        return whole(Alarms)(self)
 
     def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
         """The id and the path of each object of this kind, awake or not."""
@@ -10362,6 +10362,7 @@ class Masked(Viewer):
     """An operator who looks on in somebody's name."""
     operator: str = ""
     read_only: bool = False
+    AS = " as "
 
     def permit(self, grant, method="GET"):
         super().permit(grant, method)
@@ -10372,7 +10373,7 @@ class Masked(Viewer):
 
     @property
     def signature(self):
-        return f"{self.operator} as {self.account}"
+        return f"{self.operator}{self.AS}{self.account}"
 
     def banner(self):
         how = "read-only" if self.read_only else "writing"
@@ -10421,6 +10422,18 @@ DIRECTORY_SLICES.append(Slice("masquerade", routes=(
 
 
 VIEWERS.append(masked_in)
+
+
+@addition
+class KeepsMasks(Broadcast):
+    def job_context(self, row, request):
+        """A job that an operator put in runs in the name in which they looked on."""
+        ctx = super().job_context(row, request)
+        operator, as_whom, account = row["who"].partition(Masked.AS)
+        if as_whom and ACCOUNT_NAME.fullmatch(operator):     # else of a token
+            whose = dataclasses.replace(ctx.viewer, account=account)
+            ctx.viewer = masked(whose, operator, False)
+        return ctx
 
 
 @addition
@@ -13229,8 +13242,7 @@ class PlacesWorkspaces(EdgeDirectory):
         It is named by its id, for its name may be another's by now. Return its name; None:
         there is none.
         """
-        row = self.store.one("SELECT * FROM workspaces WHERE id = ? AND name IS NOT NULL",
-                             request.params.get("id", ""))
+        row = self.own_workspace(request)
         if row is None or request.method in SAFE:
             return None
         set_moving(self.store, row["id"], MOVES)
