@@ -3856,11 +3856,11 @@ def failed(one):
 #   compressed. A piece that is compressed by itself can follow anything, so one serves all
 #   streams. But most of it was in the frame before; and gzip may refer to that, for whoever
 #   reads a stream keeps its last 32 kB. So a piece is also compressed as what differs, once
-#   for all streams that said the same last. (20 todos: 6,581 bytes; by itself 646; as what
-#   differs 136.)
-# It promises: a stream needs no compressor of its own. It keeps what it said last, which it
-#   shares with all that show the same. The etag of a piece is made of its content, so it
-#   means the same after a restart and in another process.
+#   for all streams that have sent the same last. (20 todos: 6,581 bytes; by itself 646; as
+#   what differs 136.)
+# It promises: a stream needs no compressor of its own. It keeps the frames that it has sent
+#   last, which it shares with all that show the same. The etag of a piece is made of its
+#   content, so it means the same after a restart and in another process.
 # Who uses it: the broker (section 24).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
@@ -3900,130 +3900,55 @@ class Piece(Rendering):
         return hashlib.blake2b(data, digest_size=9).hexdigest()
 
     @functools.cached_property
-    def event(self) -> bytes:
+    def frame(self) -> bytes:
         id = [f"id: {self.etag}"] if self.main else []
         return event("elements", self.html, *id)
 
     @functools.cached_property
     def plain(self) -> bytes:
-        return chunk(self.event)
+        return chunk(self.frame)
 
     @functools.cached_property
     def zipped(self) -> bytes:
-        return chunk(deflated(self.event))
+        return chunk(deflated(self.frame))
 
 
-def saying(event) -> Piece:
-    """Return a piece that is this event, and shows no region."""
+def saying(frame) -> Piece:
+    """Return a piece that is this frame, and shows no region."""
     piece = Piece(Html(), main=False)
-    piece.event = event
+    piece.frame = frame
     return piece
 
 
 # Says that a region could not be read again. It is due until the next good one.
 NOT_CURRENT_PIECE = saying(NOT_CURRENT)
 BEAT_PIECE = saying(BEAT)
-BETWEEN = 16                                             # events: see said_after
+MOST_FRAMES = 16                                         # that a stream remembers
 
 
-def said_after(said, piece, regions) -> Tuple[bytes, ...]:
-    """Return what a stream said last, when it said a piece after this.
+def sent_after(sent_last, piece, regions) -> Tuple[bytes, ...]:
+    """Return the frames that a stream has sent last, once it sends this piece, too.
 
-    That is as many events as it has regions and, until the next region, what comes after
-    them. So streams that show the same are in step again after each frame.
+    sent_last: those before it. After a region there are as many as the page has regions, so
+    streams that show the same are in step again. (regions is 0 while the stream shows its
+    first.) There are none if the piece is too long for gzip to refer to it.
     """
-    most = regions if piece.main else BETWEEN
-    return (*said, piece.event)[-most:] if len(piece.event) < LOOKS_BACK else ()
+    most = regions if piece.main and regions else MOST_FRAMES
+    return (*sent_last, piece.frame)[-most:] if len(piece.frame) < LOOKS_BACK else ()
 
 
 def deltas_of(piece, streams) -> Dict[Tuple[bytes, ...], Any]:
-    """Compress a piece for these streams, in the pool, and not in the loop.
+    """In the pool: compress a piece as what differs from what most of these streams have
+    sent last. All others get piece.zipped.
 
-    Return, by what a stream said last, the bytes for it and what it has said then. They are
-    made once, for what most of them said. All others get the piece compressed by itself.
+    Return {what they have sent last: (the bytes, and what they have sent last then)}.
     """
-    said = collections.Counter([stream.said for stream in streams if stream.zipped])
-    common = [last for last, _ in said.most_common(1) if last]
-    if len(said) > len(common):
-        piece.zipped                                     # made here; it is kept
-    return {last: (chunk(deflated(piece.event, b"".join(last))),
-                   said_after(last, piece, len(streams[0].channels))) for last in common}
-
-
-class Subscription(NamedTuple):
-    """A region that a stream shows: whom to ask again, what, and after which topic."""
-    stub: GuardedStub
-    topic: str
-    again: Request                                       # as all would who see the same
-    piece: Optional[Piece]                               # as it is now
-    number: int = 0                                      # the place among those of its page
-
-    @property
-    def question(self) -> Tuple[Any, ...]:
-        """What the object is asked: streams with the same question show the same."""
-        said = self.again.headers
-        whose = tuple([said.get(name, "") for name in SAID_OF_REGIONS])
-        return self.again.path, self.again.query, self.number, *whose
-
-
-SAID_OF_REGIONS = ("x-account", "x-role", "x-grants", "x-workspace")
-TRUSTED.add("x-region")
-
-
-def shared_request(ctx, query, region, number) -> Request:
-    """Return the request for one region of a stream, as all would who see the same."""
-    viewer = ctx.viewer
-    headers = {"x-account": viewer.account if region.each == "account" else "",
-               "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
-               "x-workspace": viewer.workspace, "x-id": viewer.id, "x-region": str(number)}
-    return Request("GET", ctx.request.path, query, headers)
-
-
-class Broadcast(GroupCommit, SliceHost):
-    """A SliceHost whose streams are held by a broker.
-
-    It also answers questions of the server itself: own_version answers "/_version".
-    """
-    KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
-
-    def handle(self, request):
-        # From outside none comes: destination (2) refuses all paths that begin so.
-        own = getattr(self, f"own{request.path[1:]}", None)
-        if own is None:
-            return super().handle(request)
-        answer = own(request)
-        return answer if type(answer) is Response else as_json(answer)
-
-    def render(self, region, live, ctx, args):
-        self.make_room()
-        made = time.perf_counter()
-        html = super().render(region, live, ctx, args).html
-        return Piece(html, made, round(1e6 * (time.perf_counter() - made)))
-
-    def make_room(self):
-        """Bound what is kept, for queries can differ without end."""
-        kept = self.renderings
-        while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
-            del kept[next(iter(kept))]
-
-    def forget_renderings(self):
-        self.renderings.clear()
-
-    def stream(self, live, ctx, args):
-        """Instead of something to wait for: for each region, something to subscribe to.
-
-        A broker asks again for one region alone, with the header x-region.
-        """
-        number = int(ctx.request.headers.get("x-region", 0))
-        if "x-region" in ctx.request.headers:
-            live = live._replace(regions=live.regions[number:number + 1])
-        query = urllib.parse.urlencode(live.heeded(ctx.params))
-        stub = self.namespace.get(self.id)
-        rows = zip(itertools.count(number), live.regions, self.topics(live, ctx, args),
-                   self.renderings_of(live, ctx, args))
-        watch = [Subscription(stub, topic, shared_request(ctx, query, region, number),
-                              piece, number) for number, region, topic, piece in rows]
-        return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
+    sent = collections.Counter([stream.sent_last for stream in streams if stream.zipped])
+    common = [last for last, _ in sent.most_common(1) if last]
+    if len(sent) > len(common):
+        piece.zipped                                     # made here, and not in the loop
+    return {last: (chunk(deflated(piece.frame, b"".join(last))),
+                   sent_after(last, piece, len(streams[0].channels))) for last in common}
 
 
 # ==== 19. Reader ==========================================================================
@@ -5010,7 +4935,7 @@ class Stream(Held):
         self.channels: Sequence[Channel] = ()            # one for each region
         self.frames = edge.broker.frames                 # how many, in all
         self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
-        self.said: Tuple[bytes, ...] = ()                # the last events, if zipped
+        self.sent_last: Tuple[bytes, ...] = ()           # frames, if it is zipped
         self.silent = 0                                  # for how many seconds
         socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                      # a peer that vanished silently
@@ -5042,8 +4967,8 @@ class Stream(Held):
         """Return a piece as the bytes that are sent next."""
         if not self.zipped:
             return piece.plain
-        data, self.said = deltas.get(self.said) or (
-            piece.zipped, said_after(self.said, piece, len(self.channels)))
+        data, self.sent_last = deltas.get(self.sent_last) or (
+            piece.zipped, sent_after(self.sent_last, piece, len(self.channels)))
         return data
 
     def reminder(self):
@@ -5095,6 +5020,83 @@ class Stream(Held):
 #   When somebody's access changes, their streams ask the gate again, at once.
 # Who uses it: the loop edge. Objects only tell it what was published.
 
+class Subscription(NamedTuple):
+    """A region that a stream shows: whom to ask again, what, and after which topic."""
+    stub: GuardedStub
+    topic: str
+    again: Request                                       # as all would who see the same
+    piece: Optional[Piece]                               # as it is now
+    number: int = 0                                      # the place among those of its page
+
+    @property
+    def question(self) -> Tuple[Any, ...]:
+        """What the object is asked: streams with the same question show the same."""
+        again = self.again
+        return again.path, again.query, self.number, *again.headers.items()
+
+
+TRUSTED.add("x-region")
+
+
+def shared_request(ctx, query, region, number) -> Request:
+    """Return the request for one region of a stream, as all would who see the same."""
+    viewer = ctx.viewer
+    headers = {"x-account": viewer.account if region.each == "account" else "",
+               "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
+               "x-workspace": viewer.workspace, "x-id": viewer.id, "x-region": str(number)}
+    return Request("GET", ctx.request.path, query, headers)
+
+
+class Broadcast(GroupCommit, SliceHost):
+    """A SliceHost whose streams are held by a broker.
+
+    It also answers questions of the server itself: own_version answers "/_version".
+    """
+    KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
+
+    def handle(self, request):
+        # From outside none comes: destination (2) refuses all paths that begin with "/_".
+        own = getattr(self, f"own{request.path[1:]}", None)
+        if own is None:
+            return super().handle(request)
+        answer = own(request)
+        return answer if type(answer) is Response else as_json(answer)
+
+    def render(self, region, live, ctx, args):
+        self.drop_renderings()
+        made = time.perf_counter()
+        html = super().render(region, live, ctx, args).html
+        return Piece(html, made, round(1e6 * (time.perf_counter() - made)))
+
+    def drop_renderings(self):
+        """Bound what is kept, for queries can differ without end."""
+        kept = self.renderings
+        while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
+            del kept[next(iter(kept))]
+
+    def forget_renderings(self):
+        self.renderings.clear()
+
+    def stream(self, live, ctx, args):
+        """Instead of something to wait for: for each region, something to subscribe to.
+
+        A broker asks again for one region alone, with the header x-region.
+        """
+        number = int(ctx.request.headers.get("x-region", 0))
+        if "x-region" in ctx.request.headers:
+            live = live._replace(regions=live.regions[number:number + 1])
+        query = urllib.parse.urlencode(live.heeded(ctx.params))
+        stub = self.namespace.get(self.id)
+        rows = zip(itertools.count(number), live.regions, self.topics(live, ctx, args),
+                   self.renderings_of(live, ctx, args))
+        watch = [Subscription(stub, topic, shared_request(ctx, query, region, number),
+                              piece, number) for number, region, topic, piece in rows]
+        # In such a Response, which is the account that watches.
+        return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
+
+
+# -- in the loop
+
 class Channel:
     """Its states: quiet; busy (being asked or delivered); busy and stale (published again
     meanwhile, so it goes round once more)."""
@@ -5110,7 +5112,7 @@ class Channel:
 class Broker:
     """The loop alone changes channels and streams. Other threads mark a channel, and note
     which failed."""
-    SOME = 64                                # streams that get a frame before others' turn
+    SOME = 64                                # streams that get a frame; then others' turn
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
 
@@ -5162,7 +5164,8 @@ class Broker:
             self.edge.pool.gather(lane, channel, self.refresh_all, channel.account)
 
     def refresh_all(self, channels):
-        """In the pool. An object is a lane there: its regions would wait for each other.
+        """In the pool, in one lane for all regions of an object: they need the same turn,
+        so two threads would only wait for each other.
 
         Return those for which there was no time: others have this thread in between.
         """
@@ -5174,10 +5177,10 @@ class Broker:
         return []
 
     def refresh(self, channel):
-        """Ask the object what its region is now. It wakes for this if it must."""
+        """In the pool: ask the object what its region is now. If it sleeps, it wakes."""
         channel.stale = False
         piece, deltas = NOT_CURRENT_PIECE, {}
-        streams = [*channel.streams]                     # a later one marks it: see join
+        streams = [*channel.streams]                     # who joins later marks the channel
         try:
             piece = self.ask(channel.subscription)
             deltas = deltas_of(piece, streams)
@@ -5197,7 +5200,7 @@ class Broker:
         return subscription.stub.fetch(subscription.again).watch[0].piece
 
     def log_failure(self, channel, error):
-        """Log it; the same again after a minute. Each account can have a channel."""
+        """Log it, but the same once a minute: each account can have a channel."""
         subscription, now = channel.subscription, time.monotonic()
         key = subscription.stub.id, subscription.topic, type(error)
         if now < self.logged.get(key, 0.0):
@@ -5298,13 +5301,13 @@ class Broker:
 
     def gate_again(self, those):
         """In the pool. those: streams and accounts, as regate takes them."""
-        busy = set()                                     # objects that were waited for once
+        passed_over = set()                              # ids of objects that were busy
         for stream in self.edge.streams:
-            if {stream, stream.account, ""} & {*those}:
-                guarded(self.ask_again, stream, busy)
+            if stream in those or stream.account in those or "" in those:
+                guarded(self.ask_again, stream, passed_over)
 
-    def ask_again(self, stream, busy):
-        """Put the request of an open stream to the gate once more.
+    def ask_again(self, stream, passed_over):
+        """In the pool: put the request of an open stream to the gate once more.
 
         The same viewer as before: nothing happens, and the Workspace is not woken. Another
         role, or other grants: stream and page are fetched anew. No entry: a last frame.
@@ -5312,7 +5315,7 @@ class Broker:
         try:
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
-                self.compare_viewers(stream, decided, busy)
+                self.compare_viewers(stream, decided, passed_over)
             elif not decided.watch:                      # it is no stream any more
                 self.edge.call(stream.end, b"")
             elif decided.which != stream.account:        # the session is another one's now
@@ -5325,22 +5328,22 @@ class Broker:
             self.edge.call(stream.close)
             raise
 
-    def compare_viewers(self, stream, noted, busy):
+    def compare_viewers(self, stream, noted, passed_over):
         """If the object is busy, this stream is asked for again, behind the others."""
         viewer = viewer_in(noted.request)
         if viewer == stream.viewer:
             return
         id = noted.stub.id
         try:
-            if id in busy:
+            if id in passed_over:                        # it was waited for once
                 raise Busy()
             self.show_anew(stream, noted, viewer)
         except Busy:
-            busy.add(id)
+            passed_over.add(id)
             self.regate(stream)
 
     def show_anew(self, stream, noted, viewer):
-        """Fetch the stream's answer and, as a piece, the page around it."""
+        """In the pool: fetch the stream's answer and, as a piece, the page around it."""
         stub, request = noted
         response = fetch_briefly(stub, request)
         around = request._replace(path=request.path[:-len("/live")])
@@ -15153,7 +15156,7 @@ class DataPiece(Piece):
     """Data as an event without a name (WHATWG HTML, 9.2.6). html is JSON, in one line."""
 
     @functools.cached_property
-    def event(self):
+    def frame(self):
         return f"id: {self.etag}\ndata: {self.html}\n\n".encode()
 
 
@@ -15188,7 +15191,7 @@ class DataInPages(EdgeWorkspace):
     def render(self, region, live, ctx, args):
         if DATA not in ctx.params:
             return super().render(region, live, ctx, args)
-        self.make_room()
+        self.drop_renderings()
         made = time.perf_counter()
         text = written(region.data(ctx, *args))
         return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))

@@ -6367,7 +6367,7 @@ class Chance:
         return self.note(orion.Piece(orion.Html(f'<section id="r{number}">\n{"".join(self.texts[number])}</section>'), 0.0, 0))
 
     def note(self, piece):
-        self.said.add(piece.event)
+        self.said.add(piece.frame)
         return piece
 
     def fetch(self, request):
@@ -6447,7 +6447,7 @@ class Chance:
             self.joins()
         for _ in range(steps):
             self.random.choice(what)()
-            self.said |= {piece.event for piece in self.broker.here.values()}
+            self.said |= {piece.frame for piece in self.broker.here.values()}
         for stream in self.open:
             stream.socket.room = 10 ** 9
             stream.ready(orion.WRITABLE)
@@ -6465,7 +6465,7 @@ def test_whatever_happens_each_stream_says_whole_events_alone_and_ends_with_the_
         assert {*events} <= chance.said
         if stream in chance.open:
             for number in range(regions):
-                assert [event for event in events if b'id="r%d"' % number in event][-1] == chance.piece(number).event
+                assert [event for event in events if b'id="r%d"' % number in event][-1] == chance.piece(number).frame
 
 
 def test_a_zipped_frame_says_only_what_differs_from_the_one_before_also_after_heartbeats(server):
