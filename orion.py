@@ -7999,11 +7999,11 @@ class ChecksReturns(SliceHost):
     """Raises TypeError for what a function of a slice should not return."""
 
     def run(self, route, ctx, args):
-        return sendable(route.run(ctx, *args), route.run)
+        return sendable(super().run(route, ctx, args), route.run)
 
     def show(self, region, live, ctx, args):
         try:
-            made = region.show(ctx, *args)
+            made = super().show(region, live, ctx, args)
             if type(made) is Html and REGION.match(made):
                 return made
             raise bad_return(region.show, made, "a region is Html, one element with an id, "
@@ -8014,13 +8014,13 @@ class ChecksReturns(SliceHost):
             raise
 
     def around(self, live, ctx, renderings, args):
-        body = live.page(ctx, *[one.html for one in renderings], *args)
+        body = super().around(live, ctx, renderings, args)
         if type(body) is not Html:
             raise bad_return(live.page, body, "a page is Html, such as a Template returns")
         return body
 
     def title_of(self, live, ctx, args):
-        title = live.title(ctx, *args) if callable(live.title) else live.title
+        title = super().title_of(live, ctx, args)
         if not isinstance(title, str):
             raise bad_return(live.title, title, "a title is text")
         return title
