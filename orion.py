@@ -1267,7 +1267,7 @@ class Live(NamedTuple):
 
     def routes(self):
         return (Route("GET", self.path, self.grant,
-                      lambda ctx, *args: ctx.host.page(self, ctx, args)),
+                      lambda ctx, *args: ctx.host.live_page(self, ctx, args)),
                 Route("GET", f"{self.path}/live", self.grant,
                       lambda ctx, *args: ctx.host.stream(self, ctx, args)))
 
@@ -1584,7 +1584,7 @@ class SliceHost(DurableObject):
         watch = Watch(self.namespace.get(self.id), seen)
         return Response(200, b"".join(frames), EVENTS, watch=watch)
 
-    def page(self, live: Live, ctx: Context, args) -> Response:
+    def live_page(self, live: Live, ctx: Context, args) -> Response:
         renderings = self.renderings_of(live, ctx, args)
         own = ctx.for_page(live)
         body = self.around(live, own, renderings, args)
@@ -2203,8 +2203,8 @@ class Directory(SliceHost):
         agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
         value = add_session(ctx.store, account, agent, self.keys[0])
         cookie = set_cookie(ctx.request.scheme, self.keys[0], value, COOKIE_SECONDS)
-        page = local_path(ctx.field("next", start))
-        return see_other(page, cookie)._replace(which=account)
+        way = see_other(local_path(ctx.field("next", start)), cookie)
+        return way._replace(which=account)
 
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
@@ -15170,10 +15170,10 @@ class DataInPages(EdgeWorkspace):
             raise refused
         return super().refuse(request, refused)
 
-    def page(self, live, ctx, args):
+    def live_page(self, live, ctx, args):
         regions = [region for region in live.regions if region.data]
         if type(ctx.viewer) is not Program or not regions:
-            return super().page(live, ctx, args)
+            return super().live_page(live, ctx, args)
         told: Dict[str, Any] = {}
         for region in regions:
             told.update(region.data(ctx.for_region(region, live), *args))
@@ -16345,9 +16345,9 @@ class SaysWhoOperates(EdgeDirectory):
 class ShowsXray(Broadcast):
     asked = 0.0                                          # when the present page was
 
-    def page(self, live, ctx, args):
+    def live_page(self, live, ctx, args):
         self.asked = time.perf_counter()
-        return super().page(live, ctx, args)
+        return super().live_page(live, ctx, args)
 
     def footer(self, renderings, ctx):
         """It is for operators; in the demo, for everybody."""

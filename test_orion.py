@@ -1561,7 +1561,7 @@ def test_an_address_to_come_back_to_is_short_enough_to_be_kept():
     assert [orion.local_path(f"/{'a' * length}") for length in (2_000, 2_001)] == [f"/{'a' * 2_000}", "/"]
 
 
-# ==== 4. Events =======================================================================================================
+# ==== 4. Events, 37. More events ======================================================================================
 
 @cases("call, wire", [
     (lambda: orion.patch_elements("<b id=a>x</b>"), "event: datastar-patch-elements\ndata: elements <b id=a>x</b>\n\n"),
