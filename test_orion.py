@@ -1561,7 +1561,7 @@ def test_an_address_to_come_back_to_is_short_enough_to_be_kept():
     assert [orion.local_path(f"/{'a' * length}") for length in (2_000, 2_001)] == [f"/{'a' * 2_000}", "/"]
 
 
-# ==== 4. Events, 37. More events ======================================================================================
+# ==== 4. Events, 38. More events ======================================================================================
 
 @cases("call, wire", [
     (lambda: orion.patch_elements("<b id=a>x</b>"), "event: datastar-patch-elements\ndata: elements <b id=a>x</b>\n\n"),
@@ -1602,7 +1602,7 @@ def test_signals_are_a_json_object_or_a_bad_request(method, query, body, signals
         assert orion.read_signals(request) == signals
 
 
-# ==== 5. Store, 27. Tables ============================================================================================
+# ==== 5. Store, 28. Tables ============================================================================================
 
 @pytest.fixture
 def store(tmp_path):
@@ -7611,7 +7611,7 @@ def test_what_fails_half_way_leaves_no_file_of_a_new_workspace_behind(server, mo
 
 # #### Part Three: running it ##########################################################################################
 
-# ==== 30. Roots =======================================================================================================
+# ==== 31. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -7749,7 +7749,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
-# ==== 31. Command line ================================================================================================
+# ==== 32. Command line ================================================================================================
 
 class Terminal(io.StringIO):
     """Standard input and output: whenever it is used, somebody signs in."""
@@ -8120,7 +8120,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 36. Ordinary pages, 64. Public routes, 65. Member lists =========================================================
+# ==== 37. Ordinary pages, 66. Public routes, 67. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -8586,7 +8586,7 @@ def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
     assert [*lists.by_id] == ["b"] and lists.size == 2
 
 
-# ==== 38. Assets, 39. Brand ===========================================================================================
+# ==== 39. Assets, 40. Brand ===========================================================================================
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -8691,7 +8691,7 @@ def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
     assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
 
 
-# ==== 42. Jobs ========================================================================================================
+# ==== 43. Jobs ========================================================================================================
 
 def post_letter(ctx, text):
     if text == "fail":
@@ -9412,7 +9412,7 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
-# ==== 44. Accounts, 57. Exports, 58. Member verbs =====================================================================
+# ==== 45. Accounts, 59. Exports, 60. Member verbs =====================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -10258,7 +10258,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 47. Links =======================================================================================================
+# ==== 48. Links =======================================================================================================
 
 def shown_link(answer):
     """The address that a page shows, this once."""
@@ -10654,7 +10654,7 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     assert "through the proxy" in Person(node).get("/join").text
 
 
-# ==== 48. Onlookers ===================================================================================================
+# ==== 49. Onlookers ===================================================================================================
 
 def test_who_is_here_is_told_to_all_who_are(server):
     bob, carol = Person(server, "bob"), Person(server, "carol")
@@ -10719,7 +10719,7 @@ def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
     assert told() == 130
 
 
-# ==== 49. People ======================================================================================================
+# ==== 50. People ======================================================================================================
 
 def be_shown_as(person, label):
     return person.post("/account/name", form={"label": label})
@@ -10821,7 +10821,7 @@ def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_i
     assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
 
 
-# ==== 53. Figures =====================================================================================================
+# ==== 54. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
     with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
@@ -10967,7 +10967,105 @@ def test_the_figures_are_for_operators_too(outside):
     assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
 
 
-# ==== 54. Copies, 55. Snapshots =======================================================================================
+# ==== 55. Top =========================================================================================================
+
+def top_of(server, *words, data=True):
+    """The command as others would give it; what it asks of a server that runs."""
+    where = ("--data", str(server.env.settings.data)) if data else ("--data", "/nowhere")
+    return orion.main(argv=["--port", str(server.port), "top", "--every", "10ms", *words, *where])
+
+
+def test_top_tells_in_lines_how_often_each_workspace_was_asked_even_if_its_page_was_kept(server, capsys, monkeypatch):
+    bob = Person(server, "bob")
+    with contextlib.closing(Ear(bob, "/w/acme/todos/live")):
+        eventually(lambda: server.edge.streams)
+        began, times = time.monotonic(), []
+        monkeypatch.setattr(orion.time, "sleep", lambda seconds: times.extend([time.monotonic(), *[bob.get("/w/acme/todos") for _ in range(9)], time.monotonic()]))
+        assert top_of(server, "--once") == 0
+        most, least = 9 / (times[-1] - times[0]), 9 / (time.monotonic() - began)
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[0-9.]+ requests/s, 99 % in [0-9.]+ ms, 0 waiting, 1 streams, [123] awake, [0-9.]+ GB free", head)
+    assert columns.split() == ["1", "workspace", "2", "requests/s", "3", "streams", "4", "MB", "5", "awake"]
+    name, rate, streams, size, awake = rows[0].split()
+    asked, of_all = float(rate), float(head.split()[0])
+    assert (name, streams, size, awake) == ("acme", "1", "0.0", "yes") and 0.9 * 9 / 11 < asked / of_all < 1.1 * 9 / 10 and least < asked < most
+    assert max(map(len, [columns, *rows])) < 80 and rows[0].index(awake) > 70
+
+
+class Window:
+    """What top needs of curses: a size, and keys. -1: nobody has pressed one."""
+
+    def __init__(self, keys, height=24, width=80):
+        self.keys, self.size, self.lines = iter(keys), (height, width), []
+        self.getmaxyx, self.timeout, self.erase = lambda: self.size, lambda milliseconds: None, lambda: self.lines.clear()
+        self.seen = []
+
+    def addnstr(self, row, column, text, most):
+        assert len(self.lines) == row < self.size[0]
+        self.lines.append(text[:most])
+
+    def getch(self):
+        self.seen.append([*self.lines])
+        return next(self.keys)
+
+
+def test_top_sorts_by_the_column_whose_number_is_pressed_and_fits_any_window(server):
+    bob = Person(server, "bob")
+    assert bob.post("/workspaces", form={"name": "zebra" * 12}).status == 303 and bob.get("/w/acme/todos").status == 200
+    visit = lambda: bob.get(f"/w/{'zebra' * 12}/todos").status
+    assert visit() == 200
+    shown = orion.Top(server.env.settings._replace(port=server.port))
+    visit()
+    for height, width in ((24, 80), (5, 30), (2, 10), (1, 1)):
+        window = Window([-1, ord("1"), ord("2"), ord("x"), ord("q")], height, width)
+        shown.show(window, 0.01)
+        assert all(len(line) < width for lines in window.seen for line in lines) and all(len(lines) <= height for lines in window.seen)
+        assert window.seen[-1][-1] == "q quits, 1 to 5 sort"[:width - 1]
+        if height == 24:
+            names = [[line.split()[0] for line in lines[2:-1]] for lines in window.seen]
+            assert names[1][0] == names[3][0] == ("zebra" * 12)[:36] != names[2][0] == min(names[2]), "by requests, by name, by requests"
+
+
+def test_in_a_terminal_top_draws_anew_when_that_is_resized_and_q_ends_it(server):
+    master, slave = os.openpty()
+    try:
+        resize = lambda rows, columns: fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+        resize(24, 80)
+        process = subprocess.Popen([sys.executable, "-morion", "--port", str(server.port), "top", "--data", str(server.env.settings.data)],
+                                   stdin=slave, stdout=slave, stderr=slave, cwd=HERE, env={**os.environ, "TERM": "xterm"})
+        said = bytearray()
+
+        def says(words):
+            while words not in said:
+                assert select.select([master], [], [], PATIENCE)[0], said
+                said.extend(os.read(master, 65536))
+            del said[:said.index(words) + len(words)]
+        says(b"requests/s, 99 % in"), says(b"GB free"), says(b"q quits, 1 to 5 sort")
+        resize(24, 30)
+        process.send_signal(signal.SIGWINCH)
+        says(b"requests/s, 99 % in"), says(b"q quits, 1 to 5 sort")
+        os.write(master, b"q")
+        says(b"\x1b[?1049l")                           # the screen of before is back
+        assert process.wait(PATIENCE) == 0
+    finally:
+        os.close(master), os.close(slave)
+
+
+def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_where_there_are_no_figures(start, tmp_path, capsys):
+    server = start(demo=False, trust_proxy=("127.0.0.0/8",))
+    assert (top_of(server, "--once"), top_of(server, "--once", data=False)) == (0, 2)
+    said = capsys.readouterr()
+    assert "requests/s" in said.out and "wants the token of its folder, which --data names" in said.err
+    server.close()
+    assert top_of(server, "--once") == 2 and "no server answers at 127.0.0.1:" in (said := capsys.readouterr().err) and "start it" in said
+    plain = orion.PlainEdge("127.0.0.1", 0, orion.plain_planes(tmp_path / "plain"))
+    thread = threading.Thread(target=plain.serve_forever)
+    thread.start()
+    assert orion.main(argv=["--port", str(plain.server_port), "top", "--once"]) == 2 and "with --plain it has none" in capsys.readouterr().err
+    plain.shutdown(), thread.join(PATIENCE), plain.server_close()
+
+
+# ==== 56. Copies, 57. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -11154,7 +11252,7 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 59. Own workspaces ==============================================================================================
+# ==== 61. Own workspaces ==============================================================================================
 
 def read(server, sql, *args):
     """Rows of the Directory."""
@@ -11366,7 +11464,7 @@ def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_i
     assert ear.until_it_says("4 open")
 
 
-# ==== 60. Single ======================================================================================================
+# ==== 62. Single ======================================================================================================
 
 @cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_facts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
@@ -11378,7 +11476,7 @@ def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a
         assert Person(server, "bob").get(path).status in (400, 403, 404)
 
 
-# ==== 61. Nodes =======================================================================================================
+# ==== 63. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
 @pytest.fixture(scope="module")
@@ -12383,7 +12481,7 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 63. More figures ================================================================================================
+# ==== 65. More figures ================================================================================================
 
 def test_the_figures_tell_how_full_a_workspace_is(start):
     server = start(quota=2 ** 20)
@@ -12443,7 +12541,7 @@ def test_a_directory_tells_which_nodes_answer_it_and_what_becomes_of_workspaces_
     assert not [name for name in figures(two) if "_away" in name or "node_up" in name] and figures(two)["orion_workspaces_behind"] == 0
 
 
-# ==== 66. Uploads, 67. Stored files ===================================================================================
+# ==== 68. Uploads, 69. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -12914,7 +13012,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 68. Tokens ======================================================================================================
+# ==== 70. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13350,7 +13448,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 70. History =====================================================================================================
+# ==== 72. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -13678,7 +13776,7 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
-# ==== 71. Console: notes ==============================================================================================
+# ==== 73. Console: notes ==============================================================================================
 
 @pytest.fixture
 def traced(tmp_path):
@@ -13734,7 +13832,7 @@ def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(trac
     assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
 
 
-# ==== 71. Console =====================================================================================================
+# ==== 73. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -14076,7 +14174,7 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
     assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
 
 
-# ==== 72. Own options =================================================================================================
+# ==== 74. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -14239,7 +14337,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
 
 
-# ==== 73. Development =================================================================================================
+# ==== 75. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -14447,7 +14545,7 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
-# ==== 74. Testing =====================================================================================================
+# ==== 76. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
@@ -14840,104 +14938,6 @@ def test_a_section_that_needs_another_says_so(title):
     used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound | asked
     needs = {other for other in found if other not in (title, *FRAME) and used & given[other]}
     assert needs <= needed(title) <= {*found}
-
-
-# ==== 75. Top =========================================================================================================
-
-def top_of(server, *words, data=True):
-    """The command as others would give it; what it asks of a server that runs."""
-    where = ("--data", str(server.env.settings.data)) if data else ("--data", "/nowhere")
-    return orion.main(argv=["--port", str(server.port), "top", "--every", "10ms", *words, *where])
-
-
-def test_top_tells_in_lines_how_often_each_workspace_was_asked_even_if_its_page_was_kept(server, capsys, monkeypatch):
-    bob = Person(server, "bob")
-    with contextlib.closing(Ear(bob, "/w/acme/todos/live")):
-        eventually(lambda: server.edge.streams)
-        began, times = time.monotonic(), []
-        monkeypatch.setattr(orion.time, "sleep", lambda seconds: times.extend([time.monotonic(), *[bob.get("/w/acme/todos") for _ in range(9)], time.monotonic()]))
-        assert top_of(server, "--once") == 0
-        most, least = 9 / (times[-1] - times[0]), 9 / (time.monotonic() - began)
-    head, columns, *rows = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"[0-9.]+ requests/s, 99 % in [0-9.]+ ms, 0 waiting, 1 streams, [123] awake, [0-9.]+ GB free", head)
-    assert columns.split() == ["1", "workspace", "2", "requests/s", "3", "streams", "4", "MB", "5", "awake"]
-    name, rate, streams, size, awake = rows[0].split()
-    asked, of_all = float(rate), float(head.split()[0])
-    assert (name, streams, size, awake) == ("acme", "1", "0.0", "yes") and 0.9 * 9 / 11 < asked / of_all < 1.1 * 9 / 10 and least < asked < most
-    assert max(map(len, [columns, *rows])) < 80 and rows[0].index(awake) > 70
-
-
-class Window:
-    """What top needs of curses: a size, and keys. -1: nobody has pressed one."""
-
-    def __init__(self, keys, height=24, width=80):
-        self.keys, self.size, self.lines = iter(keys), (height, width), []
-        self.getmaxyx, self.timeout, self.erase = lambda: self.size, lambda milliseconds: None, lambda: self.lines.clear()
-        self.seen = []
-
-    def addnstr(self, row, column, text, most):
-        assert len(self.lines) == row < self.size[0]
-        self.lines.append(text[:most])
-
-    def getch(self):
-        self.seen.append([*self.lines])
-        return next(self.keys)
-
-
-def test_top_sorts_by_the_column_whose_number_is_pressed_and_fits_any_window(server):
-    bob = Person(server, "bob")
-    assert bob.post("/workspaces", form={"name": "zebra" * 12}).status == 303 and bob.get("/w/acme/todos").status == 200
-    visit = lambda: bob.get(f"/w/{'zebra' * 12}/todos").status
-    assert visit() == 200
-    shown = orion.Top(server.env.settings._replace(port=server.port))
-    visit()
-    for height, width in ((24, 80), (5, 30), (2, 10), (1, 1)):
-        window = Window([-1, ord("1"), ord("2"), ord("x"), ord("q")], height, width)
-        shown.show(window, 0.01)
-        assert all(len(line) < width for lines in window.seen for line in lines) and all(len(lines) <= height for lines in window.seen)
-        assert window.seen[-1][-1] == "q quits, 1 to 5 sort"[:width - 1]
-        if height == 24:
-            names = [[line.split()[0] for line in lines[2:-1]] for lines in window.seen]
-            assert names[1][0] == names[3][0] == ("zebra" * 12)[:36] != names[2][0] == min(names[2]), "by requests, by name, by requests"
-
-
-def test_in_a_terminal_top_draws_anew_when_that_is_resized_and_q_ends_it(server):
-    master, slave = os.openpty()
-    try:
-        resize = lambda rows, columns: fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-        resize(24, 80)
-        process = subprocess.Popen([sys.executable, "-morion", "--port", str(server.port), "top", "--data", str(server.env.settings.data)],
-                                   stdin=slave, stdout=slave, stderr=slave, cwd=HERE, env={**os.environ, "TERM": "xterm"})
-        said = bytearray()
-
-        def says(words):
-            while words not in said:
-                assert select.select([master], [], [], PATIENCE)[0], said
-                said.extend(os.read(master, 65536))
-            del said[:said.index(words) + len(words)]
-        says(b"requests/s, 99 % in"), says(b"GB free"), says(b"q quits, 1 to 5 sort")
-        resize(24, 30)
-        process.send_signal(signal.SIGWINCH)
-        says(b"requests/s, 99 % in"), says(b"q quits, 1 to 5 sort")
-        os.write(master, b"q")
-        says(b"\x1b[?1049l")                           # the screen of before is back
-        assert process.wait(PATIENCE) == 0
-    finally:
-        os.close(master), os.close(slave)
-
-
-def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_where_there_are_no_figures(start, tmp_path, capsys):
-    server = start(demo=False, trust_proxy=("127.0.0.0/8",))
-    assert (top_of(server, "--once"), top_of(server, "--once", data=False)) == (0, 2)
-    said = capsys.readouterr()
-    assert "requests/s" in said.out and "wants the token of its folder, which --data names" in said.err
-    server.close()
-    assert top_of(server, "--once") == 2 and "no server answers at 127.0.0.1:" in (said := capsys.readouterr().err) and "start it" in said
-    plain = orion.PlainEdge("127.0.0.1", 0, orion.plain_planes(tmp_path / "plain"))
-    thread = threading.Thread(target=plain.serve_forever)
-    thread.start()
-    assert orion.main(argv=["--port", str(plain.server_port), "top", "--once"]) == 2 and "with --plain it has none" in capsys.readouterr().err
-    plain.shutdown(), thread.join(PATIENCE), plain.server_close()
 
 
 # #### In the browser ##################################################################################################
