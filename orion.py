@@ -3998,19 +3998,19 @@ class Reading(NamedTuple):
     spool: Any = None                                    # [3] see Request.spool
 
 
-def into_memory(reading):
-    """What takes a body that is not short: nothing does. Raises Refused(413)."""
+def refuse_long(reading):
+    """Raise Refused(413) for a body that is not short: nothing takes it."""
     if reading.length is not None:
         raise too_large(BODY_LIMIT)
 
 
-def read_requests(buffer, spool_for=into_memory) -> Iterator[Optional[Reading]]:
+def read_requests(buffer, spool_for=refuse_long) -> Iterator[Optional[Reading]]:
     """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
 
-    A request is yielded twice if the client waits for a 100, or if spool_for(reading)
-    returned what is to take the body, because that is long or may be: first without its
-    body, to be let in, and then whole. Raises Refused if the framing is broken. Then
-    nothing behind it may be read.
+    Some requests are yielded twice, first without their body, to be let in, and then whole:
+    if the client waits for a 100; or if the body is or may be long, and spool_for(reading)
+    returned what is to take it. Raises Refused if the framing is broken. Then nothing
+    behind it may be read.
     """
     while True:
         while buffer == b"\r":                           # perhaps of an empty line
@@ -4102,15 +4102,8 @@ def goes_on(headers: Dict[str, str], modern: bool) -> bool:
     return "close" not in said and (modern or "keep-alive" in said)
 
 
-def connection_field(keep: bool, modern: bool) -> str:
-    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
-    if not keep:
-        return "close"
-    return "" if modern else "keep-alive"
-
-
 def remembered(function):
-    """Return the function with a memory of what it returned last.
+    """Return the function with a memory of what it returned last. Nobody may change that.
 
     Its arguments come from outside. If they are long they are not remembered: then anybody
     could fill the memory.
@@ -4122,6 +4115,14 @@ def remembered(function):
         known = again if sum(map(len, args)) <= 1024 else function
         return known(*args)
     return remembering
+
+
+class QuickRouter(Router):
+    """A router that remembers what it found."""
+
+    def __init__(self, slices):
+        super().__init__(slices)
+        self.match = remembered(super().match)
 
 
 # The heads that a browser sends are mostly the same, time and again.
@@ -4254,12 +4255,12 @@ COMPRESSED = ("text/html", "text/css", "text/javascript")
 
 
 @functools.lru_cache(maxsize=256)
-def head_of(status, type, headers, live, nonced):
+def head_of(status, type, headers, streams, nonced):
     """Return the part of a head that does not change, with MARK for a page's nonce."""
-    watch = live or None                                 # headers_of asks only if it is one
+    watch = streams or None                              # headers_of asks only if it is one
     response = Response(status, b"", type, headers, MARK if nonced else "", watch)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
-    if live or type.startswith(COMPRESSED):              # compressed or not
+    if streams or type.startswith(COMPRESSED):           # compressed or not
         fields.append("vary: accept-encoding\r\n")
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
@@ -4296,25 +4297,32 @@ def coding_of(request, type):
     return "-gzip" if type.startswith(COMPRESSED) and accepts_gzip(request) else ""
 
 
+def connection_field(keep: bool, modern: bool) -> str:
+    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
+    if not keep:
+        return "close"
+    return "" if modern else "keep-alive"
+
+
 def encode(request, response, connection, head_only, date) -> bytes:
     """Return the bytes of an answer.
 
-    connection: the value of that header field, or "": see connection_field in section 19.
+    connection: the value of that header field, or "": see connection_field.
     """
-    live = response.watch is not None
-    zipped = accepts_gzip(request) and (live or is_worth_it(response))
+    streams = response.watch is not None
+    zipped = accepts_gzip(request) and (streams or is_worth_it(response))
     body = response.body
-    if live:
+    if streams:
         body = beginning(request, response.watch, zipped)
     elif zipped:
         body = gzipped(body)
     size = len(body) + (response.rest.size if response.rest else 0)
-    head = head_of(response.status, response.type, response.headers, live,
+    head = head_of(response.status, response.type, response.headers, streams,
                    response.nonce != "")
     if response.nonce:
         head = head.replace(MARK, response.nonce, 1)
     more = [f"date: {date}\r\n"]
-    if not live and response.status not in (204, 304):
+    if not streams and response.status not in (204, 304):
         more.append(f"content-length: {size}\r\n")
     if zipped:
         more.append("content-encoding: gzip\r\n")
@@ -4363,31 +4371,10 @@ def first_frames(request, watch) -> bytes:
 #   moves when another process writes (PRAGMA data_version, seen from a connection of our
 #   own); the commits of a workspace are counted by its namespace.
 # It promises: no page is older than the last commit that was answered before it was asked
-#   for. Both numbers are read before a page is made, so an error only costs a hit. What
-#   another process writes into a workspace's file is seen after a minute at the latest.
+#   for. Both numbers are read before a page is made. If one moves meanwhile, the page is
+#   kept for nothing, and never shown. What another process writes into a workspace's file
+#   is seen after a minute at the latest.
 # Who uses it: the loop edge, for pages that the worker forwarded.
-
-@dataclasses.dataclass
-class Asked:
-    """A request on its way: from the socket, and what is known of it so far."""
-    connection: Any
-    reading: Reading
-    request: Optional[Request] = None                    # None: not made yet
-    started: float = 0.0                                 # by time.perf_counter()
-    directory_version: Any = None                        # see Kept.directory_version
-    object_version: int = 0                              # of the object that answers
-    stub: Any = None                                     # who is to answer
-    forwarded: Optional[Request] = None                  # and the request as they see it
-    account: str = ""                                    # who pays for its thread
-    cookie: Optional[str] = None
-    insider: int = 0                                     # see LoopEdge.insiders
-    let_in: bool = False                                 # it is in the lane of its object
-
-    @property
-    def key(self) -> Tuple[Any, ...]:
-        request = self.request
-        return request.path, request.query, self.cookie, request.scheme
-
 
 class KeptAnswer(NamedTuple):
     """What is known of a page.
@@ -4414,7 +4401,7 @@ class Kept:
         self.db: Optional[sqlite3.Connection] = None
         self.opened = -1                                 # at which version of the object
         self.answers: Dict[Any, KeptAnswer] = {}
-        self.size = 0
+        self.size = 0                                    # about: threads add to it at once
 
     def directory_version(self) -> Any:
         """Return what changes with each commit to the Directory; None: it can't be said.
@@ -4430,7 +4417,8 @@ class Kept:
             return None
 
     def reopen(self, version):
-        """The Directory's object has closed its file; another may be in its place."""
+        """After each command of our Directory: its object may have closed the file since,
+        and another may be in its place."""
         self.close()
         self.db = connected_to_read(self.path, timeout=0, isolation_level=None,
                                     check_same_thread=False)
@@ -4739,7 +4727,8 @@ def guarded(call, *args):
 # It promises: a reader that is slow delays nobody. It gets the latest frame when it can
 #   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
 #   What waits for slow readers is bounded. Past a bound, who has waited longest is cut off.
-# Who uses it: the loop edge. All methods run in its loop, unless they say otherwise.
+# Who uses it: the loop edge. All methods run in its loop. While a Connection is ANSWERING,
+#   nobody else touches it; so Connection.reply runs in the pool, and what it calls.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -4779,7 +4768,7 @@ def bytes_of(thing):
 
 
 class Backlog:
-    """What waits for slow readers: of all, and of each account (or address, without one).
+    """What waits for slow readers: of all, and of each account or, without one, address.
 
     A connection has one answer at a time; a stream has the rest of one frame, and the
     latest pieces. So to bound what waits for one of them is to bound the size of an answer.
@@ -4832,9 +4821,9 @@ class Held:
     STUCK_SECONDS = 30.0
     whose = ""
 
-    def __init__(self, edge, socket):
+    def __init__(self, edge, link):
         self.edge = edge
-        self.socket = socket
+        self.socket = link
         self.events = 0                                  # what the selector watches for
         self.unsent: Any = b""
         self.deadline = 0.0                              # by time.monotonic()
@@ -4926,9 +4915,9 @@ class Stream(Held):
     BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
     may_break_off = True                                 # at the end; its browser returns
 
-    def __init__(self, edge, socket_, request, response, viewer):
+    def __init__(self, edge, link, request, response, viewer):
         self.again = request._replace(body=b"")
-        self.account = response.which
+        self.account = response.which                    # see Broadcast.stream
         self.whose = self.account or request.peer
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
@@ -4937,11 +4926,11 @@ class Stream(Held):
         self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
         self.sent_last: Tuple[bytes, ...] = ()           # frames, if it is zipped
         self.silent = 0                                  # for how many seconds
-        socket_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                      # a peer that vanished silently
             patience = int(1000 * self.STUCK_SECONDS)
-            socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-        super().__init__(edge, socket_)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        super().__init__(edge, link)
 
     def show_page(self, piece):
         """It has the regions as well. What waited is older."""
@@ -5413,6 +5402,29 @@ class Noted(NamedTuple):
     request: Request
 
 
+@dataclasses.dataclass
+class Asked:
+    """A request on its way, and what is known of it so far, in the order of time."""
+    connection: Connection
+    reading: Reading
+    request: Optional[Request] = None                    # None: its target is refused
+    started: float = 0.0                                 # by time.perf_counter()
+    cookie: Optional[str] = None
+    directory_version: Any = None                        # see Kept.directory_version
+    account: str = ""                                    # who pays for its thread
+    insider: int = 0                                     # see LoopEdge.insiders
+    let_in: bool = False                                 # it is in the lane of its object
+    stub: Optional[GuardedStub] = None                   # the gate has spoken: who answers
+    forwarded: Optional[Request] = None                  # the request as that one sees it
+    object_version: int = 0                              # of that object, before it answers
+
+    @property
+    def key(self) -> Tuple[Any, ...]:
+        """What a page is kept by."""
+        request = self.request
+        return request.path, request.query, self.cookie, request.scheme
+
+
 def asking_once(deciding: Env) -> Env:
     """Return the env for requests that came together: those that would ask the gate the
     same share its verdict. It is asked when all of them are there."""
@@ -5448,7 +5460,7 @@ class Connection(Held):
     LINGER_SECONDS = 1.0                 # so that who is still sending can read our answer
     LINGER_BYTES = 65_536
 
-    def __init__(self, edge, socket, peer):
+    def __init__(self, edge, link, peer):
         self.peer = peer
         self.whose = source_of(peer)
         self.buffer = bytearray()
@@ -5459,7 +5471,7 @@ class Connection(Held):
         self.rest: Any = None                            # [3] what follows its body
         self.spare = self.LINGER_BYTES                   # bytes that are read over
         self.state = self.IDLE
-        super().__init__(edge, socket)
+        super().__init__(edge, link)
         self.deadline = time.monotonic() + self.IDLE_SECONDS
 
     @property
@@ -5475,7 +5487,7 @@ class Connection(Held):
 
     def spool_for(self, reading):
         """[3] has where a long body goes."""
-        return into_memory(reading)
+        return refuse_long(reading)
 
     def read(self, data):
         self.new = False
@@ -5503,8 +5515,8 @@ class Connection(Held):
         if reading:
             self.state = self.ANSWERING
             if reading.body is None:                     # Expect (RFC 9110, 10.1.1)
-                self.apart(self.check_before_body, reading,
-                           f"expecting, from {source_of(self.peer)}")
+                payer = f"expecting, from {source_of(self.peer)}"
+                self.apart(self.check_before_body, reading, payer)
             else:
                 self.take(reading)
         elif self.ended:
@@ -5525,18 +5537,16 @@ class Connection(Held):
             self.deadline = time.monotonic() + self.REQUEST_SECONDS
             self.state = self.ARRIVING
 
-    def apart(self, job, what, account):
-        """Have the pool do job(what), and the loop what that returns, also with what.
-
-        A lane has one job, so this is not the lane in which the requests are.
-        """
+    def apart(self, job, what, payer):
+        """Have the pool do job(what). A no of it is sent; any other error closes the
+        connection. It is not in the lane of the requests, for a lane has one job."""
         lane = self, job.__name__
-        self.edge.pool.gather(lane, what, functools.partial(self.do_apart, job), account)
+        self.edge.pool.gather(lane, what, functools.partial(self.do_apart, job), payer)
 
     def do_apart(self, job, those):
         what, = those                                    # a connection does one at a time
         try:
-            self.edge.call(job(what), what)
+            job(what)
         except Refused as no:
             self.edge.call(self.refuse, no)
         except CRASH:
@@ -5544,10 +5554,10 @@ class Connection(Held):
             raise
 
     def check_before_body(self, reading):
-        """Refuse before the body is sent (the client waits for that) or read (it is long).
-        """
+        """In the pool. Refuse before the body is sent (the client waits for that) or read
+        (it is long)."""
         self.check(reading, self.edge.request(reading, self.peer))
-        return self.go_on
+        self.edge.call(self.go_on, reading)
 
     def check(self, reading, request):
         """Raise Refused if it would be, whatever is in the body."""
@@ -5569,7 +5579,7 @@ class Connection(Held):
             self.listen(0 if self.ended else READABLE)
             self.advance()
 
-    # -- answering, in the loop or in the pool: while it is ANSWERING nobody else writes
+    # -- answering, in the loop or in the pool
 
     def reply(self, asked, response):
         if response.watch and asked.reading.method != "HEAD":
@@ -5726,11 +5736,11 @@ known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
 
 class Outdated(Exception):
-    """While a request waited for its turn, it changed what its account may do."""
+    """While a request waited for the object's turn, its account got or lost rights."""
 
 
 class LoopEdge:
-    """Binds in the constructor, serves in serve_forever(), ends by stop().
+    """Listens when it is made, serves in serve_forever(), ends by stop().
 
     settings: host, port, threads, connections, streams, allow_host, trust_proxy and drain.
     """
@@ -5753,7 +5763,9 @@ class LoopEdge:
         self.pool = Pool(settings.threads)
         for namespace in (env.workspaces, env.directory.namespace):
             namespace.listeners.append(self.broker.published)
-        self.remember_nobody()
+        self.insiders = set()                            # hashes: who was let in, and where
+        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
+        self.hosts = self.own_names()
         self.make_loop()
         self.socket = self.listening()
         self.socket.setblocking(False)
@@ -5762,12 +5774,10 @@ class LoopEdge:
     def listening(self):
         return listening(self.settings.host, self.settings.port)
 
-    def remember_nobody(self):
+    def own_names(self):
         names = ("", "localhost", socket.gethostname(), self.settings.host,
                  *self.settings.allow_host)
-        self.hosts = frozenset([name.lower().rstrip(".") for name in names])
-        self.insiders = set()                            # hashes: who was let in, and where
-        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
+        return frozenset([name.lower().rstrip(".") for name in names])
 
     def make_loop(self):
         self.held = set()
@@ -5888,10 +5898,6 @@ class LoopEdge:
         self.env.workspaces.sleep_unused()
         self.env.directory.namespace.sleep_unused()
 
-    def chores(self) -> List[Tuple[Callable[[], None], float]]:
-        """What is to be done again after so many seconds. [3] has more."""
-        return [(self.broker.try_again, 5.0)]
-
     def begin(self, chore):
         """Have the pool do it; never twice at a time."""
         self.pool.gather(chore, chore, lambda chores: guarded(chores[0]))
@@ -5923,10 +5929,6 @@ class LoopEdge:
         if not asked.let_in:
             lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane or asked.connection, asked, self.work_off, asked.account)
-
-    def keeps_answers(self) -> bool:
-        """Not on a node: the verdict comes with each request."""
-        return self.env.gate is ask_the_gate
 
     def account_of(self, asked) -> str:
         """Return to whom a thread is charged, before the gate has spoken.
@@ -5965,9 +5967,10 @@ class LoopEdge:
             until = time.monotonic() + GroupCommit.BATCH_SECONDS
             with contextlib.suppress(Outdated):
                 for stub, group in let_in.items():
-                    self.fetch_some(stub, group, decided_at)
-                    while group and time.monotonic() < until:
+                    while group:
                         self.fetch_some(stub, group, decided_at)
+                        if time.monotonic() > until:
+                            break
         except CRASH:                                    # else they would wait for ever
             for asked in several:
                 self.call(asked.connection.close)
@@ -5990,9 +5993,10 @@ class LoopEdge:
         return let_in
 
     def fetch_some(self, stub, group, decided_at):
-        """Commands share a commit. A page can be large: it leaves before the next.
+        """Answer the commands of a group, which share a commit; or its next page alone, for
+        it can be large. What is answered leaves the group.
 
-        Those that were answered leave the group. Raises Outdated before it asks for any.
+        Raises Outdated, and answers none, if the verdict on one may be old by now.
         """
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
@@ -6056,7 +6060,7 @@ class LoopEdge:
             status = 405 if method in ("TRACE", "CONNECT") else 501
             allow = ", ".join(METHODS)
             raise Refused(status, f"The methods here are {allow}.", (("allow", allow),))
-        path, query = "*", ""
+        path, query = "*", ""                            # of OPTIONS, whatever it names
         if method != "OPTIONS":
             path, query = parse_target(reading.target, headers.get("host", ""))
         if self.stopping and self.draining and path != "/healthz":
@@ -6075,6 +6079,26 @@ class LoopEdge:
                            retry_after(30))
         return None
 
+    def healthz(self, request, env):
+        """A door."""
+        only_read(request)
+        return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
+
+    def decide_again(self, request) -> Any:
+        """For the broker: as decide, for a request whose answer is an open stream. So it is
+        none of those that a front of [3] answers itself."""
+        return worker(request, self.regating)
+
+    # -- what Part Three adds to
+
+    def chores(self) -> List[Tuple[Callable[[], None], float]]:
+        """What is to be done again after so many seconds. [3] has more."""
+        return [(self.broker.try_again, 5.0)]
+
+    def keeps_answers(self) -> bool:
+        """Not on a node: the verdict comes with each request."""
+        return self.env.gate is ask_the_gate
+
     def most_streams(self) -> int:
         return self.settings.streams or 100
 
@@ -6087,15 +6111,6 @@ class LoopEdge:
 
     def count(self, asked, response):
         """For Part Three: figures, and the access log."""
-
-    def healthz(self, request, env):
-        """A door."""
-        only_read(request)
-        return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
-
-    def decide_again(self, request) -> Any:
-        """For the broker: as decide, for a request whose answer is an open stream."""
-        return worker(request, self.regating)
 
     # -- the end
 
@@ -6142,14 +6157,6 @@ class LoopEdge:
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
 #   is it older than a second: some rights end by the clock.
 # Who uses it: the composition roots of Part Three.
-
-class QuickRouter(Router):
-    """A router that remembers what it found."""
-
-    def __init__(self, slices):
-        super().__init__(slices)
-        self.match = remembered(super().match)
-
 
 class EdgeWorkspace(Broadcast, Workspace):
     """A Workspace whose streams are held by a broker."""
@@ -14483,7 +14490,7 @@ class TakesUploads(Connection):
 
     def write_on(self, spool):
         spool.write()
-        return self.read_on
+        self.edge.call(self.read_on, spool)
 
     def read_on(self, spool):
         if self not in self.edge.held:
@@ -14504,14 +14511,14 @@ class TakesUploads(Connection):
         type = reading.headers.get("content-type", "")
         if type.lower().startswith(MULTIPART):
             spool.pairs = outcome(parts_of, spool.data, type)
-        return self.take_up
+        self.edge.call(self.take_up, reading)
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it
         self.would_refuse = None
         if self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
-        self.edge.take_up(self, reading)
+        super().take(reading)
 
     def refuse(self, no):
         """Answer an upload as its page expects it, and read over what is on its way."""
