@@ -327,8 +327,8 @@ def as_json(data: Any, **more: Any) -> Response:
     return Response(200, json.dumps(data).encode(), "application/json", **more)
 
 
-def see_other(path: str, *headers: Tuple[str, str]) -> Response:
-    return Response(303, headers=(("location", path), *headers))
+def see_other(path: str, *headers: Tuple[str, str], which: str = "") -> Response:
+    return Response(303, headers=(("location", path), *headers), which=which)
 
 
 LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
@@ -684,7 +684,7 @@ WRITERS = {"text": html.escape, "a value": html.escape, "an attribute": write_at
 
 # -- pages
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def template(name: str) -> Template:
     """Return the file templates/<name>.html; for "todos.row", its part "row"."""
     file, _, part = name.partition(".")
@@ -2203,8 +2203,8 @@ class Directory(SliceHost):
         agent = f"{ctx.request.peer} {ctx.request.headers.get('user-agent', '')}"[:200]
         value = add_session(ctx.store, account, agent, self.keys[0])
         cookie = set_cookie(ctx.request.scheme, self.keys[0], value, COOKIE_SECONDS)
-        way = see_other(local_path(ctx.field("next", start)), cookie)
-        return way._replace(which=account)
+        way = local_path(ctx.field("next", start))
+        return see_other(way, cookie, which=account)
 
     def accounts_of(self, where, args):
         """Return the accounts of the sessions that match where, an SQL condition."""
@@ -2291,7 +2291,7 @@ def add_session(store, account, agent, key) -> str:
 def logout(ctx):
     close_session(ctx)
     cookie = set_cookie(ctx.request.scheme, ctx.host.keys[0], "", 0)
-    return see_other("/", cookie)._replace(which=ctx.viewer.account)
+    return see_other("/", cookie, which=ctx.viewer.account)
 
 
 def close_session(ctx):
@@ -2362,7 +2362,7 @@ def create_and_enter(ctx, name):
     ctx.host.add_workspace(ctx, name, account)
     access_changed(ctx, account)
     if ctx.request.plain_form:
-        return see_other(f"/w/{name}{ctx.host.pages[0].path}")._replace(which=name)
+        return see_other(f"/w/{name}{ctx.host.pages[0].path}", which=name)
     return done(ctx, name, name="", problem="")
 
 
@@ -6321,21 +6321,22 @@ import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
-MEMBERS_PARTS: List[Callable[[Context], Html]] = []      # what is below the list of members
-PLAIN: List[Callable[[Env], None]] = []                  # they change the env of --plain
-VIEWERS: List[Callable[[Viewer, Request], Viewer]] = []  # see viewer_in_full
-CHECKS: List[Callable[[Settings], None]] = []            # before a server is composed
+Hooks = List[Callable[..., Any]]                         # functions of what stands in ()
+MEMBERS_PARTS: Hooks = []                                # (ctx): below the list of members
+PLAIN: Hooks = []                                        # (env): it changes that of --plain
+VIEWERS: Hooks = []                                      # see viewer_in_full
+CHECKS: Hooks = []                                       # (settings): before composing
 VERBS: Dict[str, Verb] = {}                              # by their words
 BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
 ROOTS: BySettings = []                                   # (for which settings, the root)
 
 # Each of these has one user, and is a list so that this section can be struck out.
 WAYS_TO_SERVE: BySettings = []
-BEFORE_SERVING: List[Callable[[], None]] = []            # once in a process that serves
-AT_START: List[Callable[[Any, str], None]] = []          # told of a server, and its address
+BEFORE_SERVING: Hooks = []                               # (): once in a process that serves
+AT_START: Hooks = []                                     # (server, address)
 NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what verbs do on a node instead
-APP_PARSERS: List[Callable[..., Any]] = []               # see read_command_line
-APP_SEEDS: List[Callable[..., None]] = []                # seed(env, names of workspaces)
+APP_PARSERS: Hooks = []                                  # see read_command_line
+APP_SEEDS: Hooks = []                                    # (env, names of workspaces)
 
 
 def addition(cls: type) -> type:
@@ -6344,7 +6345,7 @@ def addition(cls: type) -> type:
     return cls
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def whole(base: type) -> type:
     """Return a class of base with all additions to it, and to its own bases.
 
@@ -6814,7 +6815,6 @@ class OwnWorkspace(Workspace):
 @addition
 class OwnContext(Context):
     """A context whose store is a Tables."""
-    __slots__ = ()
 
     def publish(self, topic):
         if self.store.may != WRITE:
@@ -7142,7 +7142,7 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
                        "chown it to the user as whom the server runs") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def ignores_modes(folder: pathlib.Path) -> bool:
     """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
     probe = folder / f"mode-{secrets.token_hex(8)}"
@@ -8381,8 +8381,6 @@ def unseen(character: str) -> bool:
 
 @addition
 class ReadsFields(Context):
-    __slots__ = ()
-
     def field(self, name, otherwise=""):
         """Return it as text; "" if nobody can see it. Of several, the last."""
         text = super().field(name, otherwise)
@@ -8601,8 +8599,6 @@ class ShowsFormsAgain(SliceHost):
 
 @addition
 class KnowsWhatWasTyped(Context):
-    __slots__ = ()
-
     @property
     def typed(self):
         """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
@@ -9183,7 +9179,7 @@ def every(job: Callable[..., Any], **interval: float) -> Recurring:
     return Recurring(job, seconds=datetime.timedelta(**interval).total_seconds())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def zone_named(name):
     """Return a zone of time; None: the server's own. Raises Unusable."""
     if not name:
@@ -9503,7 +9499,6 @@ class LooksForJobs(Broker):
 @addition
 class EnqueuesJobs(Context):
     """What a slice is given besides: jobs, and what other slices export."""
-    __slots__ = ()
 
     def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
                 **args: Any) -> None:
@@ -10122,7 +10117,7 @@ def change_password(ctx):
         raise Refused(422, "The present password is not right. Try again.")
     check_password(ctx.field("new"))
     store_password(ctx, account, ctx.request.headers["x-hashed"])
-    return see_other("/account")._replace(which=account)
+    return see_other("/account", which=account)
 
 
 def my_digest(ctx) -> bytes:
@@ -10263,7 +10258,7 @@ def account_remove(settings, given):
 #   its open pages end within a second.
 # It needs: 45 Accounts.
 
-ACCOUNT_PARTS: List[Callable[[Context], Html]] = []      # what else the page has
+ACCOUNT_PARTS: Hooks = []                                # (ctx): what else the page has
 
 # What is in a User-Agent, and what it means. The first that is found counts, for most say
 # of themselves that they are others, too.
@@ -10319,7 +10314,7 @@ def choose_sessions(ctx):
     mine = ctx.request.headers["x-session"][:16]
     how, name = {"all": ("<>", ""), "others": ("<>", mine)}.get(which, ("=", which))
     end_sessions(ctx, f"{OWNED} AND {DIGEST_NAME} {how} ?", account, account, name)
-    return see_other("/account")._replace(which=f"sessions: {which}"[:64])
+    return see_other("/account", which=f"sessions: {which}"[:64])
 
 
 DIRECTORY_SLICES.append(Slice("sessions", routes=(
@@ -10414,7 +10409,7 @@ def masquerade(ctx):
     until = time.time() + MASQUERADE_SECONDS
     ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
     access_changed(ctx, session["account"])
-    return see_other(local_path(ctx.field("next", "/")))._replace(which=account)
+    return see_other(local_path(ctx.field("next", "/")), which=account)
 
 
 def unmask(ctx):
@@ -10422,7 +10417,7 @@ def unmask(ctx):
     session = ctx.host.session(ctx.request)
     if session and session["operator"]:
         ctx.host.end_mask(session)
-    return see_other("/")._replace(which=ctx.viewer.account)
+    return see_other("/", which=ctx.viewer.account)
 
 
 DIRECTORY_SLICES.append(Slice("masquerade", routes=(
@@ -10589,8 +10584,7 @@ def withdraw_link(ctx):
     ctx.store.exec(f"DELETE FROM links WHERE workspace = ? AND {DIGEST_NAME} = ?",
                    ctx.viewer.id, link)
     ctx.publish("members")
-    return see_other(f"/w/{ctx.workspace}/members/links")._replace(
-        which=f"{ctx.viewer.id} {link}")
+    return see_other(f"/w/{ctx.workspace}/members/links", which=f"{ctx.viewer.id} {link}")
 
 
 def device_link(ctx):
@@ -11130,7 +11124,7 @@ def change_label(ctx):
                                account):
         ctx.host.bus.publish(f"members:{row['workspace']}")
     access_changed(ctx, account)
-    return see_other("/account")._replace(which=f"{account} {label}")
+    return see_other("/account", which=f"{account} {label}")
 
 
 def check_label(store, account, label):
@@ -11428,7 +11422,7 @@ class SlowLog:
             log(f"slow: {1000 * seconds:.0f} ms: {what}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def slow_log(limit: float) -> Optional[SlowLog]:
     """Return the one of this process; None if there is no limit."""
     return SlowLog(limit) if limit else None
@@ -12911,7 +12905,7 @@ def delete_workspace(ctx):
     ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
                    "moving", DELETED, time.time(), ctx.viewer.id)
     ask_all_again(ctx)
-    return see_other("/")._replace(which=f"{ctx.viewer.id} {row['name']}")
+    return see_other("/", which=f"{ctx.viewer.id} {row['name']}")
 
 
 # -- from one to another
@@ -14253,8 +14247,6 @@ class ListsMembers(Namespace):
 
 @addition
 class AsksForMembers(Context):
-    __slots__ = ()
-
     def members(self) -> List[Any]:
         """Return everybody in this workspace, by name: dicts with name, role and label."""
         self.store.check_thread()
@@ -14718,8 +14710,6 @@ def type_of(beginning: bytes) -> str:
 
 @addition
 class BringsUploads(Context):
-    __slots__ = ()
-
     def upload(self, name: str = "") -> Upload:
         """Return the file that was chosen under this name in a form whose enctype is
         multipart/form-data. Without a name: the body, which is no form.
@@ -14793,8 +14783,6 @@ class KnowsFiles(QuickRouter):
 
 @addition
 class HasFiles(Context):
-    __slots__ = ()
-
     @property
     def files(self) -> Files:
         return Files(self)
@@ -15198,7 +15186,7 @@ def withdraw_token(ctx):
     ctx.store.exec("DELETE FROM tokens WHERE id = ? AND account = ?", id,
                    ctx.viewer.account)
     access_changed(ctx, ctx.viewer.account)
-    return see_other("/account/tokens")._replace(which=id)
+    return see_other("/account/tokens", which=id)
 
 
 DIRECTORY_SLICES.append(Slice("tokens", routes=(
@@ -15483,8 +15471,6 @@ class RepeatsAnswers(SliceHost):
 
 @addition
 class StampsForms(Context):
-    __slots__ = ()
-
     @property
     def stamp(self) -> Html:
         """A hidden field for a plain form: for whom the page was made, and a number.
@@ -15810,8 +15796,6 @@ class KeepsRemoved(Broadcast):
 
 @addition
 class KeepsWhatItRemoves(Context):
-    __slots__ = ()
-
     def remove(self, table, where, *args):
         signals = {}
         if isinstance(self.host, Broadcast):             # else it is --plain
@@ -16121,7 +16105,7 @@ WAY = {"Ask the gate": (worker, ask_the_gate),
                                   SliceHost.render, Broker.deliver, Stream.show)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def steps():
     """Return the way in rows, with the text of each function as it runs."""
     return [{"number": number, "title": title, "function": [*map(listing, functions)]}
@@ -16637,8 +16621,6 @@ def read_secret(option, file):
 
 @addition
 class KnowsSettings(Context):
-    __slots__ = ()
-
     def setting(self, name: str) -> Any:
         """Return what was said of an option of the app. Raises LookupError."""
         return self.host.namespace.settings.setting(name)
@@ -17260,8 +17242,6 @@ class DevWorkspace(EdgeWorkspace):
 
 
 class DevContext(Context):
-    __slots__ = ()
-
     def field(self, name, otherwise=""):
         sent = [one for one, _ in self.sent if not one.startswith("_")]
         if name not in sent:
