@@ -75,7 +75,6 @@ What stands there for the other parts only is marked: [2], [3].
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -97,7 +96,6 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple,
                     Union)
@@ -395,8 +393,8 @@ def destination(request, verdict, env):
 
 
 # Headers that the parts of this server believe. Nobody outside may send them.
-TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-title",
-           "x-id", "x-session"}
+TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
+           "x-session"}
 
 
 def stripped(request):
@@ -1003,7 +1001,10 @@ class Bus:
 #   folder; Part Three sees to that.
 
 class DurableObject:
-    """Subclasses say which tables they need (schema) and answer requests (handle)."""
+    """Subclasses say which tables they need (schema) and answer requests (handle).
+
+    A request goes through answer, which opens the file; command, if it may write; handle.
+    """
     schema: Sequence[Tuple[str, Sequence[str]]] = ()     # slices, with their migrations
     handle: Callable[[Request], Response]
     store_class = Store                                  # [2, 3] have others
@@ -1385,9 +1386,8 @@ class Context:
 
     @property
     def title(self) -> str:
-        """The name of the workspace as people write it, for a page: Acme Corp."""
-        title = self.request.headers.get("x-title", "")
-        return urllib.parse.unquote(title) or self.workspace
+        """How a page calls the workspace. [3] has a name as people write it: Acme Corp."""
+        return self.workspace
 
     def remove(self, table: str, where: str, *args: Any) -> Dict[str, Any]:
         """Delete the rows that match where, an SQL condition.
@@ -2057,13 +2057,13 @@ def read_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
 #
 #     accounts      name, label (how people call them); persona: anybody may be this one
 #     sessions      digest (of the token), account, created, expires, agent
-#     workspaces    id, name (in addresses), title (as people write it);
-#                   born: its first name, of which the id was made
+#     workspaces    id, name; born: its first name, of which the id was made
 #     memberships   workspace, account, role
 #
-# Some statements name columns of [3], which change nothing here: workspaces.moving (1: it
-# moves to another machine, more: it is gone), sessions.operator (who looks on in somebody's
-# name) and memberships.offered (asked to be an owner, too).
+# Some statements name columns of [3], which change nothing here: workspaces.title (its name
+# as people write it) and moving (1: it moves to another machine, more: it is gone),
+# sessions.operator (who looks on in somebody's name), memberships.offered (asked to be an
+# owner, too).
 
 ROLES: Dict[str, Tuple[str, ...]] = {
     "owner": ("todos:read", "todos:write", "todos:delete", "members:manage",
@@ -2173,11 +2173,8 @@ class Directory(SliceHost):
 
     def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
         """Return what a verdict says of a member, as headers."""
-        said = verdict_headers(viewer.account, workspace["role"], workspace["name"],
+        return verdict_headers(viewer.account, workspace["role"], workspace["name"],
                                workspace["id"])
-        if workspace["title"]:
-            said["x-title"] = urllib.parse.quote(workspace["title"])
-        return said
 
     # -- what the slice's functions do by way of the object, for other parts add to it
 
@@ -3168,11 +3165,13 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # path a pathlib.Path where it is of a file; data and head are bytes; call, ask and job are
 # functions; seconds may have a fraction; id, topic, why, peer, host are strings.
 
+import collections
 import errno
 import itertools
 import selectors
 import stat
 import zlib
+from email.utils import formatdate
 from http.client import responses as REASONS
 from typing import Iterable, Iterator
 
@@ -6516,6 +6515,28 @@ def set_title(store, name, title):
     """Only a title that says more than the name is stored."""
     title = None if title == name else title
     store.exec("UPDATE workspaces SET title = ? WHERE name = ?", title, name)
+
+
+TRUSTED.add("x-title")
+
+
+@addition
+class SaysTitles(Directory):
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        if workspace["title"]:
+            said["x-title"] = urllib.parse.quote(workspace["title"])
+        return said
+
+
+@addition
+class KnowsTitles(Context):
+    __slots__ = ()
+
+    @property
+    def title(self):
+        title = self.request.headers.get("x-title", "")
+        return urllib.parse.unquote(title) or self.workspace
 
 
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
