@@ -61,6 +61,7 @@ import weakref
 import zlib
 import zoneinfo
 from unittest import mock
+from xml.etree import ElementTree
 
 import orion
 
@@ -18542,6 +18543,26 @@ def test_the_pictures_of_the_readme_are_small_and_are_not_served(server):
             assert Person(server).get(path).status == 404
 
 
+def test_the_picture_of_a_bench_names_each_line_with_its_last_figure_and_nothing_is_outside_of_it_or_on_something_else():
+    asked = [{(f"pages/s at {many}", name): 1000 * many + more for many in CONNECTIONS for name, more in (("plain", 1), ("full", 5), ("stock", 3))}]
+    watched = [{(f"ms to the last of {many:,}", name): many / by for many in WATCHERS for name, by in (("plain", 1), ("full", 50), ("bare loop", 99))}]
+    drawn = ElementTree.fromstring(picture("<2 cores>", asked, watched))
+    texts, lines = drawn.findall("{*}text"), [line.get("points") for line in drawn.findall("{*}polyline")]
+    names = [(text.text, float(text.get("x")), float(text.get("y"))) for text in texts if text.get("class") in ("full", "plain", "third")]
+    assert {name for name, _, _ in names} == {"plain: 128,001", "full: 128,005", "stock: 128,003", "plain: 1,000", "full: 20.0", "bare loop: 10.1"}
+    assert texts[-1].text == "<2 cores>" and len(lines) == 6 and all(len(points.split()) == 3 for points in lines)
+    for begin, end, few in ((72, 320, names[:3]), (512, 760, names[3:])):
+        of_chart = [tuple(map(float, point.split(","))) for points in lines for point in points.split() if begin <= float(point.split(",")[0]) <= end]
+        assert len(of_chart) == 9 and all(50 <= y <= 270 for _, y in of_chart)
+        heights = sorted(y for _, _, y in few)
+        assert all(x > end for _, x, _ in few) and min(b - a for a, b in zip(heights, heights[1:])) >= 15 and heights[-1] < 290
+
+
+@cases("values, slope", [((1, 10, 100), 1), ((5, 5, 5), 0), ((1, 100, 10_000), 2), ((0, 0, 0), 0)])
+def test_the_exponent_says_how_a_figure_grows(values, slope):
+    assert exponent((10, 100, 1000), values) == pytest.approx(slope)
+
+
 # ==== Without pytest ==================================================================================================
 
 def smoke():
@@ -18593,19 +18614,24 @@ while sys.stdin.readline():
 PIN = ["taskset", "-c", "0"] if shutil.which("taskset") and os.cpu_count() > 1 else []
 
 
-def bench(rounds=3, seconds=1.5, watchers=1000, save=None):
+CONNECTIONS, WATCHERS = (1, 32, 128), (10, 100, 1000)
+
+
+def bench(rounds=3, seconds=1.5, save=None, draw=None):
     """Compare the full edge with Part One's, with a stock ThreadingHTTPServer that sends a constant of the same size, and
     with a bare loop of sends. They take turns in one run, because on a machine with neighbours only ratios mean something.
-    Each figure is the median of the rounds. save: a file for all of them, as JSON."""
+    Each figure is the median of the rounds. save: a file for all of them, as JSON; draw: one for a picture, as SVG."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     machine = this_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if PIN:
         os.sched_setaffinity(0, {1})                 # the clients; servers have the other core
-    asked, watched = zip(*[(measure_requests(seconds), measure_streams(watchers)) for _ in range(rounds)])
+    asked, watched = zip(*[(measure_requests(seconds), measure_streams()) for _ in range(rounds)])
     print_table("connections", "stock", asked)
-    print_table(f"{watchers:,} open streams", "bare loop", watched)
+    print_table("open streams", "bare loop", watched)
+    if draw:
+        pathlib.Path(draw).write_text(picture(f"{machine['cores']} cores, Python {machine['Python']}", asked, watched), "utf-8")
     if save:
         figures = [[{"what": what, "server": server, "value": value} for (what, server), value in {**one, **other}.items()]
                    for one, other in zip(asked, watched)]
@@ -18632,7 +18658,7 @@ def measure_requests(seconds):
         size = len(full.bob.get("/w/acme/todos").body)
         with program("-c", STOCK, size) as stock:
             stock.page = full.page
-            for many in (1, 32, 128):
+            for many in CONNECTIONS:
                 for name, server in (("plain", plain), ("full", full), ("stock", stock)):
                     rate, p99 = closed_loop(server.port, server.page, many, seconds)
                     found[f"pages/s at {many}", name] = rate
@@ -18644,25 +18670,74 @@ def measure_requests(seconds):
     return found
 
 
-def measure_streams(many, times=5):
+def measure_streams(times=5):
     """One server after the other, for the threads of the plain edge ask the gate again while they wait."""
-    found = {}
+    found, most = {}, WATCHERS[-1]
     for name, words in (("plain", ["--plain"]), ("full", [])):
         with orion_with_todos(*words) as server:
-            before = memory(server.pid)
-            ears = [Ear(server.bob, "/w/acme/todos/live") for _ in range(many)]
-            size = [len(ear.event().encode()) for ear in ears][0]
-            links = [ear.socket for ear in ears]
-            found["ms to the last watcher", name] = statistics.median(
-                last_watcher(links, f"News {n}<".encode(), b"\n\n\r\n", functools.partial(server.tell, f"News {n}"))
-                for n in range(times))
-            found["kB of memory for each", name] = (memory(server.pid) - before) / many
+            before, links = memory(server.pid), []
+            for many in WATCHERS:
+                ears = [Ear(server.bob, "/w/acme/todos/live") for _ in range(many - len(links))]
+                size = [len(ear.event().encode()) for ear in ears][0]
+                links += [ear.socket for ear in ears]
+                found[f"ms to the last of {many:,}", name] = statistics.median(
+                    last_watcher(links, f"News {many}-{n}<".encode(), b"\n\n\r\n", functools.partial(server.tell, f"News {many}-{n}"))
+                    for n in range(times))
+            found["kB of memory for each", name] = (memory(server.pid) - before) / most
             found["threads", name] = len(os.listdir(f"/proc/{server.pid}/task"))
-    with program("-c", LOOP, size, many) as loop:
-        links = [socket.create_connection(("127.0.0.1", loop.port)) for _ in range(many)]
-        found["ms to the last watcher", "bare loop"] = statistics.median(
-            last_watcher(links, b"x", b"x\r\n", lambda: print(file=loop.stdin, flush=True)) for _ in range(times))
+    for many in WATCHERS:
+        with program("-c", LOOP, size, many) as loop:
+            links = [socket.create_connection(("127.0.0.1", loop.port)) for _ in range(many)]
+            found[f"ms to the last of {many:,}", "bare loop"] = statistics.median(
+                last_watcher(links, b"x", b"x\r\n", lambda: print(file=loop.stdin, flush=True)) for _ in range(times))
     return found
+
+
+# A plot without a package: each line has its name and its last value at its end, its own dashes, and a colour for light and one
+# for dark ground. Connections are on a logarithmic axis.
+PLOT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 340" font-family="system-ui, sans-serif" font-size="13">
+<style>
+:root { --page: #fff; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --full: #00695f; --plain: #a84300; --third: #59636e }
+@media (prefers-color-scheme: dark) {
+:root { --page: #14181d; --ink: #e8ecf0; --dim: #a3adb8; --line: #39424c; --full: #6fe0cf; --plain: #ffb070; --third: #a3adb8 } }
+text { fill: var(--ink) } .dim { fill: var(--dim) } .grid { stroke: var(--line) } polyline { fill: none; stroke-width: 2.5 }
+.full { stroke: var(--full) } .plain { stroke: var(--plain); stroke-dasharray: 9 5 } .third { stroke: var(--third); stroke-dasharray: 2 4 }
+text.full { fill: var(--full) } text.plain { fill: var(--plain) } text.third { fill: var(--third) } text.full, text.plain, text.third { stroke: none }
+</style>
+<rect width="880" height="340" fill="var(--page)"/>
+%s
+<text class="dim" x="20" y="328">%s</text>
+</svg>
+"""
+
+
+def picture(machine, asked, watched):
+    """Page rate and fan-out against connections: the medians of all rounds, as SVG."""
+    def lines(rounds, what, sizes, third):
+        found = {name: [statistics.median(one[what.format(size), name] for one in rounds) for size in sizes] for name in ("plain", "full", third)}
+        return [(css, name, found[name]) for css, name in (("full", "full"), ("plain", "plain"), ("third", third))]
+    return PLOT % (chart(20, "Pages a second", CONNECTIONS, "connections", lines(asked, "pages/s at {}", CONNECTIONS, "stock"))
+                   + chart(460, "Milliseconds from a command to the last open page", WATCHERS, "open pages", lines(watched, "ms to the last of {:,}", WATCHERS, "bare loop")),
+                   html.escape(machine))
+
+
+def chart(left, title, sizes, what, lines):
+    begin, end, top, bottom = left + 52, left + 300, 50, 270
+    most = max(max(values) for _, _, values in lines)
+    step = next(step for power in range(-3, 9) for digit in (1, 2, 5) if (step := digit * 10.0 ** power) * 4 >= most)
+    across = lambda size: begin + (end - begin) * math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])
+    up = lambda value: bottom - (bottom - top) * value / (4 * step)
+    parts = [f'<text x="{left}" y="24" font-weight="600">{title}</text>']
+    for number in range(5):
+        parts.append(f'<path class="grid" d="M{begin} {up(number * step):.1f}H{end}"/><text class="dim" x="{begin - 8}" y="{up(number * step) + 4:.1f}" text-anchor="end">{number * step:,g}</text>')
+    parts += [f'<text class="dim" x="{across(size):.1f}" y="{bottom + 20}" text-anchor="middle">{size:,}</text>' for size in sizes]
+    parts.append(f'<text class="dim" x="{(begin + end) / 2}" y="{bottom + 40}" text-anchor="middle">{what}</text>')
+    beside = bottom + 16
+    for css, name, values in sorted(lines, key=lambda line: line[2][-1]):
+        points = " ".join(f"{across(size):.1f},{up(value):.1f}" for size, value in zip(sizes, values))
+        beside = min(beside - 16, up(values[-1]) + 4)            # no two names on one another
+        parts.append(f'<polyline class="{css}" points="{points}"/><text class="{css}" x="{end + 8}" y="{beside:.1f}">{name}: {figure(values[-1])}</text>')
+    return "\n".join(parts)
 
 
 def print_table(title, third, rounds):
@@ -18773,17 +18848,22 @@ GROWTH = {"rows": (10, 1_000, 100_000), "streams": (1, 100, 1_000, 5_000), "tena
           "members": (10, 1_000, 10_000)}
 
 
-def grow():
-    """Print how latency, start, memory and idle CPU grow with what one tenant, or the server, has in plenty: for each the
-    exponent, 0 if it stays as it is, 1 if it grows as fast. `other page` is one of a tenant that has little."""
+def grow(*parts):
+    """Print how latency, start, memory and idle CPU grow with what one tenant, or the server, has in plenty. For each: the
+    exponent, 0 if it stays as it is, 1 if it grows as fast; and the last figure, as a multiple of the first. The others are
+    tenants that have little: a page of theirs should cost no more than before. parts: keys of GROWTH; none: all of them."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    for what, sizes in GROWTH.items():
-        figures = [measure_grown(what, size) for size in sizes]
-        print(f"\n| {what} | {' | '.join(f'{size:,}' for size in sizes)} | exponent |\n|---|{'--:|' * (len(sizes) + 1)}")
+    for what in parts or GROWTH:
+        sizes, figures = GROWTH[what], []
+        for size in sizes:
+            begun = time.monotonic()
+            figures.append(measure_grown(what, size))
+            print(f"{what}: {size:,} took {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        print(f"\n| {what} | {' | '.join(f'{size:,}' for size in sizes)} | exponent | times |\n|---|{'--:|' * (len(sizes) + 2)}")
         for name in figures[0]:
             values = [found[name] for found in figures]
-            print("|", name, "|", " | ".join(map(figure, values)), f"| {exponent(sizes, values):.2f} |", flush=True)
+            print("|", name, "|", " | ".join(map(figure, values)), f"| {exponent(sizes, values):.2f} | {values[-1] / max(values[0], 0.01):.1f} |", flush=True)
 
 
 def exponent(sizes, values):
@@ -18802,6 +18882,8 @@ def measure_grown(what, size):
         begun = time.perf_counter()
         with program(*words) as server:
             found = {"ms to start": 1000 * (time.perf_counter() - begun)}
+            while idle(server.pid, 0.5) > 100:
+                pass                                 # it looks into its files after a start
             server.origin = f"http://127.0.0.1:{server.port}"
             bob, dave = Person(server, "bob"), Person(server, "dave")
             newest = "/w/acme/todos/" + re.search(r'id="todo-(\d+)', bob.get("/w/acme/todos").text)[1]
@@ -18811,7 +18893,9 @@ def measure_grown(what, size):
                 "ms a command": median_ms(lambda n: bob.patch(newest, title=f"News {n}")),
                 "ms to the last watcher": statistics.median(last_watcher(
                     watchers, f"Newest {n}<".encode(), b"\n\n\r\n", lambda: bob.patch(newest, title=f"Newest {n}")) for n in range(9)),
-                "ms an other page": median_ms(lambda n: dave.get(f"/w/globex/todos?q={n}")),
+                "ms a page of others": median_ms(lambda n: dave.get(f"/w/globex/todos?q={n}")),
+                "ms a list of members": median_ms(lambda n: bob.get(f"/w/acme/members?after={n}")),
+                "ms a home page": median_ms(lambda n: dave.get(f"/?after={n}")),
                 "MB of memory": memory(server.pid) / 1024, "ms of CPU an idle second": idle(server.pid)})
             return found
 
@@ -18825,11 +18909,12 @@ def median_ms(call):
     return statistics.median(taken)
 
 
-def idle(pid):
+def idle(pid, seconds=3):
+    """Milliseconds of CPU a second; no less than the clock of processes can tell."""
     used = lambda: sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
     before = used()
-    time.sleep(3)
-    return 1000 * (used() - before) / os.sysconf("SC_CLK_TCK") / 3
+    time.sleep(seconds)
+    return 1000 * max(used() - before, 1) / os.sysconf("SC_CLK_TCK") / seconds
 
 
 def enlarge(folder, what, size):
@@ -18860,6 +18945,10 @@ def memory(pid):
 if __name__ == "__main__":
     choice = argparse.ArgumentParser(description="Figures and a smoke test; the suite itself runs under pytest.")
     choice.add_argument("what", choices=["bench", "grow", "smoke"])
+    choice.add_argument("parts", nargs="*", help=f"of grow: some of {', '.join(GROWTH)}")
     choice.add_argument("--json", help="of bench: a file for all figures")
+    choice.add_argument("--svg", help="of bench: a file for a picture of page rate and fan-out")
     given = choice.parse_args()
-    {"bench": functools.partial(bench, save=given.json), "grow": grow, "smoke": smoke}[given.what]()
+    if {*given.parts} - {*GROWTH}:
+        choice.error(f"grow knows {', '.join(GROWTH)}")
+    {"bench": functools.partial(bench, save=given.json, draw=given.svg), "grow": functools.partial(grow, *given.parts), "smoke": smoke}[given.what]()
