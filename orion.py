@@ -12401,9 +12401,10 @@ def repair(settings):
     for path in gone:
         print(f"{path}: removed")
     for path in open_to_others(settings):
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        os.fchmod(handle, mode_of(path) & 0o700)
-        os.close(handle)
+        with contextlib.suppress(FileNotFoundError):     # a log that went just now
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            os.fchmod(handle, mode_of(path) & 0o700)
+            os.close(handle)
 
 
 def remove_blanks(settings):

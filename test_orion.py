@@ -10201,6 +10201,15 @@ def test_check_names_files_that_others_can_read_and_closes_them(served):
     assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
 
 
+def test_a_log_that_goes_while_check_closes_files_to_others_prevents_nothing(served, monkeypatch):
+    """As when the workspace falls asleep just then."""
+    data, real = served.env.settings.data, orion.open_to_others
+    data.chmod(0o755), (data / "secret.key").chmod(0o600), (data / "directory.db").chmod(0o644)
+    monkeypatch.setattr(orion, "open_to_others", lambda settings: [data / "gone.db-wal", *real(settings)])
+    served.run("check", "--repair")
+    assert real(served.env.settings) == []
+
+
 def test_check_asks_nobody_to_close_what_can_not_be_closed(served, monkeypatch):
     """Where the file system ignores modes; the log says so."""
     data, real = served.env.settings.data, os.stat
