@@ -3274,6 +3274,13 @@ class Locked(Undone):
         self.error = error
 
 
+class Busy(Refused):
+    """It would take too long to wait."""
+
+    def __init__(self):
+        super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
+
+
 def identity(path) -> Tuple[int, int]:
     """Which file is at path. Raises sqlite3.DatabaseError if there is none, or no database.
 
@@ -3498,20 +3505,6 @@ class GuardedObject(DurableObject):
             self.namespace.published(self.id, "")
 
 
-def sync_folder(folder: pathlib.Path) -> None:
-    """Make the names in a folder durable, where it can be opened (POSIX)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
-            raise
-    finally:
-        os.close(handle)
-
-
 class GuardedStub(Stub):
     """Takes the turn, asks, and deals with Undone.
 
@@ -3586,11 +3579,6 @@ class GuardedStub(Stub):
             self.namespace.may_wait.release()
 
 
-class Busy(Refused):
-    def __init__(self):
-        super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
-
-
 LOOK_SECONDS = 0.2                                       # see fetch_briefly
 
 
@@ -3610,6 +3598,20 @@ def in_new_thread(function: Callable[[], None]) -> bool:
         log(f"{error}: raise the limit of this user's processes (ulimit -u)")
         return False
     return True
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make the names in a folder durable, where it can be opened (POSIX)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
+            raise
+    finally:
+        os.close(handle)
 
 
 TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
@@ -3661,7 +3663,7 @@ class GuardedNamespace(Namespace):
     def awake(self, id):
         """Raises StorageFault while its migrations go on apart."""
         one = super().awake(id)
-        until, why = self.late.get(id, NOT_LATE)         # see bring_up: now, not before
+        until, why = self.late.get(id, NOT_LATE)         # last: for who has built one
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
         self.touch(id)
@@ -3726,7 +3728,10 @@ class GuardedNamespace(Namespace):
         super().sleep_unused(idle)
 
     def draft(self) -> str:
-        """Make a file for an object whose id is not known yet. Return a temporary id."""
+        """Make a file for an object whose id is not known yet. Return a temporary id.
+
+        See create_workspace_with_file (26).
+        """
         id = f"new-{secrets.token_hex(8)}"
         try:
             self.create(id)
@@ -3771,7 +3776,7 @@ class GuardedNamespace(Namespace):
                 log(f"storage: {self.path(one.id)}: a request still goes on, and is left")
                 continue
             if not one.gone:
-                one.close()
+                guarded(one.close)
             one.turn.release()
 
 
@@ -3794,13 +3799,13 @@ def outcome(call, *args):
 
 
 class GroupCommit(GuardedObject):
-    BATCH_SECONDS = 0.05                                 # until those in front are answered
+    BATCH_SECONDS = 0.05                                 # then the others are another batch
 
     def command(self, request):
         before = self.store.db.total_changes
         try:
             return super().command(request)
-        finally:                                         # still in our turn, so: in time
+        finally:                                         # before anybody else has the turn
             if self.store.db.total_changes != before:
                 self.namespace.changed(self.id)
 
@@ -4254,12 +4259,12 @@ COMPRESSED = ("text/html", "text/css", "text/javascript")
 
 
 @functools.lru_cache(maxsize=256)
-def head_of(status, type, headers, streams, nonced):
+def head_of(status, type, headers, is_stream, nonced):
     """Return the part of a head that does not change, with MARK for a page's nonce."""
-    watch = streams or None                              # headers_of asks only if it is one
+    watch = is_stream or None                            # headers_of asks only if it is one
     response = Response(status, b"", type, headers, MARK if nonced else "", watch)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
-    if streams or type.startswith(COMPRESSED):           # compressed or not
+    if is_stream or type.startswith(COMPRESSED):         # compressed or not
         fields.append("vary: accept-encoding\r\n")
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
@@ -4308,20 +4313,20 @@ def encode(request, response, connection, head_only, date) -> bytes:
 
     connection: the value of that header field, or "": see connection_field.
     """
-    streams = response.watch is not None
-    zipped = accepts_gzip(request) and (streams or is_worth_it(response))
+    is_stream = response.watch is not None
+    zipped = accepts_gzip(request) and (is_stream or is_worth_it(response))
     body = response.body
-    if streams:
+    if is_stream:
         body = beginning(request, response.watch, zipped)
     elif zipped:
         body = gzipped(body)
     size = len(body) + (response.rest.size if response.rest else 0)
-    head = head_of(response.status, response.type, response.headers, streams,
+    head = head_of(response.status, response.type, response.headers, is_stream,
                    response.nonce != "")
     if response.nonce:
         head = head.replace(MARK, response.nonce, 1)
     more = [f"date: {date}\r\n"]
-    if not streams and response.status not in (204, 304):
+    if not is_stream and response.status not in (204, 304):
         more.append(f"content-length: {size}\r\n")
     if zipped:
         more.append("content-encoding: gzip\r\n")
@@ -4358,7 +4363,7 @@ def not_shown(request, watch) -> List[Subscription]:
 
 
 def first_frames(request, watch) -> bytes:
-    """Return these regions. Their bytes are made here, once for all."""
+    """Return the frames of these regions. They are made here, once for all."""
     zipped = accepts_gzip(request)
     pieces = [one.piece for one in not_shown(request, watch)]
     return b"".join([piece.zipped if zipped else piece.plain for piece in pieces])
@@ -4651,12 +4656,14 @@ class Pool:
         self.local.payer = payer or before
         some = min(len(lane.items), self.TOGETHER)
         rows = [lane.items.popleft() for _ in range(some)]
-        undone = None
+        left = []
         try:
             undone = lane.job([item for item, _ in rows])
+            if undone:
+                ids = {id(item) for item in undone}
+                left = [row for row in rows if id(row[0]) in ids]
         finally:
-            left = {id(item) for item in undone} if undone else ()
-            self.put_back(lane, [row for row in rows if left and id(row[0]) in left])
+            self.put_back(lane, left)
             self.follow_up()
             self.release(payer)
             self.local.payer = before
@@ -5091,7 +5098,7 @@ class Channel:
 
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
-        self.account = ""                                # who pays for it: section 22
+        self.payer = ""                                  # who pays for it: section 22
         self.streams: Dict[Stream, str] = {}             # and the etag that each one shows
         self.busy = False
         self.stale = False
@@ -5100,7 +5107,7 @@ class Channel:
 class Broker:
     """The loop alone changes channels and streams. Other threads mark a channel, and note
     which failed."""
-    SOME = 64                                # streams that get a frame; then others' turn
+    SOME = 64                                # streams: see some_at_a_time
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
 
@@ -5109,7 +5116,7 @@ class Broker:
         self.lock = threading.Lock()                     # guards busy and stale
         self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by question
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
-        self.accounts = collections.Counter()            # how many streams each has open
+        self.open_streams = collections.Counter()        # how many, by account
         self.version = 0                                 # of the Directory
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at: Dict[str, float] = {}    # by account; "": everybody's
@@ -5146,10 +5153,10 @@ class Broker:
             busy = channel.busy
             channel.busy = True
             channel.stale = True
-            channel.account = self.edge.pool.payer or channel.account
+            channel.payer = self.edge.pool.payer or channel.payer
         if not busy:
             lane = channel.subscription.stub.id
-            self.edge.pool.gather(lane, channel, self.refresh_all, channel.account)
+            self.edge.pool.gather(lane, channel, self.refresh_all, channel.payer)
 
     def refresh_all(self, channels):
         """In the pool, in one lane for all regions of an object: they need the same turn,
@@ -5176,8 +5183,8 @@ class Broker:
         except Refused as no:                            # a StorageFault is in the log
             self.failed.add(channel)
             if no.status in GOODBYES:
-                self.edge.call(self.in_turns, streams, Stream.end, last_frame(no))
-                streams = []                             # what they showed is not for them
+                self.edge.call(self.some_at_a_time, streams, Stream.end, last_frame(no))
+                streams = []                             # they are shown nothing else
         except CRASH as error:
             self.failed.add(channel)
             self.log_failure(channel, error)
@@ -5198,13 +5205,13 @@ class Broker:
         self.logged[key] = now + 60.0
         log_error(f"GET {subscription.again.path}", error)
 
-    def in_turns(self, streams, job, *args):
-        """Do job(stream, *args) for SOME streams; put the rest off, so that others have a
-        turn."""
+    def some_at_a_time(self, streams, job, *args):
+        """Do job(stream, *args) for SOME streams, and for the others when the loop has
+        looked after all else."""
         for stream in streams[:self.SOME]:
             job(stream, *args)
         if len(streams) > self.SOME:
-            self.edge.call(self.in_turns, streams[self.SOME:], job, *args)
+            self.edge.call(self.some_at_a_time, streams[self.SOME:], job, *args)
 
     def try_again(self):
         """In the pool, every 5 s: ask again for those whose object failed.
@@ -5218,7 +5225,7 @@ class Broker:
                 self.failed.discard(channel)
 
     def deliver(self, channel, piece, deltas, streams):
-        """Send the piece to SOME streams; put the rest off, so that others have a turn.
+        """Send the piece to some streams at a time.
 
         After the last of them the channel is free, or goes round again.
         """
@@ -5248,10 +5255,10 @@ class Broker:
         of_object = self.channels.setdefault(id, {})
         stream.channels = [of_object.setdefault(one.question, Channel(one))
                            for one in watch]
-        self.accounts[stream.account] += 1
+        self.open_streams[stream.account] += 1
         for one, channel in zip(watch, stream.channels):
             channel.streams[stream] = one.piece.etag
-            channel.account = channel.account or stream.account
+            channel.payer = channel.payer or stream.account
             self.mark(channel)                           # something may have come meanwhile
         self.count_watcher(stream, id, 1)
 
@@ -5265,7 +5272,7 @@ class Broker:
             if not channel.streams:                      # the last one out
                 del self.channels[id][channel.subscription.question]
                 self.failed.discard(channel)
-        self.accounts[stream.account] -= 1
+        self.open_streams[stream.account] -= 1
         if not self.channels[id]:
             del self.channels[id]
         self.count_watcher(stream, id, -1)
@@ -5338,7 +5345,7 @@ class Broker:
         page = fetch_briefly(stub, around)
         html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
         stream.viewer = viewer
-        whole = Piece(Html(html), 0.0, 0, main=False)
+        whole = Piece(Html(html), main=False)
         self.edge.call(self.rejoin, stream, response, whole)
 
     def rejoin(self, stream, response, whole):
@@ -5373,8 +5380,8 @@ class Broker:
         """[3] looks for what another process may have changed besides the Directory."""
 
 
-SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-operator",
-                   "x-read-only", "x-title", "x-label")
+SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-title",
+                   "x-operator", "x-read-only", "x-label")    # the last three: [3]
 
 
 def viewer_in(forwarded) -> Tuple[str, ...]:
@@ -5406,11 +5413,11 @@ class Asked:
     """A request on its way, and what is known of it so far, in the order of time."""
     connection: Connection
     reading: Reading
-    request: Optional[Request] = None                    # None: its target is refused
+    request: Optional[Request] = None                    # None: not made yet
     started: float = 0.0                                 # by time.perf_counter()
     cookie: Optional[str] = None
     directory_version: Any = None                        # see Kept.directory_version
-    account: str = ""                                    # who pays for its thread
+    payer: str = ""                                      # who pays for its thread
     insider: int = 0                                     # see LoopEdge.insiders
     let_in: bool = False                                 # it is in the lane of its object
     stub: Optional[GuardedStub] = None                   # the gate has spoken: who answers
@@ -5573,7 +5580,7 @@ class Connection(Held):
             self.resume()
 
     def resume(self):
-        """What was sent ahead has its turn when the others had theirs."""
+        """Read what was sent ahead."""
         if not self.busy and self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
             self.advance()
@@ -5748,7 +5755,7 @@ class LoopEdge:
     TICK_SECONDS = 1.0
     broker_kind = Broker                                 # [3] has ones that it adds to
     connection_kind = Connection
-    CALLS_SECONDS = 0.002                                # then it is the sockets' turn
+    CALLS_SECONDS = 0.002                                # then it looks at sockets again
     EAGER_SECONDS = 0.0001                               # to poll before it sleeps
 
     def __init__(self, env, settings):
@@ -5842,7 +5849,7 @@ class LoopEdge:
         until = time.monotonic() + self.CALLS_SECONDS
         for _ in range(len(self.calls)):
             guarded(*self.calls.popleft())
-            if time.monotonic() > until:                 # it is the turn of the sockets
+            if time.monotonic() > until:
                 return
 
     def call(self, *call):
@@ -5916,42 +5923,42 @@ class LoopEdge:
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, renewed(kept))
-        asked.account = self.account_of(asked)
+        asked.payer = self.payer_of(asked)
         self.line_up(asked)
 
     def line_up(self, asked):
-        """Put it into the lane of its Workspace; first into another one, if we do not know
-        yet that the gate lets them in."""
+        """Put it into the lane of its Workspace or, if we do not know yet that the gate
+        lets them in, into one for those of the same address."""
         lane = lane_of(asked.request.path)
         asked.insider = hash((lane, asked.cookie))
         asked.let_in = asked.let_in or not lane or asked.insider in self.insiders
         if not asked.let_in:
             lane = f"{source_of(asked.request.peer)} {lane}"
-        self.pool.gather(lane or asked.connection, asked, self.work_off, asked.account)
+        self.pool.gather(lane or asked.connection, asked, self.work_off, asked.payer)
 
-    def account_of(self, asked) -> str:
-        """Return to whom a thread is charged, before the gate has spoken.
+    def payer_of(self, asked) -> str:
+        """Return who pays for a thread before the gate has spoken.
 
         It is the account that the gate saw in this cookie before. Until it has seen one,
-        all at the same address are charged together; those who sign in, apart from those
-        who ask for a workspace.
+        all at the same address pay together; those who sign in, apart from those who ask
+        for a workspace.
         """
         known = self.accounts.get(hash(asked.cookie))
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
     def is_in_place(self, asked, decided) -> bool:
-        """Return whether the request waits where it should, at the expense of its account.
-        If not, learn who it is, and line it up again."""
+        """Return whether the request waits where it should, and its account pays. If not,
+        remember who was let in, and line it up again."""
         account = decided.request.headers.get("x-account")
-        known = not asked.cookie or not account or asked.account == account
+        known = not asked.cookie or not account or asked.payer == account
         if asked.let_in and known:
             return True
         asked.let_in = True
         if asked.cookie and account:
             self.accounts[hash(asked.cookie)] = account
             self.insiders.add(asked.insider)
-        asked.account = self.account_of(asked)
+        asked.payer = self.payer_of(asked)
         self.call(self.line_up, asked)
         return False
 
@@ -6073,7 +6080,7 @@ class LoopEdge:
         if not asked.reading.modern:
             return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in "
                                 "the proxy.")
-        if self.broker.accounts[response.which] >= self.most_streams():
+        if self.broker.open_streams[response.which] >= self.most_streams():
             return Refused(429, "Too many windows are open for this account. Close some.",
                            retry_after(30))
         return None
@@ -6150,9 +6157,9 @@ class LoopEdge:
 
 
 # ==== 26. Hosts ===========================================================================
-# The idea: a verdict of the gate is kept, as a page is, while the Directory's file stands
-#   still. And the file of a new workspace is made before the Directory's turn is taken, for
-#   that takes long.
+# The idea: Workspace and Directory with all of this part. The Directory keeps the verdicts
+#   of its gate, as pages are kept, while its file stands still. And the file of a new
+#   workspace is made before the Directory's turn is taken, for that takes long.
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
 #   is it older than a second: some rights end by the clock.
 # Who uses it: the composition roots of Part Three.
@@ -6170,8 +6177,8 @@ class EdgeDirectory(Broadcast, Directory):
 
     def on_open(self):
         super().on_open()
-        self.as_of: Any = None                           # of file and keys; for the next
-        self.given: Dict[Any, Tuple[float, Response]] = {}   # verdicts, and until when
+        self.as_of: Any = None                           # the state of file and keys for
+        self.given: Dict[Any, Tuple[float, Response]] = {}   # these, and until when
 
     def handle(self, request):
         if request.method in SAFE and request.path.startswith("/_gate/"):
@@ -11006,7 +11013,7 @@ class TellsWhoIsHere(Broker):
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
             self.here[id] = self.presence(streams)
-            self.in_turns(streams, self.show_here, self.here[id])
+            self.some_at_a_time(streams, self.show_here, self.here[id])
 
     def show_here(self, stream, piece):
         """Section 70 shows it to people alone."""
@@ -11021,7 +11028,7 @@ class TellsWhoIsHere(Broker):
         rest = len(people) - len(some)
         html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
                                 watchers=len(streams))
-        return Piece(html, 0.0, 0, main=False)
+        return Piece(html, main=False)
 
     def shown(self, stream):
         """Return how a page shows who looks at it. Section 50 shows more."""
@@ -16364,7 +16371,7 @@ class Console:
         channels = [channel for of_object in [*self.broker.channels.values()]
                     for channel in [*of_object.values()]]
         rows = [stream_row(channel) for channel in channels[:50]]
-        open = sum(self.broker.accounts.values())
+        open = sum(self.broker.open_streams.values())
         return {"stream": rows, "open": open, **self.broker.frames}
 
     def feed(self, params, names):

@@ -1257,7 +1257,7 @@ def test_who_comes_while_a_region_is_read_is_not_taken_back_to_what_was_before(s
     carol.post("/w/acme/todos", title="Second")
     again = Ear(bob, "/w/acme/todos/live")
     assert "Second" in again.event()
-    eventually(lambda: sum(server.edge.broker.accounts.values()) == 2)
+    eventually(lambda: sum(server.edge.broker.open_streams.values()) == 2)
     go.set()
     assert bobs.until_it_says("Second")
     carol.post("/w/acme/todos", title="Third")
@@ -7557,7 +7557,7 @@ def test_a_server_ends_in_bounded_time_though_a_slice_hangs_and_keeps_what_it_an
     eventually(lambda: not [thread for thread in server.edge.pool.threads if thread.is_alive()])
 
 
-@cases("broken", ["account_of", "request"])
+@cases("broken", ["payer_of", "request"])
 def test_a_fault_of_our_own_before_a_request_is_lined_up_leaves_no_connection_waiting(server, monkeypatch, capfd, broken):
     """It was sent ahead, while the one before was answered."""
     works = getattr(server.edge, broken)
@@ -8486,7 +8486,7 @@ def test_who_sent_a_public_command_is_no_insider_and_is_charged_by_address(start
     assert Person(server).ask("POST", "/w/acme/hooks/tell-nobody", "{}", Content_Type="application/json", Cookie="a=b").status == 204
     assert not server.edge.insiders
     asked = orion.Asked(None, None, orion.Request("POST", "/w/acme/hooks/tell-nobody", headers={"cookie": "a=b"}, peer="10.1.1.1"))
-    assert server.edge.account_of(asked) == "inside, from 10.1.1.1"
+    assert server.edge.payer_of(asked) == "inside, from 10.1.1.1"
 
 
 @cases("moving, status", [(1, 503), (2, 401)])
@@ -10722,7 +10722,7 @@ def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
         chance.joins()
     chance.work()
     news = chance.broker.here["acme"] = chance.broker.presence(chance.open[1:])
-    chance.broker.in_turns(chance.open, chance.broker.show_here, news)
+    chance.broker.some_at_a_time(chance.open, chance.broker.show_here, news)
     told = lambda: [*chance.broker.told.values()].count(news.etag)
     assert told() == orion.Broker.SOME
     chance.work()
@@ -14047,7 +14047,7 @@ def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside
     ops.post("/masquerade", form={"account": "ann", "writes": "on"})
     while "disabled" in (ear.event() or "disabled"):
         pass
-    eventually(lambda: +outside.edge.broker.accounts == {"ann": 1})
+    eventually(lambda: +outside.edge.broker.open_streams == {"ann": 1})
     if ending == "logout":
         ops.post("/logout", form={})
     if ending == "end":
