@@ -3152,7 +3152,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # commit, and a rendering is sent as it is to everybody of a role.
 #
 # It attaches to Part One by subclasses, which a composition root chooses (two_planes, in
-# section 31): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
+# section 30): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
 #
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
 #     -> DurableObject
@@ -6242,19 +6242,19 @@ def create_workspace_with_file(request, env):
 
 # #### Part Three: running it ############################################################
 #
-#     The frame        28 Tables  29 Settings  30 Server  31 Roots  32 Command line
-#     For slices       33 Slice checks  34 Page checks  35 Template checks  36 Fields
-#                      37 Ordinary pages  38 More events  39 Assets  40 Brand  41 Counts
-#                      42 Live home  43 Jobs
-#     People           44 Keys  45 Accounts  46 Account page  47 Masquerade  48 Links
-#                      49 Onlookers  50 People  51 Owners
-#     To run it        52 Quotas  53 Memory  54 Figures  55 Top
-#     A deployment     56 Copies  57 Snapshots  58 Check and repair  59 Exports
-#                      60 Member verbs  61 Own workspaces  62 Single  63 Nodes  64 Proxy
-#                      65 More figures
-#     More for slices  66 Public routes  67 Member lists  68 Uploads  69 Stored files
-#                      70 Tokens  71 Repeats  72 History
-#     For its author   73 Console  74 Own options  75 Development  76 Testing
+#     The frame        27 Tables  28 Settings  29 Server  30 Roots  31 Command line
+#     For slices       32 Slice checks  33 Page checks  34 Template checks  35 Fields
+#                      36 Ordinary pages  37 More events  38 Assets  39 Brand  40 Counts
+#                      41 Live home  42 Jobs
+#     People           43 Keys  44 Accounts  45 Account page  46 Masquerade  47 Links
+#                      48 Onlookers  49 People  50 Owners
+#     To run it        51 Quotas  52 Memory  53 Figures  54 Top
+#     A deployment     55 Copies  56 Snapshots  57 Check and repair  58 Exports
+#                      59 Member verbs  60 Own workspaces  61 Single  62 Nodes  63 Proxy
+#                      64 More figures
+#     More for slices  65 Public routes  66 Member lists  67 Uploads  68 Stored files
+#                      69 Tokens  70 Repeats  71 History
+#     For its author   72 Console  73 Own options  74 Development  75 Testing
 #
 # What makes a product of it. Each section is one feature, and each can be struck out of
 # this file, together with those whose heads say that they need it. The others go on. The
@@ -6279,20 +6279,20 @@ def create_workspace_with_file(request, env):
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
 #
-#     EdgeDirectory.say           47 50 52 63 73    what a verdict says
-#     EdgeDirectory.each_second   44 46 47 48 70    what changed, and what is over
-#     EdgeWorkspace.on_open       34 43 52          and Broadcast.on_open: 43 54 72
-#     LoopEdge.decide             30 66 67          whom a request is for
-#     LoopEdge.refusal            45 66 68 70       how a browser or a program is told no
-#     LoopEdge.tick               43 49 54 73       and LoopEdge.chores: 42 53 54 57 59 61
-#     Broker.look_elsewhere       67 73 74          what other processes may have changed
-#     SliceHost.call              28 70 71          a route, with its transaction
+#     EdgeDirectory.say           46 49 51 62 72    what a verdict says
+#     EdgeDirectory.each_second   43 45 46 47 69    what changed, and what is over
+#     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 71
+#     LoopEdge.decide             29 65 66          whom a request is for
+#     LoopEdge.refusal            44 65 67 69       how a browser or a program is told no
+#     LoopEdge.tick               42 48 53 72       and LoopEdge.chores: 41 52 53 56 58 60
+#     Broker.look_elsewhere       66 72 73          what other processes may have changed
+#     SliceHost.call              27 69 70          a route, with its transaction
 #
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
 #
 # settings is a Settings, and given what a command was given. A file, folder or path is a
-# pathlib.Path. Commands use some functions of section 32: opened() gives the Directory's
+# pathlib.Path. Commands use some functions of section 31: opened() gives the Directory's
 # store, to change it; looked_up() reads from it; check_there() refuses if there is none;
 # row_of() finds a row by its name; table() prints rows. What they raise as Unusable is the
 # line that people read.
@@ -6380,7 +6380,7 @@ def public(thing: Any) -> Any:
 def verb(words: str, help: str, *arguments: str):
     """Mark a function as a command of the command line.
 
-    arguments: keys of ARGUMENTS in section 32.
+    arguments: keys of ARGUMENTS in section 31.
     """
     def mark(run):
         VERBS[words] = Verb(run, help, arguments)
@@ -6570,7 +6570,7 @@ def at_end(response: Response, markup: str) -> Response:
 
 # #### The frame ###########################################################################
 
-# ==== 28. Tables ==========================================================================
+# ==== 27. Tables ==========================================================================
 # The idea: a table belongs to the slice whose migration made it. SQLite asks us about each
 #   statement, and refuses what reaches into the tables of another slice. And what was
 #   written, and by whom, stands in a journal.
@@ -6923,9 +6923,9 @@ def words_of(sql):
     return sql.lower().translate(str.maketrans('(;"', "   ")).split()
 
 
-# ==== 29. Settings ========================================================================
+# ==== 28. Settings ========================================================================
 # The idea: all that can be set is here. It never changes while the server runs.
-# Who uses it: everything in this part. The command line (section 32) fills it in.
+# Who uses it: everything in this part. The command line (section 31) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
@@ -6955,8 +6955,8 @@ class Settings(NamedTuple):
     node_name: str = ""                                  # HOST:PORT; "": as it listens
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
-    brand: Any = None                                    # section 40
-    options: Sequence[Any] = ()                          # of the app; section 74
+    brand: Any = None                                    # section 39
+    options: Sequence[Any] = ()                          # of the app; section 73
     own: Dict[str, Any] = {}                             # what was said of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
@@ -6989,13 +6989,13 @@ class Settings(NamedTuple):
 LOOPBACK = ("127.0.0.0/8", "::1")
 
 
-# ==== 30. Server ==========================================================================
+# ==== 29. Server ==========================================================================
 # The idea: the loop edge, with all that other sections add to it.
 
 @dataclasses.dataclass
 class FullEnv(Env):
     """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 66)."""
+    begins. public returns the path of a route that is for anybody (section 65)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -7049,7 +7049,7 @@ class Server(LoopEdge):
         return super().most_streams()
 
 
-# ==== 31. Roots ===========================================================================
+# ==== 30. Roots ===========================================================================
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
@@ -7244,7 +7244,7 @@ def full_env(directory, workspaces, settings):
     return FullEnv(directory, workspaces, doors, settings=settings, start=start)
 
 
-# ==== 32. Command line ====================================================================
+# ==== 31. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.
@@ -7647,9 +7647,9 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
          start: Optional[Callable[[Settings], None]] = None,
          seed: Optional[Callable[[Context], None]] = None) -> int:
     """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error. assets: a folder (section 39). brand: see section 40.
+    standard error. assets: a folder (section 38). brand: see section 39.
 
-    The rest is in section 74. options and commands of the app are on the command line, too.
+    The rest is in section 73. options and commands of the app are on the command line, too.
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
@@ -7818,7 +7818,7 @@ def notify(state: str):
 
 # #### For slices ##########################################################################
 
-# ==== 33. Slice checks ====================================================================
+# ==== 32. Slice checks ====================================================================
 # The idea: a slice that can't work is refused when the server starts, with the reason.
 
 class BadSlice(Unusable):
@@ -7979,7 +7979,7 @@ CHECKS.append(check_slices)                              # others trust these fi
 CHECKS.append(check_tables)
 
 
-# ==== 34. Page checks =====================================================================
+# ==== 33. Page checks =====================================================================
 # The idea: what a slice's functions return is looked at each time. A page that could not
 #   stay current is an error, and not a page that looks current. If a command writes what no
 #   open page will show, the log says so, once.
@@ -8178,7 +8178,7 @@ class NoticesSilence(EdgeWorkspace):
                      "page will show it")
 
 
-# ==== 35. Template checks =================================================================
+# ==== 34. Template checks =================================================================
 # The idea: Part One takes a template for sound. Here it is read as browsers read markup,
 #   and refused if a hole stands where text could become code, with the line and the remedy.
 # It promises: in no hole of a template that is read can text do harm. Some markup means one
@@ -8386,7 +8386,7 @@ setattr(Template, "places", checked_places)              # apps make theirs by t
 setattr(Template, "lacks", lacks_in_line)
 
 
-# ==== 36. Fields ==========================================================================
+# ==== 35. Fields ==========================================================================
 # The idea: more ways to read what was sent along. What nobody can see counts as nothing.
 # Who uses it: slices, by their contexts.
 
@@ -8436,7 +8436,7 @@ class ReadsFields(Context):
         return int(text)
 
 
-# ==== 37. Ordinary pages ==================================================================
+# ==== 36. Ordinary pages ==================================================================
 # The idea: a slice has pages without a stream, too, and answers that lead from one page to
 #   another, or that a browser keeps as a file.
 # It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
@@ -8715,7 +8715,7 @@ class RefusesInLayout(Workspace):
         return answer._replace(headers=no.headers)
 
 
-# ==== 38. More events =====================================================================
+# ==== 37. More events =====================================================================
 # The idea: what else Datastar understands, for apps.
 
 def lines_of(event_id, retry, **options) -> List[str]:
@@ -8776,7 +8776,7 @@ def execute_script(script: str, *, auto_remove: bool = True,
                           mode="append", event_id=event_id, retry=retry)
 
 
-# ==== 39. Assets ==========================================================================
+# ==== 38. Assets ==========================================================================
 # The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
 #   once, when the server starts. The address of each has a fingerprint of its content. So a
 #   browser keeps it for a year; when the content changes, the address does, too.
@@ -8890,9 +8890,9 @@ class LinksAssets(SliceHost):
         return Html("".join([*styles, *scripts]))
 
 
-# ==== 40. Brand ===========================================================================
+# ==== 39. Brand ===========================================================================
 # The idea: name, icon, colours and language of the product that an app is.
-# It needs: 39 Assets.
+# It needs: 38 Assets.
 
 @public
 class Brand(NamedTuple):
@@ -8944,7 +8944,7 @@ def palette(colors) -> str:
 CHECKS.append(use_brand)
 
 
-# ==== 41. Counts ==========================================================================
+# ==== 40. Counts ==========================================================================
 # The idea: the home page shows how full each workspace is. Each is asked before the request
 #   takes the Directory's turn.
 # It promises: one that is busy, or that can't be read, holds up no other.
@@ -9019,12 +9019,12 @@ class CountsAtHome(LoopEdge):
         self.add_doors({"/": home_with_counts})
 
 
-# ==== 42. Live home =======================================================================
+# ==== 41. Live home =======================================================================
 # The idea: home pages are live, too. What was written to is counted again, if it stands on
 #   one that is open.
 # It promises: a workspace is counted once a second at most, for all home pages that show
 #   it.
-# It needs: 41 Counts.
+# It needs: 40 Counts.
 
 # Each account has its own. What changes access is published there anyway, and so is what an
 # account is asked.
@@ -9110,7 +9110,7 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
     Route("GET", "/live", ACCOUNT, home_stream),)))
 
 
-# ==== 43. Jobs ============================================================================
+# ==== 42. Jobs ============================================================================
 # The idea: work for later is a row, which the command's own transaction writes. So there is
 #   no job for what was rolled back.
 # It promises: a job runs in a transaction that also takes its row out: its writes and its
@@ -9119,8 +9119,8 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #   mail server for one, it yields as a function. That is called while others have the turn.
 #   A job that comes again is a row, too, one in each workspace, with the time when it is
 #   due next. What was missed while the server was down is done once.
-# It needs: 34 Page checks.
-# It stands behind: 41 Counts. What it tells of an object comes on top of the count.
+# It needs: 33 Page checks.
+# It stands behind: 40 Counts. What it tells of an object comes on top of the count.
 #
 # One job, on its way:
 #
@@ -9596,7 +9596,7 @@ class KnowsJobs(QuickRouter):
 
     def key_of(self, slice, job, key) -> str:
         """Return a key as the table has it. It is of the slice that enqueues the job; what
-        an app enqueues (section 74) is of the job's slice."""
+        an app enqueues (section 73) is of the job's slice."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -9836,7 +9836,7 @@ class KeepsPlans(EdgeWorkspace):
 
 # #### People ##############################################################################
 
-# ==== 44. Keys ============================================================================
+# ==== 43. Keys ============================================================================
 # The idea: a new key seals sessions from now on. What the key before it has sealed holds
 #   until the next rotation.
 # It promises: a running server takes a new key within a second, and no open page notices.
@@ -9893,7 +9893,7 @@ def keys_rotate(settings, given):
           "nodes, copy secret.key to them before that")
 
 
-# ==== 45. Accounts ========================================================================
+# ==== 44. Accounts ========================================================================
 # The idea: one signs in with a name and a password. A password is hashed so that each guess
 #   costs 0.1 s and 32 MiB, and guesses are counted.
 # It promises: the hash is made before the request takes the Directory's turn, for meanwhile
@@ -10280,11 +10280,11 @@ def account_remove(settings, given):
         store.exec("DELETE FROM accounts WHERE name = ?", given.account)
 
 
-# ==== 46. Account page ====================================================================
+# ==== 45. Account page ====================================================================
 # The idea: people see where they are signed in, and end what they do not know.
 # It promises: a session that is used goes on; one that is not used for 30 days is over, and
 #   its open pages end within a second.
-# It needs: 45 Accounts.
+# It needs: 44 Accounts.
 
 ACCOUNT_PARTS: Hooks = []                                # (ctx): what else the page has
 
@@ -10373,12 +10373,12 @@ class EndsSessions(EdgeDirectory):
                     self.bus.publish(f"access:{row['account']}")
 
 
-# ==== 47. Masquerade ======================================================================
+# ==== 46. Masquerade ======================================================================
 # The idea: an operator looks on in somebody's name, to see what they see. The operator's
 #   session is given the other account, and remembers the operator.
 # It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
 #   Each page says so, and the journal names both.
-# It needs: 45 Accounts, which knows who is an operator.
+# It needs: 44 Accounts, which knows who is an operator.
 
 MASQUERADE_SECONDS = 15 * 60
 TRUSTED.update({"x-operator", "x-read-only"})
@@ -10522,7 +10522,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
             self.time_is_over(session)
 
 
-# ==== 48. Links ===========================================================================
+# ==== 47. Links ===========================================================================
 # The idea: whoever has a link may do one thing, a few times, for some days: enter a
 #   workspace, sign in on another device, or set a new password. With the link that a new
 #   server prints, one makes its first account.
@@ -10532,7 +10532,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
 #   its maker could not make it any more: foreign keys remove it with the membership, which
 #   any change of the role replaces, and with the session.
 # Who uses it: the members page, the account page, and the first start.
-# It needs: 36 Fields, 45 Accounts, 46 Account page.
+# It needs: 35 Fields, 44 Accounts, 45 Account page.
 #
 # Its table is in section 13:
 #
@@ -10978,7 +10978,7 @@ def no_links(request, env):
 PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 
-# ==== 49. Onlookers =======================================================================
+# ==== 48. Onlookers =======================================================================
 # The idea: each page of a workspace shows who else looks at it just now.
 # It promises: within a second everybody hears who came and who went. The others go on
 #   meanwhile, however many look on.
@@ -11016,7 +11016,7 @@ class TellsWhoIsHere(Broker):
             self.some_at_a_time(streams, self.show_here, self.here[id])
 
     def show_here(self, stream, piece):
-        """Section 70 shows it to people alone."""
+        """Section 69 shows it to people alone."""
         if stream.channels and self.told.get(stream) != piece.etag:
             self.told[stream] = piece.etag
             stream.show("here", piece)
@@ -11031,7 +11031,7 @@ class TellsWhoIsHere(Broker):
         return Piece(html, main=False)
 
     def shown(self, stream):
-        """Return how a page shows who looks at it. Section 50 shows more."""
+        """Return how a page shows who looks at it. Section 49 shows more."""
         return stream.account
 
 
@@ -11042,7 +11042,7 @@ class LooksWhoIsHere(LoopEdge):
         guarded(self.broker.tell_who_is_here)
 
 
-# ==== 50. People ==========================================================================
+# ==== 49. People ==========================================================================
 # The idea: beside the name of the account, carol, people have one that others see: Carol
 #   Jones. In the tables it is the account's label. Lists show it, with its initials on a
 #   colour that the account keeps.
@@ -11051,7 +11051,7 @@ class LooksWhoIsHere(LoopEdge):
 #   the name of another's account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
 #   who else looks at it.
-# It needs: 36 Fields, 39 Assets, 45 Accounts, 46 Account page, 48 Links.
+# It needs: 35 Fields, 38 Assets, 44 Accounts, 45 Account page, 47 Links.
 
 LONGEST_NAME = 63                                        # characters
 COLOURS = 6                                              # .face-0 to .face-5 in style.css
@@ -11187,7 +11187,7 @@ DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page)
     Route("POST", "/account/name", ACCOUNT, change_label, form="/account"),)))
 
 
-# ==== 51. Owners ==========================================================================
+# ==== 50. Owners ==========================================================================
 # The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
 #   address is made of it. And an owner is asked before they become one.
 # It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
@@ -11265,7 +11265,7 @@ DIRECTORY_SLICES.append(Slice("owners", routes=(
 
 # #### To run it ###########################################################################
 
-# ==== 52. Quotas ==========================================================================
+# ==== 51. Quotas ==========================================================================
 # The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
 #   old in the journal goes as new rows come.
 # It promises: a command that would go past it is refused with 507 and changes nothing. To
@@ -11372,7 +11372,7 @@ def workspace_quota(settings, given):
         store.exec("UPDATE workspaces SET quota = ? WHERE id = ?", given.size, id)
 
 
-# ==== 53. Memory ==========================================================================
+# ==== 52. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
 #   of them than they need; both can be told otherwise.
 # It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
@@ -11411,11 +11411,11 @@ class GivesBackMemory(LoopEdge):
         return [*super().chores(), (give_back_memory, 5.0)]
 
 
-# ==== 54. Figures =========================================================================
+# ==== 53. Figures =========================================================================
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 44 Keys, for a token, and 45 Accounts, for who is an operator.
+# It needs: 43 Keys, for a token, and 44 Accounts, for who is an operator.
 
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
@@ -11678,12 +11678,12 @@ class HasFigures(LoopEdge):
         self.figures.close()
 
 
-# ==== 55. Top =============================================================================
+# ==== 54. Top =============================================================================
 # The idea: the figures of a running server as a table. A terminal shows it anew every two
 #   seconds; a pipe gets lines. It asks for /metrics, as Prometheus does.
 # It promises: the server does no more for it than for a scrape. So the 99 % are of all
 #   requests: to time them by workspace would cost each of them something.
-# It needs: 54 Figures.
+# It needs: 53 Figures.
 
 SUMMARY = ("{:.1f} requests/s, 99 % in {:g} ms, {:.0f} waiting, {:.0f} streams, {:.0f} "
            "awake, {:.1f} GB free")
@@ -11800,7 +11800,7 @@ def top(settings, given):
 
 # #### A deployment ########################################################################
 
-# ==== 56. Copies ==========================================================================
+# ==== 55. Copies ==========================================================================
 # The idea: SQLite's own backup copies a database while others write to it. The copy gets
 #   its final name when it is whole, checked and on the disk. A file that moves is copied,
 #   and taken away, while nobody else can write.
@@ -11934,13 +11934,13 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
-# ==== 57. Snapshots =======================================================================
+# ==== 56. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there. One that failed is in the log and in the figures.
-# It needs: 54 Figures, 56 Copies.
+# It needs: 53 Figures, 55 Copies.
 
 def files_here(settings) -> List[pathlib.Path]:
     """Return the files of workspaces, whether the Directory names them or not."""
@@ -12186,11 +12186,11 @@ def restore_one(settings, folder, held, id):
                        "copied")
 
 
-# ==== 58. Check and repair ================================================================
+# ==== 57. Check and repair ================================================================
 # The idea: look at each file of a deployment; say what is wrong, and what to do about it.
 # It promises: without --repair nothing is changed, and with it only what is surely left
 #   over. While another command is at work, nothing is removed.
-# It needs: 56 Copies, 57 Snapshots.
+# It needs: 55 Copies, 56 Snapshots.
 
 @verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
@@ -12426,13 +12426,13 @@ def remove_blanks(settings):
     return blank
 
 
-# ==== 59. Exports =========================================================================
+# ==== 58. Exports =========================================================================
 # The idea: a workspace goes into one file, with its name and its members, and out of it
 #   into another deployment.
 # It promises: with --move, people are shut out before the copy is made, so nothing can be
 #   written after it. A file from elsewhere is checked first, and never trusted: whoever
 #   made it may wish us ill.
-# It needs: 45 Accounts, 43 Jobs, 56 Copies. On a node, 63 Nodes does the same in another
+# It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes does the same in another
 #   way.
 
 def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
@@ -12466,7 +12466,7 @@ class AddsWorkspaces(EdgeDirectory):
 class KeepsFiles(GuardedNamespace):
     """The file of a workspace, when it is added or removed.
 
-    Each step is a method because with nodes (section 63) another machine has the file.
+    Each step is a method because with nodes (section 62) another machine has the file.
     """
 
     def put(self, store, id, name, source: Optional[pathlib.Path]):
@@ -12839,10 +12839,10 @@ def workspace_restore(settings, given):
     make_on_node(env, name)
 
 
-# ==== 60. Member verbs ====================================================================
+# ==== 59. Member verbs ====================================================================
 # The idea: what the members page does, on the command line and by the same rules. But an
 #   operator makes somebody an owner without asking them.
-# It needs: 59 Exports.
+# It needs: 58 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
 @verb("member role", "change the role of a member", "workspace", "account", "role")
@@ -12871,7 +12871,7 @@ def member_list(settings, given):
     table(looked_up(settings, members))
 
 
-# ==== 61. Own workspaces ==================================================================
+# ==== 60. Own workspaces ==================================================================
 # The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
 #   in: the file, the members and the name stay as they are for 30 days. And everybody goes
 #   from one of theirs to another by a list in the header.
@@ -12879,7 +12879,7 @@ def member_list(settings, given):
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
 #   could leave half done, and what is on its way in another thread is written.
 # Who uses it: the members page, and the header; on the command line, operators.
-# It needs: 56 Copies, 59 Exports.
+# It needs: 55 Copies, 58 Exports.
 #
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
 # could be made and deleted.
@@ -13019,12 +13019,12 @@ def workspace_undelete(settings, given):
         set_moving(store, row["id"], STAYS)
 
 
-# ==== 62. Single ==========================================================================
+# ==== 61. Single ==========================================================================
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
 # It promises: the first workspace that is founded is the only one.
-# It needs: 52 Quotas, 59 Exports.
+# It needs: 51 Quotas, 58 Exports.
 
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
@@ -13116,7 +13116,7 @@ def single_root(settings):
 ROOTS.append((lambda settings: settings.single, single_root))
 
 
-# ==== 63. Nodes ===========================================================================
+# ==== 62. Nodes ===========================================================================
 # The idea: past one machine, the same file runs as one directory and several nodes. The
 #   directory is the process with the Directory (--plane directory), a node one with
 #   workspaces (--plane data). A proxy asks the directory's gate, and brings its verdict to
@@ -13131,7 +13131,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   believes the verdict, and not whoever brings it; it holds for one workspace, one node
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
-# It needs: 41 Counts, 43 Jobs, 44 Keys, 56 Copies, 59 Exports.
+# It needs: 40 Counts, 42 Jobs, 43 Keys, 55 Copies, 58 Exports.
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -13811,10 +13811,10 @@ NODE_VERBS.update({"workspace export": export_from_node,
                    "workspace import": import_on_node})
 
 
-# ==== 64. Proxy ===========================================================================
+# ==== 63. Proxy ===========================================================================
 # The idea: an nginx in front of a directory and its nodes. It does the worker's part: it
 #   asks the gate, and brings the verdict to the node.
-# It needs: 63 Nodes.
+# It needs: 62 Nodes.
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
       "--directory", "--node", "--listen")
@@ -13867,13 +13867,13 @@ def listening_at(where):
     return [where]
 
 
-# ==== 65. More figures ====================================================================
+# ==== 64. More figures ====================================================================
 # The idea: what is not well with some of many workspaces: which are full, whose jobs are
 #   late or given up, whose file is older than this program, which are on their way. And
 #   which nodes answer.
 # It promises: to ask for it opens no file. What is in those that sleep was noted when the
 #   server started, or when they were open.
-# It needs: 43 Jobs, 52 Quotas, 54 Figures, 57 Snapshots, 58 Check and repair, 63 Nodes.
+# It needs: 42 Jobs, 51 Quotas, 53 Figures, 56 Snapshots, 57 Check and repair, 62 Nodes.
 
 @addition
 class NotesFiles(Alarms):
@@ -13963,7 +13963,7 @@ class TellsMore(LoopEdge):
 
 # #### More for slices #####################################################################
 
-# ==== 66. Public routes ===================================================================
+# ==== 65. Public routes ===================================================================
 # The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
 #   address at which another service calls (a webhook). The gate lets them in by the slice's
 #   word.
@@ -13971,8 +13971,8 @@ class TellsMore(LoopEdge):
 #   "public", no grants. A command from another site is nobody's, too, whatever cookie came
 #   along. Only what a slice made public tells that there is a workspace of a name.
 # Who uses it: slices, by Route(..., PUBLIC, ...).
-# It needs: 63 Nodes, for what proxies ask.
-# It stands behind: 54 Figures. What may be a secret in a path is taken out before that
+# It needs: 62 Nodes, for what proxies ask.
+# It stands behind: 53 Figures. What may be a secret in a path is taken out before that
 #   writes it to the log.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
@@ -14116,14 +14116,14 @@ def open_to_anybody(env):
 PLAIN.append(open_to_anybody)
 
 
-# ==== 67. Member lists ====================================================================
+# ==== 66. Member lists ====================================================================
 # The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
 #   to know; here its file is read, from a connection of its own. On a node, copies are
 #   kept, and asked for anew when the Directory has changed.
 # It promises: nobody waits for the Directory's turn. A region that used it is rendered
 #   again when the members change: at once in one process, else after a second or two.
 # Who uses it: slices.
-# It needs: 63 Nodes, for how processes ask each other.
+# It needs: 62 Nodes, for how processes ask each other.
 
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
@@ -14332,7 +14332,7 @@ class PreparesMembers(LoopEdge):
         return decided
 
 
-# ==== 68. Uploads =========================================================================
+# ==== 67. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
 #   reads the socket, and hands what has come to a thread, which writes it; until then the
 #   loop does not read on. So a connection costs two pieces of memory. The file has no name,
@@ -14781,7 +14781,7 @@ def check_uploads(settings: Settings) -> None:
 CHECKS.append(check_uploads)
 
 
-# ==== 69. Stored files ====================================================================
+# ==== 68. Stored files ====================================================================
 # The idea: a file is rows of the tenant's own database: one that describes it, and one for
 #   each piece. So it is written by the command's own transaction; the quota counts it, and
 #   snapshots, exports and moves have it.
@@ -14789,7 +14789,7 @@ CHECKS.append(check_uploads)
 #   holds up nobody. What a browser could run it saves instead, and does not open; what it
 #   opens it runs in a sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
-# It needs: 68 Uploads.
+# It needs: 67 Uploads.
 
 FILE_TABLES = (
     "CREATE TABLE _files (id INTEGER PRIMARY KEY AUTOINCREMENT, slice TEXT NOT NULL, name "
@@ -14979,7 +14979,7 @@ class SendsFiles(Connection):
         self.edge.call(self.write, data)
 
 
-# ==== 70. Tokens ==========================================================================
+# ==== 69. Tokens ==========================================================================
 # The idea: a program comes with a token that a member made, in the header Authorization
 #   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
 #   write as well. A program is answered with data, at the addresses of the pages.
@@ -14988,8 +14988,8 @@ class SendsFiles(Connection):
 #   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
 #   nobody down.
 # Who uses it: whoever writes a program. README has one in curl and one in Python.
-# It needs: 45 Accounts, 46 Account page.
-# It stands behind: 34 Page checks. Data is not looked at as markup.
+# It needs: 44 Accounts, 45 Account page.
+# It stands behind: 33 Page checks. Data is not looked at as markup.
 #
 # Its table is in section 13:
 #
@@ -15361,14 +15361,14 @@ def refuse_tokens(env):
 PLAIN.append(refuse_tokens)
 
 
-# ==== 71. Repeats =========================================================================
+# ==== 70. Repeats =========================================================================
 # The idea: a command may be sent again, because its answer was lost or a button was pressed
 #   twice; and a page may be left open while somebody else signs in. What comes with a key,
 #   or from a form with a stamp, is done once.
 # It promises: who sends a command again within ten minutes gets its first answer. Nothing
 #   is done from a page that was made for another account.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 70 Tokens. What a program was told is what is kept.
+# It stands behind: 69 Tokens. What a program was told is what is kept.
 
 def stamp_of(request: Request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
@@ -15530,7 +15530,7 @@ class RefusesOldPages(SliceHost):
         super().permit(viewer, route, request)
 
 
-# ==== 72. History =========================================================================
+# ==== 71. History =========================================================================
 # The idea: the journal, in which each write leaves a row, is a page: who did what, the
 #   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
 #   Directory one of its members, for each has a journal of its own. What a command removes
@@ -15540,7 +15540,7 @@ class RefusesOldPages(SliceHost):
 #   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
 #   removed is put back as it was, or not at all, and only by who removed it and still may.
 # Who uses it: members, from the members page; slices, by ctx.remove().
-# It needs: 37 Ordinary pages, 46 Account page.
+# It needs: 36 Ordinary pages, 45 Account page.
 
 ENTRIES_A_PAGE = 50
 STRETCH = 10_000                                         # rows of the journal
@@ -15772,7 +15772,7 @@ LARGEST_UNDO = 2 ** 20                                   # characters, of one co
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
 # The id of the row that call() will insert; and whether nine tenths of the quota are used
-# (user_version, in pages: section 52). Then what is deleted has to make room.
+# (user_version, in pages: section 51). Then what is deleted has to make room.
 NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                 page_count - freelist_count > 0.9 * user_version
                 FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
@@ -15898,7 +15898,7 @@ class TellsMembersHistory(EdgeDirectory):
 
 # #### For its author ######################################################################
 
-# ==== 73. Console =========================================================================
+# ==== 72. Console =========================================================================
 # The idea: the running server seen from the inside: both planes, each request on its way,
 #   each store call as it lands. The console is asked like an object and streamed like a
 #   region, but it has no store: what it shows is read from the objects that run. Beside
@@ -15907,7 +15907,7 @@ class TellsMembersHistory(EdgeDirectory):
 #   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
 #   object that slept goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
-# It needs: 41 Counts, 43 Jobs, 45 Accounts, 47 Masquerade, 71 Repeats.
+# It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 70 Repeats.
 
 # -- notes: what happened
 
@@ -16535,13 +16535,13 @@ class CountsConsoles(Broker):
             super().look_elsewhere()
 
 
-# ==== 74. Own options =====================================================================
+# ==== 73. Own options =====================================================================
 # The idea: an app has settings and commands of its own, on the same command line. A command
 #   is a function; what it takes is what the function takes.
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
-# It needs: 43 Jobs.
-# It stands behind: 73 Console. It changes the store that this made.
+# It needs: 42 Jobs.
+# It stands behind: 72 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -16878,7 +16878,7 @@ APP_PARSERS.append(add_own)
 APP_SEEDS.append(seed_own)
 
 
-# ==== 75. Development =====================================================================
+# ==== 74. Development =====================================================================
 # The idea: with --dev there are two processes. The parent holds the listening socket, and
 #   looks whether a file has changed. Its child is the server. After a change another child
 #   takes its place; who asks meanwhile waits in the socket's queue. If a child does not
@@ -17310,13 +17310,13 @@ class DevBroker(Broker):
         super().published(id, topic)
 
 
-# ==== 76. Testing =========================================================================
+# ==== 75. Testing =========================================================================
 # The idea: a test has an app of its own, with all that a server has behind its sockets: the
 #   worker, the gate, grants, transactions and journals, in a folder for the time of the
 #   test. What a slice raises, the test sees.
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
-# It needs: 34 Page checks, 43 Jobs, 59 Exports, 68 Uploads, 74 Own options.
+# It needs: 33 Page checks, 42 Jobs, 58 Exports, 67 Uploads, 73 Own options.
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
 REAL_TIME = time
@@ -17518,7 +17518,7 @@ class Visitor:
 
 
 class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 74."""
+    """An app in a test: see testing(). It is an App, too: see section 73."""
     __test__ = False                                     # for pytest
     who = "(test)"
     MOST_JOBS = 1000                                     # at one call

@@ -1562,7 +1562,7 @@ def test_an_address_to_come_back_to_is_short_enough_to_be_kept():
     assert [orion.local_path(f"/{'a' * length}") for length in (2_000, 2_001)] == [f"/{'a' * 2_000}", "/"]
 
 
-# ==== 4. Events, 38. More events ======================================================================================
+# ==== 4. Events, 37. More events ======================================================================================
 
 @cases("call, wire", [
     (lambda: orion.patch_elements("<b id=a>x</b>"), "event: datastar-patch-elements\ndata: elements <b id=a>x</b>\n\n"),
@@ -1603,7 +1603,7 @@ def test_signals_are_a_json_object_or_a_bad_request(method, query, body, signals
         assert orion.read_signals(request) == signals
 
 
-# ==== 5. Store, 28. Tables ============================================================================================
+# ==== 5. Store, 27. Tables ============================================================================================
 
 @pytest.fixture
 def store(tmp_path):
@@ -7612,7 +7612,7 @@ def test_what_fails_half_way_leaves_no_file_of_a_new_workspace_behind(server, mo
 
 # #### Part Three: running it ##########################################################################################
 
-# ==== 31. Roots =======================================================================================================
+# ==== 30. Roots =======================================================================================================
 
 def test_the_demo_is_as_the_readme_tells(server):
     wanted = {"alice": {"home": "owner"}, "bob": {"acme": "owner", "globex": "member"}, "carol": {"acme": "member"}, "dave": {"globex": "owner"}, "erin": {"acme": "viewer"}}
@@ -7750,7 +7750,7 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
-# ==== 32. Command line ================================================================================================
+# ==== 31. Command line ================================================================================================
 
 class Terminal(io.StringIO):
     """Standard input and output: whenever it is used, somebody signs in."""
@@ -8121,7 +8121,7 @@ def test_to_import_it_runs_nothing(tmp_path):
     assert (found.stdout, found.stderr) == ("1\n", "") and not [*tmp_path.iterdir()]
 
 
-# ==== 37. Ordinary pages, 66. Public routes, 67. Member lists =========================================================
+# ==== 36. Ordinary pages, 65. Public routes, 66. Member lists =========================================================
 # An app with all of it, as somebody would write it: what a team has, who looks after it, a list to download, a page for
 # anybody, and an address at which a shop says what it has sent.
 
@@ -8587,7 +8587,7 @@ def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
     assert [*lists.by_id] == ["b"] and lists.size == 2
 
 
-# ==== 39. Assets, 40. Brand ===========================================================================================
+# ==== 38. Assets, 39. Brand ===========================================================================================
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -8692,7 +8692,7 @@ def test_a_brand_is_on_each_page_in_place_of_ours(start, folder):
     assert style.headers["content-type"].startswith("text/css") and "--accent: #005f56" in style.text
 
 
-# ==== 43. Jobs ========================================================================================================
+# ==== 42. Jobs ========================================================================================================
 
 def post_letter(ctx, text):
     if text == "fail":
@@ -9413,7 +9413,7 @@ def test_a_job_that_is_replaced_while_it_waits_outside_does_not_go_on(start):
     assert the_rows(server, "acme", "SELECT text FROM sent") == [("second",)]
 
 
-# ==== 45. Accounts, 59. Exports, 60. Member verbs =====================================================================
+# ==== 44. Accounts, 58. Exports, 59. Member verbs =====================================================================
 
 @pytest.fixture
 def run(capsys, monkeypatch):
@@ -10268,7 +10268,7 @@ def test_a_key_that_others_can_read_prevents_the_start(server, run):
     assert "chmod 600" in run("metrics", data=data)[2]
 
 
-# ==== 48. Links =======================================================================================================
+# ==== 47. Links =======================================================================================================
 
 def shown_link(answer):
     """The address that a page shows, this once."""
@@ -10664,7 +10664,7 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     assert "through the proxy" in Person(node).get("/join").text
 
 
-# ==== 49. Onlookers ===================================================================================================
+# ==== 48. Onlookers ===================================================================================================
 
 def test_who_is_here_is_told_to_all_who_are(server):
     bob, carol = Person(server, "bob"), Person(server, "carol")
@@ -10729,7 +10729,7 @@ def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
     assert told() == 130
 
 
-# ==== 50. People ======================================================================================================
+# ==== 49. People ======================================================================================================
 
 def be_shown_as(person, label):
     return person.post("/account/name", form={"label": label})
@@ -10831,7 +10831,7 @@ def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_i
     assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
 
 
-# ==== 54. Figures =====================================================================================================
+# ==== 53. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
     with contextlib.closing(Ear(Person(server, "bob"), "/w/acme/todos/live")) as ear:
@@ -10977,7 +10977,7 @@ def test_the_figures_are_for_operators_too(outside):
     assert outside.sign_in("ann").get("/metrics", **elsewhere).status == 403
 
 
-# ==== 55. Top =========================================================================================================
+# ==== 54. Top =========================================================================================================
 
 def top_of(server, *words, data=True):
     """The command as others would give it; what it asks of a server that runs."""
@@ -11075,7 +11075,7 @@ def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_wher
     plain.shutdown(), thread.join(PATIENCE), plain.server_close()
 
 
-# ==== 56. Copies, 57. Snapshots =======================================================================================
+# ==== 55. Copies, 56. Snapshots =======================================================================================
 
 def test_a_copy_made_while_others_write_is_whole(server, tmp_path):
     bob, going = Person(server, "bob", datastar=True), threading.Event()
@@ -11262,7 +11262,7 @@ def test_two_snapshots_in_one_second_are_two(start):
     assert len(list((settings.data / "backups").glob("*/manifest.json"))) == 3
 
 
-# ==== 61. Own workspaces ==============================================================================================
+# ==== 60. Own workspaces ==============================================================================================
 
 def read(server, sql, *args):
     """Rows of the Directory."""
@@ -11474,7 +11474,7 @@ def test_a_home_page_that_was_away_when_something_was_written_shows_it_when_it_i
     assert ear.until_it_says("4 open")
 
 
-# ==== 62. Single ======================================================================================================
+# ==== 61. Single ======================================================================================================
 
 @cases("path", ["/w/acme/%ff", "/w/%ff/todos", "/w/acme/todos/%ff", "/w/acme/%E2%82%AC", "/w/%E2%82%AC/todos", "/w/acme/_facts", "/w/acme/nothing",
                 "/w/acme/%5C", "/_gate/%ff", "/w/nowhere/todos/live"])
@@ -11486,7 +11486,7 @@ def test_one_file_for_everything_answers_no_path_before_the_gate_and_none_with_a
         assert Person(server, "bob").get(path).status in (400, 403, 404)
 
 
-# ==== 63. Nodes =======================================================================================================
+# ==== 62. Nodes =======================================================================================================
 # A directory, two nodes and, where it says so, a real nginx; all on this machine, each with a data folder of its own.
 
 @pytest.fixture(scope="module")
@@ -12491,7 +12491,7 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
         assert "there can be no nodes" in capsys.readouterr().err
 
 
-# ==== 65. More figures ================================================================================================
+# ==== 64. More figures ================================================================================================
 
 def test_the_figures_tell_how_full_a_workspace_is(start):
     server = start(quota=2 ** 20)
@@ -12551,7 +12551,7 @@ def test_a_directory_tells_which_nodes_answer_it_and_what_becomes_of_workspaces_
     assert not [name for name in figures(two) if "_away" in name or "node_up" in name] and figures(two)["orion_workspaces_behind"] == 0
 
 
-# ==== 68. Uploads, 69. Stored files ===================================================================================
+# ==== 67. Uploads, 68. Stored files ===================================================================================
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -13022,7 +13022,7 @@ def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
 
 
-# ==== 70. Tokens ======================================================================================================
+# ==== 69. Tokens ======================================================================================================
 
 def token_of(person, workspace="acme", how="write", name="deploy"):
     """One that this person makes."""
@@ -13458,7 +13458,7 @@ def test_a_request_without_a_token_costs_nothing_more(server):
     assert not called
 
 
-# ==== 72. History =====================================================================================================
+# ==== 71. History =====================================================================================================
 
 def acts(person, query="", path="/w/acme/history"):
     """What the page says, from the newest on."""
@@ -13786,7 +13786,7 @@ def test_nobody_gives_back_a_role_that_they_could_not_give_nor_in_another_worksp
     assert carol.get("/_gate/acme").headers["x-role"] == role
 
 
-# ==== 73. Console: notes ==============================================================================================
+# ==== 72. Console: notes ==============================================================================================
 
 @pytest.fixture
 def traced(tmp_path):
@@ -13842,7 +13842,7 @@ def test_calls_that_come_faster_than_they_are_shown_are_dropped_and_counted(trac
     assert (len(trace.show()), trace.noted, trace.dropped) == (trace.KEPT_CALLS, trace.KEPT_CALLS + 7, 7)
 
 
-# ==== 73. Console =====================================================================================================
+# ==== 72. Console =====================================================================================================
 
 def test_the_console_shows_each_object_with_id_state_and_count(server):
     bob = Person(server, "bob")
@@ -14184,7 +14184,7 @@ def test_outside_of_a_demo_the_foot_of_a_page_is_for_operators(outside):
     assert ops.post("/masquerade", form={"account": "ann"}).status == 303 and "x-ray" in ops.get("/w/acme/todos").text
 
 
-# ==== 74. Own options =================================================================================================
+# ==== 73. Own options =================================================================================================
 # An app has settings and commands of its own, which are on the same command line.
 
 OWN = (orion.Option("--smtp", "host:port of the mail server"), orion.Option("--tries", "how often", 3), orion.Option("--pause", "seconds", 0.5),
@@ -14347,7 +14347,7 @@ def test_what_an_app_does_at_the_start_is_done_before_the_server_listens(tmp_pat
         assert own_main("--data", tmp_path, "--smtp", "mail:25", start=begin) == (2, "", "orion: mail:25 does not answer\n")
 
 
-# ==== 75. Development =================================================================================================
+# ==== 74. Development =================================================================================================
 
 class Developed(Command):
     """The guestbook of the README, served by --dev; save() changes its file."""
@@ -14555,7 +14555,7 @@ def test_a_field_that_has_another_name_in_the_page_is_named_where_its_command_wa
     assert bob.post("/w/acme/n", word="x", who="ann").status == 200 and logged(capfd, said)
 
 
-# ==== 76. Testing =====================================================================================================
+# ==== 75. Testing =====================================================================================================
 # What a slice's own tests may rely on: all of a server but its sockets.
 
 def ask_poll(ctx):
