@@ -467,10 +467,11 @@ def as_sent(origin: str) -> str:
 
 
 # ==== 3. Markup ===========================================================================
-# The idea: text becomes markup in one place only. A template has holes; where a hole stands
-#   decides what it takes, and how that is written there.
-# It promises: what a user typed stays text. [3] refuses a template in which it could become
-#   markup, code or a harmful address.
+# The idea: text becomes markup in one place only. A template has holes, and what fills one
+#   is written so that it stays text there.
+# It promises: what a user typed is no markup, between tags and in quotes. [3] looks where
+#   each hole of a template stands, and refuses one in which text could become markup, code
+#   or a harmful address.
 # Who uses it: every region and every page.
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
@@ -493,7 +494,6 @@ def escape(value: Any) -> Html:
 
 
 NOTHING = object()                                       # stands for no value at all
-LINKED = ('href="', 'src="', 'action="')                 # behind these is an address
 
 
 class Template:
@@ -511,15 +511,15 @@ class Template:
         a number                    that part, unless it is 0; if there is none, its digits
         False, None                 nothing
 
-    The kinds of places in which a hole can stand are "text", between tags; "a value", in
-    quotes; "an address", the whole of an href; "an attribute", by itself in a tag (there, 1
-    and 0 are True and False, for SQL has no others); "json".
-
     The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
     data-on:click="greet({{json who}})".
 
-    Raises ValueError if text could do harm in a hole, KeyError if nothing fills a hole or
-    there is no part for a list, TypeError for a value that a hole does not take.
+    A hole is a place of a kind: "json" or "text". [3] knows three more: "a value", in
+    quotes; "an address", the whole of an href; "an attribute", by itself in a tag. There, 1
+    and 0 are True and False, for SQL has no others.
+
+    Raises ValueError if text could do harm in a hole [3], KeyError if nothing fills a hole
+    or there is no part for a list, TypeError for a value that a hole does not take.
     """
 
     def __init__(self, text: Union[str, pathlib.Path],
@@ -533,7 +533,7 @@ class Template:
         self.line = line
         # By the kind of place that this fills: the markup before its first hole and, for
         # each hole, its own kind, its name, its writer and the markup behind it. None: it
-        # cannot stand there.
+        # cannot stand there [3].
         self.readings = {}
         self.parts = {} if parts is None else parts      # one dict, shared by all of them
         for name, part in zip(rest[::2], rest[1::2]):
@@ -561,7 +561,7 @@ class Template:
         if kind in self.readings:
             return
         places = self.places(kind)
-        if places is None:                               # text has to fill it
+        if places is None:                               # [3] text has to fill it
             self.readings[kind] = None
             return
         first, *after = HOLE.split(self.markup)[::3]     # the markup between the holes
@@ -573,27 +573,10 @@ class Template:
                 self.parts[name].read_as(place)
 
     def places(self, kind):
-        """Return (kind, name) of each hole; None if this can't fill a hole of that kind.
-
-        It relies on each attribute being in double quotes, as in templates/. [3] reads all
-        that browsers do, and refuses a hole that text could break out of.
-        """
-        if kind in ("text", "an attribute"):
-            holes = HOLE.finditer(self.markup)
-            return [(self.place_of(hole, kind), hole[2]) for hole in holes]
-        fits = kind == "a value" and {*"<>\"'"}.isdisjoint(self.markup)
-        return [(kind, name) for _, name in HOLE.findall(self.markup)] if fits else None
-
-    def place_of(self, hole, kind):
-        before = self.markup[:hole.start()]
-        unquoted = re.sub('"[^"]*"', "", before)
-        tag = unquoted.rfind("<")
-        in_tag = kind == "an attribute" or tag > unquoted.rfind(">")
-        if hole[1]:
-            return "json"
-        if in_tag and '"' in unquoted[tag:]:
-            return "an address" if before.endswith(LINKED) else "a value"
-        return "an attribute" if in_tag else "text"
+        """Return (kind, name) of each hole, where this fills a hole of that kind. [3] has a
+        stricter one."""
+        return [("json" if is_json else "text", name)
+                for is_json, name in HOLE.findall(self.markup)]
 
     def lacks(self, name, remedy):
         """Return the KeyError for a hole of this name. [3] tells its line."""
@@ -653,16 +636,10 @@ class Template:
         return "".join([part.filled(kind, {**around, **row}) for row in rows])
 
 
-# -- how a hole writes its value, by the kind of place in which it stands
+# -- how a hole writes its value
 
 # Signs that mean something in an expression, and how JSON may write them: \u003c is <.
 CODE = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "!#$%&'()*/;<=>?@^`|~"})
-ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
-
-
-def write_attribute(text):
-    raise TypeError("in the place of an attribute stands True or False, and no text: "
-                    f'{text!r:.60}; for text, write the hole in quotes: title="{{{{a}}}}"')
 
 
 def write_json(value):
@@ -671,13 +648,7 @@ def write_json(value):
     return text.translate(CODE).replace('"', "&quot;")
 
 
-def write_address(text):
-    """Write a path or an address of the web or of mail; # for all else (javascript:)."""
-    return html.escape(text) if ADDRESS.match(text) else "#"
-
-
-WRITERS = {"text": html.escape, "a value": html.escape, "an attribute": write_attribute,
-           "json": write_json, "an address": write_address}
+WRITERS = {"text": html.escape, "json": write_json}       # [3] has more
 
 
 # -- pages
@@ -8203,6 +8174,7 @@ LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite
 # Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
 NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
 LOADING = ("script", "style", "link", "base", "object", "embed")
+ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
 FORM_METHODS = ("get", "post", "dialog")
 TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
            "plaintext")                                  # in them, < begins no tag
@@ -8356,7 +8328,8 @@ def kind_in_address(name, hole):
 
 
 def checked_places(self, kind):
-    """Take the place of Template.places. Raises ValueError."""
+    """Take the place of Template.places. Raises ValueError. None: this can't stand there.
+    """
     scanner = Scanner(self.markup)
     try:
         scanner.scan(kind)
@@ -8382,6 +8355,18 @@ def in_its_line(template, at, remedy) -> str:
     return f"{template.where}line {line}: {shown:.60}: {remedy}"
 
 
+def write_attribute(text):
+    raise TypeError("in the place of an attribute stands True or False, and no text: "
+                    f'{text!r:.60}; for text, write the hole in quotes: title="{{{{a}}}}"')
+
+
+def write_address(text):
+    """Write a path or an address of the web or of mail; # for all else (javascript:)."""
+    return html.escape(text) if ADDRESS.match(text) else "#"
+
+
+WRITERS.update({"a value": html.escape, "an attribute": write_attribute,
+                "an address": write_address})
 setattr(Template, "places", checked_places)              # apps make theirs by that name
 setattr(Template, "lacks", lacks_in_line)
 
