@@ -6307,7 +6307,7 @@ VERBS: Dict[str, Verb] = {}                              # by their words
 BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
 ROOTS: BySettings = []                                   # (for which settings, the root)
 
-# Each of these has one user, and is a list so that this section can be struck out.
+# Each of these has one user. It stands here so that this section can be struck out.
 WAYS_TO_SERVE: BySettings = []
 BEFORE_SERVING: Hooks = []                               # (): once in a process that serves
 AT_START: Hooks = []                                     # (server, address)
