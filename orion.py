@@ -4363,7 +4363,33 @@ class KeptAnswer(NamedTuple):
     response: Optional[Response]
 
 
-class Kept:
+class Watched:
+    """A connection that only reads a file, and hears of each commit of others to it."""
+
+    def __init__(self, path, seconds: float):
+        """seconds: the longest wait for a lock."""
+        self.path = path
+        self.seconds = seconds
+        self.db: Optional[sqlite3.Connection] = None
+        self.opened: Any = None
+
+    def version(self, opened: Any) -> Any:
+        """Return what changes with each commit, and with opened: then another file may be
+        in the place of this one."""
+        if self.db is None or self.opened != opened:
+            self.close()
+            self.db = connected_to_read(self.path, timeout=self.seconds,
+                                        isolation_level=None, check_same_thread=False)
+            self.opened = opened
+        return opened, self.db.execute("PRAGMA data_version").fetchone()[0]
+
+    def close(self):
+        if self.db:
+            self.db.close()
+        self.db = None
+
+
+class Kept(Watched):
     """Answers, by what was asked. One is kept when it is asked for a second time."""
     MOST = 32 * 2 ** 20                                  # bytes of all
     LARGE = 2 ** 18                                      # of one; the loop compresses it
@@ -4371,38 +4397,24 @@ class Kept:
     SECONDS = 60.0                                       # sessions end by the clock, too
 
     def __init__(self, directory):
+        super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
-        self.path = directory.namespace.path(directory.id)
-        self.db: Optional[sqlite3.Connection] = None
-        self.opened = -1                                 # at which version of the object
         self.answers: Dict[Any, KeptAnswer] = {}
         self.size = 0                                    # about: threads add to it at once
 
     def directory_version(self) -> Any:
         """Return what changes with each commit to the Directory; None: it can't be said.
 
-        Only the loop may call it.
+        Only the loop may call it. It opens the file anew after each command of our
+        Directory, whose object may have closed it since.
         """
-        version = self.directory.namespace.versions[self.directory.id]
         try:
-            if self.db is None or self.opened != version:
-                self.reopen(version)
-            return version, self.db.execute("PRAGMA data_version").fetchone()[0]
+            return self.version(self.directory.namespace.versions[self.directory.id])
         except sqlite3.Error:
             return None
 
-    def reopen(self, version):
-        """After each command of our Directory: its object may have closed the file since,
-        and another may be in its place."""
-        self.close()
-        self.db = connected_to_read(self.path, timeout=0, isolation_level=None,
-                                    check_same_thread=False)
-        self.opened = version
-
     def close(self):
-        if self.db:
-            self.db.close()
-        self.db = None
+        super().close()
         self.clear()
 
     def clear(self):
@@ -10071,12 +10083,11 @@ UNSENT = {"unsent": "", "to": ""}                        # a form, and where it 
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
 
-def login_form(next: str, problem: str = "", status: int = 200, personas: Any = (),
+def login_form(next: str, personas: Any, problem: str, status: int = 200,
                username: str = "", **unsent: str) -> Response:
     """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
     body = template("login")(next=next, username=username, problem=problem,
-                             demo=bool(personas), persona=[*personas],
-                             **{**UNSENT, **unsent})
+                             demo=bool(personas), persona=[*personas], **unsent)
     return page("Sign in", body, status=status)
 
 
@@ -10084,7 +10095,7 @@ def login_page(ctx):
     typed = ctx.typed
     next = local_path(typed.get("next") or ctx.params.get("next", "/"))
     carried = {name: typed.get(name, "") for name in ("username", "problem", *UNSENT)}
-    return login_form(next, personas=ctx.host.personas(""), **carried)
+    return login_form(next, ctx.host.personas(""), **carried)
 
 
 def page_of(request: Request) -> str:
@@ -10202,7 +10213,7 @@ class AsksForPasswords(LoopEdge):
         if request.method not in SAFE:
             problem = "You are signed out, so this was not saved. Sign in to send it again."
         personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
-        return login_form(page_of(request), problem, 401, personas, **unsent)
+        return login_form(page_of(request), personas, problem, 401, **unsent)
 
 
 # -- on the command line
@@ -14150,39 +14161,26 @@ class ListsOfFile(MemberLists):
 
     def __init__(self, path):
         super().__init__()
-        self.path = path
-        self.db: Optional[sqlite3.Connection] = None
-        self.inode: Any = None
+        self.file = Watched(path, 1)
 
     def of(self, id: str) -> Tuple[Any, ...]:
         """Raises Refused(503)."""
+        path = self.file.path
         try:
             with self.lock:
-                version = self.version()
+                version = self.file.version(identity(path))
                 as_of, members = self.by_id.get(id, (None, ()))
                 if as_of == version:
                     return members
-                found = self.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
+                found = self.file.db.execute(ROLES_AND_LABELS, (id, MOST_MEMBERS))
                 return self.put(id, found.fetchall(), version)
         except sqlite3.Error as error:
-            log_once(f"members: {self.path}: {error}")
+            log_once(f"members: {path}: {error}")
             raise Refused(503, "The members can't be read just now. Try again in a minute.",
                           retry_after(60)) from error
 
-    def version(self):
-        """Return what changes with each commit to the file, and with the file."""
-        inode = identity(self.path)
-        if self.inode != inode:
-            self.close()
-            self.db = connected_to_read(self.path, timeout=1, isolation_level=None,
-                                        check_same_thread=False)
-            self.inode = inode
-        return inode, self.db.execute("PRAGMA data_version").fetchone()[0]
-
     def close(self):
-        if self.db:
-            self.db.close()
-        self.db = self.inode = None
+        self.file.close()
 
 
 class ListsOfNode(MemberLists):
