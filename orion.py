@@ -682,7 +682,7 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
     nonce = secrets.token_hex(16)
     text = template("layout")(title=title, body=body, nonce=nonce, nav=nav, footer=footer,
                               head=head, account=viewer.account, person=viewer.person,
-                              signed=viewer.account != "", masquerade=viewer.banner(),
+                              signed=viewer.account != "", banner=viewer.banner(),
                               **LAYOUT)
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     nonce=nonce)
@@ -3031,8 +3031,8 @@ def stop_signals() -> List[int]:
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until a signal comes that stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
-    # A signal writes a byte: nobody could set a lock in the middle of anything, and on
-    # Windows, waiting for one does not end.
+    # A signal can come while a lock is held, so its handler takes none: it writes a byte.
+    # (And on Windows, whoever waits for a lock hears of no signal.)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
