@@ -3287,13 +3287,13 @@ class NestedStore(Store):
 
     @contextlib.contextmanager
     def savepoint(self):
-        mark = len(self.after_commit)
+        before = len(self.after_commit)
         self.run("SAVEPOINT part", ())
         try:
             yield
             self.run("RELEASE part", ())
         except BaseException:
-            del self.after_commit[mark:]
+            del self.after_commit[before:]
             if self.db.in_transaction:
                 self.run("ROLLBACK TO part", ())
                 self.run("RELEASE part", ())
@@ -3303,7 +3303,7 @@ class NestedStore(Store):
 class GuardedStore(NestedStore):
     """A store that notices what happens to its file.
 
-    Small pages and few kept statements: an awake tenant takes 93 KB, 32 of them the index
+    Small pages and few kept statements: a workspace awake takes 93 KB, 32 of them the index
     of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
@@ -4225,15 +4225,15 @@ def parse_target(target: str, host) -> Tuple[str, str]:
 # It promises: what does not change from one answer to the next is put together once.
 # Who uses it: connections (section 25).
 
-MARK = "(nonce)"                                         # where a head has the page's nonce
+NONCE = "(nonce)"                                        # where a head has the page's nonce
 COMPRESSED = ("text/html", "text/css", "text/javascript")
 
 
 @functools.lru_cache(maxsize=256)
 def head_of(status, type, headers, is_stream, nonced):
-    """Return the part of a head that does not change, with MARK for a page's nonce."""
+    """Return the part of a head that does not change, with NONCE for a page's nonce."""
     watch = is_stream or None                            # headers_of asks only if it is one
-    response = Response(status, b"", type, headers, MARK if nonced else "", watch)
+    response = Response(status, b"", type, headers, NONCE if nonced else "", watch)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
     if is_stream or type.startswith(COMPRESSED):         # compressed or not
         fields.append("vary: accept-encoding\r\n")
@@ -4295,7 +4295,7 @@ def encode(request, response, connection, head_only, date) -> bytes:
     head = head_of(response.status, response.type, response.headers, is_stream,
                    response.nonce != "")
     if response.nonce:
-        head = head.replace(MARK, response.nonce, 1)
+        head = head.replace(NONCE, response.nonce, 1)
     more = [f"date: {date}\r\n"]
     if not is_stream and response.status not in (204, 304):
         more.append(f"content-length: {size}\r\n")
@@ -4480,8 +4480,8 @@ class Lane:
                   waits under each of them (Pool.parked), and the first that may have
                   another lane in line takes it. payer is None.
 
-    One that has none is forgotten. The way of a lane: Pool.gather, admit (or it is parked),
-    drive, put_back, release. release puts parked lanes of its payer in line (unpark).
+    One that has none is forgotten. The way of a lane: Pool.gather, charge (which may park
+    it), drive, put_back, release. release puts parked lanes of its payer in line (unpark).
     """
 
     def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
@@ -4535,7 +4535,7 @@ class Pool:
         """For the loop's thread: from now on its put() wakes nobody; rouse() does.
 
         In the midst of the loop's work threads would only contend with it for the
-        interpreter. (Commands to 1,000 tenants: 1.2 x.)
+        interpreter. (Commands to 1,000 workspaces: 1.2 x.)
         """
         self.local.line = self.line                      # as if that were its own: see put
 
@@ -4610,11 +4610,11 @@ class Pool:
             if lane is None:
                 lane = self.lanes[name] = Lane(name, job)
             lane.items.append((item, payer))
-            begins = lane.payer is None and self.admit(lane, "" if in_a_job else payer)
+            begins = lane.payer is None and self.charge(lane, "" if in_a_job else payer)
         if begins:
             self.put(self.drive, lane)
 
-    def admit(self, lane, payer) -> bool:
+    def charge(self, lane, payer) -> bool:
         """Charge the lane to this payer, or park it. The caller holds the lock."""
         if payer and self.taken[payer] >= self.limit(payer):
             parked = self.parked.setdefault(payer, collections.OrderedDict())
@@ -4665,7 +4665,7 @@ class Pool:
                 return
             some = itertools.islice(lane.items, self.TOGETHER)
             payers = dict.fromkeys([payer for _, payer in some])
-            begins = any(self.admit(lane, payer) for payer in payers)
+            begins = any(self.charge(lane, payer) for payer in payers)
         if begins:
             self.share(self.drive, lane)
 
@@ -4687,7 +4687,7 @@ class Pool:
         while parked and self.taken[payer] < self.limit(payer):
             lane, _ = parked.popitem(last=False)
             if lane.payer is None and lane.items:
-                self.admit(lane, payer)
+                self.charge(lane, payer)
                 yield lane
         if not parked:
             self.parked.pop(payer, None)
@@ -6575,11 +6575,8 @@ class KnowsOwners(NestedStore):
         super().migrate_all(schema)
         self.learn_owners()
 
-    @contextlib.contextmanager
     def migrating(self, slice, entries, ran):
-        with migrating(self, slice, entries, ran):
-            yield
-        self.learn_owners()
+        return transaction_for(self, slice, entries, ran)
 
     def apply(self, slice, entries, number):
         """The tables that it makes are the slice's own now."""
@@ -6692,8 +6689,8 @@ class Judge:
         if not migrates and action not in ROWS:
             return "does more than read and write rows, which is for migrations"
         if self.may == READ and action in WRITES:
-            return ("writes, which only a command or a job may; one that yields, only "
-                    "behind that")
+            return ("writes, which only a command or a job may; a job that yields, only "
+                    "after that")
         if migrates and action in NO_SLICE_MAY:
             return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
@@ -6712,7 +6709,7 @@ WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambi
 class Tables(Calls):
     """A store as one slice sees it, while it answers one request.
 
-    mark, a comment in SQL, makes the slice's name a part of each statement. So Python's
+    A comment in SQL makes the slice's name a part of each statement. So Python's
     cache of compiled statements cannot reuse one slice's statement, which SQLite has
     judged, for another. Each statement is judged once, when it is compiled.
     """
@@ -6721,7 +6718,7 @@ class Tables(Calls):
         self.store = store
         self.slice = slice
         self.may = may
-        self.mark = f" /* {slice} may {may} */"
+        self.comment = f" /* {slice} may {may} */"
         self.cursor = store.cursor
         self.inserted = 0                                # the id of the last row
         self.thread = threading.get_ident()              # 0: the request is over
@@ -6744,7 +6741,7 @@ class Tables(Calls):
         judge = self.store.judge
         judge.slice, judge.may, judge.objection = self.slice, self.may, ""
         try:
-            return self.store.run(sql + self.mark, args)
+            return self.store.run(sql + self.comment, args)
         except sqlite3.Error as error:
             judge.slice = ""
             if judge.objection:
@@ -6830,7 +6827,7 @@ class OwnContext(Context):
     def publish(self, topic):
         if self.store.may != WRITE:
             raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
-                                  " one that yields, only behind that")
+                                  " a job that yields, only after that")
         self.store.check_thread()
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
@@ -6844,7 +6841,7 @@ class OwnContext(Context):
 # To change a table, one makes a new one, copies the rows, drops the old one and renames
 # the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
 
-def migrating(store, slice, entries, ran):
+def transaction_for(store, slice, entries, ran):
     """Return the transaction for all entries but the first `ran`."""
     if any(["drop" in sql.lower() for sql in entries[ran:]]):
         return unenforced(store, f"slice {slice!r}, entry {len(entries)}")

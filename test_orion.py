@@ -2124,6 +2124,17 @@ def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(co
         counters.get("a").fetch(orion.Request("GET", "/"))
 
 
+def test_at_the_end_a_file_that_can_not_be_closed_keeps_no_other_open(counters, capfd):
+    for name in "ab":
+        counters.create(name)
+        counters.get(name).fetch(orion.Request("POST", "/1"))
+    first, second = counters.everybody()
+    first.store.close()
+    first.store.close = mock.Mock(side_effect=sqlite3.OperationalError("disk I/O error"))
+    counters.close()
+    assert second.gone and logged(capfd, "disk I/O error")
+
+
 def test_falling_asleep_under_load_loses_nothing(counters):
     """With a fixed seed: writers, sleepers and a small limit of awake objects."""
     dice, names = random.Random(1977), "abcdefgh"
@@ -4825,7 +4836,7 @@ IN_A_PAGE = {
     "the table of another slice": (mistaken(region=lambda ctx: ctx.store.query("SELECT title FROM todos")),
                                    "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; ask for what that exports: SELECT title FROM todos"),
     "a region that writes": (mistaken(region=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann", "x")),
-                             f"PermissionError: slice 'book' writes, which only a command or a job may; one that yields, only behind that: {INSERT_ENTRY}"),
+                             f"PermissionError: slice 'book' writes, which only a command or a job may; a job that yields, only after that: {INSERT_ENTRY}"),
 }
 BY_A_COMMAND = {
     "no return": (mistaken(command=lambda ctx: None), "TypeError: SIGN returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
@@ -6895,6 +6906,14 @@ def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(
     alice = Person(server, "alice", datastar=True)
     assert "no longer" in alice.get("/w/acme/todos/live").text
     assert hash((orion.lane_of("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
+
+
+def test_who_was_let_in_before_is_a_stranger_again_after_the_first_no(server):
+    bob, carol = Person(server, "bob"), Person(server, "carol", datastar=True)
+    inside = lambda: hash((orion.lane_of("/w/acme/todos"), carol.cookie)) in server.edge.insiders
+    assert carol.get("/w/acme/todos").status == 200 and inside()
+    assert bob.delete("/w/acme/members/carol").status == 204 and carol.get("/w/acme/todos").status == 403
+    assert not inside()
 
 
 def kept_pages(server):
@@ -9133,7 +9152,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.waits.threads == 0)
 
 
-@cases("yields, why", [(0, "one that yields, only behind that"), (2, "a job yields at most once")])
+@cases("yields, why", [(0, "a job that yields, only after that"), (2, "a job yields at most once")])
 def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, why):
     def letter(ctx):
         for _ in range(yields):
