@@ -6438,7 +6438,7 @@ def stamps(files: Iterable[Any]) -> Dict[Any, Any]:
 def bytes_in(path) -> int:
     """Return the size of a file; 0 if there is none."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return 0
 
@@ -11302,12 +11302,14 @@ class SaysQuotas(EdgeDirectory):
 
 @addition
 class KeepsQuota(EdgeWorkspace):
+    quota = 0                                            # bytes; 0: it is not known yet
+
     def on_open(self):
         super().on_open()
         self.deletes = False                             # the present command
         self.has_index = self.store.one(INDEXES) is not None
         pages = self.store.one("PRAGMA user_version")[0]
-        self.quota = pages * self.store.one("PRAGMA page_size")[0]   # 0: it has none yet
+        self.quota = pages * self.store.one("PRAGMA page_size")[0]
         if pages:
             self.store.exec(f"PRAGMA max_page_count = {pages}")
 
@@ -11408,7 +11410,7 @@ class GivesBackMemory(LoopEdge):
 # The idea: what a server did, for whoever runs it: a line in the access log for each
 #   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 43 Keys, for a token, and 44 Accounts, for who is an operator.
+# It needs: 43 Keys, for a token, 44 Accounts, for who is an operator, and 51 Quotas.
 
 def size_of(response: Response) -> int:
     """Return how many bytes the body of an answer has."""
@@ -11643,15 +11645,17 @@ class HasFigures(LoopEdge):
         """And of the disk, and of workspaces. To measure all files would wake the disk for
         20,000; so it is only those of the objects that are awake."""
         workspaces = self.env.workspaces
-        paths = {one.id: workspaces.path(one.id) for one in workspaces.everybody()}
-        logs = [bytes_in(path.with_name(f"{path.name}-wal")) for path in paths.values()]
-        served = dict(workspaces.served)
-        of_late = {id: served.get(id, 0) - self.minutes[0].get(id, 0) for id in paths}
-        watched = {id: len(self.broker.watchers(id)) for id in [*self.broker.channels]}
+        open = workspaces.everybody()
+        paths = {one.id: str(workspaces.path(one.id)) for one in open}
         sizes = {id: bytes_in(path) for id, path in paths.items()}
-        return {"free": shutil.disk_usage(self.settings.data).free, "logs": sum(logs),
-                **self.of_leaders(size=sizes, served=served, of_late=of_late,
-                                  watched=watched)}
+        served = dict(workspaces.served)
+        shown = self.of_leaders(
+            size=sizes, served=served,
+            of_late={id: served.get(id, 0) - self.minutes[0].get(id, 0) for id in paths},
+            watched={id: len(self.broker.watchers(id)) for id in [*self.broker.channels]},
+            used={one.id: sizes[one.id] / one.quota for one in open if one.quota})
+        return {"free": shutil.disk_usage(self.settings.data).free, **shown,
+                "logs": sum([bytes_in(f"{path}-wal") for path in paths.values()])}
 
     def of_leaders(self, **figures: Dict[str, Any]) -> Dict[str, List[Dict[str, Any]]]:
         """Return these figures, given by id, of those workspaces that are among the ten
@@ -13861,12 +13865,11 @@ def listening_at(where):
 
 
 # ==== 64. More figures ====================================================================
-# The idea: what is not well with some of many workspaces: which are full, whose jobs are
-#   late or given up, whose file is older than this program, which are on their way. And
-#   which nodes answer.
+# The idea: what is not well with some of many workspaces: whose jobs are late or given up,
+#   whose file is older than this program, which are on their way. And which nodes answer.
 # It promises: to ask for it opens no file. What is in those that sleep was noted when the
 #   server started, or when they were open.
-# It needs: 42 Jobs, 51 Quotas, 53 Figures, 56 Snapshots, 57 Check and repair, 62 Nodes.
+# It needs: 42 Jobs, 53 Figures, 56 Snapshots, 57 Check and repair, 62 Nodes.
 
 @addition
 class NotesFiles(Alarms):
@@ -13934,12 +13937,9 @@ class TellsMore(LoopEdge):
     def work(self):
         now = time.time()
         late = [now - due for due in [*self.alarms.due.values()] if due < now]
-        open = self.env.workspaces.everybody()
-        used = {one.id: bytes_in(self.env.workspaces.path(one.id)) / one.quota
-                for one in open if getattr(one, "quota", 0)}
         return {"due": len(late), "late": max(late, default=0.0),
                 "behind": len(self.alarms.behind),
-                **self.of_leaders(used=used, given_up=dict(self.alarms.given_up))}
+                **self.of_leaders(given_up=dict(self.alarms.given_up))}
 
     def places(self):
         """As the Directory knows them. A node has none, and asks for none."""

@@ -10887,12 +10887,19 @@ def figures(server):
     return {name: float(value) for name, value in found}
 
 
+def test_the_figures_tell_how_full_a_workspace_is(start):
+    server = start(quota=2 ** 20)
+    Person(server, "bob").post("/w/acme/todos", title="so that it hears of its quota")
+    now = figures(server)
+    assert now['orion_workspace_quota_ratio{workspace="acme"}'] == now['orion_workspace_bytes{workspace="acme"}'] / 2 ** 20 > 0
+
+
 def test_a_workspace_that_is_busy_now_is_in_the_figures_though_ten_are_larger_and_were_busier_before(server, monkeypatch):
     bob, workspaces = Person(server, "bob"), server.env.workspaces
     for name in [f"w{number}" for number in range(11)]:
         assert bob.post("/workspaces", form={"name": name}).status == 303 and bob.get(f"/w/{name}/todos").status == 200
         workspaces.served[workspaces.id_from_name(name)] += 1000
-    monkeypatch.setattr(orion, "bytes_in", lambda path: 0 if path.stem == workspaces.id_from_name("acme") else 1)
+    monkeypatch.setattr(orion, "bytes_in", lambda path: 0 if workspaces.id_from_name("acme") in path else 1)
     server.edge.end_minute(), server.edge.end_minute()
     bob.get("/w/acme/todos")
     assert figures(server)['orion_workspace_requests_total{workspace="acme"}'] > 0
@@ -12513,13 +12520,6 @@ def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
 
 
 # ==== 64. More figures ================================================================================================
-
-def test_the_figures_tell_how_full_a_workspace_is(start):
-    server = start(quota=2 ** 20)
-    Person(server, "bob").post("/w/acme/todos", title="so that it hears of its quota")
-    now = figures(server)
-    assert now['orion_workspace_quota_ratio{workspace="acme"}'] == now['orion_workspace_bytes{workspace="acme"}'] / 2 ** 20 > 0
-
 
 def test_jobs_that_were_given_up_are_counted_after_a_restart_too_and_until_they_are_done(office, start, monkeypatch):
     monkeypatch.setattr(orion.HasJobs, "TRIES", 1)
