@@ -6805,8 +6805,12 @@ class OwnsTables(SliceHost):
 
     def journal(self, viewer: Viewer, what: str, which: str) -> None:
         """Note who did what, and to which row."""
-        self.store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                        time.time(), viewer.signature, what, which)
+        add_entry(self.store, viewer.signature, what, which)
+
+
+def add_entry(store, who, what, which):
+    store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
+               time.time(), who, what, which)
 
 
 @addition
@@ -7584,8 +7588,7 @@ def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""
         if given:
             which = which or " ".join([str(vars(given)[name]) for name in
                                        VERBS[what].arguments if "--" not in name])
-            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                       time.time(), "(command line)", what, which)
+            add_entry(store, "(command line)", what, which)
 
 
 def check_new(path):
@@ -11397,7 +11400,7 @@ def give_back_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-BEFORE_SERVING.extend((save_memory, give_back_memory))
+BEFORE_SERVING.append(save_memory)
 
 
 @addition
@@ -16433,7 +16436,7 @@ class AnswersTheConsole(EdgeDirectory):
         """Who asks, where they belong, and whether they run this server."""
         viewer = self.viewer(request)
         return {"account": viewer.account, "label": viewer.label,
-                "operator": self.own_operator(request),
+                "operator": self.operates(viewer),
                 "mask": getattr(viewer, "operator", ""),
                 "read_only": getattr(viewer, "read_only", False),
                 "mine": [*map(dict, self.store.query(MINE, viewer.account, "", 100))],
@@ -16441,23 +16444,22 @@ class AnswersTheConsole(EdgeDirectory):
 
     def home_holes(self, viewer):
         holes = super().home_holes(viewer)
-        account = getattr(viewer, "operator", viewer.account)
-        return {**holes, "console": holes["demo"] or self.is_operator(account)}
+        return {**holes, "console": holes["demo"] or self.operates(viewer)}
+
+    def say(self, viewer, workspace):
+        said = super().say(viewer, workspace)
+        if not self.namespace.settings.demo and self.operates(viewer):
+            said["x-operates"] = "true"
+        return said
+
+    def operates(self, viewer):
+        """Do they run this server, perhaps in somebody's name?"""
+        return self.is_operator(getattr(viewer, "operator", viewer.account))
 
 
 # -- the foot of each page
 
 TRUSTED.add("x-operates")
-
-
-@addition
-class SaysWhoOperates(EdgeDirectory):
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
-        account = getattr(viewer, "operator", viewer.account)
-        if not self.namespace.settings.demo and self.is_operator(account):
-            said["x-operates"] = "true"
-        return said
 
 
 @addition
@@ -16761,8 +16763,7 @@ class App:
     def note(self, id):
         """Tell the server, if one runs, by the Directory's journal."""
         with OwnedStore(self.settings.directory_file) as store:
-            store.exec("INSERT INTO journal (at, who, what, which) VALUES (?, ?, ?, ?)",
-                       time.time(), self.who, WRITTEN, id)
+            add_entry(store, self.who, WRITTEN, id)
 
     def close(self):
         if self.env:
