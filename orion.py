@@ -418,7 +418,7 @@ def outside(request, env):
         return env.directory.fetch(request)
     if request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request._replace(query=""))   # with no more than that
+    return env.directory.fetch(request._replace(query=""))   # the worker may ask more [3]
 
 
 @dataclasses.dataclass
