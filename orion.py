@@ -6644,6 +6644,9 @@ FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
                for column in ("type", "name", "tbl_name", "rootpage", "sql")]}
 
 
+COMMANDS_ALONE = "which only a command or a job may; a job that yields, only after that"
+
+
 class Judge:
     """SQLite calls it, while it compiles a statement, for each thing that this would do.
 
@@ -6689,8 +6692,7 @@ class Judge:
         if not migrates and action not in ROWS:
             return "does more than read and write rows, which is for migrations"
         if self.may == READ and action in WRITES:
-            return ("writes, which only a command or a job may; a job that yields, only "
-                    "after that")
+            return f"writes, {COMMANDS_ALONE}"
         if migrates and action in NO_SLICE_MAY:
             return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
@@ -6769,6 +6771,12 @@ class Tables(Calls):
             raise RuntimeError("this store was for a request that has ended, or for "
                                "another thread; to write later, use a job or a new request")
 
+    def check_writes(self, what):
+        """Raise PermissionError if it only reads."""
+        self.check_thread()
+        if self.may != WRITE:
+            raise PermissionError(f"{what}, {COMMANDS_ALONE}")
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """Return how a function is called, also one inside of functools.partial."""
@@ -6829,10 +6837,7 @@ class OwnContext(Context):
     """A context whose store is a Tables."""
 
     def publish(self, topic):
-        if self.store.may != WRITE:
-            raise PermissionError(f"publishes {topic!r}, which only a command or a job may;"
-                                  " a job that yields, only after that")
-        self.store.check_thread()
+        self.store.check_writes(f"publishes {topic!r}")
         self.host.bus.publish(self.host.topic(topic, self.viewer))
 
     def end(self):
@@ -9536,7 +9541,7 @@ class EnqueuesJobs(Context):
         others have the turn. Before, the job only reads. Raises PermissionError outside of
         a command or job, LookupError if no slice has this job.
         """
-        self.check_may_enqueue()
+        self.store.check_writes("puts in a job")
         if job not in self.host.router.job_names:
             raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
         name = self.host.router.job_names[job]
@@ -9551,16 +9556,12 @@ class EnqueuesJobs(Context):
 
         If it waits for something outside just now, it does not go on after that.
         """
-        self.check_may_enqueue()
+        self.store.check_writes("cancels a job")
         names = self.host.router.names
         if self.store.slice in names:                    # else it is an app, and means any
             names = [self.store.slice]
         return self.host.cancel(*[f"{name}:{key}" for name in names])
 
-    def check_may_enqueue(self):
-        if self.store.may != WRITE:
-            raise PermissionError("only a command or a job puts in a job, or cancels one")
-        self.store.check_thread()
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(store, *args), with the tables of the slice that exports it.
@@ -14814,7 +14815,7 @@ class Files:
 
         Raises Refused(507) if it is too large for the quota.
         """
-        self.check_writes()
+        self.ctx.store.check_writes("adds a file")
         check_room(self.store, upload.size)
         row = self.slice, upload.name, upload.type, upload.size, upload.digest
         id = self.store.insert("INSERT INTO _files (slice, name, type, size, digest) "
@@ -14826,7 +14827,7 @@ class Files:
 
     def remove(self, id: int) -> None:
         """Nothing happens if it is gone already."""
-        self.check_writes()
+        self.ctx.store.check_writes("removes a file")
         if self.store.exec("DELETE FROM _files WHERE id = ? AND slice = ?", id, self.slice):
             self.store.exec("DELETE FROM _file_pieces WHERE id BETWEEN ? AND ?",
                             id * MOST_PIECES, (id + 1) * MOST_PIECES - 1)
@@ -14863,10 +14864,6 @@ class Files:
         at = begins + len(body)
         rest = Rest(host.namespace.get(host.id), id, at, ends) if at < ends else None
         return response._replace(body=body, rest=rest)
-
-    def check_writes(self):
-        if self.ctx.store.may != WRITE:
-            raise PermissionError("only a command or a job adds and removes files")
 
 
 def check_room(store, size) -> None:

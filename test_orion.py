@@ -12852,7 +12852,7 @@ def test_another_slice_and_another_workspace_have_no_such_file(start):
 def test_a_region_or_a_page_adds_no_file(start, capfd):
     run = lambda ctx: ctx.files.remove(1)
     bob = Person(start((orion.todos, album()._replace(name="n"), orion.Slice("m", routes=(orion.Route("GET", "/m", "todos:read", run),)))), "bob")
-    assert bob.get("/w/acme/m").status == 500 and logged(capfd, "only a command or a job adds and removes files")
+    assert bob.get("/w/acme/m").status == 500 and logged(capfd, "removes a file, which only a command or a job may")
 
 
 def test_an_app_that_takes_no_files_has_no_tables_for_them(server):
