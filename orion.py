@@ -1065,6 +1065,7 @@ class Namespace:
 
     build(id, namespace) returns an object. idle: seconds until an unused one goes to sleep.
     """
+    CLOSE_SECONDS = 5.0                                  # to wait for all turns, at the end
 
     def __init__(self, kind: str, folder: pathlib.Path, idle: float,
                  build: Callable[[str, Namespace], DurableObject]):
@@ -1126,12 +1127,24 @@ class Namespace:
             one.sleep(since)
 
     def close(self) -> None:
-        """At the end of the server: wait for each object's turn, and close its file."""
+        """At the end of the server: close each file, in the turn of its object.
+
+        What is busy for longer, because a slice hangs, is left: all that it has answered is
+        on the disk.
+        """
         self.closed = True
+        until = time.monotonic() + self.CLOSE_SECONDS
         for one in self.everybody():
-            with one.turn:
+            if not one.turn.acquire(timeout=max(0.0, until - time.monotonic())):
+                log(f"{self.path(one.id)}: a request still goes on, and is left")
+                continue
+            try:
                 if not one.gone:
                     one.close()
+            except sqlite3.Error as error:
+                log(f"{self.path(one.id)}: {error}")
+            finally:
+                one.turn.release()
 
 
 class Watch(NamedTuple):
@@ -3593,7 +3606,7 @@ class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for locks of others
     LATE_SECONDS = 60.0                                  # until what failed is tried again
-    CLOSE_SECONDS = 1.0                                  # to wait for all turns, at the end
+    CLOSE_SECONDS = 1.0                                  # the pool has waited already
 
     def __init__(self, *args, most: int = 1024):
         super().__init__(*args)
@@ -3736,19 +3749,6 @@ class GuardedNamespace(Namespace):
                     raise Refused(*TAKEN)
         self.path(draft).rename(place)
         sync_folder(self.folder)
-
-    def close(self):
-        """At the end of the server. What is busy still, because a slice hangs, is left as
-        it is: all that was answered is on the disk."""
-        self.closed = True
-        until = time.monotonic() + self.CLOSE_SECONDS
-        for one in self.everybody():
-            if not one.turn.acquire(timeout=max(0.0, until - time.monotonic())):
-                log(f"storage: {self.path(one.id)}: a request still goes on, and is left")
-                continue
-            if not one.gone:
-                guarded(one.close)
-            one.turn.release()
 
 
 # ==== 17. Commits =========================================================================
@@ -6822,7 +6822,7 @@ def add_entry(store, who, what, which):
 
 
 @addition
-class OwnWorkspace(Workspace):
+class SparesOldFiles(Workspace):
     def open(self, create=False):
         """Raises Refused(422) if it is to be new, and its file has rows: see name_draft. A
         file without rows was left behind by a command that failed."""
@@ -6833,7 +6833,7 @@ class OwnWorkspace(Workspace):
 
 
 @addition
-class OwnContext(Context):
+class EndsWithItsRequest(Context):
     """A context whose store is a Tables."""
 
     def publish(self, topic):
