@@ -6274,8 +6274,9 @@ def create_workspace_with_file(request, env):
 # So the order of sections means something. Where it does, and a section does not need the
 # one before it, its head says behind which one it stands.
 #
-# settings is a Settings, and given what a command was given. A file, folder or path is a
-# pathlib.Path. Commands use some functions of section 31: opened() gives the Directory's
+# What has the name of a type is of that type: settings, request, viewer, store. An id, a
+# name or a title is text; a file, folder or path is a pathlib.Path. given is what a command
+# was given. Commands use some functions of section 31: opened() gives the Directory's
 # store, to change it; looked_up() reads from it; check_there() refuses if there is none;
 # row_of() finds a row by its name; table() prints rows. What they raise as Unusable is the
 # line that people read.
@@ -6380,7 +6381,7 @@ class GivesWholeContexts(SliceHost):
         return whole(Context)
 
 
-def viewer_in_full(viewer: Viewer, request: Request) -> Viewer:
+def viewer_in_full(viewer, request) -> Viewer:
     """Return the viewer with what only some sections know of a verdict."""
     for more in VIEWERS:
         viewer = more(viewer, request)
@@ -6406,7 +6407,7 @@ class HasMembersParts(EdgeDirectory):
 OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
 
 
-def frames_of_app(error: BaseException) -> List[traceback.FrameSummary]:
+def frames_of_app(error) -> List[traceback.FrameSummary]:
     """Return through which lines of an app it came."""
     stack = traceback.extract_tb(error.__traceback__)
     return [frame for frame in stack if not frame.filename.startswith(OURS)]
@@ -6419,7 +6420,7 @@ log_once = functools.lru_cache(maxsize=256)(log)
 INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
-def with_wal(path: pathlib.Path) -> List[pathlib.Path]:
+def with_wal(path) -> List[pathlib.Path]:
     """Return those files of a database that there are: itself, and its log."""
     wal = path.with_name(f"{path.name}-wal")
     return [file for file in (path, wal) if file.exists()]
@@ -6443,7 +6444,7 @@ def bytes_in(path) -> int:
         return 0
 
 
-def write_private(path: pathlib.Path, data: bytes) -> None:
+def write_private(path, data: bytes):
     """Write all of a file, or nothing. Its owner alone can read it."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
@@ -6475,7 +6476,7 @@ STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.movin
 LONGEST_TITLE = 63                                       # characters
 
 
-def slug(title: str) -> str:
+def slug(title) -> str:
     """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
 
     It can be too long. It is empty if there is none, or if the title is too long.
@@ -6532,19 +6533,19 @@ class KnowsTitles(Context):
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
 
 
-def disposition(how: str, name: str) -> str:
+def disposition(how: str, name) -> str:
     """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
     plain = NOT_PLAIN.sub("_", name)
     encoded = urllib.parse.quote(name, safe="")
     return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
 
 
-def text_of(request: Request, name: str) -> str:
+def text_of(request, name) -> str:
     """Return a field as text; "" if it was not sent. Raises Refused(400) for a list."""
     return as_text(name, dict(request.pairs()).get(name, ""))
 
 
-def at_end(response: Response, markup: str) -> Response:
+def at_end(response, markup: str) -> Response:
     """Return a page with more markup at its end."""
     body, end, rest = response.body.rpartition(b"</body>")
     body += markup.encode("utf-8", "replace")
@@ -6565,7 +6566,7 @@ def at_end(response: Response, markup: str) -> Response:
 class KnowsOwners(NestedStore):
     """A store that knows which slice owns which table."""
 
-    def __init__(self, path: pathlib.Path, create: bool = False):
+    def __init__(self, path, create: bool = False):
         super().__init__(path, create)
         self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
         self.judge = Judge(self.owners)
@@ -6716,7 +6717,7 @@ class Tables(Calls):
     judged, for another. Each statement is judged once, when it is compiled.
     """
 
-    def __init__(self, store: Store, slice: str, may: str):
+    def __init__(self, store, slice: str, may: str):
         self.store = store
         self.slice = slice
         self.may = may
@@ -6811,7 +6812,7 @@ class OwnsTables(SliceHost):
             args = ()
         return "/".join(map(str, args)) or str(inserted or "")
 
-    def journal(self, viewer: Viewer, what: str, which: str) -> None:
+    def journal(self, viewer, what: str, which: str):
         """Note who did what, and to which row."""
         add_entry(self.store, viewer.signature, what, which)
 
@@ -6893,7 +6894,7 @@ def prepare_rename(store, entries, number):
     store.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
 
 
-def makes_way(entries, number) -> bool:
+def makes_way(entries, number):
     """True if the entry renames a table, to make another of its name and to drop it:
 
         ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
@@ -7042,7 +7043,7 @@ class Server(LoopEdge):
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
-def plain_root(settings: Settings) -> Env:
+def plain_root(settings) -> Env:
     """The root of --plain: Part One, and what other sections add to its classes."""
     if settings.key_file.exists():                       # else it is made
         load_keys(settings.key_file)
@@ -7069,7 +7070,7 @@ class LooksAgain(Directory):                             # with --plain, too
         return dataclasses.replace(viewer, role=role, grants=grants)
 
 
-def compose(settings: Settings) -> FullEnv:
+def compose(settings) -> FullEnv:
     """Raises BadSlice or MigrationError if it can't be with these slices."""
     for check in CHECKS:
         check(settings)
@@ -7145,7 +7146,7 @@ def prepare_data(settings):
     return settings._replace(demo=demo), fresh, keys
 
 
-def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
+def load_keys(path) -> Tuple[bytes, ...]:
     """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
     """
     readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
@@ -7160,7 +7161,7 @@ def load_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
 
 
 @functools.cache
-def ignores_modes(folder: pathlib.Path) -> bool:
+def ignores_modes(folder):
     """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
     probe = folder / f"mode-{secrets.token_hex(8)}"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -7698,7 +7699,7 @@ NAMED_TEMPLATE = re.compile(r'\btemplate\("([\w.]+)"\)')
 NAMED_FILE = re.compile(r'TEMPLATES / "([\w.]+)"')
 
 
-def check_installation() -> None:
+def check_installation():
     """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
     if sqlite3.sqlite_version_info < NEEDED_SQLITE:
         needed = ".".join(map(str, NEEDED_SQLITE))
@@ -7887,7 +7888,7 @@ def wrong_with_call(what, function):
     return ""
 
 
-def check_slices(settings: Settings) -> None:
+def check_slices(settings):
     """Raise BadSlice for what would be found out later, or never."""
     if "public" in ROLES:
         raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
@@ -7931,7 +7932,7 @@ class ScratchStore(OwnedStore):
     SETUP = OwnedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
 
 
-def check_tables(settings: Settings) -> None:
+def check_tables(settings):
     """Make the tables once in a file of their own. Raise MigrationError if they clash."""
     router = Router([welcome, *settings.slices])
     with tempfile.TemporaryDirectory() as folder:
@@ -7974,7 +7975,7 @@ CHECKS.append(check_tables)
 
 # -- what functions return
 
-def log_place(where: str, error: BaseException) -> None:
+def log_place(where: str, error):
     """Log what it was, and first of all the line of a slice that it comes from."""
     frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -7987,7 +7988,7 @@ ERROR_LOGS.remove(log_traceback)
 ERROR_LOGS.append(log_place)
 
 
-def bad_return(function: Callable[..., Any], value: Any, wanted: str) -> TypeError:
+def bad_return(function: Callable[..., Any], value, wanted: str) -> TypeError:
     """Return the error of a slice's function that returned something wrong.
 
     No line of it is in the traceback, so the message says where it is.
@@ -8050,7 +8051,7 @@ class ChecksReturns(SliceHost):
 
 # -- whether pages stay current
 
-def id_of(region: Html) -> str:
+def id_of(region) -> str:
     """Return how the id of a region is written, with the space before it."""
     return REGION.match(region)[1]
 
@@ -8061,7 +8062,7 @@ TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
 WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
 
 
-def behind_element(region: Html) -> str:
+def behind_element(region) -> str:
     """Return what stands behind the first element; "", if that has no end tag."""
     first = TAG_OR_COMMENT.search(region)[2]
     if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
@@ -8125,7 +8126,7 @@ class ChecksPages(EdgeWorkspace):
 
 
 @functools.lru_cache(maxsize=4)
-def topics_of(router: Router) -> re.Pattern:
+def topics_of(router) -> re.Pattern:
     """Return the pattern of the topics that pages listen to."""
     topics = []
     for slice in router.slices:
@@ -8136,7 +8137,7 @@ def topics_of(router: Router) -> re.Pattern:
 
 
 @functools.lru_cache(maxsize=1024)
-def is_silent(router: Router, what: str, told: Tuple[str, ...]) -> bool:
+def is_silent(router, what: str, told: Tuple[str, ...]):
     """Did a command of a slice with live pages publish nothing that a page listens to?"""
     own = what.partition(".")[0]
     live = any([slice.live for slice in router.slices if slice.name == own])
@@ -8396,12 +8397,12 @@ WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever their category
 
 
-def visible(text: str) -> bool:
+def visible(text):
     """Can any character of it be seen?"""
     return not all(map(unseen, text))
 
 
-def unseen(character: str) -> bool:
+def unseen(character: str):
     """Is it a blank, a control or a mark, without width, or does it only set the direction
     of writing?"""
     kind = unicodedata.category(character)
@@ -8512,7 +8513,7 @@ def flash_header(path, text, signals):
     return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
 
 
-def with_flash(request: Request, response: Response) -> Response:
+def with_flash(request, response) -> Response:
     """Return the answer as it leaves: with the message it gives, or the one it got."""
     given = [value for name, value in response.headers if name == FLASH]
     if given:
@@ -8560,7 +8561,7 @@ def with_message(response, text, kind="flash", **more):
 
 # -- a form that was refused
 
-def old_messages(request: Request) -> Dict[str, str]:
+def old_messages(request) -> Dict[str, str]:
     """Return signals that take away what a page says of an earlier mistake: "problem" and,
     for each field that was sent, "<field>_problem".
 
@@ -8845,7 +8846,7 @@ def app_asset(request, env):
     return unless_known(request, Response(200, body, type, caching), tag)
 
 
-def read_assets(settings: Settings) -> None:
+def read_assets(settings):
     """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
     for name in APP_ASSETS:                              # of another app, in a test
         DOORS.pop(f"/assets/{name}", None)
@@ -8913,7 +8914,7 @@ COLOR = re.compile(r"#[0-9a-f]{6}")
 LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5646, 2.1
 
 
-def use_brand(settings: Settings) -> None:
+def use_brand(settings):
     """Raise Unusable for a brand that can't be shown."""
     brand = Brand() if settings.brand is None else settings.brand
     if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
@@ -9135,7 +9136,7 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #
 # Alarms are an index in memory, built from the files at each start.
 
-def as_it_lies(path: pathlib.Path):
+def as_it_lies(path):
     """Connect to a database only to read it; close it after a with statement.
 
     A file without a write-ahead log takes a quarter of the time: at a start it may be one
@@ -9145,7 +9146,7 @@ def as_it_lies(path: pathlib.Path):
     return contextlib.closing(connected_to_read(path, as_it_lies))
 
 
-def due_in(db: sqlite3.Connection, plans: Any = frozenset()) -> Optional[float]:
+def due_in(db: sqlite3.Connection, plans=frozenset()) -> Optional[float]:
     """Return when the next job in a file is due; None: there is none.
 
     It is due at once if the recurring jobs in it are not those of plans: opened, it gets
@@ -9172,7 +9173,7 @@ class Recurring(NamedTuple):
         """When it comes, as text: if that changes, another row takes its place."""
         return f"{self.at} {self.zone}" if self.at else f"every {self.seconds:g} s"
 
-    def next_time(self, now: float, id: str) -> float:
+    def next_time(self, now: float, id) -> float:
         """Return when it comes next. Intervals begin at a time of each workspace's own, so
         not all of them wake at once."""
         if not self.at:
@@ -9254,7 +9255,7 @@ def wrong_with_job(job) -> str:
     return ""
 
 
-def check_jobs(settings: Settings) -> None:
+def check_jobs(settings):
     """Raise Unusable for a job that could not run."""
     for slice in settings.slices:
         for job in slice.jobs:
@@ -9276,7 +9277,7 @@ class Alarms:
     """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
 
-    def __init__(self, namespace: Namespace):
+    def __init__(self, namespace):
         self.namespace = namespace
         self.directory: Any = None                       # it knows the workspaces' names
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
@@ -9287,7 +9288,7 @@ class Alarms:
         self.due: Dict[str, float] = {}                  # by id
         self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
 
-    def look(self) -> None:
+    def look(self):
         """Look into the files that were not looked into yet."""
         files = dict(self.namespace.files())
         self.looked &= files.keys()                      # one may come back
@@ -9299,7 +9300,7 @@ class Alarms:
     def look_into(self, id, db):
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
-    def set(self, id: str, due: Optional[float]) -> None:
+    def set(self, id, due: Optional[float]):
         """Wake the object then, if not sooner. None: it has no job."""
         if due is None:
             return
@@ -9321,14 +9322,14 @@ class Alarms:
                     return id
             return None
 
-    def ring(self) -> None:
+    def ring(self):
         while self.put and self.free.acquire(blocking=False):
             id = self.next_due()
             if id is None:
                 return self.free.release()
             self.put(self.work, id)
 
-    def work(self, id: str) -> None:
+    def work(self, id):
         """In the pool: do one job of this object. Then ring for another object."""
         due = None                                       # it was removed, or moved away
         try:
@@ -9388,7 +9389,7 @@ class Waits:
     OF_ONE_OBJECT = 4
     SECONDS = 30.0                                       # then the try has failed
 
-    def __init__(self, alarms: Alarms):
+    def __init__(self, alarms):
         self.alarms = alarms
         self.lock = threading.Lock()                     # guards all that follows
         self.by_job: Dict[Tuple[str, int], Wait] = {}    # by id of an object, and job
@@ -9396,12 +9397,12 @@ class Waits:
         self.threads = 0
         self.given_up = 0                                # of these threads
 
-    def of(self, id: str) -> List[int]:
+    def of(self, id) -> List[int]:
         """Return which jobs of an object wait."""
         with self.lock:
             return [job for of, job in self.by_job if of == id]
 
-    def add(self, wait: Wait) -> None:
+    def add(self, wait):
         with self.lock:
             self.by_job[wait.key] = wait
             self.in_line.append(wait)
@@ -9417,7 +9418,7 @@ class Waits:
                 self.in_line.popleft()
                 self.threads += 1
 
-    def has_thread(self) -> bool:
+    def has_thread(self):
         at_once = self.threads - self.given_up
         return at_once < self.AT_ONCE and self.threads < self.THREADS
 
@@ -9466,7 +9467,7 @@ class Waits:
             del self.by_job[wait.key]
         self.alarms.set(wait.key[0], time.time())
 
-    def give_up_late(self, now: float) -> None:
+    def give_up_late(self, now: float):
         """No thread can be ended. So another takes the place of one whose call is late."""
         with self.lock:
             late = [wait for wait in self.by_job.values()
@@ -9638,7 +9639,7 @@ class HasJobs(Broadcast):
         finally:
             self.doing = None
 
-    def log_if_long(self, now: float) -> None:
+    def log_if_long(self, now: float):
         """In the loop, while it lasts: what waits for its own server waits forever."""
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
@@ -9659,7 +9660,7 @@ class HasJobs(Broadcast):
                         "?)", *row)
         self.alarm_after_commit(row[3])
 
-    def cancel(self, *keys: str) -> bool:
+    def cancel(self, *keys: str):
         """Return whether there was one."""
         found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", key)
                      for key in keys])
@@ -9839,7 +9840,7 @@ class KeepsPlans(EdgeWorkspace):
 #   until the next rotation.
 # It promises: a running server takes a new key within a second, and no open page notices.
 
-def add_key(path: pathlib.Path) -> None:
+def add_key(path):
     """Write a new key, and keep the newest one behind it. Older ones go."""
     keys = [secrets.token_hex(32)]
     if path.exists():
@@ -9907,7 +9908,7 @@ TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
 OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 
 
-def scrypt(password: str, salt: bytes) -> bytes:
+def scrypt(password, salt: bytes) -> bytes:
     """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
     if not SCRYPT_IN_LINE.acquire(blocking=False):
         raise Refused(503, "Many people are signing in. Try again in a moment.",
@@ -9920,7 +9921,7 @@ def scrypt(password: str, salt: bytes) -> bytes:
         SCRYPT_IN_LINE.release()
 
 
-def as_hashed(password: str) -> str:
+def as_hashed(password) -> str:
     """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
 
     Keyboards differ in what they send for the same password.
@@ -9929,12 +9930,12 @@ def as_hashed(password: str) -> str:
     return unicodedata.normalize("NFC", "".join(spaced))
 
 
-def hash_password(password: str) -> str:
+def hash_password(password) -> str:
     salt = secrets.token_bytes(16)
     return f"{salt.hex()}${scrypt(as_hashed(password), salt).hex()}"
 
 
-def password_matches(password: str, stored: str) -> bool:
+def password_matches(password, stored: str):
     """True if it is the one. If nothing is stored, it takes as long, and is False.
 
     Older versions hashed what was typed. How long it takes depends on that alone.
@@ -9946,7 +9947,7 @@ def password_matches(password: str, stored: str) -> bool:
     return any(matches) and bool(stored)
 
 
-def check_password(new: str) -> None:
+def check_password(new: str):
     """Raise Refused(422) if no password can be so."""
     new = as_hashed(new)
     if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
@@ -9973,7 +9974,7 @@ class Throttle:
         self.lock = threading.Lock()                     # guards the next line
         self.times = collections.OrderedDict()           # of the last attempts, by key
 
-    def check(self, *keys: str) -> None:
+    def check(self, *keys: str):
         """Raise Refused(429) if one of the keys has to wait."""
         begin = time.monotonic() - self.SECONDS
         for key in keys:
@@ -9983,7 +9984,7 @@ class Throttle:
                 raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
                               retry_after(wait))
 
-    def count(self, *keys: str) -> None:
+    def count(self, *keys: str):
         now = time.monotonic()
         with self.lock:
             for key in keys:
@@ -9992,7 +9993,7 @@ class Throttle:
             while len(self.times) > self.KEYS:
                 self.times.popitem(last=False)
 
-    def forgive(self, own: str, *keys: str) -> None:
+    def forgive(self, own: str, *keys: str):
         """Forget the attempts of own, and take them out of the other keys: the password was
         right at last, so they were typing errors."""
         with self.lock:
@@ -10020,7 +10021,7 @@ class Passwords:
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
         self.familiar: Dict[str, None] = {}              # signed in before; oldest first
 
-    def door(self, request: Request, env: Env) -> Response:
+    def door(self, request, env) -> Response:
         if request.method == "POST":
             request = self.prove(request, env.directory)
         return env.directory.fetch(request)
@@ -10084,8 +10085,8 @@ UNSENT = {"unsent": "", "to": ""}                        # a form, and where it 
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
 
-def login_form(next: str, personas: Any, problem: str, status: int = 200,
-               username: str = "", **unsent: str) -> Response:
+def login_form(next: str, personas, problem: str, status: int = 200, username="",
+               **unsent: str) -> Response:
     """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
     body = template("login")(next=next, username=username, problem=problem,
                              demo=bool(personas), persona=[*personas], **unsent)
@@ -10099,7 +10100,7 @@ def login_page(ctx):
     return login_form(next, ctx.host.personas(""), **carried)
 
 
-def page_of(request: Request) -> str:
+def page_of(request) -> str:
     """Return the page that a request opens or, if it is a form, on which the form stood."""
     if request.method in SAFE:
         query = f"?{request.query}" if request.query else ""
@@ -10109,7 +10110,7 @@ def page_of(request: Request) -> str:
     return local_path(referer[len(ours):]) if referer.startswith(f"{ours}/") else "/"
 
 
-def unsent_in(request: Request) -> Dict[str, str]:
+def unsent_in(request) -> Dict[str, str]:
     """Return the form that came without a session, so that it can be sent again."""
     is_plain = FORMS.get(request.media_type) is read_form    # others bring files
     if not is_plain or request.method in SAFE or request.path in SECRET:
@@ -10410,14 +10411,14 @@ class Masked(Viewer):
                                              how=how)
 
 
-def masked(viewer: Viewer, operator: Optional[str], read_only: Any) -> Viewer:
+def masked(viewer, operator: Optional[str], read_only) -> Viewer:
     """Return the viewer masked, if there is an operator behind them."""
     if not operator or isinstance(viewer, Masked):        # the Directory's own are already
         return viewer
     return Masked(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
-def masked_in(viewer: Viewer, request: Request) -> Viewer:
+def masked_in(viewer, request) -> Viewer:
     """Return the viewer masked, if the verdict names an operator."""
     header = request.headers.get
     return masked(viewer, header("x-operator"), header("x-read-only"))
@@ -11056,7 +11057,7 @@ TRUSTED.add("x-label")
 
 
 @functools.lru_cache(maxsize=1000)
-def person_of(account: str, label: str) -> Html:
+def person_of(account, label: str) -> Html:
     """Return somebody as lists show them."""
     other = label != account
     return template("people.person")(
@@ -11110,7 +11111,7 @@ class TellsLabels(EdgeDirectory):
         return person_of(row["name"], row["label"])
 
 
-def with_label(viewer: Viewer, request: Request) -> Viewer:
+def with_label(viewer, request) -> Viewer:
     label = urllib.parse.unquote(request.headers.get("x-label", ""))
     return dataclasses.replace(viewer, label=label) if label else viewer
 
@@ -11273,7 +11274,7 @@ LARGEST_FILE = 2 ** 31 - 1                               # pages
 RESERVE = 256                                            # pages, and a quarter of the quota
 
 
-def limit_pages(store: Store, quota: int) -> None:
+def limit_pages(store, quota: int):
     """Limit the file to so many bytes.
 
     SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
@@ -11287,7 +11288,7 @@ def limit_pages(store: Store, quota: int) -> None:
 
 
 @contextlib.contextmanager
-def reserve(store: Store):
+def reserve(store):
     """Meanwhile the file may go past its quota."""
     pages = store.one("PRAGMA user_version")[0] or LARGEST_FILE
     store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
@@ -11416,7 +11417,7 @@ class GivesBackMemory(LoopEdge):
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
 # It needs: 43 Keys, for a token, 44 Accounts, for who is an operator, and 51 Quotas.
 
-def size_of(response: Response) -> int:
+def size_of(response) -> int:
     """Return how many bytes the body of an answer has."""
     pieces = [one.piece.plain for one in response.watch or ()]
     rest = response.rest.size if response.rest else 0
@@ -11438,7 +11439,7 @@ class SlowLog:
         self.second = 0
         self.left = 0                                    # lines of this second
 
-    def note(self, seconds: float, what: str) -> None:
+    def note(self, seconds: float, what: str):
         if seconds < self.limit:
             return
         second = int(time.monotonic())
@@ -11502,7 +11503,7 @@ class Figures:
         self.durations = [0] * (len(self.BOUNDS) + 1)
         self.seconds = 0.0
 
-    def count(self, asked: Asked, response: Response) -> None:
+    def count(self, asked, response):
         seconds = time.perf_counter() - asked.started if asked.started else 0.0
         bucket = bisect.bisect_left(self.BOUNDS, seconds)
         with self.lock:
@@ -11531,12 +11532,12 @@ class Figures:
         return (f'{peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" '
                 f"{status} {size} {seconds:.6f}")
 
-    def write(self, lines: Sequence[str]) -> None:
+    def write(self, lines: Sequence[str]):
         """In a thread of its own."""
         with contextlib.suppress(OSError, ValueError):
             print("\n".join(lines), flush=True)
 
-    def flush(self) -> None:
+    def flush(self):
         """Once a second."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         if self.lines and not self.scribe.line:          # else they wait; the oldest go
@@ -11551,7 +11552,7 @@ class Figures:
             return {"status": labelled(self.statuses), "bucket": labelled(buckets),
                     "seconds": self.seconds, "count": counts[-1]}
 
-    def close(self) -> None:
+    def close(self):
         self.flush()
         self.scribe.close(0.5)
 
@@ -11728,7 +11729,7 @@ class Top:
         self.now = figures_of(settings)
         self.read()
 
-    def read(self) -> None:
+    def read(self):
         self.before, then = self.now, self.at
         self.now, self.at = figures_of(self.settings), time.monotonic()
         self.seconds = self.at - then
@@ -11758,7 +11759,7 @@ class Top:
                 for name, rate in sorted(rates.items())]
         return sorted(rows, key=lambda row: row[self.by], reverse=self.by > 0)
 
-    def show(self, screen, every: float) -> None:
+    def show(self, screen, every: float):
         """Until somebody presses q. A change of the window's size is a key, too."""
         screen.timeout(int(1000 * every))
         key = 0
@@ -11775,7 +11776,7 @@ class Top:
                 self.by = key - ord("1")
 
 
-def curses_here() -> Any:
+def curses_here():
     """Return the module, if it can draw where the output goes."""
     with contextlib.suppress(ImportError):               # Windows has none
         import curses
@@ -11853,7 +11854,7 @@ class Original(OwnedStore):
     SETUP = "PRAGMA query_only=ON"
 
 
-def copy_database(source, target, about: Any = None) -> int:
+def copy_database(source, target, about=None) -> int:
     """Copy a database. Return its number of rows.
 
     about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
@@ -11904,7 +11905,7 @@ def opened_to_read(path):
     return contextlib.closing(connected_to_read(path))
 
 
-def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> int:
+def take_away(path, copy: Optional[pathlib.Path] = None, about=None) -> int:
     """Remove a database that others may have open. Return the number of rows in the copy.
 
     Commands that are on their way finish first, and are in the copy. The others see that
@@ -11918,7 +11919,7 @@ def take_away(path, copy: Optional[pathlib.Path] = None, about: Any = None) -> i
     return rows
 
 
-def may_replace(source, target) -> bool:
+def may_replace(source, target):
     """True if there is nothing at target, or what an import that was cut short left there.
     """
     if not target.exists():
@@ -13030,7 +13031,7 @@ def workspace_undelete(settings, given):
 class Single(EdgeDirectory):
     """The Directory of a single root. inside: its Workspace."""
 
-    def __init__(self, *args, inside: Inside, **more):
+    def __init__(self, *args, inside, **more):
         super().__init__(*args, **more)
         self.inside = inside
         self.schema = [*self.schema, *inside.schema]
@@ -13233,14 +13234,14 @@ def sealed_parts(request, scheme: str) -> Tuple[str, ...]:
     return request.method, request.path, request.query, cookie, scheme, body
 
 
-def is_sealed(request, settings) -> bool:
+def is_sealed(request, settings):
     """Does it come from another process of this deployment?"""
     parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
     seal = request.headers.get("x-verdict", "")
     return bool(holds_until(seal, parts, keys_now(settings)))
 
 
-def ask_process(settings, address, request, patience: float = 5.0) -> Any:
+def ask_process(settings, address, request, patience: float = 5.0):
     """Ask another process. Return its answer, taken out of its JSON.
 
     Raises Unreachable, or NoAnswer if it says no.
@@ -13254,8 +13255,7 @@ def ask_process(settings, address, request, patience: float = 5.0) -> Any:
     raise NoAnswer(f"{address} answered {answer.status}: {why}")
 
 
-def ask_node(settings, node: str, id, what: str, method: str = "POST",
-             body: bytes = b"") -> Any:
+def ask_node(settings, node: str, id, what: str, method: str = "POST", body: bytes = b""):
     """Have a node do something with a workspace: see FOR_DIRECTORY."""
     if not node:
         raise NoAnswer("this workspace is on no node yet; node assign places it")
@@ -13976,7 +13976,7 @@ NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grant
 SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
 
 
-def public_path(router: Router, request: Request) -> str:
+def public_path(router, request) -> str:
     """Return the path of the route, if a slice lets anybody in with this; else ""."""
     if not request.path.startswith("/w/"):
         return ""
@@ -14000,7 +14000,7 @@ def public_functions(settings) -> Dict[str, Callable]:
 DEEPEST = 20                                             # parts of a path looked at
 
 
-def unnamed(request: Request, env: Env, status: int) -> Request:
+def unnamed(request, env, status: int) -> Request:
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. The longest beginning of the path that is public decides.
 
@@ -14019,7 +14019,7 @@ def unnamed(request: Request, env: Env, status: int) -> Request:
     return request
 
 
-def as_nobody(request: Request, env: Env) -> Request:
+def as_nobody(request, env) -> Request:
     """Return the request. A public command from another site becomes nobody's.
 
     It goes on as if a page of ours had sent it. (Other commands are refused then.)
@@ -14150,10 +14150,10 @@ class MemberLists:
             self.size -= len(oldest)
         return members
 
-    def prepare(self, id: str) -> None:
+    def prepare(self, id):
         """Called before the turn of an object is taken."""
 
-    def close(self) -> None:
+    def close(self):
         pass
 
 
@@ -14164,7 +14164,7 @@ class ListsOfFile(MemberLists):
         super().__init__()
         self.file = Watched(path, 1)
 
-    def of(self, id: str) -> Tuple[Any, ...]:
+    def of(self, id) -> Tuple[Any, ...]:
         """Raises Refused(503)."""
         path = self.file.path
         try:
@@ -14244,7 +14244,7 @@ class TellsMembers(EdgeDirectory):
 class ListsMembers(Namespace):
     lists: Optional[MemberLists] = None                  # None: nobody has asked yet
 
-    def members_of(self, id: str) -> Tuple[Any, ...]:
+    def members_of(self, id) -> Tuple[Any, ...]:
         with self.lock:
             if self.lists is None:
                 settings = self.settings
@@ -14409,7 +14409,7 @@ class Uploads:
         return next((route for pattern, route in self.routes
                      if route.method == method and pattern.fullmatch(path)), None)
 
-    def reserve(self, spool, account, length) -> None:
+    def reserve(self, spool, account, length):
         """Raise Refused if there is no room for so many bytes now."""
         size = max(spool.limit if length is None else length, 2 * PIECE)
         if shutil.disk_usage(self.folder).free < size + SPARE_DISK:
@@ -14645,7 +14645,7 @@ def unescaped(name) -> str:
     return text
 
 
-def read_multipart(request: Request) -> List[Tuple[str, Any]]:
+def read_multipart(request) -> List[Tuple[str, Any]]:
     if request.spool is None:
         return parts_of(request.body, request.headers["content-type"])
     if isinstance(request.spool.pairs, BaseException):
@@ -14751,7 +14751,7 @@ def upload_routes(slices) -> List[Route]:
     return [route for route in all_routes(slices) if route.upload]
 
 
-def check_uploads(settings: Settings) -> None:
+def check_uploads(settings):
     """Raise Unusable for a limit that is none."""
     for route in upload_routes(settings.slices):
         if type(route.upload) is not int or route.upload <= BODY_LIMIT \
@@ -14866,7 +14866,7 @@ class Files:
         return response._replace(body=body, rest=rest)
 
 
-def check_room(store, size) -> None:
+def check_room(store, size):
     """Raise Refused(507) before anything is written, for SQLite would give up all that was
     written with it, of others, too."""
     pages, most, free = [store.one(f"PRAGMA {name}")[0] for name in
@@ -14990,7 +14990,7 @@ TRUSTED.update({"x-bearer", "x-token"})
 BEARER = "__Host-bearer="
 
 
-def with_token(request: Request) -> Request:
+def with_token(request) -> Request:
     """Return the request of a program as a page of ours would send it, with its token.
 
     Only pages need to say where they come from: no browser sends a token by itself.
@@ -15009,7 +15009,7 @@ def with_token(request: Request) -> Request:
     return request._replace(headers=headers)
 
 
-def of_program(request: Request) -> bool:
+def of_program(request) -> bool:
     return request.headers.get("cookie", "").startswith(BEARER)
 
 
@@ -15226,7 +15226,7 @@ class Program(Viewer):
         return f"{self.account}{self.BY}{self.token}"
 
 
-def program_in(viewer: Viewer, request: Request) -> Viewer:
+def program_in(viewer, request) -> Viewer:
     """Return the viewer as a Program, if the verdict names a token."""
     said = request.headers.get("x-token")
     if not said:
@@ -15350,7 +15350,7 @@ PLAIN.append(refuse_tokens)
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
 # It stands behind: 69 Tokens. What a program was told is what is kept.
 
-def stamp_of(request: Request) -> str:
+def stamp_of(request) -> str:
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
     may_have = b"_stamp" in request.body or request.spool
     if request.method in SAFE or not may_have or request.media_type not in FORMS:
@@ -15358,7 +15358,7 @@ def stamp_of(request: Request) -> str:
     return text_of(request, "_stamp")
 
 
-def repeat_key(request: Request) -> str:
+def repeat_key(request) -> str:
     """Return what tells that a command is sent again; "" if nothing can.
 
     It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
@@ -15372,7 +15372,7 @@ def repeat_key(request: Request) -> str:
     return key
 
 
-def command_id(request: Request, viewer: Viewer) -> bytes:
+def command_id(request, viewer) -> bytes:
     """Return an id of the command, by account and address; b"" if it has no repeat_key.
 
     It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
@@ -15399,7 +15399,7 @@ class Answers:
     FORGET_EVERY = 1000                                  # commands
     LARGEST = 4096                                       # characters of one
 
-    def __init__(self, store: Store):
+    def __init__(self, store):
         self.store = store
         self.ids: Dict[bytes, int] = {}
         self.forget("")
@@ -15418,7 +15418,7 @@ class Answers:
         status, body, type, headers = json.loads(row["answer"])
         return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
 
-    def keep(self, who: str, command: bytes, response: Response) -> None:
+    def keep(self, who: str, command: bytes, response):
         """Keep it in the transaction of the command: both are on the disk, or neither.
 
         An answer with a secret is written nowhere: one that sets a cookie, or says itself
@@ -15492,7 +15492,7 @@ class StampsForms(Context):
 
 # -- a page that was made for another account
 
-def refuse_old_page(request: Request, account: str) -> None:
+def refuse_old_page(request, account):
     """Raise Refused(412) if the page that sent this was made for another account.
 
     In another window of the same browser, somebody else may have signed in meanwhile.
@@ -15551,7 +15551,7 @@ def entries(ctx, most):
 
 
 @functools.lru_cache(maxsize=4)
-def routes_of(router: Router) -> Dict[str, List[Route]]:
+def routes_of(router) -> Dict[str, List[Route]]:
     """Return the routes by what the journal calls their commands."""
     found: Dict[str, List[Route]] = {}
     for _, slice, route in router.rows:
@@ -15916,7 +15916,7 @@ class Trip:
     """A request from outside: its legs, its store calls, and how it ended."""
     numbers = itertools.count(1)
 
-    def __init__(self, request: Request):
+    def __init__(self, request):
         self.number = next(self.numbers)
         self.method = request.method
         self.path = request.path[:80]
@@ -15949,7 +15949,7 @@ class Trace:
         self.dropped = 0                                 # calls that nobody was shown
         self.news: Callable[[], None] = lambda: None     # called after each note
 
-    def watch(self, more: int) -> None:
+    def watch(self, more: int):
         """One watcher more (1) or less (-1). With none, a call costs a comparison."""
         with self.lock:
             self.watched += more
@@ -15964,8 +15964,7 @@ class Trace:
         finally:
             self.thread.silent = before
 
-    def note(self, object: str, sql: str, args: Sequence[Any], rows: int,
-             seconds: float) -> None:
+    def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float):
         shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
         with self.lock:
             self.noted += 1
@@ -15984,7 +15983,7 @@ class Trace:
             self.shown = self.noted
             return [*self.calls]
 
-    def follow(self, trip: Trip, route: Callable[..., Response], *args: Any) -> Any:
+    def follow(self, trip, route: Callable[..., Response], *args):
         """Return outcome(route, *args), noted as the trip.
 
         One that reached no object is not kept: there is nothing to draw.
@@ -15998,7 +15997,7 @@ class Trace:
             self.news()
         return answer
 
-    def leg(self, kind: str, id: str, fetch: Callable[[], Response]) -> Response:
+    def leg(self, kind: str, id, fetch: Callable[[], Response]) -> Response:
         """Return fetch(), noted as a leg of this thread's trip."""
         trip = self.thread.trip
         if trip is None or self.thread.silent:
@@ -16033,7 +16032,7 @@ def clock(at: float, digits: str = "seconds") -> str:
 class TracedStore(OwnedObjectStore):
     """A store whose calls are noted while somebody watches."""
 
-    def __init__(self, path: pathlib.Path, create: bool, owner: GuardedObject):
+    def __init__(self, path, create: bool, owner: GuardedObject):
         self.owner = owner
         super().__init__(path, create)
 
@@ -16159,7 +16158,7 @@ class Console:
     def env(self) -> FullEnv:
         return self.edge.env
 
-    def answer(self, request: Request, env: Env) -> Response:
+    def answer(self, request, env) -> Response:
         """A door, for operators. In the demo it is open to everybody."""
         action = self.actions.get((request.method, request.path))
         if action is None:
@@ -16175,22 +16174,22 @@ class Console:
 
     # -- what makes a frame: news, a second that passed, somebody who came
 
-    def published(self, id: str, topic: str) -> None:
+    def published(self, id, topic):
         """Have the objects asked for their facts, from the next second on."""
         self.changed = int(time.monotonic()) + 1
 
-    def news(self) -> None:
+    def news(self):
         if not self.due:
             self.due = True
             later = threading.Timer(self.PAUSE, self.tell)
             later.daemon = True
             later.start()
 
-    def tell(self) -> None:
+    def tell(self):
         self.due = False
         self.broker.published(self.id, self.id)
 
-    def fetch(self, request: Request) -> Response:
+    def fetch(self, request) -> Response:
         """Return the region, as an object would: the broker takes this for a stub."""
         with self.trace.silence():
             shown = self.shown(request.params, "paused" not in request.params)
@@ -16551,7 +16550,7 @@ class Quiet(dict):
         return f"<{', '.join(self)}>"
 
 
-def check_option(option) -> None:
+def check_option(option):
     """Raise Unusable."""
     if type(option) is not Option or type(option.default) not in TYPES:
         raise Unusable(f"option {option!r:.99}: it is to be Option(\"--name\", \"help\", "
@@ -17357,7 +17356,7 @@ class Reply(NamedTuple):
         return self.headers.get("location", "")
 
 
-def replied(response: Response) -> Reply:
+def replied(response) -> Reply:
     body = response.body
     while response.rest and response.rest.size:          # it is a large file
         body += response.rest.read()
