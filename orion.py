@@ -9848,36 +9848,38 @@ def add_key(path):
     write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
-KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its age, its keys
+KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its times, its keys
 
 
 def keys_now(settings) -> Tuple[bytes, ...]:
-    """Return the keys in the file. If they are lost, the old ones hold.
+    """Return the keys in the file. If they are lost, the log says so, and those that were
+    read before hold.
 
-    Raises Unusable or OSError if there are none.
+    Raises Unusable if none were.
     """
     path = settings.key_file
-    changed, keys = KEYS_READ.get(path, (0, ()))
+    changed, keys = KEYS_READ.get(path, ((), ()))
+    status = path.exists() and path.stat()
+    now = status and (status.st_mtime_ns, status.st_ctime_ns)    # or its mode has changed
+    if now == changed:
+        return keys
     try:
-        now = path.stat().st_mtime_ns
-        if now != changed:
-            keys = load_keys(path)
-            KEYS_READ[path] = now, keys
-    except (OSError, Unusable):
+        keys = load_keys(path)
+        KEYS_READ[path] = now, keys
+    except Unusable as lost:
         if not keys:
             raise
+        log_once(str(lost))
     return keys
 
 
 @addition
 class ReadsKeysAgain(EdgeDirectory):
     def each_second(self):
-        """Take the keys that are in the file now. If they are lost, the old ones hold."""
         super().each_second()
-        try:
-            keys = load_keys(self.namespace.settings.key_file)
-        except Unusable as lost:
-            return log_once(str(lost))
+        settings = self.namespace.settings
+        KEYS_READ.setdefault(settings.key_file, ((), self.keys))
+        keys = keys_now(settings)
         if keys != self.keys:
             self.keys = keys
             self.namespace.changed(self.id)              # forget pages of old cookies

@@ -10244,6 +10244,17 @@ def test_check_asks_nobody_to_close_what_can_not_be_closed(served, monkeypatch):
     assert [served.run(*words)[0] for words in (("check",), ("check", "--repair"))] == [0, 0] and not [*data.glob("mode-*")]
 
 
+def test_keys_that_are_lost_are_told_in_the_log_of_each_process_and_those_of_before_hold(tmp_path, capfd):
+    settings = orion.Settings(data=tmp_path)
+    orion.make_key(settings.key_file)
+    keys = orion.keys_now(settings)
+    for lose, why in ((lambda: settings.key_file.chmod(0o644), "can be read by others; chmod 600 it"), (settings.key_file.unlink, "is missing; restore it from a backup")):
+        lose()
+        assert orion.keys_now(settings) == keys and logged(capfd, f"{settings.key_file} {why}")
+    orion.make_key(settings.key_file)
+    assert orion.keys_now(settings) != keys
+
+
 def test_a_rotated_key_signs_nobody_out_and_the_second_rotation_does(served):
     bob = Person(served, "bob")
     served.run("keys", "rotate")
