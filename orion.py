@@ -4364,7 +4364,8 @@ class KeptAnswer(NamedTuple):
 
 
 class Watched:
-    """A connection that only reads a file, and hears of each commit of others to it."""
+    """A connection that only reads a file, and hears of each commit of others to it. [3]
+    reads members by one, too."""
 
     def __init__(self, path, seconds: float):
         """seconds: the longest wait for a lock."""
