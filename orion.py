@@ -5916,9 +5916,11 @@ class LoopEdge:
         lane = lane_of(asked.request.path)
         asked.insider = hash((lane, asked.cookie))
         asked.let_in = asked.let_in or not lane or asked.insider in self.insiders
-        if not asked.let_in:
+        if not lane:
+            lane = asked.connection                      # it waits for nobody
+        elif not asked.let_in:
             lane = f"{source_of(asked.request.peer)} {lane}"
-        self.pool.gather(lane or asked.connection, asked, self.work_off, asked.payer)
+        self.pool.gather(lane, asked, self.work_off, asked.payer)
 
     def payer_of(self, asked) -> str:
         """Return who pays for a thread before the gate has spoken.
