@@ -11831,9 +11831,8 @@ def remove_log(path):
 
 def timestamp() -> str:
     """Return now, in UTC. Such names sort by age; two in a second are two."""
-    now = time.time_ns() // 1_000_000
-    seconds = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 1000))
-    return f"{seconds}-{now % 1000:03d}"
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.strftime("%Y%m%d-%H%M%S-%f")[:-3]
 
 
 @contextlib.contextmanager
@@ -12483,7 +12482,7 @@ class KeepsFiles(GuardedNamespace):
         else:
             self.name_draft(self.draft(), id)
 
-    def make_on_node(self, store, name):
+    def make_on_node(self, name):
         """After that commit, have the node make the file. Here there is none."""
 
     def check_removable(self, row: sqlite3.Row, now: bool):
@@ -12498,9 +12497,8 @@ class KeepsFiles(GuardedNamespace):
 
 def roles_in(store, id) -> List[Tuple[str, str]]:
     """Return (account, role) of each member."""
-    rows = store.query("SELECT account, role FROM memberships WHERE workspace = ? ORDER BY "
-                       "account", id)
-    return [(row["account"], row["role"]) for row in rows]
+    return [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace "
+                                    "= ? ORDER BY account", id))]
 
 
 def row_with_file(settings, store, name):
@@ -12525,7 +12523,7 @@ def workspace_add(settings, given):
             owners = [(given.owner, "owner")]
         add_workspace(store, env.workspaces, name, owners)
         set_title(store, name, title)
-    make_on_node(env, name)
+    env.workspaces.make_on_node(name)
 
 
 @verb("workspace list", "list name, id, bytes, quota and title of each")
@@ -12586,11 +12584,6 @@ def forget_workspace(store, id):
     store.exec("DELETE FROM memberships WHERE workspace = ?", id)
     store.exec("DELETE FROM tokens WHERE workspace = ?", id)
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
-
-
-def make_on_node(env, name):
-    with OwnedStore(env.settings.directory_file) as store:
-        env.workspaces.make_on_node(store, name)
 
 
 def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pathlib.Path]:
@@ -12689,7 +12682,7 @@ def workspace_import(settings, given):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, [*members.items()], copy)
             set_title(store, name, title)
-    make_on_node(env, name)
+    env.workspaces.make_on_node(name)
     for account in new:
         print(f"{account} is new here; account passwd {account} lets them in")
     print(f"{name}: {len(members)} members")
@@ -12843,7 +12836,7 @@ def workspace_restore(settings, given):
         add_workspace(store, env.workspaces, name, roles_in(store, row["id"]), copy)
         set_title(store, name, title)
     print(f"{name}: as {given.name} was in {given.at}")
-    make_on_node(env, name)
+    env.workspaces.make_on_node(name)
 
 
 # ==== 59. Member verbs ====================================================================
@@ -13423,26 +13416,27 @@ class PlacesFiles(GuardedNamespace):
         store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
                    id)
 
-    def make_on_node(self, store, name):
+    def make_on_node(self, name):
         """Have the node make its file, then let people in.
 
         Raises Refused if it did not; the name is free again.
         """
-        row = store.one("SELECT * FROM workspaces WHERE name = ? AND moving", name)
-        if row is None:
-            return
-        if not row["node"]:
-            print(f"{name} has its members; now copy the file to a node, there do "
-                  f"workspace import FILE --name {name}, then here: node assign {name} "
-                  "HOST:PORT")
-            return
-        try:
-            ask_node(self.settings, row["node"], row["id"], "create")
-        except BaseException:
-            with store.tx():
-                forget_workspace(store, row["id"])
-            raise
-        set_moving(store, row["id"], STAYS)
+        with OwnedStore(self.settings.directory_file) as store:
+            row = store.one("SELECT * FROM workspaces WHERE name = ? AND moving", name)
+            if row is None:
+                return
+            if not row["node"]:
+                print(f"{name} has its members; now copy the file to a node, there do "
+                      f"workspace import FILE --name {name}, then here: node assign {name} "
+                      "HOST:PORT")
+                return
+            try:
+                ask_node(self.settings, row["node"], row["id"], "create")
+            except BaseException:
+                with store.tx():
+                    forget_workspace(store, row["id"])
+                raise
+            set_moving(store, row["id"], STAYS)
 
     def check_removable(self, row, now):
         super().check_removable(row, now)
@@ -13475,7 +13469,7 @@ def create_on_node(request, env):
     """A door."""
     response = env.directory.fetch(request)
     if response.which:
-        make_on_node(env, response.which)
+        env.workspaces.make_on_node(response.which)
     return response
 
 
