@@ -288,7 +288,7 @@ class Refused(Exception):
 
     message says what to do next. That of a 422 (wrong input) or a 409 (a conflict with what
     is there) is shown in the page that sent the command, at this signal (section 8).
-    fields: the messages of single fields; that of "due" is shown at the signal due_problem.
+    fields: signals of single fields, mostly messages: "due" is the signal due_problem.
     """
 
     def __init__(self, status: int, message: str,
@@ -387,7 +387,7 @@ def destination(request, verdict, env):
     headers = {**stripped(request).headers, **viewer_headers}
     headers.pop("cookie", None)
     forwarded = request._replace(path=path, headers=headers)
-    if path.split("/")[1] == "members":                  # who is a member is policy
+    if path.split("/")[1] == "members":                  # it is the Directory's: see 13
         return env.directory, forwarded
     return env.workspaces.get(viewer_headers["x-id"]), forwarded
 
@@ -418,7 +418,7 @@ def outside(request, env):
         return env.directory.fetch(request)
     if request.path.split("/")[1] != "_gate":
         raise Refused(*NOTHING_HERE)
-    return env.directory.fetch(request._replace(query=""))   # the worker may ask more [3]
+    return env.directory.fetch(request._replace(query=""))   # only the worker's has one [3]
 
 
 @dataclasses.dataclass
@@ -433,7 +433,7 @@ class Env:
     workspaces: Namespace
     doors: Dict[str, Callable[[Request, Env], Response]]     # by path
     gate: Callable[[Request, Env], Response] = ask_the_gate
-    question: Callable[[Request], Request] = question_of     # that it is asked
+    question: Callable[[Request], Request] = question_of     # what the gate is asked
     forward: Callable[[Stub, Request], Response] = lambda stub, request: stub.fetch(request)
     front: Callable[[Request, Env], Response] = worker
 
@@ -480,7 +480,7 @@ PART = re.compile(r"(?m)^<!-- (\w+) -->\n")
 
 
 class Html(str):
-    """Markup known to be safe. Joined to plain text by + it is plain text again."""
+    """Markup known to be safe. What + joins is plain text again."""
     __slots__ = ()
 
     def join(self, pieces: Sequence[Any]) -> Html:
@@ -531,9 +531,9 @@ class Template:
         first, *rest = PART.split(text)
         self.markup = first.rstrip("\n")
         self.line = line
-        # By the kind of place that this fills: the markup before its first hole and, for
-        # each hole, its own kind, its name, its writer and the markup behind it. None: it
-        # cannot stand there [3].
+        # How the markup is read, by the kind of hole that this fills ("text" for a page):
+        # the markup before its first hole and, for each hole, its kind, name and writer and
+        # the markup after it. None: this cannot fill a hole of that kind [3].
         self.readings = {}
         self.parts = {} if parts is None else parts      # one dict, shared by all of them
         for name, part in zip(rest[::2], rest[1::2]):
@@ -614,7 +614,7 @@ class Template:
         return value
 
     def fill_once(self, kind, name, value, values):
-        """Fill the part with its own name: in it, the hole has True, or the digits."""
+        """Fill the part of this name once, with the value; without a part, write it."""
         part = self.parts.get(name)
         if part and part.readings[kind]:
             return part.filled(kind, {**values, name: str(value)}) if value else ""
@@ -1104,9 +1104,9 @@ class Namespace:
 
         It opens its file with its first answer.
         """
-        if self.closed:
-            raise Refused(503, "The server is stopping. Try again in a moment.")
         with self.lock:
+            if self.closed:
+                raise Refused(503, "The server is stopping. Try again in a moment.")
             if id not in self.objects:
                 self.objects[id] = self.build(id, self)
             return self.objects[id]
@@ -1170,7 +1170,7 @@ class Watch(NamedTuple):
 class Slice(NamedTuple):
     """A feature: its tables, its live pages and its commands.
 
-    What comes behind them is for [3]. count(store) says how full a workspace is. jobs: work
+    Those after routes are for [3]. count(store) says how full a workspace is. jobs: work
     that is done later. exports: functions (store, ...) that other slices may ask. styles,
     scripts: names of assets that its pages load.
     """
@@ -1225,9 +1225,9 @@ def only_the_regions(ctx, *shown):
 class Live(NamedTuple):
     """A page at path and, at path + "/live", a stream of the regions in it.
 
-    page(ctx, *regions) returns what stands around them. title is text, or title(ctx) is.
-    params: the parameters of the query that all of this depends on, each with the pattern
-    of its values. tab: whether the navigation shows it.
+    page(ctx, *regions) returns what stands around them. title is text or, if the page is no
+    tab, title(ctx) is. params: the parameters of the query that all of this depends on,
+    each with the pattern of its values. tab: whether the navigation shows it.
 
     What stands for the <parts> of the path is a further argument of show, data, page and
     title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
@@ -1338,6 +1338,10 @@ class Viewer(SharedViewer):
 
 # -- what a slice is given
 
+# A checkbox without a value sends "on"; a signal is true or false.
+TICKED = {"on": True, "true": True, "off": False, "false": False}
+
+
 class Context:
     """What a slice is given to answer one request. [3] ends it with the request.
 
@@ -1392,15 +1396,15 @@ class Context:
             self._sent = self.request.pairs()
         return self._sent
 
-    # One of them. otherwise: if it was not sent. A value that nobody can have typed there
-    # is a Refused(400), which names the field. [3] has more of these.
+    # These take one value out of sent; otherwise stands for one that was not sent. What no
+    # form of ours can send is a Refused(400), which names the field. [3] has more of them.
 
     def field(self, name: str, otherwise: str = "") -> str:
         """Return it as text. Of several, the last."""
         return as_text(name, dict(self.sent).get(name, otherwise))
 
     def checked(self, name: str, otherwise: bool = False) -> bool:
-        """Return whether a box without a value is ticked, or whether a signal is true."""
+        """Return whether a checkbox is ticked, or whether a signal is true."""
         said = self.field(name, "true" if otherwise else "false")
         if said not in TICKED:
             raise Refused(400, f"{name} is true or false. Reload the page and try again.")
@@ -1424,7 +1428,7 @@ class Rendering:
 
     @functools.cached_property
     def frame(self) -> bytes:
-        """What a stream gets."""
+        """What a stream sends of it."""
         return event("elements", self.html)
 
 
@@ -1630,9 +1634,6 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     return as_json(signals, which=which) if signals else Response(204, which=which)
 
 
-TICKED = {"on": True, "true": True, "off": False, "false": False}
-
-
 # -- what host and routes are made of (to be skipped on a first reading, up to section 9)
 
 # The tables that each host has beside those of its slices. A list of migrations that ran
@@ -1831,7 +1832,7 @@ def some_todos(store, params):
 
 
 def found_todos(store, typed, show):
-    """Return the same of a search. It has one page, for one can search for endless things.
+    """Return the same for a search. It has one page, for one can search for anything.
 
     It reads every title, 1,000 in a third of a millisecond. An index of all words (FTS5)
     would make each command take 1.4 times as long, and each awake workspace 36 KB larger.
@@ -2083,7 +2084,7 @@ def let_in(said):
 
 
 def verdict_headers(account: str, role: str, workspace: str, id: str) -> Dict[str, str]:
-    """Return the headers that the worker passes on. (x-can-delete is for people, too.)"""
+    """Return the headers that the worker passes on. (x-can-delete is for people alone.)"""
     grants = ROLES.get(role, ())
     return {"x-account": account, "x-role": role,
             "x-can-delete": "true" if "todos:delete" in grants else "false",
@@ -2135,11 +2136,21 @@ class Directory(SliceHost):
         return self.store.one(self.SIGNED_IN, digest, time.time())
 
     def viewer(self, request):
-        """Return whom the verdict names or, without one, whose session it is."""
-        if "x-account" in request.headers:
-            return super().viewer(request)
-        row = self.session(request)
-        return self.viewer_of(row) if row else Viewer()
+        """Return whom the verdict names or, without one, whose session it is.
+
+        The role is the present one, for it may have changed since the verdict.
+        """
+        if "x-account" not in request.headers:
+            row = self.session(request)
+            return self.viewer_of(row) if row else Viewer()
+        viewer = super().viewer(request)
+        if not viewer.account or not viewer.id:
+            return viewer
+        role = role_of(self.store, viewer.id, viewer.account)
+        if role == NOT_A_MEMBER:
+            raise Refused(NO_ENTRY.status, NO_ENTRY.body.decode().strip())
+        grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
+        return dataclasses.replace(viewer, role=role, grants=grants)
 
     def viewer_of(self, session: sqlite3.Row) -> Viewer:
         return Viewer(account=session["account"])
@@ -2155,10 +2166,9 @@ class Directory(SliceHost):
             return NO_ENTRY
         return MOVING if row["moving"] else let_in(self.say(ctx.viewer, row))
 
-    def say(self, viewer: Viewer, workspace: sqlite3.Row) -> Dict[str, str]:
+    def say(self, viewer: Viewer, row: sqlite3.Row) -> Dict[str, str]:
         """Return what a verdict says of a member, as headers."""
-        return verdict_headers(viewer.account, workspace["role"], workspace["name"],
-                               workspace["id"])
+        return verdict_headers(viewer.account, row["role"], row["name"], row["id"])
 
     # -- what the slice's functions do by way of the object, for other parts add to it
 
@@ -2204,7 +2214,7 @@ class Directory(SliceHost):
                 "live": False}
 
     def mine(self, account: str, after: str) -> Dict[str, Any]:
-        """Return what fills the list of an account's workspaces, from one name on. There is
+        """Return what fills the list of an account's workspaces: those after this name, and
         one too many if there are more. [3] has counts, and offers."""
         found = self.store.query(MINE, account, after, NAMES_A_PAGE + 1)
         return {"workspace": found, "count": "", "offer": False}
@@ -2475,8 +2485,8 @@ def valid_role(role):
     return role
 
 
-# A role is changed in three steps: set_role asks who may, put_role tells all who look, and
-# store_role writes. NOT_A_MEMBER is a role, too.
+# To change a role, set_role asks who may, and Directory.give_role calls put_role. That has
+# store_role write it, and tells all who look. NOT_A_MEMBER is a role, too.
 
 def set_role(ctx, account, before, after):
     """Raise Refused(403) if only an owner may do this."""
@@ -2934,15 +2944,15 @@ def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice]
     """
     fresh = prepare(data, data / "directory.db", data / "secret.key")
     keys = read_keys(data / "secret.key")
-    inside = Router([welcome, *slices])
-    outside = Router([directory])
+    for_teams = Router([welcome, *slices])
+    for_all = Router([directory])
     pages = pages_of(slices)
     workspaces = whole(Namespace)(
         "workspace", data / "workspaces", idle,
-        lambda id, own: whole(Workspace)(id, own, inside, pages))
+        lambda id, own: whole(Workspace)(id, own, for_teams, pages))
     control = whole(Namespace)(
         "directory", data, float("inf"),
-        lambda id, own: whole(Directory)(id, own, outside, pages, keys, workspaces, demo))
+        lambda id, own: whole(Directory)(id, own, for_all, pages, keys, workspaces, demo))
     env = Env(control.get("directory"), workspaces, DOORS)
     if fresh:
         control.create("directory")
@@ -6516,10 +6526,10 @@ TRUSTED.add("x-title")
 
 @addition
 class SaysTitles(Directory):
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
-        if workspace["title"]:
-            said["x-title"] = urllib.parse.quote(workspace["title"])
+    def say(self, viewer, row):
+        said = super().say(viewer, row)
+        if row["title"]:
+            said["x-title"] = urllib.parse.quote(row["title"])
         return said
 
 
@@ -7056,21 +7066,6 @@ def plain_root(settings) -> Env:
     for change in PLAIN:
         change(env)
     return env
-
-
-@addition
-class LooksAgain(Directory):                             # with --plain, too
-    """Goes by the present role of whoever asks, if it has changed since the verdict."""
-
-    def viewer(self, request):
-        viewer = super().viewer(request)
-        if not viewer.account or not viewer.id:
-            return viewer
-        role = role_of(self.store, viewer.id, viewer.account)
-        if role == NOT_A_MEMBER:
-            raise Refused(NO_ENTRY.status, NO_ENTRY.body.decode().strip())
-        grants = tuple([grant for grant in viewer.grants if grant in ROLES.get(role, ())])
-        return dataclasses.replace(viewer, role=role, grants=grants)
 
 
 def compose(settings) -> FullEnv:
@@ -10501,8 +10496,8 @@ class LetsOperatorsLookOn(EdgeDirectory):
         viewer = super().viewer_of(session)
         return masked(viewer, session["operator"], session["read_only"])
 
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
+    def say(self, viewer, row):
+        said = super().say(viewer, row)
         if not isinstance(viewer, Masked):
             return said
         said["x-operator"] = viewer.operator
@@ -11106,8 +11101,8 @@ class TellsLabels(EdgeDirectory):
     def viewer_of(self, session):
         return dataclasses.replace(super().viewer_of(session), label=session["label"])
 
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
+    def say(self, viewer, row):
+        said = super().say(viewer, row)
         if viewer.label not in ("", viewer.account):
             said["x-label"] = urllib.parse.quote(viewer.label)
         return said
@@ -11305,9 +11300,9 @@ def reserve(store):
 
 @addition
 class SaysQuotas(EdgeDirectory):
-    def say(self, viewer, workspace):
-        quota = workspace["quota"] or self.namespace.settings.quota
-        return {**super().say(viewer, workspace), "x-quota": str(quota)}
+    def say(self, viewer, row):
+        quota = row["quota"] or self.namespace.settings.quota
+        return {**super().say(viewer, row), "x-quota": str(quota)}
 
 
 @addition
@@ -13359,10 +13354,10 @@ DIRECTORY_SLICES.append(Slice("nodes", routes=(
 
 @addition
 class KnowsNodes(Directory):                             # with --plain, too
-    def say(self, viewer, workspace):
-        if workspace["node"]:
+    def say(self, viewer, row):
+        if row["node"]:
             raise Refused(503, "This workspace is on another machine; ask there.")
-        return super().say(viewer, workspace)
+        return super().say(viewer, row)
 
 
 @addition
@@ -13373,11 +13368,11 @@ class PlacesWorkspaces(EdgeDirectory):
                                "HOST:PORT names one.")
         super().add_workspace(ctx, name, owner)
 
-    def say(self, viewer, workspace):
-        if not workspace["node"] or not self.namespace.settings.plane:
-            return super().say(viewer, workspace)
-        said = super().say(viewer, {**workspace, "node": ""})
-        return {**said, "x-node": workspace["node"]}
+    def say(self, viewer, row):
+        if not row["node"] or not self.namespace.settings.plane:
+            return super().say(viewer, row)
+        said = super().say(viewer, {**row, "node": ""})
+        return {**said, "x-node": row["node"]}
 
     def own_version(self, request):
         """Nodes hear by it of each change of access, too."""
@@ -16441,8 +16436,8 @@ class AnswersTheConsole(EdgeDirectory):
         holes = super().home_holes(viewer)
         return {**holes, "console": holes["demo"] or self.operates(viewer)}
 
-    def say(self, viewer, workspace):
-        said = super().say(viewer, workspace)
+    def say(self, viewer, row):
+        said = super().say(viewer, row)
         if not self.namespace.settings.demo and self.operates(viewer):
             said["x-operates"] = "true"
         return said
