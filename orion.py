@@ -6394,7 +6394,7 @@ class GivesWholeContexts(SliceHost):
         return whole(Context)
 
 
-def viewer_in_full(viewer, request) -> Viewer:
+def viewer_in_full(viewer, request):
     """Return the viewer with what only some sections know of a verdict."""
     for more in VIEWERS:
         viewer = more(viewer, request)
@@ -6449,7 +6449,7 @@ def stamps(files: Iterable[Any]) -> Dict[Any, Any]:
     return found
 
 
-def bytes_in(path) -> int:
+def bytes_in(path):
     """Return the size of a file; 0 if there is none."""
     try:
         return os.stat(path).st_size
@@ -6469,7 +6469,7 @@ def write_private(path, data: bytes):
     sync_folder(path.parent)
 
 
-def file_name(said: str) -> str:
+def file_name(said: str):
     """Return a name that means the same to people and to every system: no path, nothing
     that can't be seen, and not too long."""
     name = said.replace("\\", "/").rpartition("/")[2]
@@ -6489,7 +6489,7 @@ STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.movin
 LONGEST_TITLE = 63                                       # characters
 
 
-def slug(title) -> str:
+def slug(title):
     """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
 
     It can be too long. It is empty if there is none, or if the title is too long.
@@ -6546,19 +6546,19 @@ class KnowsTitles(Context):
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
 
 
-def disposition(how: str, name) -> str:
+def disposition(how: str, name):
     """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
     plain = NOT_PLAIN.sub("_", name)
     encoded = urllib.parse.quote(name, safe="")
     return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
 
 
-def text_of(request, name) -> str:
+def text_of(request, name):
     """Return a field as text; "" if it was not sent. Raises Refused(400) for a list."""
     return as_text(name, dict(request.pairs()).get(name, ""))
 
 
-def at_end(response, markup: str) -> Response:
+def at_end(response, markup: str):
     """Return a page with more markup at its end."""
     body, end, rest = response.body.rpartition(b"</body>")
     body += markup.encode("utf-8", "replace")
@@ -6792,7 +6792,7 @@ class Tables(Calls):
             raise PermissionError(f"{what}, {COMMANDS_ALONE}")
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(function):
     """Return how a function is called, also one inside of functools.partial."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
@@ -7238,8 +7238,7 @@ def full_env(directory, workspaces, settings):
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
 
-def matching(pattern: str, hint: str,
-             read: Callable[[str], Any] = str) -> Callable[[str], Any]:
+def matching(pattern: str, hint: str, read=str) -> Callable[[str], Any]:
     """Return a type for argparse: what read() makes of a text that matches.
 
     If it makes None, the text is refused, too.
@@ -7503,7 +7502,7 @@ def add_verbs(parser, given_words):
     return groups[""]
 
 
-def flags_of_all() -> argparse.ArgumentParser:
+def flags_of_all():
     """Return a parser that those of all commands have among their parents."""
     common = argparse.ArgumentParser(add_help=False)
     for flag in ("--data", "--single"):
@@ -7558,7 +7557,7 @@ def check_there(settings, or_node=False):
     load_keys(settings.key_file)
 
 
-def looked_up(settings, read: Callable[[Store], List[Any]]) -> List[Any]:
+def looked_up(settings, read) -> List[Any]:
     """Return what read finds in the Directory, as this version would have it.
 
     Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
@@ -7659,7 +7658,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
         return 2
 
 
-def in_one_line(error) -> str:
+def in_one_line(error):
     """Return what went wrong. Of a mistake in an app's function, say what kind, and where.
     """
     if isinstance(error, EOFError):                      # at a question
@@ -7986,7 +7985,7 @@ ERROR_LOGS.remove(log_traceback)
 ERROR_LOGS.append(log_place)
 
 
-def bad_return(function: Callable[..., Any], value, wanted: str) -> TypeError:
+def bad_return(function, value, wanted: str) -> TypeError:
     """Return the error of a slice's function that returned something wrong.
 
     No line of it is in the traceback, so the message says where it is.
@@ -8049,7 +8048,7 @@ class ChecksReturns(SliceHost):
 
 # -- whether pages stay current
 
-def id_of(region) -> str:
+def id_of(region):
     """Return how the id of a region is written, with the space before it."""
     return REGION.match(region)[1]
 
@@ -8060,7 +8059,7 @@ TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
 WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
 
 
-def behind_element(region) -> str:
+def behind_element(region):
     """Return what stands behind the first element; "", if that has no end tag."""
     first = TAG_OR_COMMENT.search(region)[2]
     if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
@@ -8362,7 +8361,7 @@ def lacks_in_line(self, name, remedy):
     return KeyError(in_its_line(self, holes[0], remedy))
 
 
-def in_its_line(template, at, remedy) -> str:
+def in_its_line(template, at, remedy):
     """Return what is wrong at this place of the markup, with its file and line."""
     markup = template.markup
     rest = markup[at:].lstrip() or markup[-60:]          # at the end, what is last
@@ -8477,7 +8476,7 @@ def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
     return see_other(path, *headers)
 
 
-def path_to(router, page, args) -> str:
+def path_to(router, page, args):
     """Return the path of a page, in its workspace. Raises LookupError or ValueError."""
     pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
     if page not in pages:
@@ -8511,7 +8510,7 @@ def flash_header(path, text, signals):
     return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
 
 
-def with_flash(request, response) -> Response:
+def with_flash(request, response):
     """Return the answer as it leaves: with the message it gives, or the one it got."""
     given = [value for name, value in response.headers if name == FLASH]
     if given:
@@ -8534,7 +8533,7 @@ def flash_seal(request, path, data) -> str:
     return hmac.digest(FLASH_KEY, sealed, "sha256").hex()
 
 
-def flash_in(request) -> str:
+def flash_in(request):
     """Return the message that came along for this page; "" if there is none of ours."""
     for value in cookie_values(request.headers["cookie"], "flash"):
         data, _, sealed = value.partition(".")
@@ -8679,7 +8678,7 @@ def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
     return Response(200, data, harmless_type(type), headers)
 
 
-def harmless_type(type: str) -> str:
+def harmless_type(type: str):
     """Return the type, if no browser runs what has it; else one that means nothing."""
     kind = type.partition(";")[0].strip().lower()
     if kind.startswith(HARMLESS) and not kind.endswith("xml"):
@@ -8932,7 +8931,7 @@ def use_brand(settings):
     LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
 
 
-def palette(colors) -> str:
+def palette(colors):
     """Return a style sheet. Raises Unusable for what is no colour."""
     if isinstance(colors, str) or len(colors) != 2 \
             or not all([COLOR.fullmatch(str(color)) for color in colors]):
@@ -9171,7 +9170,7 @@ class Recurring(NamedTuple):
         """When it comes, as text: if that changes, another row takes its place."""
         return f"{self.at} {self.zone}" if self.at else f"every {self.seconds:g} s"
 
-    def next_time(self, now: float, id) -> float:
+    def next_time(self, now: float, id):
         """Return when it comes next. Intervals begin at a time of each workspace's own, so
         not all of them wake at once."""
         if not self.at:
@@ -9234,7 +9233,7 @@ def plans_of(slices: Sequence[Slice]) -> Dict[str, Recurring]:
             for slice in slices for job in slice.jobs if type(job) is Recurring}
 
 
-def wrong_with_job(job) -> str:
+def wrong_with_job(job):
     """Return why a job would never run as it is meant to, or ""."""
     function = function_of(job)
     name = getattr(function, "__name__", "")
@@ -9277,7 +9276,7 @@ class Alarms:
 
     def __init__(self, namespace):
         self.namespace = namespace
-        self.directory: Any = None                       # it knows the workspaces' names
+        self.directory = None                            # it knows the workspaces' names
         self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
         self.waits = Waits(self)
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
@@ -9591,7 +9590,7 @@ class KnowsJobs(QuickRouter):
         self.exports = {function: slice.name
                         for slice in slices for function in slice.exports}
 
-    def key_of(self, slice, job, key) -> str:
+    def key_of(self, slice, job, key):
         """Return a key as the table has it. It is of the slice that enqueues the job; what
         an app enqueues (section 73) is of the job's slice."""
         owner = slice if slice in self.names else job.partition(".")[0]
@@ -9908,7 +9907,7 @@ TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
 OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 
 
-def scrypt(password, salt: bytes) -> bytes:
+def scrypt(password, salt: bytes):
     """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
     if not SCRYPT_IN_LINE.acquire(blocking=False):
         raise Refused(503, "Many people are signing in. Try again in a moment.",
@@ -9921,7 +9920,7 @@ def scrypt(password, salt: bytes) -> bytes:
         SCRYPT_IN_LINE.release()
 
 
-def as_hashed(password) -> str:
+def as_hashed(password):
     """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
 
     Keyboards differ in what they send for the same password.
@@ -10086,7 +10085,7 @@ MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded
 
 
 def login_form(next: str, personas, problem: str, status: int = 200, username="",
-               **unsent: str) -> Response:
+               **unsent: str):
     """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
     body = template("login")(next=next, username=username, problem=problem,
                              demo=bool(personas), persona=[*personas], **unsent)
@@ -10100,7 +10099,7 @@ def login_page(ctx):
     return login_form(next, ctx.host.personas(""), **carried)
 
 
-def page_of(request) -> str:
+def page_of(request):
     """Return the page that a request opens or, if it is a form, on which the form stood."""
     if request.method in SAFE:
         query = f"?{request.query}" if request.query else ""
@@ -10146,7 +10145,7 @@ def change_password(ctx):
     return see_other("/account", which=account)
 
 
-def my_digest(ctx) -> bytes:
+def my_digest(ctx):
     """Return by what the table knows the viewer's session; b"": there is none."""
     return bytes.fromhex(ctx.request.headers.get("x-session", ""))
 
@@ -10294,19 +10293,19 @@ SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": 
            "CrOS": "ChromeOS", "Mac OS": "macOS", "Linux": "Linux", "": "a device"}
 
 
-def device(agent: str) -> str:
+def device(agent: str):
     """Return what a User-Agent says, in words: "Chrome on Linux"."""
     browser, system = [next(words for sign, words in known.items() if sign in agent)
                        for known in (BROWSERS, SYSTEMS)]
     return f"{browser} on {system}"
 
 
-def utc(seconds: float) -> str:
+def utc(seconds: float):
     """Return a time in words: "30 Nov 2026, 14:05 UTC"."""
     return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
 
 
-def moment(seconds: float) -> Html:
+def moment(seconds: float):
     """Return a time that a browser with scripts shows as of its own time zone."""
     exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
     return template("layout.moment")(exact=exact, text=utc(seconds))
@@ -10411,14 +10410,14 @@ class Masked(Viewer):
                                              how=how)
 
 
-def masked(viewer, operator: Optional[str], read_only) -> Viewer:
+def masked(viewer, operator: Optional[str], read_only):
     """Return the viewer masked, if there is an operator behind them."""
     if not operator or isinstance(viewer, Masked):        # the Directory's own are already
         return viewer
     return Masked(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
-def masked_in(viewer, request) -> Viewer:
+def masked_in(viewer, request):
     """Return the viewer masked, if the verdict names an operator."""
     header = request.headers.get
     return masked(viewer, header("x-operator"), header("x-read-only"))
@@ -10558,7 +10557,7 @@ NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was n
 
 # -- to make a link
 
-def add_link(store, kind, seconds, **row) -> str:
+def add_link(store, kind, seconds, **row):
     """Return its secret."""
     secret = secrets.token_urlsafe(32)
     row = {"digest": token_hash(secret), "kind": kind, "uses": 1,
@@ -11057,7 +11056,7 @@ TRUSTED.add("x-label")
 
 
 @functools.lru_cache(maxsize=1000)
-def person_of(account, label: str) -> Html:
+def person_of(account, label: str):
     """Return somebody as lists show them."""
     other = label != account
     return template("people.person")(
@@ -11066,7 +11065,7 @@ def person_of(account, label: str) -> Html:
         colour=int(fingerprint(account.encode()), 16) % COLOURS)
 
 
-def initials(label: str) -> str:
+def initials(label: str):
     """Return the first letters of the first and of the last word: Carol Jones, CJ."""
     letters = [word[0] for word in label.split() if word[0].isalnum()] or [label[:1]]
     return "".join(letters[:1] + letters[1:][-1:]).upper()
@@ -11417,7 +11416,7 @@ class GivesBackMemory(LoopEdge):
 # It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
 # It needs: 43 Keys, for a token, 44 Accounts, for who is an operator, and 51 Quotas.
 
-def size_of(response) -> int:
+def size_of(response):
     """Return how many bytes the body of an answer has."""
     pieces = [one.piece.plain for one in response.watch or ()]
     rest = response.rest.size if response.rest else 0
@@ -11824,7 +11823,7 @@ def remove_log(path):
         path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
 
 
-def timestamp() -> str:
+def timestamp():
     """Return now, in UTC. Such names sort by age; two in a second are two."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -11878,7 +11877,7 @@ def copy_database(source, target, about=None) -> int:
 SHADOWS = ("data", "idx", "content", "docsize", "config")
 
 
-def verified(db: sqlite3.Connection) -> int:
+def verified(db: sqlite3.Connection):
     """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
@@ -11904,7 +11903,7 @@ def opened_to_read(path):
     return contextlib.closing(connected_to_read(path))
 
 
-def take_away(path, copy: Optional[pathlib.Path] = None, about=None) -> int:
+def take_away(path, copy=None, about=None) -> int:
     """Remove a database that others may have open. Return the number of rows in the copy.
 
     Commands that are on their way finish first, and are in the copy. The others see that
@@ -12000,7 +11999,7 @@ def link_or_copy(source, target) -> bool:
     return True
 
 
-def in_two_threads(function: Callable[[Any], Any], all: Iterable[Any]) -> Iterator[Any]:
+def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
     """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
     workspaces: 2.3 x.)"""
     from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
@@ -12017,8 +12016,8 @@ def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]
             print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
 
 
-def snapshot(settings, target, before: Optional[pathlib.Path] = None,
-             each: Callable[..., Any] = in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
+def snapshot(settings, target, before=None,
+             each=in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
 
     before: the snapshot before, for what did not change.
@@ -12436,8 +12435,7 @@ def remove_blanks(settings):
 # It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes does the same in another
 #   way.
 
-def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]],
-                  source: Optional[pathlib.Path] = None):
+def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]], source=None):
     """Add a workspace with these members (accounts with their roles).
 
     Its file (source, or an empty one) is there before the commit: a row without a file
@@ -13145,7 +13143,7 @@ NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict.
 
 # -- seals
 
-def seal_of(parts: Sequence[str], key, until: int = 0) -> str:
+def seal_of(parts: Sequence[str], key, until: int = 0):
     """Return a seal over parts. until: seconds by the clock; 0: for SEALED_SECONDS."""
     until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
@@ -13155,7 +13153,7 @@ def seal_of(parts: Sequence[str], key, until: int = 0) -> str:
 SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
-def holds_until(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]) -> int:
+def holds_until(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]):
     """Return until when the seal holds; 0 if it is too old, not ours, or over other parts.
 
     The clock of whoever made it may be SEALED_SECONDS ahead.
@@ -13300,7 +13298,7 @@ class RemoteWorkspaces(RemoteDirectory):
 
 # -- the directory's side: placement
 
-def node_for(store, name) -> str:
+def node_for(store, name):
     """Return the address of a new workspace's node, by rendezvous hashing; "": here.
 
     Each node gets its share. A node more, or less, moves no other workspace.
@@ -13310,7 +13308,7 @@ def node_for(store, name) -> str:
                key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
 
 
-def request_behind(request) -> Request:
+def request_behind(request):
     """Return the request for which a proxy asks: its method and path.
 
     Both are "" if the proxy does not say them, or in two ways.
@@ -13325,7 +13323,7 @@ def request_behind(request) -> Request:
     return Request("", "")
 
 
-def workspace_behind(request) -> str:
+def workspace_behind(request):
     """Return the workspace of the request for which a proxy asks; "": none, or two."""
     path = request_behind(request).path
     return path.split("/")[2] if path.startswith("/w/") else ""
@@ -13920,7 +13918,7 @@ class KnowsPlaces(EdgeDirectory):
 AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
 
 
-def answers(settings, node) -> int:
+def answers(settings, node):
     """Return 1 if a node answers, in a second, what it says to its directory alone."""
     question = Request("GET", f"/_node/{'0' * 64}/has")
     return int(outcome(ask_process, settings, node, question, 1.0) is False)
@@ -13970,7 +13968,7 @@ NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grant
 SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
 
 
-def public_path(router, request) -> str:
+def public_path(router, request):
     """Return the path of the route, if a slice lets anybody in with this; else ""."""
     if not request.path.startswith("/w/"):
         return ""
@@ -13994,7 +13992,7 @@ def public_functions(settings) -> Dict[str, Callable]:
 DEEPEST = 20                                             # parts of a path looked at
 
 
-def unnamed(request, env, status: int) -> Request:
+def unnamed(request, env, status: int):
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. The longest beginning of the path that is public decides.
 
@@ -14013,7 +14011,7 @@ def unnamed(request, env, status: int) -> Request:
     return request
 
 
-def as_nobody(request, env) -> Request:
+def as_nobody(request, env):
     """Return the request. A public command from another site becomes nobody's.
 
     It goes on as if a page of ours had sent it. (Other commands are refused then.)
@@ -14185,7 +14183,7 @@ class ListsOfNode(MemberLists):
     def __init__(self, settings):
         super().__init__()
         self.settings = settings
-        self.as_of: Any = None                           # version of the Directory
+        self.as_of = None                                # version of the Directory
 
     def of(self, id):
         """Mostly it is there already: see prepare. A job may have to wait."""
@@ -14333,12 +14331,12 @@ class Spool:
         self.route = route
         self.limit = route.upload
         self.folder = folder
-        self.file: Any = None                            # made when the first piece is here
+        self.file = None                                 # made when the first piece is here
         self.waiting = bytearray()                       # what is not written yet
         self.size = 0                                    # of all that has come
         self.began = 0.0                                 # without the time to write it
-        self.data: Any = b""                             # all of it, when it is whole
-        self.pairs: Any = None                           # its fields, or why they can't be
+        self.data = b""                                  # all of it, when it is whole
+        self.pairs = None                                # its fields, or why they can't be
         self.account = ""                                # who pays for it, in Uploads
         self.reserved = 0                                # so many bytes
 
@@ -14386,7 +14384,7 @@ class Uploads:
             self.routes.append((re.compile(pattern), route))
         self.most = max([self.ACCOUNT, *[route.upload for _, route in self.routes]])
         self.lock = threading.Lock()                     # guards the next line
-        self.taken: Any = collections.Counter()          # bytes, by account
+        self.taken = collections.Counter()               # bytes, by account
 
     def route(self, reading) -> Optional[Route]:
         """Return the route that takes this as an upload; None: there is none."""
@@ -14703,7 +14701,7 @@ NO_TYPE = "application/octet-stream"
 NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
-def type_of(beginning: bytes) -> str:
+def type_of(beginning: bytes):
     """Return the type of what begins so: one of INERT, TEXT or NO_TYPE."""
     for type, at, mark in INERT:
         if beginning.startswith(mark, at):
@@ -14871,7 +14869,7 @@ def check_room(store, size):
                            "ask for a larger quota.")
 
 
-def piece_of(store, id, at, ends) -> bytes:
+def piece_of(store, id, at, ends):
     """Return the bytes from at on, to the end of their piece, or to ends."""
     row = store.one("SELECT data FROM _file_pieces WHERE id = ?",
                     id * MOST_PIECES + at // PIECE)
@@ -14909,7 +14907,7 @@ class Rest:
     def size(self) -> int:
         return self.ends - self.at
 
-    def read(self) -> bytes:
+    def read(self):
         """Return the next piece. Raises Refused(404) if the file is gone."""
         query = f"id={self.id}&at={self.at}&ends={self.ends}"
         data = self.stub.fetch(Request("GET", "/_piece", query)).body
@@ -14984,7 +14982,7 @@ TRUSTED.update({"x-bearer", "x-token"})
 BEARER = "__Host-bearer="
 
 
-def with_token(request) -> Request:
+def with_token(request):
     """Return the request of a program as a page of ours would send it, with its token.
 
     Only pages need to say where they come from: no browser sends a token by itself.
@@ -15220,7 +15218,7 @@ class Program(Viewer):
         return f"{self.account}{self.BY}{self.token}"
 
 
-def program_in(viewer, request) -> Viewer:
+def program_in(viewer, request):
     """Return the viewer as a Program, if the verdict names a token."""
     said = request.headers.get("x-token")
     if not said:
@@ -15314,7 +15312,7 @@ class DataInPages(EdgeWorkspace):
         return DataPiece(Html(text), made, round(1e6 * (time.perf_counter() - made)))
 
 
-def written(data) -> str:
+def written(data):
     """Return it as JSON. A row of the store is an object."""
     return json.dumps(data, default=dict)
 
@@ -15344,7 +15342,7 @@ PLAIN.append(refuse_tokens)
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
 # It stands behind: 69 Tokens. What a program was told is what is kept.
 
-def stamp_of(request) -> str:
+def stamp_of(request):
     """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
     may_have = b"_stamp" in request.body or request.spool
     if request.method in SAFE or not may_have or request.media_type not in FORMS:
@@ -15352,7 +15350,7 @@ def stamp_of(request) -> str:
     return text_of(request, "_stamp")
 
 
-def repeat_key(request) -> str:
+def repeat_key(request):
     """Return what tells that a command is sent again; "" if nothing can.
 
     It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
@@ -15366,7 +15364,7 @@ def repeat_key(request) -> str:
     return key
 
 
-def command_id(request, viewer) -> bytes:
+def command_id(request, viewer):
     """Return an id of the command, by account and address; b"" if it has no repeat_key.
 
     It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
@@ -15917,7 +15915,7 @@ class Trip:
         self.status = 0
         self.legs: List[Leg] = []
         self.calls: List[Call] = []
-        self.probed: Any = None                          # what a probe has shown
+        self.probed = None                               # what a probe has shown
 
 
 class OfThread(threading.local):
@@ -15977,7 +15975,7 @@ class Trace:
             self.shown = self.noted
             return [*self.calls]
 
-    def follow(self, trip, route: Callable[..., Response], *args):
+    def follow(self, trip, route, *args):
         """Return outcome(route, *args), noted as the trip.
 
         One that reached no object is not kept: there is nothing to draw.
@@ -15991,7 +15989,7 @@ class Trace:
             self.news()
         return answer
 
-    def leg(self, kind: str, id, fetch: Callable[[], Response]) -> Response:
+    def leg(self, kind: str, id, fetch):
         """Return fetch(), noted as a leg of this thread's trip."""
         trip = self.thread.trip
         if trip is None or self.thread.silent:
@@ -16018,7 +16016,7 @@ def in_ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms"
 
 
-def clock(at: float, digits: str = "seconds") -> str:
+def clock(at: float, digits: str = "seconds"):
     """Return the time of day, cut off after the seconds or after the milliseconds."""
     return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
 
@@ -16067,7 +16065,7 @@ class TracesItsStore(GuardedObject):
 
 
 @addition
-class Follows(LoopEdge):
+class HasConsole(LoopEdge):
     """While somebody watches, each request makes its trip alone, and none is kept."""
 
     def __init__(self, *args):
@@ -16075,6 +16073,16 @@ class Follows(LoopEdge):
         self.trace = Trace(with_args=bool(self.settings.demo))
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
+        self.console = Console(self)
+        self.broker.unannounced = (Console.id,)
+        if self.env.directory.namespace.kind == "directory":     # and not a single root's
+            self.broker.unannounced += ("directory",)
+        paths = [path for _, path in self.console.actions]
+        self.add_doors(dict.fromkeys(paths, self.console.answer))
+
+    def tick(self, now):
+        super().tick(now)
+        self.broker.published(Console.id, Console.id)
 
     def keeps_answers(self):
         return super().keeps_answers() and not self.trace.watched
@@ -16183,7 +16191,7 @@ class Console:
         self.due = False
         self.broker.published(self.id, self.id)
 
-    def fetch(self, request) -> Response:
+    def fetch(self, request):
         """Return the region, as an object would: the broker takes this for a stub."""
         with self.trace.silence():
             shown = self.shown(request.params, "paused" not in request.params)
@@ -16479,22 +16487,6 @@ class ShowsXray(Broadcast):
 
 
 @addition
-class HasConsole(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.console = Console(self)
-        self.broker.unannounced = (Console.id,)
-        if self.env.directory.namespace.kind == "directory":     # and not a single root's
-            self.broker.unannounced += ("directory",)
-        paths = [path for _, path in self.console.actions]
-        self.add_doors(dict.fromkeys(paths, self.console.answer))
-
-    def tick(self, now):
-        super().tick(now)
-        self.broker.published(Console.id, Console.id)
-
-
-@addition
 class CountsConsoles(Broker):
     def count_watcher(self, stream, id, more):
         super().count_watcher(stream, id, more)
@@ -16682,7 +16674,7 @@ class App:
     def __init__(self, settings: Settings, what: str):
         self.settings = settings
         self.what = what                                 # for the journals, too
-        self.env: Any = None
+        self.env = None
         self.inside = ""                                 # the workspace that is open
 
     def setting(self, name: str) -> Any:
@@ -16933,7 +16925,7 @@ class Parent:
         self.assets = settings.assets
         self.modules = own_modules()                     # then the child's: see read
         self.seen: Dict[str, Any] = {}                   # stamps
-        self.child: Any = None
+        self.child = None
         self.said: Sequence[str] = ()                    # by the child, of late
         self.served = False                              # did the child?
         self.stopping = False
@@ -17118,7 +17110,7 @@ class Faults:
 FAULTS = Faults()
 
 
-def explained(where, error) -> str:
+def explained(where, error):
     """Return what it was, the SQL that was run, and the traceback from the slice on."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     statements = dict.fromkeys(filter(None, map(statement_in, frames)))
