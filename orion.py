@@ -5368,6 +5368,7 @@ class Broker:
         if before not in (0, self.version):
             self.published(directory.id, "access:")      # anybody's
             self.published(directory.id, "")
+        if before != self.version:                       # for the first time, too
             self.changed_elsewhere()
 
     def changed_elsewhere(self):
