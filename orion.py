@@ -200,6 +200,9 @@ class Request(NamedTuple):
         next page. (Datastar can send forms, too.)"""
         return not self.datastar and self.media_type in FORMS
 
+    def with_headers(self, more: Dict[str, str]) -> Request:
+        return self._replace(headers={**self.headers, **more})
+
     @property
     def params(self) -> Dict[str, str]:
         """The parameters of the query. Raises Refused(400) for too many."""
@@ -2770,8 +2773,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.begin(response)
         shown = b""
-        headers = {**request.headers, "datastar-request": "true"}    # a no is a frame, too
-        request = request._replace(headers=headers)
+        request = request.with_headers({"datastar-request": "true"})     # a no is a frame
         while response.watch:
             # Also when nothing is new, something is sent: so a closed tab is noticed.
             self.chunk(BEAT if response.body == shown else response.body)
@@ -3516,6 +3518,10 @@ class GuardedStub(Stub):
         """Ask a question of the server itself. Return the answer, taken out of its JSON."""
         question = Request("GET", path, query, headers, scheme=scheme)
         return json.loads(self.fetch(question).body)
+
+    def ask_as(self, request, path) -> Any:
+        """Ask it about whoever sent this request, and with its query."""
+        return self.ask(path, request.query, request.headers, request.scheme)
 
     def fetch_all(self, requests, check=lambda: None) -> List[Any]:
         """See GroupCommit. check() is called when the turn has come; it may raise."""
@@ -6226,13 +6232,12 @@ def create_workspace_with_file(request, env):
     In the Directory's turn every other request would wait for its verdict meanwhile. So
     there the file only gets its name.
     """
-    signed_in = env.directory.ask("/_account", "", request.headers, request.scheme)
+    signed_in = env.directory.ask_as(request, "/_account")
     if request.method != "POST" or not signed_in:
         return env.directory.fetch(request)
     draft = env.workspaces.draft()
     try:
-        headers = {**request.headers, "x-file": draft}
-        return env.directory.fetch(request._replace(headers=headers))
+        return env.directory.fetch(request.with_headers({"x-file": draft}))
     finally:
         env.workspaces.discard(draft)
 
@@ -8979,7 +8984,7 @@ def words_for_count(workspace):
 def home_with_counts(request, env):
     """A door."""
     if request.method in SAFE:
-        mine = env.directory.ask("/_mine", request.query, request.headers, request.scheme)
+        mine = env.directory.ask_as(request, "/_mine")
         env.directory.namespace.counts.update(
             {id: words_for_count(env.workspaces.get(id)) for id in mine})
     return env.directory.fetch(request)
@@ -9104,7 +9109,7 @@ class CountsForHomes(LoopEdge):
 
     def ids_at(self, home):
         again = home.subscription.again
-        return {*self.env.directory.ask("/_mine", again.query, again.headers)}
+        return {*self.env.directory.ask_as(again, "/_mine")}
 
 
 DIRECTORY_SLICES.append(Slice("home", routes=(
@@ -10050,12 +10055,12 @@ class Passwords:
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
             self.guesses.count(here, *shared)
-            return request._replace(headers={**request.headers, "x-stored": ""})
+            return request.with_headers({"x-stored": ""})
         self.guesses.forgive(here, *shared)
         self.sign_ins.count(here)
         self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
-        said = {"x-stored": stored, "x-hashed": hash_password(new) if new else ""}
-        return request._replace(headers={**request.headers, **said})
+        return request.with_headers({"x-stored": stored,
+                                     "x-hashed": hash_password(new) if new else ""})
 
 
 def account_proved(ctx):
@@ -10951,7 +10956,7 @@ class OpensLinks(LoopEdge):
         if not new:
             return request
         count_attempt(self.made_accounts, request)
-        return request._replace(headers={**request.headers, "x-hashed": hash_password(new)})
+        return request.with_headers({"x-hashed": hash_password(new)})
 
 
 def print_first_link(server, address):
@@ -11621,7 +11626,7 @@ class HasFigures(LoopEdge):
     def may_see_figures(self, request, env):
         if self.is_from_here(request) or has_token(request, self.settings):
             return True
-        return env.directory.ask("/_operator", "", request.headers, request.scheme)
+        return env.directory.ask_as(request, "/_operator")
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -14079,8 +14084,8 @@ class OpensToAnybody(LoopEdge):
         if not isinstance(decided, Noted) or "cookie" in request.headers \
                 or not self.env.public(request):
             return decided
-        headers = {**decided.request.headers, **NOBODY, "x-operator": "", "x-read-only": ""}
-        return decided._replace(request=decided.request._replace(headers=headers))
+        nobody = {**NOBODY, "x-operator": "", "x-read-only": ""}
+        return decided._replace(request=decided.request.with_headers(nobody))
 
     def as_logged(self, request, status=500):
         return unnamed(request, self.env, status) if self.secretive else request
@@ -15090,8 +15095,8 @@ class KnowsTokens(EdgeDirectory):
         if not cookie.startswith(BEARER):
             return request
         token = cookie[len(BEARER):]
-        said = {"x-session": token_hash(token).hex(), "x-bearer": token[6:18]}
-        return request._replace(headers={**request.headers, **said})
+        return request.with_headers({"x-session": token_hash(token).hex(),
+                                     "x-bearer": token[6:18]})
 
     def token(self, request) -> Optional[sqlite3.Row]:
         """Return the row of the token; None if it is not valid."""
@@ -16167,7 +16172,7 @@ class Console:
         if action is None:
             raise Refused(405, "The console is read with GET, and used from its own page.")
         with self.trace.silence():
-            me = env.directory.ask("/_onlooker", "", request.headers, request.scheme)
+            me = env.directory.ask_as(request, "/_onlooker")
             refuse_old_page(request, me["account"])
             if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)
