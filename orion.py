@@ -12013,15 +12013,6 @@ def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
         yield from threads.map(function, all)
 
 
-def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
-    """Yield one after the other, counted for somebody who waits at a terminal."""
-    for number, one in enumerate(results, 1):
-        yield one
-        if sys.stderr.isatty():
-            end = "\n" if number == many else ""
-            print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
-
-
 def snapshot(settings, target, before=None,
              each=in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
@@ -12039,8 +12030,7 @@ def snapshot(settings, target, before=None,
             held["directory"] = {"rows": rows, "seen": ""}
         ids = [*names_here(settings, directory)]
         copy = functools.partial(copy_one, settings, part, before, known)
-        copies = with_progress(each(copy, ids), len(ids), "copied")
-        for id, (about, fault) in zip(ids, copies):
+        for id, (about, fault) in zip(ids, each(copy, ids)):
             if about:
                 held[id] = about
             if fault:
@@ -12158,7 +12148,7 @@ def restore(settings, given):
     write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
     bring = functools.partial(restore_one, settings, given.folder, held)
     ids = [id for id in held if id != "directory"]
-    for _ in with_progress(in_two_threads(bring, ids), len(ids), "restored"):
+    for _ in in_two_threads(bring, ids):
         pass
     if "directory" in held:                              # last: it says that all is there
         bring("directory")
@@ -12208,9 +12198,8 @@ def check(settings, given):
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
-    said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
-    said = with_progress(said, len(names), "checked")    # no threads: the disk has no work
-    for name, wrong in zip(names.values(), said):
+    for id, name in names.items():                       # no threads: the disk has no work
+        wrong = wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
         faults += cut_short(settings)
