@@ -11710,11 +11710,11 @@ def figures_of(settings) -> Dict[str, Dict[str, float]]:
         with contextlib.closing(link):
             link.request("GET", "/metrics", headers=headers)
             answer = link.getresponse()
-            text = answer.read().decode()
+            text = answer.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
         raise Unusable(f"no server answers at {where} ({error}); start it, or say where it "
                        "listens: --host and --port stand before top") from error
-    if answer.status != 200:
+    if "orion_streams_open" not in text:
         raise Unusable(f"{where} shows no figures ({answer.status}): it wants the token of "
                        "its folder, which --data names; with --plain it has none")
     found: Dict[str, Dict[str, float]] = collections.defaultdict(dict)
@@ -11782,12 +11782,12 @@ class Top:
 
 
 def curses_here():
-    """Return the module, if it can draw where the output goes."""
+    """Return the module, if it can draw where the output goes, and hear of keys."""
     with contextlib.suppress(ImportError):               # Windows has none
         import curses
         with contextlib.suppress(curses.error):          # it does not know the terminal
             curses.setupterm()
-            return curses if sys.stdout.isatty() else None
+            return curses if os.isatty(0) and os.isatty(1) else None
 
 
 @verb("top", "show what a running server does, and for which workspaces", "--once",

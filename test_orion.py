@@ -11113,10 +11113,24 @@ def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_wher
     server.close()
     assert top_of(server, "--once") == 2 and "no server answers at 127.0.0.1:" in (said := capsys.readouterr().err) and "start it" in said
     plain = orion.PlainEdge("127.0.0.1", 0, orion.plain_planes(tmp_path / "plain"))
-    thread = threading.Thread(target=plain.serve_forever)
-    thread.start()
-    assert orion.main(argv=["--port", str(plain.server_port), "top", "--once"]) == 2 and "with --plain it has none" in capsys.readouterr().err
-    plain.shutdown(), thread.join(PATIENCE), plain.server_close()
+    other = http.server.HTTPServer(("127.0.0.1", 0), type("Hello", (http.server.BaseHTTPRequestHandler,), {
+        "do_GET": lambda self: (self.send_response(200), self.end_headers(), self.wfile.write(b"Hello 1\n")), "log_message": lambda *_: None}))
+    for server, status in ((plain, 404), (other, 200)):
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        assert orion.main(argv=["--port", str(server.server_port), "top", "--once"]) == 2
+        assert f"shows no figures ({status})" in (said := capsys.readouterr().err) and "with --plain it has none" in said
+        server.shutdown(), thread.join(PATIENCE), server.server_close()
+
+
+def test_top_draws_only_where_it_also_hears_of_keys_and_on_terminals_that_it_knows(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for terminals, drawn in (({0, 1}, True), ({0}, False), ({1}, False)):
+        monkeypatch.setattr(orion.os, "isatty", lambda handle: handle in terminals)
+        assert bool(orion.curses_here()) == drawn
+    monkeypatch.setenv("TERM", "no-such-terminal")
+    script = "import os, orion; os.isatty = lambda handle: True; print(orion.curses_here())"
+    assert subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True).stdout == "None\n"
 
 
 # ==== 55. Copies, 56. Snapshots =======================================================================================
