@@ -6588,7 +6588,7 @@ class KnowsOwners(NestedStore):
     def __init__(self, path, create: bool = False):
         super().__init__(path, create)
         self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
-        self.judge = Judge(self.owners)
+        self.judge = whole(Judge)(self.owners)
         self.db.set_authorizer(self.judge)
 
     def migrate_all(self, schema):
@@ -6717,10 +6717,13 @@ class Judge:
             return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
             return ""
-        owner = self.owners.get(table.lower(), self.slice)
+        owner = self.owner_for(action, table)
         if owner != self.slice:
             return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
         return ""
+
+    def owner_for(self, action, table):
+        return self.owners.get(table.lower(), self.slice)
 
 
 # What SQLite says of a statement that can't be begins so.
@@ -9565,7 +9568,6 @@ class EnqueuesJobs(Context):
         if self.store.slice in names:                    # else it is an app, and means any
             names = [self.store.slice]
         return self.host.cancel(*[f"{name}:{key}" for name in names])
-
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(store, *args), with the tables of the slice that exports it.
@@ -16500,7 +16502,6 @@ class CountsConsoles(Broker):
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 42 Jobs.
-# It stands behind: 72 Console. It changes the store that this made.
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
@@ -16757,26 +16758,14 @@ def named_workspaces(store):
                        "NOT moving AND node = '' ORDER BY name")
 
 
-class AppJudge(Judge):
-    def object_to(self, action, table, second):
-        if self.slice != APP:
-            return super().object_to(action, table, second)
-        self.slice = self.owners.get(table.lower(), APP)
-        if self.slice == "orion" and action in WRITES:
-            self.slice = APP                             # which owns nothing
-        try:
-            return super().object_to(action, table, second)
-        finally:
-            self.slice = APP
-
-
 @addition
-class LetsAppIn(GuardedObject):
-    def make_store(self, create):
-        store = super().make_store(create)
-        store.judge = AppJudge(store.owners)
-        store.db.set_authorizer(store.judge)
-        return store
+class LetsAppsIn(Judge):
+    def owner_for(self, action, table):
+        """Tables of all slices are an app's. Those of the server it only reads."""
+        owner = super().owner_for(action, table)
+        if self.slice != APP or owner == "orion" and action in WRITES:
+            return owner
+        return APP
 
 
 @addition
