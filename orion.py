@@ -7582,7 +7582,7 @@ def looked_up(settings, read) -> List[Any]:
 
 
 @contextlib.contextmanager
-def opened(settings, given: Optional[argparse.Namespace] = None, which: str = ""):
+def opened(settings, given=None, which: str = ""):
     """Give the Directory's store, and the env around it.
 
     A command (given) is one transaction, and is noted in the journal, with its arguments,
@@ -16669,13 +16669,10 @@ class App:
 
     def __init__(self, settings: Settings, what: str):
         self.settings = settings
+        self.setting = settings.setting                  # as ctx.setting
         self.what = what                                 # for the journals, too
         self.env = None
         self.inside = ""                                 # the workspace that is open
-
-    def setting(self, name: str) -> Any:
-        """Return what was said of an option of the app. Raises LookupError."""
-        return self.settings.setting(name)
 
     def workspaces(self) -> List[str]:
         """Return the names of all workspaces."""
@@ -17025,8 +17022,8 @@ class Notice(ThreadingHTTPServer):
         super().__init__(("", 0), NoticeHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        last = [line for line in text.split("\n") if line.strip()][-1:]
-        self.text = "\n".join([*last, "", text])
+        last = text.strip().rpartition("\n")[2]
+        self.text = f"{last}\n\n{text}"
         self.started = time.time_ns()
         self.env = types.SimpleNamespace(front=self.answer)
 
