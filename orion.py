@@ -8573,7 +8573,7 @@ def old_messages(request) -> Dict[str, str]:
 
     A form does not bring these signals along; otherwise, only those that came are meant.
     """
-    names: Dict[str, Any] = {}
+    names = {}
     with contextlib.suppress(Refused):
         names = dict(request.pairs())
     problems = ["problem"]
@@ -10836,7 +10836,7 @@ def people_of(ctx, names):
 
 def in_words(role):
     """Return what a role may do: "read, write and delete todos; manage members"."""
-    verbs: Dict[str, List[str]] = {}
+    verbs = {}
     for grant in ROLES.get(role, ()):
         thing, _, verb = grant.partition(":")
         verbs.setdefault(thing, []).append(verb)
@@ -14591,7 +14591,7 @@ def parts_of(data, content_type: str) -> List[Tuple[str, Any]]:
     mark = b"\r\n--" + (named[1] or named[2]).encode()
     if data[:len(mark) - 2] != mark[2:]:
         raise Refused(*NO_PARTS)
-    pairs: List[Tuple[str, Any]] = []
+    pairs = []
     at = len(mark) - 2
     while data[at:at + 2] == b"\r\n":
         begins = data.find(b"\r\n\r\n", at, at + PART_HEAD_LIMIT)
@@ -15286,7 +15286,7 @@ class DataInPages(EdgeWorkspace):
         regions = [region for region in live.regions if region.data]
         if type(ctx.viewer) is not Program or not regions:
             return super().live_page(live, ctx, args)
-        told: Dict[str, Any] = {}
+        told = {}
         for region in regions:
             told.update(region.data(ctx.for_region(region, live), *args))
         return Response(200, written(told).encode(), "application/json")
@@ -15542,7 +15542,7 @@ def entries(ctx, most):
 @functools.lru_cache(maxsize=4)
 def routes_of(router) -> Dict[str, List[Route]]:
     """Return the routes by what the journal calls their commands."""
-    found: Dict[str, List[Route]] = {}
+    found = {}
     for _, slice, route in router.rows:
         found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
     return found
