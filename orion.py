@@ -11855,6 +11855,14 @@ def remove_any(path):
         file.unlink(missing_ok=True)
 
 
+COPY = "copy.making-"                                    # folders begin so
+
+
+def folder_for_copy(settings):
+    """Give a folder in which a copy is tried before it is believed. Then it is removed."""
+    return tempfile.TemporaryDirectory(dir=settings.data, prefix=COPY)
+
+
 class Original(OwnedStore):
     """A file that is only read, and stays as it is."""
     SETUP = "PRAGMA query_only=ON"
@@ -12251,7 +12259,7 @@ def try_on_copy(settings, db, path, schema):
     migrated = wanted == {row for row in ran if row[0] in slices}
     if migrated and not db.execute(INDEXES).fetchone():
         return
-    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
+    with folder_for_copy(settings) as folder:
         copy = pathlib.Path(folder, "adopted.db")
         copy_database(path, copy)
         check_indexes(copy)
@@ -12290,22 +12298,13 @@ def cut_short(settings):
 
 def leftovers(settings) -> List[pathlib.Path]:
     """Return what nobody misses: files in the making that nobody makes any more."""
-    patterns = ["secret.key.part", "restoring.part", "directory.db.making*",
+    patterns = ["secret.key.part", "restoring.part", "directory.db.making*", f"{COPY}*",
                 "workspaces/*.part", "workspaces/*.making*", "removed/*.making*"]
     if settings.single:
         patterns = [f"{settings.single.name}*.part", f"{settings.single.name}.making*"]
     elif not is_served(settings):
         patterns += ["backups/*.making", "workspaces/new-*"]
-    found = {path for pattern in patterns for path in settings.data.glob(pattern)}
-    folders = () if settings.single else settings.data.glob("tmp*/")
-    found.update(folder for folder in folders if is_copy(folder))
-    return sorted(found)
-
-
-def is_copy(folder):
-    """Is it a folder that an import, or a check, made for a copy?"""
-    return folder.is_dir() and all([file.name.startswith("adopted.db")
-                                    for file in folder.iterdir()])
+    return sorted({path for pattern in patterns for path in settings.data.glob(pattern)})
 
 
 def is_served(settings):
@@ -12752,7 +12751,7 @@ def adopted(settings, source, jobs: Optional[str]):
     see keep_or_drop_jobs. Raises Unusable if the slices that are here can't go on with it.
     """
     private_folder(settings.data)
-    with tempfile.TemporaryDirectory(dir=settings.data) as folder:
+    with folder_for_copy(settings) as folder:
         path = pathlib.Path(folder) / "adopted.db"
         copy_database(source, path)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:

@@ -10094,7 +10094,7 @@ def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start
     assert check() == 0 and file.read_bytes() == before
     with contextlib.closing(sqlite3.connect(file)) as db, db:
         db.execute("UPDATE words_data SET block = x'ff' || block WHERE id > 10")
-    assert check() == 1 and not [*data.glob("tmp*")]
+    assert check() == 1 and not [*data.glob("copy*")]
     said = capsys.readouterr().out                   # since SQLite 3.44 in its own words: quick_check looks into such an index, too
     assert f"acme: {file}: " in said and re.search("the index words is damaged|damaged: .*words", said)
     with contextlib.closing(sqlite3.connect(file)) as db, db:
@@ -10105,15 +10105,15 @@ def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start
 def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
     data = served.env.settings.data
     left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
-            "removed/x.db.making", "tmp12345678/adopted.db", "tmp87654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
-    for name in (*left, "tmp-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
+            "removed/x.db.making", "copy.making-1234567/adopted.db", "copy.making-7654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
+    for name in (*left, "copy-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text("x")
-    named = [data / name if name.count("/") < 2 and not name.startswith("tmp") else (data / name).parent for name in left]
+    named = [data / name if name.count("/") < 2 and not name.startswith("copy") else (data / name).parent for name in left]
     status, out, _ = served.run("check")
     assert status == 1 and [path for path in named if f"{path}: left behind" not in out] == [] and "of-ours" not in out
     status, out, _ = served.run("check", "--repair")
-    assert status == 1 and [path for path in named if path.exists()] == [] and (data / "tmp-of-ours" / "notes").exists()
+    assert status == 1 and [path for path in named if path.exists()] == [] and (data / "copy-of-ours" / "notes").exists()
     assert "old.db.moved: an older version" in out and "gone.db-wal: its database is gone" in out and out.count("removed\n") == len(left)
 
 
