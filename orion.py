@@ -829,17 +829,22 @@ class Store(Calls):
         """
         self.exec("CREATE TABLE IF NOT EXISTS _migrations (slice TEXT, entry INTEGER, "
                   "digest TEXT, tables TEXT, PRIMARY KEY (slice, entry)) WITHOUT ROWID")
-        ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
-        digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
-        for row, digest in zip(ran, digests + [""] * len(ran)):
-            check_history(slice, row, digest)
-        if len(entries) == len(ran):
+        digests = digests_of(entries)
+        ran = self.count_ran(slice, digests)
+        if len(entries) == ran:
             return
-        with self.migrating(slice, entries, len(ran)):
-            for number in range(len(ran), len(entries)):
+        with self.migrating(slice, entries, ran):
+            for number in range(ran, len(entries)):
                 tables = self.apply(slice, entries, number)
                 row = slice, number + 1, digests[number], " ".join(tables)
                 self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
+
+    def count_ran(self, slice, digests):
+        """Return how many entries ran here. Raise MigrationError if they were others."""
+        ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
+        for row, digest in zip(ran, digests + [""] * len(ran)):
+            check_history(slice, row, digest)
+        return len(ran)
 
     def migrating(self, slice, entries, ran):
         """Return the transaction for all entries but the first `ran`."""
@@ -865,6 +870,10 @@ class Store(Calls):
 
 class MigrationError(Exception):
     """File and slices do not fit together. The text names slice, entry and table."""
+
+
+def digests_of(entries):
+    return [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
 
 
 def check_history(slice, row, digest):
@@ -12168,16 +12177,11 @@ def restore(settings, given):
 
 def check_known(settings, file):
     """Raise MigrationError if a newer version, or another app, wrote this Directory."""
-    known = dict(directory_router().schema)
-    for slice, entries in workspace_router(settings).schema:
-        known[f"workspace/{slice}"] = entries
+    inside = [(f"workspace/{slice}", entries)
+              for slice, entries in workspace_router(settings).schema]
     with Original(file) as store:
-        for row in store.query("SELECT * FROM _migrations"):
-            entries = known.get(row["slice"], ())
-            digests = [hashlib.sha256(sql.encode()).hexdigest() for sql in entries]
-            if digests:                                  # else it is of a slice of before
-                present = digests[row["entry"] - 1:row["entry"]]
-                check_history(row["slice"], row, "".join(present))
+        for slice, entries in (*directory_router().schema, *inside):
+            store.count_ran(slice, digests_of(entries))
 
 
 def restore_one(settings, folder, held, id):
@@ -12252,8 +12256,8 @@ ASKED = ("integrity-check",)
 def try_on_copy(settings, db, path, schema):
     """Raise MigrationError for what would keep people out of a file, DatabaseError for an
     index of words that is damaged. The file stays as it is."""
-    wanted = {(slice, number, hashlib.sha256(sql.encode()).hexdigest())
-              for slice, entries in schema for number, sql in enumerate(entries, 1)}
+    wanted = {(slice, number, digest) for slice, entries in schema
+              for number, digest in enumerate(digests_of(entries), 1)}
     ran = db.execute("SELECT slice, entry, digest FROM _migrations").fetchall()
     slices = dict(schema)
     migrated = wanted == {row for row in ran if row[0] in slices}
