@@ -11705,7 +11705,7 @@ class HasFigures(LoopEdge):
 
 SUMMARY = ("{:.1f} requests/s, 99 % in {:g} ms, {:.0f} waiting, {:.0f} streams, {:.0f} "
            "awake, {:.1f} GB free")
-COLUMNS = "1 workspace", "2 requests/s", "3 streams", "4 MB", "5 awake"
+COLUMNS = "workspace", "requests/s", "streams", "MB", "awake"
 ROW = "{:<36.36} {:>12} {:>9} {:>9} {:>8}"               # 78 columns
 
 
@@ -11781,7 +11781,7 @@ class Top:
         key = 0
         while key != ord("q"):
             height, width = screen.getmaxyx()
-            lines = [*self.lines()[:height - 1], "q quits, 1 to 5 sort"]
+            lines = [*self.lines()[:height - 1], "q quits, 1 to 5 sort by a column"]
             screen.erase()
             for row, line in enumerate(lines):
                 screen.addnstr(row, 0, line, width - 1)  # in the last cell it would scroll
