@@ -12032,6 +12032,15 @@ def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
         yield from threads.map(function, all)
 
 
+def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
+    """Yield one after the other, counted for somebody who waits at a terminal."""
+    for number, one in enumerate(results, 1):
+        yield one
+        if sys.stderr.isatty():
+            end = "\n" if number == many else ""
+            print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
+
+
 def snapshot(settings, target, before=None,
              each=in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
@@ -12049,7 +12058,8 @@ def snapshot(settings, target, before=None,
             held["directory"] = {"rows": rows, "seen": ""}
         ids = [*names_here(settings, directory)]
         copy = functools.partial(copy_one, settings, part, before, known)
-        for id, (about, fault) in zip(ids, each(copy, ids)):
+        copies = with_progress(each(copy, ids), len(ids), "copied")
+        for id, (about, fault) in zip(ids, copies):
             if about:
                 held[id] = about
             if fault:
@@ -12167,7 +12177,7 @@ def restore(settings, given):
     write_private(settings.key_file, (given.folder / "secret.key").read_bytes())
     bring = functools.partial(restore_one, settings, given.folder, held)
     ids = [id for id in held if id != "directory"]
-    for _ in in_two_threads(bring, ids):
+    for _ in with_progress(in_two_threads(bring, ids), len(ids), "restored"):
         pass
     if "directory" in held:                              # last: it says that all is there
         bring("directory")
@@ -12212,8 +12222,9 @@ def check(settings, given):
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
-    for id, name in names.items():                       # no threads: the disk has no work
-        wrong = wrong_with_file(settings, settings.workspaces / f"{id}.db", id)
+    said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
+    said = with_progress(said, len(names), "checked")    # no threads: the disk has no work
+    for name, wrong in zip(names.values(), said):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
         faults += cut_short(settings)
