@@ -12035,10 +12035,10 @@ def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
 def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
     """Yield one after the other, counted for somebody who waits at a terminal."""
     for number, one in enumerate(results, 1):
-        yield one
         if sys.stderr.isatty():
             end = "\n" if number == many else ""
             print(f"\r{what} {number} of {many}", end=end, file=sys.stderr, flush=True)
+        yield one
 
 
 def snapshot(settings, target, before=None,

@@ -10019,6 +10019,18 @@ def test_a_backup_of_a_newer_version_is_not_restored_and_one_with_a_slice_that_w
     assert not (tmp_path / "elsewhere").exists()
 
 
+@cases("at_a_terminal", [True, False])
+def test_who_waits_at_a_terminal_sees_how_far_a_backup_its_check_and_its_return_are(tmp_path, monkeypatch, at_a_terminal):
+    orion.seed(orion.compose(orion.Settings(data=tmp_path / "data")), orion.DEMO_WORKSPACES, True)
+    shown = io.StringIO()
+    shown.isatty = lambda: at_a_terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    for words in (f"backup {tmp_path / 'b'} --data {tmp_path / 'data'}", f"check --data {tmp_path / 'data'}", f"restore {tmp_path / 'b'} --data {tmp_path / 'back'}"):
+        assert orion.main(argv=words.split()) == 0, shown.getvalue()
+    counted = [f"{what} {number} of 3" for what in ("copied", "checked", "restored") for number in (1, 2, 3)]
+    assert re.findall(r"\w+ \d of \d", shown.getvalue()) == (counted if at_a_terminal else [])
+
+
 def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
     (tmp_path / "part").mkdir()
     status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
