@@ -7838,9 +7838,11 @@ def made_everything(folder, run):
         assert run(*words, data=data, stdin="long enough\n")[0] == 0
     orion.snapshot_again(orion.Settings(data=data))
     assert run("restore", folder / "backup", data=folder / "restored")[0] == 0
-    orion.plain_planes(folder / "plain")
+    plain = orion.plain_planes(folder / "plain")         # its files stay open as long as it is here
     with contextlib.closing(Server(data, demo=False)), contextlib.closing(Server(folder / "single", single=folder / "single" / "one.db")):
-        return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+        made = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+    plain.workspaces.close(), plain.directory.namespace.close()
+    return made
 
 
 def test_whatever_is_written_is_for_its_owner_alone(run, tmp_path):
