@@ -10295,7 +10295,10 @@ def test_streams_end_when_the_directory_can_not_be_asked_whatever_the_reason(ser
     ear = Ear(Person(server, "carol"), "/w/acme/todos/live")
     ear.event()
     monkeypatch.setattr(server.edge.broker, "UNREACHABLE_SECONDS", 0.0)
-    monkeypatch.setattr(orion.EdgeDirectory, "handle", mock.Mock(side_effect=KeyError("a fault of ours")))
+
+    def fails(request):
+        raise KeyError("a fault of ours")
+    monkeypatch.setattr(server.directory(), "handle", fails)
     with pytest.raises(EOFError):
         ear.until_it_says("nothing")
 
