@@ -9436,8 +9436,9 @@ class Alarms:
 class Wait:
     """A job that has yielded: call is what it waits for, a function without arguments.
 
-    The call returns, and the job goes on: with what came of the call, or with a
-    TimeoutError. The wait is over when both have ended.
+    When that has returned, the job takes its next step, with what came of it. If the call
+    is late, the job goes on before, with a TimeoutError; so two things have to end. Until
+    both have, the job is not tried again.
     """
 
     def __init__(self, host, job, steps, ctx, call):
@@ -9447,14 +9448,14 @@ class Wait:
         self.ctx = ctx
         self.call = call
         self.called_at = float("inf")
-        self.go_on: Optional[Callable[[], Any]] = None   # the next step, once it is known
-        self.to_end = 2
+        self.next_step: Optional[Callable[[], Any]] = None   # once it is known
+        self.to_end = 2                                  # the call, and that step
 
 
 class Waits:
     """Calls what jobs wait for, in threads of their own."""
-    AT_ONCE = 32                                         # that are not given up
-    THREADS = 256
+    AT_ONCE = 32                                         # calls that are not late
+    THREADS = 256                                        # and late ones
     OF_ONE_OBJECT = 4
     SECONDS = 30.0                                       # then the try has failed
 
@@ -9463,8 +9464,7 @@ class Waits:
         self.lock = threading.Lock()                     # guards all that follows
         self.by_job: Dict[Tuple[str, int], Wait] = {}    # by id of an object, and job
         self.in_line: collections.deque = collections.deque()    # they have no thread yet
-        self.threads = 0
-        self.given_up = 0                                # of these threads
+        self.calling = set()                             # they have one
 
     def of(self, id) -> List[int]:
         """Return which jobs of an object wait."""
@@ -9481,54 +9481,45 @@ class Waits:
         """Begin those that stand in line, as far as there are threads for them."""
         with self.lock:
             while self.in_line and self.has_thread():
-                call = functools.partial(self.call_in_thread, self.in_line[0])
+                call = functools.partial(self.call, self.in_line[0])
                 if not in_new_thread(call):              # the loop asks again
                     return
-                self.in_line.popleft()
-                self.threads += 1
+                self.calling.add(self.in_line.popleft())
 
     def has_thread(self):
-        at_once = self.threads - self.given_up
-        return at_once < self.AT_ONCE and self.threads < self.THREADS
+        at_once = [wait for wait in self.calling if not wait.next_step]
+        return len(at_once) < self.AT_ONCE and len(self.calling) < self.THREADS
 
-    def call_in_thread(self, wait):
-        in_time = self.call(wait)
-        with self.lock:
-            self.threads -= 1
-            if not in_time:
-                self.given_up -= 1
-        self.begin()
-
-    def call(self, wait) -> bool:
-        """Call what the job waits for. Return whether the job goes on with what came of it.
-        """
+    def call(self, wait):
+        """In its thread: call what the job waits for. Go on with what came of it."""
         wait.called_at = time.monotonic()
         try:
             step = functools.partial(wait.steps.send, wait.call())
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
-        in_time = self.go_on_with(wait, step)
+        self.go_on_with(wait, step)
         self.end_one(wait)
-        return in_time
-
-    def go_on_with(self, wait, step) -> bool:
-        """Have the job go on. Return False if it does already: either the call has
-        returned, or it was given up."""
         with self.lock:
-            if wait.go_on:
-                return False
-            wait.go_on = step
+            self.calling.discard(wait)
+        self.begin()
+
+    def go_on_with(self, wait, step):
+        """Have the job go on, unless it does so already, because its call was late."""
+        with self.lock:
+            if wait.next_step:
+                return
+            wait.next_step = step
         self.alarms.put(self.go_on, wait)
-        return True
 
     def go_on(self, wait):
+        """In the pool: have the job take its next step."""
         try:
             wait.stub.fetch(Request("POST", "/_job", f"id={wait.key[1]}"))
         finally:
             self.end_one(wait)
 
     def end_one(self, wait):
-        """Call or job has ended. When both have, the job may be tried again."""
+        """Its call or its next step has ended. When both have, the wait is over."""
         with self.lock:
             wait.to_end -= 1
             if wait.to_end:
@@ -9539,14 +9530,12 @@ class Waits:
     def give_up_late(self, now: float):
         """No thread can be ended. So another takes the place of one whose call is late."""
         with self.lock:
-            late = [wait for wait in self.by_job.values()
-                    if not wait.go_on and now > wait.called_at + self.SECONDS]
+            late = [wait for wait in self.calling
+                    if not wait.next_step and now > wait.called_at + self.SECONDS]
         for wait in late:
             error = TimeoutError(f"what it waits for takes more than {self.SECONDS:g} s; "
                                  "give that a time limit of its own")
-            if self.go_on_with(wait, functools.partial(wait.steps.throw, error)):
-                with self.lock:
-                    self.given_up += 1
+            self.go_on_with(wait, functools.partial(wait.steps.throw, error))
         self.begin()
 
 
@@ -9850,7 +9839,7 @@ class HasJobs(Broadcast):
 
     def last_step(self, wait):
         try:
-            wait.go_on()
+            wait.next_step()
         except StopIteration:
             return None
         raise TypeError("a job yields at most once; enqueue another one for the rest")

@@ -9165,14 +9165,14 @@ def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_w
     bob.post("/w/globex/work", job="letter")
     assert eventually(lambda: noted(outside_world.server, "globex"))
     waits = outside_world.server.env.workspaces.alarms.waits
-    assert given_up("globex") and eventually(lambda: (waits.threads, waits.given_up) == (2, 2))
+    assert given_up("globex") and eventually(lambda: [bool(wait.next_step) for wait in [*waits.calling]] == [True, True])
     bob.post("/w/globex/work", job="letter")
     eventually(lambda: waits.in_line)
     outside_world.server.edge.call(outside_world.server.edge.tick, time.monotonic())
     at_rest(outside_world.server)
     assert len(calls) == 3 and waits.in_line
     release.set()
-    assert eventually(lambda: len(calls) > 3 and (waits.threads, waits.given_up, waits.by_job) == (0, 0, {}))
+    assert eventually(lambda: len(calls) > 3 and (waits.calling, waits.by_job) == (set(), {}))
 
 
 def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
@@ -9180,7 +9180,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
         bob.post("/w/acme/work", job="letter")
         assert logged(capfd, "can't start new thread: raise the limit")
-    assert eventually(lambda: noted(outside_world.server) and outside_world.server.env.workspaces.alarms.waits.threads == 0)
+    assert eventually(lambda: noted(outside_world.server) and not outside_world.server.env.workspaces.alarms.waits.calling)
 
 
 @cases("yields, why", [(0, "a job that yields, only after that"), (2, "a job yields at most once")])
