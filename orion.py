@@ -6659,28 +6659,33 @@ class KnowsOwners(NestedStore):
         self.learn_owners()
 
     def migrating(self, slice, entries, ran):
-        return transaction_for(self, slice, entries, ran)
+        if any(["drop" in sql.lower() for sql in entries[ran:]]):
+            return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
+        return super().migrating(slice, entries, ran)
 
     def apply(self, slice, entries, number):
         """The tables that it makes are the slice's own now."""
         self.learn_owners()
-        prepare_rename(self, entries, number)
+        # What refers to a table that the entry renames: does it mean the old name?
+        self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
             raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
                                  "allowed in the name of a table")
-        self.owners.update((table.lower(), slice) for table in made)
         return made
 
     def run_entry(self, slice, sql):
+        judge = self.judge
+        judge.slice, judge.may, judge.objection = slice, MIGRATE, ""
         try:
-            with self.judge.watching(slice, MIGRATE):
-                super().run_entry(slice, sql)
+            super().run_entry(slice, sql)
         except sqlite3.Error as error:
-            why = self.judge.objection or str(error)
+            why = judge.objection or str(error)
             if why == "no such module: fts5":
                 why += "; full-text search is not in this Python's SQLite; use another one"
             raise sqlite3.OperationalError(why) from error
+        finally:
+            judge.slice = ""
 
     def learn_owners(self):
         """Tables that no slice has made are the server's own: _migrations, for one."""
@@ -6744,16 +6749,6 @@ class Judge:
         self.slice = ""                                  # whose statement; "": the server's
         self.may = ""                                    # READ, WRITE or MIGRATE
         self.objection = ""                              # why SQLite was told no
-
-    @contextlib.contextmanager
-    def watching(self, slice: str, may: str):
-        self.slice = slice
-        self.may = may
-        self.objection = ""
-        try:
-            yield
-        finally:
-            self.slice = ""
 
     def __call__(self, action, first, second, *_):
         if not self.slice:
@@ -6881,14 +6876,13 @@ class OwnsTables(SliceHost):
         before = self.store.db.total_changes
         store = Tables(self.store, slice, may)
         ctx = self.context(self, store, viewer, request.params, request)
-        what = f"{slice}.{name_of(route.run)}"
         try:
             response = self.run(route, ctx, args)
         finally:
             ctx.end()
         if self.store.db.total_changes != before:        # no slice can forget the journal
-            row = self.journal_row(route, args, store.inserted)
-            self.journal(viewer, what, response.which or row)
+            which = response.which or self.journal_row(route, args, store.inserted)
+            self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
 
     def journal_row(self, route, args, inserted):
@@ -6924,7 +6918,7 @@ class EndsWithItsRequest(Context):
 
     def publish(self, topic):
         self.store.check_writes(f"publishes {topic!r}")
-        self.host.bus.publish(self.host.topic(topic, self.viewer))
+        super().publish(topic)
 
     def end(self):
         self.store.thread = 0
@@ -6935,13 +6929,6 @@ class EndsWithItsRequest(Context):
 #
 # To change a table, one makes a new one, copies the rows, drops the old one and renames
 # the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
-
-def transaction_for(store, slice, entries, ran):
-    """Return the transaction for all entries but the first `ran`."""
-    if any(["drop" in sql.lower() for sql in entries[ran:]]):
-        return unenforced(store, f"slice {slice!r}, entry {len(entries)}")
-    return store.tx()
-
 
 @contextlib.contextmanager
 def unenforced(store, last):
@@ -6956,9 +6943,12 @@ def unenforced(store, last):
         with store.tx():
             before = orphans(store)
             yield
-            for tables, many in orphans(store).items():
-                if many > before.get(tables, 0):
-                    raise MigrationError(last + ORPHANS.format(many, *tables))
+            for (child, parent), many in orphans(store).items():
+                if many > before.get((child, parent), 0):
+                    raise MigrationError(
+                        f"{last}: then {many} rows of {child!r} would refer to no row of "
+                        f"{parent!r} (where tables are dropped, no other statement "
+                        "cascades)")
     finally:
         store.exec("PRAGMA foreign_keys=ON")
 
@@ -6968,15 +6958,6 @@ def orphans(store):
     return {tuple(row)[:2]: row["many"] for row in store.query(
         'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
         "GROUP BY 1, 2")}
-
-
-ORPHANS = (": then {} rows of {!r} would refer to no row of {!r} (where tables are "
-           "dropped, no other statement cascades)")
-
-
-def prepare_rename(store, entries, number):
-    """Choose what happens, if the entry renames a table, to those that refer to it."""
-    store.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
 
 
 def makes_way(entries, number):
@@ -7088,8 +7069,7 @@ class Server(LoopEdge):
         self.broker_kind = whole(Broker)
         self.connection_kind = whole(Connection)
         super().__init__(*args)
-        name = f"{self.settings.host}:{self.server_port}"
-        name = self.settings.node_name or name
+        name = self.settings.node_name or f"{self.settings.host}:{self.server_port}"
         self.settings = self.settings._replace(node_name=name)
         self.use(dataclasses.replace(self.env, settings=self.settings))
 
@@ -7795,7 +7775,9 @@ def serve(settings):
     check_installation()
     take_all_descriptors()
     if settings.plain:
-        return serve_part_one(settings)
+        for check in CHECKS:
+            check(settings)
+        return serve_plain(plain_root(settings), settings.host, settings.port)
     for prepare_process in BEFORE_SERVING:
         prepare_process()
     env = compose(settings)
@@ -7820,12 +7802,6 @@ def take_all_descriptors():
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def serve_part_one(settings):
-    for check in CHECKS:
-        check(settings)
-    serve_plain(plain_root(settings), settings.host, settings.port)
 
 
 def say_where(server):
@@ -8185,7 +8161,7 @@ class ChecksPages(EdgeWorkspace):
         body = super().around(live, ctx, renderings, args)
         for region, rendering in zip(live.regions, renderings):
             id = id_of(rendering.html)
-            found = body.count(id.strip()) == 1 or body.count(id)
+            found = body.count(id)
             if found != 1:
                 raise ValueError(
                     f"page {name_of(live.page)} of {live.path} has {found} elements with"
@@ -8557,8 +8533,7 @@ def path_to(router, page, args):
     many = len(PART_OF_PATH.findall(page.path))
     if len(args) != many:
         raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
-    rest = iter(args)
-    path = PART_OF_PATH.sub(lambda part: str(next(rest)), page.path)
+    path = PART_OF_PATH.sub("{}", page.path).format(*args)
     with contextlib.suppress(Refused):
         plain_path(urllib.parse.quote(path))
         if router.match("GET", path)[1].path == page.path:
