@@ -3166,9 +3166,11 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # from Bus.tell to GuardedNamespace.published, and on to Broker.published.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
-# edge a LoopEdge, piece a Piece, stream a Stream, stub a GuardedStub; headers is a dict,
-# path a pathlib.Path where it is of a file; data and head are bytes; call, ask and job are
-# functions; seconds may have a fraction; id, topic, why, peer, host are strings.
+# channel a Channel, edge a LoopEdge, lane a Lane, piece a Piece, reading a Reading,
+# response a Response, stream a Stream, stub a GuardedStub; headers is a dict, folder a
+# pathlib.Path and so is path where it is of a file; data and head are bytes; call, ask, job
+# and function are functions; seconds may have a fraction; id, draft, topic, why, peer and
+# host are strings.
 
 import collections
 import errno
@@ -3210,7 +3212,7 @@ CRASH = BaseException                                    # a slice may call sys.
 #     Locked        another process writes to it: the stub asks again, for some seconds
 #     Busy          to wait would take too long: 503
 
-def retry_after(seconds: int) -> Tuple[Tuple[str, str], ...]:
+def retry_after(seconds):
     """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
     return (("retry-after", str(seconds)),)
 
@@ -3253,7 +3255,7 @@ class StorageFault(Refused):
         return self.text
 
     @classmethod
-    def is_behind(cls, error) -> bool:
+    def is_behind(cls, error):
         """True if the database file is at fault, False if the SQL statement is."""
         if isinstance(error, sqlite3.OperationalError):
             if str(error).startswith("no such"):         # table; its name may be anything
@@ -3263,7 +3265,7 @@ class StorageFault(Refused):
 
 
 class Undone(Exception):
-    """Nothing was done. The stub asks again."""
+    """Nothing was done. Whoever called asks again."""
 
 
 class Torn(Undone):
@@ -3286,8 +3288,9 @@ class Busy(Refused):
         super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
 
 
-def identity(path) -> Tuple[int, int]:
-    """Which file is at path. Raises sqlite3.DatabaseError if there is none, or no database.
+def identity(path):
+    """Return which file is at path: a device, and a number there. Raises
+    sqlite3.DatabaseError if there is none, or no database.
 
     An empty file would be a new database to SQLite.
     """
@@ -3307,8 +3310,8 @@ def connected_to_read(path, how="", **options):
     return sqlite3.connect(uri, uri=True, **options)
 
 
-def mark_of(id) -> int:
-    """A number in the file that says whose it is."""
+def mark_of(id):
+    """Return a number in the file that says whose it is."""
     return zlib.crc32(id.encode()) >> 1
 
 
@@ -3522,13 +3525,12 @@ class GuardedStub(Stub):
     def fetch(self, request, seconds=-1):
         return self.enter(lambda one: one.answer(request), request, seconds)
 
-    def ask(self, path: str, query: str = "", headers: Dict[str, str] = {},
-            scheme: str = "http") -> Any:
+    def ask(self, path, query="", headers={}, scheme="http"):
         """Ask a question of the server itself. Return the answer, taken out of its JSON."""
         question = Request("GET", path, query, headers, scheme=scheme)
         return json.loads(self.fetch(question).body)
 
-    def ask_as(self, request, path) -> Any:
+    def ask_as(self, request, path):
         """Ask it about whoever sent this request, and with its query."""
         return self.ask(path, request.query, request.headers, request.scheme)
 
@@ -3599,7 +3601,7 @@ def fetch_briefly(stub, request):
 NOT_LATE = 0.0, ""                                       # see GuardedNamespace.late
 
 
-def in_new_thread(function: Callable[[], None]) -> bool:
+def in_new_thread(function):
     """Start a thread. Return False if the system grants none; then the log says so."""
     try:
         threading.Thread(target=function, daemon=True).start()
@@ -3609,7 +3611,7 @@ def in_new_thread(function: Callable[[], None]) -> bool:
     return True
 
 
-def sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder):
     """Make the names in a folder durable, where it can be opened (POSIX)."""
     if os.name != "posix":
         return
@@ -3640,9 +3642,9 @@ class GuardedNamespace(Namespace):
         self.may_wait = threading.BoundedSemaphore(self.WAITING)
         self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
         self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
-        self.settings: Any = None                        # [3]
+        self.settings = None                             # [3]
         self.late: Dict[str, Tuple[float, str]] = {}     # ids: until when, and why
-        self.in_line: collections.deque = collections.deque()    # ids: see bring_up
+        self.in_line = collections.deque()               # ids: see bring_up
         self.fetches = 0                                 # all requests to objects
         self.served = collections.Counter()              # by id: those of people alone
 
@@ -3702,16 +3704,15 @@ class GuardedNamespace(Namespace):
         """What fails is tried again after LATE_SECONDS, when somebody asks for it."""
         one = self.build(id, self)
         one.OPEN_SECONDS = float("inf")
-        why = "it can't be opened"
         try:
             one.open()
             one.store.close()
-            why = ""
-        except (sqlite3.Error, MigrationError) as error:
-            one.fault(error)
-            why = str(error)
-        finally:
-            self.late[id] = (time.monotonic() + self.LATE_SECONDS, why) if why else NOT_LATE
+            self.late[id] = NOT_LATE
+        except CRASH as error:
+            self.late[id] = time.monotonic() + self.LATE_SECONDS, str(error)
+            if isinstance(error, (sqlite3.Error, MigrationError)):
+                raise one.fault(error) from error
+            raise
 
     def touch(self, id):
         """Note that the object is in use. A page of it that was kept is answered without
@@ -3723,10 +3724,7 @@ class GuardedNamespace(Namespace):
 
     def sleep_excess(self):
         """The least recently used go to sleep; one that is busy just now is passed over."""
-        with self.lock:
-            excess = max(0, len(self.objects) - self.most)
-            first = list(itertools.islice(self.objects.values(), excess))
-        for one in first:
+        for one in self.everybody()[:-self.most]:        # none, while there are fewer
             one.sleep(time.monotonic())
 
     def sleep_unused(self, idle=None):
@@ -3736,7 +3734,7 @@ class GuardedNamespace(Namespace):
                 one.sleep(time.monotonic())
         super().sleep_unused(idle)
 
-    def draft(self) -> str:
+    def draft(self):
         """Make a file for an object whose id is not known yet. Return a temporary id.
 
         See create_workspace_with_file (26).
@@ -3751,17 +3749,17 @@ class GuardedNamespace(Namespace):
             raise
         return id
 
-    def discard(self, draft: str) -> None:
+    def discard(self, draft):
         """Remove the file, unless it has its real id by now."""
         with contextlib.suppress(FileNotFoundError):
             self.path(draft).unlink()
 
-    def tidy(self) -> None:
+    def tidy(self):
         """Remove the drafts that a crash left behind. Only when a server starts."""
         for file in self.folder.glob("new-*.db*"):
             file.unlink()
 
-    def name_draft(self, draft: str, id: str) -> None:
+    def name_draft(self, draft, id):
         """Give the file its real id.
 
         Raises Refused(422) if a file of this id has rows, which are of a workspace that no
@@ -3788,7 +3786,7 @@ def outcome(call, *args):
     """Return what the call returned, or the exception that it raised."""
     try:
         return call(*args)
-    except Undone:                                       # for the stub
+    except Undone:                                       # it is asked again
         raise
     except CRASH as error:
         return error
@@ -3813,7 +3811,7 @@ class GroupCommit(GuardedObject):
         """
         if len(requests) == 1:
             return [outcome(self.answer, requests[0])]
-        outcomes: List[Any] = []
+        outcomes = []
         try:
             self.used = self.began = time.monotonic()
             if self.store is None:
@@ -3844,7 +3842,7 @@ class GroupCommit(GuardedObject):
                 return
 
     def forget_renderings(self):
-        """They show what was then rolled back."""
+        """They show what was then rolled back. (A Broadcast has some.)"""
 
 
 def failed(one):
@@ -3869,18 +3867,22 @@ CURRENT = b"event: datastar-current\ndata: version unchanged\n\n"
 LOOKS_BACK = 2 ** 15                                     # bytes: RFC 1951, 2
 
 
-def chunk(data) -> bytes:
+def chunk(data):
     """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def deflated(data, before=b"") -> bytes:
+def deflated(data, before=b""):
     """Compress data so that it can follow anything in a gzip stream that ends in before.
 
     It ends on a byte and refers to nothing else (RFC 1951, 3.2.4).
     """
     squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=before)
     return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
+
+
+def fingerprint(data):
+    return hashlib.blake2b(data, digest_size=9).hexdigest()
 
 
 @dataclasses.dataclass
@@ -3896,8 +3898,7 @@ class Piece(Rendering):
 
     @functools.cached_property
     def etag(self) -> str:
-        data = self.html.encode("utf-8", "replace")
-        return hashlib.blake2b(data, digest_size=9).hexdigest()
+        return fingerprint(self.html.encode("utf-8", "replace"))
 
     @functools.cached_property
     def frame(self) -> bytes:
@@ -3926,7 +3927,7 @@ BEAT_PIECE = saying(BEAT)
 MOST_FRAMES = 16                                         # that a stream remembers
 
 
-def sent_after(sent_last, piece, regions) -> Tuple[bytes, ...]:
+def sent_after(sent_last, piece, regions):
     """Return the frames that a stream has sent last, once it sends this piece, too.
 
     sent_last: those before it. After a region there are as many as the page has regions, so
@@ -3937,7 +3938,7 @@ def sent_after(sent_last, piece, regions) -> Tuple[bytes, ...]:
     return (*sent_last, piece.frame)[-most:] if len(piece.frame) < LOOKS_BACK else ()
 
 
-def deltas_of(piece, streams) -> Dict[Tuple[bytes, ...], Any]:
+def deltas_of(piece, streams):
     """In the pool: compress a piece as what differs from what most of these streams have
     sent last. All others get piece.zipped.
 
@@ -3976,8 +3977,6 @@ HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]
                   r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
 ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
 
-NO_REQUEST_LINE = (400, "The request line is malformed: METHOD /path HTTP/1.1.")
-NO_FIELDS = (400, "The header fields are malformed.")
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
         "sec-fetch-site", "expect"}                      # header fields that may come once
 TOO_LONG = (414, "The address is too long. Send what is long in the body.")
@@ -4073,18 +4072,18 @@ def parse_head(head) -> Reading:
     headers = joined(pairs)
     modern = minor == b"1"
     check_host(headers, modern)
-    length = body_length(headers)
     return Reading(method.decode(), target.decode(), headers, goes_on(headers, modern),
-                   modern, length)
+                   modern, body_length(headers))
 
 
-def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
-    """Join header fields that came more than once to a list (RFC 9110, 5.3).
+def joined(pairs):
+    """Return header fields, which come as pairs, as a dict. Those that came more than once
+    are joined to a list (RFC 9110, 5.3).
 
     A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
     Raises Refused(400) if it is a field of which two could be read as either.
     """
-    headers: Dict[str, str] = {}
+    headers = {}
     for name, value in pairs:
         name = name.lower()
         if name in headers and name in ONCE:
@@ -4096,7 +4095,7 @@ def joined(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
     return headers
 
 
-def goes_on(headers: Dict[str, str], modern: bool) -> bool:
+def goes_on(headers, modern):
     """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
     said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     return "close" not in said and (modern or "keep-alive" in said)
@@ -4142,14 +4141,14 @@ def check_host(headers, modern):
                            "port.")
 
 
-def why_not(head) -> Refused:
+def why_not(head):
     """Return what is wrong with the beginning of a head that is malformed."""
     line = REQUEST_LINE.match(head)
     if not line:
-        return Refused(*NO_REQUEST_LINE)
+        return Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
     if line[1] != b"1":
         return Refused(505, "Speak HTTP/1.1.")
-    return Refused(*NO_FIELDS)
+    return Refused(400, "The header fields are malformed.")
 
 
 def body_length(headers) -> Optional[int]:
@@ -4229,7 +4228,7 @@ def skip_trailers(buffer):
             raise Refused(400, "A trailer is malformed, or there are too many.")
 
 
-def parse_target(target: str, host) -> Tuple[str, str]:
+def parse_target(target, host):
     """Return the path, decoded once, and the query as it is.
 
     Raises Refused(400) if it is no path, or one with two meanings. A target in absolute
@@ -4269,15 +4268,11 @@ def head_of(status, type, headers, is_stream, nonced):
 GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 
 
-def accepts_gzip(request) -> bool:
+def accepts_gzip(request):
     return GZIP.search(request.headers.get("accept-encoding", "")) is not None
 
 
-def fingerprint(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=9).hexdigest()
-
-
-def unless_known(request: Request, response: Response, tag: str) -> Response:
+def unless_known(request, response, tag):
     """Return the response with this etag or, if the browser has it, a 304."""
     etag = f'"{tag}"'
     response = response._replace(headers=(("etag", etag), *response.headers))
@@ -4298,14 +4293,14 @@ def coding_of(request, type):
     return "-gzip" if type.startswith(COMPRESSED) and accepts_gzip(request) else ""
 
 
-def connection_field(keep: bool, modern: bool) -> str:
+def connection_field(keep, modern):
     """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
     if not keep:
         return "close"
     return "" if modern else "keep-alive"
 
 
-def encode(request, response, connection, head_only, date) -> bytes:
+def encode(request, response, connection, head_only, date):
     """Return the bytes of an answer.
 
     connection: the value of that header field, or "": see connection_field.
@@ -4333,22 +4328,18 @@ def encode(request, response, connection, head_only, date) -> bytes:
     return head if head_only else head + body
 
 
-def is_worth_it(response) -> bool:
+def is_worth_it(response):
     """Return whether it is to be compressed."""
     return (len(response.body) > 1000 and response.type.startswith(COMPRESSED)
             and GZIPPED not in response.headers)
 
 
-def gzip_end(*parts: bytes) -> bytes:
-    """Return what follows these parts of a gzip file (RFC 1952, 2.3.1)."""
-    check = 0
-    for part in parts:
-        check = zlib.crc32(part, check)
-    size = sum(map(len, parts))
-    return check.to_bytes(4, "little") + size.to_bytes(4, "little")
+def gzip_end(data):
+    """Return how a gzip file ends that has this data (RFC 1952, 2.3.1)."""
+    return zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
 
 
-def gzipped(data) -> bytes:
+def gzipped(data):
     squeeze = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     return squeeze.compress(data) + squeeze.flush()
 
@@ -4370,7 +4361,7 @@ def not_shown(request, watch) -> List[Subscription]:
     return [one for one in watch if one.piece.etag != last]
 
 
-def first_frames(request, watch) -> bytes:
+def first_frames(request, watch):
     """Return the frames of these regions. They are made here, once for all."""
     zipped = accepts_gzip(request)
     pieces = [one.piece for one in not_shown(request, watch)]
@@ -4410,12 +4401,12 @@ class KeptPage:
             self.first = GZIP_HEAD + deflated(self.before) + STORED
             self.last = deflated(self.after) + NO_MORE
 
-    def renewed(self) -> Response:
+    def renewed(self):
         nonce = os.urandom(16).hex()
         fresh = nonce.encode()
         body = self.first + fresh + self.last
         if self.zipped:
-            body += gzip_end(self.before, fresh, self.after)
+            body += gzip_end(self.before + fresh + self.after)
         return self.response._replace(body=body, nonce=nonce)
 
 
@@ -4439,10 +4430,10 @@ class Watched:
         """seconds: the longest wait for a lock."""
         self.path = path
         self.seconds = seconds
-        self.db: Optional[sqlite3.Connection] = None
-        self.opened: Any = None
+        self.db = None                                   # or a connection of sqlite3
+        self.opened = None
 
-    def version(self, opened: Any) -> Any:
+    def version(self, opened):
         """Return what changes with each commit, and with opened: then another file may be
         in the place of this one."""
         if self.db is None or self.opened != opened:
@@ -4468,11 +4459,11 @@ class Kept(Watched):
     def __init__(self, directory):
         super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
-        self.seen: Any = None                            # the version, lately: see LoopEdge
+        self.seen = None                                 # the version, lately: see LoopEdge
         self.answers: Dict[Any, KeptAnswer] = {}
         self.size = 0                                    # about: threads add to it at once
 
-    def directory_version(self) -> Any:
+    def directory_version(self):
         """Return what changes with each commit to the Directory; None: it can't be said.
 
         Only the loop may call it. It opens the file anew after each command of our
@@ -4486,10 +4477,6 @@ class Kept(Watched):
             except sqlite3.Error:
                 return None
         return self.seen
-
-    def close(self):
-        super().close()
-        self.clear()
 
     def clear(self):
         self.answers.clear()
@@ -4509,9 +4496,8 @@ class Kept(Watched):
     def keep(self, asked, response):
         """asked has both numbers as they were before the response was made."""
         size = 500 + sum([len(part or "") for part in asked.key])
-        if size > self.LONG or len(response.body) > self.LARGE:
-            return
-        if asked.directory_version is None:
+        unknown = asked.directory_version is None
+        if unknown or size > self.LONG or len(response.body) > self.LARGE:
             return
         if self.size > self.MOST:
             self.clear()
@@ -4553,10 +4539,10 @@ class Lane:
     it), drive, put_back, release. release puts parked lanes of its payer in line (unpark).
     """
 
-    def __init__(self, name: Any, job: Callable[[List[Any]], Any]):
+    def __init__(self, name, job):
         self.name = name
         self.job = job
-        self.items: collections.deque = collections.deque()    # of (item, payer)
+        self.items = collections.deque()                 # of (item, payer)
         self.payer: Optional[str] = None
 
 
@@ -4573,7 +4559,7 @@ class Pool:
     ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
     def __init__(self, size):
-        self.line: collections.deque = collections.deque()   # of jobs: (function, args)
+        self.line = collections.deque()                  # of jobs: (function, args)
         self.idle: List[threading.Lock] = []             # on each an idle thread sleeps
         self.local = threading.local()                   # line, payer: of each thread
         self.most = max(1, size // 2)                    # lanes in line, for one payer
@@ -4581,8 +4567,9 @@ class Pool:
         self.lock = threading.Lock()                     # guards the next four lines
         self.crowded = float("-inf")                     # when there were others last
         self.lanes: Dict[Any, Lane] = {}                 # in which something waits
-        self.taken: Dict[str, int] = collections.Counter()   # lanes in line, by payer
-        self.parked: Dict[str, Dict[Lane, None]] = {}    # by payer: those that wait
+        self.taken = collections.Counter()               # lanes in line, by payer
+        # By payer: the lanes that wait, as keys.
+        self.parked = collections.defaultdict(collections.OrderedDict)
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -4655,14 +4642,14 @@ class Pool:
             wakeup.acquire()
 
     @property
-    def busy(self) -> int:
+    def busy(self):
         """How many threads have a job."""
         return len(self.threads) - len(self.idle)
 
     # -- lanes, and who pays for them
 
     @property
-    def payer(self) -> str:
+    def payer(self):
         """Who is charged for the present job of this thread."""
         return getattr(self.local, "payer", "")
 
@@ -4683,17 +4670,17 @@ class Pool:
         if begins:
             self.put(self.drive, lane)
 
-    def charge(self, lane, payer) -> bool:
-        """Charge the lane to this payer, or park it. The caller holds the lock."""
+    def charge(self, lane, payer):
+        """Charge the lane to this payer, or park it. Return which. The caller holds the
+        lock."""
         if payer and self.taken[payer] >= self.limit(payer):
-            parked = self.parked.setdefault(payer, collections.OrderedDict())
-            parked[lane] = None
+            self.parked[payer][lane] = None
             return False
         self.taken[payer] += 1
         lane.payer = payer
         return True
 
-    def limit(self, payer) -> int:
+    def limit(self, payer):
         """Return how many lanes this payer may have in line now."""
         now = time.monotonic()
         others = len(self.taken) - (payer in self.taken) - ("" in self.taken)
@@ -4761,7 +4748,7 @@ class Pool:
         if not parked:
             self.parked.pop(payer, None)
 
-    def close(self, patience: float):
+    def close(self, patience):
         """patience: seconds for all threads together. A job that takes longer is left."""
         for _ in self.threads:
             self.share(None)
@@ -4883,7 +4870,7 @@ class Held:
         self.edge = edge
         self.socket = link
         self.events = 0                                  # what the selector watches for
-        self.unsent: Any = b""
+        self.unsent = b""                                # or a memoryview
         self.deadline = 0.0                              # by time.monotonic()
         self.listen(READABLE)
         edge.held.add(self)                              # last: others look through it
@@ -4919,8 +4906,8 @@ class Held:
             data = b""
         self.read(data)                                  # b"": the other side is gone
 
-    def offer(self, data) -> int:
-        """How many bytes the kernel took; -1: the other side is gone."""
+    def offer(self, data):
+        """Return how many bytes the kernel took; -1: the other side is gone."""
         try:
             return self.socket.send(data)
         except BlockingIOError:
@@ -4989,11 +4976,6 @@ class Stream(Held):
             patience = int(1000 * self.STUCK_SECONDS)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         super().__init__(edge, link)
-
-    def show_page(self, piece):
-        """It has the regions as well. What waited is older."""
-        self.latest = {}
-        self.show("page", piece)
 
     def show(self, slot, piece, deltas=None):
         """Send a piece. While something is unsent it waits; of each slot, the latest."""
@@ -5076,7 +5058,7 @@ class Subscription(NamedTuple):
     number: int = 0                                      # the place among those of its page
 
     @property
-    def question(self) -> Tuple[Any, ...]:
+    def question(self):
         """What the object is asked: streams with the same question show the same."""
         again = self.again
         return again.path, again.query, self.number, *again.headers.items()
@@ -5085,7 +5067,7 @@ class Subscription(NamedTuple):
 TRUSTED.add("x-region")
 
 
-def shared_request(ctx, query, region, number) -> Request:
+def shared_request(ctx, query, region, number):
     """Return the request for one region of a stream, as all would who see the same."""
     viewer = ctx.viewer
     headers = {"x-account": viewer.account if region.each == "account" else "",
@@ -5173,7 +5155,7 @@ class Broker:
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at: Dict[str, float] = {}    # by account; "": everybody's
         self.failed = set()                              # channels whose region is old
-        self.logged: Dict[Any, float] = {}               # when, by object and place
+        self.logged = {}                                 # when, by object and place
 
     # -- from a publish to the sockets
 
@@ -5195,7 +5177,7 @@ class Broker:
             self.access_changed_at, account = {}, ""
         self.access_changed_at[account] = time.monotonic()
 
-    def changed_since(self, account, then) -> bool:
+    def changed_since(self, account, then):
         """Did what this account may do change since then, by time.monotonic()?"""
         known = self.access_changed_at
         return known.get(account, then) > then or known.get("", then) > then
@@ -5214,22 +5196,23 @@ class Broker:
         """In the pool, in one lane for all regions of an object: they need the same turn,
         so two threads would only wait for each other.
 
-        Return those for which there was no time: others have this thread in between.
+        Return those, if any, for which there was no time: others have this thread in
+        between.
         """
         until = time.monotonic() + GroupCommit.BATCH_SECONDS
         for done, channel in enumerate(channels):
             if time.monotonic() > until:
                 return channels[done:]
             guarded(self.refresh, channel)
-        return []
 
     def refresh(self, channel):
         """In the pool: ask the object what its region is now. If it sleeps, it wakes."""
         channel.stale = False
         piece, deltas = NOT_CURRENT_PIECE, {}
         streams = [*channel.streams]                     # who joins later marks the channel
+        asked = channel.subscription
         try:
-            piece = self.ask(channel.subscription)
+            piece = asked.stub.fetch(asked.again).watch[0].piece
             deltas = deltas_of(piece, streams)
             self.failed.discard(channel)
         except Refused as no:                            # a StorageFault is in the log
@@ -5242,9 +5225,6 @@ class Broker:
             self.log_failure(channel, error)
         finally:
             self.edge.call(self.deliver, channel, piece, deltas, streams)
-
-    def ask(self, subscription) -> Piece:
-        return subscription.stub.fetch(subscription.again).watch[0].piece
 
     def log_failure(self, channel, error):
         """Log it, but the same once a minute: each account can have a channel."""
@@ -5329,10 +5309,12 @@ class Broker:
             del self.channels[id]
         self.count_watcher(stream, id, -1)
 
-    def watchers(self, id) -> List[Stream]:
-        """Return the streams on this object."""
-        channels = [*self.channels.get(id, {}).values()]
-        return list({stream: True for channel in channels for stream in [*channel.streams]})
+    def watchers(self, id):
+        """Return the streams on this object. From any thread."""
+        streams = {}
+        for channel in [*self.channels.get(id, {}).values()]:
+            streams.update(channel.streams)
+        return [*streams]
 
     def count_watcher(self, stream, id, more):
         """For [3]: this stream, on this object, came (1) or went (-1)."""
@@ -5397,15 +5379,15 @@ class Broker:
         page = fetch_briefly(stub, around)
         html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
         stream.viewer = viewer
-        whole = Piece(Html(html), main=False)
-        self.edge.call(self.rejoin, stream, response, whole)
+        self.edge.call(self.rejoin, stream, response, Piece(Html(html), main=False))
 
-    def rejoin(self, stream, response, whole):
+    def rejoin(self, stream, response, page):
         if not stream.channels:                          # it was closed meanwhile
             return
         self.leave(stream)
         stream.account = response.which
-        stream.show_page(whole)
+        stream.latest = {}                               # what waited is older
+        stream.show("page", page)
         self.join(stream, response.watch)
         for channel in stream.channels:                  # the page may show another state
             channel.streams[stream] = ""
@@ -5437,8 +5419,8 @@ SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-
                    "x-operator", "x-read-only", "x-label")    # the last three: [3]
 
 
-def viewer_in(forwarded) -> Tuple[str, ...]:
-    """Whom the gate let in, in its own words."""
+def viewer_in(forwarded):
+    """Return whom the gate let in, in its own words."""
     return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
 
 
@@ -5478,19 +5460,19 @@ class Asked:
     object_version: int = 0                              # of that object, before it answers
 
     @property
-    def key(self) -> Tuple[Any, ...]:
+    def key(self):
         """What a page is kept by."""
         request = self.request
         coding = "gzip" if accepts_gzip(request) else ""
         return request.path, request.query, self.cookie, request.scheme, coding
 
 
-def asking_once(deciding: Env) -> Env:
-    """Return the env for requests that came together: those that would ask the gate the
+def asking_once(deciding):
+    """Return the Env for requests that came together: those that would ask the gate the
     same share its verdict. It is asked when all of them are there."""
     if deciding.gate is not ask_the_gate:                # on a node each brings its own
         return deciding
-    verdicts: Dict[Any, Response] = {}
+    verdicts = {}                                        # by question
 
     def gate(request, env):
         question = env.question(request)
@@ -5501,8 +5483,9 @@ def asking_once(deciding: Env) -> Env:
     return dataclasses.replace(deciding, gate=gate)
 
 
-def lane_of(path: str) -> str:
-    """Return the lane of the Workspace that answers this path; "": none does."""
+def lane_of(path):
+    """Return the lane of the Workspace that answers this path of a request; "": none does.
+    """
     if not path.startswith("/w/"):
         return ""
     parts = path.split("/")
@@ -5528,18 +5511,18 @@ class Connection(Held):
         self.new = True                                  # nothing has come on it [3]
         self.ended = False                               # the other side sends no more
         self.keep = True                                 # it goes on after this answer
-        self.rest: Any = None                            # [3] what follows its body
+        self.rest = None                                 # [3] what follows its body
         self.spare = self.LINGER_BYTES                   # bytes that are read over
         self.state = self.IDLE
         super().__init__(edge, link)
         self.deadline = time.monotonic() + self.IDLE_SECONDS
 
     @property
-    def busy(self) -> bool:
+    def busy(self):
         return self.state == self.ANSWERING
 
     @property
-    def may_break_off(self) -> bool:
+    def may_break_off(self):
         """At the end of the server: nobody waits for the rest of an answer."""
         return self.state not in (self.ANSWERING, self.LEAVING)
 
@@ -5552,18 +5535,16 @@ class Connection(Held):
     def read(self, data):
         self.new = False
         self.ended = not data
-        if self.state == self.LEAVING:
-            return self.read_over(data)
+        if self.state == self.LEAVING:                   # it is read over
+            self.spare -= len(data)
+            if self.ended or self.spare <= 0:
+                self.close()
+            return
         self.buffer += data
         if not self.busy:
             self.advance()
         elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
             self.listen(0)                               # read on after the present answer
-
-    def read_over(self, data):
-        self.spare -= len(data)
-        if not data or self.spare <= 0:
-            self.close()
 
     def advance(self):
         """Take the next request up, if it is complete."""
@@ -5731,18 +5712,17 @@ class Connection(Held):
             self.close()
 
 
-def listening(host, port) -> socket.socket:
+def listening(host, port):
     """Return a socket to accept from. A short queue would turn a crowd away."""
-    if ":" not in host:
-        return socket.create_server((host, port), backlog=1024)
-    both = socket.has_dualstack_ipv6()                   # "::" is for IPv4, too
-    return socket.create_server((host, port), family=socket.AF_INET6, backlog=1024,
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = ":" in host and socket.has_dualstack_ipv6()   # "::" is for IPv4, too
+    return socket.create_server((host, port), family=family, backlog=1024,
                                 dualstack_ipv6=both)
 
 
 # -- who it is on the other side
 
-def address_in(text: str) -> Any:
+def address_in(text):
     """Return the address, an object of ipaddress; None if it is none."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(text.partition("%")[0])
@@ -5751,7 +5731,8 @@ def address_in(text: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def in_networks(address, networks: Tuple[str, ...]) -> bool:
+def in_networks(address, networks):
+    """networks: a tuple of texts like "10.0.0.0/8"."""
     ip = address_in(address)
     return ip is not None and any([ip in ipaddress.ip_network(network)
                                    for network in networks])
@@ -5761,8 +5742,8 @@ WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
 
 
 @remembered
-def client_behind(peer, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
-    """Return who is behind the proxies that we trust, by X-Forwarded-For.
+def client_behind(peer, forwarded_for, proxies):
+    """Return who is behind the proxies that we trust, networks, by X-Forwarded-For.
 
     Each proxy adds the address that it hears, perhaps with a port. So the list is read from
     its end; what stands before somebody who is no proxy of ours, anybody can have written.
@@ -5779,14 +5760,16 @@ def client_behind(peer, forwarded_for: str, proxies: Tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def source_of(peer) -> str:
+def source_of(peer):
     """Return who is charged for what comes from an address.
 
     Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
     """
     address = address_in(peer)
-    if address is None or address.version == 4:
-        return peer if address is None else str(address)
+    if address is None:
+        return peer
+    if address.version == 4:
+        return str(address)
     return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
@@ -5795,7 +5778,7 @@ give_way = getattr(os, "sched_yield", lambda: None)
 known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
 
-class Outdated(Exception):
+class Outdated(Undone):
     """While a request waited for the object's turn, its account got or lost rights."""
 
 
@@ -5824,7 +5807,7 @@ class LoopEdge:
         for namespace in (env.workspaces, env.directory.namespace):
             namespace.listeners.append(self.broker.published)
         self.insiders = set()                            # hashes: who was let in, and where
-        self.accounts: Dict[int, str] = {}               # by the hash of a cookie
+        self.accounts = {}                               # by the hash of a cookie
         self.hosts = self.own_names()
         self.make_loop()
         self.socket = self.listening()
@@ -5849,7 +5832,7 @@ class LoopEdge:
         self.awake = False                               # else call() need not wake it
         self.brisk = False                               # it pays just now to stay awake
         self.date = formatdate(usegmt=True)
-        self.due: Dict[Callable[[], None], float] = {}   # when, by chore
+        self.due = {}                                    # when, by chore
         self.stopping = 0.0                              # since when; 0: it is not
 
     def use(self, env):
@@ -5952,8 +5935,8 @@ class LoopEdge:
             if every and now >= self.due.setdefault(chore, now + every):
                 self.due[chore] = now + every
                 self.begin(chore)
-        closed = self.socket.fileno() < 0
-        if not closed and self.socket.fileno() not in self.selector.get_map():
+        number = self.socket.fileno()                    # -1: it is closed
+        if number >= 0 and number not in self.selector.get_map():
             self.selector.register(self.socket, READABLE, self.accept)
 
     def put_to_sleep(self):
@@ -5994,7 +5977,7 @@ class LoopEdge:
             lane = f"{source_of(asked.request.peer)} {lane}"
         self.pool.gather(lane, asked, self.work_off, asked.payer)
 
-    def payer_of(self, asked) -> str:
+    def payer_of(self, asked):
         """Return who pays for a thread before the gate has spoken.
 
         It is the account that the gate saw in this cookie before. Until it has seen one,
@@ -6005,7 +5988,7 @@ class LoopEdge:
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
-    def is_in_place(self, asked, decided) -> bool:
+    def is_in_place(self, asked, decided):
         """Return whether the request waits where it should, and its account pays. If not,
         remember who was let in, and line it up again."""
         account = decided.request.headers.get("x-account")
@@ -6041,7 +6024,7 @@ class LoopEdge:
             raise
         return [asked for group in let_in.values() for asked in group]
 
-    def decide_all(self, several) -> Dict[GuardedStub, Any]:
+    def decide_all(self, several):
         """Answer what is not to be fetched. Return the rest, by whom to fetch it from."""
         let_in = collections.defaultdict(collections.deque)
         env = asking_once(self.deciding) if len(several) > 1 else self.deciding
@@ -6072,8 +6055,6 @@ class LoopEdge:
                 if self.broker.changed_since(account, decided_at):
                     raise Outdated()
         outcomes = outcome(stub.fetch_all, requests, check)
-        if isinstance(outcomes, Outdated):
-            raise outcomes
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
         answered = [group.popleft() for _ in outcomes]
@@ -6087,7 +6068,7 @@ class LoopEdge:
         for asked, response in zip(several, responses):
             self.finish(asked, response)
 
-    def decide(self, request, env) -> Any:
+    def decide(self, request, env):
         """Return a Noted, or the Response to what is not forwarded. Raises Refused.
 
         env: deciding, or what is made of it.
@@ -6111,12 +6092,13 @@ class LoopEdge:
 
     def keep(self, asked, response):
         """Keep a page. One that sets a cookie is for this one time."""
-        if asked.cookie and response.nonce and response.status == 200 \
-                and "set-cookie" not in dict(response.headers):
+        is_page = response.nonce and response.status == 200
+        if is_page and asked.cookie and "set-cookie" not in dict(response.headers):
             self.kept.keep(asked, response)
 
-    def request(self, reading, peer) -> Request:
-        """What a sound frame asks for. Raises Refused for a target, method or host."""
+    def request(self, reading, peer):
+        """Return what a sound frame asks for. Raises Refused for a target, a
+        method or a host."""
         headers = reading.headers
         method = "GET" if reading.method == "HEAD" else reading.method
         scheme = "http"
@@ -6156,28 +6138,29 @@ class LoopEdge:
         only_read(request)
         return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
 
-    def decide_again(self, request) -> Any:
+    def decide_again(self, request):
         """For the broker: as decide, for a request whose answer is an open stream. So it is
         none of those that a front of [3] answers itself."""
         return worker(request, self.regating)
 
     # -- what Part Three adds to
 
-    def chores(self) -> List[Tuple[Callable[[], None], float]]:
-        """What is to be done again after so many seconds. [3] has more."""
+    def chores(self):
+        """Return (function, seconds) for what is to be done again and again. [3] has more.
+        """
         return [(self.broker.try_again, 5.0)]
 
-    def keeps_answers(self) -> bool:
+    def keeps_answers(self):
         """Not on a node: the verdict comes with each request."""
         return self.env.gate is ask_the_gate
 
-    def most_streams(self) -> int:
+    def most_streams(self):
         return self.settings.streams or 100
 
-    def refusal(self, request, error) -> Response:
+    def refusal(self, request, error):
         return refusal(request, error)
 
-    def as_logged(self, request: Request, status: int = 500) -> Request:
+    def as_logged(self, request, status=500):
         """Return the request as others may read of it. [3] Some paths are secrets."""
         return request
 
@@ -6187,7 +6170,7 @@ class LoopEdge:
     # -- the end
 
     @property
-    def draining(self) -> bool:
+    def draining(self):
         """For a while a load balancer can hear from /healthz that this server stops."""
         return time.monotonic() < self.stopping + self.settings.drain
 
@@ -6243,8 +6226,8 @@ class EdgeDirectory(Broadcast, Directory):
 
     def on_open(self):
         super().on_open()
-        self.as_of: Any = None                           # the state of file and keys for
-        self.given: Dict[Any, Tuple[float, Response]] = {}   # these, and until when
+        self.given = {}                                  # verdicts, and until when
+        self.as_of = None                                # for this state of file and keys
 
     def handle(self, request):
         if request.method in SAFE and request.path.startswith("/_gate/"):
