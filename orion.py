@@ -6317,7 +6317,7 @@ def create_workspace_with_file(request, env):
 #     @public                       a name that apps use
 #     ROOTS.append(...)             a composition root for some settings
 #     VIEWERS.append(...)           what it knows of a viewer, by the headers of a verdict
-#     PLAIN.append(...)             what slices may use with --plain, too
+#     PLAIN.append(...)             what changes the env of --plain, too
 #
 # So the Directory of this part is a chain of classes:
 #
@@ -6376,9 +6376,9 @@ import types
 
 ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
 DIRECTORY_SLICES: List[Slice] = []
-Hooks = List[Callable[..., Any]]                         # functions of what stands in ()
+Hooks = List[Callable[..., Any]]                         # their parameters stand in ()
 MEMBERS_PARTS: Hooks = []                                # (ctx): below the list of members
-PLAIN: Hooks = []                                        # (env): it changes that of --plain
+PLAIN: Hooks = []                                        # (env of --plain): changes it
 VIEWERS: Hooks = []                                      # see viewer_in_full
 CHECKS: Hooks = []                                       # (settings): before composing
 VERBS: Dict[str, Verb] = {}                              # by their words
@@ -6462,9 +6462,10 @@ class KnowsViewers(Broadcast):
 @addition
 class HasMembersParts(EdgeDirectory):
     def around(self, live, ctx, renderings, args):
-        parts = MEMBERS_PARTS if live.path == members.path else ()
         shown = super().around(live, ctx, renderings, args)
-        return Html().join([shown, *[part(ctx) for part in parts]])
+        if live.path != members.path:
+            return shown
+        return Html().join([shown, *[part(ctx) for part in MEMBERS_PARTS]])
 
 
 # -- what several sections share (to be skipped until one of them uses it)
@@ -6533,7 +6534,9 @@ def all_routes(slices: Sequence[Slice]) -> List[Route]:
     return [route for slice in slices for route in slice.routes]
 
 
-STAYS, MOVES, GOES, DELETED = range(4)                   # what workspaces.moving says
+# What workspaces.moving says: nothing; it goes to another machine; it is being removed; it
+# was deleted, and can be brought back for some time.
+STAYS, MOVES, GOES, DELETED = range(4)
 
 
 # -- what a workspace is called
@@ -6544,7 +6547,8 @@ LONGEST_TITLE = 63                                       # characters
 def slug(title):
     """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
 
-    It can be too long. It is empty if there is none, or if the title is too long.
+    It is empty if the title is too long, or no name can be made of it. It may be no
+    WORKSPACE_NAME, for one sign can become several.
     """
     if len(title) > LONGEST_TITLE:
         return ""
@@ -8503,7 +8507,7 @@ def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
     flash = flash or signals.get("note", "")
     headers = (flash_header(path, flash, signals),) if flash else ()
     if ctx.request.datastar:                             # the layout has the rest
-        return as_json({"_go": path})._replace(headers=headers)
+        return as_json({"_go": path}, headers=headers)
     return see_other(path, *headers)
 
 
@@ -9169,8 +9173,8 @@ def as_it_lies(path):
     A file without a write-ahead log takes a quarter of the time: at a start it may be one
     of thousands. Whoever opens it just then sets its alarm.
     """
-    as_it_lies = "&immutable=1" if with_wal(path) == [path] else ""
-    return contextlib.closing(connected_to_read(path, as_it_lies))
+    how = "&immutable=1" if with_wal(path) == [path] else ""
+    return contextlib.closing(connected_to_read(path, how))
 
 
 def due_in(db: sqlite3.Connection, plans=frozenset()) -> Optional[float]:
@@ -9644,11 +9648,11 @@ class HasJobs(Broadcast):
     """An object with a table of jobs. due is NULL for a job that was given up."""
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
     TURN_SECONDS = 1.0                                   # then the log says who has it
-    doing: Any = None                                    # what it is, and since when
+    doing: Any = None                                    # what, in words; and since when
     logged: Any = None                                   # the one that the log has
 
     def answer(self, request):
-        self.doing = request, time.monotonic()
+        self.doing = (request.method, request.path), time.monotonic()
         try:
             return super().answer(request)
         finally:
@@ -9659,11 +9663,9 @@ class HasJobs(Broadcast):
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
             self.logged = doing
-            what = doing[0]
-            if isinstance(what, Request):
-                what = f"{what.method} {what.path}"
-            log(f"{what} keeps all others waiting for {self.namespace.path(self.id)}; "
-                "let a job yield what waits for the network")
+            log(f"{' '.join(doing[0])} keeps all others waiting for "
+                f"{self.namespace.path(self.id)}; let a job yield what waits for the "
+                "network")
 
     def on_open(self):
         super().on_open()
@@ -9709,7 +9711,7 @@ class HasJobs(Broadcast):
         row = self.next_job()
         if row is None or row["due"] > time.time():
             return None
-        tries = row["tries"] % self.TRIES + 1
+        tries = row["tries"] % self.TRIES + 1            # a recurring one begins anew
         self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
                         "WHERE id = ?", tries, self.next_try(row, tries), row["id"])
         return row["id"]
@@ -9748,7 +9750,7 @@ class HasJobs(Broadcast):
 
     def work(self, row, request):
         """In the name of who enqueued it. Grants were checked then."""
-        self.doing = f"job {row['job']}", time.monotonic()
+        self.doing = ("job", row["job"]), time.monotonic()
         wait = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
         ctx = wait.ctx if wait else self.job_context(row, request)
         ctx.host = self
@@ -9832,20 +9834,17 @@ class KeepsPlans(EdgeWorkspace):
         return super().own_claim(request)
 
     def keep_plans(self):
+        plans = self.router.plans
         with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
             there = {row["key"] for row in self.store.query(PLANNED)}
-            if there != self.router.plans.keys():
-                self.replace_plans(there)
-
-    def replace_plans(self, there):
-        plans = self.router.plans
-        with self.store.tx():
-            for key in there - plans.keys():
-                self.store.exec("DELETE FROM jobs WHERE key = ?", key)
-            for key in plans.keys() - there:
-                name = self.router.job_names[plans[key].job]
-                due = plans[key].next_time(time.time(), self.id)
-                self.put_in(name, "{}", "(schedule)", due, key)
+            if there == plans.keys():
+                return
+            with self.store.tx():
+                self.cancel(*(there - plans.keys()))
+                for key in plans.keys() - there:
+                    name = self.router.job_names[plans[key].job]
+                    due = plans[key].next_time(time.time(), self.id)
+                    self.put_in(name, "{}", "(schedule)", due, key)
 
 
 # #### People ##############################################################################
@@ -10678,8 +10677,7 @@ def page_of_link(ctx, secret):
     title, parts = "You have a link", {"paste": True}
     if link:
         title = KINDS[link["kind"]].title
-        facts = {**link_facts(ctx, link), **forms_for(ctx, link), **wrong}
-        parts = {link["kind"]: {**facts, "secret": secret}}
+        parts = {link["kind"]: {**shown_of_link(ctx, link), **wrong, "secret": secret}}
     parts = {**dict.fromkeys(["paste", *KINDS], False), **parts}
     body = template("links")(heading=title, problem=wrong["problem"], **parts)
     return page(title, body, ctx.viewer)
@@ -10693,17 +10691,13 @@ def mistake(ctx):
             "again_new": how == "new", place: problem}
 
 
-def link_facts(ctx, link):
-    """Return what its page says of a link."""
-    return {**link, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
-            "next": f"/w/{link['name']}" if link["name"] else "/"}
-
-
-def forms_for(ctx, link):
-    """Return which forms the page has for whoever looks at it, and what is in them."""
+def shown_of_link(ctx, link):
+    """Return what its page says of a link, and which forms it has for whoever looks."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
-    return {"member": member, "joins": bool(me) and not member, "stranger": not me,
+    return {**link, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
+            "next": f"/w/{link['name']}" if link["name"] else "/",
+            "member": member, "joins": bool(me) and not member, "stranger": not me,
             "other": bool(me) and me != link["person"], "new": True, "known": True,
             "me": me, "username": ctx.typed.get("username", ""), "stamp": ctx.stamp}
 
