@@ -6340,11 +6340,13 @@ def create_workspace_with_file(request, env):
 # one before it, its head says behind which one it stands.
 #
 # What has the name of a type is of that type: settings, request, viewer, store. An id, a
-# name or a title is text; a file, folder or path is a pathlib.Path. given is what a command
-# was given. Commands use some functions of section 31: opened() gives the Directory's
-# store, to change it; looked_up() reads from it; check_there() refuses if there is none;
-# row_of() finds a row by its name; table() prints rows. What they raise as Unusable is the
-# line that people read.
+# name or a title is text; a file, folder or path is a pathlib.Path. A type that is plain
+# from a docstring is not said again.
+#
+# given is what a command was given. Commands use some functions of section 31: opened()
+# gives the Directory's store, to change it; looked_up() reads from it; check_there()
+# refuses if there is none; row_of() finds a row by its name; table() prints rows. What they
+# raise as Unusable is the line that people read.
 #
 # Further words:
 #
@@ -6394,14 +6396,14 @@ APP_PARSERS: Hooks = []                                  # see read_command_line
 APP_SEEDS: Hooks = []                                    # (env, names of workspaces)
 
 
-def addition(cls: type) -> type:
+def addition(cls):
     """Mark a class: its methods come before those of its base, in each server."""
     ADDED[cls.__bases__[0]].append(cls)
     return cls
 
 
 @functools.cache
-def whole(base: type) -> type:
+def whole(base):
     """Return a class of base with all additions to it, and to its own bases.
 
     A method is looked for in the additions to base, the last written first, then in base;
@@ -6420,13 +6422,13 @@ class Verb(NamedTuple):
     arguments: Sequence[str]
 
 
-def public(thing: Any) -> Any:
+def public(thing):
     """Mark a function or a class as one that apps use."""
     __all__.append(thing.__name__)
     return thing
 
 
-def verb(words: str, help: str, *arguments: str):
+def verb(words, help, *arguments):
     """Mark a function as a command of the command line.
 
     arguments: keys of ARGUMENTS in section 31.
@@ -6486,13 +6488,13 @@ log_once = functools.lru_cache(maxsize=256)(log)
 INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
-def with_wal(path) -> List[pathlib.Path]:
+def with_wal(path):
     """Return those files of a database that there are: itself, and its log."""
     wal = path.with_name(f"{path.name}-wal")
     return [file for file in (path, wal) if file.exists()]
 
 
-def stamps(files: Iterable[Any]) -> Dict[Any, Any]:
+def stamps(files):
     """Return when each file was written, and its size; None if it is not there just now."""
     found = dict.fromkeys(files)
     for file in found:
@@ -6522,7 +6524,7 @@ def write_private(path, data: bytes):
     sync_folder(path.parent)
 
 
-def file_name(said: str):
+def file_name(said):
     """Return a name that means the same to people and to every system: no path, nothing
     that can't be seen, and not too long."""
     name = said.replace("\\", "/").rpartition("/")[2]
@@ -6530,7 +6532,7 @@ def file_name(said: str):
     return "".join(seen).strip(" .")[-120:] or "file"
 
 
-def all_routes(slices: Sequence[Slice]) -> List[Route]:
+def all_routes(slices):
     return [route for slice in slices for route in slice.routes]
 
 
@@ -6561,7 +6563,7 @@ def slug(title):
     return "-".join(re.findall("[a-z0-9]+", bare))
 
 
-def names_of(typed: str) -> Tuple[str, str]:
+def names_of(typed):
     """Return the name and the title of a new workspace. Raise Refused(422) if none."""
     title = " ".join(typed.split())
     name = slug(title) if title.isprintable() else ""
@@ -6602,7 +6604,7 @@ class KnowsTitles(Context):
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
 
 
-def disposition(how: str, name):
+def disposition(how, name):
     """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
     plain = NOT_PLAIN.sub("_", name)
     encoded = urllib.parse.quote(name, safe="")
@@ -6614,7 +6616,7 @@ def text_of(request, name):
     return as_text(name, dict(request.pairs()).get(name, ""))
 
 
-def at_end(response, markup: str):
+def at_end(response, markup):
     """Return a page with more markup at its end."""
     body, end, rest = response.body.rpartition(b"</body>")
     body += markup.encode("utf-8", "replace")
@@ -6731,7 +6733,7 @@ class Judge:
     tell of the columns that a join names by USING or NATURAL.)
     """
 
-    def __init__(self, owners: Dict[str, str]):
+    def __init__(self, owners):
         self.owners = owners
         self.slice = ""                                  # whose statement; "": the server's
         self.may = ""                                    # READ, WRITE or MIGRATE
@@ -6784,7 +6786,7 @@ class Tables(Calls):
     judged, for another. Each statement is judged once, when it is compiled.
     """
 
-    def __init__(self, store, slice: str, may: str):
+    def __init__(self, store, slice, may):
         self.store = store
         self.slice = slice
         self.may = may
@@ -6878,7 +6880,7 @@ class OwnsTables(SliceHost):
             args = ()
         return "/".join(map(str, args)) or str(inserted or "")
 
-    def journal(self, viewer, what: str, which: str):
+    def journal(self, viewer, what, which):
         """Note who did what, and to which row."""
         add_entry(self.store, viewer.signature, what, which)
 
@@ -7095,7 +7097,7 @@ class Server(LoopEdge):
 # The idea: the composition root of the product: two planes in one process. Single and Nodes
 #   bring further roots.
 
-def plain_root(settings) -> Env:
+def plain_root(settings):
     """The root of --plain: Part One, and what other sections add to its classes."""
     if settings.key_file.exists():                       # else it is made
         load_keys(settings.key_file)
@@ -7117,7 +7119,7 @@ def compose(settings) -> FullEnv:
     return two_planes(settings)
 
 
-def two_planes(settings) -> FullEnv:
+def two_planes(settings):
     """One Directory, a Workspace for each tenant, and a worker in front."""
     settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
@@ -7183,7 +7185,7 @@ def prepare_data(settings):
     return settings._replace(demo=demo), fresh, keys
 
 
-def load_keys(path) -> Tuple[bytes, ...]:
+def load_keys(path):
     """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
     """
     readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
@@ -7236,7 +7238,7 @@ def workspaces_of(settings, router):
     return workspaces
 
 
-def awake_by_default() -> int:
+def awake_by_default():
     """An awake workspace takes three descriptors; the last quarter is for sockets."""
     if resource is None:
         return 256
@@ -7277,7 +7279,7 @@ def full_env(directory, workspaces, settings):
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
 
-def matching(pattern: str, hint: str, read=str) -> Callable[[str], Any]:
+def matching(pattern, hint, read=str):
     """Return a type for argparse: what read() makes of a text that matches.
 
     If it makes None, the text is refused, too.
@@ -7553,7 +7555,7 @@ def flags_of_all():
 # -- what all commands need
 
 @contextlib.contextmanager
-def locked(folder, taken: str):
+def locked(folder, taken):
     """One process at a time in a folder.
 
     Raises Unusable if the folder is no good or, with the text taken, if another is in it.
@@ -7596,7 +7598,7 @@ def check_there(settings, or_node=False):
     load_keys(settings.key_file)
 
 
-def looked_up(settings, read) -> List[Any]:
+def looked_up(settings, read):
     """Return what read finds in the Directory, as this version would have it.
 
     Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
@@ -7612,7 +7614,7 @@ def looked_up(settings, read) -> List[Any]:
 
 
 @contextlib.contextmanager
-def opened(settings, given=None, which: str = ""):
+def opened(settings, given=None, which=""):
     """Give the Directory's store, and the env around it.
 
     A command (given) is one transaction, and is noted in the journal, with its arguments,
@@ -7825,7 +7827,7 @@ def stop_or_leave(server, number):
                          "until then; Ctrl+C or SIGTERM once more ends it at once")
 
 
-def notify(state: str):
+def notify(state):
     """Tell systemd, if it asked to be told (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -8007,7 +8009,7 @@ CHECKS.append(check_tables)
 
 # -- what functions return
 
-def log_place(where: str, error):
+def log_place(where, error):
     """Log what it was, and first of all the line of a slice that it comes from."""
     frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -8020,7 +8022,7 @@ ERROR_LOGS.remove(log_traceback)
 ERROR_LOGS.append(log_place)
 
 
-def bad_return(function, value, wanted: str) -> TypeError:
+def bad_return(function, value, wanted):
     """Return the error of a slice's function that returned something wrong.
 
     No line of it is in the traceback, so the message says where it is.
@@ -8158,7 +8160,7 @@ class ChecksPages(EdgeWorkspace):
 
 
 @functools.lru_cache(maxsize=4)
-def topics_of(router) -> re.Pattern:
+def topics_of(router):
     """Return the pattern of the topics that pages listen to."""
     topics = []
     for slice in router.slices:
@@ -8169,7 +8171,7 @@ def topics_of(router) -> re.Pattern:
 
 
 @functools.lru_cache(maxsize=1024)
-def is_silent(router, what: str, told: Tuple[str, ...]):
+def is_silent(router, what, told):
     """Did a command of a slice with live pages publish nothing that a page listens to?"""
     own = what.partition(".")[0]
     live = any([slice.live for slice in router.slices if slice.name == own])
@@ -8434,7 +8436,7 @@ def visible(text):
     return not all(map(unseen, text))
 
 
-def unseen(character: str):
+def unseen(character):
     """Is it a blank, a control or a mark, without width, or does it only set the direction
     of writing?"""
     kind = unicodedata.category(character)
@@ -8559,7 +8561,7 @@ def with_flash(request, response):
     return show_flash(request, response, text) if text else response
 
 
-def flash_seal(request, path, data) -> str:
+def flash_seal(request, path, data):
     """The seal is over the session, too: the next one to sign in here is not shown it."""
     cookies = request.headers.get("cookie", "").split(";")
     session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
@@ -8592,7 +8594,7 @@ def with_message(response, text, kind="flash", **more):
 
 # -- a form that was refused
 
-def old_messages(request) -> Dict[str, str]:
+def old_messages(request):
     """Return signals that take away what a page says of an earlier mistake: "problem" and,
     for each field that was sent, "<field>_problem".
 
@@ -8712,7 +8714,7 @@ def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
     return Response(200, data, harmless_type(type), headers)
 
 
-def harmless_type(type: str):
+def harmless_type(type):
     """Return the type, if no browser runs what has it; else one that means nothing."""
     kind = type.partition(";")[0].strip().lower()
     if kind.startswith(HARMLESS) and not kind.endswith("xml"):
@@ -8752,7 +8754,7 @@ class RefusesInLayout(Workspace):
 # ==== 37. More events =====================================================================
 # The idea: what else Datastar understands, for apps.
 
-def lines_of(event_id, retry, **options) -> List[str]:
+def lines_of(event_id, retry, **options):
     """Return the lines of an event for what is given."""
     fields = {"id": event_id, "retry": retry}
     lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
@@ -8896,8 +8898,8 @@ def check_asset(name, user):
                        "main(assets=...), and mind that (one,) has a comma too")
 
 
-def assets_in(folder) -> List[Tuple[str, pathlib.Path]]:
-    """Return the files that are served, each with its name."""
+def assets_in(folder):
+    """Return (name, path) of each file that is served."""
     if not folder.is_dir():
         raise Unusable(f"the folder of assets {folder} is not there; name one by "
                        "main(assets=...)")
@@ -8992,7 +8994,7 @@ class TellsFacts(Broadcast):
         return {"count": count}
 
 
-def facts_of(workspace: Stub) -> Dict[str, Any]:
+def facts_of(workspace: Stub):
     """Return its facts. If it is busy or can't be read, its count says so in words."""
     try:
         return json.loads(fetch_briefly(workspace, Request("GET", "/_facts")).body)
@@ -9177,7 +9179,7 @@ def as_it_lies(path):
     return contextlib.closing(connected_to_read(path, how))
 
 
-def due_in(db: sqlite3.Connection, plans=frozenset()) -> Optional[float]:
+def due_in(db: sqlite3.Connection, plans=frozenset()):
     """Return when the next job in a file is due; None: there is none.
 
     It is due at once if the recurring jobs in it are not those of plans: opened, it gets
@@ -9200,11 +9202,11 @@ class Recurring(NamedTuple):
     seconds: float = 0.0                                 # from one to the next
 
     @property
-    def plan(self) -> str:
+    def plan(self):
         """When it comes, as text: if that changes, another row takes its place."""
         return f"{self.at} {self.zone}" if self.at else f"every {self.seconds:g} s"
 
-    def next_time(self, now: float, id):
+    def next_time(self, now, id):
         """Return when it comes next. Intervals begin at a time of each workspace's own, so
         not all of them wake at once."""
         if not self.at:
@@ -9216,7 +9218,7 @@ class Recurring(NamedTuple):
                  for days in range(-1, 4)]
         return min([at for at in times if at > now])
 
-    def time_on(self, day, zone) -> float:
+    def time_on(self, day, zone):
         """Where clocks are set forward over it, it is as much later; where they are set
         back and it comes twice, the first is meant (PEP 495, fold=0)."""
         at = datetime.time.fromisoformat(self.at)
@@ -9257,11 +9259,11 @@ def zone_named(name):
 PLANNED = "SELECT key FROM jobs WHERE key >= '@' AND key < 'A'"     # as plans_of names them
 
 
-def function_of(job) -> Callable[..., Any]:
+def function_of(job):
     return job.job if type(job) is Recurring else job
 
 
-def plans_of(slices: Sequence[Slice]) -> Dict[str, Recurring]:
+def plans_of(slices):
     """Return all jobs that come again, by the key of their row."""
     return {f"@{slice.name}.{job.job.__name__} {job.plan}": job
             for slice in slices for job in slice.jobs if type(job) is Recurring}
@@ -9331,7 +9333,7 @@ class Alarms:
     def look_into(self, id, db):
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
-    def set(self, id, due: Optional[float]):
+    def set(self, id, due):
         """Wake the object then, if not sooner. None: it has no job."""
         if due is None:
             return
@@ -9342,7 +9344,7 @@ class Alarms:
         if due <= time.time():
             self.ring()
 
-    def next_due(self) -> Optional[str]:
+    def next_due(self):
         """Take out the alarm of an object that has a job due. Return its id, or None."""
         now = time.time()
         with self.lock:
@@ -9428,7 +9430,7 @@ class Waits:
         self.in_line: collections.deque = collections.deque()    # they have no thread yet
         self.calling = set()                             # they have one
 
-    def of(self, id) -> List[int]:
+    def of(self, id):
         """Return which jobs of an object wait."""
         with self.lock:
             return [job for of, job in self.by_job if of == id]
@@ -9489,7 +9491,7 @@ class Waits:
             del self.by_job[wait.key]
         self.alarms.set(wait.key[0], time.time())
 
-    def give_up_late(self, now: float):
+    def give_up_late(self, now):
         """No thread can be ended. So another takes the place of one whose call is late."""
         with self.lock:
             late = [wait for wait in self.calling
@@ -9509,7 +9511,7 @@ class HasAlarms(GuardedNamespace):
     def alarms(self):
         return whole(Alarms)(self)
 
-    def files(self) -> Iterator[Tuple[str, pathlib.Path]]:
+    def files(self):
         """The id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db"))
 
@@ -9625,7 +9627,7 @@ class JobTables(Tables):
     The time limit is for each statement, and not for the job.
     """
 
-    def __init__(self, job: str):
+    def __init__(self, job):
         self.owner = job.partition(".")[0]
 
     def use(self, host, may):
@@ -9658,7 +9660,7 @@ class HasJobs(Broadcast):
         finally:
             self.doing = None
 
-    def log_if_long(self, now: float):
+    def log_if_long(self, now):
         """In the loop, while it lasts: what waits for its own server waits forever."""
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
@@ -9677,7 +9679,7 @@ class HasJobs(Broadcast):
                         "?)", *row)
         self.alarm_after_commit(row[3])
 
-    def cancel(self, *keys: str):
+    def cancel(self, *keys):
         """Return whether there was one."""
         found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", key)
                      for key in keys])
@@ -9716,7 +9718,7 @@ class HasJobs(Broadcast):
                         "WHERE id = ?", tries, self.next_try(row, tries), row["id"])
         return row["id"]
 
-    def next_try(self, row, tries) -> Optional[float]:
+    def next_try(self, row, tries):
         """Return when a job that fails is tried again; None: it is given up then.
 
         A recurring one waits for its next time instead.
@@ -9725,7 +9727,7 @@ class HasJobs(Broadcast):
             return time.time() + 2 ** tries
         return self.next_time(row)
 
-    def next_time(self, row) -> Optional[float]:
+    def next_time(self, row):
         """Return when a recurring job comes again; None: it is none, or not any more."""
         plan = self.router.plans.get(row["key"])
         return plan and plan.next_time(time.time(), self.id)
@@ -9865,7 +9867,7 @@ def add_key(path):
 KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its times, its keys
 
 
-def keys_now(settings) -> Tuple[bytes, ...]:
+def keys_now(settings):
     """Return the keys in the file. If they are lost, the log says so, and those that were
     read before hold.
 
@@ -9946,12 +9948,12 @@ def as_hashed(password):
     return unicodedata.normalize("NFC", "".join(spaced))
 
 
-def hash_password(password) -> str:
+def hash_password(password):
     salt = secrets.token_bytes(16)
     return f"{salt.hex()}${scrypt(as_hashed(password), salt).hex()}"
 
 
-def password_matches(password, stored: str):
+def password_matches(password, stored):
     """True if it is the one. If nothing is stored, it takes as long, and is False.
 
     Older versions hashed what was typed. How long it takes depends on that alone.
@@ -9963,7 +9965,7 @@ def password_matches(password, stored: str):
     return any(matches) and bool(stored)
 
 
-def check_password(new: str):
+def check_password(new):
     """Raise Refused(422) if no password can be so."""
     new = as_hashed(new)
     if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
@@ -9990,7 +9992,7 @@ class Throttle:
         self.lock = threading.Lock()                     # guards the next line
         self.times = collections.OrderedDict()           # of the last attempts, by key
 
-    def check(self, *keys: str):
+    def check(self, *keys):
         """Raise Refused(429) if one of the keys has to wait."""
         begin = time.monotonic() - self.SECONDS
         for key in keys:
@@ -10000,7 +10002,7 @@ class Throttle:
                 raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
                               retry_after(wait))
 
-    def count(self, *keys: str):
+    def count(self, *keys):
         now = time.monotonic()
         with self.lock:
             for key in keys:
@@ -10009,7 +10011,7 @@ class Throttle:
             while len(self.times) > self.KEYS:
                 self.times.popitem(last=False)
 
-    def forgive(self, own: str, *keys: str):
+    def forgive(self, own, *keys):
         """Forget the attempts of own, and take them out of the other keys: the password was
         right at last, so they were typing errors."""
         with self.lock:
@@ -10037,12 +10039,12 @@ class Passwords:
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
         self.familiar: Dict[str, None] = {}              # signed in before; oldest first
 
-    def door(self, request, env) -> Response:
+    def door(self, request, env):
         if request.method == "POST":
             request = self.prove(request, env.directory)
         return env.directory.fetch(request)
 
-    def typed_in(self, request) -> Tuple[str, str, str]:
+    def typed_in(self, request):
         """Return the name, the password, and the new password. Bound what is hashed."""
         name = account_name(text_of(request, "username"))
         password = text_of(request, "password")
@@ -10101,8 +10103,7 @@ UNSENT = {"unsent": "", "to": ""}                        # a form, and where it 
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
 
-def login_form(next: str, personas, problem: str, status: int = 200, username="",
-               **unsent: str):
+def login_form(next, personas, problem, status=200, username="", **unsent):
     """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
     body = template("login")(next=next, username=username, problem=problem,
                              demo=bool(personas), persona=[*personas], **unsent)
@@ -10126,7 +10127,7 @@ def page_of(request):
     return local_path(referer[len(ours):]) if referer.startswith(f"{ours}/") else "/"
 
 
-def unsent_in(request) -> Dict[str, str]:
+def unsent_in(request):
     """Return the form that came without a session, so that it can be sent again."""
     is_plain = FORMS.get(request.media_type) is read_form    # others bring files
     if not is_plain or request.method in SAFE or request.path in SECRET:
@@ -10310,19 +10311,19 @@ SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": 
            "CrOS": "ChromeOS", "Mac OS": "macOS", "Linux": "Linux", "": "a device"}
 
 
-def device(agent: str):
+def device(agent):
     """Return what a User-Agent says, in words: "Chrome on Linux"."""
     browser, system = [next(words for sign, words in known.items() if sign in agent)
                        for known in (BROWSERS, SYSTEMS)]
     return f"{browser} on {system}"
 
 
-def utc(seconds: float):
+def utc(seconds):
     """Return a time in words: "30 Nov 2026, 14:05 UTC"."""
     return time.strftime("%d %b %Y, %H:%M UTC", time.gmtime(seconds))
 
 
-def moment(seconds: float):
+def moment(seconds):
     """Return a time that a browser with scripts shows as of its own time zone."""
     exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
     return template("layout.moment")(exact=exact, text=utc(seconds))
@@ -10427,7 +10428,7 @@ class Masked(Viewer):
                                              how=how)
 
 
-def masked(viewer, operator: Optional[str], read_only):
+def masked(viewer, operator, read_only):
     """Return the viewer masked, if there is an operator behind them."""
     if not operator or isinstance(viewer, Masked):        # the Directory's own are already
         return viewer
@@ -11068,7 +11069,7 @@ TRUSTED.add("x-label")
 
 
 @functools.lru_cache(maxsize=1000)
-def person_of(account, label: str):
+def person_of(account, label):
     """Return somebody as lists show them."""
     other = label != account
     return template("people.person")(
@@ -11077,7 +11078,7 @@ def person_of(account, label: str):
         colour=int(fingerprint(account.encode()), 16) % COLOURS)
 
 
-def initials(label: str):
+def initials(label):
     """Return the first letters of the first and of the last word: Carol Jones, CJ."""
     letters = [word[0] for word in label.split() if word[0].isalnum()] or [label[:1]]
     return "".join(letters[:1] + letters[1:][-1:]).upper()
@@ -11122,7 +11123,7 @@ class TellsLabels(EdgeDirectory):
         return person_of(row["name"], row["label"])
 
 
-def with_label(viewer, request) -> Viewer:
+def with_label(viewer, request):
     label = urllib.parse.unquote(request.headers.get("x-label", ""))
     return dataclasses.replace(viewer, label=label) if label else viewer
 
