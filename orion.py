@@ -11286,7 +11286,7 @@ LARGEST_FILE = 2 ** 31 - 1                               # pages
 RESERVE = 256                                            # pages, and a quarter of the quota
 
 
-def limit_pages(store, quota: int):
+def limit_pages(store, quota):
     """Limit the file to so many bytes.
 
     SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
@@ -11436,7 +11436,7 @@ def size_of(response):
     return len(response.body) + sum(map(len, pieces)) + rest
 
 
-def labelled(figures: Dict[Any, int]) -> List[Dict[str, Any]]:
+def labelled(figures):
     """Return rows for the template: of each figure its label and its value."""
     return [{"label": label, "value": figures[label]} for label in sorted(figures)]
 
@@ -11463,14 +11463,15 @@ class SlowLog:
 
 
 @functools.cache
-def slow_log(limit: float) -> Optional[SlowLog]:
+def slow_log(limit):
     """Return the one of this process; None if there is no limit."""
     return SlowLog(limit) if limit else None
 
 
 @addition
 class TimesWork(Broadcast):
-    """Without --slow nothing is timed."""
+    """With --slow, an object has other functions in the place of its call and its store's
+    run. Without it nothing is timed, and nothing takes longer."""
     where = ""                                           # workspace and slice of a call
 
     def on_open(self):
@@ -11503,7 +11504,7 @@ class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
     TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
 
-    def __init__(self, log: str, slow: Optional[SlowLog] = None):
+    def __init__(self, log, slow=None):
         """log: common, json or off."""
         self.log = log
         self.slow = slow
@@ -11531,7 +11532,7 @@ class Figures:
     def line(self, asked, status, size, seconds):
         """The common log format and the seconds it took, or JSON.
 
-        Without the query: users typed it.
+        Without the query: users typed it. The method is as it came: HEAD is asked as GET.
         """
         method, peer, path = asked.reading.method, asked.request.peer, asked.request.path
         if not PLAIN_PATH.fullmatch(path):
@@ -11544,7 +11545,7 @@ class Figures:
         return (f'{peer or "-"} - - [{self.date}] "{method} {path} HTTP/1.1" '
                 f"{status} {size} {seconds:.6f}")
 
-    def write(self, lines: Sequence[str]):
+    def write(self, lines):
         """In a thread of its own."""
         with contextlib.suppress(OSError, ValueError):
             print("\n".join(lines), flush=True)
@@ -11556,7 +11557,7 @@ class Figures:
             lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
             self.scribe.put(self.write, lines)
 
-    def requests(self) -> Dict[str, Any]:
+    def requests(self):
         """What templates/metrics.txt says of requests."""
         with self.lock:
             counts = [*itertools.accumulate(self.durations)]
@@ -11582,7 +11583,7 @@ class CountsVerdicts(EdgeDirectory):
         return response
 
 
-def token_for_figures(key: bytes) -> str:
+def token_for_figures(key):
     return hmac.digest(key, b"metrics", "sha256").hex()
 
 
@@ -11631,9 +11632,8 @@ class HasFigures(LoopEdge):
         return Response(200, self.text().encode(), Figures.TYPE)
 
     def may_see_figures(self, request, env):
-        if self.is_from_here(request) or has_token(request, self.settings):
-            return True
-        return env.directory.ask_as(request, "/_operator")
+        return self.is_from_here(request) or has_token(request, self.settings) \
+            or env.directory.ask_as(request, "/_operator")
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -11644,7 +11644,7 @@ class HasFigures(LoopEdge):
                     awake=len(self.env.workspaces.objects),
                     result=labelled(self.broker.frames)) + "\n"
 
-    def waiting(self) -> Dict[str, float]:
+    def waiting(self):
         """What templates/metrics.txt says of who waits for what."""
         now = time.monotonic()
         streams = self.streams
@@ -11652,13 +11652,13 @@ class HasFigures(LoopEdge):
         stuck = [now - stream.deadline + stream.STUCK_SECONDS for stream in behind]
         with self.pool.lock:
             items = [item for lane in self.pool.lanes.values() for item, _ in lane.items]
-        since = [item.started for item in items if isinstance(item, Asked)]
-        waited = [time.perf_counter() - started for started in since if started]
+        waited = [time.perf_counter() - item.started for item in items
+                  if isinstance(item, Asked) and item.started]
         return {"streams": len(streams), "behind": len(behind),
                 "stuck": max(stuck, default=0.0), "in_line": len(items),
                 "waited": max(waited, default=0.0)}
 
-    def storage(self) -> Dict[str, Any]:
+    def storage(self):
         """And of the disk, and of workspaces. To measure all files would wake the disk for
         20,000; so it is only those of the objects that are awake."""
         workspaces = self.env.workspaces
@@ -11674,7 +11674,7 @@ class HasFigures(LoopEdge):
         return {"free": shutil.disk_usage(self.settings.data).free, **shown,
                 "logs": sum([bytes_in(f"{path}-wal") for path in paths.values()])}
 
-    def of_leaders(self, **figures: Dict[str, Any]) -> Dict[str, List[Dict[str, Any]]]:
+    def of_leaders(self, **figures):
         """Return these figures, given by id, of those workspaces that are among the ten
         with most in one of them."""
         leaders = [heapq.nlargest(10, one, key=one.__getitem__) for one in figures.values()]
@@ -11699,13 +11699,14 @@ class HasFigures(LoopEdge):
 #   requests: to time them by workspace would cost each of them something.
 # It needs: 53 Figures.
 
+FIGURE = re.compile(r'(?m)^(\w+)(?:\{\w+="([^"\n]*)"\})? (\S+)$')    # name, label, value
 SUMMARY = ("{:.1f} requests/s, 99 % in {:g} ms, {:.0f} waiting, {:.0f} streams, {:.0f} "
            "awake, {:.1f} GB free")
 COLUMNS = "workspace", "requests/s", "streams", "MB", "awake"
 ROW = "{:<36.36} {:>12} {:>9} {:>9} {:>8}"               # 78 columns
 
 
-def figures_of(settings) -> Dict[str, Dict[str, float]]:
+def figures_of(settings):
     """Return the figures of the server, by name and label. Raises Unusable."""
     where = f"{settings.host}:{settings.port}"
     headers = {"Host": "localhost"}
@@ -11724,12 +11725,9 @@ def figures_of(settings) -> Dict[str, Dict[str, float]]:
     if "orion_streams_open" not in text:
         raise Unusable(f"{where} shows no figures ({answer.status}): it wants the token of "
                        "its folder, which --data names; with --plain it has none")
-    found: Dict[str, Dict[str, float]] = collections.defaultdict(dict)
-    for line in text.splitlines():
-        words, _, value = line.rpartition(" ")
-        name, _, label = words.partition("{")
-        if not line.startswith("#"):
-            found[name][label.partition('"')[2][:-2]] = float(value)
+    found = collections.defaultdict(dict)
+    for name, label, value in FIGURE.findall(text):
+        found[name][label] = float(value)
     return found
 
 
@@ -11746,13 +11744,13 @@ class Top:
         self.now, self.at = figures_of(self.settings), time.monotonic()
         self.seconds = self.at - then
 
-    def rates(self, name) -> Dict[str, float]:
+    def rates(self, name):
         """Return by how much a figure grew in a second; 0 if the server began anew."""
         before = self.before[name]
         return {label: max(0.0, now - before.get(label, now)) / self.seconds
                 for label, now in self.now[name].items()}
 
-    def lines(self) -> List[str]:
+    def lines(self):
         rates = self.rates("orion_request_seconds_bucket")
         all = rates["+Inf"]
         p99 = min([float(bound) for bound, rate in rates.items() if rate >= 0.99 * all])
@@ -11873,7 +11871,7 @@ class Original(OwnedStore):
     SETUP = "PRAGMA query_only=ON"
 
 
-def copy_database(source, target, about=None) -> int:
+def copy_database(source, target, about=None):
     """Copy a database. Return its number of rows.
 
     about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
@@ -11924,7 +11922,7 @@ def opened_to_read(path):
     return contextlib.closing(connected_to_read(path))
 
 
-def take_away(path, copy=None, about=None) -> int:
+def take_away(path, copy=None, about=None):
     """Remove a database that others may have open. Return the number of rows in the copy.
 
     Commands that are on their way finish first, and are in the copy. The others see that
@@ -11963,7 +11961,7 @@ def one_move(settings):
 #   names is there. One that failed is in the log and in the figures.
 # It needs: 53 Figures, 55 Copies.
 
-def files_here(settings) -> List[pathlib.Path]:
+def files_here(settings):
     """Return the files of workspaces, whether the Directory names them or not."""
     files = [] if settings.single else settings.workspaces.glob("*.db")
     return [path for path in files if not path.name.startswith("new-")]     # a draft
@@ -11973,11 +11971,11 @@ NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND movi
                  ({STAYS}, {DELETED}) AND node = ''"""
 
 
-def names_here(settings, directory: Optional[pathlib.Path]) -> Dict[str, str]:
+def names_here(settings, directory):
     """Return the names of the workspaces here, by id.
 
-    directory: the Directory's file, or a copy of it. On a node there is none, and None is
-    for one that can't be read: then it is all files that are here, with "" for a name.
+    directory: the Directory's file, or a copy of it. If there is none, as on a node, or
+    None is given, for it can't be read: return all files here, with "" for a name.
     """
     if settings.single or not directory or not directory.exists():
         return {path.stem: "" for path in files_here(settings)}
@@ -12008,7 +12006,7 @@ def copy_one(settings, part, before, known, id):
     return None, fault
 
 
-def link_or_copy(source, target) -> bool:
+def link_or_copy(source, target):
     """Link a copy; copy it where there are no hard links. Return False if it is lost."""
     try:
         os.link(source, target)
@@ -12020,7 +12018,7 @@ def link_or_copy(source, target) -> bool:
     return True
 
 
-def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
+def in_two_threads(function, all):
     """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
     workspaces: 2.3 x.)"""
     from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
@@ -12028,7 +12026,7 @@ def in_two_threads(function, all: Iterable[Any]) -> Iterator[Any]:
         yield from threads.map(function, all)
 
 
-def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]:
+def with_progress(results, many, what):
     """Yield one after the other, counted for somebody who waits at a terminal."""
     for number, one in enumerate(results, 1):
         if sys.stderr.isatty():
@@ -12037,8 +12035,7 @@ def with_progress(results: Iterable[Any], many: int, what: str) -> Iterator[Any]
         yield one
 
 
-def snapshot(settings, target, before=None,
-             each=in_two_threads) -> Tuple[Dict[str, Any], List[str]]:
+def snapshot(settings, target, before=None, each=in_two_threads):
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
 
     before: the snapshot before, for what did not change.
@@ -12078,11 +12075,11 @@ def manifest_of(snapshot):
 DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timestamp()
 
 
-def snapshot_again(settings) -> Tuple[pathlib.Path, List[str]]:
+def snapshot_again(settings):
     """Make the next one in data/backups. The oldest go. Return it, and what is wrong.
 
-    Those from the future were made while the clock was wrong. They do not count, and go
-    with the first that is too old.
+    Names from the future are of a time when the clock was wrong. Such snapshots are not
+    counted; they go together with the first that is one too many.
     """
     folder = settings.data / "backups"
     private_folder(folder)
@@ -12307,7 +12304,7 @@ def cut_short(settings):
         return []
 
 
-def leftovers(settings) -> List[pathlib.Path]:
+def leftovers(settings):
     """Return what nobody misses: files in the making that nobody makes any more."""
     patterns = ["secret.key.part", "restoring.part", "directory.db.making*", f"{COPY}*",
                 "workspaces/*.part", "workspaces/*.making*", "removed/*.making*"]
@@ -12379,7 +12376,7 @@ def said_of_modes(settings):
             "can; check --repair closes them"]
 
 
-def open_to_others(settings) -> List[pathlib.Path]:
+def open_to_others(settings):
     """Return files of older versions that everybody can read."""
     if os.name != "posix" or not mode_of(settings.data) & 0o007:
         return []
@@ -12442,7 +12439,7 @@ def remove_blanks(settings):
 # It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes does the same in another
 #   way.
 
-def add_workspace(store, workspaces, name, members: Sequence[Sequence[str]], source=None):
+def add_workspace(store, workspaces, name, members, source=None):
     """Add a workspace with these members (accounts with their roles).
 
     Its file (source, or an empty one) is there before the commit: a row without a file
@@ -12475,7 +12472,7 @@ class KeepsFiles(GuardedNamespace):
     Each step is a method because with nodes (section 62) another machine has the file.
     """
 
-    def put(self, store, id, name, source: Optional[pathlib.Path]):
+    def put(self, store, id, name, source):
         """Have a file for a new workspace, before its row is committed."""
         if source:
             put_in_place(source, self.path(id))
@@ -12485,17 +12482,17 @@ class KeepsFiles(GuardedNamespace):
     def make_on_node(self, name):
         """After that commit, have the node make the file. Here there is none."""
 
-    def check_removable(self, row: sqlite3.Row, now: bool):
+    def check_removable(self, row, now):
         """Raise Unusable if its file can't be removed."""
 
-    def remove(self, row: sqlite3.Row, about: Dict[str, Any], now: bool):
+    def remove(self, row, about, now):
         """Remove the file. Unless now, a copy stays for 30 days."""
         copy = remove_file(self.settings, self.path(row["id"]), about, now)
         if copy:
             print(f"a copy stays for 30 days; workspace import {copy} brings it back")
 
 
-def roles_in(store, id) -> List[Tuple[str, str]]:
+def roles_in(store, id):
     """Return (account, role) of each member."""
     return [*map(tuple, store.query("SELECT account, role FROM memberships WHERE workspace "
                                     "= ? ORDER BY account", id))]
@@ -12586,7 +12583,7 @@ def forget_workspace(store, id):
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
 
 
-def remove_file(settings, path, about: Dict[str, Any], now: bool) -> Optional[pathlib.Path]:
+def remove_file(settings, path, about, now):
     """Remove a workspace's file. Return its copy, which stays for 30 days."""
     removed = settings.data / "removed"
     copy = None
@@ -12626,14 +12623,14 @@ def workspace_export(settings, given):
 def export(settings, given):
     with opened(settings, given) as (store, env):
         row = row_with_file(settings, store, given.name)
-        check_export(given, row, env.workspaces.path(row["id"]))
+        path = env.workspaces.path(row["id"])
+        check_export(given, row, path)
         members = roles_in(store, row["id"])
         if given.move:
             set_moving(store, row["id"], MOVES)
     write_out = take_away if given.move else copy_database
     about = {"name": given.name, "title": row["title"], "members": members,
              "left": row["id"] if given.move else ""}
-    path = env.workspaces.path(row["id"])
     try:
         rows = write_out(path, given.file, about)
     except BaseException:
@@ -12755,7 +12752,7 @@ def add_accounts(store, accounts):
 
 
 @contextlib.contextmanager
-def adopted(settings, source, jobs: Optional[str]):
+def adopted(settings, source, jobs):
     """Give a copy of another deployment's file, which an object of this one will claim.
 
     Of a single root, give the part that is the workspace's. jobs: "keep", "drop" or None:
@@ -12779,8 +12776,8 @@ def keep_or_drop_jobs(source, path, jobs):
     """Drop the jobs, unless somebody says that they are to run here, in others' names.
 
     Where they come from they may have run, or run still; then a letter would be sent twice.
-    Those that come again are made anew when it is opened. Raises Unusable if there are
-    others, and nothing was said.
+    Jobs that come again (every day) need no word, for they are planned anew when the file
+    is opened. Raises Unusable if there are any others, and nothing was said.
     """
     others = f"key IS NULL OR key NOT IN ({PLANNED})"
     with OwnedStore(path) as store:
@@ -13150,7 +13147,7 @@ NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict.
 
 # -- seals
 
-def seal_of(parts: Sequence[str], key, until: int = 0):
+def seal_of(parts, key, until=0):
     """Return a seal over parts. until: seconds by the clock; 0: for SEALED_SECONDS."""
     until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
@@ -13160,7 +13157,7 @@ def seal_of(parts: Sequence[str], key, until: int = 0):
 SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
-def holds_until(given: str, parts: Sequence[str], keys: Tuple[bytes, ...]):
+def holds_until(given, parts, keys):
     """Return until when the seal holds; 0 if it is too old, not ours, or over other parts.
 
     The clock of whoever made it may be SEALED_SECONDS ahead.
@@ -13197,7 +13194,7 @@ class Unreachable(NoAnswer):
     """It gave no answer at all."""
 
 
-def send_sealed(settings, address, request, patience: float = 5.0) -> Response:
+def send_sealed(settings, address, request, patience=5.0):
     """Send a request to another process of this deployment. Return its answer.
 
     Raises Unreachable if there is none in so many seconds.
@@ -13226,7 +13223,7 @@ def send_sealed(settings, address, request, patience: float = 5.0) -> Response:
     return Response(answer.status, body, answer.headers.get("content-type", ""), said)
 
 
-def sealed_parts(request, scheme: str) -> Tuple[str, ...]:
+def sealed_parts(request, scheme):
     body = hashlib.sha256(request.body).hexdigest()
     cookie = request.headers.get("cookie", "")
     return request.method, request.path, request.query, cookie, scheme, body
@@ -13239,7 +13236,7 @@ def is_sealed(request, settings):
     return bool(holds_until(seal, parts, keys_now(settings)))
 
 
-def ask_process(settings, address, request, patience: float = 5.0):
+def ask_process(settings, address, request, patience=5.0):
     """Ask another process. Return its answer, taken out of its JSON.
 
     Raises Unreachable, or NoAnswer if it says no.
@@ -13253,7 +13250,7 @@ def ask_process(settings, address, request, patience: float = 5.0):
     raise NoAnswer(f"{address} answered {answer.status}: {why}")
 
 
-def ask_node(settings, node: str, id, what: str, method: str = "POST", body: bytes = b""):
+def ask_node(settings, node, id, what, method="POST", body=b""):
     """Have a node do something with a workspace: see FOR_DIRECTORY."""
     if not node:
         raise NoAnswer("this workspace is on no node yet; node assign places it")
@@ -13315,15 +13312,20 @@ def node_for(store, name):
                key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
 
 
-def request_behind(request):
-    """Return the request for which a proxy asks: its method and path.
-
-    Both are "" if the proxy does not say them, or in two ways.
+def said_by_proxy(request, what):
+    """Return what a proxy says of the request for which it asks; "" if it says nothing, or
+    two things. nginx says X-Original-..., others X-Forwarded-...
     """
-    said = [{request.headers[name] for name in names if name in request.headers}
-            for names in (("x-original-method", "x-forwarded-method"),
-                          ("x-original-uri", "x-forwarded-uri"))]
-    method, target = ["".join(values) if len(values) == 1 else "" for values in said]
+    names = f"x-original-{what}", f"x-forwarded-{what}"
+    said = {request.headers[name] for name in names if name in request.headers}
+    return said.pop() if len(said) == 1 else ""
+
+
+def request_behind(request):
+    """Return the request for which a proxy asks: its method and path, "" if it says none.
+    """
+    method = said_by_proxy(request, "method")
+    target = said_by_proxy(request, "uri")
     with contextlib.suppress(Refused):
         path = plain_path(target.partition("?")[0])
         return Request("GET" if method == "HEAD" else method, path)
@@ -13439,7 +13441,6 @@ class PlacesFiles(GuardedNamespace):
             set_moving(store, row["id"], STAYS)
 
     def check_removable(self, row, now):
-        super().check_removable(row, now)
         if row["node"] and not now:
             ask_node(self.settings, row["node"], row["id"], "has", "GET")
 
@@ -13546,13 +13547,9 @@ def remove_here(workspaces, id, body):
 
     The name becomes a part of a path, so no other than a workspace's will do.
     """
-    try:
-        about = json.loads(body)
-        now = about.pop("now")
-        named = WORKSPACE_NAME.fullmatch(about["name"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        named = None
-    if not named:
+    about = json.loads(body)
+    now = about.pop("now")
+    if not WORKSPACE_NAME.fullmatch(about["name"]):
         raise Refused(400, "There is no such thing to remove.")
     copy = remove_file(workspaces.settings, workspaces.path(id), about, now)
     return copy and str(copy)
@@ -13758,8 +13755,8 @@ def leave_node(settings, given, id, path):
             rows = take_away(path, given.file, {"name": name, "members": [], "left": id})
         except BaseException:
             if path.exists():
-                print(f"orion: node assign {given.name} with the address of this node lets "
-                      "people in again", file=sys.stderr)
+                log(f"orion: node assign {given.name} with the address of this node lets "
+                    "people in again")
             raise
     print(f"{given.file}: {rows} rows; workspace import it on another node, then node "
           f"assign {name} HOST:PORT on the directory's machine")
@@ -13770,12 +13767,10 @@ def import_on_node(settings, given):
 
     If the file is that workspace, and it left for here, its jobs come with it.
     """
-    known = workspace_meant(given)
-    place = place_of(settings, **known)
+    place, is_itself = place_meant(settings, given)
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
-    same = "id" in known or left_by(given.file) == place["id"]
-    jobs = "keep" if same else given.jobs
+    jobs = "keep" if is_itself else given.jobs
     with one_move(settings), adopted(settings, given.file, jobs) as copy:
         if not may_replace(copy, path):
             raise Unusable(f"this node has {name} already, in {path}; --name takes the "
@@ -13789,22 +13784,25 @@ def import_on_node(settings, given):
           "this node")
 
 
-def workspace_meant(given):
-    """Return by what the directory knows the workspace that a file is to be.
+def place_meant(settings, given):
+    """Return what the directory knows of the workspace that a file is to be, and whether
+    the file is that workspace itself.
 
     A file that is named by an id is from the workspaces of a node, or of its backup. Raises
     Unusable if it is not the one that its name says.
     """
     id = given.file.stem
     if given.name or not is_id(id):
-        return {"name": slug(about_file(given.file, given.name)[0])}
+        title, *_ = about_file(given.file, given.name)
+        place = place_of(settings, name=slug(title))
+        return place, left_by(given.file) == place["id"]
     about_file(given.file, id)
     with opened_to_read(given.file) as db:
         mark = db.execute("PRAGMA application_id").fetchone()[0]
     if mark not in (0, mark_of(id)):
         raise Unusable(f"{given.file} is another workspace's; --name says whose it shall "
                        "be")
-    return {"id": id}
+    return place_of(settings, id=id), True
 
 
 NODE_VERBS.update({"workspace export": export_from_node,
@@ -13986,7 +13984,7 @@ def public_path(router, request):
     return ""
 
 
-def public_functions(settings) -> Dict[str, Callable]:
+def public_functions(settings):
     """Return what an Env has where there are public routes."""
     public = functools.partial(public_path, workspace_router(settings))
 
@@ -13999,7 +13997,7 @@ def public_functions(settings) -> Dict[str, Callable]:
 DEEPEST = 20                                             # parts of a path looked at
 
 
-def unnamed(request, env, status: int):
+def unnamed(request, env, status):
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. The longest beginning of the path that is public decides.
 
@@ -14080,7 +14078,8 @@ class OpensToAnybody(LoopEdge):
         return as_nobody(request, self.env) if self.is_open else request
 
     def decide(self, request, env):
-        """A proxy may have brought a verdict by the cookie that as_nobody took out."""
+        """On a node, a proxy brought the verdict, and it asked for it with the cookie. If
+        as_nobody took that out, the verdict is to name nobody, too."""
         decided = super().decide(request, env)
         if not isinstance(decided, Noted) or "cookie" in request.headers \
                 or not self.env.public(request):
@@ -14136,7 +14135,7 @@ class MemberLists:
         self.by_id: Dict[str, Any] = collections.OrderedDict()   # each with its version
         self.size = 0
 
-    def put(self, id, rows, version=None) -> Tuple[Any, ...]:
+    def put(self, id, rows, version=None):
         """Keep rows of name, role and label; return them. The caller holds the lock."""
         _, known = self.by_id.pop(id, (None, ()))
         members = tuple([tuple(row) for row in rows])
@@ -14163,7 +14162,7 @@ class ListsOfFile(MemberLists):
         super().__init__()
         self.file = Watched(path, 1)
 
-    def of(self, id) -> Tuple[Any, ...]:
+    def of(self, id):
         """Raises Refused(503)."""
         path = self.file.path
         try:
@@ -14190,7 +14189,8 @@ class ListsOfNode(MemberLists):
     def __init__(self, settings):
         super().__init__()
         self.settings = settings
-        self.as_of = None                                # version of the Directory
+        self.as_of = None                                # version of the Directory that all
+                                                         # lists have; None: perhaps of none
 
     def of(self, id):
         """Mostly it is there already: see prepare. A job may have to wait."""
@@ -14202,7 +14202,7 @@ class ListsOfNode(MemberLists):
             with contextlib.suppress(NoAnswer):          # then of() tells
                 self.ask([id])
 
-    def ask(self, ids) -> Dict[str, Tuple[Any, ...]]:
+    def ask(self, ids):
         """Return the lists of these ids. Raises NoAnswer."""
         as_of = self.as_of
         question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
@@ -14212,7 +14212,7 @@ class ListsOfNode(MemberLists):
                 self.as_of = None
             return {id: self.put(id, rows) for id, rows in said.items()}
 
-    def refresh(self, version) -> List[str]:
+    def refresh(self, version):
         """Ask for all again, if the Directory has changed. Return ids: whose list did."""
         if version == self.as_of:
             return []
@@ -14243,7 +14243,7 @@ class TellsMembers(EdgeDirectory):
 class ListsMembers(Namespace):
     lists: Optional[MemberLists] = None                  # None: nobody has asked yet
 
-    def members_of(self, id) -> Tuple[Any, ...]:
+    def members_of(self, id):
         with self.lock:
             if self.lists is None:
                 settings = self.settings
@@ -14285,12 +14285,12 @@ class ShowsMembers(SliceHost):
 class TellsOfMembers(Broker):
     def published(self, id, topic):
         super().published(id, topic)
-        if id == self.edge.env.directory.id and topic.startswith("members:"):
+        if id != self.edge.env.directory.id:
+            return
+        if topic.startswith("members:"):
             self.members_changed([topic[len("members:"):]])
-        elif id == self.edge.env.directory.id and not topic:
-            lists = self.edge.env.workspaces.lists
-            if not isinstance(lists, ListsOfNode):       # it was another process
-                self.members_changed([*self.channels])
+        elif not topic and not isinstance(self.edge.env.workspaces.lists, ListsOfNode):
+            self.members_changed([*self.channels])       # another process wrote to the file
 
     def members_changed(self, ids):
         """All regions of these workspaces are asked again, if one ever used members."""
@@ -14393,7 +14393,7 @@ class Uploads:
         self.lock = threading.Lock()                     # guards the next line
         self.taken = collections.Counter()               # bytes, by account
 
-    def route(self, reading) -> Optional[Route]:
+    def route(self, reading):
         """Return the route that takes this as an upload; None: there is none."""
         path = ""
         if self.routes:
@@ -14532,7 +14532,7 @@ class TakesUploads(Connection):
         reading, limit = self.would_refuse
         self.state = self.ANSWERING
         self.spare = 2 * limit
-        self.LINGER_SECONDS = self.READ_OVER_SECONDS
+        self.LINGER_SECONDS = self.READ_OVER_SECONDS     # of this connection
         asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
         with contextlib.suppress(Refused):
             asked.request = self.edge.request(reading, self.peer)
@@ -14588,7 +14588,7 @@ FORM_DATA = re.compile(rb'(?i)form-data; *name="([^"]*)"(?:; *filename="([^"]*)"
 NO_PARTS = (400, "This form can't be read. Reload the page and try again.")
 
 
-def parts_of(data, content_type: str) -> List[Tuple[str, Any]]:
+def parts_of(data, content_type):
     """Return the fields of a form in parts, each with its name: text, or an Upload.
 
     data: bytes, or a file that is mapped. Each byte is looked at once, or twice where lines
@@ -14618,7 +14618,7 @@ def parts_of(data, content_type: str) -> List[Tuple[str, Any]]:
     return [(name, value) for name, value in pairs if value is not None]
 
 
-def read_part(head, data, begins, ends) -> Tuple[str, Any]:
+def read_part(head, data, begins, ends):
     """Return name and value of a field; None for a file that was not chosen."""
     fields = {name.lower(): value.strip() for name, value in FIELD.findall(head)}
     said = FORM_DATA.fullmatch(fields.get(b"content-disposition", b""))
@@ -14636,7 +14636,7 @@ def read_part(head, data, begins, ends) -> Tuple[str, Any]:
     return name, Upload.found(unescaped(said[2]), data, begins, ends)
 
 
-def unescaped(name) -> str:
+def unescaped(name):
     """WHATWG HTML, "multipart/form-data encoding algorithm"."""
     text = name.decode("utf-8", "replace")
     for code, sign in (("%0D", "\r"), ("%0A", "\n"), ("%22", '"')):
@@ -14644,7 +14644,7 @@ def unescaped(name) -> str:
     return text
 
 
-def read_multipart(request) -> List[Tuple[str, Any]]:
+def read_multipart(request):
     if request.spool is None:
         return parts_of(request.body, request.headers["content-type"])
     if isinstance(request.spool.pairs, BaseException):
@@ -14695,12 +14695,11 @@ class Upload:
 # is none of these, whatever it says to be, is to be saved and not opened.
 INERT = (
     ("image/png", 0, b"\x89PNG\r\n\x1a\n"), ("image/jpeg", 0, b"\xff\xd8\xff"),
-    ("image/gif", 0, b"GIF87a"), ("image/gif", 0, b"GIF89a"), ("image/webp", 8, b"WEBPVP8"),
-    ("image/avif", 4, b"ftypavif"), ("image/avif", 4, b"ftypavis"),
-    ("audio/wav", 8, b"WAVE"), ("audio/mpeg", 0, b"ID3"), ("audio/mpeg", 0, b"\xff\xfb"),
-    ("audio/ogg", 0, b"OggS"), ("audio/flac", 0, b"fLaC"), ("audio/mp4", 4, b"ftypM4A"),
-    ("video/mp4", 4, b"ftypiso"), ("video/mp4", 4, b"ftypmp4"),
-    ("video/mp4", 4, b"ftypM4V"), ("video/mp4", 4, b"ftypavc1"),
+    ("image/gif", 0, (b"GIF87a", b"GIF89a")), ("image/webp", 8, b"WEBPVP8"),
+    ("image/avif", 4, (b"ftypavif", b"ftypavis")), ("audio/wav", 8, b"WAVE"),
+    ("audio/mpeg", 0, (b"ID3", b"\xff\xfb")), ("audio/ogg", 0, b"OggS"),
+    ("audio/flac", 0, b"fLaC"), ("audio/mp4", 4, b"ftypM4A"),
+    ("video/mp4", 4, (b"ftypiso", b"ftypmp4", b"ftypM4V", b"ftypavc1")),
     ("video/webm", 0, b"\x1aE\xdf\xa3"),
 )
 TEXT = "text/plain; charset=utf-8"                       # a browser shows it as it is
@@ -14708,10 +14707,10 @@ NO_TYPE = "application/octet-stream"
 NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
-def type_of(beginning: bytes):
+def type_of(beginning):
     """Return the type of what begins so: one of INERT, TEXT or NO_TYPE."""
-    for type, at, mark in INERT:
-        if beginning.startswith(mark, at):
+    for type, at, marks in INERT:
+        if beginning.startswith(marks, at):
             return type
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(beginning)
@@ -14746,7 +14745,7 @@ class BringsUploads(Context):
         return [Upload.found("", data, 0, len(data))] if len(data) else []
 
 
-def upload_routes(slices) -> List[Route]:
+def upload_routes(slices):
     return [route for route in all_routes(slices) if route.upload]
 
 
@@ -14883,7 +14882,7 @@ def piece_of(store, id, at, ends):
     return row["data"][at % PIECE:at % PIECE + ends - at] if row else b""
 
 
-def asked_range(request, size, etag) -> Optional[Tuple[int, int]]:
+def asked_range(request, size, etag):
     """Return where to begin and end, or None for all of it (RFC 9110, 14.2).
 
     Who asks for several ranges gets all of it. Raises Refused(416).
@@ -14911,7 +14910,7 @@ class Rest:
     ends: int
 
     @property
-    def size(self) -> int:
+    def size(self):
         return self.ends - self.at
 
     def read(self):
@@ -15008,7 +15007,7 @@ def with_token(request):
     return request._replace(headers=headers)
 
 
-def of_program(request) -> bool:
+def of_program(request):
     return request.headers.get("cookie", "").startswith(BEARER)
 
 
@@ -15066,7 +15065,7 @@ NO_TOKEN = Response(401, b"This token is not valid: it was withdrawn, its maker 
                     headers=(("www-authenticate", "Bearer"),))
 
 
-def narrowed(said: Dict[str, str], token) -> Dict[str, str]:
+def narrowed(said, token):
     """Return a verdict on the maker as one on the token. Members, and the workspace itself,
     are not for programs."""
     grants = [one for one in said["x-grants"].split(",")
@@ -15099,7 +15098,7 @@ class KnowsTokens(EdgeDirectory):
         return request.with_headers({"x-session": token_hash(token).hex(),
                                      "x-bearer": token[6:18]})
 
-    def token(self, request) -> Optional[sqlite3.Row]:
+    def token(self, request):
         """Return the row of the token; None if it is not valid."""
         row = self.store.one(f"{LABELLED} tokens WHERE id = ?", request.headers["x-bearer"])
         given = bytes.fromhex(request.headers["x-session"])
@@ -15284,8 +15283,8 @@ class DataPiece(Piece):
 
 @addition
 class DataInPages(EdgeWorkspace):
-    """A program gets the data of the regions. The broker asks for those of a stream again,
-    for all programs of a role: in that request, DATA says what they are."""
+    """A program gets the data of the regions. Those of a stream are asked for again for a
+    role, and not for a viewer: so in that request the parameter DATA says it."""
 
     def refuse(self, request, refused):
         if request.headers.get("x-token"):
@@ -15303,7 +15302,6 @@ class DataInPages(EdgeWorkspace):
 
     def stream(self, live, ctx, args):
         regions = [region for region in live.regions if region.data]
-        # The broker asks again for a role, and not for a viewer: then the query says it.
         again = DATA in ctx.params and "x-region" in ctx.request.headers
         if regions and (again or type(ctx.viewer) is Program):
             live = live._replace(regions=regions, params={**live.params, DATA: "1"})
@@ -15405,7 +15403,7 @@ class Answers:
         rows = store.query("SELECT command, id FROM answers")
         self.ids.update([(row["command"], row["id"]) for row in rows])
 
-    def find(self, command: bytes) -> Optional[Response]:
+    def find(self, command):
         """Return the answer that this command had already; None if it is new."""
         if command not in self.ids:
             return None
@@ -15417,7 +15415,7 @@ class Answers:
         status, body, type, headers = json.loads(row["answer"])
         return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
 
-    def keep(self, who: str, command: bytes, response):
+    def keep(self, who, command, response):
         """Keep it in the transaction of the command: both are on the disk, or neither.
 
         An answer with a secret is written nowhere: one that sets a cookie, or says itself
@@ -15471,7 +15469,7 @@ class RepeatsAnswers(SliceHost):
             self.answers().keep(viewer.signature, command, response)
         return response
 
-    def answers(self) -> Answers:
+    def answers(self):
         if self.known is None:
             self.known = Answers(self.store)
         return self.known
@@ -15550,7 +15548,7 @@ def entries(ctx, most):
 
 
 @functools.lru_cache(maxsize=4)
-def routes_of(router) -> Dict[str, List[Route]]:
+def routes_of(router):
     """Return the routes by what the journal calls their commands."""
     found = {}
     for _, slice, route in router.rows:
@@ -15711,7 +15709,7 @@ def remove_member(ctx, account):
     signals = ctx.host.keep_removed(ctx, "memberships", where, row)
     expel(ctx, account)
     if signals:
-        signals = undo_signals(f"{account} is removed.", signals["_undo"])
+        signals["note"] = f"{account} is removed."
     return done(ctx, " ".join(row), **signals)
 
 
@@ -15750,8 +15748,9 @@ def undo_forms(ctx):
 LARGEST_UNDO = 2 ** 20                                   # characters, of one command
 ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
 ROW_SIZE = 4096                                          # more than one takes
-# The id of the row that call() will insert; and whether nine tenths of the quota are used
-# (user_version, in pages: section 51). Then what is deleted has to make room.
+# Two facts by one query: the id of the row of the journal that call() will insert; and
+# whether nine tenths of the quota are used (user_version, in pages: section 51). If they
+# are, what is deleted has to make room.
 NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                 page_count - freelist_count > 0.9 * user_version
                 FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
@@ -15948,13 +15947,13 @@ class Trace:
         self.dropped = 0                                 # calls that nobody was shown
         self.news: Callable[[], None] = lambda: None     # called after each note
 
-    def watch(self, more: int):
+    def watch(self, more):
         """One watcher more (1) or less (-1). With none, a call costs a comparison."""
         with self.lock:
             self.watched += more
 
     @contextlib.contextmanager
-    def silence(self, silent: bool = True):
+    def silence(self, silent=True):
         """What this thread does meanwhile is the console's own."""
         before = self.thread.silent
         self.thread.silent = silent
@@ -15963,7 +15962,7 @@ class Trace:
         finally:
             self.thread.silent = before
 
-    def note(self, object: str, sql: str, args: Sequence[Any], rows: int, seconds: float):
+    def note(self, object, sql, args, rows, seconds):
         shown = ", ".join([argument(arg) for arg in args]) if self.with_args else ""
         with self.lock:
             self.noted += 1
@@ -15975,7 +15974,7 @@ class Trace:
             self.thread.trip.calls.append(call)
         self.news()
 
-    def show(self) -> List[Call]:
+    def show(self):
         """Return the calls that are kept. Count those that went before they were shown."""
         with self.lock:
             self.dropped += max(0, self.noted - self.shown - self.KEPT_CALLS)
@@ -16019,11 +16018,11 @@ def argument(value):
     return repr(value)[:80]
 
 
-def in_ms(seconds: float) -> str:
+def in_ms(seconds):
     return f"{1e3 * seconds:.2f} ms"
 
 
-def clock(at: float, digits: str = "seconds"):
+def clock(at, digits="seconds"):
     """Return the time of day, cut off after the seconds or after the milliseconds."""
     return datetime.datetime.fromtimestamp(at).time().isoformat(digits)
 
@@ -16031,7 +16030,7 @@ def clock(at: float, digits: str = "seconds"):
 class TracedStore(OwnedObjectStore):
     """A store whose calls are noted while somebody watches."""
 
-    def __init__(self, path, create: bool, owner: GuardedObject):
+    def __init__(self, path, create, owner):
         self.owner = owner
         super().__init__(path, create)
 
@@ -16081,9 +16080,7 @@ class HasConsole(LoopEdge):
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
         self.console = Console(self)
-        self.broker.unannounced = (Console.id,)
-        if self.env.directory.namespace.kind == "directory":     # and not a single root's
-            self.broker.unannounced += ("directory",)
+        self.broker.unannounced = Console.id, "directory"    # a single root's id is another
         paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
 
@@ -16104,7 +16101,7 @@ class HasConsole(LoopEdge):
                 self.finish(asked, answer)
         return []
 
-    def moves_on(self, asked) -> bool:
+    def moves_on(self, asked):
         """If the gate lets them in, line the request up in the lane of its Workspace."""
         with self.trace.silence():
             decided = outcome(self.decide, asked.request, self.deciding)
@@ -16164,10 +16161,10 @@ class Console:
         edge.env.workspaces.listeners.append(self.published)
 
     @property
-    def env(self) -> FullEnv:
+    def env(self):
         return self.edge.env
 
-    def answer(self, request, env) -> Response:
+    def answer(self, request, env):
         """A door, for operators. In the demo it is open to everybody."""
         action = self.actions.get((request.method, request.path))
         if action is None:
@@ -16202,7 +16199,7 @@ class Console:
         """Return the region, as an object would: the broker takes this for a stub."""
         with self.trace.silence():
             shown = self.shown(request.params, "paused" not in request.params)
-            html = template("console.live")(**shown, picture=True, region=True)
+            html = template("console.live")(**shown)
             watch = Subscription(self, self.id, request, Piece(html, 0.0, 0))
             return Response(200, type=EVENTS, watch=(watch,))
 
@@ -16215,10 +16212,9 @@ class Console:
     def page(self, request, me, probe=None):
         roles = [row["role"] for row in me["mine"]]
         body = template("console")(
-            **self.shown(request.params, True), **me, picture=True, region=True,
-            step=steps(), masquerade=not self.env.settings.demo, grant=grant_rows(),
-            who=me["account"] or "nobody yet", probe=probe,
-            name=probe["name"] if probe else "",
+            **self.shown(request.params, True), **me, step=steps(), grant=grant_rows(),
+            masquerade=not self.env.settings.demo, who=me["account"] or "nobody yet",
+            probe=probe, name=probe["name"] if probe else "",
             role=[{"role": role, "current": role in roles} for role in ROLES])
         nav = template("layout.console")(state=True)
         return page("Console", body, console_viewer(me), nav)
@@ -16260,16 +16256,16 @@ class Console:
     def retry(self, request, me):
         """The jobs that a workspace gave up begin anew."""
         console_viewer(me).permit(ACCOUNT, request.method)
-        id = self.id_of(text_of(request, "workspace"))
+        id = self.id_of(slug(text_of(request, "workspace")))
         if id:
             fetch_briefly(self.env.workspaces.get(id), Request("POST", "/_retry"))
         self.published(id, "")
         return Response(204) if request.datastar else see_other("/console")
 
     def id_of(self, name):
-        """Return the id of the workspace; None: there is none of this name."""
-        query = urllib.parse.urlencode({"name": name})
-        known = self.env.directory.ask("/_workspace", query)
+        """Return the id of the workspace; None: there is none of this name, as slug()
+        returns it."""
+        known = self.env.directory.ask("/_workspace", f"name={name}")
         return known and known["id"]
 
     # -- the region
@@ -16277,7 +16273,8 @@ class Console:
     def ask_all(self, ids, second):
         """Return the facts of each object, and how long it took to ask for them.
 
-        second: since when they may have changed. So the cache of it has those from before.
+        It is kept by second, which goes on with the clock, up to the second after the last
+        publish. So objects are asked once a second while they change, and then no more.
         """
         started = time.perf_counter()
         facts = {id: self.count(id) for id in ids}
@@ -16306,7 +16303,8 @@ class Console:
         rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
                 for id, name in page.items()]
         first = self.object_row(self.env.directory, "Directory", {})
-        return {"object": [first, *rows],
+        return {"picture": True, "region": True,
+                "object": [first, *rows],
                 "gate": first,
                 "option": rows,
                 "dead": [row for row in rows if row["failed"]],
@@ -16378,9 +16376,9 @@ class Console:
 
 
 def stream_row(channel):
-    stub, _, again, *_ = channel.subscription
-    headers = again.headers
-    return {"object": headers.get("x-workspace", stub.id), "path": again.path,
+    asked = channel.subscription
+    headers = asked.again.headers
+    return {"object": headers.get("x-workspace", asked.stub.id), "path": asked.again.path,
             "role": headers.get("x-role"), "open": len(channel.streams)}
 
 
@@ -16421,7 +16419,7 @@ def grant_rows():
             for grant in ROLES["owner"]]
 
 
-def console_viewer(me) -> Viewer:
+def console_viewer(me):
     viewer = Viewer(account=me["account"], label=me["label"])
     return masked(viewer, me["mask"], me["read_only"])
 
@@ -16728,7 +16726,8 @@ class App:
             with one.store.tx() if may == WRITE else contextlib.nullcontext():
                 yield ctx
                 if one.store.db.total_changes != before:
-                    OwnsTables.journal(one, viewer, self.what, "")    # see NoticesSilence
+                    # Not one.journal(), which would say that nothing was published (33).
+                    OwnsTables.journal(one, viewer, self.what, "")
         finally:
             ctx.end()
 
@@ -16807,8 +16806,7 @@ class HearsOfCommands(Broker):
         if self.edge.settings.plane:                     # commands open no workspace there
             return
         workspaces = self.edge.env.workspaces
-        answer = self.edge.env.directory.ask("/_written", f"after={self.heard}")
-        self.heard, ids = answer
+        self.heard, ids = self.edge.env.directory.ask("/_written", f"after={self.heard}")
         for id in ids:
             workspaces.changed(id)
             workspaces.alarms.looked.discard(id)
@@ -16886,14 +16884,14 @@ def check_dev(settings):
 
 # -- the parent
 
-def own_modules() -> List[str]:
+def own_modules():
     """Return the files of this process's modules, without those of Python and packages."""
     files = [getattr(module, "__file__", "") or "" for module in [*sys.modules.values()]]
     return [file for file in files if file.endswith(".py")
             and not file.startswith(OURS[1]) and "-packages" not in file]
 
 
-def beside(modules: Sequence[str]) -> List[str]:
+def beside(modules):
     """Return what a program may read, of the files in the folders of its modules."""
     found = []
     for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
@@ -16951,7 +16949,7 @@ class Parent:
         reader = threading.Thread(target=self.read, args=(self.child.stderr,), daemon=True)
         reader.start()
         while self.child.poll() is None and not self.changed():
-            pass
+            pass                                         # changed() takes its time
         status = self.child.poll()
         self.end()
         reader.join(1.0)                                 # a child of it may hold the pipe
@@ -16988,14 +16986,14 @@ class Parent:
             self.child.kill()
             self.child.wait()
 
-    def changed(self) -> bool:
-        """Look whether a file has changed, or whether this is to stop."""
+    def changed(self):
+        """Wait LOOK_SECONDS. Then look whether a file has changed, or this is to stop."""
         time.sleep(self.LOOK_SECONDS)
         now = self.look()
         news = [file for file in now if now[file] != self.seen.get(file)]
         news += [file for file in self.seen.keys() - now if not os.path.exists(file)]
         if news:
-            print(f"orion: {news[-1]} has changed", file=sys.stderr, flush=True)
+            log(f"orion: {news[-1]} has changed")
             self.wait_until_quiet(now)
         return bool(news) or self.stopping
 
@@ -17013,8 +17011,7 @@ class Parent:
         text = "".join(self.said) or ended
         self.modules += re.findall(r'(?m)^ *File "(.+)", line', text)
         self.seen = {**self.look(), **self.seen}
-        print(f"orion: {ended}; it starts again when a file changes", file=sys.stderr,
-              flush=True)
+        log(f"orion: {ended}; it starts again when a file changes")
         server = Notice(self.socket, text)
         serving = threading.Thread(target=server.serve_forever, args=(0.05,))
         serving.start()
@@ -17333,7 +17330,7 @@ class Reply(NamedTuple):
         return self.headers.get("location", "")
 
 
-def replied(response) -> Reply:
+def replied(response):
     body = response.body
     while response.rest and response.rest.size:          # it is a large file
         body += response.rest.read()
@@ -17347,7 +17344,7 @@ def replied_no(no: Refused) -> Reply:
     return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
 
-def pairs_of(fields) -> List[Tuple[str, Any]]:
+def pairs_of(fields):
     """Return what a form sends. A list is several fields of one name, and so is a tuple,
     unless it is a file."""
     pairs = []
@@ -17358,7 +17355,7 @@ def pairs_of(fields) -> List[Tuple[str, Any]]:
     return pairs
 
 
-def form_in_parts(pairs) -> Tuple[bytes, str]:
+def form_in_parts(pairs):
     """Return a form with files, and its content type."""
     boundary = secrets.token_hex(16)
     lines = []
@@ -17555,7 +17552,7 @@ class CalledAlarms(Alarms):
         env.workspaces.alarms = self
         self.directory = env.directory
         self.put = lambda function, *args: function(*args)
-        self.waits.begin = lambda: None                  # see run
+        self.waits.begin = lambda: None                  # run() calls who stands in line
         self.count = 0                                   # jobs that ran
         self.error: Optional[BaseException] = None       # of the last one
 
@@ -17568,7 +17565,7 @@ class CalledAlarms(Alarms):
     def run(self, stub, job, names):
         self.count += 1
         super().run(stub, job, names)
-        if self.waits.in_line:                           # the job has left its turn
+        if self.waits.in_line:                           # the job has yielded
             self.waits.call(self.waits.in_line.pop())
 
     def ring(self):
@@ -17578,7 +17575,7 @@ class CalledAlarms(Alarms):
         self.error = error
 
 
-def plain_id(html) -> str:
+def plain_id(html):
     return id_of(html).partition("=")[2].strip(" \"'>")
 
 

@@ -5970,6 +5970,7 @@ FROM_OUTSIDE = {
     r"[\x00-\x1f\x7f\\;#]": ("search", ("", "a", "")),
     '"[^"]*"': ("findall", ("", '"', ""), ('"', "a", ""), ("", '"a", ', "")),
     r"\.?(:[0-9]*)?$": ("search", ("", ":", "x"), (":", "1", "x"), ("", ":1", "x")),
+    "FIGURE": ("findall", ("", "a", ""), ('a{a="', "a", ""), ("a ", "1", " "), ("", "a 1\n", "")),
     "SEAL": ("fullmatch", ("", "1", "."), ("1.", "0", "")),
     "BOUNDARY": ("fullmatch", ("multipart/form-data", " ", "x"), ("multipart/form-data;", " ", "x"), ("multipart/form-data;boundary=", "a", " ")),
     "PART_FIELDS": ("fullmatch", ("", "a", ""), ("a:", " ", "\0\r\n"), ("", "a:\r\n", "\0"), ("", "a: b\r\n", "a")),
