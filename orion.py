@@ -11446,12 +11446,12 @@ def labelled(figures):
 class SlowLog:
     LINES = 10                                           # a second, at most
 
-    def __init__(self, limit: float):
+    def __init__(self, limit):
         self.limit = limit                               # seconds
         self.second = 0
         self.left = 0                                    # lines of this second
 
-    def note(self, seconds: float, what: str):
+    def note(self, seconds, what):
         if seconds < self.limit:
             return
         second = int(time.monotonic())
@@ -13172,7 +13172,7 @@ def holds_until(given, parts, keys):
 
 # -- requests from one process to another
 
-DOWN: Dict[str, float] = {}                              # address: until when nobody asks
+DOWN = {}                                                # address: until when nobody asks
 DOWN_SECONDS = 2.0
 # How many seconds an answer may take, by what is asked: see FOR_DIRECTORY. Others: 5.
 PATIENCE = {"remove": 600.0, "_facts": 1.0}
@@ -13876,7 +13876,7 @@ def listening_at(where):
 class NotesFiles(Alarms):
     def __init__(self, *args):
         super().__init__(*args)
-        self.given_up: Dict[str, int] = {}               # by id, how many jobs, if any
+        self.given_up = {}                               # by id, how many jobs, if any
         self.behind = set()                              # ids: migrations are to come
 
     @functools.cached_property
@@ -14132,7 +14132,7 @@ class MemberLists:
 
     def __init__(self):
         self.lock = threading.Lock()                     # guards the next two lines
-        self.by_id: Dict[str, Any] = collections.OrderedDict()   # each with its version
+        self.by_id = collections.OrderedDict()           # each with its version
         self.size = 0
 
     def put(self, id, rows, version=None):
@@ -14241,7 +14241,7 @@ class TellsMembers(EdgeDirectory):
 
 @addition
 class ListsMembers(Namespace):
-    lists: Optional[MemberLists] = None                  # None: nobody has asked yet
+    lists = None                                         # None: nobody has asked yet
 
     def members_of(self, id):
         with self.lock:
@@ -14271,7 +14271,7 @@ class AsksForMembers(Context):
 @addition
 class ShowsMembers(SliceHost):
     """What is kept of its renderings depends on the members, too."""
-    kept_members: Any = None                             # as one used them; None: none did
+    kept_members = None                                  # as one used them; None: none did
 
     def rendering(self, *what):
         kept = self.kept_members
@@ -14444,8 +14444,8 @@ class Uploads:
 @addition
 class TakesUploads(Connection):
     """spool: where the present body goes, from its head until it is whole."""
-    spool: Optional[Spool] = None
-    would_refuse: Optional[Tuple[Reading, int]] = None   # and the limit of its route
+    spool = None                                         # a Spool
+    would_refuse = None                                  # (reading, limit of its route)
     paused = 0.0                                         # since when nothing is read
     READ_OVER_SECONDS = 10.0                             # of a body that was refused
 
@@ -15085,7 +15085,7 @@ class KnowsTokens(EdgeDirectory):
 
     def on_open(self):
         super().on_open()
-        self.uses: Dict[str, float] = {}                 # by id: not yet in the table
+        self.uses = {}                                   # by id: not yet in the table
         self.uses_due = 0.0
 
     def identified(self, request):
@@ -15398,7 +15398,7 @@ class Answers:
 
     def __init__(self, store):
         self.store = store
-        self.ids: Dict[bytes, int] = {}
+        self.ids = {}
         self.forget("")
         rows = store.query("SELECT command, id FROM answers")
         self.ids.update([(row["command"], row["id"]) for row in rows])
@@ -15452,7 +15452,7 @@ class Answers:
 @addition
 class RepeatsAnswers(SliceHost):
     """A host that does nothing when a command comes again: it repeats the first answer."""
-    known: Optional[Answers] = None                      # None: nobody has asked yet
+    known = None                                         # None: nobody has asked yet
 
     def on_open(self):
         super().on_open()
@@ -15926,7 +15926,7 @@ class Trip:
 
 class OfThread(threading.local):
     """What a thread does just now: for which trip, and whether it is noted at all."""
-    trip: Optional[Trip] = None
+    trip = None                                          # a Trip
     silent = False
 
 
@@ -15935,7 +15935,7 @@ class Trace:
     KEPT_CALLS = 200
     KEPT_TRIPS = 12
 
-    def __init__(self, with_args: bool = False):
+    def __init__(self, with_args=False):
         self.with_args = with_args
         self.watched = 0                                 # how many watch
         self.thread = OfThread()
@@ -15945,7 +15945,7 @@ class Trace:
         self.noted = 0                                   # the number of the last call
         self.shown = 0                                   # and of the last one shown
         self.dropped = 0                                 # calls that nobody was shown
-        self.news: Callable[[], None] = lambda: None     # called after each note
+        self.news = lambda: None                         # called after each note
 
     def watch(self, more):
         """One watcher more (1) or less (-1). With none, a call costs a comparison."""
@@ -15995,7 +15995,7 @@ class Trace:
             self.news()
         return answer
 
-    def leg(self, kind: str, id, fetch):
+    def leg(self, kind, id, fetch):
         """Return fetch(), noted as a leg of this thread's trip."""
         trip = self.thread.trip
         if trip is None or self.thread.silent:
@@ -16675,7 +16675,7 @@ class App:
     """What a command is given: the settings of a deployment, and its workspaces."""
     who = "(command line)"                               # for the journals
 
-    def __init__(self, settings: Settings, what: str):
+    def __init__(self, settings, what):
         self.settings = settings
         self.setting = settings.setting                  # as ctx.setting
         self.what = what                                 # for the journals, too
@@ -16913,9 +16913,9 @@ class Parent:
         self.socket = bound(settings, lambda: listening(settings.host, settings.port))
         self.assets = settings.assets
         self.modules = own_modules()                     # then the child's: see read
-        self.seen: Dict[str, Any] = {}                   # stamps
+        self.seen = {}                                   # what stamps() said, by file
         self.child = None
-        self.said: Sequence[str] = ()                    # by the child, of late
+        self.said = ()                                   # by the child, of late
         self.served = False                              # did the child?
         self.stopping = False
 
@@ -17078,7 +17078,7 @@ class Faults:
         self.started = time.time_ns()
         self.count = 0
         self.text = ""
-        self.secrets: Sequence[str] = ()                 # of the app's options
+        self.secrets = ()                                # of the app's options
 
     def note(self, where, error):
         """It takes the place of log_place: several lines, as people read them.
@@ -17234,7 +17234,7 @@ class DevHost(SliceHost):
 
     def on_open(self):
         super().on_open()
-        self.missing: Dict[str, List[str]] = {}          # with what was sent instead
+        self.missing = {}                                # with what was sent instead
 
     def command(self, request):
         self.missing.clear()
@@ -17295,7 +17295,7 @@ class Clock:
 
     def __init__(self):
         self.ahead = 0.0                                 # seconds
-        self.tokens: List[Any] = []
+        self.tokens = []                                 # by which AHEAD goes back
 
     def move(self, seconds: float) -> None:
         """Set it forward."""
@@ -17339,7 +17339,7 @@ def replied(response):
     return Reply(response.status, "", signals, body, said)
 
 
-def replied_no(no: Refused) -> Reply:
+def replied_no(no):
     signals = no.signals if no.status in (409, 422) else {}
     return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
@@ -17377,7 +17377,7 @@ class Visitor:
     refusal is a Reply; whatever else a slice raises is raised.
     """
 
-    def __init__(self, app: TestedApp, workspace: str, cookie: str = ""):
+    def __init__(self, app, workspace, cookie=""):
         self.app = app
         self.workspace = workspace
         self.cookies = {}
@@ -17447,7 +17447,8 @@ class Visitor:
         said = {"host": "localhost", "origin": "http://localhost", "cookie": cookies}
         return Request(method, path, query, {**said, **headers}, body)
 
-    def ask(self, request) -> Union[Response, Reply]:
+    def ask(self, request):
+        """Return the Response or, if it was refused, a Reply."""
         self.app.check_closed()
         env = self.app.env
         try:
@@ -17554,7 +17555,7 @@ class CalledAlarms(Alarms):
         self.put = lambda function, *args: function(*args)
         self.waits.begin = lambda: None                  # run() calls who stands in line
         self.count = 0                                   # jobs that ran
-        self.error: Optional[BaseException] = None       # of the last one
+        self.error = None                                # of the last one
 
     def ring_for(self, id):
         self.error = None
