@@ -6859,6 +6859,7 @@ class OwnsTables(SliceHost):
     """A host whose slices reach their own tables alone. A write leaves a row in the
     journal, in the same transaction."""
     store_class = KnowsOwners                            # with --plain
+    wrote = False                                        # did the last call?
 
     def call(self, slice, route, args, viewer, request):
         may = READ if request.method in SAFE else WRITE
@@ -6869,7 +6870,8 @@ class OwnsTables(SliceHost):
             response = self.run(route, ctx, args)
         finally:
             ctx.end()
-        if self.store.db.total_changes != before:        # no slice can forget the journal
+        self.wrote = self.store.db.total_changes != before
+        if self.wrote:                                   # no slice can forget the journal
             which = response.which or self.journal_row(route, args, store.inserted)
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
@@ -11625,15 +11627,13 @@ class HasFigures(LoopEdge):
     def metrics(self, request, env):
         """A door."""
         only_read(request)
-        if not self.may_see_figures(request, env):
+        may = self.is_from_here(request) or has_token(request, self.settings) \
+            or env.directory.ask_as(request, "/_operator")
+        if not may:
             raise Refused(403, "The figures are for this machine, for operators, and for "
                                "Authorization: Bearer TOKEN, with the token that "
                                "`orion.py metrics` prints.")
         return Response(200, self.text().encode(), Figures.TYPE)
-
-    def may_see_figures(self, request, env):
-        return self.is_from_here(request) or has_token(request, self.settings) \
-            or env.directory.ask_as(request, "/_operator")
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
@@ -13396,7 +13396,7 @@ class PlacesWorkspaces(EdgeDirectory):
         there is none.
         """
         row = self.own_workspace(request)
-        if row is None or request.method in SAFE:
+        if row is None:
             return None
         set_moving(self.store, row["id"], MOVES)
         for account, _ in roles_in(self.store, row["id"]):
@@ -13547,9 +13547,13 @@ def remove_here(workspaces, id, body):
 
     The name becomes a part of a path, so no other than a workspace's will do.
     """
-    about = json.loads(body)
-    now = about.pop("now")
-    if not WORKSPACE_NAME.fullmatch(about["name"]):
+    try:
+        about = json.loads(body)
+        now = about.pop("now")
+        named = WORKSPACE_NAME.fullmatch(about["name"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        named = None
+    if not named:
         raise Refused(400, "There is no such thing to remove.")
     copy = remove_file(workspaces.settings, workspaces.path(id), about, now)
     return copy and str(copy)
@@ -13870,7 +13874,7 @@ def listening_at(where):
 #   whose file is older than this program, which are on their way. And which nodes answer.
 # It promises: to ask for it opens no file. What is in those that sleep was noted when the
 #   server started, or when they were open.
-# It needs: 42 Jobs, 53 Figures, 56 Snapshots, 57 Check and repair, 62 Nodes.
+# It needs: 42 Jobs, 53 Figures, 56 Snapshots, 62 Nodes.
 
 @addition
 class NotesFiles(Alarms):
@@ -13881,7 +13885,7 @@ class NotesFiles(Alarms):
 
     @functools.cached_property
     def schema(self):
-        return schema_of(self.namespace.settings, "")
+        return workspace_router(self.namespace.settings).schema
 
     def look_into(self, id, db):
         self.behind.add(id)                              # first: it may be opened just now
@@ -15256,13 +15260,11 @@ LAST_WRITTEN = "SELECT which FROM journal ORDER BY id DESC LIMIT 1"
 class AnswersCommands(SliceHost):
     def call(self, slice, route, args, viewer, request):
         """A program that made a row is told its id, and led to no page."""
-        before = self.store.db.total_changes
         response = super().call(slice, route, args, viewer, request)
         led = request.method not in SAFE and response.status in (204, 303)
         if type(viewer) is not Program or not led:
             return response
-        wrote = self.store.db.total_changes != before    # so the journal says what
-        which = self.store.one(LAST_WRITTEN)["which"] if wrote else ""
+        which = self.store.one(LAST_WRITTEN)["which"] if self.wrote else ""
         id = which.partition(" ")[0]
         if route.method == "POST" and not args and id.isdecimal():
             return as_json({"id": int(id)})._replace(status=201)
@@ -15463,9 +15465,8 @@ class RepeatsAnswers(SliceHost):
         known = self.answers().find(command) if command else None
         if known:
             return known
-        before = self.store.db.total_changes
         response = super().call(slice, route, args, viewer, request)
-        if command and self.store.db.total_changes != before:
+        if command and self.wrote:
             self.answers().keep(viewer.signature, command, response)
         return response
 
