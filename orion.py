@@ -13360,7 +13360,9 @@ DIRECTORY_SLICES.append(Slice("nodes", routes=(
 
 
 @addition
-class KnowsNodes(Directory):                             # with --plain, too
+class KnowsNodes(Directory):
+    """A Directory without planes, also with --plain."""
+
     def say(self, viewer, row):
         if row["node"]:
             raise Refused(503, "This workspace is on another machine; ask there.")
@@ -13378,11 +13380,11 @@ class PlacesWorkspaces(EdgeDirectory):
     def say(self, viewer, row):
         if not row["node"] or not self.namespace.settings.plane:
             return super().say(viewer, row)
-        said = super().say(viewer, {**row, "node": ""})
+        said = super().say(viewer, {**row, "node": ""})      # or KnowsNodes would refuse
         return {**said, "x-node": row["node"]}
 
     def own_version(self, request):
-        """Nodes hear by it of each change of access, too."""
+        """Nodes hear by it of each change of access, too: then the last number is more."""
         version = super().own_version(request)
         if self.namespace.settings.plane:
             version.append(sum([number for topic, number in self.bus.versions.items()
@@ -13396,7 +13398,7 @@ class PlacesWorkspaces(EdgeDirectory):
         there is none.
         """
         row = self.own_workspace(request)
-        if row is None:
+        if row is None or request.method in SAFE:
             return None
         set_moving(self.store, row["id"], MOVES)
         for account, _ in roles_in(self.store, row["id"]):
@@ -14005,7 +14007,8 @@ def unnamed(request, env, status):
     """Return the request for a log: what stands for a <part> of a public path may be a
     secret. The longest beginning of the path that is public decides.
 
-    What was refused may be public by another method, and more may stand behind it.
+    What was refused may be public by another method, and more may stand behind it. Four
+    parts are the least: "", "w", the workspace, and the first of the path.
     """
     parts = request.path.split("/")
     refused = status >= 400
@@ -14142,7 +14145,7 @@ class MemberLists:
     def put(self, id, rows, version=None):
         """Keep rows of name, role and label; return them. The caller holds the lock."""
         _, known = self.by_id.pop(id, (None, ()))
-        members = tuple([tuple(row) for row in rows])
+        members = tuple(map(tuple, rows))
         if members == known:
             members = known
         self.size += len(members) - len(known)
@@ -14236,11 +14239,8 @@ class ListsOfNode(MemberLists):
 @addition
 class TellsMembers(EdgeDirectory):
     def own_members_of(self, request):
-        found = {}
-        for id in request.params["ids"].split(","):
-            rows = self.store.query(ROLES_AND_LABELS, id, MOST_MEMBERS)
-            found[id] = [tuple(row) for row in rows]
-        return found
+        return {id: [*map(tuple, self.store.query(ROLES_AND_LABELS, id, MOST_MEMBERS))]
+                for id in request.params["ids"].split(",")}
 
 
 @addition
@@ -14675,7 +14675,7 @@ class Upload:
     begins: int = dataclasses.field(repr=False)
 
     @classmethod
-    def found(cls, name, data, begins, ends) -> Upload:
+    def found(cls, name, data, begins, ends):
         digest = hashlib.blake2b(digest_size=16)
         for at in range(begins, ends, PIECE):
             digest.update(data[at:min(at + PIECE, ends)])
@@ -14819,9 +14819,9 @@ class Files:
         """
         self.ctx.store.check_writes("adds a file")
         check_room(self.store, upload.size)
-        row = self.slice, upload.name, upload.type, upload.size, upload.digest
         id = self.store.insert("INSERT INTO _files (slice, name, type, size, digest) "
-                               "VALUES (?, ?, ?, ?, ?)", *row)
+                               "VALUES (?, ?, ?, ?, ?)", self.slice, upload.name,
+                               upload.type, upload.size, upload.digest)
         for number, data in enumerate(upload.pieces(), id * MOST_PIECES):
             self.ctx.host.began = time.monotonic()       # a limit for each piece
             self.store.exec("INSERT INTO _file_pieces VALUES (?, ?)", number, data)
@@ -15402,8 +15402,7 @@ class Answers:
         self.store = store
         self.ids = {}
         self.forget("")
-        rows = store.query("SELECT command, id FROM answers")
-        self.ids.update([(row["command"], row["id"]) for row in rows])
+        self.ids.update(map(tuple, store.query("SELECT command, id FROM answers")))
 
     def find(self, command):
         """Return the answer that this command had already; None if it is new."""
@@ -15430,9 +15429,9 @@ class Answers:
         text = json.dumps([response.status, body, response.type, response.headers])
         if len(text) > self.LARGEST:
             text = '[204, "", "text/plain", []]'
-        row = who, command, time.time(), text
         self.ids[command] = self.store.insert(
-            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", *row)
+            "INSERT INTO answers (who, command, at, answer) VALUES (?, ?, ?, ?)", who,
+            command, time.time(), text)
         self.until_forget -= 1
         if not self.until_forget:
             self.forget(who)
@@ -15920,8 +15919,8 @@ class Trip:
         self.method = request.method
         self.path = request.path[:80]
         self.status = 0
-        self.legs: List[Leg] = []
-        self.calls: List[Call] = []
+        self.legs = []
+        self.calls = []
         self.probed = None                               # what a probe has shown
 
 
@@ -16073,7 +16072,10 @@ class TracesItsStore(GuardedObject):
 
 @addition
 class HasConsole(LoopEdge):
-    """While somebody watches, each request makes its trip alone, and none is kept."""
+    """While somebody watches, each request makes its trip alone, and no answer is kept.
+
+    It still makes it in the lane of its object, so one that is busy holds up no other.
+    """
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -16103,7 +16105,8 @@ class HasConsole(LoopEdge):
         return []
 
     def moves_on(self, asked):
-        """If the gate lets them in, line the request up in the lane of its Workspace."""
+        """Line the request up in the lane of its object, if the gate lets them in. Return
+        False if it stays: it is refused, or is there already."""
         with self.trace.silence():
             decided = outcome(self.decide, asked.request, self.deciding)
         return isinstance(decided, Noted) and not self.is_in_place(asked, decided)
@@ -16147,7 +16150,7 @@ class Console:
     id = "console"                                       # in the place of an object's
     PAUSE = 0.25                                         # s between frames, at least
 
-    def __init__(self, edge: LoopEdge):
+    def __init__(self, edge):
         self.edge = edge
         self.broker = edge.broker
         self.trace = edge.trace
@@ -17024,7 +17027,6 @@ class Parent:
 
 class Notice(ThreadingHTTPServer):
     """Answers while there is no child."""
-    daemon_threads = True
 
     def __init__(self, listening, text):
         super().__init__(("", 0), NoticeHandler, bind_and_activate=False)
@@ -17435,7 +17437,7 @@ class Visitor:
     def send_json(self, method, path, fields):
         return self.send(path, json.dumps(fields).encode(), "application/json", method)
 
-    def fetch(self, *what) -> Reply:
+    def fetch(self, *what):
         answer = self.ask(self.request(*what))
         return replied(answer) if type(answer) is Response else answer
 
