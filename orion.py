@@ -11506,7 +11506,7 @@ class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
     TYPE = "text/plain; version=0.0.4; charset=utf-8"    # Prometheus' text format
 
-    def __init__(self, log, slow=None):
+    def __init__(self, log, slow):
         """log: common, json or off."""
         self.log = log
         self.slow = slow
@@ -11637,7 +11637,7 @@ class HasFigures(LoopEdge):
 
     def text(self):
         directory = self.env.directory.namespace.objects.get(self.env.directory.id)
-        verdicts = directory.verdicts if directory else {}
+        verdicts = getattr(directory, "verdicts", {})    # a node has no Directory
         text = Template(TEMPLATES / "metrics.txt")
         return text(**self.figures.requests(), **self.waiting(), **self.storage(),
                     verdict=labelled(verdicts), fetches=self.env.workspaces.fetches,
@@ -12486,7 +12486,8 @@ class KeepsFiles(GuardedNamespace):
         """Raise Unusable if its file can't be removed."""
 
     def remove(self, row, about, now):
-        """Remove the file. Unless now, a copy stays for 30 days."""
+        """Remove the file. Unless now, a copy stays for 30 days, and says about of itself.
+        """
         copy = remove_file(self.settings, self.path(row["id"]), about, now)
         if copy:
             print(f"a copy stays for 30 days; workspace import {copy} brings it back")
@@ -12923,7 +12924,7 @@ def ask_all_again(ctx):
 def delete_workspace(ctx):
     """Let nobody in any more. The field confirm is its name; case does not matter."""
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    if slug(" ".join(ctx.field("confirm").split())) != slug(row["title"]):
+    if slug(ctx.field("confirm")) != slug(row["title"]):
         raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
     if ctx.host.namespace.settings.single:
         raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
@@ -16225,7 +16226,7 @@ class Console:
 
     def probe(self, request, me):
         """Ask for a workspace's page as whoever is signed in; show how far that came."""
-        name = slug(text_of(request, "workspace").strip())[:63]
+        name = slug(text_of(request, "workspace"))[:63]
         id = self.id_of(name)
         served = self.env.workspaces.served
         before = served[id]
