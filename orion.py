@@ -3275,8 +3275,7 @@ class Torn(Undone):
 class Locked(Undone):
     """Another process holds the lock of the file. one: the object that wants it."""
 
-    def __init__(self, one: GuardedObject, error):
-        super().__init__(error)
+    def __init__(self, one, error):
         self.one = one
         self.error = error
 
@@ -3345,13 +3344,14 @@ class GuardedStore(NestedStore):
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
+    LOCK_SECONDS = 0.0                                   # nobody waits holding a turn
 
     def __init__(self, path, create=False):
         self.inode = None if create else identity(path)  # None: it is made just now
         super().__init__(path, create)
 
     @property
-    def torn(self) -> bool:
+    def torn(self):
         """True if another file is at the path by now, or none.
 
         SQLite does not notice: it would go on writing to a file that nobody finds.
@@ -3396,14 +3396,9 @@ class GuardedStore(NestedStore):
         super().close()
 
 
-class ObjectStore(GuardedStore):
-    """The store of an object: nobody waits for another process while holding a turn."""
-    LOCK_SECONDS = 0.0
-
-
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
-    store_class = ObjectStore
+    store_class = GuardedStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
     OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
     OPEN_SECONDS = float("inf")                          # then its migrations go on apart
@@ -3431,7 +3426,7 @@ class GuardedObject(DurableObject):
 
     def connect(self, create):
         self.namespace.sleep_excess()
-        store = self.make_store(create)
+        store = super().connect(create)
         store.db.set_progress_handler(self.too_long, 100_000)
         try:
             if not create:
@@ -3442,10 +3437,7 @@ class GuardedObject(DurableObject):
         self.opened_at = time.time()
         return store
 
-    def make_store(self, create) -> GuardedStore:
-        return super().connect(create)
-
-    def too_long(self) -> bool:
+    def too_long(self):
         """SQLite asks this now and then, in the midst of a statement, which True ends."""
         now = time.monotonic()
         is_open = self.bus is not None                   # no migrations are under way
@@ -3534,7 +3526,7 @@ class GuardedStub(Stub):
         """Ask it about whoever sent this request, and with its query."""
         return self.ask(path, request.query, request.headers, request.scheme)
 
-    def fetch_all(self, requests, check=lambda: None) -> List[Any]:
+    def fetch_all(self, requests, check=lambda: None):
         """See GroupCommit. check() is called when the turn has come; it may raise."""
         def ask(one):
             check()
@@ -3640,10 +3632,10 @@ class GuardedNamespace(Namespace):
         self.objects = collections.OrderedDict()         # the last used is the last
         self.most = most
         self.may_wait = threading.BoundedSemaphore(self.WAITING)
-        self.listeners: List[Callable[[str, str], None]] = []    # told (id, topic)
-        self.versions: Dict[str, int] = collections.Counter()    # by id: see section 21
+        self.listeners = []                              # called with (id, topic)
+        self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
-        self.late: Dict[str, Tuple[float, str]] = {}     # ids: until when, and why
+        self.late = {}                                   # by id: until when, and why
         self.in_line = collections.deque()               # ids: see bring_up
         self.fetches = 0                                 # all requests to objects
         self.served = collections.Counter()              # by id: those of people alone
@@ -3656,8 +3648,8 @@ class GuardedNamespace(Namespace):
         if not request.path.startswith("/_") or request.path.startswith("/_gate"):
             self.served[id] += 1
 
-    def fault(self, id, error) -> StorageFault:
-        """Tell the log what is wrong with a file."""
+    def fault(self, id, error):
+        """Tell the log what is wrong with a file. Return it as a StorageFault."""
         fault = StorageFault(self.path(id), error)
         log(f"storage: {fault}")
         return fault
@@ -3803,7 +3795,7 @@ class GroupCommit(GuardedObject):
             if self.store.db.total_changes != before:
                 self.namespace.changed(self.id)
 
-    def answer_all(self, requests) -> List[Any]:
+    def answer_all(self, requests):
         """Answer requests that came together. The caller holds the turn.
 
         Return an outcome for each: a Response, or the exception that it raised. There may
@@ -3914,7 +3906,7 @@ class Piece(Rendering):
         return chunk(deflated(self.frame))
 
 
-def saying(frame) -> Piece:
+def saying(frame):
     """Return a piece that is this frame, and shows no region."""
     piece = Piece(Html(), main=False)
     piece.frame = frame
@@ -4003,7 +3995,7 @@ def refuse_long(reading):
         raise too_large(BODY_LIMIT)
 
 
-def read_requests(buffer, spool_for=refuse_long) -> Iterator[Optional[Reading]]:
+def read_requests(buffer, spool_for=refuse_long):
     """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
 
     Some requests are yielded twice, first without their body, to be let in, and then whole:
@@ -4057,7 +4049,7 @@ def read_head(buffer):
     return (yield from take(buffer, end + 4))
 
 
-def parse_head(head) -> Reading:
+def parse_head(head):
     """Return the Reading of a whole head, without a body."""
     found = HEAD.fullmatch(head)
     if found is None:
@@ -4151,7 +4143,7 @@ def why_not(head):
     return Refused(400, "The header fields are malformed.")
 
 
-def body_length(headers) -> Optional[int]:
+def body_length(headers):
     """Return the length of the body in bytes, or None for chunks (RFC 9112, 6)."""
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Refused(417, "The only expectation known here is 100-continue.")
@@ -4219,10 +4211,7 @@ def read_chunks(buffer, into, limit):
 def skip_trailers(buffer):
     """Read over the header fields behind a chunked body."""
     room = TRAILER_LIMIT
-    while True:
-        line = yield from take_line(buffer, room)
-        if not line:
-            return
+    while (line := (yield from take_line(buffer, room))):
         room -= len(line)
         if not FIELD.fullmatch(line + b"\r\n") or room < 2:
             raise Refused(400, "A trailer is malformed, or there are too many.")
@@ -4255,10 +4244,10 @@ GZIPPED = ("content-encoding", "gzip")                   # a field of what is co
 
 
 @functools.lru_cache(maxsize=256)
-def head_of(status, type, headers, is_stream, nonced):
-    """Return the part of a head that does not change, with NONCE for a page's nonce."""
-    watch = is_stream or None                            # headers_of asks only if it is one
-    response = Response(status, b"", type, headers, NONCE if nonced else "", watch)
+def head_of(status, type, headers, nonce, is_stream):
+    """Return the part of a head that does not change. nonce: NONCE, or "" if it has none.
+    """
+    response = Response(status, b"", type, headers, nonce, is_stream)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
     if is_stream or type.startswith(COMPRESSED):         # compressed or not
         fields.append("vary: accept-encoding\r\n")
@@ -4293,18 +4282,8 @@ def coding_of(request, type):
     return "-gzip" if type.startswith(COMPRESSED) and accepts_gzip(request) else ""
 
 
-def connection_field(keep, modern):
-    """Return what an answer says of it. In HTTP/1.0 nobody would know it otherwise."""
-    if not keep:
-        return "close"
-    return "" if modern else "keep-alive"
-
-
-def encode(request, response, connection, head_only, date):
-    """Return the bytes of an answer.
-
-    connection: the value of that header field, or "": see connection_field.
-    """
+def encode(request, reading, response, keep, date):
+    """Return the bytes of an answer. keep: the connection stays open."""
     is_stream = response.watch is not None
     zipped = accepts_gzip(request) and (is_stream or is_worth_it(response))
     body = response.body
@@ -4313,8 +4292,8 @@ def encode(request, response, connection, head_only, date):
     elif zipped:
         body = gzipped(body)
     size = len(body) + (response.rest.size if response.rest else 0)
-    head = head_of(response.status, response.type, response.headers, is_stream,
-                   response.nonce != "")
+    head = head_of(response.status, response.type, response.headers,
+                   response.nonce and NONCE, is_stream)
     if response.nonce:
         head = head.replace(NONCE, response.nonce, 1)
     more = [f"date: {date}\r\n"]
@@ -4322,10 +4301,12 @@ def encode(request, response, connection, head_only, date):
         more.append(f"content-length: {size}\r\n")
     if zipped:
         more.append("content-encoding: gzip\r\n")
-    if connection:
-        more.append(f"connection: {connection}\r\n")
+    if not keep:
+        more.append("connection: close\r\n")
+    elif not reading.modern:                             # else nobody would know it
+        more.append("connection: keep-alive\r\n")
     head = f"{head}{''.join(more)}\r\n".encode("latin-1")
-    return head if head_only else head + body
+    return head if reading.method == "HEAD" else head + body
 
 
 def is_worth_it(response):
@@ -4352,7 +4333,7 @@ def beginning(request, watch, zipped):
     return chunk(said) if said else b""
 
 
-def not_shown(request, watch) -> List[Subscription]:
+def not_shown(request, watch):
     """Return the regions that the page of this request does not show as they are now.
 
     A browser that comes back names the last frame that it got.
@@ -4460,7 +4441,7 @@ class Kept(Watched):
         super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
         self.seen = None                                 # the version, lately: see LoopEdge
-        self.answers: Dict[Any, KeptAnswer] = {}
+        self.answers = {}                                # KeptAnswers, by Asked.key
         self.size = 0                                    # about: threads add to it at once
 
     def directory_version(self):
@@ -4482,7 +4463,8 @@ class Kept(Watched):
         self.answers.clear()
         self.size = 0
 
-    def find(self, asked) -> Optional[KeptPage]:
+    def find(self, asked):
+        """Return a KeptPage, or None."""
         known = self.answers.get(asked.key)
         if known is None or known.page is None or known.until < time.monotonic():
             return None
@@ -4560,13 +4542,13 @@ class Pool:
 
     def __init__(self, size):
         self.line = collections.deque()                  # of jobs: (function, args)
-        self.idle: List[threading.Lock] = []             # on each an idle thread sleeps
+        self.idle = []                                   # locks: on each a thread sleeps
         self.local = threading.local()                   # line, payer: of each thread
         self.most = max(1, size // 2)                    # lanes in line, for one payer
         self.fair = max(1, size // 8)                    # and while there are others
         self.lock = threading.Lock()                     # guards the next four lines
         self.crowded = float("-inf")                     # when there were others last
-        self.lanes: Dict[Any, Lane] = {}                 # in which something waits
+        self.lanes = {}                                  # by name: those that have items
         self.taken = collections.Counter()               # lanes in line, by payer
         # By payer: the lanes that wait, as keys.
         self.parked = collections.defaultdict(collections.OrderedDict)
@@ -4737,8 +4719,8 @@ class Pool:
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
 
-    def unpark(self, payer) -> Iterator[Lane]:
-        """A lane that another payer has taken meanwhile is passed over."""
+    def unpark(self, payer):
+        """Yield the lanes that begin now. Those that another payer took are passed over."""
         parked = self.parked.get(payer)
         while parked and self.taken[payer] < self.limit(payer):
             lane, _ = parked.popitem(last=False)
@@ -4788,7 +4770,7 @@ class Unread:
     def __init__(self, most: int):
         self.most = most                                 # bytes
         self.size = 0                                    # of all that waits, in bytes
-        self.readers: Dict[Held, Dict[int, Any]] = collections.OrderedDict()
+        self.readers = collections.OrderedDict()         # and what waits for each, by id
         self.sharers = collections.Counter()             # how many wait for it, by its id
 
     def note(self, reader, things):
@@ -4825,7 +4807,7 @@ class Backlog:
     def __init__(self, edge):
         self.edge = edge
         self.all = Unread(self.ALL)
-        self.accounts: Dict[str, Unread] = {}
+        self.accounts = {}                               # an Unread for each
 
     def note(self, reader):
         """To be called whenever what waits for this reader has changed."""
@@ -4933,7 +4915,7 @@ class Held:
         if waited or self.unsent:
             self.edge.backlog.note(self)
 
-    def unread(self) -> List[Any]:
+    def unread(self):
         """Return all that waits for this reader. A memoryview keeps the whole in memory."""
         return [self.unsent.obj] if self.unsent else []
 
@@ -4966,10 +4948,10 @@ class Stream(Held):
         self.whose = self.account or request.peer
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
-        self.channels: Sequence[Channel] = ()            # one for each region
+        self.channels = ()                               # one for each region
         self.frames = edge.broker.frames                 # how many, in all
-        self.latest: Dict[Any, Piece] = {}               # what is to be shown next, by slot
-        self.sent_last: Tuple[bytes, ...] = ()           # frames, if it is zipped
+        self.latest = {}                                 # pieces to be shown next, by slot
+        self.sent_last = ()                              # frames, if it is zipped
         self.silent = 0                                  # for how many seconds
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
         if sys.platform == "linux":                      # a peer that vanished silently
@@ -4977,7 +4959,7 @@ class Stream(Held):
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         super().__init__(edge, link)
 
-    def show(self, slot, piece, deltas=None):
+    def show(self, slot, piece, deltas={}):
         """Send a piece. While something is unsent it waits; of each slot, the latest."""
         if self.unsent:
             self.frames["coalesced"] += slot in self.latest
@@ -4985,14 +4967,14 @@ class Stream(Held):
             return self.edge.backlog.note(self)
         self.frames["sent"] += piece is not BEAT_PIECE
         self.silent = 0
-        data = self.encoded(piece, deltas or {})
+        data = self.encoded(piece, deltas)
         if self.edge.broker.failed and piece is not NOT_CURRENT_PIECE:
             data += self.reminder()
         sent = self.offer(data)
         if sent != len(data):                            # else there is nothing left to do
             self.wrote(data, sent)
 
-    def encoded(self, piece, deltas):
+    def encoded(self, piece, deltas={}):
         """Return a piece as the bytes that are sent next."""
         if not self.zipped:
             return piece.plain
@@ -5005,7 +4987,7 @@ class Stream(Held):
         old = [channel for channel in self.channels if channel in self.edge.broker.failed]
         for channel in old:
             channel.streams[self] = NOT_CURRENT_PIECE.etag
-        return self.encoded(NOT_CURRENT_PIECE, {}) if old else b""
+        return self.encoded(NOT_CURRENT_PIECE) if old else b""
 
     def written(self):
         latest, self.latest = self.latest, {}
@@ -5034,7 +5016,7 @@ class Stream(Held):
     def end(self, frame):
         """With a last frame and a proper end, if the gate closed it and not the network."""
         if frame and not self.unsent:
-            self.write(self.encoded(saying(frame), {}) + LAST_CHUNK)
+            self.write(self.encoded(saying(frame)) + LAST_CHUNK)
         self.close()
 
     def close(self):
@@ -5060,8 +5042,8 @@ class Subscription(NamedTuple):
     @property
     def question(self):
         """What the object is asked: streams with the same question show the same."""
-        again = self.again
-        return again.path, again.query, self.number, *again.headers.items()
+        again = self.again                               # number is in x-region
+        return again.path, again.query, *again.headers.items()
 
 
 TRUSTED.add("x-region")
@@ -5133,7 +5115,7 @@ class Channel:
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
         self.payer = ""                                  # who pays for it: section 22
-        self.streams: Dict[Stream, str] = {}             # and the etag that each one shows
+        self.streams = {}                                # and the etag that each one shows
         self.busy = False
         self.stale = False
 
@@ -5148,12 +5130,12 @@ class Broker:
     def __init__(self, edge):
         self.edge = edge
         self.lock = threading.Lock()                     # guards busy and stale
-        self.channels: Dict[str, Dict[Any, Channel]] = {}    # by object, then by question
+        self.channels = {}                               # by object, then by question
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.open_streams = collections.Counter()        # how many, by account
         self.version = 0                                 # of the Directory
         self.unreachable_since = 0.0                     # 0: it can be reached
-        self.access_changed_at: Dict[str, float] = {}    # by account; "": everybody's
+        self.access_changed_at = {}                      # by account; "": everybody's
         self.failed = set()                              # channels whose region is old
         self.logged = {}                                 # when, by object and place
 
@@ -5651,9 +5633,7 @@ class Connection(Held):
         self.edge.count(asked, response)
         self.keep = (reading.keep and not self.edge.stopping and response.status != 421
                      and reading.method != "CONNECT")
-        connection = connection_field(self.keep, reading.modern)
-        head_only = reading.method == "HEAD"
-        return encode(asked.request, response, connection, head_only, self.edge.date)
+        return encode(asked.request, reading, response, self.keep, self.edge.date)
 
     def written(self):
         """The answer has left."""
@@ -5843,7 +5823,7 @@ class LoopEdge:
         self.regating = self.deciding                    # for open streams; [3] changes it
 
     @property
-    def streams(self) -> List[Stream]:
+    def streams(self):
         return [held for held in [*self.held] if isinstance(held, Stream)]
 
     # -- the loop
@@ -6003,17 +5983,17 @@ class LoopEdge:
         self.call(self.line_up, asked)
         return False
 
-    def work_off(self, several) -> List[Asked]:
+    def work_off(self, several):
         """In the pool: answer what came for one object. Return what is to be asked again.
 
         If commands take long, others have this thread in between.
         """
         decided_at = time.monotonic()
         try:
-            let_in = self.decide_all(several)
+            groups = self.decide_all(several)
             until = time.monotonic() + GroupCommit.BATCH_SECONDS
             with contextlib.suppress(Outdated):
-                for stub, group in let_in.items():
+                for stub, group in groups.items():
                     while group:
                         self.fetch_some(stub, group, decided_at)
                         if time.monotonic() > until:
@@ -6022,11 +6002,11 @@ class LoopEdge:
             for asked in several:
                 self.call(asked.connection.close)
             raise
-        return [asked for group in let_in.values() for asked in group]
+        return [*itertools.chain(*groups.values())]
 
     def decide_all(self, several):
-        """Answer what is not to be fetched. Return the rest, by whom to fetch it from."""
-        let_in = collections.defaultdict(collections.deque)
+        """Answer what is not to be fetched. Return the rest: a group for each stub."""
+        groups = collections.defaultdict(collections.deque)
         env = asking_once(self.deciding) if len(several) > 1 else self.deciding
         for asked in several:
             decided = outcome(self.decide, asked.request, env)
@@ -6036,8 +6016,8 @@ class LoopEdge:
             elif self.is_in_place(asked, decided):
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
-                let_in[decided.stub].append(asked)
-        return let_in
+                groups[decided.stub].append(asked)
+        return groups
 
     def fetch_some(self, stub, group, decided_at):
         """Answer the commands of a group, which share a commit; or its next page alone, for
@@ -6106,7 +6086,8 @@ class LoopEdge:
         if proxies and in_networks(peer, proxies):
             # Where several proxies say it, the first is the one that the browser spoke to.
             said = headers.get("x-forwarded-proto", "").partition(",")[0]
-            scheme = "https" if said.strip().lower() == "https" else "http"
+            if said.strip().lower() == "https":
+                scheme = "https"
             peer = client_behind(peer, headers.get("x-forwarded-for", ""), proxies)
         if not known_host_again(headers.get("host", ""), self.hosts):
             raise Refused(*NOT_OUR_NAME)
@@ -6123,8 +6104,8 @@ class LoopEdge:
         return Request(method, path, query, headers, reading.body or b"", peer, scheme,
                        reading.spool)
 
-    def no_stream(self, asked, response) -> Optional[Refused]:
-        """Why this one can't be opened; None: it can."""
+    def no_stream(self, asked, response):
+        """Return a Refused that says why this one can't be opened; None: it can."""
         if not asked.reading.modern:
             return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in "
                                 "the proxy.")
@@ -6689,9 +6670,10 @@ class KnowsOwners(NestedStore):
 
 class OwnedStore(KnowsOwners, GuardedStore):
     """For whoever opens a file alone: a command, or a check."""
+    LOCK_SECONDS = Store.LOCK_SECONDS
 
 
-class OwnedObjectStore(KnowsOwners, ObjectStore):
+class OwnedObjectStore(KnowsOwners, GuardedStore):
     """For objects."""
 
 
@@ -16067,8 +16049,9 @@ class IsTraced(GuardedNamespace):
 
 @addition
 class TracesItsStore(GuardedObject):
-    def make_store(self, create):
-        return TracedStore(self.namespace.path(self.id), create, self)
+    @property
+    def store_class(self):
+        return functools.partial(TracedStore, owner=self)
 
 
 @addition
@@ -16709,7 +16692,7 @@ class App:
                 with self.transaction(one, row, WRITE if write else READ) as ctx:
                     yield ctx
         finally:
-            one.store.exec("PRAGMA busy_timeout = 0")    # for ObjectStore.LOCK_SECONDS
+            one.store.exec("PRAGMA busy_timeout = 0")    # for GuardedStore.LOCK_SECONDS
             self.inside = ""
         if write:
             self.note(row["id"])
