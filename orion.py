@@ -6642,6 +6642,7 @@ class KnowsOwners(NestedStore):
         if re.search(r"\s", "".join(made)):
             raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
                                  "allowed in the name of a table")
+        self.owners.update((table.lower(), slice) for table in made)
         return made
 
     def run_entry(self, slice, sql):
