@@ -4254,7 +4254,7 @@ def head_of(status, type, headers, nonce, is_stream):
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
 
-GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+GZIP = re.compile(r"\bgzip\b(?!\s*;\s*[qQ]=0(?:\.0*)?\s*(?:,|$))")
 
 
 def accepts_gzip(request):
@@ -4312,7 +4312,7 @@ def encode(request, reading, response, keep, date):
 def is_worth_it(response):
     """Return whether it is to be compressed."""
     return (len(response.body) > 1000 and response.type.startswith(COMPRESSED)
-            and GZIPPED not in response.headers)
+            and "content-encoding" not in dict(response.headers))
 
 
 def gzip_end(data):
@@ -4449,14 +4449,13 @@ class Kept(Watched):
 
         Only the loop may call it. It opens the file anew after each command of our
         Directory, whose object may have closed it since. For commits of others it looks
-        once in a turn of the loop.
+        once in a turn of the loop, when all that is asked for in it has been read.
         """
         opened = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.opened != opened:
-            try:
+            self.seen = None
+            with contextlib.suppress(sqlite3.Error):
                 self.seen = self.version(opened)
-            except sqlite3.Error:
-                return None
         return self.seen
 
     def clear(self):
@@ -4479,7 +4478,8 @@ class Kept(Watched):
         """asked has both numbers as they were before the response was made."""
         size = 500 + sum([len(part or "") for part in asked.key])
         unknown = asked.directory_version is None
-        if unknown or size > self.LONG or len(response.body) > self.LARGE:
+        once = response.body.count(response.nonce.encode()) == 1
+        if unknown or not once or size > self.LONG or len(response.body) > self.LARGE:
             return
         if self.size > self.MOST:
             self.clear()
@@ -4870,9 +4870,14 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
+        self.or_close(self.go_on_with, events)           # it would only come again
+
+    def or_close(self, call, *args):
+        """Call it. If it fails, nobody else would answer: close, and raise what it raised.
+        """
         try:
-            self.go_on_with(events)
-        except CRASH:                                    # it would only come again
+            call(*args)
+        except CRASH:
             self.close()
             raise
 
@@ -5524,7 +5529,7 @@ class Connection(Held):
             return
         self.buffer += data
         if not self.busy:
-            self.advance()
+            self.edge.came.append(self)
         elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
             self.listen(0)                               # read on after the present answer
 
@@ -5548,11 +5553,7 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
-        try:
-            self.edge.take_up(self, reading)
-        except CRASH:                                    # nobody would answer any more
-            self.close()
-            raise
+        self.or_close(self.edge.take_up, self, reading)
 
     def arriving(self):
         """A part of it has come."""
@@ -5773,6 +5774,7 @@ class LoopEdge:
     broker_kind = Broker                                 # [3] has ones that it adds to
     connection_kind = Connection
     CALLS_SECONDS = 0.002                                # then it looks at sockets again
+    SHORT = 1000                                         # bytes of a body
     EAGER_SECONDS = 0.0001                               # to poll before it sleeps
 
     def __init__(self, env, settings):
@@ -5805,6 +5807,7 @@ class LoopEdge:
     def make_loop(self):
         self.held = set()
         self.selector = selectors.DefaultSelector()
+        self.came: List[Connection] = []                 # that have read something
         self.calls = collections.deque()                 # what other threads want done here
         self.waker, self.woken = socket.socketpair()
         self.waker.setblocking(False)
@@ -5839,9 +5842,9 @@ class LoopEdge:
                 guarded(self.tick, time.monotonic())
             for key, events in self.ready():
                 guarded(key.data, events)
-            self.kept.seen = None                        # a call may answer a command
+            self.kept.seen = None                        # what is asked for has been read
+            self.advance_all()
             self.run_calls()
-            self.kept.seen = None
         self.pool.rouse()
 
     def ready(self):
@@ -5863,6 +5866,12 @@ class LoopEdge:
         self.awake = True
         self.brisk = time.perf_counter() < until
         return found
+
+    def advance_all(self):
+        """Take up what was read in this turn."""
+        came, self.came = self.came, []
+        for connection in came:
+            guarded(connection.or_close, connection.resume)
 
     def run_calls(self):
         until = time.monotonic() + self.CALLS_SECONDS
@@ -6037,16 +6046,21 @@ class LoopEdge:
         outcomes = outcome(stub.fetch_all, requests, check)
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
-        answered = [group.popleft() for _ in outcomes]
-        if len(answered) == 1:
-            return self.finish(*answered, *outcomes)
-        # The loop sends them, for with each send a thread lets go of the interpreter: it
-        # would read the next request after each. (Commands on 32 connections: 1.14 x.)
-        self.call(self.finish_all, answered, outcomes)
+        for asked, response in zip([group.popleft() for _ in outcomes], outcomes):
+            if len(outcomes) > 1 and self.may_send(response):
+                self.call(asked.connection.or_close, self.finish, asked, response)
+            else:
+                self.finish(asked, response)
 
-    def finish_all(self, several, responses):
-        for asked, response in zip(several, responses):
-            self.finish(asked, response)
+    def may_send(self, response) -> bool:
+        """Return whether the loop may finish one of several answers.
+
+        With each send a thread lets go of the interpreter: the loop would read the next
+        request after each. (Commands on 32 connections: 1.14 x.) But to make a page or to
+        compress it takes too long, and at the end the loop may be gone.
+        """
+        short = isinstance(response, Response) and len(response.body) <= self.SHORT
+        return short and not self.stopping
 
     def decide(self, request, env):
         """Return a Noted, or the Response to what is not forwarded. Raises Refused.

@@ -6326,8 +6326,9 @@ def test_a_zipped_stream_can_be_read_event_by_event(server):
     for n in range(5):
         bob.post("/w/acme/todos", form={"title": f"todo {n}"})
         assert f"todo {n}" in zipped.event() and f"todo {n}" in plain.event()
-    again = Ear(bob, "/w/acme/todos/live", Accept_Encoding="gzip;q=0")
-    assert again.plain is None and "todo 4" in again.event()
+    for no in ("gzip;q=0", "gzip;Q=0.0", "GZIP;q=0", "*"):
+        again = Ear(bob, "/w/acme/todos/live", Accept_Encoding=no)
+        assert again.plain is None and "todo 4" in again.event()
 
 
 class Reader:
@@ -6557,6 +6558,33 @@ def test_a_kept_page_is_compressed_once_for_all_who_take_gzip(server, monkeypatc
     assert len(kept_pages(server)) == 1
     monkeypatch.setattr(orion, "gzipped", None), monkeypatch.setattr(orion, "deflated", None)
     assert b"todos" in gzip.decompress(bob.get("/w/acme/todos", Accept_Encoding="gzip").body)
+
+
+def scripted(start, body, *fields, path="/scripted"):
+    """A server with a page of a slice's own, with a nonce; and bob, who asks it for the page, by further header fields."""
+    page = orion.Response(200, body, "text/html", fields, nonce="f00d")
+    slice = orion.Slice("scripted", ("CREATE TABLE scripted (n)",), routes=(orion.Route("GET", path, orion.MEMBER, lambda ctx: page),))
+    server = start((orion.todos, slice))
+    bob = Person(server, "bob")
+    return server, lambda **fields: bob.get(f"/w/acme{path}", **fields)
+
+
+@cases("body, kept", [(b"<script>", 0), (b"<script nonce=f00d><script nonce=f00d>", 0), (b"<script nonce=f00d>", 1)])
+def test_a_page_is_kept_if_its_nonce_is_in_it_once(start, body, kept):
+    """All of its scripts are to run; and one without any is a page like others."""
+    server, ask = scripted(start, body)
+    answers = [ask() for _ in range(4)]
+    nonces = [re.search("'nonce-([^']*)'", one.headers["content-security-policy"])[1] for one in answers]
+    assert [one.body.replace(nonce.encode(), b"f00d") for one, nonce in zip(answers, nonces)] == [body] * 4
+    assert len(kept_pages(server)) == kept
+
+
+def test_what_a_slice_has_encoded_itself_leaves_as_it_is(start):
+    body = b"f00d" + b"as brotli would write it" * 100
+    server, ask = scripted(start, body, ("content-encoding", "br"))
+    answers = [ask(Accept_Encoding="gzip, br") for _ in range(3)]
+    assert [answer.headers["content-encoding"] for answer in answers] == ["br"] * 3
+    assert [len(answer.body) - len(body) for answer in answers[:2]] == [0, 0] and answers[2].body[-2000:] == body[-2000:]
 
 
 def test_a_reader_that_never_reads_delays_nobody_and_is_cut(start, monkeypatch):
@@ -6984,6 +7012,43 @@ def test_a_page_is_kept_unless_it_is_large(server, monkeypatch, large, kept):
     bob = Person(server, "bob")
     assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
     assert len(kept_pages(server)) == kept
+
+
+def test_no_kept_page_is_older_than_a_commit_of_another_process_that_came_before_the_end_of_its_request(server, monkeypatch):
+    """The loop reads what two connections ask for in one turn. The commit comes after the first has asked."""
+    bob, carol, find = Person(server, "bob"), Person(server, "carol"), server.edge.kept.find
+    for person in (bob, carol) * 3:
+        assert person.get("/w/acme/todos").status == 200
+    eventually(lambda: not server.edge.held)
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(2)]
+    first, second = [head(f"Cookie: {person.cookie}", line="GET /w/acme/todos HTTP/1.1") for person in (bob, carol)]
+    eventually(lambda: len(server.edge.held) == 2)
+
+    def find_and_end_a_membership(asked):
+        kept = find(asked)
+        monkeypatch.setattr(server.edge.kept, "find", find)
+        with contextlib.closing(sqlite3.connect(server.env.directory.namespace.path(server.env.directory.id))) as other, other:
+            other.execute("DELETE FROM memberships WHERE account = 'carol'")
+        links[1].sendall(second[1:])
+        return kept
+    monkeypatch.setattr(server.edge.kept, "find", find_and_end_a_membership)
+    held, go = threading.Event(), threading.Event()
+    server.edge.call(lambda: (held.set(), go.wait(PATIENCE)))
+    assert held.wait(PATIENCE)
+    links[0].sendall(first), links[1].sendall(second[:1])
+    go.set()
+    assert [statuses(link.recv(65_536)) for link in links] == [[200], [403]]
+
+
+def test_a_version_of_the_directory_that_can_not_be_read_is_none_and_not_the_one_before(server, monkeypatch):
+    server.directory()
+    kept = orion.Kept(server.env.directory)
+    before = kept.directory_version()
+    server.env.directory.namespace.changed(server.env.directory.id)
+    locked = mock.Mock(**{"execute.side_effect": sqlite3.OperationalError("database is locked")})
+    with mock.patch.object(orion, "connected_to_read", mock.Mock(return_value=locked)):
+        assert before and [kept.directory_version() for _ in range(2)] == [None, None]
+    kept.close()
 
 
 def test_what_is_kept_of_answers_is_bounded_by_its_bytes(server, monkeypatch):
@@ -7619,9 +7684,37 @@ def test_a_fault_of_our_own_before_a_request_is_lined_up_leaves_no_connection_wa
 def test_a_fault_of_our_own_while_requests_are_answered_leaves_no_connection_waiting(server, monkeypatch, capfd):
     with busy(server, "acme"):
         links = post_at_once(server, "/w/acme/todos", 3)
-        monkeypatch.setattr(server.edge, "fetch_some", mock.Mock(side_effect=ZeroDivisionError))
-    got = [link.recv(65_536) for link in links]      # the first was being answered before
-    assert statuses(got[0]) == [200] and got[1:] == [b"", b""] and logged(capfd, "ZeroDivisionError")
+        monkeypatch.setattr(server.edge, "finish", mock.Mock(side_effect=ZeroDivisionError))
+    assert [link.recv(65_536) for link in links] == [b""] * 3 and logged(capfd, "ZeroDivisionError")
+
+
+def recorded(monkeypatch, owner, name):
+    """The threads that call it, in a list that grows."""
+    threads, call = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: (threads.append(threading.current_thread()), call(*args))[1])
+    return threads
+
+
+@cases("size, sent_by_the_loop", [(1000, True), (1001, False)])
+def test_the_loop_sends_the_answers_to_commands_that_came_together_if_they_are_short(start, monkeypatch, size, sent_by_the_loop):
+    """A page that is compressed there would hold up all others."""
+    server = start((orion.todos, ledger(lambda ctx: orion.Response(422, b"x" * size, "text/html"))))
+    threads = recorded(monkeypatch, orion, "encode")
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/ledger", 5)
+        threads.clear()
+    assert [statuses(link.recv(65_536)) for link in links] == [[422]] * 5
+    assert (server.thread in threads) == sent_by_the_loop
+
+
+def test_commands_that_came_together_are_answered_when_the_loop_has_ended_before(server, monkeypatch):
+    monkeypatch.setattr(server.edge, "DRAIN_SECONDS", 0)
+    with busy(server, "acme"):
+        links = post_at_once(server, "/w/acme/todos", 5)
+        server.edge.stop()
+        server.thread.join(PATIENCE)
+        assert not server.thread.is_alive()
+    assert [statuses(link.recv(65_536)) for link in links] == [[200]] * 5
 
 
 def test_requests_that_waited_together_hear_of_a_slice_at_fault_and_not_of_the_file(server, monkeypatch, capfd):
