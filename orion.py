@@ -11319,10 +11319,10 @@ class SaysQuotas(EdgeDirectory):
 @addition
 class KeepsQuota(EdgeWorkspace):
     quota = 0                                            # bytes; 0: it is not known yet
+    deletes = False                                      # does the present command?
 
     def on_open(self):
         super().on_open()
-        self.deletes = False                             # the present command
         self.has_index = self.store.one(INDEXES) is not None
         pages = self.store.one("PRAGMA user_version")[0]
         self.quota = pages * self.store.one("PRAGMA page_size")[0]
@@ -11660,7 +11660,7 @@ class HasFigures(LoopEdge):
         20,000; so it is only those of the objects that are awake."""
         workspaces = self.env.workspaces
         open = workspaces.everybody()
-        paths = {one.id: str(workspaces.path(one.id)) for one in open}
+        paths = {one.id: workspaces.path(one.id) for one in open}
         sizes = {id: bytes_in(path) for id, path in paths.items()}
         served = dict(workspaces.served)
         shown = self.of_leaders(
@@ -11893,7 +11893,7 @@ def copy_database(source, target, about=None):
 SHADOWS = ("data", "idx", "content", "docsize", "config")
 
 
-def verified(db: sqlite3.Connection):
+def verified(db):
     """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
     found = [row[0] for row in db.execute("PRAGMA quick_check")]
     if found != ["ok"]:
@@ -12153,9 +12153,7 @@ def restore(settings, given):
     mark = settings.data / "restoring"
     source = str(given.folder.absolute())
     if not mark.exists() or mark.read_text("utf-8") != source:
-        for file in (*files_here(settings), settings.directory_file):
-            if file.exists():
-                raise Unusable(f"{file} is there already; name an empty folder with --data")
+        check_empty(settings)
     manifest = given.folder / "manifest.json"
     if not manifest.exists():
         raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
@@ -12173,6 +12171,12 @@ def restore(settings, given):
         bring("directory")
     mark.unlink()
     print(contents(settings.data, held))
+
+
+def check_empty(settings):
+    for file in (*files_here(settings), settings.directory_file):
+        if file.exists():
+            raise Unusable(f"{file} is there already; name an empty folder with --data")
 
 
 def check_known(settings, file):
@@ -12309,7 +12313,12 @@ def leftovers(settings):
         patterns = [f"{settings.single.name}*.part", f"{settings.single.name}.making*"]
     elif not is_served(settings):
         patterns += ["backups/*.making", "workspaces/new-*"]
-    return sorted({path for pattern in patterns for path in settings.data.glob(pattern)})
+    return paths_like(settings, patterns)
+
+
+def paths_like(settings, patterns):
+    """Return what there is in the data folder that one of the patterns fits, by name."""
+    return sorted({*itertools.chain(*map(settings.data.glob, patterns))})
 
 
 def is_served(settings):
@@ -12380,8 +12389,7 @@ def open_to_others(settings):
     patterns = ["*.db*", "workspaces/*.db*", "removed/*.db*", f"backups/{DATED}"]
     if settings.single:
         patterns = [f"{settings.single.name}*"]
-    found = {path for pattern in patterns for path in settings.data.glob(pattern)}
-    found = sorted([path for path in found if mode_of(path) & 0o007])
+    found = [path for path in paths_like(settings, patterns) if mode_of(path) & 0o007]
     if found and ignores_modes(settings.data):           # then nothing can close them
         return []
     return found
@@ -12997,8 +13005,8 @@ class EndsDeleted(LoopEdge):
             if row:
                 self.env.workspaces.check_removable(row, now=False)  # a node may be away
                 self.env.workspaces.remove(row, {"name": row["name"]}, now=True)
-                said = f"id={row['id']}"
-                self.env.directory.fetch(Request("POST", "/_forget", said))
+                forget = Request("POST", "/_forget", f"id={row['id']}")
+                self.env.directory.fetch(forget)
 
 
 @verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
@@ -13560,8 +13568,8 @@ def remove_here(workspaces, id, body):
 
 
 def retry_here(workspaces, id, body):
-    again = Request("POST", "/_retry")
-    return json.loads(fetch_briefly(workspaces.get(id), again).body)
+    answer = fetch_briefly(workspaces.get(id), Request("POST", "/_retry"))
+    return json.loads(answer.body)
 
 
 # What a directory asks of a node. Each can be asked twice, for an answer may be lost.
@@ -15173,9 +15181,9 @@ def make_token(ctx):
     ctx.store.exec("INSERT INTO tokens (id, digest, account, workspace, name, writes, "
                    "made) VALUES (?, ?, ?, ?, ?, ?, ?)", id, token_hash(token), account,
                    row["id"], name, how == "write", time.time())
-    once = (("cache-control", "no-store"),)              # so it is not kept: Answers
-    which = f"{row['id']} {name} ({id}): {how}"
-    return tokens_page(ctx, token)._replace(headers=once, which=which)
+    return tokens_page(ctx, token)._replace(
+        headers=(("cache-control", "no-store"),),        # so it is not kept: Answers
+        which=f"{row['id']} {name} ({id}): {how}")
 
 
 def check_token(ctx, name, how, row):
@@ -15246,8 +15254,7 @@ class KnowsPrograms(Broadcast):
         ctx = super().job_context(row, request)
         account, by, token = row["who"].partition(Program.BY)
         if by:
-            whose = dataclasses.replace(ctx.viewer, account=account)
-            ctx.viewer = Program(**vars(whose), token=token)
+            ctx.viewer = Program(**{**vars(ctx.viewer), "account": account}, token=token)
         return ctx
 
 
