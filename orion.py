@@ -14216,12 +14216,16 @@ class ListsOfNode(MemberLists):
                 self.ask([id])
 
     def ask(self, ids):
-        """Return the lists of these ids. Raises NoAnswer."""
+        """Return the lists of these ids. Raises NoAnswer.
+
+        If refresh began meanwhile, they may be older than the version that it noted: that
+        is forgotten, so it asks for all lists again.
+        """
         as_of = self.as_of
         question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
         said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
         with self.lock:
-            if self.as_of != as_of:                      # what was said may be older
+            if self.as_of != as_of:
                 self.as_of = None
             return {id: self.put(id, rows) for id, rows in said.items()}
 
@@ -14453,7 +14457,12 @@ class Uploads:
 
 @addition
 class TakesUploads(Connection):
-    """spool: where the present body goes, from its head until it is whole."""
+    """A connection that brings uploads.
+
+    spool: where the present body goes, from its head until it is whole. A sender has to be
+    as fast as SLOWEST says, without the time in which nothing is read: by that, spool.began
+    is moved on.
+    """
     spool = None                                         # a Spool
     would_refuse = None                                  # (reading, limit of its route)
     paused = 0.0                                         # since when nothing is read
@@ -14541,8 +14550,8 @@ class TakesUploads(Connection):
             return super().refuse(no)
         reading, limit = self.would_refuse
         self.state = self.ANSWERING
-        self.spare = 2 * limit
-        self.LINGER_SECONDS = self.READ_OVER_SECONDS     # of this connection
+        self.spare = 2 * limit                           # bytes that are read over, and
+        self.LINGER_SECONDS = self.READ_OVER_SECONDS     # for how long, of this connection
         asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
         with contextlib.suppress(Refused):
             asked.request = self.edge.request(reading, self.peer)
@@ -15121,7 +15130,8 @@ class KnowsTokens(EdgeDirectory):
         row = token and ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace,
                                       token["account"], token["workspace"])
         if row is None:
-            verdict = super().verdict_on(ctx, workspace)     # of nobody
+            verdict = super().verdict_on(ctx, workspace)     # of nobody: a route may be
+                                                             # public
             no = NO_ENTRY if token else NO_TOKEN
             return no if verdict is NO_SESSION else verdict
         if row["moving"]:
@@ -15720,7 +15730,7 @@ def remove_member(ctx, account):
 
 def let_in_again(ctx, id):
     """Give the role back. Links and tokens of the member stay void."""
-    _, [(_, columns, [row])] = removed_rows(ctx, id)
+    _, [(_, columns, [row])] = removed_rows(ctx, id)     # of one table, one row
     member = dict(zip(columns, row))
     if member["workspace"] != ctx.viewer.id:
         raise Refused(409, UNDO_OVER, signal="toast")

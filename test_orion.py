@@ -11050,7 +11050,7 @@ def test_a_workspace_that_is_busy_now_is_in_the_figures_though_ten_are_larger_an
     for name in [f"w{number}" for number in range(11)]:
         assert bob.post("/workspaces", form={"name": name}).status == 303 and bob.get(f"/w/{name}/todos").status == 200
         workspaces.served[workspaces.id_from_name(name)] += 1000
-    monkeypatch.setattr(orion, "bytes_in", lambda path: 0 if workspaces.id_from_name("acme") in path else 1)
+    monkeypatch.setattr(orion, "bytes_in", lambda path: 0 if workspaces.id_from_name("acme") in str(path) else 1)
     server.edge.end_minute(), server.edge.end_minute()
     bob.get("/w/acme/todos")
     assert figures(server)['orion_workspace_requests_total{workspace="acme"}'] > 0
