@@ -4283,14 +4283,15 @@ def coding_of(request, type):
 
 
 def encode(request, reading, response, keep, date):
-    """Return the bytes of an answer. keep: the connection stays open."""
+    """Return the bytes of an answer. Only a stream is compressed here; see compressed.
+
+    keep: the connection stays open.
+    """
     is_stream = response.watch is not None
-    zipped = accepts_gzip(request) and (is_stream or is_worth_it(response))
+    zipped = is_stream and accepts_gzip(request)
     body = response.body
     if is_stream:
         body = beginning(request, response.watch, zipped)
-    elif zipped:
-        body = gzipped(body)
     size = len(body) + (response.rest.size if response.rest else 0)
     head = head_of(response.status, response.type, response.headers,
                    response.nonce and NONCE, is_stream)
@@ -4318,6 +4319,14 @@ def is_worth_it(response):
 def gzip_end(data):
     """Return how a gzip file ends that has this data (RFC 1952, 2.3.1)."""
     return zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
+
+
+def compressed(request, response):
+    """Return the response as it leaves: compressed, if that is asked for and worth it."""
+    if not accepts_gzip(request) or not is_worth_it(response):
+        return response
+    headers = *response.headers, GZIPPED
+    return response._replace(body=gzipped(response.body), headers=headers)
 
 
 def gzipped(data):
@@ -5631,6 +5640,7 @@ class Connection(Held):
 
     def encoded(self, asked, response):
         reading = asked.reading
+        response = compressed(asked.request, response)
         self.edge.count(asked, response)
         self.keep = (reading.keep and not self.edge.stopping and response.status != 421
                      and reading.method != "CONNECT")
@@ -11429,7 +11439,7 @@ class GivesBackMemory(LoopEdge):
 # It needs: 43 Keys, for a token, 44 Accounts, for who is an operator, and 51 Quotas.
 
 def size_of(response):
-    """Return how many bytes the body of an answer has."""
+    """Return how many bytes the body of an answer has, a page's as it leaves."""
     pieces = [one.piece.plain for one in response.watch or ()]
     rest = response.rest.size if response.rest else 0
     return len(response.body) + sum(map(len, pieces)) + rest

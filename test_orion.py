@@ -8218,6 +8218,14 @@ def test_each_request_is_a_line_of_the_access_log_without_what_was_typed(tmp_pat
         assert re.fullmatch(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /w/acme/todos HTTP/1\.1" 401 \d+ \d\.\d{6}', line)
 
 
+def test_the_access_log_has_the_bytes_of_a_page_that_left_whoever_made_it(start, capfd):
+    """The first two are made in the pool, and the third was kept."""
+    bob = Person(start(log="common"), "bob")
+    sizes = [len(bob.get("/w/acme/todos", Accept_Encoding=coding).body) for coding in ("gzip", "") for _ in range(3)]
+    said = lambda: re.findall(r'"GET /w/acme/todos HTTP/1.1" 200 ([0-9]+)', os.pread(1, 1 << 20, 0).decode())
+    assert eventually(lambda: len(said()) == 6) and [*map(int, said())] == sizes
+
+
 def test_systemd_is_told_when_it_asks(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
         link.bind(str(tmp_path / "notify"))
@@ -11096,7 +11104,7 @@ def test_the_figures_tell_of_requests_that_stand_in_line(start):
     with concurrent.futures.ThreadPoolExecutor(2) as others:
         with workspace.turn:
             first = others.submit(bob.post, "/w/acme/todos", title="has the thread")
-            eventually(lambda: server.edge.pool.busy)
+            eventually(lambda: (lane := server.edge.pool.lanes.get("/w/acme")) and not lane.items)     # and no chore
             second = others.submit(bob.post, "/w/acme/todos", title="stands in line")
             waiting = eventually(lambda: server.edge.waiting()["waited"] and server.edge.waiting())
         assert waiting["in_line"] >= 1 and first.result(PATIENCE).status == second.result(PATIENCE).status == 200
