@@ -6381,24 +6381,25 @@ import types
 
 # -- how a section adds itself
 
-ADDED: Dict[type, List[type]] = collections.defaultdict(list)    # by base: its additions
-DIRECTORY_SLICES: List[Slice] = []
-Hooks = List[Callable[..., Any]]                         # their parameters stand in ()
-MEMBERS_PARTS: Hooks = []                                # (ctx): below the list of members
-PLAIN: Hooks = []                                        # (env of --plain): changes it
-VIEWERS: Hooks = []                                      # see viewer_in_full
-CHECKS: Hooks = []                                       # (settings): before composing
-VERBS: Dict[str, Verb] = {}                              # by their words
-BySettings = List[Tuple[Callable[[Any], bool], Callable[[Any], Any]]]
-ROOTS: BySettings = []                                   # (for which settings, the root)
+ADDED = collections.defaultdict(list)                    # by base: its additions
+DIRECTORY_SLICES = []
+VERBS = {}                                               # by their words: each a Verb
 
+# Functions. What they are given stands in ().
+MEMBERS_PARTS = []                                       # (ctx): below the list of members
+PLAIN = []                                               # (env): changes that of --plain
+VIEWERS = []                                             # see viewer_in_full
+CHECKS = []                                              # (settings): before composing
 # Each of these has one user. It stands here so that this section can be struck out.
-WAYS_TO_SERVE: BySettings = []
-BEFORE_SERVING: Hooks = []                               # (): once in a process that serves
-AT_START: Hooks = []                                     # (server, address)
-NODE_VERBS: Dict[str, Callable[..., Any]] = {}           # what verbs do on a node instead
-APP_PARSERS: Hooks = []                                  # see read_command_line
-APP_SEEDS: Hooks = []                                    # (env, names of workspaces)
+BEFORE_SERVING = []                                      # (): once in a process that serves
+AT_START = []                                            # (server, address)
+APP_PARSERS = []                                         # see read_command_line
+APP_SEEDS = []                                           # (env, names of workspaces)
+NODE_VERBS = {}                                          # what verbs do on a node instead
+
+# Pairs of functions (settings): whether it is for these, and what it does then.
+ROOTS = []                                               # returns the env
+WAYS_TO_SERVE = []
 
 
 def addition(cls):
@@ -6598,8 +6599,6 @@ class SaysTitles(Directory):
 
 @addition
 class KnowsTitles(Context):
-    __slots__ = ()
-
     @property
     def title(self):
         title = self.request.headers.get("x-title", "")
@@ -6644,7 +6643,7 @@ class KnowsOwners(NestedStore):
 
     def __init__(self, path, create: bool = False):
         super().__init__(path, create)
-        self.owners: Dict[str, str] = {}                 # table, in lower case: its slice
+        self.owners = {}                                 # table, in lower case: its slice
         self.judge = whole(Judge)(self.owners)
         self.db.set_authorizer(self.judge)
 
@@ -7461,13 +7460,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"orion: {message}; --help tells what there is\n")
 
 
-def read_command_line(argv: Optional[Sequence[str]], app: Optional[Settings] = None
-                      ) -> Tuple[Settings, argparse.Namespace]:
+def read_command_line(argv, app=None):
     """Return the settings, and what a command was given. Its verb is "" to serve.
 
-    app: with what main() was given. APP_PARSERS add to the parser what an app has of its
-    own: each (parser, its commands, app) returns a function that takes out of the second
-    result what was said of that, and returns the settings with it.
+    argv: None: the words with which this process was started. app: settings, with what
+    main() was given. APP_PARSERS add to the parser what an app has of its own: each
+    (parser, its commands, app) returns a function that takes out of the second result what
+    was said of that, and returns the settings with it.
     """
     app = app or Settings()
     parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
@@ -7938,7 +7937,7 @@ def check_slices(settings):
                        "another name")
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
-    taken: Dict[Tuple[str, str], str] = {}               # whose each address is
+    taken = {}                                           # by address: whose it is
     for slice in settings.slices:
         if type(slice) is not Slice:
             raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
@@ -8136,7 +8135,7 @@ class ChecksPages(EdgeWorkspace):
 
     def on_open(self):
         super().on_open()
-        self.ids: Dict[Any, str] = {}                    # of each region, as it was first
+        self.ids = {}                                    # of each region, as it was first
 
     def render(self, region, live, ctx, args):
         """Raises ValueError if open pages can't find the region any more."""
@@ -8168,7 +8167,6 @@ class ChecksPages(EdgeWorkspace):
         return body
 
 
-@functools.lru_cache(maxsize=4)
 def topics_of(router):
     """Return the pattern of the topics that pages listen to."""
     topics = []
@@ -8998,9 +8996,8 @@ CHECKS.append(use_brand)
 class TellsFacts(Broadcast):
     def own_facts(self, request):
         """Return what an object tells of itself. Other sections add to it."""
-        slices = [slice for slice in self.router.slices if slice.count]
-        count = sum([slice.count(Tables(self.store, slice.name, READ)) for slice in slices])
-        return {"count": count}
+        return {"count": sum([slice.count(Tables(self.store, slice.name, READ))
+                              for slice in self.router.slices if slice.count])}
 
 
 def facts_of(workspace: Stub):
@@ -9136,7 +9133,9 @@ class CountsForHomes(LoopEdge):
             written.add(known.uncounted.pop())
         channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
         homes = [one for one in channels if one.subscription.again.path == "/live"]
-        shown = {home: self.ids_at(home) & written for home in homes if written}
+        ask = self.env.directory.ask_as
+        shown = {home: {*ask(home.subscription.again, "/_mine")} & written
+                 for home in homes if written}
         seen = set().union(*shown.values())
         for id in written - seen:
             known.counts.pop(id, None)                   # who comes later asks for it again
@@ -9145,10 +9144,6 @@ class CountsForHomes(LoopEdge):
         for home, ids in shown.items():
             if ids:
                 self.broker.mark(home)
-
-    def ids_at(self, home):
-        again = home.subscription.again
-        return {*self.env.directory.ask_as(again, "/_mine")}
 
 
 DIRECTORY_SLICES.append(Slice("home", routes=(
@@ -9322,13 +9317,13 @@ class Alarms:
     def __init__(self, namespace):
         self.namespace = namespace
         self.directory = None                            # it knows the workspaces' names
-        self.put: Optional[Callable[..., None]] = None   # put(function, *args): in a pool
+        self.put = None                                  # put(function, *args): in a pool
         self.waits = Waits(self)
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
         self.lock = threading.Lock()                     # guards all that follows
-        self.due: Dict[str, float] = {}                  # by id
-        self.order: List[Tuple[float, str]] = []         # a heap of these, and of older
+        self.due = {}                                    # by id: when
+        self.order = []                                  # a heap: (when, id), also older
 
     def look(self):
         """Look into the files that were not looked into yet."""
@@ -9421,7 +9416,7 @@ class Wait:
         self.ctx = ctx
         self.call = call
         self.called_at = float("inf")
-        self.next_step: Optional[Callable[[], Any]] = None   # once it is known
+        self.next_step = None                            # a function, once it is known
         self.to_end = 2                                  # the call, and that step
 
 
@@ -9435,9 +9430,9 @@ class Waits:
     def __init__(self, alarms):
         self.alarms = alarms
         self.lock = threading.Lock()                     # guards all that follows
-        self.by_job: Dict[Tuple[str, int], Wait] = {}    # by id of an object, and job
-        self.in_line: collections.deque = collections.deque()    # they have no thread yet
-        self.calling = set()                             # they have one
+        self.by_job = {}                                 # each, by (id of an object, job)
+        self.in_line = collections.deque()               # those that have no thread yet
+        self.calling = set()                             # those that have one
 
     def of(self, id):
         """Return which jobs of an object wait."""
@@ -9615,8 +9610,8 @@ class EnqueuesJobs(Context):
 class KnowsJobs(QuickRouter):
     def __init__(self, slices):
         super().__init__(slices)
-        jobs = [(slice.name, function_of(job)) for slice in slices for job in slice.jobs]
-        self.jobs = {f"{slice}.{job.__name__}": job for slice, job in jobs}
+        self.jobs = {f"{slice.name}.{function_of(job).__name__}": function_of(job)
+                     for slice in slices for job in slice.jobs}
         self.job_names = {job: name for name, job in self.jobs.items()}
         self.names = [slice.name for slice in slices]
         self.plans = plans_of(slices)
@@ -9659,8 +9654,8 @@ class HasJobs(Broadcast):
     """An object with a table of jobs. due is NULL for a job that was given up."""
     TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
     TURN_SECONDS = 1.0                                   # then the log says who has it
-    doing: Any = None                                    # what, in words; and since when
-    logged: Any = None                                   # the one that the log has
+    doing = None                                         # what, in words; and since when
+    logged = None                                        # the one that the log has
 
     def answer(self, request):
         self.doing = (request.method, request.path), time.monotonic()
@@ -9873,7 +9868,7 @@ def add_key(path):
     write_private(path, "".join([f"{key}\n" for key in keys[:2]]).encode())
 
 
-KEYS_READ: Dict[pathlib.Path, Any] = {}                  # by file: its times, its keys
+KEYS_READ = {}                                           # by file: its times, its keys
 
 
 def keys_now(settings):
@@ -10007,9 +10002,8 @@ class Throttle:
         for key in keys:
             times = self.times.get(key, ())
             if len(times) == self.most and times[0] > begin:
-                wait = int(times[0] - begin) + 1
                 raise Refused(429, "Too many attempts. Wait a few minutes, then try again.",
-                              retry_after(wait))
+                              retry_after(int(times[0] - begin) + 1))
 
     def count(self, *keys):
         now = time.monotonic()
@@ -10046,7 +10040,7 @@ class Passwords:
     def __init__(self):
         self.guesses = Throttle()
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
-        self.familiar: Dict[str, None] = {}              # signed in before; oldest first
+        self.familiar = {}                               # signed in before; oldest first
 
     def door(self, request, env):
         if request.method == "POST":
@@ -10107,7 +10101,7 @@ def account_meant(ctx):
     return name
 
 
-SECRET = ("/login", "/account/password")                 # what is sent there is not kept
+PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
 UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
@@ -10139,7 +10133,7 @@ def page_of(request):
 def unsent_in(request):
     """Return the form that came without a session, so that it can be sent again."""
     is_plain = FORMS.get(request.media_type) is read_form    # others bring files
-    if not is_plain or request.method in SAFE or request.path in SECRET:
+    if not is_plain or request.method in SAFE or request.path in PASSWORD_DOORS:
         return UNSENT
     body = request.body.decode("latin-1")
     if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
@@ -10175,6 +10169,12 @@ def change_password(ctx):
 def my_digest(ctx):
     """Return by what the table knows the viewer's session; b"": there is none."""
     return bytes.fromhex(ctx.request.headers.get("x-session", ""))
+
+
+def add_account(store, name, hashed, operator):
+    """Return 1; 0 if the name is taken."""
+    return store.exec("INSERT OR IGNORE INTO accounts (name, label, password, operator) "
+                      "VALUES (?, ?, ?, ?)", name, name, hashed, operator)
 
 
 def store_password(ctx, account, hashed):
@@ -10228,20 +10228,18 @@ class AsksForPasswords(LoopEdge):
     def __init__(self, *args):
         super().__init__(*args)
         self.passwords = Passwords()
-        self.add_doors({"/login": self.passwords.door,
-                        "/account/password": self.passwords.door})
+        self.add_doors(dict.fromkeys(PASSWORD_DOORS, self.passwords.door))
 
     def refusal(self, request, error):
         """A browser that is not signed in gets the form for it."""
         signed_out = isinstance(error, Refused) and error.status == 401
         if not signed_out or not request.opens_page:
             return super().refusal(request, error)
-        unsent = unsent_in(request)
         problem = ""
         if request.method not in SAFE:
             problem = "You are signed out, so this was not saved. Sign in to send it again."
         personas = self.env.directory.ask("/_personas") if self.env.settings.demo else ()
-        return login_form(page_of(request), personas, problem, 401, **unsent)
+        return login_form(page_of(request), personas, problem, 401, **unsent_in(request))
 
 
 # -- on the command line
@@ -10259,11 +10257,9 @@ def new_password(name):
 @verb("account add", "let somebody sign in", "account", "--operator")
 def account_add(settings, given):
     check_account_name(given.account)
-    row = given.account, given.account, new_password(given.account), given.operator
+    hashed = new_password(given.account)
     with opened(settings, given) as (store, _):
-        added = store.exec("INSERT OR IGNORE INTO accounts (name, label, password, "
-                           "operator) VALUES (?, ?, ?, ?)", *row)
-        if not added:
+        if not add_account(store, given.account, hashed, given.operator):
             raise Unusable(f"there is an account {given.account} already")
     print(f"{given.account} may sign in now")
 
@@ -10310,7 +10306,7 @@ def account_remove(settings, given):
 #   its open pages end within a second.
 # It needs: 44 Accounts.
 
-ACCOUNT_PARTS: Hooks = []                                # (ctx): what else the page has
+ACCOUNT_PARTS = []                                       # (ctx): what else the page has
 
 # What is in a User-Agent, and what it means. The first that is found counts, for most say
 # of themselves that they are others, too.
@@ -10765,11 +10761,9 @@ def joining(ctx):
 def new_account(ctx, operator):
     name = account_name(ctx.field("username"))
     check_account_name(name)
-    if ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
+    if not add_account(ctx.store, name, new_hash(ctx), operator):
         raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
                            "sign in.")
-    ctx.store.exec("INSERT INTO accounts (name, label, password, operator) VALUES (?, ?, "
-                   "?, ?)", name, name, new_hash(ctx), operator)
     return name
 
 
@@ -10812,8 +10806,8 @@ class Kind(NamedTuple):
     """What a link is for. title: of its page. holds(host, link): could it be made now?
     use(ctx, link) returns the account that is signed in then."""
     title: str
-    holds: Callable[[Any, sqlite3.Row], bool]
-    use: Callable[[Context, sqlite3.Row], str]
+    holds: Callable[..., bool]
+    use: Callable[..., str]
 
 
 KINDS = {"invite": Kind("You are invited", may_invite, join),
@@ -10961,8 +10955,9 @@ class OpensLinks(LoopEdge):
             return env.directory.fetch(request)
         digest = token_hash(secret_in(text_of(request, "link"))).hex()
         if env.directory.ask("/_link", headers={"x-link": digest}):
-            return env.directory.fetch(self.with_hashes(request, env))
-        count_attempt(self.made_up, request)
+            request = self.with_hashes(request, env)
+        else:
+            count_attempt(self.made_up, request)
         return env.directory.fetch(request)
 
     def with_hashes(self, request, env):
@@ -11010,8 +11005,8 @@ class TellsWhoIsHere(Broker):
 
     def __init__(self, edge):
         super().__init__(edge)
-        self.here: Dict[str, Piece] = {}                 # by object: who watches it
-        self.told: Dict[Stream, str] = {}                # and the etag of what each shows
+        self.here = {}                                   # by object: who watches it
+        self.told = {}                                   # by stream: the etag of its piece
         self.moved = set()                               # objects whose watchers changed
 
     def count_watcher(self, stream, id, more):
