@@ -12496,7 +12496,7 @@ class KeepsFiles(GuardedNamespace):
         """Raise Unusable if its file can't be removed."""
 
     def remove(self, row, about, now):
-        """Remove the file. Unless now, a copy stays for 30 days, and says about of itself.
+        """Remove the file. Unless now, a copy stays for 30 days; about: see copy_database.
         """
         copy = remove_file(self.settings, self.path(row["id"]), about, now)
         if copy:
@@ -13454,6 +13454,7 @@ class PlacesFiles(GuardedNamespace):
             set_moving(store, row["id"], STAYS)
 
     def check_removable(self, row, now):
+        super().check_removable(row, now)
         if row["node"] and not now:
             ask_node(self.settings, row["node"], row["id"], "has", "GET")
 
