@@ -2713,6 +2713,11 @@ def headers_of(response: Response) -> Dict[str, str]:
             **(STREAMING if response.watch else {}), **dict(response.headers)}
 
 
+def chunk(data):
+    """RFC 9112, 7.1: a length, then so many bytes. An empty one ends the answer."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 # -- a connection, in its own thread
 
 class PlainHandler(BaseHTTPRequestHandler):
@@ -2785,7 +2790,8 @@ class PlainHandler(BaseHTTPRequestHandler):
         request = request.with_headers({"datastar-request": "true"})     # a no is a frame
         while response.watch:
             # Also when nothing is new, something is sent: so a closed tab is noticed.
-            self.chunk(BEAT if response.body == shown else response.body)
+            new = BEAT if response.body == shown else response.body
+            self.wfile.write(chunk(new))
             shown = response.body
             try:
                 response.watch.wait(REGATE_SECONDS)
@@ -2793,12 +2799,7 @@ class PlainHandler(BaseHTTPRequestHandler):
                 return
             response = respond(request, self.server.env)
         if response.type == EVENTS:                      # else it breaks off
-            self.chunk(response.body)
-            self.chunk(b"")
-
-    def chunk(self, data):
-        """RFC 9112, 7.1: a length, then so many bytes. An empty one ends the answer."""
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self.wfile.write(chunk(response.body) + chunk(b""))
 
     def log_message(self, *_):
         """Part One keeps no access log."""
@@ -3440,8 +3441,7 @@ class GuardedObject(DurableObject):
     def too_long(self):
         """SQLite asks this now and then, in the midst of a statement, which True ends."""
         now = time.monotonic()
-        is_open = self.bus is not None                   # no migrations are under way
-        if is_open:
+        if self.bus:                                     # no migrations are under way
             return now > self.began + self.STATEMENT_SECONDS
         return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
 
@@ -3449,10 +3449,11 @@ class GuardedObject(DurableObject):
         """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
         those who are let in here. Mark a file that has no mark yet."""
         found = store.one("PRAGMA application_id")[0]
-        if found not in (0, mark_of(self.id)):
+        mark = mark_of(self.id)
+        if found not in (0, mark):
             raise sqlite3.DatabaseError("the file belongs to another object")
         if found == 0:
-            store.exec(f"PRAGMA application_id = {mark_of(self.id)}")
+            store.exec(f"PRAGMA application_id = {mark}")
 
     def on_open(self):
         super().on_open()
@@ -3473,7 +3474,7 @@ class GuardedObject(DurableObject):
     def check_file(self, error):
         """Raise Locked if nothing was done for that reason, or StorageFault if the file is
         behind this error."""
-        begun = self.store is not None and self.store.db.in_transaction
+        begun = self.store and self.store.db.in_transaction
         if str(error) == "database is locked" and not begun:
             raise Locked(self, error) from error
         if StorageFault.is_behind(error):
@@ -3627,7 +3628,7 @@ class GuardedNamespace(Namespace):
     LATE_SECONDS = 60.0                                  # until what failed is tried again
     CLOSE_SECONDS = 1.0                                  # the pool has waited already
 
-    def __init__(self, *args, most: int = 1024):
+    def __init__(self, *args, most=1024):
         super().__init__(*args)
         self.objects = collections.OrderedDict()         # the last used is the last
         self.most = most
@@ -3854,14 +3855,8 @@ def failed(one):
 # Who uses it: the broker (section 24).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
-LAST_CHUNK = b"0\r\n\r\n"
 CURRENT = b"event: datastar-current\ndata: version unchanged\n\n"
 LOOKS_BACK = 2 ** 15                                     # bytes: RFC 1951, 2
-
-
-def chunk(data):
-    """RFC 9112, 7.1. A chunk needs no connection to be right, so one is made for all."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def deflated(data, before=b""):
@@ -3879,7 +3874,8 @@ def fingerprint(data):
 
 @dataclasses.dataclass
 class Piece(Rendering):
-    """A rendering as bytes, which are made when the first stream needs them.
+    """A rendering as bytes, which are made when the first stream needs them: its frame and,
+    as chunks, that frame plain and zipped.
 
     A browser that comes back says which region it has seen last, by its etag. main: False
     for what streams show beside the regions.
@@ -3889,20 +3885,20 @@ class Piece(Rendering):
     main: bool = True
 
     @functools.cached_property
-    def etag(self) -> str:
+    def etag(self):
         return fingerprint(self.html.encode("utf-8", "replace"))
 
     @functools.cached_property
-    def frame(self) -> bytes:
+    def frame(self):
         id = [f"id: {self.etag}"] if self.main else []
         return event("elements", self.html, *id)
 
     @functools.cached_property
-    def plain(self) -> bytes:
+    def plain(self):
         return chunk(self.frame)
 
     @functools.cached_property
-    def zipped(self) -> bytes:
+    def zipped(self):
         return chunk(deflated(self.frame))
 
 
@@ -4078,9 +4074,9 @@ def joined(pairs):
     headers = {}
     for name, value in pairs:
         name = name.lower()
-        if name in headers and name in ONCE:
-            raise Refused(400, f"Send the header field {name} once.")
         if name in headers:
+            if name in ONCE:
+                raise Refused(400, f"Send the header field {name} once.")
             comma = "; " if name == "cookie" else ", "
             value = f"{headers[name]}{comma}{value}"
         headers[name] = value
@@ -4106,14 +4102,6 @@ def remembered(function):
         known = again if sum(map(len, args)) <= 1024 else function
         return known(*args)
     return remembering
-
-
-class QuickRouter(Router):
-    """A router that remembers what it found."""
-
-    def __init__(self, slices):
-        super().__init__(slices)
-        self.match = remembered(super().match)
 
 
 # The heads that a browser sends are mostly the same, time and again.
@@ -4467,10 +4455,6 @@ class Kept(Watched):
                 self.seen = self.version(opened)
         return self.seen
 
-    def clear(self):
-        self.answers.clear()
-        self.size = 0
-
     def find(self, asked):
         """Return a KeptPage, or None."""
         known = self.answers.get(asked.key)
@@ -4491,12 +4475,12 @@ class Kept(Watched):
         if unknown or not once or size > self.LONG or len(response.body) > self.LARGE:
             return
         if self.size > self.MOST:
-            self.clear()
+            self.answers.clear()
+            self.size = 0
         as_of = asked.directory_version, asked.object_version
         known = self.answers.get(asked.key)
-        if known is None or known.as_of != as_of:        # perhaps it was the only time
-            page = None
-        else:
+        page = None                                      # perhaps it was the only time
+        if known and known.as_of == as_of:
             zipped = accepts_gzip(asked.request) and is_worth_it(response)
             page = KeptPage(response, zipped)
             size += 2 * len(response.body)               # at most
@@ -4527,14 +4511,14 @@ class Lane:
                   another lane in line takes it. payer is None.
 
     One that has none is forgotten. The way of a lane: Pool.gather, charge (which may park
-    it), drive, put_back, release. release puts parked lanes of its payer in line (unpark).
+    it), drive, put_back, release, which puts parked lanes of its payer in line.
     """
 
     def __init__(self, name, job):
         self.name = name
         self.job = job
         self.items = collections.deque()                 # of (item, payer)
-        self.payer: Optional[str] = None
+        self.payer = None
 
 
 class Pool:
@@ -4719,25 +4703,22 @@ class Pool:
     def release(self, payer):
         """A job that this one paid for is done. Begin with those of its lanes that may now.
         """
+        begun = []
         with self.lock:
             self.taken[payer] -= 1
-            begun = [*self.unpark(payer)]
+            parked = self.parked.get(payer)
+            while parked and self.taken[payer] < self.limit(payer):
+                lane, _ = parked.popitem(last=False)
+                if lane.payer is None and lane.items:    # else another payer has taken it
+                    self.charge(lane, payer)
+                    begun.append(lane)
+            if not parked:
+                self.parked.pop(payer, None)
             if not self.taken[payer]:
                 del self.taken[payer]
         self.line.extend([(self.drive, (lane,)) for lane in begun])
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
-
-    def unpark(self, payer):
-        """Yield the lanes that begin now. Those that another payer took are passed over."""
-        parked = self.parked.get(payer)
-        while parked and self.taken[payer] < self.limit(payer):
-            lane, _ = parked.popitem(last=False)
-            if lane.payer is None and lane.items:
-                self.charge(lane, payer)
-                yield lane
-        if not parked:
-            self.parked.pop(payer, None)
 
     def close(self, patience):
         """patience: seconds for all threads together. A job that takes longer is left."""
@@ -4776,7 +4757,7 @@ class Unread:
     which is in memory once, so it counts once.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most):
         self.most = most                                 # bytes
         self.size = 0                                    # of all that waits, in bytes
         self.readers = collections.OrderedDict()         # and what waits for each, by id
@@ -4825,15 +4806,13 @@ class Backlog:
             things = {id(thing): thing for thing in reader.unread()}
         if not things and reader not in self.all.readers:
             return
-        whose = reader.whose
-        if whose not in self.accounts:
-            self.accounts[whose] = Unread(self.ACCOUNT)
-        for unread in (self.accounts[whose], self.all):
+        own = self.accounts.setdefault(reader.whose, Unread(self.ACCOUNT))
+        for unread in (own, self.all):
             unread.note(reader, things)
             if unread.size > unread.most:                # later: the caller still writes
                 self.edge.call(self.relieve, unread)
-        if not self.accounts[whose].readers:
-            del self.accounts[whose]
+        if not own.readers:
+            del self.accounts[reader.whose]
 
     def relieve(self, unread):
         """Cut off those that have waited longest, until the others are few enough.
@@ -5030,7 +5009,7 @@ class Stream(Held):
     def end(self, frame):
         """With a last frame and a proper end, if the gate closed it and not the network."""
         if frame and not self.unsent:
-            self.write(self.encoded(saying(frame)) + LAST_CHUNK)
+            self.write(self.encoded(saying(frame)) + chunk(b""))
         self.close()
 
     def close(self):
@@ -5151,7 +5130,7 @@ class Broker:
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at = {}                      # by account; "": everybody's
         self.failed = set()                              # channels whose region is old
-        self.logged = {}                                 # when, by object and place
+        self.logged = set()                              # see log_failure
 
     # -- from a publish to the sockets
 
@@ -5224,14 +5203,11 @@ class Broker:
 
     def log_failure(self, channel, error):
         """Log it, but the same once a minute: each account can have a channel."""
-        subscription, now = channel.subscription, time.monotonic()
+        subscription = channel.subscription
         key = subscription.stub.id, subscription.topic, type(error)
-        if now < self.logged.get(key, 0.0):
-            return
-        if len(self.logged) > 1000:
-            self.logged.clear()
-        self.logged[key] = now + 60.0
-        log_error(f"GET {subscription.again.path}", error)
+        if key not in self.logged:
+            self.logged.add(key)
+            log_error(f"GET {subscription.again.path}", error)
 
     def some_at_a_time(self, streams, job, *args):
         """Do job(stream, *args) for SOME streams, and for the others when the loop has
@@ -5258,7 +5234,8 @@ class Broker:
         After the last of them the channel is free, or goes round again.
         """
         for stream in streams[:self.SOME]:
-            if channel.streams.get(stream, piece.etag) != piece.etag:    # it has not left
+            shown = channel.streams.get(stream)          # None: it has left
+            if shown not in (None, piece.etag):
                 channel.streams[stream] = piece.etag
                 stream.show(channel.subscription.number, piece, deltas)
         if len(streams) > self.SOME:
@@ -5524,9 +5501,7 @@ class Connection(Held):
 
     # -- reading, in the loop
 
-    def spool_for(self, reading):
-        """[3] has where a long body goes."""
-        return refuse_long(reading)
+    spool_for = staticmethod(refuse_long)                # [3] has where a long body goes
 
     def read(self, data):
         self.new = False
@@ -5817,7 +5792,7 @@ class LoopEdge:
     def make_loop(self):
         self.held = set()
         self.selector = selectors.DefaultSelector()
-        self.came: List[Connection] = []                 # that have read something
+        self.came = []                                   # connections with new bytes
         self.calls = collections.deque()                 # what other threads want done here
         self.waker, self.woken = socket.socketpair()
         self.waker.setblocking(False)
@@ -6062,7 +6037,7 @@ class LoopEdge:
             else:
                 self.finish(asked, response)
 
-    def may_send(self, response) -> bool:
+    def may_send(self, response):
         """Return whether the loop may finish one of several answers.
 
         With each send a thread lets go of the interpreter: the loop would read the next
@@ -6153,7 +6128,7 @@ class LoopEdge:
     def chores(self):
         """Return (function, seconds) for what is to be done again and again. [3] has more.
         """
-        return [(self.broker.try_again, 5.0)]
+        return [(self.broker.try_again, 5.0), (self.broker.logged.clear, 60.0)]
 
     def keeps_answers(self):
         """Not on a node: the verdict comes with each request."""
@@ -6217,6 +6192,14 @@ class LoopEdge:
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
 #   is it older than a second: some rights end by the clock.
 # Who uses it: the composition roots of Part Three.
+
+class QuickRouter(Router):
+    """A router that remembers what it found."""
+
+    @functools.cached_property
+    def match(self):
+        return remembered(super().match)
+
 
 class EdgeWorkspace(Broadcast, Workspace):
     """A Workspace whose streams are held by a broker."""
