@@ -12883,8 +12883,8 @@ ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND de
 
 def space_region(ctx):
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
-    people = len(roles_in(ctx.store, ctx.viewer.id))
-    return template("spaces.region")(name=row["name"], people=people)
+    members = roles_in(ctx.store, ctx.viewer.id)
+    return template("spaces.region")(name=row["name"], people=len(members))
 
 
 def space_page(ctx, region):
@@ -12941,8 +12941,9 @@ class HasSwitcher(Broadcast):
     def navigation(self, path, ctx, state=True):
         """It is the same in all pages: what other workspaces somebody has, no page says."""
         nav = super().navigation(path, ctx, state) or Html()
-        switcher = template("spaces.switch")() if ctx.viewer.account else Html()
-        return Html().join([switcher, nav])
+        if not ctx.viewer.account:
+            return nav
+        return Html().join([template("spaces.switch")(), nav])
 
 
 # workspace:delete is the grant that only owners have.
@@ -14455,7 +14456,6 @@ class TakesUploads(Connection):
     spool = None                                         # a Spool
     would_refuse = None                                  # (reading, limit of its route)
     paused = 0.0                                         # since when nothing is read
-    READ_OVER_SECONDS = 10.0                             # of a body that was refused
 
     def spool_for(self, reading):
         route = self.edge.uploads.route(reading)
@@ -14540,7 +14540,7 @@ class TakesUploads(Connection):
         reading, limit = self.would_refuse
         self.state = self.ANSWERING
         self.spare = 2 * limit                           # bytes that are read over, and
-        self.LINGER_SECONDS = self.READ_OVER_SECONDS     # for how long, of this connection
+        self.LINGER_SECONDS = 10.0                       # for how long, of this connection
         asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
         with contextlib.suppress(Refused):
             asked.request = self.edge.request(reading, self.peer)
