@@ -4370,12 +4370,13 @@ class KeptPage:
 
     def __init__(self, response, zipped):
         """zipped: it leaves compressed."""
-        self.response = response
+        self.response = response._replace(body=b"")      # it is kept in two parts
         self.before, self.after = response.body.split(response.nonce.encode(), 1)
         self.zipped = zipped
         self.first, self.last = self.before, self.after  # as they are sent
         if zipped:
-            self.response = response._replace(headers=(*response.headers, GZIPPED))
+            headers = *response.headers, GZIPPED
+            self.response = self.response._replace(headers=headers)
             self.first = GZIP_HEAD + deflated(self.before) + STORED
             self.last = deflated(self.after) + NO_MORE
 
