@@ -6465,8 +6465,8 @@ class HasMembersParts(EdgeDirectory):
 OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
 
 
-def frames_of_app(error) -> List[traceback.FrameSummary]:
-    """Return through which lines of an app it came."""
+def frames_of_app(error):
+    """Return the frames of its traceback that are of an app."""
     stack = traceback.extract_tb(error.__traceback__)
     return [frame for frame in stack if not frame.filename.startswith(OURS)]
 
@@ -6643,7 +6643,7 @@ class KnowsOwners(NestedStore):
     def apply(self, slice, entries, number):
         """The tables that it makes are the slice's own now."""
         self.learn_owners()
-        # What refers to a table that the entry renames: does it mean the old name?
+        # If the entry renames a table, this says whether references follow: see makes_way.
         self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
@@ -6693,16 +6693,19 @@ class HasOwners(GuardedObject):
 # -- what a statement of a slice may do
 
 READ, WRITE, MIGRATE = "read", "write", "migrate"
-WRITES = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
-ROWS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
-        sqlite3.SQLITE_RECURSIVE, *WRITES}
-TABLE_IS_SECOND = {sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-                   sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER,
-                   sqlite3.SQLITE_ALTER_TABLE}           # elsewhere it is the first name
-NO_SLICE_MAY = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA,
-                sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT,
-                sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
-                sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX}
+
+
+def actions(names):
+    """Return the codes by which SQLite calls these actions: SQLITE_INSERT, and so on."""
+    return {getattr(sqlite3, f"SQLITE_{name}") for name in names.split()}
+
+
+WRITES = actions("INSERT UPDATE DELETE")
+ROWS = actions("SELECT READ FUNCTION RECURSIVE") | WRITES
+TABLE_IS_SECOND = actions("CREATE_INDEX DROP_INDEX CREATE_TRIGGER DROP_TRIGGER "
+                          "ALTER_TABLE")                 # elsewhere it is the first name
+NO_SLICE_MAY = actions("ATTACH DETACH PRAGMA TRANSACTION SAVEPOINT CREATE_TEMP_TABLE "
+                       "CREATE_TEMP_TRIGGER CREATE_TEMP_VIEW CREATE_TEMP_INDEX")
 # What SQLite asks about when a statement is the first to use full-text search (FTS5). That
 # reads nothing of others, and SQLite itself lets nobody write to sqlite_master.
 FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
@@ -6862,15 +6865,12 @@ class OwnsTables(SliceHost):
             ctx.end()
         self.wrote = self.store.db.total_changes != before
         if self.wrote:                                   # no slice can forget the journal
-            which = response.which or self.journal_row(route, args, store.inserted)
+            parts = map(str, args)
+            if route.grant == PUBLIC:                    # [3] There it may be a secret.
+                parts = ()
+            which = response.which or "/".join(parts) or str(store.inserted or "")
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
-
-    def journal_row(self, route, args, inserted):
-        """Return what stood in the path or, if nothing did, the row inserted last."""
-        if route.grant == PUBLIC:                        # [3] There it may be a secret.
-            args = ()
-        return "/".join(map(str, args)) or str(inserted or "")
 
     def journal(self, viewer, what, which):
         """Note who did what, and to which row."""
@@ -7001,24 +7001,24 @@ class Settings(NamedTuple):
 
     def setting(self, name: str) -> Any:
         """Return what was said of an option of the app. Raises LookupError."""
-        for option in self.options:
-            if option.name == name:
-                return self.own.get(name, option.default)
-        there = ", ".join([option.name for option in self.options]) or "none"
-        raise LookupError(f"the app has no option {name!r}; main(options=...) has {there}")
+        defaults = {option.name: option.default for option in self.options}
+        if name in defaults:
+            return self.own.get(name, defaults[name])
+        raise LookupError(f"the app has no option {name!r}; main(options=...) has "
+                          f"{', '.join(defaults) or 'none'}")
 
     @property
-    def key_file(self) -> pathlib.Path:
+    def key_file(self):
         if self.single:
             return self.single.with_name(f"{self.single.name}.key")
         return self.data / "secret.key"
 
     @property
-    def directory_file(self) -> pathlib.Path:
+    def directory_file(self):
         return self.single or self.data / "directory.db"
 
     @property
-    def workspaces(self) -> pathlib.Path:
+    def workspaces(self):
         """The folder of the tenants' files."""
         return self.data / "workspaces"
 
@@ -7261,8 +7261,8 @@ def full_env(directory, workspaces, settings):
     doors = {**DOORS}
     if not settings.single and not settings.plane:       # else no file is to be made here
         doors["/workspaces"] = create_workspace_with_file
-    start = pages_of(settings.slices)[0].path
-    return FullEnv(directory, workspaces, doors, settings=settings, start=start)
+    return FullEnv(directory, workspaces, doors, settings=settings,
+                   start=pages_of(settings.slices)[0].path)
 
 
 # ==== 31. Command line ====================================================================
@@ -9167,7 +9167,7 @@ def as_it_lies(path):
     return contextlib.closing(connected_to_read(path, how))
 
 
-def due_in(db: sqlite3.Connection, plans=frozenset()):
+def due_in(db: sqlite3.Connection, plans):
     """Return when the next job in a file is due; None: there is none.
 
     It is due at once if the recurring jobs in it are not those of plans: opened, it gets
@@ -9975,7 +9975,7 @@ class Throttle:
     SECONDS = 600.0                                      # then an attempt is forgotten
     KEYS = 10_000
 
-    def __init__(self, most: int = 10):
+    def __init__(self, most=10):
         self.most = most
         self.lock = threading.Lock()                     # guards the next line
         self.times = collections.OrderedDict()           # of the last attempts, by key
@@ -10134,11 +10134,16 @@ def unsent_page(ctx, unsent, next):
     return page("Send it again?", body)
 
 
-def login(ctx):
+def account_by_password(ctx):
+    """Return account_proved. Raise Refused(422) if there is none."""
     account = account_proved(ctx)
     if not account:
         raise Refused(422, "Name and password do not go together. Try again.")
-    return ctx.host.open_session(ctx, account)
+    return account
+
+
+def login(ctx):
+    return ctx.host.open_session(ctx, account_by_password(ctx))
 
 
 def change_password(ctx):
@@ -10656,12 +10661,10 @@ def secret_in(text):
     return text.rpartition("#")[2].strip()
 
 
-def link_page(ctx):
-    """Return the page that asks for a link or, after a mistake, the link's own again."""
-    return page_of_link(ctx, secret_in(ctx.typed.get("link", "")))
-
-
-def page_of_link(ctx, secret):
+def link_page(ctx, secret=""):
+    """Return the page of a link; without one, the page that asks for it. After a mistake,
+    the link is in what was typed."""
+    secret = secret or secret_in(ctx.typed.get("link", ""))
     link = ctx.host.link(token_hash(secret))
     wrong = mistake(ctx)
     title, parts = "You have a link", {"paste": True}
@@ -10700,7 +10703,7 @@ def use_link(ctx):
     if not link:
         raise Refused(422, NO_LINK)
     if not ctx.field("how"):
-        return page_of_link(ctx, secret)
+        return link_page(ctx, secret)
     refuse_masked(ctx, "a link")
     account = KINDS[link["kind"]].use(ctx, link)
     if account == ctx.viewer.account:
@@ -10732,14 +10735,11 @@ def joining(ctx):
     how = ctx.field("how")
     if how == "new":
         return new_account(ctx, operator=False)
-    account = ctx.viewer.account
-    why = "You are signed out. Sign in, or make an account."
     if how == "known":
-        account = account_proved(ctx)
-        why = "Name and password do not go together. Try again."
-    if not account:
-        raise Refused(422, why)
-    return account
+        return account_by_password(ctx)
+    if not ctx.viewer.account:
+        raise Refused(422, "You are signed out. Sign in, or make an account.")
+    return ctx.viewer.account
 
 
 def new_account(ctx, operator):

@@ -8979,7 +8979,7 @@ def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tm
         shutil.copy(part, tmp_path / part.name)
     assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
     with orion.as_it_lies(tmp_path / file.name) as db:
-        assert orion.due_in(db) == due
+        assert orion.due_in(db, set()) == due
 
 
 def test_a_job_that_fails_leaves_nothing_half_done_and_is_tried_again_later(office):
