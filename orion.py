@@ -3404,6 +3404,7 @@ class GuardedObject(DurableObject):
     OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
     OPEN_SECONDS = float("inf")                          # then its migrations go on apart
     SAID_SECONDS = 2.0                                   # what took longer is in the log
+    # Of each object, as it begins:
     began = float("inf")                                 # when the present answer began
     lock_ends = float("-inf")                            # when everybody stops waiting
     open_began = 0.0
@@ -3544,14 +3545,14 @@ class GuardedStub(Stub):
             return self.take_turn(ask, seconds)
         except Locked as locked:
             if seconds >= 0:
-                raise Busy() from locked
+                raise Busy from locked
             return self.outlast(locked, ask)
 
     def take_turn(self, ask, seconds=-1):
         while True:
             one = self.namespace.awake(self.id)
             if not one.turn.acquire(timeout=seconds):
-                raise Busy()
+                raise Busy
             try:
                 if not one.gone:
                     return ask(one)
@@ -3569,13 +3570,13 @@ class GuardedStub(Stub):
         if time.monotonic() >= locked.one.lock_ends:     # it is in the log already
             raise StorageFault(self.namespace.path(self.id), locked.error)
         if not self.namespace.may_wait.acquire(blocking=False):
-            raise Busy()
+            raise Busy
         try:
             while time.monotonic() < locked.one.lock_ends:
                 time.sleep(self.PAUSE)
                 try:
                     return self.take_turn(ask)
-                except Locked as again:
+                except Locked as again:                  # perhaps of an object built anew
                     locked = again
                     locked.one.begin_waiting()
             raise locked.one.fault(locked.error) from locked
@@ -4405,7 +4406,7 @@ class Watched:
     """A connection that only reads a file, and hears of each commit of others to it. [3]
     reads members by one, too."""
 
-    def __init__(self, path, seconds: float):
+    def __init__(self, path, seconds):
         """seconds: the longest wait for a lock."""
         self.path = path
         self.seconds = seconds
@@ -4470,7 +4471,8 @@ class Kept(Watched):
 
     def keep(self, asked, response):
         """asked has both numbers as they were before the response was made."""
-        size = 500 + sum([len(part or "") for part in asked.key])
+        key = asked.key
+        size = 500 + sum([len(part or "") for part in key])
         unknown = asked.directory_version is None
         once = response.body.count(response.nonce.encode()) == 1
         if unknown or not once or size > self.LONG or len(response.body) > self.LARGE:
@@ -4479,7 +4481,7 @@ class Kept(Watched):
             self.answers.clear()
             self.size = 0
         as_of = asked.directory_version, asked.object_version
-        known = self.answers.get(asked.key)
+        known = self.answers.get(key)
         page = None                                      # perhaps it was the only time
         if known and known.as_of == as_of:
             zipped = accepts_gzip(asked.request) and is_worth_it(response)
@@ -4487,7 +4489,7 @@ class Kept(Watched):
             size += 2 * len(response.body)               # at most
         until = time.monotonic() + self.SECONDS
         self.size += size
-        self.answers[asked.key] = KeptAnswer(as_of, asked.stub, until, page)
+        self.answers[key] = KeptAnswer(as_of, asked.stub, until, page)
 
 
 # ==== 22. Threads =========================================================================
@@ -4526,6 +4528,11 @@ class Pool:
     """A fixed number of threads that take jobs from one line.
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
+    Where a job stands, and who is woken for it:
+
+        put, in a thread of the pool    a line of that thread alone; nobody: it is next
+        put, in the loop (see defer)    the line of all; nobody, until rouse
+        share, and put elsewhere        the line of all; a thread that is idle
     """
     # A payer that is alone has more lanes in line, because a slow disk makes several files
     # durable in the time of one. While one sends commands to 18 workspaces, on 360
@@ -4540,12 +4547,11 @@ class Pool:
         self.local = threading.local()                   # line, payer: of each thread
         self.most = max(1, size // 2)                    # lanes in line, for one payer
         self.fair = max(1, size // 8)                    # and while there are others
-        self.lock = threading.Lock()                     # guards the next four lines
+        self.lock = threading.Lock()                     # guards the next four
         self.crowded = float("-inf")                     # when there were others last
         self.lanes = {}                                  # by name: those that have items
         self.taken = collections.Counter()               # lanes in line, by payer
-        # By payer: the lanes that wait, as keys.
-        self.parked = collections.defaultdict(collections.OrderedDict)
+        self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -4564,7 +4570,7 @@ class Pool:
             own.append((job, args))
 
     def defer(self):
-        """For the loop's thread: from now on its put() wakes nobody; rouse() does.
+        """For the loop's thread: from now on its put wakes nobody; rouse does.
 
         In the midst of the loop's work threads would only contend with it for the
         interpreter. (Commands to 1,000 workspaces: 1.2 x.)
@@ -4647,8 +4653,8 @@ class Pool:
             self.put(self.drive, lane)
 
     def charge(self, lane, payer):
-        """Charge the lane to this payer, or park it. Return which. The caller holds the
-        lock."""
+        """Charge the lane to this payer, or park it. Return whether it is in line now. The
+        caller holds the lock."""
         if payer and self.taken[payer] >= self.limit(payer):
             self.parked[payer][lane] = None
             return False
@@ -4712,12 +4718,12 @@ class Pool:
                 lane, _ = parked.popitem(last=False)
                 if lane.payer is None and lane.items:    # else another payer has taken it
                     self.charge(lane, payer)
-                    begun.append(lane)
+                    begun.append((self.drive, (lane,)))
             if not parked:
                 self.parked.pop(payer, None)
             if not self.taken[payer]:
                 del self.taken[payer]
-        self.line.extend([(self.drive, (lane,)) for lane in begun])
+        self.line.extend(begun)
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
 
@@ -4977,7 +4983,8 @@ class Stream(Held):
         return data
 
     def reminder(self):
-        """Return what says that another region is still old; b"" if none is."""
+        """Return what says that another region is still old; b"" if none is. For a page
+        takes any good frame as a sign that all of it is current."""
         old = [channel for channel in self.channels if channel in self.edge.broker.failed]
         for channel in old:
             channel.streams[self] = NOT_CURRENT_PIECE.etag
@@ -5339,7 +5346,7 @@ class Broker:
         id = noted.stub.id
         try:
             if id in passed_over:                        # it was waited for once
-                raise Busy()
+                raise Busy
             self.show_anew(stream, noted, viewer)
         except Busy:
             passed_over.add(id)
@@ -6028,7 +6035,7 @@ class LoopEdge:
             for request in requests:
                 account = request.headers.get("x-account", "")
                 if self.broker.changed_since(account, decided_at):
-                    raise Outdated()
+                    raise Outdated
         outcomes = outcome(stub.fetch_all, requests, check)
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
