@@ -6474,8 +6474,8 @@ OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the li
 
 def frames_of_app(error):
     """Return the frames of its traceback that are of an app."""
-    stack = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in stack if not frame.filename.startswith(OURS)]
+    return [frame for frame in traceback.extract_tb(error.__traceback__)
+            if not frame.filename.startswith(OURS)]
 
 
 # For what is found each second: it is said again when 256 others were said since.
@@ -6592,8 +6592,8 @@ class SaysTitles(Directory):
 class KnowsTitles(Context):
     @property
     def title(self):
-        title = self.request.headers.get("x-title", "")
-        return urllib.parse.unquote(title) or self.workspace
+        said = self.request.headers.get("x-title", "")
+        return urllib.parse.unquote(said) or self.workspace
 
 
 NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
@@ -7600,16 +7600,14 @@ def check_there(settings, or_node=False):
 def looked_up(settings, read):
     """Return what read finds in the Directory, as this version would have it.
 
-    Nothing of it is kept. It ends before anything is printed: a pager would hold the lock.
+    Nothing of it is kept: there is no commit. It ends before anything is printed: a pager
+    would hold the lock.
     """
     check_there(settings)
     with OwnedStore(settings.directory_file) as store:
         store.begin()
-        try:
-            store.migrate_all(directory_router().schema)
-            return read(store)
-        finally:
-            store.exec("ROLLBACK")
+        store.migrate_all(directory_router().schema)
+        return read(store)
 
 
 @contextlib.contextmanager
@@ -7967,11 +7965,10 @@ class ScratchStore(OwnedStore):
 
 def check_tables(settings):
     """Make the tables once in a file of their own. Raise MigrationError if they clash."""
-    router = Router([welcome, *settings.slices])
+    schema = Router([welcome, *settings.slices]).schema
     with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder, "tables.db")
-        with ScratchStore(file, create=True) as store:
-            store.migrate_all(router.schema)
+        with ScratchStore(pathlib.Path(folder, "tables.db"), create=True) as store:
+            store.migrate_all(schema)
             check_references(store)
 
 
@@ -8065,8 +8062,8 @@ class ChecksReturns(SliceHost):
             raise bad_return(region.show, made, "a region is Html, one element with an id, "
                                                 "such as a Template returns")
         except Exception as error:                       # for the log
-            where = f"region {name_of(region.show)} of {live.path}"
-            error.where = f"slice {ctx.store.slice!r}, {where}"
+            error.where = (f"slice {ctx.store.slice!r}, region {name_of(region.show)} of "
+                           f"{live.path}")
             raise
 
     def around(self, live, ctx, renderings, args):
@@ -8707,8 +8704,7 @@ def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
         data = data.encode("utf-8", "replace")
         type = type or "text/plain"
         type += "" if "charset" in type else "; charset=utf-8"
-    saved = disposition("attachment", file_name(name))
-    headers = (("content-disposition", saved), SANDBOX)
+    headers = (("content-disposition", disposition("attachment", file_name(name))), SANDBOX)
     return Response(200, data, harmless_type(type), headers)
 
 
@@ -8738,8 +8734,7 @@ class RefusesInLayout(Workspace):
 
     def refused_page(self, request, no):
         viewer = self.viewer(request)
-        store = Tables(self.store, "welcome", READ)
-        ctx = self.context(self, store, viewer, {}, request)
+        ctx = self.context(self, Tables(self.store, "welcome", READ), viewer, {}, request)
         tabs = self.tabs(viewer)
         on = f"/w/{viewer.workspace}{tabs[0].path}" if tabs else "/"
         where = tabs[0].title if tabs else "Home page"
@@ -9122,8 +9117,9 @@ class CountsForHomes(LoopEdge):
         written = set()
         while known.uncounted:                           # others add to it meanwhile
             written.add(known.uncounted.pop())
-        channels = [*self.broker.channels.get(self.env.directory.id, {}).values()]
-        homes = [one for one in channels if one.subscription.again.path == "/live"]
+        channels = self.broker.channels.get(self.env.directory.id, {})
+        homes = [one for one in [*channels.values()]
+                 if one.subscription.again.path == "/live"]
         ask = self.env.directory.ask_as
         shown = {home: {*ask(home.subscription.again, "/_mine")} & written
                  for home in homes if written}
@@ -9203,21 +9199,20 @@ class Recurring(NamedTuple):
 
     def next_time(self, now, id):
         """Return when it comes next. Intervals begin at a time of each workspace's own, so
-        not all of them wake at once."""
+        not all of them wake at once.
+
+        Where clocks are set forward over a time of day, it is as much later; where they are
+        set back and it comes twice, the first is meant (PEP 495, fold=0).
+        """
         if not self.at:
             since = (now - mark_of(id)) % self.seconds
             return now - since + self.seconds
         zone = zone_named(self.zone)
         today = datetime.datetime.fromtimestamp(now, zone).date()
-        times = [self.time_on(today + datetime.timedelta(days), zone)
-                 for days in range(-1, 4)]
-        return min([at for at in times if at > now])
-
-    def time_on(self, day, zone):
-        """Where clocks are set forward over it, it is as much later; where they are set
-        back and it comes twice, the first is meant (PEP 495, fold=0)."""
+        days = [today + datetime.timedelta(number) for number in range(-1, 4)]
         at = datetime.time.fromisoformat(self.at)
-        return datetime.datetime.combine(day, at, zone).timestamp()
+        times = [datetime.datetime.combine(day, at, zone).timestamp() for day in days]
+        return min([when for when in times if when > now])
 
 
 @public
@@ -9928,8 +9923,7 @@ def scrypt(password, salt: bytes):
                       retry_after(2))
     try:
         with SCRYPT_AT_ONCE:
-            data = password.encode("utf-8", "replace")
-            return hashlib.scrypt(data, salt=salt, **SCRYPT)
+            return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
     finally:
         SCRYPT_IN_LINE.release()
 
@@ -10000,8 +9994,7 @@ class Throttle:
         now = time.monotonic()
         with self.lock:
             for key in keys:
-                times = self.times.pop(key, [])
-                self.times[key] = [*times, now][-self.most:]
+                self.times[key] = [*self.times.pop(key, []), now][-self.most:]
             while len(self.times) > self.KEYS:
                 self.times.popitem(last=False)
 
@@ -10134,9 +10127,8 @@ def unsent_in(request):
 
 def unsent_page(ctx, unsent, next):
     """Return a page that says what was not saved, and sends it at one more click."""
-    fields = decoded_pairs(unsent, keep_blank_values=True)
     rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
-            for name, value in fields]
+            for name, value in decoded_pairs(unsent, keep_blank_values=True)]
     body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
     return page("Send it again?", body)
 
@@ -10215,8 +10207,8 @@ class KnowsAccounts(EdgeDirectory):
         return bool(row) and self.is_operator(row["operator"] or row["account"])
 
     def is_operator(self, account):
-        sql = "SELECT 1 FROM accounts WHERE name = ? AND operator"
-        return self.store.one(sql, account) is not None
+        return self.store.one("SELECT 1 FROM accounts WHERE name = ? AND operator",
+                              account) is not None
 
 
 @addition
@@ -10449,9 +10441,8 @@ def masquerade(ctx):
         raise Refused(403, "Only an operator of this server may do that: account add NAME "
                            "--operator makes one.")
     account = account_meant(ctx)
-    read_only = not ctx.checked("writes")
-    until = time.time() + MASQUERADE_SECONDS
-    ctx.store.exec(BEGIN_MASK, account, operator, read_only, until, session["digest"])
+    ctx.store.exec(BEGIN_MASK, account, operator, not ctx.checked("writes"),
+                   time.time() + MASQUERADE_SECONDS, session["digest"])
     access_changed(ctx, session["account"])
     return see_other(local_path(ctx.field("next", "/")), which=account)
 
@@ -10605,13 +10596,12 @@ def make_link(ctx):
         raise Refused(422, "A link makes no owner. Choose another role, and make them an "
                            "owner when they are here.")
     links = ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())
-    if len([link for link in links if link["uses"]]) >= MOST_LINKS:
+    if sum([link["uses"] > 0 for link in links]) >= MOST_LINKS:
         raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
     secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
                       uses=uses, maker=ctx.viewer.account)
     ctx.publish("members")
-    until = utc(time.time() + days * DAY)
-    what = f"It lets {uses} in, as {role}, until {until}."
+    what = f"It lets {uses} in, as {role}, until {utc(time.time() + days * DAY)}."
     which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
     return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
 
@@ -10717,8 +10707,8 @@ def use_link(ctx):
         answer = see_other(local_path(ctx.field("next", "/")))
     else:
         answer = ctx.host.open_session(ctx, account)
-    which = filter(None, [link["workspace"], link["kind"], account])
-    return answer._replace(which=" ".join(which))
+    which = " ".join(filter(None, [link["workspace"], link["kind"], account]))
+    return answer._replace(which=which)
 
 
 def count_use(ctx, link, account):
@@ -10773,7 +10763,7 @@ def sign_in_here(ctx, link):
 
 def set_password(ctx, link):
     store_password(ctx, link["person"], new_hash(ctx))
-    return count_use(ctx, link, link["person"])
+    return sign_in_here(ctx, link)
 
 
 def make_first(ctx, link):
@@ -10782,10 +10772,6 @@ def make_first(ctx, link):
 
 def may_invite(host, link):
     return "members:manage" in ROLES.get(link["makes"], ())
-
-
-def is_signed_in(host, link):
-    return link["person"] is not None
 
 
 def may_set(host, link):
@@ -10802,7 +10788,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {"invite": Kind("You are invited", may_invite, join),
-         "device": Kind("Sign in on this device", is_signed_in, sign_in_here),
+         "device": Kind("Sign in on this device",
+                        lambda host, link: link["person"] is not None, sign_in_here),
          "password": Kind("Choose a new password", may_set, set_password),
          "first": Kind("Make the first account", lambda host, link: host.is_empty(),
                        make_first)}
@@ -10845,8 +10832,8 @@ def in_words(role):
 
 def roles_in_words():
     """Return what stands beside the choice of a role."""
-    roles = [{"role": role, "may": in_words(role)} for role in ROLES]
-    return template("links.roles")(can=roles)
+    return template("links.roles")(
+        can=[{"role": role, "may": in_words(role)} for role in ROLES])
 
 
 def links_page(ctx, region):
@@ -10860,11 +10847,11 @@ def links_page(ctx, region):
 
 
 def account_links(ctx):
-    operator = ctx.host.is_operator(ctx.viewer.account)
     typed = ctx.typed if "account" in ctx.typed else {}
     return template("links.account")(
-        operator=operator, account=typed.get("account", ""),
-        problem=typed.get("problem", ""), stamp=ctx.stamp)
+        operator=ctx.host.is_operator(ctx.viewer.account),
+        account=typed.get("account", ""), problem=typed.get("problem", ""),
+        stamp=ctx.stamp)
 
 
 ACCOUNT_PARTS.append(account_links)
@@ -11235,8 +11222,8 @@ def most_workspaces(settings):
 @addition
 class AsksOwners(EdgeDirectory):
     def mine(self, account, after):
-        offers = self.store.query(OFFERS, account, NAMES_A_PAGE)
-        return {**super().mine(account, after), "offer": offers}
+        return {**super().mine(account, after),
+                "offer": self.store.query(OFFERS, account, NAMES_A_PAGE)}
 
     def give_role(self, ctx, account, before, after):
         """Somebody who is to be an owner has to agree first."""
