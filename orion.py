@@ -4312,7 +4312,7 @@ def gzip_end(data):
 
 def compressed(request, response):
     """Return the response as it leaves: compressed, if that is asked for and worth it."""
-    if not accepts_gzip(request) or not is_worth_it(response):
+    if not is_worth_it(response) or not accepts_gzip(request):
         return response
     headers = *response.headers, GZIPPED
     return response._replace(body=gzipped(response.body), headers=headers)
@@ -4452,9 +4452,10 @@ class Kept(Watched):
         """
         opened = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.opened != opened:
-            self.seen = None
-            with contextlib.suppress(sqlite3.Error):
+            try:
                 self.seen = self.version(opened)
+            except sqlite3.Error:
+                self.seen = None
         return self.seen
 
     def find(self, asked):
@@ -5864,7 +5865,8 @@ class LoopEdge:
         """Take up what was read in this turn."""
         came, self.came = self.came, []
         for connection in came:
-            guarded(connection.or_close, connection.resume)
+            if connection in self.held:                  # it may have been closed since
+                guarded(connection.or_close, connection.advance)
 
     def run_calls(self):
         until = time.monotonic() + self.CALLS_SECONDS
