@@ -6307,6 +6307,34 @@ def test_a_stream_begins_with_the_present_and_then_tells_each_change(server):
         assert f"todo {n}" in ear.event()
 
 
+def test_what_is_on_its_way_to_a_stream_that_leaves_does_not_make_it_one_that_watches(server):
+    done = []
+    with contextlib.closing(Ear(Person(server, "bob", datastar=True), "/w/acme/todos/live")) as ear:
+        ear.event()
+        stream = eventually(lambda: [one for one in server.edge.streams if one.account == "bob" and one.channels])[-1]
+        channel = stream.channels[0]
+
+        def leave():
+            stream.close()
+            server.edge.broker.deliver(channel, orion.Piece(orion.Html("<p>late</p>")), {}, [stream])
+            done.append(stream in channel.streams)
+        server.edge.call(leave)
+        assert eventually(lambda: done) == [False]
+
+
+def test_a_region_that_goes_on_failing_in_one_way_is_logged_once_a_minute(server, capfd):
+    broker = server.edge.broker
+    channel = orion.Channel(orion.Subscription(server.env.workspaces.get("nobody"), "todos", orion.Request("GET", "/todos/live"), None))
+
+    def is_logged(error):
+        broker.log_failure(channel, error)
+        return f"GET /todos/live: {type(error).__name__}" in capfd.readouterr().err
+    assert [is_logged(error) for error in (KeyError("a"), KeyError("b"), ValueError("a"))] == [True, False, True]
+    forget, = [chore for chore, seconds in server.edge.chores() if seconds == 60 and chore == broker.logged.clear]
+    forget()
+    assert is_logged(KeyError("a"))
+
+
 def test_a_stream_that_shows_the_current_version_gets_nothing_of_it_until_it_changes(server):
     bob = Person(server, "bob")
     first = Ear(bob, "/w/acme/todos/live").event()
