@@ -7040,8 +7040,9 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 
 @dataclasses.dataclass
 class FullEnv(Env):
-    """regate: who judges streams that are open. start: the page with which a workspace
-    begins. public returns the path of a route that is for anybody (section 65)."""
+    """regate: the gate for streams that are open. On a node, it asks for a verdict, where
+    gate takes the one that came along. start: the page with which a workspace begins.
+    public returns the path of a route that is for anybody (section 65)."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -8177,7 +8178,8 @@ def is_silent(router, what, told):
 
 @addition
 class NoticesSilence(EdgeWorkspace):
-    waiting = 0                                          # calls of earlier commands
+    waiting = 0                                          # calls of commands before, in the
+                                                         # same transaction
 
     def call(self, *what):
         self.waiting = len(self.store.after_commit)
@@ -8189,7 +8191,7 @@ class NoticesSilence(EdgeWorkspace):
     def journal(self, viewer, what, which):
         """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        calls = self.store.after_commit[self.waiting:]
+        calls = self.store.after_commit[self.waiting:]   # a publish is a call of bus.tell
         told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
         if len(told) < len(calls):                       # a job follows, and may publish
             return
@@ -9016,6 +9018,8 @@ def home_with_counts(request, env):
 
 @addition
 class KeepsCounts(GuardedNamespace):
+    """(The Directory's. It is there as long as the server, which an object is not.)"""
+
     @functools.cached_property
     def counts(self):
         return {}                                        # in words, by id; as last heard
@@ -9607,8 +9611,8 @@ class KnowsJobs(QuickRouter):
                         for slice in slices for function in slice.exports}
 
     def key_of(self, slice, job, key):
-        """Return a key as the table has it. It is of the slice that enqueues the job; what
-        an app enqueues (section 73) is of the job's slice."""
+        """Return a key as the table has it: "slice:key". The slice is the one that enqueues
+        the job; for a command of an app, which is no slice (section 73), the job's own."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -9866,14 +9870,14 @@ def keys_now(settings):
     Raises Unusable if none were.
     """
     path = settings.key_file
-    changed, keys = KEYS_READ.get(path, ((), ()))
+    times_read, keys = KEYS_READ.get(path, ((), ()))
     status = path.exists() and path.stat()
-    now = status and (status.st_mtime_ns, status.st_ctime_ns)    # or its mode has changed
-    if now == changed:
+    times = status and (status.st_mtime_ns, status.st_ctime_ns)      # ctime: of its mode
+    if times == times_read:
         return keys
     try:
         keys = load_keys(path)
-        KEYS_READ[path] = now, keys
+        KEYS_READ[path] = times, keys
     except Unusable as lost:
         if not keys:
             raise
@@ -10049,9 +10053,9 @@ class Passwords:
         name, password, new = self.typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        shared = [f"from {source}", f"to {name}"]        # with what others type
+        shared = [f"from {source}", f"to {name}"]        # what others type counts, too
         if here in self.familiar:
-            shared = []
+            shared = []                                  # here only this person's own do
         self.guesses.check(here, *shared)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
@@ -10396,7 +10400,8 @@ BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, ex
                 WHERE digest = ?"""
 END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
               expires = ? WHERE digest = ? AND operator IS NOT NULL"""
-MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"       # by an index
+# operator > '' is IS NOT NULL, in words for which SQLite uses the index sessions_until.
+MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10483,6 +10488,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
                  "AND (expires > ? OR operator IS NOT NULL)")
 
     def session(self, request):
+        """When a mask's time is over, the session is the operator's own again."""
         row = super().session(request)
         if row and row["operator"] and row["expires"] <= time.time():
             self.time_is_over(row)
@@ -10676,7 +10682,8 @@ def link_page(ctx, secret=""):
 
 
 def mistake(ctx):
-    """Return what was wrong, for the form that was used: one gets on where one was."""
+    """Return what fills the holes for a mistake. The page can have two forms, known and
+    new: the message and the cursor are in the one that was used."""
     how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
     place = "known_problem" if how == "known" else "problem"
     return {"problem": "", "known_problem": "", "again_known": how == "known",
