@@ -11463,7 +11463,7 @@ def slow_log(limit):
 class TimesWork(Broadcast):
     """With --slow, an object has other functions in the place of its call and its store's
     run. Without it nothing is timed, and nothing takes longer."""
-    where = ""                                           # workspace and slice of a call
+    where = "outside of a request"                       # or workspace and slice of a call
 
     def on_open(self):
         super().on_open()
