@@ -4866,7 +4866,11 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
-        self.or_close(self.go_on_with, events)           # it would only come again
+        try:
+            self.go_on_with(events)
+        except CRASH:                                    # it would only come again
+            self.close()
+            raise
 
     def or_close(self, call, *args):
         """Call it. If it fails, nobody else would answer: close, and raise what it raised.
@@ -5546,7 +5550,7 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
-        self.or_close(self.edge.take_up, self, reading)
+        self.edge.take_up(self, reading)
 
     def arriving(self):
         """A part of it has come."""
@@ -5594,7 +5598,7 @@ class Connection(Held):
         """Read what was sent ahead."""
         if not self.busy and self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
-            self.advance()
+            self.or_close(self.advance)
 
     # -- answering, in the loop or in the pool
 
@@ -6041,21 +6045,28 @@ class LoopEdge:
         outcomes = outcome(stub.fetch_all, requests, check)
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
-        for asked, response in zip([group.popleft() for _ in outcomes], outcomes):
-            if len(outcomes) > 1 and self.may_send(response):
-                self.call(asked.connection.or_close, self.finish, asked, response)
-            else:
-                self.finish(asked, response)
+        self.finish_together([(group.popleft(), response) for response in outcomes])
 
-    def may_send(self, response):
-        """Return whether the loop may finish one of several answers.
+    def finish_together(self, answered):
+        """Leave the short ones of several answers to the loop.
 
         With each send a thread lets go of the interpreter: the loop would read the next
         request after each. (Commands on 32 connections: 1.14 x.) But to make a page or to
         compress it takes too long, and at the end the loop may be gone.
         """
-        short = isinstance(response, Response) and len(response.body) <= self.SHORT
-        return short and not self.stopping
+        left = []
+        for asked, response in answered:
+            short = isinstance(response, Response) and len(response.body) <= self.SHORT
+            if short and len(answered) > 1 and not self.stopping:
+                left.append((asked, response))
+            else:
+                self.finish(asked, response)
+        if left:
+            self.call(self.finish_in_loop, left)
+
+    def finish_in_loop(self, answered):
+        for asked, response in answered:
+            guarded(asked.connection.or_close, self.finish, asked, response)
 
     def decide(self, request, env):
         """Return a Noted, or the Response to what is not forwarded. Raises Refused.
@@ -14527,7 +14538,7 @@ class TakesUploads(Connection):
         type = reading.headers.get("content-type", "")
         if type.lower().startswith(MULTIPART):
             spool.pairs = outcome(parts_of, spool.data, type)
-        self.edge.call(self.take_up, reading)
+        self.edge.call(self.or_close, self.take_up, reading)
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it
