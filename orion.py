@@ -3142,14 +3142,14 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 # What it buys, measured in one run by "test_orion.py bench" on two quiet cores:
 #
 #                                             plain edge     this one     ratio
-#     pages a second, 1 connection                 2,500       10,000    1 : 4
-#     pages a second, 32 connections               2,900       26,900    1 : 9
-#     pages a second, 128 connections              3,000       25,400    1 : 9
-#     the slowest of 100 pages, 128 connections   401 ms       9.2 ms   44 : 1
-#     commands a second, 1 connection              1,560        2,660    1 : 1.7
-#     commands a second, 32 connections            1,970        9,660    1 : 5
-#     time to the last of 1,000 watchers          213 ms        12 ms   18 : 1
-#     memory for a stream                          48 kB       1.9 kB   26 : 1
+#     pages a second, 1 connection                 1,520        6,840    1 : 4
+#     pages a second, 32 connections               1,780       22,500    1 : 13
+#     pages a second, 128 connections              1,780       22,200    1 : 12
+#     the slowest of 100 pages, 128 connections   427 ms        16 ms   26 : 1
+#     commands a second, 1 connection                947        1,080    1 : 1.1
+#     commands a second, 32 connections            1,260        6,170    1 : 5
+#     time to the last of 1,000 watchers          340 ms        11 ms   31 : 1
+#     memory for a stream                          44 kB       2.0 kB   22 : 1
 #     threads for 1,000 streams                    1,004           18   56 : 1
 #
 # It costs a second reader of requests, and three rules. Whoever writes a slice has to
