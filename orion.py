@@ -3119,7 +3119,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     22 to 25   threads and sockets: the pool, the loop, and the broker, which knows which
 #                stream shows what
 #
-# 26 puts them together. Who wants to follow a click alone skips 16.
+# 26 puts them together. To follow one click, only GuardedStub of 16 is needed.
 #
 # The way of one click here. In the loop:
 #
@@ -3152,13 +3152,13 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     memory for a stream                          44 kB       2.0 kB   22 : 1
 #     threads for 1,000 streams                    1,004           18   56 : 1
 #
-# It costs a second reader of requests, and three rules. Whoever writes a slice has to
-# know one: a page depends on its rows, and on path, query and cookie of the request alone,
-# for it may be kept. Unseen by slices, commands that wait for the same object share a
-# commit, and a rendering is sent as it is to everybody of a role.
+# It costs a second reader of requests, and a rule for slices: a page may depend only on its
+# rows, and on path, query and cookie of its request, for it may be kept. Slices see nothing
+# of the rest: commands that wait for the same object share a commit, and the bytes of a
+# rendering go to all who may see the same.
 #
-# It attaches to Part One by subclasses, which a composition root chooses (two_planes, in
-# section 30): of Store, Stub, Namespace and DurableObject. super() goes along such a chain:
+# It attaches to Part One by subclasses of Store, Stub, Namespace and DurableObject, which a
+# composition root chooses (two_planes, in section 30). super() goes along such a chain:
 #
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
 #     -> DurableObject
@@ -4276,7 +4276,7 @@ def encode(request, reading, response, keep, date):
 
     keep: the connection stays open.
     """
-    is_stream = response.watch is not None
+    is_stream = bool(response.watch)
     zipped = is_stream and accepts_gzip(request)
     body = response.body
     if is_stream:
@@ -4332,33 +4332,33 @@ def beginning(request, watch, zipped):
 
 
 def not_shown(request, watch):
-    """Return the regions that the page of this request does not show as they are now.
+    """Return the regions to send first: all but the one that this browser got last.
 
-    A browser that comes back names the last frame that it got.
+    When it comes back it names that one, by its etag. Of the others we do not know.
     """
     last = request.headers.get("last-event-id")
     return [one for one in watch if one.piece.etag != last]
 
 
 def first_frames(request, watch):
-    """Return the frames of these regions. They are made here, once for all."""
+    """Return the frames of these regions. A piece makes them once, for all streams."""
     zipped = accepts_gzip(request)
     pieces = [one.piece for one in not_shown(request, watch)]
     return b"".join([piece.zipped if zipped else piece.plain for piece in pieces])
 
 
 # ==== 21. Kept ============================================================================
-# The idea: a page that was answered before is the same page until one of the two planes was
-#   written to. Each plane has a number that says so. The Directory's file has one that also
-#   moves when another process writes (PRAGMA data_version, seen from a connection of our
-#   own); the commits of a workspace are counted by its namespace.
-# It promises: no page is older than the last commit that was answered before it was asked
-#   for. Both numbers are read before a page is made. If one moves meanwhile, the page is
-#   kept for nothing, and never shown. What another process writes into a workspace's file
-#   is seen after a minute at the latest.
+# The idea: a page may be sent again until the Directory or its object is written to. Each
+#   has a number that moves then. That of the Directory also moves when another process
+#   writes (PRAGMA data_version, read through a connection of our own). That of a workspace
+#   is counted by its namespace, and sees our own commits only.
+# It promises: a page shows every commit of ours that was answered before the page was asked
+#   for. Both numbers are read before a page is made: if one moves meanwhile, the kept page
+#   never matches. What another process writes to a workspace's file, or a session that ends
+#   by the clock, is noticed after a minute at the latest.
 # Who uses it: the loop edge, for pages that the worker forwarded.
 
-STORED = b"\0\x20\0\xdf\xff"                           # 32 bytes follow (RFC 1951, 3.2.4)
+STORED = b"\0\x20\0\xdf\xff"                             # 32 bytes follow (RFC 1951, 3.2.4)
 NO_MORE = b"\3\0"                                        # an empty last block
 
 
@@ -4400,6 +4400,7 @@ class KeptAnswer(NamedTuple):
     stub: GuardedStub
     until: float                                         # by time.monotonic()
     page: Optional[KeptPage]
+    size: int                                            # in bytes
 
 
 class Watched:
@@ -4414,8 +4415,11 @@ class Watched:
         self.opened = None
 
     def version(self, opened):
-        """Return what changes with each commit, and with opened: then another file may be
-        in the place of this one."""
+        """Return (opened, a number that changes with each commit of others).
+
+        opened: it changes when the file at the path may be another one. Then the connection
+        is made anew.
+        """
         if self.db is None or self.opened != opened:
             self.close()
             self.db = connected_to_read(self.path, timeout=self.seconds,
@@ -4430,7 +4434,8 @@ class Watched:
 
 
 class Kept(Watched):
-    """Answers, by what was asked. One is kept when it is asked for a second time."""
+    """Answers, by what was asked. One is kept when it is asked for a second time, and
+    nothing was written in between."""
     MOST = 32 * 2 ** 20                                  # bytes of all
     LARGE = 2 ** 18                                      # of one page
     LONG = 4096                                          # of path, query and cookie
@@ -4439,9 +4444,9 @@ class Kept(Watched):
     def __init__(self, directory):
         super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
-        self.seen = None                                 # the version, lately: see LoopEdge
+        self.seen = None                                 # the version, in this turn
         self.answers = {}                                # KeptAnswers, by Asked.key
-        self.size = 0                                    # about: threads add to it at once
+        self.size = 0                                    # about: of all, in bytes
 
     def directory_version(self):
         """Return what changes with each commit to the Directory; None: it can't be said.
@@ -4482,7 +4487,8 @@ class Kept(Watched):
             self.answers.clear()
             self.size = 0
         as_of = asked.directory_version, asked.object_version
-        known = self.answers.get(key)
+        known = self.answers.pop(key, None)
+        self.size -= known.size if known else 0
         page = None                                      # perhaps it was the only time
         if known and known.as_of == as_of:
             zipped = accepts_gzip(asked.request) and is_worth_it(response)
@@ -4490,7 +4496,7 @@ class Kept(Watched):
             size += 2 * len(response.body)               # at most
         until = time.monotonic() + self.SECONDS
         self.size += size
-        self.answers[key] = KeptAnswer(as_of, asked.stub, until, page)
+        self.answers[key] = KeptAnswer(as_of, asked.stub, until, page, size)
 
 
 # ==== 22. Threads =========================================================================
@@ -4529,11 +4535,11 @@ class Pool:
     """A fixed number of threads that take jobs from one line.
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
-    Where a job stands, and who is woken for it:
+    Where a job is put, and which thread is woken for it:
 
-        put, in a thread of the pool    a line of that thread alone; nobody: it is next
-        put, in the loop (see defer)    the line of all; nobody, until rouse
-        share, and put elsewhere        the line of all; a thread that is idle
+        put, in a thread of the pool    its own line, which it does next; wakes none
+        put, in the loop (see defer)    the line of all; wakes none, until rouse
+        share, and put elsewhere        the line of all; wakes an idle thread
     """
     # A payer that is alone has more lanes in line, because a slow disk makes several files
     # durable in the time of one. While one sends commands to 18 workspaces, on 360
@@ -4583,7 +4589,7 @@ class Pool:
             self.wake()
 
     def share(self, job, *args):
-        """As put, for a job that any thread may do, after all others. None ends one."""
+        """Put a job at the end of the line of all. share(None) ends a thread."""
         self.line.append((job, args))
         self.wake()
 
@@ -4709,8 +4715,8 @@ class Pool:
             self.share(self.drive, lane)
 
     def release(self, payer):
-        """A job that this one paid for is done. Begin with those of its lanes that may now.
-        """
+        """End the charge for one lane. Put parked lanes of this payer in line, if it may
+        have more now."""
         begun = []
         with self.lock:
             self.taken[payer] -= 1
@@ -4741,7 +4747,7 @@ def guarded(call, *args):
     """Call it, and log what it raises, which ends neither the loop nor a thread."""
     try:
         call(*args)
-    except Refused:                                      # a StorageFault is in the log
+    except Refused:                                      # a no; faults log themselves
         return
     except CRASH as error:
         log_error(getattr(call, "__qualname__", str(call)), error)
@@ -5177,8 +5183,8 @@ class Broker:
             channel.stale = True
             channel.payer = self.edge.pool.payer or channel.payer
         if not busy:
-            lane = channel.subscription.stub.id
-            self.edge.pool.gather(lane, channel, self.refresh_all, channel.payer)
+            name = channel.subscription.stub.id
+            self.edge.pool.gather(name, channel, self.refresh_all, channel.payer)
 
     def refresh_all(self, channels):
         """In the pool, in one lane for all regions of an object: they need the same turn,
@@ -5198,9 +5204,9 @@ class Broker:
         channel.stale = False
         piece, deltas = NOT_CURRENT_PIECE, {}
         streams = [*channel.streams]                     # who joins later marks the channel
-        asked = channel.subscription
+        subscription = channel.subscription
         try:
-            piece = asked.stub.fetch(asked.again).watch[0].piece
+            piece = subscription.stub.fetch(subscription.again).watch[0].piece
             deltas = deltas_of(piece, streams)
             self.failed.discard(channel)
         except Refused as no:                            # a StorageFault is in the log
@@ -5440,7 +5446,7 @@ class Asked:
     directory_version: Any = None                        # see Kept.directory_version
     payer: str = ""                                      # who pays for its thread
     insider: int = 0                                     # see LoopEdge.insiders
-    let_in: bool = False                                 # it is in the lane of its object
+    let_in: bool = False                                 # see LoopEdge.line_up
     stub: Optional[GuardedStub] = None                   # the gate has spoken: who answers
     forwarded: Optional[Request] = None                  # the request as that one sees it
     object_version: int = 0                              # of that object, before it answers
@@ -5469,7 +5475,7 @@ def asking_once(deciding):
     return dataclasses.replace(deciding, gate=gate)
 
 
-def lane_of(path):
+def lane_name(path):
     """Return the lane of the Workspace that answers this path of a request; "": none does.
     """
     if not path.startswith("/w/"):
@@ -5561,8 +5567,8 @@ class Connection(Held):
     def apart(self, job, what, payer):
         """Have the pool do job(what). A no of it is sent; any other error closes the
         connection. It is not in the lane of the requests, for a lane has one job."""
-        lane = self, job.__name__
-        self.edge.pool.gather(lane, what, functools.partial(self.do_apart, job), payer)
+        name = self, job.__name__
+        self.edge.pool.gather(name, what, functools.partial(self.do_apart, job), payer)
 
     def do_apart(self, job, those):
         what, = those                                    # a connection does one at a time
@@ -5575,13 +5581,13 @@ class Connection(Held):
             raise
 
     def check_before_body(self, reading):
-        """In the pool. Refuse before the body is sent (the client waits for that) or read
-        (it is long)."""
+        """In the pool: refuse before the body is sent, if the client waits for a 100, or
+        before it is read, if it is long."""
         self.check(reading, self.edge.request(reading, self.peer))
         self.edge.call(self.go_on, reading)
 
     def check(self, reading, request):
-        """Raise Refused if it would be, whatever is in the body."""
+        """Raise Refused for what is refused whatever the body is."""
         refuse_foreign(request)
         if request.path.startswith("/w/"):
             admit(request, self.edge.env)
@@ -5596,7 +5602,7 @@ class Connection(Held):
 
     def resume(self):
         """Read what was sent ahead."""
-        if not self.busy and self in self.edge.held:
+        if self.state in (self.IDLE, self.ARRIVING) and self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
             self.or_close(self.advance)
 
@@ -5605,12 +5611,12 @@ class Connection(Held):
     def reply(self, asked, response):
         if response.watch and asked.reading.method != "HEAD":
             return self.edge.call(self.become_stream, asked, response)
-        self.rest = None if asked.reading.method == "HEAD" else response.rest
         self.whose = source_of(asked.request.peer)
         if asked.forwarded:
             self.whose = asked.forwarded.headers.get("x-account", self.whose)
         if len(response.body) > Backlog.ANSWER:
             response = self.page_too_large(asked, response)
+        self.rest = None if asked.reading.method == "HEAD" else response.rest
         data = self.encoded(asked, response)
         sent = self.offer(data)
         if sent == len(data) and self.keep:
@@ -5639,12 +5645,13 @@ class Connection(Held):
         if not self.keep:
             return self.leave()
         self.deadline = time.monotonic() + self.IDLE_SECONDS
-        self.state = self.IDLE                           # first: the loop may be reading
+        self.state = self.IDLE                           # before a look at what was read
         if self.buffer or self.ended:
             self.edge.call(self.resume)
 
     def leave(self):
-        """Close so that who is still sending can read the answer (RFC 9112, 9.6)."""
+        """Send no more, and read over what comes for a moment, so that whoever is still
+        sending can read the answer (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + self.LINGER_SECONDS
         self.state = self.LEAVING
         with contextlib.suppress(OSError):
@@ -5786,7 +5793,7 @@ class LoopEdge:
         self.pool = Pool(settings.threads)
         for namespace in (env.workspaces, env.directory.namespace):
             namespace.listeners.append(self.broker.published)
-        self.insiders = set()                            # hashes: who was let in, and where
+        self.insiders = set()                            # hashes: (lane, cookie) let in
         self.accounts = {}                               # by the hash of a cookie
         self.hosts = self.own_names()
         self.make_loop()
@@ -5850,7 +5857,7 @@ class LoopEdge:
 
         A core that fell asleep takes longer to wake than most answers take to make. So the
         loop stays awake for a moment, if that paid the last time. (Pages on one connection:
-        1.2 x.) A job of the pool needs the interpreter itself.
+        1.2 x.) While the pool has jobs it sleeps at once: they need the interpreter.
         """
         self.pool.rouse()
         until = 0.0 if self.pool.busy else time.perf_counter() + self.EAGER_SECONDS
@@ -5954,16 +5961,16 @@ class LoopEdge:
         self.line_up(asked)
 
     def line_up(self, asked):
-        """Put it into the lane of its Workspace or, if we do not know yet that the gate
-        lets them in, into one for those of the same address."""
-        lane = lane_of(asked.request.path)
-        asked.insider = hash((lane, asked.cookie))
-        asked.let_in = asked.let_in or not lane or asked.insider in self.insiders
-        if not lane:
-            lane = asked.connection                      # it waits for nobody
+        """Put it into the lane of its Workspace, if the gate has let this cookie in there
+        before; if not, into one for its address. All else has its connection's lane."""
+        name = lane_name(asked.request.path)
+        asked.insider = hash((name, asked.cookie))
+        asked.let_in = asked.let_in or not name or asked.insider in self.insiders
+        if not name:
+            name = asked.connection
         elif not asked.let_in:
-            lane = f"{source_of(asked.request.peer)} {lane}"
-        self.pool.gather(lane, asked, self.work_off, asked.payer)
+            name = f"{source_of(asked.request.peer)} {name}"
+        self.pool.gather(name, asked, self.work_off, asked.payer)
 
     def payer_of(self, asked):
         """Return who pays for a thread before the gate has spoken.
@@ -6028,8 +6035,8 @@ class LoopEdge:
         return groups
 
     def fetch_some(self, stub, group, decided_at):
-        """Answer the commands of a group, which share a commit; or its next page alone, for
-        it can be large. What is answered leaves the group.
+        """Answer the next page of a group alone, for it can be large; or, if a command is
+        next, all that is left, in one commit. What is answered leaves the group.
 
         Raises Outdated, and answers none, if the verdict on one may be old by now.
         """
@@ -6082,7 +6089,7 @@ class LoopEdge:
                 response = self.refusal(asked.request, response)
             if asked.forwarded and asked.request.method in SAFE:
                 self.keep(asked, response)
-            if response.watch:                           # made here, and not in the loop
+            if response.watch:                           # compress here, not in the loop
                 first_frames(asked.request, response.watch)
             asked.connection.reply(asked, response)
         except CRASH as error:

@@ -6950,7 +6950,7 @@ def busy(server, workspace):
 def post_at_once(server, path, count):
     """So many commands, each on a connection of its own; the server has read them all, one after the other."""
     bob, links = Person(server, "bob"), []
-    server.edge.insiders.add(hash((orion.lane_of(path), bob.cookie)))      # as if it had written before
+    server.edge.insiders.add(hash((orion.lane_name(path), bob.cookie)))      # as if it had written before
     server.edge.accounts[hash(bob.cookie)] = "bob"
     for n in range(count):
         body = json.dumps({"title": f"number {n}"}).encode()
@@ -6996,12 +6996,12 @@ def test_who_is_refused_with_the_last_frame_of_a_stream_is_not_taken_for_let_in(
     """It is a 200."""
     alice = Person(server, "alice", datastar=True)
     assert "no longer" in alice.get("/w/acme/todos/live").text
-    assert hash((orion.lane_of("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
+    assert hash((orion.lane_name("/w/acme/todos"), alice.cookie)) not in server.edge.insiders
 
 
 def test_who_was_let_in_before_is_a_stranger_again_after_the_first_no(server):
     bob, carol = Person(server, "bob"), Person(server, "carol", datastar=True)
-    inside = lambda: hash((orion.lane_of("/w/acme/todos"), carol.cookie)) in server.edge.insiders
+    inside = lambda: hash((orion.lane_name("/w/acme/todos"), carol.cookie)) in server.edge.insiders
     assert carol.get("/w/acme/todos").status == 200 and inside()
     assert bob.delete("/w/acme/members/carol").status == 204 and carol.get("/w/acme/todos").status == 403
     assert not inside()
@@ -7088,6 +7088,25 @@ def test_a_version_of_the_directory_that_can_not_be_read_is_none_and_not_the_one
     with mock.patch.object(orion, "connected_to_read", mock.Mock(return_value=locked)):
         assert before and [kept.directory_version() for _ in range(2)] == [None, None]
     kept.close()
+
+
+def test_what_is_kept_in_the_place_of_something_older_counts_once(server):
+    bob, kept = Person(server, "bob"), server.edge.kept
+    for n in range(8):
+        assert bob.post("/w/acme/todos", form={"title": f"{n}"}).status == 303
+        assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
+    assert len(kept_pages(server)) == 1 and kept.size == sum([answer.size for answer in kept.answers.values()]) < 100_000
+
+
+def test_a_connection_that_was_refused_takes_up_nothing_that_was_sent_ahead(server, capfd):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(b"NONSENSE\r\n\r\n")
+        assert statuses(link.recv(65_536)) == [400]
+        held, = [one for one in server.edge.held if isinstance(one, orion.Connection) and one.socket.getpeername() == link.getsockname()]
+        done = threading.Event()
+        server.edge.call(held.resume), server.edge.call(done.set)
+        assert done.wait(PATIENCE) and held in server.edge.held and held.state == held.LEAVING
+    assert "StopIteration" not in capfd.readouterr().err
 
 
 def test_what_is_kept_of_answers_is_bounded_by_its_bytes(server, monkeypatch):
@@ -7391,7 +7410,7 @@ def test_requests_that_take_long_give_their_thread_back_in_between(start, monkey
     ("/login", "")])
 def test_a_workspace_has_one_lane_however_its_address_is_written(target, lane):
     path, _ = orion.parse_target(target, "h")
-    assert orion.lane_of(path) == lane
+    assert orion.lane_name(path) == lane
 
 
 def test_slow_senders_cost_no_thread_and_delay_nobody(start):
