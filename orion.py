@@ -4872,11 +4872,7 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
-        try:
-            self.go_on_with(events)
-        except CRASH:                                    # it would only come again
-            self.close()
-            raise
+        self.or_close(self.go_on_with, events)           # else it would only come again
 
     def or_close(self, call, *args):
         """Call it. If it fails, nobody else would answer: close, and raise what it raised.
