@@ -8201,6 +8201,31 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
+def as_program(folder, *lines):
+    """orion.py as the program that somebody starts, with a main() of these lines."""
+    head, _, rest = PROGRAM.read_text("utf-8").partition("\ndef main(")
+    (folder / "program.py").write_text("\n".join([head, "def main():", *["    " + line for line in lines], "", "", "def main_(" + rest]), "utf-8")
+    return subprocess.run([sys.executable, folder / "program.py"], capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_syntax_tree_of_the_program_is_gone_while_it_runs(tmp_path):
+    size = ("give_back_memory()", "print(int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE'))")
+    script = int(as_program(tmp_path, *size).stdout)
+    module = subprocess.run([sys.executable, "-c", "import program; program.main()"], cwd=tmp_path, capture_output=True, timeout=PATIENCE)
+    assert script < int(module.stdout) + 10 * 2 ** 20
+
+
+def test_a_program_exits_with_the_status_of_main(tmp_path):
+    ended = as_program(tmp_path, "return 3")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
+
+
+def test_a_fault_in_main_is_one_traceback_and_status_1(tmp_path):
+    ended = as_program(tmp_path, "1 / 0")
+    assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1 and ended.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 @cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
     (tmp_path / "file").write_text("")
