@@ -9055,11 +9055,12 @@ def home_with_counts(request, env):
 
 @addition
 class KeepsCounts(GuardedNamespace):
-    """(The Directory's. It is there as long as the server, which an object is not.)"""
+    """It is used of the Directory's namespace alone. That lasts as long as the server; the
+    Directory itself is built anew if its file was at fault."""
 
     @functools.cached_property
     def counts(self):
-        return {}                                        # in words, by id; as last heard
+        return {}                                        # as "3 open", by id
 
 
 @addition
@@ -9092,13 +9093,13 @@ class CountsAtHome(LoopEdge):
 
 # ==== 41. Live home =======================================================================
 # The idea: home pages are live, too. What was written to is counted again, if it stands on
-#   one that is open.
+#   one that is open. Whoever writes notes the id in `uncounted`; once a second, the edge
+#   takes all ids out of it, counts those workspaces, and has these pages shown again.
 # It promises: a workspace is counted once a second at most, for all home pages that show
 #   it.
 # It needs: 40 Counts.
 
-# Each account has its own. What changes access is published there anyway, and so is what an
-# account is asked.
+# Its topic is access:<account>: what changes the list is published there anyway.
 HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
             params={"after": WORKSPACE_NAME.pattern})
 
@@ -9111,7 +9112,7 @@ def home_stream(ctx):
 class NotesWriting(GuardedNamespace):
     @functools.cached_property
     def uncounted(self):
-        return set()                                     # ids of workspaces
+        return set()                                     # ids, to be counted again
 
 
 @addition
@@ -9145,7 +9146,8 @@ class KnowsHomes(Broker):
             self.edge.env.directory.namespace.uncounted.add(id)
 
     def watchers(self, id):
-        """Who looks at a home page is in no workspace. A single root has one object."""
+        """Return those in the workspace. With --single, home pages are of the same object.
+        """
         return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
 
 
@@ -9160,20 +9162,25 @@ class CountsForHomes(LoopEdge):
         written = set()
         while known.uncounted:                           # others add to it meanwhile
             written.add(known.uncounted.pop())
-        channels = self.broker.channels.get(self.env.directory.id, {})
-        homes = [one for one in [*channels.values()]
-                 if one.subscription.again.path == "/live"]
-        ask = self.env.directory.ask_as
-        shown = {home: {*ask(home.subscription.again, "/_mine")} & written
-                 for home in homes if written}
-        seen = set().union(*shown.values())
-        for id in written - seen:
-            known.counts.pop(id, None)                   # who comes later asks for it again
-        for id in seen:
-            known.counts[id] = words_for_count(self.env.workspaces.get(id))
-        for home, ids in shown.items():
-            if ids:
+        if not written:
+            return
+        counted = set()
+        for home in self.open_homes():
+            mine = self.env.directory.ask_as(home.subscription.again, "/_mine")
+            shown = written.intersection(mine)
+            for id in shown - counted:
+                known.counts[id] = words_for_count(self.env.workspaces.get(id))
+            counted |= shown
+            if shown:
                 self.broker.mark(home)
+        for id in written - counted:
+            known.counts.pop(id, None)                   # a page that shows it asks again
+
+    def open_homes(self):
+        """Return the channels of home pages: one for each account, and page of its list."""
+        channels = self.broker.channels.get(self.env.directory.id, {})
+        return [one for one in [*channels.values()]
+                if one.subscription.again.path == "/live"]
 
 
 DIRECTORY_SLICES.append(Slice("home", routes=(
