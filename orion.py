@@ -9199,7 +9199,14 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 # It needs: 33 Page checks.
 # It stands behind: 40 Counts. What it tells of an object comes on top of the count.
 #
-# One job, on its way:
+# A slice has its jobs in Slice(jobs=...). One may be
+#
+#     def welcome(ctx, id):
+#         guest = ctx.store.one("SELECT mail FROM guests WHERE id = ?", id)
+#         yield lambda: send_mail(guest["mail"])         # without the turn
+#         ctx.store.exec("UPDATE guests SET welcomed = 1 WHERE id = ?", id)
+#
+# and a command says ctx.enqueue(welcome, id=3). This is its way:
 #
 #     Alarms.ring     takes the id of an object whose alarm is due
 #     POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -9210,27 +9217,78 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #
 # Alarms are an index in memory, built from the files at each start.
 
-def as_it_lies(path):
-    """Connect to a database only to read it; close it after a with statement.
+# -- for slices
 
-    A file without a write-ahead log takes a quarter of the time: at a start it may be one
-    of thousands. Whoever opens it just then sets its alarm.
-    """
-    how = "&immutable=1" if with_wal(path) == [path] else ""
-    return contextlib.closing(connected_to_read(path, how))
+@addition
+class EnqueuesJobs(Context):
+    """What a slice is given besides: jobs, and what other slices export."""
+
+    def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
+                **args: Any) -> None:
+        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
+
+        key: it takes the place of an earlier job of the slice with the same key. args: what
+        JSON can say. It runs again when it fails, so what it does outside of the store
+        should bear to be done twice. What it waits for, it yields, at most once: a function
+        without arguments, which can't use ctx. `answer = yield send` calls that while
+        others have the turn. Before, the job only reads. Raises PermissionError outside of
+        a command or job, LookupError if no slice has this job.
+        """
+        self.store.check_writes("puts in a job")
+        if job not in self.host.router.job_names:
+            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+        name = self.host.router.job_names[job]
+        key = key and self.host.router.key_of(self.store.slice, name, key)
+        if key:
+            self.host.cancel(key)
+        self.host.put_in(name, json.dumps(args), self.viewer.signature,
+                         time.time() + after, key or None)
+
+    def cancel(self, key: str) -> bool:
+        """Take out the job that was enqueued with this key. Return whether there was one.
+
+        If it waits for something outside just now, it does not go on after that.
+        """
+        self.store.check_writes("cancels a job")
+        names = self.host.router.names
+        if self.store.slice in names:                    # else it is an app, and means any
+            names = [self.store.slice]
+        return self.host.cancel(*[f"{name}:{key}" for name in names])
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(store, *args), with the tables of the slice that exports it.
+
+        Raises LookupError if none does.
+        """
+        self.store.check_thread()
+        slice = self.host.router.exports.get(function)
+        if slice is None:
+            raise LookupError(f"{function} is not exported; put it into "
+                              "Slice(exports=...)")
+        store = Tables(self.host.store, slice, self.store.may)
+        try:
+            return function(store, *args)
+        finally:
+            store.thread = 0
 
 
-def due_in(db: sqlite3.Connection, plans):
-    """Return when the next job in a file is due; None: there is none.
+@addition
+class KnowsJobs(QuickRouter):
+    def __init__(self, slices):
+        super().__init__(slices)
+        self.jobs = {f"{slice.name}.{function_of(job).__name__}": function_of(job)
+                     for slice in slices for job in slice.jobs}
+        self.job_names = {job: name for name, job in self.jobs.items()}
+        self.names = [slice.name for slice in slices]
+        self.plans = plans_of(slices)
+        self.exports = {function: slice.name
+                        for slice in slices for function in slice.exports}
 
-    It is due at once if the recurring jobs in it are not those of plans: opened, it gets
-    them.
-    """
-    due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
-    there = set()
-    with contextlib.suppress(sqlite3.OperationalError):      # an older version made it
-        there = {row[0] for row in db.execute(PLANNED)}
-    return due if there == plans else 0.0
+    def key_of(self, slice, job, key):
+        """Return a key as the table has it: "slice:key". The slice is the one that enqueues
+        the job; for a command of an app, which is no slice (section 73), the job's own."""
+        owner = slice if slice in self.names else job.partition(".")[0]
+        return f"{owner}:{key}"
 
 
 # -- jobs that come again
@@ -9346,6 +9404,30 @@ CHECKS.append(check_jobs)
 
 # -- alarms
 
+def quick_reader(path):
+    """Connect to a database only to read it; close it after a with statement.
+
+    At a start there may be thousands. To open one as immutable takes a quarter of the time;
+    it is right for a file without a write-ahead log. (If another process opens the file
+    meanwhile, that sets its alarm anyway.)
+    """
+    how = "&immutable=1" if with_wal(path) == [path] else ""
+    return contextlib.closing(connected_to_read(path, how))
+
+
+def due_in(db: sqlite3.Connection, plans):
+    """Return when the next job in a file is due; None: there is none.
+
+    If the recurring jobs in it are not those of plans, it is due at once: when the object
+    opens the file, it puts them right (KeepsPlans).
+    """
+    due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
+    there = set()
+    with contextlib.suppress(sqlite3.OperationalError):      # an older version made it
+        there = {row[0] for row in db.execute(PLANNED)}
+    return due if there == plans else 0.0
+
+
 class Alarms:
     """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
     AT_ONCE = 4                                          # most threads stay for requests
@@ -9367,7 +9449,7 @@ class Alarms:
         self.looked &= files.keys()                      # one may come back
         for id in files.keys() - self.looked:
             self.looked.add(id)
-            with contextlib.suppress(sqlite3.Error), as_it_lies(files[id]) as db:
+            with contextlib.suppress(sqlite3.Error), quick_reader(files[id]) as db:
                 self.look_into(id, db)
 
     def look_into(self, id, db):
@@ -9417,7 +9499,7 @@ class Alarms:
     def one_job(self, stub):
         """Claim a job and run it, in two commits. Return when the next one is due."""
         known = self.directory.ask("/_workspace", f"id={stub.id}")
-        if known is None or known["moving"] > 1:         # its file goes, or is kept only
+        if known is None or known["moving"] > MOVES:     # its file goes, or is kept only
             return time.time() + 60
         names = {"x-workspace": known["name"],
                  "x-title": urllib.parse.quote(known["title"])}
@@ -9438,11 +9520,15 @@ class Alarms:
 # -- what jobs wait for
 
 class Wait:
-    """A job that has yielded: call is what it waits for, a function without arguments.
+    """A job that has yielded. Its life, by the methods of Waits:
 
-    When that has returned, the job takes its next step, with what came of it. If the call
-    is late, the job goes on before, with a TimeoutError; so two things have to end. Until
-    both have, the job is not tried again.
+        add, begin      it stands in line until there is a thread for its call
+        call            in that thread: the call, which is what the job has yielded
+        go_on_with      then, or when the call is late: its next step is known. The job goes
+                        on with what the call returned or raised, or with a TimeoutError
+        go_on           in the pool: the job takes this step
+        end_one         for the call, and for the step. A call that is late may end last;
+                        until both have ended, the job is not tried again
     """
 
     def __init__(self, host, job, steps, ctx, call):
@@ -9453,7 +9539,7 @@ class Wait:
         self.call = call
         self.called_at = float("inf")
         self.next_step = None                            # a function, once it is known
-        self.to_end = 2                                  # the call, and that step
+        self.not_ended = 2                               # the call, and that step
 
 
 class Waits:
@@ -9486,7 +9572,7 @@ class Waits:
         with self.lock:
             while self.in_line and self.has_thread():
                 call = functools.partial(self.call, self.in_line[0])
-                if not in_new_thread(call):              # the loop asks again
+                if not in_new_thread(call):              # it is tried again each second
                     return
                 self.calling.add(self.in_line.popleft())
 
@@ -9508,7 +9594,7 @@ class Waits:
         self.begin()
 
     def go_on_with(self, wait, step):
-        """Have the job go on, unless it does so already, because its call was late."""
+        """Have the job take this step, unless its call was late, and it has gone on."""
         with self.lock:
             if wait.next_step:
                 return
@@ -9516,23 +9602,24 @@ class Waits:
         self.alarms.put(self.go_on, wait)
 
     def go_on(self, wait):
-        """In the pool: have the job take its next step."""
+        """In the pool: have the job take its next step (HasJobs.own_job)."""
         try:
             wait.stub.fetch(Request("POST", "/_job", f"id={wait.key[1]}"))
         finally:
             self.end_one(wait)
 
     def end_one(self, wait):
-        """Its call or its next step has ended. When both have, the wait is over."""
+        """Its call or its next step has ended. When both have, forget it."""
         with self.lock:
-            wait.to_end -= 1
-            if wait.to_end:
+            wait.not_ended -= 1
+            if wait.not_ended:
                 return
             del self.by_job[wait.key]
         self.alarms.set(wait.key[0], time.time())
 
     def give_up_late(self, now):
-        """No thread can be ended. So another takes the place of one whose call is late."""
+        """Once a second: have those go on whose call is late. No thread can be ended, so
+        another one may begin in its place."""
         with self.lock:
             late = [wait for wait in self.calling
                     if not wait.next_step and now > wait.called_at + self.SECONDS]
@@ -9556,6 +9643,7 @@ class HasAlarms(GuardedNamespace):
         return ((path.stem, path) for path in self.folder.glob("*.db"))
 
     def name_draft(self, draft, id):
+        """When its file was made, under another id, its alarm was set under that."""
         super().name_draft(draft, id)
         self.alarms.set(id, self.alarms.due.pop(draft, None))
 
@@ -9587,82 +9675,11 @@ class LooksForJobs(Broker):
         self.edge.alarms.look()
 
 
-# -- for slices
-
-@addition
-class EnqueuesJobs(Context):
-    """What a slice is given besides: jobs, and what other slices export."""
-
-    def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
-                **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
-
-        key: it takes the place of an earlier job of the slice with the same key. args: what
-        JSON can say. It runs again when it fails, so what it does outside of the store
-        should bear to be done twice. What it waits for, it yields, at most once: a function
-        without arguments, which can't use ctx. `answer = yield send` calls that while
-        others have the turn. Before, the job only reads. Raises PermissionError outside of
-        a command or job, LookupError if no slice has this job.
-        """
-        self.store.check_writes("puts in a job")
-        if job not in self.host.router.job_names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
-        name = self.host.router.job_names[job]
-        key = key and self.host.router.key_of(self.store.slice, name, key)
-        if key:
-            self.host.cancel(key)
-        self.host.put_in(name, json.dumps(args), self.viewer.signature,
-                         time.time() + after, key or None)
-
-    def cancel(self, key: str) -> bool:
-        """Take out the job that was enqueued with this key. Return whether there was one.
-
-        If it waits for something outside just now, it does not go on after that.
-        """
-        self.store.check_writes("cancels a job")
-        names = self.host.router.names
-        if self.store.slice in names:                    # else it is an app, and means any
-            names = [self.store.slice]
-        return self.host.cancel(*[f"{name}:{key}" for name in names])
-
-    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return function(store, *args), with the tables of the slice that exports it.
-
-        Raises LookupError if none does.
-        """
-        self.store.check_thread()
-        slice = self.host.router.exports.get(function)
-        if slice is None:
-            raise LookupError(f"{function} is not exported; put it into "
-                              "Slice(exports=...)")
-        store = Tables(self.host.store, slice, self.store.may)
-        try:
-            return function(store, *args)
-        finally:
-            store.thread = 0
-
-
-@addition
-class KnowsJobs(QuickRouter):
-    def __init__(self, slices):
-        super().__init__(slices)
-        self.jobs = {f"{slice.name}.{function_of(job).__name__}": function_of(job)
-                     for slice in slices for job in slice.jobs}
-        self.job_names = {job: name for name, job in self.jobs.items()}
-        self.names = [slice.name for slice in slices]
-        self.plans = plans_of(slices)
-        self.exports = {function: slice.name
-                        for slice in slices for function in slice.exports}
-
-    def key_of(self, slice, job, key):
-        """Return a key as the table has it: "slice:key". The slice is the one that enqueues
-        the job; for a command of an app, which is no slice (section 73), the job's own."""
-        owner = slice if slice in self.names else job.partition(".")[0]
-        return f"{owner}:{key}"
-
+# -- the object whose jobs they are
 
 class JobTables(Tables):
-    """The store of a job, the same at each step: see `store.exec(sql, (yield call))`.
+    """The store of a job. Each step uses it anew: ctx.store is the same object behind the
+    yield, as in `ctx.store.exec(sql, (yield call))`, where Python reads it before.
 
     The time limit is for each statement, and not for the job.
     """

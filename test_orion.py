@@ -9050,7 +9050,7 @@ def test_when_the_next_job_is_due_is_read_from_a_file_however_it_lies(office, tm
     for part in orion.with_wal(file):
         shutil.copy(part, tmp_path / part.name)
     assert len(orion.with_wal(tmp_path / file.name)) == (1 if lies == "at rest" else 2)
-    with orion.as_it_lies(tmp_path / file.name) as db:
+    with orion.quick_reader(tmp_path / file.name) as db:
         assert orion.due_in(db, set()) == due
 
 
