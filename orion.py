@@ -10732,34 +10732,34 @@ def link_page(ctx, secret=""):
     the link is in what was typed."""
     secret = secret or secret_in(ctx.typed.get("link", ""))
     link = ctx.host.link(token_hash(secret))
-    wrong = mistake(ctx)
-    title, parts = "You have a link", {"paste": True}
+    kind = link["kind"] if link else "paste"
+    title, holes = "You have a link", {}
     if link:
-        title = KINDS[link["kind"]].title
-        parts = {link["kind"]: {**shown_of_link(ctx, link), **wrong, "secret": secret}}
-    parts = {**dict.fromkeys(["paste", *KINDS], False), **parts}
-    body = template("links")(heading=title, problem=wrong["problem"], **parts)
+        title, holes = KINDS[kind].title, shown_of_link(ctx, link)
+    parts = {name: name == kind for name in ("paste", *KINDS)}
+    body = template("links")(heading=title, secret=secret, **parts, **holes, **mistake(ctx))
     return page(title, body, ctx.viewer)
-
-
-def mistake(ctx):
-    """Return what fills the holes for a mistake. The page can have two forms, known and
-    new: the message and the cursor are in the one that was used."""
-    how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
-    place = "known_problem" if how == "known" else "problem"
-    return {"problem": "", "known_problem": "", "again_known": how == "known",
-            "again_new": how == "new", place: problem}
 
 
 def shown_of_link(ctx, link):
     """Return what its page says of a link, and which forms it has for whoever looks."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
-    return {**link, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
+    said = {name: link[name] for name in ("title", "role", "person")}
+    return {**said, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
             "next": f"/w/{link['name']}" if link["name"] else "/",
             "member": member, "joins": bool(me) and not member, "stranger": not me,
             "other": bool(me) and me != link["person"], "new": True, "known": True,
             "me": me, "username": ctx.typed.get("username", ""), "stamp": ctx.stamp}
+
+
+def mistake(ctx):
+    """Return what fills the holes for a mistake. The page can have two forms, to sign in
+    (known) and for a new account: message and cursor are in the one that was used."""
+    how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
+    known = how == "known"
+    return {"problem": "" if known else problem, "known_problem": problem if known else "",
+            "again_known": known, "again_new": how == "new"}
 
 
 def use_link(ctx):
@@ -10782,6 +10782,7 @@ def use_link(ctx):
 
 
 def count_use(ctx, link, account):
+    """Note that this account has used it. Return the account, as Kind.use does."""
     ctx.store.exec("UPDATE links SET uses = uses - 1, used_by = ltrim(used_by || ' ' || ?) "
                    "WHERE digest = ?", account, link["digest"])
     return account
