@@ -3203,7 +3203,7 @@ CRASH = BaseException                                    # a slice may call sys.
 #   While another process holds the write lock of a file, commands to it wait, and so do the
 #   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
-# Who uses it: both planes. (To be skipped on a first reading.)
+# Who uses it: both planes. (On a first reading, stop behind GuardedStub.)
 #
 # What can be in the way is an exception of its own:
 #
@@ -3216,53 +3216,6 @@ CRASH = BaseException                                    # a slice may call sys.
 def retry_after(seconds):
     """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
     return (("retry-after", str(seconds)),)
-
-
-class StorageFault(Refused):
-    """The file of an object can't be used. The text is for the log, message for people."""
-    # By a part of the error's text. The first that fits counts; the last always fits.
-    REMEDIES = {"takes long": "it goes on apart; nobody is let in here until it ends",
-                "disk is full": "make room on the disk, or raise the quota",
-                "is locked": "another process holds it: end that one",
-                "interrupted": "a statement ran too long: give it an index, or ask for "
-                               "less",
-                "readonly database": "make the file and its folder writable",
-                "unable to open database file": "make it readable; let the process have "
-                                                "more descriptors",
-                "disk I/O error": "see what the system's log says of the disk",
-                ", entry ": "nothing of it was done; mend the rows that it stumbles on, "
-                            "and it is tried again",
-                "constraint failed": "a slice left it to the commit to find that; have it "
-                                     "looked for before",
-                "unsupported file format": "restore it from a backup",
-                "": "restore it from a backup: orion.py check says what is wrong, restore "
-                    "brings it back"}
-
-    SAID = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it to "
-                                  "make room."),
-            "takes long": (503, "This is being brought up to date. Try again in a few "
-                                "minutes.", retry_after(10)),
-            "is locked": (503, "Another program is writing to this just now. Try again in "
-                               "a few seconds.", retry_after(5))}
-    OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
-                 retry_after(60))
-
-    def __init__(self, path, error):
-        word = next(word for word in self.REMEDIES if word in str(error))
-        super().__init__(*self.SAID.get(word, self.OTHERWISE))
-        self.text = f"{path}: {error}; {self.REMEDIES[word]}"
-
-    def __str__(self):
-        return self.text
-
-    @classmethod
-    def is_behind(cls, error):
-        """True if the database file is at fault, False if the SQL statement is."""
-        if isinstance(error, sqlite3.OperationalError):
-            if str(error).startswith("no such"):         # table; its name may be anything
-                return False
-            return str(error).endswith(tuple(filter(None, cls.REMEDIES)))
-        return type(error) in (sqlite3.DatabaseError, MigrationError)
 
 
 class Undone(Exception):
@@ -3286,225 +3239,6 @@ class Busy(Refused):
 
     def __init__(self):
         super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
-
-
-def identity(path):
-    """Return which file is at path: a device, and a number there. Raises
-    sqlite3.DatabaseError if there is none, or no database.
-
-    An empty file would be a new database to SQLite.
-    """
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-        how = "empty" if found.st_size == 0 else "no regular file"
-        raise sqlite3.DatabaseError(f"{path.name} is {how}")
-    return found.st_dev, found.st_ino
-
-
-def connected_to_read(path, how="", **options):
-    """how: more of the URI (sqlite.org/uri.html). options: what connect() takes."""
-    uri = f"{path.absolute().as_uri()}?mode=ro{how}"
-    return sqlite3.connect(uri, uri=True, **options)
-
-
-def mark_of(id):
-    """Return a number in the file that says whose it is."""
-    return zlib.crc32(id.encode()) >> 1
-
-
-class NestedStore(Store):
-    """A store in which a transaction can be inside of another."""
-
-    def tx(self):
-        """Inside another tx it is a savepoint: it can fail alone."""
-        return self.savepoint() if self.db.in_transaction else super().tx()
-
-    @contextlib.contextmanager
-    def savepoint(self):
-        before = len(self.after_commit)
-        self.run("SAVEPOINT part", ())
-        try:
-            yield
-            self.run("RELEASE part", ())
-        except BaseException:
-            del self.after_commit[before:]
-            if self.db.in_transaction:
-                self.run("ROLLBACK TO part", ())
-                self.run("RELEASE part", ())
-            raise
-
-
-class GuardedStore(NestedStore):
-    """A store that notices what happens to its file.
-
-    Small pages and few kept statements: a workspace awake takes 93 KB, 32 of them the index
-    of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
-    """
-    SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
-    STATEMENTS = 12
-    LOCK_SECONDS = 0.0                                   # nobody waits holding a turn
-
-    def __init__(self, path, create=False):
-        self.inode = None if create else identity(path)  # None: it is made just now
-        super().__init__(path, create)
-
-    @property
-    def torn(self):
-        """True if another file is at the path by now, or none.
-
-        SQLite does not notice: it would go on writing to a file that nobody finds.
-        """
-        try:
-            return self.inode not in (None, identity(self.path))
-        except sqlite3.Error:
-            return True
-
-    def begin(self):
-        """Raises Torn. While we have the write lock, nobody takes the file away."""
-        super().begin()
-        if self.torn:
-            self.run("ROLLBACK", ())
-            raise Torn
-
-    def commit(self):
-        """A commit that raises has written nothing, even if there is a crash after it."""
-        try:
-            super().commit()
-        except sqlite3.OperationalError:
-            if not self.db.in_transaction:
-                self.overwrite()
-            raise
-
-    def overwrite(self):
-        """Write a commit that changes nothing over the one that failed.
-
-        The failed one can be whole in the write-ahead log: all of it was written, and only
-        then the disk reported an error. After a crash SQLite would take it for valid.
-        """
-        with contextlib.suppress(sqlite3.Error):         # it is written before it fails
-            self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
-
-    def close(self):
-        """Write the log of a torn file into that file. SQLite does so by itself only if the
-        file is at its path; and the file that is there now must not find this log."""
-        self.db.set_progress_handler(None, 0)            # it refers to the object
-        if self.torn:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        super().close()
-
-
-class GuardedObject(DurableObject):
-    """An object whose file may fail."""
-    store_class = GuardedStore
-    STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
-    OPEN_SECONDS = float("inf")                          # then its migrations go on apart
-    SAID_SECONDS = 2.0                                   # what took longer is in the log
-    # Of each object, as it begins:
-    began = float("inf")                                 # when the present answer began
-    lock_ends = float("-inf")                            # when everybody stops waiting
-    open_began = 0.0
-    opened_at = 0.0                                      # by the clock, for people
-
-    def open(self, create=False):
-        """Raises StorageFault if migrations take long. Then they go on apart."""
-        self.open_began = time.monotonic()
-        try:
-            super().open(create)
-        except (sqlite3.Error, MigrationError) as error:
-            if not str(error).endswith("interrupted") or self.namespace.closed:
-                raise
-            late = str(error).replace(": interrupted", " takes long")    # see too_long
-            self.namespace.bring_up(self.id, late)
-            self.close()                                 # all who wait for it hear so
-            raise self.fault(late) from error
-        took = time.monotonic() - self.open_began
-        if took > self.SAID_SECONDS:
-            log(f"storage: {self.store.path}: was opened, in {took:.0f} s")
-
-    def connect(self, create):
-        self.namespace.sleep_excess()
-        store = super().connect(create)
-        store.db.set_progress_handler(self.too_long, 100_000)
-        try:
-            if not create:
-                self.claim(store)
-        except BaseException:
-            store.close()
-            raise
-        self.opened_at = time.time()
-        return store
-
-    def too_long(self):
-        """SQLite asks this now and then, in the midst of a statement, which True ends."""
-        now = time.monotonic()
-        if self.bus:                                     # no migrations are under way
-            return now > self.began + self.STATEMENT_SECONDS
-        return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
-
-    def claim(self, store):
-        """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
-        those who are let in here. Mark a file that has no mark yet."""
-        found = store.one("PRAGMA application_id")[0]
-        mark = mark_of(self.id)
-        if found not in (0, mark):
-            raise sqlite3.DatabaseError("the file belongs to another object")
-        if found == 0:
-            store.exec(f"PRAGMA application_id = {mark}")
-
-    def on_open(self):
-        super().on_open()
-        self.bus.listeners.append(functools.partial(self.namespace.published, self.id))
-
-    def answer(self, request):
-        """Raise StorageFault; or Undone: then the stub asks again."""
-        self.began = time.monotonic()
-        try:
-            response = super().answer(request)
-        except (sqlite3.Error, MigrationError) as error:
-            self.check_file(error)
-            raise
-        if request.method not in SAFE:
-            self.lock_ends = float("-inf")
-        return response
-
-    def check_file(self, error):
-        """Raise Locked if nothing was done for that reason, or StorageFault if the file is
-        behind this error."""
-        begun = self.store and self.store.db.in_transaction
-        if str(error) == "database is locked" and not begun:
-            raise Locked(self, error) from error
-        if StorageFault.is_behind(error):
-            raise self.fault(error) from error
-
-    def begin_waiting(self):
-        """All requests that wait for SQLite's lock give up at the same time, lock_ends.
-
-        One that comes in the OUTLAST_SECONDS after that gives up at once, for the lock is
-        probably the same.
-        """
-        now = time.monotonic()
-        if now > self.lock_ends + self.OUTLAST_SECONDS:
-            self.lock_ends = now + self.OUTLAST_SECONDS
-
-    def fault(self, error):
-        return self.namespace.fault(self.id, error)
-
-    @property
-    def torn(self):
-        store = self.store                               # it may be closed meanwhile
-        return store is not None and store.torn
-
-    def close(self):
-        torn = self.torn
-        self.namespace.changed(self.id)
-        super().close()
-        if torn and self.namespace.path(self.id).exists():   # another file: other rows
-            self.namespace.published(self.id, "")
 
 
 class GuardedStub(Stub):
@@ -3592,36 +3326,280 @@ def fetch_briefly(stub, request):
     return stub.fetch(request, LOOK_SECONDS)
 
 
-NOT_LATE = 0.0, ""                                       # see GuardedNamespace.late
+# -- what is wrong with a file (to be skipped on a first reading, up to section 17)
+
+class StorageFault(Refused):
+    """The file of an object can't be used. The text is for the log, message for people."""
+    LATE = "its migrations take long"                    # said by GuardedObject.open
+    # By a part of the error's text. The first that fits counts.
+    REMEDIES = {LATE: "they go on apart; nobody is let in here until they end",
+                "disk is full": "make room on the disk, or raise the quota",
+                "is locked": "another process holds it: end that one",
+                "interrupted": "a statement ran too long: give it an index, or ask for "
+                               "less",
+                "readonly database": "make the file and its folder writable",
+                "unable to open database file": "make it readable; let the process have "
+                                                "more descriptors",
+                "disk I/O error": "see what the system's log says of the disk",
+                ", entry ": "nothing of it was done; mend the rows that it stumbles on, "
+                            "and it is tried again",     # a MigrationError
+                "constraint failed": "a slice left it to the commit to find that; have it "
+                                     "looked for before",
+                "unsupported file format": "restore it from a backup"}
+    OTHER_REMEDY = ("restore it from a backup: orion.py check says what is wrong, restore "
+                    "brings it back")
+
+    SAID = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it to "
+                                  "make room."),
+            LATE: (503, "This is being brought up to date. Try again in a few minutes.",
+                   retry_after(10)),
+            "is locked": (503, "Another program is writing to this just now. Try again in "
+                               "a few seconds.", retry_after(5))}
+    OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
+                 retry_after(60))
+
+    def __init__(self, path, error):
+        known = next((words for words in self.REMEDIES if words in str(error)), None)
+        super().__init__(*self.SAID.get(known, self.OTHERWISE))
+        remedy = self.REMEDIES.get(known, self.OTHER_REMEDY)
+        self.text = f"{path}: {error}; {remedy}"
+
+    def __str__(self):
+        return self.text
+
+    @classmethod
+    def is_behind(cls, error):
+        """True if the database file is at fault, False if the SQL statement is."""
+        if isinstance(error, sqlite3.OperationalError):
+            if str(error).startswith("no such"):         # table; its name may be anything
+                return False
+            return str(error).endswith(tuple(cls.REMEDIES))
+        return type(error) in (sqlite3.DatabaseError, MigrationError)
 
 
-def in_new_thread(function):
-    """Start a thread. Return False if the system grants none; then the log says so."""
-    try:
-        threading.Thread(target=function, daemon=True).start()
-    except RuntimeError as error:
-        log(f"{error}: raise the limit of this user's processes (ulimit -u)")
-        return False
-    return True
+# -- the file of an object
 
+class NestedStore(Store):
+    """A store in which a transaction can be inside of another."""
 
-def sync_folder(folder):
-    """Make the names in a folder durable, where it can be opened (POSIX)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
+    def tx(self):
+        """Inside another tx it is a savepoint: it can fail alone."""
+        return self.savepoint() if self.db.in_transaction else super().tx()
+
+    @contextlib.contextmanager
+    def savepoint(self):
+        before = len(self.after_commit)
+        self.run("SAVEPOINT part", ())
+        try:
+            yield
+            self.run("RELEASE part", ())
+        except BaseException:
+            del self.after_commit[before:]
+            if self.db.in_transaction:
+                self.run("ROLLBACK TO part", ())
+                self.run("RELEASE part", ())
             raise
-    finally:
-        os.close(handle)
 
 
-TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
-              "operator may move and import it.")
+class GuardedStore(NestedStore):
+    """A store that notices what happens to its file.
 
+    Small pages and few kept statements: a workspace awake takes 93 KB, 32 of them the index
+    of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 183.
+    """
+    SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
+    STATEMENTS = 12
+    LOCK_SECONDS = 0.0                                   # nobody waits holding a turn
+
+    def __init__(self, path, create=False):
+        self.inode = None if create else identity(path)  # None: it is made just now
+        super().__init__(path, create)
+
+    @property
+    def torn(self):
+        """True if another file is at the path by now, or none.
+
+        SQLite does not notice: it would go on writing to a file that nobody finds.
+        """
+        try:
+            return self.inode not in (None, identity(self.path))
+        except sqlite3.Error:
+            return True
+
+    def begin(self):
+        """Raises Torn. While we have the write lock, nobody takes the file away."""
+        super().begin()
+        if self.torn:
+            self.run("ROLLBACK", ())
+            raise Torn
+
+    def commit(self):
+        """A commit that raises has written nothing, even if there is a crash after it."""
+        try:
+            super().commit()
+        except sqlite3.OperationalError:
+            if not self.db.in_transaction:
+                self.overwrite()
+            raise
+
+    def overwrite(self):
+        """Write a commit that changes nothing over the one that failed.
+
+        The failed one can be whole in the write-ahead log: all of it was written, and only
+        then the disk reported an error. After a crash SQLite would take it for valid.
+        """
+        with contextlib.suppress(sqlite3.Error):         # it is written before it fails
+            self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
+
+    def close(self):
+        """Write the log of a torn file into that file. SQLite does so by itself only if the
+        file is at its path; and the file that is there now must not find this log."""
+        self.db.set_progress_handler(None, 0)            # it refers to the object
+        if self.torn:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        super().close()
+
+
+def identity(path):
+    """Return which file is at path: a device, and a number there. Raises
+    sqlite3.DatabaseError if there is none, or no database.
+
+    An empty file would be a new database to SQLite.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        how = "empty" if found.st_size == 0 else "no regular file"
+        raise sqlite3.DatabaseError(f"{path.name} is {how}")
+    return found.st_dev, found.st_ino
+
+
+def connected_to_read(path, how="", **options):
+    """how: more of the URI (sqlite.org/uri.html). options: what connect() takes."""
+    uri = f"{path.absolute().as_uri()}?mode=ro{how}"
+    return sqlite3.connect(uri, uri=True, **options)
+
+
+class GuardedObject(DurableObject):
+    """An object whose file may fail."""
+    store_class = GuardedStore
+    STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
+    OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
+    OPEN_SECONDS = float("inf")          # then its migrations go on apart: see bring_up
+    SAID_SECONDS = 2.0                                   # what took longer is in the log
+    # Of each object, as it begins:
+    began = float("inf")                                 # when the present answer began
+    lock_ends = float("-inf")                            # when everybody stops waiting
+    open_began = 0.0
+    opened_at = 0.0                                      # by the clock, for people
+
+    def open(self, create=False):
+        """Raises StorageFault if migrations take longer than OPEN_SECONDS."""
+        self.open_began = time.monotonic()
+        try:
+            super().open(create)
+        except (sqlite3.Error, MigrationError) as error:
+            if not str(error).endswith("interrupted") or self.namespace.closed:
+                raise
+            late = f"{StorageFault.LATE}: {error}"       # too_long has ended them
+            self.namespace.bring_up(self.id, late)
+            self.close()                                 # all who wait for it hear so
+            raise self.fault(late) from error
+        took = time.monotonic() - self.open_began
+        if took > self.SAID_SECONDS:
+            log(f"storage: {self.store.path}: was opened, in {took:.0f} s")
+
+    def connect(self, create):
+        self.namespace.sleep_excess()
+        store = super().connect(create)
+        store.db.set_progress_handler(self.too_long, 100_000)
+        try:
+            if not create:
+                self.claim(store)
+        except BaseException:
+            store.close()
+            raise
+        self.opened_at = time.time()
+        return store
+
+    def too_long(self):
+        """SQLite asks this now and then, in the midst of a statement, which True ends."""
+        now = time.monotonic()
+        if self.bus:                                     # no migrations are under way
+            return now > self.began + self.STATEMENT_SECONDS
+        return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
+
+    def claim(self, store):
+        """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
+        those who are let in here. Mark a file that has no mark yet."""
+        found = store.one("PRAGMA application_id")[0]
+        mark = mark_of(self.id)
+        if found not in (0, mark):
+            raise sqlite3.DatabaseError("the file belongs to another object")
+        if found == 0:
+            store.exec(f"PRAGMA application_id = {mark}")
+
+    def on_open(self):
+        super().on_open()
+        self.bus.listeners.append(functools.partial(self.namespace.published, self.id))
+
+    def answer(self, request):
+        """Raise StorageFault; or Undone: then the stub asks again."""
+        self.began = time.monotonic()
+        try:
+            response = super().answer(request)
+        except (sqlite3.Error, MigrationError) as error:
+            self.check_file(error)
+            raise
+        if request.method not in SAFE:
+            self.lock_ends = float("-inf")
+        return response
+
+    def check_file(self, error):
+        """Raise Locked if nothing was done for that reason, or StorageFault if the file is
+        behind this error."""
+        begun = self.store and self.store.db.in_transaction
+        if str(error) == "database is locked" and not begun:
+            raise Locked(self, error) from error
+        if StorageFault.is_behind(error):
+            raise self.fault(error) from error
+
+    def begin_waiting(self):
+        """Set lock_ends. All requests that wait for SQLite's lock give up then.
+
+        If the first one waits from 0 s on, it is 5 s. One that comes at 3 s waits for two.
+        One that comes at 7 s does not wait: the lock is probably the same. One that comes
+        at 11 s begins anew.
+        """
+        now = time.monotonic()
+        if now > self.lock_ends + self.OUTLAST_SECONDS:
+            self.lock_ends = now + self.OUTLAST_SECONDS
+
+    def fault(self, error):
+        return self.namespace.fault(self.id, error)
+
+    @property
+    def torn(self):
+        store = self.store                               # it may be closed meanwhile
+        return store is not None and store.torn
+
+    def close(self):
+        torn = self.torn
+        self.namespace.changed(self.id)
+        super().close()
+        if torn and self.namespace.path(self.id).exists():   # another file: other rows
+            self.namespace.published(self.id, "")
+
+
+def mark_of(id):
+    """Return a number in the file that says whose it is."""
+    return zlib.crc32(id.encode()) >> 1
+
+
+# -- all objects of a kind
 
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
@@ -3668,7 +3646,8 @@ class GuardedNamespace(Namespace):
     def awake(self, id):
         """Raises StorageFault while its migrations go on apart."""
         one = super().awake(id)
-        until, why = self.late.get(id, NOT_LATE)         # last: for who has built one
+        # Only now: one that is built after bring_up must not begin the same again.
+        until, why = self.late.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
         self.touch(id)
@@ -3701,7 +3680,7 @@ class GuardedNamespace(Namespace):
         try:
             one.open()
             one.store.close()
-            self.late[id] = NOT_LATE
+            del self.late[id]
         except CRASH as error:
             self.late[id] = time.monotonic() + self.LATE_SECONDS, str(error)
             if isinstance(error, (sqlite3.Error, MigrationError)):
@@ -3766,6 +3745,34 @@ class GuardedNamespace(Namespace):
                     raise Refused(*TAKEN)
         self.path(draft).rename(place)
         sync_folder(self.folder)
+
+
+TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
+              "operator may move and import it.")
+
+
+def in_new_thread(function):
+    """Start a thread. Return False if the system grants none; then the log says so."""
+    try:
+        threading.Thread(target=function, daemon=True).start()
+    except RuntimeError as error:
+        log(f"{error}: raise the limit of this user's processes (ulimit -u)")
+        return False
+    return True
+
+
+def sync_folder(folder):
+    """Make the names in a folder durable, where it can be opened (POSIX)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
+            raise
+    finally:
+        os.close(handle)
 
 
 # ==== 17. Commits =========================================================================
@@ -4764,84 +4771,6 @@ def guarded(call, *args):
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-class Unread:
-    """What waits for some readers, the one that has waited longest first.
-
-    A reader is a Held; for it wait bytes and pieces. Several may wait for the same one,
-    which is in memory once, so it counts once.
-    """
-
-    def __init__(self, most):
-        self.most = most                                 # bytes
-        self.size = 0                                    # of all that waits, in bytes
-        self.readers = collections.OrderedDict()         # and what waits for each, by id
-        self.sharers = collections.Counter()             # how many wait for it, by its id
-
-    def note(self, reader, things):
-        """things: all that waits for this reader now, by id. It keeps its place."""
-        for id, thing in things.items():
-            self.sharers[id] += 1
-            if self.sharers[id] == 1:
-                self.size += bytes_of(thing)
-        for id, thing in self.readers.get(reader, {}).items():
-            self.sharers[id] -= 1
-            if self.sharers[id] == 0:
-                del self.sharers[id]
-                self.size -= bytes_of(thing)
-        if things:
-            self.readers[reader] = things                # this keeps them, and so their ids
-        else:
-            self.readers.pop(reader, None)
-
-
-def bytes_of(thing):
-    return len(thing) if isinstance(thing, bytes) else len(thing.html)
-
-
-class Backlog:
-    """What waits for slow readers: of all, and of each account or, without one, address.
-
-    A connection has one answer at a time; a stream has the rest of one frame, and the
-    latest pieces. So to bound what waits for one of them is to bound the size of an answer.
-    """
-    ANSWER = 64 * 2 ** 20                # bytes of one; no browser shows as much in comfort
-    ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
-    ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
-
-    def __init__(self, edge):
-        self.edge = edge
-        self.all = Unread(self.ALL)
-        self.accounts = {}                               # an Unread for each
-
-    def note(self, reader):
-        """To be called whenever what waits for this reader has changed."""
-        things = {}
-        if reader in self.edge.held:
-            things = {id(thing): thing for thing in reader.unread()}
-        if not things and reader not in self.all.readers:
-            return
-        own = self.accounts.setdefault(reader.whose, Unread(self.ACCOUNT))
-        for unread in (own, self.all):
-            unread.note(reader, things)
-            if unread.size > unread.most:                # later: the caller still writes
-                self.edge.call(self.relieve, unread)
-        if not own.readers:
-            del self.accounts[reader.whose]
-
-    def relieve(self, unread):
-        """Cut off those that have waited longest, until the others are few enough.
-
-        Of all accounts, it is the one for which most waits.
-        """
-        while unread.size > unread.most:
-            whose = unread
-            if unread is self.all:
-                whose = max(self.accounts.values(), key=lambda one: one.size)
-            reader = next(iter(whose.readers))
-            reader.cut_off()
-            self.note(reader)
-
-
 class Held:
     """A socket that the loop holds. unsent: what the kernel would not take yet.
 
@@ -5030,6 +4959,86 @@ class Stream(Held):
     def close(self):
         self.edge.broker.leave(self)
         super().close()
+
+
+# -- what waits for slow readers
+
+class Backlog:
+    """What waits for slow readers: of all, and of each account or, without one, address.
+
+    A connection has one answer at a time; a stream has the rest of one frame, and the
+    latest pieces. So to bound what waits for one of them is to bound the size of an answer.
+    """
+    ANSWER = 64 * 2 ** 20                # bytes of one; no browser shows as much in comfort
+    ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
+    ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
+
+    def __init__(self, edge):
+        self.edge = edge
+        self.all = Unread(self.ALL)
+        self.accounts = {}                               # an Unread for each
+
+    def note(self, reader):
+        """To be called whenever what waits for this reader has changed."""
+        things = {}
+        if reader in self.edge.held:
+            things = {id(thing): thing for thing in reader.unread()}
+        if not things and reader not in self.all.readers:
+            return
+        own = self.accounts.setdefault(reader.whose, Unread(self.ACCOUNT))
+        for unread in (own, self.all):
+            unread.note(reader, things)
+            if unread.size > unread.most:                # later: the caller still writes
+                self.edge.call(self.relieve, unread)
+        if not own.readers:
+            del self.accounts[reader.whose]
+
+    def relieve(self, unread):
+        """Cut off those that have waited longest, until the others are few enough.
+
+        Of all accounts, it is the one for which most waits.
+        """
+        while unread.size > unread.most:
+            whose = unread
+            if unread is self.all:
+                whose = max(self.accounts.values(), key=lambda one: one.size)
+            reader = next(iter(whose.readers))
+            reader.cut_off()
+            self.note(reader)
+
+
+class Unread:
+    """What waits for some readers, the one that has waited longest first.
+
+    A reader is a Held; for it wait bytes and pieces. Several may wait for the same one,
+    which is in memory once, so it counts once.
+    """
+
+    def __init__(self, most):
+        self.most = most                                 # bytes
+        self.size = 0                                    # of all that waits, in bytes
+        self.readers = collections.OrderedDict()         # and what waits for each, by id
+        self.sharers = collections.Counter()             # how many wait for it, by its id
+
+    def note(self, reader, things):
+        """things: all that waits for this reader now, by id. It keeps its place."""
+        for id, thing in things.items():
+            self.sharers[id] += 1
+            if self.sharers[id] == 1:
+                self.size += bytes_of(thing)
+        for id, thing in self.readers.get(reader, {}).items():
+            self.sharers[id] -= 1
+            if self.sharers[id] == 0:
+                del self.sharers[id]
+                self.size -= bytes_of(thing)
+        if things:
+            self.readers[reader] = things                # this keeps them, and so their ids
+        else:
+            self.readers.pop(reader, None)
+
+
+def bytes_of(thing):
+    return len(thing) if isinstance(thing, bytes) else len(thing.html)
 
 
 # ==== 24. Broker ==========================================================================

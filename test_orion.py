@@ -2119,7 +2119,7 @@ def test_an_object_that_can_not_begin_with_its_file_is_closed_and_begins_anew(co
 def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
     counters.create("a")
     awake = orion.Namespace.awake
-    monkeypatch.setattr(orion.Namespace, "awake", lambda self, id: self.late.update({id: (float("inf"), "it takes long")}) or awake(self, id))
+    monkeypatch.setattr(orion.Namespace, "awake", lambda self, id: self.late.update({id: (float("inf"), "its migrations take long")}) or awake(self, id))
     with pytest.raises(orion.StorageFault):
         counters.get("a").fetch(orion.Request("GET", "/"))
 
@@ -2596,7 +2596,7 @@ def test_a_migration_that_takes_longer_than_a_visit_ends_and_meanwhile_others_no
     bob = Person(server, "bob")
     answer = bob.get("/w/acme/n")
     assert (answer.status, answer.headers["retry-after"]) == (503, "10") and "brought up to date" in answer.text
-    assert logged(capfd, "slice 'small', entry 3 takes long; it goes on apart; nobody is let in here until it ends")
+    assert logged(capfd, "its migrations take long: slice 'small', entry 3: interrupted; they go on apart; nobody is let in here until they end")
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert {*pool.map(lambda _: bob.get("/w/acme/n").status, range(20))} == {503}
     assert bob.get("/w/globex/n").status == 200 and bob.get("/").status == 200
@@ -2605,7 +2605,7 @@ def test_a_migration_that_takes_longer_than_a_visit_ends_and_meanwhile_others_no
     assert eventually(lambda: bob.get("/w/acme/n").status == 200)
     with contextlib.closing(server.store("acme")) as file:
         assert file.execute("SELECT n FROM more").fetchall() == [(200_000,)]
-    assert capfd.readouterr().err.count("takes long") == 1 and len(grown.apart) == 1
+    assert capfd.readouterr().err.count("take long") == 1 and len(grown.apart) == 1
 
 
 def test_the_log_says_what_was_opened_apart_and_how_long_that_took(grown, capfd, monkeypatch):
