@@ -11922,7 +11922,7 @@ COPY = "copy.making-"                                    # folders begin so
 
 
 def folder_for_copy(settings):
-    """Give a folder in which a copy is tried before it is believed. Then it is removed."""
+    """Give a folder for a copy that is migrated and looked into. Then it is removed."""
     return tempfile.TemporaryDirectory(dir=settings.data, prefix=COPY)
 
 
@@ -11952,17 +11952,21 @@ def copy_database(source, target, about=None):
     return rows
 
 
-# What FTS5 has beside each of the INDEXES, where it keeps what is in it.
+# FTS5 keeps what is in the index words in the tables words_data, words_idx, ...
 SHADOWS = ("data", "idx", "content", "docsize", "config")
 
 
 def verified(db):
-    """Return the number of rows. Raise sqlite3.DatabaseError for what SQLite finds."""
-    found = [row[0] for row in db.execute("PRAGMA quick_check")]
-    if found != ["ok"]:
-        words = [name for name, in db.execute(INDEXES) if name in found[0]]
-        hints = [rebuild(name) for name in words if "fts5" in found[0].lower()]
-        raise sqlite3.DatabaseError("; ".join([f"damaged: {found[0]}", *hints[:1]]))
+    """Return the number of rows, without those of SHADOWS.
+
+    Raise sqlite3.DatabaseError for what SQLite finds.
+    """
+    found = db.execute("PRAGMA quick_check").fetchone()[0]
+    if found != "ok":
+        indexes = [name for name, in db.execute(INDEXES) if name in found]
+        if indexes and "fts5" in found.lower():
+            found += made_anew(indexes[0])
+        raise sqlite3.DatabaseError(f"damaged: {found}")
     made = db.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table' AND "
                       "name NOT LIKE 'sqlite_%'").fetchall()
     shadows = {f"{name}_{tail}" for name, rootpage in made for tail in SHADOWS
@@ -11971,14 +11975,15 @@ def verified(db):
                 for name, _ in made if name not in shadows])
 
 
-def rebuild(index):
-    return (f"if its text is in a table, INSERT INTO {index} ({index}) VALUES ('rebuild') "
-            "makes it anew, else")
+def made_anew(index):
+    """Return how, as a part of a message."""
+    return (f" (if its text is in a table, INSERT INTO {index} ({index}) VALUES "
+            "('rebuild') makes it anew)")
 
 
 def opened_to_read(path):
     """Connect to a database only to read it; close it after a with statement."""
-    identity(path)
+    identity(path)                                       # raises if there is none
     return contextlib.closing(connected_to_read(path))
 
 
@@ -12006,8 +12011,10 @@ def may_replace(source, target):
 
 
 def one_move(settings):
-    """Raise Unusable if another process brings a workspace here, or away. Of a single root
-    none can."""
+    """Give a lock that whoever brings a workspace here, or away, holds meanwhile.
+
+    Raises Unusable if another process has it. A single root needs none.
+    """
     if settings.single:
         return contextlib.nullcontext()
     return locked(settings.workspaces, "a move is under way; try again when it is over")
@@ -12015,7 +12022,12 @@ def one_move(settings):
 
 # ==== 56. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
-#   one before is linked, and takes no room.
+#   one before is linked, and takes no room. Its manifest.json tells that:
+#
+#     {"directory": {"rows": 63, "seen": ""},
+#      "9f86d0...": {"rows": 412, "seen": "[(1764518400000000000, 40960)]"}, ...}
+#
+#   seen is when a file was written, and its size; and the same of its log, if it has one.
 # It promises: a snapshot has its name when it is complete. Of a file that is damaged it
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there. One that failed is in the log and in the figures.
@@ -12046,13 +12058,14 @@ def names_here(settings, directory):
 def copy_one(settings, part, before, known, id):
     """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
 
-    If it did not change, or can't be read, it is linked from the snapshot before. Raises
-    sqlite3.Error if the disk is full.
+    part: the snapshot in the making. If the file did not change, or can't be read, it is
+    linked from the snapshot before, whose manifest is known. Raises sqlite3.Error if the
+    disk is full.
     """
     name = f"workspaces/{id}.db"
     last = known.get(id)
     source = settings.data / name
-    seen = repr([*stamps(with_wal(source)).values()])
+    seen = repr([*stamps(with_wal(source)).values()])    # in JSON tuples become lists
     if last and last["seen"] == seen and link_or_copy(before / name, part / name):
         return last, ""
     try:
@@ -12068,14 +12081,13 @@ def copy_one(settings, part, before, known, id):
 
 def link_or_copy(source, target):
     """Link a copy; copy it where there are no hard links. Return False if it is lost."""
-    try:
+    with contextlib.suppress(OSError):
         os.link(source, target)
-    except OSError:
-        try:
-            copy_database(source, target)
-        except sqlite3.DatabaseError:
-            return False
-    return True
+        return True
+    with contextlib.suppress(sqlite3.DatabaseError):
+        copy_database(source, target)
+        return True
+    return False
 
 
 def in_two_threads(function, all):
@@ -12243,7 +12255,10 @@ def check_empty(settings):
 
 
 def check_known(settings, file):
-    """Raise MigrationError if a newer version, or another app, wrote this Directory."""
+    """Raise MigrationError if a newer version, or another app, wrote this Directory.
+
+    In it those of the workspaces' slices are noted, too: see check_ledger.
+    """
     inside = [(f"workspace/{slice}", entries)
               for slice, entries in workspace_router(settings).schema]
     with Original(file) as store:
@@ -12314,11 +12329,8 @@ def schema_of(settings, id):
     inside = workspace_router(settings).schema
     if id != "directory":
         return inside
-    outside = directory_router().schema
+    outside = directory_router().schema                  # the first is of any host (8)
     return [*outside, *inside[1:]] if settings.single else outside
-
-
-ASKED = ("integrity-check",)
 
 
 def try_on_copy(settings, db, path, schema):
@@ -12332,7 +12344,7 @@ def try_on_copy(settings, db, path, schema):
     if migrated and not db.execute(INDEXES).fetchone():
         return
     with folder_for_copy(settings) as folder:
-        copy = pathlib.Path(folder, "adopted.db")
+        copy = pathlib.Path(folder, "tried.db")
         copy_database(path, copy)
         check_indexes(copy)
         with OwnedStore(copy) as store:
@@ -12344,10 +12356,11 @@ def check_indexes(copy):
     3.44."""
     with contextlib.closing(sqlite3.connect(copy)) as db:
         for name, in db.execute(INDEXES).fetchall():
+            ask = f"""INSERT INTO "{name}" ("{name}") VALUES ('integrity-check')"""
             try:
-                db.execute(f"""INSERT INTO "{name}" ("{name}") VALUES (?)""", ASKED)
+                db.execute(ask)
             except sqlite3.DatabaseError as error:
-                why = f"the index {name} is damaged ({error}); {rebuild(name)}"
+                why = f"the index {name} is damaged: {error}{made_anew(name)}"
                 raise sqlite3.DatabaseError(why) from error
 
 
@@ -12514,7 +12527,7 @@ def add_workspace(store, workspaces, name, members, source=None):
     means that it was lost.
     """
     check_free(store, name)
-    id = new_id(store, workspaces, name)
+    id = new_id(store, workspaces, name)                 # of a single root, always the same
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
         raise Refused(422, "This server has one workspace. workspace import takes its file "
                            "to a server of many.")
@@ -12527,8 +12540,7 @@ def add_workspace(store, workspaces, name, members, source=None):
 @addition
 class AddsWorkspaces(EdgeDirectory):
     def add_workspace(self, ctx, name, owner):
-        """If no file was made before, the namespace has one, or another machine."""
-        if "x-file" in ctx.request.headers:
+        if "x-file" in ctx.request.headers:              # it was made before (26)
             return super().add_workspace(ctx, name, owner)
         add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
 
@@ -12693,7 +12705,8 @@ def export(settings, given):
     with opened(settings, given) as (store, env):
         row = row_with_file(settings, store, given.name)
         path = env.workspaces.path(row["id"])
-        check_export(given, row, path)
+        check_here(row, path)
+        check_export(given, row)
         members = roles_in(store, row["id"])
         if given.move:
             set_moving(store, row["id"], MOVES)
@@ -12710,13 +12723,17 @@ def export(settings, given):
     print(f"{given.file}: {rows} rows, {len(members)} members")
 
 
-def check_export(given, row, path):
-    """Raise Unusable if it has left already, or for a file that is not of an export of it
-    that was cut short before the workspace had left."""
-    if row["moving"] and not row["node"] and not path.exists():
+def check_here(row, path):
+    """Raise Unusable if the workspace has left already."""
+    if row["moving"] and not path.exists():
         remove_log(path)                                 # all of it is in the copy
         raise Unusable(f"{row['name']} has left already; workspace import its file "
                        f"elsewhere, then workspace remove {row['name']} here")
+
+
+def check_export(given, row):
+    """Raise Unusable if the file is there already. It may be if this finishes a move of
+    the workspace to that file, which was cut short."""
     if not (given.move and row["moving"] and left_by(given.file) == row["id"]):
         check_new(given.file)
 
@@ -13161,8 +13178,8 @@ class OneFile(GuardedNamespace):
 
 
 def single_root(settings):
-    """Each namespace builds by way of the other: the Directory brings its Workspace, and
-    whoever asks for the Workspace gets that one."""
+    """Directory and Workspace are built together, by the namespace of the Directory. That
+    of the Workspace has it do so, and takes out what is inside."""
     settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
     pages = pages_of(settings.slices)
@@ -13170,10 +13187,10 @@ def single_root(settings):
     workspaces = whole(OneFile)("workspace", settings.data, float("inf"), None)
     outside = directory_builder(Single, settings, keys, workspaces)
 
-    def build(id, namespace):
+    def build_both(id, namespace):
         return outside(id, namespace, inside=whole(Inside)(id, workspaces, router, pages))
 
-    control.build = build
+    control.build = build_both
     workspaces.build = lambda id, namespace: control.awake(id).inside
     workspaces.settings = settings
     demo = {"acme": DEMO_WORKSPACES["acme"]}
@@ -13202,9 +13219,9 @@ ROOTS.append((lambda settings: settings.single, single_root))
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
-TRUSTED.update({"x-node", "x-verdict"})
-# What is sealed, in this order: all that say() says. (All of it is TRUSTED. By those in
-# SAID_OF_VIEWERS pages differ.)
+TRUSTED.update({"x-node", "x-verdict"})                  # x-verdict: a seal over either
+# What a proxy brings is sealed in this order: all that say() says. (What is new here is to
+# be in TRUSTED, too, and in SAID_OF_VIEWERS, if pages differ by it.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
            "x-token", "x-label")
@@ -13402,19 +13419,14 @@ def request_behind(request):
     return Request("", "")
 
 
-def workspace_behind(request):
-    """Return the workspace of the request for which a proxy asks; "": none, or two."""
-    path = request_behind(request).path
-    return path.split("/")[2] if path.startswith("/w/") else ""
-
-
 def gate_for_proxies(ctx):
     """The verdict, sealed as a whole, for a proxy to bring to a node.
 
     Most proxies know no answers but 200, 401 and 403. So for a workspace on its way they
     hear 200 and no verdict: whoever they bring the request to asks again.
     """
-    answer = gate(ctx, workspace_behind(ctx.request))
+    path = request_behind(ctx.request).path
+    answer = gate(ctx, path.split("/")[2] if path.startswith("/w/") else "")
     if answer is MOVING:
         return Response(200)
     if answer.status != 200:
@@ -13610,7 +13622,7 @@ def has_file(workspaces, id, body):
     """Return whether it is here. Its object hears of the jobs that came with it."""
     if not workspaces.path(id).exists():
         return False
-    workspaces.sleep_unused()                            # who has the file before it open
+    workspaces.sleep_unused()                            # it may have an older file open
     facts_of(workspaces.get(id))
     return True
 
@@ -13744,12 +13756,12 @@ def node_assign(settings, given):
             rows = workspaces_on(store, given.placed)
         else:
             rows = [row_of(store, "workspaces", slug(given.placed))]
-    missing = [not_assigned(settings, row, node) for row in rows]
+    faults = [not_assigned(settings, row, node) for row in rows]
     with opened(settings, given) as (store, _):
-        missing = [why or assign(store, row, node) for row, why in zip(rows, missing)]
-    for row, why in zip(rows, missing):
-        print(row["name"], why or f"on {node} now", sep="\t")
-    return 1 if any(missing) else 0
+        faults = [fault or assign(store, row, node) for row, fault in zip(rows, faults)]
+    for row, fault in zip(rows, faults):
+        print(row["name"], fault or f"on {node} now", sep="\t")
+    return 1 if any(faults) else 0
 
 
 def not_assigned(settings, row, node):
@@ -13769,7 +13781,7 @@ def not_assigned(settings, row, node):
 
 
 def assign(store, row, node):
-    """Return why not, or ""."""
+    """Return why that failed, or ""."""
     changed = store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ? AND name "
                          "= ? AND node = ? AND moving = ?", node, STAYS, row["id"],
                          row["name"], row["node"], row["moving"])
@@ -13777,7 +13789,7 @@ def assign(store, row, node):
 
 
 def check_left(settings, row):
-    """Raise Unusable if its node may still have it. On a lost node, it is no more."""
+    """Raise Unusable if its node may still have it. One that is silent counts as lost."""
     node = row["node"]
     name = row["name"]
     try:
@@ -13813,7 +13825,7 @@ def export_from_node(settings, given):
     place = place_of(settings, name=given.name)
     id = place["id"]
     path = settings.workspaces / f"{id}.db"
-    check_export(given, place, path)
+    check_export(given, place)
     if not path.exists():
         raise Unusable(f"{given.name} is not on this node; workspace list on the "
                        "directory's machine tells where it is")
@@ -13949,6 +13961,10 @@ def listening_at(where):
 #   server started, or when they were open.
 # It needs: 42 Jobs, 53 Figures, 56 Snapshots, 62 Nodes.
 
+GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
+AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
+
+
 @addition
 class NotesFiles(Alarms):
     def __init__(self, *args):
@@ -13974,9 +13990,6 @@ class NotesFiles(Alarms):
             self.given_up[id] = many
 
 
-GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
-
-
 @addition
 class NotesItself(Broadcast):
     def own_due(self, request):
@@ -13997,11 +14010,9 @@ class KnowsPlaces(EdgeDirectory):
                 "nodes": [row["address"] for row in nodes]}
 
 
-AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
-
-
 def answers(settings, node):
-    """Return 1 if a node answers, in a second, what it says to its directory alone."""
+    """Return 1 if a node says, within a second, that it lacks the file of an id that nobody
+    has. It says so to its directory alone: so they share a key."""
     question = Request("GET", f"/_node/{'0' * 64}/has")
     return int(outcome(ask_process, settings, node, question, 1.0) is False)
 
@@ -14062,7 +14073,8 @@ def public_path(router, request):
 
 
 def public_functions(settings):
-    """Return what an Env has where there are public routes."""
+    """Return what an Env has where there are public routes: public(request), see
+    public_path; and question(request), which tells the gate whether it is public."""
     public = functools.partial(public_path, workspace_router(settings))
 
     def question(request):
@@ -14071,27 +14083,10 @@ def public_functions(settings):
     return {"public": public, "question": question}
 
 
-DEEPEST = 20                                             # parts of a path looked at
-
-
-def unnamed(request, env, status):
-    """Return the request for a log: what stands for a <part> of a public path may be a
-    secret. The longest beginning of the path that is public decides.
-
-    What was refused may be public by another method, and more may stand behind it. Four
-    parts are the least: "", "w", the workspace, and the first of the path.
-    """
-    parts = request.path.split("/")
-    refused = status >= 400
-    methods = [request.method, *METHODS] if refused else [request.method]
-    shortest = 4 if refused else len(parts)
-    lengths = range(min(len(parts), DEEPEST), shortest - 1, -1)
-    for length, method in itertools.product(lengths, methods):
-        beginning = "/".join(parts[:length])
-        public = env.public(request._replace(method=method, path=beginning))
-        if public:
-            return request._replace(path="/".join(parts[:3]) + public)
-    return request
+def beginning_with(path):
+    """Return a pattern of what begins with a path of a slice, in any workspace."""
+    pattern = f"/w/[^/]*{path_pattern(path)}(?:/|$)"
+    return re.compile(pattern)
 
 
 def as_nobody(request, env):
@@ -14140,14 +14135,17 @@ class LetsAnybodyIn(Directory):                          # also with --plain
 @addition
 class OpensToAnybody(LoopEdge):
     is_open = False                                      # there are public routes
-    secretive = False                                    # one of their paths has <parts>
+    secretive = ()                                       # their paths with <parts>, each
+                                                         # behind its pattern
 
     def use(self, env):
         paths = [route.path for route in all_routes(env.settings.slices)
                  if route.grant == PUBLIC]
         if paths:                                        # else it costs nothing
             self.is_open = True
-            self.secretive = "<" in "".join(paths)
+            paths.sort(key=lambda path: -path.count("/"))        # the longest decides
+            self.secretive = [(beginning_with(path), path)
+                              for path in paths if "<" in path]
             env = dataclasses.replace(env, **public_functions(env.settings))
         super().use(env)
 
@@ -14156,8 +14154,8 @@ class OpensToAnybody(LoopEdge):
         return as_nobody(request, self.env) if self.is_open else request
 
     def decide(self, request, env):
-        """On a node, a proxy brought the verdict, and it asked for it with the cookie. If
-        as_nobody took that out, the verdict is to name nobody, too."""
+        """Where as_nobody took the cookie out, the verdict is to name nobody, too. On a
+        node it may name somebody: a proxy brought it, and asked for it with the cookie."""
         decided = super().decide(request, env)
         if not isinstance(decided, Noted) or "cookie" in request.headers \
                 or not self.env.public(request):
@@ -14166,7 +14164,20 @@ class OpensToAnybody(LoopEdge):
         return decided._replace(request=decided.request.with_headers(nobody))
 
     def as_logged(self, request, status=500):
-        return unnamed(request, self.env, status) if self.secretive else request
+        """Write a route's <part> in place of what it stands for, which may be a secret: of
+        /w/acme/hooks/7f3a, /w/acme/hooks/<secret>.
+
+        What was refused may be so by its method, or by what stands behind such a path.
+        """
+        if not self.secretive:
+            return request
+        path = self.env.public(request)
+        if not path and status >= 400:
+            path = next((path for pattern, path in self.secretive
+                         if pattern.match(request.path)), "")
+        if not path:
+            return request
+        return request._replace(path="/".join(request.path.split("/")[:3]) + path)
 
     def count(self, asked, response):
         if self.secretive:
