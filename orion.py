@@ -3938,14 +3938,18 @@ def deltas_of(piece, streams):
     """In the pool: compress a piece as what differs from what most of these streams have
     sent last. All others get piece.zipped.
 
-    Return {what they have sent last: (the bytes, and what they have sent last then)}.
+    Return {what they have sent last: (the bytes, and what they have sent last then)}. If of
+    1,000 streams 998 have sent frame 7, and two are new, it is {(frame 7,): (frame 8 as
+    what differs, (frame 8,))}, and the two get all of frame 8.
     """
     sent = collections.Counter([stream.sent_last for stream in streams if stream.zipped])
-    common = [last for last, _ in sent.most_common(1) if last]
-    if len(sent) > len(common):
+    last = max(sent, key=sent.get, default=())
+    if () in sent or len(sent) > 1:
         piece.zipped                                     # made here, and not in the loop
-    return {last: (chunk(deflated(piece.frame, b"".join(last))),
-                   sent_after(last, piece, len(streams[0].channels))) for last in common}
+    if not last:
+        return {}
+    data = chunk(deflated(piece.frame, b"".join(last)))
+    return {last: (data, sent_after(last, piece, len(streams[0].channels)))}
 
 
 # ==== 19. Reader ==========================================================================
@@ -4243,7 +4247,7 @@ GZIPPED = ("content-encoding", "gzip")                   # a field of what is co
 def head_of(status, type, headers, nonce, is_stream):
     """Return the part of a head that does not change. nonce: NONCE, or "" if it has none.
     """
-    response = Response(status, b"", type, headers, nonce, is_stream)
+    response = Response(status, b"", type, headers, nonce, watch=is_stream)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
     if is_stream or type.startswith(COMPRESSED):         # compressed or not
         fields.append("vary: accept-encoding\r\n")
@@ -4411,28 +4415,28 @@ class KeptAnswer(NamedTuple):
 
 
 class Watched:
-    """A connection that only reads a file, and hears of each commit of others to it. [3]
-    reads members by one, too."""
+    """A connection that only reads a file, and hears of each commit to it. [3] reads
+    members by one, too."""
 
     def __init__(self, path, seconds):
         """seconds: the longest wait for a lock."""
         self.path = path
         self.seconds = seconds
         self.db = None                                   # or a connection of sqlite3
-        self.opened = None
+        self.file = None                                 # the one it is connected to
 
-    def version(self, opened):
-        """Return (opened, a number that changes with each commit of others).
+    def version(self, file):
+        """Return (file, data_version): it changes with each commit to the file.
 
-        opened: it changes when the file at the path may be another one. Then the connection
-        is made anew.
+        file: any value that changes when another file may be at the path. Then the
+        connection is made anew.
         """
-        if self.db is None or self.opened != opened:
+        if self.db is None or self.file != file:
             self.close()
             self.db = connected_to_read(self.path, timeout=self.seconds,
                                         isolation_level=None, check_same_thread=False)
-            self.opened = opened
-        return opened, self.db.execute("PRAGMA data_version").fetchone()[0]
+            self.file = file
+        return file, self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def close(self):
         if self.db:
@@ -4458,14 +4462,14 @@ class Kept(Watched):
     def directory_version(self):
         """Return what changes with each commit to the Directory; None: it can't be said.
 
-        Only the loop may call it. It opens the file anew after each command of our
-        Directory, whose object may have closed it since. For commits of others it looks
-        once in a turn of the loop, when all that is asked for in it has been read.
+        Only the loop may call it. The count of our own commits also moves when our object
+        closes the file, so it tells when another file may be there. For commits of others
+        the file is asked once in a turn of the loop, when all that came has been read.
         """
-        opened = self.directory.namespace.versions[self.directory.id]
-        if self.seen is None or self.opened != opened:
+        ours = self.directory.namespace.versions[self.directory.id]
+        if self.seen is None or self.file != ours:
             try:
-                self.seen = self.version(opened)
+                self.seen = self.version(ours)
             except sqlite3.Error:
                 self.seen = None
         return self.seen
@@ -4549,9 +4553,10 @@ class Pool:
         share, and put elsewhere        the line of all; wakes an idle thread
     """
     # A payer that is alone has more lanes in line, because a slow disk makes several files
-    # durable in the time of one. While one sends commands to 18 workspaces, on 360
-    # connections, a command of another, alone 1.6 ms, takes 5 with an eighth of the threads
-    # for each payer, 5 to 11 with a quarter, 20 to 50 with all.
+    # durable in the time of one. Of 16 threads carol alone has 8; when dave comes, each has
+    # 2. While one sends commands to 18 workspaces, on 360 connections, a command of
+    # another, alone 1.6 ms, takes 5 with an eighth of the threads for each payer, 5 to 11
+    # with a quarter, 20 to 50 with all.
     TOGETHER = 64                                        # items of a lane at a time
     ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
@@ -5076,15 +5081,13 @@ def shared_request(ctx, query, region, number):
 
 
 class Broadcast(GroupCommit, SliceHost):
-    """A SliceHost whose streams are held by a broker.
-
-    It also answers questions of the server itself: own_version answers "/_version".
-    """
+    """A SliceHost whose streams are held by a broker. It also answers questions of the
+    server itself."""
     KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def handle(self, request):
         # From outside none comes: destination (2) refuses all paths that begin with "/_".
-        own = getattr(self, f"own{request.path[1:]}", None)
+        own = getattr(self, f"own{request.path[1:]}", None)      # /_version: own_version
         if own is None:
             return super().handle(request)
         answer = own(request)
@@ -5126,8 +5129,11 @@ class Broadcast(GroupCommit, SliceHost):
 # -- in the loop
 
 class Channel:
-    """Its states: quiet; busy (being asked or delivered); busy and stale (published again
-    meanwhile, so it goes round once more)."""
+    """All streams that show the same: those of all members on the open todos of acme.
+
+    It is quiet; or busy: its object is asked, or the answer is sent; or busy and stale: it
+    was published again meanwhile, so it goes round once more.
+    """
 
     def __init__(self, subscription):
         self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
@@ -5138,8 +5144,14 @@ class Channel:
 
 
 class Broker:
-    """The loop alone changes channels and streams. Other threads mark a channel, and note
-    which failed."""
+    """Knows all channels, by object and question. Of acme it has, for one, this:
+
+        {acme's id: {("/todos/live", "show=open", ("x-account", ""), ("x-role", "member"),
+                      and four more headers): a Channel}}
+
+    The loop alone changes channels and streams. Other threads mark a channel, and note
+    which failed.
+    """
     SOME = 64                                # streams: see some_at_a_time
     UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
@@ -5147,7 +5159,7 @@ class Broker:
     def __init__(self, edge):
         self.edge = edge
         self.lock = threading.Lock()                     # guards busy and stale
-        self.channels = {}                               # by object, then by question
+        self.channels = {}                               # by id, then by question
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.open_streams = collections.Counter()        # how many, by account
         self.version = 0                                 # of the Directory
@@ -5167,7 +5179,7 @@ class Broker:
             self.note_change(topic[7:])
             self.regate(topic[7:])
         for channel in [*self.channels.get(id, {}).values()]:
-            heard = channel.subscription.topic           # "": all that is published
+            heard = channel.subscription.topic           # "": [3] all that is published
             if topic == heard or "" in (topic, heard):
                 self.mark(channel)
 
@@ -5342,7 +5354,8 @@ class Broker:
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided, passed_over)
-            elif not decided.watch:                      # it is no stream any more
+            # Else it is of no workspace: [3] the home page has a stream.
+            elif not decided.watch:                      # it has none any more
                 self.edge.call(stream.end, b"")
             elif decided.which != stream.account:        # the session is another one's now
                 raise Refused(412, "Somebody else is signed in here now.")
@@ -5449,9 +5462,9 @@ class Asked:
     started: float = 0.0                                 # by time.perf_counter()
     cookie: Optional[str] = None
     directory_version: Any = None                        # see Kept.directory_version
+    insider: int = 0                                     # hash of (lane, cookie)
+    let_in: bool = False                                 # by the gate: see LoopEdge.line_up
     payer: str = ""                                      # who pays for its thread
-    insider: int = 0                                     # see LoopEdge.insiders
-    let_in: bool = False                                 # see LoopEdge.line_up
     stub: Optional[GuardedStub] = None                   # the gate has spoken: who answers
     forwarded: Optional[Request] = None                  # the request as that one sees it
     object_version: int = 0                              # of that object, before it answers
@@ -5798,7 +5811,7 @@ class LoopEdge:
         self.pool = Pool(settings.threads)
         for namespace in (env.workspaces, env.directory.namespace):
             namespace.listeners.append(self.broker.published)
-        self.insiders = set()                            # hashes: (lane, cookie) let in
+        self.insiders = set()                            # Asked.insider of who was let in
         self.accounts = {}                               # by the hash of a cookie
         self.hosts = self.own_names()
         self.make_loop()
@@ -5962,15 +5975,22 @@ class LoopEdge:
             kept = self.kept.find(asked)
             if kept:
                 return connection.reply(asked, kept.renewed())
-        asked.payer = self.payer_of(asked)
         self.line_up(asked)
 
     def line_up(self, asked):
-        """Put it into the lane of its Workspace, if the gate has let this cookie in there
-        before; if not, into one for its address. All else has its connection's lane."""
+        """Put a request into a lane, and charge it to a payer. Those of carol are:
+
+            lane                  payer
+            203.0.113.5 /w/acme   inside, from 203.0.113.5    her first request for acme
+            /w/acme               carol                       since the gate has let her in
+            her connection        carol                       for the home page
+
+        So who is not known yet waits behind others at the same address alone.
+        """
         name = lane_name(asked.request.path)
         asked.insider = hash((name, asked.cookie))
         asked.let_in = asked.let_in or not name or asked.insider in self.insiders
+        asked.payer = self.payer_of(asked)
         if not name:
             name = asked.connection
         elif not asked.let_in:
@@ -5978,30 +5998,26 @@ class LoopEdge:
         self.pool.gather(name, asked, self.work_off, asked.payer)
 
     def payer_of(self, asked):
-        """Return who pays for a thread before the gate has spoken.
-
-        It is the account that the gate saw in this cookie before. Until it has seen one,
-        all at the same address pay together; those who sign in, apart from those who ask
-        for a workspace.
-        """
+        """Return the account that the gate saw in this cookie before. Until it has seen
+        one, all at the same address pay together; those who sign in, apart from those who
+        ask for a workspace."""
         known = self.accounts.get(hash(asked.cookie))
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
-    def is_in_place(self, asked, decided):
-        """Return whether the request waits where it should, and its account pays. If not,
-        remember who was let in, and line it up again."""
+    def lines_up_again(self, asked, decided):
+        """The gate has let it in. If it waits in the wrong lane, or its account does not
+        pay yet, remember who it is, line it up again, and return True."""
         account = decided.request.headers.get("x-account")
         known = not asked.cookie or not account or asked.payer == account
         if asked.let_in and known:
-            return True
+            return False
         asked.let_in = True
         if asked.cookie and account:
             self.accounts[hash(asked.cookie)] = account
             self.insiders.add(asked.insider)
-        asked.payer = self.payer_of(asked)
-        self.call(self.line_up, asked)
-        return False
+        self.call(asked.connection.or_close, self.line_up, asked)
+        return True
 
     def work_off(self, several):
         """In the pool: answer what came for one object. Return what is to be asked again.
@@ -6033,7 +6049,7 @@ class LoopEdge:
             if not isinstance(decided, Noted):
                 self.insiders.discard(asked.insider)
                 self.finish(asked, decided)
-            elif self.is_in_place(asked, decided):
+            elif not self.lines_up_again(asked, decided):
                 asked.stub, asked.forwarded = decided
                 asked.object_version = decided.stub.namespace.versions[decided.stub.id]
                 groups[decided.stub].append(asked)
@@ -16200,7 +16216,7 @@ class HasConsole(LoopEdge):
         False if it stays: it is refused, or is there already."""
         with self.trace.silence():
             decided = outcome(self.decide, asked.request, self.deciding)
-        return isinstance(decided, Noted) and not self.is_in_place(asked, decided)
+        return isinstance(decided, Noted) and self.lines_up_again(asked, decided)
 
 
 # -- the way of one POST, by the numbers in the drawing
