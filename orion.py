@@ -6239,7 +6239,8 @@ class LoopEdge:
 #   of its gate, as pages are kept, while its file stands still. And the file of a new
 #   workspace is made before the Directory's turn is taken, for that takes long.
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
-#   is it older than a second: some rights end by the clock.
+#   is it older than ten seconds, for sessions end by the clock. (Each second, Part Three
+#   removes those that are over. That is a commit, too.)
 # Who uses it: the composition roots of Part Three.
 
 class QuickRouter(Router):
@@ -6257,8 +6258,8 @@ class EdgeWorkspace(Broadcast, Workspace):
 
 class EdgeDirectory(Broadcast, Directory):
     """A Directory whose streams are held by a broker, and which keeps its verdicts."""
-    VERDICT_SECONDS = 1.0
-    MOST_VERDICTS = 1024
+    VERDICT_SECONDS = 10.0
+    MOST_VERDICTS = 4096
     digest_of = staticmethod(remembered(session_digest))
 
     def on_open(self):

@@ -14338,6 +14338,15 @@ def test_an_end_of_access_reaches_a_stream_that_a_masquerade_has_crossed(outside
     ear.until_it_says(seen)
 
 
+def test_a_verdict_that_is_kept_ends_with_the_time_of_a_masquerade(outside, monkeypatch):
+    monkeypatch.setattr(orion.EdgeDirectory, "VERDICT_SECONDS", WHOLE)
+    ops = outside.sign_in("ops")
+    ops.post("/masquerade", form={"account": "ann"})
+    outside.write("UPDATE sessions SET expires = ? WHERE operator IS NOT NULL", time.time() + 0.2)
+    assert ops.get("/_gate/acme").headers["x-account"] == "ann"
+    eventually(lambda: ops.get("/_gate/acme").status == 403)
+
+
 @cases("change", ["begins", "ends", "time"])
 def test_a_home_page_is_shown_to_nobody_else_when_a_masquerade(outside, change):
     ops, ann, over = outside.sign_in("ops"), outside.sign_in("ann"), "UPDATE sessions SET expires = ? WHERE operator IS NOT NULL"
