@@ -7503,9 +7503,9 @@ def read_command_line(argv, app=None):
     was said of that, and returns the settings with it.
     """
     app = app or Settings()
-    parser = Parser(prog="orion.py", description="A live, multi-tenant web server in one "
-                    "file. Without a command it serves.", epilog="Every option is an "
-                    "environment variable too: ORION_PORT=80 is --port 80.")
+    parser = Parser(description="A live, multi-tenant web server in one file. Without a "
+                    "command it serves.", epilog="Every option is an environment variable "
+                    "too: ORION_PORT=80 is --port 80.")
     parser.set_defaults(verb="")
     for flag, help, kind in OPTIONS:
         name = name_of_flag(flag)

@@ -8201,6 +8201,13 @@ def test_it_says_where_it_is_and_that_there_is_a_demo(tmp_path):
         assert not (tmp_path / "d" / "secret.key").stat().st_mode & 0o077
 
 
+def test_help_names_the_program_that_was_started(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["some/app.py", "account", "add", "--help"])
+    with pytest.raises(SystemExit):
+        orion.main()
+    assert capsys.readouterr().out.startswith("usage: app.py account add")
+
+
 def as_program(folder, *lines):
     """orion.py as the program that somebody starts, with a main() of these lines."""
     head, _, rest = PROGRAM.read_text("utf-8").partition("\ndef main(")
