@@ -14238,10 +14238,11 @@ class MemberLists:
 
     def __init__(self):
         self.lock = threading.Lock()                     # guards the next two lines
-        self.by_id = collections.OrderedDict()           # each with its version
+        self.by_id = collections.OrderedDict()           # (version, members): of which
+                                                         # version of the Directory they are
         self.size = 0
 
-    def put(self, id, rows, version=None):
+    def put(self, id, rows, version):
         """Keep rows of name, role and label; return them. The caller holds the lock."""
         _, known = self.by_id.pop(id, (None, ()))
         members = tuple(map(tuple, rows))
@@ -14295,8 +14296,7 @@ class ListsOfNode(MemberLists):
     def __init__(self, settings):
         super().__init__()
         self.settings = settings
-        self.as_of = None                                # version of the Directory that all
-                                                         # lists have; None: perhaps of none
+        self.version = None                              # of the Directory, last seen
 
     def of(self, id):
         """Mostly it is there already: see prepare. A job may have to wait."""
@@ -14309,34 +14309,23 @@ class ListsOfNode(MemberLists):
                 self.ask([id])
 
     def ask(self, ids):
-        """Return the lists of these ids. Raises NoAnswer.
-
-        If refresh began meanwhile, they may be older than the version that it noted: that
-        is forgotten, so it asks for all lists again.
-        """
-        as_of = self.as_of
+        """Return the lists of these ids. Raises NoAnswer."""
+        version = self.version                           # first: it may change meanwhile
         question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
         said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
         with self.lock:
-            if self.as_of != as_of:
-                self.as_of = None
-            return {id: self.put(id, rows) for id, rows in said.items()}
+            return {id: self.put(id, rows, version) for id, rows in said.items()}
 
     def refresh(self, version):
-        """Ask for all again, if the Directory has changed. Return ids: whose list did."""
-        if version == self.as_of:
-            return []
-        self.as_of = version                             # first: see ask
-        before = dict(self.by_id)
-        ids = [*before]
-        try:
-            for first in range(0, len(ids), IDS_AT_ONCE):
-                self.ask(ids[first:first + IDS_AT_ONCE])
-        except CRASH:
-            self.as_of = None
-            raise
-        return [id for id in ids if id not in self.by_id
-                or self.by_id[id][1] is not before[id][1]]
+        """Ask again for lists of another version. Give the ids of those that changed."""
+        self.version = version
+        with self.lock:
+            old = {id: members for id, (as_of, members) in self.by_id.items()
+                   if as_of != version}
+        ids = [*old]
+        for first in range(0, len(ids), IDS_AT_ONCE):
+            some = self.ask(ids[first:first + IDS_AT_ONCE])
+            yield from [id for id, members in some.items() if members is not old[id]]
 
 
 @addition
@@ -14378,7 +14367,7 @@ class AsksForMembers(Context):
 @addition
 class ShowsMembers(SliceHost):
     """What is kept of its renderings depends on the members, too."""
-    kept_members = None                                  # as one used them; None: none did
+    kept_members = None                                  # what they show; None: no members
 
     def rendering(self, *what):
         kept = self.kept_members
@@ -14502,12 +14491,13 @@ class Uploads:
 
     def route(self, reading):
         """Return the route that takes this as an upload; None: there is none."""
-        path = ""
-        if self.routes:
-            with contextlib.suppress(Refused):           # it is raised again, later
-                path, _ = parse_target(reading.target, reading.headers.get("host", ""))
-        type = reading.headers.get("content-type", "")
-        return self.route_of(reading.method, path, type.lower())
+        if not self.routes:
+            return None
+        with contextlib.suppress(Refused):               # it is raised again, later
+            path, _ = parse_target(reading.target, reading.headers.get("host", ""))
+            type = reading.headers.get("content-type", "")
+            return self.route_of(reading.method, path, type.lower())
+        return None
 
     def route_of(self, method, path, type=""):
         if type.startswith(IN_MEMORY):
@@ -14534,6 +14524,7 @@ class Uploads:
 
     def release(self, spool):
         with self.lock:
+            # To subtract so keeps no account of which nothing is left.
             self.taken -= collections.Counter({spool.account: spool.reserved})
             spool.reserved = 0
         spool.close()
@@ -14553,8 +14544,8 @@ class TakesUploads(Connection):
     """A connection that brings uploads.
 
     spool: where the present body goes, from its head until it is whole. A sender has to be
-    as fast as SLOWEST says, without the time in which nothing is read: by that, spool.began
-    is moved on.
+    as fast as SLOWEST says. The time in which nothing is read does not count: spool.began
+    is put off by it.
     """
     spool = None                                         # a Spool
     would_refuse = None                                  # (reading, limit of its route)
@@ -14784,15 +14775,13 @@ class Upload:
     @classmethod
     def found(cls, name, data, begins, ends):
         digest = hashlib.blake2b(digest_size=16)
-        for at in range(begins, ends, PIECE):
-            digest.update(data[at:min(at + PIECE, ends)])
+        for piece in pieces_of(data, begins, ends):
+            digest.update(piece)
         type = type_of(data[begins:min(begins + 1024, ends)])
         return cls(file_name(name), type, ends - begins, digest.hexdigest(), data, begins)
 
     def pieces(self) -> Iterator[bytes]:
-        ends = self.begins + self.size
-        for at in range(self.begins, ends, PIECE):
-            yield self.source[at:min(at + PIECE, ends)]
+        return pieces_of(self.source, self.begins, self.begins + self.size)
 
     def read(self) -> bytes:
         """Return all of it."""
@@ -14800,6 +14789,11 @@ class Upload:
 
     def __str__(self):
         return f"{self.name} {self.digest}"
+
+
+def pieces_of(data, begins, ends):
+    for at in range(begins, ends, PIECE):
+        yield data[at:min(at + PIECE, ends)]
 
 
 # What a browser can show and not run: its type, and what stands at which byte of it. What
@@ -15211,7 +15205,8 @@ class KnowsTokens(EdgeDirectory):
 
     def token(self, request):
         """Return the row of the token; None if it is not valid."""
-        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", request.headers["x-bearer"])
+        id = request.headers["x-bearer"]
+        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", id)      # and its label
         given = bytes.fromhex(request.headers["x-session"])
         return row if row and hmac.compare_digest(row["digest"], given) else None
 
@@ -15221,9 +15216,8 @@ class KnowsTokens(EdgeDirectory):
         token = self.token(ctx.request)
         row = token and ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace,
                                       token["account"], token["workspace"])
-        if row is None:
-            verdict = super().verdict_on(ctx, workspace)     # of nobody: a route may be
-                                                             # public
+        if row is None:                                  # as anybody: a route may be public
+            verdict = super().verdict_on(ctx, workspace)
             no = NO_ENTRY if token else NO_TOKEN
             return no if verdict is NO_SESSION else verdict
         if row["moving"]:
@@ -15392,8 +15386,9 @@ class DataPiece(Piece):
 
 @addition
 class DataInPages(EdgeWorkspace):
-    """A program gets the data of the regions. Those of a stream are asked for again for a
-    role, and not for a viewer: so in that request the parameter DATA says it."""
+    """A program gets the data of regions in place of their markup. When a region of a
+    stream is asked for again, that request names a role and no program. So it has a
+    parameter, DATA, which says that data is meant."""
 
     def refuse(self, request, refused):
         if request.headers.get("x-token"):
@@ -15745,8 +15740,11 @@ def cell(text):
 #
 # Its table:
 #
-#     _removed   note (the row of the journal), until, size (in characters), rows (JSON: the
-#                table, its columns, and the values of each row)
+#     _removed   note (the row of the journal), until, size (in characters), rows (JSON)
+#
+# rows: the table, its columns, and the values of each row. For example:
+#
+#     ["todos", ["id", "title", "done"], [[7, "Buy milk", 0]]]
 
 REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL, until "
            "REAL NOT NULL, size INTEGER NOT NULL, rows TEXT NOT NULL)",)
@@ -15822,8 +15820,9 @@ def remove_member(ctx, account):
 
 def let_in_again(ctx, id):
     """Give the role back. Links and tokens of the member stay void."""
-    _, [(_, columns, [row])] = removed_rows(ctx, id)     # of one table, one row
-    member = dict(zip(columns, row))
+    _, removed = removed_rows(ctx, id)
+    _, columns, rows = removed[0]                        # one row of memberships
+    member = dict(zip(columns, rows[0]))
     if member["workspace"] != ctx.viewer.id:
         raise Refused(409, UNDO_OVER, signal="toast")
     owns = member["role"] == "owner" or member["offered"]
@@ -16191,13 +16190,15 @@ class HasConsole(LoopEdge):
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
         self.console = Console(self)
-        self.broker.unannounced = Console.id, "directory"    # a single root's id is another
+        # Who looks at the console, or at a members page, is told to nobody. (In a single
+        # root the Directory has the id of its Workspace, and no other.)
+        self.broker.unannounced = Console.id, "directory"
         paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
 
     def tick(self, now):
         super().tick(now)
-        self.broker.published(Console.id, Console.id)
+        self.console.each_second()
 
     def keeps_answers(self):
         return super().keeps_answers() and not self.trace.watched
@@ -16206,15 +16207,15 @@ class HasConsole(LoopEdge):
         if not self.trace.watched:
             return super().work_off(several)
         for asked in several:
-            if asked.let_in or not self.moves_on(asked):
+            if asked.let_in or not self.changes_lane(asked):
                 trip = Trip(self.as_logged(asked.request))
                 answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
                 self.finish(asked, answer)
         return []
 
-    def moves_on(self, asked):
-        """Line the request up in the lane of its object, if the gate lets them in. Return
-        False if it stays: it is refused, or is there already."""
+    def changes_lane(self, asked):
+        """The first time that the gate lets somebody in, line the request up in the lane of
+        its object, and return True."""
         with self.trace.silence():
             decided = outcome(self.decide, asked.request, self.deciding)
         return isinstance(decided, Noted) and self.lines_up_again(asked, decided)
@@ -16263,7 +16264,8 @@ class Console:
         self.broker = edge.broker
         self.trace = edge.trace
         self.due = False                                 # a frame is on its way
-        self.changed = 0                                 # the second after a publish
+        self.changed = False                             # something was published
+        self.state = 0                                   # grows each second in which it was
         self.all_facts = functools.lru_cache(maxsize=8)(self.ask_all)
         self.actions = {("GET", "/console"): self.page,
                         ("GET", "/console/live"): self.stream,
@@ -16293,8 +16295,14 @@ class Console:
     # -- what makes a frame: news, a second that passed, somebody who came
 
     def published(self, id, topic):
-        """Have the objects asked for their facts, from the next second on."""
-        self.changed = int(time.monotonic()) + 1
+        """Have the objects asked for their facts in the next second."""
+        self.changed = True
+
+    def each_second(self):
+        if self.changed:
+            self.changed = False
+            self.state += 1
+        self.broker.published(self.id, self.id)
 
     def news(self):
         if not self.due:
@@ -16382,11 +16390,11 @@ class Console:
 
     # -- the region
 
-    def ask_all(self, ids, second):
+    def ask_all(self, ids, state):
         """Return the facts of each object, and how long it took to ask for them.
 
-        It is kept by second, which goes on with the clock, up to the second after the last
-        publish. So objects are asked once a second while they change, and then no more.
+        That is kept for each state. So objects are asked once a second while anything is
+        published, and then no more.
         """
         started = time.perf_counter()
         facts = {id: self.count(id) for id in ids}
@@ -16410,8 +16418,7 @@ class Console:
         found = self.env.directory.ask("/_names", query)
         page = dict(itertools.islice(found["page"].items(), NAMES_A_PAGE))
         names = {self.env.directory.id: "Directory", **page}
-        second = min(self.changed, int(time.monotonic()))
-        facts, took = self.all_facts(tuple(page), second)
+        facts, took = self.all_facts(tuple(page), self.state)
         rows = [self.object_row(self.env.workspaces.get(id), name, facts[id])
                 for id, name in page.items()]
         first = self.object_row(self.env.directory, "Directory", {})
@@ -16686,7 +16693,7 @@ def listed(given):
 
 
 def add_own_option(parser, option, suppress=False):
-    """suppress: the flag was added to the main parser, too, which has its default."""
+    """suppress: no default, for a command; the flag of the main parser has it."""
     flag = option.flag
     help = option.help
     if option.secret:
@@ -16905,6 +16912,8 @@ class HearsOfCommands(Broker):
     heard = ""                                           # the last entry of the journal
 
     def look_elsewhere(self):
+        """For the first time before the Directory's version is known: of what is written
+        after that, its next change tells."""
         if not self.heard:
             with contextlib.suppress(Refused):           # in the next second
                 self.hear()
@@ -17293,9 +17302,9 @@ class DevEdge(LoopEdge):
 
     def drained(self):
         """Who has connected just now has a request on the way. It is answered, too."""
-        least = time.monotonic() + Connection.IDLE_SECONDS - self.EXPECTED_SECONDS
+        left = Connection.IDLE_SECONDS - self.EXPECTED_SECONDS
         new = [held for held in self.held if isinstance(held, Connection)
-               and held.new and held.deadline > least]
+               and held.new and held.deadline - time.monotonic() > left]
         return not (new and self.socket.fileno() < 0) and super().drained()
 
     def state(self, request, env):

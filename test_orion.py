@@ -8824,9 +8824,9 @@ def test_of_very_many_members_the_first_are_told(start, monkeypatch):
 def test_lists_of_members_are_bounded_and_one_that_stays_the_same_is_the_same():
     lists = orion.MemberLists()
     lists.MOST = 3
-    same = lists.put("a", [("bob", "owner"), ("carol", "member")])
-    assert lists.put("a", [["bob", "owner"], ["carol", "member"]]) is same and lists.size == 2
-    lists.put("b", [("bob", "owner"), ("erin", "viewer")])
+    same = lists.put("a", [("bob", "owner"), ("carol", "member")], 1)
+    assert lists.put("a", [["bob", "owner"], ["carol", "member"]], 2) is same and lists.size == 2
+    lists.put("b", [("bob", "owner"), ("erin", "viewer")], 2)
     assert [*lists.by_id] == ["b"] and lists.size == 2
 
 
@@ -13641,11 +13641,31 @@ def test_members_that_a_node_asked_for_while_they_changed_are_asked_for_again(mo
         before = {"a": [*rows]}
         if not lists.by_id:                              # the answer is on its way; meanwhile it becomes an old one
             rows.append(["carol", "member"])
-            lists.refresh(2)
+            assert [*lists.refresh(2)] == []
         return before
     monkeypatch.setattr(orion, "ask_process", ask)
-    assert lists.refresh(1) == [] and lists.of("a") == (("bob", "owner"),)
-    assert lists.refresh(2) == ["a"] and lists.of("a") == (("bob", "owner"), ("carol", "member")) and lists.refresh(2) == []
+    assert [*lists.refresh(1)] == [] and lists.of("a") == (("bob", "owner"),)
+    assert [*lists.refresh(2)] == ["a"] and lists.of("a") == (("bob", "owner"), ("carol", "member")) and [*lists.refresh(2)] == []
+
+
+def test_members_that_changed_are_told_though_those_of_another_workspace_can_not_be_asked_for(monkeypatch):
+    lists, roles = orion.ListsOfNode(orion.Settings()), {"a": "owner", "b": "owner"}
+
+    def ask(settings, place, question, patience):
+        ids = question.params["ids"].split(",")
+        if "b" in ids and roles["b"] == "unknown":
+            raise orion.NoAnswer("busy")
+        return {id: [["bob", roles[id], "Bob"]] for id in ids}
+    monkeypatch.setattr(orion, "ask_process", ask)
+    monkeypatch.setattr(orion, "IDS_AT_ONCE", 1)
+    lists.of("a"), lists.of("b"), [*lists.refresh(1)]
+    roles.update(a="member", b="unknown")
+    told = []
+    with pytest.raises(orion.NoAnswer):
+        for id in lists.refresh(2):
+            told.append(id)
+    roles["b"] = "viewer"
+    assert told == ["a"] and [*lists.refresh(2)] == ["b"]
 
 
 def test_an_apps_own_slice_has_data_by_one_more_function(start):
