@@ -6354,7 +6354,7 @@ def create_workspace_with_file(request, env):
 #     @verb("backup", ...)          a command of the command line
 #     @public                       a name that apps use
 #     ROOTS.append(...)             a composition root for some settings
-#     VIEWERS.append(...)           what it knows of a viewer, by the headers of a verdict
+#     VIEWERS.append(...)           a function: puts what a verdict says into a viewer
 #     PLAIN.append(...)             what changes the env of --plain, too
 #
 # So the Directory of this part is a chain of classes:
@@ -6423,7 +6423,7 @@ MEMBERS_PARTS = []                                       # (ctx): below the list
 PLAIN = []                                               # (env): changes that of --plain
 VIEWERS = []                                             # see viewer_in_full
 CHECKS = []                                              # (settings): before composing
-# Each of these has one user. It stands here so that this section can be struck out.
+# Each of these has one user. It stands here so that its user can be struck out.
 BEFORE_SERVING = []                                      # (): once in a process that serves
 AT_START = []                                            # (server, address)
 APP_PARSERS = []                                         # see read_command_line
@@ -6523,7 +6523,7 @@ def frames_of_app(error):
 # For what is found each second: it is said again when 256 others were said since.
 log_once = functools.lru_cache(maxsize=256)(log)
 
-# The tables of FTS5: they have no page of their own.
+# Tables that have no page of their own: those of FTS5.
 INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
@@ -6692,7 +6692,7 @@ class KnowsOwners(NestedStore):
     def apply(self, slice, entries, number):
         """The tables that it makes are the slice's own now."""
         self.learn_owners()
-        # If the entry renames a table, this says whether references follow: see makes_way.
+        # When a table is renamed, references to it follow; but not if it makes way.
         self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
@@ -6726,12 +6726,12 @@ class KnowsOwners(NestedStore):
 
 
 class OwnedStore(KnowsOwners, GuardedStore):
-    """For whoever opens a file alone: a command, or a check."""
+    """For a command or a check. It holds no turn, so it can wait for a lock."""
     LOCK_SECONDS = Store.LOCK_SECONDS
 
 
 class OwnedObjectStore(KnowsOwners, GuardedStore):
-    """For objects."""
+    """For objects. (With --plain, they have KnowsOwners itself.)"""
 
 
 @addition
@@ -6901,7 +6901,7 @@ class OwnsTables(SliceHost):
     """A host whose slices reach their own tables alone. A write leaves a row in the
     journal, in the same transaction."""
     store_class = KnowsOwners                            # with --plain
-    wrote = False                                        # did the last call?
+    wrote = False                                        # did the last call write?
 
     def call(self, slice, route, args, viewer, request):
         may = READ if request.method in SAFE else WRITE
@@ -6915,7 +6915,7 @@ class OwnsTables(SliceHost):
         self.wrote = self.store.db.total_changes != before
         if self.wrote:                                   # no slice can forget the journal
             parts = map(str, args)
-            if route.grant == PUBLIC:                    # [3] There it may be a secret.
+            if route.grant == PUBLIC:                    # such a path may have a secret
                 parts = ()
             which = response.which or "/".join(parts) or str(store.inserted or "")
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
@@ -6991,11 +6991,13 @@ def orphans(store):
 
 
 def makes_way(entries, number):
-    """True if the entry renames a table, to make another of its name and to drop it:
+    """True if the entry renames a table, and later ones make another of its name, and drop
+    the old one:
 
         ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
 
-    Those that refer to it mean the new one (sqlite.org/pragma.html, legacy_alter_table).
+    What refers to cards shall mean the new one (sqlite.org/pragma.html,
+    legacy_alter_table).
     """
     words = words_of(entries[number])
     if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
@@ -7080,9 +7082,10 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 
 @dataclasses.dataclass
 class FullEnv(Env):
-    """regate: the gate for streams that are open. On a node, it asks for a verdict, where
-    gate takes the one that came along. start: the page with which a workspace begins.
-    public returns the path of a route that is for anybody (section 65)."""
+    """start: the page with which a workspace begins. public returns the path of a route
+    that is for anybody (section 65). regate: the gate for streams that are open. It is
+    another one on a node: there, gate takes the verdict that came with the request, which
+    is old when a stream asks again."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
@@ -7112,8 +7115,8 @@ class Server(LoopEdge):
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
     def decide(self, request, env):
-        """What is in a spool was long on its way. So the gate is asked again, and no
-        verdict that came with it is taken."""
+        """An upload (section 67) can be long on its way. The verdict that came with it is
+        old; so another one is asked for, as for a stream."""
         if request.spool:
             env = self.regating
         return super().decide(request, env)
@@ -7141,7 +7144,7 @@ class Server(LoopEdge):
 
 def plain_root(settings):
     """The root of --plain: Part One, and what other sections add to its classes."""
-    if settings.key_file.exists():                       # else it is made
+    if settings.key_file.exists():                       # then nobody else may read it
         load_keys(settings.key_file)
     env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
                        whole)
@@ -7498,9 +7501,9 @@ def read_command_line(argv, app=None):
     """Return the settings, and what a command was given. Its verb is "" to serve.
 
     argv: None: the words with which this process was started. app: settings, with what
-    main() was given. APP_PARSERS add to the parser what an app has of its own: each
-    (parser, its commands, app) returns a function that takes out of the second result what
-    was said of that, and returns the settings with it.
+    main() was given. APP_PARSERS are for what an app has of its own: each adds it to the
+    parser and its commands, and returns read(settings, given), which returns the settings
+    with what was given of that.
     """
     app = app or Settings()
     parser = Parser(description="A live, multi-tenant web server in one file. Without a "
@@ -8241,22 +8244,22 @@ def is_silent(router, what, told):
 
 @addition
 class NoticesSilence(EdgeWorkspace):
-    waiting = 0                                          # calls of commands before, in the
-                                                         # same transaction
+    """A command that forgets to publish leaves old pages, and raises no error. So what each
+    command has added to Store.after_commit is looked at."""
+    added_before = 0                                     # by others, which share the commit
 
     def call(self, *what):
-        self.waiting = len(self.store.after_commit)
+        self.added_before = len(self.store.after_commit)
         try:
             return super().call(*what)
         finally:
-            self.waiting = 0
+            self.added_before = 0
 
     def journal(self, viewer, what, which):
-        """A command that forgets to publish leaves old pages, and raises no error."""
         super().journal(viewer, what, which)
-        calls = self.store.after_commit[self.waiting:]   # a publish is a call of bus.tell
-        told = tuple([topic[0] for call, *topic in calls if call == self.bus.tell])
-        if len(told) < len(calls):                       # a job follows, and may publish
+        added = self.store.after_commit[self.added_before:]
+        told = tuple([args[0] for call, *args in added if call == self.bus.tell])
+        if len(told) < len(added):                       # a job follows, and may publish
             return
         if is_silent(self.router, what, told):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
@@ -8295,9 +8298,12 @@ TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "
 
 
 class Scanner:
-    """Finds out in what kind of place each hole of some markup stands.
+    """Finds out in what kind of place each hole of some markup stands. Of
 
-    Raises ValueError with the remedy; at is where.
+        <a href="{{to}}" {{current}} data-on:click="go({{json id}})"><b>{{who}}</b></a>
+
+    found is [("an address", "to"), ("an attribute", "current"), ("json", "id"), ("text",
+    "who")]. Raises ValueError with the remedy; at is where.
     """
 
     def __init__(self, markup):
@@ -8307,7 +8313,7 @@ class Scanner:
         self.inside = ""                                 # of which element of TAGLESS
 
     def scan(self, kind):
-        """Read all the markup, as what fills a hole of this kind."""
+        """Read all the markup. It is a page ("text"), or fills a hole of this kind."""
         self.refuse_broken_holes()
         if kind == "text":
             self.text()
@@ -8442,8 +8448,8 @@ def kind_in_address(name, hole):
 
 
 def checked_places(self, kind):
-    """Take the place of Template.places. Raises ValueError. None: this can't stand there.
-    """
+    """Take the place of Template.places. Return what a Scanner has found; None: this can't
+    fill a hole of that kind, so text has to. Raises ValueError with file and line."""
     scanner = Scanner(self.markup)
     try:
         scanner.scan(kind)
@@ -8595,6 +8601,11 @@ def path_to(router, page, args):
 
 # -- a flash: a message for the page to which go() leads. A cookie brings it there, sealed,
 #    and only to that path. The page deletes it.
+#
+#     x-flash: /w/acme/cards/3 DATA                         as go() returns it
+#     set-cookie: flash=DATA.SEAL; Path=/w/acme/cards/3     as it leaves
+#
+# DATA is base64: the message and, behind a line break, what its button undoes.
 
 FLASH = "x-flash"                                        # the header of an answer, inside
 FLASH_SECONDS = 60
@@ -8603,7 +8614,6 @@ LONGEST_FLASH = 200                                      # characters
 
 
 def flash_header(path, text, signals):
-    """The signal _undo, if there is one, goes along in a second line."""
     lines = f"{text[:LONGEST_FLASH]}\n{signals.get('_undo', '')}".encode("utf-8", "replace")
     return FLASH, f"{path} {base64.urlsafe_b64encode(lines).decode()}"
 
@@ -8660,7 +8670,7 @@ def old_messages(request):
     """Return signals that take away what a page says of an earlier mistake: "problem" and,
     for each field that was sent, "<field>_problem".
 
-    A form does not bring these signals along; otherwise, only those that came are meant.
+    If the page sent its signals, only those of them that it has. (A form sends none.)
     """
     names = {}
     with contextlib.suppress(Refused):
@@ -8734,8 +8744,7 @@ class KnowsWhatWasTyped(Context):
 @addition
 class CarriesFlashes(LoopEdge):
     def finish(self, asked, response):
-        """No other answer than a page, or one with header fields, has to do with a flash.
-        """
+        """Only what go() returns (it has headers), and a page, has to do with a flash."""
         carries = isinstance(response, Response) and (response.headers or response.nonce)
         if carries and asked.reading.method != "HEAD":
             response = with_flash(asked.request, response)
@@ -11080,7 +11089,7 @@ class TellsWhoIsHere(Broker):
 
     def __init__(self, edge):
         super().__init__(edge)
-        self.here = {}                                   # by object: who watches it
+        self.here = {}                                   # by object: the piece that says it
         self.told = {}                                   # by stream: the etag of its piece
         self.moved = set()                               # objects whose watchers changed
 
@@ -11097,7 +11106,8 @@ class TellsWhoIsHere(Broker):
             self.tell_who_is_here()
 
     def tell_who_is_here(self):
-        """Tell those who watch an object of which watchers came or went."""
+        """Once a second, and at once for the first: tell those who watch an object of which
+        watchers came or went."""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
@@ -11105,7 +11115,7 @@ class TellsWhoIsHere(Broker):
             self.some_at_a_time(streams, self.show_here, self.here[id])
 
     def show_here(self, stream, piece):
-        """Section 69 shows it to people alone."""
+        """Show it, unless the stream has it. Section 69 shows it to people alone."""
         if stream.channels and self.told.get(stream) != piece.etag:
             self.told[stream] = piece.etag
             stream.show("here", piece)
@@ -11685,7 +11695,8 @@ class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
         self.figures = Figures(settings.log, slow_log(settings.slow))
-        self.minutes = collections.deque([{}, {}], 2)    # at the end of each: served, by id
+        # What was served, by id, when each of the last two minutes ended.
+        self.minutes = collections.deque([{}, {}], 2)
         self.add_doors({"/metrics": self.metrics})
 
     def tick(self, now):
@@ -11752,12 +11763,14 @@ class HasFigures(LoopEdge):
                 "logs": sum([bytes_in(f"{path}-wal") for path in paths.values()])}
 
     def of_leaders(self, **figures):
-        """Return these figures, given by id, of those workspaces that are among the ten
-        with most in one of them."""
-        leaders = [heapq.nlargest(10, one, key=one.__getitem__) for one in figures.values()]
-        names = {id: self.name_of(id) for id in {*itertools.chain(*leaders)}}
-        named = {id: name for id, name in names.items() if name}
-        return {what: labelled({named[id]: one[id] for id in named.keys() & one.keys()})
+        """Return rows of these figures, of which each is given as {id: number}: those of
+        workspaces that are among the ten with most in one of them."""
+        leaders = set()
+        for one in figures.values():
+            leaders.update(heapq.nlargest(10, one, key=one.get))
+        names = {id: self.name_of(id) for id in leaders}
+        there = {id for id in leaders if names[id]}
+        return {what: labelled({names[id]: one[id] for id in there & one.keys()})
                 for what, one in figures.items()}
 
     def name_of(self, id):
