@@ -9134,13 +9134,12 @@ class CountsAtHome(LoopEdge):
 #   it.
 # It needs: 40 Counts.
 
-# Its topic is access:<account>: what changes the list is published there anyway.
-HOME = Live("/", ACCOUNT, "Workspaces", (Region("access", mine_region, "account"),),
-            params={"after": WORKSPACE_NAME.pattern})
-
-
 def home_stream(ctx):
-    return ctx.host.stream(HOME, ctx, ())
+    """Its topic is the account's own: what changes the list is published there anyway."""
+    region = Region(f"access:{ctx.viewer.account}", mine_region, "account")
+    live = Live("/", ACCOUNT, "Workspaces", (region,),
+                params={"after": WORKSPACE_NAME.pattern})
+    return ctx.host.stream(live, ctx, ())
 
 
 @addition
@@ -9161,16 +9160,11 @@ class KeepsHome(EdgeDirectory):
             self.namespace.uncounted.add(id)
         return count
 
-    def topics(self, live, ctx, args):
-        if live.path != HOME.path:
-            return super().topics(live, ctx, args)
-        return [f"access:{ctx.viewer.account}"]
-
     def rendering(self, region, live, ctx, args):
         """Counts are not in the store, so its state does not tell whether one is old."""
-        if live.path != HOME.path:
-            return super().rendering(region, live, ctx, args)
-        return self.render(region, live, ctx, args)
+        if region.show is mine_region:
+            return self.render(region, live, ctx, args)
+        return super().rendering(region, live, ctx, args)
 
 
 @addition
