@@ -11083,35 +11083,34 @@ class TellsWhoIsHere(Broker):
 
     def __init__(self, edge):
         super().__init__(edge)
-        self.here = {}                                   # by object: the piece that says it
-        self.told = {}                                   # by stream: the etag of its piece
+        self.here = {}                                   # by object: what its watchers saw
         self.moved = set()                               # objects whose watchers changed
 
     def count_watcher(self, stream, id, more):
+        """Show a new one what the others see. The first sees itself."""
         super().count_watcher(stream, id, more)
         self.moved.add(id)
-        if more < 0:
-            self.told.pop(stream, None)
-            if id not in self.channels:
-                self.here.pop(id, None)
-        elif id in self.here:
+        if id not in self.channels:
+            self.here.pop(id, None)
+        elif more > 0 and id in self.here:
             self.show_here(stream, self.here[id])
-        elif id not in self.unannounced:
+        elif more > 0 and id not in self.unannounced:
             self.tell_who_is_here()
 
     def tell_who_is_here(self):
-        """Once a second, and at once for the first: tell those who watch an object of which
-        watchers came or went."""
+        """Once a second: tell all who watch an object if it is no longer what they see.
+        (Most who go, for a page is loaded again, are back by then.)"""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
-            self.here[id] = self.presence(streams)
-            self.some_at_a_time(streams, self.show_here, self.here[id])
+            piece = self.presence(streams)
+            if id not in self.here or piece.etag != self.here[id].etag:
+                self.here[id] = piece
+                self.some_at_a_time(streams, self.show_here, piece)
 
     def show_here(self, stream, piece):
-        """Show it, unless the stream has it. Section 69 shows it to people alone."""
-        if stream.channels and self.told.get(stream) != piece.etag:
-            self.told[stream] = piece.etag
+        """Section 69 shows it to people alone."""
+        if stream.channels:                              # else it has left meanwhile
             stream.show("here", piece)
 
     def presence(self, streams) -> Piece:
