@@ -3488,17 +3488,16 @@ class GuardedObject(DurableObject):
     store_class = GuardedStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
     OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
-    OPEN_SECONDS = float("inf")          # then its migrations go on apart: see bring_up
+    OPEN_SECONDS = float("inf")                          # see GuardedNamespace.bring_up
     SAID_SECONDS = 2.0                                   # what took longer is in the log
     # Of each object, as it begins:
     began = float("inf")                                 # when the present answer began
     lock_ends = float("-inf")                            # when everybody stops waiting
-    open_began = 0.0
     opened_at = 0.0                                      # by the clock, for people
 
     def open(self, create=False):
         """Raises StorageFault if migrations take longer than OPEN_SECONDS."""
-        self.open_began = time.monotonic()
+        began = time.monotonic()
         try:
             super().open(create)
         except (sqlite3.Error, MigrationError) as error:
@@ -3508,7 +3507,7 @@ class GuardedObject(DurableObject):
             self.namespace.bring_up(self.id, late)
             self.close()                                 # all who wait for it hear so
             raise self.fault(late) from error
-        took = time.monotonic() - self.open_began
+        took = time.monotonic() - began
         if took > self.SAID_SECONDS:
             log(f"storage: {self.store.path}: was opened, in {took:.0f} s")
 
@@ -3527,10 +3526,11 @@ class GuardedObject(DurableObject):
 
     def too_long(self):
         """SQLite asks this now and then, in the midst of a statement, which True ends."""
-        now = time.monotonic()
-        if self.bus:                                     # no migrations are under way
-            return now > self.began + self.STATEMENT_SECONDS
-        return now > self.open_began + self.OPEN_SECONDS or self.namespace.closed
+        if self.bus:
+            return time.monotonic() > self.began + self.STATEMENT_SECONDS
+        # Migrations are under way. Of an object that answers nobody they have no limit.
+        late = time.monotonic() > self.began + self.OPEN_SECONDS
+        return late or self.namespace.closed
 
     def claim(self, store):
         """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
@@ -3615,7 +3615,7 @@ class GuardedNamespace(Namespace):
         self.listeners = []                              # called with (id, topic)
         self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
-        self.late = {}                                   # by id: until when, and why
+        self.late = {}               # by id: until when nobody is let in here, and why
         self.in_line = collections.deque()               # ids: see bring_up
         self.fetches = 0                                 # all requests to objects
         self.served = collections.Counter()              # by id: those of people alone
@@ -3654,9 +3654,9 @@ class GuardedNamespace(Namespace):
         return one
 
     def bring_up(self, id, why):
-        """Open a file apart, however long that takes, when those before it are done.
+        """Open a file in a thread, however long that takes, when those before it are done.
 
-        late: for how long, and why, nobody is let in here.
+        Nobody is let in here meanwhile, nor for LATE_SECONDS if it fails.
         """
         with self.lock:
             self.late[id] = float("inf"), why
@@ -3674,11 +3674,9 @@ class GuardedNamespace(Namespace):
                 left = bool(self.in_line)
 
     def bring_one_up(self, id):
-        """What fails is tried again after LATE_SECONDS, when somebody asks for it."""
         one = self.build(id, self)
-        one.OPEN_SECONDS = float("inf")
         try:
-            one.open()
+            one.open()                                   # without a limit: see too_long
             one.store.close()
             del self.late[id]
         except CRASH as error:
