@@ -3198,8 +3198,8 @@ CRASH = BaseException                                    # a slice may call sys.
 #   which file, what, and what to do.
 # It promises: nothing is made anew in the place of what was lost; nothing is written to a
 #   file that was taken away or exchanged; no statement runs for longer than a few seconds.
-#   Migrations that take longer than one go on in a thread of their own, one file after the
-#   other; until they end, that workspace alone answers 503.
+#   Migrations that take longer than a second go on in a thread of their own, one file after
+#   the other; until they end, that workspace alone answers 503.
 #   While another process holds the write lock of a file, commands to it wait, and so do the
 #   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
@@ -3826,6 +3826,7 @@ class GroupCommit(GuardedObject):
                 raise
             self.forget_renderings()
             fault = error if isinstance(error, StorageFault) else self.fault(error)
+            # What had failed by itself keeps its reason.
             return [one if failed(one) else fault for one in outcomes]
 
     def answer_each(self, requests, outcomes):
@@ -4586,6 +4587,17 @@ class Pool:
         else:
             own.append((job, args))
 
+    def share(self, job, *args):
+        """Put a job at the end of the line of all. share(None) ends a thread."""
+        self.line.append((job, args))
+        self.wake()
+
+    def wake(self):
+        try:
+            self.idle.pop().release()
+        except IndexError:                               # all are busy, and will look again
+            return
+
     def defer(self):
         """For the loop's thread: from now on its put wakes nobody; rouse does.
 
@@ -4597,17 +4609,6 @@ class Pool:
     def rouse(self):
         for _ in range(min(len(self.line), len(self.idle))):
             self.wake()
-
-    def share(self, job, *args):
-        """Put a job at the end of the line of all. share(None) ends a thread."""
-        self.line.append((job, args))
-        self.wake()
-
-    def wake(self):
-        try:
-            self.idle.pop().release()
-        except IndexError:                               # all are busy, and will look again
-            return
 
     def work(self):
         self.local.line = collections.deque()
@@ -4622,13 +4623,6 @@ class Pool:
             while self.local.line:
                 self.follow_up()
 
-    def follow_up(self):
-        """Do what this thread has put in until now."""
-        jobs = [*self.local.line]
-        self.local.line.clear()                          # a job may call this, too
-        for job, args in jobs:
-            guarded(job, *args)
-
     def next(self, wakeup):
         """Return the next job, or wait for one."""
         while True:
@@ -4639,6 +4633,13 @@ class Pool:
             if self.line:                                # put in just before we were idle
                 self.wake()
             wakeup.acquire()
+
+    def follow_up(self):
+        """Do what this thread has put in until now."""
+        jobs = [*self.local.line]
+        self.local.line.clear()                          # a job may call this, too
+        for job, args in jobs:
+            guarded(job, *args)
 
     @property
     def busy(self):
@@ -4874,8 +4875,8 @@ class Held:
 class Stream(Held):
     """An open live answer. It keeps at most the rest of one frame, and the latest after it.
 
-    A page shows several pieces, each in a slot: a number for each region, and "page" for
-    all of it, after a change of role. [3] "here" is for who else looks on.
+    A page shows several pieces, each in a slot: a number for each region; "page" for all of
+    it, after a change of role; "beat" for a heartbeat. [3] "here" is for who else looks on.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
@@ -5013,8 +5014,8 @@ class Backlog:
 class Unread:
     """What waits for some readers, the one that has waited longest first.
 
-    A reader is a Held; for it wait bytes and pieces. Several may wait for the same one,
-    which is in memory once, so it counts once.
+    A reader is a Held; for it wait bytes and pieces. What several wait for is in memory
+    once, so it counts once: 1,000 streams that wait for a frame of 60 KB make 60 KB.
     """
 
     def __init__(self, most):
@@ -5413,18 +5414,19 @@ class Broker:
                 self.unreachable_since = time.monotonic()
             if time.monotonic() > self.unreachable_since + self.UNREACHABLE_SECONDS:
                 self.regate("")                          # nobody can say who may still look
-        if before not in (0, self.version):
+        if before == self.version:
+            return
+        if before:                                       # else this is the first look
             self.published(directory.id, "access:")      # anybody's
             self.published(directory.id, "")
-        if before != self.version:                       # for the first time, too
-            self.changed_elsewhere()
+        self.changed_elsewhere()
 
     def changed_elsewhere(self):
         """[3] looks for what another process may have changed besides the Directory."""
 
 
 SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-title",
-                   "x-operator", "x-read-only", "x-label")    # the last three: [3]
+                   "x-operator", "x-read-only", "x-label")    # the last four: [3]
 
 
 def viewer_in(forwarded):
@@ -5475,31 +5477,6 @@ class Asked:
         return request.path, request.query, self.cookie, request.scheme, coding
 
 
-def asking_once(deciding):
-    """Return the Env for requests that came together: those that would ask the gate the
-    same share its verdict. It is asked when all of them are there."""
-    if deciding.gate is not ask_the_gate:                # on a node each brings its own
-        return deciding
-    verdicts = {}                                        # by question
-
-    def gate(request, env):
-        question = env.question(request)
-        key = question.path, question.query, question.scheme, *question.headers.items()
-        if key not in verdicts:
-            verdicts[key] = env.directory.fetch(question)
-        return verdicts[key]
-    return dataclasses.replace(deciding, gate=gate)
-
-
-def lane_name(path):
-    """Return the lane of the Workspace that answers this path of a request; "": none does.
-    """
-    if not path.startswith("/w/"):
-        return ""
-    parts = path.split("/")
-    return "" if parts[3:4] == ["members"] else f"/w/{parts[2]}"
-
-
 UNREADABLE = Reading("-", "/", {}, keep=False, modern=True, length=0)
 
 
@@ -5534,7 +5511,9 @@ class Connection(Held):
         """At the end of the server: nobody waits for the rest of an answer."""
         return self.state not in (self.ANSWERING, self.LEAVING)
 
-    # -- reading, in the loop
+    # -- reading, in the loop. Most requests go from advance to take at once. One that has
+    # to be let in before its body is read goes by apart, check_before_body in the pool,
+    # go_on and resume, which calls advance again.
 
     spool_for = staticmethod(refuse_long)                # [3] has where a long body goes
 
@@ -5649,6 +5628,7 @@ class Connection(Held):
         return self.edge.refusal(asked.request, no)
 
     def encoded(self, asked, response):
+        """Return the bytes of the answer; note whether the connection goes on after it."""
         reading = asked.reading
         response = compressed(asked.request, response)
         self.edge.count(asked, response)
@@ -5712,76 +5692,6 @@ class Connection(Held):
             self.refuse(Refused(408, "The request took too long to arrive. Send it again."))
         else:
             self.close()
-
-
-def listening(host, port):
-    """Return a socket to accept from. A short queue would turn a crowd away."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = ":" in host and socket.has_dualstack_ipv6()   # "::" is for IPv4, too
-    return socket.create_server((host, port), family=family, backlog=1024,
-                                dualstack_ipv6=both)
-
-
-# -- who it is on the other side
-
-def address_in(text):
-    """Return the address, an object of ipaddress; None if it is none."""
-    with contextlib.suppress(ValueError):
-        ip = ipaddress.ip_address(text.partition("%")[0])
-        return getattr(ip, "ipv4_mapped", None) or ip    # IPv4, on a socket for both
-    return None
-
-
-@functools.lru_cache(maxsize=1024)
-def in_networks(address, networks):
-    """networks: a tuple of texts like "10.0.0.0/8"."""
-    ip = address_in(address)
-    return ip is not None and any([ip in ipaddress.ip_network(network)
-                                   for network in networks])
-
-
-WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
-
-
-@remembered
-def client_behind(peer, forwarded_for, proxies):
-    """Return who is behind the proxies that we trust, networks, by X-Forwarded-For.
-
-    Each proxy adds the address that it hears, perhaps with a port. So the list is read from
-    its end; what stands before somebody who is no proxy of ours, anybody can have written.
-    """
-    for heard in reversed(forwarded_for.split(",")):
-        if not in_networks(peer, proxies):
-            return peer
-        found = WITH_PORT.fullmatch(heard.strip())
-        address = address_in(found[1] or found[2] if found else heard.strip())
-        if address is None:
-            return peer
-        peer = str(address)
-    return peer
-
-
-@functools.lru_cache(maxsize=1024)
-def source_of(peer):
-    """Return who is charged for what comes from an address.
-
-    Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
-    """
-    address = address_in(peer)
-    if address is None:
-        return peer
-    if address.version == 4:
-        return str(address)
-    return str(ipaddress.ip_network((int(address), 64), strict=False))
-
-
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-give_way = getattr(os, "sched_yield", lambda: None)
-known_host_again = functools.lru_cache(maxsize=1024)(known_host)
-
-
-class Outdated(Undone):
-    """While a request waited for the object's turn, its account got or lost rights."""
 
 
 class LoopEdge:
@@ -6230,6 +6140,103 @@ class LoopEdge:
         self.env.directory.namespace.close()
         for one in (*self.held, self.socket, self.selector, self.waker, self.woken):
             one.close()
+
+
+# -- what the loop edge is made of
+
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+give_way = getattr(os, "sched_yield", lambda: None)
+known_host_again = functools.lru_cache(maxsize=1024)(known_host)
+
+
+def listening(host, port):
+    """Return a socket to accept from. A short queue would turn a crowd away."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = ":" in host and socket.has_dualstack_ipv6()   # "::" is for IPv4, too
+    return socket.create_server((host, port), family=family, backlog=1024,
+                                dualstack_ipv6=both)
+
+
+def lane_name(path):
+    """Return the lane of the Workspace that answers this path of a request; "": none does.
+    """
+    if not path.startswith("/w/"):
+        return ""
+    parts = path.split("/")
+    return "" if parts[3:4] == ["members"] else f"/w/{parts[2]}"
+
+
+class Outdated(Undone):
+    """While a request waited for the object's turn, its account got or lost rights."""
+
+
+def asking_once(deciding):
+    """Return the Env for requests that came together: those that would ask the gate the
+    same share its verdict. It is asked when all of them are there."""
+    if deciding.gate is not ask_the_gate:                # on a node each brings its own
+        return deciding
+    verdicts = {}                                        # by question
+
+    def gate(request, env):
+        question = env.question(request)
+        key = question.path, question.query, question.scheme, *question.headers.items()
+        if key not in verdicts:
+            verdicts[key] = env.directory.fetch(question)
+        return verdicts[key]
+    return dataclasses.replace(deciding, gate=gate)
+
+
+# -- who it is on the other side
+
+def address_in(text):
+    """Return the address, an object of ipaddress; None if it is none."""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(text.partition("%")[0])
+        return getattr(ip, "ipv4_mapped", None) or ip    # IPv4, on a socket for both
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def in_networks(address, networks):
+    """networks: a tuple of texts like "10.0.0.0/8"."""
+    ip = address_in(address)
+    return ip is not None and any([ip in ipaddress.ip_network(network)
+                                   for network in networks])
+
+
+WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
+
+
+@remembered
+def client_behind(peer, forwarded_for, proxies):
+    """Return who is behind the proxies that we trust, networks, by X-Forwarded-For.
+
+    Each proxy adds the address that it hears, perhaps with a port. So the list is read from
+    its end; what stands before somebody who is no proxy of ours, anybody can have written.
+    """
+    for heard in reversed(forwarded_for.split(",")):
+        if not in_networks(peer, proxies):
+            return peer
+        found = WITH_PORT.fullmatch(heard.strip())
+        address = address_in(found[1] or found[2] if found else heard.strip())
+        if address is None:
+            return peer
+        peer = str(address)
+    return peer
+
+
+@functools.lru_cache(maxsize=1024)
+def source_of(peer):
+    """Return who is charged for what comes from an address.
+
+    Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
+    """
+    address = address_in(peer)
+    if address is None:
+        return peer
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
 # ==== 26. Hosts ===========================================================================
