@@ -14441,7 +14441,8 @@ SPARE_DISK = 2 ** 26                                     # bytes that uploads le
 class Spool:
     """A body on its way from a socket to a file."""
 
-    def __init__(self, route, folder):
+    def __init__(self, reading, route, folder):
+        self.reading = reading                           # its head
         self.route = route
         self.limit = route.upload
         self.folder = folder
@@ -14559,17 +14560,15 @@ class TakesUploads(Connection):
     is put off by it.
     """
     spool = None                                         # a Spool
-    would_refuse = None                                  # (reading, limit of its route)
     paused = 0.0                                         # since when nothing is read
 
     def spool_for(self, reading):
         route = self.edge.uploads.route(reading)
         if route is None:
             return super().spool_for(reading)
-        self.would_refuse = reading, route.upload
+        self.spool = Spool(reading, route, self.edge.uploads.folder)
         if (reading.length or 0) > route.upload:
             raise too_large(route.upload)
-        self.spool = Spool(route, self.edge.uploads.folder)
         return self.spool
 
     def check(self, reading, request):
@@ -14632,23 +14631,22 @@ class TakesUploads(Connection):
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it
-        self.would_refuse = None
         if self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
         super().take(reading)
 
     def refuse(self, no):
         """Answer an upload as its page expects it, and read over what is on its way."""
+        spool = self.spool
         self.drop()
-        if self.would_refuse is None or self not in self.edge.held:
+        if spool is None or self not in self.edge.held:
             return super().refuse(no)
-        reading, limit = self.would_refuse
         self.state = self.ANSWERING
-        self.spare = 2 * limit                           # bytes that are read over, and
+        self.spare = 2 * spool.limit                     # bytes that are read over, and
         self.LINGER_SECONDS = 10.0                       # for how long, of this connection
-        asked = Asked(self, reading._replace(keep=False), Request("GET", "/"))
+        asked = Asked(self, spool.reading._replace(keep=False), Request("GET", "/"))
         with contextlib.suppress(Refused):
-            asked.request = self.edge.request(reading, self.peer)
+            asked.request = self.edge.request(spool.reading, self.peer)
         self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
     def close(self):
@@ -17064,6 +17062,10 @@ class Parent:
                 self.show_why(status)
         return status
 
+    def see_more(self):
+        """Look at new files, too. What has changed since of the others still has."""
+        self.seen = {**self.look(), **self.seen}
+
     def look(self):
         assets = pathlib.Path(self.assets).rglob("*") if self.assets else ()
         some = map(str, itertools.islice(assets, MOST_FILES))
@@ -17103,7 +17105,7 @@ class Parent:
                 if line.startswith("\0"):
                     self.served = True
                     self.modules = json.loads(line[1:])
-                    self.seen = {**self.look(), **self.seen}
+                    self.see_more()
                 else:
                     said.append(line)
                     print(line, end="", file=sys.stderr, flush=True)
@@ -17142,7 +17144,7 @@ class Parent:
         ended = f"{os.path.basename(sys.argv[0])} ended {how}"
         text = "".join(self.said) or ended
         self.modules += re.findall(r'(?m)^ *File "(.+)", line', text)
-        self.seen = {**self.look(), **self.seen}
+        self.see_more()
         log(f"orion: {ended}; it starts again when a file changes")
         server = Notice(self.socket, text)
         serving = threading.Thread(target=server.serve_forever, args=(0.05,))
