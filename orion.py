@@ -11908,24 +11908,30 @@ def top(settings, given):
 #   or the one before.
 # Who uses it: snapshots and exports.
 
-def put_in_place(part, target):
-    with open(part, "rb") as file:
-        own_as(target.parent, file.fileno())
-        os.fsync(file.fileno())
-    remove_log(target)                                   # SQLite would add it to this one
-    os.replace(part, target)
-    sync_folder(target.parent)
+def copy_database(source, target, about=None):
+    """Copy a database. Return its number of rows.
+
+    about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
+    damaged; then there is no target.
+    """
+    with in_the_making(target) as part:
+        os.close(private_file(part))
+        with Original(source) as original, \
+                contextlib.closing(sqlite3.connect(part)) as copy:
+            original.db.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+            rows = verified(copy)
+            if about is not None:
+                copy.execute("CREATE TABLE _export (about TEXT)")
+                copy.execute("INSERT INTO _export VALUES (?)", (json.dumps(about),))
+                copy.commit()
+        put_in_place(part, target)
+    return rows
 
 
-def remove_log(path):
-    for tail in ("-wal", "-shm"):
-        path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
-
-
-def timestamp():
-    """Return now, in UTC. Such names sort by age; two in a second are two."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return now.strftime("%Y%m%d-%H%M%S-%f")[:-3]
+class Original(OwnedStore):
+    """A file that is only read, and stays as it is."""
+    SETUP = "PRAGMA query_only=ON"
 
 
 @contextlib.contextmanager
@@ -11946,38 +11952,18 @@ def remove_any(path):
         file.unlink(missing_ok=True)
 
 
-COPY = "copy.making-"                                    # folders begin so
+def put_in_place(part, target):
+    with open(part, "rb") as file:
+        own_as(target.parent, file.fileno())
+        os.fsync(file.fileno())
+    remove_log(target)                                   # SQLite would add it to this one
+    os.replace(part, target)
+    sync_folder(target.parent)
 
 
-def folder_for_copy(settings):
-    """Give a folder for a copy that is migrated and looked into. Then it is removed."""
-    return tempfile.TemporaryDirectory(dir=settings.data, prefix=COPY)
-
-
-class Original(OwnedStore):
-    """A file that is only read, and stays as it is."""
-    SETUP = "PRAGMA query_only=ON"
-
-
-def copy_database(source, target, about=None):
-    """Copy a database. Return its number of rows.
-
-    about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
-    damaged; then there is no target.
-    """
-    with in_the_making(target) as part:
-        os.close(private_file(part))
-        with Original(source) as original, \
-                contextlib.closing(sqlite3.connect(part)) as copy:
-            original.db.backup(copy)
-            copy.execute("PRAGMA journal_mode=DELETE")
-            rows = verified(copy)
-            if about is not None:
-                copy.execute("CREATE TABLE _export (about TEXT)")
-                copy.execute("INSERT INTO _export VALUES (?)", (json.dumps(about),))
-                copy.commit()
-        put_in_place(part, target)
-    return rows
+def remove_log(path):
+    for tail in ("-wal", "-shm"):
+        path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
 
 
 # FTS5 keeps what is in the index words in the tables words_data, words_idx, ...
@@ -12048,6 +12034,20 @@ def one_move(settings):
     return locked(settings.workspaces, "a move is under way; try again when it is over")
 
 
+def timestamp():
+    """Return now, in UTC, to the millisecond. Such names sort by age."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.strftime("%Y%m%d-%H%M%S-%f")[:-3]
+
+
+COPY = "copy.making-"                                    # folders begin so
+
+
+def folder_for_copy(settings):
+    """Give a folder for a copy that is migrated and looked into. Then it is removed."""
+    return tempfile.TemporaryDirectory(dir=settings.data, prefix=COPY)
+
+
 # ==== 56. Snapshots =======================================================================
 # The idea: a snapshot is a folder with the whole deployment. What did not change since the
 #   one before is linked, and takes no room. Its manifest.json tells that:
@@ -12060,63 +12060,6 @@ def one_move(settings):
 #   keeps what the one before had. The Directory is copied first, so each workspace that it
 #   names is there. One that failed is in the log and in the figures.
 # It needs: 53 Figures, 55 Copies.
-
-def files_here(settings):
-    """Return the files of workspaces, whether the Directory names them or not."""
-    files = [] if settings.single else settings.workspaces.glob("*.db")
-    return [path for path in files if not path.name.startswith("new-")]     # a draft
-
-
-NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND moving IN
-                 ({STAYS}, {DELETED}) AND node = ''"""
-
-
-def names_here(settings, directory):
-    """Return the names of the workspaces here, by id.
-
-    directory: the Directory's file, or a copy of it. If there is none, as on a node, or
-    None is given, for it can't be read: return all files here, with "" for a name.
-    """
-    if settings.single or not directory or not directory.exists():
-        return {path.stem: "" for path in files_here(settings)}
-    with opened_to_read(directory) as db:
-        return dict(db.execute(NAMED_HERE).fetchall())
-
-
-def copy_one(settings, part, before, known, id):
-    """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
-
-    part: the snapshot in the making. If the file did not change, or can't be read, it is
-    linked from the snapshot before, whose manifest is known. Raises sqlite3.Error if the
-    disk is full.
-    """
-    name = f"workspaces/{id}.db"
-    last = known.get(id)
-    source = settings.data / name
-    seen = repr([*stamps(with_wal(source)).values()])    # in JSON tuples become lists
-    if last and last["seen"] == seen and link_or_copy(before / name, part / name):
-        return last, ""
-    try:
-        return {"rows": copy_database(source, part / name), "seen": seen}, ""
-    except sqlite3.DatabaseError as error:
-        if "disk is full" in str(error):
-            raise
-        fault = str(StorageFault(source, error))
-    if last and link_or_copy(before / name, part / name):
-        return last, f"{fault}; here it is as it was in the snapshot before"
-    return None, fault
-
-
-def link_or_copy(source, target):
-    """Link a copy; copy it where there are no hard links. Return False if it is lost."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return True
-    with contextlib.suppress(sqlite3.DatabaseError):
-        copy_database(source, target)
-        return True
-    return False
-
 
 def in_two_threads(function, all):
     """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
@@ -12170,6 +12113,63 @@ def manifest_of(snapshot):
     with contextlib.suppress(ValueError, OSError):
         return json.loads((snapshot / "manifest.json").read_text())
     return {}
+
+
+def copy_one(settings, part, before, known, id):
+    """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
+
+    part: the snapshot in the making. If the file did not change, or can't be read, it is
+    linked from the snapshot before, whose manifest is known. Raises sqlite3.Error if the
+    disk is full.
+    """
+    name = f"workspaces/{id}.db"
+    last = known.get(id)
+    source = settings.data / name
+    seen = repr([*stamps(with_wal(source)).values()])    # in JSON tuples become lists
+    if last and last["seen"] == seen and link_or_copy(before / name, part / name):
+        return last, ""
+    try:
+        return {"rows": copy_database(source, part / name), "seen": seen}, ""
+    except sqlite3.DatabaseError as error:
+        if "disk is full" in str(error):
+            raise
+        fault = str(StorageFault(source, error))
+    if last and link_or_copy(before / name, part / name):
+        return last, f"{fault}; here it is as it was in the snapshot before"
+    return None, fault
+
+
+def link_or_copy(source, target):
+    """Link a copy; copy it where there are no hard links. Return False if it is lost."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return True
+    with contextlib.suppress(sqlite3.DatabaseError):
+        copy_database(source, target)
+        return True
+    return False
+
+
+NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND moving IN
+                 ({STAYS}, {DELETED}) AND node = ''"""
+
+
+def names_here(settings, directory):
+    """Return the names of the workspaces here, by id.
+
+    directory: the Directory's file, or a copy of it. If there is none, as on a node, or
+    None is given, for it can't be read: return all files here, with "" for a name.
+    """
+    if settings.single or not directory or not directory.exists():
+        return {path.stem: "" for path in files_here(settings)}
+    with opened_to_read(directory) as db:
+        return dict(db.execute(NAMED_HERE).fetchall())
+
+
+def files_here(settings):
+    """Return the files of workspaces, whether the Directory names them or not."""
+    files = [] if settings.single else settings.workspaces.glob("*.db")
+    return [path for path in files if not path.name.startswith("new-")]     # a draft
 
 
 DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timestamp()
@@ -13902,18 +13902,18 @@ def import_on_node(settings, given):
 
 
 def place_meant(settings, given):
-    """Return what the directory knows of the workspace that a file is to be, and whether
-    the file is that workspace itself.
+    """Return what the directory knows of the workspace that a file is to become, and
+    whether the file is that workspace itself, which has moved.
 
-    A file that is named by an id is from the workspaces of a node, or of its backup. Raises
-    Unusable if it is not the one that its name says.
+    --name says which one it is, or the export itself. A file that is named by an id was in
+    the folder of a node, or in its backup. Raises Unusable if it has another's rows.
     """
     id = given.file.stem
     if given.name or not is_id(id):
         title, *_ = about_file(given.file, given.name)
         place = place_of(settings, name=slug(title))
         return place, left_by(given.file) == place["id"]
-    about_file(given.file, id)
+    about_file(given.file, id)                           # raises if it is no workspace
     with opened_to_read(given.file) as db:
         mark = db.execute("PRAGMA application_id").fetchone()[0]
     if mark not in (0, mark_of(id)):
@@ -14111,12 +14111,6 @@ def public_functions(settings):
     return {"public": public, "question": question}
 
 
-def beginning_with(path):
-    """Return a pattern of what begins with a path of a slice, in any workspace."""
-    pattern = f"/w/[^/]*{path_pattern(path)}(?:/|$)"
-    return re.compile(pattern)
-
-
 def as_nobody(request, env):
     """Return the request. A public command from another site becomes nobody's.
 
@@ -14158,6 +14152,12 @@ class LetsAnybodyIn(Directory):                          # also with --plain
     @functools.cached_property
     def inner_router(self):
         return workspace_router(self.namespace.settings)
+
+
+def beginning_with(path):
+    """Return a pattern of what begins with a path of a slice, in any workspace."""
+    pattern = f"/w/[^/]*{path_pattern(path)}(?:/|$)"
+    return re.compile(pattern)
 
 
 @addition
@@ -14432,6 +14432,16 @@ class PreparesMembers(LoopEdge):
 #   sender has to send SLOWEST bytes a second. What is under way is bounded: of an account,
 #   and of all. A form is read in one pass; it has few parts, and short heads.
 # Who uses it: slices, by ctx.upload().
+#
+# One upload, on its way. The loop runs what waits for nothing, and the pool the rest. All
+# of it are methods of TakesUploads:
+#
+#     spool_for    loop   its head is here: whether it is one, how much it may be, and where
+#                         it goes
+#     check        pool   may they? Room is reserved; then in the loop: go_on
+#     arriving     loop   a piece is full: hand_over; pool: write_on; loop: read_on
+#     take         loop   the body is whole: hand_over; pool: read_form; loop: take_up
+#     refuse       loop   it was refused; drop: or its sender is gone
 
 PIECE = 2 ** 18                                          # bytes that are written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
@@ -14541,15 +14551,6 @@ class Uploads:
             spool.reserved = 0
         spool.close()
 
-
-# One upload, on its way. The loop runs what waits for nothing, and the pool the rest:
-#
-#     spool_for    loop   its head is here: whether it is one, how much it may be, and where
-#                         it goes
-#     check        pool   may they? Room is reserved; then in the loop: go_on
-#     arriving     loop   a piece is full: hand_over; pool: write_on; loop: read_on
-#     take         loop   the body is whole: hand_over; pool: read_form; loop: take_up
-#     refuse       loop   it was refused; drop: or its sender is gone
 
 @addition
 class TakesUploads(Connection):
@@ -16823,7 +16824,7 @@ class App:
         """
         self.check_closed()
         row = self.row(workspace)
-        self.env.workspaces.get(row["id"]).ask("/_due")  # it opens, whoever has its lock
+        self.env.workspaces.get(row["id"]).ask("/_due")  # opens it, and waits for a lock
         one = self.env.workspaces.awake(row["id"])
         self.inside = workspace
         try:
@@ -17401,8 +17402,147 @@ class DevBroker(Broker):
 # It promises: no socket and no thread, and nothing is left. Jobs run when the test says so,
 #   and its clock can be moved.
 # It needs: 33 Page checks, 42 Jobs, 58 Exports, 67 Uploads, 73 Own options.
+#
+#     with orion.testing(poll) as app:
+#         bob = app.viewer("bob", "member")
+#         assert bob.post("/polls", title="Tea?").status == 204
+#         assert "Tea?" in bob.region("/polls")
 
 MEMORY = "/dev/shm"                                      # a folder in memory, on Linux
+
+
+@public
+@contextlib.contextmanager
+def testing(*slices: Slice, options: Sequence[Option] = (),
+            assets: Optional[pathlib.Path] = None, **own: Any):
+    """Give an app with these slices, to test them.
+
+    options, assets: as main() takes them. own: what is said of options, as
+    smtp="localhost:25". Raises BadSlice for slices that a server would refuse, LookupError
+    for an option there is not.
+    """
+    global time
+    time = MovableTime()
+    for name in own:
+        Settings(options=options).setting(name)
+    memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        settings = Settings(data=pathlib.Path(folder), demo=False, slices=slices,
+                            options=options, assets=assets, own=Quiet(own))
+        with contextlib.closing(TestedApp(settings)) as app:
+            yield app
+
+
+setattr(testing, "__test__", False)                      # for pytest, it is no test
+
+
+class TestedApp(App):
+    """An app in a test: see testing(). It is an App, too: see section 73."""
+    __test__ = False                                     # for pytest
+    who = "(test)"
+    MOST_JOBS = 1000                                     # at one call
+
+    def __init__(self, settings):
+        super().__init__(settings, "test")
+        self.clock = Clock()
+        self.env = compose(settings)
+        for change in PLAIN:                             # as for any edge but the loop's
+            change(self.env)
+        self.settings = self.env.settings
+        self.uploads = Uploads(self.settings)
+        self.alarms = whole(CalledAlarms)(self.env)
+
+    def check_size(self, request):
+        """Raise Refused(413) for a body that is longer than a server takes."""
+        route = self.uploads.route_of(request.method, request.path, request.media_type)
+        limit = route.upload if route else BODY_LIMIT
+        if len(request.body) > limit:
+            raise too_large(limit)
+
+    def viewer(self, name: str, role: str = "member", workspace: str = "acme") -> Visitor:
+        """Return somebody who has this role there, and signed in now.
+
+        The account and the workspace are made, if there are none. Raises ValueError.
+        """
+        if role not in ROLES:
+            raise ValueError(f"there is no role {role!r}, but {', '.join(ROLES)}")
+        account = account_name(name)
+        address, title = names_of(workspace)
+        file = self.settings.directory_file
+        with self.clock, OwnedStore(file) as store, store.tx():
+            self.let_in(store, account, role, address, title)
+            return Visitor(self, address, self.cookie(store, account))
+
+    def anybody(self, workspace: str = "acme") -> Visitor:
+        """Return somebody who is not signed in."""
+        return Visitor(self, workspace)
+
+    def let_in(self, store, account, role, address, title):
+        if not store.one("SELECT 1 FROM workspaces WHERE name = ?", address):
+            add_workspace(store, self.env.workspaces, address, [])
+            set_title(store, address, title)
+        id = row_of(store, "workspaces", address)["id"]
+        store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account,
+                   account)
+        store_role(store, id, account, "", role)
+
+    def cookie(self, store, account):
+        key = load_keys(self.settings.key_file)[0]
+        return f"{cookie_name('http', key)}={add_session(store, account, 'a test', key)}"
+
+    @contextlib.contextmanager
+    def open(self, workspace: str = "acme", write: bool = False):
+        with self.clock, super().open(workspace, write) as ctx:
+            yield ctx
+
+    def run_jobs(self) -> int:
+        """Run all jobs that are due, and those that they enqueue. Return how many.
+
+        Raises what a job raises. It is tried again later, as on a server.
+        """
+        self.check_closed()
+        self.alarms.count = 0
+        with self.clock:
+            while self.alarms.count < self.MOST_JOBS:
+                id = self.alarms.next_due()
+                if id is None:
+                    return self.alarms.count
+                self.alarms.ring_for(id)
+        raise RuntimeError(f"{self.MOST_JOBS} jobs ran, and there are more; does one "
+                           "enqueue itself?")
+
+
+class CalledAlarms(Alarms):
+    """Alarms that ring when a test says so. What a job waits for is called at once."""
+
+    def __init__(self, env):
+        super().__init__(env.workspaces)
+        env.workspaces.alarms = self
+        self.directory = env.directory
+        self.put = lambda function, *args: function(*args)
+        self.waits.begin = lambda: None                  # run() does, in its own thread
+        self.count = 0                                   # jobs that ran
+        self.error = None                                # of the last one
+
+    def ring_for(self, id):
+        self.error = None
+        self.set(id, self.one_job(self.namespace.get(id)))
+        if self.error:
+            raise self.error
+
+    def run(self, stub, job, names):
+        self.count += 1
+        super().run(stub, job, names)
+        if self.waits.in_line:                           # the job has yielded a call
+            self.waits.call(self.waits.in_line.pop())
+
+    def ring(self):
+        """The test does."""
+
+    def failed(self, row, error):
+        self.error = error
+
+
 REAL_TIME = time
 AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
 
@@ -17443,64 +17583,6 @@ class Clock:
 
     def __exit__(self, *_):
         AHEAD.reset(self.tokens.pop())
-
-
-class Reply(NamedTuple):
-    """What somebody in a test was answered."""
-    status: int
-    message: str = ""                                    # of a refusal
-    signals: Dict[str, Any] = {}                         # that the page would set
-    body: bytes = b""
-    headers: Dict[str, str] = {}                         # names in lower case
-
-    @property
-    def text(self) -> str:
-        return self.body.decode("utf-8", "replace")
-
-    @property
-    def location(self) -> str:
-        """Where it leads; "": nowhere else."""
-        return self.headers.get("location", "")
-
-
-def replied(response):
-    body = response.body
-    while response.rest and response.rest.size:          # it is a large file
-        body += response.rest.read()
-    signals = json.loads(body) if response.type == "application/json" else {}
-    said = {**joined(response.headers), "content-type": response.type}
-    return Reply(response.status, "", signals, body, said)
-
-
-def replied_no(no):
-    signals = no.signals if no.status in (409, 422) else {}
-    return Reply(no.status, no.message, signals, headers=joined(no.headers))
-
-
-def pairs_of(fields):
-    """Return what a form sends. A list is several fields of one name, and so is a tuple,
-    unless it is a file."""
-    pairs = []
-    for name, value in fields.items():
-        is_file = type(value) is tuple and [*map(type, value)] == [str, bytes]
-        several = type(value) in (list, tuple) and not is_file
-        pairs += [(name, each) for each in (value if several else [value])]
-    return pairs
-
-
-def form_in_parts(pairs):
-    """Return a form with files, and its content type."""
-    boundary = secrets.token_hex(16)
-    lines = []
-    for name, value in pairs:
-        head = f'Content-Disposition: form-data; name="{name}"'
-        if type(value) is tuple:
-            head += f'; filename="{value[0]}"\r\nContent-Type: application/octet-stream'
-            value = value[1]
-        data = value if type(value) is bytes else str(value).encode()
-        lines += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), data, b"\r\n"]
-    lines.append(f"--{boundary}--\r\n".encode())
-    return b"".join(lines), f"multipart/form-data; boundary={boundary}"
 
 
 class Visitor:
@@ -17602,140 +17684,66 @@ class Visitor:
             self.cookies[name] = value
 
 
-class TestedApp(App):
-    """An app in a test: see testing(). It is an App, too: see section 73."""
-    __test__ = False                                     # for pytest
-    who = "(test)"
-    MOST_JOBS = 1000                                     # at one call
-
-    def __init__(self, settings):
-        super().__init__(settings, "test")
-        self.clock = Clock()
-        self.env = compose(settings)
-        for change in PLAIN:                             # as for any edge but the loop's
-            change(self.env)
-        self.settings = self.env.settings
-        self.uploads = Uploads(self.settings)
-        self.alarms = whole(CalledAlarms)(self.env)
-
-    def check_size(self, request):
-        """Raise Refused(413) for a body that is longer than a server takes."""
-        route = self.uploads.route_of(request.method, request.path, request.media_type)
-        limit = route.upload if route else BODY_LIMIT
-        if len(request.body) > limit:
-            raise too_large(limit)
-
-    def viewer(self, name: str, role: str = "member", workspace: str = "acme") -> Visitor:
-        """Return somebody who has this role there, and signed in now.
-
-        The account and the workspace are made, if there are none. Raises ValueError.
-        """
-        if role not in ROLES:
-            raise ValueError(f"there is no role {role!r}, but {', '.join(ROLES)}")
-        account = account_name(name)
-        address, title = names_of(workspace)
-        file = self.settings.directory_file
-        with self.clock, OwnedStore(file) as store, store.tx():
-            self.let_in(store, account, role, address, title)
-            return Visitor(self, address, self.cookie(store, account))
-
-    def anybody(self, workspace: str = "acme") -> Visitor:
-        """Return somebody who is not signed in."""
-        return Visitor(self, workspace)
-
-    def let_in(self, store, account, role, address, title):
-        if not store.one("SELECT 1 FROM workspaces WHERE name = ?", address):
-            add_workspace(store, self.env.workspaces, address, [])
-            set_title(store, address, title)
-        id = row_of(store, "workspaces", address)["id"]
-        store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account,
-                   account)
-        store_role(store, id, account, "", role)
-
-    def cookie(self, store, account):
-        key = load_keys(self.settings.key_file)[0]
-        return f"{cookie_name('http', key)}={add_session(store, account, 'a test', key)}"
-
-    @contextlib.contextmanager
-    def open(self, workspace: str = "acme", write: bool = False):
-        with self.clock, super().open(workspace, write) as ctx:
-            yield ctx
-
-    def run_jobs(self) -> int:
-        """Run all jobs that are due, and those that they enqueue. Return how many.
-
-        Raises what a job raises. It is tried again later, as on a server.
-        """
-        self.check_closed()
-        self.alarms.count = 0
-        with self.clock:
-            while self.alarms.count < self.MOST_JOBS:
-                id = self.alarms.next_due()
-                if id is None:
-                    return self.alarms.count
-                self.alarms.ring_for(id)
-        raise RuntimeError(f"{self.MOST_JOBS} jobs ran, and there are more; does one "
-                           "enqueue itself?")
+def pairs_of(fields):
+    """Return what a form sends. A list is several fields of one name, and so is a tuple,
+    unless it is a file."""
+    pairs = []
+    for name, value in fields.items():
+        is_file = type(value) is tuple and [*map(type, value)] == [str, bytes]
+        several = type(value) in (list, tuple) and not is_file
+        pairs += [(name, each) for each in (value if several else [value])]
+    return pairs
 
 
-class CalledAlarms(Alarms):
-    """Alarms that ring when a test says so. What a job waits for is called at once."""
+def form_in_parts(pairs):
+    """Return a form with files, and its content type."""
+    boundary = secrets.token_hex(16)
+    lines = []
+    for name, value in pairs:
+        head = f'Content-Disposition: form-data; name="{name}"'
+        if type(value) is tuple:
+            head += f'; filename="{value[0]}"\r\nContent-Type: application/octet-stream'
+            value = value[1]
+        data = value if type(value) is bytes else str(value).encode()
+        lines += [f"--{boundary}\r\n{head}\r\n\r\n".encode(), data, b"\r\n"]
+    lines.append(f"--{boundary}--\r\n".encode())
+    return b"".join(lines), f"multipart/form-data; boundary={boundary}"
 
-    def __init__(self, env):
-        super().__init__(env.workspaces)
-        env.workspaces.alarms = self
-        self.directory = env.directory
-        self.put = lambda function, *args: function(*args)
-        self.waits.begin = lambda: None                  # run() calls who stands in line
-        self.count = 0                                   # jobs that ran
-        self.error = None                                # of the last one
 
-    def ring_for(self, id):
-        self.error = None
-        self.set(id, self.one_job(self.namespace.get(id)))
-        if self.error:
-            raise self.error
+class Reply(NamedTuple):
+    """What somebody in a test was answered."""
+    status: int
+    message: str = ""                                    # of a refusal
+    signals: Dict[str, Any] = {}                         # that the page would set
+    body: bytes = b""
+    headers: Dict[str, str] = {}                         # names in lower case
 
-    def run(self, stub, job, names):
-        self.count += 1
-        super().run(stub, job, names)
-        if self.waits.in_line:                           # the job has yielded
-            self.waits.call(self.waits.in_line.pop())
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
 
-    def ring(self):
-        """The test does."""
+    @property
+    def location(self) -> str:
+        """Where it leads; "": nowhere else."""
+        return self.headers.get("location", "")
 
-    def failed(self, row, error):
-        self.error = error
+
+def replied(response):
+    body = response.body
+    while response.rest and response.rest.size:          # it is a large file
+        body += response.rest.read()
+    signals = json.loads(body) if response.type == "application/json" else {}
+    said = {**joined(response.headers), "content-type": response.type}
+    return Reply(response.status, "", signals, body, said)
+
+
+def replied_no(no):
+    signals = no.signals if no.status in (409, 422) else {}
+    return Reply(no.status, no.message, signals, headers=joined(no.headers))
 
 
 def plain_id(html):
     return id_of(html).partition("=")[2].strip(" \"'>")
-
-
-@public
-@contextlib.contextmanager
-def testing(*slices: Slice, options: Sequence[Option] = (),
-            assets: Optional[pathlib.Path] = None, **own: Any):
-    """Give an app with these slices, to test them: `with orion.testing(poll) as app:`.
-
-    options, assets: as main() takes them. own: what is said of options, as
-    smtp="localhost:25". Raises BadSlice for slices that a server would refuse, LookupError
-    for an option there is not.
-    """
-    global time
-    time = MovableTime()
-    for name in own:
-        Settings(options=options).setting(name)
-    memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        settings = Settings(data=pathlib.Path(folder), demo=False, slices=slices,
-                            options=options, assets=assets, own=Quiet(own))
-        with contextlib.closing(TestedApp(settings)) as app:
-            yield app
-
-
-setattr(testing, "__test__", False)                      # for pytest, it is no test
 
 
 if __name__ == "__main__":
