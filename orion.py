@@ -9561,8 +9561,9 @@ class Wait:
         go_on_with      then, or when the call is late: its next step is known. The job goes
                         on with what the call returned or raised, or with a TimeoutError
         go_on           in the pool: the job takes this step
-        end_one         for the call, and for the step. A call that is late may end last;
-                        until both have ended, the job is not tried again
+
+    The thread of the call ends last, and takes the wait out of by_job. Until then the job
+    is not tried again.
     """
 
     def __init__(self, host, job, steps, ctx, call):
@@ -9573,7 +9574,7 @@ class Wait:
         self.call = call
         self.called_at = float("inf")
         self.next_step = None                            # a function, once it is known
-        self.not_ended = 2                               # the call, and that step
+        self.went_on = threading.Event()                 # it took that step
 
 
 class Waits:
@@ -9615,16 +9616,18 @@ class Waits:
         return len(at_once) < self.AT_ONCE and len(self.calling) < self.THREADS
 
     def call(self, wait):
-        """In its thread: call what the job waits for. Go on with what came of it."""
+        """In its thread: call what the job waits for, and have the job go on."""
         wait.called_at = time.monotonic()
         try:
             step = functools.partial(wait.steps.send, wait.call())
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
         self.go_on_with(wait, step)
-        self.end_one(wait)
+        wait.went_on.wait()
         with self.lock:
             self.calling.discard(wait)
+            del self.by_job[wait.key]
+        self.alarms.set(wait.key[0], time.time())
         self.begin()
 
     def go_on_with(self, wait, step):
@@ -9640,16 +9643,7 @@ class Waits:
         try:
             wait.stub.fetch(Request("POST", "/_job", f"id={wait.key[1]}"))
         finally:
-            self.end_one(wait)
-
-    def end_one(self, wait):
-        """Its call or its next step has ended. When both have, forget it."""
-        with self.lock:
-            wait.not_ended -= 1
-            if wait.not_ended:
-                return
-            del self.by_job[wait.key]
-        self.alarms.set(wait.key[0], time.time())
+            wait.went_on.set()
 
     def give_up_late(self, now):
         """Once a second: have those go on whose call is late. No thread can be ended, so
