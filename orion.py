@@ -6676,74 +6676,6 @@ def at_end(response, markup):
 #   in further tables of the same slice.
 # Who uses it: slices, for each statement; with --plain, too.
 
-class KnowsOwners(NestedStore):
-    """A store that knows which slice owns which table."""
-
-    def __init__(self, path, create: bool = False):
-        super().__init__(path, create)
-        self.owners = {}                                 # table, in lower case: its slice
-        self.judge = whole(Judge)(self.owners)
-        self.db.set_authorizer(self.judge)
-
-    def migrate_all(self, schema):
-        super().migrate_all(schema)
-        self.learn_owners()
-
-    def migrating(self, slice, entries, ran):
-        if any(["drop" in sql.lower() for sql in entries[ran:]]):
-            return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
-        return super().migrating(slice, entries, ran)
-
-    def apply(self, slice, entries, number):
-        """The tables that it makes are the slice's own now."""
-        self.learn_owners()
-        # When a table is renamed, references to it follow; but not if it makes way.
-        self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
-        made = super().apply(slice, entries, number)
-        if re.search(r"\s", "".join(made)):
-            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
-                                 "allowed in the name of a table")
-        self.owners.update((table.lower(), slice) for table in made)
-        return made
-
-    def run_entry(self, slice, sql):
-        judge = self.judge
-        judge.slice, judge.may, judge.objection = slice, MIGRATE, ""
-        try:
-            super().run_entry(slice, sql)
-        except sqlite3.Error as error:
-            why = judge.objection or str(error)
-            if why == "no such module: fts5":
-                why += "; full-text search is not in this Python's SQLite; use another one"
-            raise sqlite3.OperationalError(why) from error
-        finally:
-            judge.slice = ""
-
-    def learn_owners(self):
-        """Tables that no slice has made are the server's own: _migrations, for one."""
-        self.owners.clear()
-        self.owners.update((table.lower(), "orion") for table in self.tables())
-        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
-        for row in self.query("SELECT slice, tables FROM _migrations"):
-            for table in row["tables"].lower().split():
-                if not table.startswith("sqlite_"):
-                    self.owners[table] = row["slice"]
-
-
-class OwnedStore(KnowsOwners, GuardedStore):
-    """For a command or a check. It holds no turn, so it can wait for a lock."""
-    LOCK_SECONDS = Store.LOCK_SECONDS
-
-
-class OwnedObjectStore(KnowsOwners, GuardedStore):
-    """For objects. (With --plain, they have KnowsOwners itself.)"""
-
-
-@addition
-class HasOwners(GuardedObject):
-    store_class = OwnedObjectStore
-
-
 # -- what a statement of a slice may do
 
 READ, WRITE, MIGRATE = "read", "write", "migrate"
@@ -6820,6 +6752,78 @@ class Judge:
         return self.owners.get(table.lower(), self.slice)
 
 
+# -- who owns which table
+
+class KnowsOwners(NestedStore):
+    """A store that knows which slice owns which table."""
+
+    def __init__(self, path, create: bool = False):
+        super().__init__(path, create)
+        self.owners = {}                                 # table, in lower case: its slice
+        self.judge = whole(Judge)(self.owners)
+        self.db.set_authorizer(self.judge)
+
+    def migrate_all(self, schema):
+        super().migrate_all(schema)
+        self.learn_owners()
+
+    def migrating(self, slice, entries, ran):
+        if any(["drop" in sql.lower() for sql in entries[ran:]]):
+            return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
+        return super().migrating(slice, entries, ran)
+
+    def apply(self, slice, entries, number):
+        """The tables that it makes are the slice's own now."""
+        self.learn_owners()
+        # When a table is renamed, references to it follow; but not if it makes way.
+        self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
+        made = super().apply(slice, entries, number)
+        if re.search(r"\s", "".join(made)):
+            raise MigrationError(f"slice {slice!r}, entry {number + 1}: no space is "
+                                 "allowed in the name of a table")
+        self.owners.update((table.lower(), slice) for table in made)
+        return made
+
+    def run_entry(self, slice, sql):
+        judge = self.judge
+        judge.slice, judge.may, judge.objection = slice, MIGRATE, ""
+        try:
+            super().run_entry(slice, sql)
+        except sqlite3.Error as error:
+            why = judge.objection or str(error)
+            if why == "no such module: fts5":
+                why += "; full-text search is not in this Python's SQLite; use another one"
+            raise sqlite3.OperationalError(why) from error
+        finally:
+            judge.slice = ""
+
+    def learn_owners(self):
+        """Tables that no slice has made are the server's own: _migrations, for one."""
+        self.owners.clear()
+        self.owners.update((table.lower(), "orion") for table in self.tables())
+        self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
+        for row in self.query("SELECT slice, tables FROM _migrations"):
+            for table in row["tables"].lower().split():
+                if not table.startswith("sqlite_"):
+                    self.owners[table] = row["slice"]
+
+
+class OwnedStore(KnowsOwners, GuardedStore):
+    """For a command or a check. It holds no turn, so it can wait for a lock."""
+    LOCK_SECONDS = Store.LOCK_SECONDS
+
+
+class OwnedObjectStore(KnowsOwners, GuardedStore):
+    """For objects. (With --plain, they have KnowsOwners itself.)"""
+
+
+@addition
+class HasOwners(GuardedObject):
+    store_class = OwnedObjectStore
+
+
+# -- what a slice is given as its store
+
 # What SQLite says of a statement that can't be begins so.
 WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
              "table ", "Incorrect number of bindings", "Error binding parameter")
@@ -6862,7 +6866,7 @@ class Tables(Calls):
         try:
             return self.store.run(sql + self.comment, args)
         except sqlite3.Error as error:
-            judge.slice = ""
+            judge.slice = ""                             # help() reads for the server
             if judge.objection:
                 why = f"slice {self.slice!r} {judge.objection}: {sql}"
                 raise PermissionError(why) from error
@@ -9285,7 +9289,7 @@ class EnqueuesJobs(Context):
         """
         self.store.check_writes("cancels a job")
         names = self.host.router.names
-        if self.store.slice in names:                    # else it is an app, and means any
+        if self.store.slice in names:                    # else an app says it: see key_of
             names = [self.store.slice]
         return self.host.cancel(*[f"{name}:{key}" for name in names])
 
@@ -9320,7 +9324,8 @@ class KnowsJobs(QuickRouter):
 
     def key_of(self, slice, job, key):
         """Return a key as the table has it: "slice:key". The slice is the one that enqueues
-        the job; for a command of an app, which is no slice (section 73), the job's own."""
+        the job. A command of an app (section 73) is no slice: its keys are those of the
+        job's slice, and it can cancel the keys of all."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -9846,7 +9851,7 @@ class HasJobs(Broadcast):
             wait = self.last_step(wait) if wait else self.first_step(ctx, row)
         finally:
             ctx.end()
-            self.began = time.monotonic()
+            self.began = time.monotonic()                # the time of what follows
         if wait:
             self.store.after_commit.append((self.namespace.alarms.waits.add, wait))
             return
@@ -10052,7 +10057,7 @@ def password_matches(password, stored):
 def check_password(new):
     """Raise Refused(422) if no password can be so."""
     new = as_hashed(new)
-    if not 8 <= len(new) <= Passwords.LONGEST or not new.isprintable():
+    if not 8 <= len(new) <= LONGEST_TYPED or not new.isprintable():
         raise Refused(422, "A password has 8 to 256 characters, all of which can be "
                            "printed. Choose another.")
 
@@ -10113,7 +10118,6 @@ def count_attempt(attempts, request):
 class Passwords:
     """Two doors: /login and /account/password. They prove a password before the Directory's
     turn is taken, and pass on what they found, in headers."""
-    LONGEST = 256                                        # characters
     FAMILIAR = 1000                                      # names with their addresses
 
     def __init__(self):
@@ -10131,8 +10135,8 @@ class Passwords:
         name = account_name(text_of(request, "username"))
         password = text_of(request, "password")
         new = text_of(request, "new")
-        if max(len(name), len(password), len(new)) > self.LONGEST:
-            raise Refused(400, f"A name and a password have at most {self.LONGEST} "
+        if max(len(name), len(password), len(new)) > LONGEST_TYPED:
+            raise Refused(400, f"A name and a password have at most {LONGEST_TYPED} "
                                "characters.")
         return name, password, new
 
@@ -10142,16 +10146,16 @@ class Passwords:
         name, password, new = self.typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        shared = [f"from {source}", f"to {name}"]        # what others type counts, too
-        if here in self.familiar:
-            shared = []                                  # here only this person's own do
-        self.guesses.check(here, *shared)
+        keys = [here, f"from {source}", f"to {name}"]    # what others type counts, too
+        if here in self.familiar:                        # but not against this person
+            keys = [here]
+        self.guesses.check(*keys)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
         if not password_matches(password, stored):
-            self.guesses.count(here, *shared)
+            self.guesses.count(*keys)
             return request.with_headers({"x-stored": ""})
-        self.guesses.forgive(here, *shared)
+        self.guesses.forgive(*keys)
         self.sign_ins.count(here)
         self.familiar = dict.fromkeys([*self.familiar][-self.FAMILIAR:] + [here])
         return request.with_headers({"x-stored": stored,
@@ -10662,6 +10666,14 @@ NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was n
            "in full. Ask for a new one.")
 
 
+class Kind(NamedTuple):
+    """What a link is for. title: of its page. holds(host, link): could it be made now?
+    use(ctx, link) returns the account that is signed in then."""
+    title: str
+    holds: Callable[..., bool]
+    use: Callable[..., str]
+
+
 # -- to make a link
 
 def add_link(store, kind, seconds, **row):
@@ -10876,14 +10888,6 @@ def may_invite(host, link):
 def may_set(host, link):
     unchanged = link["password"] == password_mark(host, link["account"])
     return unchanged and host.is_operator(link["maker"])
-
-
-class Kind(NamedTuple):
-    """What a link is for. title: of its page. holds(host, link): could it be made now?
-    use(ctx, link) returns the account that is signed in then."""
-    title: str
-    holds: Callable[..., bool]
-    use: Callable[..., str]
 
 
 KINDS = {"invite": Kind("You are invited", may_invite, join),
