@@ -6370,7 +6370,7 @@ def create_workspace_with_file(request, env):
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
 #
-#     EdgeDirectory.say           46 49 51 62 72    what a verdict says
+#     EdgeDirectory.say           46 49 51 72       what a verdict says
 #     EdgeDirectory.each_second   43 45 46 47 69    what changed, and what is over
 #     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 71
 #     LoopEdge.decide             29 65 66          whom a request is for
@@ -13468,13 +13468,14 @@ DIRECTORY_SLICES.append(Slice("nodes", routes=(
 
 
 @addition
-class KnowsNodes(Directory):
-    """A Directory without planes, also with --plain."""
-
+class KnowsNodes(Directory):                             # also with --plain
     def say(self, viewer, row):
-        if row["node"]:
+        said = super().say(viewer, row)
+        if not row["node"]:
+            return said
+        if not self.workspaces.settings.plane:
             raise Refused(503, "This workspace is on another machine; ask there.")
-        return super().say(viewer, row)
+        return {**said, "x-node": row["node"]}
 
 
 @addition
@@ -13484,12 +13485,6 @@ class PlacesWorkspaces(EdgeDirectory):
             raise Refused(503, "There is no node yet that could hold it; node add "
                                "HOST:PORT names one.")
         super().add_workspace(ctx, name, owner)
-
-    def say(self, viewer, row):
-        if not row["node"] or not self.namespace.settings.plane:
-            return super().say(viewer, row)
-        said = super().say(viewer, {**row, "node": ""})      # or KnowsNodes would refuse
-        return {**said, "x-node": row["node"]}
 
     def own_version(self, request):
         """Nodes hear by it of each change of access, too: then the last number is more."""

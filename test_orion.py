@@ -12435,6 +12435,15 @@ def test_a_workspace_that_another_node_has_is_not_imported(fleet, tmp_path):
     assert not (second.folder / "workspaces" / file.name).exists()
 
 
+def test_a_workspace_of_a_node_is_not_served_by_a_server_without_planes(serve, tmp_path):
+    bob = Person(serve(), "bob")
+    assert bob.get("/w/acme/todos").status == 200
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "directory.db")) as db, db:
+        db.execute("UPDATE workspaces SET node = '10.0.0.7:8000' WHERE name = 'acme'")
+    answer = bob.get("/w/acme/todos")
+    assert answer.status == 503 and "on another machine" in answer.text and bob.get("/w/globex/todos").status == 200
+
+
 def test_a_workspace_that_another_node_has_is_not_assigned(fleet):
     first, second = fleet.nodes
     name = fleet.found(on=first)
