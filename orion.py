@@ -7202,17 +7202,6 @@ def set_up(directory, workspaces, settings, fresh, demo):
     return env
 
 
-@addition
-class KnowsWorkspaces(EdgeDirectory):
-    def own_workspace(self, request):
-        """Return what is known of a workspace, by its id or name; None: there is none."""
-        row = self.store.one("SELECT id, name, coalesce(title, name) AS title, node, "
-                             "moving FROM workspaces WHERE name IS NOT NULL AND (id = ? OR "
-                             "name = ?)", request.params.get("id"),
-                             request.params.get("name"))
-        return row and dict(row)
-
-
 def directory_builder(kind, settings, keys, workspaces):
     return functools.partial(
         whole(kind), router=directory_router(), pages=pages_of(settings.slices), keys=keys,
@@ -7327,11 +7316,25 @@ def full_env(directory, workspaces, settings):
                    start=pages_of(settings.slices)[0].path)
 
 
+@addition
+class KnowsWorkspaces(EdgeDirectory):
+    def own_workspace(self, request):
+        """Return what is known of a workspace, by its id or name; None: there is none."""
+        row = self.store.one("SELECT id, name, coalesce(title, name) AS title, node, "
+                             "moving FROM workspaces WHERE name IS NOT NULL AND (id = ? OR "
+                             "name = ?)", request.params.get("id"),
+                             request.params.get("name"))
+        return row and dict(row)
+
+
 # ==== 31. Command line ====================================================================
 # The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
 #   goes into its files, whether its server runs or not: SQLite lets several processes at a
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
+#
+# main() has the words read (read_command_line) and done (do): that runs a command, or serves
+# (serve_alone, serve).
 
 def matching(pattern, hint, read=str):
     """Return a type for argparse: what read() makes of a text that matches.
@@ -10007,6 +10010,13 @@ def keys_rotate(settings, given):
 #   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
 #   signed in from an address before is not locked out by what others type elsewhere, nor by
 #   what they type there for other accounts.
+#
+# The way of POST /login:
+#
+#     Passwords.prove     no turn is held: asks the Directory for the hash that is stored,
+#                         and compares. If it fits, it goes along, as x-stored
+#     account_proved      in the Directory's turn: is this still the hash that is stored?
+#     open_session        makes a session, and its cookie
 
 SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
 SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
@@ -11082,7 +11092,7 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 @addition
 class TellsWhoIsHere(Broker):
     SHOWN = 7                                            # people; they fit on a phone
-    unannounced = ()                                     # ids of which nobody is told
+    unannounced = ()                                     # ids: who watches, nobody is told
 
     def __init__(self, edge):
         super().__init__(edge)
