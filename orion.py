@@ -7333,8 +7333,8 @@ class KnowsWorkspaces(EdgeDirectory):
 #   file, and the server looks each second whether another one wrote to the Directory.
 # It promises: what prevents a command is one line on standard error, and exit status 2.
 #
-# main() has the words read (read_command_line) and done (do): that runs a command, or serves
-# (serve_alone, serve).
+# main() has the words read (read_command_line) and done (do), which runs a command, or
+# serves (serve_alone, serve).
 
 def matching(pattern, hint, read=str):
     """Return a type for argparse: what read() makes of a text that matches.
