@@ -3204,14 +3204,6 @@ CRASH = BaseException                                    # a slice may call sys.
 #   requests behind them in their lane; never while they hold the object's turn. Others read
 #   on: in WAL mode nobody can lock out the readers of a file that is open here.
 # Who uses it: both planes. (On a first reading, stop behind GuardedStub.)
-#
-# What can be in the way is an exception of its own:
-#
-#     StorageFault  the file is at fault: 503 or 507
-#     Torn          another file is at its path: the stub closes the object, and asks the
-#                   next one, which opens that file
-#     Locked        another process writes to it: the stub asks again, for some seconds
-#     Busy          to wait would take too long: 503
 
 def retry_after(seconds):
     """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
@@ -3223,11 +3215,13 @@ class Undone(Exception):
 
 
 class Torn(Undone):
-    """Another file is at the path of the one that is open, or none."""
+    """Another file is at the path of the one that is open, or none. The stub closes the
+    object, and asks the next one, which opens that file."""
 
 
 class Locked(Undone):
-    """Another process holds the lock of the file. one: the object that wants it."""
+    """Another process writes to the file. The stub gives the turn back, and takes it again
+    after a pause, for some seconds. one: the object."""
 
     def __init__(self, one, error):
         self.one = one
@@ -3242,12 +3236,8 @@ class Busy(Refused):
 
 
 class GuardedStub(Stub):
-    """Takes the turn, asks, and deals with Undone.
-
-    Torn: the object is closed, and the next one is asked. Locked: the turn is given back,
-    and taken again after a pause, until lock_ends. Whoever gave a limit of seconds does not
-    wait for a lock at all.
-    """
+    """Takes the turn, asks, and deals with Undone. Whoever gave a limit of seconds does not
+    wait for the lock of a file at all."""
     PAUSE = 0.005                                        # seconds
 
     def fetch(self, request, seconds=-1):
@@ -3300,7 +3290,7 @@ class GuardedStub(Stub):
 
         In the pauses others have the turn. Raises StorageFault, Busy.
         """
-        locked.one.begin_waiting()
+        locked.one.begin_waiting()                       # sets lock_ends
         if time.monotonic() >= locked.one.lock_ends:     # it is in the log already
             raise StorageFault(self.namespace.path(self.id), locked.error)
         if not self.namespace.may_wait.acquire(blocking=False):
@@ -5358,9 +5348,7 @@ class Broker:
                 self.edge.call(stream.end, b"")
             elif decided.which != stream.account:        # the session is another one's now
                 raise Refused(412, "Somebody else is signed in here now.")
-        except Busy:                                     # not even the gate could be asked
-            self.edge.call(stream.close)                 # its client comes back
-        except Refused as no:
+        except Refused as no:                            # a Busy has no last frame
             self.edge.call(stream.end, last_frame(no))
         except CRASH:
             self.edge.call(stream.close)
@@ -5457,7 +5445,7 @@ class Noted(NamedTuple):
 class Asked:
     """A request on its way, and what is known of it so far, in the order of time."""
     connection: Connection
-    reading: Reading
+    reading: Reading                                     # its method may be HEAD
     request: Optional[Request] = None                    # None: not made yet
     started: float = 0.0                                 # by time.perf_counter()
     cookie: Optional[str] = None
@@ -5551,6 +5539,7 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
+        """[3] reads an upload as a form before."""
         self.edge.take_up(self, reading)
 
     def arriving(self):
