@@ -11950,6 +11950,7 @@ def remove_any(path):
 
 
 def put_in_place(part, target):
+    """Give a file its name, once all of it is on the disk."""
     with open(part, "rb") as file:
         own_as(target.parent, file.fileno())
         os.fsync(file.fileno())
@@ -12354,8 +12355,8 @@ def schema_of(settings, id):
     inside = workspace_router(settings).schema
     if id != "directory":
         return inside
-    outside = directory_router().schema                  # the first is of any host (8)
-    return [*outside, *inside[1:]] if settings.single else outside
+    outside = directory_router().schema
+    return [*outside, *inside] if settings.single else outside       # see Single
 
 
 def try_on_copy(settings, db, path, schema):
@@ -12680,6 +12681,7 @@ def workspace_remove(settings, given):
 
 
 NOTICE_SECONDS = 2.0                                     # in which a server ends streams
+KEPT_SECONDS = 30 * 86400.0                              # what was removed, or deleted
 
 
 def forget_workspace(store, id):
@@ -12710,7 +12712,7 @@ class ForgetsWorkspaces(LoopEdge):
     def forget_some(self):
         """Some of the copies that are older than 30 days go."""
         files = (self.settings.data / "removed").glob("*.db")
-        limit = time.time() - 30 * 86400
+        limit = time.time() - KEPT_SECONDS
         for old in [file for file in files if file.stat().st_mtime < limit][:10]:
             old.unlink()
 
@@ -12992,7 +12994,6 @@ def member_list(settings, given):
 # workspaces.deleted says when (section 13). It counts as one that its founder has, or many
 # could be made and deleted.
 
-KEPT_SECONDS = 30 * 86400.0                              # as copies of removed ones are
 TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
 ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
            ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
@@ -14229,6 +14230,48 @@ PLAIN.append(open_to_anybody)
 # Who uses it: slices.
 # It needs: 62 Nodes, for how processes ask each other.
 
+@addition
+class AsksForMembers(Context):
+    def members(self) -> List[Any]:
+        """Return everybody in this workspace, by name: dicts with name, role and label."""
+        self.store.check_thread()
+        members = self.host.namespace.members_of(self.host.id)
+        if self.host.kept_members is None:
+            self.host.kept_members = members
+        return [dict(zip(("name", "role", "label"), member)) for member in members]
+
+
+@addition
+class ShowsMembers(SliceHost):
+    """What is kept of its renderings depends on the members, too."""
+    kept_members = None                                  # what they show; None: no members
+
+    def rendering(self, *what):
+        kept = self.kept_members
+        if kept is not None and kept is not self.namespace.members_of(self.id):
+            self.renderings.clear()
+            self.kept_members = None
+        return super().rendering(*what)
+
+
+@addition
+class ListsMembers(Namespace):
+    lists = None                                         # None: nobody has asked yet
+
+    def members_of(self, id):
+        with self.lock:
+            if self.lists is None:
+                settings = self.settings
+                self.lists = (ListsOfNode(settings) if settings.plane == "data"
+                              else ListsOfFile(settings.directory_file))
+        return self.lists.of(id)
+
+    def close(self):
+        super().close()
+        if self.lists:
+            self.lists.close()
+
+
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
                       ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
@@ -14339,45 +14382,12 @@ class TellsMembers(EdgeDirectory):
 
 
 @addition
-class ListsMembers(Namespace):
-    lists = None                                         # None: nobody has asked yet
-
-    def members_of(self, id):
-        with self.lock:
-            if self.lists is None:
-                settings = self.settings
-                self.lists = (ListsOfNode(settings) if settings.plane == "data"
-                              else ListsOfFile(settings.directory_file))
-        return self.lists.of(id)
-
-    def close(self):
-        super().close()
-        if self.lists:
-            self.lists.close()
-
-
-@addition
-class AsksForMembers(Context):
-    def members(self) -> List[Any]:
-        """Return everybody in this workspace, by name: dicts with name, role and label."""
-        self.store.check_thread()
-        members = self.host.namespace.members_of(self.host.id)
-        if self.host.kept_members is None:
-            self.host.kept_members = members
-        return [dict(zip(("name", "role", "label"), member)) for member in members]
-
-
-@addition
-class ShowsMembers(SliceHost):
-    """What is kept of its renderings depends on the members, too."""
-    kept_members = None                                  # what they show; None: no members
-
-    def rendering(self, *what):
-        kept = self.kept_members
-        if kept is not None and kept is not self.namespace.members_of(self.id):
-            self.renderings.clear()
-            self.kept_members = None
-        return super().rendering(*what)
+class PreparesMembers(LoopEdge):
+    def decide(self, request, env):
+        decided = super().decide(request, env)
+        if isinstance(decided, Noted) and self.env.workspaces.lists:
+            self.env.workspaces.lists.prepare(decided.stub.id)
+        return decided
 
 
 @addition
@@ -14403,15 +14413,6 @@ class TellsOfMembers(Broker):
         if isinstance(lists, ListsOfNode):
             with contextlib.suppress(NoAnswer):          # in the next second
                 self.members_changed(lists.refresh(self.version))
-
-
-@addition
-class PreparesMembers(LoopEdge):
-    def decide(self, request, env):
-        decided = super().decide(request, env)
-        if isinstance(decided, Noted) and self.env.workspaces.lists:
-            self.env.workspaces.lists.prepare(decided.stub.id)
-        return decided
 
 
 # ==== 67. Uploads =========================================================================
@@ -17007,23 +17008,6 @@ def check_dev(settings):
 
 # -- the parent
 
-def own_modules():
-    """Return the files of this process's modules, without those of Python and packages."""
-    files = [getattr(module, "__file__", "") or "" for module in [*sys.modules.values()]]
-    return [file for file in files if file.endswith(".py")
-            and not file.startswith(OURS[1]) and "-packages" not in file]
-
-
-def beside(modules):
-    """Return what a program may read, of the files in the folders of its modules."""
-    found = []
-    for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
-        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            some = itertools.islice(entries, MOST_FILES)
-            found += [entry.path for entry in some if entry.name.endswith(BESIDE)]
-    return found
-
-
 class Parent:
     """Holds the socket, and has a child serve on it; after each change, another one."""
     LOOK_SECONDS = 0.2
@@ -17146,6 +17130,23 @@ class Parent:
             pass
         server.shutdown()
         serving.join()
+
+
+def own_modules():
+    """Return the files of this process's modules, without those of Python and packages."""
+    files = [getattr(module, "__file__", "") or "" for module in [*sys.modules.values()]]
+    return [file for file in files if file.endswith(".py")
+            and not file.startswith(OURS[1]) and "-packages" not in file]
+
+
+def beside(modules):
+    """Return what a program may read, of the files in the folders of its modules."""
+    found = []
+    for folder in {*map(os.path.dirname, modules), str(TEMPLATES)}:
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            some = itertools.islice(entries, MOST_FILES)
+            found += [entry.path for entry in some if entry.name.endswith(BESIDE)]
+    return found
 
 
 class Notice(ThreadingHTTPServer):
