@@ -3915,9 +3915,9 @@ MOST_FRAMES = 16                                         # that a stream remembe
 def sent_after(sent_last, piece, regions):
     """Return the frames that a stream has sent last, once it sends this piece, too.
 
-    sent_last: those before it. After a region there are as many as the page has regions, so
-    streams that show the same are in step again. (regions is 0 while the stream shows its
-    first.) There are none if the piece is too long for gzip to refer to it.
+    sent_last: those before it. After a region there are as many as the page has regions. So
+    streams that show the same agree again, whatever else each has sent. (regions is 0 while
+    a stream shows its first.) There are none if gzip can't refer to so long a piece.
     """
     most = regions if piece.main and regions else MOST_FRAMES
     return (*sent_last, piece.frame)[-most:] if len(piece.frame) < LOOKS_BACK else ()
@@ -4324,7 +4324,7 @@ def gzipped(data):
 
 
 def beginning(request, watch, zipped):
-    """Return what a stream says before its first frame."""
+    """Return what a stream says before its first frame: CURRENT, if none follows."""
     said = b"" if not_shown(request, watch) else CURRENT
     if zipped:
         said = GZIP_HEAD + deflated(said)
@@ -5038,6 +5038,7 @@ def bytes_of(thing):
 # ==== 24. Broker ==========================================================================
 # The idea: streams that must show the same share a channel. When its topic is published,
 #   the object is asked once, and the same bytes go to every socket. The object may sleep.
+#   So 1,000 members who look at the todos of acme are 1,000 streams and one channel.
 # It promises: after a publish each stream gets the latest; those between may be left out.
 #   When somebody's access changes, their streams ask the gate again, at once.
 # Who uses it: the loop edge. Objects only tell it what was published.
@@ -5118,7 +5119,7 @@ class Broadcast(GroupCommit, SliceHost):
 # -- in the loop
 
 class Channel:
-    """All streams that show the same: those of all members on the open todos of acme.
+    """All streams that show the same region alike.
 
     It is quiet; or busy: its object is asked, or the answer is sent; or busy and stale: it
     was published again meanwhile, so it goes round once more.
@@ -5906,8 +5907,8 @@ class LoopEdge:
         """The gate has let it in. If it waits in the wrong lane, or its account does not
         pay yet, remember who it is, line it up again, and return True."""
         account = decided.request.headers.get("x-account")
-        known = not asked.cookie or not account or asked.payer == account
-        if asked.let_in and known:
+        pays = not asked.cookie or not account or asked.payer == account
+        if asked.let_in and pays:
             return False
         asked.let_in = True
         if asked.cookie and account:
