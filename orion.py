@@ -12000,6 +12000,11 @@ def opened_to_read(path):
     return contextlib.closing(connected_to_read(path))
 
 
+def may_be_of(db, id):
+    """True if the file is of the object with this id, or of none yet."""
+    return db.execute("PRAGMA application_id").fetchone()[0] in (0, mark_of(id))
+
+
 def take_away(path, copy=None, about=None):
     """Remove a database that others may have open. Return the number of rows in the copy.
 
@@ -12343,8 +12348,7 @@ def wrong_with_file(settings, path, id):
     try:
         with opened_to_read(path) as db:
             verified(db)
-            mark = db.execute("PRAGMA application_id").fetchone()[0]
-            if not settings.single and mark not in (0, mark_of(id)):
+            if not settings.single and not may_be_of(db, id):
                 raise sqlite3.DatabaseError("the file belongs to another object")
             try_on_copy(settings, db, path, schema_of(settings, id))
     except (sqlite3.Error, MigrationError) as error:
@@ -13909,10 +13913,9 @@ def place_meant(settings, given):
         return place, left_by(given.file) == place["id"]
     about_file(given.file, id)                           # raises if it is no workspace
     with opened_to_read(given.file) as db:
-        mark = db.execute("PRAGMA application_id").fetchone()[0]
-    if mark not in (0, mark_of(id)):
-        raise Unusable(f"{given.file} is another workspace's; --name says whose it shall "
-                       "be")
+        if not may_be_of(db, id):
+            raise Unusable(f"{given.file} is another workspace's; --name says whose it "
+                           "shall be")
     return place_of(settings, id=id), True
 
 
