@@ -8153,7 +8153,7 @@ class ChecksReturns(SliceHost):
 # -- whether pages stay current
 
 def id_of(region):
-    """Return how the id of a region is written, with the space before it."""
+    """Return how the id of a region is written, with the space before it: ' id="todos"'."""
     return REGION.match(region)[1]
 
 
@@ -8275,9 +8275,11 @@ class NoticesSilence(EdgeWorkspace):
 #   thing in <svg>, or without scripts, and another elsewhere: it is refused.
 # Who uses it: each Template, when it is made.
 
+# What < begins: a comment; <!doctype html>; </p>; <p, without its attributes; or nothing.
 TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
                  "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
                  "(?=[^a-z/!?{]))")
+# A hole by itself; or a name and, if = follows, a value.
 ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
                        r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
                        """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
@@ -10185,7 +10187,9 @@ def account_meant(ctx):
 
 
 PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
-UNSENT = {"unsent": "", "to": ""}                        # a form, and where it was sent
+# A form that came without a session, and its path. The page on which one signs in carries
+# them along. These say that there is none.
+UNSENT = {"unsent": "", "to": ""}
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
 
@@ -10652,6 +10656,7 @@ DAY = 86400.0                                            # seconds
 MOST_LINKS = 100                                         # of one workspace
 LONGEST_LINK = 30                                        # days
 MOST_USES = 100
+# With the role that its maker has now (makes), and whom it signs in (person).
 GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
                coalesce(l.account, s.account) AS person FROM links l
                LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
