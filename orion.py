@@ -7632,7 +7632,7 @@ def take_lock(handle, taken):
         raise Unusable(taken) from error
 
 
-BEGINNINGS = ("account add", "workspace import", "node add")
+BEGINNINGS = ("account add", "workspace import", "node add")     # if there is nothing yet
 
 
 def check_there(settings, or_node=False):
@@ -8189,7 +8189,6 @@ def check_one_element(region, name):
 
 @addition
 class ChecksPages(EdgeWorkspace):
-    """A page that can't stay current is an error, and not a page that looks current."""
     MOST_IDS = 1000
 
     def on_open(self):
@@ -8798,7 +8797,7 @@ def harmless_type(type):
 
 # -- a no, in the layout of the workspace
 
-IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: by check_room
+IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: of a file (68)
 
 
 @addition
@@ -9798,7 +9797,7 @@ class HasJobs(Broadcast):
         row = self.next_job()
         if row is None or row["due"] > time.time():
             return None
-        tries = row["tries"] % self.TRIES + 1            # a recurring one begins anew
+        tries = row["tries"] % self.TRIES + 1            # if it recurs it begins anew
         self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
                         "WHERE id = ?", tries, self.next_try(row, tries), row["id"])
         return row["id"]
