@@ -3695,25 +3695,23 @@ class GuardedNamespace(Namespace):
                 one.sleep(time.monotonic())
         super().sleep_unused(idle)
 
+    @contextlib.contextmanager
     def draft(self):
-        """Make a file for an object whose id is not known yet. Return a temporary id.
-
-        See create_workspace_with_file (26).
+        """Use it as `with namespace.draft() as id:`. It makes a file for an object whose id
+        is not known yet, under a temporary one, and removes it at the end, unless
+        name_draft was called. See create_workspace_with_file (26).
         """
         id = f"new-{secrets.token_hex(8)}"
         try:
             self.create(id)
+            yield id
         except BaseException as error:
-            self.discard(id)
             if StorageFault.is_behind(error):
                 raise self.fault(id, error) from error
             raise
-        return id
-
-    def discard(self, draft):
-        """Remove the file, unless it has its real id by now."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path(draft).unlink()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                self.path(id).unlink()
 
     def tidy(self):
         """Remove the drafts that a crash left behind. Only when a server starts."""
@@ -6314,11 +6312,8 @@ def create_workspace_with_file(request, env):
     signed_in = env.directory.ask_as(request, "/_account")
     if request.method != "POST" or not signed_in:
         return env.directory.fetch(request)
-    draft = env.workspaces.draft()
-    try:
+    with env.workspaces.draft() as draft:
         return env.directory.fetch(request.with_headers({"x-file": draft}))
-    finally:
-        env.workspaces.discard(draft)
 
 
 # #### Part Three: running it ############################################################
@@ -12592,7 +12587,8 @@ class KeepsFiles(GuardedNamespace):
         if source:
             put_in_place(source, self.path(id))
         else:
-            self.name_draft(self.draft(), id)
+            with self.draft() as draft:
+                self.name_draft(draft, id)
 
     def make_on_node(self, name):
         """After that commit, have the node make the file. Here there is none."""

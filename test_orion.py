@@ -10189,6 +10189,7 @@ def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_no
     alice = Person(served, "alice")
     assert alice.post("/workspaces", form={"name": "acme"}).status == 422 and alice.get("/w/acme/todos").status == 403
     assert "a file of such a workspace already" in served.run("workspace", "add", "acme", "--owner", "alice")[2]
+    assert not [*served.env.workspaces.folder.glob("new-*")]     # nor is the one that was made for it left behind
     file = served.env.workspaces.path(served.env.workspaces.id_from_name("acme"))
     assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
     before = file.read_bytes()
