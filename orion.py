@@ -11908,8 +11908,8 @@ def top(settings, given):
 def copy_database(source, target, about=None):
     """Copy a database. Return its number of rows.
 
-    about: what an export says of itself, as JSON. Raises sqlite3.DatabaseError if source is
-    damaged; then there is no target.
+    about: what an export says of itself (section 58). Raises sqlite3.DatabaseError if
+    source is damaged; then there is no target.
     """
     with in_the_making(target) as part:
         os.close(private_file(part))
@@ -12549,6 +12549,13 @@ def remove_blanks(settings):
 #   made it may wish us ill.
 # It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes does the same in another
 #   way.
+#
+# Its table _export has one row, which says what the Directory knew of it:
+#
+#     {"name": "acme", "title": "Acme Corp", "members": [["bob", "owner"]],
+#      "left": "9f86..."}
+#
+# left: the id that the workspace had where it left, with --move.
 
 def add_workspace(store, workspaces, name, members, source=None):
     """Add a workspace with these members (accounts with their roles).
@@ -13266,7 +13273,10 @@ NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict.
 # -- seals
 
 def seal_of(parts, key, until=0):
-    """Return a seal over parts. until: seconds by the clock; 0: for SEALED_SECONDS."""
+    """Return a seal over parts, as 1764518430.5c41..., which holds until then.
+
+    until: seconds by the clock; 0: for SEALED_SECONDS.
+    """
     until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
     return f"{until}.{hmac.digest(key, data, 'sha256').hex()}"
@@ -14284,13 +14294,13 @@ IDS_AT_ONCE = 50                                         # in one question to a 
 
 class MemberLists:
     """The members of workspaces, by id. A list that stays the same is the same object."""
-    MOST = 50_000                                        # members, of all lists
+    MOST = 50_000                                        # see size
 
     def __init__(self):
-        self.lock = threading.Lock()                     # guards the next two lines
-        self.by_id = collections.OrderedDict()           # (version, members): of which
-                                                         # version of the Directory they are
-        self.size = 0
+        self.lock = threading.Lock()                     # guards the next two
+        # By id: (version of the Directory, (("bob", "owner", "Bob"), ...)).
+        self.by_id = collections.OrderedDict()
+        self.size = 0                                    # members, of all lists
 
     def put(self, id, rows, version):
         """Keep rows of name, role and label; return them. The caller holds the lock."""
@@ -15187,6 +15197,7 @@ def narrowed(said, token):
     how = "write" if token["writes"] else "read"
     return {**said, "x-grants": ",".join(grants),
             "x-can-delete": "true" if "todos:delete" in grants else "false",
+            # Such as: read 0a1b2c3d4e5f build%20server
             "x-token": f"{how} {token['id']} {urllib.parse.quote(token['name'])}"}
 
 
@@ -15674,7 +15685,7 @@ def said_of(router, what):
 
 
 def name_in(which, workspace):
-    """Return how people call what was written: without the id before it."""
+    """Return how people call what was written: of "7 Buy milk", what follows the id."""
     id, _, name = which.partition(" ")
     return name if id == workspace or name and id.isdecimal() else which
 
@@ -16024,7 +16035,11 @@ class Leg(NamedTuple):
 
 
 class Trip:
-    """A request from outside: its legs, its store calls, and how it ended."""
+    """A request from outside: its legs, its store calls, and how it ended.
+
+    Of a POST to /w/acme/todos the legs are "gate", with a few calls of the Directory's
+    store or, if the verdict was kept, none; and "workspace", with those of acme's.
+    """
     numbers = itertools.count(1)
 
     def __init__(self, request):
