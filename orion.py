@@ -9265,8 +9265,8 @@ class EnqueuesJobs(Context):
         if job not in self.host.router.job_names:
             raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
         name = self.host.router.job_names[job]
-        key = key and self.host.router.key_of(self.store.slice, name, key)
         if key:
+            key = self.host.router.key_of(self.store.slice, name, key)
             self.host.cancel(key)
         self.host.put_in(name, json.dumps(args), self.viewer.signature,
                          time.time() + after, key or None)
@@ -9753,10 +9753,10 @@ class HasJobs(Broadcast):
         with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
             self.namespace.alarms.set(self.id, self.own_due(None))
 
-    def put_in(self, *row):
+    def put_in(self, job, args, who, due, key):
         self.store.exec("INSERT INTO jobs (job, args, who, due, key) VALUES (?, ?, ?, ?, "
-                        "?)", *row)
-        self.alarm_after_commit(row[3])
+                        "?)", job, args, who, due, key)
+        self.alarm_after_commit(due)
 
     def cancel(self, *keys):
         """Return whether there was one."""
@@ -9832,12 +9832,12 @@ class HasJobs(Broadcast):
     def work(self, row, request):
         """In the name of who enqueued it. Grants were checked then."""
         self.doing = ("job", row["job"]), time.monotonic()
-        wait = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
-        ctx = wait.ctx if wait else self.job_context(row, request)
+        waited = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
+        ctx = waited.ctx if waited else self.job_context(row, request)
         ctx.host = self
         ctx.store.use(self, WRITE)
         try:
-            wait = self.last_step(wait) if wait else self.first_step(ctx, row)
+            wait = self.last_step(waited) if waited else self.first_step(ctx, row)
         finally:
             ctx.end()
             self.began = time.monotonic()                # the time of what follows
