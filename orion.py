@@ -9725,10 +9725,10 @@ class JobTables(Tables):
 
 
 @addition
-class HasJobs(Broadcast):
-    """An object with a table of jobs. due is NULL for a job that was given up."""
-    TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
-    TURN_SECONDS = 1.0                                   # then the log says who has it
+class LogsLongTurns(Broadcast):
+    """A slice that waits for the network keeps all others waiting; if it asks its own
+    server, forever. So the log says it while it lasts."""
+    TURN_SECONDS = 1.0
     doing = None                                         # what, in words; and since when
     logged = None                                        # the one that the log has
 
@@ -9740,13 +9740,19 @@ class HasJobs(Broadcast):
             self.doing = None
 
     def log_if_long(self, now):
-        """In the loop, while it lasts: what waits for its own server waits forever."""
+        """In the loop."""
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
             self.logged = doing
             log(f"{' '.join(doing[0])} keeps all others waiting for "
                 f"{self.namespace.path(self.id)}; let a job yield what waits for the "
                 "network")
+
+
+@addition
+class HasJobs(Broadcast):
+    """An object with a table of jobs. due is NULL for a job that was given up."""
+    TRIES = 10                                           # after 2, 4, 8 ... s: 17 minutes
 
     def on_open(self):
         super().on_open()

@@ -9413,7 +9413,7 @@ def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outsi
 
 @cases("method, path, who", [("POST", "/wait", "POST /wait"), ("GET", "/wait", "GET /wait"), ("POST", "/work", "job work.wait")])
 def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, capfd, monkeypatch, method, path, who):
-    monkeypatch.setattr(orion.HasJobs, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(orion.LogsLongTurns, "TURN_SECONDS", 0.0)
     release = threading.Event()
 
     def wait(ctx):
