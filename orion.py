@@ -3721,20 +3721,26 @@ class GuardedNamespace(Namespace):
     def name_draft(self, draft, id):
         """Give the file its real id.
 
-        Raises Refused(422) if a file of this id has rows, which are of a workspace that no
-        Directory knows any more.
+        Raises Refused(422) if there is a file of this id: one of a workspace that no
+        Directory knows any more. One without rows was left behind by a command that failed.
         """
         place = self.path(id)
-        if place.exists():
-            with Store(place) as store:
-                if store.one("SELECT 1 FROM journal"):
-                    raise Refused(*TAKEN)
+        if place.exists() and not has_no_rows(place):
+            raise Refused(*TAKEN)
         self.path(draft).rename(place)
         sync_folder(self.folder)
 
 
 TAKEN = (422, "There is a file of such a workspace already. Choose another name; an "
               "operator may move and import it.")
+
+
+def has_no_rows(path):
+    """True if nobody has written to this file of a workspace; False if that can't be said.
+    """
+    with contextlib.suppress(sqlite3.Error), Store(path) as store:
+        return store.one("SELECT 1 FROM journal") is None
+    return False
 
 
 def in_new_thread(function):

@@ -10194,6 +10194,8 @@ def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_no
     assert served.run("workspace", "import", file, "--name", "saved")[0] == 0
     before = file.read_bytes()
     assert "a file of such a workspace already" in served.run("workspace", "import", file, "--name", "acme")[2] and file.read_bytes() == before
+    file.write_bytes(b"no database")                 # that is no fault of the Directory's file
+    assert alice.post("/workspaces", form={"name": "acme"}).status == 422 and alice.get("/").status == 200
     file.unlink()
     assert alice.post("/workspaces", form={"name": "acme"}).status == 303 and titles(alice) == []
 
