@@ -12172,8 +12172,8 @@ NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND movi
 def names_here(settings, directory):
     """Return the names of the workspaces here, by id.
 
-    directory: the Directory's file, or a copy of it. If there is none, as on a node, or
-    None is given, for it can't be read: return all files here, with "" for a name.
+    directory: the Directory's file, or a copy of it; None, if it can't be read. Without
+    one, as on a node, return all files here, with "" for a name.
     """
     if settings.single or not directory or not directory.exists():
         return {path.stem: "" for path in files_here(settings)}
@@ -12940,7 +12940,8 @@ def bring_up_to_date(settings, path):
 
 
 def had_once(settings, there):
-    """Return the slices that an app had here before. A node has no record of them."""
+    """Return the slices that an app had here before (see check_ledger). A node has no
+    record of them, so it takes all those that are there."""
     if not settings.directory_file.exists():
         return there if settings.plane == "data" else set()
     with opened_to_read(settings.directory_file) as db:
@@ -13269,7 +13270,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
-TRUSTED.update({"x-node", "x-verdict"})                  # x-verdict: a seal over either
+TRUSTED.update({"x-node", "x-verdict"})                  # a seal, on verdict or request
 # What a proxy brings is sealed in this order: all that say() says. (What is new here is to
 # be in TRUSTED, too, and in SAID_OF_VIEWERS, if pages differ by it.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
@@ -16224,8 +16225,8 @@ class HasConsole(LoopEdge):
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
         self.console = Console(self)
-        # Who looks at the console, or at a members page, is told to nobody. (In a single
-        # root the Directory has the id of its Workspace, and no other.)
+        # Nobody is told who looks at the console, or at a page of the Directory. (That of a
+        # single root has the id of the Workspace, and is told.)
         self.broker.unannounced = Console.id, "directory"
         paths = [path for _, path in self.console.actions]
         self.add_doors(dict.fromkeys(paths, self.console.answer))
