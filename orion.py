@@ -13024,13 +13024,13 @@ ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND de
            ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
 
 
-def space_region(ctx):
+def workspace_region(ctx):
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
     members = roles_in(ctx.store, ctx.viewer.id)
     return template("spaces.region")(name=row["name"], people=len(members))
 
 
-def space_page(ctx, region):
+def workspace_page(ctx, region):
     typed = {"title": ctx.title, "problem": "", **ctx.typed}
     deletes = "confirm" in typed
     return template("spaces")(
@@ -13092,7 +13092,7 @@ class HasSwitcher(Broadcast):
 # workspace:delete is the grant that only owners have.
 DIRECTORY_SLICES.append(Slice("spaces", live=(
     Live("/members/workspace", "workspace:delete", "Workspace",
-         (Region("members", space_region),), space_page, tab=False),), routes=(
+         (Region("members", workspace_region),), workspace_page, tab=False),), routes=(
     Route("GET", "/workspaces/mine", ACCOUNT, switch_list),
     Route("POST", "/members/workspace", "workspace:delete", rename_workspace,
           says="renamed the workspace to"),
@@ -13100,11 +13100,11 @@ DIRECTORY_SLICES.append(Slice("spaces", live=(
           form="/members/workspace", says="deleted the workspace"))))
 
 
-def way_to_space(ctx):
+def way_to_workspace(ctx):
     return template("spaces.way")() if ctx.viewer.can("workspace:delete") else Html()
 
 
-MEMBERS_PARTS.append(way_to_space)
+MEMBERS_PARTS.append(way_to_workspace)
 
 
 @addition
@@ -13386,7 +13386,7 @@ def ask_process(settings, address, request, patience=5.0):
     if answer.status == 200:
         return json.loads(answer.body)
     why = answer.body.decode("utf-8", "replace").strip()
-    if answer.status in (403, 404):
+    if answer.status in (403, 404):                      # it did not accept the seal
         why = STRANGERS
     raise NoAnswer(f"{address} answered {answer.status}: {why}")
 
@@ -13515,7 +13515,8 @@ class PlacesWorkspaces(EdgeDirectory):
         super().add_workspace(ctx, name, owner)
 
     def own_version(self, request):
-        """Nodes hear by it of each change of access, too: then the last number is more."""
+        """Nodes are to hear of each change of access. data_version tells what others have
+        committed; what this process has, is counted beside it."""
         version = super().own_version(request)
         if self.namespace.settings.plane:
             version.append(sum([number for topic, number in self.bus.versions.items()
@@ -16122,13 +16123,13 @@ class Trace:
             self.shown = self.noted
             return [*self.calls]
 
-    def follow(self, trip, route, *args):
-        """Return outcome(route, *args), noted as the trip.
+    def follow(self, trip, function, *args):
+        """Return outcome(function, *args), noted as the trip.
 
         One that reached no object is not kept: there is nothing to draw.
         """
         self.thread.trip = trip
-        answer = outcome(route, *args)
+        answer = outcome(function, *args)
         self.thread.trip = None
         trip.status = getattr(answer, "status", 500)
         if trip.legs:
