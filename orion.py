@@ -10011,16 +10011,16 @@ def keys_rotate(settings, given):
 #
 # The way of POST /login:
 #
-#     Passwords.prove     no turn is held: asks the Directory for the hash that is stored,
-#                         and compares. If it fits, it goes along, as x-stored
-#     account_proved      in the Directory's turn: is this still the hash that is stored?
-#     open_session        makes a session, and its cookie
+#     ProvesPasswords.prove   no turn is held: asks the Directory for the hash that is
+#                             stored, and compares. If it fits, it goes along, as x-stored
+#     account_proved          in the Directory's turn: is it still the hash that is stored?
+#     open_session            makes a session, and its cookie
 
 SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
 SCRYPT_AT_ONCE = threading.BoundedSemaphore(2)           # more would take all memory
 SCRYPT_IN_LINE = threading.BoundedSemaphore(6)           # more would take all threads
 ACCOUNT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-TRUSTED.update({"x-stored", "x-hashed"})                 # by Passwords.prove
+TRUSTED.update({"x-stored", "x-hashed"})                 # by ProvesPasswords.prove
 OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's sessions
 
 
@@ -10123,35 +10123,43 @@ def count_attempt(attempts, request):
     attempts.count(source)
 
 
-class Passwords:
-    """Two doors: /login and /account/password. They prove a password before the Directory's
-    turn is taken, and pass on what they found, in headers."""
+def typed_in(request):
+    """Return the name, the password, and the new password. Bound what is hashed."""
+    name = account_name(text_of(request, "username"))
+    password = text_of(request, "password")
+    new = text_of(request, "new")
+    if max(len(name), len(password), len(new)) > LONGEST_TYPED:
+        raise Refused(400, f"A name and a password have at most {LONGEST_TYPED} "
+                           "characters.")
+    return name, password, new
+
+
+PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
+
+
+@addition
+class ProvesPasswords(LoopEdge):
+    """Passwords are proved before the Directory's turn is taken. What was found goes along,
+    in headers."""
     FAMILIAR = 1000                                      # names with their addresses
 
-    def __init__(self):
+    def __init__(self, *args):
+        super().__init__(*args)
         self.guesses = Throttle()
         self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
         self.familiar = {}                               # signed in before; oldest first
+        self.add_doors(dict.fromkeys(PASSWORD_DOORS, self.at_password))
 
-    def door(self, request, env):
+    def at_password(self, request, env):
+        """A door."""
         if request.method == "POST":
             request = self.prove(request, env.directory)
         return env.directory.fetch(request)
 
-    def typed_in(self, request):
-        """Return the name, the password, and the new password. Bound what is hashed."""
-        name = account_name(text_of(request, "username"))
-        password = text_of(request, "password")
-        new = text_of(request, "new")
-        if max(len(name), len(password), len(new)) > LONGEST_TYPED:
-            raise Refused(400, f"A name and a password have at most {LONGEST_TYPED} "
-                               "characters.")
-        return name, password, new
-
     def prove(self, request, directory):
         """Return the request with x-stored, the stored hash that the password goes with, or
         "", and x-hashed, the hash of the new password, or ""."""
-        name, password, new = self.typed_in(request)
+        name, password, new = typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
         keys = [here, f"from {source}", f"to {name}"]    # what others type counts, too
@@ -10192,7 +10200,6 @@ def account_meant(ctx):
     return name
 
 
-PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
 # A form that came without a session, and its path. The page on which one signs in carries
 # them along. These say that there is none.
 UNSENT = {"unsent": "", "to": ""}
@@ -10322,11 +10329,6 @@ class KnowsAccounts(EdgeDirectory):
 
 @addition
 class AsksForPasswords(LoopEdge):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.passwords = Passwords()
-        self.add_doors(dict.fromkeys(PASSWORD_DOORS, self.passwords.door))
-
     def refusal(self, request, error):
         """A browser that is not signed in gets the form for it."""
         signed_out = isinstance(error, Refused) and error.status == 401
@@ -11054,8 +11056,8 @@ class OpensLinks(LoopEdge):
 
     def with_hashes(self, request, env):
         if text_of(request, "how") == "known":
-            return self.passwords.prove(request, env.directory)
-        new = self.passwords.typed_in(request)[2]
+            return self.prove(request, env.directory)
+        new = typed_in(request)[2]
         if not new:
             return request
         count_attempt(self.made_accounts, request)

@@ -4063,11 +4063,10 @@ def test_signing_in_leads_to_where_one_was_and_never_to_a_command(outside, metho
 def test_guessing_is_slowed_and_the_owner_gets_in_from_where_they_were(outside):
     ann = outside.sign_in("ann")
     guess = lambda: Person(outside).post("/login", form={"username": "ann", "password": "wrong wrong"}).status
-    passwords = outside.edge.passwords
     for _ in range(10):
-        passwords.guesses.count("to ann")          # by others, from elsewhere
+        outside.edge.guesses.count("to ann")          # by others, from elsewhere
     assert guess() == 422 and ann.get("/account").status == 200, "from an address of ann's own it is not slowed by them"
-    passwords.familiar = {}
+    outside.edge.familiar = {}
     answer = Person(outside).post("/login", form={"username": "ann", "password": "long enough"})
     assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
 
