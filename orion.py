@@ -11546,17 +11546,14 @@ class SlowLog:
 
     def __init__(self, limit):
         self.limit = limit                               # seconds
-        self.second = 0
-        self.left = 0                                    # lines of this second
+        self.times = collections.deque([0.0] * self.LINES, self.LINES)   # of the last lines
 
     def note(self, seconds, what):
         if seconds < self.limit:
             return
-        second = int(time.monotonic())
-        if second != self.second:
-            self.second, self.left = second, self.LINES
-        self.left -= 1
-        if self.left >= 0:
+        now = time.monotonic()
+        if now > self.times[0] + 1:
+            self.times.append(now)
             log(f"slow: {1000 * seconds:.0f} ms: {what}")
 
 
