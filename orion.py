@@ -14164,7 +14164,7 @@ class LetsAnybodyIn(Directory):                          # also with --plain
         return let_in({**said, **NOBODY})
 
     def asked_for_public(self, request):
-        """The worker says so. Of a proxy it is known what that was asked for."""
+        """The worker has said so, in the query. A proxy says for which request it asks."""
         if request.path != "/_gate":
             return request.query == "public"
         return bool(public_path(self.inner_router, request_behind(request)))
@@ -14175,8 +14175,8 @@ class LetsAnybodyIn(Directory):                          # also with --plain
 
 
 def beginning_with(path):
-    """Return a pattern of what begins with a path of a slice, in any workspace."""
-    pattern = f"/w/[^/]*{path_pattern(path)}(?:/|$)"
+    """Return a pattern of what begins with a path of a slice; (1) is its workspace."""
+    pattern = f"(/w/[^/]*){path_pattern(path)}(?:/|$)"
     return re.compile(pattern)
 
 
@@ -14217,15 +14217,11 @@ class OpensToAnybody(LoopEdge):
 
         What was refused may be so by its method, or by what stands behind such a path.
         """
-        if not self.secretive:
-            return request
-        path = self.env.public(request)
-        if not path and status >= 400:
-            path = next((path for pattern, path in self.secretive
-                         if pattern.match(request.path)), "")
-        if not path:
-            return request
-        return request._replace(path="/".join(request.path.split("/")[:3]) + path)
+        for pattern, path in self.secretive:
+            found = pattern.match(request.path)
+            if found and (status >= 400 or self.env.public(request) == path):
+                return request._replace(path=found[1] + path)
+        return request
 
     def count(self, asked, response):
         if self.secretive:
@@ -17410,13 +17406,12 @@ class DevHost(SliceHost):
 
 class DevBroker(Broker):
     def published(self, id, topic):
-        channels = [channel for channel in [*self.channels.get(id, {}).values()]
-                    if channel.subscription.topic == topic]
         if id in self.edge.env.workspaces.objects:
-            again = [f"{channel.subscription.again.path} for {len(channel.streams)} streams"
-                     for channel in channels]
+            shown = [f"{channel.subscription.again.path} for {len(channel.streams)} streams"
+                     for channel in [*self.channels.get(id, {}).values()]
+                     if channel.subscription.topic == topic]
             log(f"dev: {topic!r} was published: "
-                f"{', '.join(again) or 'no open page shows it'}")
+                f"{', '.join(shown) or 'no open page shows it'}")
         super().published(id, topic)
 
 
