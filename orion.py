@@ -15648,6 +15648,26 @@ class RefusesOldPages(SliceHost):
 # Who uses it: members, from the members page; slices, by ctx.remove().
 # It needs: 36 Ordinary pages, 45 Account page.
 
+def history_region(ctx):
+    found, older = entries(ctx, ENTRIES_A_PAGE)
+    query = urllib.parse.urlencode({**ctx.params, "before": older})
+    rows = [{"when": moment(entry["at"]), **sentence(ctx, entry)} for entry in found]
+    return template("history.region")(entry=rows, none=not rows,
+                                      older={"query": query} if older else None)
+
+
+def history_page(ctx, region):
+    within = ctx.host.within
+    here = f"/w/{ctx.workspace}{within}/history"
+    links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
+              "current": path == within} for path, label in HISTORIES.items()]
+    query = urllib.parse.urlencode(ctx.params)
+    return template("history")(
+        workspace=ctx.title, here=here, file=f"{here}.csv?{query}", region=region,
+        link=links if ctx.viewer.can("members:manage") else [], undo=undo_forms(ctx),
+        live=template("slice.live")(), **choices(ctx))
+
+
 ENTRIES_A_PAGE = 50
 STRETCH = 10_000                                         # rows of the journal
 ENTRIES = """SELECT id, at, who, what, which FROM journal WHERE id BETWEEN ? AND ? AND {}
@@ -15676,13 +15696,11 @@ def entries(ctx, most):
     return found, begins if first < begins else 0
 
 
-@functools.lru_cache(maxsize=4)
-def routes_of(router):
-    """Return the routes by what the journal calls their commands."""
-    found = {}
-    for _, slice, route in router.rows:
-        found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
-    return found
+def sentence(ctx, entry):
+    """Return a row of the journal as people read it."""
+    says = said_of(ctx.host.router, entry["what"])
+    return {"who": entry["who"] or "somebody", "says": says,
+            "name": name_in(entry["which"], ctx.viewer.id)}
 
 
 def said_of(router, what):
@@ -15693,37 +15711,19 @@ def said_of(router, what):
     return says[0] if says else default
 
 
+@functools.lru_cache(maxsize=4)
+def routes_of(router):
+    """Return the routes by what the journal calls their commands."""
+    found = {}
+    for _, slice, route in router.rows:
+        found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
+    return found
+
+
 def name_in(which, workspace):
     """Return how people call what was written: of "7 Buy milk", what follows the id."""
     id, _, name = which.partition(" ")
     return name if id == workspace or name and id.isdecimal() else which
-
-
-def sentence(ctx, entry):
-    """Return a row of the journal as people read it."""
-    says = said_of(ctx.host.router, entry["what"])
-    return {"who": entry["who"] or "somebody", "says": says,
-            "name": name_in(entry["which"], ctx.viewer.id)}
-
-
-def history_region(ctx):
-    found, older = entries(ctx, ENTRIES_A_PAGE)
-    query = urllib.parse.urlencode({**ctx.params, "before": older})
-    rows = [{"when": moment(entry["at"]), **sentence(ctx, entry)} for entry in found]
-    return template("history.region")(entry=rows, none=not rows,
-                                      older={"query": query} if older else None)
-
-
-def history_page(ctx, region):
-    within = ctx.host.within
-    here = f"/w/{ctx.workspace}{within}/history"
-    links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
-              "current": path == within} for path, label in HISTORIES.items()]
-    query = urllib.parse.urlencode(ctx.params)
-    return template("history")(
-        workspace=ctx.title, here=here, file=f"{here}.csv?{query}", region=region,
-        link=links if ctx.viewer.can("members:manage") else [], undo=undo_forms(ctx),
-        live=template("slice.live")(), **choices(ctx))
 
 
 CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
