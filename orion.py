@@ -3599,7 +3599,6 @@ class GuardedNamespace(Namespace):
 
     def __init__(self, *args, most=1024):
         super().__init__(*args)
-        self.objects = collections.OrderedDict()         # the last used is the last
         self.most = most
         self.may_wait = threading.BoundedSemaphore(self.WAITING)
         self.listeners = []                              # called with (id, topic)
@@ -3640,7 +3639,6 @@ class GuardedNamespace(Namespace):
         until, why = self.late.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
-        self.touch(id)
         return one
 
     def bring_up(self, id, why):
@@ -3676,17 +3674,18 @@ class GuardedNamespace(Namespace):
             raise
 
     def touch(self, id):
-        """Note that the object is in use. A page of it that was kept is answered without
-        it, and for that it shall not fall asleep."""
-        with self.lock:
-            if id in self.objects:
-                self.objects[id].used = time.monotonic()
-                self.objects.move_to_end(id)             # the least recently used is first
+        """Note that a page was answered without its object, which shall not fall asleep for
+        that."""
+        one = self.objects.get(id)
+        if one:
+            one.used = time.monotonic()
 
     def sleep_excess(self):
         """The least recently used go to sleep; one that is busy just now is passed over."""
-        for one in self.everybody()[:-self.most]:        # none, while there are fewer
-            one.sleep(time.monotonic())
+        if len(self.objects) > self.most:
+            by_use = sorted(self.everybody(), key=lambda one: one.used)
+            for one in by_use[:-self.most]:
+                one.sleep(time.monotonic())
 
     def sleep_unused(self, idle=None):
         """Those whose file is not at its path any more go to sleep at once."""
@@ -4531,7 +4530,7 @@ class Lane:
     def __init__(self, name, job):
         self.name = name
         self.job = job
-        self.items = collections.deque()                 # of (item, payer)
+        self.items = collections.deque()                 # as (an Asked, "carol")
         self.payer = None
 
 
