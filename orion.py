@@ -9579,7 +9579,7 @@ class Wait:
 class Waits:
     """Calls what jobs wait for, in threads of their own."""
     AT_ONCE = 32                                         # calls that are not late
-    THREADS = 256                                        # and late ones
+    THREADS = 256                                        # in all, with late ones
     OF_ONE_OBJECT = 4
     SECONDS = 30.0                                       # then the try has failed
 
@@ -9622,7 +9622,7 @@ class Waits:
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
         self.go_on_with(wait, step)
-        wait.went_on.wait()
+        wait.went_on.wait()                              # long ago, if it was late
         with self.lock:
             self.calling.discard(wait)
             del self.by_job[wait.key]
