@@ -11113,8 +11113,8 @@ class TellsWhoIsHere(Broker):
             self.tell_who_is_here()
 
     def tell_who_is_here(self):
-        """Once a second: tell all who watch an object if it is no longer what they see.
-        (Most who go, for a page is loaded again, are back by then.)"""
+        """Once a second: tell all who watch an object, if that has changed. (Of a page that
+        is loaded again nobody is told: by then it has come back.)"""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
