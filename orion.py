@@ -5553,13 +5553,12 @@ class Connection(Held):
             self.state = self.ARRIVING
 
     def apart(self, job, what, payer):
-        """Have the pool do job(what). A no of it is sent; any other error closes the
-        connection. It is not in the lane of the requests, for a lane has one job."""
-        name = self, job.__name__
-        self.edge.pool.gather(name, what, functools.partial(self.do_apart, job), payer)
+        """Have the pool do job(what), in another lane than that of the requests. A no of it
+        is sent; any other error closes the connection."""
+        self.edge.pool.gather((self, "apart"), (job, what), self.do_apart, payer)
 
-    def do_apart(self, job, those):
-        what, = those                                    # a connection does one at a time
+    def do_apart(self, those):
+        (job, what), = those                             # a connection does one at a time
         try:
             job(what)
         except Refused as no:
