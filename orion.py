@@ -12566,7 +12566,7 @@ def remove_blanks(settings):
 #
 # left: the id that the workspace had where it left, with --move.
 
-def add_workspace(store, workspaces, name, members, source=None):
+def add_workspace(store, workspaces, name, title, members, source=None):
     """Add a workspace with these members (accounts with their roles).
 
     Its file (source, or an empty one) is there before the commit: a row without a file
@@ -12581,6 +12581,7 @@ def add_workspace(store, workspaces, name, members, source=None):
         raise Refused(*TAKEN)
     add_rows(store, id, name, members)
     workspaces.put(store, id, name, source)
+    set_title(store, name, title)
 
 
 @addition
@@ -12588,7 +12589,7 @@ class AddsWorkspaces(EdgeDirectory):
     def add_workspace(self, ctx, name, owner):
         if "x-file" in ctx.request.headers:              # it was made before (26)
             return super().add_workspace(ctx, name, owner)
-        add_workspace(ctx.store, self.workspaces, name, [(owner, "owner")])
+        add_workspace(ctx.store, self.workspaces, name, name, [(owner, "owner")])
 
 
 @addition
@@ -12646,8 +12647,7 @@ def workspace_add(settings, given):
         if given.owner:
             row_of(store, "accounts", given.owner)
             owners = [(given.owner, "owner")]
-        add_workspace(store, env.workspaces, name, owners)
-        set_title(store, name, title)
+        add_workspace(store, env.workspaces, name, title, owners)
     env.workspaces.make_on_node(name)
 
 
@@ -12811,8 +12811,7 @@ def workspace_import(settings, given):
     with one_move(settings), adopted(settings, given.file, given.jobs) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
-            add_workspace(store, env.workspaces, name, [*members.items()], copy)
-            set_title(store, name, title)
+            add_workspace(store, env.workspaces, name, title, [*members.items()], copy)
     env.workspaces.make_on_node(name)
     for account in new:
         print(f"{account} is new here; account passwd {account} lets them in")
@@ -12965,8 +12964,8 @@ def workspace_restore(settings, given):
     file = given.at / "workspaces" / f"{row['id']}.db"
     with one_move(settings), adopted(settings, file, given.jobs) as copy, \
             opened(settings, given, name) as (store, env):
-        add_workspace(store, env.workspaces, name, roles_in(store, row["id"]), copy)
-        set_title(store, name, title)
+        members = roles_in(store, row["id"])
+        add_workspace(store, env.workspaces, name, title, members, copy)
     print(f"{name}: as {given.name} was in {given.at}")
     env.workspaces.make_on_node(name)
 
@@ -17497,8 +17496,7 @@ class TestedApp(App):
 
     def let_in(self, store, account, role, address, title):
         if not store.one("SELECT 1 FROM workspaces WHERE name = ?", address):
-            add_workspace(store, self.env.workspaces, address, [])
-            set_title(store, address, title)
+            add_workspace(store, self.env.workspaces, address, title, [])
         id = row_of(store, "workspaces", address)["id"]
         store.exec("INSERT OR IGNORE INTO accounts (name, label) VALUES (?, ?)", account,
                    account)

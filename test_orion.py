@@ -9686,7 +9686,7 @@ def settled(tmp_path_factory):
     with orion.opened(orion.Settings(data=folder, slices=(orion.todos,)), given) as (store, env):
         for name in ("ann", "ops"):
             store.exec("INSERT INTO accounts (name, label) VALUES (?, ?)", name, name)
-        orion.add_workspace(store, env.workspaces, "acme", [("ann", "owner")])
+        orion.add_workspace(store, env.workspaces, "acme", "acme", [("ann", "owner")])
     return folder
 
 
