@@ -7356,7 +7356,7 @@ def read_port(text):
 
 
 def read_address(text):
-    return text if HOST.fullmatch(text)[1] else None
+    return text if HOST.fullmatch(text)[1] else None     # it has a port
 
 
 a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
@@ -9020,7 +9020,7 @@ LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5
 
 def use_brand(settings):
     """Raise Unusable for a brand that can't be shown."""
-    brand = Brand() if settings.brand is None else settings.brand
+    brand = settings.brand or Brand()
     if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
             or not LANGUAGE.fullmatch(brand.language):
         raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
