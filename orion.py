@@ -4878,7 +4878,7 @@ class Stream(Held):
     def __init__(self, edge, link, request, response, viewer):
         self.again = request._replace(body=b"")
         self.account = response.which                    # see Broadcast.stream
-        self.whose = self.account or request.peer
+        self.whose = self.account or source_of(request.peer)
         self.viewer = viewer                             # as the last verdict said
         self.zipped = accepts_gzip(request)
         self.channels = ()                               # one for each region
@@ -5600,7 +5600,7 @@ class Connection(Held):
             return self.edge.call(self.become_stream, asked, response)
         self.whose = source_of(asked.request.peer)
         if asked.forwarded:
-            self.whose = asked.forwarded.headers.get("x-account", self.whose)
+            self.whose = asked.forwarded.headers.get("x-account") or self.whose
         if len(response.body) > Backlog.ANSWER:
             response = self.page_too_large(asked, response)
         self.rest = None if asked.reading.method == "HEAD" else response.rest

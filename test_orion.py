@@ -8731,6 +8731,14 @@ def test_who_sent_a_public_command_is_no_insider_and_is_charged_by_address(start
     assert server.edge.payer_of(asked) == "inside, from 10.1.1.1"
 
 
+def test_what_waits_of_a_public_answer_is_charged_to_the_address_that_asked(start):
+    server = start((orion.todos, stockroom()))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
+        link.sendall(head(line="GET /w/acme/shown HTTP/1.1"))
+        assert statuses(link.recv(65_536)) == [200]
+        assert [held.whose for held in server.edge.held] == ["127.0.0.1"]
+
+
 @cases("moving, status", [(1, 503), (2, 401)])
 def test_what_is_public_of_a_workspace_that_is_moved_is_not_served_meanwhile(start, moving, status):
     server = start((orion.todos, stockroom()))
