@@ -15775,104 +15775,14 @@ REMOVED = ("CREATE TABLE _removed (id INTEGER PRIMARY KEY, note INTEGER NOT NULL
 UNDO_SECONDS = 600.0
 
 
-TO_PUT_BACK = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON
-                 r.note = j.id WHERE j.id = ? AND j.who = ? AND r.until > ?
-                 ORDER BY r.id DESC"""
-UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
-             "somebody else did it. Look at History.")
-
-
-def removed_rows(ctx, id):
-    """Return what the command was and wrote, and what it removed: (table, columns, rows).
-
-    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
-    they did then.
-    """
-    kept = ctx.host.store.query(TO_PUT_BACK, id, ctx.viewer.signature, time.time())
-    what = kept[0]["what"] if kept else ""
-    routes = routes_of(ctx.host.router).get(what, ())
-    if not routes or what.partition(".")[0] != ctx.store.slice:
-        raise Refused(409, UNDO_OVER, signal="toast")
-    for route in routes:
-        ctx.viewer.permit(route.grant, route.method)
-    removed = [json.loads(row["rows"], object_hook=from_hex) for row in kept]
-    return kept[0]["which"], removed
-
-
-def from_hex(data):
-    """Bytes are in the JSON as {"hex": ...}."""
-    return bytes.fromhex(data["hex"])
-
-
-PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
-               "belonged to is gone. Mend that, and try again within the ten minutes.")
-
-
-def put_back(ctx, id):
-    which, kept = removed_rows(ctx, id)
-    try:
-        for table, columns, rows in kept:
-            names = ", ".join([f'"{column}"' for column in columns])
-            marks = ", ".join("?" * len(columns))
-            for row in rows:
-                ctx.store.exec(f"INSERT INTO {table} ({names}) VALUES ({marks})", *row)
-    except sqlite3.IntegrityError:
-        raise Refused(409, PLACE_TAKEN, signal="toast") from None
-    ctx.host.store.exec("DELETE FROM _removed WHERE note = ?", id)
-    return done(ctx, which, note="It is back.")
-
-
-def undo(ctx, id):
-    """Put back what the command removed that left the row id in the journal."""
-    ctx.host.bus.publish("")                             # all regions: any can show it
-    return put_back(ctx, id)
-
-
-def remove_member(ctx, account):
-    """Do what expel does; but whom somebody else removed can be let in again."""
-    account = account_name(account)
-    if account == ctx.viewer.account:
-        return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
-    row = ctx.viewer.id, account
-    where = "workspace = ? AND account = ?"
-    signals = ctx.host.keep_removed(ctx, "memberships", where, row)
-    expel(ctx, account)
-    if signals:
-        signals["note"] = f"{account} is removed."
-    return done(ctx, " ".join(row), **signals)
-
-
-def let_in_again(ctx, id):
-    """Give the role back. Links and tokens of the member stay void."""
-    _, removed = removed_rows(ctx, id)
-    _, columns, rows = removed[0]                        # one row of memberships
-    member = dict(zip(columns, rows[0]))
-    if member["workspace"] != ctx.viewer.id:
-        raise Refused(409, UNDO_OVER, signal="toast")
-    owns = member["role"] == "owner" or member["offered"]
-    if owns and ctx.viewer.role != "owner":
-        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
-    ctx.publish("members")
-    access_changed(ctx, member["account"])
-    return put_back(ctx, id)
-
-
-def undo_signals(text, undo):
-    """Return signals: a message, and where to undo what it tells; "": nowhere."""
-    return {"note": text, "_undo": undo}
-
-
-MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
-                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
-
-
-def undo_forms(ctx):
-    """Return what the viewer can put back: scripts or none, toast or none."""
-    where, args = ctx.host.told_to(ctx.viewer)
-    mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
-                                time.time())
-    return [{"path": ctx.host.undo_path(ctx, entry["what"].partition(".")[0], entry["id"]),
-             **sentence(ctx, entry)} for entry in mine]
+@addition
+class KeepsWhatItRemoves(Context):
+    def remove(self, table, where, *args):
+        signals = {}
+        if isinstance(self.host, Broadcast):             # else it is --plain
+            signals = self.host.keep_removed(self, table, where, args)
+        super().remove(table, where, *args)
+        return signals
 
 
 LARGEST_UNDO = 2 ** 20                                   # characters, of one command
@@ -15902,14 +15812,10 @@ class KeepsRemoved(Broadcast):
         self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
 
     def keep_removed(self, ctx, table, where, args):
-        signals = self.keep_rows(ctx, table, where, args)
-        has_page = ctx.request.datastar or ctx.request.plain_form
-        return signals if has_page else {}
-
-    def keep_rows(self, ctx, table, where, args):
+        """Keep the rows that are about to be removed. Return signals that tell it."""
         found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
         if not found:
-            return undo_signals("There was nothing to delete.", "")
+            return undo_signals(ctx, "There was nothing to delete.")
         generated = [row["name"] for row in self.store.query(GENERATED, table)]
         columns = [name for name in found[0].keys() if name not in generated]
         rows = [[row[name] for name in columns] for row in found]
@@ -15917,28 +15823,121 @@ class KeepsRemoved(Broadcast):
                           default=lambda data: {"hex": data.hex()})
         said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
         if len(text) > LARGEST_UNDO:
-            return undo_signals(f"{said}, for good: that is too much to keep.", "")
+            return undo_signals(ctx, f"{said}, for good: that is too much to keep.")
         entry, is_tight = self.store.one(NEXT_ENTRY)
         if is_tight:
             self.store.exec("DELETE FROM _removed")
-            return undo_signals(f"{said}, for good: there is little room here.", "")
+            return undo_signals(ctx, f"{said}, for good: there is little room here.")
         self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
                         "?)", entry, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
         self.forget_removed()
-        return undo_signals(f"{said}.", self.undo_path(ctx, ctx.store.slice, entry))
+        return undo_signals(ctx, f"{said}.", self.undo_path(ctx, ctx.store.slice, entry))
 
     def undo_path(self, ctx, slice, entry):
         return f"/w/{ctx.workspace}{self.within}/undo/{slice}/{entry}"
 
 
-@addition
-class KeepsWhatItRemoves(Context):
-    def remove(self, table, where, *args):
-        signals = {}
-        if isinstance(self.host, Broadcast):             # else it is --plain
-            signals = self.host.keep_removed(self, table, where, args)
-        super().remove(table, where, *args)
-        return signals
+def undo_signals(ctx, text, undo=""):
+    """Return signals for a page: a message, and where to undo what it tells; "": nowhere.
+    What sends commands without a page gets none."""
+    has_page = ctx.request.datastar or ctx.request.plain_form
+    return {"note": text, "_undo": undo} if has_page else {}
+
+
+MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT note FROM
+                  _removed WHERE until > ?) ORDER BY id DESC LIMIT 10"""
+
+
+def undo_forms(ctx):
+    """Return what the viewer can put back, also without scripts, or if the toast is gone.
+    """
+    where, args = ctx.host.told_to(ctx.viewer)
+    mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
+                                time.time())
+    return [{"path": ctx.host.undo_path(ctx, entry["what"].partition(".")[0], entry["id"]),
+             **sentence(ctx, entry)} for entry in mine]
+
+
+def undo(ctx, id):
+    """Put back what the command removed that left the row id in the journal."""
+    ctx.host.bus.publish("")                             # all regions: any can show it
+    return put_back(ctx, id)
+
+
+PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
+               "belonged to is gone. Mend that, and try again within the ten minutes.")
+
+
+def put_back(ctx, id):
+    which, kept = removed_rows(ctx, id)
+    try:
+        for table, columns, rows in kept:
+            names = ", ".join([f'"{column}"' for column in columns])
+            marks = ", ".join("?" * len(columns))
+            for row in rows:
+                ctx.store.exec(f"INSERT INTO {table} ({names}) VALUES ({marks})", *row)
+    except sqlite3.IntegrityError:
+        raise Refused(409, PLACE_TAKEN, signal="toast") from None
+    ctx.host.store.exec("DELETE FROM _removed WHERE note = ?", id)
+    return done(ctx, which, note="It is back.")
+
+
+TO_PUT_BACK = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON
+                 r.note = j.id WHERE j.id = ? AND j.who = ? AND r.until > ?
+                 ORDER BY r.id DESC"""
+UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
+             "somebody else did it. Look at History.")
+
+
+def removed_rows(ctx, id):
+    """Return what the command was and wrote, and what it removed: (table, columns, rows).
+
+    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
+    they did then.
+    """
+    kept = ctx.host.store.query(TO_PUT_BACK, id, ctx.viewer.signature, time.time())
+    what = kept[0]["what"] if kept else ""
+    routes = routes_of(ctx.host.router).get(what, ())
+    if not routes or what.partition(".")[0] != ctx.store.slice:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    for route in routes:
+        ctx.viewer.permit(route.grant, route.method)
+    removed = [json.loads(row["rows"], object_hook=from_hex) for row in kept]
+    return kept[0]["which"], removed
+
+
+def from_hex(data):
+    """Bytes are in the JSON as {"hex": ...}."""
+    return bytes.fromhex(data["hex"])
+
+
+def remove_member(ctx, account):
+    """Do what expel does; but whom somebody else removed can be let in again."""
+    account = account_name(account)
+    if account == ctx.viewer.account:
+        return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
+    row = ctx.viewer.id, account
+    where = "workspace = ? AND account = ?"
+    signals = ctx.host.keep_removed(ctx, "memberships", where, row)
+    expel(ctx, account)
+    if signals:
+        signals["note"] = f"{account} is removed."
+    return done(ctx, " ".join(row), **signals)
+
+
+def let_in_again(ctx, id):
+    """Give the role back. Links and tokens of the member stay void."""
+    _, removed = removed_rows(ctx, id)
+    _, columns, rows = removed[0]                        # one row of memberships
+    member = dict(zip(columns, rows[0]))
+    if member["workspace"] != ctx.viewer.id:
+        raise Refused(409, UNDO_OVER, signal="toast")
+    owns = member["role"] == "owner" or member["offered"]
+    if owns and ctx.viewer.role != "owner":
+        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
+    ctx.publish("members")
+    access_changed(ctx, member["account"])
+    return put_back(ctx, id)
 
 
 # -- the slices
