@@ -13071,7 +13071,7 @@ def test_without_room_on_the_disk_a_file_is_refused_before_it_comes_or_when_it_i
 
 
 def test_of_what_a_disk_takes_only_in_part_nothing_is_taken_for_whole():
-    spool, ends = orion.Spool(mock.Mock(upload=MB), None), mock.Mock(**{"write.side_effect": [60_000, OSError(errno.EFBIG, "File too large")]})
+    spool, ends = orion.Spool(None, mock.Mock(upload=MB), None), mock.Mock(**{"write.side_effect": [60_000, OSError(errno.EFBIG, "File too large")]})
     spool.extend(bytes(70_000))
     with mock.patch.object(tempfile, "TemporaryFile", lambda **_: ends), pytest.raises(orion.Refused, match="no room"):
         spool.write()
