@@ -5473,7 +5473,11 @@ UNREADABLE = Reading("-", "/", {}, keep=False, modern=True, length=0)
 
 
 class Connection(Held):
-    """A connection that is not a stream. It is in one state at a time."""
+    """A connection that is not a stream.
+
+    It is IDLE; ARRIVING, when a part of a request is here; ANSWERING, when all of it is;
+    and then IDLE again, or LEAVING: what still comes is read over.
+    """
     IDLE, ARRIVING, ANSWERING, LEAVING = "idle", "arriving", "answering", "leaving"
     IDLE_SECONDS = 75.0                  # longer than the 60 s for which proxies keep one
     REQUEST_SECONDS = 10.0               # for all of it; a byte now and then moves nothing
@@ -5920,10 +5924,8 @@ class LoopEdge:
         return True
 
     def work_off(self, several):
-        """In the pool: answer what came for one object. Return what is to be asked again.
-
-        If commands take long, others have this thread in between.
-        """
+        """In the pool: answer what came for one object. Return what is to be asked again:
+        there was no time for it, as others need this thread, too; or it was Outdated."""
         decided_at = time.monotonic()
         try:
             groups = self.decide_all(several)
