@@ -5151,7 +5151,7 @@ class Broker:
 
     def __init__(self, edge):
         self.edge = edge
-        self.lock = threading.Lock()                     # guards busy and stale
+        self.lock = threading.Lock()                     # guards busy, stale and outdated
         self.channels = {}                               # by id, then by question
         self.frames = {"sent": 0, "coalesced": 0, "dropped": 0}
         self.open_streams = collections.Counter()        # how many, by account
@@ -5159,6 +5159,7 @@ class Broker:
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at = {}                      # by account; "": everybody's
         self.failed = set()                              # channels whose region is old
+        self.outdated = {}                               # by stream: how to show it anew
         self.logged = set()                              # see log_failure
 
     # -- from a publish to the sockets
@@ -5193,21 +5194,10 @@ class Broker:
             channel.stale = True
             channel.payer = self.edge.pool.payer or channel.payer
         if not busy:
-            name = channel.subscription.stub.id
-            self.edge.pool.gather(name, channel, self.refresh_all, channel.payer)
-
-    def refresh_all(self, channels):
-        """In the pool, in one lane for all regions of an object: they need the same turn,
-        so two threads would only wait for each other.
-
-        Return those, if any, for which there was no time: others have this thread in
-        between.
-        """
-        until = time.monotonic() + GroupCommit.BATCH_SECONDS
-        for done, channel in enumerate(channels):
-            if time.monotonic() > until:
-                return channels[done:]
-            guarded(self.refresh, channel)
+            # One lane for all regions of an object: they need the same turn, so two threads
+            # would only wait for each other.
+            job = functools.partial(while_there_is_time, self.refresh)
+            self.edge.pool.gather(channel.subscription.stub.id, channel, job, channel.payer)
 
     def refresh(self, channel):
         """In the pool: ask the object what its region is now. If it sleeps, it wakes."""
@@ -5332,58 +5322,67 @@ class Broker:
 
     def gate_again(self, those):
         """In the pool. those: streams and accounts, as regate takes them."""
-        passed_over = set()                              # ids of objects that were busy
         for stream in self.edge.streams:
             if stream in those or stream.account in those or "" in those:
-                guarded(self.ask_again, stream, passed_over)
+                guarded(self.ask_again, stream)
 
-    def ask_again(self, stream, passed_over):
-        """In the pool: put the request of an open stream to the gate once more.
-
-        The same viewer as before: nothing happens, and the Workspace is not woken. Another
-        role, or other grants: stream and page are fetched anew. No entry: a last frame.
-        """
+    @contextlib.contextmanager
+    def or_end(self, stream):
+        """What is raised inside ends the stream."""
         try:
-            decided = self.edge.decide_again(stream.again)
-            if isinstance(decided, Noted):
-                self.compare_viewers(stream, decided, passed_over)
-            # Else it is of no workspace: [3] the home page has a stream.
-            elif not decided.watch:                      # it has none any more
-                self.edge.call(stream.end, b"")
-            elif decided.which != stream.account:        # the session is another one's now
-                raise Refused(412, "Somebody else is signed in here now.")
+            yield
         except Refused as no:                            # a Busy has no last frame
             self.edge.call(stream.end, last_frame(no))
         except CRASH:
             self.edge.call(stream.close)
             raise
 
-    def compare_viewers(self, stream, noted, passed_over):
-        """If the object is busy, this stream is asked for again, behind the others."""
+    def ask_again(self, stream):
+        """In the pool: put the request of an open stream to the gate once more.
+
+        The same viewer as before: nothing happens, and the Workspace is not woken. Another
+        role, or other grants: stream and page are fetched anew. No entry: a last frame.
+        """
+        with self.or_end(stream):
+            decided = self.edge.decide_again(stream.again)
+            if isinstance(decided, Noted):
+                self.compare_viewers(stream, decided)
+            # Else it is of no workspace: [3] the home page has a stream.
+            elif not decided.watch:                      # it has none any more
+                self.edge.call(stream.end, b"")
+            elif decided.which != stream.account:        # the session is another one's now
+                raise Refused(412, "Somebody else is signed in here now.")
+
+    def compare_viewers(self, stream, noted):
+        """If it is another, show all anew, in a lane of the object, for which the account
+        pays. That may take long, and the next verdicts do not wait for it."""
         viewer = viewer_in(noted.request)
         if viewer == stream.viewer:
             return
-        id = noted.stub.id
-        try:
-            if id in passed_over:                        # it was waited for once
-                raise Busy
-            self.show_anew(stream, noted, viewer)
-        except Busy:
-            passed_over.add(id)
-            self.regate(stream)
-
-    def show_anew(self, stream, noted, viewer):
-        """In the pool: fetch the stream's answer and, as a piece, the page around it."""
-        stub, request = noted
-        response = fetch_briefly(stub, request)
-        around = request._replace(path=request.path[:-len("/live")])
-        page = fetch_briefly(stub, around)
-        html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
         stream.viewer = viewer
-        self.edge.call(self.rejoin, stream, response, Piece(Html(html), main=False))
+        with self.lock:
+            waits = stream in self.outdated
+            self.outdated[stream] = noted                # the latest counts
+        if not waits:
+            job = functools.partial(while_there_is_time, self.show_anew)
+            self.edge.call(self.edge.pool.gather, ("anew", noted.stub.id), stream, job,
+                           stream.account)
 
-    def rejoin(self, stream, response, page):
+    def show_anew(self, stream):
+        """In the pool: fetch the stream's answer and, as a piece, the page around it."""
+        with self.lock:
+            stub, request = self.outdated.pop(stream)
         if not stream.channels:                          # it was closed meanwhile
+            return
+        with self.or_end(stream):
+            response = stub.fetch(request)
+            page = stub.fetch(request._replace(path=request.path[:-len("/live")]))
+            html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
+            self.edge.call(self.rejoin, stream, viewer_in(request), response,
+                           Piece(Html(html), main=False))
+
+    def rejoin(self, stream, viewer, response, page):
+        if not stream.channels or stream.viewer != viewer:   # the next verdict was another
             return
         self.leave(stream)
         stream.account = response.which
@@ -5415,6 +5414,17 @@ class Broker:
 
     def changed_elsewhere(self):
         """[3] looks for what another process may have changed besides the Directory."""
+
+
+def while_there_is_time(job, items):
+    """In the pool: do job(item). Return those, if any, for which there was no time: others
+    have this thread in between."""
+    until = time.monotonic() + GroupCommit.BATCH_SECONDS
+    for done, item in enumerate(items):
+        if time.monotonic() > until:
+            return items[done:]
+        guarded(job, item)
+    return []
 
 
 SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-title",
