@@ -12009,7 +12009,7 @@ def verified(db):
 
 
 def made_anew(index):
-    """Return how, as a part of a message."""
+    """Return how an index of FTS5 is made anew, as a part of a message."""
     return (f" (if its text is in a table, INSERT INTO {index} ({index}) VALUES "
             "('rebuild') makes it anew)")
 
@@ -12433,7 +12433,7 @@ def cut_short(settings):
 
 
 def leftovers(settings):
-    """Return what nobody misses: files in the making that nobody makes any more."""
+    """Return files in the making that nobody makes any more."""
     patterns = ["secret.key.part", "restoring.part", "directory.db.making*", f"{COPY}*",
                 "workspaces/*.part", "workspaces/*.making*", "removed/*.making*"]
     if settings.single:
@@ -12523,7 +12523,7 @@ def open_to_others(settings):
 
 
 def mode_of(path):
-    """Return 0 for a link, and for a log that went when its database was closed."""
+    """Return the mode of a file; 0 for a link, or for a log that has gone meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         if not path.is_symlink():
             return os.stat(path).st_mode
@@ -12792,8 +12792,8 @@ def check_here(row, path):
 
 
 def check_export(given, row):
-    """Raise Unusable if the file is there already. It may be if this finishes a move of
-    the workspace to that file, which was cut short."""
+    """Raise Unusable if the file is there already, unless a move to it was cut short; then
+    this finishes it."""
     if not (given.move and row["moving"] and left_by(given.file) == row["id"]):
         check_new(given.file)
 
@@ -12889,8 +12889,7 @@ def about_store(store):
 
 
 def add_accounts(store, accounts):
-    """Accounts that exist are not changed. Return those that are new, without a password.
-    """
+    """Add those that do not exist. Return the names of new ones without a password."""
     new = "INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)"
     return [account[0] for account in accounts if store.exec(new, *account)
             and not account[2]]
@@ -13090,7 +13089,8 @@ def switch_list(ctx):
 @addition
 class HasSwitcher(Broadcast):
     def navigation(self, path, ctx, state=True):
-        """It is the same in all pages: what other workspaces somebody has, no page says."""
+        """Add the switcher. It is the same for everybody, so that pages stay the same, too;
+        what is in it is asked for when it is opened."""
         nav = super().navigation(path, ctx, state) or Html()
         if not ctx.viewer.account:
             return nav
@@ -13185,7 +13185,7 @@ class Single(EdgeDirectory):
             limit_pages(self.store, self.namespace.settings.quota)
 
     def handle(self, request):
-        """People can sign in, and out, whatever room the rows of the workspace take."""
+        """Let people sign in, and out, when the rows of the workspace fill the quota."""
         with contextlib.nullcontext() if request.method in SAFE else reserve(self.store):
             return super().handle(request)
 
@@ -13328,7 +13328,8 @@ PATIENCE = {"remove": 600.0, "_facts": 1.0}
 
 
 class NoAnswer(Refused):
-    """Another process can't say it. The text is for operators, message for people."""
+    """Another process did not say what it was asked. str() tells operators why; message is
+    for people."""
 
     def __init__(self, why):
         super().__init__(503, "This can't be found out just now. Try again in a minute.",
@@ -13610,7 +13611,7 @@ def directory_front(request, env):
 
 
 def create_on_node(request, env):
-    """A door."""
+    """A door: create a workspace, and have a node make its file."""
     response = env.directory.fetch(request)
     if response.which:
         env.workspaces.make_on_node(response.which)
@@ -14050,7 +14051,7 @@ class NotesFiles(Alarms):
 @addition
 class NotesItself(Broadcast):
     def own_due(self, request):
-        """Asked when it was opened, and after each job."""
+        """Alarms ask for it when the object was opened, and after each job."""
         alarms = self.namespace.alarms
         alarms.behind.discard(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
@@ -15188,7 +15189,8 @@ class TakesTokens(LoopEdge):
 
 @addition
 class LeavesProgramsOut(Broker):
-    """Who left a program running is not here. And programs are not told who is."""
+    """Whose program has a stream open does not count as somebody who looks on. And
+    programs are not told who does."""
 
     def presence(self, streams):
         return super().presence([one for one in streams if not of_program(one.again)])
@@ -15463,7 +15465,7 @@ def written(data):
 
 
 def refuse_tokens(env):
-    """With --plain, for which there is no page to make one, or to withdraw it."""
+    """Refuse tokens with --plain, which has no page to make or to withdraw them."""
     front = env.front
 
     def without(request, env):
@@ -15924,7 +15926,7 @@ def from_hex(data):
 
 
 def remove_member(ctx, account):
-    """Do what expel does; but whom somebody else removed can be let in again."""
+    """Take the place of expel: whom somebody else has removed can be let in again."""
     account = account_name(account)
     if account == ctx.viewer.account:
         return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
@@ -16541,7 +16543,7 @@ def stream_row(channel):
 
 
 def kind_of(trip):
-    """Return how far it came: so much of the way is drawn."""
+    """Return how far a trip came; that much of the way is drawn."""
     last = trip.legs[-1]
     if last.kind == "gate" and last.status != 200:
         return "stopped"
@@ -16946,13 +16948,13 @@ class TellsWhatAppsWrote(EdgeDirectory):
 
 @addition
 class HearsOfCommands(Broker):
-    """Their writes are in no topic of this process, and their jobs in none of its alarms.
-    """
+    """An app's commands run in processes of their own. No topic of this one tells what they
+    wrote, and no alarm of it knows their jobs."""
     heard = ""                                           # the last entry of the journal
 
     def look_elsewhere(self):
-        """For the first time before the Directory's version is known: of what is written
-        after that, its next change tells."""
+        """Hear for the first time before the Directory's version is known. What is written
+        after that changes the version, and so it is heard, too."""
         if not self.heard:
             with contextlib.suppress(Refused):           # in the next second
                 self.hear()
@@ -17145,7 +17147,7 @@ class Parent:
         return bool(news) or self.stopping
 
     def wait_until_quiet(self, now):
-        """Who saves several files has not saved the last one yet."""
+        """Wait until nothing changes any more: somebody may be saving several files."""
         before = None
         while now != before:
             time.sleep(self.LOOK_SECONDS / 2)
@@ -17186,7 +17188,7 @@ def beside(modules):
 
 
 class Notice(ThreadingHTTPServer):
-    """Answers while there is no child."""
+    """Answers while there is no child: with what went wrong."""
 
     def __init__(self, listening, text):
         super().__init__(("", 0), NoticeHandler, bind_and_activate=False)
@@ -17564,7 +17566,7 @@ class CalledAlarms(Alarms):
             self.waits.call(self.waits.in_line.pop())
 
     def ring(self):
-        """The test does."""
+        """Do nothing: a test calls run_jobs()."""
 
     def failed(self, row, error):
         self.error = error
