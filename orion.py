@@ -4513,56 +4513,21 @@ class Kept(Watched):
 #   job that fails is logged; its thread goes on.
 # Who uses it: the loop edge and the broker.
 
-class Lane:
-    """Items that wait for the same job, in their order, each with its payer.
-
-    A lane that has items is in one of two states:
-
-        in line   A thread works on it, or will. payer says who is charged; "": nobody.
-        parked    Each payer of its items has as many lanes in line as it may. So the lane
-                  waits under each of them (Pool.parked), and the first that may have
-                  another lane in line takes it. payer is None.
-
-    One that has none is forgotten. The way of a lane: Pool.gather, charge (which may park
-    it), drive, put_back, release, which puts parked lanes of its payer in line.
-    """
-
-    def __init__(self, name, job):
-        self.name = name
-        self.job = job
-        self.items = collections.deque()                 # as (an Asked, "carol")
-        self.payer = None
-
-
-class Pool:
+class Threads:
     """A fixed number of threads that take jobs from one line.
 
     The thread that fell idle last is woken first: its memory is still in the core's cache.
     Where a job is put, and which thread is woken for it:
 
-        put, in a thread of the pool    its own line, which it does next; wakes none
+        put, in one of these threads    its own line, which it does next; wakes none
         put, in the loop (see defer)    the line of all; wakes none, until rouse
         share, and put elsewhere        the line of all; wakes an idle thread
     """
-    # A payer that is alone has more lanes in line, because a slow disk makes several files
-    # durable in the time of one. Of 16 threads carol alone has 8; when dave comes, each has
-    # 2. While one sends commands to 18 workspaces, on 360 connections, a command of
-    # another, alone 1.6 ms, takes 5 with an eighth of the threads for each payer, 5 to 11
-    # with a quarter, 20 to 50 with all.
-    TOGETHER = 64                                        # items of a lane at a time
-    ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
     def __init__(self, size):
         self.line = collections.deque()                  # of jobs: (function, args)
         self.idle = []                                   # locks: on each a thread sleeps
         self.local = threading.local()                   # line, payer: of each thread
-        self.most = max(1, size // 2)                    # lanes in line, for one payer
-        self.fair = max(1, size // 8)                    # and while there are others
-        self.lock = threading.Lock()                     # guards the next four
-        self.crowded = float("-inf")                     # when there were others last
-        self.lanes = {}                                  # by name: those that have items
-        self.taken = collections.Counter()               # lanes in line, by payer
-        self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
@@ -4639,7 +4604,69 @@ class Pool:
         """How many threads have a job."""
         return len(self.threads) - len(self.idle)
 
-    # -- lanes, and who pays for them
+    def close(self, patience):
+        """patience: seconds for all threads together. A job that takes longer is left."""
+        for _ in self.threads:
+            self.share(None)
+        until = time.monotonic() + patience
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def guarded(call, *args):
+    """Call it, and log what it raises, which ends neither the loop nor a thread."""
+    try:
+        call(*args)
+    except Refused:                                      # a no; faults log themselves
+        return
+    except CRASH as error:
+        log_error(getattr(call, "__qualname__", str(call)), error)
+
+
+# -- lanes, and who pays for them
+
+class Lane:
+    """Items that wait for the same job, in their order, each with its payer.
+
+    A lane that has items is in one of two states:
+
+        in line   A thread works on it, or will. payer says who is charged; "": nobody.
+        parked    Each payer of its items has as many lanes in line as it may. So the lane
+                  waits under each of them (Pool.parked), and the first that may have
+                  another lane in line takes it. payer is None.
+
+    One that has none is forgotten. The way of a lane: Pool.gather, charge (which may park
+    it), drive, put_back, release, which puts parked lanes of its payer in line.
+    """
+
+    def __init__(self, name, job):
+        self.name = name
+        self.job = job
+        self.items = collections.deque()                 # as (an Asked, "carol")
+        self.payer = None
+
+
+class Pool(Threads):
+    """Threads that work lanes off, each lane for a payer.
+
+    A payer that is alone has more lanes in line, because a slow disk makes several files
+    durable in the time of one. Of 16 threads carol alone has 8; when dave comes, each has
+    2. While one sends commands to 18 workspaces, on 360 connections, a command of another,
+    alone 1.6 ms, takes 5 with an eighth of the threads for each payer, 5 to 11 with a
+    quarter, 20 to 50 with all.
+    """
+    TOGETHER = 64                                        # items of a lane at a time
+    ALONE_SECONDS = 1.0                                  # until a payer counts as alone
+
+    def __init__(self, size):
+        self.most = max(1, size // 2)                    # lanes in line, for one payer
+        self.fair = max(1, size // 8)                    # and while there are others
+        self.lock = threading.Lock()                     # guards the next four
+        self.crowded = float("-inf")                     # when there were others last
+        self.lanes = {}                                  # by name: those that have items
+        self.taken = collections.Counter()               # lanes in line, by payer
+        self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
+        super().__init__(size)
 
     @property
     def payer(self):
@@ -4737,24 +4764,6 @@ class Pool:
         self.line.extend(begun)
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
-
-    def close(self, patience):
-        """patience: seconds for all threads together. A job that takes longer is left."""
-        for _ in self.threads:
-            self.share(None)
-        until = time.monotonic() + patience
-        for thread in self.threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-
-def guarded(call, *args):
-    """Call it, and log what it raises, which ends neither the loop nor a thread."""
-    try:
-        call(*args)
-    except Refused:                                      # a no; faults log themselves
-        return
-    except CRASH as error:
-        log_error(getattr(call, "__qualname__", str(call)), error)
 
 
 # ==== 23. Sockets =========================================================================
