@@ -4478,13 +4478,20 @@ class Kept(Watched):
         namespace.served[known.stub.id] += 1
         return known.page
 
+    def may_keep(self, asked, response):
+        """True for a page. One that sets a cookie is for this one time."""
+        return (response.nonce and response.status == 200 and asked.cookie
+                and asked.directory_version and "set-cookie" not in dict(response.headers)
+                and response.body.count(response.nonce.encode()) == 1
+                and len(response.body) <= self.LARGE)
+
     def keep(self, asked, response):
         """asked has both numbers as they were before the response was made."""
+        if not self.may_keep(asked, response):
+            return
         key = asked.key
         size = 500 + sum([len(part or "") for part in key])
-        unknown = asked.directory_version is None
-        once = response.body.count(response.nonce.encode()) == 1
-        if unknown or not once or size > self.LONG or len(response.body) > self.LARGE:
+        if size > self.LONG:
             return
         if self.size > self.MOST:
             self.answers.clear()
@@ -6030,7 +6037,7 @@ class LoopEdge:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
             if asked.forwarded and asked.request.method in SAFE:
-                self.keep(asked, response)
+                self.kept.keep(asked, response)
             if response.watch:                           # compress here, not in the loop
                 first_frames(asked.request, response.watch)
             asked.connection.reply(asked, response)
@@ -6038,12 +6045,6 @@ class LoopEdge:
             self.call(asked.connection.close)
             request = self.as_logged(asked.request)
             log_error(f"{request.method} {request.path}", error)
-
-    def keep(self, asked, response):
-        """Keep a page. One that sets a cookie is for this one time."""
-        is_page = response.nonce and response.status == 200
-        if is_page and asked.cookie and "set-cookie" not in dict(response.headers):
-            self.kept.keep(asked, response)
 
     def request(self, reading, peer):
         """Return what a sound frame asks for. Raises Refused for a target, a
