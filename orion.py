@@ -6301,7 +6301,7 @@ class EdgeDirectory(Broadcast, Directory):
         if time.monotonic() < until:
             return known
         answer = super().handle(request)
-        if answer.status == 200:
+        if answer.status == 200 and not self.store.db.in_transaction:
             self.given[key] = time.monotonic() + self.VERDICT_SECONDS, answer
         return answer
 
@@ -7753,7 +7753,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
                    commands=commands, start=start, seed=seed)
     try:
         status = do(*read_command_line(argv, app)) or 0
-        sys.stdout.flush()                               # while a failure can be answered
+        print(end="", flush=True)                        # while a failure can be answered
         return status
     except KeyboardInterrupt:                            # at the question for a password
         return 130

@@ -3751,6 +3751,17 @@ def test_no_verdict_outlives_the_key_that_sealed_its_session(server):
         assert directory.answer(orion.Request("GET", "/_gate/acme", headers={"cookie": bob.cookie})).status == 401
 
 
+def test_no_verdict_outlives_a_commit_that_failed(server, monkeypatch):
+    erin, store = Person(server, "erin"), type(server.directory().store)
+    said = {**orion.verdict_headers("bob", "owner", "acme", server.env.workspaces.id_from_name("acme")), "content-type": "application/json"}
+    change = orion.Request("PATCH", "/members/erin", headers={**said, "datastar-request": "true"}, body=b'{"role": "admin"}')
+    asks = orion.Request("GET", "/_gate/acme", headers={"cookie": erin.cookie})
+    with monkeypatch.context() as during:
+        during.setattr(store, "commit", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+        assert {answer.status for answer in server.env.directory.fetch_all([change, asks])} == {507}
+    assert erin.get("/_gate/acme").headers["x-role"] == "viewer"
+
+
 def test_no_page_that_was_kept_outlives_the_key_that_sealed_its_session(server):
     bob = Person(server, "bob")
     assert [bob.get("/w/acme/todos").status for _ in range(3)] == [200] * 3
@@ -8040,6 +8051,13 @@ def test_whoever_leaves_a_pager_gets_no_error(settled, unbuffered):
                            env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     os.close(ends[1])
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_command_whose_output_nobody_takes_ends_well_all_the_same(settled):
+    """Its standard output is closed, so Python has none."""
+    found = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, HERE / "orion.py", "account", "list", "--data", settled],
+                           stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def made_everything(folder, run):
