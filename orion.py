@@ -7746,6 +7746,8 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
     start(settings) is called before the server listens, seed(ctx) with each workspace of a
     new demo.
     """
+    for name in ("stdin", "stdout", "stderr"):           # None: it was started without
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -7753,7 +7755,7 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
                    commands=commands, start=start, seed=seed)
     try:
         status = do(*read_command_line(argv, app)) or 0
-        print(end="", flush=True)                        # while a failure can be answered
+        sys.stdout.flush()                               # while a failure can be answered
         return status
     except KeyboardInterrupt:                            # at the question for a password
         return 130

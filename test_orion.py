@@ -8053,11 +8053,12 @@ def test_whoever_leaves_a_pager_gets_no_error(settled, unbuffered):
     assert (found.returncode, found.stderr) == (141, "")
 
 
-def test_a_command_whose_output_nobody_takes_ends_well_all_the_same(settled):
-    """Its standard output is closed, so Python has none."""
-    found = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, HERE / "orion.py", "account", "list", "--data", settled],
-                           stderr=subprocess.PIPE, text=True)
-    assert (found.returncode, found.stderr) == (0, "")
+@cases("closed, words, ends", [(">&-", "account list", (0, "")), ("2>&-", "account list", (0, "")),
+                               ("<&-", "account add zoe", (2, "orion: A password has 8 to 256 characters, all of which can be printed. Choose another.\n"))])
+def test_a_command_that_was_started_without_a_standard_stream_does_without(settled, closed, words, ends):
+    found = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, HERE / "orion.py", *words.split(), "--data", settled],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == ends
 
 
 def made_everything(folder, run):
