@@ -14040,17 +14040,17 @@ class NotesFiles(Alarms):
     def __init__(self, *args):
         super().__init__(*args)
         self.given_up = {}                               # by id, how many jobs, if any
-        self.behind = set()                              # ids: migrations are to come
+        self.old = set()                                 # ids: migrations were to come
+        self.opened = set()                              # ids: they have run by now
 
     @functools.cached_property
     def schema(self):
         return workspace_router(self.namespace.settings).schema
 
     def look_into(self, id, db):
-        self.behind.add(id)                              # first: it may be opened just now
         ran = dict(db.execute("SELECT slice, count(*) FROM _migrations GROUP BY slice"))
-        if all([ran.get(slice, 0) >= len(entries) for slice, entries in self.schema]):
-            self.behind.discard(id)
+        if any([ran.get(slice, 0) < len(entries) for slice, entries in self.schema]):
+            self.old.add(id)
         self.note_given_up(id, db.execute(GIVEN_UP).fetchone()[0])
         super().look_into(id, db)
 
@@ -14065,7 +14065,7 @@ class NotesItself(Broadcast):
     def own_due(self, request):
         """Alarms ask for it when the object was opened, and after each job."""
         alarms = self.namespace.alarms
-        alarms.behind.discard(self.id)
+        alarms.opened.add(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
         return super().own_due(request)
 
@@ -14097,7 +14097,7 @@ class TellsMore(LoopEdge):
         now = time.time()
         late = [now - due for due in [*self.alarms.due.values()] if due < now]
         return {"due": len(late), "late": max(late, default=0.0),
-                "behind": len(self.alarms.behind),
+                "behind": len(self.alarms.old - self.alarms.opened),
                 **self.of_leaders(given_up=dict(self.alarms.given_up))}
 
     def places(self):

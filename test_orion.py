@@ -12893,7 +12893,8 @@ def test_workspaces_whose_file_is_older_than_the_program_are_counted_until_they_
     assert figures(server)["orion_workspaces_behind"] == 0
     server.close()
     newer = start((orion.todos, letters))
-    assert figures(newer)["orion_workspaces_behind"] == 3 and not newer.env.workspaces.objects
+    eventually(lambda: figures(newer)["orion_workspaces_behind"] == 3)
+    assert not newer.env.workspaces.objects
     assert Person(newer, "bob").get("/w/acme/letters").status == 200
     assert figures(newer)["orion_workspaces_behind"] == 2
 
