@@ -3221,11 +3221,7 @@ class Torn(Undone):
 
 class Locked(Undone):
     """Another process writes to the file. The stub gives the turn back, and takes it again
-    after a pause, for some seconds. one: the object."""
-
-    def __init__(self, one, error):
-        self.one = one
-        self.error = error
+    after a pause, for some seconds."""
 
 
 class Busy(Refused):
@@ -3290,22 +3286,19 @@ class GuardedStub(Stub):
 
         In the pauses others have the turn. Raises StorageFault, Busy.
         """
-        locked.one.begin_waiting()                       # sets lock_ends
-        if time.monotonic() >= locked.one.lock_ends:     # it is in the log already
-            raise StorageFault(self.namespace.path(self.id), locked.error)
-        if not self.namespace.may_wait.acquire(blocking=False):
+        namespace = self.namespace
+        if time.monotonic() >= namespace.lock_end(self.id):      # it is in the log already
+            raise StorageFault(namespace.path(self.id), locked)
+        if not namespace.may_wait.acquire(blocking=False):
             raise Busy
         try:
-            while time.monotonic() < locked.one.lock_ends:
+            while time.monotonic() < namespace.lock_end(self.id):
                 time.sleep(self.PAUSE)
-                try:
+                with contextlib.suppress(Locked):
                     return self.take_turn(ask)
-                except Locked as again:                  # perhaps of an object built anew
-                    locked = again
-                    locked.one.begin_waiting()
-            raise locked.one.fault(locked.error) from locked
+            raise namespace.fault(self.id, locked) from locked
         finally:
-            self.namespace.may_wait.release()
+            namespace.may_wait.release()
 
 
 LOOK_SECONDS = 0.2                                       # see fetch_briefly
@@ -3477,12 +3470,10 @@ class GuardedObject(DurableObject):
     """An object whose file may fail."""
     store_class = GuardedStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    OUTLAST_SECONDS = 5.0                                # the longest wait for a lock
     OPEN_SECONDS = float("inf")                          # see GuardedNamespace.bring_up
     SAID_SECONDS = 2.0                                   # what took longer is in the log
     # Of each object, as it begins:
     began = float("inf")                                 # when the present answer began
-    lock_ends = float("-inf")                            # when everybody stops waiting
     opened_at = 0.0                                      # by the clock, for people
 
     def open(self, create=False):
@@ -3545,7 +3536,7 @@ class GuardedObject(DurableObject):
             self.check_file(error)
             raise
         if request.method not in SAFE:
-            self.lock_ends = float("-inf")
+            self.namespace.lock_ends.pop(self.id, None)
         return response
 
     def check_file(self, error):
@@ -3553,20 +3544,9 @@ class GuardedObject(DurableObject):
         behind this error."""
         begun = self.store and self.store.db.in_transaction
         if str(error) == "database is locked" and not begun:
-            raise Locked(self, error) from error
+            raise Locked(error) from error
         if StorageFault.is_behind(error):
             raise self.fault(error) from error
-
-    def begin_waiting(self):
-        """Set lock_ends. All requests that wait for SQLite's lock give up then.
-
-        If the first one waits from 0 s on, it is 5 s. One that comes at 3 s waits for two.
-        One that comes at 7 s does not wait: the lock is probably the same. One that comes
-        at 11 s begins anew.
-        """
-        now = time.monotonic()
-        if now > self.lock_ends + self.OUTLAST_SECONDS:
-            self.lock_ends = now + self.OUTLAST_SECONDS
 
     def fault(self, error):
         return self.namespace.fault(self.id, error)
@@ -3594,6 +3574,7 @@ def mark_of(id):
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
     WAITING = 4                                          # threads, for locks of others
+    OUTLAST_SECONDS = 5.0                                # the longest wait for one
     LATE_SECONDS = 60.0                                  # until what failed is tried again
     CLOSE_SECONDS = 1.0                                  # the pool has waited already
 
@@ -3601,6 +3582,7 @@ class GuardedNamespace(Namespace):
         super().__init__(*args)
         self.most = most
         self.may_wait = threading.BoundedSemaphore(self.WAITING)
+        self.lock_ends = {}                              # by id: see lock_end
         self.listeners = []                              # called with (id, topic)
         self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
@@ -3622,6 +3604,19 @@ class GuardedNamespace(Namespace):
         fault = StorageFault(self.path(id), error)
         log(f"storage: {fault}")
         return fault
+
+    def lock_end(self, id):
+        """Return when all requests that wait for another process's lock give up.
+
+        If the first one waits from 0 s on, it is 5 s. One that comes at 3 s waits for two.
+        One that comes at 7 s does not wait: the lock is probably the same. One that comes
+        at 11 s, or after a command that got the lock, begins anew.
+        """
+        now = time.monotonic()
+        end = self.lock_ends.get(id, float("-inf"))      # others may take it out meanwhile
+        if now > end + self.OUTLAST_SECONDS:
+            end = self.lock_ends[id] = now + self.OUTLAST_SECONDS
+        return end
 
     def published(self, id, topic):
         """Pass it on to the listeners. topic "": anything may be different."""

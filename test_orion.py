@@ -2362,7 +2362,7 @@ def test_what_was_refused_for_the_disk_does_not_come_back_after_a_crash(server, 
 
 
 def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", 0.05)
     bob = Person(server, "bob", datastar=True)
     bob.get("/w/acme/todos")
     with contextlib.closing(server.store("acme")) as other:
@@ -7245,13 +7245,14 @@ def complaints(words):
 @pytest.fixture
 def patient(monkeypatch):
     """Who waits for a file that another process holds waits for as long as a test takes."""
-    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", WHOLE)
+    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", WHOLE)
 
 
 def lose_patience(one):
     """The time is up, for whoever waits for this object's file."""
-    eventually(lambda: one.lock_ends > time.monotonic())
-    one.lock_ends = time.monotonic()
+    ends = one.namespace.lock_ends
+    eventually(lambda: ends.get(one.id, 0.0) > time.monotonic())
+    ends[one.id] = time.monotonic()
 
 
 def test_commands_in_line_for_a_file_that_another_process_holds_hear_so_together(server, capfd, patient):
@@ -9207,7 +9208,7 @@ def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
 
 
 def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
-    monkeypatch.setattr(orion.GuardedObject, "OUTLAST_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", 0.05)
     office.write_letter(text="later", after=3600)
     alarms = office.env.workspaces.alarms.due
     with contextlib.closing(office.store("acme")) as other:
