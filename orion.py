@@ -9685,7 +9685,8 @@ class HasAlarms(GuardedNamespace):
 
     def files(self):
         """The id and the path of each object of this kind, awake or not."""
-        return ((path.stem, path) for path in self.folder.glob("*.db"))
+        return ((path.stem, path) for path in self.folder.glob("*.db")
+                if not path.name.startswith("new-"))     # the draft of another process
 
     def name_draft(self, draft, id):
         """When its file was made, under another id, its alarm was set under that."""

@@ -9612,6 +9612,15 @@ def test_a_file_of_an_older_version_gets_its_recurring_jobs_at_the_start(start, 
     assert eventually(lambda: alarms.due.get(globex, 0) > time.time()) and recurring.keys("globex") == ["@work.digest 07:30 "]
 
 
+def test_the_file_that_another_process_makes_for_a_workspace_has_no_alarm_of_its_own(recurring):
+    server = recurring(morning)
+    acme, alarms = server.env.workspaces.id_from_name("acme"), server.env.workspaces.alarms
+    for id in ("new-0a1b", "0a1b"):
+        shutil.copy(server.env.workspaces.path(acme), server.env.workspaces.path(id))
+    alarms.look()
+    assert "0a1b" in alarms.looked and "new-0a1b" not in alarms.looked | alarms.due.keys()
+
+
 @cases("how", ["on its page", "on the command line"])
 def test_a_new_workspace_has_its_recurring_jobs_though_nobody_opens_it(recurring, how):
     server = recurring(morning)
