@@ -11418,7 +11418,7 @@ def limit_pages(store, quota):
 @contextlib.contextmanager
 def reserve(store):
     """Meanwhile the file may go past its quota."""
-    pages = store.one("PRAGMA user_version")[0] or LARGEST_FILE
+    pages = store.one("PRAGMA max_page_count")[0]
     store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
     try:
         yield
@@ -11447,16 +11447,18 @@ class KeepsQuota(EdgeWorkspace):
             self.store.exec(f"PRAGMA max_page_count = {pages}")
 
     def handle(self, request):
-        quota = int(request.headers.get("x-quota", "0"))
-        if request.method not in SAFE and quota not in (0, self.quota):
-            limit_pages(self.store, quota)
-            self.quota = quota
         self.deletes = request.method == "DELETE"
+        if request.method in SAFE:
+            return super().handle(request)
+        quota = int(request.headers.get("x-quota", "0")) or self.quota
+        if quota != self.quota:
+            limit_pages(self.store, quota)
         with reserve(self.store) if self.deletes else contextlib.nullcontext():
             response = super().handle(request)
-            if self.has_index and request.method not in SAFE:
+            if self.has_index:
                 self.write_index()
-            return response
+        self.quota = quota                               # if it fails, the file forgets it
+        return response
 
     def write_index(self):
         """Have FTS5 write at this savepoint, and not at the commit, when others pay for it,

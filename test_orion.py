@@ -9965,6 +9965,18 @@ def full_of_short_titles(bob):
     return answer
 
 
+def test_a_quota_holds_also_if_the_first_commands_fail(start):
+    """What they note in the file is rolled back with them."""
+    server = start(quota=MB)
+    acme = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme"))
+    pages = lambda name: acme.store.one(f"PRAGMA {name}")[0] * acme.store.one("PRAGMA page_size")[0]
+    bob = Person(server, "bob")
+    assert bob.post("/w/acme/todos", form={"title": ""}).status == 422 and bob.delete("/w/acme/todos/99").status == 404
+    assert pages("max_page_count") == MB
+    assert bob.post("/w/acme/todos", form={"title": "x"}).status == 303 and bob.delete("/w/acme/todos/1").status == 204
+    assert pages("max_page_count") == pages("user_version") == MB
+
+
 @cases("settings", [{"quota": 96 * 1024}, {"quota": 160 * 1024, "single": "all.db"}], ids=["two planes", "a single root"])
 def test_where_the_quota_is_full_everything_can_be_deleted_and_people_sign_out_and_in(start, tmp_path, settings):
     server = start(**{**settings, **({"single": tmp_path / settings["single"]} if "single" in settings else {})})
