@@ -2154,6 +2154,14 @@ def test_an_object_that_can_not_begin_with_its_file_is_closed_and_begins_anew(co
     assert fetch(orion.Request("POST", "/1")).body == b"1" and begun.call_count == 2
 
 
+def test_a_lock_of_another_process_is_waited_for_anew_once_a_command_has_got_it(counters):
+    counters.create("a")
+    counters.lock_ends["a"] = time.monotonic()           # others have waited in vain just now
+    assert counters.lock_end("a") <= time.monotonic()
+    counters.get("a").fetch(orion.Request("POST", "/1"))
+    assert counters.lock_end("a") > time.monotonic()
+
+
 def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
     counters.create("a")
     awake = orion.Namespace.awake
