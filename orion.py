@@ -5333,6 +5333,7 @@ class Broker:
 
     def gate_again(self, those):
         """In the pool. those: streams and accounts, as regate takes them."""
+        those = {*those}                                 # to look in it thousands of times
         for stream in self.edge.streams:
             if stream in those or stream.account in those or "" in those:
                 guarded(self.ask_again, stream)
