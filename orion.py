@@ -9493,7 +9493,8 @@ class Alarms:
         self.looked = set()                              # ids whose file was looked into
         self.lock = threading.Lock()                     # guards all that follows
         self.due = {}                                    # by id: when
-        self.order = []                                  # a heap: (when, id), also older
+        self.order = []                                  # a heap: (since when it stands in
+                                                         # line, due, id), also older
 
     def look(self):
         """Look into the files that were not looked into yet."""
@@ -9508,22 +9509,26 @@ class Alarms:
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
     def set(self, id, due):
-        """Wake the object then, if not sooner. None: it has no job."""
+        """Wake the object then, if not sooner. None: it has no job.
+
+        One that has many jobs to catch up on stands behind the others after each.
+        """
         if due is None:
             return
+        now = time.time()
         with self.lock:
             if due < self.due.get(id, float("inf")):
                 self.due[id] = due
-                heapq.heappush(self.order, (due, id))
-        if due <= time.time():
+                heapq.heappush(self.order, (max(due, now), due, id))
+        if due <= now:
             self.ring()
 
     def next_due(self):
         """Take out the alarm of an object that has a job due. Return its id, or None."""
         now = time.time()
         with self.lock:
-            while self.order and self.order[0][0] <= now:
-                due, id = heapq.heappop(self.order)
+            while self.order and self.order[0][1] <= now:
+                _, due, id = heapq.heappop(self.order)
                 if self.due.get(id) == due:              # else it was set anew since
                     del self.due[id]
                     return id
@@ -9701,7 +9706,7 @@ class RingsAlarms(LoopEdge):
         super().__init__(*args)
         self.alarms = self.env.workspaces.alarms
         self.alarms.directory = self.env.directory
-        self.alarms.put = self.pool.put
+        self.alarms.put = self.pool.share                # each job is for any thread
 
     def serve_forever(self):
         self.pool.put(self.alarms.look)

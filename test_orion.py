@@ -9553,6 +9553,42 @@ def recurring(start):
     return begin
 
 
+@pytest.fixture
+def backlog(start):
+    """backlog(jobs, threads): have these jobs done, each (workspace, name), which were due while no thread was free. Return their order."""
+    both, order = threading.Barrier(2), []
+
+    def meet(ctx):
+        both.wait(PATIENCE)
+        order.append(ctx.workspace)
+
+    def note(ctx):
+        order.append(ctx.workspace)
+
+    def enqueue(ctx, name):
+        ctx.enqueue({"meet": meet, "note": note}[name])
+        return orion.done(ctx)
+
+    def done(jobs, threads):
+        server = start((orion.todos, orion.Slice("work", jobs=(meet, note), routes=(orion.Route("POST", "/work/<name>", "todos:write", enqueue),))))
+        bob, alarms = Person(server, "bob"), server.env.workspaces.alarms
+        for _ in range(alarms.AT_ONCE):
+            alarms.free.acquire()
+        assert {bob.post(f"/w/{workspace}/work/{name}").status for workspace, name in jobs} == {204}
+        server.edge.pool.share(lambda: ([alarms.free.release() for _ in range(threads)], alarms.ring()))
+        eventually(lambda: len(order) == len(jobs))
+        return order
+    return done
+
+
+def test_jobs_of_several_workspaces_run_at_the_same_time(backlog):
+    assert {*backlog([("acme", "meet"), ("globex", "meet")], threads=2)} == {"acme", "globex"}
+
+
+def test_however_many_jobs_of_one_workspace_are_late_the_others_have_their_turn(backlog):
+    assert backlog([*[("acme", "note")] * 3, ("globex", "note")], threads=1) == ["acme", "globex", "acme", "acme"]
+
+
 def the_rows(server, workspace, sql):
     with contextlib.closing(server.store(workspace)) as db:
         return db.execute(sql).fetchall()
@@ -14717,8 +14753,7 @@ def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_ope
     with contextlib.closing(Ear(office.bob, "/w/acme/letters/live")) as ear:
         ear.event()
         assert say("add-sent", "acme", "hello", 1, "--times", 2, "--shout") == (0, "", "")
-        ear.until_it_says("hello acme True, hello acme True")
-        ear.until_it_says("by a job")
+        ear.until_it_says("hello acme True, hello acme True, by a job")
     assert say("show-sent", "acme") == (0, "hello acme True, hello acme True, by a job\n", "")
     assert ("(command line)", "add-sent") in office.rows("SELECT who, what FROM journal")
 
