@@ -5366,8 +5366,8 @@ class Broker:
                 raise Refused(412, "Somebody else is signed in here now.")
 
     def compare_viewers(self, stream, noted):
-        """If it is another, show all anew, in a lane of the object, for which the account
-        pays. That may take long, and the next verdicts do not wait for it."""
+        """If it is another, show all anew, in a lane of the object. That may take long, and
+        the next verdicts do not wait for it. Whose command it was pays for it."""
         viewer = viewer_in(noted.request)
         if viewer == stream.viewer:
             return
@@ -5377,8 +5377,9 @@ class Broker:
             self.outdated[stream] = noted                # the latest counts
         if not waits:
             job = functools.partial(while_there_is_time, self.show_anew)
+            payer = self.edge.pool.payer or stream.whose
             self.edge.call(self.edge.pool.gather, ("anew", noted.stub.id), stream, job,
-                           stream.account)
+                           payer)
 
     def show_anew(self, stream):
         """In the pool: fetch the stream's answer and, as a piece, the page around it."""

@@ -1169,7 +1169,7 @@ def test_a_page_that_was_made_by_an_older_verdict_is_not_shown(server, monkeypat
     at_rest(server)
     withheld, bob = Withheld(monkeypatch, "/todos"), Person(server, "bob")
     bob.patch("/w/acme/members/erin", role="member")
-    assert withheld.made.wait(PATIENCE)
+    assert withheld.made.wait(PATIENCE) and "erin" not in server.edge.pool.taken, "who changed it pays"
     bob.patch("/w/acme/members/erin", role="viewer")
     eventually(lambda: server.edge.broker.outdated)
     withheld.go.set()
