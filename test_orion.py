@@ -11236,6 +11236,37 @@ def test_what_a_role_may_do_is_said_in_words_where_one_is_chosen_and_where_one_i
     assert people_in(bob.get("/w/acme/members/links").text)[1:] == ["BM Bob Miller bob", "BM Bob Miller bob", "B bea"]
 
 
+# ==== 52. Memory ======================================================================================================
+
+WITH_AND_WITHOUT = """
+import ctypes, pathlib, sys, orion
+used = ctypes.CDLL(sys.modules["_sqlite3"].__file__).sqlite3_memory_used
+env = orion.compose(orion.Settings(data=pathlib.Path(sys.argv[1]), log="off", slices=(orion.todos,)))
+def awake():
+    before = used()
+    for name in ("acme", "globex", "home"):
+        id = env.workspaces.id_from_name(name)
+        env.workspaces.get(id).fetch(orion.Request("GET", "/todos", headers=orion.verdict_headers("bob", "owner", name, id)))
+    try:
+        return used() - before
+    finally:
+        env.workspaces.sleep_unused(-1)
+orion.save_memory()
+awake()
+with_it = awake()
+del orion.OpensSmall.open
+print(awake() - with_it)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the library of SQLite that Python uses")
+def test_what_was_read_to_open_a_file_is_not_kept_in_memory(start):
+    server = start()
+    server.close()
+    ended = subprocess.run([sys.executable, "-c", WITH_AND_WITHOUT, server.env.settings.data], cwd=HERE, capture_output=True, text=True, timeout=PATIENCE)
+    assert int(ended.stdout) > 3 * 4 * 1024, ended.stderr
+
+
 # ==== 53. Figures =====================================================================================================
 
 def test_the_figures_are_prometheus_text(server):
