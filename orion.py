@@ -11131,16 +11131,17 @@ class TellsWhoIsHere(Broker):
         """Show a new one what the others see. The first sees itself."""
         super().count_watcher(stream, id, more)
         self.moved.add(id)
+        inside = stream.again.path.startswith("/w/")     # else it is a home page: --single
         if id not in self.channels:
             self.here.pop(id, None)
-        elif more > 0 and id in self.here:
+        elif more > 0 and inside and id not in self.unannounced:
+            if id not in self.here:
+                self.here[id] = self.presence([stream])
             self.show_here(stream, self.here[id])
-        elif more > 0 and id not in self.unannounced:
-            self.tell_who_is_here()
 
     def tell_who_is_here(self):
-        """Once a second: tell all who watch an object, if that has changed. (Of a page that
-        is loaded again nobody is told: by then it has come back.)"""
+        """Once a second: tell all who watch an object who they are now, if others came or
+        went. A page that was loaded again has come back by then, so nobody hears of it."""
         moved, self.moved = self.moved, set()
         for id in moved & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)

@@ -6481,7 +6481,7 @@ class Chance:
 
     def joins(self):
         coding = self.random.choice(["gzip", "gzip", "gzip", "identity"])
-        request, answer = orion.Request("GET", "/live", headers={"accept-encoding": coding}), self.fetch(orion.Request("GET", "/live"))
+        request, answer = orion.Request("GET", "/w/acme/live", headers={"accept-encoding": coding}), self.fetch(orion.Request("GET", "/live"))
         stream = orion.Stream(self.edge, Reader(coding == "gzip"), request, answer, ())
         for one in answer.watch:
             stream.show(one.number, one.piece)
@@ -7899,6 +7899,16 @@ def test_on_a_single_root_one_sees_who_else_is_here(single):
     with contextlib.closing(Ear(Person(single, "bob"), "/w/acme/todos/live")) as ear:
         while 'id="here"' not in ear.event(heartbeats=True):
             pass
+
+
+def test_on_a_single_root_who_is_here_is_not_told_to_a_home_page(single):
+    bob = Person(single, "bob")
+    ear, home, events = Ear(bob, "/w/acme/todos/live"), Ear(Person(single, "alice"), "/live"), [""]
+    bob.post("/w/acme/members", form={"account": "alice", "role": "viewer"})
+    while "/w/acme" not in events[-1]:
+        events.append(home.event(heartbeats=True))
+    assert 'id="here"' not in "".join(events)
+    ear.close(), home.close()
 
 
 def test_without_a_quota_a_single_root_has_none_either(start, tmp_path):
@@ -11132,6 +11142,16 @@ def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
     assert chance.broker.show_here.call_count == 129
     chance.broker.moved.add("acme"), chance.broker.tell_who_is_here(), chance.work()
     assert chance.broker.show_here.call_count == 129, "what they see is not sent again"
+
+
+def test_who_went_may_come_back_before_the_others_are_told_even_if_somebody_opens_the_first_page_of_another_workspace():
+    chance = Chance(1, 1, 5)
+    chance.joins(), chance.joins(), chance.broker.tell_who_is_here(), chance.work()
+    chance.open[0].close()
+    chance.broker.show_here = mock.Mock(wraps=chance.broker.show_here)
+    chance.id = "globex"
+    chance.joins()
+    assert [call.args[0] for call in chance.broker.show_here.mock_calls] == chance.streams[-1:]
 
 
 # ==== 49. People ======================================================================================================
