@@ -3232,8 +3232,8 @@ class Busy(Refused):
 
 
 class GuardedStub(Stub):
-    """Takes the turn, asks, and deals with Undone. Whoever gave a limit of seconds does not
-    wait for the lock of a file at all."""
+    """Takes the turn, asks, and deals with Undone. Who has a limit of seconds does not wait
+    at all while another process has the file locked."""
     PAUSE = 0.005                                        # seconds
 
     def fetch(self, request, seconds=-1):
@@ -3509,7 +3509,7 @@ class GuardedObject(DurableObject):
         """SQLite asks this now and then, in the midst of a statement, which True ends."""
         if self.bus:
             return time.monotonic() > self.began + self.STATEMENT_SECONDS
-        # Migrations are under way. Of an object that answers nobody they have no limit.
+        # Migrations are under way. In bring_one_up they have no limit: began is infinite.
         late = time.monotonic() > self.began + self.OPEN_SECONDS
         return late or self.namespace.closed
 
@@ -3630,7 +3630,7 @@ class GuardedNamespace(Namespace):
     def awake(self, id):
         """Raises StorageFault while its migrations go on apart."""
         one = super().awake(id)
-        # Only now: one that is built after bring_up must not begin the same again.
+        # Looked up last: whoever builds an object after bring_up is to find the entry.
         until, why = self.late.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
@@ -3669,8 +3669,7 @@ class GuardedNamespace(Namespace):
             raise
 
     def touch(self, id):
-        """Note that a page was answered without its object, which shall not fall asleep for
-        that."""
+        """Note that a kept page was sent: that is a use of its object, too."""
         one = self.objects.get(id)
         if one:
             one.used = time.monotonic()
@@ -3730,8 +3729,7 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
 
 
 def has_no_rows(path):
-    """True if nobody has written to this file of a workspace; False if that can't be said.
-    """
+    """True if nobody wrote to this file of a workspace; False if that can't be said."""
     with contextlib.suppress(sqlite3.Error), Store(path) as store:
         return store.one("SELECT 1 FROM journal") is None
     return False
