@@ -4440,16 +4440,16 @@ class Kept(Watched):
     def __init__(self, directory):
         super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
-        self.seen = None                                 # the version, in this turn
+        self.seen = None                                 # the version, in this round
         self.answers = {}                                # KeptAnswers, by Asked.key
         self.size = 0                                    # about: of all, in bytes
 
     def directory_version(self):
         """Return what changes with each commit to the Directory; None: it can't be said.
 
-        Only the loop may call it. The count of our own commits also moves when our object
-        closes the file, so it tells when another file may be there. For commits of others
-        the file is asked once in a turn of the loop, when all that came has been read.
+        Only the loop may call it. The file, which knows of commits of others, too, is asked
+        once in a round of the loop, when all that came has been read. It is opened anew if
+        ours moved: that does with each commit of ours, and when our object closes the file.
         """
         ours = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.file != ours:
@@ -5816,7 +5816,7 @@ class LoopEdge:
         return found
 
     def advance_all(self):
-        """Take up what was read in this turn."""
+        """Take up what was read in this round."""
         came, self.came = self.came, []
         for connection in came:
             if connection in self.held:                  # it may have been closed since
