@@ -5357,15 +5357,15 @@ class Broker:
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided)
-            # Else it is of no workspace: [3] the home page has a stream.
-            elif not decided.watch:                      # it has none any more
+            # Else the stream is of no workspace, as [3] that of a home page.
+            elif not decided.watch:                      # the answer is no stream now
                 self.edge.call(stream.end, b"")
             elif decided.which != stream.account:        # the session is another one's now
                 raise Refused(412, "Somebody else is signed in here now.")
 
     def compare_viewers(self, stream, noted):
-        """If it is another, show all anew, in a lane of the object. That may take long, and
-        the next verdicts do not wait for it. Whose command it was pays for it."""
+        """If the gate names another viewer now, have the stream shown anew: apart from the
+        verdicts, for it may take long. Who sent the command pays for it."""
         viewer = viewer_in(noted.request)
         if viewer == stream.viewer:
             return
@@ -5454,10 +5454,11 @@ def viewer_in(forwarded):
 #   and not taken. Who is refused is answered. Who is let in is fetched, together with all
 #   that came for the same object.
 # It promises: each request comes out with a response. A connection that idles, reads slowly
-#   or sends slowly costs a buffer and no thread. A workspace that is busy takes one thread:
-#   who was let in waits in its lane. All others wait for the gate's verdict in a lane of
-#   their own address. So how long somebody waits for a no does not tell whether a workspace
-#   is busy, or exists.
+#   or sends slowly costs a buffer and no thread. A workspace that is busy takes one thread
+#   for its requests, however many: who was let in waits in its lane. (Its regions, streams
+#   to be shown anew, and jobs, take one each.) All others wait for the gate's verdict in a
+#   lane of their own address. So how long somebody waits for a no does not tell whether a
+#   workspace is busy, or exists.
 # Who uses it: the network.
 
 class Noted(NamedTuple):
