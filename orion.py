@@ -9112,8 +9112,8 @@ def home_with_counts(request, env):
 
 @addition
 class KeepsCounts(GuardedNamespace):
-    """It is used of the Directory's namespace alone. That lasts as long as the server; the
-    Directory itself is built anew if its file was at fault."""
+    """Only the Directory's namespace has counts. The Directory itself would lose them: it
+    is built anew if its file was at fault."""
 
     @functools.cached_property
     def counts(self):
@@ -9730,8 +9730,8 @@ class LooksForJobs(Broker):
 # -- the object whose jobs they are
 
 class JobTables(Tables):
-    """The store of a job. Each step uses it anew: ctx.store is the same object behind the
-    yield, as in `ctx.store.exec(sql, (yield call))`, where Python reads it before.
+    """The store of a job: one object for all its steps, for in `ctx.store.exec(sql, (yield
+    call))` Python looks ctx.store up before the job yields. use() prepares it for a step.
 
     The time limit is for each statement, and not for the job.
     """
@@ -11804,8 +11804,8 @@ class HasFigures(LoopEdge):
                 "logs": sum([bytes_in(f"{path}-wal") for path in paths.values()])}
 
     def of_leaders(self, **figures):
-        """Return rows of these figures, of which each is given as {id: number}: those of
-        workspaces that are among the ten with most in one of them."""
+        """Return the rows of some figures, each given as {id: number}. They have rows for
+        the workspaces that are among the ten with most in any of them."""
         leaders = set()
         for one in figures.values():
             leaders.update(heapq.nlargest(10, one, key=one.get))
@@ -13262,8 +13262,8 @@ class OneFile(GuardedNamespace):
 
 
 def single_root(settings):
-    """Directory and Workspace are built together, by the namespace of the Directory. That
-    of the Workspace has it do so, and takes out what is inside."""
+    """The namespace of the Directory builds it with its Workspace inside. The other one
+    asks that namespace for the Directory, and takes the Workspace out of it."""
     settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
     pages = pages_of(settings.slices)
@@ -17103,7 +17103,7 @@ class Parent:
         return status
 
     def see_more(self):
-        """Look at new files, too. What has changed since of the others still has."""
+        """Add new files. Those that were seen before keep the stamp they had then."""
         self.seen = {**self.look(), **self.seen}
 
     def look(self):
