@@ -9197,8 +9197,7 @@ class KnowsHomes(Broker):
             self.edge.env.directory.namespace.uncounted.add(id)
 
     def watchers(self, id):
-        """Return those in the workspace. With --single, home pages are of the same object.
-        """
+        """Return those inside. With --single, home pages are of the same object."""
         return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
 
 
@@ -10224,8 +10223,8 @@ def account_meant(ctx):
     return name
 
 
-# A form that came without a session, and its path. The page on which one signs in carries
-# them along. These say that there is none.
+# The page on which one signs in carries along a form that came without a session, and the
+# path to which it was sent. Here there is none.
 UNSENT = {"unsent": "", "to": ""}
 MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
 
@@ -11119,7 +11118,7 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 @addition
 class TellsWhoIsHere(Broker):
     SHOWN = 7                                            # people; they fit on a phone
-    unannounced = ()                                     # ids: who watches, nobody is told
+    unannounced = ()                                     # ids: nobody hears who looks
 
     def __init__(self, edge):
         super().__init__(edge)
@@ -11464,7 +11463,7 @@ class KeepsQuota(EdgeWorkspace):
             response = super().handle(request)
             if self.has_index:
                 self.write_index()
-        self.quota = quota                               # if it fails, the file forgets it
+        self.quota = quota                               # last: a failure takes it back
         return response
 
     def write_index(self):
@@ -12074,7 +12073,7 @@ def may_replace(source, target):
 
 
 def one_move(settings):
-    """Give a lock that whoever brings a workspace here, or away, holds meanwhile.
+    """Return a lock for the time in which a workspace is brought here, or away.
 
     Raises Unusable if another process has it. A single root needs none.
     """
@@ -14210,7 +14209,7 @@ class LetsAnybodyIn(Directory):                          # also with --plain
 
 
 def beginning_with(path):
-    """Return a pattern of what begins with a path of a slice; (1) is its workspace."""
+    """Return a pattern of all that begins with a slice's path. Group 1 is "/w/acme"."""
     pattern = f"(/w/[^/]*){path_pattern(path)}(?:/|$)"
     return re.compile(pattern)
 
@@ -14218,8 +14217,7 @@ def beginning_with(path):
 @addition
 class OpensToAnybody(LoopEdge):
     is_open = False                                      # there are public routes
-    secretive = ()                                       # their paths with <parts>, each
-                                                         # behind its pattern
+    secretive = ()                                       # (pattern, path): has <parts>
 
     def use(self, env):
         paths = [route.path for route in all_routes(env.settings.slices)
@@ -14597,7 +14595,7 @@ class Uploads:
 
     def release(self, spool):
         with self.lock:
-            # To subtract so keeps no account of which nothing is left.
+            # This drops accounts of which nothing is left, too.
             self.taken -= collections.Counter({spool.account: spool.reserved})
             spool.reserved = 0
         spool.close()
@@ -15888,8 +15886,7 @@ MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT n
 
 
 def undo_forms(ctx):
-    """Return what the viewer can put back, also without scripts, or if the toast is gone.
-    """
+    """Return what the viewer can put back, with no need of scripts or the toast."""
     where, args = ctx.host.told_to(ctx.viewer)
     mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
                                 time.time())
