@@ -4449,7 +4449,7 @@ class Kept(Watched):
 
         Only the loop may call it. The file, which knows of commits of others, too, is asked
         once in a round of the loop, when all that came has been read. It is opened anew if
-        ours moved: that does with each commit of ours, and when our object closes the file.
+        ours moved, as it does with each commit of ours, and when our object closes it.
         """
         ours = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.file != ours:
