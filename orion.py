@@ -11459,11 +11459,11 @@ class KeepsQuota(EdgeWorkspace):
         quota = int(request.headers.get("x-quota", "0")) or self.quota
         if quota != self.quota:
             limit_pages(self.store, quota)
+            self.store.after_commit.append((setattr, self, "quota", quota))
         with reserve(self.store) if self.deletes else contextlib.nullcontext():
             response = super().handle(request)
             if self.has_index:
                 self.write_index()
-        self.quota = quota                               # last: a failure takes it back
         return response
 
     def write_index(self):

@@ -10027,6 +10027,9 @@ def test_a_quota_holds_also_if_the_first_commands_fail(start):
     bob = Person(server, "bob")
     assert bob.post("/w/acme/todos", form={"title": ""}).status == 422 and bob.delete("/w/acme/todos/99").status == 404
     assert pages("max_page_count") == MB
+    acme.store.commit = mock.Mock(side_effect=sqlite3.IntegrityError("at the commit"))
+    assert bob.post("/w/acme/todos", form={"title": "x"}).status == 500
+    del acme.store.commit
     assert bob.post("/w/acme/todos", form={"title": "x"}).status == 303 and bob.delete("/w/acme/todos/1").status == 204
     assert pages("max_page_count") == pages("user_version") == MB
 
