@@ -3287,11 +3287,11 @@ class GuardedStub(Stub):
         In the pauses others have the turn. Raises StorageFault, Busy.
         """
         namespace = self.namespace
-        if time.monotonic() >= namespace.lock_end(self.id):      # it is in the log already
-            raise StorageFault(namespace.path(self.id), locked)
         if not namespace.may_wait.acquire(blocking=False):
             raise Busy
         try:
+            if time.monotonic() >= namespace.lock_end(self.id):  # it is in the log already
+                raise StorageFault(namespace.path(self.id), locked)
             while time.monotonic() < namespace.lock_end(self.id):
                 time.sleep(self.PAUSE)
                 with contextlib.suppress(Locked):

@@ -2162,6 +2162,16 @@ def test_a_lock_of_another_process_is_waited_for_anew_once_a_command_has_got_it(
     assert counters.lock_end("a") > time.monotonic()
 
 
+def test_who_finds_no_thread_to_wait_for_a_lock_in_shortens_nobody_elses_wait(counters):
+    counters.create("a")
+    counters.may_wait = threading.Semaphore(0)           # all wait for others
+    with contextlib.closing(sqlite3.connect(counters.path("a"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(orion.Busy):
+            counters.get("a").fetch(orion.Request("POST", "/1"))
+    assert not counters.lock_ends, "nobody has waited, and nothing is in the log"
+
+
 def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
     counters.create("a")
     awake = orion.Namespace.awake
