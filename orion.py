@@ -7772,11 +7772,13 @@ def run_script():
     """
     if sys._getframe(1).f_back:                          # python -m, or a debugger: no tree
         sys.exit(main())
-    sys.excepthook = after_script
+    sys.excepthook = functools.partial(after_script, __file__)
     raise SystemError("the script has ended")
 
 
-def after_script(*_):
+def after_script(file, *_):
+    global __file__
+    __file__ = file                                      # CPython 3.14 forgets it by now
     sys.excepthook = sys.__excepthook__
     try:
         status = main()

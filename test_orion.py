@@ -8308,6 +8308,10 @@ def test_the_syntax_tree_of_the_program_is_gone_while_it_runs(tmp_path):
     assert script < int(module.stdout) + 10 * 2 ** 20
 
 
+def test_a_program_knows_its_own_file_while_it_runs(tmp_path):
+    assert as_program(tmp_path, "print(__file__)").stdout == f"{tmp_path / 'program.py'}\n"
+
+
 def test_a_program_exits_with_the_status_of_main(tmp_path):
     ended = as_program(tmp_path, "return 3")
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
