@@ -6680,7 +6680,7 @@ def at_end(response, markup):
 #   written, and by whom, stands in a journal.
 # It promises: a region only reads; a command reads and writes rows; only a migration makes
 #   tables: ordinary ones, and those of full-text search (FTS5), which keep what they index
-#   in further tables of the same slice.
+#   in further tables of the same slice. What a slice exports, others can ask.
 # Who uses it: slices, for each statement; with --plain, too.
 
 # -- what a statement of a slice may do
@@ -6965,6 +6965,23 @@ class EndsWithItsRequest(Context):
     def publish(self, topic):
         self.store.check_writes(f"publishes {topic!r}")
         super().publish(topic)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(store, *args), with the tables of the slice that exports it.
+
+        Raises LookupError if none does.
+        """
+        self.store.check_thread()
+        owners = [slice.name for slice in self.host.router.slices
+                  if function in slice.exports]
+        if not owners:
+            raise LookupError(f"{function} is not exported; put it into "
+                              "Slice(exports=...)")
+        store = Tables(self.host.store, owners[0], self.store.may)
+        try:
+            return function(store, *args)
+        finally:
+            store.thread = 0
 
     def end(self):
         self.store.thread = 0
@@ -9273,8 +9290,6 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 
 @addition
 class EnqueuesJobs(Context):
-    """What a slice is given besides: jobs, and what other slices export."""
-
     def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
                 **args: Any) -> None:
         """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
@@ -9307,22 +9322,6 @@ class EnqueuesJobs(Context):
             names = [self.store.slice]
         return self.host.cancel(*[f"{name}:{key}" for name in names])
 
-    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return function(store, *args), with the tables of the slice that exports it.
-
-        Raises LookupError if none does.
-        """
-        self.store.check_thread()
-        slice = self.host.router.exports.get(function)
-        if slice is None:
-            raise LookupError(f"{function} is not exported; put it into "
-                              "Slice(exports=...)")
-        store = Tables(self.host.store, slice, self.store.may)
-        try:
-            return function(store, *args)
-        finally:
-            store.thread = 0
-
 
 @addition
 class KnowsJobs(QuickRouter):
@@ -9333,8 +9332,6 @@ class KnowsJobs(QuickRouter):
         self.job_names = {job: name for name, job in self.jobs.items()}
         self.names = [slice.name for slice in slices]
         self.plans = plans_of(slices)
-        self.exports = {function: slice.name
-                        for slice in slices for function in slice.exports}
 
     def key_of(self, slice, job, key):
         """Return a key as the table has it: "slice:key". The slice is the one that enqueues
@@ -9983,14 +9980,12 @@ def add_key(path):
 KEYS_READ = {}                                           # by file: its times, its keys
 
 
-def keys_now(settings):
+def keys_now(settings, known=()):
     """Return the keys in the file. If they are lost, the log says so, and those that were
-    read before hold.
-
-    Raises Unusable if none were.
+    read before hold, or those that are known. Raises Unusable if there are none.
     """
     path = settings.key_file
-    times_read, keys = KEYS_READ.get(path, ((), ()))
+    times_read, keys = KEYS_READ.get(path, ((), known))
     status = path.exists() and path.stat()
     times = status and (status.st_mtime_ns, status.st_ctime_ns)      # ctime: of its mode
     if times == times_read:
@@ -10009,9 +10004,7 @@ def keys_now(settings):
 class ReadsKeysAgain(EdgeDirectory):
     def each_second(self):
         super().each_second()
-        settings = self.namespace.settings
-        KEYS_READ.setdefault(settings.key_file, ((), self.keys))
-        keys = keys_now(settings)
+        keys = keys_now(self.namespace.settings, self.keys)
         if keys != self.keys:
             self.keys = keys
             self.namespace.changed(self.id)              # forget pages of old cookies
@@ -10827,7 +10820,7 @@ def shown_of_link(ctx, link):
     return {**said, "by": people_of(ctx, [link["maker"]])[0], "may": in_words(link["role"]),
             "next": f"/w/{link['name']}" if link["name"] else "/",
             "member": member, "joins": bool(me) and not member, "stranger": not me,
-            "other": bool(me) and me != link["person"], "new": True, "known": True,
+            "other": bool(me) and me != link["person"], "new": True,
             "me": me, "username": ctx.typed.get("username", ""), "stamp": ctx.stamp}
 
 

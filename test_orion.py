@@ -3136,10 +3136,18 @@ def test_a_command_without_an_id_costs_no_statement_for_it_and_one_with_an_id_on
     assert not [sql for sql in said if "INTO answers" in sql], "it found nothing to delete, and may be done twice"
 
 
-def test_a_slice_asks_another_for_what_it_exports(start):
+def counts_of_todos():
     region = orion.Template("<p id=n>{{open}} open</p>")
-    counts = orion.Slice("counts", (), (orion.Live("/counts", "todos:read", "Counts", (orion.Region("todos", lambda ctx: region(open=ctx.ask(orion.count_todos))),)),))
-    bob = Person(start((orion.todos, counts)), "bob")
+    return orion.Slice("counts", (), (orion.Live("/counts", "todos:read", "Counts", (orion.Region("todos", lambda ctx: region(open=ctx.ask(orion.count_todos))),)),))
+
+
+def test_a_slice_asks_another_for_what_it_exports_with_plain_too(tmp_path):
+    with contextlib.closing(Plain(tmp_path / "plain", (orion.todos, counts_of_todos()))) as plain:
+        assert "3 open" in Person(plain, "bob").get("/w/acme/counts").text
+
+
+def test_a_slice_asks_another_for_what_it_exports(start):
+    bob = Person(start((orion.todos, counts_of_todos())), "bob")
     ear = Ear(bob, "/w/acme/counts/live")
     bob.post("/w/acme/todos", title="one more")
     ear.until_it_says("4 open")
