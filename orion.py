@@ -11983,6 +11983,7 @@ def in_the_making(target):
 
 
 def remove_any(path):
+    """Remove a folder, or a file with the journal that SQLite keeps beside it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     for file in (path, path.with_name(f"{path.name}-journal")):
@@ -12017,7 +12018,7 @@ def verified(db):
     if found != "ok":
         indexes = [name for name, in db.execute(INDEXES) if name in found]
         if indexes and "fts5" in found.lower():
-            found += made_anew(indexes[0])
+            found += how_to_rebuild(indexes[0])
         raise sqlite3.DatabaseError(f"damaged: {found}")
     made = db.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table' AND "
                       "name NOT LIKE 'sqlite_%'").fetchall()
@@ -12027,7 +12028,7 @@ def verified(db):
                 for name, _ in made if name not in shadows])
 
 
-def made_anew(index):
+def how_to_rebuild(index):
     """Return how an index of FTS5 is made anew, as a part of a message."""
     return (f" (if its text is in a table, INSERT INTO {index} ({index}) VALUES "
             "('rebuild') makes it anew)")
@@ -12124,7 +12125,8 @@ def with_progress(results, many, what):
 def snapshot(settings, target, before=None, each=in_two_threads):
     """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
 
-    before: the snapshot before, for what did not change.
+    before: the snapshot before, for what did not change. each: how copy_one is mapped to
+    all ids.
     """
     held = {}
     faults = []
@@ -12221,8 +12223,8 @@ DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timesta
 def snapshot_again(settings):
     """Make the next one in data/backups. The oldest go. Return it, and what is wrong.
 
-    Names from the future are of a time when the clock was wrong. Such snapshots are not
-    counted; they go together with the first that is one too many.
+    If a name is of the future, the clock was wrong then, or is now. So such snapshots do
+    not count among those that are kept, and stay until settings.keep others are there.
     """
     folder = settings.data / "backups"
     private_folder(folder)
@@ -12231,10 +12233,11 @@ def snapshot_again(settings):
     target = folder / timestamp()
     kept = sorted([manifest.parent for manifest in folder.glob(f"{DATED}/manifest.json")])
     past = [one for one in kept if one.name < target.name]
-    _, faults = snapshot(settings, target, past[-1] if past else None, each=map)
-    surplus = len(past) + 1 - settings.keep
-    if surplus > 0:
-        for old in {*kept} - {*past[surplus:]}:
+    before = past[-1] if past else None
+    _, faults = snapshot(settings, target, before, each=map)     # others need the disk
+    too_many = len(past) + 1 - settings.keep
+    if too_many > 0:
+        for old in {*kept} - {*past[too_many:]}:
             remove_any(old.rename(old.with_name(f"{old.name}.making")))
     return target, faults
 
@@ -12365,9 +12368,9 @@ def check(settings, given):
         faults += wrong_with_file(settings, settings.directory_file, "directory")
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
-    said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
-    said = with_progress(said, len(names), "checked")    # no threads: the disk has no work
-    for name, wrong in zip(names.values(), said):
+    # In one thread: this keeps a core busy, and not the disk.
+    found = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
+    for name, wrong in zip(names.values(), with_progress(found, len(names), "checked")):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
         faults += cut_short(settings)
@@ -12430,7 +12433,7 @@ def check_indexes(copy):
             try:
                 db.execute(ask)
             except sqlite3.DatabaseError as error:
-                why = f"the index {name} is damaged: {error}{made_anew(name)}"
+                why = f"the index {name} is damaged: {error}{how_to_rebuild(name)}"
                 raise sqlite3.DatabaseError(why) from error
 
 
@@ -12512,12 +12515,10 @@ def said_of_strays(settings):
 def is_blank(path):
     """True for what is left when a workspace was founded, and that was cut short: nobody
     has ever written to it."""
-    try:
-        with opened_to_read(path) as db:
-            verified(db)
-            return not db.execute("SELECT 1 FROM journal").fetchone()
-    except sqlite3.Error:
-        return path.stat().st_size == 0
+    with contextlib.suppress(sqlite3.Error), opened_to_read(path) as db:
+        verified(db)
+        return not db.execute("SELECT 1 FROM journal").fetchone()
+    return path.stat().st_size == 0
 
 
 def said_of_modes(settings):
@@ -13038,7 +13039,7 @@ def member_list(settings, given):
 #   from one of theirs to another by a list in the header.
 # It promises: a rename moves no address. To delete is one commit, and so is to bring it
 #   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
-#   could leave half done, and what is on its way in another thread is written.
+#   could leave half done; and a command that the gate has let in before is still written.
 # Who uses it: the members page, and the header; on the command line, operators.
 # It needs: 55 Copies, 58 Exports.
 #
@@ -13058,7 +13059,7 @@ def workspace_region(ctx):
 
 def workspace_page(ctx, region):
     typed = {"title": ctx.title, "problem": "", **ctx.typed}
-    deletes = "confirm" in typed
+    deletes = "confirm" in typed                         # which of two forms was refused
     return template("spaces")(
         region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
         title_problem="" if deletes else typed["problem"], open=deletes, wrong=deletes,
@@ -13297,7 +13298,9 @@ ROOTS.append((lambda settings: settings.single, single_root))
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
-TRUSTED.update({"x-node", "x-verdict"})                  # a seal, on verdict or request
+# x-node: where the workspace is. x-verdict: the seal of a verdict, or of a request that one
+# process sends to another.
+TRUSTED.update({"x-node", "x-verdict"})
 # What a proxy brings is sealed in this order: all that say() says. (What is new here is to
 # be in TRUSTED, too, and in SAID_OF_VIEWERS, if pages differ by it.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
@@ -13340,7 +13343,8 @@ def holds_until(given, parts, keys):
 
 # -- requests from one process to another
 
-DOWN = {}                                                # address: until when nobody asks
+# By address, until when nobody asks there: or each request would wait for one that is down.
+DOWN = {}
 DOWN_SECONDS = 2.0
 # How many seconds an answer may take, by what is asked: see FOR_DIRECTORY. Others: 5.
 PATIENCE = {"remove": 600.0, "_facts": 1.0}
@@ -13374,7 +13378,8 @@ def send_sealed(settings, address, request, patience=5.0):
     target = urllib.parse.quote(request.path)
     if request.query:
         target += f"?{request.query}"
-    seal = seal_of(sealed_parts(request, request.scheme), keys_now(settings)[-1])
+    oldest = keys_now(settings)[-1]                      # others may lack a newer one
+    seal = seal_of(sealed_parts(request, request.scheme), oldest)
     headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""),
                "x-forwarded-proto": request.scheme, "x-verdict": seal}
     try:
@@ -13457,6 +13462,8 @@ class RemoteWorkspaces(RemoteDirectory):
     directory: Stub                                      # knows which node has which
 
     def send(self, id, request):
+        """Pass on to its node what the server itself asks of a workspace: /_facts, /_retry.
+        What people ask comes by the proxy, and not here."""
         if not request.path.startswith("/_"):
             raise Refused(421, "Workspaces are served by the nodes. Ask again through the "
                                "proxy in front.")
@@ -13575,7 +13582,7 @@ class PlacesFiles(GuardedNamespace):
         node = node_for(store, name)
         if not node:
             return super().put(store, id, name, source)
-        if source:                                       # it takes its own way to a node
+        if source:                                       # it is copied by hand: see below
             node = ""
         store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
                    id)
@@ -13632,7 +13639,7 @@ def directory_front(request, env):
 def create_on_node(request, env):
     """A door: create a workspace, and have a node make its file."""
     response = env.directory.fetch(request)
-    if response.which:
+    if response.which:                                   # its name: see create_and_enter
         env.workspaces.make_on_node(response.which)
     return response
 
@@ -14044,11 +14051,12 @@ AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
 
 @addition
 class NotesFiles(Alarms):
+    """Alarms look into each file when the server starts. These note more of it."""
+
     def __init__(self, *args):
         super().__init__(*args)
         self.given_up = {}                               # by id, how many jobs, if any
-        self.old = set()                                 # ids: migrations were to come
-        self.opened = set()                              # ids: they have run by now
+        self.old = set()                                 # ids: migrations are to come
 
     @functools.cached_property
     def schema(self):
@@ -14072,7 +14080,7 @@ class NotesItself(Broadcast):
     def own_due(self, request):
         """Alarms ask for it when the object was opened, and after each job."""
         alarms = self.namespace.alarms
-        alarms.opened.add(self.id)
+        alarms.old.discard(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
         return super().own_due(request)
 
@@ -14104,7 +14112,7 @@ class TellsMore(LoopEdge):
         now = time.time()
         late = [now - due for due in [*self.alarms.due.values()] if due < now]
         return {"due": len(late), "late": max(late, default=0.0),
-                "behind": len(self.alarms.old - self.alarms.opened),
+                "behind": len(self.alarms.old),
                 **self.of_leaders(given_up=dict(self.alarms.given_up))}
 
     def places(self):
@@ -14294,8 +14302,9 @@ class AsksForMembers(Context):
 
 @addition
 class ShowsMembers(SliceHost):
-    """What is kept of its renderings depends on the members, too."""
-    kept_members = None                                  # what they show; None: no members
+    """Renderings are kept until the store changes (8). If one of them shows the members,
+    they are kept only until those change, too: until there is another list of them."""
+    kept_members = None                                  # that are shown; None: no list is
 
     def rendering(self, *what):
         kept = self.kept_members
@@ -14353,7 +14362,8 @@ class MemberLists:
         return members
 
     def prepare(self, id):
-        """Called before the turn of an object is taken."""
+        """Called before the turn of an object is taken: nobody is to hold it and wait for
+        another process."""
 
     def close(self):
         pass
@@ -14442,15 +14452,17 @@ class PreparesMembers(LoopEdge):
 
 
 @addition
-class TellsOfMembers(Broker):
+class HearsOfMembers(Broker):
     def published(self, id, topic):
+        """The Directory says whose members have changed, by members:<id>; or "" if another
+        process wrote, so it may be anybody's. (A node hears in look_elsewhere.)"""
         super().published(id, topic)
         if id != self.edge.env.directory.id:
             return
         if topic.startswith("members:"):
             self.members_changed([topic[len("members:"):]])
         elif not topic and not isinstance(self.edge.env.workspaces.lists, ListsOfNode):
-            self.members_changed([*self.channels])       # another process wrote to the file
+            self.members_changed([*self.channels])       # all that somebody looks at
 
     def members_changed(self, ids):
         """All regions of these workspaces are asked again, if one ever used members."""
