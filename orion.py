@@ -12369,8 +12369,8 @@ def check(settings, given):
     lost = bool(faults)                                  # nobody knows what belongs here
     names = names_here(settings, None if lost else settings.directory_file)
     # In one thread: this keeps a core busy, and not the disk.
-    found = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
-    for name, wrong in zip(names.values(), with_progress(found, len(names), "checked")):
+    said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
+    for name, wrong in zip(names.values(), with_progress(said, len(names), "checked")):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
         faults += cut_short(settings)
