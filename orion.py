@@ -6535,7 +6535,7 @@ def frames_of_app(error):
 # For what is found each second: it is said again when 256 others were said since.
 log_once = functools.lru_cache(maxsize=256)(log)
 
-# Tables that have no page of their own: those of FTS5.
+# Virtual tables have no page of their own. Slices make only those of full-text search.
 INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
@@ -6707,7 +6707,7 @@ FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
                for column in ("type", "name", "tbl_name", "rootpage", "sql")]}
 
 
-COMMANDS_ALONE = "which only a command or a job may; a job that yields, only after that"
+COMMANDS_ONLY = "which only a command or a job may; a job that yields, only after its yield"
 
 
 class Judge:
@@ -6745,7 +6745,7 @@ class Judge:
         if not migrates and action not in ROWS:
             return "does more than read and write rows, which is for migrations"
         if self.may == READ and action in WRITES:
-            return f"writes, {COMMANDS_ALONE}"
+            return f"writes, {COMMANDS_ONLY}"
         if migrates and action in NO_SLICE_MAY:
             return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
@@ -6775,6 +6775,7 @@ class KnowsOwners(NestedStore):
         self.learn_owners()
 
     def migrating(self, slice, entries, ran):
+        """Where a table is dropped, rows that refer to it stay: see unenforced."""
         if any(["drop" in sql.lower() for sql in entries[ran:]]):
             return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
         return super().migrating(slice, entries, ran)
@@ -6782,7 +6783,8 @@ class KnowsOwners(NestedStore):
     def apply(self, slice, entries, number):
         """The tables that it makes are the slice's own now."""
         self.learn_owners()
-        # When a table is renamed, references to it follow; but not if it makes way.
+        # References to a table that is renamed follow it, unless it only makes way for a
+        # new one of its name.
         self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
@@ -6903,7 +6905,7 @@ class Tables(Calls):
         """Raise PermissionError if it only reads."""
         self.check_thread()
         if self.may != WRITE:
-            raise PermissionError(f"{what}, {COMMANDS_ALONE}")
+            raise PermissionError(f"{what}, {COMMANDS_ONLY}")
 
 
 def name_of(function):
@@ -7136,6 +7138,7 @@ class Server(LoopEdge):
         self.broker_kind = whole(Broker)
         self.connection_kind = whole(Connection)
         super().__init__(*args)
+        # Only now the port is known, for it can be any free one.
         name = self.settings.node_name or f"{self.settings.host}:{self.server_port}"
         self.settings = self.settings._replace(node_name=name)
         self.use(dataclasses.replace(self.env, settings=self.settings))
@@ -7155,8 +7158,8 @@ class Server(LoopEdge):
         return super().decide(request, env)
 
     def is_from_here(self, request):
-        """True if it comes from this machine, and not from a proxy here, which asks for
-        others: most of them say so, and the rest pass on the name that others asked for."""
+        """True if whoever asks is on this machine. A proxy here asks for others: most say
+        so in a header, and the rest pass on the Host that the others asked for."""
         if request.headers.keys() & SAID_BY_PROXIES:
             return False
         if in_networks(request.peer, self.settings.trust_proxy):
@@ -7316,16 +7319,16 @@ def awake_by_default():
 
 
 class Ledger(OwnedStore):
-    """Notes the migrations that tenants' files run, without running them."""
+    """The Directory's file, in which migrations of workspaces are noted, and do not run."""
 
     def apply(self, slice, entries, number):
         return set()
 
 
 def check_ledger(settings, router):
-    """Raise MigrationError if a slice's migrations do not continue those that ran before.
+    """Raise MigrationError if a slice's migrations do not continue those noted before.
 
-    So it is known before any file of a tenant that was there is opened.
+    So a mistake is found when the server starts, before it opens the files of tenants.
     """
     with Ledger(settings.directory_file) as store:
         for name, entries in router.schema:
@@ -7537,9 +7540,8 @@ def read_command_line(argv, app=None):
     """Return the settings, and what a command was given. Its verb is "" to serve.
 
     argv: None: the words with which this process was started. app: settings, with what
-    main() was given. APP_PARSERS are for what an app has of its own: each adds it to the
-    parser and its commands, and returns read(settings, given), which returns the settings
-    with what was given of that.
+    main() was given. Each of APP_PARSERS adds to the parser what an app has of its own. It
+    returns a function read(settings, given), which fills in what was given of that.
     """
     app = app or Settings()
     parser = Parser(description="A live, multi-tenant web server in one file. Without a "
@@ -7680,10 +7682,11 @@ def check_there(settings, or_node=False):
 
 
 def looked_up(settings, read):
-    """Return what read finds in the Directory, as this version would have it.
+    """Return what read(store) finds in the Directory.
 
-    Nothing of it is kept: there is no commit. It ends before anything is printed: a pager
-    would hold the lock.
+    The file may be of an older version, so migrations run first; but there is no commit,
+    and the file stays as it is. The lock is given back before anything is printed: a pager
+    would hold it.
     """
     check_there(settings)
     with OwnedStore(settings.directory_file) as store:
@@ -8480,7 +8483,7 @@ def kind_in_expression(name, hole):
 def kind_in_address(name, hole):
     """A hole that begins an address is checked when it is filled."""
     before, after = hole.string[:hole.start()], hole.string[hole.end():]
-    if ADDRESS.match(f"{before}:"):                      # no colon behind it makes a scheme
+    if ADDRESS.match(f"{before}:"):                      # a colon in it makes no scheme
         return "a value"
     if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
         raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
@@ -8528,7 +8531,8 @@ def write_address(text):
 
 WRITERS.update({"a value": html.escape, "an attribute": write_attribute,
                 "an address": write_address})
-setattr(Template, "places", checked_places)              # apps make theirs by that name
+# Apps make a Template by that very name, so it can have no @addition.
+setattr(Template, "places", checked_places)
 setattr(Template, "lacks", lacks_in_line)
 
 
@@ -8711,7 +8715,8 @@ def old_messages(request):
     """Return signals that take away what a page says of an earlier mistake: "problem" and,
     for each field that was sent, "<field>_problem".
 
-    If the page sent its signals, only those of them that it has. (A form sends none.)
+    Where signals were sent, the page has those messages alone that are among them. (A form
+    sends none of its messages.)
     """
     names = {}
     with contextlib.suppress(Refused):
@@ -8841,7 +8846,7 @@ IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: of a file (6
 @addition
 class RefusesInLayout(Workspace):
     def answer(self, request):
-        """What was written is rolled back by now."""
+        """Show a no as a page. What was written before it is rolled back by now."""
         try:
             return super().answer(request)
         except Refused as no:
@@ -9334,9 +9339,9 @@ class KnowsJobs(QuickRouter):
         self.plans = plans_of(slices)
 
     def key_of(self, slice, job, key):
-        """Return a key as the table has it: "slice:key". The slice is the one that enqueues
-        the job. A command of an app (section 73) is no slice: its keys are those of the
-        job's slice, and it can cancel the keys of all."""
+        """Return a key as the table has it: "slice:key", with the slice that enqueues the
+        job. If a command of an app does (section 73), it is the slice whose job it is. Such
+        a command can cancel the keys of all slices."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
@@ -9455,11 +9460,11 @@ CHECKS.append(check_jobs)
 # -- alarms
 
 def quick_reader(path):
-    """Connect to a database only to read it; close it after a with statement.
+    """Connect to a database only to read it, in a with statement, which closes it.
 
     At a start there may be thousands. To open one as immutable takes a quarter of the time;
-    it is right for a file without a write-ahead log. (If another process opens the file
-    meanwhile, that sets its alarm anyway.)
+    it is right for a file without a write-ahead log. (Whoever opens the file meanwhile, to
+    write to it, sets its alarm.)
     """
     how = "&immutable=1" if with_wal(path) == [path] else ""
     return contextlib.closing(connected_to_read(path, how))
@@ -9490,9 +9495,9 @@ class Alarms:
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
         self.looked = set()                              # ids whose file was looked into
         self.lock = threading.Lock()                     # guards all that follows
-        self.due = {}                                    # by id: when
-        self.order = []                                  # a heap: (since when it stands in
-                                                         # line, due, id), also older
+        self.due = {}                                    # by id: when its next job is
+        # A heap of (when it came into line, due, id). What is in due no more is skipped.
+        self.order = []
 
     def look(self):
         """Look into the files that were not looked into yet."""
@@ -9507,9 +9512,10 @@ class Alarms:
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
     def set(self, id, due):
-        """Wake the object then, if not sooner. None: it has no job.
+        """Have the object woken then, unless it will be sooner. None: it has no job.
 
-        One that has many jobs to catch up on stands behind the others after each.
+        An object that has many jobs to catch up on comes into line anew after each, behind
+        the others that are due.
         """
         if due is None:
             return
@@ -9644,7 +9650,7 @@ class Waits:
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
         self.go_on_with(wait, step)
-        wait.went_on.wait()                              # long ago, if it was late
+        wait.went_on.wait()                              # it is set, if the call was late
         with self.lock:
             self.calling.discard(wait)
             del self.by_job[wait.key]
@@ -9693,7 +9699,7 @@ class HasAlarms(GuardedNamespace):
                 if not path.name.startswith("new-"))     # the draft of another process
 
     def name_draft(self, draft, id):
-        """When its file was made, under another id, its alarm was set under that."""
+        """When the draft was opened, its alarm was set under the draft's id."""
         super().name_draft(draft, id)
         self.alarms.set(id, self.alarms.due.pop(draft, None))
 
@@ -9864,7 +9870,8 @@ class HasJobs(Broadcast):
                             row["id"])
 
     def work(self, row, request):
-        """In the name of who enqueued it. Grants were checked then."""
+        """Begin a job or, if it has waited, go on with it; in the name of whoever enqueued
+        it, whose grants were checked then."""
         self.doing = ("job", row["job"]), time.monotonic()
         waited = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
         ctx = waited.ctx if waited else self.job_context(row, request)
@@ -10071,7 +10078,9 @@ def hash_password(password):
 def password_matches(password, stored):
     """True if it is the one. If nothing is stored, it takes as long, and is False.
 
-    Older versions hashed what was typed. How long it takes depends on that alone.
+    Older versions hashed a password as it was typed. If that differs from what this one
+    hashes, both are tried: so the time depends on what was typed, and on nothing that is
+    stored.
     """
     salt, _, known = (stored or "00$").partition("$")
     spellings = dict.fromkeys([as_hashed(password), password])
@@ -10180,9 +10189,9 @@ class ProvesPasswords(LoopEdge):
         name, password, new = typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        keys = [here, f"from {source}", f"to {name}"]    # what others type counts, too
-        if here in self.familiar:                        # but not against this person
-            keys = [here]
+        # Wrong guesses of others count, too, from this address or at this name; but not for
+        # somebody who signed in from here before.
+        keys = [here] if here in self.familiar else [here, f"from {source}", f"to {name}"]
         self.guesses.check(*keys)
         self.sign_ins.check(here)
         stored = directory.ask("/_password", headers={"x-account": name})
@@ -10682,7 +10691,8 @@ DAY = 86400.0                                            # seconds
 MOST_LINKS = 100                                         # of one workspace
 LONGEST_LINK = 30                                        # days
 MOST_USES = 100
-# With the role that its maker has now (makes), and whom it signs in (person).
+# With the role that its maker has now (makes), and whom it signs in (person). A column of
+# what this kind of link has not, or of what is gone, is NULL.
 GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
                coalesce(l.account, s.account) AS person FROM links l
                LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
@@ -10718,7 +10728,7 @@ def add_link(store, kind, seconds, **row):
 
 
 def new_link_page(ctx, secret, what, back, which):
-    """Return the page that shows a link, this once: it is kept nowhere (Answers.keep)."""
+    """Return the page that shows a link, this once: it is kept nowhere (see 70)."""
     request = ctx.request
     address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
     body = template("links.made")(address=address, what=what, back=back)
@@ -11108,22 +11118,22 @@ PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 # The idea: each page of a workspace shows who else looks at it just now.
 # It promises: within a second everybody hears who came and who went. The others go on
 #   meanwhile, however many look on.
-# Who uses it: the pages of workspaces, and xray.
+# Who uses it: the pages of workspaces.
 
 @addition
 class TellsWhoIsHere(Broker):
     SHOWN = 7                                            # people; they fit on a phone
-    unannounced = ()                                     # ids: nobody hears who looks
+    unannounced = ()                                     # ids; who looks is not told [72]
 
     def __init__(self, edge):
         super().__init__(edge)
         self.here = {}                                   # by object: what its watchers saw
-        self.moved = set()                               # objects whose watchers changed
+        self.came_or_went = set()                        # objects whose watchers changed
 
     def count_watcher(self, stream, id, more):
         """Show a new one what the others see. The first sees itself."""
         super().count_watcher(stream, id, more)
-        self.moved.add(id)
+        self.came_or_went.add(id)
         inside = stream.again.path.startswith("/w/")     # else it is a home page: --single
         if id not in self.channels:
             self.here.pop(id, None)
@@ -11135,8 +11145,8 @@ class TellsWhoIsHere(Broker):
     def tell_who_is_here(self):
         """Once a second: tell all who watch an object who they are now, if others came or
         went. A page that was loaded again has come back by then, so nobody hears of it."""
-        moved, self.moved = self.moved, set()
-        for id in moved & {*self.channels} - {*self.unannounced}:
+        changed, self.came_or_went = self.came_or_went, set()
+        for id in changed & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
             piece = self.presence(streams)
             if id not in self.here or piece.etag != self.here[id].etag:
@@ -11462,8 +11472,8 @@ class KeepsQuota(EdgeWorkspace):
         return response
 
     def write_index(self):
-        """Have FTS5 write at this savepoint, and not at the commit, when others pay for it,
-        or the reserve is gone."""
+        """Have FTS5 write now, at a savepoint. Else it writes at the commit: then others
+        that share it fail, too, for lack of room, and the reserve is over."""
         with self.store.tx():
             pass
 
@@ -11862,7 +11872,7 @@ class Top:
         self.by = 1                                      # the column that sorts
         self.at = time.monotonic()
         self.now = figures_of(settings)
-        self.read()
+        self.read()                                      # to have a first table at once
 
     def read(self):
         self.before, then = self.now, self.at

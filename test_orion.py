@@ -4910,7 +4910,7 @@ IN_A_PAGE = {
     "the table of another slice": (mistaken(region=lambda ctx: ctx.store.query("SELECT title FROM todos")),
                                    "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; ask for what that exports: SELECT title FROM todos"),
     "a region that writes": (mistaken(region=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann", "x")),
-                             f"PermissionError: slice 'book' writes, which only a command or a job may; a job that yields, only after that: {INSERT_ENTRY}"),
+                             f"PermissionError: slice 'book' writes, which only a command or a job may; a job that yields, only after its yield: {INSERT_ENTRY}"),
 }
 BY_A_COMMAND = {
     "no return": (mistaken(command=lambda ctx: None), "TypeError: SIGN returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
@@ -9480,7 +9480,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     assert eventually(lambda: noted(outside_world.server) and not outside_world.server.env.workspaces.alarms.waits.calling)
 
 
-@cases("yields, why", [(0, "a job that yields, only after that"), (2, "a job yields at most once")])
+@cases("yields, why", [(0, "a job that yields, only after its yield"), (2, "a job yields at most once")])
 def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, why):
     def letter(ctx):
         for _ in range(yields):
