@@ -9443,6 +9443,8 @@ def wrong_with_job(job):
 
 def check_jobs(settings):
     """Raise Unusable for a job that could not run."""
+    if settings.plain and any([slice.jobs for slice in settings.slices]):
+        raise Unusable("this app has jobs, and --plain runs none; leave --plain out")
     for slice in settings.slices:
         for job in slice.jobs:
             why = wrong_with_job(job)
@@ -14337,9 +14339,9 @@ class ListsMembers(Namespace):
         return self.lists.of(id)
 
     def close(self):
-        super().close()
         if self.lists:
-            self.lists.close()
+            self.lists.close()                           # first: the last one tidies up
+        super().close()
 
 
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones

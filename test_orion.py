@@ -7952,6 +7952,14 @@ def test_a_single_root_keeps_everything_in_one_file(single):
         assert {"accounts", "sessions", "memberships", "todos", "sent", "jobs"} <= {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
 
 
+def test_a_single_root_that_has_ended_is_all_in_its_file_also_after_a_look_at_the_members(tmp_path):
+    crew = orion.Region("crew", lambda ctx: element(str(len(ctx.members()))))
+    crew = orion.Slice("crew", live=(orion.Live("/crew", "todos:read", "Crew", (crew,)),))
+    with contextlib.closing(Server(tmp_path, (crew,), single=tmp_path / "one.db")) as server:
+        assert "3" in Person(server, "bob").get("/w/acme/crew").text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.db", "one.db.key"]
+
+
 def test_a_single_root_lets_nobody_else_in(single):
     bob, alice, nobody, erin = Person(single, "bob"), Person(single, "alice"), Person(single), Person(single, "erin")
     assert bob.get("/w/acme/todos").status == 200
@@ -9738,6 +9746,11 @@ def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
         orion.compose(orion.Settings(data=tmp_path / "data", slices=(orion.Slice("work", jobs=jobs),)))
     assert str(no.value).startswith("slice 'work'") and why in str(no.value) and not (tmp_path / "data").exists()
+
+
+def test_an_app_with_jobs_says_that_plain_runs_none(tmp_path, capsys):
+    assert orion.main((letters,), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
+    assert "this app has jobs, and --plain runs none; leave --plain out" in capsys.readouterr().err
 
 
 def remind(ctx, text):
