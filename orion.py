@@ -14514,6 +14514,8 @@ class HearsOfMembers(Broker):
 PIECE = 2 ** 18                                          # bytes that are written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
 SPARE_DISK = 2 ** 26                                     # bytes that uploads leave free
+SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
+NO_DISK = "The disk of this server has no room for this. Ask whoever runs it to make room."
 
 
 class Spool:
@@ -14527,7 +14529,7 @@ class Spool:
         self.file = None                                 # made when the first piece is here
         self.waiting = bytearray()                       # what is not written yet
         self.size = 0                                    # of all that has come
-        self.began = 0.0                                 # without the time to write it
+        self.began = 0.0                                 # later by each pause: TakesUploads
         self.data = b""                                  # all of it, when it is whole
         self.pairs = None                                # its fields, or why they can't be
         self.account = ""                                # who pays for it, in Uploads
@@ -14548,7 +14550,7 @@ class Spool:
             raise Refused(507, NO_DISK) from error
 
     def map(self):
-        """In the pool, when it is whole."""
+        """In the pool, when it is whole: have all of it as data, which takes no memory."""
         self.write()
         if self.size:
             self.data = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -14558,10 +14560,6 @@ class Spool:
             self.data.close()
         if self.file:
             self.file.close()
-
-
-SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
-NO_DISK = "The disk of this server has no room for this. Ask whoever runs it to make room."
 
 
 class Uploads:
@@ -14711,10 +14709,12 @@ class TakesUploads(Connection):
         if spool is None or self not in self.edge.held:
             return super().refuse(no)
         self.state = self.ANSWERING
-        self.spare = 2 * spool.limit                     # bytes that are read over, and
-        self.LINGER_SECONDS = 10.0                       # for how long, of this connection
+        # A browser reads an answer when it has sent all of its file. So this connection
+        # reads over more, and for longer, than others: see leave (25).
+        self.spare = 2 * spool.limit
+        self.LINGER_SECONDS = 10.0
         asked = Asked(self, spool.reading._replace(keep=False), Request("GET", "/"))
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused):               # its head, too, can be refused
             asked.request = self.edge.request(spool.reading, self.peer)
         self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
@@ -14771,24 +14771,32 @@ NO_PARTS = (400, "This form can't be read. Reload the page and try again.")
 def parts_of(data, content_type):
     """Return the fields of a form in parts, each with its name: text, or an Upload.
 
-    data: bytes, or a file that is mapped. Each byte is looked at once, or twice where lines
-    begin as the boundary does. Nothing may stand before the first part or behind the last
-    one. Raises Refused(400), Refused(413).
+    data: bytes, or a file that is mapped. With a boundary b, and each line ended by CRLF:
+
+        --b
+        Content-Disposition: form-data; name="title"
+
+        what was typed
+        --b--
+
+    Each byte is looked at once, or twice where lines begin as the boundary does. Nothing
+    may stand before the first part or behind the last one. Raises Refused(400), (413).
     """
     named = BOUNDARY.fullmatch(content_type)
     if not named:
         raise Refused(*NO_PARTS)
     mark = b"\r\n--" + (named[1] or named[2]).encode()
-    if data[:len(mark) - 2] != mark[2:]:
+    at = len(mark) - 2                                   # before the first is no CRLF
+    if data[:at] != mark[2:]:
         raise Refused(*NO_PARTS)
     pairs = []
-    at = len(mark) - 2
-    while data[at:at + 2] == b"\r\n":
-        begins = data.find(b"\r\n\r\n", at, at + PART_HEAD_LIMIT)
-        ends = data.find(mark, begins + 4)
-        if begins < 0 or ends < 0 or len(pairs) >= MOST_PAIRS:
+    while data[at:at + 2] == b"\r\n":                    # behind the last one is "--"
+        head_ends = data.find(b"\r\n\r\n", at, at + PART_HEAD_LIMIT)
+        begins = head_ends + 4
+        ends = data.find(mark, begins)
+        if head_ends < 0 or ends < 0 or len(pairs) >= MOST_PAIRS:
             raise Refused(*NO_PARTS)
-        pairs.append(read_part(data[at + 2:begins + 2], data, begins + 4, ends))
+        pairs.append(read_part(data[at + 2:head_ends + 2], data, begins, ends))
         at = ends + len(mark)
     if data[at:at + 5] not in (b"--", b"--\r\n"):
         raise Refused(*NO_PARTS)
@@ -14961,9 +14969,9 @@ FILE_TABLES = (
     "TEXT NOT NULL, type TEXT NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL)",
     "CREATE TABLE _file_pieces (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
 )
-MOST_PIECES = 2 ** 20                    # of one file: of file 7, from 7 * MOST_PIECES on
+MOST_PIECES = 2 ** 20                    # of a file; file 7 has ids from 7 * 2 ** 20 on
 FILE_POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src "
-               "'unsafe-inline'; sandbox")               # a browser's own page around it
+               "'unsafe-inline'; sandbox")               # a browser makes a page of it
 RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 
 
@@ -15002,7 +15010,7 @@ class Files:
                                "VALUES (?, ?, ?, ?, ?)", self.slice, upload.name,
                                upload.type, upload.size, upload.digest)
         for number, data in enumerate(upload.pieces(), id * MOST_PIECES):
-            self.ctx.host.began = time.monotonic()       # a limit for each piece
+            self.ctx.host.began = time.monotonic()       # each has the time limit (16)
             self.store.exec("INSERT INTO _file_pieces VALUES (?, ?)", number, data)
         return id
 
@@ -15281,7 +15289,7 @@ class KnowsTokens(EdgeDirectory):
             return request
         token = cookie[len(BEARER):]
         return request.with_headers({"x-session": token_hash(token).hex(),
-                                     "x-bearer": token[6:18]})
+                                     "x-bearer": token[6:18]})       # its id
 
     def token(self, request):
         """Return the row of the token; None if it is not valid."""
@@ -15466,9 +15474,12 @@ class DataPiece(Piece):
 
 @addition
 class DataInPages(EdgeWorkspace):
-    """A program gets the data of regions in place of their markup. When a region of a
-    stream is asked for again, that request names a role and no program. So it has a
-    parameter, DATA, which says that data is meant."""
+    """A program gets the data of regions in place of their markup.
+
+    But a region of its stream is asked for again as all would who have its role (24), and
+    that request names no program. So the parameter DATA says there that data is meant. From
+    outside, where it has no x-region, it means nothing.
+    """
 
     def refuse(self, request, refused):
         if request.headers.get("x-token"):
@@ -15661,10 +15672,8 @@ class RepeatsAnswers(SliceHost):
 class StampsForms(Context):
     @property
     def stamp(self) -> Html:
-        """A hidden field for a plain form: for whom the page was made, and a number.
-
-        So the form does one thing, even if it is sent twice.
-        """
+        """A hidden field for a plain form: for whom the page was made, and a number, as
+        "carol 5c41...". So the form does one thing, even if it is sent twice."""
         number = secrets.token_hex(12)
         return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
 
@@ -15710,7 +15719,7 @@ def history_region(ctx):
 
 
 def history_page(ctx, region):
-    within = ctx.host.within
+    within = ctx.host.within                             # "" or "/members"
     here = f"/w/{ctx.workspace}{within}/history"
     links = [{"path": f"/w/{ctx.workspace}{path}/history", "label": label,
               "current": path == within} for path, label in HISTORIES.items()]
@@ -15776,7 +15785,9 @@ def routes_of(router):
 def name_in(which, workspace):
     """Return how people call what was written: of "7 Buy milk", what follows the id."""
     id, _, name = which.partition(" ")
-    return name if id == workspace or name and id.isdecimal() else which
+    if id == workspace:
+        return name
+    return name if name and id.isdecimal() else which
 
 
 CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
@@ -15916,17 +15927,16 @@ def undo_forms(ctx):
 def undo(ctx, id):
     """Put back what the command removed that left the row id in the journal."""
     ctx.host.bus.publish("")                             # all regions: any can show it
-    return put_back(ctx, id)
+    return put_back(ctx, id, *removed_rows(ctx, id))
 
 
 PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
                "belonged to is gone. Mend that, and try again within the ten minutes.")
 
 
-def put_back(ctx, id):
-    which, kept = removed_rows(ctx, id)
+def put_back(ctx, id, which, removed):
     try:
-        for table, columns, rows in kept:
+        for table, columns, rows in removed:
             names = ", ".join([f'"{column}"' for column in columns])
             marks = ", ".join("?" * len(columns))
             for row in rows:
@@ -15982,7 +15992,7 @@ def remove_member(ctx, account):
 
 def let_in_again(ctx, id):
     """Give the role back. Links and tokens of the member stay void."""
-    _, removed = removed_rows(ctx, id)
+    which, removed = removed_rows(ctx, id)
     _, columns, rows = removed[0]                        # one row of memberships
     member = dict(zip(columns, rows[0]))
     if member["workspace"] != ctx.viewer.id:
@@ -15992,11 +16002,12 @@ def let_in_again(ctx, id):
         raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
     ctx.publish("members")
     access_changed(ctx, member["account"])
-    return put_back(ctx, id)
+    return put_back(ctx, id, which, removed)
 
 
 # -- the slices
 
+# The topic "" is all that is published: each command leaves a row in the journal.
 HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
                params=PAST)
 MEMBERS_HISTORY = HISTORY._replace(path="/members/history", grant="members:manage",
@@ -16029,7 +16040,7 @@ class RoutesHistory(QuickRouter):
 
 @addition
 class TellsHistory(EdgeWorkspace):
-    within = ""
+    within = ""                                          # its pages are at /w/acme + this
 
     def told_to(self, viewer):
         """Return which rows of the journal a viewer may see: a condition in SQL, its args.
