@@ -16240,8 +16240,8 @@ class TracedStore(OwnedObjectStore):
         started = time.perf_counter()
         rows = super().run(sql, args)
         found = len(rows) if self.cursor.description else self.cursor.rowcount
-        plain = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)
-        trace.note(self.owner.id, plain, args, found, time.perf_counter() - started)
+        asked = re.sub(r" /\* [\w-]+ may \w+ \*/$", "", sql)     # what Tables (27) adds
+        trace.note(self.owner.id, asked, args, found, time.perf_counter() - started)
         return rows
 
 
@@ -16304,7 +16304,7 @@ class HasConsole(LoopEdge):
                 trip = Trip(self.as_logged(asked.request))
                 answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
                 self.finish(asked, answer)
-        return []
+        return []                                        # nothing is left to be asked again
 
     def changes_lane(self, asked):
         """The first time that the gate lets somebody in, line the request up in the lane of
@@ -16353,26 +16353,23 @@ class Console:
     PAUSE = 0.25                                         # s between frames, at least
 
     def __init__(self, edge):
-        self.edge = edge
+        self.env = edge.env
         self.broker = edge.broker
         self.trace = edge.trace
-        self.due = False                                 # a frame is on its way
+        self.due = False                                 # a frame, for there was a note
         self.changed = False                             # something was published
-        self.state = 0                                   # grows each second in which it was
+        self.state = 0                                   # see each_second
         self.all_facts = functools.lru_cache(maxsize=8)(self.ask_all)
         self.actions = {("GET", "/console"): self.page,
                         ("GET", "/console/live"): self.stream,
                         ("POST", "/console/probe"): self.probe,
                         ("POST", "/console/retry"): self.retry}
         self.trace.news = self.news
-        edge.env.workspaces.listeners.append(self.published)
-
-    @property
-    def env(self):
-        return self.edge.env
+        self.env.workspaces.listeners.append(self.published)
 
     def answer(self, request, env):
-        """A door, for operators. In the demo it is open to everybody."""
+        """A door, for operators. In the demo it is open to everybody. me: whom own_onlooker
+        tells of."""
         action = self.actions.get((request.method, request.path))
         if action is None:
             raise Refused(405, "The console is read with GET, and used from its own page.")
@@ -16380,24 +16377,26 @@ class Console:
             me = env.directory.ask_as(request, "/_onlooker")
             refuse_old_page(request, me["account"])
             if not me["operator"] and not env.settings.demo:
-                Viewer(account=me["account"]).permit(ACCOUNT)
+                Viewer(account=me["account"]).permit(ACCOUNT)    # raises a 401 for nobody
                 raise Refused(403, "The console is for operators: account add NAME "
                                    "--operator makes one.")
             return action(request, me)
 
-    # -- what makes a frame: news, a second that passed, somebody who came
+    # -- what makes a frame: each second, and each note, but that at most every PAUSE
 
     def published(self, id, topic):
-        """Have the objects asked for their facts in the next second."""
         self.changed = True
 
     def each_second(self):
+        """Ask for a frame. The objects' facts in it are kept by state, so objects are asked
+        once a second while anything is published, and then no more."""
         if self.changed:
             self.changed = False
             self.state += 1
         self.broker.published(self.id, self.id)
 
     def news(self):
+        """There is a note."""
         if not self.due:
             self.due = True
             later = threading.Timer(self.PAUSE, self.tell)
@@ -16484,11 +16483,7 @@ class Console:
     # -- the region
 
     def ask_all(self, ids, state):
-        """Return the facts of each object, and how long it took to ask for them.
-
-        That is kept for each state. So objects are asked once a second while anything is
-        published, and then no more.
-        """
+        """Return the facts of each object, and how long it took to ask for them."""
         started = time.perf_counter()
         facts = {id: self.count(id) for id in ids}
         return facts, in_ms(time.perf_counter() - started)
@@ -16552,6 +16547,7 @@ class Console:
                  for at, row in zip(self.POSITIONS, rows)]
         positions = {node["id"]: node["at"] for node in nodes}
         trips = [self.trip_row(trip, positions) for trip in [*self.trace.trips]]
+        # The last three, and the last one before them that was not let in.
         stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
         paths = stopped[-1:] + trips[-3:]
         return {"node": nodes, "others": all - len(nodes), "way": paths,
@@ -16907,6 +16903,7 @@ class App:
         """
         self.check_closed()
         row = self.row(workspace)
+        self.env = self.env or compose(self.settings._replace(demo=False))
         self.env.workspaces.get(row["id"]).ask("/_due")  # opens it, and waits for a lock
         one = self.env.workspaces.awake(row["id"])
         self.inside = workspace
@@ -16948,9 +16945,7 @@ class App:
         if self.settings.plane:
             raise Unusable("the app's commands open no workspace where the planes are "
                            "apart; have a route or a job do it")
-        found = looked_up(self.settings, named_workspaces)
-        self.env = self.env or compose(self.settings._replace(demo=False))
-        for row in found:
+        for row in looked_up(self.settings, named_workspaces):
             if row["name"] == workspace:
                 return row
         raise Unusable(f"there is no workspace {workspace}; workspace list tells what "
@@ -17005,8 +17000,8 @@ class HearsOfCommands(Broker):
     heard = ""                                           # the last entry of the journal
 
     def look_elsewhere(self):
-        """Hear for the first time before the Directory's version is known. What is written
-        after that changes the version, and so it is heard, too."""
+        """At a start, note the last entry before the Directory's version: what is written
+        after that changes the version, and is heard in changed_elsewhere."""
         if not self.heard:
             with contextlib.suppress(Refused):           # in the next second
                 self.hear()
@@ -17079,7 +17074,7 @@ def become_child(handle):
     DevEdge.handle = handle
     ASSETS.update(DEV_ASSETS)
     ERROR_LOGS[:] = [FAULTS.note]
-    for cls in (DevEdge, DevBroker, DevWorkspace, DevContext, DevHost):
+    for cls in (DevEdge, DevConnection, DevBroker, DevWorkspace, DevContext, DevHost):
         addition(cls)
 
 
@@ -17139,7 +17134,8 @@ class Parent:
         return stamps([*self.modules, *beside(self.modules), *some])
 
     def stop(self, *_):
-        """The child may have heard it, too, from a terminal; then SIGHUP does no harm."""
+        """A terminal sends its signal to the child, too. The same once more would end that
+        at once: see stop_or_leave. SIGHUP does not."""
         self.stopping = True
         if self.child:
             self.child.send_signal(signal.SIGHUP)
@@ -17371,7 +17367,6 @@ def secrets_in(request):
 class DevEdge(LoopEdge):
     handle = -1                                          # of the parent's socket
     modules = 0                                          # how many the parent knows
-    EXPECTED_SECONDS = 1.0                               # until a new connection is used
 
     def __init__(self, env, settings):
         super().__init__(env, settings)
@@ -17397,13 +17392,6 @@ class DevEdge(LoopEdge):
             with contextlib.suppress(OSError, ValueError):   # nobody reads it: go on
                 print(f"\0{json.dumps(own_modules())}", file=sys.stderr, flush=True)
 
-    def drained(self):
-        """Who has connected just now has a request on the way. It is answered, too."""
-        left = Connection.IDLE_SECONDS - self.EXPECTED_SECONDS
-        new = [held for held in self.held if isinstance(held, Connection)
-               and held.new and held.deadline - time.monotonic() > left]
-        return not (new and self.socket.fileno() < 0) and super().drained()
-
     def state(self, request, env):
         """A door."""
         only_read(request)
@@ -17426,6 +17414,17 @@ class DevEdge(LoopEdge):
         if answer.status != 500 or not shown:
             return answer
         return fault_page(request, explained(f"{request.method} {request.path}", error))
+
+
+class DevConnection(Connection):
+    EXPECTED_SECONDS = 1.0                               # until a new connection is used
+
+    @property
+    def may_break_off(self):
+        """Who has connected just now has a request on the way. It is answered, too."""
+        expected_until = self.deadline - self.IDLE_SECONDS + self.EXPECTED_SECONDS
+        is_expected = self.new and time.monotonic() < expected_until
+        return super().may_break_off and not is_expected
 
 
 class DevWorkspace(EdgeWorkspace):
@@ -17462,7 +17461,6 @@ class DevHost(SliceHost):
             log(f"dev: {request.method} {request.path} was refused, and it brought no "
                 f"{name!r}, but {', '.join(sent) or 'nothing'}; an input says its name by "
                 f'name="{name}" in a form, else by data-bind:{name}')
-        self.missing.clear()
         return super().refuse(request, refused)
 
 

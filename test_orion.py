@@ -15008,7 +15008,7 @@ def as_child(start, monkeypatch):
 
 
 def test_who_has_connected_just_before_a_restart_is_answered(as_child, monkeypatch):
-    monkeypatch.setattr(orion.DevEdge, "EXPECTED_SECONDS", PATIENCE)
+    monkeypatch.setattr(orion.DevConnection, "EXPECTED_SECONDS", PATIENCE)
     server = as_child()
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as link:
         eventually(lambda: server.edge.held)
