@@ -7579,17 +7579,18 @@ def name_of_flag(flag):
 
 
 def add_flag(parser, flag, kind, default, dest, help):
-    """kind: bool, or a type for argparse. default may be text, from the environment."""
-    if default and default is not argparse.SUPPRESS:
+    """Return the action that argparse makes of it. kind: bool, or a type. default may be
+    text, from the environment."""
+    if default:
         help += f" (default: {default})"
     help = help.replace("%", "%%")
     if kind is not bool:
         return parser.add_argument(flag, help=help, default=default, type=kind, dest=dest,
                                    metavar=name_of_flag(flag).upper())
-    if isinstance(default, str) and default is not argparse.SUPPRESS:
+    if isinstance(default, str):
         default = default.lower() not in ("0", "no", "off", "false")
-    parser.add_argument(flag, help=help, default=default, dest=dest,
-                        action=argparse.BooleanOptionalAction)
+    return parser.add_argument(flag, help=help, default=default, dest=dest,
+                               action=argparse.BooleanOptionalAction)
 
 
 def from_environment(flag):
@@ -8665,10 +8666,10 @@ def flash_header(path, text, signals):
 
 def with_flash(request, response):
     """Return the answer as it leaves: with the message it gives, or the one it got."""
-    given = [value for name, value in response.headers if name == FLASH]
+    given = dict(response.headers).get(FLASH)
     if given:
         rest = [pair for pair in response.headers if pair[0] != FLASH]
-        path, data = given[0].split(" ")
+        path, data = given.split(" ")
         value = f"{data}.{flash_seal(request, urllib.parse.unquote(path), data)}"
         cookie = cookie_field(request.scheme, "flash", value, path, FLASH_SECONDS)
         return response._replace(headers=(*rest, cookie))
@@ -10153,14 +10154,12 @@ def count_attempt(attempts, request):
 
 
 def typed_in(request):
-    """Return the name, the password, and the new password. Bound what is hashed."""
-    name = account_name(text_of(request, "username"))
-    password = text_of(request, "password")
-    new = text_of(request, "new")
-    if max(len(name), len(password), len(new)) > LONGEST_TYPED:
+    """Return the name, the password and the new password. Refuse what is long to hash."""
+    typed = [text_of(request, field) for field in ("username", "password", "new")]
+    if max(map(len, typed)) > LONGEST_TYPED:
         raise Refused(400, f"A name and a password have at most {LONGEST_TYPED} "
                            "characters.")
-    return name, password, new
+    return account_name(typed[0]), *typed[1:]
 
 
 PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is not kept
@@ -11646,7 +11645,7 @@ class Figures:
         self.slow = slow
         self.date = ""                                   # of this second
         self.lines = collections.deque(maxlen=100_000)
-        self.scribe = Pool(1)                            # its thread writes them
+        self.scribe = Threads(1)                         # its thread writes them
         self.lock = threading.Lock()                     # guards the next three
         self.statuses = collections.Counter()
         self.durations = [0] * (len(self.BOUNDS) + 1)
@@ -16792,9 +16791,10 @@ def add_own_option(parser, option, suppress=False):
         instead = f"say it in {variable}, or name a file with {flag}"
         refuse_flag(parser, option.flag, instead)
     default = from_environment(flag) or option.default
+    action = add_flag(parser, flag, type(option.default), default, f"own_{option.name}",
+                      help)
     if suppress:
-        default = argparse.SUPPRESS
-    add_flag(parser, flag, type(option.default), default, f"own_{option.name}", help)
+        action.default = argparse.SUPPRESS
 
 
 def refuse_flag(parser, flag, instead):
