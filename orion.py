@@ -6726,6 +6726,8 @@ class Judge:
         self.objection = ""                              # why SQLite was told no
 
     def __call__(self, action, first, second, *_):
+        """As (SQLITE_INSERT, "todos", None); or (SQLITE_CREATE_INDEX, "by_title", "todos").
+        """
         if not self.slice:
             return sqlite3.SQLITE_OK
         table = second if action in TABLE_IS_SECOND else first
@@ -9281,7 +9283,14 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 #         yield lambda: send_mail(guest["mail"])         # without the turn
 #         ctx.store.exec("UPDATE guests SET welcomed = 1 WHERE id = ?", id)
 #
-# and a command says ctx.enqueue(welcome, id=3). This is its way:
+# and a command says ctx.enqueue(welcome, id=3). That writes the first of these rows (they
+# have due, tries and error, too); the other is of daily(sweep, "07:30"), which comes again:
+#
+#     job              args        who          key
+#     guests.welcome   {"id": 3}   carol        NULL
+#     guests.sweep     {}          (schedule)   @guests.sweep 07:30
+#
+# This is the way of the first:
 #
 #     Alarms.ring     takes the id of an object whose alarm is due
 #     POST /_claim    one commit: the try is counted, and the time of the next one is set
@@ -10107,7 +10116,7 @@ def check_account_name(name):
 
 
 class Throttle:
-    """Remembers attempts by key. A key with too many has to wait.
+    """Remembers attempts by key, as "to carol". A key with too many has to wait.
 
     It is bounded: the oldest keys are forgotten.
     """
@@ -10526,6 +10535,12 @@ class EndsSessions(EdgeDirectory):
 # It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
 #   Each page says so, and the journal names both.
 # It needs: 44 Accounts, which knows who is an operator.
+#
+# The row of olga's session before she looks on as carol, and meanwhile:
+#
+#     account   operator   read_only   expires
+#     olga      NULL       0           in 30 days
+#     carol     olga       1           in 15 minutes
 
 MASQUERADE_SECONDS = 15 * 60
 TRUSTED.update({"x-operator", "x-read-only"})
@@ -11575,7 +11590,7 @@ def size_of(response):
 
 
 def labelled(figures):
-    """Return rows for the template: of each figure its label and its value."""
+    """Return rows for the template: {"acme": 3} is [{"label": "acme", "value": 3}]."""
     return [{"label": label, "value": figures[label]} for label in sorted(figures)]
 
 
@@ -11835,7 +11850,8 @@ class HasFigures(LoopEdge):
 #   requests: to time them by workspace would cost each of them something.
 # It needs: 53 Figures.
 
-FIGURE = re.compile(r'(?m)^(\w+)(?:\{\w+="([^"\n]*)"\})? (\S+)$')    # name, label, value
+# A name, perhaps a label, and a value: orion_workspace_streams{workspace="acme"} 3
+FIGURE = re.compile(r'(?m)^(\w+)(?:\{\w+="([^"\n]*)"\})? (\S+)$')
 SUMMARY = ("{:.1f} requests/s, 99 % in {:g} ms, {:.0f} waiting, {:.0f} streams, {:.0f} "
            "awake, {:.1f} GB free")
 COLUMNS = "workspace", "requests/s", "streams", "MB", "awake"
