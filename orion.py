@@ -12886,7 +12886,7 @@ def check_no_node(settings):
                        "say orion.py --plane data --directory HOST:PORT workspace import")
 
 
-def about_file(file, name=None):
+def about_file(file, name):
     """Return its title, {member: role}, and accounts: [(name, label, password)].
 
     Raises Unusable if it is no export, no single root and no file of workspaces.
@@ -13322,6 +13322,16 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
 #   where each is.
 # It needs: 40 Counts, 42 Jobs, 43 Keys, 55 Copies, 58 Exports.
+#
+# Four commands move acme to another node. From the first to the last, the gate says 503:
+#
+#     on the old node:    workspace export acme FILE --move    export_from_node: asks the
+#                                                              directory for /_leave, then
+#                                                              takes the file away
+#     on the old node:    scp FILE NODE:
+#     on the new node:    workspace import FILE                import_on_node
+#     on the directory:   node assign acme NODE                node_assign: asks the node for
+#                                                              has, then lets people in
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
@@ -14144,11 +14154,10 @@ class TellsMore(LoopEdge):
 
     def places(self):
         """As the Directory knows them. A node has none, and asks for none."""
-        said = None
+        said = {"away": {}, "nodes": []}
         if self.settings.plane != "data":
-            said = outcome(self.env.directory.ask, "/_places")
-        if not isinstance(said, dict):                   # the other figures do without
-            said = {"away": {}, "nodes": []}
+            with contextlib.suppress(CRASH):             # the other figures do without
+                said = self.env.directory.ask("/_places")
         ask = functools.partial(answers, self.settings)
         up = in_two_threads(ask, said["nodes"])
         return {"away": labelled(said["away"]),
@@ -15179,6 +15188,15 @@ class SendsFiles(Connection):
 #
 #     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
 #              name, writes, made, used (for the last time; 0: never)
+#
+# A token on its way. Each step believes the one before:
+#
+#     authorization: Bearer orion_0a1b2c3d4e5f_...   what the program sends
+#     cookie: __Host-bearer=orion_0a1b2c3d4e5f_...   what it is from with_token on
+#     x-session: HASH, x-bearer: 0a1b2c3d4e5f        in the Directory, by identified
+#     x-token: read 0a1b2c3d4e5f build%20server      in the verdict, by narrowed
+#     Program(account="bob", read_only=True,         in the object, by program_in
+#             token="build server (0a1b2c3d4e5f)")
 
 API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 MOST_TOKENS = 50                                         # of one account
@@ -15661,11 +15679,10 @@ class Answers:
 @addition
 class RepeatsAnswers(SliceHost):
     """A host that does nothing when a command comes again: it repeats the first answer."""
-    known = None                                         # None: nobody has asked yet
 
     def on_open(self):
         super().on_open()
-        self.known = None
+        self.known = None                                # nobody has asked yet
 
     def call(self, slice, route, args, viewer, request):
         command = command_id(request, viewer)
@@ -15724,6 +15741,13 @@ class RefusesOldPages(SliceHost):
 #   removed is put back as it was, or not at all, and only by who removed it and still may.
 # Who uses it: members, from the members page; slices, by ctx.remove().
 # It needs: 36 Ordinary pages, 45 Account page.
+#
+# Rows of a journal, and what is made of them. The second is the Directory's, where which
+# begins with the workspace's id:
+#
+#     who     what                      which
+#     bob     todos.create              7 Buy milk          bob added Buy milk
+#     carol   directory.remove_member   9f86d0... dave      carol removed dave
 
 def history_region(ctx):
     found, older = entries(ctx, ENTRIES_A_PAGE)
@@ -16733,6 +16757,10 @@ class CountsConsoles(Broker):
 # It promises: a secret is in no list of processes, in no help and in no log. A command may
 #   open a workspace while the server runs, which hears of what it wrote within a second.
 # It needs: 42 Jobs.
+#
+#     def remind(app, workspace, text, times=1):         # remind acme "Buy tea" --times 2
+#         with app.open(workspace, write=True) as ctx:
+#             ...
 
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
