@@ -13325,13 +13325,12 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #
 # Four commands move acme to another node. From the first to the last, the gate says 503:
 #
-#     on the old node:    workspace export acme FILE --move    export_from_node: asks the
-#                                                              directory for /_leave, then
-#                                                              takes the file away
-#     on the old node:    scp FILE NODE:
-#     on the new node:    workspace import FILE                import_on_node
-#     on the directory:   node assign acme NODE                node_assign: asks the node for
-#                                                              has, then lets people in
+#     old node:    workspace export acme FILE --move    export_from_node: asks for /_leave,
+#                                                       then takes the file away
+#     old node:    scp FILE NODE:
+#     new node:    workspace import FILE                import_on_node
+#     directory:   node assign acme NODE                node_assign: asks the node whether it
+#                                                       has the file, then lets people in
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
