@@ -13329,8 +13329,8 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #                                                       then takes the file away
 #     old node:    scp FILE NODE:
 #     new node:    workspace import FILE                import_on_node
-#     directory:   node assign acme NODE                node_assign: asks the node whether it
-#                                                       has the file, then lets people in
+#     directory:   node assign acme NODE                node_assign: asks whether the node
+#                                                       has it, then lets people in
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
 FRESH_SECONDS = 2                                        # an older verdict is asked anew
