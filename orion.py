@@ -6,12 +6,12 @@
 
 Teams share pages. When somebody changes a page, everybody who looks at it sees the change
 at once; and no team can see a row of another. A team is called a workspace here. This is
-the way of one click, from the browser to the row and back to every screen:
+the path of one click, from the browser to the row and back to every screen:
 
     browser ---- POST /w/acme/todos ----> edge ----> worker
                                                      |    |
        1. may they?  GET /_gate/acme    +------------+    +-----------+   3. forward, with
-       2. yes, and who they are         v                             v      what was said
+       2. yes, and who they are         v                             v      the verdict
                                     Directory                     Workspace
                                     the control plane:            the data plane:
                                     accounts, sessions,           one SQLite file for
@@ -23,8 +23,8 @@ the way of one click, from the browser to the row and back to every screen:
 
 Step 5 is the whole idea of "live". A publish carries no data. It says only "read the store
 again"; it waits for the commit, and a rollback discards it. What is sent then is the
-complete present truth. So a message that comes late, or twice, or is lost does no harm, and
-a browser that was cut off simply asks again.
+complete current state. So a message that arrives late, twice or never does no harm, and a
+browser that was cut off simply asks again.
 
 The pages talk to the server through Datastar, a small script in the browser:
 
@@ -35,7 +35,7 @@ The pages talk to the server through Datastar, a small script in the browser:
     @post('./todos', {payload: ...})    sends values, called signals, as a JSON object.
     {"problem": "A title has ..."}      A JSON answer sets these signals in the page.
     retry: 'always'                     When a stream ends, ask for it again, forever.
-    <div id="live" ...>                 The element that asks; without it nobody asks again.
+    <div id="live" ...>                 The element that asks. Without it, nothing does.
 
 The words. Where one has a second meaning, it is said here:
 
@@ -56,8 +56,8 @@ The words. Where one has a second meaning, it is said here:
     door        a function that answers one path outside of the workspaces: "/healthz"
     slice       a feature, from its tables to its pages: "todos"
     region      the part of a page that stays current: <section id="todos">
-    command     a request that may write: POST, PUT, PATCH, DELETE. What it wrote, and who
-                sent it, stands in a journal [3].
+    command     a request that may write: POST, PUT, PATCH, DELETE. A journal records what
+                it wrote, and who sent it [3].
     signal      a value in the page that an expression there, or an answer, can set
     topic       what a command publishes and a region listens to: "todos"
     stream      an answer that stays open and carries the regions of a page again after each
@@ -67,10 +67,10 @@ The words. Where one has a second meaning, it is said here:
 
 The file has three parts; its markup, style and script are in the folder templates/. Part
 One is the architecture. It is complete: in a file of its own it runs without the other two.
-(--plain serves by its edge, with what the others add to its classes.) Part Two replaces the
-place where connections and streams are held, to serve thousands of them. Part Three is what
-a product needs around it. To know how it works, read Part One, and stop at its last line.
-What stands there for the other parts only is marked: [2], [3].
+(--plain serves with its edge, and with what the others add to its classes.) Part Two
+replaces the place where connections and streams are held, to serve thousands of them. Part
+Three is what a product needs around it. To know how it works, read Part One, and stop at
+its last line. What is there only for the other parts is marked: [2], [3].
 """
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 # objects, Workspace and Directory. 14 puts sockets around it, 15 puts it all together.
 # Some sections end with what is to be skipped on a first reading; their banners say so.
 #
-# This is the way of one click, by functions and their sections:
+# This is the path of one click, by functions and their sections:
 #
 #     PlainHandler.answer (14)    makes a Request of what came in
 #     respond (14), worker (2)    first the gate: ask_the_gate (2), gate (12)
@@ -137,8 +137,8 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 #     SliceHost.stream (8)        takes the rendering, which the first of them has made
 #     PlainHandler.hold (14)      sends it
 #
-# A name has nearly always the same type, so it is not repeated at each function: request is
-# a Request, viewer a Viewer (in a region: a SharedViewer), env an Env, ctx a Context, store
+# A name nearly always has the same type, so functions do not repeat it: request is a
+# Request, viewer a Viewer (in a region: a SharedViewer), env an Env, ctx a Context, store
 # a Store. workspace and account are names; slice is a name, too, except in a loop over
 # slices: there it is a Slice. A workspace's id has 64 hexadecimal digits. sql is a
 # statement, args are its parameters.
@@ -147,8 +147,8 @@ __all__ = ["ACCOUNT", "Html", "Live", "MEMBER", "PUBLIC", "ROLES", "Refused", "R
 # ==== 1. Requests =========================================================================
 # The idea: the worker and the objects speak in requests and responses, as if each of them
 #   were a server of its own. None of them knows of sockets.
-# It promises: a request is never changed, only copied with a difference. Whoever has to say
-#   no raises Refused, with a status and a sentence that says what to do next.
+# It promises: a request is never changed, only copied with a difference. Code that has to
+#   say no raises Refused, with a status and a sentence that says what to do next.
 # Who uses it: every section.
 
 SAFE = ("GET", "HEAD")                                   # methods that change nothing
@@ -209,7 +209,7 @@ class Request(NamedTuple):
         return dict(decoded_pairs(self.query))
 
     def pairs(self) -> List[Tuple[str, Any]]:
-        """Return all that was sent along, each with its name: the fields of a form, or
+        """Return all that was sent along, as (name, value): the fields of a form, or
         signals; of a GET or DELETE also the parameters.
 
         Raises Refused(415) for another body, Refused(400) if it cannot be read or has too
@@ -230,7 +230,7 @@ MOST_PAIRS = 100
 
 
 def decoded_pairs(text: str, **options: bool) -> List[Tuple[str, str]]:
-    """Return what a query or a form says: name=value&name=value. Raises Refused(400)."""
+    """Return the pairs in a query or a form: name=value&name=value. Raises Refused(400)."""
     if not text:
         return []
     try:
@@ -287,10 +287,10 @@ class Response(NamedTuple):
 
 
 class Refused(Exception):
-    """A no, with its HTTP status.
+    """The answer is no, with an HTTP status.
 
-    message says what to do next. That of a 422 (wrong input) or a 409 (a conflict with what
-    is there) is shown in the page that sent the command, at this signal (section 8).
+    message says what to do next. If it is a 422 (wrong input) or a 409 (a conflict with
+    what is there), the page that sent the command shows it, at this signal (section 8).
     fields: signals of single fields, mostly messages: "due" is the signal due_problem.
     """
 
@@ -310,7 +310,7 @@ class Refused(Exception):
 
     @property
     def signals(self) -> Dict[str, str]:
-        """What the page shows of it."""
+        """The signals that show it in the page."""
         return {self.signal: self.message, **self.problems}
 
 
@@ -343,8 +343,8 @@ def local_path(path: str) -> str:
 # ==== 2. Worker ===========================================================================
 # The idea: a function that decides where a request goes. It asks the Directory whether this
 #   person may enter this workspace, and contacts the Workspace only on the answer 200.
-# It promises: a request of somebody who is no member never reaches a Workspace. What a
-#   Workspace hears about the viewer was said by the gate, never by the person outside.
+# It promises: a request from somebody who is no member never reaches a Workspace. What a
+#   Workspace hears about the viewer comes from the gate, never from the client.
 # Who uses it: the edge, for each request, and again for each frame of an open stream.
 
 def worker(request: Request, env: Env) -> Response:
@@ -367,7 +367,7 @@ def admit(request, env):
 
 
 def ask_the_gate(request, env):
-    """Fetch the verdict on whoever holds this cookie, from the Directory."""
+    """Fetch the verdict on the holder of this cookie from the Directory."""
     return env.directory.fetch(env.question(request))
 
 
@@ -395,13 +395,13 @@ def destination(request, verdict, env):
     return env.workspaces.get(viewer_headers["x-id"]), forwarded
 
 
-# Headers that the parts of this server believe. Nobody outside may send them.
+# Headers that the objects trust. No client may send them.
 TRUSTED = {"x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-session"}
 
 
 def stripped(request):
-    """Return the request without the headers that nobody outside may send."""
+    """Return the request without the headers that no client may send."""
     if TRUSTED.isdisjoint(request.headers):
         return request
     headers = {name: request.headers[name] for name in request.headers.keys() - TRUSTED}
@@ -411,8 +411,8 @@ def stripped(request):
 def outside(request, env):
     """Answer what is outside of the workspaces: by a door, or by the Directory.
 
-    At paths that begin with "/_" the server itself asks its objects. Of these only the gate
-    can be asked by others, too: it tells people about themselves alone.
+    Paths that begin with "/_" are for what the server itself asks its objects. Of these
+    only the gate is open to clients, too: it tells people about themselves alone.
     """
     request = stripped(request)
     if request.path in env.doors:
@@ -429,7 +429,7 @@ class Env:
     """All that a worker works with. A composition root (section 15) fills it in.
 
     The last four are functions, so that another root can choose others: [2] forwards many
-    requests at once; [3] asks the gate on another machine, or asks it more. An edge asks
+    requests at once; [3] asks the gate on another machine, or asks it more. An edge calls
     front.
     """
     directory: Stub
@@ -462,8 +462,8 @@ def refuse_foreign(request):
 
 
 def as_sent(origin: str) -> str:
-    """Return an origin as browsers send it: in lower case, without the port that its scheme
-    has anyway (RFC 6454, 4 and 6.2)."""
+    """Return an origin as browsers send it: in lower case, without the default port of its
+    scheme (RFC 6454, 4 and 6.2)."""
     scheme, _, host = origin.lower().partition("://")
     usual = {"http": ":80", "https": ":443"}.get(scheme, "")
     return f"{scheme}://{host.removesuffix(usual)}"
@@ -472,9 +472,9 @@ def as_sent(origin: str) -> str:
 # ==== 3. Markup ===========================================================================
 # The idea: text becomes markup in one place only. A template has holes, and what fills one
 #   is written so that it stays text there.
-# It promises: what a user typed is no markup, between tags and in quotes. [3] looks where
-#   each hole of a template stands, and refuses one in which text could become markup, code
-#   or a harmful address.
+# It promises: what a user typed never becomes markup, between tags or in quotes. [3] looks
+#   where each hole of a template stands, and refuses one in which text could become markup,
+#   code or a harmful address.
 # Who uses it: every region and every page.
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / "templates"
@@ -483,7 +483,7 @@ PART = re.compile(r"(?m)^<!-- (\w+) -->\n")
 
 
 class Html(str):
-    """Markup known to be safe. What + joins is plain text again."""
+    """Markup known to be safe. The result of + is plain text again."""
     __slots__ = ()
 
     def join(self, pieces: Sequence[Any]) -> Html:
@@ -514,12 +514,12 @@ class Template:
         a number                    that part, unless it is 0; if there is none, its digits
         False, None                 nothing
 
-    The hole {{json who}} takes whatever JSON has. Only so does data get into an expression:
-    data-on:click="greet({{json who}})".
+    The hole {{json who}} takes any value that JSON has. There is no other way for data to
+    get into an expression: data-on:click="greet({{json who}})".
 
-    A hole is a place of a kind: "json" or "text". [3] knows three more: "a value", in
-    quotes; "an address", the whole of an href; "an attribute", by itself in a tag. There, 1
-    and 0 are True and False, for SQL has no others.
+    Each hole is of a kind: "json" or "text". [3] knows three more: "a value", in quotes;
+    "an address", the whole of an href; "an attribute", by itself in a tag. In the last one,
+    1 and 0 are True and False, because SQL has no others.
 
     Raises ValueError if text could do harm in a hole [3], KeyError if nothing fills a hole
     or there is no part for a list, TypeError for a value that a hole does not take.
@@ -595,7 +595,7 @@ class Template:
         return text
 
     def fill(self, kind, name, value, values):
-        """Return what a value that is no text becomes."""
+        """Return the markup of a value that is not text."""
         if value is NOTHING:
             raise self.lacks(name, f"nothing fills the hole {name!r}: give {name}=...; "
                                    f"given: {', '.join(values) or 'nothing'}")
@@ -626,7 +626,7 @@ class Template:
         return WRITERS[kind](str(value))
 
     def fill_rows(self, kind, name, rows, around):
-        """Fill the part with each row; the values around it hold inside, too."""
+        """Fill the part with each row. The values around it can be used inside, too."""
         part = self.parts.get(name)
         if not part or not part.readings[kind]:
             raise self.lacks(name, f"there is no part {name!r} for {kind}: write a line "
@@ -641,12 +641,12 @@ class Template:
 
 # -- how a hole writes its value
 
-# Signs that mean something in an expression, and how JSON may write them: \u003c is <.
+# Characters that mean something in an expression, as JSON can write them: \u003c is <.
 CODE = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "!#$%&'()*/;<=>?@^`|~"})
 
 
 def write_json(value):
-    """Write JSON in which text has no sign left that means something in an expression."""
+    """Write JSON that has no character left that means something in an expression."""
     text = json.dumps(value, default=dict)               # a row of a store is a dict
     return text.translate(CODE).replace('"', "&quot;")
 
@@ -692,7 +692,7 @@ def page(title: str, body: Html, viewer: Optional[Viewer] = None, nav: Any = "",
 
 
 # ==== 4. Events ===========================================================================
-# The idea: the words that a page understands when they come down a stream.
+# The idea: the messages that a page understands when they come down a stream.
 # It promises: no text, whatever is in it, can end its own event and begin another.
 # Who uses it: streams (section 8), and the edge to say goodbye.
 
@@ -700,7 +700,7 @@ def event(kind: str, text: str, *lines: str) -> bytes:
     """Return a server-sent event (WHATWG HTML, 9.2.5): lines, and an empty one to end it.
 
     kind is "elements": text is markup, and each of its elements takes the place of the one
-    with the same id; or "signals" [3]. lines: what else it has, as "id: 3". Raises
+    with the same id; or "signals" [3]. lines: further fields, like "id: 3". Raises
     ValueError for a line break in one of these.
     """
     lines = [f"event: datastar-patch-{kind}", *lines]
@@ -713,17 +713,17 @@ def event(kind: str, text: str, *lines: str) -> bytes:
 
 
 # ==== 5. Store ============================================================================
-# The idea: one SQLite file behind five plain calls: query, one, exec, insert and tx. They
-#   do not wait for a network, so a region is an ordinary function from rows to markup.
+# The idea: one SQLite file behind five plain calls: query, one, exec, insert and tx. None
+#   waits for a network, so a region is an ordinary function from rows to markup.
 # It promises: when tx ends, the transaction is on the disk (WAL, synchronous=FULL), and
 #   only then are its messages sent. Each migration, which makes tables or changes them,
 #   runs once in each file. [3] keeps the tables of slices apart.
 # Who uses it: the object that owns the file, one thread at a time (section 7).
 
 class Calls:
-    """Four calls, by way of run(sql, args), which returns all rows, and of a cursor.
+    """Four calls, made of run(sql, args), which returns all rows, and a cursor.
 
-    They are a class of their own for the store that a slice gets [3].
+    They are a class of their own because the store that a slice gets [3] has them, too.
     """
 
     def query(self, sql: str, *args: Any) -> List[sqlite3.Row]:
@@ -747,7 +747,7 @@ class Calls:
 class Store(Calls):
     """A connection to one file. create=True makes it; otherwise it has to be there.
 
-    A with statement closes it. Raises sqlite3.Error as it comes.
+    A with statement closes it. Raises sqlite3.Error.
     """
     SETUP = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON"
     STATEMENTS = 100                                     # kept compiled by Python's sqlite3
@@ -762,7 +762,7 @@ class Store(Calls):
                                   isolation_level=None, check_same_thread=False,
                                   cached_statements=self.STATEMENTS)
         self.db.row_factory = sqlite3.Row
-        # SQLite's own lower() knows ASCII alone.
+        # SQLite's own lower() knows only ASCII.
         self.db.create_function("casefold", 1, str.casefold, deterministic=True)
         try:
             self.db.executescript(self.SETUP)
@@ -777,15 +777,15 @@ class Store(Calls):
         return self.cursor.execute(sql, args).fetchall()
 
     def state(self) -> Tuple[int, int]:
-        """Return two numbers. While both stand still, no row has changed.
+        """Return two numbers. As long as both stay the same, no row has changed.
 
-        The first counts what this connection wrote, the second moves when another did.
+        The first counts what this connection wrote; the second changes when another did.
         """
         return self.db.total_changes, self.run("PRAGMA data_version", ())[0][0]
 
     @contextlib.contextmanager
     def tx(self):
-        """Use it as `with store.tx():`. All of what is inside happens, or nothing."""
+        """Use it as `with store.tx():`. Everything inside happens, or nothing."""
         self.begin()
         try:
             yield
@@ -800,7 +800,7 @@ class Store(Calls):
             call(*args)
 
     def begin(self):
-        """IMMEDIATE takes the write lock now. Later, SQLite could refuse it at once."""
+        """IMMEDIATE takes the write lock now; later, SQLite might refuse it at once."""
         self.run("BEGIN IMMEDIATE", ())
 
     def commit(self):
@@ -823,7 +823,7 @@ class Store(Calls):
             self.migrate(slice, entries)
 
     def migrate(self, slice: str, entries: Sequence[str]) -> None:
-        """Run those entries, each one statement, that did not run here yet: all or none.
+        """Run the entries, each one statement, that have not run here yet: all or none.
 
         Entries are only ever appended. Raises MigrationError.
         """
@@ -840,7 +840,7 @@ class Store(Calls):
                 self.exec("INSERT INTO _migrations VALUES (?, ?, ?, ?)", *row)
 
     def count_ran(self, slice, digests):
-        """Return how many entries ran here. Raise MigrationError if they were others."""
+        """Return how many entries ran here. Raise MigrationError unless they were these."""
         ran = self.query("SELECT * FROM _migrations WHERE slice = ? ORDER BY entry", slice)
         for row, digest in zip(ran, digests + [""] * len(ran)):
             check_history(slice, row, digest)
@@ -877,7 +877,7 @@ def digests_of(entries):
 
 
 def check_history(slice, row, digest):
-    """Raise MigrationError if an entry that ran here is not the present one."""
+    """Raise MigrationError if the entry that ran here was a different one."""
     if row["digest"] == digest:
         return
     why = "is unknown; a newer version wrote it"
@@ -887,13 +887,13 @@ def check_history(slice, row, digest):
     raise MigrationError(f"slice {slice!r}, entry {row['entry']} ran here and {why}")
 
 
-# -- files that their owner alone can read
+# -- files that only their owner can read
 
 AS_ROOT = os.name == "posix" and os.geteuid() == 0
 
 
 def private_file(path: pathlib.Path) -> int:
-    """Make a file that its owner alone can read. Return a descriptor, to write to it.
+    """Make a file that only its owner can read. Return a descriptor to write to.
 
     Raises FileExistsError. SQLite gives the logs of a database its mode and its owner.
     """
@@ -903,7 +903,7 @@ def private_file(path: pathlib.Path) -> int:
 
 
 def private_folder(path: pathlib.Path) -> None:
-    """Make a folder that its owner alone can open, and those above it."""
+    """Make a folder that only its owner can open, and those above it."""
     if not path.is_dir():
         private_folder(path.parent)
         path.mkdir(0o700, exist_ok=True)
@@ -911,7 +911,7 @@ def private_folder(path: pathlib.Path) -> None:
 
 
 def own_as(folder, made):
-    """Have what root made belong to the folder's owner, as whom the server reads it."""
+    """Give what root made to the owner of the folder: the server runs as that user."""
     if AS_ROOT:
         owner = os.stat(folder)
         change = os.fchown if type(made) is int else os.lchown
@@ -919,9 +919,9 @@ def own_as(folder, made):
 
 
 # ==== 6. Bus ==============================================================================
-# The idea: a topic is a name with a version. To publish is to move the version on and to
-#   wake whoever waits for that. What changed is not said: they read the store again.
-# It promises: nothing is told before the commit, and nothing at all after a rollback.
+# The idea: a topic is a name with a version. To publish is to raise the version and to
+#   wake those who wait for that. What changed is not said: they read the store again.
+# It promises: nobody is told before the commit, and nobody at all after a rollback.
 # Who uses it: commands publish, streams wait.
 
 class Bus:
@@ -935,14 +935,14 @@ class Bus:
         self.turn = turn
         self.store = store
         # Versions begin at the present time in nanoseconds. So when an object has slept,
-        # and another stands for it, no topic gets an old version again.
+        # and another has taken its place, no topic gets an old version again.
         self.start = time.time_ns()
         self.versions: Dict[str, int] = {}               # of topics that were published
         self.listeners: List[Callable[[str], None]] = []     # [2] told of each topic
         self.waiting = 0                                 # streams that are inside wait()
 
     def publish(self, topic: str) -> None:
-        """Tell everybody, when the present transaction commits."""
+        """Tell everybody, once the present transaction has committed."""
         if not self.store.db.in_transaction:
             raise PermissionError(f"publishes {topic!r}, which only a command or a job may")
         self.store.after_commit.append((self.tell, topic))
@@ -958,7 +958,7 @@ class Bus:
             listener(topic)
 
     def wait(self, seen: Dict[str, int], seconds: float) -> None:
-        """Wait until a topic has left the version that was seen, or for so many seconds.
+        """Wait until a topic has left the version that was seen, or the time is up.
 
         The caller holds the turn. The Condition gives it back meanwhile.
         """
@@ -975,8 +975,8 @@ class Bus:
 #   that happens to a team's rows happens in one place, one request after the other, so
 #   nothing has to be coordinated. `fetch` holds the turn; only `wait` gives it back.
 # It promises: a command is one transaction. It is on the disk before it is answered, or
-#   nothing of it happened. An object sleeps only if nobody asked it for a while, nobody is
-#   served, and no stream is inside `wait`. To sleep means: its file is closed, the object
+#   nothing of it happened. An object sleeps only if nobody asked it for a while, it serves
+#   nobody, and no stream is inside `wait`. To sleep means: its file is closed, the object
 #   is forgotten. The next request builds another one, which opens the file again.
 # Who uses it: the worker, by a Stub: the address of an object, awake or not.
 # Locks are taken in this order: a turn, then a namespace's lock; never the reverse. No
@@ -1105,7 +1105,7 @@ class Namespace:
     def create(self, id: str) -> None:
         """Make the file of a new object.
 
-        Nothing else makes one. A file that is missing later was lost; it is not made anew.
+        Nothing else makes one. A file that is missing later was lost; it isn't made again.
         """
         made = self.build(id, self)
         made.open(create=True)
@@ -1141,8 +1141,8 @@ class Namespace:
     def close(self) -> None:
         """At the end of the server: close each file, in the turn of its object.
 
-        What is busy for longer, because a slice hangs, is left: all that it has answered is
-        on the disk.
+        An object that stays busy, because a slice hangs, is left: all that it has answered
+        is on the disk.
         """
         self.closed = True
         until = time.monotonic() + self.CLOSE_SECONDS
@@ -1182,9 +1182,9 @@ class Watch(NamedTuple):
 class Slice(NamedTuple):
     """A feature: its tables, its live pages and its commands.
 
-    Those after routes are for [3]. count(store) says how full a workspace is. jobs: work
-    that is done later. exports: functions (store, ...) that other slices may ask. styles,
-    scripts: names of assets that its pages load.
+    The fields after routes are for [3]. count(store) says how full a workspace is. jobs:
+    work that is done later. exports: functions (store, ...) that other slices may ask.
+    styles, scripts: names of assets that its pages load.
     """
     name: str
     migrations: Sequence[str] = ()
@@ -1200,8 +1200,8 @@ class Slice(NamedTuple):
 class Route(NamedTuple):
     """A way to call a slice. run(ctx, *args) returns a Response.
 
-    args are what stood for the <parts> of the path: text, or an int for <int:part>. What
-    comes behind run is for [3]. form: the page on which the form for this is, if it has
+    args are what stood for the <parts> of the path: text, or an int for <int:part>. The
+    fields after run are for [3]. form: the page on which the form for this is, if it has
     another path. upload: bytes that a request may bring; 0: no more than any other. says:
     what somebody did, as "deleted".
     """
@@ -1238,8 +1238,8 @@ class Live(NamedTuple):
     """A page at path and, at path + "/live", a stream of the regions in it.
 
     page(ctx, *regions) returns what stands around them. title is text or, if the page is no
-    tab, title(ctx) is. params: the parameters of the query that all of this depends on,
-    each with the pattern of its values. tab: whether the navigation shows it.
+    tab, a function title(ctx). params: the parameters of the query that all of this depends
+    on, each with the pattern of its values. tab: whether the navigation shows it.
 
     What stands for the <parts> of the path is a further argument of show, data, page and
     title, and fills the topics, too: at "/cards/<int:id>", Region("card/<id>", show) has a
@@ -1271,7 +1271,7 @@ class Live(NamedTuple):
 
 # -- who looks
 
-# What a route can name in the place of a grant: who may, whatever their role is.
+# What a route can name instead of a grant: who may call it, whatever their role is.
 PUBLIC, ACCOUNT, MEMBER = "(anyone)", "(any account)", "(any member)"
 NO_MEMBERS = ("", "public")                              # roles; the second one: [3]
 NOT_SHARED = ("this region is rendered once for a whole role and shown to all who have it, "
@@ -1313,7 +1313,7 @@ class Viewer(SharedViewer):
 
     def permit(self, grant: str, method: str = "GET") -> None:
         """Raise Refused(401) or (403) unless they have this grant or, if it is one of the
-        three above, are meant by it. (method is for [3].)"""
+        three above, belong to it. (method is for [3].)"""
         if grant == ACCOUNT and not self.account:
             raise Refused(401, "Sign in first.")
         if grant == MEMBER and self.role in NO_MEMBERS:
@@ -1330,7 +1330,7 @@ class Viewer(SharedViewer):
         return False
 
     # [3] An operator can look on in somebody's name, a program can ask, and people have
-    # faces. Then the next four say so.
+    # faces. The next four say so.
     has_page = True                                      # whose signals can be set
 
     @property
@@ -1357,7 +1357,7 @@ TICKED = {"on": True, "true": True, "off": False, "false": False}
 class Context:
     """What a slice is given to answer one request. [3] ends it with the request.
 
-    The context of a region is shared by all who have a role (but for Region.each): its
+    The context of a region is shared by all viewers of a role (see Region.each). So its
     viewer is a SharedViewer, and it has no request.
     """
     __slots__ = ("host", "store", "viewer", "params", "_request", "_sent")
@@ -1408,11 +1408,11 @@ class Context:
             self._sent = self.request.pairs()
         return self._sent
 
-    # These take one value out of sent; otherwise stands for one that was not sent. What no
-    # form of ours can send is a Refused(400), which names the field. [3] has more of them.
+    # These take one value out of sent; if it was not sent, they use otherwise. A value that
+    # none of our forms can send is a Refused(400), which names the field. [3] has more.
 
     def field(self, name: str, otherwise: str = "") -> str:
-        """Return it as text. Of several, the last."""
+        """Return the field as text; if there are several, the last."""
         return as_text(name, dict(self.sent).get(name, otherwise))
 
     def checked(self, name: str, otherwise: bool = False) -> bool:
@@ -1427,7 +1427,7 @@ class Context:
         return type(self)(self.host, self.store, self.viewer, params, self.request)
 
     def for_region(self, region: Region, live: Live) -> Context:
-        """It is the same for all who may see the same."""
+        """Return the same for all who may see the same."""
         viewer = self.viewer.as_seen_by(region)
         params = live.heeded(self.params)
         return type(self)(self.host, self.store, viewer, params, None)
@@ -1440,7 +1440,7 @@ class Rendering:
 
     @functools.cached_property
     def frame(self) -> bytes:
-        """What a stream sends of it."""
+        """What a stream sends to show it."""
         return event("elements", self.html)
 
 
@@ -1484,7 +1484,7 @@ class Router:
 class SliceHost(DurableObject):
     """An object that runs slices. pages: those that the navigation shows."""
     context = Context                                    # [3] adds to it
-    MOST_RENDERINGS = 100                                # then the least used goes
+    MOST_RENDERINGS = 100                                # then the one unused longest goes
 
     def __init__(self, id: str, namespace: Namespace, router: Router,
                  pages: Sequence[Live]):
@@ -1539,7 +1539,7 @@ class SliceHost(DurableObject):
         raise refused
 
     def after_form(self, ctx: Context, signals: Dict[str, Any]) -> Response:
-        """Lead a plain form that is done to its page. [3] shows the signal note there."""
+        """Answer a plain form with its page. [3] shows the signal note there."""
         path = urllib.parse.quote(self.path_after(ctx.request))
         return see_other(f"/w/{ctx.workspace}{path}")
 
@@ -1566,7 +1566,7 @@ class SliceHost(DurableObject):
         made = self.renderings.pop(key, None) or self.render(region, live, ctx, args)
         while len(self.renderings) >= self.MOST_RENDERINGS:
             del self.renderings[next(iter(self.renderings))]
-        self.renderings[key] = made                      # the last, for it was used last
+        self.renderings[key] = made                      # last, because it was used last
         return made
 
     def render(self, region: Region, live: Live, ctx: Context, args) -> Rendering:
@@ -1635,9 +1635,9 @@ class SliceHost(DurableObject):
 def done(ctx: Context, which: str = "", **signals: Any) -> Response:
     """Answer a command: with signals for its sender or, after a plain form, with the page.
 
-    What it changed is not in it: the region brings that to everybody, the sender included.
-    which: what it wrote, for the journal: an id and, behind a space, how people call it. By
-    default it is what stood in the path or, if nothing did, the id of the last new row.
+    It does not say what has changed: the region brings that to everybody, the sender
+    included. which: what was written, for the journal: an id, a space and what people call
+    it; by default the <parts> of the path or, without any, the id of the last new row.
     """
     if not ctx.viewer.has_page:
         return Response(204, which=which)
@@ -1648,9 +1648,9 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
 
 # -- what host and routes are made of (to be skipped on a first reading, up to section 9)
 
-# The tables that each host has beside those of its slices. A list of migrations that ran
-# somewhere can't be changed, so the table of jobs [3] stands here, too. journal.which says
-# which row was written.
+# The tables that each host has beside those of its slices. Migrations that ran somewhere
+# can't be changed, so the table of jobs [3] is here, too. journal.which says which row was
+# written.
 HOST_TABLES = (
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
@@ -1844,7 +1844,7 @@ def some_todos(store, params):
 
 
 def found_todos(store, typed, show):
-    """Return the same for a search. It has one page, for one can search for anything.
+    """Return the same for a search. It has one page only: another word narrows it.
 
     It reads every title, 1,000 in a third of a millisecond. An index of all words (FTS5)
     would make each command take 1.4 times as long, and each awake workspace 36 KB larger.
@@ -1871,13 +1871,13 @@ def todo_counts(store):
 
 @functools.lru_cache(maxsize=512)
 def todo_row(id, title, done, may_write, may_delete):
-    """Return the markup of a row. Most rows are as before, and are not made again."""
+    """Return the markup of a row. Most rows have not changed, and are not made again."""
     return template("todos.row")(id=id, title=title, checked=bool(done), edit=may_write,
                                  disabled=not may_write, delete=may_delete)
 
 
 def todos_query(params, **changed):
-    """Return the query of a link to the same list, but for what is changed; "": without."""
+    """Return the query of a link to the same list with these changes; "" leaves one out."""
     wanted = {name: value for name, value in {**params, **changed}.items() if value}
     return urllib.parse.urlencode(wanted)
 
@@ -1903,7 +1903,7 @@ def edited_title(ctx, todo):
 
 
 def valid_title(typed, signal="problem"):
-    """Return the title that was typed. Raise Refused(422) if it is no good."""
+    """Return the title that was typed. Raise Refused(422) if it is empty or too long."""
     title = typed.strip()
     if not 1 <= len(title) <= TITLE_LIMIT:
         raise Refused(422, f"A title has 1 to {TITLE_LIMIT} characters; this one has "
@@ -1934,7 +1934,7 @@ welcome = Slice("welcome", routes=(Route("GET", "/", MEMBER, front_page),))
 #   that only this server has. The Directory keeps the token's hash, never the token.
 # It promises: a forged cookie never reaches a database. A stolen copy of the table signs
 #   nobody in: there is no way from a hash back to its token, nor to a seal without the key.
-#   To compare a wrong seal takes as long as to compare a right one.
+#   Comparing a wrong seal takes as long as comparing the right one.
 # Who uses it: the Directory.
 
 SESSION_SECONDS = 30 * 86400
@@ -1968,7 +1968,7 @@ def cookie_name(scheme: str, key: bytes) -> str:
 def cookie_names(scheme: str, keys: Tuple[bytes, ...]) -> List[str]:
     """Return the names that a session's cookie may have, the newest first.
 
-    The last is that of older versions.
+    The last is what older versions used.
     """
     return [*[cookie_name(scheme, key) for key in keys], COOKIES[scheme]]
 
@@ -1976,8 +1976,8 @@ def cookie_names(scheme: str, keys: Tuple[bytes, ...]) -> List[str]:
 def session_digest(header: str, scheme: str, keys: Tuple[bytes, ...]) -> Optional[bytes]:
     """Return the token's hash, from a Cookie header; None for nobody.
 
-    Cookies of these names that another server sealed are passed over. If two of a name are
-    sealed by this one, somebody has planted one of them: then nobody is signed in.
+    Cookies of these names that another server sealed are ignored. If this server sealed two
+    of a name, somebody has planted one of them: then nobody is signed in.
     """
     for name in cookie_names(scheme, keys):
         tokens = sealed_tokens(header, name, keys)
@@ -1989,7 +1989,7 @@ def session_digest(header: str, scheme: str, keys: Tuple[bytes, ...]) -> Optiona
 def cookie_values(header: str, name: str) -> List[str]:
     """Return the values of the cookies of this name, from a Cookie header.
 
-    Other cookies are not taken apart: they can be thousands.
+    Other cookies are not taken apart: there can be thousands.
     """
     values = re.findall(COOKIE_NAMED.format(name), f";{header}")
     return [value.rstrip(" \t") for value in values]
@@ -2029,7 +2029,7 @@ def make_key(path: pathlib.Path) -> None:
 
 
 def read_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
-    """Return the keys in the file, the newest first; older ones still hold.
+    """Return the keys in the file, the newest first; older ones are still valid.
 
     Raise Unusable if there are none.
     """
@@ -2046,8 +2046,8 @@ def read_keys(path: pathlib.Path) -> Tuple[bytes, ...]:
 # The idea: the control plane: who exists, who is signed in, who belongs where and in which
 #   role. All policy is here and nowhere else.
 # It promises: the gate reads its tables each time, so a membership that ended a moment ago
-#   is over. It refuses a workspace of other people and one that does not exist in the same
-#   words. (To try to create one does tell that a name is taken.)
+#   no longer counts. It refuses a workspace of other people and one that does not exist in
+#   the same words. (Trying to create one does tell that a name is taken.)
 # Who uses it: the worker, for each verdict, and for the pages outside of the workspaces.
 #
 # Its tables. How they came to be is at the end of section 13:
@@ -2091,7 +2091,7 @@ def gate(ctx, workspace):
 
 
 def let_in(said):
-    """Return a verdict of 200. Its body says the same, to people who ask with curl."""
+    """Return a verdict of 200. Its body says the same, for people who ask with curl."""
     return as_json(said, headers=tuple(said.items()))
 
 
@@ -2150,7 +2150,7 @@ class Directory(SliceHost):
     def viewer(self, request):
         """Return whom the verdict names or, without one, whose session it is.
 
-        The role is the present one, for it may have changed since the verdict.
+        The role is looked up again, because it may have changed since the verdict.
         """
         if "x-account" not in request.headers:
             row = self.session(request)
@@ -2182,7 +2182,7 @@ class Directory(SliceHost):
         """Return what a verdict says of a member, as headers."""
         return verdict_headers(viewer.account, row["role"], row["name"], row["id"])
 
-    # -- what the slice's functions do by way of the object, for other parts add to it
+    # -- what the slice's functions do through the object, because other parts add to it
 
     def add_workspace(self, ctx, name, owner):
         """Add a workspace and its file. Raise Refused(422) for a name that is taken."""
@@ -2192,7 +2192,7 @@ class Directory(SliceHost):
         self.make_file(ctx, id)
 
     def make_file(self, ctx, id):
-        """[2] has made it before, while nobody waited for the Directory's turn."""
+        """[2] makes it beforehand, while nobody waits for the Directory's turn."""
         self.workspaces.create(id)
 
     def open_session(self, ctx, account, start="/") -> Response:
@@ -2220,7 +2220,7 @@ class Directory(SliceHost):
         return [{**row, "current": row["name"] == account} for row in found]
 
     def home_holes(self, viewer: Viewer) -> Dict[str, Any]:
-        """Return what fills the home page: of these, [3] has a console and a stream."""
+        """Return what fills the home page. [3] adds a console and a stream."""
         personas = self.personas(viewer.account)
         return {"demo": bool(personas), "persona": personas, "console": False,
                 "live": False}
@@ -2254,9 +2254,9 @@ PERSONAS = f"""SELECT a.name, a.label, (SELECT group_concat(place, ', ') FROM (S
 def account_name(typed: str) -> str:
     """Return whose name was typed: " Carol" is carol.
 
-    Neither case nor the width of letters matters (RFC 8265, 3.3), nor a space around them,
-    which keyboards of telephones add. What is too long for a name is not looked at: to put
-    its accents in order takes the square of their number.
+    Case and width of letters do not matter (RFC 8265, 3.3), nor do spaces around them,
+    which keyboards of telephones add. Text that is too long for a name stays as it is: the
+    time to put accents in order grows with the square of their number.
     """
     if len(typed) > LONGEST_TYPED:
         return typed
@@ -2276,7 +2276,7 @@ def persona(ctx):
     return ctx.host.open_session(ctx, account, start)
 
 
-# Sessions that are over, 100 at a time: to delete very many would keep everybody waiting.
+# Sessions that are over, 100 at a time: deleting very many would keep everybody waiting.
 SPENT = """digest IN (SELECT digest FROM sessions WHERE expires <= ? AND operator IS NULL
            LIMIT 100)"""
 
@@ -2324,8 +2324,8 @@ MINE = """SELECT w.id, w.name, w.moving, coalesce(w.title, w.name) AS title, m.r
 
 
 def home(ctx):
-    """Whoever is signed in sees their workspaces. Signing in is to choose a persona here,
-    so /login and /account lead here, too."""
+    """Show an account its workspaces; let anybody else sign in. To sign in is to choose a
+    persona here, so /login and /account lead here, too."""
     holes = ctx.host.home_holes(ctx.viewer)
     if not ctx.viewer.account:
         body = template("home.welcome")(lead=LAYOUT["brand"] == "orion", **holes, **LAYOUT)
@@ -2608,8 +2608,8 @@ directory = Slice(
 #   that waits on its object's Condition. Two things keep that object awake: Bus.waiting
 #   counts the thread, and the thread asks again every two seconds, which renews
 #   DurableObject.used. [2] holds the streams elsewhere, so that an object can sleep.
-# It promises: each request comes out with a response, whatever happened on its way. A
-#   stream is a question that is asked again, the whole way: before each frame, and at least
+# It promises: every request gets a response, whatever happens on its way. A stream is a
+#   question that is asked again, the whole way: before each frame, and at least
 #   every REGATE_SECONDS, the worker asks the gate whether this person may still look.
 # Who uses it: the network.
 
@@ -2643,9 +2643,9 @@ def respond(request: Request, env: Env) -> Response:
 def refusal(request: Request, error: BaseException) -> Response:
     """Return a page to a browser that opens one, and a line of text to everybody else.
 
-    To Datastar, a stream that is refused looks like a connection that was lost: it would
-    ask again forever. So it gets the no as a last frame. After a fault of ours it shall
-    ask again; then the last frame says only that the page is not current.
+    To Datastar, a stream that is refused looks like a lost connection: it would ask again
+    forever. So the refusal is sent as a last frame. After a fault of ours it should ask
+    again; then the last frame says only that the page is not current.
     """
     no = as_refused(request, error)
     if request.opens_page:
@@ -2658,7 +2658,7 @@ def refusal(request: Request, error: BaseException) -> Response:
 
 
 def as_refused(request, error):
-    """Return the no that an error is. What is our own fault goes to the log."""
+    """Turn an error into a Refused. A fault of our own goes to the log."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, UnicodeEncodeError):            # half a character, written in JSON
@@ -2695,7 +2695,7 @@ NOT_CURRENT = b"event: datastar-stale\nretry: 5000\ndata: version old\n\n"
 
 
 def last_frame(no: Refused) -> bytes:
-    """Return what a stream ends with; b"": it breaks off, and its browser comes back.
+    """Return what a stream ends with; b"": it breaks off, and its browser asks again.
 
     A goodbye replaces the element that would ask again.
     """
@@ -2714,7 +2714,7 @@ def headers_of(response: Response) -> Dict[str, str]:
 
 
 def chunk(data):
-    """RFC 9112, 7.1: a length, then so many bytes. An empty one ends the answer."""
+    """RFC 9112, 7.1: a length, then that many bytes. An empty one ends the answer."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -2789,7 +2789,7 @@ class PlainHandler(BaseHTTPRequestHandler):
         shown = b""
         request = request.with_headers({"datastar-request": "true"})     # a no is a frame
         while response.watch:
-            # Also when nothing is new, something is sent: so a closed tab is noticed.
+            # Something is sent even if nothing is new, so that a closed tab is noticed.
             new = BEAT if response.body == shown else response.body
             self.wfile.write(chunk(new))
             shown = response.body
@@ -2806,7 +2806,7 @@ class PlainHandler(BaseHTTPRequestHandler):
 
 
 class PlainEdge(ThreadingHTTPServer):
-    daemon_threads = True                                # an open stream keeps no process
+    daemon_threads = True                                # no stream keeps the process alive
     request_queue_size = 1024
 
     def __init__(self, host: str, port: int, env: Env):
@@ -2874,7 +2874,7 @@ def plain_path(path: str) -> str:
 def without_port(host: str) -> str:
     """Return the name, or the address, of a Host header.
 
-    A dot at the end says that a name is whole (RFC 1034, 3.1); ours all are.
+    A dot at the end says that a name is complete (RFC 1034, 3.1); ours all are.
     """
     return re.sub(r"\.?(:[0-9]*)?$", "", host).lower()
 
@@ -2882,7 +2882,7 @@ def without_port(host: str) -> str:
 def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     """Is this Host header one of ours: one of the names, or any address?
 
-    Another site can have its own name lead here (DNS rebinding), but no address.
+    Another site can make its own name lead here (DNS rebinding), but not an address.
     """
     name = without_port(host)
     if name in names:
@@ -2899,7 +2899,7 @@ NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can 
 def content_length(headers):
     """Return how many bytes the body has. Raises Refused(400).
 
-    So it does for digits that int() would read in another way than a proxy.
+    Also for digits that int() and a proxy could read in different ways.
     """
     length = headers.get("content-length", "0")
     if not LENGTH.fullmatch(length):
@@ -2917,7 +2917,7 @@ def too_large(limit: int) -> Refused:
 def log(message: str) -> None:
     """Write one line to standard error. Control characters are escaped.
 
-    So nobody whose text is logged can write the log's next line.
+    So no text that is logged can write a line of its own.
     """
     with contextlib.suppress(OSError, ValueError):       # nobody reads it: go on
         print(message.encode("unicode_escape").decode(), file=sys.stderr, flush=True)
@@ -2938,10 +2938,10 @@ ERROR_LOGS = [log_traceback]                             # [3] has another one
 
 # ==== 15. Composition =====================================================================
 # The idea: a composition root decides which objects, slices, doors and edge there are, and
-#   who knows whom. Another edge, another place for the objects, other slices: this changes
-#   and nothing else, but for ROLES (section 12), which says who has a slice's grants.
+#   who knows whom. For another edge, another place for the objects or other slices, only
+#   this changes, and ROLES (section 12), which says who has a slice's grants.
 # It promises: importing this file builds nothing.
-# Who uses it: whoever starts a server. [3] has four further roots.
+# Who uses it: the code that starts a server. [3] has four further roots.
 
 ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/svg+xml",
           "/style.css": "text/css; charset=utf-8"}
@@ -2950,7 +2950,7 @@ ASSETS = {"/datastar.js": "text/javascript; charset=utf-8", "/icon.svg": "image/
 def plain_planes(data: pathlib.Path, idle: float = 60.0, slices: Sequence[Slice] = (todos,),
                  demo: bool = True,
                  whole: Callable[[type], type] = lambda cls: cls) -> Env:
-    """The two planes of this part: one Directory, and a Workspace for each team.
+    """Return the two planes of this part: one Directory, and a Workspace for each team.
 
     whole is for [3], which adds to the classes: read whole(Workspace) as Workspace.
     """
@@ -3030,8 +3030,8 @@ DEMO_WORKSPACES = {
 
 
 def seed(env, workspaces, with_todos):
-    """Fill the demo. Its people go into their table; all else comes by the usual ways. If
-    this is interrupted, remove the folder and begin again."""
+    """Fill the demo. Its people are written to their table; all else is done by requests.
+    If this is interrupted, remove the folder and begin again."""
     store = Store(env.directory.namespace.path(env.directory.id))
     with store, store.tx():
         for account in DEMO_ACCOUNTS.items():
@@ -3064,10 +3064,10 @@ def stop_signals() -> List[int]:
 
 
 def serve_plain(env: Env, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until a signal comes that stops it. port 0 takes any free one."""
+    """Serve until a signal stops it. port 0 takes any free one."""
     server = PlainEdge(host, port, env)
     # A signal can come while a lock is held, so its handler takes none: it writes a byte.
-    # (And on Windows, whoever waits for a lock hears of no signal.)
+    # (And on Windows, a thread that waits for a lock hears of no signal.)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
