@@ -12464,6 +12464,8 @@ def check_indexes(copy):
                 raise sqlite3.DatabaseError(why) from error
 
 
+# -- what is left over
+
 def cut_short(settings):
     """Say what is left of commands, and of servers, that were killed. Nothing, while a
     command may still be at work."""
@@ -12577,6 +12579,8 @@ def mode_of(path):
     return 0
 
 
+# -- repair
+
 def repair(settings):
     """Do what is safe. Raises Unusable while a command is at work."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
@@ -12624,6 +12628,8 @@ def remove_blanks(settings):
 #      "left": "9f86..."}
 #
 # left: the id that the workspace had where it left, with --move.
+
+# -- a workspace and its file
 
 def add_workspace(store, workspaces, name, title, members, source=None):
     """Add a workspace with these members (accounts with their roles).
@@ -12696,6 +12702,8 @@ def row_with_file(settings, store, name):
         raise Unusable(f"{name} is on {row['node']}; do this on that machine")
     return row
 
+
+# -- add, list, rename, remove
 
 @verb("workspace add", "make a workspace; without --owner, member add lets people in",
       "title", "--owner")
@@ -12797,6 +12805,8 @@ class ForgetsWorkspaces(LoopEdge):
             old.unlink()
 
 
+# -- export
+
 @verb("workspace export", "write all of it to one file, while the server runs; with --move "
                           "nobody is let in any more", "name", "file", "--move")
 def workspace_export(settings, given):
@@ -12856,6 +12866,8 @@ def left_by(file):
 def set_moving(store, id, moving):
     store.exec("UPDATE workspaces SET moving = ? WHERE id = ?", moving, id)
 
+
+# -- import, and restore
 
 @verb("workspace import", "take in such a file, with its members", "file", "--name",
       "--jobs")
@@ -13512,17 +13524,7 @@ class RemoteWorkspaces(RemoteDirectory):
         return iter(())
 
 
-# -- the directory's side: placement
-
-def node_for(store, name):
-    """Return the address of a new workspace's node, by rendezvous hashing; "": here.
-
-    Each node gets its share. A node more, or less, moves no other workspace.
-    """
-    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
-    return max(nodes, default="",
-               key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
-
+# -- the directory's side: its gate
 
 def said_by_proxy(request, what):
     """Return what a proxy says of the request for which it asks; "" if it says nothing, or
@@ -13577,6 +13579,18 @@ class KnowsNodes(Directory):                             # also with --plain
         return {**said, "x-node": row["node"]}
 
 
+# -- the directory's side: which node has a workspace
+
+def node_for(store, name):
+    """Return the address of a new workspace's node, by rendezvous hashing; "": here.
+
+    Each node gets its share. A node more, or less, moves no other workspace.
+    """
+    nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
+    return max(nodes, default="",
+               key=lambda node: hashlib.sha256(f"{node} {name}".encode()).digest())
+
+
 @addition
 class PlacesWorkspaces(EdgeDirectory):
     def add_workspace(self, ctx, name, owner):
@@ -13618,7 +13632,7 @@ class PlacesFiles(GuardedNamespace):
         node = node_for(store, name)
         if not node:
             return super().put(store, id, name, source)
-        if source:                                       # it is copied by hand: see below
+        if source:                                       # make_on_node says what to do then
             node = ""
         store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
                    id)
@@ -13661,6 +13675,16 @@ class PlacesFiles(GuardedNamespace):
                 print(f"{row['node']} keeps a copy for 30 days: {copy}")
 
 
+def create_on_node(request, env):
+    """A door: create a workspace, and have a node make its file."""
+    response = env.directory.fetch(request)
+    if response.which:                                   # its name: see create_and_enter
+        env.workspaces.make_on_node(response.which)
+    return response
+
+
+# -- the directory's side: what it answers
+
 DIRECTORY_ANSWERS = re.compile("/_(version|operator|workspace|members_of|leave|gate/[^/]*)")
 
 
@@ -13670,14 +13694,6 @@ def directory_front(request, env):
         scheme = request.headers["x-forwarded-proto"]
         return env.directory.fetch(stripped(request)._replace(scheme=scheme))
     return worker(request, env)
-
-
-def create_on_node(request, env):
-    """A door: create a workspace, and have a node make its file."""
-    response = env.directory.fetch(request)
-    if response.which:                                   # its name: see create_and_enter
-        env.workspaces.make_on_node(response.which)
-    return response
 
 
 def directory_root(settings):
@@ -13815,7 +13831,7 @@ def check_node(settings):
                        "copy of secret.key")
 
 
-# -- on the command line
+# -- on the command line of the directory
 
 @verb("node add", "let new workspaces be placed on a data plane", "address")
 def node_add(settings, given):
@@ -13924,6 +13940,8 @@ def check_left(settings, row):
         raise Unusable(f"{node} still has {name}; workspace export {name} FILE --move "
                        "there takes it away first")
 
+
+# -- on the command line of a node
 
 def ask_directory_of(settings, path, method="GET", **what):
     """Ask about a workspace. Return what the directory says; None: there is none."""
@@ -14367,6 +14385,8 @@ class ListsMembers(Namespace):
         super().close()
 
 
+# -- the lists
+
 MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
                       ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
@@ -14469,6 +14489,8 @@ class ListsOfNode(MemberLists):
             some = self.ask(ids[first:first + IDS_AT_ONCE])
             yield from [id for id, members in some.items() if members is not old[id]]
 
+
+# -- who brings them, and who hears that they have changed
 
 @addition
 class TellsMembers(EdgeDirectory):
@@ -16761,6 +16783,8 @@ class CountsConsoles(Broker):
 #         with app.open(workspace, write=True) as ctx:
 #             ...
 
+# -- options
+
 TYPES = (str, int, float, bool)                          # of what is said
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
 
@@ -17559,6 +17583,8 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 setattr(testing, "__test__", False)                      # for pytest, it is no test
 
 
+# -- an app in a test
+
 class TestedApp(App):
     """An app in a test: see testing(). It is an App, too: see section 73."""
     __test__ = False                                     # for pytest
@@ -17665,6 +17691,8 @@ class CalledAlarms(Alarms):
         self.error = error
 
 
+# -- its clock
+
 REAL_TIME = time
 AHEAD = contextvars.ContextVar("seconds by which an app's clock is ahead", default=0.0)
 
@@ -17706,6 +17734,8 @@ class Clock:
     def __exit__(self, *_):
         AHEAD.reset(self.tokens.pop())
 
+
+# -- somebody in it
 
 class Visitor:
     """Somebody in a workspace of a test.
