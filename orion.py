@@ -5088,11 +5088,11 @@ class Broadcast(GroupCommit, SliceHost):
     KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def handle(self, request):
-        # From outside none comes: destination (2) refuses all paths that begin with "/_".
-        own = getattr(self, f"own{request.path[1:]}", None)      # /_version: own_version
-        if own is None:
+        if not request.path.startswith("/_"):
             return super().handle(request)
-        answer = own(request)
+        # From outside none comes: destination (2) refuses all paths that begin with "/_".
+        name = f"own{request.path[1:]}"                  # of /_version: own_version
+        answer = getattr(self, name, super().handle)(request)
         return answer if type(answer) is Response else as_json(answer)
 
     def render(self, region, live, ctx, args):
