@@ -3371,17 +3371,20 @@ class NestedStore(Store):
 
     @contextlib.contextmanager
     def savepoint(self):
-        before = len(self.after_commit)
+        """Inside, after_commit has what the part itself has added."""
         self.run("SAVEPOINT part", ())
+        outer, self.after_commit = self.after_commit, []
         try:
             yield
             self.run("RELEASE part", ())
+            outer += self.after_commit
         except BaseException:
-            del self.after_commit[before:]
             if self.db.in_transaction:
                 self.run("ROLLBACK TO part", ())
                 self.run("RELEASE part", ())
             raise
+        finally:
+            self.after_commit = outer
 
 
 class GuardedStore(NestedStore):
@@ -8291,19 +8294,12 @@ def is_silent(router, what, told):
 class NoticesSilence(EdgeWorkspace):
     """A command that forgets to publish leaves old pages, and raises no error. So what each
     command has added to Store.after_commit is looked at."""
-    added_before = 0                                     # by others, which share the commit
-
-    def call(self, *what):
-        self.added_before = len(self.store.after_commit)
-        try:
-            return super().call(*what)
-        finally:
-            self.added_before = 0
 
     def journal(self, viewer, what, which):
         super().journal(viewer, what, which)
-        added = self.store.after_commit[self.added_before:]
-        told = tuple([args[0] for call, *args in added if call == self.bus.tell])
+        added = [row for row in self.store.after_commit
+                 if row[0] is not setattr]               # which notes a quota (51)
+        told = tuple([topic for call, topic, *_ in added if call == self.bus.tell])
         if len(told) < len(added):                       # a job follows, and may publish
             return
         if is_silent(self.router, what, told):
