@@ -15743,7 +15743,8 @@ def refuse_old_page(request, account):
 @addition
 class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
-        refuse_old_page(request, viewer.account)
+        if not request.path.startswith("/_"):         # the gate: a proxy asks as a page
+            refuse_old_page(request, viewer.account)
         super().permit(viewer, route, request)
 
 

@@ -635,11 +635,11 @@ def alone_in_this_process(folder, port=0):
 
 
 class Way(http.server.BaseHTTPRequestHandler):
-    """A request on its way through a proxy; server.route(method, path, cookie) says where it leads."""
+    """A request on its way through a proxy; server.route(method, path, headers) says where it leads."""
 
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        target, verdict = self.server.route(self.command, self.path, self.headers.get("Cookie", ""))
+        target, verdict = self.server.route(self.command, self.path, dict(self.headers))
         theirs = {name: value for name, value in self.headers.items() if name.lower() not in orion.TRUSTED}
         lines = [f"{name}: {value}" for name, value in {**theirs, **verdict, "Connection": "close"}.items()]
         self.close_connection = True
@@ -689,10 +689,11 @@ class Apart(Fleet):
             for title in todos:
                 owner.post(f"/w/{name}/todos", title=title)
 
-    def route(self, method, path, cookie):
+    def route(self, method, path, headers):
         """Where a request goes, and with which headers: with the gate's verdict, if it is a 200, to the node."""
-        inside = re.match(r"/w/([^/]+)/(?!members(?:[/?]|$)).", path)
-        verdict = verdict_of(self, cookie, inside[1], method, path) if inside else {}
+        inside = re.match(r"/w/([^/?]+)(?=[/?]|$)(?!/members(?:[/?]|$))", path)
+        page_account = {name: headers[name] for name in headers if name == "Page-Account"}
+        verdict = verdict_of(self, headers.get("Cookie", ""), inside[1], method, path, **page_account) if inside else {}
         return (self.nodes[0] if verdict else self.directory), verdict
 
     def sign_in(self, name, **options):
@@ -12141,6 +12142,21 @@ def test_a_workspace_that_is_founded_on_the_page_is_on_a_node_at_once(fleet, fro
 
 
 @needs_nginx
+def test_the_address_of_a_workspace_alone_leads_to_its_first_page(fleet, front):
+    name, bob = fleet.found(), front.sign_in("bob")
+    assert f'href="/w/{name}"' in bob.get("/workspaces/mine").text
+    assert [bob.get(f"/w/{name}{rest}").headers["location"] for rest in ("", "/", "?from=home")] == [f"/w/{name}/todos"] * 3
+    assert [front.sign_in("eve").get(f"/w/{name}").status, Person(front).get(f"/w/{name}").status] == [403, 401]
+
+
+@needs_nginx
+def test_a_page_that_was_made_for_another_account_is_told_so_through_the_proxy(fleet, front):
+    name, bob = fleet.found(), front.sign_in("bob", datastar=True)
+    assert bob.ask("POST", f"/w/{name}/todos", '{"title": "x"}', Content_Type="application/json", Page_Account="eve").status == 412
+    assert "Somebody else is signed in here now" in bob.get(f"/w/{name}/todos/live", Page_Account="eve").text
+
+
+@needs_nginx
 def test_strangers_get_the_gates_answer_and_no_node_hears_of_them(fleet, front):
     name = fleet.found()
     eve, nobody = front.sign_in("eve"), Person(front)
@@ -12171,9 +12187,9 @@ def test_a_path_that_a_proxy_reads_differently_reaches_no_workspace(fleet, front
     assert statuses(answer)[0] in (400, 403, 404, 401) and [fetched(node) for node in fleet.nodes] == before
 
 
-def verdict_of(fleet, person_cookie, name, method="GET", path=""):
+def verdict_of(fleet, person_cookie, name, method="GET", path="", **headers):
     link = http.client.HTTPConnection("127.0.0.1", fleet.directory.port, timeout=PATIENCE)
-    link.request("GET", "/_gate", headers={"Cookie": person_cookie, "X-Original-Method": method, "X-Original-URI": path or f"/w/{name}/todos"})
+    link.request("GET", "/_gate", headers={**headers, "Cookie": person_cookie, "X-Original-Method": method, "X-Original-URI": path or f"/w/{name}/todos"})
     answer = link.getresponse()
     answer.read()
     link.close()
