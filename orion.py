@@ -16343,8 +16343,7 @@ class HasConsole(LoopEdge):
         # Nobody is told who looks at the console, or at a page of the Directory. (That of a
         # single root has the id of the Workspace, and is told.)
         self.broker.unannounced = Console.id, "directory"
-        paths = [path for _, path in self.console.actions]
-        self.add_doors(dict.fromkeys(paths, self.console.answer))
+        self.add_doors({path: self.console.answer for _, path in self.console.actions})
 
     def tick(self, now):
         super().tick(now)
@@ -17189,7 +17188,8 @@ class Parent:
         return status
 
     def see_more(self):
-        """Add new files. Those that were seen before keep the stamp they had then."""
+        """Add new files. Those that were seen before keep the stamp they had then, or it
+        would not be seen that they have changed since."""
         self.seen = {**self.look(), **self.seen}
 
     def look(self):
