@@ -3214,7 +3214,7 @@ class Undone(Exception):
     """Nothing was done. Whoever called asks again."""
 
 
-class Torn(Undone):
+class Detached(Undone):
     """Another file is at the path of the one that is open, or none. The stub closes the
     object, and asks the next one, which opens that file."""
 
@@ -3266,7 +3266,7 @@ class GuardedStub(Stub):
         except Locked as locked:
             if seconds >= 0:
                 raise Busy from locked
-            return self.outlast(locked, ask)
+            return self.wait_for_lock(locked, ask)
 
     def take_turn(self, ask, seconds=-1):
         while True:
@@ -3276,29 +3276,29 @@ class GuardedStub(Stub):
             try:
                 if not one.gone:
                     return ask(one)
-            except Torn:
+            except Detached:
                 one.close()
             finally:
                 one.turn.release()
 
-    def outlast(self, locked, ask):
+    def wait_for_lock(self, locked, ask):
         """Ask until another process gives its lock back, in one of a few threads.
 
         In the pauses others have the turn. Raises StorageFault, Busy.
         """
         namespace = self.namespace
-        if not namespace.may_wait.acquire(blocking=False):
+        if not namespace.lock_waiters.acquire(blocking=False):
             raise Busy
         try:
-            if time.monotonic() >= namespace.lock_end(self.id):  # it is in the log already
+            if time.monotonic() >= namespace.lock_deadline(self.id):     # logged already
                 raise StorageFault(namespace.path(self.id), locked)
-            while time.monotonic() < namespace.lock_end(self.id):
+            while time.monotonic() < namespace.lock_deadline(self.id):
                 time.sleep(self.PAUSE)
                 with contextlib.suppress(Locked):
                     return self.take_turn(ask)
             raise namespace.fault(self.id, locked) from locked
         finally:
-            namespace.may_wait.release()
+            namespace.lock_waiters.release()
 
 
 LOOK_SECONDS = 0.2                                       # see fetch_briefly
@@ -3332,18 +3332,18 @@ class StorageFault(Refused):
     OTHER_REMEDY = ("restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back")
 
-    SAID = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it to "
-                                  "make room."),
-            LATE: (503, "This is being brought up to date. Try again in a few minutes.",
-                   retry_after(10)),
-            "is locked": (503, "Another program is writing to this just now. Try again in "
-                               "a few seconds.", retry_after(5))}
-    OTHERWISE = (503, "This can't be read just now. Try again in a minute.",
-                 retry_after(60))
+    ANSWERS = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it "
+                                     "to make room."),
+               LATE: (503, "This is being brought up to date. Try again in a few minutes.",
+                      retry_after(10)),
+               "is locked": (503, "Another program is writing to this just now. Try again "
+                                  "in a few seconds.", retry_after(5))}
+    OTHER_ANSWER = (503, "This can't be read just now. Try again in a minute.",
+                    retry_after(60))
 
     def __init__(self, path, error):
         known = next((words for words in self.REMEDIES if words in str(error)), None)
-        super().__init__(*self.SAID.get(known, self.OTHERWISE))
+        super().__init__(*self.ANSWERS.get(known, self.OTHER_ANSWER))
         remedy = self.REMEDIES.get(known, self.OTHER_REMEDY)
         self.text = f"{path}: {error}; {remedy}"
 
@@ -3402,7 +3402,7 @@ class GuardedStore(NestedStore):
         super().__init__(path, create)
 
     @property
-    def torn(self):
+    def detached(self):
         """True if another file is at the path by now, or none.
 
         SQLite does not notice: it would go on writing to a file that nobody finds.
@@ -3413,11 +3413,11 @@ class GuardedStore(NestedStore):
             return True
 
     def begin(self):
-        """Raises Torn. While we have the write lock, nobody takes the file away."""
+        """Raises Detached. While we have the write lock, nobody takes the file away."""
         super().begin()
-        if self.torn:
+        if self.detached:
             self.run("ROLLBACK", ())
-            raise Torn
+            raise Detached
 
     def commit(self):
         """A commit that raises has written nothing, even if there is a crash after it."""
@@ -3438,10 +3438,10 @@ class GuardedStore(NestedStore):
             self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
 
     def close(self):
-        """Write the log of a torn file into that file. SQLite does so by itself only if the
-        file is at its path; and the file that is there now must not find this log."""
+        """If the file is detached, write its log into it first. SQLite does so itself only
+        for a file at its path; and the new file there must not pick up this log."""
         self.db.set_progress_handler(None, 0)            # it refers to the object
-        if self.torn:
+        if self.detached:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         super().close()
@@ -3473,8 +3473,8 @@ class GuardedObject(DurableObject):
     """An object whose file may fail."""
     store_class = GuardedStore
     STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
-    OPEN_SECONDS = float("inf")                          # see GuardedNamespace.bring_up
-    SAID_SECONDS = 2.0                                   # what took longer is in the log
+    OPEN_SECONDS = float("inf")                          # see migrate_apart
+    LOG_SECONDS = 2.0                                    # what took longer is in the log
     # Of each object, as it begins:
     began = float("inf")                                 # when the present answer began
     opened_at = 0.0                                      # by the clock, for people
@@ -3488,11 +3488,11 @@ class GuardedObject(DurableObject):
             if not str(error).endswith("interrupted") or self.namespace.closed:
                 raise
             late = f"{StorageFault.LATE}: {error}"       # too_long has ended them
-            self.namespace.bring_up(self.id, late)
+            self.namespace.migrate_apart(self.id, late)
             self.close()                                 # all who wait for it hear so
             raise self.fault(late) from error
         took = time.monotonic() - began
-        if took > self.SAID_SECONDS:
+        if took > self.LOG_SECONDS:
             log(f"storage: {self.store.path}: was opened, in {took:.0f} s")
 
     def connect(self, create):
@@ -3512,7 +3512,7 @@ class GuardedObject(DurableObject):
         """SQLite asks this now and then, in the midst of a statement, which True ends."""
         if self.bus:
             return time.monotonic() > self.began + self.STATEMENT_SECONDS
-        # Migrations are under way. In bring_one_up they have no limit: began is infinite.
+        # Migrations are under way. In migrate_one they have no limit: began is infinite.
         late = time.monotonic() > self.began + self.OPEN_SECONDS
         return late or self.namespace.closed
 
@@ -3539,7 +3539,7 @@ class GuardedObject(DurableObject):
             self.check_file(error)
             raise
         if request.method not in SAFE:
-            self.namespace.lock_ends.pop(self.id, None)
+            self.namespace.lock_deadlines.pop(self.id, None)
         return response
 
     def check_file(self, error):
@@ -3555,15 +3555,15 @@ class GuardedObject(DurableObject):
         return self.namespace.fault(self.id, error)
 
     @property
-    def torn(self):
+    def detached(self):
         store = self.store                               # it may be closed meanwhile
-        return store is not None and store.torn
+        return store is not None and store.detached
 
     def close(self):
-        torn = self.torn
+        detached = self.detached
         self.namespace.changed(self.id)
         super().close()
-        if torn and self.namespace.path(self.id).exists():   # another file: other rows
+        if detached and self.namespace.path(self.id).exists():  # another file: other rows
             self.namespace.published(self.id, "")
 
 
@@ -3576,21 +3576,21 @@ def mark_of(id):
 
 class GuardedNamespace(Namespace):
     """Keeps at most so many objects awake, and tells of what happens to them."""
-    WAITING = 4                                          # threads, for locks of others
-    OUTLAST_SECONDS = 5.0                                # the longest wait for one
+    LOCK_WAITERS = 4                                     # threads, for locks of others
+    LOCK_WAIT_SECONDS = 5.0                              # the longest wait for one
     LATE_SECONDS = 60.0                                  # until what failed is tried again
     CLOSE_SECONDS = 1.0                                  # the pool has waited already
 
     def __init__(self, *args, most=1024):
         super().__init__(*args)
         self.most = most
-        self.may_wait = threading.BoundedSemaphore(self.WAITING)
-        self.lock_ends = {}                              # by id: see lock_end
+        self.lock_waiters = threading.BoundedSemaphore(self.LOCK_WAITERS)
+        self.lock_deadlines = {}                         # by id: see lock_deadline
         self.listeners = []                              # called with (id, topic)
         self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
         self.late = {}               # by id: until when nobody is let in here, and why
-        self.in_line = collections.deque()               # ids: see bring_up
+        self.to_migrate = collections.deque()            # ids: see migrate_apart
         self.fetches = 0                                 # all requests to objects
         self.served = collections.Counter()              # by id: those of people alone
 
@@ -3608,7 +3608,7 @@ class GuardedNamespace(Namespace):
         log(f"storage: {fault}")
         return fault
 
-    def lock_end(self, id):
+    def lock_deadline(self, id):
         """Return when all requests that wait for another process's lock give up.
 
         If the first one waits from 0 s on, it is 5 s. One that comes at 3 s waits for two.
@@ -3616,9 +3616,9 @@ class GuardedNamespace(Namespace):
         at 11 s, or after a command that got the lock, begins anew.
         """
         now = time.monotonic()
-        end = self.lock_ends.get(id, float("-inf"))      # others may take it out meanwhile
-        if now > end + self.OUTLAST_SECONDS:
-            end = self.lock_ends[id] = now + self.OUTLAST_SECONDS
+        end = self.lock_deadlines.get(id, float("-inf"))     # a thread may remove it
+        if now > end + self.LOCK_WAIT_SECONDS:
+            end = self.lock_deadlines[id] = now + self.LOCK_WAIT_SECONDS
         return end
 
     def published(self, id, topic):
@@ -3633,33 +3633,33 @@ class GuardedNamespace(Namespace):
     def awake(self, id):
         """Raises StorageFault while its migrations go on apart."""
         one = super().awake(id)
-        # Looked up last: whoever builds an object after bring_up is to find the entry.
+        # Looked up last: whoever builds an object after migrate_apart is to find the entry.
         until, why = self.late.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
         return one
 
-    def bring_up(self, id, why):
+    def migrate_apart(self, id, why):
         """Open a file in a thread, however long that takes, when those before it are done.
 
         Nobody is let in here meanwhile, nor for LATE_SECONDS if it fails.
         """
         with self.lock:
             self.late[id] = float("inf"), why
-            self.in_line.append(id)
-            if len(self.in_line) == 1 and not in_new_thread(self.bring_all_up):
-                self.in_line.clear()
+            self.to_migrate.append(id)
+            if len(self.to_migrate) == 1 and not in_new_thread(self.migrate_queued):
+                self.to_migrate.clear()
                 self.late[id] = time.monotonic() + self.LATE_SECONDS, why
 
-    def bring_all_up(self):
+    def migrate_queued(self):
         left = True
         while left:
-            guarded(self.bring_one_up, self.in_line[0])
+            guarded(self.migrate_one, self.to_migrate[0])
             with self.lock:
-                self.in_line.popleft()
-                left = bool(self.in_line)
+                self.to_migrate.popleft()
+                left = bool(self.to_migrate)
 
-    def bring_one_up(self, id):
+    def migrate_one(self, id):
         one = self.build(id, self)
         try:
             one.open()                                   # without a limit: see too_long
@@ -3687,7 +3687,7 @@ class GuardedNamespace(Namespace):
     def sleep_unused(self, idle=None):
         """Those whose file is not at its path any more go to sleep at once."""
         for one in self.everybody():
-            if one.torn:
+            if one.detached:
                 one.sleep(time.monotonic())
         super().sleep_unused(idle)
 
@@ -3898,7 +3898,7 @@ class Piece(Rendering):
         return chunk(deflated(self.frame))
 
 
-def saying(frame):
+def frame_piece(frame):
     """Return a piece that is this frame, and shows no region."""
     piece = Piece(Html(), main=False)
     piece.frame = frame
@@ -3906,8 +3906,8 @@ def saying(frame):
 
 
 # Says that a region could not be read again. It is due until the next good one.
-NOT_CURRENT_PIECE = saying(NOT_CURRENT)
-BEAT_PIECE = saying(BEAT)
+NOT_CURRENT_PIECE = frame_piece(NOT_CURRENT)
+BEAT_PIECE = frame_piece(BEAT)
 MOST_FRAMES = 16                                         # that a stream remembers
 
 
@@ -4060,7 +4060,7 @@ def parse_head(head):
     headers = joined(pairs)
     modern = minor == b"1"
     check_host(headers, modern)
-    return Reading(method.decode(), target.decode(), headers, goes_on(headers, modern),
+    return Reading(method.decode(), target.decode(), headers, stays_open(headers, modern),
                    modern, body_length(headers))
 
 
@@ -4083,7 +4083,7 @@ def joined(pairs):
     return headers
 
 
-def goes_on(headers, modern):
+def stays_open(headers, modern):
     """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
     said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     return "close" not in said and (modern or "keep-alive" in said)
@@ -4298,7 +4298,7 @@ def encode(request, reading, response, keep, date):
     return head if reading.method == "HEAD" else head + body
 
 
-def is_worth_it(response):
+def is_worth_compressing(response):
     """Return whether it is to be compressed."""
     return (len(response.body) > 1000 and response.type.startswith(COMPRESSED)
             and "content-encoding" not in dict(response.headers))
@@ -4311,7 +4311,7 @@ def gzip_end(data):
 
 def compressed(request, response):
     """Return the response as it leaves: compressed, if that is asked for and worth it."""
-    if not is_worth_it(response) or not accepts_gzip(request):
+    if not is_worth_compressing(response) or not accepts_gzip(request):
         return response
     headers = *response.headers, GZIPPED
     return response._replace(body=gzipped(response.body), headers=headers)
@@ -4497,7 +4497,7 @@ class Kept(Watched):
         self.size -= known.size if known else 0
         page = None                                      # perhaps it was the only time
         if known and known.as_of == as_of:
-            zipped = accepts_gzip(asked.request) and is_worth_it(response)
+            zipped = accepts_gzip(asked.request) and is_worth_compressing(response)
             page = KeptPage(response, zipped)
             size += 2 * len(response.body)               # at most
         until = time.monotonic() + self.SECONDS
@@ -4528,7 +4528,7 @@ class Threads:
     """
 
     def __init__(self, size):
-        self.line = collections.deque()                  # of jobs: (function, args)
+        self.queue = collections.deque()                 # of jobs: (function, args)
         self.idle = []                                   # locks: on each a thread sleeps
         self.local = threading.local()                   # line, payer: of each thread
         self.threads = [threading.Thread(target=self.work, daemon=True)
@@ -4542,7 +4542,7 @@ class Threads:
         A thread of the pool does what it puts in itself, right after its present job. So to
         render what a command changed, no other thread is woken.
         """
-        own = getattr(self.local, "line", None)
+        own = getattr(self.local, "queue", None)
         if own is None:
             self.share(job, *args)
         else:
@@ -4550,7 +4550,7 @@ class Threads:
 
     def share(self, job, *args):
         """Put a job at the end of the line of all. share(None) ends a thread."""
-        self.line.append((job, args))
+        self.queue.append((job, args))
         self.wake()
 
     def wake(self):
@@ -4565,14 +4565,14 @@ class Threads:
         In the midst of the loop's work threads would only contend with it for the
         interpreter. (Commands to 1,000 workspaces: 1.2 x.)
         """
-        self.local.line = self.line                      # as if that were its own: see put
+        self.local.queue = self.queue                    # as if that were its own: see put
 
     def rouse(self):
-        for _ in range(min(len(self.line), len(self.idle))):
+        for _ in range(min(len(self.queue), len(self.idle))):
             self.wake()
 
     def work(self):
-        self.local.line = collections.deque()
+        self.local.queue = collections.deque()
         self.local.payer = ""
         wakeup = threading.Lock()                        # to release it wakes this thread
         wakeup.acquire()
@@ -4581,24 +4581,24 @@ class Threads:
             if job is None:
                 return
             guarded(job, *args)
-            while self.local.line:
+            while self.local.queue:
                 self.follow_up()
 
     def next(self, wakeup):
         """Return the next job, or wait for one."""
         while True:
             try:
-                return self.line.popleft()
+                return self.queue.popleft()
             except IndexError:
                 self.idle.append(wakeup)
-            if self.line:                                # put in just before we were idle
+            if self.queue:                               # put in just before we were idle
                 self.wake()
             wakeup.acquire()
 
     def follow_up(self):
         """Do what this thread has put in until now."""
-        jobs = [*self.local.line]
-        self.local.line.clear()                          # a job may call this, too
+        jobs = [*self.local.queue]
+        self.local.queue.clear()                         # a job may call this, too
         for job, args in jobs:
             guarded(job, *args)
 
@@ -4764,7 +4764,7 @@ class Pool(Threads):
                 self.parked.pop(payer, None)
             if not self.taken[payer]:
                 del self.taken[payer]
-        self.line.extend(begun)
+        self.queue.extend(begun)
         for _ in begun[1:]:                              # one is for this thread
             self.wake()
 
@@ -4810,9 +4810,9 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
-        self.or_close(self.go_on_with, events)           # else it would only come again
+        self.close_on_error(self.go_on_with, events)     # else it would only come again
 
-    def or_close(self, call, *args):
+    def close_on_error(self, call, *args):
         """Call it. If it fails, nobody else would answer: close, and raise what it raised.
         """
         try:
@@ -4962,7 +4962,7 @@ class Stream(Held):
     def end(self, frame):
         """With a last frame and a proper end, if the gate closed it and not the network."""
         if frame and not self.unsent:
-            self.write(self.encoded(saying(frame)) + chunk(b""))
+            self.write(self.encoded(frame_piece(frame)) + chunk(b""))
         self.close()
 
     def close(self):
@@ -5248,7 +5248,7 @@ class Broker:
         if len(streams) > self.SOME:
             self.edge.call(self.some_at_a_time, streams[self.SOME:], job, *args)
 
-    def try_again(self):
+    def retry_failed(self):
         """In the pool, every 5 s: ask again for those whose object failed.
 
         Their streams show an old region, and perhaps nobody publishes again.
@@ -5340,7 +5340,7 @@ class Broker:
                 guarded(self.ask_again, stream)
 
     @contextlib.contextmanager
-    def or_end(self, stream):
+    def end_on_error(self, stream):
         """What is raised inside ends the stream."""
         try:
             yield
@@ -5356,7 +5356,7 @@ class Broker:
         The same viewer as before: nothing happens, and the Workspace is not woken. Another
         role, or other grants: stream and page are fetched anew. No entry: a last frame.
         """
-        with self.or_end(stream):
+        with self.end_on_error(stream):
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided)
@@ -5388,7 +5388,7 @@ class Broker:
             stub, request = self.outdated.pop(stream)
         if not stream.channels:                          # it was closed meanwhile
             return
-        with self.or_end(stream):
+        with self.end_on_error(stream):
             response = stub.fetch(request)
             page = stub.fetch(request._replace(path=request.path[:-len("/live")]))
             html = page.body.decode().replace(f' data-nonce="{page.nonce}"', "")
@@ -5441,13 +5441,13 @@ def while_there_is_time(job, items):
     return []
 
 
-SAID_OF_VIEWERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-title",
-                   "x-operator", "x-read-only", "x-label")    # the last four: [3]
+VIEWER_HEADERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-title",
+                  "x-operator", "x-read-only", "x-label")     # the last four: [3]
 
 
 def viewer_in(forwarded):
     """Return whom the gate let in, in its own words."""
-    return tuple([forwarded.headers.get(name, "") for name in SAID_OF_VIEWERS])
+    return tuple([forwarded.headers.get(name, "") for name in VIEWER_HEADERS])
 
 
 # ==== 25. Loop edge =======================================================================
@@ -5620,7 +5620,7 @@ class Connection(Held):
         """Read what was sent ahead."""
         if self.state in (self.IDLE, self.ARRIVING) and self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
-            self.or_close(self.advance)
+            self.close_on_error(self.advance)
 
     # -- answering, in the loop or in the pool
 
@@ -5688,7 +5688,7 @@ class Connection(Held):
 
     def become_stream(self, asked, response):
         """In the loop, which counts the streams."""
-        no = self.edge.no_stream(asked, response)
+        no = self.edge.stream_refusal(asked, response)
         if no:
             return self.reply(asked, self.edge.refusal(asked.request, no))
         data = self.encoded(asked, response)
@@ -5727,7 +5727,7 @@ class LoopEdge:
     connection_kind = Connection
     CALLS_SECONDS = 0.002                                # then it looks at sockets again
     SHORT = 1000                                         # bytes of a body
-    EAGER_SECONDS = 0.0001                               # to poll before it sleeps
+    POLL_SECONDS = 0.0001                                # to poll before it sleeps
 
     def __init__(self, env, settings):
         self.settings = settings
@@ -5765,7 +5765,7 @@ class LoopEdge:
         self.waker.setblocking(False)
         self.woken.setblocking(False)
         self.awake = False                               # else call() need not wake it
-        self.brisk = False                               # it pays just now to stay awake
+        self.polling = False                             # it pays just now to stay awake
         self.date = formatdate(usegmt=True)
         self.due = {}                                    # when, by chore
         self.stopping = 0.0                              # since when; 0: it is not
@@ -5807,8 +5807,8 @@ class LoopEdge:
         1.2 x.) While the pool has jobs it sleeps at once: they need the interpreter.
         """
         self.pool.rouse()
-        until = 0.0 if self.pool.busy else time.perf_counter() + self.EAGER_SECONDS
-        while self.brisk and time.perf_counter() < until:
+        until = 0.0 if self.pool.busy else time.perf_counter() + self.POLL_SECONDS
+        while self.polling and time.perf_counter() < until:
             found = self.selector.select(0)
             if found or self.calls:
                 return found
@@ -5816,7 +5816,7 @@ class LoopEdge:
         self.awake = False
         found = self.selector.select(0 if self.calls else self.TICK_SECONDS)
         self.awake = True
-        self.brisk = time.perf_counter() < until
+        self.polling = time.perf_counter() < until
         return found
 
     def advance_all(self):
@@ -5824,7 +5824,7 @@ class LoopEdge:
         came, self.came = self.came, []
         for connection in came:
             if connection in self.held:                  # it may have been closed since
-                guarded(connection.or_close, connection.advance)
+                guarded(connection.close_on_error, connection.advance)
 
     def run_calls(self):
         until = time.monotonic() + self.CALLS_SECONDS
@@ -5945,7 +5945,7 @@ class LoopEdge:
         if asked.cookie and account:
             self.accounts[hash(asked.cookie)] = account
             self.insiders.add(asked.insider)
-        self.call(asked.connection.or_close, self.line_up, asked)
+        self.call(asked.connection.close_on_error, self.line_up, asked)
         return True
 
     def work_off(self, several):
@@ -6021,7 +6021,7 @@ class LoopEdge:
 
     def finish_in_loop(self, answered):
         for asked, response in answered:
-            guarded(asked.connection.or_close, self.finish, asked, response)
+            guarded(asked.connection.close_on_error, self.finish, asked, response)
 
     def decide(self, request, env):
         """Return a Noted, or the Response to what is not forwarded. Raises Refused.
@@ -6073,7 +6073,7 @@ class LoopEdge:
         return Request(method, path, query, headers, reading.body or b"", peer, scheme,
                        reading.spool)
 
-    def no_stream(self, asked, response):
+    def stream_refusal(self, asked, response):
         """Return a Refused that says why this one can't be opened; None: it can."""
         if not asked.reading.modern:
             return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in "
@@ -6098,7 +6098,7 @@ class LoopEdge:
     def chores(self):
         """Return (function, seconds) for what is to be done again and again. [3] has more.
         """
-        return [(self.broker.try_again, 5.0), (self.broker.logged.clear, 60.0)]
+        return [(self.broker.retry_failed, 5.0), (self.broker.logged.clear, 60.0)]
 
     def keeps_answers(self):
         """Not on a node: the verdict comes with each request."""
@@ -6282,7 +6282,7 @@ class EdgeDirectory(Broadcast, Directory):
 
     def on_open(self):
         super().on_open()
-        self.given = {}                                  # verdicts, and until when
+        self.kept_verdicts = {}                          # verdicts, and until when
         self.as_of = None                                # for this state of file and keys
 
     def handle(self, request):
@@ -6292,16 +6292,16 @@ class EdgeDirectory(Broadcast, Directory):
 
     def verdict(self, request):
         as_of = *self.store.state(), self.keys
-        if as_of != self.as_of or len(self.given) > self.MOST_VERDICTS:
-            self.given.clear()
+        if as_of != self.as_of or len(self.kept_verdicts) > self.MOST_VERDICTS:
+            self.kept_verdicts.clear()
             self.as_of = as_of
         key = request.headers.get("x-session"), request.path, request.query
-        until, known = self.given.get(key, (0.0, None))
+        until, known = self.kept_verdicts.get(key, (0.0, None))
         if time.monotonic() < until:
             return known
         answer = super().handle(request)
         if answer.status == 200 and not self.store.db.in_transaction:
-            self.given[key] = time.monotonic() + self.VERDICT_SECONDS, answer
+            self.kept_verdicts[key] = time.monotonic() + self.VERDICT_SECONDS, answer
         return answer
 
     def make_file(self, ctx, id):
@@ -11273,7 +11273,7 @@ VIEWERS.append(with_label)
 @addition
 class ShowsPeople(Broker):
     def shown(self, stream):
-        said = dict(zip(SAID_OF_VIEWERS, stream.viewer))
+        said = dict(zip(VIEWER_HEADERS, stream.viewer))
         label = urllib.parse.unquote(said["x-label"])
         return person_of(stream.account, label or stream.account)
 
@@ -11699,7 +11699,7 @@ class Figures:
     def flush(self):
         """Once a second."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        if self.lines and not self.scribe.line:          # else they wait; the oldest go
+        if self.lines and not self.scribe.queue:         # else they wait; the oldest go
             lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
             self.scribe.put(self.write, lines)
 
@@ -13346,7 +13346,7 @@ FRESH_SECONDS = 2                                        # an older verdict is a
 # process sends to another.
 TRUSTED.update({"x-node", "x-verdict"})
 # What a proxy brings is sealed in this order: all that say() says. (What is new here is to
-# be in TRUSTED, too, and in SAID_OF_VIEWERS, if pages differ by it.)
+# be in TRUSTED, too, and in VIEWER_HEADERS, if pages differ by it.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
            "x-token", "x-label")
@@ -13802,7 +13802,7 @@ def answer_directory(request, env):
         raise Refused(*NOTHING_HERE)
     try:
         return as_json(do(env.workspaces, id, request.body))
-    except (sqlite3.Error, OSError, Torn) as error:
+    except (sqlite3.Error, OSError, Detached) as error:
         raise StorageFault(env.workspaces.path(id), error) from error
 
 
@@ -14735,7 +14735,7 @@ class TakesUploads(Connection):
         type = reading.headers.get("content-type", "")
         if type.lower().startswith(MULTIPART):
             spool.pairs = outcome(parts_of, spool.data, type)
-        self.edge.call(self.or_close, self.take_up, reading)
+        self.edge.call(self.close_on_error, self.take_up, reading)
 
     def take_up(self, reading):
         self.spool = None                                # who answers it closes it

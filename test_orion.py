@@ -1264,7 +1264,7 @@ def test_a_region_that_could_not_be_read_is_read_again(server, monkeypatch):
     monkeypatch.setattr(orion.GuardedStub, "fetch", fails)
     Person(server, "carol", datastar=True).post("/w/acme/todos", title="Seen in the end")
     eventually(lambda: server.edge.broker.failed)
-    server.edge.broker.try_again()
+    server.edge.broker.retry_failed()
     assert ear.until_it_says("Seen in the end")
 
 
@@ -1273,7 +1273,7 @@ def test_a_region_that_could_not_be_read_and_that_nobody_watches_is_let_go(serve
     nobody = orion.Subscription(server.env.workspaces.get("nobody"), "todos", orion.Request("GET", "/todos/live"), None)
     broker.failed = {orion.Channel(nobody)}
     monkeypatch.setattr(broker, "mark", marked.append)
-    broker.try_again()
+    broker.retry_failed()
     assert not marked and not broker.failed
 
 
@@ -2157,20 +2157,20 @@ def test_an_object_that_can_not_begin_with_its_file_is_closed_and_begins_anew(co
 
 def test_a_lock_of_another_process_is_waited_for_anew_once_a_command_has_got_it(counters):
     counters.create("a")
-    counters.lock_ends["a"] = time.monotonic()           # others have waited in vain just now
-    assert counters.lock_end("a") <= time.monotonic()
+    counters.lock_deadlines["a"] = time.monotonic()      # others have waited in vain just now
+    assert counters.lock_deadline("a") <= time.monotonic()
     counters.get("a").fetch(orion.Request("POST", "/1"))
-    assert counters.lock_end("a") > time.monotonic()
+    assert counters.lock_deadline("a") > time.monotonic()
 
 
 def test_who_finds_no_thread_to_wait_for_a_lock_in_shortens_nobody_elses_wait(counters):
     counters.create("a")
-    counters.may_wait = threading.Semaphore(0)           # all wait for others
+    counters.lock_waiters = threading.Semaphore(0)       # all wait for others
     with contextlib.closing(sqlite3.connect(counters.path("a"), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(orion.Busy):
             counters.get("a").fetch(orion.Request("POST", "/1"))
-    assert not counters.lock_ends, "nobody has waited, and nothing is in the log"
+    assert not counters.lock_deadlines, "nobody has waited, and nothing is in the log"
 
 
 def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
@@ -2381,7 +2381,7 @@ def test_what_was_refused_for_the_disk_does_not_come_back_after_a_crash(server, 
 
 
 def test_a_file_that_another_process_locks_is_a_503_and_nothing_is_half_done(server, monkeypatch):
-    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedNamespace, "LOCK_WAIT_SECONDS", 0.05)
     bob = Person(server, "bob", datastar=True)
     bob.get("/w/acme/todos")
     with contextlib.closing(server.store("acme")) as other:
@@ -4821,7 +4821,7 @@ def test_a_region_that_could_not_be_read_again_says_so_until_it_is_current(board
         if ear.ended or type(board) is Plain:
             assert ear.event() is None                   # its client comes back
             return
-        board.edge.broker.try_again()
+        board.edge.broker.retry_failed()
         assert "Rope" in ear.until_it_says('<section id="board"')
         board.bob.post("/w/acme/cards/1/move")
         assert "stale" not in ear.event() + ear.event()
@@ -6206,7 +6206,7 @@ def test_a_pool_waits_for_all_its_threads_together(monkeypatch):
     pool, go, waited = orion.Pool(3), threading.Event(), []
     for _ in pool.threads:
         pool.put(go.wait)
-    eventually(lambda: not pool.idle and not pool.line)
+    eventually(lambda: not pool.idle and not pool.queue)
     monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout: waited.append(timeout) or go.wait(timeout))
     pool.close(0.1)
     go.set()
@@ -6237,7 +6237,7 @@ def test_what_a_deferring_thread_puts_in_wakes_nobody_until_it_says_so():
     pool.defer()
     pool.put(done.append, "a job")
     pool.gather("a lane", "an item", done.extend)
-    assert len(pool.line) == len(pool.idle) == 2     # in line, and nobody was called to it
+    assert len(pool.queue) == len(pool.idle) == 2     # in line, and nobody was called to it
     pool.rouse()
     eventually(lambda: sorted(done) == ["a job", "an item"])
     pool.close(PATIENCE)
@@ -6285,7 +6285,7 @@ def test_however_many_lanes_one_account_fills_threads_are_left_for_another():
     with spent(pool, "a"):
         for n in range(18):
             pool.gather(f"more {n}", n, lambda items: None, "a")
-        assert len(pool.line) == 0
+        assert len(pool.queue) == 0
         pool.gather("another", 0, lambda items: done.set(), "b")
         assert done.wait(PATIENCE)
 
@@ -6331,7 +6331,7 @@ def test_what_follows_from_a_job_is_charged_with_it():
     pool.gather("lane", 1, lambda items: pool.gather("further", 2, follow, "a"), "a")
     eventually(lambda: done == [2])
     pool.gather("next", 3, lambda items: done.extend(items), "a")
-    assert not pool.line
+    assert not pool.queue
     go.set()
     eventually(lambda: done == [2, 3])
     pool.close(PATIENCE)
@@ -6541,7 +6541,7 @@ class Chance:
         self.changes()
         self.work()
         self.broken = False
-        self.broker.try_again()
+        self.broker.retry_failed()
 
     def works(self):
         for queue in self.random.sample([self.jobs, self.calls], 2):
@@ -7000,13 +7000,13 @@ def test_the_loop_stays_awake_only_while_one_request_follows_close_on_another(st
     server.edge.stop()
     server.thread.join(PATIENCE)                     # its loop has ended, its threads are there
     pool = server.edge.pool
-    at_work = lambda: len(pool.line) + pool.busy
+    at_work = lambda: len(pool.queue) + pool.busy
     eventually(lambda: at_work() == 0)
     for _ in range(jobs):
         pool.put(done.wait)
     eventually(lambda: at_work() == jobs)
     script, found = Script(["a request"], [], [], ["the next"]), []
-    with mock.patch.multiple(server.edge, selector=script, EAGER_SECONDS=eager, brisk=False):
+    with mock.patch.multiple(server.edge, selector=script, POLL_SECONDS=eager, polling=False):
         while script.found:
             found += server.edge.ready()
     done.set()
@@ -7272,12 +7272,12 @@ def complaints(words):
 @pytest.fixture
 def patient(monkeypatch):
     """Who waits for a file that another process holds waits for as long as a test takes."""
-    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", WHOLE)
+    monkeypatch.setattr(orion.GuardedNamespace, "LOCK_WAIT_SECONDS", WHOLE)
 
 
 def lose_patience(one):
     """The time is up, for whoever waits for this object's file."""
-    ends = one.namespace.lock_ends
+    ends = one.namespace.lock_deadlines
     eventually(lambda: ends.get(one.id, 0.0) > time.monotonic())
     ends[one.id] = time.monotonic()
 
@@ -9257,7 +9257,7 @@ def test_a_job_for_later_does_not_put_off_one_for_sooner(office):
 
 
 def test_jobs_of_a_workspace_that_can_not_be_used_just_now_are_not_forgotten(office, monkeypatch):
-    monkeypatch.setattr(orion.GuardedNamespace, "OUTLAST_SECONDS", 0.05)
+    monkeypatch.setattr(orion.GuardedNamespace, "LOCK_WAIT_SECONDS", 0.05)
     office.write_letter(text="later", after=3600)
     alarms = office.env.workspaces.alarms.due
     with contextlib.closing(office.store("acme")) as other:
@@ -13806,7 +13806,7 @@ def test_the_last_use_is_shown_and_written_once_a_minute(server, monkeypatch):
     script.get("/w/acme/todos")
     first = eventually(last)
     assert "used last: never" not in bob.get("/account/tokens").text
-    monkeypatch.setattr(directory, "given", {})
+    monkeypatch.setattr(directory, "kept_verdicts", {})
     script.get("/w/acme/todos")
     before = server.policy.state()
     directory.namespace.get(directory.id).ask("/_version")
@@ -17853,7 +17853,7 @@ def test_two_people_share_a_board_and_its_cards(windows, tmp_path, monkeypatch, 
             window.wait(state("Not up to date, retrying"))
         change_row(server, "UPDATE cards SET place = 1")
         if edge != "plain":
-            server.edge.broker.try_again()               # as every five seconds
+            server.edge.broker.retry_failed()            # as every five seconds
         for window in windows:
             window.wait("document.querySelector('#card').textContent.includes('Doing, 2 votes') && " + state("Live"))
 
