@@ -12247,7 +12247,7 @@ def snapshot_again(settings):
     """Make the next one in data/backups. The oldest go. Return it, and what is wrong.
 
     If a name is of the future, the clock was wrong then, or is now. So such snapshots do
-    not count among those that are kept, and stay until settings.keep others are there.
+    not count among those to keep, and stay until there are more others than settings.keep.
     """
     folder = settings.data / "backups"
     private_folder(folder)
@@ -13087,9 +13087,8 @@ ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND de
 
 
 def workspace_region(ctx):
-    row = ctx.store.one(TITLE_OF, ctx.viewer.id)
     members = roles_in(ctx.store, ctx.viewer.id)
-    return template("spaces.region")(name=row["name"], people=len(members))
+    return template("spaces.region")(name=ctx.workspace, people=len(members))
 
 
 def workspace_page(ctx, region):
@@ -14971,7 +14970,7 @@ class BringsUploads(Context):
         if request.media_type in FORMS:
             return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
-        if name or request.media_type.startswith("application/json"):
+        if name or request.media_type == "application/json":
             return []                                    # what has names is no file
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []
@@ -15010,7 +15009,7 @@ FILE_TABLES = (
     "TEXT NOT NULL, type TEXT NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL)",
     "CREATE TABLE _file_pieces (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
 )
-MOST_PIECES = 2 ** 20                    # of a file; file 7 has ids from 7 * 2 ** 20 on
+MOST_PIECES = 2 ** 20                    # of a file: file 7 has those from 7 * 2 ** 20 on
 FILE_POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src "
                "'unsafe-inline'; sandbox")               # a browser makes a page of it
 RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
@@ -15354,7 +15353,7 @@ class KnowsTokens(EdgeDirectory):
         token = self.token(ctx.request)
         row = token and ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace,
                                       token["account"], token["workspace"])
-        if row is None:                                  # as anybody: a route may be public
+        if row is None:                                  # as nobody: a route may be public
             verdict = super().verdict_on(ctx, workspace)
             no = NO_ENTRY if token else NO_TOKEN
             return no if verdict is NO_SESSION else verdict
@@ -15627,6 +15626,7 @@ def command_id(request, viewer):
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
+# Too old, or of the future; or of this account, and not among its last ones.
 FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
                WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 
@@ -16405,6 +16405,7 @@ def read_way(settings, given):
 # -- the console: what it shows of that
 
 class Console:
+    """Its page, and the region in it, show the notes, objects' facts and the broker."""
     id = "console"                                       # in the place of an object's
     PAUSE = 0.25                                         # s between frames, at least
 
