@@ -6628,7 +6628,7 @@ def names_of(typed):
 
 
 def set_title(store, name, title):
-    """Only a title that says more than the name is stored."""
+    """Store the title of a workspace, if it says more than the name."""
     title = None if title == name else title
     store.exec("UPDATE workspaces SET title = ? WHERE name = ?", title, name)
 
@@ -6786,7 +6786,7 @@ class KnowsOwners(NestedStore):
         return super().migrating(slice, entries, ran)
 
     def apply(self, slice, entries, number):
-        """The tables that it makes are the slice's own now."""
+        """Run one entry. The tables that it makes are the slice's own now."""
         self.learn_owners()
         # References to a table that is renamed follow it, unless it only makes way for a
         # new one of its name.
@@ -6812,7 +6812,8 @@ class KnowsOwners(NestedStore):
             judge.slice = ""
 
     def learn_owners(self):
-        """Tables that no slice has made are the server's own: _migrations, for one."""
+        """Read who made which table. One that no slice made is the server's own, as
+        _migrations."""
         self.owners.clear()
         self.owners.update((table.lower(), "orion") for table in self.tables())
         self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
@@ -6861,7 +6862,7 @@ class Tables(Calls):
         self.thread = threading.get_ident()              # 0: the request is over
 
     def insert(self, sql, *args):
-        """The journal names the last row of a command."""
+        """Remember the id: the journal names the last row of a command."""
         self.inserted = super().insert(sql, *args)
         return self.inserted
 
@@ -7599,8 +7600,11 @@ def add_flag(parser, flag, kind, default, dest, help):
 
 
 def from_environment(flag):
-    """For a service that is called orion, Kubernetes sets variables of its own. One of them
-    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000."""
+    """Return what the environment says of this flag; "" if nothing.
+
+    For a service that is called orion, Kubernetes sets variables of its own. One of them
+    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000.
+    """
     name = f"ORION_{name_of_flag(flag).upper()}"
     value = os.environ.get(name, "")
     if name == "ORION_PORT" and "://" in value:
@@ -7611,7 +7615,7 @@ def from_environment(flag):
 
 
 def add_verbs(parser, given_words):
-    """Add all commands; return what can take more.
+    """Add all commands. Return what takes further ones, those of an app.
 
     Of a group that is not named, add its name alone: it saves 10 ms at each start.
     """
@@ -7633,7 +7637,7 @@ def add_verbs(parser, given_words):
 
 
 def flags_of_all():
-    """Return a parser that those of all commands have among their parents."""
+    """Return a parser with the flags that each command takes."""
     common = argparse.ArgumentParser(add_help=False)
     for flag in ("--data", "--single"):
         common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
@@ -7841,7 +7845,8 @@ def do(settings, given):
 
 
 def serve_alone(settings):
-    """Two servers would each believe to be the only one that writes to a tenant's file."""
+    """Serve, if no other server has the folder. Each of two would believe to be the only
+    one that writes to a tenant's file."""
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
                                "it, or name another with --data"):
         serve(settings)
@@ -7931,8 +7936,8 @@ def bound(settings, make):
 
 
 def stop_or_leave(server, number):
-    """The second signal does not wait for requests in flight; a terminal that is closed
-    may send several."""
+    """Stop for a signal. At the second one do not wait for requests in flight; but a
+    terminal that is closed may send several."""
     if server.stopping and number in (signal.SIGINT, signal.SIGTERM):
         os._exit(1)
     server.stop()
@@ -8480,7 +8485,8 @@ def kind_in_expression(name, hole):
 
 
 def kind_in_address(name, hole):
-    """A hole that begins an address is checked when it is filled."""
+    """Return the kind of a hole in an address. If it begins that, it is checked when it is
+    filled."""
     before, after = hole.string[:hole.start()], hole.string[hole.end():]
     if ADDRESS.match(f"{before}:"):                      # a colon in it makes no scheme
         return "a value"
@@ -8678,7 +8684,8 @@ def with_flash(request, response):
 
 
 def flash_seal(request, path, data):
-    """The seal is over the session, too: the next one to sign in here is not shown it."""
+    """Return the seal of a message. It is over the session, too: so whoever signs in here
+    next is not shown it."""
     cookies = request.headers.get("cookie", "").split(";")
     session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
     sealed = json.dumps([path, data, session]).encode()
@@ -9180,7 +9187,8 @@ class CountsAtHome(LoopEdge):
 # It needs: 40 Counts.
 
 def home_stream(ctx):
-    """Its topic is the account's own: what changes the list is published there anyway."""
+    """Stream the list of workspaces. Its topic is that of the account's access: what
+    changes the list is published there anyway."""
     region = Region(f"access:{ctx.viewer.account}", mine_region, "account")
     live = Live("/", ACCOUNT, "Workspaces", (region,),
                 params={"after": WORKSPACE_NAME.pattern})
@@ -9782,7 +9790,7 @@ class LogsLongTurns(Broadcast):
             self.doing = None
 
     def log_if_long(self, now):
-        """In the loop."""
+        """Called by the loop, once a second."""
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
             self.logged = doing
@@ -10315,7 +10323,7 @@ def add_account(store, name, hashed, operator):
 
 
 def store_password(ctx, account, hashed):
-    """All other sessions of the account end."""
+    """Store it, and end all other sessions of the account."""
     ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
     end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, my_digest(ctx))
 
@@ -10332,7 +10340,7 @@ class KnowsAccounts(EdgeDirectory):
         return self.personas("")
 
     def open_session(self, ctx, account, start="/"):
-        """A form may be waiting to be sent again."""
+        """Return the page that sends a form again, if one came without a session."""
         answer = super().open_session(ctx, account, start)
         unsent = ctx.field("unsent")
         if not unsent:
@@ -10467,7 +10475,8 @@ def moment(seconds):
 
 
 def account_page(ctx):
-    """A session's name here is a part of a hash: whoever reads it can't sign in with it."""
+    """Return the page of an account. A session's name there is a part of a hash: whoever
+    reads it can't sign in with it."""
     mine = my_digest(ctx)
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
@@ -10775,7 +10784,7 @@ def within(name, number, most):
 
 
 def withdraw_link(ctx):
-    """The field link is a part of its hash, as the members page has it."""
+    """Void a link. The field link is a part of its hash, as the page of links has it."""
     link = ctx.field("link")[:16]
     ctx.store.exec(f"DELETE FROM links WHERE workspace = ? AND {DIGEST_NAME} = ?",
                    ctx.viewer.id, link)
@@ -10835,7 +10844,8 @@ def link_page(ctx, secret=""):
 
 
 def shown_of_link(ctx, link):
-    """Return what its page says of a link, and which forms it has for whoever looks."""
+    """Return what its page says of a link, and which forms it has for whoever looks: of the
+    parts of links.html member, joins, stranger, other and new."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
     said = {name: link[name] for name in ("title", "role", "person")}
@@ -11051,7 +11061,8 @@ class KnowsLinks(EdgeDirectory):
         return row if row and KINDS[row["kind"]].holds(self, row) else None
 
     def each_second(self):
-        """Links that are too old go: no clock that is set back makes them good again."""
+        """Remove links that are too old: no clock that is set back makes them good again.
+        """
         super().each_second()
         now = time.time()
         if self.store.one("SELECT 1 FROM links WHERE expires <= ?", now):
@@ -11105,7 +11116,8 @@ class OpensLinks(LoopEdge):
 
 
 def print_first_link(server, address):
-    """On standard output alone, which is not where errors are logged."""
+    """Print the link with which the first account is made: on standard output alone, which
+    is not where errors are logged."""
     if server.settings.plane == "data":
         return
     secret = server.env.directory.ask("/_first")
@@ -11372,7 +11384,7 @@ def check_founded(ctx, account):
 
 
 def most_workspaces(settings):
-    """Of one account."""
+    """Return how many one account may found."""
     return settings.max_workspaces or (2000 if settings.demo else 20)
 
 
@@ -11440,7 +11452,7 @@ def limit_pages(store, quota):
 
 @contextlib.contextmanager
 def reserve(store):
-    """Meanwhile the file may go past its quota."""
+    """Let the file go past its quota, in a with statement."""
     pages = store.one("PRAGMA max_page_count")[0]
     store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
     try:
@@ -11532,7 +11544,7 @@ def workspace_quota(settings, given):
 #   it saves 29 of 175 MB.
 
 def save_memory():
-    """Before the first database is opened.
+    """Called before the first database is opened.
 
     SQLite takes memory for 20 pages with each file that it opens, and most tenants have
     fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE).
@@ -11550,7 +11562,7 @@ def save_memory():
 
 
 def give_back_memory():
-    """What was freed, glibc keeps until it is told (malloc_trim(3))."""
+    """Have glibc give back what was freed (malloc_trim(3))."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -11692,7 +11704,7 @@ class Figures:
                 f"{status} {size} {seconds:.6f}")
 
     def write(self, lines):
-        """In a thread of its own."""
+        """Called in the scribe's thread."""
         with contextlib.suppress(OSError, ValueError):
             print("\n".join(lines), flush=True)
 
@@ -11794,6 +11806,7 @@ class HasFigures(LoopEdge):
         now = time.monotonic()
         streams = self.streams
         behind = [stream for stream in streams if stream.unsent]
+        # A deadline is so many seconds after the kernel took something the last time.
         stuck = [now - stream.deadline + stream.STUCK_SECONDS for stream in behind]
         with self.pool.lock:
             items = [item for lane in self.pool.lanes.values() for item, _ in lane.items]
@@ -11804,8 +11817,8 @@ class HasFigures(LoopEdge):
                 "waited": max(waited, default=0.0)}
 
     def storage(self):
-        """And of the disk, and of workspaces. To measure all files would wake the disk for
-        20,000; so it is only those of the objects that are awake."""
+        """What it says of the disk and of workspaces. To measure 20,000 files would wake
+        the disk, so only those of awake objects are measured."""
         workspaces = self.env.workspaces
         open = workspaces.everybody()
         paths = {one.id: workspaces.path(one.id) for one in open}
