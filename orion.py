@@ -15604,12 +15604,43 @@ PLAIN.append(refuse_tokens)
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
 # It stands behind: 69 Tokens. What a program was told is what is kept.
 
-def stamp_of(request):
-    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
-    may_have = b"_stamp" in request.body or request.spool
-    if request.method in SAFE or not may_have or request.media_type not in FORMS:
-        return ""
-    return text_of(request, "_stamp")
+@addition
+class RepeatsAnswers(SliceHost):
+    """A host that does nothing when a command comes again: it repeats the first answer."""
+
+    def on_open(self):
+        super().on_open()
+        self.kept_answers = None                         # nobody has asked yet
+
+    def call(self, slice, route, args, viewer, request):
+        command = command_id(request, viewer)
+        first = self.answers().find(command) if command else None
+        if first:
+            return first
+        response = super().call(slice, route, args, viewer, request)
+        if command and self.wrote:
+            self.answers().keep(viewer.signature, command, response)
+        return response
+
+    def answers(self):
+        if self.kept_answers is None:
+            self.kept_answers = Answers(self.store)
+        return self.kept_answers
+
+
+# -- which command it is
+
+def command_id(request, viewer):
+    """Return an id of the command, by account and address; b"" if it has no repeat_key.
+
+    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
+    contains, such as a password: the number in the form's stamp is kept nowhere.
+    """
+    key = repeat_key(request) if viewer.account else ""
+    if not key:
+        return b""
+    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def repeat_key(request):
@@ -15626,18 +15657,25 @@ def repeat_key(request):
     return key
 
 
-def command_id(request, viewer):
-    """Return an id of the command, by account and address; b"" if it has no repeat_key.
+def stamp_of(request):
+    """Return the stamp (Context.stamp) of a plain form; "" if it has none."""
+    may_have = b"_stamp" in request.body or request.spool
+    if request.method in SAFE or not may_have or request.media_type not in FORMS:
+        return ""
+    return text_of(request, "_stamp")
 
-    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
-    contains, such as a password: the number in the form's stamp is kept nowhere.
-    """
-    key = repeat_key(request) if viewer.account else ""
-    if not key:
-        return b""
-    text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
+@addition
+class StampsForms(Context):
+    @property
+    def stamp(self) -> Html:
+        """A hidden field for a plain form: for whom the page was made, and a number, as
+        "carol 5c41...". So the form does one thing, even if it is sent twice."""
+        number = secrets.token_hex(12)
+        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
+
+
+# -- the answers
 
 # Too old, or of the future; or of this account, and not among its last ones.
 FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
@@ -15704,40 +15742,6 @@ class Answers:
             if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
                 del self.ids[row["command"]]
         self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
-
-
-@addition
-class RepeatsAnswers(SliceHost):
-    """A host that does nothing when a command comes again: it repeats the first answer."""
-
-    def on_open(self):
-        super().on_open()
-        self.known = None                                # nobody has asked yet
-
-    def call(self, slice, route, args, viewer, request):
-        command = command_id(request, viewer)
-        known = self.answers().find(command) if command else None
-        if known:
-            return known
-        response = super().call(slice, route, args, viewer, request)
-        if command and self.wrote:
-            self.answers().keep(viewer.signature, command, response)
-        return response
-
-    def answers(self):
-        if self.known is None:
-            self.known = Answers(self.store)
-        return self.known
-
-
-@addition
-class StampsForms(Context):
-    @property
-    def stamp(self) -> Html:
-        """A hidden field for a plain form: for whom the page was made, and a number, as
-        "carol 5c41...". So the form does one thing, even if it is sent twice."""
-        number = secrets.token_hex(12)
-        return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
 
 
 # -- a page that was made for another account

@@ -3064,7 +3064,7 @@ def test_after_ten_minutes_a_command_is_a_new_one_and_the_answers_of_before_are_
         answer_of(one, with_key(f"old {n}"))
     with one.turn, one.store.tx():
         one.store.exec("UPDATE answers SET at = at + ?", seconds)
-    one.known = None                                 # as if it had slept
+    one.kept_answers = None                                 # as if it had slept
     answer_of(one, with_key("old 0"))
     assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 4
 
@@ -3077,7 +3077,7 @@ def test_a_command_that_was_done_again_is_known_also_when_its_first_answer_goes(
     answer_of(one, with_key("a"))
     assert titles(Person(server, "bob")).count("x") == 2
     with one.turn, one.store.tx():
-        one.known.forget("")
+        one.kept_answers.forget("")
     answer_of(one, with_key("a"))
     assert keys_in(server) == [("bob", 1)] and titles(Person(server, "bob")).count("x") == 2
 
@@ -3089,7 +3089,7 @@ def test_the_ids_of_one_account_are_bounded_and_push_out_nobody_elses(server, mo
     for n in range(100):
         answer_of(one, with_key(f"{n} {'k' * 3000}"))
     assert keys_in(server)[0] <= ("bob", 30) and keys_in(server)[1] == ("carol", 1)
-    assert len(one.known.ids) == sum([many for _, many in keys_in(server)])
+    assert len(one.kept_answers.ids) == sum([many for _, many in keys_in(server)])
     with contextlib.closing(server.store("acme")) as file:
         assert file.execute("SELECT max(length(command)) FROM answers").fetchone() == (16,)
     before = len(titles(Person(server, "bob")))
