@@ -6372,10 +6372,12 @@ def create_workspace_with_file(request, env):
 #     VIEWERS.append(...)           a function: puts what a verdict says into a viewer
 #     PLAIN.append(...)             what changes the env of --plain, too
 #
-# So the Directory of this part is a chain of classes:
+# So the Directory of this part is a chain of some fifty classes. In it stand, with their
+# sections (all of them are in whole(EdgeDirectory).__mro__):
 #
-#     TellsLabels -> LetsOperatorsLookOn -> EndsSessions -> ... -> EdgeDirectory -> HasJobs
-#     -> Broadcast
+#     ... -> TellsLabels (49) -> KnowsLinks (47) -> LetsOperatorsLookOn (46) -> ...
+#     -> EdgeDirectory (26) -> ... -> HasJobs (42) -> ... -> Broadcast (24) -> ...
+#     -> Directory (12) -> ... -> OwnsTables (27) -> ... -> SliceHost (8)
 #
 # A method to which several sections add calls super(), and so asks the sections before it.
 # These have most of them:
@@ -6765,6 +6767,9 @@ class Judge:
 
 
 # -- who owns which table
+#
+# Objects have an OwnedObjectStore (with --plain, a KnowsOwners), commands and checks an
+# OwnedStore. What a slice gets is a Tables, a view of one of these.
 
 class KnowsOwners(NestedStore):
     """A store that knows which slice owns which table."""
@@ -6824,12 +6829,12 @@ class KnowsOwners(NestedStore):
 
 
 class OwnedStore(KnowsOwners, GuardedStore):
-    """For a command or a check. It holds no turn, so it can wait for a lock."""
+    """It is used without a turn, so it can wait for a lock."""
     LOCK_SECONDS = Store.LOCK_SECONDS
 
 
 class OwnedObjectStore(KnowsOwners, GuardedStore):
-    """For objects. (With --plain, they have KnowsOwners itself.)"""
+    """It waits for no lock: whoever uses it holds a turn."""
 
 
 @addition
