@@ -14211,6 +14211,8 @@ class TellsMore(LoopEdge):
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
 SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
 
+# -- what is public
+
 
 def public_path(router, request):
     """Return the path of the route, if a slice lets anybody in with this; else ""."""
@@ -14251,6 +14253,8 @@ def as_nobody(request, env):
         return request._replace(headers=headers)
 
 
+# -- in the Directory
+
 @addition
 class LetsAnybodyIn(Directory):                          # also with --plain
     def verdict_on(self, ctx, workspace):
@@ -14276,6 +14280,8 @@ class LetsAnybodyIn(Directory):                          # also with --plain
     def inner_router(self):
         return workspace_router(self.namespace.settings)
 
+
+# -- at the edge
 
 def beginning_with(path):
     """Return a pattern of all that begins with a slice's path. Group 1 is "/w/acme"."""
@@ -15149,6 +15155,8 @@ def asked_range(request, size, etag):
                       (("content-range", f"bytes */{size}"),))
     return begins, ends
 
+
+# -- the pieces behind the first
 
 @dataclasses.dataclass
 class Rest:
@@ -16564,10 +16572,10 @@ class Console:
     def ask_all(self, ids, state):
         """Return the facts of each object, and how long it took to ask for them."""
         started = time.perf_counter()
-        facts = {id: self.count(id) for id in ids}
+        facts = {id: self.ask_one(id) for id in ids}
         return facts, in_ms(time.perf_counter() - started)
 
-    def count(self, id):
+    def ask_one(self, id):
         workspaces = self.env.workspaces
         slept = id not in workspaces.objects
         facts = facts_of(workspaces.get(id))
