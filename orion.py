@@ -3109,33 +3109,33 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     16 Files      17 Commits     18 Pieces      19 Reader      20 Answers     21 Kept
 #     22 Threads    23 Sockets     24 Broker      25 Loop edge   26 Hosts
 #
-# In Part One the object holds its streams: a thread for each of them, and an object that
-# can't sleep while somebody looks at it. Here one loop holds all sockets, a few threads do
-# the work, and an object may sleep while thousands watch it. This part has three layers:
+# In Part One the object holds its streams: each stream takes a thread, and the object can't
+# sleep while anybody watches it. Here one loop holds all sockets, a few threads do the
+# work, and an object may sleep while thousands watch it. This part has three layers:
 #
 #     16, 17     the object: its file, which may fail, and its commits, which are shared
-#     18 to 21   bytes: what is rendered once for many, how requests are read, how answers
-#                are written, and which are kept
+#     18 to 21   bytes: renderings that many streams share, requests as they are read,
+#                answers as they are written, and pages that are kept
 #     22 to 25   threads and sockets: the pool, the loop, and the broker, which knows which
-#                stream shows what
+#                stream shows which region
 #
-# 26 puts them together. To follow one click, only GuardedStub of 16 is needed.
+# 26 puts the layers together. To follow one click, read only GuardedStub of 16.
 #
 # The way of one click here. In the loop:
 #
 #     Connection.read, advance (25)   feeds read_requests (19), until a request is complete
-#     LoopEdge.take_up (25)           a page that was kept (21) leaves at once; else:
+#     LoopEdge.take_up (25)           sends a kept page (21) at once; if there is none:
 #     Pool.gather (22)                puts the request into a lane, the queue of an object
 #
 # In a thread of the pool:
 #
-#     LoopEdge.work_off (25)          runs the worker (2) up to its last step, which is not
-#                                     taken, but noted: Noted (25)
+#     LoopEdge.work_off (25)          runs the worker (2) up to its last step, the forward,
+#                                     which it only notes: Noted (25)
 #     GuardedStub.fetch_all (16)      takes the turn of the object
 #     GroupCommit.answer_all (17)     runs all commands of the lane in one transaction
 #     Broker.published (24)           is told what was published, after the commit
 #     LoopEdge.finish (25)            sends the answers: Connection.reply (25)
-#     Broker.refresh (24)             the same thread asks for the region anew
+#     Broker.refresh (24)             asks for the region again, in the same thread
 #
 # And in the loop again: Broker.deliver (24), Stream.show (23).
 #
@@ -3152,26 +3152,26 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #     memory for a stream                          44 kB       2.0 kB   22 : 1
 #     threads for 1,000 streams                    1,004           18   56 : 1
 #
-# It costs a second reader of requests, and a rule for slices: a page may depend only on its
-# rows, and on path, query and cookie of its request, for it may be kept. Slices see nothing
-# of the rest: commands that wait for the same object share a commit, and the bytes of a
-# rendering go to all who may see the same.
+# It costs a second reader of requests, and a rule for slices: because a page may be kept,
+# it may depend only on its rows and on path, query and cookie of its request. Slices do not
+# notice the rest: commands that wait for the same object share a commit, and all who may
+# see the same get the same bytes of a rendering.
 #
-# It attaches to Part One by subclasses of Store, Stub, Namespace and DurableObject, which a
-# composition root chooses (two_planes, in section 30). super() goes along such a chain:
+# It extends Part One with subclasses of Store, Stub, Namespace and DurableObject. A
+# composition root chooses them (two_planes, in section 30). super() follows this chain:
 #
 #     EdgeWorkspace -> Broadcast -> GroupCommit -> GuardedObject -> Workspace -> SliceHost
 #     -> DurableObject
 #
-# The worker stays as it is: it runs in an Env whose forward is another one. A publish goes
-# from Bus.tell to GuardedNamespace.published, and on to Broker.published.
+# The worker is unchanged. It runs in an Env with another forward. A publish goes from
+# Bus.tell to GuardedNamespace.published, and from there to Broker.published.
 #
 # Here, too, a name nearly always has the same type: asked is an Asked, buffer a bytearray,
 # channel a Channel, edge a LoopEdge, lane a Lane, piece a Piece, reading a Reading,
-# response a Response, stream a Stream, stub a GuardedStub; headers is a dict, folder a
-# pathlib.Path and so is path where it is of a file; data and head are bytes; call, ask, job
-# and function are functions; seconds may have a fraction; id, draft, topic, why, peer and
-# host are strings.
+# response a Response, stream a Stream, stub a GuardedStub; headers is a dict; folder is a
+# pathlib.Path, and so is the path of a file; data and head are bytes; call, ask, job and
+# function are functions; seconds may have a fraction; id, draft, topic, why, peer and host
+# are strings.
 
 import collections
 import errno
@@ -3186,79 +3186,79 @@ from typing import Iterable, Iterator
 try:
     import fcntl
     import resource
-except ImportError:                                      # Windows: neither is there
+except ImportError:                                      # Windows has neither of them
     fcntl = resource = None
 
-CRASH = BaseException                                    # a slice may call sys.exit()
+CRASH = BaseException                                    # even a slice's sys.exit()
 
 
 # ==== 16. Files ===========================================================================
-# The idea: a disk fails one file at a time. Whatever is wrong with the file of an object is
-#   a StorageFault: a 503 or 507 for this workspace alone, and a line in the log that says
-#   which file, what, and what to do.
-# It promises: nothing is made anew in the place of what was lost; nothing is written to a
-#   file that was taken away or exchanged; no statement runs for longer than a few seconds.
-#   Migrations that take longer than a second go on in a thread of their own, one file after
-#   the other; until they end, that workspace alone answers 503.
+# The idea: a faulty file must not stop the server. Whatever is wrong with an object's file
+#   is raised as a StorageFault: that workspace alone answers 503 or 507, and a line in the
+#   log names the file, the fault and the remedy.
+# It promises: a lost file is never replaced by an empty one. Nothing is written to a file
+#   that was moved or replaced. No statement runs for longer than a few seconds. Migrations
+#   that take longer than a second go on in a background thread, one file after the other;
+#   until they end, that workspace alone answers 503.
 #   While another process holds the write lock of a file, commands to it wait, and so do the
-#   requests behind them in their lane; never while they hold the object's turn. Others read
-#   on: in WAL mode nobody can lock out the readers of a file that is open here.
-# Who uses it: both planes. (On a first reading, stop behind GuardedStub.)
+#   requests behind them in their lane. They wait without the object's turn, so others can
+#   read on: in WAL mode nobody can lock out the readers of a file that is open here.
+# Who uses it: both planes. (On a first reading, stop after GuardedStub.)
 
 def retry_after(seconds):
-    """Return the headers of a refusal that passes (RFC 9110, 10.2.3)."""
+    """Return the Retry-After header of a temporary refusal (RFC 9110, 10.2.3)."""
     return (("retry-after", str(seconds)),)
 
 
 class Undone(Exception):
-    """Nothing was done. Whoever called asks again."""
+    """Nothing was done, so the caller asks again."""
 
 
 class Detached(Undone):
-    """Another file is at the path of the one that is open, or none. The stub closes the
-    object, and asks the next one, which opens that file."""
+    """The open file is no longer at its path: another file is there, or none. The stub
+    closes the object and asks a new one, which opens the file at the path."""
 
 
 class Locked(Undone):
-    """Another process writes to the file. The stub gives the turn back, and takes it again
-    after a pause, for some seconds."""
+    """Another process holds the write lock of the file. The stub releases the turn and
+    tries again after a pause, for some seconds."""
 
 
 class Busy(Refused):
-    """It would take too long to wait."""
+    """Waiting would take too long."""
 
     def __init__(self):
         super().__init__(503, "This is busy. Try again in a moment.", retry_after(1))
 
 
 class GuardedStub(Stub):
-    """Takes the turn, asks, and deals with Undone. Who has a limit of seconds does not wait
-    at all while another process has the file locked."""
+    """Takes the turn, asks, and handles Undone. A caller with a limit of seconds does not
+    wait at all while another process has the file locked."""
     PAUSE = 0.005                                        # seconds
 
     def fetch(self, request, seconds=-1):
         return self.enter(lambda one: one.answer(request), request, seconds)
 
     def ask(self, path, query="", headers={}, scheme="http"):
-        """Ask a question of the server itself. Return the answer, taken out of its JSON."""
+        """Ask a question for the server itself. Return the answer, decoded from JSON."""
         question = Request("GET", path, query, headers, scheme=scheme)
         return json.loads(self.fetch(question).body)
 
     def ask_as(self, request, path):
-        """Ask it about whoever sent this request, and with its query."""
+        """Ask it about the sender of this request, with the same query."""
         return self.ask(path, request.query, request.headers, request.scheme)
 
     def fetch_all(self, requests, check=lambda: None):
-        """See GroupCommit. check() is called when the turn has come; it may raise."""
+        """See GroupCommit.answer_all. check() is called in the turn; it may raise."""
         def ask(one):
             check()
             return one.answer_all(requests)
         return self.enter(ask, requests[0])
 
     def enter(self, ask, request, seconds=-1):
-        """Return ask(object), called in its turn.
+        """Call ask(object) in the object's turn, and return the result.
 
-        seconds: the longest wait for the turn, then Busy is raised; -1: no limit.
+        seconds: how long to wait for the turn before Busy is raised; -1: no limit.
         """
         self.namespace.count(self.id, request)
         try:
@@ -3282,9 +3282,9 @@ class GuardedStub(Stub):
                 one.turn.release()
 
     def wait_for_lock(self, locked, ask):
-        """Ask until another process gives its lock back, in one of a few threads.
+        """Ask again until another process releases its lock. Only a few threads may wait.
 
-        In the pauses others have the turn. Raises StorageFault, Busy.
+        Others can take the turn during the pauses. Raises StorageFault, Busy.
         """
         namespace = self.namespace
         if not namespace.lock_waiters.acquire(blocking=False):
@@ -3305,16 +3305,16 @@ LOOK_SECONDS = 0.2                                       # see fetch_briefly
 
 
 def fetch_briefly(stub, request):
-    """For what can do without the answer: wait for a busy object no longer than that."""
+    """Fetch an answer that the caller can do without: wait at most LOOK_SECONDS."""
     return stub.fetch(request, LOOK_SECONDS)
 
 
-# -- what is wrong with a file (to be skipped on a first reading, up to section 17)
+# -- faults of a file (skip this on a first reading, up to section 17)
 
 class StorageFault(Refused):
-    """The file of an object can't be used. The text is for the log, message for people."""
-    LATE = "its migrations take long"                    # said by GuardedObject.open
-    # By a part of the error's text. The first that fits counts.
+    """The file of an object can't be used. text is for the log, message is for people."""
+    LATE = "its migrations take long"                    # GuardedObject.open raises it
+    # By a part of the error's text. The first match counts.
     REMEDIES = {LATE: "they go on apart; nobody is let in here until they end",
                 "disk is full": "make room on the disk, or raise the quota",
                 "is locked": "another process holds it: end that one",
@@ -3363,10 +3363,10 @@ class StorageFault(Refused):
 # -- the file of an object
 
 class NestedStore(Store):
-    """A store in which a transaction can be inside of another."""
+    """A store in which a transaction can contain others."""
 
     def tx(self):
-        """Inside another tx it is a savepoint: it can fail alone."""
+        """Inside another tx this is a savepoint, which can fail alone."""
         return self.savepoint() if self.db.in_transaction else super().tx()
 
     @contextlib.contextmanager
@@ -3388,24 +3388,24 @@ class NestedStore(Store):
 
 
 class GuardedStore(NestedStore):
-    """A store that notices what happens to its file.
+    """A store that notices if its file is moved or replaced.
 
-    Small pages and few kept statements: a workspace awake takes 85 KB, 32 of them the index
-    of its write-ahead log. With SQLite's 4,096 bytes and Python's 128 it takes 122.
+    Small pages and few kept statements: an awake workspace takes 85 KB, 32 of them for the
+    index of its log. With the defaults (4,096 bytes, 128 statements) it takes 122 KB.
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
-    LOCK_SECONDS = 0.0                                   # nobody waits holding a turn
+    LOCK_SECONDS = 0.0                                   # 0: never wait in an object's turn
 
     def __init__(self, path, create=False):
-        self.inode = None if create else identity(path)  # None: it is made just now
+        self.inode = None if create else identity(path)  # None: it is new
         super().__init__(path, create)
 
     @property
     def detached(self):
-        """True if another file is at the path by now, or none.
+        """True if another file is at the path now, or none.
 
-        SQLite does not notice: it would go on writing to a file that nobody finds.
+        SQLite does not notice. It would go on writing to a file that nobody can find.
         """
         try:
             return self.inode not in (None, identity(self.path))
@@ -3413,14 +3413,14 @@ class GuardedStore(NestedStore):
             return True
 
     def begin(self):
-        """Raises Detached. While we have the write lock, nobody takes the file away."""
+        """Raises Detached. While we hold the write lock, nobody replaces the file."""
         super().begin()
         if self.detached:
             self.run("ROLLBACK", ())
             raise Detached
 
     def commit(self):
-        """A commit that raises has written nothing, even if there is a crash after it."""
+        """If a commit raises, nothing of it is written, not even after a crash."""
         try:
             super().commit()
         except sqlite3.OperationalError:
@@ -3429,18 +3429,18 @@ class GuardedStore(NestedStore):
             raise
 
     def overwrite(self):
-        """Write a commit that changes nothing over the one that failed.
+        """Overwrite a failed commit with one that changes nothing.
 
-        The failed one can be whole in the write-ahead log: all of it was written, and only
-        then the disk reported an error. After a crash SQLite would take it for valid.
+        The failed one can be complete in the write-ahead log, if the disk reported its
+        error only after writing all of it. After a crash SQLite would take it for valid.
         """
-        with contextlib.suppress(sqlite3.Error):         # it is written before it fails
+        with contextlib.suppress(sqlite3.Error):         # even if this fails, it is written
             self.exec(f"PRAGMA user_version={self.one('PRAGMA user_version')[0]}")
 
     def close(self):
         """If the file is detached, write its log into it first. SQLite does so itself only
         for a file at its path; and the new file there must not pick up this log."""
-        self.db.set_progress_handler(None, 0)            # it refers to the object
+        self.db.set_progress_handler(None, 0)            # the handler refers to the object
         if self.detached:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -3448,10 +3448,10 @@ class GuardedStore(NestedStore):
 
 
 def identity(path):
-    """Return which file is at path: a device, and a number there. Raises
-    sqlite3.DatabaseError if there is none, or no database.
+    """Return the device and inode of the file at path. Raises sqlite3.DatabaseError if
+    there is no file, or no database in it.
 
-    An empty file would be a new database to SQLite.
+    SQLite would take an empty file for a new database, so that is refused, too.
     """
     try:
         found = os.lstat(path)
@@ -3464,7 +3464,7 @@ def identity(path):
 
 
 def connected_to_read(path, how="", **options):
-    """how: more of the URI (sqlite.org/uri.html). options: what connect() takes."""
+    """how: more of the URI (sqlite.org/uri.html). options: arguments of connect()."""
     uri = f"{path.absolute().as_uri()}?mode=ro{how}"
     return sqlite3.connect(uri, uri=True, **options)
 
@@ -3472,12 +3472,12 @@ def connected_to_read(path, how="", **options):
 class GuardedObject(DurableObject):
     """An object whose file may fail."""
     store_class = GuardedStore
-    STATEMENT_SECONDS = 5.0                              # then SQLite interrupts it
+    STATEMENT_SECONDS = 5.0                              # SQLite interrupts a longer one
     OPEN_SECONDS = float("inf")                          # see migrate_apart
-    LOG_SECONDS = 2.0                                    # what took longer is in the log
-    # Of each object, as it begins:
-    began = float("inf")                                 # when the present answer began
-    opened_at = 0.0                                      # by the clock, for people
+    LOG_SECONDS = 2.0                                    # longer openings are logged
+    # The values with which each object begins:
+    began = float("inf")                                 # when the current answer began
+    opened_at = 0.0                                      # by time.time(), for people
 
     def open(self, create=False):
         """Raises StorageFault if migrations take longer than OPEN_SECONDS."""
@@ -3487,9 +3487,9 @@ class GuardedObject(DurableObject):
         except (sqlite3.Error, MigrationError) as error:
             if not str(error).endswith("interrupted") or self.namespace.closed:
                 raise
-            late = f"{StorageFault.LATE}: {error}"       # too_long has ended them
+            late = f"{StorageFault.LATE}: {error}"       # too_long interrupted them
             self.namespace.migrate_apart(self.id, late)
-            self.close()                                 # all who wait for it hear so
+            self.close()                                 # so all who wait get the fault
             raise self.fault(late) from error
         took = time.monotonic() - began
         if took > self.LOG_SECONDS:
@@ -3509,16 +3509,16 @@ class GuardedObject(DurableObject):
         return store
 
     def too_long(self):
-        """SQLite asks this now and then, in the midst of a statement, which True ends."""
+        """SQLite calls this now and then during a statement. True interrupts it."""
         if self.bus:
             return time.monotonic() > self.began + self.STATEMENT_SECONDS
-        # Migrations are under way. In migrate_one they have no limit: began is infinite.
+        # Migrations are running. In migrate_one, began is infinite, so they have no limit.
         late = time.monotonic() > self.began + self.OPEN_SECONDS
         return late or self.namespace.closed
 
     def claim(self, store):
-        """Raise sqlite3.DatabaseError if the file is another object's: its rows are not for
-        those who are let in here. Mark a file that has no mark yet."""
+        """Raise sqlite3.DatabaseError if the file belongs to another object, because those
+        who are let in here must not see its rows. Mark a file that has no mark yet."""
         found = store.one("PRAGMA application_id")[0]
         mark = mark_of(self.id)
         if found not in (0, mark):
@@ -3531,7 +3531,7 @@ class GuardedObject(DurableObject):
         self.bus.listeners.append(functools.partial(self.namespace.published, self.id))
 
     def answer(self, request):
-        """Raise StorageFault; or Undone: then the stub asks again."""
+        """Raises StorageFault, or Undone; after Undone the stub asks again."""
         self.began = time.monotonic()
         try:
             response = super().answer(request)
@@ -3543,8 +3543,8 @@ class GuardedObject(DurableObject):
         return response
 
     def check_file(self, error):
-        """Raise Locked if nothing was done for that reason, or StorageFault if the file is
-        behind this error."""
+        """Raise Locked if another process's lock kept the answer from beginning, or
+        StorageFault if the file is the cause of this error."""
         begun = self.store and self.store.db.in_transaction
         if str(error) == "database is locked" and not begun:
             raise Locked(error) from error
@@ -3556,30 +3556,30 @@ class GuardedObject(DurableObject):
 
     @property
     def detached(self):
-        store = self.store                               # it may be closed meanwhile
+        store = self.store                               # another thread may close it
         return store is not None and store.detached
 
     def close(self):
         detached = self.detached
         self.namespace.changed(self.id)
         super().close()
-        if detached and self.namespace.path(self.id).exists():  # another file: other rows
+        if detached and self.namespace.path(self.id).exists():  # the new file: other rows
             self.namespace.published(self.id, "")
 
 
 def mark_of(id):
-    """Return a number in the file that says whose it is."""
+    """Return the number that is stored in the file of this object, to identify it."""
     return zlib.crc32(id.encode()) >> 1
 
 
 # -- all objects of a kind
 
 class GuardedNamespace(Namespace):
-    """Keeps at most so many objects awake, and tells of what happens to them."""
-    LOCK_WAITERS = 4                                     # threads, for locks of others
-    LOCK_WAIT_SECONDS = 5.0                              # the longest wait for one
-    LATE_SECONDS = 60.0                                  # until what failed is tried again
-    CLOSE_SECONDS = 1.0                                  # the pool has waited already
+    """Keeps at most `most` objects awake, and tells listeners what is published."""
+    LOCK_WAITERS = 4                                     # threads that may wait for a lock
+    LOCK_WAIT_SECONDS = 5.0                              # how long each may wait
+    LATE_SECONDS = 60.0                                  # until a failure is retried
+    CLOSE_SECONDS = 1.0                                  # because the pool has waited
 
     def __init__(self, *args, most=1024):
         super().__init__(*args)
@@ -3589,10 +3589,10 @@ class GuardedNamespace(Namespace):
         self.listeners = []                              # called with (id, topic)
         self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
-        self.late = {}               # by id: until when nobody is let in here, and why
+        self.late = {}               # by id: until when it is closed, and why
         self.to_migrate = collections.deque()            # ids: see migrate_apart
         self.fetches = 0                                 # all requests to objects
-        self.served = collections.Counter()              # by id: those of people alone
+        self.served = collections.Counter()              # by id: only those of people
 
     def get(self, id):
         return GuardedStub(id, self)
@@ -3603,7 +3603,7 @@ class GuardedNamespace(Namespace):
             self.served[id] += 1
 
     def fault(self, id, error):
-        """Tell the log what is wrong with a file. Return it as a StorageFault."""
+        """Log what is wrong with a file. Return it as a StorageFault."""
         fault = StorageFault(self.path(id), error)
         log(f"storage: {fault}")
         return fault
@@ -3611,9 +3611,9 @@ class GuardedNamespace(Namespace):
     def lock_deadline(self, id):
         """Return when all requests that wait for another process's lock give up.
 
-        If the first one waits from 0 s on, it is 5 s. One that comes at 3 s waits for two.
-        One that comes at 7 s does not wait: the lock is probably the same. One that comes
-        at 11 s, or after a command that got the lock, begins anew.
+        If the first one waits from 0 s on, this is at 5 s. One that comes at 3 s waits for
+        2 s. One that comes at 7 s does not wait, because the lock is probably the same. One
+        that comes at 11 s, or after a command that got the lock, starts a new period.
         """
         now = time.monotonic()
         end = self.lock_deadlines.get(id, float("-inf"))     # a thread may remove it
@@ -3622,27 +3622,27 @@ class GuardedNamespace(Namespace):
         return end
 
     def published(self, id, topic):
-        """Pass it on to the listeners. topic "": anything may be different."""
+        """Tell the listeners. topic "": anything may have changed."""
         for listener in self.listeners:
             listener(id, topic)
 
     def changed(self, id):
-        """Note that answers from before now may be old."""
+        """Note that answers given before now may be outdated."""
         self.versions[id] += 1
 
     def awake(self, id):
-        """Raises StorageFault while its migrations go on apart."""
+        """Raises StorageFault while the object's migrations run in the background."""
         one = super().awake(id)
-        # Looked up last: whoever builds an object after migrate_apart is to find the entry.
+        # Look it up last, so that an object built after migrate_apart finds the entry.
         until, why = self.late.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
         return one
 
     def migrate_apart(self, id, why):
-        """Open a file in a thread, however long that takes, when those before it are done.
+        """Open a file in the background, after those before it, however long it takes.
 
-        Nobody is let in here meanwhile, nor for LATE_SECONDS if it fails.
+        Until then the object answers 503, and if it fails, for LATE_SECONDS more.
         """
         with self.lock:
             self.late[id] = float("inf"), why
@@ -3672,20 +3672,20 @@ class GuardedNamespace(Namespace):
             raise
 
     def touch(self, id):
-        """Note that a kept page was sent: that is a use of its object, too."""
+        """Note that a kept page was sent, because that is a use of its object, too."""
         one = self.objects.get(id)
         if one:
             one.used = time.monotonic()
 
     def sleep_excess(self):
-        """The least recently used go to sleep; one that is busy just now is passed over."""
+        """Put the least recently used objects to sleep, except for those that are busy."""
         if len(self.objects) > self.most:
             by_use = sorted(self.everybody(), key=lambda one: one.used)
             for one in by_use[:-self.most]:
                 one.sleep(time.monotonic())
 
     def sleep_unused(self, idle=None):
-        """Those whose file is not at its path any more go to sleep at once."""
+        """Put unused objects to sleep, and at once those whose file is not at its path."""
         for one in self.everybody():
             if one.detached:
                 one.sleep(time.monotonic())
@@ -3693,10 +3693,9 @@ class GuardedNamespace(Namespace):
 
     @contextlib.contextmanager
     def draft(self):
-        """Use it as `with namespace.draft() as id:`. It makes a file for an object whose id
-        is not known yet, under a temporary one, and removes it at the end, unless
-        name_draft was called. See create_workspace_with_file (26).
-        """
+        """Make a file under a temporary id, for an object whose id is not known yet. Use it
+        as `with namespace.draft() as id:`. It removes the file at the end, unless
+        name_draft has renamed it. See create_workspace_with_file (26)."""
         id = f"new-{secrets.token_hex(8)}"
         try:
             self.create(id)
@@ -3710,15 +3709,15 @@ class GuardedNamespace(Namespace):
                 self.path(id).unlink()
 
     def tidy(self):
-        """Remove the drafts that a crash left behind. Only when a server starts."""
+        """Remove the drafts that a crash left behind. Only for the start of a server."""
         for file in self.folder.glob("new-*.db*"):
             file.unlink()
 
     def name_draft(self, draft, id):
         """Give the file its real id.
 
-        Raises Refused(422) if there is a file of this id: one of a workspace that no
-        Directory knows any more. One without rows was left behind by a command that failed.
+        Raises Refused(422) if this id has a file already, of a workspace that the Directory
+        does not know. A failed command can leave a file without rows: that is replaced.
         """
         place = self.path(id)
         if place.exists() and not has_no_rows(place):
@@ -3732,14 +3731,14 @@ TAKEN = (422, "There is a file of such a workspace already. Choose another name;
 
 
 def has_no_rows(path):
-    """True if nobody wrote to this file of a workspace; False if that can't be said."""
+    """True if nobody wrote to this workspace's file; False if it can't be read."""
     with contextlib.suppress(sqlite3.Error), Store(path) as store:
         return store.one("SELECT 1 FROM journal") is None
     return False
 
 
 def in_new_thread(function):
-    """Start a thread. Return False if the system grants none; then the log says so."""
+    """Start a thread. If the system grants none, log that and return False."""
     try:
         threading.Thread(target=function, daemon=True).start()
     except RuntimeError as error:
@@ -3749,53 +3748,53 @@ def in_new_thread(function):
 
 
 def sync_folder(folder):
-    """Make the names in a folder durable, where it can be opened (POSIX)."""
+    """Make the file names in a folder durable, where a folder can be opened (POSIX)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:                  # its file system can't: fsync(2)
+        if error.errno != errno.EINVAL:                  # unsupported: see fsync(2)
             raise
     finally:
         os.close(handle)
 
 
 # ==== 17. Commits =========================================================================
-# The idea: to make a file durable takes longer than most commands. So commands that wait
-#   for the same object anyway are run one after the other in one transaction, each in a
-#   savepoint, and are made durable together.
-# It promises: none of them is answered before its commit is on the disk. Each can fail
-#   alone. If the commit fails, all that were in it hear so.
-# Who uses it: the loop edge (section 25), for what waited in the lane of an object.
+# The idea: making a commit durable takes longer than most commands do. So commands that
+#   wait for the same object run one after the other in one transaction, each in its own
+#   savepoint, and one commit makes all of them durable.
+# It promises: no command is answered before its commit is on the disk. Each can fail alone.
+#   If the commit fails, every command in it gets that error.
+# Who uses it: the loop edge (section 25), for the requests in the lane of an object.
 
 def outcome(call, *args):
-    """Return what the call returned, or the exception that it raised."""
+    """Return what the call returns, or the exception that it raises."""
     try:
         return call(*args)
-    except Undone:                                       # it is asked again
+    except Undone:                                       # the caller asks again
         raise
     except CRASH as error:
         return error
 
 
 class GroupCommit(GuardedObject):
-    BATCH_SECONDS = 0.05                                 # then the others are another batch
+    BATCH_SECONDS = 0.05                                 # then the rest is another batch
 
     def command(self, request):
         before = self.store.db.total_changes
         try:
             return super().command(request)
-        finally:                                         # before anybody else has the turn
+        finally:                                         # while we still have the turn
             if self.store.db.total_changes != before:
                 self.namespace.changed(self.id)
 
     def answer_all(self, requests):
         """Answer requests that came together. The caller holds the turn.
 
-        Return an outcome for each: a Response, or the exception that it raised. There may
-        be fewer outcomes than requests, but at least one: ask again for the others.
+        Return an outcome for each: a Response, or the exception that it raised. If there is
+        no time for all, return fewer outcomes, but at least one: ask again for the rest.
         """
         if len(requests) == 1:
             return [outcome(self.answer, requests[0])]
@@ -3809,17 +3808,17 @@ class GroupCommit(GuardedObject):
             return outcomes
         except Undone:
             raise
-        except CRASH as error:                           # nothing of it is on the disk
-            if not outcomes:                             # it did not even begin
+        except CRASH as error:                           # nothing is on the disk
+            if not outcomes:                             # the transaction never began
                 self.check_file(error)
                 raise
             self.forget_renderings()
             fault = error if isinstance(error, StorageFault) else self.fault(error)
-            # What had failed by itself keeps its reason.
+            # A command that failed by itself keeps its own error.
             return [one if failed(one) else fault for one in outcomes]
 
     def answer_each(self, requests, outcomes):
-        """Raises the error with which SQLite gave up all of the transaction."""
+        """Raises the error with which SQLite rolled back the whole transaction."""
         until = time.monotonic() + self.BATCH_SECONDS
         for request in requests:
             outcomes.append(outcome(self.answer, request))
@@ -3827,11 +3826,11 @@ class GroupCommit(GuardedObject):
                 last = outcomes[-1]
                 lost = sqlite3.OperationalError("a command lost the transaction")
                 raise last if isinstance(last, (sqlite3.Error, StorageFault)) else lost
-            if time.monotonic() > until:                 # the others ask again
+            if time.monotonic() > until:                 # the rest is asked again
                 return
 
     def forget_renderings(self):
-        """They show what was then rolled back. (A Broadcast has some.)"""
+        """Drop what shows rolled-back rows. (Only a Broadcast has renderings.)"""
 
 
 def failed(one):
@@ -3841,13 +3840,13 @@ def failed(one):
 # ==== 18. Pieces ==========================================================================
 # The idea: a rendering is kept as the very bytes that all its watchers get, plain and
 #   compressed. A piece that is compressed by itself can follow anything, so one serves all
-#   streams. But most of it was in the frame before; and gzip may refer to that, for whoever
-#   reads a stream keeps its last 32 kB. So a piece is also compressed as what differs, once
-#   for all streams that have sent the same last. (20 todos: 6,581 bytes; by itself 646; as
-#   what differs 136.)
-# It promises: a stream needs no compressor of its own. It keeps the frames that it has sent
-#   last, which it shares with all that show the same. The etag of a piece is made of its
-#   content, so it means the same after a restart and in another process.
+#   streams. But most of it repeats the frame before, and gzip may refer to that frame,
+#   because every reader of a stream remembers its last 32 kB. So a piece is also compressed
+#   as a delta, once for all streams that sent the same frames last. (20 todos: 6,581 bytes;
+#   compressed by itself 646; as a delta 136.)
+# It promises: a stream needs no compressor of its own. It only remembers the frames that it
+#   sent last, and shares them with all streams that show the same. An etag is computed from
+#   the content of a piece, so it means the same after a restart and in another process.
 # Who uses it: the broker (section 24).
 
 GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"              # RFC 1952, 2.3
@@ -3858,7 +3857,7 @@ LOOKS_BACK = 2 ** 15                                     # bytes: RFC 1951, 2
 def deflated(data, before=b""):
     """Compress data so that it can follow anything in a gzip stream that ends in before.
 
-    It ends on a byte and refers to nothing else (RFC 1951, 3.2.4).
+    The result ends at a whole byte and refers to nothing but before (RFC 1951, 3.2.4).
     """
     squeeze = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=before)
     return squeeze.compress(data) + squeeze.flush(zlib.Z_FULL_FLUSH)
@@ -3870,13 +3869,13 @@ def fingerprint(data):
 
 @dataclasses.dataclass
 class Piece(Rendering):
-    """A rendering as bytes, which are made when the first stream needs them: its frame and,
-    as chunks, that frame plain and zipped.
+    """A rendering as bytes: its frame, and that frame as HTTP chunks, plain and zipped.
+    Each is made when a stream first needs it.
 
-    A browser that comes back says which region it has seen last, by its etag. main: False
-    for what streams show beside the regions.
+    A browser that comes back says by its etag which region it saw last. main: False if the
+    piece is no region, but a heartbeat or a page.
     """
-    made: float = 0.0                                    # when, by time.perf_counter()
+    made: float = 0.0                                    # when (time.perf_counter())
     micros: int = 0                                      # how long it took
     main: bool = True
 
@@ -3899,36 +3898,36 @@ class Piece(Rendering):
 
 
 def frame_piece(frame):
-    """Return a piece that is this frame, and shows no region."""
+    """Return a piece of this frame that shows no region."""
     piece = Piece(Html(), main=False)
     piece.frame = frame
     return piece
 
 
-# Says that a region could not be read again. It is due until the next good one.
+# Says that a region could not be read again. It holds until the next good frame.
 NOT_CURRENT_PIECE = frame_piece(NOT_CURRENT)
 BEAT_PIECE = frame_piece(BEAT)
 MOST_FRAMES = 16                                         # that a stream remembers
 
 
 def sent_after(sent_last, piece, regions):
-    """Return the frames that a stream has sent last, once it sends this piece, too.
+    """Return the frames that a stream has sent last, once it has sent this piece, too.
 
-    sent_last: those before it. After a region there are as many as the page has regions. So
+    sent_last: those before. After a region, keep as many as the page has regions. So
     streams that show the same agree again, whatever else each has sent. (regions is 0 while
-    a stream shows its first.) There are none if gzip can't refer to so long a piece.
+    a stream shows its first.) Keep none if gzip can't refer to so long a piece.
     """
     most = regions if piece.main and regions else MOST_FRAMES
     return (*sent_last, piece.frame)[-most:] if len(piece.frame) < LOOKS_BACK else ()
 
 
 def deltas_of(piece, streams):
-    """In the pool: compress a piece as what differs from what most of these streams have
-    sent last. All others get piece.zipped.
+    """In the pool: compress a piece as a delta to the frames that most of these streams
+    sent last. The other streams get piece.zipped.
 
-    Return {what they have sent last: (the bytes, and what they have sent last then)}. If of
-    1,000 streams 998 have sent frame 7, and two are new, it is {(frame 7,): (frame 8 as
-    what differs, (frame 8,))}, and the two get all of frame 8.
+    Return {frames sent last: (the bytes, frames sent last after them)}. If 998 of 1,000
+    streams have sent frame 7 last, and two are new, it is {(frame 7,): (delta to frame 8,
+    (frame 8,))}, and the two get all of frame 8.
     """
     sent = collections.Counter([stream.sent_last for stream in streams if stream.zipped])
     last = max(sent, key=sent.get, default=())
@@ -3941,8 +3940,8 @@ def deltas_of(piece, streams):
 
 
 # ==== 19. Reader ==========================================================================
-# The idea: what could be read in two ways is refused, and the connection ends: a proxy in
-#   front of us might have read it the other way.
+# The idea: a request that could be read in two ways is refused and its connection closed,
+#   because a proxy in front of us might have read it the other way.
 # It promises: each byte of a head is looked at once, however slowly it comes.
 # Who uses it: connections (section 25).
 
@@ -3959,48 +3958,47 @@ FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
 HEAD = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n"
                   rb"((?:" + TOKEN + rb":" + VALUE + rb"\r\n)*)\r\n")
 REQUEST_LINE = re.compile(TOKEN + rb" [!-~]+ HTTP/([0-9])\.[0-9]\r\n")
-NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n")     # in no head
+NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n")     # never allowed
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t !-~]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\])"
                   r"(?::([0-9]{1,5}))?")                 # RFC 3986, 3.2.2
 ABSOLUTE = re.compile(r"(?i:https?)://([^/?]+)/?((?s:.*))")     # RFC 9112, 3.2.2
 
 ONCE = {"host", "content-length", "content-type", "transfer-encoding", "origin",
-        "sec-fetch-site", "expect"}                      # header fields that may come once
+        "sec-fetch-site", "expect"}                      # header fields that may not repeat
 TOO_LONG = (414, "The address is too long. Send what is long in the body.")
 
 
 class Reading(NamedTuple):
     """A request as it was framed.
 
-    What its target means is asked later: a bad target is a mistake inside a sound frame.
+    Its target is parsed later, because a bad target does not break the frame.
     """
     method: str
     target: str
     headers: Dict[str, str]
-    keep: bool                                           # the connection goes on after it
+    keep: bool                                           # the connection stays open
     modern: bool                                         # HTTP/1.1
     length: Optional[int]                                # of the body; None: in chunks
-    body: Optional[bytes] = b""                          # None: it waits to be let in
+    body: Optional[bytes] = b""                          # None: to be let in first
     spool: Any = None                                    # [3] see Request.spool
 
 
 def refuse_long(reading):
-    """Raise Refused(413) for a body that is not short: nothing takes it."""
+    """Raise Refused(413) for a long body, because nothing here takes one."""
     if reading.length is not None:
         raise too_large(BODY_LIMIT)
 
 
 def read_requests(buffer, spool_for=refuse_long):
-    """A coroutine over a buffer that grows: yields a Reading, or None for more bytes.
+    """A generator over a growing buffer: yields a Reading, or None to get more bytes.
 
-    Some requests are yielded twice, first without their body, to be let in, and then whole:
-    if the client waits for a 100; or if the body is or may be long, and spool_for(reading)
-    returned what is to take it. Raises Refused if the framing is broken. Then nothing
-    behind it may be read.
+    A request is yielded twice, first without its body, to be let in, and then whole, if the
+    client waits for a 100, or if the body may be long and spool_for(reading) returned what
+    takes it. Raises Refused if the framing is broken. Then nothing after it may be read.
     """
     while True:
-        while buffer == b"\r":                           # perhaps of an empty line
+        while buffer == b"\r":                           # maybe half of an empty line
             yield None
         if buffer.startswith(b"\r\n"):                   # one is tolerated (RFC 9112, 2.2)
             del buffer[:2]
@@ -4023,12 +4021,12 @@ def read_requests(buffer, spool_for=refuse_long):
 
 
 def read_head(buffer):
-    """Return the next head. Refuse early what can't become one.
+    """Return the next head. Refuse at once what can't become one.
 
-    So a client that speaks TLS or SSH to us learns at once that we do not.
+    So a client that speaks TLS or SSH gets an error at once, and does not wait for one.
     """
-    seen = 0                                             # so many bytes were looked at
-    line = None                                          # the request line, when it is here
+    seen = 0                                             # bytes that were looked at
+    line = None                                          # the request line, once complete
     while (end := buffer.find(b"\r\n\r\n", max(0, seen - 3), HEAD_LIMIT)) < 0:
         sound = NEVER.search(buffer, seen) is None
         if line is None and buffer.find(b"\n", seen) >= 0:
@@ -4065,11 +4063,11 @@ def parse_head(head):
 
 
 def joined(pairs):
-    """Return header fields, which come as pairs, as a dict. Those that came more than once
-    are joined to a list (RFC 9110, 5.3).
+    """Return header fields, given as pairs, as a dict. Join the values of a repeated field
+    to a list (RFC 9110, 5.3).
 
     A proxy that speaks HTTP/2 may send each cookie in a field of its own (RFC 9113, 8.2.3).
-    Raises Refused(400) if it is a field of which two could be read as either.
+    Raises Refused(400) if a field of ONCE is repeated, because either value could count.
     """
     headers = {}
     for name, value in pairs:
@@ -4084,16 +4082,15 @@ def joined(pairs):
 
 
 def stays_open(headers, modern):
-    """Is the connection to stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
+    """Should the connection stay open? modern: HTTP/1.1 (RFC 9112, 9.3)"""
     said = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     return "close" not in said and (modern or "keep-alive" in said)
 
 
 def remembered(function):
-    """Return the function with a memory of what it returned last. Nobody may change that.
+    """Return the function with a cache of its last results, which nobody may change.
 
-    Its arguments come from outside. If they are long they are not remembered: then anybody
-    could fill the memory.
+    Long arguments are not cached: they come from outside, so anybody could fill the memory.
     """
     again = functools.lru_cache(maxsize=1024)(function)
 
@@ -4104,12 +4101,12 @@ def remembered(function):
     return remembering
 
 
-# The heads that a browser sends are mostly the same, time and again.
+# A browser sends mostly the same head again and again.
 parse_again = remembered(parse_head)
 
 
 def check_host(headers, modern):
-    """Raise Refused(400) for a Host that is missing or none, and for mixed versions."""
+    """Raise Refused(400) for a missing or malformed Host, and for mixed versions."""
     if modern and "host" not in headers:
         raise Refused(400, "Send a Host header field.")
     if not modern and "transfer-encoding" in headers:
@@ -4122,7 +4119,7 @@ def check_host(headers, modern):
 
 
 def why_not(head):
-    """Return what is wrong with the beginning of a head that is malformed."""
+    """Return a Refused that says what is wrong with the beginning of a head."""
     line = REQUEST_LINE.match(head)
     if not line:
         return Refused(400, "The request line is malformed: METHOD /path HTTP/1.1.")
@@ -4152,7 +4149,7 @@ def take(buffer, length):
 
 
 def move(buffer, into, length):
-    """Have into.extend() take the next length bytes, as they come."""
+    """Pass the next length bytes to into.extend(), as they come."""
     while length > 0:
         while not buffer:
             yield None
@@ -4173,8 +4170,8 @@ def take_line(buffer, limit):
 
 
 def read_chunks(buffer, into, limit):
-    """Have into.extend() take the decoded body (RFC 9112, 7.1). Extensions and trailers are
-    read over."""
+    """Pass the decoded body to into.extend() (RFC 9112, 7.1), without its extensions and
+    trailers."""
     framing = 0                                          # bytes around the chunks so far
     read = 0
     while True:
@@ -4197,7 +4194,7 @@ def read_chunks(buffer, into, limit):
 
 
 def skip_trailers(buffer):
-    """Read over the header fields behind a chunked body."""
+    """Skip the header fields after a chunked body."""
     room = TRAILER_LIMIT
     while (line := (yield from take_line(buffer, room))):
         room -= len(line)
@@ -4206,10 +4203,10 @@ def skip_trailers(buffer):
 
 
 def parse_target(target, host):
-    """Return the path, decoded once, and the query as it is.
+    """Return the path, decoded once, and the query, not decoded.
 
-    Raises Refused(400) if it is no path, or one with two meanings. A target in absolute
-    form must name the host that it came to.
+    Raises Refused(400) if the target is no path, or has two meanings. A target in absolute
+    form must name the same host as the header.
     """
     if not target.startswith("/"):
         found = ABSOLUTE.fullmatch(target)
@@ -4221,23 +4218,22 @@ def parse_target(target, host):
 
 
 # ==== 20. Answers =========================================================================
-# The idea: how a Response leaves: head and body in one piece, in one send. The frames of a
-#   stream come after its head, for many streams share the bytes of one.
-# It promises: what does not change from one answer to the next is put together once.
+# The idea: a Response leaves in one send, head and body together. The frames of a stream
+#   are sent after its head, because many streams share the bytes of one frame.
+# It promises: the part of a head that stays the same is put together only once.
 # Who uses it: connections (section 25).
 
-NONCE = "(nonce)"                                        # where a head has the page's nonce
+NONCE = "(nonce)"                                        # stands in a head for the nonce
 COMPRESSED = ("text/html", "text/css", "text/javascript")
-GZIPPED = ("content-encoding", "gzip")                   # a field of what is compressed
+GZIPPED = ("content-encoding", "gzip")                   # the header of a compressed body
 
 
 @functools.lru_cache(maxsize=256)
 def head_of(status, type, headers, nonce, is_stream):
-    """Return the part of a head that does not change. nonce: NONCE, or "" if it has none.
-    """
+    """Return the part of a head that stays the same. nonce: NONCE, or "" if it has none."""
     response = Response(status, b"", type, headers, nonce, watch=is_stream)
     fields = [f"{name}: {value}\r\n" for name, value in headers_of(response).items()]
-    if is_stream or type.startswith(COMPRESSED):         # compressed or not
+    if is_stream or type.startswith(COMPRESSED):         # even if not compressed
         fields.append("vary: accept-encoding\r\n")
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{''.join(fields)}"
 
@@ -4250,7 +4246,7 @@ def accepts_gzip(request):
 
 
 def unless_known(request, response, tag):
-    """Return the response with this etag or, if the browser has it, a 304."""
+    """Return the response with this etag, or a 304 if the browser has that already."""
     etag = f'"{tag}"'
     response = response._replace(headers=(("etag", etag), *response.headers))
     known = request.headers.get("if-none-match", "")     # RFC 9110, 13.1.2
@@ -4260,7 +4256,7 @@ def unless_known(request, response, tag):
 
 
 def encoded_asset(request, env):
-    """A door: an asset. Each encoding has an etag of its own (RFC 9110, 8.8.3.3)."""
+    """A door for an asset. Each encoding has its own etag (RFC 9110, 8.8.3.3)."""
     response = own_asset(request, env)
     coding = coding_of(request, response.type)
     return unless_known(request, response, f"{fingerprint(response.body)}{coding}")
@@ -4273,7 +4269,7 @@ def coding_of(request, type):
 def encode(request, reading, response, keep, date):
     """Return the bytes of an answer. Only a stream is compressed here; see compressed.
 
-    keep: the connection stays open.
+    keep: True if the connection stays open.
     """
     is_stream = bool(response.watch)
     zipped = is_stream and accepts_gzip(request)
@@ -4292,25 +4288,25 @@ def encode(request, reading, response, keep, date):
         more.append("content-encoding: gzip\r\n")
     if not keep:
         more.append("connection: close\r\n")
-    elif not reading.modern:                             # else nobody would know it
+    elif not reading.modern:                             # HTTP/1.0 closes unless told
         more.append("connection: keep-alive\r\n")
     head = f"{head}{''.join(more)}\r\n".encode("latin-1")
     return head if reading.method == "HEAD" else head + body
 
 
 def is_worth_compressing(response):
-    """Return whether it is to be compressed."""
+    """True if compressing the body saves enough."""
     return (len(response.body) > 1000 and response.type.startswith(COMPRESSED)
             and "content-encoding" not in dict(response.headers))
 
 
 def gzip_end(data):
-    """Return how a gzip file ends that has this data (RFC 1952, 2.3.1)."""
+    """Return the last bytes of a gzip file with this data (RFC 1952, 2.3.1)."""
     return zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
 
 
 def compressed(request, response):
-    """Return the response as it leaves: compressed, if that is asked for and worth it."""
+    """Return the response, compressed if the browser takes that and it is worth it."""
     if not is_worth_compressing(response) or not accepts_gzip(request):
         return response
     headers = *response.headers, GZIPPED
@@ -4323,7 +4319,7 @@ def gzipped(data):
 
 
 def beginning(request, watch, zipped):
-    """Return what a stream says before its first frame: CURRENT, if none follows."""
+    """Return what a stream sends before its first frame: CURRENT, if no frame follows."""
     said = b"" if not_shown(request, watch) else CURRENT
     if zipped:
         said = GZIP_HEAD + deflated(said)
@@ -4331,9 +4327,9 @@ def beginning(request, watch, zipped):
 
 
 def not_shown(request, watch):
-    """Return the regions to send first: all but the one that this browser got last.
+    """Return the regions to send first: all but the one that this browser received last.
 
-    When it comes back it names that one, by its etag. Of the others we do not know.
+    A browser that comes back names that one by its etag. It says nothing of the others.
     """
     last = request.headers.get("last-event-id")
     return [one for one in watch if one.piece.etag != last]
@@ -4347,14 +4343,14 @@ def first_frames(request, watch):
 
 
 # ==== 21. Kept ============================================================================
-# The idea: a page may be sent again until the Directory or its object is written to. Each
-#   has a number that moves then. That of the Directory also moves when another process
-#   writes (PRAGMA data_version, read through a connection of our own). That of a workspace
-#   is counted by its namespace, and sees our own commits only.
+# The idea: a page may be sent again until somebody writes to the Directory or to its
+#   object. Each has a version, a number that changes then. The Directory's also changes
+#   when another process writes (PRAGMA data_version, read through a connection of our own).
+#   A workspace's is counted by its namespace, which sees only our own commits.
 # It promises: a page shows every commit of ours that was answered before the page was asked
-#   for. Both numbers are read before a page is made: if one moves meanwhile, the kept page
-#   never matches. What another process writes to a workspace's file, or a session that ends
-#   by the clock, is noticed after a minute at the latest.
+#   for. Both versions are read before a page is made, so if one changes meanwhile, the kept
+#   page never matches. A write of another process to a workspace's file, or a session that
+#   ends by the clock, is noticed after a minute at the latest.
 # Who uses it: the loop edge, for pages that the worker forwarded.
 
 STORED = b"\0\x20\0\xdf\xff"                             # 32 bytes follow (RFC 1951, 3.2.4)
@@ -4362,14 +4358,14 @@ NO_MORE = b"\3\0"                                        # an empty last block
 
 
 class KeptPage:
-    """A page that can be sent again, each time with a nonce that nobody has seen yet.
+    """A page that can be sent again, each time with a new nonce.
 
-    In gzip the nonce is stored as it is, between two parts that were compressed once. To
-    compress the page anew would take three times as long as all the rest.
+    In gzip the nonce is stored as it is, between two parts that were compressed once.
+    Compressing the whole page again would take three times as long as everything else.
     """
 
     def __init__(self, response, zipped):
-        """zipped: it leaves compressed."""
+        """zipped: it is sent compressed."""
         self.response = response._replace(body=b"")      # it is kept in two parts
         self.before, self.after = response.body.split(response.nonce.encode(), 1)
         self.zipped = zipped
@@ -4392,8 +4388,8 @@ class KeptPage:
 class KeptAnswer(NamedTuple):
     """What is known of a page.
 
-    page: None after the first request, which only notes that there was one; most pages are
-    asked for once.
+    page: None after the first request, which is only noted, because most pages are asked
+    for once.
     """
     as_of: Tuple[Any, int]                               # both versions, before it was made
     stub: GuardedStub
@@ -4403,21 +4399,21 @@ class KeptAnswer(NamedTuple):
 
 
 class Watched:
-    """A connection that only reads a file, and hears of each commit to it. [3] reads
-    members by one, too."""
+    """A read-only connection to a file that notices each commit. [3] reads members by one,
+    too."""
 
     def __init__(self, path, seconds):
         """seconds: the longest wait for a lock."""
         self.path = path
         self.seconds = seconds
         self.db = None                                   # or a connection of sqlite3
-        self.file = None                                 # the one it is connected to
+        self.file = None                                 # that of version()
 
     def version(self, file):
-        """Return (file, data_version): it changes with each commit to the file.
+        """Return (file, data_version), which changes with each commit to the file.
 
-        file: any value that changes when another file may be at the path. Then the
-        connection is made anew.
+        file: any value that changes when another file may be at the path. If it has
+        changed, connect again.
         """
         if self.db is None or self.file != file:
             self.close()
@@ -4433,26 +4429,26 @@ class Watched:
 
 
 class Kept(Watched):
-    """Answers, by what was asked. One is kept when it is asked for a second time, and
+    """Answers, by what was asked. An answer is kept when it is asked for a second time and
     nothing was written in between."""
-    MOST = 32 * 2 ** 20                                  # bytes of all
-    LARGE = 2 ** 18                                      # of one page
+    MOST = 32 * 2 ** 20                                  # bytes of all pages
+    LARGE = 2 ** 18                                      # bytes of one page
     LONG = 4096                                          # of path, query and cookie
-    SECONDS = 60.0                                       # sessions end by the clock, too
+    SECONDS = 60.0                                       # because sessions end by the clock
 
     def __init__(self, directory):
         super().__init__(directory.namespace.path(directory.id), 0)
         self.directory = directory
-        self.seen = None                                 # the version, in this round
+        self.seen = None                                 # the version in this round
         self.answers = {}                                # KeptAnswers, by Asked.key
-        self.size = 0                                    # about: of all, in bytes
+        self.size = 0                                    # bytes of all pages, roughly
 
     def directory_version(self):
-        """Return what changes with each commit to the Directory; None: it can't be said.
+        """Return a value that changes with each commit to the Directory; None: unknown.
 
-        Only the loop may call it. The file, which knows of commits of others, too, is asked
-        once in a round of the loop, when all that came has been read. It is opened anew if
-        ours moved, as it does with each commit of ours, and when our object closes it.
+        Only the loop may call it. It asks the file, which also counts commits of other
+        processes, once in a round, after all sockets were read. It connects again if our
+        own count has changed, by a commit of ours or because our object closed the file.
         """
         ours = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.file != ours:
@@ -4463,7 +4459,7 @@ class Kept(Watched):
         return self.seen
 
     def find(self, asked):
-        """Return a KeptPage, or None."""
+        """Return a KeptPage that is still current, or None."""
         known = self.answers.get(asked.key)
         if known is None or known.page is None or known.until < time.monotonic():
             return None
@@ -4475,14 +4471,14 @@ class Kept(Watched):
         return known.page
 
     def may_keep(self, asked, response):
-        """True for a page. One that sets a cookie is for this one time."""
+        """True for a page, unless it sets a cookie: then it is for this one time."""
         return (response.nonce and response.status == 200 and asked.cookie
                 and asked.directory_version and "set-cookie" not in dict(response.headers)
                 and response.body.count(response.nonce.encode()) == 1
                 and len(response.body) <= self.LARGE)
 
     def keep(self, asked, response):
-        """asked has both numbers as they were before the response was made."""
+        """asked has both versions as they were before the response was made."""
         if not self.may_keep(asked, response):
             return
         key = asked.key
@@ -4495,7 +4491,7 @@ class Kept(Watched):
         as_of = asked.directory_version, asked.object_version
         known = self.answers.pop(key, None)
         self.size -= known.size if known else 0
-        page = None                                      # perhaps it was the only time
+        page = None                                      # the first time
         if known and known.as_of == as_of:
             zipped = accepts_gzip(asked.request) and is_worth_compressing(response)
             page = KeptPage(response, zipped)
@@ -4506,41 +4502,41 @@ class Kept(Watched):
 
 
 # ==== 22. Threads =========================================================================
-# The idea: a few threads do the work, one loop holds all sockets. What concerns the same
-#   object stands in a lane. One thread at a time works a lane off, all that came at once.
-#   Somebody pays for each lane: the account for which it is done or, while we know none,
-#   an address.
-# It promises: a lane keeps its order, and lets the others have their turn in between. One
-#   payer has at most half of the threads, and an eighth while others are there, however
-#   many lanes it fills: its lanes take turns, and those of the others find threads free. A
-#   job that fails is logged; its thread goes on.
+# The idea: one loop holds all sockets, and a few threads do the work. Requests for the same
+#   object wait in a lane. One thread at a time works on a lane, and takes all that has come
+#   to it. Each lane is charged to a payer: the account for which the work is done or, while
+#   we know none, an address.
+# It promises: a lane keeps its order, and other lanes get the thread in between. One payer
+#   has at most half of the threads, and an eighth while there are other payers, however
+#   many lanes it fills: its lanes wait for each other, and other payers find threads free.
+#   A job that fails is logged; its thread goes on.
 # Who uses it: the loop edge and the broker.
 
 class Threads:
-    """A fixed number of threads that take jobs from one line.
+    """A fixed number of threads that take jobs from one queue.
 
-    The thread that fell idle last is woken first: its memory is still in the core's cache.
-    Where a job is put, and which thread is woken for it:
+    The thread that became idle last is woken first, because its memory is still in the
+    core's cache. This is where a job is put, and which thread is woken for it:
 
-        put, in one of these threads    its own line, which it does next; wakes none
-        put, in the loop (see defer)    the line of all; wakes none, until rouse
-        share, and put elsewhere        the line of all; wakes an idle thread
+        put, in one of these threads    its own queue, which comes next; wakes none
+        put, in the loop (see defer)    the shared queue; wakes none, until rouse
+        share, and put elsewhere        the shared queue; wakes an idle thread
     """
 
     def __init__(self, size):
         self.queue = collections.deque()                 # of jobs: (function, args)
         self.idle = []                                   # locks: on each a thread sleeps
-        self.local = threading.local()                   # line, payer: of each thread
+        self.local = threading.local()                   # each thread's queue and payer
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
         for thread in self.threads:
             thread.start()
 
     def put(self, job, *args):
-        """Have a thread do it.
+        """Have a thread do the job.
 
-        A thread of the pool does what it puts in itself, right after its present job. So to
-        render what a command changed, no other thread is woken.
+        A thread of the pool does what it puts itself, right after its current job. So no
+        other thread is woken to render what a command changed.
         """
         own = getattr(self.local, "queue", None)
         if own is None:
@@ -4549,23 +4545,23 @@ class Threads:
             own.append((job, args))
 
     def share(self, job, *args):
-        """Put a job at the end of the line of all. share(None) ends a thread."""
+        """Put a job at the end of the shared queue. share(None) ends a thread."""
         self.queue.append((job, args))
         self.wake()
 
     def wake(self):
         try:
             self.idle.pop().release()
-        except IndexError:                               # all are busy, and will look again
+        except IndexError:                               # all are busy; each looks again
             return
 
     def defer(self):
         """For the loop's thread: from now on its put wakes nobody; rouse does.
 
-        In the midst of the loop's work threads would only contend with it for the
-        interpreter. (Commands to 1,000 workspaces: 1.2 x.)
+        While the loop works, a woken thread would only compete with it for the interpreter.
+        (Commands to 1,000 workspaces: 1.2 x.)
         """
-        self.local.queue = self.queue                    # as if that were its own: see put
+        self.local.queue = self.queue                    # so put takes it for its own
 
     def rouse(self):
         for _ in range(min(len(self.queue), len(self.idle))):
@@ -4574,7 +4570,7 @@ class Threads:
     def work(self):
         self.local.queue = collections.deque()
         self.local.payer = ""
-        wakeup = threading.Lock()                        # to release it wakes this thread
+        wakeup = threading.Lock()                        # releasing it wakes this thread
         wakeup.acquire()
         while True:
             job, args = self.next(wakeup)
@@ -4591,12 +4587,12 @@ class Threads:
                 return self.queue.popleft()
             except IndexError:
                 self.idle.append(wakeup)
-            if self.queue:                               # put in just before we were idle
+            if self.queue:                               # a job came just before that
                 self.wake()
             wakeup.acquire()
 
     def follow_up(self):
-        """Do what this thread has put in until now."""
+        """Do the jobs that this thread has put until now."""
         jobs = [*self.local.queue]
         self.local.queue.clear()                         # a job may call this, too
         for job, args in jobs:
@@ -4604,7 +4600,7 @@ class Threads:
 
     @property
     def busy(self):
-        """How many threads have a job."""
+        """The number of threads that have a job."""
         return len(self.threads) - len(self.idle)
 
     def close(self, patience):
@@ -4617,10 +4613,10 @@ class Threads:
 
 
 def guarded(call, *args):
-    """Call it, and log what it raises, which ends neither the loop nor a thread."""
+    """Call it and log what it raises, so that no error ends the loop or a thread."""
     try:
         call(*args)
-    except Refused:                                      # a no; faults log themselves
+    except Refused:                                      # no error; faults are logged
         return
     except CRASH as error:
         log_error(getattr(call, "__qualname__", str(call)), error)
@@ -4633,13 +4629,13 @@ class Lane:
 
     A lane that has items is in one of two states:
 
-        in line   A thread works on it, or will. payer says who is charged; "": nobody.
-        parked    Each payer of its items has as many lanes in line as it may. So the lane
+        active    A thread works on it, or will. payer is charged for it; "": nobody is.
+        parked    Each payer of its items has as many active lanes as it may. So the lane
                   waits under each of them (Pool.parked), and the first that may have
-                  another lane in line takes it. payer is None.
+                  another active lane takes it. payer is None.
 
-    One that has none is forgotten. The way of a lane: Pool.gather, charge (which may park
-    it), drive, put_back, release, which puts parked lanes of its payer in line.
+    A lane without items is removed. A lane goes through Pool.gather, charge (which may park
+    it), drive, put_back, and release (which activates parked lanes of its payer).
     """
 
     def __init__(self, name, job):
@@ -4650,24 +4646,24 @@ class Lane:
 
 
 class Pool(Threads):
-    """Threads that work lanes off, each lane for a payer.
+    """Threads that work on lanes, each lane for a payer.
 
-    A payer that is alone has more lanes in line, because a slow disk makes several files
-    durable in the time of one. Of 16 threads carol alone has 8; when dave comes, each has
-    2. While one sends commands to 18 workspaces, on 360 connections, a command of another,
-    alone 1.6 ms, takes 5 with an eighth of the threads for each payer, 5 to 11 with a
-    quarter, 20 to 50 with all.
+    A payer that is alone may have more active lanes, because a slow disk makes several
+    files durable in the time of one. Of 16 threads carol alone has 8; when dave comes, each
+    has 2. While one payer sends commands to 18 workspaces on 360 connections, a command of
+    another payer (1.6 ms alone) takes 5 ms if each payer has an eighth of the threads, 5 to
+    11 with a quarter, and 20 to 50 with all.
     """
     TOGETHER = 64                                        # items of a lane at a time
     ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
     def __init__(self, size):
-        self.most = max(1, size // 2)                    # lanes in line, for one payer
-        self.fair = max(1, size // 8)                    # and while there are others
+        self.most = max(1, size // 2)                    # active lanes of one payer
+        self.fair = max(1, size // 8)                    # the same, while there are others
         self.lock = threading.Lock()                     # guards the next four
         self.crowded = float("-inf")                     # when there were others last
         self.lanes = {}                                  # by name: those that have items
-        self.taken = collections.Counter()               # lanes in line, by payer
+        self.taken = collections.Counter()               # active lanes, by payer
         self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
         super().__init__(size)
 
@@ -4677,11 +4673,12 @@ class Pool(Threads):
         return getattr(self.local, "payer", "")
 
     def gather(self, name, item, job, payer=""):
-        """Have job(items) done with all that came to the lane of this name until then.
+        """Add an item to the lane of this name. A thread calls job(items) with all that it
+        holds.
 
         job returns the items that it left undone, or None; they stay in front. If a job of
-        the pool calls this, its own payer is charged for the thread already, so nobody is
-        charged for the lane.
+        the pool calls this, nobody is charged for the lane, because that job's payer
+        already is.
         """
         in_a_job = hasattr(self.local, "payer")
         with self.lock:
@@ -4694,7 +4691,7 @@ class Pool(Threads):
             self.put(self.drive, lane)
 
     def charge(self, lane, payer):
-        """Charge the lane to this payer, or park it. Return whether it is in line now. The
+        """Charge the lane to this payer, or park it. Return whether it is active now. The
         caller holds the lock."""
         if payer and self.taken[payer] >= self.limit(payer):
             self.parked[payer][lane] = None
@@ -4704,7 +4701,7 @@ class Pool(Threads):
         return True
 
     def limit(self, payer):
-        """Return how many lanes this payer may have in line now."""
+        """Return how many active lanes this payer may have now."""
         now = time.monotonic()
         others = len(self.taken) - (payer in self.taken) - ("" in self.taken)
         if others > 0:
@@ -4712,7 +4709,7 @@ class Pool(Threads):
         return self.fair if now < self.crowded + self.ALONE_SECONDS else self.most
 
     def drive(self, lane):
-        """Have the next items of a lane done, and all that this makes the thread put in."""
+        """Do the next items of a lane, then the jobs that they make this thread put."""
         payer = lane.payer
         before = self.local.payer
         self.local.payer = payer or before
@@ -4731,10 +4728,10 @@ class Pool(Threads):
             self.local.payer = before
 
     def put_back(self, lane, left):
-        """Have the rest of the lane done behind the others.
+        """Queue the rest of the lane behind the other lanes.
 
         left: items with their payers, to be done first. The next items are charged
-        together, to the first of their payers that may have another lane in line.
+        together, to the first of their payers that may have another active lane.
         """
         with self.lock:
             lane.items.extendleft(reversed(left))
@@ -4749,8 +4746,8 @@ class Pool(Threads):
             self.share(self.drive, lane)
 
     def release(self, payer):
-        """End the charge for one lane. Put parked lanes of this payer in line, if it may
-        have more now."""
+        """End the charge for one lane. Activate parked lanes of this payer, as many as may
+        be."""
         begun = []
         with self.lock:
             self.taken[payer] -= 1
@@ -4765,7 +4762,7 @@ class Pool(Threads):
             if not self.taken[payer]:
                 del self.taken[payer]
         self.queue.extend(begun)
-        for _ in begun[1:]:                              # one is for this thread
+        for _ in begun[1:]:                              # this thread takes one
             self.wake()
 
 
