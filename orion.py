@@ -6537,8 +6537,8 @@ def frames_of_app(error):
 # For what is found each second: it is said again when 256 others were said since.
 log_once = functools.lru_cache(maxsize=256)(log)
 
-# Virtual tables have no page of their own. Slices make only those of full-text search.
-INDEXES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
+# Only virtual tables have no page of their own; slices make no others than those of FTS5.
+FTS5_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
 def with_wal(path):
@@ -11477,7 +11477,7 @@ class KeepsQuota(EdgeWorkspace):
 
     def on_open(self):
         super().on_open()
-        self.has_index = self.store.one(INDEXES) is not None
+        self.has_index = self.store.one(FTS5_TABLES) is not None
         pages = self.store.one("PRAGMA user_version")[0]
         self.quota = pages * self.store.one("PRAGMA page_size")[0]
         if pages:
@@ -12054,7 +12054,7 @@ def verified(db):
     """
     found = db.execute("PRAGMA quick_check").fetchone()[0]
     if found != "ok":
-        indexes = [name for name, in db.execute(INDEXES) if name in found]
+        indexes = [name for name, in db.execute(FTS5_TABLES) if name in found]
         if indexes and "fts5" in found.lower():
             found += how_to_rebuild(indexes[0])
         raise sqlite3.DatabaseError(f"damaged: {found}")
@@ -12452,7 +12452,7 @@ def try_on_copy(settings, db, path, schema):
     ran = db.execute("SELECT slice, entry, digest FROM _migrations").fetchall()
     slices = dict(schema)
     migrated = wanted == {row for row in ran if row[0] in slices}
-    if migrated and not db.execute(INDEXES).fetchone():
+    if migrated and not db.execute(FTS5_TABLES).fetchone():
         return
     with folder_for_copy(settings) as folder:
         copy = pathlib.Path(folder, "tried.db")
@@ -12466,7 +12466,7 @@ def check_indexes(copy):
     """Ask FTS5, which answers only to a writer; quick_check reads no word before SQLite
     3.44."""
     with contextlib.closing(sqlite3.connect(copy)) as db:
-        for name, in db.execute(INDEXES).fetchall():
+        for name, in db.execute(FTS5_TABLES).fetchall():
             ask = f"""INSERT INTO "{name}" ("{name}") VALUES ('integrity-check')"""
             try:
                 db.execute(ask)
