@@ -13355,7 +13355,7 @@ ROOTS.append((lambda settings: settings.single, single_root))
 #                                                       has it, then lets people in
 
 SEALED_SECONDS = 30                                      # clocks may differ by as much
-FRESH_SECONDS = 2                                        # an older verdict is asked anew
+FRESH_SECONDS = 2                                        # then a verdict is asked for anew
 # x-node: where the workspace is. x-verdict: the seal of a verdict, or of a request that one
 # process sends to another.
 TRUSTED.update({"x-node", "x-verdict"})
@@ -15030,7 +15030,8 @@ FILE_TABLES = (
     "TEXT NOT NULL, type TEXT NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL)",
     "CREATE TABLE _file_pieces (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
 )
-MOST_PIECES = 2 ** 20                    # of a file: file 7 has those from 7 * 2 ** 20 on
+# Of one file. The pieces of file 7 have ids from 7 * MOST_PIECES on, so they need no index.
+MOST_PIECES = 2 ** 20
 FILE_POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src "
                "'unsafe-inline'; sandbox")               # a browser makes a page of it
 RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
@@ -17252,7 +17253,8 @@ class Parent:
             pass_fds=[handle], stderr=self.subprocess.PIPE, text=True, errors="replace")
 
     def read(self, pipe):
-        """In a thread: show what the child says. A line with a NUL is for us."""
+        """In a thread: show what the child says. A line with a NUL (DevEdge.tick) names its
+        modules, and says that it serves."""
         said = self.said = collections.deque(maxlen=100)
         self.served = False
         with pipe:
