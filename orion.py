@@ -8710,7 +8710,7 @@ def show_flash(request, response, text):
     forget = cookie_field(request.scheme, "flash", "", path, 0)
     text, _, undo = text.rpartition("\n")
     return with_message(response._replace(headers=(*response.headers, forget)), text,
-                        undo=undo, undo_form={"undo": undo} if undo else None)
+                        undo=undo, undo_form=undo != "")
 
 
 def with_message(response, text, kind="flash", **more):
@@ -10975,7 +10975,7 @@ def link_row(ctx, link):
     people = people_of(ctx, [link["maker"], *link["used_by"].split()])
     came = [{"person": one} for one in people[1:]]
     return {**link, "until": moment(link["expires"]), "utc": utc(link["expires"]),
-            "by": people[0], "came": came and {"guest": came},
+            "by": people[0], "came": came != [], "guest": came,
             "open": link["uses"] > 0, "spent": link["uses"] == 0}
 
 
