@@ -15355,12 +15355,17 @@ class KnowsTokens(EdgeDirectory):
         self.uses_due = 0.0
 
     def identified(self, request):
-        """The hash stands where that of a session would: verdicts are kept by it."""
+        """The hash stands where that of a session would: verdicts are kept by it.
+
+        So it may only be that of a token: a session without its seal is nobody's.
+        """
         cookie = request.headers.get("cookie", "")
         request = super().identified(request)
         if not cookie.startswith(BEARER):
             return request
         token = cookie[len(BEARER):]
+        if not API_TOKEN.fullmatch(token):
+            token = ""
         return request.with_headers({"x-session": token_hash(token).hex(),
                                      "x-bearer": token[6:18]})       # its id
 

@@ -13783,6 +13783,17 @@ def test_a_token_in_an_address_or_in_another_header_is_nobodys_and_in_no_log(sta
     assert token[19:] not in "".join(capfd.readouterr()) and nobody.headers
 
 
+def test_a_session_without_its_seal_is_nobody_in_the_place_of_a_token_too(server):
+    bob = Person(server, "bob")
+    session = bob.cookie.partition("=")[2].partition(".")[0]
+    assert re.fullmatch(r"[\w-]{43}", session) and bob.get("/_gate/acme").status == 200
+    bare = Person(server)
+    bare.headers["Cookie"] = f"__Host-bearer={session}"
+    for path in ("/_gate/acme", "/w/acme/todos", "/w/acme/todos/live", "/w/acme/members"):
+        assert bare.get(path).status == 401, path
+    assert bare.post("/w/acme/todos", title="x").status == 401 and "sign in" in bare.get("/", Accept="text/html").text.lower()
+
+
 def test_a_page_of_another_site_can_not_use_a_token_that_stands_in_a_cookie(server):
     script = Person(server)
     script.headers = {"Cookie": f"__Host-bearer={token_of(Person(server, 'bob'))}", "Origin": "http://evil.example"}
