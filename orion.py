@@ -10706,16 +10706,26 @@ class LetsOperatorsLookOn(EdgeDirectory):
 #
 # Its table is in section 13:
 #
-#     links   digest (of the secret), kind (of KINDS), uses (that are left), expires,
-#             used_by (accounts); maker, workspace and role; for a new password: whose
-#             (account), and a hash of what is stored now (password); session: of the maker
+#     links         digest (of the secret), kind, uses (that are left), expires, used_by
+#                   (accounts); and by kind, else NULL:
+#     - invite      maker, workspace, role
+#     - device      session (of the maker)
+#     - password    maker, account (whose), password (a hash of what is stored now)
+#     - first       nothing
+#
+# The way of a link:
+#
+#     make_link         adds the row, and shows /join#SECRET, this once
+#     GET /join         link_page: its script takes the secret out of the address, and sends
+#     POST /join        use_link: shows what the link is for, and a form
+#     POST /join, with  OpensLinks.at_link hashes the password that was typed, before the
+#     the field how     Directory's turn is taken; use_link calls Kind.use, opens a session
 
 DAY = 86400.0                                            # seconds
 MOST_LINKS = 100                                         # of one workspace
 LONGEST_LINK = 30                                        # days
 MOST_USES = 100
-# With the role that its maker has now (makes), and whom it signs in (person). A column of
-# what this kind of link has not, or of what is gone, is NULL.
+# With the role that its maker has now (makes), and whom it signs in (person).
 GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
                coalesce(l.account, s.account) AS person FROM links l
                LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
