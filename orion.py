@@ -6686,6 +6686,10 @@ def at_end(response, markup):
 # Who uses it: slices, for each statement; with --plain, too.
 
 # -- what a statement of a slice may do
+#
+# Tables.run tells the Judge whose statement comes, and whether it may write. While SQLite
+# compiles the statement it asks the Judge. If that objects, SQLite raises an error, which
+# Tables.run raises again, as a PermissionError with the objection.
 
 READ, WRITE, MIGRATE = "read", "write", "migrate"
 
@@ -11443,6 +11447,7 @@ DIRECTORY_SLICES.append(Slice("owners", routes=(
 #   old in the journal goes as new rows come.
 # It promises: a command that would go past it is refused with 507 and changes nothing. To
 #   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
+# The verdict brings the quota to the workspace, as x-quota, with each request.
 
 TRUSTED.add("x-quota")
 LARGEST_FILE = 2 ** 31 - 1                               # pages
