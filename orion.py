@@ -4471,8 +4471,10 @@ class Kept(Watched):
         return known.page
 
     def may_keep(self, asked, response):
-        """True for a page, unless it sets a cookie: then it is for this one time."""
-        return (response.nonce and response.status == 200 and asked.cookie
+        """True for a page, unless it sets a cookie: then it is for this one time. What is
+        made for nobody is not kept, either: several visitors can have the same cookies."""
+        whose = asked.forwarded.headers.get("x-account")
+        return (response.nonce and response.status == 200 and whose
                 and asked.directory_version and "set-cookie" not in dict(response.headers)
                 and response.body.count(response.nonce.encode()) == 1
                 and len(response.body) <= self.LARGE)
@@ -15667,7 +15669,7 @@ def command_id(request, viewer):
     It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
     contains, such as a password: the number in the form's stamp is kept nowhere.
     """
-    key = repeat_key(request) if viewer.account else ""
+    key = repeat_key(request)
     if not key:
         return b""
     text = "\0".join([viewer.signature, viewer.id, request.method, request.path, key])

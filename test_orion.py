@@ -8800,6 +8800,21 @@ def test_nobody_has_a_grant(grant):
     assert not nobody.may(grant) and nobody.may(orion.PUBLIC)
 
 
+def test_a_form_for_anybody_does_one_thing_though_it_is_sent_twice_and_another_visitors_is_another(start):
+    def order(ctx):
+        ctx.store.exec("INSERT INTO orders VALUES (1)")
+        return orion.done(ctx, note="Thanks.")
+    form = orion.Route("GET", "/order", orion.PUBLIC, lambda ctx: orion.plain_page(ctx, "Order", ctx.stamp))
+    server = start((orion.todos, orion.Slice("orders", ("CREATE TABLE orders (n)",), routes=(form, orion.Route("POST", "/order", orion.PUBLIC, order)))))
+    nobody = Person(server)
+    nobody.headers["Cookie"] = "theme=dark"
+    stamps = [{"_stamp": re.search('name="_stamp" value="([^"]+)"', nobody.get("/w/acme/order").text)[1]} for _ in range(3)]
+    assert [nobody.post("/w/acme/order", form=stamp).status for stamp in stamps + stamps] == [303] * 6
+    assert [nobody.ask("POST", "/w/acme/order", "", Idempotency_Key="a").status for _ in range(2)] == [200] * 2
+    with contextlib.closing(server.store("acme")) as db:
+        assert db.execute("SELECT count(*) FROM orders").fetchone() == (4,)
+
+
 def test_a_wrong_secret_finds_nothing_and_writes_nothing(stock):
     bob = stock.person("bob")
     before = keepers(bob)
