@@ -4769,20 +4769,20 @@ class Pool(Threads):
 
 
 # ==== 23. Sockets =========================================================================
-# The idea: a socket that waits costs a place in the loop's selector, and no thread.
-# It promises: a reader that is slow delays nobody. It gets the latest frame when it can
-#   take one, not those that it missed; one that takes nothing for 30 seconds is cut off.
-#   What waits for slow readers is bounded. Past a bound, who has waited longest is cut off.
-# Who uses it: the loop edge. All methods run in its loop. While a Connection is ANSWERING,
-#   nobody else touches it; so Connection.reply runs in the pool, and what it calls.
+# The idea: a waiting socket costs an entry in the loop's selector, and no thread.
+# It promises: a slow reader delays nobody. It gets the latest frame when it can take one,
+#   not those that it missed. It is cut off if it takes nothing for 30 seconds, or if too
+#   much waits for slow readers and it has waited longest.
+# Who uses it: the loop edge. Its loop runs all methods but Connection.reply. That runs in
+#   the pool, because nobody else touches a Connection that is ANSWERING.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Held:
-    """A socket that the loop holds. unsent: what the kernel would not take yet.
+    """A socket that the loop holds. unsent: bytes that the kernel has not taken yet.
 
-    whose: an account or, without one, an address. It stays while something waits.
+    whose: an account or, without one, an address. It does not change while bytes wait.
     """
     STUCK_SECONDS = 30.0
     whose = ""
@@ -4794,7 +4794,7 @@ class Held:
         self.unsent = b""                                # or a memoryview
         self.deadline = 0.0                              # by time.monotonic()
         self.listen(READABLE)
-        edge.held.add(self)                              # last: others look through it
+        edge.held.add(self)                              # last: others iterate over it
 
     def listen(self, events):
         before = self.events
@@ -4809,11 +4809,11 @@ class Held:
             self.edge.selector.register(self.socket, events, self.ready)
 
     def ready(self, events):
-        self.close_on_error(self.go_on_with, events)     # else it would only come again
+        self.close_on_error(self.go_on_with, events)     # else it is called again forever
 
     def close_on_error(self, call, *args):
-        """Call it. If it fails, nobody else would answer: close, and raise what it raised.
-        """
+        """Call it. If it fails, close the socket, because nobody else would answer, and
+        raise the error."""
         try:
             call(*args)
         except CRASH:
@@ -4852,7 +4852,7 @@ class Held:
         if sent == len(data):
             self.written()
         else:
-            self.unsent = memoryview(data)[sent:]        # all who are slow share the bytes
+            self.unsent = memoryview(data)[sent:]        # all slow readers share the bytes
             if sent or not waited:                       # the kernel has taken some
                 self.deadline = time.monotonic() + self.STUCK_SECONDS
             self.listen(self.events | WRITABLE)
@@ -4860,11 +4860,11 @@ class Held:
             self.edge.backlog.note(self)
 
     def unread(self):
-        """Return all that waits for this reader. A memoryview keeps the whole in memory."""
+        """Return what waits for this reader: whole bytes, as a memoryview keeps them."""
         return [self.unsent.obj] if self.unsent else []
 
     def cut_off(self):
-        """It does not read."""
+        """Close it, because it does not read."""
         self.close()
 
     def close(self):
@@ -4877,14 +4877,14 @@ class Held:
 
 
 class Stream(Held):
-    """An open live answer. It keeps at most the rest of one frame, and the latest after it.
+    """An open live answer. At most the rest of a frame waits, and one piece for each slot.
 
-    A page shows several pieces, each in a slot: a number for each region; "page" for all of
-    it, after a change of role; "beat" for a heartbeat. [3] "here" is for who else looks on.
+    The slots: a number for each region; "page" for the whole page after a change of role;
+    "beat" for a heartbeat; [3] "here" for the others who watch.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
-    BEAT_SECONDS = SILENCE_SECONDS - 5                   # after a frame, so all in step
-    may_break_off = True                                 # at the end; its browser returns
+    BEAT_SECONDS = SILENCE_SECONDS - 5                   # after the last frame
+    may_break_off = True                                 # at the end: its browser returns
 
     def __init__(self, edge, link, request, response, viewer):
         self.again = request._replace(body=b"")
@@ -4898,13 +4898,13 @@ class Stream(Held):
         self.sent_last = ()                              # frames, if it is zipped
         self.silent = 0                                  # for how many seconds
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BUFFER)
-        if sys.platform == "linux":                      # a peer that vanished silently
+        if sys.platform == "linux":                      # to notice a peer that vanished
             patience = int(1000 * self.STUCK_SECONDS)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         super().__init__(edge, link)
 
     def show(self, slot, piece, deltas={}):
-        """Send a piece. While something is unsent it waits; of each slot, the latest."""
+        """Send a piece. While bytes are unsent it waits, the latest of each slot."""
         if self.unsent:
             self.frames["coalesced"] += slot in self.latest
             self.latest[slot] = piece
@@ -4919,7 +4919,7 @@ class Stream(Held):
             self.wrote(data, sent)
 
     def encoded(self, piece, deltas={}):
-        """Return a piece as the bytes that are sent next."""
+        """Return a piece as the bytes to send next."""
         if not self.zipped:
             return piece.plain
         data, self.sent_last = deltas.get(self.sent_last) or (
@@ -4927,8 +4927,8 @@ class Stream(Held):
         return data
 
     def reminder(self):
-        """Return what says that another region is still old; b"" if none is. For a page
-        takes any good frame as a sign that all of it is current."""
+        """Return a frame that says that another region is still outdated; b"" if none is.
+        Without it a page would take any good frame as a sign that all of it is current."""
         old = [channel for channel in self.channels if channel in self.edge.broker.failed]
         for channel in old:
             channel.streams[self] = NOT_CURRENT_PIECE.etag
@@ -4940,7 +4940,7 @@ class Stream(Held):
             self.show(slot, piece)
 
     def read(self, data):
-        """A browser says nothing on a stream but goodbye. The rest is read over."""
+        """Close when the browser hangs up. Ignore all else that it sends on a stream."""
         if not data:
             self.close()
 
@@ -4949,7 +4949,7 @@ class Stream(Held):
         if self.unsent and now > self.deadline:
             self.cut_off()
         elif not self.unsent and self.silent > self.BEAT_SECONDS:
-            self.edge.call(self.show, "beat", BEAT_PIECE)    # thousands may beat
+            self.edge.call(self.show, "beat", BEAT_PIECE)    # thousands may beat at once
 
     def unread(self):
         return [*super().unread(), *self.latest.values()]
@@ -4959,7 +4959,7 @@ class Stream(Held):
         self.close()
 
     def end(self, frame):
-        """With a last frame and a proper end, if the gate closed it and not the network."""
+        """End it for the gate, with a last frame and a proper end if possible."""
         if frame and not self.unsent:
             self.write(self.encoded(frame_piece(frame)) + chunk(b""))
         self.close()
@@ -4972,12 +4972,12 @@ class Stream(Held):
 # -- what waits for slow readers
 
 class Backlog:
-    """What waits for slow readers: of all, and of each account or, without one, address.
+    """What waits for slow readers: in all, and for each account or, without one, address.
 
     A connection has one answer at a time; a stream has the rest of one frame, and the
-    latest pieces. So to bound what waits for one of them is to bound the size of an answer.
+    latest pieces. So a bound on the size of an answer bounds what waits for one of them.
     """
-    ANSWER = 64 * 2 ** 20                # bytes of one; no browser shows as much in comfort
+    ANSWER = 64 * 2 ** 20                # bytes of one; browsers can't show more with ease
     ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
     ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
 
@@ -4987,7 +4987,7 @@ class Backlog:
         self.accounts = {}                               # an Unread for each
 
     def note(self, reader):
-        """To be called whenever what waits for this reader has changed."""
+        """Call this whenever what waits for this reader has changed."""
         things = {}
         if reader in self.edge.held:
             things = {id(thing): thing for thing in reader.unread()}
@@ -5002,9 +5002,9 @@ class Backlog:
             del self.accounts[reader.whose]
 
     def relieve(self, unread):
-        """Cut off those that have waited longest, until the others are few enough.
+        """Cut off those that have waited longest, until the rest is within the bound.
 
-        Of all accounts, it is the one for which most waits.
+        For the bound of all, choose from the account for which most waits.
         """
         while unread.size > unread.most:
             whose = unread
@@ -5016,10 +5016,10 @@ class Backlog:
 
 
 class Unread:
-    """What waits for some readers, the one that has waited longest first.
+    """What waits for some readers. The reader that has waited longest comes first.
 
-    A reader is a Held; for it wait bytes and pieces. What several wait for is in memory
-    once, so it counts once: 1,000 streams that wait for a frame of 60 KB make 60 KB.
+    A reader is a Held; bytes and pieces wait for it. What several readers wait for is in
+    memory once, so it counts once: a frame of 60 KB for 1,000 streams counts as 60 KB.
     """
 
     def __init__(self, most):
@@ -5029,7 +5029,7 @@ class Unread:
         self.sharers = collections.Counter()             # how many wait for it, by its id
 
     def note(self, reader, things):
-        """things: all that waits for this reader now, by id. It keeps its place."""
+        """things: all that waits for this reader now, by id. The reader keeps its place."""
         for id, thing in things.items():
             self.sharers[id] += 1
             if self.sharers[id] == 1:
@@ -5040,7 +5040,7 @@ class Unread:
                 del self.sharers[id]
                 self.size -= bytes_of(thing)
         if things:
-            self.readers[reader] = things                # this keeps them, and so their ids
+            self.readers[reader] = things                # kept alive, so ids stay valid
         else:
             self.readers.pop(reader, None)
 
@@ -5050,24 +5050,24 @@ def bytes_of(thing):
 
 
 # ==== 24. Broker ==========================================================================
-# The idea: streams that must show the same share a channel. When its topic is published,
-#   the object is asked once, and the same bytes go to every socket. The object may sleep.
-#   So 1,000 members who look at the todos of acme are 1,000 streams and one channel.
-# It promises: after a publish each stream gets the latest; those between may be left out.
-#   When somebody's access changes, their streams ask the gate again, at once.
-# Who uses it: the loop edge. Objects only tell it what was published.
+# The idea: streams that show the same share a channel. When its topic is published, the
+#   broker asks the object once and sends the same bytes to all. In between the object may
+#   sleep. So 1,000 members who watch the todos of acme are 1,000 streams and one channel.
+# It promises: after a publish each stream gets the latest state, but may miss states before
+#   it. When an account's access changes, its streams ask the gate again, at once.
+# Who uses it: the loop edge. Objects only tell the broker what was published.
 
 class Subscription(NamedTuple):
-    """A region that a stream shows: whom to ask again, what, and after which topic."""
+    """A region that a stream shows: whom to ask again, for what, and on which topic."""
     stub: GuardedStub
     topic: str
-    again: Request                                       # as all would who see the same
+    again: Request                                       # the same for all who see the same
     piece: Optional[Piece]                               # as it is now
-    number: int = 0                                      # the place among those of its page
+    number: int = 0                                      # its place in the page
 
     @property
     def question(self):
-        """What the object is asked: streams with the same question show the same."""
+        """What to ask the object. Streams with the same question show the same."""
         again = self.again                               # number is in x-region
         return again.path, again.query, *again.headers.items()
 
@@ -5076,7 +5076,7 @@ TRUSTED.add("x-region")
 
 
 def shared_request(ctx, query, region, number):
-    """Return the request for one region of a stream, as all would who see the same."""
+    """Return the request for one region; it is the same for all who see the same."""
     viewer = ctx.viewer
     headers = {"x-account": viewer.account if region.each == "account" else "",
                "x-role": viewer.role, "x-grants": ",".join(viewer.grants),
@@ -5085,14 +5085,14 @@ def shared_request(ctx, query, region, number):
 
 
 class Broadcast(GroupCommit, SliceHost):
-    """A SliceHost whose streams are held by a broker. It also answers questions of the
-    server itself."""
+    """A SliceHost whose streams a broker holds. It also answers the server's own questions.
+    """
     KEPT_RENDERINGS = 4 * 2 ** 20                        # characters
 
     def handle(self, request):
         if not request.path.startswith("/_"):
             return super().handle(request)
-        # From outside none comes: destination (2) refuses all paths that begin with "/_".
+        # From outside, destination (2) refuses all paths that begin with "/_".
         name = f"own{request.path[1:]}"                  # of /_version: own_version
         answer = getattr(self, name, super().handle)(request)
         return answer if type(answer) is Response else as_json(answer)
@@ -5104,7 +5104,7 @@ class Broadcast(GroupCommit, SliceHost):
         return Piece(html, made, round(1e6 * (time.perf_counter() - made)))
 
     def drop_renderings(self):
-        """Bound what is kept, for queries can differ without end."""
+        """Drop the oldest renderings past a bound: queries can differ without end."""
         kept = self.renderings
         while sum([len(one.html) for one in kept.values()]) > self.KEPT_RENDERINGS:
             del kept[next(iter(kept))]
@@ -5113,7 +5113,7 @@ class Broadcast(GroupCommit, SliceHost):
         self.renderings.clear()
 
     def stream(self, live, ctx, args):
-        """Instead of something to wait for: for each region, something to subscribe to.
+        """Return a Subscription for each region, and not a Watch to wait for.
 
         A broker asks again for one region alone, with the header x-region.
         """
@@ -5126,7 +5126,7 @@ class Broadcast(GroupCommit, SliceHost):
                    self.renderings_of(live, ctx, args))
         watch = [Subscription(stub, topic, shared_request(ctx, query, region, number),
                               piece, number) for number, region, topic, piece in rows]
-        # In such a Response, which is the account that watches.
+        # Here the field "which" holds the account that watches.
         return Response(200, type=EVENTS, watch=tuple(watch), which=ctx.viewer.account)
 
 
@@ -5135,29 +5135,29 @@ class Broadcast(GroupCommit, SliceHost):
 class Channel:
     """All streams that show the same region alike.
 
-    It is quiet; or busy: its object is asked, or the answer is sent; or busy and stale: it
-    was published again meanwhile, so it goes round once more.
+    It is quiet; or busy, while its object is asked or the answer is sent; or busy and
+    stale, if it was published again meanwhile: then it goes round once more.
     """
 
     def __init__(self, subscription):
-        self.subscription = subscription._replace(piece=None)    # it is sent, and not kept
+        self.subscription = subscription._replace(piece=None)    # pieces are sent, not kept
         self.payer = ""                                  # who pays for it: section 22
-        self.streams = {}                                # and the etag that each one shows
+        self.streams = {}                                # with the etag that each one shows
         self.busy = False
         self.stale = False
 
 
 class Broker:
-    """Knows all channels, by object and question. Of acme it has, for one, this:
+    """Knows all channels, by object and question. For acme it has, for example:
 
         {acme's id: {("/todos/live", "show=open", ("x-account", ""), ("x-role", "member"),
                       and four more headers): a Channel}}
 
-    The loop alone changes channels and streams. Other threads mark a channel, and note
-    which failed.
+    Only the loop changes channels and streams. Other threads mark channels as busy, stale
+    or failed.
     """
     SOME = 64                                # streams: see some_at_a_time
-    UNREACHABLE_SECONDS = 30.0               # then no stream goes on without the Directory
+    UNREACHABLE_SECONDS = 30.0               # without the Directory; then streams end
     CALM_SECONDS = 30.0                      # after a change of access: see welcome
 
     def __init__(self, edge):
@@ -5169,16 +5169,16 @@ class Broker:
         self.version = 0                                 # of the Directory
         self.unreachable_since = 0.0                     # 0: it can be reached
         self.access_changed_at = {}                      # by account; "": everybody's
-        self.failed = set()                              # channels whose region is old
+        self.failed = set()                              # channels whose region is outdated
         self.outdated = {}                               # by stream: how to show it anew
         self.logged = set()                              # see log_failure
 
     # -- from a publish to the sockets
 
     def published(self, id, topic):
-        """Called by an object, right after a commit. topic "": all of it.
+        """An object calls this right after a commit. topic "": all topics.
 
-        Whose command it was pays for what follows from it.
+        The payer of the command also pays for the work that follows from it.
         """
         if topic.startswith("access:"):
             self.note_change(topic[7:])
@@ -5194,7 +5194,7 @@ class Broker:
         self.access_changed_at[account] = time.monotonic()
 
     def changed_since(self, account, then):
-        """Did what this account may do change since then, by time.monotonic()?"""
+        """Has the access of this account changed since then, by time.monotonic()?"""
         known = self.access_changed_at
         return known.get(account, then) > then or known.get("", then) > then
 
@@ -5205,26 +5205,26 @@ class Broker:
             channel.stale = True
             channel.payer = self.edge.pool.payer or channel.payer
         if not busy:
-            # One lane for all regions of an object: they need the same turn, so two threads
-            # would only wait for each other.
+            # All regions of an object share one lane, because they need the same turn: two
+            # threads would only wait for each other.
             job = functools.partial(while_there_is_time, self.refresh)
             self.edge.pool.gather(channel.subscription.stub.id, channel, job, channel.payer)
 
     def refresh(self, channel):
-        """In the pool: ask the object what its region is now. If it sleeps, it wakes."""
+        """In the pool: ask the object for the region again. A sleeping one wakes."""
         channel.stale = False
         piece, deltas = NOT_CURRENT_PIECE, {}
-        streams = [*channel.streams]                     # who joins later marks the channel
+        streams = [*channel.streams]                     # later ones mark it again
         subscription = channel.subscription
         try:
             piece = subscription.stub.fetch(subscription.again).watch[0].piece
             deltas = deltas_of(piece, streams)
             self.failed.discard(channel)
-        except Refused as no:                            # a StorageFault is in the log
+        except Refused as no:                            # a StorageFault is logged already
             self.failed.add(channel)
             if no.status in GOODBYES:
                 self.edge.call(self.some_at_a_time, streams, Stream.end, last_frame(no))
-                streams = []                             # they are shown nothing else
+                streams = []                             # they are sent nothing else
         except CRASH as error:
             self.failed.add(channel)
             self.log_failure(channel, error)
@@ -5232,7 +5232,7 @@ class Broker:
             self.edge.call(self.deliver, channel, piece, deltas, streams)
 
     def log_failure(self, channel, error):
-        """Log it, but the same once a minute: each account can have a channel."""
+        """Log it, but once a minute, because each account can have a channel."""
         subscription = channel.subscription
         key = subscription.stub.id, subscription.topic, type(error)
         if key not in self.logged:
@@ -5240,17 +5240,17 @@ class Broker:
             log_error(f"GET {subscription.again.path}", error)
 
     def some_at_a_time(self, streams, job, *args):
-        """Do job(stream, *args) for SOME streams, and for the others when the loop has
-        looked after all else."""
+        """Call job(stream, *args) for SOME streams, and for the rest when the loop has
+        served everything else."""
         for stream in streams[:self.SOME]:
             job(stream, *args)
         if len(streams) > self.SOME:
             self.edge.call(self.some_at_a_time, streams[self.SOME:], job, *args)
 
     def retry_failed(self):
-        """In the pool, every 5 s: ask again for those whose object failed.
+        """In the pool, every 5 s: refresh the channels whose object failed.
 
-        Their streams show an old region, and perhaps nobody publishes again.
+        Their streams show an outdated region, and perhaps nobody publishes again.
         """
         for channel in [*self.failed]:
             if channel.streams:
@@ -5259,9 +5259,9 @@ class Broker:
                 self.failed.discard(channel)
 
     def deliver(self, channel, piece, deltas, streams):
-        """Send the piece to some streams at a time.
+        """Send the piece to SOME streams at a time.
 
-        After the last of them the channel is free, or goes round again.
+        After the last stream the channel is quiet, or if it is stale, goes round again.
         """
         for stream in streams[:self.SOME]:
             shown = channel.streams.get(stream)          # None: it has left
@@ -5279,8 +5279,8 @@ class Broker:
     # -- who watches
 
     def welcome(self, stream, watch):
-        """Let a new stream join. If its access changed of late, its verdict may be older
-        than that, so the gate is asked again."""
+        """Let a new stream join. If its access has just changed, its verdict may be older
+        than the change, so ask the gate again."""
         self.join(stream, watch)
         if self.changed_since(stream.account, time.monotonic() - self.CALM_SECONDS):
             self.regate(stream)
@@ -5294,7 +5294,7 @@ class Broker:
         for one, channel in zip(watch, stream.channels):
             channel.streams[stream] = one.piece.etag
             channel.payer = channel.payer or stream.account
-            self.mark(channel)                           # something may have come meanwhile
+            self.mark(channel)                           # it may have been published since
         self.count_watcher(stream, id, 1)
 
     def leave(self, stream):
@@ -5304,7 +5304,7 @@ class Broker:
         id = channels[0].subscription.stub.id
         for channel in channels:
             del channel.streams[stream]
-            if not channel.streams:                      # the last one out
+            if not channel.streams:                      # the last stream has left
                 del self.channels[id][channel.subscription.question]
                 self.failed.discard(channel)
         self.open_streams[stream.account] -= 1
@@ -5313,34 +5313,34 @@ class Broker:
         self.count_watcher(stream, id, -1)
 
     def watchers(self, id):
-        """Return the streams on this object. From any thread."""
+        """Return the streams on this object. Any thread may call it."""
         streams = {}
         for channel in [*self.channels.get(id, {}).values()]:
             streams.update(channel.streams)
         return [*streams]
 
     def count_watcher(self, stream, id, more):
-        """For [3]: this stream, on this object, came (1) or went (-1)."""
+        """For [3]: this stream began (1) or ended (-1) to watch this object."""
 
     # -- who may still watch
 
     def regate(self, whose):
-        """Have a stream, or all of an account ("": of everybody), ask the gate once more.
+        """Ask the gate again about a stream, or about all of an account ("": all streams).
 
-        One after the other, so that the latest verdict is the last.
+        The questions are asked one after the other, so the latest verdict comes last.
         """
         self.edge.pool.gather("access", whose, self.gate_again)
 
     def gate_again(self, those):
         """In the pool. those: streams and accounts, as regate takes them."""
-        those = {*those}                                 # to look in it thousands of times
+        those = {*those}                                 # a set, for thousands of look-ups
         for stream in self.edge.streams:
             if stream in those or stream.account in those or "" in those:
                 guarded(self.ask_again, stream)
 
     @contextlib.contextmanager
     def end_on_error(self, stream):
-        """What is raised inside ends the stream."""
+        """End the stream if the block raises."""
         try:
             yield
         except Refused as no:                            # a Busy has no last frame
@@ -5350,24 +5350,24 @@ class Broker:
             raise
 
     def ask_again(self, stream):
-        """In the pool: put the request of an open stream to the gate once more.
+        """In the pool: ask the gate again about the request of an open stream.
 
-        The same viewer as before: nothing happens, and the Workspace is not woken. Another
-        role, or other grants: stream and page are fetched anew. No entry: a last frame.
+        The same viewer as before: do nothing, and don't wake the Workspace. Another role,
+        or other grants: fetch stream and page again. A refusal: send a last frame.
         """
         with self.end_on_error(stream):
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided)
-            # Else the stream is of no workspace, as [3] that of a home page.
+            # Else the stream is outside of workspaces, as [3] that of a home page is.
             elif not decided.watch:                      # the answer is no stream now
                 self.edge.call(stream.end, b"")
-            elif decided.which != stream.account:        # the session is another one's now
+            elif decided.which != stream.account:        # the session has another account
                 raise Refused(412, "Somebody else is signed in here now.")
 
     def compare_viewers(self, stream, noted):
-        """If the gate names another viewer now, have the stream shown anew: apart from the
-        verdicts, for it may take long. Who sent the command pays for it."""
+        """If the gate names another viewer now, have the stream shown anew: not in the lane
+        of the verdicts, because it may take long. The payer of the command pays for it."""
         viewer = viewer_in(noted.request)
         if viewer == stream.viewer:
             return
@@ -5382,7 +5382,7 @@ class Broker:
                            payer)
 
     def show_anew(self, stream):
-        """In the pool: fetch the stream's answer and, as a piece, the page around it."""
+        """In the pool: fetch the stream again and, as a piece, the page around it."""
         with self.lock:
             stub, request = self.outdated.pop(stream)
         if not stream.channels:                          # it was closed meanwhile
@@ -5395,43 +5395,43 @@ class Broker:
                            Piece(Html(html), main=False))
 
     def rejoin(self, stream, viewer, response, page):
-        if not stream.channels or stream.viewer != viewer:   # the next verdict was another
+        if not stream.channels or stream.viewer != viewer:   # a later verdict differs
             return
         self.leave(stream)
         stream.account = response.which
-        stream.latest = {}                               # what waited is older
+        stream.latest = {}                               # what waits there is older
         stream.show("page", page)
         self.join(stream, response.watch)
         for channel in stream.channels:                  # the page may show another state
             channel.streams[stream] = ""
 
     def look_elsewhere(self):
-        """In the pool, once a second: did another process change the Directory?"""
+        """In the pool, once a second: has another process changed the Directory?"""
         directory = self.edge.env.directory
         before = self.version
         try:
             self.version = directory.ask("/_version")
             self.unreachable_since = 0.0
-        except CRASH as no:                              # it may be in another process
+        except CRASH as no:                              # it may run in another process
             if not self.unreachable_since:
                 log(f"the directory: {no}")
                 self.unreachable_since = time.monotonic()
             if time.monotonic() > self.unreachable_since + self.UNREACHABLE_SECONDS:
-                self.regate("")                          # nobody can say who may still look
+                self.regate("")                          # nobody knows who may still watch
         if before == self.version:
             return
-        if before:                                       # else this is the first look
+        if before:                                       # else this is the first time
             self.published(directory.id, "access:")      # anybody's
             self.published(directory.id, "")
         self.changed_elsewhere()
 
     def changed_elsewhere(self):
-        """[3] looks for what another process may have changed besides the Directory."""
+        """[3] looks whether another process changed more than the Directory."""
 
 
 def while_there_is_time(job, items):
-    """In the pool: do job(item). Return those, if any, for which there was no time: others
-    have this thread in between."""
+    """In the pool: call job(item) until the time is up. Return the items that are left:
+    before them the thread does other lanes."""
     until = time.monotonic() + GroupCommit.BATCH_SECONDS
     for done, item in enumerate(items):
         if time.monotonic() > until:
@@ -5445,7 +5445,7 @@ VIEWER_HEADERS = ("x-account", "x-role", "x-grants", "x-workspace", "x-id", "x-t
 
 
 def viewer_in(forwarded):
-    """Return whom the gate let in, in its own words."""
+    """Return the viewer that the gate let in, as the values of its headers."""
     return tuple([forwarded.headers.get(name, "") for name in VIEWER_HEADERS])
 
 
