@@ -5313,7 +5313,7 @@ class Broker:
         self.count_watcher(stream, id, -1)
 
     def watchers(self, id):
-        """Return the streams on this object. Any thread may call it."""
+        """Return the streams on this object. Thread-safe."""
         streams = {}
         for channel in [*self.channels.get(id, {}).values()]:
             streams.update(channel.streams)
@@ -5450,28 +5450,28 @@ def viewer_in(forwarded):
 
 
 # ==== 25. Loop edge =======================================================================
-# The idea: one loop reads and writes all sockets. What was kept leaves at once; all else is
-#   answered by the pool.
-# How a request goes: the worker runs as it is, in an Env whose last step, forward, is noted
-#   and not taken. Who is refused is answered. Who is let in is fetched, together with all
-#   that came for the same object.
-# It promises: each request comes out with a response. A connection that idles, reads slowly
-#   or sends slowly costs a buffer and no thread. A workspace that is busy takes one thread
-#   for its requests, however many: who was let in waits in its lane. (Its regions, streams
-#   to be shown anew, and jobs, take one each.) All others wait for the gate's verdict in a
-#   lane of their own address. So how long somebody waits for a no does not tell whether a
+# The idea: one loop reads and writes all sockets. It sends kept pages at once; the pool
+#   answers everything else.
+# How a request goes: the worker runs unchanged, in an Env whose last step, forward, is only
+#   noted. If the worker refuses, that is the answer. If it lets the request in, the pool
+#   fetches the answer, together with all others for the same object.
+# It promises: each request gets a response. A connection that idles, reads slowly or sends
+#   slowly costs a buffer, but no thread. A busy workspace takes one thread for all its
+#   requests: those that were let in wait in its lane. (Its regions, its streams to be shown
+#   anew and its jobs take one thread each.) All other requests wait for the gate's verdict
+#   in a lane of their own address. So the time until a refusal does not reveal whether a
 #   workspace is busy, or exists.
 # Who uses it: the network.
 
 class Noted(NamedTuple):
-    """The last step of a worker that only decides: whom to fetch from, and what."""
+    """The last step of a worker that only decides: which object to ask, and what."""
     stub: GuardedStub
     request: Request
 
 
 @dataclasses.dataclass
 class Asked:
-    """A request on its way, and what is known of it so far, in the order of time."""
+    """A request on its way. The fields are in the order in which they become known."""
     connection: Connection
     reading: Reading                                     # its method may be HEAD
     request: Optional[Request] = None                    # None: not made yet
@@ -5480,14 +5480,14 @@ class Asked:
     directory_version: Any = None                        # see Kept.directory_version
     insider: int = 0                                     # hash of (lane, cookie)
     let_in: bool = False                                 # by the gate: see LoopEdge.line_up
-    payer: str = ""                                      # who pays for its thread
-    stub: Optional[GuardedStub] = None                   # the gate has spoken: who answers
-    forwarded: Optional[Request] = None                  # the request as that one sees it
-    object_version: int = 0                              # of that object, before it answers
+    payer: str = ""                                      # who is charged for its thread
+    stub: Optional[GuardedStub] = None                   # who answers, after the gate
+    forwarded: Optional[Request] = None                  # the request as the object sees it
+    object_version: int = 0                              # that object's, before it answers
 
     @property
     def key(self):
-        """What a page is kept by."""
+        """The key under which a page is kept."""
         request = self.request
         coding = "gzip" if accepts_gzip(request) else ""
         return request.path, request.query, self.cookie, request.scheme, coding
@@ -5499,13 +5499,13 @@ UNREADABLE = Reading("-", "/", {}, keep=False, modern=True, length=0)
 class Connection(Held):
     """A connection that is not a stream.
 
-    It is IDLE; ARRIVING, when a part of a request is here; ANSWERING, when all of it is;
-    and then IDLE again, or LEAVING: what still comes is read over.
+    It is IDLE; ARRIVING, once a part of a request is here; ANSWERING, once all of it is
+    here; and then IDLE again, or LEAVING, when it ignores what still comes.
     """
     IDLE, ARRIVING, ANSWERING, LEAVING = "idle", "arriving", "answering", "leaving"
-    IDLE_SECONDS = 75.0                  # longer than the 60 s for which proxies keep one
-    REQUEST_SECONDS = 10.0               # for all of it; a byte now and then moves nothing
-    LINGER_SECONDS = 1.0                 # so that who is still sending can read our answer
+    IDLE_SECONDS = 75.0                  # longer than the 60 s that proxies keep one
+    REQUEST_SECONDS = 10.0               # for all of a request, not for each byte
+    LINGER_SECONDS = 1.0                 # so that a sending client can read our answer
     LINGER_BYTES = 65_536
 
     def __init__(self, edge, link, peer):
@@ -5513,11 +5513,11 @@ class Connection(Held):
         self.whose = source_of(peer)
         self.buffer = bytearray()
         self.reader = read_requests(self.buffer, self.spool_for)
-        self.new = True                                  # nothing has come on it [3]
+        self.new = True                                  # [3] no byte has come yet
         self.ended = False                               # the other side sends no more
-        self.keep = True                                 # it goes on after this answer
-        self.rest = None                                 # [3] what follows its body
-        self.spare = self.LINGER_BYTES                   # bytes that are read over
+        self.keep = True                                 # it stays open after this answer
+        self.rest = None                                 # [3] what follows the body
+        self.spare = self.LINGER_BYTES                   # bytes to ignore when LEAVING
         self.state = self.IDLE
         super().__init__(edge, link)
         self.deadline = time.monotonic() + self.IDLE_SECONDS
@@ -5528,19 +5528,19 @@ class Connection(Held):
 
     @property
     def may_break_off(self):
-        """At the end of the server: nobody waits for the rest of an answer."""
+        """At the end of the server: True if nobody waits for an answer."""
         return self.state not in (self.ANSWERING, self.LEAVING)
 
-    # -- reading, in the loop. Most requests go from advance to take at once. One that has
-    # to be let in before its body is read goes by apart, check_before_body in the pool,
-    # go_on and resume, which calls advance again.
+    # -- reading, in the loop. Most requests go straight from advance to take. If one has to
+    # be let in before its body is read, it goes through apart, check_before_body in the
+    # pool, go_on and resume, which calls advance again.
 
-    spool_for = staticmethod(refuse_long)                # [3] has where a long body goes
+    spool_for = staticmethod(refuse_long)                # [3] has a place for a long body
 
     def read(self, data):
         self.new = False
         self.ended = not data
-        if self.state == self.LEAVING:                   # it is read over
+        if self.state == self.LEAVING:                   # it is ignored
             self.spare -= len(data)
             if self.ended or self.spare <= 0:
                 self.close()
@@ -5549,10 +5549,10 @@ class Connection(Held):
         if not self.busy:
             self.edge.came.append(self)
         elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
-            self.listen(0)                               # read on after the present answer
+            self.listen(0)                               # read on after this answer
 
     def advance(self):
-        """Take the next request up, if it is complete."""
+        """Take up the next request, if it is complete."""
         some = bool(self.buffer)
         try:
             reading = next(self.reader)
@@ -5571,18 +5571,18 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
-        """[3] reads an upload as a form before."""
+        """Take up a request. [3] first reads an upload as a form."""
         self.edge.take_up(self, reading)
 
     def arriving(self):
-        """A part of it has come."""
+        """Note that a part of a request has come."""
         if self.state != self.ARRIVING:
             self.deadline = time.monotonic() + self.REQUEST_SECONDS
             self.state = self.ARRIVING
 
     def apart(self, job, what, payer):
-        """Have the pool do job(what), in another lane than that of the requests. A no of it
-        is sent; any other error closes the connection."""
+        """Have the pool do job(what), in another lane than the requests. If it raises
+        Refused, send that; any other error closes the connection."""
         self.edge.pool.gather((self, "apart"), (job, what), self.do_apart, payer)
 
     def do_apart(self, those):
@@ -5596,13 +5596,13 @@ class Connection(Held):
             raise
 
     def check_before_body(self, reading):
-        """In the pool: refuse before the body is sent, if the client waits for a 100, or
-        before it is read, if it is long."""
+        """In the pool: refuse before the client sends the body, if it waits for a 100, or
+        before we read it, if it is long."""
         self.check(reading, self.edge.request(reading, self.peer))
         self.edge.call(self.go_on, reading)
 
     def check(self, reading, request):
-        """Raise Refused for what is refused whatever the body is."""
+        """Raise Refused if the request is refused whatever its body is."""
         refuse_foreign(request)
         if request.path.startswith("/w/"):
             admit(request, self.edge.env)
@@ -5616,7 +5616,7 @@ class Connection(Held):
             self.resume()
 
     def resume(self):
-        """Read what was sent ahead."""
+        """Go on reading, first what was sent ahead."""
         if self.state in (self.IDLE, self.ARRIVING) and self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
             self.close_on_error(self.advance)
@@ -5640,7 +5640,7 @@ class Connection(Held):
             self.edge.call(self.wrote, data, sent)
 
     def page_too_large(self, asked, response):
-        """Only whoever made this page can make it smaller, so it is in the log, too."""
+        """Refuse the page, and log that, because only its author can make it smaller."""
         request = self.edge.as_logged(asked.request)
         log(f"{request.method} {request.path}: an answer of {len(response.body)} bytes; "
             f"at most {Backlog.ANSWER} are sent. Show less.")
@@ -5648,7 +5648,7 @@ class Connection(Held):
         return self.edge.refusal(asked.request, no)
 
     def encoded(self, asked, response):
-        """Return the bytes of the answer; note whether the connection goes on after it."""
+        """Return the bytes of the answer. Note whether the connection stays open."""
         reading = asked.reading
         response = compressed(asked.request, response)
         self.edge.count(asked, response)
@@ -5657,16 +5657,16 @@ class Connection(Held):
         return encode(asked.request, reading, response, self.keep, self.edge.date)
 
     def written(self):
-        """The answer has left."""
+        """Go on after the answer has left."""
         if not self.keep:
             return self.leave()
         self.deadline = time.monotonic() + self.IDLE_SECONDS
-        self.state = self.IDLE                           # before a look at what was read
+        self.state = self.IDLE                           # before resume() looks at it
         if self.buffer or self.ended:
             self.edge.call(self.resume)
 
     def leave(self):
-        """Send no more, and read over what comes for a moment, so that whoever is still
+        """Send no more, and ignore for a moment what comes, so that a client that is still
         sending can read the answer (RFC 9112, 9.6)."""
         self.deadline = time.monotonic() + self.LINGER_SECONDS
         self.state = self.LEAVING
@@ -5678,7 +5678,7 @@ class Connection(Held):
             self.listen(READABLE)
 
     def refuse(self, no):
-        """One answer, and nothing behind it is read."""
+        """Send one last answer. Nothing after it is read."""
         if self not in self.edge.held:
             return
         self.state = self.ANSWERING
@@ -5686,12 +5686,12 @@ class Connection(Held):
         self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
     def become_stream(self, asked, response):
-        """In the loop, which counts the streams."""
+        """In the loop, because the loop counts the streams."""
         no = self.edge.stream_refusal(asked, response)
         if no:
             return self.reply(asked, self.edge.refusal(asked.request, no))
         data = self.encoded(asked, response)
-        if self.ended:                                   # nobody is there to hear the rest
+        if self.ended:                                   # nobody is there for the rest
             self.keep = False
             return self.write(data + first_frames(asked.request, response.watch))
         self.edge.held.discard(self)
@@ -5705,7 +5705,7 @@ class Connection(Held):
             self.edge.broker.welcome(stream, response.watch)
 
     def tick(self, now):
-        waiting = self.busy and not self.unsent          # for a thread, which will end it
+        waiting = self.busy and not self.unsent          # for a thread, which ends that
         if waiting or now < self.deadline:
             return
         if self.state == self.ARRIVING:
@@ -5715,16 +5715,16 @@ class Connection(Held):
 
 
 class LoopEdge:
-    """Listens when it is made, serves in serve_forever(), ends by stop().
+    """Listens once it is made, serves in serve_forever(), ends after stop().
 
     settings: host, port, threads, connections, streams, allow_host, trust_proxy and drain.
     """
     DRAIN_SECONDS = 5.0                                  # for the requests in flight
     END_SECONDS = 5.0                                    # for the threads
     TICK_SECONDS = 1.0
-    broker_kind = Broker                                 # [3] has ones that it adds to
+    broker_kind = Broker                                 # [3] adds to both kinds
     connection_kind = Connection
-    CALLS_SECONDS = 0.002                                # then it looks at sockets again
+    CALLS_SECONDS = 0.002                                # then it reads sockets again
     SHORT = 1000                                         # bytes of a body
     POLL_SECONDS = 0.0001                                # to poll before it sleeps
 
@@ -5739,7 +5739,7 @@ class LoopEdge:
         self.pool = Pool(settings.threads)
         for namespace in (env.workspaces, env.directory.namespace):
             namespace.listeners.append(self.broker.published)
-        self.insiders = set()                            # Asked.insider of who was let in
+        self.insiders = set()                            # Asked.insider of those let in
         self.accounts = {}                               # by the hash of a cookie
         self.hosts = self.own_names()
         self.make_loop()
@@ -5759,20 +5759,20 @@ class LoopEdge:
         self.held = set()
         self.selector = selectors.DefaultSelector()
         self.came = []                                   # connections with new bytes
-        self.calls = collections.deque()                 # what other threads want done here
+        self.calls = collections.deque()                 # what other threads left to do
         self.waker, self.woken = socket.socketpair()
         self.waker.setblocking(False)
         self.woken.setblocking(False)
-        self.awake = False                               # else call() need not wake it
-        self.polling = False                             # it pays just now to stay awake
+        self.awake = False                               # False: call() must wake it
+        self.polling = False                             # polling paid the last time
         self.date = formatdate(usegmt=True)
         self.due = {}                                    # when, by chore
         self.stopping = 0.0                              # since when; 0: it is not
 
     def use(self, env):
         self.env = env
-        # Env.forward(stub, request) is replaced by the class Noted. So worker() returns
-        # Noted(stub, request), whom it would ask and what, instead of an answer.
+        # The class Noted replaces Env.forward(stub, request). So worker() returns
+        # Noted(stub, request), which says whom it would ask and what, instead of an answer.
         self.deciding = dataclasses.replace(env, forward=Noted)
         self.regating = self.deciding                    # for open streams; [3] changes it
 
@@ -5793,17 +5793,17 @@ class LoopEdge:
                 guarded(self.tick, time.monotonic())
             for key, events in self.ready():
                 guarded(key.data, events)
-            self.kept.seen = None                        # what is asked for has been read
+            self.kept.seen = None                        # see Kept.directory_version
             self.advance_all()
             self.run_calls()
         self.pool.rouse()
 
     def ready(self):
-        """Wait until a socket can be read or written, or somebody calls.
+        """Wait until a socket can be read or written, or a thread uses call().
 
-        A core that fell asleep takes longer to wake than most answers take to make. So the
-        loop stays awake for a moment, if that paid the last time. (Pages on one connection:
-        1.2 x.) While the pool has jobs it sleeps at once: they need the interpreter.
+        A sleeping core takes longer to wake than most answers take to make. So the loop
+        polls for a moment first, if that paid the last time. (Pages on one connection: 1.2
+        x.) While the pool has jobs it sleeps at once, because they need the interpreter.
         """
         self.pool.rouse()
         until = 0.0 if self.pool.busy else time.perf_counter() + self.POLL_SECONDS
@@ -5819,7 +5819,7 @@ class LoopEdge:
         return found
 
     def advance_all(self):
-        """Take up what was read in this round."""
+        """Take up the requests that were read in this round."""
         came, self.came = self.came, []
         for connection in came:
             if connection in self.held:                  # it may have been closed since
@@ -5833,18 +5833,18 @@ class LoopEdge:
                 return
 
     def call(self, *call):
-        """call(function, *args): have the loop do it soon. From any thread."""
+        """call(function, *args): have the loop do it soon. Thread-safe."""
         self.calls.append(call)
         if not self.awake:                               # else it looks before it sleeps
             self.awake = True
             self.wake()
 
     def wake(self):
-        with contextlib.suppress(OSError):               # full: it is awake already
+        with contextlib.suppress(OSError):               # full: the loop is awake already
             self.waker.send(b"\0")
 
     def accept(self, _):
-        for _ in range(64):                              # then look after the others
+        for _ in range(64):                              # then other sockets, too
             try:
                 self.take_in(*self.socket.accept())
             except BlockingIOError:
@@ -5863,7 +5863,7 @@ class LoopEdge:
                                       retry_after(60)))
 
     def tick(self, now):
-        """Once a second: the date, deadlines, heartbeats, and a look at who may sleep."""
+        """Once a second: the date, deadlines, heartbeats, chores, and unused objects."""
         self.date = formatdate(usegmt=True)
         for memory in (self.insiders, self.accounts):
             if len(memory) > 100_000:
@@ -5885,7 +5885,7 @@ class LoopEdge:
         self.env.directory.namespace.sleep_unused()
 
     def begin(self, chore):
-        """Have the pool do it; never twice at a time."""
+        """Have the pool do a chore, but never twice at a time."""
         self.pool.gather(chore, chore, lambda chores: guarded(chores[0]))
 
     # -- a request: in the loop, then in the pool
@@ -5906,14 +5906,14 @@ class LoopEdge:
         self.line_up(asked)
 
     def line_up(self, asked):
-        """Put a request into a lane, and charge it to a payer. Those of carol are:
+        """Put a request into a lane, and charge it to a payer. For carol they are:
 
             lane                  payer
             203.0.113.5 /w/acme   inside, from 203.0.113.5    her first request for acme
             /w/acme               carol                       since the gate has let her in
             her connection        carol                       for the home page
 
-        So who is not known yet waits behind others at the same address alone.
+        So a client that is not known yet waits only behind others at the same address.
         """
         name = lane_name(asked.request.path)
         asked.insider = hash((name, asked.cookie))
@@ -5926,16 +5926,16 @@ class LoopEdge:
         self.pool.gather(name, asked, self.work_off, asked.payer)
 
     def payer_of(self, asked):
-        """Return the account that the gate saw in this cookie before. Until it has seen
-        one, all at the same address pay together; those who sign in, apart from those who
-        ask for a workspace."""
+        """Return the account that the gate found for this cookie before. If there is none
+        yet, return a payer for all at the same address: one for requests to a workspace,
+        and another for the rest, such as signing in."""
         known = self.accounts.get(hash(asked.cookie))
         where = "inside" if asked.request.path.startswith("/w/") else "outside"
         return known or f"{where}, from {source_of(asked.request.peer)}"
 
     def lines_up_again(self, asked, decided):
-        """The gate has let it in. If it waits in the wrong lane, or its account does not
-        pay yet, remember who it is, line it up again, and return True."""
+        """Call this when the gate has let a request in. If it waits in the wrong lane, or
+        its account does not pay yet, note the account, line it up again and return True."""
         account = decided.request.headers.get("x-account")
         pays = not asked.cookie or not account or asked.payer == account
         if asked.let_in and pays:
@@ -5948,8 +5948,8 @@ class LoopEdge:
         return True
 
     def work_off(self, several):
-        """In the pool: answer what came for one object. Return what is to be asked again:
-        there was no time for it, as others need this thread, too; or it was Outdated."""
+        """In the pool: answer what came for one object. Return those to ask again, which
+        were Outdated or had to wait, because others need this thread, too."""
         decided_at = time.monotonic()
         try:
             groups = self.decide_all(several)
@@ -5960,14 +5960,14 @@ class LoopEdge:
                         self.fetch_some(stub, group, decided_at)
                         if time.monotonic() > until:
                             break
-        except CRASH:                                    # else they would wait for ever
+        except CRASH:                                    # else they would wait forever
             for asked in several:
                 self.call(asked.connection.close)
             raise
         return [*itertools.chain(*groups.values())]
 
     def decide_all(self, several):
-        """Answer what is not to be fetched. Return the rest: a group for each stub."""
+        """Answer what is not forwarded. Return the rest: a group for each stub."""
         groups = collections.defaultdict(collections.deque)
         env = asking_once(self.deciding) if len(several) > 1 else self.deciding
         for asked in several:
@@ -5982,10 +5982,10 @@ class LoopEdge:
         return groups
 
     def fetch_some(self, stub, group, decided_at):
-        """Answer the next page of a group alone, for it can be large; or, if a command is
-        next, all that is left, in one commit. What is answered leaves the group.
+        """Answer the first page of a group alone, because it can be large. If a command is
+        first, answer all of the group in one commit. What is answered leaves the group.
 
-        Raises Outdated, and answers none, if the verdict on one may be old by now.
+        Raises Outdated, and answers nothing, if a verdict may be outdated by now.
         """
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
@@ -6004,9 +6004,9 @@ class LoopEdge:
     def finish_together(self, answered):
         """Leave the short ones of several answers to the loop.
 
-        With each send a thread lets go of the interpreter: the loop would read the next
-        request after each. (Commands on 32 connections: 1.14 x.) But to make a page or to
-        compress it takes too long, and at the end the loop may be gone.
+        A thread releases the interpreter with each send, so the loop would read the next
+        request after each. (Commands on 32 connections: 1.14 x.) The rest stays here:
+        compressing would hold up the loop; and when the server ends, the loop may be gone.
         """
         left = []
         for asked, response in answered:
@@ -6023,14 +6023,14 @@ class LoopEdge:
             guarded(asked.connection.close_on_error, self.finish, asked, response)
 
     def decide(self, request, env):
-        """Return a Noted, or the Response to what is not forwarded. Raises Refused.
+        """Return a Noted, or the Response if the request is not forwarded. Raises Refused.
 
-        env: deciding, or what is made of it.
+        env: self.deciding, or what asking_once makes of it.
         """
         return self.env.front(request, env)
 
     def finish(self, asked, response):
-        """If not even a refusal can be made of it, the connection is closed."""
+        """Send the answer, or close the connection if not even a refusal can be made."""
         try:
             if isinstance(response, BaseException):
                 response = self.refusal(asked.request, response)
@@ -6045,14 +6045,14 @@ class LoopEdge:
             log_error(f"{request.method} {request.path}", error)
 
     def request(self, reading, peer):
-        """Return what a sound frame asks for. Raises Refused for a target, a
-        method or a host."""
+        """Return the Request in a sound frame. Raises Refused for a bad target, method or
+        host."""
         headers = reading.headers
         method = "GET" if reading.method == "HEAD" else reading.method
         scheme = "http"
         proxies = self.settings.trust_proxy
         if proxies and in_networks(peer, proxies):
-            # Where several proxies say it, the first is the one that the browser spoke to.
+            # If several proxies say it, the first is the one that the browser spoke to.
             said = headers.get("x-forwarded-proto", "").partition(",")[0]
             if said.strip().lower() == "https":
                 scheme = "https"
@@ -6073,7 +6073,7 @@ class LoopEdge:
                        reading.spool)
 
     def stream_refusal(self, asked, response):
-        """Return a Refused that says why this one can't be opened; None: it can."""
+        """Return a Refused that says why this stream can't be opened, or None if it can."""
         if not asked.reading.modern:
             return Refused(505, "A stream needs HTTP/1.1. Set proxy_http_version 1.1 in "
                                 "the proxy.")
@@ -6083,24 +6083,23 @@ class LoopEdge:
         return None
 
     def healthz(self, request, env):
-        """A door."""
+        """A door for load balancers."""
         only_read(request)
         return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
 
     def decide_again(self, request):
-        """For the broker: as decide, for a request whose answer is an open stream. So it is
-        none of those that a front of [3] answers itself."""
+        """For the broker: like decide, for a request whose answer is an open stream. A
+        front of [3] never answers such a request itself."""
         return worker(request, self.regating)
 
     # -- what Part Three adds to
 
     def chores(self):
-        """Return (function, seconds) for what is to be done again and again. [3] has more.
-        """
+        """Return pairs of a function and the seconds between its calls. [3] has more."""
         return [(self.broker.retry_failed, 5.0), (self.broker.logged.clear, 60.0)]
 
     def keeps_answers(self):
-        """Not on a node: the verdict comes with each request."""
+        """False on a node, because there each request brings its own verdict."""
         return self.env.gate is ask_the_gate
 
     def most_streams(self):
@@ -6110,7 +6109,7 @@ class LoopEdge:
         return refusal(request, error)
 
     def as_logged(self, request, status=500):
-        """Return the request as others may read of it. [3] Some paths are secrets."""
+        """Return the request as it may be logged. [3] Some paths are secrets."""
         return request
 
     def count(self, asked, response):
@@ -6120,20 +6119,20 @@ class LoopEdge:
 
     @property
     def draining(self):
-        """For a while a load balancer can hear from /healthz that this server stops."""
+        """True for a while after stop(): load balancers hear of it from /healthz."""
         return time.monotonic() < self.stopping + self.settings.drain
 
     def stop(self):
-        """Take no more requests; end when those in flight are answered. From any thread."""
+        """Take no more requests; end when all in flight are answered. Thread-safe."""
         self.stopping = self.stopping or time.monotonic()
         self.wake()
 
     def drained(self):
-        """Close what may break off. Return whether nothing is left, or the time is up."""
+        """Close what may break off. Return True if nothing is left, or the time is up."""
         if self.draining:
             return False
         if self.socket.fileno() >= 0:
-            with contextlib.suppress(KeyError):          # no descriptors just now
+            with contextlib.suppress(KeyError):          # see accept: no descriptors
                 self.selector.unregister(self.socket)
             self.socket.close()
             self.wake()                                  # what has come is read first
@@ -6147,14 +6146,14 @@ class LoopEdge:
     def server_close(self):
         """After serve_forever: end the threads, close every file."""
         self.pool.close(self.END_SECONDS)
-        self.kept.close()                                # first: the last one tidies up
+        self.kept.close()                                # first: the last close tidies up
         self.env.workspaces.close()
         self.env.directory.namespace.close()
         for one in (*self.held, self.socket, self.selector, self.waker, self.woken):
             one.close()
 
 
-# -- what the loop edge is made of
+# -- parts of the loop edge
 
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 give_way = getattr(os, "sched_yield", lambda: None)
@@ -6162,7 +6161,7 @@ known_host_again = functools.lru_cache(maxsize=1024)(known_host)
 
 
 def listening(host, port):
-    """Return a socket to accept from. A short queue would turn a crowd away."""
+    """Return a listening socket. With a short queue it would turn a crowd away."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = ":" in host and socket.has_dualstack_ipv6()   # "::" is for IPv4, too
     return socket.create_server((host, port), family=family, backlog=1024,
@@ -6170,8 +6169,7 @@ def listening(host, port):
 
 
 def lane_name(path):
-    """Return the lane of the Workspace that answers this path of a request; "": none does.
-    """
+    """Return the lane of the Workspace that answers this path, or "" if none does."""
     if not path.startswith("/w/"):
         return ""
     parts = path.split("/")
@@ -6179,13 +6177,13 @@ def lane_name(path):
 
 
 class Outdated(Undone):
-    """While a request waited for the object's turn, its account got or lost rights."""
+    """The account's access changed while its request waited for the object's turn."""
 
 
 def asking_once(deciding):
-    """Return the Env for requests that came together: those that would ask the gate the
-    same share its verdict. It is asked when all of them are there."""
-    if deciding.gate is not ask_the_gate:                # on a node each brings its own
+    """Return the Env for requests that came together. If several would ask the gate the
+    same, it is asked once, after all of them have come."""
+    if deciding.gate is not ask_the_gate:                # on a node each brings a verdict
         return deciding
     verdicts = {}                                        # by question
 
@@ -6198,10 +6196,10 @@ def asking_once(deciding):
     return dataclasses.replace(deciding, gate=gate)
 
 
-# -- who it is on the other side
+# -- the client's address
 
 def address_in(text):
-    """Return the address, an object of ipaddress; None if it is none."""
+    """Return the text as an address of ipaddress, or None if it is no address."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(text.partition("%")[0])
         return getattr(ip, "ipv4_mapped", None) or ip    # IPv4, on a socket for both
@@ -6210,7 +6208,7 @@ def address_in(text):
 
 @functools.lru_cache(maxsize=1024)
 def in_networks(address, networks):
-    """networks: a tuple of texts like "10.0.0.0/8"."""
+    """True if the address is in one of the networks, a tuple of texts like "10.0.0.0/8"."""
     ip = address_in(address)
     return ip is not None and any([ip in ipaddress.ip_network(network)
                                    for network in networks])
@@ -6221,10 +6219,10 @@ WITH_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([^\]]*)\](?::[0-9]+)?")
 
 @remembered
 def client_behind(peer, forwarded_for, proxies):
-    """Return who is behind the proxies that we trust, networks, by X-Forwarded-For.
+    """Return the client's address behind trusted proxies (networks), by X-Forwarded-For.
 
-    Each proxy adds the address that it hears, perhaps with a port. So the list is read from
-    its end; what stands before somebody who is no proxy of ours, anybody can have written.
+    Each proxy adds the address that it hears, perhaps with a port. So read the list from
+    its end, up to the first address that is no such proxy: anybody can write the rest.
     """
     for heard in reversed(forwarded_for.split(",")):
         if not in_networks(peer, proxies):
@@ -6239,9 +6237,9 @@ def client_behind(peer, forwarded_for, proxies):
 
 @functools.lru_cache(maxsize=1024)
 def source_of(peer):
-    """Return who is charged for what comes from an address.
+    """Return what is charged for a client's requests: its address or, in IPv6, its network.
 
-    Whoever has one address of IPv6 has the 2 ** 64 that begin alike (RFC 6177, 2).
+    A client with one IPv6 address has all 2 ** 64 that begin alike (RFC 6177, 2).
     """
     address = address_in(peer)
     if address is None:
@@ -6252,16 +6250,16 @@ def source_of(peer):
 
 
 # ==== 26. Hosts ===========================================================================
-# The idea: Workspace and Directory with all of this part. The Directory keeps the verdicts
-#   of its gate, as pages are kept, while its file stands still. And the file of a new
-#   workspace is made before the Directory's turn is taken, for that takes long.
+# The idea: Workspace and Directory with everything of this part. Like kept pages, the
+#   Directory keeps the verdicts of its gate until its file changes. The file of a new
+#   workspace is made before the Directory's turn is taken, because making it takes long.
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
-#   is it older than ten seconds, for sessions end by the clock. (Each second, Part Three
-#   removes those that are over. That is a commit, too.)
+#   is it older than ten seconds, because sessions end by the clock. (Each second, Part
+#   Three removes expired sessions. That is a commit, too.)
 # Who uses it: the composition roots of Part Three.
 
 class QuickRouter(Router):
-    """A router that remembers what it found."""
+    """A router that remembers its matches."""
 
     @functools.cached_property
     def match(self):
@@ -6269,20 +6267,20 @@ class QuickRouter(Router):
 
 
 class EdgeWorkspace(Broadcast, Workspace):
-    """A Workspace whose streams are held by a broker."""
+    """A Workspace whose streams a broker holds."""
     OPEN_SECONDS = 1.0
 
 
 class EdgeDirectory(Broadcast, Directory):
-    """A Directory whose streams are held by a broker, and which keeps its verdicts."""
+    """A Directory that keeps its verdicts. A broker holds its streams."""
     VERDICT_SECONDS = 10.0
     MOST_VERDICTS = 4096
     digest_of = staticmethod(remembered(session_digest))
 
     def on_open(self):
         super().on_open()
-        self.kept_verdicts = {}                          # verdicts, and until when
-        self.as_of = None                                # for this state of file and keys
+        self.kept_verdicts = {}                          # verdicts, and when they end
+        self.as_of = None                                # the state of file and keys then
 
     def handle(self, request):
         if request.method in SAFE and request.path.startswith("/_gate/"):
@@ -6304,8 +6302,7 @@ class EdgeDirectory(Broadcast, Directory):
         return answer
 
     def make_file(self, ctx, id):
-        """Mostly it was made before, while nobody waited: see create_workspace_with_file.
-        """
+        """Mostly the file is there as a draft already: see create_workspace_with_file."""
         draft = ctx.request.headers.get("x-file")
         if draft is None:
             return super().make_file(ctx, id)
@@ -6315,13 +6312,13 @@ class EdgeDirectory(Broadcast, Directory):
         return self.viewer(request).account
 
     def own_version(self, request):
-        """Asked once a second. The answer moves when another process has written here."""
-        with contextlib.suppress(sqlite3.OperationalError):  # locked: in the next second
+        """Asked once a second. The answer changes when another process has written here."""
+        with contextlib.suppress(sqlite3.OperationalError):  # locked: the next second
             self.each_second()
         return [self.opened_at, self.store.one("PRAGMA data_version")[0]]
 
     def each_second(self):
-        """[3] ends what is over."""
+        """[3] ends what has expired."""
 
 
 TRUSTED.add("x-file")
@@ -6330,8 +6327,8 @@ TRUSTED.add("x-file")
 def create_workspace_with_file(request, env):
     """A door. Make the file of a workspace first, and only then ask the Directory.
 
-    In the Directory's turn every other request would wait for its verdict meanwhile. So
-    there the file only gets its name.
+    If the Directory made the file in its turn, every other request would wait for its
+    verdict meanwhile. So in its turn the Directory only renames the file.
     """
     signed_in = env.directory.ask_as(request, "/_account")
     if request.method != "POST" or not signed_in:
