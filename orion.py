@@ -8339,11 +8339,13 @@ EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|cl
                         "style|init|effect|indicator|ref|json-signals|animate|persist|"
                         "custom-validity|match-media|query-string|replace-url|"
                         "scroll-into-view|view-transition)(?![a-z0-9])")
+# A string inside an expression; attributes that have an address.
 STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
 LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
 # Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
 NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
 LOADING = ("script", "style", "link", "base", "object", "embed")
+# How an address begins that runs nothing: with one of these schemes, or with none.
 ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
 FORM_METHODS = ("get", "post", "dialog")
 TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
