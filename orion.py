@@ -4773,8 +4773,8 @@ class Pool(Threads):
 # It promises: a slow reader delays nobody. It gets the latest frame when it can take one,
 #   not those that it missed. It is cut off if it takes nothing for 30 seconds, or if too
 #   much waits for slow readers and it has waited longest.
-# Who uses it: the loop edge. Its loop runs all methods but Connection.reply. That runs in
-#   the pool, because nobody else touches a Connection that is ANSWERING.
+# Who uses it: the loop edge. Its loop runs all methods but Connection.reply. That may run in
+#   the pool, because in a Connection that is ANSWERING the loop only notes what comes.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -5549,7 +5549,7 @@ class Connection(Held):
         if not self.busy:
             self.edge.came.append(self)
         elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
-            self.listen(0)                               # read on after this answer
+            self.listen(self.events & ~READABLE)         # read on after this answer
 
     def advance(self):
         """Take up the next request, if it is complete."""

@@ -6844,6 +6844,20 @@ def is_whole(link, size=8 * MB):
     return got >= size
 
 
+@cases("more", ["", "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 3_000])
+def test_an_answer_comes_whole_though_its_client_says_goodbye_or_asks_for_much_more_meanwhile(start, more):
+    server = start((orion.todos, large()))
+    with deaf(server, Person(server, "bob"), "large") as link:
+        connection, = [held for held in server.edge.held if held.unsent]
+        if more:
+            link.sendall(more.encode())
+            eventually(lambda: not connection.events & orion.READABLE, "it reads on and on")
+        else:
+            link.shutdown(socket.SHUT_WR)
+            eventually(lambda: connection.ended, "it did not hear the goodbye")
+        assert is_whole(link)
+
+
 @cases("bound", ["ACCOUNT", "ALL"])
 def test_past_a_bound_whoever_has_waited_longest_for_an_answer_is_cut_off(start, monkeypatch, bound):
     monkeypatch.setattr(orion.Backlog, bound, 20 * MB)
