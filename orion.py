@@ -4773,8 +4773,8 @@ class Pool(Threads):
 # It promises: a slow reader delays nobody. It gets the latest frame when it can take one,
 #   not those that it missed. It is cut off if it takes nothing for 30 seconds, or if too
 #   much waits for slow readers and it has waited longest.
-# Who uses it: the loop edge. Its loop runs all methods but Connection.reply. That may run in
-#   the pool, because in a Connection that is ANSWERING the loop only notes what comes.
+# Who uses it: the loop edge. Its loop runs all methods but Connection.reply. That may run
+#   in the pool, because in a Connection that is ANSWERING the loop only notes what comes.
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
