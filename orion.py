@@ -7982,6 +7982,12 @@ def addresses(row):
     return [(route.method, PART_OF_PATH.sub("<>", route.path)) for route in routes]
 
 
+def address_of(row):
+    if type(row) is Live:
+        return f"Live {row.path}"
+    return f"{row.method} {row.path}" if type(row) is Route else f"{row!r:.99}"
+
+
 def wrong_with(row, kind, grants):
     """Return why a Live or a Route would never do what it is for, or ""."""
     if type(row) is not kind:
@@ -7993,13 +7999,17 @@ def wrong_with(row, kind, grants):
     if row.path.split("/")[1] == "members":
         return "/members is the Directory's"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return (f"no role has the grant {row.grant!r}; add it to those in orion.ROLES that "
-                "should")
+        return (f"no role has the grant {row.grant!r}; give it to some: "
+                f'orion.ROLES["owner"] += ({row.grant!r},)')
     if kind is Live:
         return wrong_with_live(row)
     if row.method not in METHODS:
         return f"a method is one of {', '.join(METHODS)}"
-    return wrong_with_call("run", row.run)
+    return wrong_with_call("run", row.run, "ctx", *part_names(row.path))
+
+
+def part_names(path):
+    return [name for _, name in PART_OF_PATH.findall(path)]
 
 
 def wrong_with_live(live):
@@ -8007,16 +8017,28 @@ def wrong_with_live(live):
         return ("regions is a tuple, and (one,) has a comma too: "
                 f'Live({live.path!r}, {live.grant!r}, "Title", '
                 '(Region("topic", show),), page)')
-    if type(live.params) is not dict:
-        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
     if live.is_tab and ("<" in live.path or type(live.title) is not str):
         return ("a tab has one address, and text as its title; say tab=False for a path "
                 "with <parts>, or if the title is a function")
-    whys = [wrong_with_region(region, live) for region in live.regions]
-    whys.append(wrong_with_call("page", live.page))
+    parts = part_names(live.path)
+    regions = [f"region {number}" for number in range(len(live.regions))]
+    whys = [wrong_with_params(live.params)]
+    whys += [wrong_with_region(region, live) for region in live.regions]
+    whys.append(wrong_with_call("page", live.page, "ctx", *regions, *parts))
     if type(live.title) is not str:
-        whys.append(wrong_with_call("title", live.title))
+        whys.append(wrong_with_call("title", live.title, "ctx", *parts))
     return next(filter(None, whys), "")
+
+
+def wrong_with_params(params):
+    if type(params) is not dict:
+        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
+    for name, pattern in params.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            return f"the pattern of {name!r} in params is none ({error})"
+    return ""
 
 
 def wrong_with_region(region, live):
@@ -8024,19 +8046,21 @@ def wrong_with_region(region, live):
         return f"{region!r:.60} is no Region(topic, show)"
     if type(region.topic) is not str:
         return f"a topic is text, and not {region.topic!r:.60}"
-    parts = {name for _, name in PART_OF_PATH.findall(live.path)}
-    others = {name for _, name in PART_OF_PATH.findall(region.topic)} - parts
+    parts = part_names(live.path)
+    others = set(part_names(region.topic)) - set(parts)
     if others:
         return (f"the topic {region.topic!r} has <{others.pop()}>, which is no part of the "
                 "path")
     if region.each not in ("role", "account"):
         return f'each is "role" or "account", and not {region.each!r}'
-    of_data = wrong_with_call("data", region.data) if region.data else ""
-    return wrong_with_call("show", region.show) or of_data
+    whys = [wrong_with_call("show", region.show, "ctx", *parts)]
+    if region.data:
+        whys.append(wrong_with_call("data", region.data, "ctx", *parts))
+    return next(filter(None, whys), "")
 
 
-def wrong_with_call(what, function):
-    """Return why a function of a slice can't be called, or ""."""
+def wrong_with_call(what, function, *given):
+    """Return why a function of a slice can't be called with these arguments, or ""."""
     if not callable(function):
         return f"{what} can't be called"
     name = name_of(function)
@@ -8044,6 +8068,11 @@ def wrong_with_call(what, function):
         return f"{name} is async; write def, and do in a job what takes long"
     if inspect.isgeneratorfunction(function):
         return f"{name} yields; let it return what it makes"
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*given)
+    except TypeError:
+        return f"{name}{signature} is called as {name}({', '.join(given)})"
     return ""
 
 
@@ -8078,7 +8107,7 @@ def check_rows(slice, grants, taken):
     for kind, row in rows:
         why = wrong_with(row, kind, grants)
         if why:
-            raise BadSlice(f"slice {slice.name!r}, {row!r:.99}: {why}")
+            raise BadSlice(f"slice {slice.name!r}, {address_of(row)}: {why}")
         for address in addresses(row):
             if address in taken:
                 raise BadSlice(f"slice {slice.name!r}, {' '.join(address)}: "

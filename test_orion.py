@@ -2464,7 +2464,7 @@ def small(*routes, name="small", path="/n", region=lambda ctx: orion.Template('<
                        tuple(orion.Route(method, path, "todos:write", run) for method, path, run in routes), **more)
 
 
-def nothing(ctx):
+def nothing(ctx, *_):
     return orion.done(ctx)
 
 
@@ -2474,6 +2474,10 @@ async def waits(ctx, *_):
 
 def yields(ctx):
     yield
+
+
+def short():
+    """It takes no ctx."""
 
 
 REGION, ROUTE = orion.Region("n", nothing), orion.Route("POST", "/n", "todos:write", nothing)
@@ -2486,16 +2490,18 @@ LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
     ("a path is", [orion.Slice("a", (), (LIVE._replace(path="n"),))]), ("a path is", [orion.Slice("a", (), (LIVE._replace(path="/n/<float:id>"),))]),
     ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n("),))]), ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/_n"),))]),
     ("/members is the Directory's", [orion.Slice("a", (), (LIVE._replace(path="/members"),))]),
-    ("no role has the grant 'todo:read'", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("a method is", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
+    ("slice 'a', Live /n: no role has the grant 'todo:read'; give it to some: orion.ROLES[\"owner\"] += ('todo:read',)", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("a method is", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
     ("can't be called", [orion.Slice("a", (), (LIVE._replace(regions=(orion.Region("n", None),)),))]), ("can't be called", [orion.Slice("a", (), (), (ROUTE._replace(run=None),))]),
     *[(why, [orion.Slice("a", (), (LIVE._replace(**wrong),))]) for why, wrong in {
         'Live(\'/n\', \'todos:read\', "Title", (Region("topic", show),), page)': {"title": "n", "regions": "N", "page": nothing}, "regions is a tuple, and (one,) has a comma too": {"regions": REGION},
         "regions is a tuple": {"regions": ()}, "'n' is no Region(topic, show)": {"regions": ("n",)}, "a topic is text, and not 7": {"regions": (REGION._replace(topic=7),)},
         "the topic 'n/<nr>' has <nr>, which is no part of the path": {"path": "/n/<int:id>", "regions": (REGION._replace(topic="n/<nr>"),)},
         'each is "role" or "account", and not \'viewer\'': {"regions": (REGION._replace(each="viewer"),)}, "title can't be called": {"title": None, "tab": False},
-        "params is a dict, a pattern for each": {"params": "show"}, "a tab has one address": {"path": "/n/<id>", "tab": True}, "and text as its title": {"title": nothing}, "page can't be called": {"page": None},
+        "params is a dict, a pattern for each": {"params": "show"}, "the pattern of 'show' in params is none (missing ), ": {"params": {"show": "(open"}},
+        "short() is called as short(ctx, region 0)": {"page": short}, "short() is called as short(ctx, id)": {"path": "/n/<id>", "regions": (REGION._replace(show=short),), "page": nothing},
+        "short() is called as short(ctx)": {"regions": (REGION._replace(data=short),)}, "Live /n: title can't be": {"title": None, "tab": False}, "a tab has one address": {"path": "/n/<id>", "tab": True}, "and text as its title": {"title": nothing}, "page can't be called": {"page": None},
         "waits is async; write def, and do in a job what takes long": {"page": waits}, "waits is async": {"regions": (REGION._replace(show=functools.partial(waits, 1)),)}, "yields yields; let it return": {"page": yields}}.items()],
-    ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits, tab=False),))]),
+    ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("slice 'a', POST /n/<int:id>: short() is called as short(ctx, id)", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<int:id>", run=short),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits, tab=False),))]),
     *[(f"slice 'a': {name} is a tuple, and (one,) has a comma too", [orion.Slice("a")._replace(**{name: one})]) for name, one in
       {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "jobs": nothing, "exports": nothing}.items()],
     ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE, LIVE))]),
