@@ -8331,8 +8331,8 @@ def is_silent(router, what, told):
 
 @addition
 class NoticesSilence(EdgeWorkspace):
-    """A command that forgets to publish leaves old pages, and raises no error. So what each
-    command has added to Store.after_commit is looked at."""
+    """A command, or a job, that forgets to publish leaves old pages, and raises no error.
+    So what each that wrote has added to Store.after_commit is looked at."""
 
     def journal(self, viewer, what, which):
         super().journal(viewer, what, which)
@@ -8341,9 +8341,9 @@ class NoticesSilence(EdgeWorkspace):
         told = tuple([topic for call, topic, *_ in added if call == self.bus.tell])
         if len(told) < len(added):                       # a job follows, and may publish
             return
-        if is_silent(self.router, what, told):
+        if self.wrote and is_silent(self.router, what, told):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
-                     "page will show it")
+                     "page will show it; publish the topic of a Region")
 
 
 # ==== 34. Template checks =================================================================
@@ -9927,6 +9927,7 @@ class HasJobs(Broadcast):
         self.doing = ("job", row["job"]), time.monotonic()
         waited = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
         ctx = waited.ctx if waited else self.job_context(row, request)
+        before = self.store.db.total_changes
         ctx.host = self
         ctx.store.use(self, WRITE)
         try:
@@ -9937,6 +9938,7 @@ class HasJobs(Broadcast):
         if wait:
             self.store.after_commit.append((self.namespace.alarms.waits.add, wait))
             return
+        self.wrote = self.store.db.total_changes != before
         self.journal(ctx.viewer, row["job"], str(row["id"]))
         self.finish(row)
 
@@ -15124,17 +15126,24 @@ class Files:
     def remove(self, id: int) -> None:
         """Nothing happens if it is gone already."""
         self.ctx.store.check_writes("removes a file")
-        if self.store.exec("DELETE FROM _files WHERE id = ? AND slice = ?", id, self.slice):
-            self.store.exec("DELETE FROM _file_pieces WHERE id BETWEEN ? AND ?",
-                            id * MOST_PIECES, (id + 1) * MOST_PIECES - 1)
+        row = self.row(id)
+        if row:
+            first = row["id"] * MOST_PIECES
+            self.store.exec("DELETE FROM _files WHERE id = ?", row["id"])
+            self.store.exec("DELETE FROM _file_pieces WHERE id BETWEEN ? AND ?", first,
+                            first + MOST_PIECES - 1)
+
+    def row(self, id):
+        """id: a number, or text, as of a path or of a TEXT column."""
+        return self.store.one("SELECT * FROM _files WHERE id = ? AND slice = ?", id,
+                              self.slice)
 
     def send(self, id: int, download: bool = False) -> Response:
         """Return it as an answer to a GET. download: a browser is to save it in any case.
 
         Raises Refused(404), and Refused(416) for a range that it does not have.
         """
-        row = self.store.one("SELECT * FROM _files WHERE id = ? AND slice = ?", id,
-                             self.slice)
+        row = self.row(id)
         if row is None:
             raise Refused(404, "This file is gone.")
         how = "attachment" if download or row["type"] == NO_TYPE else "inline"
@@ -15147,7 +15156,7 @@ class Files:
         if response.status == 304:
             return response
         span = asked_range(request, row["size"], f'"{row["digest"]}"')
-        return self.with_body(response, id, row["size"], span)
+        return self.with_body(response, row["id"], row["size"], span)
 
     def with_body(self, response, id, size, span):
         """Return the response with the first piece, and with what brings the others."""
@@ -17614,7 +17623,7 @@ class DevBroker(Broker):
             shown = [f"{channel.subscription.again.path} for {len(channel.streams)} streams"
                      for channel in [*self.channels.get(id, {}).values()]
                      if channel.subscription.topic == topic]
-            log(f"dev: {topic!r} was published: "
+            log(f"dev: {topic or 'everything'!r} was published: "
                 f"{', '.join(shown) or 'no open page shows it'}")
         super().published(id, topic)
 
