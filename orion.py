@@ -9637,9 +9637,8 @@ class Wait:
 
         add, begin      it stands in line until there is a thread for its call
         call            in that thread: the call, which is what the job has yielded
-        go_on_with      then, or when the call is late: its next step is known. The job goes
-                        on with what the call returned or raised, or with a TimeoutError
-        go_on           in the pool: the job takes this step
+        go_on           there, too: the job takes its next step, with what the call returned
+                        or raised; or, if the call is late, in the pool, with a TimeoutError
 
     The thread of the call ends last, and takes the wait out of by_job. Until then the job
     is not tried again.
@@ -9701,24 +9700,21 @@ class Waits:
             step = functools.partial(wait.steps.send, wait.call())
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
-        self.go_on_with(wait, step)
-        wait.went_on.wait()                              # it is set, if the call was late
+        guarded(self.go_on, wait, step)
+        wait.went_on.wait()                              # the pool may be at it
         with self.lock:
             self.calling.discard(wait)
             del self.by_job[wait.key]
         self.alarms.set(wait.key[0], time.time())
         self.begin()
 
-    def go_on_with(self, wait, step):
-        """Have the job take this step, unless its call was late, and it has gone on."""
+    def go_on(self, wait, step):
+        """Have the job take this step (HasJobs.own_job). If its call was late, it took
+        another one before."""
         with self.lock:
             if wait.next_step:
                 return
             wait.next_step = step
-        self.alarms.put(self.go_on, wait)
-
-    def go_on(self, wait):
-        """In the pool: have the job take its next step (HasJobs.own_job)."""
         try:
             wait.stub.fetch(Request("POST", "/_job", f"id={wait.key[1]}"))
         finally:
@@ -9733,7 +9729,7 @@ class Waits:
         for wait in late:
             error = TimeoutError(f"what it waits for takes more than {self.SECONDS:g} s; "
                                  "give that a time limit of its own")
-            self.go_on_with(wait, functools.partial(wait.steps.throw, error))
+            self.alarms.put(self.go_on, wait, functools.partial(wait.steps.throw, error))
         self.begin()
 
 
