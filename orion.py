@@ -15986,7 +15986,8 @@ UNDO_SECONDS = 600.0
 class KeepsWhatItRemoves(Context):
     def remove(self, table, where, *args):
         signals = {}
-        if isinstance(self.host, Broadcast):             # else it is --plain
+        # What a job or nobody removes, nobody could put back. Nor can --plain.
+        if self.viewer.may(MEMBER) and isinstance(self.host, Broadcast):
             signals = self.host.keep_removed(self, table, where, args)
         super().remove(table, where, *args)
         return signals

@@ -14363,6 +14363,29 @@ def test_a_slice_gets_undo_from_one_call_and_a_plain_form_a_button_on_the_page_i
         assert the_rows(server, "acme", "SELECT n FROM looks") == [(value,) for value in values]
 
 
+def test_what_a_job_or_nobody_removes_nobody_is_asked_to_put_back():
+    def drop(ctx):
+        return orion.done(ctx, **ctx.remove("bins", "1"))
+
+    def sweep(ctx):
+        ctx.remove("bins", "1")
+
+    def fill(ctx):
+        ctx.store.insert("INSERT INTO bins VALUES (1)")
+        if ctx.checked("sweep"):
+            ctx.enqueue(sweep)
+        return orion.done(ctx)
+    routes = [orion.Route("POST", path, orion.PUBLIC, run) for path, run in (("/drop", drop), ("/fill", fill))]
+    with orion.testing(orion.Slice("bins", ("CREATE TABLE bins (n)",), jobs=(sweep,), routes=routes)) as app:
+        bob, nobody = app.viewer("bob"), app.anybody()
+        bob.post("/fill"), bob.post("/fill", sweep=True)
+        assert app.run_jobs() == 1 and "/undo/" not in bob.page("/history")
+        bob.post("/fill")
+        assert (nobody.post("/drop").status, "/undo/" in bob.page("/history")) == (204, False)
+        bob.post("/fill")
+        assert (bob.post("/drop").status, "/undo/" in bob.page("/history")) == (204, True)
+
+
 def test_rows_with_columns_that_are_made_of_others_come_back(start):
     def drop(ctx):
         return orion.done(ctx, **ctx.remove("bills", "net = ?", 2))
