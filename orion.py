@@ -5990,16 +5990,18 @@ class LoopEdge:
         first = group[0]
         some = [first] if first.request.method in SAFE else [*group]
         requests = [asked.forwarded for asked in some]
-
-        def check():
-            for request in requests:
-                account = request.headers.get("x-account", "")
-                if self.broker.changed_since(account, decided_at):
-                    raise Outdated
+        check = functools.partial(self.check_access, requests, decided_at)
         outcomes = outcome(stub.fetch_all, requests, check)
         if isinstance(outcomes, BaseException):
             outcomes = [outcomes] * len(some)
         self.finish_together([(group.popleft(), response) for response in outcomes])
+
+    def check_access(self, requests, decided_at):
+        """Raise Outdated if the access of somebody who asks has changed since then."""
+        for request in requests:
+            account = request.headers.get("x-account", "")
+            if self.broker.changed_since(account, decided_at):
+                raise Outdated
 
     def finish_together(self, answered):
         """Leave the short ones of several answers to the loop.
@@ -16442,9 +16444,22 @@ class HasConsole(LoopEdge):
         for asked in several:
             if asked.let_in or not self.changes_lane(asked):
                 trip = Trip(self.as_logged(asked.request))
-                answer = self.trace.follow(trip, self.env.front, asked.request, self.env)
-                self.finish(asked, answer)
+                self.finish(asked, self.trace.follow(trip, self.go, asked.request))
         return []                                        # nothing is left to be asked again
+
+    def go(self, request):
+        """As env.front, but if access changes on the way, the gate is asked again."""
+        while True:
+            forward = functools.partial(self.forward, time.monotonic())
+            env = dataclasses.replace(self.env, forward=forward)
+            with contextlib.suppress(Outdated):
+                return env.front(request, env)
+
+    def forward(self, decided_at, stub, request):
+        def ask(one):
+            self.check_access([request], decided_at)
+            return one.answer(request)
+        return stub.enter(ask, request)
 
     def changes_lane(self, asked):
         """The first time that the gate lets somebody in, line the request up in the lane of

@@ -1370,15 +1370,19 @@ ENDS_OF_ACCESS = {"is removed": lambda bob, carol, token: bob.delete("/w/acme/me
 
 
 @cases("who, change, status", [("page", "is removed", 403), ("page", "may only read", 403), ("page", "signs out", 401), ("page", "is not concerned", 200),
-                               ("program", "is removed", 401), ("program", "may only read", 403), ("program", "withdraws it", 401), ("program", "is not concerned", 201)])
+                               ("program", "is removed", 401), ("program", "may only read", 403), ("program", "withdraws it", 401), ("program", "is not concerned", 201),
+                               ("traced page", "is removed", 403), ("traced page", "is not concerned", 200)])
 def test_a_command_that_waits_for_its_turn_is_not_done_when_its_member(server, who, change, status):
-    """It was let in before; then access ended, and whoever ended it was told so."""
+    """It was let in before; then access ended, and whoever ended it was told so. A traced one: somebody watches the console."""
     bob, carol = Person(server, "bob"), Person(server, "carol")
     token = token_of(carol)
-    caller = carol if who == "page" else Program(server, token)
+    caller = Program(server, token) if who == "program" else carol
+    if who == "traced page":
+        console = Ear(Person(server), "/console/live")
+        assert console.event() and eventually(lambda: server.edge.trace.watched)
     bob.get("/w/acme/todos"), caller.get("/w/acme/todos")     # whose it is, is known: it is decided once
-    turn, decided, decide = server.env.workspaces.objects[file_of(server).stem].turn, threading.Event(), server.edge.decide
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, mock.patch.object(server.edge, "decide", lambda *what: (decide(*what), decided.set())[0]):
+    turn, decided, destination = server.env.workspaces.objects[file_of(server).stem].turn, threading.Event(), orion.destination
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, mock.patch.object(orion, "destination", lambda *what: (destination(*what), decided.set())[0]):
         with turn:
             late = pool.submit(caller.post, "/w/acme/todos", title="late")
             assert decided.wait(PATIENCE)
