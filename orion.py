@@ -11232,9 +11232,8 @@ class TellsWhoIsHere(Broker):
         people = {stream.account: stream for stream in streams}
         some = [{"person": self.shown(people[name])}
                 for name in sorted(people)[:self.SHOWN]]
-        rest = len(people) - len(some)
-        html = template("here")(name=some, all=len(people), more=rest > 0, rest=rest,
-                                watchers=len(streams))
+        html = template("here")(name=some, all=len(people), watchers=len(streams),
+                                rest=len(people) - len(some))
         return Piece(html, main=False)
 
     def shown(self, stream):
