@@ -3141,7 +3141,7 @@ def plain_main(argv: Optional[Sequence[str]] = None) -> None:
 #
 # What it buys, measured in one run by "test_orion.py bench" on two quiet cores:
 #
-#                                             plain edge     this one     ratio
+#                                             plain edge    this edge     ratio
 #     pages a second, 1 connection                 1,520        6,840    1 : 4
 #     pages a second, 32 connections               1,780       22,500    1 : 13
 #     pages a second, 128 connections              1,780       22,200    1 : 12
@@ -3245,7 +3245,7 @@ class GuardedStub(Stub):
         return json.loads(self.fetch(question).body)
 
     def ask_as(self, request, path):
-        """Ask it about the sender of this request, with the same query."""
+        """Ask the object about the sender of this request, with the same query."""
         return self.ask(path, request.query, request.headers, request.scheme)
 
     def fetch_all(self, requests, check=lambda: None):
@@ -3354,7 +3354,7 @@ class StorageFault(Refused):
     def is_behind(cls, error):
         """True if the database file is at fault, False if the SQL statement is."""
         if isinstance(error, sqlite3.OperationalError):
-            if str(error).startswith("no such"):         # table; its name may be anything
+            if str(error).startswith("no such"):         # a name follows: any text
                 return False
             return str(error).endswith(tuple(cls.REMEDIES))
         return type(error) in (sqlite3.DatabaseError, MigrationError)
@@ -3371,7 +3371,7 @@ class NestedStore(Store):
 
     @contextlib.contextmanager
     def savepoint(self):
-        """Inside, after_commit has what the part itself has added."""
+        """Inside, after_commit holds only what this part has added."""
         self.run("SAVEPOINT part", ())
         outer, self.after_commit = self.after_commit, []
         try:
@@ -3395,7 +3395,7 @@ class GuardedStore(NestedStore):
     """
     SETUP = f"PRAGMA page_size=1024; {Store.SETUP}; PRAGMA cache_size=-512"
     STATEMENTS = 12
-    LOCK_SECONDS = 0.0                                   # 0: never wait in an object's turn
+    LOCK_SECONDS = 0.0                                   # never wait in an object's turn
 
     def __init__(self, path, create=False):
         self.inode = None if create else identity(path)  # None: it is new
@@ -3579,7 +3579,7 @@ class GuardedNamespace(Namespace):
     LOCK_WAITERS = 4                                     # threads that may wait for a lock
     LOCK_WAIT_SECONDS = 5.0                              # how long each may wait
     LATE_SECONDS = 60.0                                  # until a failure is retried
-    CLOSE_SECONDS = 1.0                                  # because the pool has waited
+    CLOSE_SECONDS = 1.0                                  # short: the pool has waited
 
     def __init__(self, *args, most=1024):
         super().__init__(*args)
@@ -3589,7 +3589,7 @@ class GuardedNamespace(Namespace):
         self.listeners = []                              # called with (id, topic)
         self.versions = collections.Counter()            # by id: see section 21
         self.settings = None                             # [3]
-        self.late = {}               # by id: until when it is closed, and why
+        self.blocked = {}                                # by id: until when, and why
         self.to_migrate = collections.deque()            # ids: see migrate_apart
         self.fetches = 0                                 # all requests to objects
         self.served = collections.Counter()              # by id: only those of people
@@ -3634,7 +3634,7 @@ class GuardedNamespace(Namespace):
         """Raises StorageFault while the object's migrations run in the background."""
         one = super().awake(id)
         # Look it up last, so that an object built after migrate_apart finds the entry.
-        until, why = self.late.get(id, (0.0, ""))
+        until, why = self.blocked.get(id, (0.0, ""))
         if time.monotonic() < until:
             raise StorageFault(self.path(id), why)
         return one
@@ -3645,11 +3645,11 @@ class GuardedNamespace(Namespace):
         Until then the object answers 503, and if it fails, for LATE_SECONDS more.
         """
         with self.lock:
-            self.late[id] = float("inf"), why
+            self.blocked[id] = float("inf"), why
             self.to_migrate.append(id)
             if len(self.to_migrate) == 1 and not in_new_thread(self.migrate_queued):
                 self.to_migrate.clear()
-                self.late[id] = time.monotonic() + self.LATE_SECONDS, why
+                self.blocked[id] = time.monotonic() + self.LATE_SECONDS, why
 
     def migrate_queued(self):
         left = True
@@ -3664,9 +3664,9 @@ class GuardedNamespace(Namespace):
         try:
             one.open()                                   # without a limit: see too_long
             one.store.close()
-            del self.late[id]
+            del self.blocked[id]
         except CRASH as error:
-            self.late[id] = time.monotonic() + self.LATE_SECONDS, str(error)
+            self.blocked[id] = time.monotonic() + self.LATE_SECONDS, str(error)
             if isinstance(error, (sqlite3.Error, MigrationError)):
                 raise one.fault(error) from error
             raise
@@ -3709,7 +3709,7 @@ class GuardedNamespace(Namespace):
                 self.path(id).unlink()
 
     def tidy(self):
-        """Remove the drafts that a crash left behind. Only for the start of a server."""
+        """Remove the drafts that a crash left behind. Call this only at the start."""
         for file in self.folder.glob("new-*.db*"):
             file.unlink()
 
@@ -3994,8 +3994,9 @@ def read_requests(buffer, spool_for=refuse_long):
     """A generator over a growing buffer: yields a Reading, or None to get more bytes.
 
     A request is yielded twice, first without its body, to be let in, and then whole, if the
-    client waits for a 100, or if the body may be long and spool_for(reading) returned what
-    takes it. Raises Refused if the framing is broken. Then nothing after it may be read.
+    client waits for a 100, or if the body may be long and spool_for(reading) returned a
+    place for it. Raises Refused if the framing is broken. Then nothing after it may be
+    read.
     """
     while True:
         while buffer == b"\r":                           # maybe half of an empty line
@@ -4023,7 +4024,7 @@ def read_requests(buffer, spool_for=refuse_long):
 def read_head(buffer):
     """Return the next head. Refuse at once what can't become one.
 
-    So a client that speaks TLS or SSH gets an error at once, and does not wait for one.
+    So a client that speaks TLS or SSH gets an error at once instead of waiting.
     """
     seen = 0                                             # bytes that were looked at
     line = None                                          # the request line, once complete
@@ -4267,7 +4268,7 @@ def coding_of(request, type):
 
 
 def encode(request, reading, response, keep, date):
-    """Return the bytes of an answer. Only a stream is compressed here; see compressed.
+    """Return the bytes of an answer. Here only a stream is compressed; see compressed.
 
     keep: True if the connection stays open.
     """
@@ -4399,15 +4400,15 @@ class KeptAnswer(NamedTuple):
 
 
 class Watched:
-    """A read-only connection to a file that notices each commit. [3] reads members by one,
-    too."""
+    """A read-only connection to a file that notices each commit. [3] reads members through
+    one, too."""
 
     def __init__(self, path, seconds):
         """seconds: the longest wait for a lock."""
         self.path = path
         self.seconds = seconds
         self.db = None                                   # or a connection of sqlite3
-        self.file = None                                 # that of version()
+        self.file = None                                 # see version()
 
     def version(self, file):
         """Return (file, data_version), which changes with each commit to the file.
@@ -4446,9 +4447,9 @@ class Kept(Watched):
     def directory_version(self):
         """Return a value that changes with each commit to the Directory; None: unknown.
 
-        Only the loop may call it. It asks the file, which also counts commits of other
-        processes, once in a round, after all sockets were read. It connects again if our
-        own count has changed, by a commit of ours or because our object closed the file.
+        Only the loop may call it. It asks the file, which also counts others' commits, once
+        in a round, when all sockets have been read. It connects again if our own count has
+        changed, by a commit of ours or because our object closed the file.
         """
         ours = self.directory.namespace.versions[self.directory.id]
         if self.seen is None or self.file != ours:
@@ -4471,8 +4472,8 @@ class Kept(Watched):
         return known.page
 
     def may_keep(self, asked, response):
-        """True for a page, unless it sets a cookie: then it is for this one time. What is
-        made for nobody is not kept, either: several visitors can have the same cookies."""
+        """True for a page, unless it sets a cookie, because that is for one time, or is
+        made for no account, because several visitors can have the same cookies."""
         whose = asked.forwarded.headers.get("x-account")
         return (response.nonce and response.status == 200 and whose
                 and asked.directory_version and "set-cookie" not in dict(response.headers)
@@ -4480,7 +4481,7 @@ class Kept(Watched):
                 and len(response.body) <= self.LARGE)
 
     def keep(self, asked, response):
-        """asked has both versions as they were before the response was made."""
+        """Keep a page. asked has both versions as they were before it was made."""
         if not self.may_keep(asked, response):
             return
         key = asked.key
@@ -4537,8 +4538,8 @@ class Threads:
     def put(self, job, *args):
         """Have a thread do the job.
 
-        A thread of the pool does what it puts itself, right after its current job. So no
-        other thread is woken to render what a command changed.
+        A thread of the pool itself does the jobs that it puts, right after its current one.
+        So no other thread is woken to render what a command changed.
         """
         own = getattr(self.local, "queue", None)
         if own is None:
@@ -4618,13 +4619,13 @@ def guarded(call, *args):
     """Call it and log what it raises, so that no error ends the loop or a thread."""
     try:
         call(*args)
-    except Refused:                                      # no error; faults are logged
+    except Refused:                                      # a refusal; faults are logged
         return
     except CRASH as error:
         log_error(getattr(call, "__qualname__", str(call)), error)
 
 
-# -- lanes, and who pays for them
+# -- lanes and payers
 
 class Lane:
     """Items that wait for the same job, in their order, each with its payer.
@@ -4656,14 +4657,14 @@ class Pool(Threads):
     another payer (1.6 ms alone) takes 5 ms if each payer has an eighth of the threads, 5 to
     11 with a quarter, and 20 to 50 with all.
     """
-    TOGETHER = 64                                        # items of a lane at a time
+    BATCH_ITEMS = 64                                     # items of a lane at a time
     ALONE_SECONDS = 1.0                                  # until a payer counts as alone
 
     def __init__(self, size):
         self.most = max(1, size // 2)                    # active lanes of one payer
         self.fair = max(1, size // 8)                    # the same, while there are others
         self.lock = threading.Lock()                     # guards the next four
-        self.crowded = float("-inf")                     # when there were others last
+        self.others_seen = float("-inf")                 # when there were others last
         self.lanes = {}                                  # by name: those that have items
         self.taken = collections.Counter()               # active lanes, by payer
         self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
@@ -4671,16 +4672,15 @@ class Pool(Threads):
 
     @property
     def payer(self):
-        """Who is charged for the present job of this thread."""
+        """The payer of this thread's current job."""
         return getattr(self.local, "payer", "")
 
     def gather(self, name, item, job, payer=""):
-        """Add an item to the lane of this name. A thread calls job(items) with all that it
-        holds.
+        """Put an item into the lane of this name, and have a thread call job(items).
 
-        job returns the items that it left undone, or None; they stay in front. If a job of
-        the pool calls this, nobody is charged for the lane, because that job's payer
-        already is.
+        items: what waits in the lane by then. job returns the items that it left undone, or
+        None; they stay in front. If a job of the pool calls this, nobody is charged for the
+        lane, because that job's payer is charged already.
         """
         in_a_job = hasattr(self.local, "payer")
         with self.lock:
@@ -4707,15 +4707,15 @@ class Pool(Threads):
         now = time.monotonic()
         others = len(self.taken) - (payer in self.taken) - ("" in self.taken)
         if others > 0:
-            self.crowded = now
-        return self.fair if now < self.crowded + self.ALONE_SECONDS else self.most
+            self.others_seen = now
+        return self.fair if now < self.others_seen + self.ALONE_SECONDS else self.most
 
     def drive(self, lane):
-        """Do the next items of a lane, then the jobs that they make this thread put."""
+        """Run the job on the next items, and then what it put in this thread's queue."""
         payer = lane.payer
         before = self.local.payer
         self.local.payer = payer or before
-        some = min(len(lane.items), self.TOGETHER)
+        some = min(len(lane.items), self.BATCH_ITEMS)
         rows = [lane.items.popleft() for _ in range(some)]
         left = []
         try:
@@ -4741,15 +4741,15 @@ class Pool(Threads):
             if not lane.items:
                 del self.lanes[lane.name]
                 return
-            some = itertools.islice(lane.items, self.TOGETHER)
+            some = itertools.islice(lane.items, self.BATCH_ITEMS)
             payers = dict.fromkeys([payer for _, payer in some])
             begins = any(self.charge(lane, payer) for payer in payers)
         if begins:
             self.share(self.drive, lane)
 
     def release(self, payer):
-        """End the charge for one lane. Activate parked lanes of this payer, as many as may
-        be."""
+        """End the charge for one lane. Activate this payer's parked lanes, as far as its
+        limit allows."""
         begun = []
         with self.lock:
             self.taken[payer] -= 1
@@ -4860,11 +4860,11 @@ class Held:
             self.edge.backlog.note(self)
 
     def unread(self):
-        """Return what waits for this reader: whole bytes, as a memoryview keeps them."""
+        """Return what waits for this reader. A memoryview keeps all its bytes in memory."""
         return [self.unsent.obj] if self.unsent else []
 
     def cut_off(self):
-        """Close it, because it does not read."""
+        """Close it, because its reader does not read."""
         self.close()
 
     def close(self):
@@ -4877,14 +4877,14 @@ class Held:
 
 
 class Stream(Held):
-    """An open live answer. At most the rest of a frame waits, and one piece for each slot.
+    """An open live answer. At most the rest of a frame waits, and a piece for each slot.
 
     The slots: a number for each region; "page" for the whole page after a change of role;
     "beat" for a heartbeat; [3] "here" for the others who watch.
     """
     SEND_BUFFER = 131_072                                # bytes, in the kernel
     BEAT_SECONDS = SILENCE_SECONDS - 5                   # after the last frame
-    may_break_off = True                                 # at the end: its browser returns
+    may_be_closed = True                                 # at the end: its browser returns
 
     def __init__(self, edge, link, request, response, viewer):
         self.again = request._replace(body=b"")
@@ -4919,7 +4919,7 @@ class Stream(Held):
             self.wrote(data, sent)
 
     def encoded(self, piece, deltas={}):
-        """Return a piece as the bytes to send next."""
+        """Return the bytes of a piece, to be sent next."""
         if not self.zipped:
             return piece.plain
         data, self.sent_last = deltas.get(self.sent_last) or (
@@ -4940,7 +4940,7 @@ class Stream(Held):
             self.show(slot, piece)
 
     def read(self, data):
-        """Close when the browser hangs up. Ignore all else that it sends on a stream."""
+        """Close when the browser hangs up. Ignore what it sends on a stream."""
         if not data:
             self.close()
 
@@ -4959,7 +4959,7 @@ class Stream(Held):
         self.close()
 
     def end(self, frame):
-        """End it for the gate, with a last frame and a proper end if possible."""
+        """End it for the gate, if possible with a last frame and a proper end."""
         if frame and not self.unsent:
             self.write(self.encoded(frame_piece(frame)) + chunk(b""))
         self.close()
@@ -5004,7 +5004,7 @@ class Backlog:
     def relieve(self, unread):
         """Cut off those that have waited longest, until the rest is within the bound.
 
-        For the bound of all, choose from the account for which most waits.
+        If the bound of all is exceeded, take them from the account for which most waits.
         """
         while unread.size > unread.most:
             whose = unread
@@ -5058,7 +5058,7 @@ def bytes_of(thing):
 # Who uses it: the loop edge. Objects only tell the broker what was published.
 
 class Subscription(NamedTuple):
-    """A region that a stream shows: whom to ask again, for what, and on which topic."""
+    """A region of a stream: which object to ask again, what, and after which topic."""
     stub: GuardedStub
     topic: str
     again: Request                                       # the same for all who see the same
@@ -5113,7 +5113,7 @@ class Broadcast(GroupCommit, SliceHost):
         self.renderings.clear()
 
     def stream(self, live, ctx, args):
-        """Return a Subscription for each region, and not a Watch to wait for.
+        """Return a Subscription for each region, instead of a Watch to wait for.
 
         A broker asks again for one region alone, with the header x-region.
         """
@@ -5194,7 +5194,7 @@ class Broker:
         self.access_changed_at[account] = time.monotonic()
 
     def changed_since(self, account, then):
-        """Has the access of this account changed since then, by time.monotonic()?"""
+        """True if the access of this account has changed since then (time.monotonic())."""
         known = self.access_changed_at
         return known.get(account, then) > then or known.get("", then) > then
 
@@ -5211,7 +5211,7 @@ class Broker:
             self.edge.pool.gather(channel.subscription.stub.id, channel, job, channel.payer)
 
     def refresh(self, channel):
-        """In the pool: ask the object for the region again. A sleeping one wakes."""
+        """In the pool: ask the object for the region again. This wakes the object."""
         channel.stale = False
         piece, deltas = NOT_CURRENT_PIECE, {}
         streams = [*channel.streams]                     # later ones mark it again
@@ -5232,7 +5232,7 @@ class Broker:
             self.edge.call(self.deliver, channel, piece, deltas, streams)
 
     def log_failure(self, channel, error):
-        """Log it, but once a minute, because each account can have a channel."""
+        """Log it, but once a minute: each account can have a channel of its own."""
         subscription = channel.subscription
         key = subscription.stub.id, subscription.topic, type(error)
         if key not in self.logged:
@@ -5261,7 +5261,7 @@ class Broker:
     def deliver(self, channel, piece, deltas, streams):
         """Send the piece to SOME streams at a time.
 
-        After the last stream the channel is quiet, or if it is stale, goes round again.
+        After the last stream the channel is quiet; or it goes round again, if it is stale.
         """
         for stream in streams[:self.SOME]:
             shown = channel.streams.get(stream)          # None: it has left
@@ -5359,7 +5359,7 @@ class Broker:
             decided = self.edge.decide_again(stream.again)
             if isinstance(decided, Noted):
                 self.compare_viewers(stream, decided)
-            # Else the stream is outside of workspaces, as [3] that of a home page is.
+            # Else the stream belongs to no workspace. [3] The home page has such a stream.
             elif not decided.watch:                      # the answer is no stream now
                 self.edge.call(stream.end, b"")
             elif decided.which != stream.account:        # the session has another account
@@ -5430,8 +5430,8 @@ class Broker:
 
 
 def while_there_is_time(job, items):
-    """In the pool: call job(item) until the time is up. Return the items that are left:
-    before them the thread does other lanes."""
+    """In the pool: call job(item) until the time is up. Return the items that are left; the
+    thread does other lanes before them."""
     until = time.monotonic() + GroupCommit.BATCH_SECONDS
     for done, item in enumerate(items):
         if time.monotonic() > until:
@@ -5454,10 +5454,10 @@ def viewer_in(forwarded):
 #   answers everything else.
 # How a request goes: the worker runs unchanged, in an Env whose last step, forward, is only
 #   noted. If the worker refuses, that is the answer. If it lets the request in, the pool
-#   fetches the answer, together with all others for the same object.
+#   fetches the answer, together with those to all others for the same object.
 # It promises: each request gets a response. A connection that idles, reads slowly or sends
-#   slowly costs a buffer, but no thread. A busy workspace takes one thread for all its
-#   requests: those that were let in wait in its lane. (Its regions, its streams to be shown
+#   slowly costs a buffer, but no thread. A busy workspace takes one thread for all requests
+#   that were let in, because they wait in its lane. (Its regions, its streams to be shown
 #   anew and its jobs take one thread each.) All other requests wait for the gate's verdict
 #   in a lane of their own address. So the time until a refusal does not reveal whether a
 #   workspace is busy, or exists.
@@ -5480,8 +5480,8 @@ class Asked:
     directory_version: Any = None                        # see Kept.directory_version
     insider: int = 0                                     # hash of (lane, cookie)
     let_in: bool = False                                 # by the gate: see LoopEdge.line_up
-    payer: str = ""                                      # who is charged for its thread
-    stub: Optional[GuardedStub] = None                   # who answers, after the gate
+    payer: str = ""                                      # charged for the thread
+    stub: Optional[GuardedStub] = None                   # the object that answers
     forwarded: Optional[Request] = None                  # the request as the object sees it
     object_version: int = 0                              # that object's, before it answers
 
@@ -5527,8 +5527,8 @@ class Connection(Held):
         return self.state == self.ANSWERING
 
     @property
-    def may_break_off(self):
-        """At the end of the server: True if nobody waits for an answer."""
+    def may_be_closed(self):
+        """When the server ends: True if nobody waits for an answer."""
         return self.state not in (self.ANSWERING, self.LEAVING)
 
     # -- reading, in the loop. Most requests go straight from advance to take. If one has to
@@ -5547,7 +5547,7 @@ class Connection(Held):
             return
         self.buffer += data
         if not self.busy:
-            self.edge.came.append(self)
+            self.edge.to_advance.append(self)
         elif self.ended or len(self.buffer) > HEAD_LIMIT + BODY_LIMIT:
             self.listen(self.events & ~READABLE)         # read on after this answer
 
@@ -5571,7 +5571,7 @@ class Connection(Held):
             self.arriving()
 
     def take(self, reading):
-        """Take up a request. [3] first reads an upload as a form."""
+        """Take up a request. [3] reads an upload as a form first."""
         self.edge.take_up(self, reading)
 
     def arriving(self):
@@ -5758,12 +5758,12 @@ class LoopEdge:
     def make_loop(self):
         self.held = set()
         self.selector = selectors.DefaultSelector()
-        self.came = []                                   # connections with new bytes
+        self.to_advance = []                             # connections with new bytes
         self.calls = collections.deque()                 # what other threads left to do
         self.waker, self.woken = socket.socketpair()
         self.waker.setblocking(False)
         self.woken.setblocking(False)
-        self.awake = False                               # False: call() must wake it
+        self.awake = False                               # True: call() need not wake it
         self.polling = False                             # polling paid the last time
         self.date = formatdate(usegmt=True)
         self.due = {}                                    # when, by chore
@@ -5820,8 +5820,8 @@ class LoopEdge:
 
     def advance_all(self):
         """Take up the requests that were read in this round."""
-        came, self.came = self.came, []
-        for connection in came:
+        connections, self.to_advance = self.to_advance, []
+        for connection in connections:
             if connection in self.held:                  # it may have been closed since
                 guarded(connection.close_on_error, connection.advance)
 
@@ -5948,8 +5948,8 @@ class LoopEdge:
         return True
 
     def work_off(self, several):
-        """In the pool: answer what came for one object. Return those to ask again, which
-        were Outdated or had to wait, because others need this thread, too."""
+        """In the pool: answer the requests of a lane. Return those to ask again, which were
+        Outdated or had no time, because others need this thread, too."""
         decided_at = time.monotonic()
         try:
             groups = self.decide_all(several)
@@ -6007,7 +6007,7 @@ class LoopEdge:
         """Leave the short ones of several answers to the loop.
 
         A thread releases the interpreter with each send, so the loop would read the next
-        request after each. (Commands on 32 connections: 1.14 x.) The rest stays here:
+        request after each. (Commands on 32 connections: 1.14 x.) The rest is sent here:
         compressing would hold up the loop; and when the server ends, the loop may be gone.
         """
         left = []
@@ -6085,7 +6085,7 @@ class LoopEdge:
         return None
 
     def healthz(self, request, env):
-        """A door for load balancers."""
+        """A door, for load balancers: is the server about to stop?"""
         only_read(request)
         return Response(503, b"draining\n") if self.stopping else Response(200, b"ok\n")
 
@@ -6130,7 +6130,7 @@ class LoopEdge:
         self.wake()
 
     def drained(self):
-        """Close what may break off. Return True if nothing is left, or the time is up."""
+        """Close what may be closed. Return True if nothing is left, or the time is up."""
         if self.draining:
             return False
         if self.socket.fileno() >= 0:
@@ -6140,7 +6140,7 @@ class LoopEdge:
             self.wake()                                  # what has come is read first
             return False
         for held in [*self.held]:
-            if held.may_break_off:
+            if held.may_be_closed:
                 held.close()
         until = self.stopping + self.settings.drain + self.DRAIN_SECONDS
         return not self.held or time.monotonic() > until
@@ -17584,11 +17584,11 @@ class DevConnection(Connection):
     EXPECTED_SECONDS = 1.0                               # until a new connection is used
 
     @property
-    def may_break_off(self):
+    def may_be_closed(self):
         """Who has connected just now has a request on the way. It is answered, too."""
         expected_until = self.deadline - self.IDLE_SECONDS + self.EXPECTED_SECONDS
         is_expected = self.new and time.monotonic() < expected_until
-        return super().may_break_off and not is_expected
+        return super().may_be_closed and not is_expected
 
 
 class DevWorkspace(EdgeWorkspace):

@@ -2180,7 +2180,7 @@ def test_who_finds_no_thread_to_wait_for_a_lock_in_shortens_nobody_elses_wait(co
 def test_who_came_just_before_migrations_went_on_apart_opens_no_second_object(counters, monkeypatch):
     counters.create("a")
     awake = orion.Namespace.awake
-    monkeypatch.setattr(orion.Namespace, "awake", lambda self, id: self.late.update({id: (float("inf"), "its migrations take long")}) or awake(self, id))
+    monkeypatch.setattr(orion.Namespace, "awake", lambda self, id: self.blocked.update({id: (float("inf"), "its migrations take long")}) or awake(self, id))
     with pytest.raises(orion.StorageFault):
         counters.get("a").fetch(orion.Request("GET", "/"))
 
@@ -6232,7 +6232,7 @@ def test_a_lane_has_one_thread_keeps_the_order_and_lets_others_in_between():
             both.wait(PATIENCE)
     pool.gather("a", 0, job)
     eventually(lambda: done)
-    for n in range(1, orion.Pool.TOGETHER + 3):
+    for n in range(1, orion.Pool.BATCH_ITEMS + 3):
         pool.gather("a", n, job)
     pool.put(job, "another")
     both.wait(PATIENCE)
@@ -6304,7 +6304,7 @@ def test_lanes_of_one_account_take_turns():
     pool, done = orion.Pool(8), []
     with spent(pool, "a"):
         for lane in "xyz":
-            for n in range(orion.Pool.TOGETHER + 1):
+            for n in range(orion.Pool.BATCH_ITEMS + 1):
                 pool.gather(lane, lane, lambda items: done.append((items[0], len(items))), "a")
     assert done == [("x", 64), ("y", 64), ("z", 64), ("x", 1), ("y", 1), ("z", 1)]
 
