@@ -3457,6 +3457,9 @@ def identity(path):
         found = os.lstat(path)
     except FileNotFoundError:
         raise sqlite3.DatabaseError(f"the file {path.name} is missing") from None
+    except OSError as error:                             # as when its folder can't be read
+        why = f"unable to open database file: {error.strerror}"
+        raise sqlite3.DatabaseError(why) from error
     if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
         how = "empty" if found.st_size == 0 else "no regular file"
         raise sqlite3.DatabaseError(f"{path.name} is {how}")
@@ -4472,11 +4475,12 @@ class Kept(Watched):
         return known.page
 
     def may_keep(self, asked, response):
-        """True for a page, unless it sets a cookie, because that is for one time, or is
-        made for no account, because several visitors can have the same cookies."""
+        """True for a page, unless it sets a cookie, or says itself how long it is good for.
+        What is made for nobody isn't kept, either: visitors can have the same cookies."""
         whose = asked.forwarded.headers.get("x-account")
+        own = {"set-cookie", "cache-control"} & dict(response.headers).keys()
         return (response.nonce and response.status == 200 and whose
-                and asked.directory_version and "set-cookie" not in dict(response.headers)
+                and asked.directory_version and not own
                 and response.body.count(response.nonce.encode()) == 1
                 and len(response.body) <= self.LARGE)
 

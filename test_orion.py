@@ -2288,6 +2288,22 @@ def test_a_file_that_is_taken_away_while_it_is_open_is_noticed(server, how):
     assert eventually(lambda: bob.get("/w/acme/todos").status == 200)
 
 
+@cases("state", ["awake", "asleep"])
+def test_a_file_whose_folder_can_not_be_read_is_a_503_that_says_what_to_do(server, capfd, state):
+    bob = Person(server, "bob")
+    bob.get("/w/acme/todos")
+    if state == "asleep":
+        server.env.workspaces.sleep_unused(idle=-1)
+    folder = server.env.workspaces.folder
+    aside = folder.rename(folder.with_name("aside"))
+    folder.write_bytes(b"")                              # root can read whatever there is, but this is no folder
+    answer = bob.post("/w/acme/todos", title="x")
+    assert (answer.status, answer.headers["retry-after"]) == (503, "60") and logged(capfd, "Not a directory; make it readable")
+    folder.unlink()
+    aside.rename(folder)
+    assert eventually(lambda: bob.post("/w/acme/todos", title="x").status < 300)
+
+
 @cases("noticed", ["by a command", "at rest"])
 def test_a_file_that_is_swapped_while_it_is_open_is_not_mixed_with_what_was_written_since(counters, noticed):
     counters.create("a")
@@ -6690,6 +6706,12 @@ def test_a_page_is_kept_if_its_nonce_is_in_it_once(start, body, kept):
     nonces = [re.search("'nonce-([^']*)'", one.headers["content-security-policy"])[1] for one in answers]
     assert [one.body.replace(nonce.encode(), b"f00d") for one, nonce in zip(answers, nonces)] == [body] * 4
     assert len(kept_pages(server)) == kept
+
+
+@cases("field, kept", [(("x-other", "1"), 1), (("cache-control", "no-store"), 0), (("set-cookie", "a=b"), 0)])
+def test_a_page_is_kept_unless_it_says_itself_how_long_it_is_good_for(start, field, kept):
+    server, ask = scripted(start, b"<script nonce=f00d>", field)
+    assert [ask().headers[field[0]] for _ in range(3)] == [field[1]] * 3 and len(kept_pages(server)) == kept
 
 
 @cases("coding", ["", "gzip"])
