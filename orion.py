@@ -4532,7 +4532,7 @@ class Threads:
 
     def __init__(self, size):
         self.queue = collections.deque()                 # of jobs: (function, args)
-        self.idle = []                                   # locks: on each a thread sleeps
+        self.idle = []                                   # locks; a thread sleeps on each
         self.local = threading.local()                   # each thread's queue and payer
         self.threads = [threading.Thread(target=self.work, daemon=True)
                         for _ in range(size)]
@@ -4568,7 +4568,7 @@ class Threads:
         While the loop works, a woken thread would only compete with it for the interpreter.
         (Commands to 1,000 workspaces: 1.2 x.)
         """
-        self.local.queue = self.queue                    # so put takes it for its own
+        self.local.queue = self.queue                    # so put adds to it
 
     def rouse(self):
         for _ in range(min(len(self.queue), len(self.idle))):
@@ -4668,7 +4668,7 @@ class Pool(Threads):
         self.most = max(1, size // 2)                    # active lanes of one payer
         self.fair = max(1, size // 8)                    # the same, while there are others
         self.lock = threading.Lock()                     # guards the next four
-        self.others_seen = float("-inf")                 # when there were others last
+        self.others_seen = float("-inf")                 # when there last were others
         self.lanes = {}                                  # by name: those that have items
         self.taken = collections.Counter()               # active lanes, by payer
         self.parked = collections.defaultdict(collections.OrderedDict)   # lanes, by payer
@@ -4798,7 +4798,7 @@ class Held:
         self.unsent = b""                                # or a memoryview
         self.deadline = 0.0                              # by time.monotonic()
         self.listen(READABLE)
-        edge.held.add(self)                              # last: others iterate over it
+        edge.held.add(self)                              # last: threads iterate over it
 
     def listen(self, events):
         before = self.events
@@ -4963,7 +4963,7 @@ class Stream(Held):
         self.close()
 
     def end(self, frame):
-        """End it for the gate, if possible with a last frame and a proper end."""
+        """End it after a refusal: with a last frame and a proper end, if possible."""
         if frame and not self.unsent:
             self.write(self.encoded(frame_piece(frame)) + chunk(b""))
         self.close()
@@ -4981,7 +4981,7 @@ class Backlog:
     A connection has one answer at a time; a stream has the rest of one frame, and the
     latest pieces. So a bound on the size of an answer bounds what waits for one of them.
     """
-    ANSWER = 64 * 2 ** 20                # bytes of one; browsers can't show more with ease
+    ANSWER = 64 * 2 ** 20                # bytes of one; browsers struggle with more
     ACCOUNT = 128 * 2 ** 20              # two of the largest: one account can't use up ALL
     ALL = 256 * 2 ** 20                  # a quarter of a machine with 1 GB
 
@@ -5008,7 +5008,7 @@ class Backlog:
     def relieve(self, unread):
         """Cut off those that have waited longest, until the rest is within the bound.
 
-        If the bound of all is exceeded, take them from the account for which most waits.
+        If the bound for all is exceeded, take them from the account for which most waits.
         """
         while unread.size > unread.most:
             whose = unread
@@ -5425,7 +5425,7 @@ class Broker:
         if before == self.version:
             return
         if before:                                       # else this is the first time
-            self.published(directory.id, "access:")      # anybody's
+            self.published(directory.id, "access:")      # of every account
             self.published(directory.id, "")
         self.changed_elsewhere()
 
@@ -5964,7 +5964,7 @@ class LoopEdge:
                         self.fetch_some(stub, group, decided_at)
                         if time.monotonic() > until:
                             break
-        except CRASH:                                    # else they would wait forever
+        except CRASH:                                    # else clients would wait forever
             for asked in several:
                 self.call(asked.connection.close)
             raise
@@ -6256,8 +6256,8 @@ def source_of(peer):
 
 
 # ==== 26. Hosts ===========================================================================
-# The idea: Workspace and Directory with everything of this part. Like kept pages, the
-#   Directory keeps the verdicts of its gate until its file changes. The file of a new
+# The idea: Workspace and Directory with everything of this part. The Directory keeps the
+#   verdicts of its gate, as pages are kept, until its file changes. The file of a new
 #   workspace is made before the Directory's turn is taken, because making it takes long.
 # It promises: a verdict is never older than the last commit, whichever process made it. Nor
 #   is it older than ten seconds, because sessions end by the clock. (Each second, Part
@@ -6308,7 +6308,7 @@ class EdgeDirectory(Broadcast, Directory):
         return answer
 
     def make_file(self, ctx, id):
-        """Mostly the file is there as a draft already: see create_workspace_with_file."""
+        """The file mostly exists as a draft already: see create_workspace_with_file."""
         draft = ctx.request.headers.get("x-file")
         if draft is None:
             return super().make_file(ctx, id)
@@ -6318,7 +6318,7 @@ class EdgeDirectory(Broadcast, Directory):
         return self.viewer(request).account
 
     def own_version(self, request):
-        """Asked once a second. The answer changes when another process has written here."""
+        """Asked once a second. It changes when another process has written here."""
         with contextlib.suppress(sqlite3.OperationalError):  # locked: the next second
             self.each_second()
         return [self.opened_at, self.store.one("PRAGMA data_version")[0]]
