@@ -9527,6 +9527,26 @@ def test_a_wait_without_an_end_is_given_up_and_not_begun_a_second_time_meanwhile
     assert eventually(lambda: len(calls) == 2 and outside_world.jobs() == [])
 
 
+def test_a_call_that_returns_while_it_is_given_up_does_not_begin_its_job_anew(outside_world, monkeypatch):
+    class Seen(threading.Event):
+        def wait(self):
+            seen.set()
+            return super().wait()
+    release, seen, calls = threading.Event(), threading.Event(), []
+    bob = outside_world(lambda _: (calls.append(1), release.wait(PATIENCE))[1])
+    bob.post("/w/acme/work", job="letter")
+    waits = outside_world.server.env.workspaces.alarms.waits
+    with the_workspace(outside_world.server).turn:
+        wait = eventually(lambda: [*waits.by_job.values()] if calls else [])[0]
+        wait.went_on = Seen()
+        monkeypatch.setattr(orion.Waits, "SECONDS", 0.05)
+        eventually(lambda: wait.next_step)               # it is given up, in a thread that wants the turn
+        release.set()
+        assert seen.wait(PATIENCE), "its own thread leaves it where that one finds it"
+    eventually(lambda: outside_world.jobs() and "takes more than 0.05 s" in outside_world.jobs()[0][1])
+    assert len(calls) == 1
+
+
 def test_waits_without_an_end_hold_no_thread_of_others_and_are_bounded(outside_world, monkeypatch):
     for name, number in (("SECONDS", 0.05), ("AT_ONCE", 1), ("THREADS", 2)):
         monkeypatch.setattr(orion.Waits, name, number)
