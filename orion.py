@@ -155,8 +155,7 @@ SAFE = ("GET", "HEAD")                                   # methods that change n
 BODYLESS = (*SAFE, "DELETE")                             # what they send is in the query
 METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 EVENTS = "text/event-stream"                             # the content type of a stream
-NOTHING_HERE = (404, "There is nothing at this address. Go back, or start from the home "
-                     "page.")
+NOTHING_HERE = (404, "There is nothing at this address. Check its spelling, or go back.")
 
 
 class Request(NamedTuple):
@@ -7546,11 +7545,29 @@ ARGUMENTS = {
 
 
 class Parser(argparse.ArgumentParser):
+    words = ()
+
+    def parse_args(self, words):
+        self.words = words
+        return super().parse_args(words)
+
     def error(self, message):
         _, _, unknown = message.partition("unrecognized arguments: ")
         if {flag for flag, *_ in OPTIONS} & {*unknown.split()}:
             message += "; flags of the server stand before the command"
+        message = self.unknown_flag(message) or message
         self.exit(2, f"orion: {message}; --help tells what there is\n")
+
+    def unknown_flag(self, message):
+        """Say of `--bind 0.0.0.0` that there is no --bind. argparse says that 0.0.0.0 is no
+        command."""
+        _, _, rest = message.partition("argument command: invalid choice: '")
+        word = rest.partition("'")[0]
+        for flag, value in zip(self.words, self.words[1:]):
+            known = flag in self._option_string_actions or "=" in flag
+            if value == word and flag.startswith("-") and not known:
+                return f"there is no option {flag}"
+        return ""
 
 
 def read_command_line(argv, app=None):
@@ -7635,7 +7652,9 @@ def add_verbs(parser, given_words):
     for words, one in sorted(VERBS.items()):
         group, _, word = words.rpartition(" ")
         if group not in groups:
-            parent = groups[""].add_parser(group, help=f"see {group} --help")
+            own = [words.split()[1] for words in sorted(VERBS) if group in words.split()[:-1]]
+            parent = groups[""].add_parser(
+                group, help=f"{', '.join(own)}; {group} --help tells more")
             groups[group] = parent.add_subparsers(required=True, metavar="command")
         if group and group not in given_words:
             continue
@@ -10822,7 +10841,9 @@ def make_link(ctx):
     secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
                       uses=uses, maker=ctx.viewer.account)
     ctx.publish("members")
-    what = f"It lets {uses} in, as {role}, until {utc(time.time() + days * DAY)}."
+    people = "one person" if uses == 1 else f"{uses} people"
+    until = moment(time.time() + days * DAY)
+    what = Html().join([f"It lets {people} in, as {role}, until ", until, "."])
     which = f"{ctx.viewer.id} {role}, uses: {uses}, days: {days}"
     return new_link_page(ctx, secret, what, f"/w/{ctx.workspace}/members/links", which)
 
@@ -12382,7 +12403,7 @@ def contents(folder, held):
     return f"{folder}: {len(held)} databases, {rows} rows, checked"
 
 
-@verb("restore", "bring such a copy up in an empty data folder", "folder")
+@verb("restore", "bring up what backup made, in an empty data folder", "folder")
 def restore(settings, given):
     """If it is cut short, the same command begins anew."""
     mark = settings.data / "restoring"
@@ -12775,6 +12796,7 @@ def workspace_add(settings, given):
             owners = [(given.owner, "owner")]
         add_workspace(store, env.workspaces, name, title, owners)
     env.workspaces.make_on_node(name)
+    print(f"{name}: at /w/{name}")
 
 
 @verb("workspace list", "list name, id, bytes, quota and title of each")
@@ -12928,7 +12950,7 @@ def set_moving(store, id, moving):
 
 # -- import, and restore
 
-@verb("workspace import", "take in such a file, with its members", "file", "--name",
+@verb("workspace import", "take in what export wrote, with its members", "file", "--name",
       "--jobs")
 def workspace_import(settings, given):
     """Take in an export, or a single root. A member without an account here gets one.

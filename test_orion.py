@@ -8306,6 +8306,20 @@ def test_a_flag_of_the_server_behind_a_command_is_refused_with_its_place(capsys,
     assert ("flags of the server stand before the command" in capsys.readouterr().err) is told
 
 
+@cases("words, said", [("--bind 0.0.0.0", "there is no option --bind;"), ("--port 9 --bind x account list", "there is no option --bind;"), ("--dev x", "invalid choice: 'x'"),
+                       ("acount --bind x", "invalid choice: 'acount'"), ("account ad x", "invalid choice: 'ad' (")])
+def test_an_option_that_there_is_not_is_named_and_not_its_value(capsys, words, said):
+    with pytest.raises(SystemExit):
+        orion.main(argv=words.split())
+    assert said in capsys.readouterr().err
+
+
+def test_the_help_says_what_each_group_of_commands_has(capsys):
+    with pytest.raises(SystemExit):
+        orion.main(argv=["--help"])
+    assert "account add, list, passwd, remove; account --help tells more backup " in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_variable_that_is_empty_says_nothing(monkeypatch):
     for name in ("ORION_SINGLE", "ORION_DATA", "ORION_DEMO", "ORION_PORT"):
         monkeypatch.setenv(name, "")
@@ -10035,7 +10049,7 @@ def test_a_renamed_workspace_keeps_its_rows_members_and_file(served):
 
 def test_a_title_goes_with_its_workspace_wherever_the_command_line_brings_it(served, run, tmp_path):
     listed = lambda data=served.env.settings.data: [(line.split("\t")[0], line.split("\t")[5]) for line in run("workspace", "list", data=data)[1].splitlines()]
-    assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[0] == 0 and ("mars-corp", "Mars Corp") in listed()
+    assert served.run("workspace", "add", "Mars Corp", "--owner", "Bob")[:2] == (0, "mars-corp: at /w/mars-corp\n") and ("mars-corp", "Mars Corp") in listed()
     assert "<h1>Mars Corp</h1>" in Person(served, "bob").get("/w/mars-corp/todos").text
     assert served.run("member", "add", "Mars Corp", " Carol", "viewer")[0] == 0 and "carol\tviewer" in served.run("member", "list", "mars corp")[1]
     assert served.run("workspace", "rename", "MARS CORP", "Mars GmbH")[0] == 0 and ("mars-gmbh", "Mars GmbH") in listed()
