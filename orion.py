@@ -17704,6 +17704,7 @@ def testing(*slices: Slice, options: Sequence[Option] = (),
 
 
 setattr(testing, "__test__", False)                      # for pytest, it is no test
+__tracebackhide__ = True        # pytest shows the lines of a slice and its tests, not ours
 
 
 # -- an app in a test

@@ -65,6 +65,8 @@ from xml.etree import ElementTree
 
 import orion
 
+HIDDEN, orion.__tracebackhide__ = orion.__tracebackhide__, False     # here pytest shows the lines of orion.py, too
+
 try:
     import pytest
 except ImportError:                      # `smoke` and `bench` do without: then what marks a test marks nothing
@@ -15368,6 +15370,13 @@ def test_a_region_in_a_test_heeds_the_parameters_of_its_page():
 def test_what_a_slice_raises_a_test_sees(app):
     with pytest.raises(ZeroDivisionError):
         app.viewer("bob").get("/polls/boom")
+
+
+def test_pytest_shows_the_lines_of_a_slice_and_its_test_and_none_of_the_server(app, monkeypatch):
+    monkeypatch.setattr(orion, "__tracebackhide__", HIDDEN)
+    with pytest.raises(ZeroDivisionError) as raised:
+        app.viewer("bob").get("/polls/boom")
+    assert {entry.path.name for entry in raised.traceback.filter(raised)} == {"test_orion.py"}
 
 
 def test_a_role_that_changes_or_that_there_is_not_is_heeded_in_a_test(app):
