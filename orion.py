@@ -7652,7 +7652,8 @@ def add_verbs(parser, given_words):
     for words, one in sorted(VERBS.items()):
         group, _, word = words.rpartition(" ")
         if group not in groups:
-            own = [words.split()[1] for words in sorted(VERBS) if group in words.split()[:-1]]
+            own = [other.split()[1] for other in sorted(VERBS)
+                   if other.startswith(f"{group} ")]
             parent = groups[""].add_parser(
                 group, help=f"{', '.join(own)}; {group} --help tells more")
             groups[group] = parent.add_subparsers(required=True, metavar="command")
