@@ -1647,22 +1647,7 @@ def done(ctx: Context, which: str = "", **signals: Any) -> Response:
 
 # -- what host and routes are made of (to be skipped on a first reading, up to section 9)
 
-# The tables that each host has beside those of its slices. Migrations that ran somewhere
-# can't be changed, so the table of jobs [3] is here, too. journal.which says which row was
-# written.
-HOST_TABLES = (
-    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
-    "what TEXT NOT NULL, which TEXT NOT NULL)",
-    "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
-    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
-    "NOT NULL DEFAULT '')",
-    "CREATE INDEX jobs_due ON jobs (due)",
-    "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
-    "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
-    "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
-    "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
-)
-
+HOST_TABLES: List[str] = []                              # [3] has some for each host
 
 NO_VIEWER = dict.fromkeys(("x-account", "x-role", "x-grants", "x-workspace", "x-id"), "")
 
@@ -2405,6 +2390,7 @@ MEMBERS_A_PAGE = 100
 ROLE_OF = "SELECT role FROM memberships WHERE workspace = ? AND account = ?"
 OWNERS_OF = "SELECT count(*) FROM memberships WHERE workspace = ? AND role = 'owner'"
 NOT_A_MEMBER = ""                                        # in the place of a role
+OWN_TABLES: List[str] = []                               # [3] a member's rows elsewhere
 
 
 def role_choice(viewer, chosen):
@@ -2520,7 +2506,8 @@ def store_role(store, id, account, before, after):
     store.exec("DELETE FROM memberships WHERE workspace = ? AND account = ?", id, account)
     if after != NOT_A_MEMBER:
         return add_member(store, id, account, after)
-    store.exec("DELETE FROM tokens WHERE workspace = ? AND account = ?", id, account)  # [3]
+    for table in OWN_TABLES:
+        store.exec(f"DELETE FROM {table} WHERE workspace = ? AND account = ?", id, account)
 
 
 members = Live("/members", MEMBER, "Members", (Region("members", members_region),),
@@ -2528,9 +2515,9 @@ members = Live("/members", MEMBER, "Members", (Region("members", members_region)
 
 
 # -- the history of the tables (to be skipped on a first reading, up to the slice). What ran
-# once is never edited. What section 12 does not name is for [3].
+# once is never edited. [3] goes on with it. What section 12 does not name is for [3].
 
-DIRECTORY_TABLES = (
+DIRECTORY_TABLES = [
     "CREATE TABLE accounts (name TEXT PRIMARY KEY, label TEXT NOT NULL, password TEXT NOT "
     "NULL DEFAULT '', persona INTEGER NOT NULL DEFAULT 0, operator INTEGER NOT NULL "
     "DEFAULT 0) WITHOUT ROWID",
@@ -2559,27 +2546,7 @@ DIRECTORY_TABLES = (
     "CREATE INDEX sessions_until ON sessions (operator, expires)",
     "ALTER TABLE workspaces ADD COLUMN title TEXT",
     "ALTER TABLE memberships ADD COLUMN offered INTEGER NOT NULL DEFAULT 0",
-    "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
-    "CREATE INDEX workspaces_by ON workspaces (founder)",
-    "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
-    "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
-    "CREATE TABLE links (digest BLOB PRIMARY KEY, kind TEXT NOT NULL, uses INTEGER NOT "
-    "NULL, expires REAL NOT NULL, used_by TEXT NOT NULL DEFAULT '', maker TEXT REFERENCES "
-    "accounts ON DELETE CASCADE, workspace TEXT, role TEXT, account TEXT REFERENCES "
-    "accounts ON DELETE CASCADE, password TEXT, session BLOB REFERENCES sessions ON DELETE "
-    "CASCADE, FOREIGN KEY (workspace, maker) REFERENCES memberships ON DELETE CASCADE) "
-    "WITHOUT ROWID",
-    "CREATE INDEX links_into ON links (workspace, maker)",
-    "CREATE INDEX links_of ON links (session)",
-    "CREATE TABLE tokens (id TEXT PRIMARY KEY, digest BLOB NOT NULL, account TEXT NOT NULL "
-    "REFERENCES accounts ON DELETE CASCADE, workspace TEXT NOT NULL REFERENCES workspaces "
-    "ON DELETE CASCADE, name TEXT NOT NULL, writes INTEGER NOT NULL, made REAL NOT NULL, "
-    "used REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
-    "CREATE INDEX tokens_of ON tokens (account, workspace)",
-    "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
-    "CREATE INDEX links_until ON links (expires)",
-    "CREATE INDEX workspaces_away ON workspaces (moving) WHERE moving > 0",
-)
+]
 
 
 # -- the slice
@@ -6771,6 +6738,48 @@ class Judge:
         return self.owners.get(table.lower(), self.slice)
 
 
+# -- the history of the tables of all objects. What ran once is never edited.
+
+# The tables that each host has beside those of its slices. journal.which says which row was
+# written.
+HOST_TABLES += [
+    "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
+    "what TEXT NOT NULL, which TEXT NOT NULL)",
+    "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
+    "NOT NULL, who TEXT NOT NULL, due REAL, tries INTEGER NOT NULL DEFAULT 0, error TEXT "
+    "NOT NULL DEFAULT '')",
+    "CREATE INDEX jobs_due ON jobs (due)",
+    "CREATE TABLE answers (id INTEGER PRIMARY KEY, who TEXT NOT NULL, command BLOB NOT "
+    "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
+    "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
+    "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
+]
+
+# What follows on section 13.
+DIRECTORY_TABLES += [
+    "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
+    "CREATE INDEX workspaces_by ON workspaces (founder)",
+    "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
+    "= id AND role = 'owner' GROUP BY workspace HAVING count(*) = 1)",
+    "CREATE TABLE links (digest BLOB PRIMARY KEY, kind TEXT NOT NULL, uses INTEGER NOT "
+    "NULL, expires REAL NOT NULL, used_by TEXT NOT NULL DEFAULT '', maker TEXT REFERENCES "
+    "accounts ON DELETE CASCADE, workspace TEXT, role TEXT, account TEXT REFERENCES "
+    "accounts ON DELETE CASCADE, password TEXT, session BLOB REFERENCES sessions ON DELETE "
+    "CASCADE, FOREIGN KEY (workspace, maker) REFERENCES memberships ON DELETE CASCADE) "
+    "WITHOUT ROWID",
+    "CREATE INDEX links_into ON links (workspace, maker)",
+    "CREATE INDEX links_of ON links (session)",
+    "CREATE TABLE tokens (id TEXT PRIMARY KEY, digest BLOB NOT NULL, account TEXT NOT NULL "
+    "REFERENCES accounts ON DELETE CASCADE, workspace TEXT NOT NULL REFERENCES workspaces "
+    "ON DELETE CASCADE, name TEXT NOT NULL, writes INTEGER NOT NULL, made REAL NOT NULL, "
+    "used REAL NOT NULL DEFAULT 0) WITHOUT ROWID",
+    "CREATE INDEX tokens_of ON tokens (account, workspace)",
+    "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
+    "CREATE INDEX links_until ON links (expires)",
+    "CREATE INDEX workspaces_away ON workspaces (moving) WHERE moving > 0",
+]
+
+
 # -- who owns which table
 #
 # Objects have an OwnedObjectStore (with --plain, a KnowsOwners), commands and checks an
@@ -10762,7 +10771,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
 # Who uses it: the members page, the account page, and the first start.
 # It needs: 35 Fields, 44 Accounts, 45 Account page.
 #
-# Its table is in section 13:
+# Its table is in section 27:
 #
 #     links         digest (of the secret), kind, uses (that are left), expires, used_by
 #                   (accounts); and by kind, else NULL:
@@ -15302,7 +15311,7 @@ class SendsFiles(Connection):
 # It needs: 44 Accounts, 45 Account page.
 # It stands behind: 33 Page checks. Data is not looked at as markup.
 #
-# Its table is in section 13:
+# Its table is in section 27:
 #
 #     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
 #              name, writes, made, used (for the last time; 0: never)
@@ -15320,6 +15329,7 @@ API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 MOST_TOKENS = 50                                         # of one account
 LONGEST_PURPOSE = 60                                     # characters
 TRUSTED.update({"x-bearer", "x-token"})
+OWN_TABLES.append("tokens")
 
 
 # -- at the edge
