@@ -6742,7 +6742,7 @@ class Judge:
 
 # The tables that each host has beside those of its slices. journal.which says which row was
 # written.
-HOST_TABLES += [
+HOST_TABLES.extend([
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
     "CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, args TEXT "
@@ -6753,10 +6753,10 @@ HOST_TABLES += [
     "NULL, at REAL NOT NULL, answer TEXT NOT NULL)",
     "ALTER TABLE jobs ADD COLUMN key TEXT",              # no two jobs have the same
     "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
-]
+])
 
 # What follows on section 13.
-DIRECTORY_TABLES += [
+DIRECTORY_TABLES.extend([
     "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
     "CREATE INDEX workspaces_by ON workspaces (founder)",
     "UPDATE workspaces SET founder = (SELECT max(account) FROM memberships WHERE workspace "
@@ -6777,7 +6777,7 @@ DIRECTORY_TABLES += [
     "ALTER TABLE workspaces ADD COLUMN deleted REAL NOT NULL DEFAULT 0",
     "CREATE INDEX links_until ON links (expires)",
     "CREATE INDEX workspaces_away ON workspaces (moving) WHERE moving > 0",
-]
+])
 
 
 # -- who owns which table
