@@ -17407,7 +17407,7 @@ class Parent:
         how = f"with status {status}" if self.served else "without serving"
         ended = f"{os.path.basename(sys.argv[0])} ended {how}"
         text = "".join(self.said) or ended
-        self.modules += re.findall(r'(?m)^ *File "(.+)", line', text)
+        self.modules += re.findall(r'(?m)^ *File "([^<].*)", line', text)
         self.see_more()
         log(f"orion: {ended}; it starts again when a file changes")
         server = Notice(self.socket, text)

@@ -6089,7 +6089,7 @@ FROM_INSIDE = {
     r"[A-Za-z_][\w-]*": "the name of a slice", r"\s": "the names of a slice's tables",
     r" /\* [\w-]+ may \w+ \*/$": "the statements of a slice", "[0-9a-f]{64}": "the file of keys",
     "([01][0-9]|2[0-3]):[0-5][0-9]": "the jobs of a slice",
-    r'(?m)^ *File "(.+)", line': "a traceback of the app", "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "NAMED_FILE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
+    r'(?m)^ *File "([^<].*)", line': "a traceback of the app", "HOST_NAME": "a flag", "COLOR": "the app", "LANGUAGE": "the app", "NAMED_TEMPLATE": "orion.py itself", "NAMED_FILE": "orion.py itself", "pattern": "made of a route, or of the parameters of a page: see the test after the next; or of a flag",
 }
 PUMPS = ["a", "A", "0", "-", "_", ".", "/", ":", ";", "=", ",", "%", "\"", "'", "<", ">", "\\", " ", "\t", "\r", "\n", "\0", "\xa0",
          "a.", "a-", "a=", "/a", "; ", "\r\n", "a: b\r\n", "gzip", " id=", "{{ a }}", "<!-- a -->\n"]
@@ -15141,6 +15141,16 @@ def test_what_an_app_has_imported_and_what_lies_beside_it_is_looked_at(tmp_path,
     parent.seen = parent.look()
     (tmp_path / "app.log").write_text("new"), (tmp_path / "other.py").write_text("new")
     assert not parent.changed() and str(HERE / "orion.py") in orion.own_modules() and os.__file__ not in orion.own_modules()
+    parent.socket.close()
+
+
+def test_of_a_traceback_what_is_a_file_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(orion, "ASSETS", dict(orion.ASSETS))
+    parent = orion.Parent(orion.Settings(port=0))
+    parent.modules, parent.said = [], [f'  File "{name}", line 9, in run\n' for name in ("<frozen runpy>", tmp_path / "app.py", "<string>")]
+    monkeypatch.setattr(parent, "changed", lambda: True)
+    parent.show_why(1)
+    assert parent.modules == [str(tmp_path / "app.py")]
     parent.socket.close()
 
 
