@@ -12162,6 +12162,12 @@ def may_be_of(db, id):
     return db.execute("PRAGMA application_id").fetchone()[0] in (0, mark_of(id))
 
 
+def may_be_here(settings, db, id):
+    """As may_be_of. A single root's file, which holds everything, has a mark of its own."""
+    mark = db.execute("PRAGMA application_id").fetchone()[0]
+    return mark == 0 or (mark == mark_of(id)) != bool(settings.single)
+
+
 def take_away(path, copy=None, about=None):
     """Remove a database that others may have open. Return the number of rows in the copy.
 
@@ -12446,13 +12452,18 @@ def check_empty(settings):
 
 
 def check_known(settings, file):
-    """Raise MigrationError if a newer version, or another app, wrote this Directory.
+    """Raise MigrationError if a newer version, or another app, wrote this Directory;
+    Unusable if it is a single root's, and here is none, or the reverse.
 
     In it those of the workspaces' slices are noted, too: see check_ledger.
     """
     inside = [(f"workspace/{slice}", entries)
               for slice, entries in workspace_router(settings).schema]
     with Original(file) as store:
+        if not may_be_here(settings, store.db, "directory"):
+            where = "--data FOLDER" if settings.single else "--single FILE"
+            raise Unusable(f"{file} is of a server that was started with {where}; restore "
+                           "it with that, too")
         for slice, entries in (*directory_router().schema, *inside):
             store.count_ran(slice, digests_of(entries))
 
@@ -12507,7 +12518,7 @@ def wrong_with_file(settings, path, id):
     try:
         with opened_to_read(path) as db:
             verified(db)
-            if not settings.single and not may_be_of(db, id):
+            if not may_be_here(settings, db, id):
                 raise sqlite3.DatabaseError("the file belongs to another object")
             try_on_copy(settings, db, path, schema_of(settings, id))
     except (sqlite3.Error, MigrationError) as error:

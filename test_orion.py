@@ -8094,6 +8094,18 @@ def test_a_single_root_is_backed_up_restored_and_checked(single, tmp_path, capsy
     assert orion.main(argv=["check", "--single", copy]) == 1 and "team.db" in capsys.readouterr().out
 
 
+def test_a_backup_is_restored_only_as_what_it_was(single, start, tmp_path, capsys):
+    other = start()
+    ways = ["--single", str(single.env.settings.single)], ["--data", str(other.env.settings.data)]
+    for number, (here, there) in enumerate((ways, ways[::-1])):
+        backup, target = str(tmp_path / f"bk{number}"), tmp_path / f"n{number}" / "one.db"
+        assert orion.main(argv=["backup", backup, *here]) == 0
+        assert orion.main(argv=["restore", backup, there[0], str(target)]) == 2 and not target.parent.exists()
+        assert f"is of a server that was started with {here[0]}" in capsys.readouterr().err
+    shutil.copy(pathlib.Path(backup) / "directory.db", tmp_path / "one.db"), orion.make_key(tmp_path / "one.db.key")
+    assert orion.main(argv=["check", "--single", str(tmp_path / "one.db")]) == 1 and "belongs to another object" in capsys.readouterr().out
+
+
 # ==== 31. Command line ================================================================================================
 
 class Terminal(io.StringIO):
