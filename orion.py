@@ -7528,6 +7528,8 @@ ARGUMENTS = {
     "folder": {"help": "path of the folder", "type": pathlib.Path},
     "address": {"help": "HOST:PORT of the node", "type": an_address},
     "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
+    "method": {"help": "show what all sections add to this one, like EdgeWorkspace.handle",
+               "nargs": "?"},
     "--operator": {"help": "may open the console, and look on in others' names",
                    "action": "store_true"},
     "--owner": {"help": "account that owns it", "type": account_name},
@@ -16540,12 +16542,42 @@ def listing(function):
             "where": f"lines {first} to {first + len(lines) - 1}"}
 
 
-@verb("read", "print the functions that answer one POST, in order, for a pager")
+@verb("read", "print the functions that answer one POST, in order, for a pager", "method")
 def read_way(settings, given):
+    if given.method:
+        return read_layers(given.method)
     for step in steps():
         print(f"{step['number']}. {step['title']}\n")
-        for one in step["function"]:
-            print(f"# {one['name']}, {one['where']}\n{one['source']}")
+        print_listings(step["function"])
+
+
+def read_layers(name):
+    """Print what a call of the method goes through, if each layer calls super()."""
+    functions = layers_of(name)
+    if not functions:
+        raise Unusable(f"there is no method {name}; name one like LoopEdge.refusal")
+    print_listings(map(listing, functions))
+
+
+def layers_of(name):
+    kind, _, method = name.partition(".")
+    base = globals().get(kind)
+    if not isinstance(base, type):
+        return []
+    found = [vars(one).get(method) for one in whole(base).__mro__]
+    return [*filter(inspect.isfunction, map(function_behind, found))]
+
+
+def function_behind(attribute):
+    """Return the function behind a property or a method."""
+    for name in ("fget", "func", "__func__"):
+        attribute = getattr(attribute, name, attribute)
+    return inspect.unwrap(attribute)
+
+
+def print_listings(listings):
+    for one in listings:
+        print(f"# {one['name']}, {one['where']}\n{one['source']}")
 
 
 # -- the console: what it shows of that

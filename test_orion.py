@@ -14713,6 +14713,22 @@ def test_read_prints_the_functions_of_a_post_as_they_are_in_the_file(run, tmp_pa
         assert textwrap.dedent("".join(lines[int(first) - 1:int(last)])) in text
 
 
+@cases("method", ["SliceHost.handle", "LoopEdge.refusal", "EdgeDirectory.identified", "GuardedStore.tx"])
+def test_read_prints_what_a_call_of_a_method_goes_through(run, tmp_path, method):
+    """Its first layer is what an object of the whole class calls, and each of them but the last calls super()."""
+    kind, name = method.split(".")
+    status, text, _ = run("read", method, data=tmp_path / "none")
+    layers = re.split(r"(?m)^# (?=[\w.]+, lines)", text)[1:]
+    first = getattr(orion.whole(getattr(orion, kind)), name)
+    assert status == 0 and layers[0].startswith(f"{inspect.unwrap(getattr(first, 'fget', first)).__qualname__}, lines ")
+    assert all([f"super().{name}" in one for one in layers[:-1]]) and len(layers) == sum(name in vars(one) for one in orion.whole(getattr(orion, kind)).__mro__)
+
+
+@cases("name", ["worker", "LoopEdge.nothing", "LoopEdge.TICK_SECONDS", "Nobody.refusal", "LoopEdge", "sys.exit"])
+def test_read_says_so_if_there_is_no_such_method(run, tmp_path, name):
+    assert run("read", name, data=tmp_path / "none") == (2, "", f"orion: there is no method {name}; name one like LoopEdge.refusal\n")
+
+
 def test_the_feed_can_be_of_one_object_and_can_pause(server):
     bob, id = Person(server, "bob"), server.env.workspaces.id_from_name("acme")
     ear, paused = Ear(Person(server), f"/console/live?object={id}"), Ear(Person(server), "/console/live?paused=1")
