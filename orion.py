@@ -14196,10 +14196,11 @@ def listening_at(where):
 
 
 # ==== 64. More figures ====================================================================
-# The idea: what is not well with some of many workspaces: whose jobs are late or given up,
-#   whose file is older than this program, which are on their way. And which nodes answer.
-# It promises: to ask for it opens no file. What is in those that sleep was noted when the
-#   server started, or when they were open.
+# The idea: these figures count the workspaces that need attention: their jobs are late or
+#   given up, their files are older than this program, or they are being moved or removed.
+#   They also tell which nodes answer.
+# It promises: reading the figures opens no file of a workspace. What such a file holds was
+#   noted when the server started, or when the file was last open.
 # It needs: 42 Jobs, 53 Figures, 56 Snapshots, 62 Nodes.
 
 GIVEN_UP = "SELECT count(*) FROM jobs WHERE due IS NULL"
@@ -14208,12 +14209,12 @@ AWAY = {"moving": MOVES, "going": GOES, "deleted": DELETED}
 
 @addition
 class NotesFiles(Alarms):
-    """Alarms look into each file when the server starts. These note more of it."""
+    """When the server starts, Alarms reads each file; this notes more of what is in it."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.given_up = {}                               # by id, how many jobs, if any
-        self.old = set()                                 # ids: migrations are to come
+        self.given_up = {}                               # how many jobs, by id; no zeros
+        self.old = set()                                 # ids of files to be migrated
 
     @functools.cached_property
     def schema(self):
@@ -14235,7 +14236,7 @@ class NotesFiles(Alarms):
 @addition
 class NotesItself(Broadcast):
     def own_due(self, request):
-        """Alarms ask for it when the object was opened, and after each job."""
+        """Note the figures again: this is asked after the object opens and after a job."""
         alarms = self.namespace.alarms
         alarms.old.discard(self.id)
         alarms.note_given_up(self.id, self.store.one(GIVEN_UP)[0])
@@ -14253,8 +14254,8 @@ class KnowsPlaces(EdgeDirectory):
 
 
 def answers(settings, node):
-    """Return 1 if a node says, within a second, that it lacks the file of an id that nobody
-    has. It says so to its directory alone: so they share a key."""
+    """Return 1 if the node answers within a second, else 0. It is asked for the file of an
+    id that nobody has. It answers only its own directory, so 1 proves a common key, too."""
     question = Request("GET", f"/_node/{'0' * 64}/has")
     return int(outcome(ask_process, settings, node, question, 1.0) is False)
 
@@ -14273,10 +14274,10 @@ class TellsMore(LoopEdge):
                 **self.of_leaders(given_up=dict(self.alarms.given_up))}
 
     def places(self):
-        """As the Directory knows them. A node has none, and asks for none."""
+        """Return the figures that the Directory knows. A node has no Directory to ask."""
         said = {"away": {}, "nodes": []}
         if self.settings.plane != "data":
-            with contextlib.suppress(CRASH):             # the other figures do without
+            with contextlib.suppress(CRASH):             # then show the other figures
                 said = self.env.directory.ask("/_places")
         ask = functools.partial(answers, self.settings)
         up = in_two_threads(ask, said["nodes"])
@@ -14287,25 +14288,23 @@ class TellsMore(LoopEdge):
 # #### More for slices #####################################################################
 
 # ==== 65. Public routes ===================================================================
-# The idea: a route with the grant PUBLIC is for anybody: a page to show around, or the
-#   address at which another service calls (a webhook). The gate lets them in by the slice's
-#   word.
-# It promises: who is not signed in, or no member, is nobody to the slice: account "", role
-#   "public", no grants. A command from another site is nobody's, too, whatever cookie came
-#   along. Only what a slice made public tells that there is a workspace of a name.
+# The idea: anybody may use a route with the grant PUBLIC: a page for the whole world, or
+#   the address that another service calls (a webhook). The gate lets these requests in.
+# It promises: a client who is not signed in, or not a member, is nobody to the slice:
+#   account "", role "public", no grants. A command from another site is nobody's, too, even
+#   if it carries a cookie. Only a public route reveals that a workspace exists.
 # Who uses it: slices, by Route(..., PUBLIC, ...).
-# It needs: 62 Nodes, for what proxies ask.
-# It stands behind: 53 Figures. What may be a secret in a path is taken out before that
-#   writes it to the log.
+# It needs: 62 Nodes, because proxies ask the gate about requests.
+# It stands behind: 53 Figures. So a path's secrets are taken out before the path is logged.
 
 NOBODY = {"x-account": "", "x-role": "public", "x-can-delete": "false", "x-grants": ""}
-SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers
+SAY_WHO = ("cookie", "page-account", "sec-fetch-site")   # headers that tell whose it is
 
 # -- what is public
 
 
 def public_path(router, request):
-    """Return the path of the route, if a slice lets anybody in with this; else ""."""
+    """Return the path of the public route that this request is for; "" if there is none."""
     if not request.path.startswith("/w/"):
         return ""
     path = "/" + "/".join(request.path.split("/")[3:])
@@ -14316,8 +14315,8 @@ def public_path(router, request):
 
 
 def public_functions(settings):
-    """Return what an Env has where there are public routes: public(request), see
-    public_path; and question(request), which tells the gate whether it is public."""
+    """Return two functions for the Env of an app that has public routes: public(request),
+    which is public_path; and question(request), which tells the gate about them."""
     public = functools.partial(public_path, workspace_router(settings))
 
     def question(request):
@@ -14327,9 +14326,9 @@ def public_functions(settings):
 
 
 def as_nobody(request, env):
-    """Return the request. A public command from another site becomes nobody's.
+    """Return the request. If it is a public command from another site, make it nobody's.
 
-    It goes on as if a page of ours had sent it. (Other commands are refused then.)
+    It is then handled as if our own page had sent it. (Any other command is refused.)
     """
     if request.method in SAFE or not env.public(request):
         return request
@@ -14361,7 +14360,8 @@ class LetsAnybodyIn(Directory):                          # also with --plain
         return let_in({**said, **NOBODY})
 
     def asked_for_public(self, request):
-        """The worker has said so, in the query. A proxy says for which request it asks."""
+        """Is this question about a public route? The worker says so in its query. A proxy
+        names the request that it asks about."""
         if request.path != "/_gate":
             return request.query == "public"
         return bool(public_path(self.inner_router, request_behind(request)))
@@ -14374,22 +14374,22 @@ class LetsAnybodyIn(Directory):                          # also with --plain
 # -- at the edge
 
 def beginning_with(path):
-    """Return a pattern of all that begins with a slice's path. Group 1 is "/w/acme"."""
+    """Return a pattern of paths that begin with this slice's path. Group 1: "/w/acme"."""
     pattern = f"(/w/[^/]*){path_pattern(path)}(?:/|$)"
     return re.compile(pattern)
 
 
 @addition
 class OpensToAnybody(LoopEdge):
-    is_open = False                                      # there are public routes
-    secretive = ()                                       # (pattern, path): has <parts>
+    is_open = False                                      # True: there are public routes
+    secretive = ()                                       # (pattern, path with <parts>)
 
     def use(self, env):
         paths = [route.path for route in all_routes(env.settings.slices)
                  if route.grant == PUBLIC]
-        if paths:                                        # else it costs nothing
+        if paths:                                        # without them this costs nothing
             self.is_open = True
-            paths.sort(key=lambda path: -path.count("/"))        # the longest decides
+            paths.sort(key=lambda path: -path.count("/"))        # try the longest first
             self.secretive = [(beginning_with(path), path)
                               for path in paths if "<" in path]
             env = dataclasses.replace(env, **public_functions(env.settings))
@@ -14400,8 +14400,8 @@ class OpensToAnybody(LoopEdge):
         return as_nobody(request, self.env) if self.is_open else request
 
     def decide(self, request, env):
-        """Where as_nobody took the cookie out, the verdict is to name nobody, too. On a
-        node it may name somebody: a proxy brought it, and asked for it with the cookie."""
+        """If as_nobody took the cookie out, take the account out of the verdict, too. On a
+        node a verdict can still name one, because the proxy asked with the cookie."""
         decided = super().decide(request, env)
         if not isinstance(decided, Noted) or "cookie" in request.headers \
                 or not self.env.public(request):
@@ -14410,10 +14410,10 @@ class OpensToAnybody(LoopEdge):
         return decided._replace(request=decided.request.with_headers(nobody))
 
     def as_logged(self, request, status=500):
-        """Write a route's <part> in place of what it stands for, which may be a secret: of
-        /w/acme/hooks/7f3a, /w/acme/hooks/<secret>.
+        """Put the names of a route's <parts> in place of their values, which may be
+        secrets: /w/acme/hooks/7f3a becomes /w/acme/hooks/<secret>.
 
-        What was refused may be so by its method, or by what stands behind such a path.
+        Do it for all refused requests that begin so: the method, or more path, was wrong.
         """
         for pattern, path in self.secretive:
             found = pattern.match(request.path)
@@ -14428,7 +14428,7 @@ class OpensToAnybody(LoopEdge):
         super().count(asked, response)
 
     def refusal(self, request, error):
-        if not isinstance(error, Refused):               # it goes to the log
+        if not isinstance(error, Refused):               # the path will be logged
             request = self.as_logged(request)
         return super().refusal(request, error)
 
@@ -14443,18 +14443,18 @@ PLAIN.append(open_to_anybody)
 
 
 # ==== 66. Member lists ====================================================================
-# The idea: ctx.members() tells a slice who is in its workspace. That is for the Directory
-#   to know; here its file is read, from a connection of its own. On a node, copies are
-#   kept, and asked for anew when the Directory has changed.
-# It promises: nobody waits for the Directory's turn. A region that used it is rendered
+# The idea: ctx.members() tells a slice who is in its workspace. The Directory's file has
+#   the members; this section reads it over a separate connection. A node keeps copies of
+#   the lists, and asks for them again when the Directory has changed.
+# It promises: no thread waits for the Directory's turn. A region that called it is rendered
 #   again when the members change: at once in one process, else after a second or two.
 # Who uses it: slices.
-# It needs: 62 Nodes, for how processes ask each other.
+# It needs: 62 Nodes, because processes ask each other.
 
 @addition
 class AsksForMembers(Context):
     def members(self) -> List[Any]:
-        """Return everybody in this workspace, by name: dicts with name, role and label."""
+        """Return the members, sorted by name, as dicts with name, role and label."""
         self.store.check_thread()
         members = self.host.namespace.members_of(self.host.id)
         if self.host.kept_members is None:
@@ -14464,9 +14464,9 @@ class AsksForMembers(Context):
 
 @addition
 class ShowsMembers(SliceHost):
-    """Renderings are kept until the store changes (8). If one of them shows the members,
-    they are kept only until those change, too: until there is another list of them."""
-    kept_members = None                                  # that are shown; None: no list is
+    """A host whose kept renderings are dropped when its members change: that is, when
+    members_of returns another list than the one that they show."""
+    kept_members = None                                  # the list shown; None: none is
 
     def rendering(self, *what):
         kept = self.kept_members
@@ -14478,7 +14478,7 @@ class ShowsMembers(SliceHost):
 
 @addition
 class ListsMembers(Namespace):
-    lists = None                                         # None: nobody has asked yet
+    lists = None                                         # made for the first caller
 
     def members_of(self, id):
         with self.lock:
@@ -14490,27 +14490,27 @@ class ListsMembers(Namespace):
 
     def close(self):
         if self.lists:
-            self.lists.close()                           # first: the last one tidies up
+            self.lists.close()                           # first: super() tidies up
         super().close()
 
 
 # -- the lists
 
-MOST_MEMBERS = 10_000                                    # of one workspace: the first ones
+MOST_MEMBERS = 10_000                                    # listed of one workspace
 ROLES_AND_LABELS = """SELECT account, role, label FROM memberships JOIN accounts
                       ON name = account WHERE workspace = ? ORDER BY account LIMIT ?"""
 IDS_AT_ONCE = 50                                         # in one question to a Directory
 
 
 class MemberLists:
-    """The members of workspaces, by id. A list that stays the same is the same object."""
-    MOST = 50_000                                        # see size
+    """The members of workspaces, by id. An unchanged list stays the same object."""
+    MOST = 50_000                                        # members in all lists
 
     def __init__(self):
         self.lock = threading.Lock()                     # guards the next two
         # By id: (version of the Directory, (("bob", "owner", "Bob"), ...)).
         self.by_id = collections.OrderedDict()
-        self.size = 0                                    # members, of all lists
+        self.size = 0                                    # members in all lists
 
     def put(self, id, rows, version):
         """Keep rows of name, role and label; return them. The caller holds the lock."""
@@ -14526,15 +14526,15 @@ class MemberLists:
         return members
 
     def prepare(self, id):
-        """Called before the turn of an object is taken: nobody is to hold it and wait for
-        another process."""
+        """Get the list before an object's turn is taken, so that no thread waits for
+        another process while it holds the turn."""
 
     def close(self):
         pass
 
 
 class ListsOfFile(MemberLists):
-    """Reads the Directory's file, whoever writes to it."""
+    """Lists read from the Directory's file, which another process may be writing to."""
 
     def __init__(self, path):
         super().__init__()
@@ -14553,7 +14553,7 @@ class ListsOfFile(MemberLists):
                 return self.put(id, found.fetchall(), version)
         except sqlite3.Error as error:
             log_once(f"members: {path}: {error}")
-            raise Refused(503, "The members can't be read just now. Try again in a minute.",
+            raise Refused(503, "The members can't be read now. Try again in a minute.",
                           retry_after(60)) from error
 
     def close(self):
@@ -14561,7 +14561,7 @@ class ListsOfFile(MemberLists):
 
 
 class ListsOfNode(MemberLists):
-    """What the Directory, in another process, said of its members."""
+    """Lists that the Directory, in another process, has sent."""
     PATIENCE = 1.0                                       # seconds
 
     def __init__(self, settings):
@@ -14570,25 +14570,25 @@ class ListsOfNode(MemberLists):
         self.version = None                              # of the Directory, last seen
 
     def of(self, id):
-        """Mostly it is there already: see prepare. A job may have to wait."""
+        """Return the list. Mostly prepare has fetched it; a job may have to wait for it."""
         known = self.by_id.get(id)
         return known[1] if known else self.ask([id])[id]
 
     def prepare(self, id):
         if id not in self.by_id:
-            with contextlib.suppress(NoAnswer):          # then of() tells
+            with contextlib.suppress(NoAnswer):          # then of() raises it
                 self.ask([id])
 
     def ask(self, ids):
         """Return the lists of these ids. Raises NoAnswer."""
-        version = self.version                           # first: it may change meanwhile
+        version = self.version                           # read first: it may change
         question = Request("GET", "/_members_of", f"ids={','.join(ids)}")
         said = ask_process(self.settings, self.settings.directory, question, self.PATIENCE)
         with self.lock:
             return {id: self.put(id, rows, version) for id, rows in said.items()}
 
     def refresh(self, version):
-        """Ask again for lists of another version. Give the ids of those that changed."""
+        """Ask again for the lists of other versions. Yield the ids whose lists changed."""
         self.version = version
         with self.lock:
             old = {id: members for id, (as_of, members) in self.by_id.items()
@@ -14599,7 +14599,7 @@ class ListsOfNode(MemberLists):
             yield from [id for id, members in some.items() if members is not old[id]]
 
 
-# -- who brings them, and who hears that they have changed
+# -- who sends the lists, and who is told that they have changed
 
 @addition
 class TellsMembers(EdgeDirectory):
@@ -14620,18 +14620,18 @@ class PreparesMembers(LoopEdge):
 @addition
 class HearsOfMembers(Broker):
     def published(self, id, topic):
-        """The Directory says whose members have changed, by members:<id>; or "" if another
-        process wrote, so it may be anybody's. (A node hears in look_elsewhere.)"""
+        """Hear of changes. The Directory publishes members:<id>, or "" if another process
+        wrote and may have changed any workspace. (For nodes, see look_elsewhere.)"""
         super().published(id, topic)
         if id != self.edge.env.directory.id:
             return
         if topic.startswith("members:"):
             self.members_changed([topic[len("members:"):]])
         elif not topic and not isinstance(self.edge.env.workspaces.lists, ListsOfNode):
-            self.members_changed([*self.channels])       # all that somebody looks at
+            self.members_changed([*self.channels])       # all that have streams
 
     def members_changed(self, ids):
-        """All regions of these workspaces are asked again, if one ever used members."""
+        """Ask all regions of these workspaces again, if any ever called members."""
         if self.edge.env.workspaces.lists:
             for id in ids:
                 super().published(id, "")
@@ -14640,7 +14640,7 @@ class HearsOfMembers(Broker):
         super().look_elsewhere()
         lists = self.edge.env.workspaces.lists
         if isinstance(lists, ListsOfNode):
-            with contextlib.suppress(NoAnswer):          # in the next second
+            with contextlib.suppress(NoAnswer):          # it is asked again in a second
                 self.members_changed(lists.refresh(self.version))
 
 
