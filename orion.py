@@ -12057,18 +12057,18 @@ def top(settings, given):
 # #### A deployment ########################################################################
 
 # ==== 55. Copies ==========================================================================
-# The idea: SQLite's own backup copies a database while others write to it. The copy gets
-#   its final name when it is whole, checked and on the disk. A file that moves is copied,
-#   and taken away, while nobody else can write.
-# It promises: what breaks off leaves nothing behind, and a power cut leaves the whole file
-#   or the one before.
+# The idea: SQLite's backup function copies a database while others write to it. The copy
+#   gets its final name only when it is complete, checked and on the disk. When a file moves
+#   elsewhere, it is copied and removed under a lock that keeps all writers out.
+# It promises: a copy that fails leaves nothing behind. After a power cut, the target is
+#   either the complete new file or the previous one.
 # Who uses it: snapshots and exports.
 
 def copy_database(source, target, about=None):
-    """Copy a database. Return its number of rows.
+    """Copy a database and check the copy. Return its number of rows.
 
-    about: what an export says of itself (section 58). Raises sqlite3.DatabaseError if
-    source is damaged; then there is no target.
+    about: the description that goes into an export (section 58). Raises
+    sqlite3.DatabaseError if source is damaged; then target is not written.
     """
     with in_the_making(target) as part:
         os.close(private_file(part))
@@ -12086,13 +12086,13 @@ def copy_database(source, target, about=None):
 
 
 class Original(OwnedStore):
-    """A file that is only read, and stays as it is."""
+    """A database file that we read and never change."""
     SETUP = "PRAGMA query_only=ON"
 
 
 @contextlib.contextmanager
 def in_the_making(target):
-    """Give a path beside target where a file, or a folder, is made. Remove what is left."""
+    """Give a path next to target where a file or folder is made. Clean up afterwards."""
     part = target.with_name(f"{target.name}.making")
     remove_any(part)
     try:
@@ -12102,7 +12102,7 @@ def in_the_making(target):
 
 
 def remove_any(path):
-    """Remove a folder, or a file with the journal that SQLite keeps beside it."""
+    """Remove a folder, or a file together with its SQLite journal."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     for file in (path, path.with_name(f"{path.name}-journal")):
@@ -12110,11 +12110,11 @@ def remove_any(path):
 
 
 def put_in_place(part, target):
-    """Give a file its name, once all of it is on the disk."""
+    """Rename part to target, once all of it is on the disk."""
     with open(part, "rb") as file:
         own_as(target.parent, file.fileno())
         os.fsync(file.fileno())
-    remove_log(target)                                   # SQLite would add it to this one
+    remove_log(target)                                   # SQLite would apply it to part
     os.replace(part, target)
     sync_folder(target.parent)
 
@@ -12124,14 +12124,14 @@ def remove_log(path):
         path.with_name(f"{path.name}{tail}").unlink(missing_ok=True)
 
 
-# FTS5 keeps what is in the index words in the tables words_data, words_idx, ...
+# FTS5 stores the index named words in the tables words_data, words_idx, ...
 SHADOWS = ("data", "idx", "content", "docsize", "config")
 
 
 def verified(db):
-    """Return the number of rows, without those of SHADOWS.
+    """Check a database. Return its number of rows, not counting the tables of SHADOWS.
 
-    Raise sqlite3.DatabaseError for what SQLite finds.
+    Raises sqlite3.DatabaseError if SQLite finds damage.
     """
     found = db.execute("PRAGMA quick_check").fetchone()[0]
     if found != "ok":
@@ -12148,19 +12148,19 @@ def verified(db):
 
 
 def how_to_rebuild(index):
-    """Return how an index of FTS5 is made anew, as a part of a message."""
-    return (f" (if its text is in a table, INSERT INTO {index} ({index}) VALUES "
-            "('rebuild') makes it anew)")
+    """Return how to rebuild an FTS5 index, as a part of a message."""
+    return (f" (if a table has its text, rebuild it: INSERT INTO {index} ({index}) VALUES "
+            "('rebuild'))")
 
 
 def opened_to_read(path):
-    """Connect to a database only to read it; close it after a with statement."""
-    identity(path)                                       # raises if there is none
+    """Connect to a database to read it only. A with statement closes it."""
+    identity(path)                                       # raises if there is no file
     return contextlib.closing(connected_to_read(path))
 
 
 def may_be_of(db, id):
-    """True if the file is of the object with this id, or of none yet."""
+    """Return whether the file belongs to the object with this id, or to no object yet."""
     return db.execute("PRAGMA application_id").fetchone()[0] in (0, mark_of(id))
 
 
@@ -12173,8 +12173,8 @@ def may_be_here(settings, db, id):
 def take_away(path, copy=None, about=None):
     """Remove a database that others may have open. Return the number of rows in the copy.
 
-    Commands that are on their way finish first, and are in the copy. The others see that
-    the file is gone, before they write.
+    Commands that have begun finish first, so the copy contains their rows. Later commands
+    find that the file is gone before they write.
     """
     with OwnedStore(path) as store:
         store.begin()
@@ -12185,8 +12185,8 @@ def take_away(path, copy=None, about=None):
 
 
 def may_replace(source, target):
-    """True if there is nothing at target, or what an import that was cut short left there.
-    """
+    """Return whether target is missing, or is a copy of source that an interrupted import
+    has left there."""
     if not target.exists():
         return True
     logged = any(map(bytes_in, with_wal(target)[1:]))
@@ -12194,52 +12194,54 @@ def may_replace(source, target):
 
 
 def one_move(settings):
-    """Return a lock for the time in which a workspace is brought here, or away.
+    """Return a lock to hold while files of workspaces are added, moved or removed.
 
-    Raises Unusable if another process has it. A single root needs none.
+    Raises Unusable if another process holds it. A single root needs no lock.
     """
     if settings.single:
         return contextlib.nullcontext()
-    return locked(settings.workspaces, "a move is under way; try again when it is over")
+    return locked(settings.workspaces, "another command is moving or removing files here; "
+                                       "try again when it has finished")
 
 
 def timestamp():
-    """Return now, in UTC, to the millisecond. Such names sort by age."""
+    """Return the time in UTC, to the millisecond, as a name. Such names sort by age."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.strftime("%Y%m%d-%H%M%S-%f")[:-3]
 
 
-COPY = "copy.making-"                                    # folders begin so
+COPY = "copy.making-"                                    # how such folders' names begin
 
 
 def folder_for_copy(settings):
-    """Give a folder for a copy that is migrated and looked into. Then it is removed."""
+    """Return a temporary folder, in which a copy can be migrated and inspected."""
     return tempfile.TemporaryDirectory(dir=settings.data, prefix=COPY)
 
 
 # ==== 56. Snapshots =======================================================================
-# The idea: a snapshot is a folder with the whole deployment. What did not change since the
-#   one before is linked, and takes no room. Its manifest.json tells that:
+# The idea: a snapshot is a folder with the whole deployment. A file that has not changed
+#   since the last snapshot is linked from there and takes no space. The file manifest.json
+#   describes the databases:
 #
 #     {"directory": {"rows": 63, "seen": ""},
 #      "9f86d0...": {"rows": 412, "seen": "[(1764518400000000000, 40960)]"}, ...}
 #
-#   seen is when a file was written, and its size; and the same of its log, if it has one.
-# It promises: a snapshot has its name when it is complete. Of a file that is damaged it
-#   keeps what the one before had. The Directory is copied first, so each workspace that it
-#   names is there. One that failed is in the log and in the figures.
+#   seen has the time of a file's last change and its size, and the same for its log.
+# It promises: a snapshot gets its name only when it is complete. If a file is damaged, the
+#   last snapshot's copy is kept. The Directory is copied first, so no workspace that it
+#   names is missing. The log and the figures show when a snapshot fails.
 # It needs: 53 Figures, 55 Copies.
 
 def in_two_threads(function, all):
-    """As map(). While the disk is at work for one, the other goes on. (A backup of 1,000
-    workspaces: 2.3 x.)"""
-    from concurrent.futures import ThreadPoolExecutor    # 10 ms, for nobody else
+    """Do the same as map(), in two threads: while one waits for the disk, the other works.
+    (A backup of 1,000 workspaces: 2.3 x.)"""
+    from concurrent.futures import ThreadPoolExecutor    # here, because it takes 10 ms
     with ThreadPoolExecutor(2) as threads:
         yield from threads.map(function, all)
 
 
 def with_progress(results, many, what):
-    """Yield one after the other, counted for somebody who waits at a terminal."""
+    """Yield the results. If a user waits at a terminal, show how many are done."""
     for number, one in enumerate(results, 1):
         if sys.stderr.isatty():
             end = "\n" if number == many else ""
@@ -12248,10 +12250,10 @@ def with_progress(results, many, what):
 
 
 def snapshot(settings, target, before=None, each=in_two_threads):
-    """Copy the deployment to a folder. Return what it holds, by id, and what is wrong.
+    """Copy the deployment to a folder. Return the manifest and a list of faults.
 
-    before: the snapshot before, for what did not change. each: how copy_one is mapped to
-    all ids.
+    before: the last snapshot, from which unchanged files are linked. each: the function
+    that maps copy_one to all ids.
     """
     held = {}
     faults = []
@@ -12270,7 +12272,7 @@ def snapshot(settings, target, before=None, each=in_two_threads):
                 held[id] = about
             if fault:
                 faults.append(fault)
-        sync_folder(part / "workspaces")                 # for the links
+        sync_folder(part / "workspaces")                 # makes the links durable
         write_private(part / "secret.key", settings.key_file.read_bytes())
         write_private(part / "manifest.json", json.dumps(held).encode())
         part.rename(target)
@@ -12279,18 +12281,18 @@ def snapshot(settings, target, before=None, each=in_two_threads):
 
 
 def manifest_of(snapshot):
-    """Return what it holds. If that can't be read, nothing is linked from there."""
+    """Return its manifest; {} if that can't be read, so nothing is linked from there."""
     with contextlib.suppress(ValueError, OSError):
         return json.loads((snapshot / "manifest.json").read_text())
     return {}
 
 
 def copy_one(settings, part, before, known, id):
-    """Copy a file into a snapshot. Return what the manifest says of it, and what is wrong.
+    """Copy a file into a snapshot. Return its entry in the manifest, and its fault or "".
 
-    part: the snapshot in the making. If the file did not change, or can't be read, it is
-    linked from the snapshot before, whose manifest is known. Raises sqlite3.Error if the
-    disk is full.
+    part: the snapshot in the making. before, known: the last snapshot and its manifest. If
+    the file has not changed, or can't be read, it is linked from there. Raises
+    sqlite3.Error if the disk is full.
     """
     name = f"workspaces/{id}.db"
     last = known.get(id)
@@ -12305,12 +12307,12 @@ def copy_one(settings, part, before, known, id):
             raise
         fault = str(StorageFault(source, error))
     if last and link_or_copy(before / name, part / name):
-        return last, f"{fault}; here it is as it was in the snapshot before"
+        return last, f"{fault}; the copy from the last snapshot is kept instead"
     return None, fault
 
 
 def link_or_copy(source, target):
-    """Link a copy; copy it where there are no hard links. Return False if it is lost."""
+    """Link a copy, or copy it if it can't be linked. Return False if neither works."""
     with contextlib.suppress(OSError):
         os.link(source, target)
         return True
@@ -12325,10 +12327,10 @@ NAMED_HERE = f"""SELECT id, name FROM workspaces WHERE name IS NOT NULL AND movi
 
 
 def names_here(settings, directory):
-    """Return the names of the workspaces here, by id.
+    """Return the names of the workspaces in this data folder, by id.
 
-    directory: the Directory's file, or a copy of it; None, if it can't be read. Without
-    one, as on a node, return all files here, with "" for a name.
+    directory: the Directory's file, or a copy of it; None if it can't be read. Without a
+    Directory, as on a node, return the ids of all files here, each with the name "".
     """
     if settings.single or not directory or not directory.exists():
         return {path.stem: "" for path in files_here(settings)}
@@ -12337,7 +12339,7 @@ def names_here(settings, directory):
 
 
 def files_here(settings):
-    """Return the files of workspaces, whether the Directory names them or not."""
+    """Return the files of workspaces, even those that the Directory does not name."""
     files = [] if settings.single else settings.workspaces.glob("*.db")
     return [path for path in files if not path.name.startswith("new-")]     # a draft
 
@@ -12346,10 +12348,10 @@ DATED = "-".join(["[0-9]" * digits for digits in (8, 6, 3)])       # see timesta
 
 
 def snapshot_again(settings):
-    """Make the next one in data/backups. The oldest go. Return it, and what is wrong.
+    """Make the next snapshot in data/backups and remove the oldest. Return it, and faults.
 
-    If a name is of the future, the clock was wrong then, or is now. So such snapshots do
-    not count among those to keep, and stay until there are more others than settings.keep.
+    If a name is a time in the future, the clock was wrong then, or is wrong now. Such
+    snapshots do not count. They stay until there are more than settings.keep others.
     """
     folder = settings.data / "backups"
     private_folder(folder)
@@ -12359,7 +12361,7 @@ def snapshot_again(settings):
     kept = sorted([manifest.parent for manifest in folder.glob(f"{DATED}/manifest.json")])
     past = [one for one in kept if one.name < target.name]
     before = past[-1] if past else None
-    _, faults = snapshot(settings, target, before, each=map)     # others need the disk
+    _, faults = snapshot(settings, target, before, each=map)     # requests need the disk
     too_many = len(past) + 1 - settings.keep
     if too_many > 0:
         for old in {*kept} - {*past[too_many:]}:
@@ -12371,7 +12373,7 @@ def snapshot_again(settings):
 class MakesSnapshots(LoopEdge):
     def __init__(self, *args):
         self.snapshots = {"made": 0, "incomplete": 0, "failed": 0}
-        self.last_snapshot = 0                           # when, by the clock
+        self.last_snapshot = 0                           # its time, by the clock
         self.snapshot_size = 0                           # in bytes
         super().__init__(*args)
 
@@ -12383,13 +12385,13 @@ class MakesSnapshots(LoopEdge):
             made, faults = snapshot_again(self.settings)
         except CRASH as error:
             self.snapshots["failed"] += 1
-            log(f"no snapshot was made: {error}; make room on the disk, or see what "
-                "orion.py check says")
+            log(f"no snapshot was made: {error}; free some space on the disk, or run "
+                "orion.py check")
             if not isinstance(error, FAILURES):
                 raise
             return
         for fault in faults:
-            log(f"the snapshot lacks what can't be read: {fault}")
+            log(f"a file could not be copied for the snapshot: {fault}")
         self.snapshots["incomplete" if faults else "made"] += 1
         self.last_snapshot = int(time.time())
         self.snapshot_size = sum(map(bytes_in, made.rglob("*.db")))
@@ -12406,7 +12408,7 @@ class MakesSnapshots(LoopEdge):
 @verb("backup", "copy the whole deployment to a new folder, while the server runs",
       "folder")
 def backup(settings, given):
-    """Return 1 if some files can't be copied. All others are in it."""
+    """Return 1 if some files can't be copied. The backup contains all others."""
     check_new(given.folder)
     check_there(settings, or_node=True)
     held, faults = snapshot(settings, given.folder)
@@ -12421,16 +12423,17 @@ def contents(folder, held):
     return f"{folder}: {len(held)} databases, {rows} rows, checked"
 
 
-@verb("restore", "bring up what backup made, in an empty data folder", "folder")
+@verb("restore", "restore a backup into an empty data folder", "folder")
 def restore(settings, given):
-    """If it is cut short, the same command begins anew."""
+    """Copy a backup back. If that is interrupted, the same command starts over."""
     mark = settings.data / "restoring"
     source = str(given.folder.absolute())
     if not mark.exists() or mark.read_text("utf-8") != source:
         check_empty(settings)
     manifest = given.folder / "manifest.json"
     if not manifest.exists():
-        raise Unusable(f"{given.folder} is no complete backup: it has no manifest.json")
+        raise Unusable(f"{given.folder} is not a complete backup, because it has no "
+                       "manifest.json; name a folder that orion.py backup made")
     held = json.loads(manifest.read_text())
     if "directory" in held:                              # a node has none
         check_known(settings, given.folder / "directory.db")
@@ -12441,7 +12444,7 @@ def restore(settings, given):
     ids = [id for id in held if id != "directory"]
     for _ in with_progress(in_two_threads(bring, ids), len(ids), "restored"):
         pass
-    if "directory" in held:                              # last: it says that all is there
+    if "directory" in held:                              # last: all others are there now
         bring("directory")
     mark.unlink()
     print(contents(settings.data, held))
@@ -12450,14 +12453,14 @@ def restore(settings, given):
 def check_empty(settings):
     for file in (*files_here(settings), settings.directory_file):
         if file.exists():
-            raise Unusable(f"{file} is there already; name an empty folder with --data")
+            raise Unusable(f"{file} already exists; name an empty folder with --data")
 
 
 def check_known(settings, file):
     """Raise MigrationError if a newer version, or another app, wrote this Directory;
     Unusable if it is a single root's, and here is none, or the reverse.
 
-    In it those of the workspaces' slices are noted, too: see check_ledger.
+    The Directory also records the migrations of the workspaces' slices: see check_ledger.
     """
     inside = [(f"workspace/{slice}", entries)
               for slice, entries in workspace_router(settings).schema]
@@ -12478,8 +12481,8 @@ def restore_one(settings, folder, held, id):
         target = settings.directory_file
     rows = copy_database(source, target)
     if rows != held[id]["rows"]:
-        raise Unusable(f"{source} has {rows} rows, and had {held[id]['rows']} when it was "
-                       "copied")
+        raise Unusable(f"{source} has {rows} rows, but had {held[id]['rows']} when it was "
+                       "copied; restore another backup")
 
 
 # ==== 57. Check and repair ================================================================

@@ -10346,7 +10346,7 @@ def test_a_folder_that_its_file_system_can_not_sync_is_no_fault_and_a_disk_that_
 def test_an_export_that_is_to_be_the_last_word_waits_for_no_move(served, tmp_path):
     with orion.locked(served.env.settings.workspaces, "taken"):
         status, _, error = served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")
-    assert status == 2 and "a move is under way" in error and not (tmp_path / "acme.db").exists()
+    assert status == 2 and "another command is moving" in error and not (tmp_path / "acme.db").exists()
     assert served.run("workspace", "export", "acme", tmp_path / "acme.db", "--move")[0] == 0
 
 
@@ -10482,7 +10482,7 @@ def test_a_lost_directory_is_not_made_anew_where_there_are_workspaces(start, run
         start()
     assert server.run("account", "add", "eve", stdin="long enough\n")[0] == 2 and not (data / "directory.db").exists()
     status, _, err = server.run("restore", tmp_path / "backup")
-    assert status == 2 and "is there already" in err
+    assert status == 2 and "already exists" in err
 
 
 def test_a_new_workspace_is_not_given_the_rows_of_one_that_the_directory_does_not_know(served):
@@ -10555,7 +10555,7 @@ def test_who_waits_at_a_terminal_sees_how_far_a_backup_its_check_and_its_return_
 def test_a_backup_that_is_not_complete_is_not_restored(run, tmp_path):
     (tmp_path / "part").mkdir()
     status, _, err = run("restore", tmp_path / "part", data=tmp_path / "elsewhere")
-    assert status == 2 and "no complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
+    assert status == 2 and "not a complete backup" in err and not (tmp_path / "elsewhere" / "directory.db").exists()
 
 
 def test_a_backup_that_lacks_rows_is_not_restored(served, run, tmp_path):
@@ -10658,7 +10658,7 @@ def test_check_takes_nothing_away_from_a_server_or_a_command_that_is_at_work(ser
     with orion.locked(data, "taken"):
         assert served.run("check", "--repair")[:2] == (0, "3 workspaces, all is well\n") and (data / "workspaces" / "new-0.db").exists()
     with orion.one_move(served.env.settings):
-        assert served.run("check")[0] == 0 and "a move is under way" in served.run("check", "--repair")[2]
+        assert served.run("check")[0] == 0 and "another command is moving" in served.run("check", "--repair")[2]
 
 
 def test_while_the_directory_is_damaged_check_calls_no_workspace_a_stray(served):
@@ -10741,9 +10741,9 @@ def test_a_restore_that_was_cut_short_begins_anew_and_no_other_takes_its_place(s
     with monkeypatch.context() as killed:
         killed.setattr(orion, "restore_one", restore_one)
         assert run("restore", tmp_path / "one", data=there)[0] == 130
-    assert "is there already" in run("restore", tmp_path / "other", data=there)[2]
+    assert "already exists" in run("restore", tmp_path / "other", data=there)[2]
     assert run("restore", tmp_path / "one", data=there)[0] == 0 and run("check", data=there)[:2] == (0, "3 workspaces, all is well\n")
-    assert "is there already" in run("restore", tmp_path / "one", data=there)[2]
+    assert "already exists" in run("restore", tmp_path / "one", data=there)[2]
 
 
 def test_check_names_files_that_others_can_read_and_closes_them(served):
@@ -11889,7 +11889,7 @@ def test_a_snapshot_that_failed_is_in_the_log_and_in_the_figures(start, capfd, m
     monkeypatch.setattr(orion, "copy_database", mock.Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
     server.edge.copy_again()
     assert [server.figure(f'orion_snapshots_total{{result="{name}"}}') for name in ("made", "incomplete", "failed")] == [1, 1, 1]
-    assert "no snapshot was made: database or disk is full; make room" in capfd.readouterr().err
+    assert "no snapshot was made: database or disk is full; free some space" in capfd.readouterr().err
 
 
 def test_two_snapshots_in_one_second_are_two(start):
@@ -12737,7 +12737,7 @@ def test_an_export_that_is_asked_for_twice_is_done_once(doomed, tmp_path, monkey
         return take(*given)
     monkeypatch.setattr(orion, "take_away", meanwhile)
     doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=doomed.nodes[0])
-    assert "a move is under way" in again[1] and [*tmp_path.glob("*.db")] == [tmp_path / "x.db"]
+    assert "another command is moving" in again[1] and [*tmp_path.glob("*.db")] == [tmp_path / "x.db"]
 
 
 def test_a_workspace_that_is_renamed_while_it_leaves_closes_no_other(doomed, tmp_path, monkeypatch):
