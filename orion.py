@@ -6325,51 +6325,51 @@ def create_workspace_with_file(request, env):
 #                      69 Tokens  70 Repeats  71 History
 #     For its author   72 Console  73 Own options  74 Development  75 Testing
 #
-# What makes a product of it. Each section is one feature, and each can be struck out of
-# this file, together with those whose heads say that they need it. The others go on. The
-# frame alone has to stay: without one of its sections, only --plain is left.
+# This part makes a product of the server. Each section is one feature. You can strike it
+# out of this file, together with the sections whose heads say that they need it; all others
+# still work. Only the frame has to stay: without it, only --plain works.
 #
-# This works because nobody calls a feature by its name. It adds itself, in one of these
-# ways:
+# This is possible because no other code calls a feature by its name. Each feature adds
+# itself, in one of these ways:
 #
 #     @addition                     a class whose methods come before those of its base
 #     DIRECTORY_SLICES.append(...)  a slice of the Directory: pages outside of workspaces
 #     @verb("backup", ...)          a command of the command line
 #     @public                       a name that apps use
 #     ROOTS.append(...)             a composition root for some settings
-#     VIEWERS.append(...)           a function: puts what a verdict says into a viewer
-#     PLAIN.append(...)             what changes the env of --plain, too
+#     VIEWERS.append(...)           a function that adds facts of a verdict to a viewer
+#     PLAIN.append(...)             a function that changes the env of --plain
 #
-# So the Directory of this part is a chain of some fifty classes. In it stand, with their
-# sections (all of them are in whole(EdgeDirectory).__mro__):
+# So the Directory of this part is a chain of some fifty classes. These are some of them,
+# with their sections (whole(EdgeDirectory).__mro__ lists all of them):
 #
 #     ... -> TellsLabels (49) -> KnowsLinks (47) -> LetsOperatorsLookOn (46) -> ...
 #     -> EdgeDirectory (26) -> ... -> HasJobs (42) -> ... -> Broadcast (24) -> ...
 #     -> Directory (12) -> ... -> OwnsTables (27) -> ... -> SliceHost (8)
 #
-# A method to which several sections add calls super(), and so asks the sections before it.
-# These have most of them:
+# When several sections add to a method, each calls super(), and so asks the sections before
+# it. These have most of them:
 #
 #     EdgeDirectory.say           46 49 51 72       what a verdict says
-#     EdgeDirectory.each_second   43 45 46 47 69    what changed, and what is over
+#     EdgeDirectory.each_second   43 45 46 47 69    notices changes, removes what expired
 #     EdgeWorkspace.on_open       33 42 51          and Broadcast.on_open: 42 53 71
-#     LoopEdge.decide             29 65 66          whom a request is for
+#     LoopEdge.decide             29 65 66          which object answers a request
 #     LoopEdge.refusal            44 65 67 69       how a browser or a program is told no
 #     LoopEdge.tick               42 48 53 72       and LoopEdge.chores: 41 52 53 56 58 60
 #     Broker.look_elsewhere       66 72 73          what other processes may have changed
 #     SliceHost.call              27 69 70          a route, with its transaction
 #
-# So the order of sections means something. Where it does, and a section does not need the
-# one before it, its head says behind which one it stands.
+# So the order of the sections can matter. If a section has to come after one that it does
+# not need, its head says so: "It stands behind".
 #
-# What has the name of a type is of that type: settings, request, viewer, store. An id, a
-# name or a title is text; a file, folder or path is a pathlib.Path. A type that is plain
-# from a docstring is not said again.
+# A variable with the name of a type has that type: settings, request, viewer, store. An id,
+# a name or a title is text; a file, folder or path is a pathlib.Path. Type hints do not
+# repeat what a docstring makes plain.
 #
-# given is what a command was given. Commands use some functions of section 31: opened()
-# gives the Directory's store, to change it; looked_up() reads from it; check_there()
-# refuses if there is none; row_of() finds a row by its name; table() prints rows. What they
-# raise as Unusable is the line that people read.
+# given holds the arguments of a command. Commands use some functions of section 31:
+# opened() gives the Directory's store, to change it; looked_up() reads from it;
+# check_there() refuses if there is none; row_of() finds a row by its name; table() prints
+# rows. The text of an Unusable that they raise is the line that the operator reads.
 #
 # Further words:
 #
@@ -6377,8 +6377,8 @@ def create_workspace_with_file(request, env):
 #     root        a composition root (section 15); "single root": one with one workspace
 #     plane       the Directory (control), or workspaces (data), in a process of its own
 #     node        a machine, or process, with workspaces and no Directory: a data plane
-#     snapshot    a copy of a whole deployment; "backup": one that somebody asked for
-#     tenant      a workspace, seen by whoever runs the server
+#     snapshot    a copy of a whole deployment; "backup": one that an operator asked for
+#     tenant      a workspace, as the operator sees it
 
 import base64
 import bisect
@@ -6403,25 +6403,25 @@ ADDED = collections.defaultdict(list)                    # by base: its addition
 DIRECTORY_SLICES = []
 VERBS = {}                                               # by their words: each a Verb
 
-# Functions. What they are given stands in ().
+# Functions, each with its arguments in ().
 MEMBERS_PARTS = []                                       # (ctx): below the list of members
 PLAIN = []                                               # (env): changes that of --plain
 VIEWERS = []                                             # see viewer_in_full
 CHECKS = []                                              # (settings): before composing
-# Each of these has one user. It stands here so that its user can be struck out.
+# One section adds to each of these. They are here so that you can strike that section out.
 BEFORE_SERVING = []                                      # (): once in a process that serves
 AT_START = []                                            # (server, address)
 APP_PARSERS = []                                         # see read_command_line
 APP_SEEDS = []                                           # (env, names of workspaces)
 NODE_VERBS = {}                                          # what verbs do on a node instead
 
-# Pairs of functions (settings): whether it is for these, and what it does then.
-ROOTS = []                                               # returns the env
+# Pairs of functions (settings). If the first returns True, the second is called.
+ROOTS = []                                               # it returns the env
 WAYS_TO_SERVE = []
 
 
 def addition(cls):
-    """Mark a class: its methods come before those of its base, in each server."""
+    """Mark a class: in each server, its methods come before those of its base."""
     ADDED[cls.__bases__[0]].append(cls)
     return cls
 
@@ -6430,7 +6430,7 @@ def addition(cls):
 def whole(base):
     """Return a class of base with all additions to it, and to its own bases.
 
-    A method is looked for in the additions to base, the last written first, then in base;
+    Python looks for a method in the additions to base, the last one first; then in base;
     then in the additions to its next base, and so on.
     """
     bases = [*reversed(ADDED[base]), base]
@@ -6447,7 +6447,7 @@ class Verb(NamedTuple):
 
 
 def public(thing):
-    """Mark a function or a class as one that apps use."""
+    """Mark a function or a class for use by apps."""
     __all__.append(thing.__name__)
     return thing
 
@@ -6465,7 +6465,7 @@ def verb(words, help, *arguments):
 
 @addition
 class GivesWholeContexts(SliceHost):
-    """What slices are given has its additions, too."""
+    """Gives slices a Context with all additions."""
 
     @functools.cached_property
     def context(self):
@@ -6473,7 +6473,7 @@ class GivesWholeContexts(SliceHost):
 
 
 def viewer_in_full(viewer, request):
-    """Return the viewer with what only some sections know of a verdict."""
+    """Return the viewer with what the sections in VIEWERS read from the verdict."""
     for more in VIEWERS:
         viewer = more(viewer, request)
     return viewer
@@ -6494,32 +6494,32 @@ class HasMembersParts(EdgeDirectory):
         return Html().join([shown, *[part(ctx) for part in MEMBERS_PARTS]])
 
 
-# -- what several sections share (to be skipped until one of them uses it)
+# -- what several sections share (skip it until one of them uses it)
 
 OURS = (__file__, os.path.dirname(os.__file__))          # this file, and the library
 
 
 def frames_of_app(error):
-    """Return the frames of its traceback that are of an app."""
+    """Return the frames of the error's traceback that belong to an app."""
     return [frame for frame in traceback.extract_tb(error.__traceback__)
             if not frame.filename.startswith(OURS)]
 
 
-# For what is found each second: it is said again when 256 others were said since.
+# For faults that are found each second: logs a line again only after 256 other lines.
 log_once = functools.lru_cache(maxsize=256)(log)
 
-# Only virtual tables have no page of their own; slices make no others than those of FTS5.
+# Only virtual tables have no page of their own, and slices can make none but FTS5 tables.
 FTS5_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0"
 
 
 def with_wal(path):
-    """Return those files of a database that there are: itself, and its log."""
+    """Return the files of a database that exist: itself, and its write-ahead log."""
     wal = path.with_name(f"{path.name}-wal")
     return [file for file in (path, wal) if file.exists()]
 
 
 def stamps(files):
-    """Return when each file was written, and its size; None if it is not there just now."""
+    """Return when each file was written, and its size; None for a file that is missing."""
     found = dict.fromkeys(files)
     for file in found:
         with contextlib.suppress(OSError):
@@ -6529,7 +6529,7 @@ def stamps(files):
 
 
 def bytes_in(path):
-    """Return the size of a file; 0 if there is none."""
+    """Return the size of a file; 0 if it is missing."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -6537,7 +6537,7 @@ def bytes_in(path):
 
 
 def write_private(path, data: bytes):
-    """Write all of a file, or nothing. Its owner alone can read it."""
+    """Write all of a file, or nothing. Only its owner can read it."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
     with open(private_file(part), "wb") as file:
@@ -6549,8 +6549,8 @@ def write_private(path, data: bytes):
 
 
 def file_name(said):
-    """Return a name that means the same to people and to every system: no path, nothing
-    that can't be seen, and not too long."""
+    """Return a name that means the same to people and to every system: it has no path and
+    no invisible characters, and is not too long."""
     name = said.replace("\\", "/").rpartition("/")[2]
     seen = [sign for sign in name if unicodedata.category(sign)[0] != "C"]
     return "".join(seen).strip(" .")[-120:] or "file"
@@ -6560,21 +6560,21 @@ def all_routes(slices):
     return [route for slice in slices for route in slice.routes]
 
 
-# What workspaces.moving says: nothing; it goes to another machine; it is being removed; it
-# was deleted, and can be brought back for some time.
+# The column workspaces.moving: it stays; it goes to another machine; it is being removed;
+# it was deleted, and can be restored for some time.
 STAYS, MOVES, GOES, DELETED = range(4)
 
 
-# -- what a workspace is called
+# -- names and titles of workspaces
 
 LONGEST_TITLE = 63                                       # characters
 
 
 def slug(title):
-    """Return the name in addresses of a workspace with this title: Acme Corp, acme-corp.
+    """Return the name that a title becomes in addresses: of "Acme Corp", "acme-corp".
 
-    It is empty if the title is too long, or no name can be made of it. It may be no
-    WORKSPACE_NAME, for one sign can become several.
+    It is "" if the title is too long or has letters that no name can have. One character
+    can become several, so check the result by WORKSPACE_NAME.
     """
     if len(title) > LONGEST_TITLE:
         return ""
@@ -6588,12 +6588,12 @@ def slug(title):
 
 
 def names_of(typed):
-    """Return the name and the title of a new workspace. Raise Refused(422) if none."""
+    """Return the name and the title of a new workspace. Raises Refused(422)."""
     title = " ".join(typed.split())
     name = slug(title) if title.isprintable() else ""
     if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, f"A name has 1 to {LONGEST_TITLE} characters. Its letters are a "
-                           "to z, also with accents, for the address is made of them.")
+        raise Refused(422, f"Type a name of 1 to {LONGEST_TITLE} characters. Its letters are "
+                           "a to z, with or without accents: they become its address.")
     return name, title
 
 
@@ -6627,7 +6627,7 @@ NOT_PLAIN = re.compile(r'[^ -~]|["\\%]')
 
 
 def disposition(how, name):
-    """Return a Content-Disposition (RFC 6266): for old browsers in ASCII, too."""
+    """Return a Content-Disposition (RFC 6266). Old browsers read its ASCII form."""
     plain = NOT_PLAIN.sub("_", name)
     encoded = urllib.parse.quote(name, safe="")
     return f"{how}; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
@@ -6639,7 +6639,7 @@ def text_of(request, name):
 
 
 def at_end(response, markup):
-    """Return a page with more markup at its end."""
+    """Return a page with this markup added at its end."""
     body, end, rest = response.body.rpartition(b"</body>")
     body += markup.encode("utf-8", "replace")
     return response._replace(body=body + end + rest)
