@@ -6592,8 +6592,8 @@ def names_of(typed):
     title = " ".join(typed.split())
     name = slug(title) if title.isprintable() else ""
     if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, f"Type a name of 1 to {LONGEST_TITLE} characters. Its letters are "
-                           "a to z, with or without accents: they become its address.")
+        raise Refused(422, f"Type a name of 1 to {LONGEST_TITLE} characters. Use letters "
+                           "from a to z, also with accents, because it becomes an address.")
     return name, title
 
 
