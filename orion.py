@@ -14493,7 +14493,7 @@ class ListsMembers(Namespace):
 
     def close(self):
         if self.lists:
-            self.lists.close()                           # first: super() tidies up
+            self.lists.close()                           # first: the last one tidies up
         super().close()
 
 
@@ -14649,26 +14649,26 @@ class HearsOfMembers(Broker):
 
 # ==== 67. Uploads =========================================================================
 # The idea: a body that is too long for memory goes to a file, piece by piece. The loop
-#   reads the socket, and hands what has come to a thread, which writes it; until then the
-#   loop does not read on. So a connection costs two pieces of memory. The file has no name,
-#   so no crash leaves it behind. When the body is whole, the request goes its usual way.
-# It promises: a route takes as much as its Route(upload=...) says, all others as little as
-#   before. Whoever lacks the grant, or only looks on, is refused before the body is read. A
-#   sender has to send SLOWEST bytes a second. What is under way is bounded: of an account,
-#   and of all. A form is read in one pass; it has few parts, and short heads.
+#   reads a piece from the socket, hands it to a thread, and reads on when the thread has
+#   written it. So a connection costs two pieces of memory. The file has no name, so no
+#   crash leaves it behind. When the body is complete, its request is handled as any other.
+# It promises: a route takes as many bytes as its Route(upload=...) says; other routes take
+#   no more than without this section. A client that lacks the grant, or only looks on, is
+#   refused before the body is read. A client has to send SLOWEST bytes a second. The bytes
+#   under way are bounded, per account and in total. A form is parsed in one pass.
 # Who uses it: slices, by ctx.upload().
 #
-# One upload, on its way. The loop runs what waits for nothing, and the pool the rest. All
-# of it are methods of TakesUploads:
+# One upload, step by step. Each step is a method of TakesUploads. The loop runs those that
+# wait for nothing, and the pool runs the others:
 #
-#     spool_for    loop   its head is here: whether it is one, how much it may be, and where
-#                         it goes
-#     check        pool   may they? Room is reserved; then in the loop: go_on
+#     spool_for    loop   the head has come: is it an upload, how long may it be, and where
+#                         does it go?
+#     check        pool   may they? If so, room is reserved; then in the loop: go_on
 #     arriving     loop   a piece is full: hand_over; pool: write_on; loop: read_on
-#     take         loop   the body is whole: hand_over; pool: read_form; loop: take_up
-#     refuse       loop   it was refused; drop: or its sender is gone
+#     take         loop   the body is complete: hand_over; pool: read_form; loop: take_up
+#     refuse       loop   it was refused; drop: it is over, or its client is gone
 
-PIECE = 2 ** 18                                          # bytes that are written at a time
+PIECE = 2 ** 18                                          # bytes written at a time
 SLOWEST = 2 ** 14                                        # bytes a second
 SPARE_DISK = 2 ** 26                                     # bytes that uploads leave free
 SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
@@ -14683,31 +14683,31 @@ class Spool:
         self.route = route
         self.limit = route.upload
         self.folder = folder
-        self.file = None                                 # made when the first piece is here
-        self.waiting = bytearray()                       # what is not written yet
-        self.size = 0                                    # of all that has come
-        self.began = 0.0                                 # later by each pause: TakesUploads
-        self.data = b""                                  # all of it, when it is whole
-        self.pairs = None                                # its fields, or why they can't be
-        self.account = ""                                # who pays for it, in Uploads
-        self.reserved = 0                                # so many bytes
+        self.file = None                                 # made for the first piece
+        self.waiting = bytearray()                       # bytes not written yet
+        self.size = 0                                    # how many bytes have come
+        self.began = 0.0                                 # put off by pauses: TakesUploads
+        self.data = b""                                  # the complete body, at the end
+        self.pairs = None                                # its fields, or an error
+        self.account = ""                                # charged for it, in Uploads
+        self.reserved = 0                                # bytes, in Uploads
 
     def extend(self, data):
         self.waiting += data
         self.size += len(data)
 
     def write(self):
-        """In the pool. Raises Refused(507)."""
+        """Write the waiting bytes, in the pool. Raises Refused(507)."""
         try:
             self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
-            while self.waiting:                          # a disk may take only a part
+            while self.waiting:                          # one write may take only a part
                 del self.waiting[:self.file.write(self.waiting)]
         except OSError as error:
             log_once(f"an upload: {error}")
             raise Refused(507, NO_DISK) from error
 
     def map(self):
-        """In the pool, when it is whole: have all of it as data, which takes no memory."""
+        """Map the complete file as data, in the pool. That takes no memory."""
         self.write()
         if self.size:
             self.data = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -14720,9 +14720,9 @@ class Spool:
 
 
 class Uploads:
-    """What all uploads of a server have under way. Used by the loop and the pool."""
+    """All uploads that are under way. The loop and the pool use it."""
     ACCOUNT = 2 ** 26                                    # bytes, of one account or address
-    ACCOUNTS = 8                                         # times that: of all
+    ACCOUNTS = 8                                         # of all together: 8 times that
 
     def __init__(self, settings):
         self.folder = settings.data
@@ -14735,10 +14735,10 @@ class Uploads:
         self.taken = collections.Counter()               # bytes, by account
 
     def route(self, reading):
-        """Return the route that takes this as an upload; None: there is none."""
+        """Return the route that takes this as an upload; None if there is none."""
         if not self.routes:
             return None
-        with contextlib.suppress(Refused):               # it is raised again, later
+        with contextlib.suppress(Refused):               # it is raised again later
             path, _ = parse_target(reading.target, reading.headers.get("host", ""))
             type = reading.headers.get("content-type", "")
             return self.route_of(reading.method, path, type.lower())
@@ -14751,17 +14751,17 @@ class Uploads:
                      if route.method == method and pattern.fullmatch(path)), None)
 
     def reserve(self, spool, account, length):
-        """Raise Refused if there is no room for so many bytes now."""
+        """Reserve room for a body of this length. Raises Refused if there is none now."""
         size = max(spool.limit if length is None else length, 2 * PIECE)
         if shutil.disk_usage(self.folder).free < size + SPARE_DISK:
             log_once(f"an upload of {size} bytes: the disk of {self.folder} is full")
             raise Refused(507, NO_DISK)
         with self.lock:
             if self.taken[account] + size > self.most:
-                raise Refused(429, "Too much of yours is on its way here. Try again when "
-                                   "it has arrived.", retry_after(5))
+                raise Refused(429, "You are sending too much at once. Try again when your "
+                                   "other uploads are done.", retry_after(5))
             if sum(self.taken.values()) + size > self.most * self.ACCOUNTS:
-                raise Refused(503, "Too much is on its way here. Try again in a minute.",
+                raise Refused(503, "Too many uploads are arriving. Try again in a minute.",
                               retry_after(60))
             self.taken[account] += size
             spool.reserved = size
@@ -14769,7 +14769,7 @@ class Uploads:
 
     def release(self, spool):
         with self.lock:
-            # This drops accounts of which nothing is left, too.
+            # This also drops an account when its number becomes 0.
             self.taken -= collections.Counter({spool.account: spool.reserved})
             spool.reserved = 0
         spool.close()
@@ -14777,14 +14777,14 @@ class Uploads:
 
 @addition
 class TakesUploads(Connection):
-    """A connection that brings uploads.
+    """A connection that can take uploads.
 
-    spool: where the present body goes, from its head until it is whole. A sender has to be
-    as fast as SLOWEST says. The time in which nothing is read does not count: spool.began
-    is put off by it.
+    spool: the Spool of the current body, from its head until it is complete. A client has
+    to be as fast as SLOWEST says. The time in which we do not read is not counted, because
+    spool.began is put off by it.
     """
-    spool = None                                         # a Spool
-    paused = 0.0                                         # since when nothing is read
+    spool = None
+    paused = 0.0                                         # when we last stopped reading
 
     def spool_for(self, reading):
         route = self.edge.uploads.route(reading)
@@ -14822,7 +14822,7 @@ class TakesUploads(Connection):
             self.hand_over(self.write_on, spool)
 
     def hand_over(self, job, what):
-        """Have the pool do it. Nothing is read meanwhile."""
+        """Have the pool do job(what), and stop reading until then."""
         self.state = self.ANSWERING
         self.paused = time.monotonic()
         self.listen(0)
@@ -14840,7 +14840,7 @@ class TakesUploads(Connection):
         self.resume()
 
     def take(self, reading):
-        """The body of an upload is whole: it is read as a form before it stands in line."""
+        """If it is an upload, have its form parsed before the request joins its lane."""
         if reading.spool is None:
             return super().take(reading)
         self.hand_over(self.read_form, reading)
@@ -14854,30 +14854,30 @@ class TakesUploads(Connection):
         self.edge.call(self.close_on_error, self.take_up, reading)
 
     def take_up(self, reading):
-        self.spool = None                                # who answers it closes it
+        self.spool = None                                # finish() releases it
         if self in self.edge.held:
             self.listen(0 if self.ended else READABLE)
         super().take(reading)
 
     def refuse(self, no):
-        """Answer an upload as its page expects it, and read over what is on its way."""
+        """Answer an upload in the form that its page expects; ignore the bytes to come."""
         spool = self.spool
         self.drop()
         if spool is None or self not in self.edge.held:
             return super().refuse(no)
         self.state = self.ANSWERING
-        # A browser reads an answer when it has sent all of its file. So this connection
-        # reads over more, and for longer, than others: see leave (25).
+        # A browser reads the answer only after it has sent the whole file. So this
+        # connection ignores more bytes than others do, and for longer: see leave (25).
         self.spare = 2 * spool.limit
         self.LINGER_SECONDS = 10.0
         asked = Asked(self, spool.reading._replace(keep=False), Request("GET", "/"))
-        with contextlib.suppress(Refused):               # its head, too, can be refused
+        with contextlib.suppress(Refused):               # its head may be refused, too
             asked.request = self.edge.request(spool.reading, self.peer)
         self.write(self.encoded(asked, self.edge.refusal(asked.request, no)))
 
     def close(self):
         super().close()
-        if not self.busy:                                # else a thread has it still
+        if not self.busy:                                # else a thread still uses it
             self.drop()
 
     def drop(self):
@@ -14893,9 +14893,9 @@ class HasUploads(LoopEdge):
         super().__init__(env, settings)
 
     def refusal(self, request, error):
-        """Tell a page why its upload was refused: Datastar would tell it the status alone.
+        """Tell a page why its upload was refused; from Datastar it learns only the status.
 
-        What is too large is said where mistakes are, and all else as a toast.
+        The page shows at the form if a file is too large, and other reasons as a toast.
         """
         said = isinstance(error, Refused) and error.status in SAID_OF_UPLOADS
         if not said or not request.datastar \
@@ -14926,9 +14926,9 @@ NO_PARTS = (400, "This form can't be read. Reload the page and try again.")
 
 
 def parts_of(data, content_type):
-    """Return the fields of a form in parts, each with its name: text, or an Upload.
+    """Return the fields of a multipart form as (name, value); a value is text or an Upload.
 
-    data: bytes, or a file that is mapped. With a boundary b, and each line ended by CRLF:
+    data: bytes or a mapped file. With the boundary b, and CRLF at the end of each line:
 
         --b
         Content-Disposition: form-data; name="title"
@@ -14937,17 +14937,17 @@ def parts_of(data, content_type):
         --b--
 
     Each byte is looked at once, or twice where lines begin as the boundary does. Nothing
-    may stand before the first part or behind the last one. Raises Refused(400), (413).
+    may come before the first part or after the last. Raises Refused(400) and Refused(413).
     """
     named = BOUNDARY.fullmatch(content_type)
     if not named:
         raise Refused(*NO_PARTS)
     mark = b"\r\n--" + (named[1] or named[2]).encode()
-    at = len(mark) - 2                                   # before the first is no CRLF
+    at = len(mark) - 2                                   # the first has no CRLF before it
     if data[:at] != mark[2:]:
         raise Refused(*NO_PARTS)
     pairs = []
-    while data[at:at + 2] == b"\r\n":                    # behind the last one is "--"
+    while data[at:at + 2] == b"\r\n":                    # after the last part comes "--"
         head_ends = data.find(b"\r\n\r\n", at, at + PART_HEAD_LIMIT)
         begins = head_ends + 4
         ends = data.find(mark, begins)
@@ -14964,7 +14964,7 @@ def parts_of(data, content_type):
 
 
 def read_part(head, data, begins, ends):
-    """Return name and value of a field; None for a file that was not chosen."""
+    """Return the name and value of a field; the value is None if no file was chosen."""
     fields = {name.lower(): value.strip() for name, value in FIELD.findall(head)}
     said = FORM_DATA.fullmatch(fields.get(b"content-disposition", b""))
     encoding = fields.get(b"content-transfer-encoding", b"binary").lower()
@@ -14982,7 +14982,7 @@ def read_part(head, data, begins, ends):
 
 
 def unescaped(name):
-    """WHATWG HTML, "multipart/form-data encoding algorithm"."""
+    """Return a name as text (WHATWG HTML, "multipart/form-data encoding algorithm")."""
     text = name.decode("utf-8", "replace")
     for code, sign in (("%0D", "\r"), ("%0A", "\n"), ("%22", '"')):
         text = text.replace(code, sign)
@@ -15004,9 +15004,9 @@ FORMS.update({MULTIPART: read_multipart})
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """A file that came along. Only while its request is answered, it can be read.
+    """A file that was sent with a request. It can be read until the request is answered.
 
-    type: by what is in it, and not by what its sender says; see INERT.
+    type: found from the content, not taken from the client; see INERT.
     """
     name: str                                            # without a path
     type: str
@@ -15039,8 +15039,8 @@ def pieces_of(data, begins, ends):
         yield data[at:min(at + PIECE, ends)]
 
 
-# What a browser can show and not run: its type, and what stands at which byte of it. What
-# is none of these, whatever it says to be, is to be saved and not opened.
+# Types that a browser can show and does not run: the type, an offset, and the bytes there.
+# The browser saves a file of any other type, whatever its client calls it, instead.
 INERT = (
     ("image/png", 0, b"\x89PNG\r\n\x1a\n"), ("image/jpeg", 0, b"\xff\xd8\xff"),
     ("image/gif", 0, (b"GIF87a", b"GIF89a")), ("image/webp", 8, b"WEBPVP8"),
@@ -15056,7 +15056,7 @@ NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def type_of(beginning):
-    """Return the type of what begins so: one of INERT, TEXT or NO_TYPE."""
+    """Return the type of a file that begins so: one of INERT, TEXT or NO_TYPE."""
     for type, at, marks in INERT:
         if beginning.startswith(marks, at):
             return type
@@ -15070,10 +15070,10 @@ def type_of(beginning):
 @addition
 class BringsUploads(Context):
     def upload(self, name: str = "") -> Upload:
-        """Return the file that was chosen under this name in a form whose enctype is
-        multipart/form-data. Without a name: the body, which is no form.
+        """Return the file that was chosen in this field of a form whose enctype is
+        multipart/form-data. Without a name, return the body of a request that is no form.
 
-        Raises Refused(422), shown at the field, if there is none.
+        Raises Refused(422), shown at the field, if no file was sent.
         """
         found = self.uploads(name)
         if not found:
@@ -15082,13 +15082,13 @@ class BringsUploads(Context):
         return found[-1]
 
     def uploads(self, name: str = "") -> List[Upload]:
-        """Return all that were chosen under this name."""
+        """Return all files that were chosen in this field."""
         request = self.request
         if request.media_type in FORMS:
             return [value for key, value in self.sent
                     if key == name and type(value) is Upload]
         if name or request.media_type == "application/json":
-            return []                                    # what has names is no file
+            return []                                    # such a body is no file
         data = request.spool.data if request.spool else request.body
         return [Upload.found("", data, 0, len(data))] if len(data) else []
 
@@ -15098,26 +15098,26 @@ def upload_routes(slices):
 
 
 def check_uploads(settings):
-    """Raise Unusable for a limit that is none."""
+    """Raise Unusable for an upload limit that can't work."""
     for route in upload_routes(settings.slices):
         if type(route.upload) is not int or route.upload <= BODY_LIMIT \
                 or route.method in BODYLESS:
-            raise Unusable(f"{route!r:.200}: upload is a number of bytes above "
+            raise Unusable(f"{route!r:.200}: upload must be a number of bytes above "
                            f"{BODY_LIMIT}, of a POST, PUT or PATCH")
         if settings.plain:
-            raise Unusable("this app takes files, and --plain does not; leave --plain out")
+            raise Unusable("this app takes uploads, but --plain can't; leave --plain out")
 
 
 CHECKS.append(check_uploads)
 
 
 # ==== 68. Stored files ====================================================================
-# The idea: a file is rows of the tenant's own database: one that describes it, and one for
-#   each piece. So it is written by the command's own transaction; the quota counts it, and
-#   snapshots, exports and moves have it.
-# It promises: it is sent piece by piece: whoever reads slowly has one piece waiting, and
-#   holds up nobody. What a browser could run it saves instead, and does not open; what it
-#   opens it runs in a sandbox. The id of a file is never given to another one.
+# The idea: a file is stored as rows of the workspace's own database: one row describes it,
+#   and each piece is a row. So the command's own transaction writes it, the quota counts
+#   it, and snapshots, exports and moves include it.
+# It promises: a file is sent piece by piece, so a slow client has one piece waiting and
+#   delays nobody. A browser saves files that it could run, and opens all others in a
+#   sandbox. The id of a file is never given to another one.
 # Who uses it: slices, by ctx.files.
 # It needs: 67 Uploads.
 
@@ -15126,10 +15126,10 @@ FILE_TABLES = (
     "TEXT NOT NULL, type TEXT NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL)",
     "CREATE TABLE _file_pieces (id INTEGER PRIMARY KEY, data BLOB NOT NULL)",
 )
-# Of one file. The pieces of file 7 have ids from 7 * MOST_PIECES on, so they need no index.
+# In one file. The pieces of file 7 have ids from 7 * MOST_PIECES on, so they need no index.
 MOST_PIECES = 2 ** 20
 FILE_POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src "
-               "'unsafe-inline'; sandbox")               # a browser makes a page of it
+               "'unsafe-inline'; sandbox")               # for the page that shows the file
 RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 
 
@@ -15158,7 +15158,7 @@ class Files:
         self.slice = ctx.store.slice
 
     def add(self, upload: Upload) -> int:
-        """Store it in the transaction of the command, and return its id.
+        """Store the upload in the command's transaction. Return the id of the file.
 
         Raises Refused(507) if it is too large for the quota.
         """
@@ -15168,12 +15168,12 @@ class Files:
                                "VALUES (?, ?, ?, ?, ?)", self.slice, upload.name,
                                upload.type, upload.size, upload.digest)
         for number, data in enumerate(upload.pieces(), id * MOST_PIECES):
-            self.ctx.host.began = time.monotonic()       # each has the time limit (16)
+            self.ctx.host.began = time.monotonic()       # the time limit (16) is per piece
             self.store.exec("INSERT INTO _file_pieces VALUES (?, ?)", number, data)
         return id
 
     def remove(self, id: int) -> None:
-        """Nothing happens if it is gone already."""
+        """Delete the file; do nothing if there is none with this id."""
         self.ctx.store.check_writes("removes a file")
         row = self.row(id)
         if row:
@@ -15183,14 +15183,14 @@ class Files:
                             first + MOST_PIECES - 1)
 
     def row(self, id):
-        """id: a number, or text, as of a path or of a TEXT column."""
+        """id: a number, or text, as in a path or a TEXT column."""
         return self.store.one("SELECT * FROM _files WHERE id = ? AND slice = ?", id,
                               self.slice)
 
     def send(self, id: int, download: bool = False) -> Response:
-        """Return it as an answer to a GET. download: a browser is to save it in any case.
+        """Return the file as the answer to a GET. download: have the browser save it.
 
-        Raises Refused(404), and Refused(416) for a range that it does not have.
+        Raises Refused(404), or Refused(416) if the range begins after the end of the file.
         """
         row = self.row(id)
         if row is None:
@@ -15208,7 +15208,7 @@ class Files:
         return self.with_body(response, row["id"], row["size"], span)
 
     def with_body(self, response, id, size, span):
-        """Return the response with the first piece, and with what brings the others."""
+        """Return the response with the first piece, and with a Rest for the others."""
         begins, ends = span or (0, size)
         if span:
             said = ("content-range", f"bytes {begins}-{ends - 1}/{size}")
@@ -15221,27 +15221,27 @@ class Files:
 
 
 def check_room(store, size):
-    """Raise Refused(507) before anything is written, for SQLite would give up all that was
-    written with it, of others, too."""
+    """Raise Refused(507) if there is no room for a file. Check before writing, because on a
+    full database SQLite rolls back the commands that share the transaction, too."""
     pages, most, free = [store.one(f"PRAGMA {name}")[0] for name in
                          ("page_count", "max_page_count", "freelist_count")]
     room = (most - pages + free) * store.one("PRAGMA page_size")[0]
     if size + size // 64 + BODY_LIMIT > room:
-        raise Refused(507, "There is no room left here for so much. Delete something, or "
-                           "ask for a larger quota.")
+        raise Refused(507, "There is not enough room left here. Delete something, or ask "
+                           "for a larger quota.")
 
 
 def piece_of(store, id, at, ends):
-    """Return the bytes from at on, to the end of their piece, or to ends."""
+    """Return the bytes from at to the end of their piece, but at most to ends."""
     row = store.one("SELECT data FROM _file_pieces WHERE id = ?",
                     id * MOST_PIECES + at // PIECE)
     return row["data"][at % PIECE:at % PIECE + ends - at] if row else b""
 
 
 def asked_range(request, size, etag):
-    """Return where to begin and end, or None for all of it (RFC 9110, 14.2).
+    """Return where to begin and end, or None for the whole file (RFC 9110, 14.2).
 
-    Who asks for several ranges gets all of it. Raises Refused(416).
+    A request for several ranges gets the whole file. Raises Refused(416).
     """
     found = RANGE.fullmatch(request.headers.get("range", ""))
     if not found or request.headers.get("if-range", etag) != etag:
@@ -15252,16 +15252,16 @@ def asked_range(request, size, etag):
     if last and int(last) < int(first):
         return None
     if begins >= size:
-        raise Refused(416, "The file ends before that.",
+        raise Refused(416, "The file is shorter. Ask for a range inside of it.",
                       (("content-range", f"bytes */{size}"),))
     return begins, ends
 
 
-# -- the pieces behind the first
+# -- the pieces after the first
 
 @dataclasses.dataclass
 class Rest:
-    """What follows the first piece of a file in an answer."""
+    """The part of a file that is still to be sent, after the first piece."""
     stub: GuardedStub
     id: int
     at: int
@@ -15290,16 +15290,16 @@ class GivesPieces(Broadcast):
 
 @addition
 class SendsFiles(Connection):
-    """A connection that asks for the next piece when the one before has left."""
+    """A connection that asks for the next piece when it has sent the one before."""
     def written(self):
         if self.rest is None or self not in self.edge.held:
             return super().written()
-        lane = "pieces", self.rest.stub.id               # they do not wait in its own lane
+        lane = "pieces", self.rest.stub.id               # not the lane of the object
         self.edge.pool.gather(lane, self, SendsFiles.send_all, self.whose)
 
     @staticmethod
     def send_all(connections):
-        """In the pool, for some that read from the same workspace."""
+        """Send the next piece to each, in the pool. All read from the same workspace."""
         for connection in connections:
             guarded(connection.send_piece)
 
@@ -15308,7 +15308,7 @@ class SendsFiles(Connection):
         try:
             data = rest.read()
         except CRASH:
-            self.edge.call(self.close)                   # its reader sees it break off
+            self.edge.call(self.close)                   # so the client sees it break off
             raise
         if not rest.size:
             self.rest = None

@@ -13446,9 +13446,9 @@ def test_a_page_is_told_why_its_upload_was_refused(start, monkeypatch):
     assert refused(body=bytes(100_000)) == (200, {"toast": "This form can't be read. Reload the page and try again."})
     assert refused(MB) == (200, {"problem": "This is too large: at most 1 MB can be sent here."})
     assert bring(bob, picture=("a.png", bytes(MB - 1000))).status == 200
-    assert refused() == (200, {"toast": "There is no room left here for so much. Delete something, or ask for a larger quota."})
+    assert refused() == (200, {"toast": "There is not enough room left here. Delete something, or ask for a larger quota."})
     monkeypatch.setattr(server.edge.uploads, "most", 1)
-    assert refused() == (200, {"toast": "Too much of yours is on its way here. Try again when it has arrived."})
+    assert refused() == (200, {"toast": "You are sending too much at once. Try again when your other uploads are done."})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=MB))
     assert refused() == (200, {"toast": orion.NO_DISK})
     assert server.edge.uploads.taken == {} and bring(Person(server, "erin", datastar=True), picture=("a.png", bytes(MB - 1000))).status == 403
@@ -13677,13 +13677,13 @@ def test_files_go_through_the_proxy_to_their_node_however_long_they_take(tmp_pat
 @cases("route", [{"upload": 1000}, {"upload": -1}, {"upload": "10M"}, {"upload": MB, "method": "GET", "path": "/m"}, {"upload": MB, "method": "DELETE"}])
 def test_a_limit_that_is_none_is_refused_at_the_start(tmp_path, route):
     slice = looks()._replace(routes=(orion.Route(**{"method": "POST", "path": "/n", "grant": "todos:write", "run": write, **route}),))
-    with pytest.raises(orion.Unusable, match="upload is a number of bytes above 65536, of a POST, PUT or PATCH"):
+    with pytest.raises(orion.Unusable, match="upload must be a number of bytes above 65536, of a POST, PUT or PATCH"):
         orion.compose(orion.Settings(data=tmp_path / "d", slices=(slice,)))
 
 
 def test_an_app_that_takes_files_says_that_plain_does_not(tmp_path, capsys):
     assert orion.main((album(),), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
-    assert "this app takes files, and --plain does not; leave --plain out" in capsys.readouterr().err
+    assert "this app takes uploads, but --plain can't; leave --plain out" in capsys.readouterr().err
 
 
 # ==== 69. Tokens ======================================================================================================
@@ -17265,7 +17265,7 @@ def test_what_the_page_did_not_stop_is_refused_by_the_server_and_told_at_the_fie
 def test_an_upload_that_is_refused_says_why_and_what_to_do(warehouse, windows, monkeypatch):
     bob, _ = windows
     bob.type("#name", "Anvil"), bob.type("#picture", str(warehouse.folder / "large.png"))
-    for says, (owner, name, value) in {"Too much of yours is on its way here. Try again when it has arrived.": (warehouse.edge.uploads, "most", 1),
+    for says, (owner, name, value) in {"You are sending too much at once. Try again when your other uploads are done.": (warehouse.edge.uploads, "most", 1),
                                        orion.NO_DISK: (shutil, "disk_usage", lambda _: mock.Mock(free=MB))}.items():
         monkeypatch.setattr(owner, name, value)
         bob.click("form.new button")
