@@ -9342,41 +9342,41 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 
 
 # ==== 42. Jobs ============================================================================
-# The idea: work for later is a row, which the command's own transaction writes. So there is
-#   no job for what was rolled back.
-# It promises: a job runs in a transaction that also takes its row out: its writes and its
-#   end are one. If it fails it is tried again; after ten tries it is given up, and kept.
-#   Jobs wake an object that sleeps, and outlive a restart. What a job waits for outside, a
-#   mail server for one, it yields as a function. That is called while others have the turn.
-#   A job that comes again is a row, too, one in each workspace, with the time when it is
-#   due next. What was missed while the server was down is done once.
+# The idea: a job is a row that a command writes in its own transaction. If the transaction
+#   is rolled back, there is no job.
+# It promises: the transaction that runs a job also deletes its row, so both are committed
+#   or neither is. A job that fails is tried again; after ten tries it is given up, and its
+#   row is kept. Jobs wake a sleeping object, and survive a restart. A job that has to wait
+#   for something outside, such as a mail server, yields a function; this is called without
+#   the object's turn. A recurring job is a row, too, one in each workspace, with the time
+#   when it is due next. If it missed runs while the server was down, it runs once.
 # It needs: 33 Page checks.
-# It stands behind: 40 Counts. What it tells of an object comes on top of the count.
+# It stands behind: 40 Counts. It adds its facts about an object to the count.
 #
-# A slice has its jobs in Slice(jobs=...). One may be
+# A slice lists its jobs in Slice(jobs=...). One may be
 #
 #     def welcome(ctx, id):
 #         guest = ctx.store.one("SELECT mail FROM guests WHERE id = ?", id)
 #         yield lambda: send_mail(guest["mail"])         # without the turn
 #         ctx.store.exec("UPDATE guests SET welcomed = 1 WHERE id = ?", id)
 #
-# and a command says ctx.enqueue(welcome, id=3). That writes the first of these rows (they
-# have due, tries and error, too); the other is of daily(sweep, "07:30"), which comes again:
+# and a command calls ctx.enqueue(welcome, id=3). That writes the first of these rows; the
+# second is for daily(sweep, "07:30"), which recurs. (They also have due, tries and error.)
 #
 #     job              args        who          key
 #     guests.welcome   {"id": 3}   carol        NULL
 #     guests.sweep     {}          (schedule)   @guests.sweep 07:30
 #
-# This is the way of the first:
+# This is the path of the first:
 #
 #     Alarms.ring     takes the id of an object whose alarm is due
-#     POST /_claim    one commit: the try is counted, and the time of the next one is set
-#     POST /_job      one commit: the job runs, and its row goes; or it yields, and stays
-#     Waits.call      then: calls what it has yielded, in a thread for such waits
-#     POST /_job      one commit: the job goes on with what came of that, and its row goes
-#     GET  /_due      when the object's next job is due: its next alarm
+#     POST /_claim    one commit: counts the try, and sets the time of the next one
+#     POST /_job      one commit: runs the job, and deletes its row unless the job yields
+#     Waits.call      after a yield: calls the function, in a thread for such calls
+#     POST /_job      one commit: the job goes on with the result, and its row is deleted
+#     GET  /_due      returns when the object's next job is due: its next alarm
 #
-# Alarms are an index in memory, built from the files at each start.
+# The alarms are only in memory. Each start builds them from the files.
 
 # -- for slices
 
@@ -9384,18 +9384,18 @@ DIRECTORY_SLICES.append(Slice("home", routes=(
 class EnqueuesJobs(Context):
     def enqueue(self, job: Callable[..., None], after: float = 0.0, key: str = "",
                 **args: Any) -> None:
-        """Have job(ctx, **args) run in so many seconds, if the present transaction commits.
+        """Have job(ctx, **args) run after so many seconds, if this transaction commits.
 
-        key: it takes the place of an earlier job of the slice with the same key. args: what
-        JSON can say. It runs again when it fails, so what it does outside of the store
-        should bear to be done twice. What it waits for, it yields, at most once: a function
-        without arguments, which can't use ctx. `answer = yield send` calls that while
-        others have the turn. Before, the job only reads. Raises PermissionError outside of
-        a command or job, LookupError if no slice has this job.
+        key: the job replaces an earlier one of the slice with the same key. args: values
+        for JSON. A job that fails runs again, so its effects outside of the store must be
+        safe to repeat. To wait for something outside, a job yields a function, at most
+        once: `answer = yield send` calls send() while others have the turn. send can't use
+        ctx. Before its yield a job may only read. Raises PermissionError outside of a
+        command or job, LookupError if no slice has this job.
         """
-        self.store.check_writes("puts in a job")
+        self.store.check_writes("enqueues a job")
         if job not in self.host.router.job_names:
-            raise LookupError(f"{job} is no job here; put it into Slice(jobs=...)")
+            raise LookupError(f"{job} is not a job of this app; add it to Slice(jobs=...)")
         name = self.host.router.job_names[job]
         if key:
             key = self.host.router.key_of(self.store.slice, name, key)
@@ -9404,13 +9404,13 @@ class EnqueuesJobs(Context):
                          time.time() + after, key or None)
 
     def cancel(self, key: str) -> bool:
-        """Take out the job that was enqueued with this key. Return whether there was one.
+        """Delete the job that was enqueued with this key. Return whether there was one.
 
-        If it waits for something outside just now, it does not go on after that.
+        If it has yielded and waits for its call, it does not go on afterwards.
         """
         self.store.check_writes("cancels a job")
         names = self.host.router.names
-        if self.store.slice in names:                    # else an app says it: see key_of
+        if self.store.slice in names:                    # else it's an app's: see key_of
             names = [self.store.slice]
         return self.host.cancel(*[f"{name}:{key}" for name in names])
 
@@ -9427,32 +9427,32 @@ class KnowsJobs(QuickRouter):
 
     def key_of(self, slice, job, key):
         """Return a key as the table has it: "slice:key", with the slice that enqueues the
-        job. If a command of an app does (section 73), it is the slice whose job it is. Such
-        a command can cancel the keys of all slices."""
+        job. If a command of an app enqueues it (section 73), this is the slice that has the
+        job. Such a command can cancel the keys of all slices."""
         owner = slice if slice in self.names else job.partition(".")[0]
         return f"{owner}:{key}"
 
 
-# -- jobs that come again
+# -- recurring jobs
 
 class Recurring(NamedTuple):
-    """A job that comes again; made by daily() or every()."""
+    """A recurring job; daily() or every() makes it."""
     job: Callable[..., Any]
-    at: str = ""                                         # each day at that time, as 07:30
+    at: str = ""                                         # the time of day, such as 07:30
     zone: str = ""                                       # "": the server's own
-    seconds: float = 0.0                                 # from one to the next
+    seconds: float = 0.0                                 # from one run to the next
 
     @property
     def plan(self):
-        """When it comes, as text: if that changes, another row takes its place."""
+        """Its schedule as text. When this changes, another row replaces its row."""
         return f"{self.at} {self.zone}" if self.at else f"every {self.seconds:g} s"
 
     def next_time(self, now, id):
-        """Return when it comes next. Intervals begin at a time of each workspace's own, so
-        not all of them wake at once.
+        """Return when it is due next. Each workspace counts its intervals from a time of
+        its own, so that they do not all wake at once.
 
-        Where clocks are set forward over a time of day, it is as much later; where they are
-        set back and it comes twice, the first is meant (PEP 495, fold=0).
+        If clocks are set forward past the time of day, the job runs that much later. If
+        they are set back and the time comes twice, it runs at the first (PEP 495, fold=0).
         """
         if not self.at:
             since = (now - mark_of(id)) % self.seconds
@@ -9467,9 +9467,9 @@ class Recurring(NamedTuple):
 
 @public
 def daily(job: Callable[..., Any], at: str, zone: str = "") -> Recurring:
-    """For Slice.jobs: have job(ctx) run each day at that time, as 07:30, in each workspace.
+    """For Slice.jobs: have job(ctx) run in each workspace, each day at this time ("07:30").
 
-    zone: as Europe/Berlin; "": the server's own.
+    zone: such as Europe/Berlin; "": the server's own.
     """
     return Recurring(job, at, zone)
 
@@ -9478,22 +9478,23 @@ def daily(job: Callable[..., Any], at: str, zone: str = "") -> Recurring:
 def every(job: Callable[..., Any], **interval: float) -> Recurring:
     """For Slice.jobs: every(sweep, minutes=10). Also seconds, hours, days, weeks.
 
-    Each run wakes the workspace. Raises TypeError for what is no interval.
+    Each run wakes the workspace. Raises TypeError if it is not an interval.
     """
     return Recurring(job, seconds=datetime.timedelta(**interval).total_seconds())
 
 
 @functools.cache
 def zone_named(name):
-    """Return a zone of time; None: the server's own. Raises Unusable."""
+    """Return a time zone; None: the server's own. Raises Unusable if there is no such zone.
+    """
     if not name:
         return None
-    import zoneinfo                                      # here, for a start 3 ms sooner
+    import zoneinfo                                      # here: it saves 3 ms at the start
     try:
         return zoneinfo.ZoneInfo(name)
     except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
-        raise Unusable(f"there is no time zone {name!r} on this machine; say one as "
-                       "Europe/Berlin, and install tzdata if it has none") from None
+        raise Unusable(f"there is no time zone {name!r} on this machine; name one such as "
+                       "Europe/Berlin, or install tzdata if there are none") from None
 
 
 PLANNED = "SELECT key FROM jobs WHERE key >= '@' AND key < 'A'"     # as plans_of names them
@@ -9504,23 +9505,23 @@ def function_of(job):
 
 
 def plans_of(slices):
-    """Return all jobs that come again, by the key of their row."""
+    """Return all recurring jobs, by the key of their row."""
     return {f"@{slice.name}.{job.job.__name__} {job.plan}": job
             for slice in slices for job in slice.jobs if type(job) is Recurring}
 
 
 def wrong_with_job(job):
-    """Return why a job would never run as it is meant to, or ""."""
+    """Return why a job could not run, or "" if it can."""
     function = function_of(job)
     name = getattr(function, "__name__", "")
     if not callable(function) or not name.isidentifier():
-        return "it is no function with a name; write def, and (one,) has a comma too"
+        return "it is not a named function; define it by def, and write (one,) with a comma"
     if type(job) is not Recurring:
         return ""
     if job.at and not re.fullmatch("([01][0-9]|2[0-3]):[0-5][0-9]", job.at):
-        return f'{job.at!r} is no time of a day; say as daily({name}, "07:30")'
+        return f'{job.at!r} is not a time of day; write daily({name}, "07:30")'
     if not job.at and job.seconds < 1:
-        return f"it has no time, or less than a second; say as every({name}, minutes=10)"
+        return f"it has no interval, or less than a second; write every({name}, minutes=10)"
     try:
         zone_named(job.zone)
     except Unusable as no:
@@ -9531,7 +9532,7 @@ def wrong_with_job(job):
 def check_jobs(settings):
     """Raise Unusable for a job that could not run."""
     if settings.plain and any([slice.jobs for slice in settings.slices]):
-        raise Unusable("this app has jobs, and --plain runs none; leave --plain out")
+        raise Unusable("this app has jobs, which --plain does not run; leave --plain out")
     for slice in settings.slices:
         for job in slice.jobs:
             why = wrong_with_job(job)
@@ -9549,21 +9550,21 @@ CHECKS.append(check_jobs)
 # -- alarms
 
 def quick_reader(path):
-    """Connect to a database only to read it, in a with statement, which closes it.
+    """Connect to a database only to read it. The with statement closes the connection.
 
-    At a start there may be thousands. To open one as immutable takes a quarter of the time;
-    it is right for a file without a write-ahead log. (Whoever opens the file meanwhile, to
-    write to it, sets its alarm.)
+    At a start there may be thousands of files. Opening one as immutable takes a quarter of
+    the time, and is right if it has no write-ahead log. (An object that opens the file to
+    write to it at the same time sets its own alarm.)
     """
     how = "&immutable=1" if with_wal(path) == [path] else ""
     return contextlib.closing(connected_to_read(path, how))
 
 
 def due_in(db: sqlite3.Connection, plans):
-    """Return when the next job in a file is due; None: there is none.
+    """Return when the next job in a file is due, or None if it has no job.
 
-    If the recurring jobs in it are not those of plans, it is due at once: when the object
-    opens the file, it puts them right (KeepsPlans).
+    If its recurring jobs differ from the plans, it is due at once: the object corrects them
+    when it opens the file (KeepsPlans).
     """
     due = db.execute("SELECT min(due) FROM jobs").fetchone()[0]
     there = set()
@@ -9573,8 +9574,8 @@ def due_in(db: sqlite3.Connection, plans):
 
 
 class Alarms:
-    """Knows which object has a job due, and when. Has it done, and wakes who sleeps."""
-    AT_ONCE = 4                                          # most threads stay for requests
+    """Knows when the next job of each object is due. Then wakes the object, and runs it."""
+    AT_ONCE = 4                                          # the other threads take requests
 
     def __init__(self, namespace):
         self.namespace = namespace
@@ -9582,16 +9583,17 @@ class Alarms:
         self.put = None                                  # put(function, *args): in a pool
         self.waits = Waits(self)
         self.free = threading.BoundedSemaphore(self.AT_ONCE)
-        self.looked = set()                              # ids whose file was looked into
+        self.looked = set()                              # ids of the files it has read
         self.lock = threading.Lock()                     # guards all that follows
         self.due = {}                                    # by id: when its next job is
-        # A heap of (when it came into line, due, id). What is in due no more is skipped.
+        # A heap of (when it was queued, or later: due; due; id). Entries that are no longer
+        # in self.due are skipped.
         self.order = []
 
     def look(self):
-        """Look into the files that were not looked into yet."""
+        """Read the due times from the files that were not read so far."""
         files = dict(self.namespace.files())
-        self.looked &= files.keys()                      # one may come back
+        self.looked &= files.keys()                      # a file may come back
         for id in files.keys() - self.looked:
             self.looked.add(id)
             with contextlib.suppress(sqlite3.Error), quick_reader(files[id]) as db:
@@ -9601,10 +9603,10 @@ class Alarms:
         self.set(id, due_in(db, plans_of(self.namespace.settings.slices).keys()))
 
     def set(self, id, due):
-        """Have the object woken then, unless it will be sooner. None: it has no job.
+        """Have the object woken then, unless it will be woken sooner. None: it has no job.
 
-        An object that has many jobs to catch up on comes into line anew after each, behind
-        the others that are due.
+        An object with many overdue jobs is queued again after each of them, after the other
+        objects that are due.
         """
         if due is None:
             return
@@ -9622,7 +9624,7 @@ class Alarms:
         with self.lock:
             while self.order and self.order[0][1] <= now:
                 _, due, id = heapq.heappop(self.order)
-                if self.due.get(id) == due:              # else it was set anew since
+                if self.due.get(id) == due:              # else it was set again since
                     del self.due[id]
                     return id
             return None
@@ -9635,11 +9637,11 @@ class Alarms:
             self.put(self.work, id)
 
     def work(self, id):
-        """In the pool: do one job of this object. Then ring for another object."""
+        """In the pool: run one job of this object. Then ring for another object."""
         due = None                                       # it was removed, or moved away
         try:
             if self.namespace.path(id).exists():
-                due = time.time() + 60                   # if all of this fails
+                due = time.time() + 60                   # in case one_job raises
                 due = self.one_job(self.namespace.get(id))
         finally:
             self.set(id, due)
@@ -9649,7 +9651,7 @@ class Alarms:
     def one_job(self, stub):
         """Claim a job and run it, in two commits. Return when the next one is due."""
         known = self.directory.ask("/_workspace", f"id={stub.id}")
-        if known is None or known["moving"] > MOVES:     # its file goes, or is kept only
+        if known is None or known["moving"] > MOVES:     # it is being removed, or deleted
             return time.time() + 60
         names = {"x-workspace": known["name"],
                  "x-title": urllib.parse.quote(known["title"])}
@@ -9663,22 +9665,22 @@ class Alarms:
         stub.fetch(Request("POST", "/_job", f"id={job}", names))
 
     def failed(self, row, error):
-        """Called by a host whose job failed."""
+        """Log that a try has failed. The job's host calls this."""
         log_error(f"job {row['job']}, try {row['tries']}", error)
 
 
-# -- what jobs wait for
+# -- jobs that wait for a call
 
 class Wait:
-    """A job that has yielded. Its life, by the methods of Waits:
+    """A job that has yielded a function, the call. It goes through these methods of Waits:
 
-        add, begin      it stands in line until there is a thread for its call
-        call            in that thread: the call, which is what the job has yielded
+        add, begin      it is queued until there is a thread for its call
+        call            in that thread: makes the call
         go_on           there, too: the job takes its next step, with what the call returned
-                        or raised; or, if the call is late, in the pool, with a TimeoutError
+                        or raised; if the call is late, in the pool, with a TimeoutError
 
-    The thread of the call ends last, and takes the wait out of by_job. Until then the job
-    is not tried again.
+    The thread of the call ends last, and removes the wait from by_job. The job is not tried
+    again before that.
     """
 
     def __init__(self, host, job, steps, ctx, call):
@@ -9689,25 +9691,25 @@ class Wait:
         self.call = call
         self.called_at = float("inf")
         self.next_step = None                            # a function, once it is known
-        self.went_on = threading.Event()                 # it took that step
+        self.went_on = threading.Event()                 # set after that step
 
 
 class Waits:
-    """Calls what jobs wait for, in threads of their own."""
+    """Calls the functions that jobs yield, in threads of their own."""
     AT_ONCE = 32                                         # calls that are not late
     THREADS = 256                                        # in all, with late ones
     OF_ONE_OBJECT = 4
-    SECONDS = 30.0                                       # then the try has failed
+    SECONDS = 30.0                                       # then a call is late
 
     def __init__(self, alarms):
         self.alarms = alarms
         self.lock = threading.Lock()                     # guards all that follows
-        self.by_job = {}                                 # each, by (id of an object, job)
+        self.by_job = {}                                 # all, by (object's id, job's id)
         self.in_line = collections.deque()               # those that have no thread yet
         self.calling = set()                             # those that have one
 
     def of(self, id):
-        """Return which jobs of an object wait."""
+        """Return the ids of this object's jobs that wait for a call."""
         with self.lock:
             return [job for of, job in self.by_job if of == id]
 
@@ -9718,7 +9720,7 @@ class Waits:
         self.begin()
 
     def begin(self):
-        """Begin those that stand in line, as far as there are threads for them."""
+        """Begin the calls in the queue, as long as there are threads for them."""
         with self.lock:
             while self.in_line and self.has_thread():
                 call = functools.partial(self.call, self.in_line[0])
@@ -9731,14 +9733,14 @@ class Waits:
         return len(at_once) < self.AT_ONCE and len(self.calling) < self.THREADS
 
     def call(self, wait):
-        """In its thread: call what the job waits for, and have the job go on."""
+        """In its own thread: make the call, and have the job go on."""
         wait.called_at = time.monotonic()
         try:
             step = functools.partial(wait.steps.send, wait.call())
         except CRASH as error:
             step = functools.partial(wait.steps.throw, error)
         guarded(self.go_on, wait, step)
-        wait.went_on.wait()                              # the pool may be at it
+        wait.went_on.wait()                              # the pool may be taking the step
         with self.lock:
             self.calling.discard(wait)
             del self.by_job[wait.key]
@@ -9746,8 +9748,8 @@ class Waits:
         self.begin()
 
     def go_on(self, wait, step):
-        """Have the job take this step (HasJobs.own_job). If its call was late, it took
-        another one before."""
+        """Have the job take this step (HasJobs.own_job), unless its call was late: then it
+        has taken another one already."""
         with self.lock:
             if wait.next_step:
                 return
@@ -9758,19 +9760,19 @@ class Waits:
             wait.went_on.set()
 
     def give_up_late(self, now):
-        """Once a second: have those go on whose call is late. No thread can be ended, so
-        another one may begin in its place."""
+        """Once a second: fail the tries whose call is late. No thread can be ended from
+        outside, so a late call keeps its own, and another call may begin."""
         with self.lock:
             late = [wait for wait in self.calling
                     if not wait.next_step and now > wait.called_at + self.SECONDS]
         for wait in late:
-            error = TimeoutError(f"what it waits for takes more than {self.SECONDS:g} s; "
-                                 "give that a time limit of its own")
+            error = TimeoutError("the function that the job yields takes more than "
+                                 f"{self.SECONDS:g} s; give it a shorter time limit")
             self.alarms.put(self.go_on, wait, functools.partial(wait.steps.throw, error))
         self.begin()
 
 
-# -- who has alarms
+# -- the server's alarms
 
 @addition
 class HasAlarms(GuardedNamespace):
@@ -9779,12 +9781,12 @@ class HasAlarms(GuardedNamespace):
         return whole(Alarms)(self)
 
     def files(self):
-        """The id and the path of each object of this kind, awake or not."""
+        """Return the id and the path of each object of this kind, awake or not."""
         return ((path.stem, path) for path in self.folder.glob("*.db")
                 if not path.name.startswith("new-"))     # the draft of another process
 
     def name_draft(self, draft, id):
-        """When the draft was opened, its alarm was set under the draft's id."""
+        """Set the alarm under the object's id. Opening the draft set it under another."""
         super().name_draft(draft, id)
         self.alarms.set(id, self.alarms.due.pop(draft, None))
 
@@ -9795,7 +9797,7 @@ class RingsAlarms(LoopEdge):
         super().__init__(*args)
         self.alarms = self.env.workspaces.alarms
         self.alarms.directory = self.env.directory
-        self.alarms.put = self.pool.share                # each job is for any thread
+        self.alarms.put = self.pool.share                # any thread may take a job
 
     def serve_forever(self):
         self.pool.put(self.alarms.look)
@@ -9816,20 +9818,20 @@ class LooksForJobs(Broker):
         self.edge.alarms.look()
 
 
-# -- the object whose jobs they are
+# -- the object that has the jobs
 
 class JobTables(Tables):
-    """The store of a job: one object for all its steps, for in `ctx.store.exec(sql, (yield
-    call))` Python looks ctx.store up before the job yields. use() prepares it for a step.
+    """The store of a job. All steps use the same object, because in `ctx.store.exec(sql,
+    (yield call))` Python reads ctx.store before the yield. use() prepares it for a step.
 
-    The time limit is for each statement, and not for the job.
+    The time limit applies to each statement, not to the job.
     """
 
     def __init__(self, job):
         self.owner = job.partition(".")[0]
 
     def use(self, host, may):
-        """Begin a step. The object may be another one, if it has slept."""
+        """Begin a step. If the workspace has slept since the last one, host is new."""
         super().__init__(host.store, self.owner, may)
         self.host = host
 
@@ -9839,17 +9841,17 @@ class JobTables(Tables):
 
     def check_thread(self):
         if self.thread != threading.get_ident():
-            raise RuntimeError("a job uses ctx before its yield and behind it, and not in "
-                               "the function that it yields: read first what that needs")
+            raise RuntimeError("the function that a job yields can't use ctx; read what it "
+                               "needs before the yield")
 
 
 @addition
 class LogsLongTurns(Broadcast):
-    """A slice that waits for the network keeps all others waiting; if it asks its own
-    server, forever. So the log says it while it lasts."""
+    """Logs a long turn while it lasts. A slice that waits for the network keeps all other
+    requests waiting; if it asks its own server, it waits forever."""
     TURN_SECONDS = 1.0
-    doing = None                                         # what, in words; and since when
-    logged = None                                        # the one that the log has
+    doing = None                                         # ((in words), since when)
+    logged = None                                        # the last one that was logged
 
     def answer(self, request):
         self.doing = (request.method, request.path), time.monotonic()
@@ -9859,13 +9861,13 @@ class LogsLongTurns(Broadcast):
             self.doing = None
 
     def log_if_long(self, now):
-        """Called by the loop, once a second."""
+        """Log a turn that takes too long. The loop calls this once a second."""
         doing = self.doing
         if doing and doing is not self.logged and now > doing[1] + self.TURN_SECONDS:
             self.logged = doing
-            log(f"{' '.join(doing[0])} keeps all others waiting for "
-                f"{self.namespace.path(self.id)}; let a job yield what waits for the "
-                "network")
+            log(f"{' '.join(doing[0])} keeps all other requests waiting for "
+                f"{self.namespace.path(self.id)}; call the network in a function that a "
+                "job yields")
 
 
 @addition
@@ -9875,7 +9877,7 @@ class HasJobs(Broadcast):
 
     def on_open(self):
         super().on_open()
-        with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
+        with contextlib.suppress(sqlite3.DatabaseError):     # this must not keep people out
             self.namespace.alarms.set(self.id, self.own_due(None))
 
     def put_in(self, job, args, who, due, key):
@@ -9884,10 +9886,10 @@ class HasJobs(Broadcast):
         self.alarm_after_commit(due)
 
     def cancel(self, *keys):
-        """Return whether there was one."""
+        """Delete the jobs with these keys. Return whether there were any."""
         found = sum([self.store.exec("DELETE FROM jobs WHERE key = ?", key)
                      for key in keys])
-        if found:                                        # another one may be the next now
+        if found:                                        # the next one may be another now
             self.alarm_after_commit(time.time())
         return found > 0
 
@@ -9895,12 +9897,13 @@ class HasJobs(Broadcast):
         self.store.after_commit.append((self.namespace.alarms.set, self.id, due))
 
     def own_due(self, request):
-        """Return when the next job is due; None: there is none."""
+        """Return when the next job is due, or None if there is none."""
         row = self.next_job()
         return row and row["due"]
 
     def next_job(self):
-        """Return the first row, of those that wait for nothing outside; None: no row."""
+        """Return the first row that does not wait for a call, or None. A workspace whose
+        jobs make too many calls already gets None."""
         waits = self.namespace.alarms.waits.of(self.id)
         if len(waits) >= Waits.OF_ONE_OBJECT:
             return None
@@ -9909,35 +9912,35 @@ class HasJobs(Broadcast):
         return next((row for row in rows if row["id"] not in waits), None)
 
     def own_claim(self, request):
-        """Count a try of the first job that is due. Return its id; None: none is due.
+        """Count a try of the first job that is due. Return its id, or None if none is due.
 
-        The try is committed before the job runs. So a job that takes the process down is
-        not the first that is tried forever.
+        The try is committed before the job runs. So a job that crashes the process does not
+        come first again and again.
         """
         row = self.next_job()
         if row is None or row["due"] > time.time():
             return None
-        tries = row["tries"] % self.TRIES + 1            # if it recurs it begins anew
+        tries = row["tries"] % self.TRIES + 1            # a recurring one counts from 1
         self.store.exec("UPDATE jobs SET tries = ?, due = ?, error = 'it did not end' "
                         "WHERE id = ?", tries, self.next_try(row, tries), row["id"])
         return row["id"]
 
     def next_try(self, row, tries):
-        """Return when a job that fails is tried again; None: it is given up then.
+        """Return when a job is tried again if it fails; None: it is given up then.
 
-        A recurring one waits for its next time instead.
+        A recurring one is not given up; it waits for its next time.
         """
         if tries < self.TRIES:
             return time.time() + 2 ** tries
         return self.next_time(row)
 
     def next_time(self, row):
-        """Return when a recurring job comes again; None: it is none, or not any more."""
+        """Return when the job recurs; None: it does not, or no longer does."""
         plan = self.router.plans.get(row["key"])
         return plan and plan.next_time(time.time(), self.id)
 
     def own_job(self, request):
-        """Run a job that was claimed, or go on with it. If it fails, note the error."""
+        """Run a claimed job, or go on with it. If it fails, note the error in its row."""
         row = self.store.one("SELECT * FROM jobs WHERE id = ?", request.params["id"])
         if row is None:                                  # it was claimed twice, and is done
             return
@@ -9945,7 +9948,7 @@ class HasJobs(Broadcast):
             with self.store.tx():
                 self.work(row, request)
         except CRASH as error:
-            if not self.store.db.in_transaction:         # SQLite gave all of it up
+            if not self.store.db.in_transaction:         # SQLite rolled all of it back
                 raise
             self.namespace.alarms.failed(row, error)
             text = f"{type(error).__name__}: {error}"[:500]
@@ -9955,8 +9958,8 @@ class HasJobs(Broadcast):
                             row["id"])
 
     def work(self, row, request):
-        """Begin a job or, if it has waited, go on with it; in the name of whoever enqueued
-        it, whose grants were checked then."""
+        """Begin a job or, if it has waited, go on with it. It acts for the account that
+        enqueued it, whose grants were checked then."""
         self.doing = ("job", row["job"]), time.monotonic()
         waited = self.namespace.alarms.waits.by_job.get((self.id, row["id"]))
         ctx = waited.ctx if waited else self.job_context(row, request)
@@ -9967,7 +9970,7 @@ class HasJobs(Broadcast):
             wait = self.last_step(waited) if waited else self.first_step(ctx, row)
         finally:
             ctx.end()
-            self.began = time.monotonic()                # the time of what follows
+            self.began = time.monotonic()                # restarts the time limit
         if wait:
             self.store.after_commit.append((self.namespace.alarms.waits.add, wait))
             return
@@ -9976,7 +9979,7 @@ class HasJobs(Broadcast):
         self.finish(row)
 
     def finish(self, row):
-        """A job that is done goes, unless it comes again."""
+        """Delete the row of a job that is done, or set when it recurs."""
         again = self.next_time(row)
         if again is None:
             self.store.exec("DELETE FROM jobs WHERE id = ?", row["id"])
@@ -9989,21 +9992,21 @@ class HasJobs(Broadcast):
         return self.context(self, JobTables(row["job"]), viewer, {}, request)
 
     def first_step(self, ctx, row):
-        """Return what it waits for; None: it is done."""
+        """Run the job up to its yield. Return a Wait, or None if the job is done."""
         job = self.router.jobs[row["job"]]
         made = job(ctx, **json.loads(row["args"]))
         if type(made) is not types.GeneratorType:
             if made is not None:
                 raise bad_return(job, made, "a job returns nothing, and is not async")
             return None
-        ctx.store.use(self, READ)                        # if it fails it begins anew
+        ctx.store.use(self, READ)                        # because the next try repeats it
         try:
             call = next(made)
         except StopIteration:
             return None
         if not callable(call):
-            raise TypeError(f"a job yields a function, and not {call!r:.60}: write `yield "
-                            "lambda: ...`, and it is called while others work")
+            raise TypeError(f"a job yields a function, not {call!r:.60}; write `yield "
+                            "lambda: ...`, which is called without the workspace's turn")
         return Wait(self, row["id"], made, ctx, call)
 
     def last_step(self, wait):
@@ -10011,10 +10014,10 @@ class HasJobs(Broadcast):
             wait.next_step()
         except StopIteration:
             return None
-        raise TypeError("a job yields at most once; enqueue another one for the rest")
+        raise TypeError("a job may yield only once; enqueue another job for the rest")
 
     def own_retry(self, request):
-        """Those that were given up have all their tries again."""
+        """Have the jobs that were given up tried again, with all their tries."""
         now = time.time()
         self.store.exec("UPDATE jobs SET due = ?, tries = 0 WHERE tries >= ?", now,
                         self.TRIES)
@@ -10032,7 +10035,7 @@ class HasJobs(Broadcast):
 
 @addition
 class KeepsPlans(EdgeWorkspace):
-    """A workspace has a row for each recurring job of its slices, and for no other."""
+    """Keeps one row for each recurring job of the workspace's slices, and no others."""
 
     def on_open(self):
         super().on_open()
@@ -10044,7 +10047,7 @@ class KeepsPlans(EdgeWorkspace):
 
     def keep_plans(self):
         plans = self.router.plans
-        with contextlib.suppress(sqlite3.DatabaseError):     # no reason to keep people out
+        with contextlib.suppress(sqlite3.DatabaseError):     # this must not keep people out
             there = {row["key"] for row in self.store.query(PLANNED)}
             if there == plans.keys():
                 return
@@ -10059,12 +10062,12 @@ class KeepsPlans(EdgeWorkspace):
 # #### People ##############################################################################
 
 # ==== 43. Keys ============================================================================
-# The idea: a new key seals sessions from now on. What the key before it has sealed holds
-#   until the next rotation.
-# It promises: a running server takes a new key within a second, and no open page notices.
+# The idea: a new key seals sessions from now on. Sessions that the previous key has sealed
+#   stay valid until the next rotation.
+# It promises: a running server uses a new key within a second, and no open page notices.
 
 def add_key(path):
-    """Write a new key, and keep the newest one behind it. Older ones go."""
+    """Write a new key, followed by the newest old one. Drop the keys before that."""
     keys = [secrets.token_hex(32)]
     if path.exists():
         keys += path.read_text().split()
@@ -10075,13 +10078,13 @@ KEYS_READ = {}                                           # by file: its times, i
 
 
 def keys_now(settings, known=()):
-    """Return the keys in the file. If they are lost, the log says so, and those that were
-    read before hold, or those that are known. Raises Unusable if there are none.
+    """Return the keys in the file. If it is lost, log that, and return the keys that were
+    read before, or else the known ones. Raises Unusable if there are none.
     """
     path = settings.key_file
     times_read, keys = KEYS_READ.get(path, ((), known))
     status = path.exists() and path.stat()
-    times = status and (status.st_mtime_ns, status.st_ctime_ns)      # ctime: of its mode
+    times = status and (status.st_mtime_ns, status.st_ctime_ns)      # ctime: after chmod
     if times == times_read:
         return keys
     try:
@@ -10104,13 +10107,13 @@ class ReadsKeysAgain(EdgeDirectory):
             self.namespace.changed(self.id)              # forget pages of old cookies
 
 
-@verb("keys rotate", "make a new key; what the key before it sealed holds until the next "
-                     "rotation")
+@verb("keys rotate", "make a new key; sessions of the previous key stay valid until the "
+                     "next rotation")
 def keys_rotate(settings, given):
     check_there(settings, or_node=True)
     add_key(settings.key_file)
-    print("there is a new key; the one before holds until the next rotation; if there are "
-          "nodes, copy secret.key to them before that")
+    print("made a new key; the previous one stays valid until the next rotation; if there "
+          "are nodes, copy secret.key to them before that")
 
 
 # ==== 44. Accounts ========================================================================

@@ -9610,7 +9610,7 @@ def test_a_wait_that_gets_no_thread_is_begun_later(outside_world, capfd):
     assert eventually(lambda: noted(outside_world.server) and not outside_world.server.env.workspaces.alarms.waits.calling)
 
 
-@cases("yields, why", [(0, "a job that yields, only after its yield"), (2, "a job yields at most once")])
+@cases("yields, why", [(0, "a job that yields, only after its yield"), (2, "a job may yield only once")])
 def test_a_job_that_would_do_something_twice_is_refused(outside_world, yields, why):
     def letter(ctx):
         for _ in range(yields):
@@ -9635,7 +9635,7 @@ def test_what_a_job_yields_can_not_use_its_ctx_and_is_told_what_to_do(outside_wo
     def letter(ctx):
         ctx.store.exec("INSERT INTO sent VALUES (?)", (yield lambda: ctx.store.one("SELECT 1")))
     Person(outside_world.job(letter), "bob", datastar=True).post("/w/acme/work", job="letter")
-    eventually(lambda: outside_world.jobs() and "read first what that needs" in outside_world.jobs()[0][1])
+    eventually(lambda: outside_world.jobs() and "read what it needs before the yield" in outside_world.jobs()[0][1])
 
 
 def test_the_time_limit_is_for_each_statement_of_a_job_and_not_for_the_job(outside_world):
@@ -9658,7 +9658,7 @@ def test_who_has_its_turn_for_long_is_named_in_the_log_while_it_lasts(start, cap
     bob = Person(start((orion.todos, working(wait, routes=tuple(routes)))), "bob", datastar=True)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(bob.post, f"/w/acme{path}", method=method, job="wait")
-        assert logged(capfd, f"{who} keeps all others waiting for ")
+        assert logged(capfd, f"{who} keeps all other requests waiting for ")
         release.set()
         assert asked.result(PATIENCE).status == 204
 
@@ -9856,13 +9856,13 @@ def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_co
 
 
 @cases("jobs, why", [
-    ((orion.daily(note, "7:30"),), "'7:30' is no time of a day; say as daily(note, \"07:30\")"),
+    ((orion.daily(note, "7:30"),), "'7:30' is not a time of day; write daily(note, \"07:30\")"),
     ((orion.daily(note, "07:30", "Europe/Berlun"),), "there is no time zone 'Europe/Berlun'"),
     ((orion.daily(note, "07:30", "../etc/passwd"),), "there is no time zone '../etc/passwd'"),
-    ((orion.every(note, seconds=0.5),), "less than a second; say as every(note, minutes=10)"),
-    ((orion.every(note),), "it has no time"),
-    ((lambda ctx: None,), "it is no function with a name; write def"),
-    (("note",), "it is no function with a name"), ((orion.daily("note", "07:30"),), "it is no function with a name"),
+    ((orion.every(note, seconds=0.5),), "less than a second; write every(note, minutes=10)"),
+    ((orion.every(note),), "it has no interval"),
+    ((lambda ctx: None,), "it is not a named function; define it by def"),
+    (("note",), "it is not a named function"), ((orion.daily("note", "07:30"),), "it is not a named function"),
     (note, "jobs is a tuple, and (one,) has a comma too"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
 def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
@@ -9872,7 +9872,7 @@ def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
 
 def test_an_app_with_jobs_says_that_plain_runs_none(tmp_path, capsys):
     assert orion.main((letters,), ["--plain", "--port", "0", "--data", str(tmp_path / "d")]) == 2
-    assert "this app has jobs, and --plain runs none; leave --plain out" in capsys.readouterr().err
+    assert "this app has jobs, which --plain does not run; leave --plain out" in capsys.readouterr().err
 
 
 def remind(ctx, text):
@@ -17967,7 +17967,7 @@ def test_two_people_see_a_reminder_go_out_by_mail(windows, post_office, tmp_path
         bob.wait("!document.getElementById('reminder-2')")
         assert bob.errors() == carol.errors() == []
         server.end()
-        assert [line for line in server.err.splitlines() if "keeps all others waiting" not in line] == []      # where the machine stalls
+        assert [line for line in server.err.splitlines() if "keeps all other requests waiting" not in line] == []      # where the machine stalls
 
 
 @pytest.fixture(params=list(CLIENTS))
