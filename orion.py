@@ -17194,10 +17194,10 @@ class App:
             raise Unusable("the app's commands open no workspace where the planes are "
                            "apart; have a route or a job do it")
         for row in looked_up(self.settings, named_workspaces):
-            if row["name"] == workspace:
+            if row["name"] == slug(workspace):
                 return row
-        raise Unusable(f"there is no workspace {workspace}; workspace list tells what "
-                       "there is")
+        raise Unusable(f"no file here has the workspace {workspace}; workspace list tells "
+                       "what there is, and where")
 
     def note(self, id):
         """Tell the server, if one runs, by the Directory's journal."""

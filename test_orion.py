@@ -15038,11 +15038,11 @@ def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_ope
         ear.event()
         assert say("add-sent", "acme", "hello", 1, "--times", 2, "--shout") == (0, "", "")
         ear.until_it_says("hello acme True, hello acme True, by a job")
-    assert say("show-sent", "acme") == (0, "hello acme True, hello acme True, by a job\n", "")
+    assert say("show-sent", " Acme") == (0, "hello acme True, hello acme True, by a job\n", "")
     assert ("(command line)", "add-sent") in office.rows("SELECT who, what FROM journal")
 
 
-@cases("words, why", [(("show-sent", "nowhere"), "there is no workspace nowhere; workspace list tells what there is"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
+@cases("words, why", [(("show-sent", "nowhere"), "no file here has the workspace nowhere; workspace list tells what there is, and where"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
                       (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
 def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
     status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
