@@ -6649,24 +6649,24 @@ def at_end(response, markup):
 
 # ==== 27. Tables ==========================================================================
 # The idea: a table belongs to the slice whose migration made it. SQLite asks us about each
-#   statement, and refuses what reaches into the tables of another slice. And what was
-#   written, and by whom, stands in a journal.
+#   statement, and refuses one that reaches into the tables of another slice. A journal
+#   records what was written, and by whom.
 # It promises: a region only reads; a command reads and writes rows; only a migration makes
-#   tables: ordinary ones, and those of full-text search (FTS5), which keep what they index
-#   in further tables of the same slice. What a slice exports, others can ask.
+#   tables: ordinary ones, and those of full-text search (FTS5), which keep their index in
+#   further tables of the same slice. Other slices can call the functions that one exports.
 # Who uses it: slices, for each statement; with --plain, too.
 
 # -- what a statement of a slice may do
 #
-# Tables.run tells the Judge whose statement comes, and whether it may write. While SQLite
-# compiles the statement it asks the Judge. If that objects, SQLite raises an error, which
-# Tables.run raises again, as a PermissionError with the objection.
+# Tables.run tells the Judge which slice runs a statement, and whether it may write. SQLite
+# asks the Judge while it compiles the statement. If the Judge objects, SQLite raises an
+# error, and Tables.run turns it into a PermissionError with the objection.
 
 READ, WRITE, MIGRATE = "read", "write", "migrate"
 
 
 def actions(names):
-    """Return the codes by which SQLite calls these actions: SQLITE_INSERT, and so on."""
+    """Return SQLite's codes for these actions: SQLITE_INSERT, and so on."""
     return {getattr(sqlite3, f"SQLITE_{name}") for name in names.split()}
 
 
@@ -6676,8 +6676,8 @@ TABLE_IS_SECOND = actions("CREATE_INDEX DROP_INDEX CREATE_TRIGGER DROP_TRIGGER "
                           "ALTER_TABLE")                 # elsewhere it is the first name
 NO_SLICE_MAY = actions("ATTACH DETACH PRAGMA TRANSACTION SAVEPOINT CREATE_TEMP_TABLE "
                        "CREATE_TEMP_TRIGGER CREATE_TEMP_VIEW CREATE_TEMP_INDEX")
-# What SQLite asks about when a statement is the first to use full-text search (FTS5). That
-# reads nothing of others, and SQLite itself lets nobody write to sqlite_master.
+# SQLite asks about these when a statement is the first to use full-text search (FTS5). They
+# read no other slice's rows, and SQLite itself lets nobody write to sqlite_master.
 FTS5_ASKS = {(sqlite3.SQLITE_PRAGMA, "data_version", None),
              (sqlite3.SQLITE_READ, "sqlite_master", "ROWID"),
              *[(sqlite3.SQLITE_UPDATE, "sqlite_master", column)
@@ -6688,23 +6688,23 @@ COMMANDS_ONLY = "which only a command or a job may; a job that yields, only afte
 
 
 class Judge:
-    """SQLite calls it, while it compiles a statement, for each thing that this would do.
+    """SQLite calls it, while it compiles a statement, for each action of the statement.
 
     (See sqlite.org/c3ref/set_authorizer.html.) It guards against mistakes, such as a query
     that reaches into the tables of another slice. It does not guard against a hostile
     slice: slices are Python, and can do whatever this process can. (And SQLite does not
-    tell of the columns that a join names by USING or NATURAL.)
+    report the columns that a join names by USING or NATURAL.)
     """
 
     def __init__(self, owners):
         self.owners = owners
-        self.slice = ""                                  # whose statement; "": the server's
+        self.slice = ""                                  # that runs it; "": the server does
         self.may = ""                                    # READ, WRITE or MIGRATE
-        self.objection = ""                              # why SQLite was told no
+        self.objection = ""                              # why it denied a statement
 
     def __call__(self, action, first, second, *_):
-        """As (SQLITE_INSERT, "todos", None); or (SQLITE_CREATE_INDEX, "by_title", "todos").
-        """
+        """Return SQLITE_OK or SQLITE_DENY for an action: (SQLITE_INSERT, "todos", None) or
+        (SQLITE_CREATE_INDEX, "by_title", "todos")."""
         if not self.slice:
             return sqlite3.SQLITE_OK
         table = second if action in TABLE_IS_SECOND else first
@@ -6715,7 +6715,7 @@ class Judge:
         return sqlite3.SQLITE_DENY
 
     def object_to(self, action, table, second):
-        """Return why not, or "". It judges what FTS5 does in its own tables, too."""
+        """Return why the slice may not do this, or "". FTS5's own tables count, too."""
         migrates = self.may == MIGRATE
         if (action, table, second) in FTS5_ASKS:
             return ""
@@ -6738,10 +6738,10 @@ class Judge:
         return self.owners.get(table.lower(), self.slice)
 
 
-# -- the history of the tables of all objects. What ran once is never edited.
+# -- the history of all tables. Never edit an entry: it has run somewhere already.
 
-# The tables that each host has beside those of its slices. journal.which says which row was
-# written.
+# The tables that each host has besides those of its slices. journal.which says which row
+# was written.
 HOST_TABLES.extend([
     "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, "
     "what TEXT NOT NULL, which TEXT NOT NULL)",
@@ -6755,7 +6755,7 @@ HOST_TABLES.extend([
     "CREATE UNIQUE INDEX jobs_key ON jobs (key)",
 ])
 
-# What follows on section 13.
+# These follow the entries of section 13.
 DIRECTORY_TABLES.extend([
     "ALTER TABLE workspaces ADD COLUMN founder TEXT REFERENCES accounts ON DELETE SET NULL",
     "CREATE INDEX workspaces_by ON workspaces (founder)",
@@ -6783,7 +6783,7 @@ DIRECTORY_TABLES.extend([
 # -- who owns which table
 #
 # Objects have an OwnedObjectStore (with --plain, a KnowsOwners), commands and checks an
-# OwnedStore. What a slice gets is a Tables, a view of one of these.
+# OwnedStore. A slice gets a Tables, a view of one of these.
 
 class KnowsOwners(NestedStore):
     """A store that knows which slice owns which table."""
@@ -6799,16 +6799,16 @@ class KnowsOwners(NestedStore):
         self.learn_owners()
 
     def migrating(self, slice, entries, ran):
-        """Where a table is dropped, rows that refer to it stay: see unenforced."""
+        """Return the transaction of a migration. One that drops a table is unenforced."""
         if any(["drop" in sql.lower() for sql in entries[ran:]]):
             return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
         return super().migrating(slice, entries, ran)
 
     def apply(self, slice, entries, number):
-        """Run one entry. The tables that it makes are the slice's own now."""
+        """Run one entry. From now on the slice owns the tables that it makes."""
         self.learn_owners()
-        # References to a table that is renamed follow it, unless it only makes way for a
-        # new one of its name.
+        # When a table is renamed, references follow it, unless a new table is to take its
+        # name.
         self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
@@ -6831,8 +6831,7 @@ class KnowsOwners(NestedStore):
             judge.slice = ""
 
     def learn_owners(self):
-        """Read who made which table. One that no slice made is the server's own, as
-        _migrations."""
+        """Read which slice made which table. The server owns the rest, _migrations too."""
         self.owners.clear()
         self.owners.update((table.lower(), "orion") for table in self.tables())
         self.owners.update(sqlite_master="orion", sqlite_temp_master="orion")
@@ -6843,12 +6842,12 @@ class KnowsOwners(NestedStore):
 
 
 class OwnedStore(KnowsOwners, GuardedStore):
-    """It is used without a turn, so it can wait for a lock."""
+    """A store for use without a turn. So it can wait for a lock."""
     LOCK_SECONDS = Store.LOCK_SECONDS
 
 
 class OwnedObjectStore(KnowsOwners, GuardedStore):
-    """It waits for no lock: whoever uses it holds a turn."""
+    """A store for use in a turn. It waits for no lock, because others wait for the turn."""
 
 
 @addition
@@ -6856,9 +6855,9 @@ class HasOwners(GuardedObject):
     store_class = OwnedObjectStore
 
 
-# -- what a slice is given as its store
+# -- the store that a slice gets
 
-# What SQLite says of a statement that can't be begins so.
+# SQLite's messages about statements that can never run begin so.
 WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
              "table ", "Incorrect number of bindings", "Error binding parameter")
 
@@ -6866,9 +6865,9 @@ WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambi
 class Tables(Calls):
     """A store as one slice sees it, while it answers one request.
 
-    A comment in SQL makes the slice's name a part of each statement. So Python's
-    cache of compiled statements cannot reuse one slice's statement, which SQLite has
-    judged, for another. Each statement is judged once, when it is compiled.
+    A comment puts the slice's name into each statement. Without it, Python's cache of
+    compiled statements could run for one slice what SQLite has allowed to another. SQLite
+    asks the Judge about each statement once, when it compiles it.
     """
 
     def __init__(self, store, slice, may):
@@ -6881,26 +6880,26 @@ class Tables(Calls):
         self.thread = threading.get_ident()              # 0: the request is over
 
     def insert(self, sql, *args):
-        """Remember the id: the journal names the last row of a command."""
+        """Insert a row, and remember its id for the journal."""
         self.inserted = super().insert(sql, *args)
         return self.inserted
 
     @contextlib.contextmanager
     def tx(self):
-        """A part of the command that can fail alone."""
+        """A part of the command that can fail without the rest of it."""
         self.check_thread()
         with self.store.tx():
             yield
 
     def run(self, sql, args):
-        """Raises PermissionError for what a slice may not do; sqlite3.Error as it comes."""
+        """Run it. Raises PermissionError if the slice may not, or sqlite3.Error."""
         self.check_thread()
         judge = self.store.judge
         judge.slice, judge.may, judge.objection = self.slice, self.may, ""
         try:
             return self.store.run(sql + self.comment, args)
         except sqlite3.Error as error:
-            judge.slice = ""                             # help() reads for the server
+            judge.slice = ""                             # so that help() may read all
             if judge.objection:
                 why = f"slice {self.slice!r} {judge.objection}: {sql}"
                 raise PermissionError(why) from error
@@ -6912,7 +6911,7 @@ class Tables(Calls):
             judge.slice = ""
 
     def help(self, error):
-        """Return what somebody should look at who wrote SQL that can't be."""
+        """Return a hint for the author of SQL that can't run."""
         if "binding" in str(error):
             return "values stand beside the SQL, one for each ?: exec(sql, a, b)"
         own = [table for table, slice in self.store.owners.items() if slice == self.slice]
@@ -6921,28 +6920,28 @@ class Tables(Calls):
         return f"its tables: {', '.join(tables) or 'none'}"
 
     def check_thread(self):
-        """Raise RuntimeError if the request has ended, or in another thread."""
+        """Raise RuntimeError after the end of the request, or in another thread."""
         if self.thread != threading.get_ident():
             raise RuntimeError("this store was for a request that has ended, or for "
                                "another thread; to write later, use a job or a new request")
 
     def check_writes(self, what):
-        """Raise PermissionError if it only reads."""
+        """Raise PermissionError if this store may only read."""
         self.check_thread()
         if self.may != WRITE:
             raise PermissionError(f"{what}, {COMMANDS_ONLY}")
 
 
 def name_of(function):
-    """Return how a function is called, also one inside of functools.partial."""
+    """Return the name of a function, or of the one inside a functools.partial."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 @addition
 class OwnsTables(SliceHost):
-    """A host whose slices reach their own tables alone. A write leaves a row in the
-    journal, in the same transaction."""
+    """A host whose slices can use only their own tables. If a command writes, its
+    transaction also adds a row to the journal."""
     store_class = KnowsOwners                            # with --plain
     wrote = False                                        # did the last call write?
 
@@ -6958,14 +6957,14 @@ class OwnsTables(SliceHost):
         self.wrote = self.store.db.total_changes != before
         if self.wrote:                                   # no slice can forget the journal
             parts = map(str, args)
-            if route.grant == PUBLIC:                    # such a path may have a secret
+            if route.grant == PUBLIC:                    # its path may contain a secret
                 parts = ()
             which = response.which or "/".join(parts) or str(store.inserted or "")
             self.journal(viewer, f"{slice}.{name_of(route.run)}", which)
         return response
 
     def journal(self, viewer, what, which):
-        """Note who did what, and to which row."""
+        """Add a row to the journal: who did what, and to which row."""
         add_entry(self.store, viewer.signature, what, which)
 
 
@@ -6977,8 +6976,8 @@ def add_entry(store, who, what, which):
 @addition
 class SparesOldFiles(Workspace):
     def open(self, create=False):
-        """Raises Refused(422) if it is to be new, and its file has rows: see name_draft. A
-        file without rows was left behind by a command that failed."""
+        """Open the file. Raises Refused(422) if create is True and it has rows already: see
+        name_draft. A file without rows is what a failed command left behind."""
         super().open(create)
         if create and self.store.one("SELECT 1 FROM journal"):
             self.store.close()
@@ -6994,9 +6993,9 @@ class EndsWithItsRequest(Context):
         super().publish(topic)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return function(store, *args), with the tables of the slice that exports it.
+        """Return function(store, *args). It uses the tables of the slice that exports it.
 
-        Raises LookupError if none does.
+        Raises LookupError if no slice exports it.
         """
         self.store.check_thread()
         owners = [slice.name for slice in self.host.router.slices
@@ -7015,18 +7014,18 @@ class EndsWithItsRequest(Context):
         self.host = None
 
 
-# -- a migration that rebuilds a table (to be skipped on a first reading)
+# -- a migration that rebuilds a table (skip it on a first reading)
 #
-# To change a table, one makes a new one, copies the rows, drops the old one and renames
-# the new one (sqlite.org/lang_altertable.html#otheralter). Rows that refer to it stay.
+# To change a table, a migration makes a new one, copies the rows, drops the old one and
+# renames the new one (sqlite.org/lang_altertable.html#otheralter). Referring rows stay.
 
 @contextlib.contextmanager
 def unenforced(store, last):
-    """A transaction in which a table can be dropped and its references stay.
+    """A transaction that can drop a table while rows still refer to it.
 
-    With foreign_keys on, SQLite would do with all rows that refer to that table as if its
-    rows were deleted. So references are checked at the end instead. Raises MigrationError,
-    with last, the last entry.
+    With foreign_keys on, dropping a table deletes its rows first, and that changes or
+    deletes the rows that refer to it. So here references are checked at the end instead.
+    Raises MigrationError, which names the last entry: last.
     """
     store.exec("PRAGMA foreign_keys=OFF")                # in a transaction it does nothing
     try:
@@ -7044,20 +7043,20 @@ def unenforced(store, last):
 
 
 def orphans(store):
-    """Return how many rows refer to a row that is not there, by (table, its parent)."""
+    """Return how many rows refer to a missing row, by (table, its parent)."""
     return {tuple(row)[:2]: row["many"] for row in store.query(
         'SELECT "table", parent, count(*) AS many FROM pragma_foreign_key_check '
         "GROUP BY 1, 2")}
 
 
 def makes_way(entries, number):
-    """True if the entry renames a table, and later ones make another of its name, and drop
-    the old one:
+    """True if the entry renames a table, and later ones make another with its old name and
+    drop the renamed one:
 
         ALTER TABLE cards RENAME TO old; CREATE TABLE cards (...); ...; DROP TABLE old
 
-    What refers to cards shall mean the new one (sqlite.org/pragma.html,
-    legacy_alter_table).
+    Then references to cards have to mean the new table, and not follow the old one
+    (sqlite.org/pragma.html, legacy_alter_table).
     """
     words = words_of(entries[number])
     if words[:2] + words[3:5] != ["alter", "table", "rename", "to"]:
@@ -7072,14 +7071,14 @@ def words_of(sql):
 
 
 # ==== 28. Settings ========================================================================
-# The idea: all that can be set is here. It never changes while the server runs.
+# The idea: one value holds all settings. It never changes while the server runs.
 # Who uses it: everything in this part. The command line (section 31) fills it in.
 
 class Settings(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8000                                     # 0: any free one
     data: pathlib.Path = pathlib.Path("data")
-    demo: Optional[bool] = None                          # None: if only we can reach it
+    demo: Optional[bool] = None                          # None: see is_for_this_machine
     idle: float = 60.0                                   # s until a workspace sleeps
     awake: int = 0                                       # 0: a quarter of the descriptors
     threads: int = 16
@@ -7105,13 +7104,13 @@ class Settings(NamedTuple):
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Any = None                                    # section 39
     options: Sequence[Any] = ()                          # of the app; section 73
-    own: Dict[str, Any] = {}                             # what was said of these, by name
+    own: Dict[str, Any] = {}                             # the values of these, by name
     commands: Sequence[Callable[..., Any]] = ()          # of the app
     start: Optional[Callable[[Settings], None]] = None   # called before it listens
     seed: Optional[Callable[[Context], None]] = None     # fills a workspace of the demo
 
     def setting(self, name: str) -> Any:
-        """Return what was said of an option of the app. Raises LookupError."""
+        """Return the value of one of the app's options. Raises LookupError."""
         defaults = {option.name: option.default for option in self.options}
         if name in defaults:
             return self.own.get(name, defaults[name])
@@ -7138,21 +7137,21 @@ LOOPBACK = ("127.0.0.0/8", "::1")
 
 
 # ==== 29. Server ==========================================================================
-# The idea: the loop edge, with all that other sections add to it.
+# The idea: the loop edge, with everything that other sections add to it.
 
 @dataclasses.dataclass
 class FullEnv(Env):
-    """start: the page with which a workspace begins. public returns the path of a route
-    that is for anybody (section 65). regate: the gate for streams that are open. It is
-    another one on a node: there, gate takes the verdict that came with the request, which
-    is old when a stream asks again."""
+    """start: the first page of a workspace. public returns the path of a public route
+    (section 65). regate: the gate for open streams. A node needs another one for them: its
+    gate takes the verdict that came with the request, and that verdict is old when a stream
+    asks again."""
     settings: Settings = None
     start: str = ""
     regate: Any = ask_the_gate
     public: Callable[[Request], str] = lambda request: ""
 
 
-# RFC 7239, RFC 9110 (7.6.3), and what proxies said before there was a standard.
+# RFC 7239, RFC 9110 (7.6.3), and the headers that proxies used before there was a standard.
 SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
                    "x-forwarded-host", "x-real-ip"}
 
@@ -7163,7 +7162,7 @@ class Server(LoopEdge):
         self.broker_kind = whole(Broker)
         self.connection_kind = whole(Connection)
         super().__init__(*args)
-        # Only now the port is known, for it can be any free one.
+        # The port is known only now, because settings.port may be 0: any free one.
         name = self.settings.node_name or f"{self.settings.host}:{self.server_port}"
         self.settings = self.settings._replace(node_name=name)
         self.use(dataclasses.replace(self.env, settings=self.settings))
@@ -7176,15 +7175,15 @@ class Server(LoopEdge):
         self.regating = dataclasses.replace(self.deciding, gate=env.regate)
 
     def decide(self, request, env):
-        """An upload (section 67) can be long on its way. The verdict that came with it is
-        old; so another one is asked for, as for a stream."""
+        """Ask the gate again for an upload (section 67), as for a stream: an upload can
+        take long to arrive, and then the verdict that came with it is old."""
         if request.spool:
             env = self.regating
         return super().decide(request, env)
 
     def is_from_here(self, request):
-        """True if whoever asks is on this machine. A proxy here asks for others: most say
-        so in a header, and the rest pass on the Host that the others asked for."""
+        """True if the client is on this machine. A proxy here asks for other clients: most
+        proxies say so in a header, and the rest pass on the Host that the client sent."""
         if request.headers.keys() & SAID_BY_PROXIES:
             return False
         if in_networks(request.peer, self.settings.trust_proxy):
@@ -7200,12 +7199,12 @@ class Server(LoopEdge):
 
 
 # ==== 30. Roots ===========================================================================
-# The idea: the composition root of the product: two planes in one process. Single and Nodes
-#   bring further roots.
+# The idea: the composition root of the product: two planes in one process. The sections
+#   Single and Nodes add further roots.
 
 def plain_root(settings):
     """The root of --plain: Part One, and what other sections add to its classes."""
-    if settings.key_file.exists():                       # then nobody else may read it
+    if settings.key_file.exists():                       # checks that only we can read it
         load_keys(settings.key_file)
     env = plain_planes(settings.data, settings.idle, settings.slices, bool(settings.demo),
                        whole)
@@ -7216,7 +7215,7 @@ def plain_root(settings):
 
 
 def compose(settings) -> FullEnv:
-    """Raises BadSlice or MigrationError if it can't be with these slices."""
+    """Compose the server. Raises BadSlice or MigrationError if a slice is wrong."""
     for check in CHECKS:
         check(settings)
     for wanted, root in ROOTS:
@@ -7238,9 +7237,9 @@ def two_planes(settings):
 
 
 def set_up(directory, workspaces, settings, fresh, demo):
-    """Make the Directory if it is a fresh one, and open it. Return the env.
+    """Open the Directory, and create it first if it is fresh. Return the env.
 
-    So what is wrong with its file is raised here, and not by a later request.
+    So a fault of its file is raised here, and not by a later request.
     """
     directory.namespace.settings = settings
     if fresh:
@@ -7261,9 +7260,9 @@ def directory_builder(kind, settings, keys, workspaces):
 
 
 def prepare_data(settings):
-    """Return the settings, whether there is nothing yet, and the keys.
+    """Return the settings, whether the deployment is fresh, and the keys.
 
-    A folder that has no personas is no demo, whatever was asked for.
+    An existing deployment without personas is not a demo, even with --demo.
     """
     if settings.single:
         private_folder(settings.data)
@@ -7281,8 +7280,7 @@ def prepare_data(settings):
 
 
 def load_keys(path):
-    """Return the keys in the file. Raise Unusable if others can read it, too, or we can't.
-    """
+    """Return the keys in the file. Raises Unusable if others can read it, or we cannot."""
     readable = os.name == "posix" and path.exists() and os.stat(path).st_mode & 0o077
     if readable and not ignores_modes(path.parent):
         raise Unusable(f"{path} can be read by others; chmod 600 it, and consider "
@@ -7296,7 +7294,7 @@ def load_keys(path):
 
 @functools.cache
 def ignores_modes(folder):
-    """Has each file the same mode there, whatever was asked for (exFAT, WSL's /mnt/c)?"""
+    """True if the file system gives each file the same mode (exFAT, WSL's /mnt/c)."""
     probe = folder / f"mode-{secrets.token_hex(8)}"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
@@ -7315,8 +7313,8 @@ def workspace_router(settings):
 
 
 def directory_router():
-    """Return the router of all DIRECTORY_SLICES as one slice, for they share the tables.
-    Where Part One has the same address as a section, the section answers."""
+    """Return a router with all DIRECTORY_SLICES as one slice, because they share tables.
+    If Part One and a section have the same address, the section answers."""
     slices = [*DIRECTORY_SLICES, directory]
     live = [row for slice in slices for row in slice.live]
     outside = Slice("directory", DIRECTORY_TABLES, live, all_routes(slices))
@@ -7334,7 +7332,7 @@ def workspaces_of(settings, router):
 
 
 def awake_by_default():
-    """An awake workspace takes three descriptors; the last quarter is for sockets."""
+    """Return how many may be awake: each takes 3 descriptors; a quarter is for sockets."""
     if resource is None:
         return 256
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -7344,14 +7342,14 @@ def awake_by_default():
 
 
 class Ledger(OwnedStore):
-    """The Directory's file, in which migrations of workspaces are noted, and do not run."""
+    """The Directory's file. It records the migrations of workspaces, and runs none."""
 
     def apply(self, slice, entries, number):
         return set()
 
 
 def check_ledger(settings, router):
-    """Raise MigrationError if a slice's migrations do not continue those noted before.
+    """Raise MigrationError if a slice's migrations do not continue the recorded ones.
 
     So a mistake is found when the server starts, before it opens the files of tenants.
     """
@@ -7362,7 +7360,7 @@ def check_ledger(settings, router):
 
 def full_env(directory, workspaces, settings):
     doors = {**DOORS}
-    if not settings.single and not settings.plane:       # else no file is to be made here
+    if not settings.single and not settings.plane:       # with these, it makes no file here
         doors["/workspaces"] = create_workspace_with_file
     return FullEnv(directory, workspaces, doors, settings=settings,
                    start=pages_of(settings.slices)[0].path)
@@ -7371,7 +7369,7 @@ def full_env(directory, workspaces, settings):
 @addition
 class KnowsWorkspaces(EdgeDirectory):
     def own_workspace(self, request):
-        """Return what is known of a workspace, by its id or name; None: there is none."""
+        """Return the row of a workspace, found by its id or name, or None."""
         row = self.store.one("SELECT id, name, coalesce(title, name) AS title, node, "
                              "moving FROM workspaces WHERE name IS NOT NULL AND (id = ? OR "
                              "name = ?)", request.params.get("id"),
@@ -7380,18 +7378,18 @@ class KnowsWorkspaces(EdgeDirectory):
 
 
 # ==== 31. Command line ====================================================================
-# The idea: flags, or ORION_* variables, become Settings. What operators do to a deployment
-#   goes into its files, whether its server runs or not: SQLite lets several processes at a
-#   file, and the server looks each second whether another one wrote to the Directory.
-# It promises: what prevents a command is one line on standard error, and exit status 2.
+# The idea: flags, or ORION_* variables, become Settings. An operator's commands change the
+#   files of a deployment, whether its server runs or not: SQLite lets several processes use
+#   a file, and the server checks each second if another one wrote to the Directory.
+# It promises: a command that fails prints one line on standard error, and exits with 2.
 #
-# main() has the words read (read_command_line) and done (do), which runs a command, or
+# main() calls read_command_line, which reads the words, and do, which runs a command or
 # serves (serve_alone, serve).
 
 def matching(pattern, hint, read=str):
-    """Return a type for argparse: what read() makes of a text that matches.
+    """Return a type for argparse. It checks a text by the pattern and converts it by read.
 
-    If it makes None, the text is refused, too.
+    If read returns None, the text is refused, too.
     """
     def kind(text):
         value = read(text) if re.fullmatch(pattern, text) else None
@@ -7419,7 +7417,7 @@ def read_port(text):
 
 
 def read_address(text):
-    return text if HOST.fullmatch(text)[1] else None     # it has a port
+    return text if HOST.fullmatch(text)[1] else None     # refused without a port
 
 
 a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
@@ -7454,7 +7452,7 @@ HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 def host_names(text):
     """Return names as browsers send them: in lower case, and in ASCII (RFC 5890, 2.3.2.1).
 
-    The port of a request does not matter, so a name has none here.
+    A name has no port here, because the port of a request does not matter.
     """
     names = tuple([".".join(map(in_ascii, name.lower().rstrip(".").split(".")))
                    for name in several(text)])
@@ -7472,7 +7470,7 @@ def in_ascii(label):
     return f"xn--{unicodedata.normalize('NFC', label).encode('punycode').decode()}"
 
 
-# Flags, what --help says of them, and their types. Their defaults are in Settings.
+# Flags, their help texts, and their types. Their defaults are in Settings.
 OPTIONS = (
     ("--host", "address to listen on", str),
     ("--port", "port to listen on; 0: any free one", a_port),
@@ -7570,8 +7568,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"orion: {message}; --help tells what there is\n")
 
     def unknown_flag(self, message):
-        """Say of `--bind 0.0.0.0` that there is no --bind. argparse says that 0.0.0.0 is no
-        command."""
+        """Return a message about an unknown flag, or "". Of `--bind 0.0.0.0` argparse says
+        only that 0.0.0.0 is no command."""
         _, _, rest = message.partition("argument command: invalid choice: '")
         word = rest.partition("'")[0]
         for flag, value in zip(self.words, self.words[1:]):
@@ -7582,11 +7580,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_command_line(argv, app=None):
-    """Return the settings, and what a command was given. Its verb is "" to serve.
+    """Return the settings, and the arguments of a command. Their verb is "" to serve.
 
-    argv: None: the words with which this process was started. app: settings, with what
-    main() was given. Each of APP_PARSERS adds to the parser what an app has of its own. It
-    returns a function read(settings, given), which fills in what was given of that.
+    argv: None means the words with which this process was started. app: settings, with the
+    arguments of main(). Each of APP_PARSERS adds an app's own options or commands to the
+    parser, and returns a function read(settings, given), which puts them into the settings.
     """
     app = app or Settings()
     parser = Parser(description="A live, multi-tenant web server in one file. Without a "
@@ -7613,7 +7611,7 @@ def read_command_line(argv, app=None):
 
 
 def is_for_this_machine(settings):
-    """Does nobody but this machine get in? (Behind a proxy, others do.)"""
+    """True if only this machine can reach the server. (Behind a proxy, others can.)"""
     here = settings.host == "localhost" or in_networks(settings.host, LOOPBACK)
     proxied = settings.allow_host or settings.trust_proxy or settings.plane
     return here and not proxied
@@ -7624,8 +7622,8 @@ def name_of_flag(flag):
 
 
 def add_flag(parser, flag, kind, default, dest, help):
-    """Return the action that argparse makes of it. kind: bool, or a type. default may be
-    text, from the environment."""
+    """Add a flag and return its argparse action. kind: bool, or a type. default may be text
+    from the environment."""
     if default:
         help += f" (default: {default})"
     help = help.replace("%", "%%")
@@ -7639,10 +7637,10 @@ def add_flag(parser, flag, kind, default, dest, help):
 
 
 def from_environment(flag):
-    """Return what the environment says of this flag; "" if nothing.
+    """Return the value of this flag in the environment, or "".
 
-    For a service that is called orion, Kubernetes sets variables of its own. One of them
-    has the name of one of ours: ORION_PORT=tcp://10.96.14.2:8000.
+    For a service called orion, Kubernetes sets variables of its own. One of them has the
+    name of one of ours: ORION_PORT=tcp://10.96.14.2:8000.
     """
     name = f"ORION_{name_of_flag(flag).upper()}"
     value = os.environ.get(name, "")
@@ -7654,9 +7652,9 @@ def from_environment(flag):
 
 
 def add_verbs(parser, given_words):
-    """Add all commands. Return what takes further ones, those of an app.
+    """Add all commands. Return the object to which an app's own commands are added.
 
-    Of a group that is not named, add its name alone: it saves 10 ms at each start.
+    If the words do not name a group, add only its name: that saves 10 ms at each start.
     """
     common = flags_of_all()
     groups = {"": parser.add_subparsers(title="commands", metavar="command")}
@@ -7679,7 +7677,7 @@ def add_verbs(parser, given_words):
 
 
 def flags_of_all():
-    """Return a parser with the flags that each command takes."""
+    """Return a parser with the flags that every command takes."""
     common = argparse.ArgumentParser(add_help=False)
     for flag in ("--data", "--single"):
         common.add_argument(flag, type=pathlib.Path, default=argparse.SUPPRESS,
@@ -7691,9 +7689,10 @@ def flags_of_all():
 
 @contextlib.contextmanager
 def locked(folder, taken):
-    """One process at a time in a folder.
+    """Let one process at a time use a folder.
 
-    Raises Unusable if the folder is no good or, with the text taken, if another is in it.
+    Raises Unusable if the folder can't be used or, with the text taken, if another process
+    uses it.
     """
     try:
         private_folder(folder)
@@ -7720,12 +7719,12 @@ def take_lock(handle, taken):
         raise Unusable(taken) from error
 
 
-BEGINNINGS = ("account add", "workspace import", "node add")     # if there is nothing yet
+BEGINNINGS = ("account add", "workspace import", "node add")     # they make a deployment
 
 
 def check_there(settings, or_node=False):
-    """Raise Unusable if there is no deployment, or another user's. or_node: one without a
-    Directory will do."""
+    """Raise Unusable if there is no deployment, or if it is another user's. or_node: accept
+    a node, which has no Directory."""
     there = settings.directory_file.exists()
     if not there and not (or_node and settings.workspaces.exists()):
         raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
@@ -7736,9 +7735,9 @@ def check_there(settings, or_node=False):
 def looked_up(settings, read):
     """Return what read(store) finds in the Directory.
 
-    The file may be of an older version, so migrations run first; but there is no commit,
-    and the file stays as it is. The lock is given back before anything is printed: a pager
-    would hold it.
+    The file may be of an older version, so migrations run first; but they are not
+    committed, so the file stays as it is. The lock is released before anything is printed,
+    because a pager could hold it for long.
     """
     check_there(settings)
     with OwnedStore(settings.directory_file) as store:
@@ -7749,12 +7748,12 @@ def looked_up(settings, read):
 
 @contextlib.contextmanager
 def opened(settings, given=None, which=""):
-    """Give the Directory's store, and the env around it.
+    """Yield the Directory's store, and the env around it.
 
-    A command (given) is one transaction, and is noted in the journal, with its arguments,
-    or with which. While it lasts nobody can sign in, so nothing is printed or asked for
-    inside. Without a command, nothing is locked. Raises Unusable if there is no deployment
-    and this is none of the BEGINNINGS, which make one.
+    A command (given) is one transaction. The journal records it with its arguments, or with
+    which. Nobody can sign in before it ends, so print and ask nothing inside. Without a
+    command, nothing is locked. Raises Unusable if there is no deployment, except for the
+    BEGINNINGS, which make one.
     """
     what = given.verb if given else ""
     if what not in BEGINNINGS:
@@ -7807,14 +7806,14 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
          options: Sequence[Any] = (), commands: Sequence[Callable[..., Any]] = (),
          start: Optional[Callable[[Settings], None]] = None,
          seed: Optional[Callable[[Context], None]] = None) -> int:
-    """Return the exit status: 0; 1 when a check found something; 2 with one line on
-    standard error. assets: a folder (section 38). brand: see section 39.
+    """Run a command or the server. Return the exit status: 0; 1 if a check found something;
+    2 with one line on standard error.
 
-    The rest is in section 73. options and commands of the app are on the command line, too.
-    start(settings) is called before the server listens, seed(ctx) with each workspace of a
-    new demo.
+    assets: a folder (section 38). brand: see section 39. options and commands of the app
+    are added to the command line (section 73). start(settings) is called before the server
+    listens, seed(ctx) for each workspace of a new demo.
     """
-    for name in ("stdin", "stdout", "stderr"):           # None: it was started without
+    for name in ("stdin", "stdout", "stderr"):           # None: the process has none
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -7823,12 +7822,12 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
                    commands=commands, start=start, seed=seed)
     try:
         status = do(*read_command_line(argv, app)) or 0
-        sys.stdout.flush()                               # while a failure can be answered
+        sys.stdout.flush()                               # here a failure is still reported
         return status
     except KeyboardInterrupt:                            # at the question for a password
         return 130
-    except BrokenPipeError:                              # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what is written at the end
+    except BrokenPipeError:                              # the reader, as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # Python flushes once more at exit
         return 141
     except FAILURES as error:
         print(f"orion: {in_one_line(error)}", file=sys.stderr)
@@ -7838,11 +7837,11 @@ def main(slices: Sequence[Slice] = (todos,), argv: Optional[Sequence[str]] = Non
 def run_script():
     """Exit with what main() returns, for `python3 orion.py`.
 
-    While a script runs, Python keeps its syntax tree, here 35 MB: half of what the server
-    needs before it has a visitor. Once an exception has ended the script, the tree is gone,
-    and the interpreter calls sys.excepthook. So main() is called there.
+    While a script runs, Python keeps its syntax tree: 35 MB here, half of the memory that
+    the server needs before its first visitor. When an exception ends the script, Python
+    drops the tree and calls sys.excepthook. So main() is called there.
     """
-    if sys._getframe(1).f_back:                          # python -m, or a debugger: no tree
+    if sys._getframe(1).f_back:                          # python -m, a debugger: no tree
         sys.exit(main())
     sys.excepthook = functools.partial(after_script, __file__)
     raise SystemError("the script has ended")
@@ -7850,7 +7849,7 @@ def run_script():
 
 def after_script(file, *_):
     global __file__
-    __file__ = file                                      # CPython 3.14 forgets it by now
+    __file__ = file                                      # CPython 3.14 has removed it
     sys.excepthook = sys.__excepthook__
     try:
         status = main()
@@ -7861,9 +7860,8 @@ def after_script(file, *_):
 
 
 def in_one_line(error):
-    """Return what went wrong. Of a mistake in an app's function, say what kind, and where.
-    """
-    if isinstance(error, EOFError):                      # at a question
+    """Return what went wrong. For an error in an app's function, add its type and place."""
+    if isinstance(error, EOFError):                      # input ended at a question
         return "nothing was typed"
     frames = frames_of_app(error)
     if not frames or isinstance(error, (Refused, Unusable, MigrationError)):
@@ -7887,8 +7885,8 @@ def do(settings, given):
 
 
 def serve_alone(settings):
-    """Serve, if no other server has the folder. Each of two would believe to be the only
-    one that writes to a tenant's file."""
+    """Serve, if no other server uses the folder: with two, each would act as if it were the
+    only writer of a tenant's file."""
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
                                "it, or name another with --data"):
         serve(settings)
@@ -7900,7 +7898,7 @@ NAMED_FILE = re.compile(r'TEMPLATES / "([\w.]+)"')
 
 
 def check_installation():
-    """Raise Unusable if templates/ or SQLite are not of a version that goes with this."""
+    """Raise Unusable if templates/ or SQLite does not fit this version of orion.py."""
     if sqlite3.sqlite_version_info < NEEDED_SQLITE:
         needed = ".".join(map(str, NEEDED_SQLITE))
         raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
@@ -7943,15 +7941,15 @@ def serve(settings):
     say_where(server)
     notify("READY=1")
     server.serve_forever()
-    signal.set_wakeup_fd(-1)                             # what it wakes is closed now
+    signal.set_wakeup_fd(-1)                             # because the waker closes next
     server.server_close()
 
 
 def take_all_descriptors():
-    """Raise this process's limit as far as it may: each open page is a descriptor."""
+    """Raise this process's limit as far as it may: each open page takes a descriptor."""
     if resource:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):   # refused: fewer have to do
+        with contextlib.suppress(OSError, ValueError):   # refused: then there are fewer
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
@@ -7968,7 +7966,7 @@ def say_where(server):
 
 
 def bound(settings, make):
-    """Return what make makes, which listens. Raises Unusable if it can't."""
+    """Return the server that make() returns. Raises Unusable if it can't listen."""
     try:
         return make()
     except OSError as error:
@@ -7978,8 +7976,8 @@ def bound(settings, make):
 
 
 def stop_or_leave(server, number):
-    """Stop for a signal. At the second one do not wait for requests in flight; but a
-    terminal that is closed may send several."""
+    """Stop for a signal. A second one ends the process at once, with requests in flight;
+    but not a second SIGHUP, because a closed terminal may send several."""
     if server.stopping and number in (signal.SIGINT, signal.SIGTERM):
         os._exit(1)
     server.stop()
@@ -7990,7 +7988,7 @@ def stop_or_leave(server, number):
 
 
 def notify(state):
-    """Tell systemd, if it asked to be told (sd_notify(3))."""
+    """Tell systemd the state, if it asks for that (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -8004,7 +8002,7 @@ def notify(state):
 # #### For slices ##########################################################################
 
 # ==== 32. Slice checks ====================================================================
-# The idea: a slice that can't work is refused when the server starts, with the reason.
+# The idea: the server refuses to start with a slice that can't work, and says why.
 
 class BadSlice(Unusable):
     """A slice can't work as it is written; the text says which one and why."""
@@ -8014,7 +8012,7 @@ PATH = re.compile(r"(/[A-Za-z0-9][\w.~-]*)(/[\w.~-]+|/<(int:)?\w+>)*")
 
 
 def addresses(row):
-    """Return (method, path) of each request that a Live or a Route answers."""
+    """Return (method, path) for each request that a Live or a Route answers."""
     routes = row.routes() if type(row) is Live else [row]
     return [(route.method, PART_OF_PATH.sub("<>", route.path)) for route in routes]
 
@@ -8026,7 +8024,7 @@ def address_of(row):
 
 
 def wrong_with(row, kind, grants):
-    """Return why a Live or a Route would never do what it is for, or ""."""
+    """Return why a Live or a Route could never work, or ""."""
     if type(row) is not kind:
         return f"it is no {kind.__name__}; (one,) has a comma too"
     if kind is Live and row.grant == PUBLIC:
@@ -8114,13 +8112,13 @@ def wrong_with_call(what, function, *given):
 
 
 def check_slices(settings):
-    """Raise BadSlice for what would be found out later, or never."""
+    """Raise BadSlice for mistakes that would show only later, or never."""
     if "public" in ROLES:
         raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
                        "another name")
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
-    taken = {}                                           # by address: whose it is
+    taken = {}                                           # by address: who answers there
     for slice in settings.slices:
         if type(slice) is not Slice:
             raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
@@ -8153,12 +8151,12 @@ def check_rows(slice, grants, taken):
 
 
 class ScratchStore(OwnedStore):
-    """A store whose file need not last. It waits for no disk: a start takes 30 ms less."""
+    """A store whose file need not last. It waits for no disk, which saves a start 30 ms."""
     SETUP = OwnedStore.SETUP.replace("WAL", "MEMORY").replace("FULL", "OFF")
 
 
 def check_tables(settings):
-    """Make the tables once in a file of their own. Raise MigrationError if they clash."""
+    """Make all tables in a temporary file. Raise MigrationError if they clash."""
     schema = Router([welcome, *settings.slices]).schema
     with tempfile.TemporaryDirectory() as folder:
         with ScratchStore(pathlib.Path(folder, "tables.db"), create=True) as store:
@@ -8171,9 +8169,9 @@ REFERENCES = """SELECT lower(one.name) AS child, lower("table") AS parent FROM s
 
 
 def check_references(store):
-    """Raise MigrationError if a table refers to none, or to one of another slice.
+    """Raise MigrationError if a table refers to a missing one, or to another slice's.
 
-    The other slice could not delete a row of its own table any more.
+    With such a reference, the other slice could no longer delete a row of its own table.
     """
     there = {table.lower() for table in store.tables()}
     for child, parent in store.query(REFERENCES):
@@ -8188,19 +8186,19 @@ def check_references(store):
                                  "row of it any more")
 
 
-CHECKS.append(check_slices)                              # others trust these fields
+CHECKS.append(check_slices)                              # first: later checks rely on it
 CHECKS.append(check_tables)
 
 
 # ==== 33. Page checks =====================================================================
-# The idea: what a slice's functions return is looked at each time. A page that could not
-#   stay current is an error, and not a page that looks current. If a command writes what no
-#   open page will show, the log says so, once.
+# The idea: the host checks each value that a slice's function returns. A page that could
+#   not stay current is an error, and not a page that looks current. If a command writes
+#   something that no open page will show, the log says so, once.
 
-# -- what functions return
+# -- return values
 
 def log_place(where, error):
-    """Log what it was, and first of all the line of a slice that it comes from."""
+    """Log an error with its traceback. The line of the slice that caused it comes first."""
     frames = frames_of_app(error) or traceback.extract_tb(error.__traceback__)
     rest = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     where = f"{where}: {error.where}" if hasattr(error, "where") else where
@@ -8213,9 +8211,9 @@ ERROR_LOGS.append(log_place)
 
 
 def bad_return(function, value, wanted):
-    """Return the error of a slice's function that returned something wrong.
+    """Return the TypeError for a slice's function that returned something wrong.
 
-    No line of it is in the traceback, so the message says where it is.
+    The message says where the function is, because the traceback does not contain it.
     """
     code = getattr(getattr(function, "func", function), "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
@@ -8223,9 +8221,9 @@ def bad_return(function, value, wanted):
 
 
 def sendable(response, function):
-    """Return the response that this function returned, with a tuple of headers.
+    """Return a function's response, with its headers as a tuple.
 
-    Raises TypeError or ValueError if it cannot be sent.
+    Raises TypeError or ValueError if the response can't be sent.
     """
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
@@ -8243,7 +8241,7 @@ REGION = re.compile(r"""\s*<\w(?:[^>"']|"[^"]*"|'[^']*')*?"""     # up to its id
 
 @addition
 class ChecksReturns(SliceHost):
-    """Raises TypeError for what a function of a slice should not return."""
+    """Raises TypeError if a function of a slice returns something wrong."""
 
     def run(self, route, ctx, args):
         return sendable(super().run(route, ctx, args), route.run)
@@ -8276,21 +8274,21 @@ class ChecksReturns(SliceHost):
 # -- whether pages stay current
 
 def id_of(region):
-    """Return how the id of a region is written, with the space before it: ' id="todos"'."""
+    """Return the id attribute of a region as it is written: ' id="todos"'."""
     return REGION.match(region)[1]
 
 
-# A comment; or a tag, up to its >, with what stands in quotes in it.
+# A comment; or a tag up to its >, which may contain > in quotes.
 TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
                             r"""(?:[^>"']|"[^"]*"|'[^']*')*""")
 WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
 
 
 def behind_element(region):
-    """Return what stands behind the first element; "", if that has no end tag."""
+    """Return the markup after the first element; "" if that has no end tag."""
     first = TAG_OR_COMMENT.search(region)[2]
     if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
-        return ""                                        # 18 ms of 1,000 rows are saved
+        return ""                                        # saves 18 ms for 1,000 rows
     depth = 0
     for found in TAG_OR_COMMENT.finditer(region):
         closing, name = found.groups()
@@ -8302,7 +8300,7 @@ def behind_element(region):
 
 
 def check_one_element(region, name):
-    """Raise ValueError if the region has more, which a browser would not find."""
+    """Raise ValueError if markup follows the element: a browser would not update it."""
     more = behind_element(region)
     if more and not more.startswith("<!--"):
         raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
@@ -8316,10 +8314,10 @@ class ChecksPages(EdgeWorkspace):
 
     def on_open(self):
         super().on_open()
-        self.ids = {}                                    # of each region, as it was first
+        self.ids = {}                                    # the first id of each region
 
     def render(self, region, live, ctx, args):
-        """Raises ValueError if open pages can't find the region any more."""
+        """Render a region. Raises ValueError if open pages would no longer find it."""
         rendering = super().render(region, live, ctx, args)
         if len(self.ids) > self.MOST_IDS:
             self.ids.clear()
@@ -8335,7 +8333,7 @@ class ChecksPages(EdgeWorkspace):
         return rendering
 
     def around(self, live, ctx, renderings, args):
-        """Raises ValueError if the page has not each region, once."""
+        """Return the page's body. Raises ValueError unless it has each region once."""
         body = super().around(live, ctx, renderings, args)
         for region, rendering in zip(live.regions, renderings):
             id = id_of(rendering.html)
@@ -8349,7 +8347,7 @@ class ChecksPages(EdgeWorkspace):
 
 
 def topics_of(router):
-    """Return the pattern of the topics that pages listen to."""
+    """Return a pattern that matches each topic that a page listens to."""
     topics = []
     for slice in router.slices:
         for live in slice.live:
@@ -8360,7 +8358,7 @@ def topics_of(router):
 
 @functools.lru_cache(maxsize=1024)
 def is_silent(router, what, told):
-    """Did a command of a slice with live pages publish nothing that a page listens to?"""
+    """True if a command of a slice with live pages published no topic of any page."""
     own = what.partition(".")[0]
     live = any([slice.live for slice in router.slices if slice.name == own])
     return live and not any(map(topics_of(router).fullmatch, told))
@@ -8368,15 +8366,15 @@ def is_silent(router, what, told):
 
 @addition
 class NoticesSilence(EdgeWorkspace):
-    """A command, or a job, that forgets to publish leaves old pages, and raises no error.
-    So what each that wrote has added to Store.after_commit is looked at."""
+    """Logs commands and jobs that write and forget to publish. Without this, pages would be
+    old and nobody would see an error. Store.after_commit has what they publish."""
 
     def journal(self, viewer, what, which):
         super().journal(viewer, what, which)
         added = [row for row in self.store.after_commit
                  if row[0] is not setattr]               # which notes a quota (51)
         told = tuple([topic for call, topic, *_ in added if call == self.bus.tell])
-        if len(told) < len(added):                       # a job follows, and may publish
+        if len(told) < len(added):                       # a job follows and may publish it
             return
         if self.wrote and is_silent(self.router, what, told):
             log_once(f"{what} wrote, and published {', '.join(told) or 'nothing'}: no open "
@@ -8384,34 +8382,34 @@ class NoticesSilence(EdgeWorkspace):
 
 
 # ==== 34. Template checks =================================================================
-# The idea: Part One takes a template for sound. Here it is read as browsers read markup,
-#   and refused if a hole stands where text could become code, with the line and the remedy.
-# It promises: in no hole of a template that is read can text do harm. Some markup means one
-#   thing in <svg>, or without scripts, and another elsewhere: it is refused.
+# The idea: Part One trusts the author of a template. Here we read it as browsers do, and
+#   refuse it if a hole is where text could become code. The error says where, and a remedy.
+# It promises: text can do no harm in any hole of an accepted template. Markup that means
+#   one thing in <svg>, or without scripts, and another elsewhere is refused.
 # Who uses it: each Template, when it is made.
 
 # What < begins: a comment; <!doctype html>; </p>; <p, without its attributes; or nothing.
 TAG = re.compile("(?ais)<(?:!--(?!-?>)((?:(?!--!?>|</noscript).)*)-->|!doctype[^>{]*>|"
                  "/([a-z][a-z0-9:._-]*)[ \t\n\f\r]*>|([a-z][a-z0-9:._-]*)|"
                  "(?=[^a-z/!?{]))")
-# A hole by itself; or a name and, if = follows, a value.
+# A hole by itself; or a name, which = and a value may follow.
 ATTRIBUTE = re.compile(r"(?:\A|[ \t\n\f\r]+)(?:\{\{ ?(json )?(\w+) ?\}\}|"
                        r"([A-Za-z_:][A-Za-z0-9_:.-]*)(?:[ \t\n\f\r]*=[ \t\n\f\r]*"
                        """("[^"]*"|'[^']*'|[^ \t\n\f\r"'=<>`{]+))?)"""
                        r"(?=[ \t\n\f\r/>]|\Z)")
 TAG_END = re.compile("[ \t\n\f\r]*/?>")
-# The attributes that Datastar runs, by all their names: also older ones, and an alias.
+# Attributes that Datastar runs as code, with their older names and their alias.
 EXPRESSION = re.compile("data-(?:star-)?(?:on|signals|computed|bind|text|show|class|attr|"
                         "style|init|effect|indicator|ref|json-signals|animate|persist|"
                         "custom-validity|match-media|query-string|replace-url|"
                         "scroll-into-view|view-transition)(?![a-z0-9])")
-# A string inside an expression; attributes that have an address.
+# A string inside an expression; attributes that hold an address.
 STRING = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`""")
 LINKS = re.compile("(?:[a-z]+:)?href|src|action|formaction|data|poster|ping|cite")
-# Handlers, markup and style in an attribute; and those by which SVG sets another attribute.
+# Attributes that hold a handler, markup or style, or by which SVG sets another attribute.
 NO_HOLES = re.compile("on|(?:style|srcdoc|attributename|to|from|by|values)$")
 LOADING = ("script", "style", "link", "base", "object", "embed")
-# How an address begins that runs nothing: with one of these schemes, or with none.
+# The beginning of an address that runs no code: one of these schemes, or none.
 ADDRESS = re.compile(r"(?i)(?:https?:|mailto:|tel:|[^:/?#&]*(?:[/?#]|\Z))")
 FORM_METHODS = ("get", "post", "dialog")
 TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "noframes",
@@ -8419,22 +8417,22 @@ TAGLESS = ("script", "style", "title", "textarea", "iframe", "xmp", "noembed", "
 
 
 class Scanner:
-    """Finds out in what kind of place each hole of some markup stands. Of
+    """Finds the kind of each hole in some markup. For
 
         <a href="{{to}}" {{current}} data-on:click="go({{json id}})"><b>{{who}}</b></a>
 
     found is [("an address", "to"), ("an attribute", "current"), ("json", "id"), ("text",
-    "who")]. Raises ValueError with the remedy; at is where.
+    "who")]. A mistake raises ValueError with a remedy; then `at` is its place.
     """
 
     def __init__(self, markup):
         self.markup = markup
         self.at = 0
         self.found = []                                  # (kind, name) of each hole
-        self.inside = ""                                 # of which element of TAGLESS
+        self.inside = ""                                 # the element of TAGLESS, if any
 
     def scan(self, kind):
-        """Read all the markup. It is a page ("text"), or fills a hole of this kind."""
+        """Read all the markup. It is a page ("text"), or it fills a hole of this kind."""
         self.refuse_broken_holes()
         if kind == "text":
             self.text()
@@ -8464,7 +8462,7 @@ class Scanner:
         self.at = end
 
     def text(self):
-        """Read up to the end."""
+        """Read markup up to its end."""
         while True:
             tag = self.markup.find("<", self.at)
             end = tag if tag >= 0 else len(self.markup)
@@ -8474,7 +8472,7 @@ class Scanner:
             self.token()
 
     def token(self):
-        """Read what begins with <."""
+        """Read a comment or a tag, which begins with <."""
         token = TAG.match(self.markup, self.at)
         if not token:
             raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
@@ -8514,7 +8512,7 @@ class Scanner:
             self.at = found.end()
 
     def value(self, tag, name, text):
-        """Read what stands in quotes. (Without quotes there is no hole.)"""
+        """Read the value of an attribute. (Only one in quotes can have holes.)"""
         if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
             raise ValueError("browsers send a form by get or post alone; for another "
                              "method, write data-on:submit=\"@delete('...')\"")
@@ -8558,8 +8556,8 @@ def kind_in_expression(name, hole):
 
 
 def kind_in_address(name, hole):
-    """Return the kind of a hole in an address. If it begins that, it is checked when it is
-    filled."""
+    """Return the kind of a hole in an address. At its beginning that is "an address", which
+    write_address checks."""
     before, after = hole.string[:hole.start()], hole.string[hole.end():]
     if ADDRESS.match(f"{before}:"):                      # a colon in it makes no scheme
         return "a value"
@@ -8570,8 +8568,8 @@ def kind_in_address(name, hole):
 
 
 def checked_places(self, kind):
-    """Take the place of Template.places. Return what a Scanner has found; None: this can't
-    fill a hole of that kind, so text has to. Raises ValueError with file and line."""
+    """Replace Template.places: return the holes that a Scanner finds; None if the markup
+    can't fill a hole of that kind (then text does). Raises ValueError with the line."""
     scanner = Scanner(self.markup)
     try:
         scanner.scan(kind)
@@ -8583,15 +8581,15 @@ def checked_places(self, kind):
 
 
 def lacks_in_line(self, name, remedy):
-    """Take the place of Template.lacks. The hole stands in the markup."""
+    """Replace Template.lacks: return a KeyError with the line of the hole."""
     holes = [hole.start() for hole in HOLE.finditer(self.markup) if hole[2] == name]
     return KeyError(in_its_line(self, holes[0], remedy))
 
 
 def in_its_line(template, at, remedy):
-    """Return what is wrong at this place of the markup, with its file and line."""
+    """Return the text of an error at this place of the markup, with its file and line."""
     markup = template.markup
-    rest = markup[at:].lstrip() or markup[-60:]          # at the end, what is last
+    rest = markup[at:].lstrip() or markup[-60:]          # at the end, show the last text
     line = template.line + markup.count("\n", 0, len(markup) - len(rest))
     shown = rest.partition("\n")[0]
     return f"{template.where}line {line}: {shown:.60}: {remedy}"
@@ -8603,19 +8601,19 @@ def write_attribute(text):
 
 
 def write_address(text):
-    """Write a path or an address of the web or of mail; # for all else (javascript:)."""
+    """Write a path, or an address of the web or of mail; else #: javascript: would run."""
     return html.escape(text) if ADDRESS.match(text) else "#"
 
 
 WRITERS.update({"a value": html.escape, "an attribute": write_attribute,
                 "an address": write_address})
-# Apps make a Template by that very name, so it can have no @addition.
+# Template can have no @addition, because apps call that class itself.
 setattr(Template, "places", checked_places)
 setattr(Template, "lacks", lacks_in_line)
 
 
 # ==== 35. Fields ==========================================================================
-# The idea: more ways to read what was sent along. What nobody can see counts as nothing.
+# The idea: more ways to read fields and signals. Text that nobody can see counts as empty.
 # Who uses it: slices, by their contexts.
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -8623,13 +8621,13 @@ FILLERS = set("\u115f\u1160\u2065\u2800\u3164\uffa0")     # blank, whatever thei
 
 
 def visible(text):
-    """Can any character of it be seen?"""
+    """True if at least one character of the text can be seen."""
     return not all(map(unseen, text))
 
 
 def unseen(character):
-    """Is it a blank, a control or a mark, without width, or does it only set the direction
-    of writing?"""
+    """True for a blank, a control character, a mark, or a character that has no width or
+    only sets the direction of writing."""
     kind = unicodedata.category(character)
     return (kind in ("Cc", "Cf") or kind[0] in "ZM" or character in FILLERS
             or "\U000e0000" <= character <= "\U000e0fff")
@@ -8638,14 +8636,14 @@ def unseen(character):
 @addition
 class ReadsFields(Context):
     def field(self, name, otherwise=""):
-        """Return it as text; "" if nobody can see it. Of several, the last."""
+        """Return a field as text; "" if nobody can see it. Of several, return the last."""
         text = super().field(name, otherwise)
         return text if visible(text) else ""
 
     def fields(self, name: str) -> List[str]:
-        """Return all that a form has under this name, or a list among the signals.
+        """Return all values that a form has under this name, or a signal that is a list.
 
-        What nobody can see is left out.
+        Values that nobody can see are left out.
         """
         found = [value for key, value in self.sent if key == name]
         if len(found) == 1 and isinstance(found[0], list):
@@ -8665,12 +8663,12 @@ class ReadsFields(Context):
 
 
 # ==== 36. Ordinary pages ==================================================================
-# The idea: a slice has pages without a stream, too, and answers that lead from one page to
-#   another, or that a browser keeps as a file.
-# It promises: go() leads to a page by its value, so it can't lead nowhere. Its flash is
-#   shown once, as text, on that page, and to the session whose command it was. What is
-#   downloaded never runs as a page of this server. A no is shown in the workspace's layout.
-#   A form that was refused is shown again, with what was typed.
+# The idea: a slice can also have pages without a stream, and answers that lead from one
+#   page to another, or that a browser saves as a file.
+# It promises: go() takes a Live or a Route, so it never leads to a missing page. Its flash
+#   is shown once, as text, on that page, to the session that sent the command. A download
+#   never runs as a page of this server. A refusal is shown in the workspace's layout. If a
+#   form is refused, its page is shown again, with the values that were typed.
 # Who uses it: slices.
 
 @public
@@ -8693,8 +8691,8 @@ def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
     """Lead the browser to a page of a slice: go(ctx, card, 3) to "/cards/<int:id>".
 
     It works for plain forms and for Datastar. flash: a message that the page shows once.
-    signals: what ctx.remove returned. Raises LookupError if no slice here has the page,
-    ValueError if it is not to be found with these args.
+    signals: the return value of ctx.remove. Raises LookupError if no slice here has the
+    page, ValueError if the page can't be reached with these args.
     """
     path = urllib.parse.quote(f"/w/{ctx.workspace}{path_to(ctx.host.router, page, args)}")
     flash = flash or signals.get("note", "")
@@ -8705,7 +8703,7 @@ def go(ctx: Context, page: Union[Live, Route], *args: Any, flash: str = "",
 
 
 def path_to(router, page, args):
-    """Return the path of a page, in its workspace. Raises LookupError or ValueError."""
+    """Return the path of a page inside its workspace. Raises LookupError or ValueError."""
     pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
     if page not in pages:
         raise LookupError(f"go() leads to a page by its value, and no slice here has "
@@ -8722,13 +8720,13 @@ def path_to(router, page, args):
                      "without slashes or dots alone, and of <int:part> a number")
 
 
-# -- a flash: a message for the page to which go() leads. A cookie brings it there, sealed,
-#    and only to that path. The page deletes it.
+# -- a flash: a message for the page to which go() leads. A sealed cookie carries it there,
+#    and to no other path. The page deletes the cookie.
 #
 #     x-flash: /w/acme/cards/3 DATA                         as go() returns it
 #     set-cookie: flash=DATA.SEAL; Path=/w/acme/cards/3     as it leaves
 #
-# DATA is base64: the message and, behind a line break, what its button undoes.
+# DATA is base64: the message and, after a line break, the id of what its button undoes.
 
 FLASH = "x-flash"                                        # the header of an answer, inside
 FLASH_SECONDS = 60
@@ -8742,7 +8740,7 @@ def flash_header(path, text, signals):
 
 
 def with_flash(request, response):
-    """Return the answer as it leaves: with the message it gives, or the one it got."""
+    """Return the response with the cookie of its flash, or with the flash that came."""
     given = dict(response.headers).get(FLASH)
     if given:
         rest = [pair for pair in response.headers if pair[0] != FLASH]
@@ -8757,8 +8755,8 @@ def with_flash(request, response):
 
 
 def flash_seal(request, path, data):
-    """Return the seal of a message. It is over the session, too: so whoever signs in here
-    next is not shown it."""
+    """Return the seal of a message. It covers the session, so that the account that signs
+    in next in this browser does not see the message."""
     cookies = request.headers.get("cookie", "").split(";")
     session = sorted([one.strip() for one in cookies if "sid" in one.partition("=")[0]])
     sealed = json.dumps([path, data, session]).encode()
@@ -8766,7 +8764,7 @@ def flash_seal(request, path, data):
 
 
 def flash_in(request):
-    """Return the message that came along for this page; "" if there is none of ours."""
+    """Return the flash that the request carries for this page; "" if none has our seal."""
     for value in cookie_values(request.headers["cookie"], "flash"):
         data, _, sealed = value.partition(".")
         ours = flash_seal(request, request.path, data)
@@ -8776,7 +8774,7 @@ def flash_in(request):
 
 
 def show_flash(request, response, text):
-    """Put it at the end of the page, and have the browser forget it."""
+    """Add the flash at the end of the page, and have the browser delete its cookie."""
     path = urllib.parse.quote(request.path)
     forget = cookie_field(request.scheme, "flash", "", path, 0)
     text, _, undo = text.rpartition("\n")
@@ -8791,11 +8789,11 @@ def with_message(response, text, kind="flash", **more):
 # -- a form that was refused
 
 def old_messages(request):
-    """Return signals that take away what a page says of an earlier mistake: "problem" and,
-    for each field that was sent, "<field>_problem".
+    """Return signals that clear the messages of an earlier mistake: "problem" and, for each
+    field that was sent, "<field>_problem".
 
-    Where signals were sent, the page has those messages alone that are among them. (A form
-    sends none of its messages.)
+    If the request sent signals, only those among them are cleared, because the page has no
+    others. (A form sends none of its messages.)
     """
     names = {}
     with contextlib.suppress(Refused):
@@ -8808,7 +8806,7 @@ def old_messages(request):
 @addition
 class ShowsFormsAgain(SliceHost):
     def refuse(self, request, refused):
-        """A plain form is shown again; a page forgets what it says of earlier mistakes."""
+        """Show a plain form again; in a page, replace the messages of earlier mistakes."""
         if request.datastar and refused.status in (409, 422):
             return as_json({**old_messages(request), **refused.signals})
         if request.media_type in FORMS and refused.status in (409, 412, 422):
@@ -8818,9 +8816,9 @@ class ShowsFormsAgain(SliceHost):
     def page_again(self, request, refused):
         """Return the page of a plain form, with the status of the refusal.
 
-        ctx.typed has what was typed and, as "problem" and by field, the messages. If it
-        does not show them, the first stands at its end. Raises refused if there is no such
-        page.
+        ctx.typed holds the submitted values and the messages: "problem" and one by field.
+        If the page does not show "problem", it is added at the end. Raises refused if there
+        is no such page.
         """
         try:
             path = self.form_path(request)
@@ -8832,17 +8830,17 @@ class ShowsFormsAgain(SliceHost):
             raise refused from None
         message = escape(refused.message).encode("utf-8", "replace")
         if not response.nonce or message in response.body:
-            return response                              # it is no page, or shows it
+            return response                              # not a page, or it shows that
         return with_message(response, refused.message, "wrong")
 
     def form_path(self, request):
-        """Return the path of the page on which the form for this command is."""
+        """Return the path of the page that has the form for this command."""
         _, route, args = self.router.match(request.method, request.path)
         return with_parts(route.form, route.path, args) or request.path
 
     def path_after(self, request):
-        """Return where a plain form leads when it is done: to its page or, without one, to
-        the list that its path begins with."""
+        """Return where a plain form leads after success: to its page or, without one, to
+        the first part of the path, which is a list."""
         path = self.form_path(request)
         with contextlib.suppress(Refused):
             self.router.match("GET", path)
@@ -8862,14 +8860,14 @@ class ShowsFormsAgain(SliceHost):
 class KnowsWhatWasTyped(Context):
     @property
     def typed(self):
-        """What was typed into a form that was refused: see ShowsFormsAgain.page_again."""
+        """The values typed into a refused form: see ShowsFormsAgain.page_again."""
         return self._request.typed if self._request else {}
 
 
 @addition
 class CarriesFlashes(LoopEdge):
     def finish(self, asked, response):
-        """Only what go() returns (it has headers), and a page, has to do with a flash."""
+        """Carry a flash. Only pages, and answers with headers, as of go(), can have one."""
         carries = isinstance(response, Response) and (response.headers or response.nonce)
         if carries and asked.reading.method != "HEAD":
             response = with_flash(asked.request, response)
@@ -8884,9 +8882,9 @@ def carry_flashes(env):
 PLAIN.append(carry_flashes)
 
 
-# -- a file for the browser to keep
+# -- a file that the browser saves
 
-# Types, and how others begin. None of those that end with "xml" is one.
+# Types that no browser runs, or how they begin. A type that ends with "xml" is not one.
 HARMLESS = ("text/plain", "text/csv", "text/calendar", "text/vcard", "text/markdown",
             "application/json", "application/pdf", "application/zip", "application/gzip",
             "application/rtf", "application/epub+zip", "application/vnd.", "image/",
@@ -8898,8 +8896,8 @@ SANDBOX = ("content-security-policy", "default-src 'none'; sandbox")
 def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
     """Return a file that the browser saves under this name.
 
-    type: of its content, as "text/csv". What a browser could run (HTML, SVG, XML, scripts)
-    is sent as application/octet-stream.
+    type: its media type, such as "text/csv". A file that a browser could run (HTML, SVG,
+    XML, scripts) is sent as application/octet-stream.
     """
     if isinstance(data, str):
         data = data.encode("utf-8", "replace")
@@ -8910,14 +8908,14 @@ def download(name: str, data: Union[bytes, str], type: str = "") -> Response:
 
 
 def harmless_type(type):
-    """Return the type, if no browser runs what has it; else one that means nothing."""
+    """Return the type if no browser runs files of it, or else one of plain bytes."""
     kind = type.partition(";")[0].strip().lower()
     if kind.startswith(HARMLESS) and not kind.endswith("xml"):
         return type
     return "application/octet-stream"
 
 
-# -- a no, in the layout of the workspace
+# -- a refusal, in the layout of the workspace
 
 IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: of a file (68)
 
@@ -8925,7 +8923,7 @@ IN_LAYOUT = (403, 404, 409, 410, 413, 415, 422, 429, 507)    # 507: of a file (6
 @addition
 class RefusesInLayout(Workspace):
     def answer(self, request):
-        """Show a no as a page. What was written before it is rolled back by now."""
+        """Show a refusal as a page. All writes before it are rolled back already."""
         try:
             return super().answer(request)
         except Refused as no:
@@ -8946,10 +8944,10 @@ class RefusesInLayout(Workspace):
 
 
 # ==== 37. More events =====================================================================
-# The idea: what else Datastar understands, for apps.
+# The idea: all other events and options that Datastar understands, for apps.
 
 def lines_of(event_id, retry, **options):
-    """Return the lines of an event for what is given."""
+    """Return the lines of an event for the options that are given."""
     fields = {"id": event_id, "retry": retry}
     lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
     return lines + [f"data: {name} {value}" for name, value in options.items() if value]
@@ -8973,10 +8971,8 @@ def patch_elements(elements: str = "", *, selector: Optional[str] = None,
 @public
 def patch_signals(signals: Any, *, only_if_missing: bool = False,
                   event_id: Optional[str] = None, retry: Optional[int] = None) -> bytes:
-    """Return an event that merges signals into the page's (RFC 7386: null deletes one).
-
-    signals is a dict, or JSON text that is sent as it is.
-    """
+    """Return an event that merges signals into those of the page (RFC 7386: null deletes
+    one). signals is a dict, or JSON text, which is sent as it is."""
     if not isinstance(signals, str):
         signals = json.dumps(signals, ensure_ascii=False)
     only = "true" if only_if_missing else ""
@@ -9007,12 +9003,12 @@ def execute_script(script: str, *, auto_remove: bool = True,
 
 
 # ==== 38. Assets ==========================================================================
-# The idea: styles, scripts and pictures of an app are in a folder beside it, and are read
-#   once, when the server starts. The address of each has a fingerprint of its content. So a
+# The idea: an app has its styles, scripts and pictures in a folder, which the server reads
+#   once, when it starts. The address of each file has a fingerprint of the content. So a
 #   browser keeps it for a year; when the content changes, the address does, too.
-# It promises: only files of that folder have an address: none that is hidden, and none of
-#   a type that is not listed here. A slice whose style or script is missing is refused when
-#   the server starts.
+# It promises: only files of that folder are served, but no hidden ones, and none of a type
+#   that is not listed here. The server refuses to start if a slice names a style or script
+#   that is missing.
 # Who uses it: slices, by Slice(styles=..., scripts=...) and asset().
 
 ASSET_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
@@ -9027,7 +9023,7 @@ FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
 ASK_EACH_TIME = (("cache-control", "no-cache"),)
 
 
-# Here and not in a template: there no hole may stand in what browsers run or load.
+# Not in a template, because it may have no hole in markup that browsers run or load.
 LINK = '<link rel="{}" href="{}">\n'
 SCRIPT = '<script type="module" src="{}"></script>\n'
 
@@ -9038,14 +9034,14 @@ class Asset(NamedTuple):
     version: str                                         # its fingerprint
 
 
-APP_ASSETS: Dict[str, Asset] = {}                        # by name, as "icons/up.svg"
+APP_ASSETS: Dict[str, Asset] = {}                        # by name, such as "icons/up.svg"
 
 
 @public
 def asset(name: str) -> str:
     """Return the address of a file in the folder of assets.
 
-    They are read when the server starts. Raises LookupError if there is no such file.
+    The folder is read when the server starts. Raises LookupError if the file is not there.
     """
     if name not in APP_ASSETS:
         raise LookupError(f"there is no asset {name!r}; there is "
@@ -9064,8 +9060,8 @@ def add_asset(name, body):
 
 
 def app_asset(request, env):
-    """A door: a file of the app. With a version in its address that is not the present one,
-    a browser asks each time whether it has changed."""
+    """A door: return a file of the app. If the address has no version, or an old one, the
+    browser has to ask each time whether the file has changed."""
     only_read(request)
     body, type, version = APP_ASSETS[request.path[len("/assets/"):]]
     caching = FOR_A_YEAR if request.params.get("v") == version else ASK_EACH_TIME
@@ -9074,7 +9070,7 @@ def app_asset(request, env):
 
 
 def read_assets(settings):
-    """Raise Unusable for a folder that can't be read, or a name that a slice has wrong."""
+    """Read all assets. Raise Unusable if the folder or a slice's asset is not there."""
     for name in APP_ASSETS:                              # of another app, in a test
         DOORS.pop(f"/assets/{name}", None)
     APP_ASSETS.clear()
@@ -9121,15 +9117,15 @@ class LinksAssets(SliceHost):
 
 
 # ==== 39. Brand ===========================================================================
-# The idea: name, icon, colours and language of the product that an app is.
+# The idea: an app is a product with its own name, icon, colours and language.
 # It needs: 38 Assets.
 
 @public
 class Brand(NamedTuple):
-    """What all pages say of the product: main(slices, brand=Brand(name="Poll")).
+    """The product, as all pages show it: main(slices, brand=Brand(name="Poll")).
 
-    icon: the name of an asset. colors: of links and buttons, as "#33409f": on light ground
-    and on dark ground. language: in which the app's pages are written, as in HTML's lang.
+    icon: the name of an asset. colors: of links and buttons, such as "#33409f": one for
+    light pages, one for dark. language: of the app's pages, as in HTML's lang.
     """
     name: str = "orion"
     icon: str = ""
@@ -9142,7 +9138,7 @@ LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")              # RFC 5
 
 
 def use_brand(settings):
-    """Raise Unusable for a brand that can't be shown."""
+    """Put the brand into the layout. Raises Unusable if a value of it is wrong."""
     brand = settings.brand or Brand()
     if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
             or not LANGUAGE.fullmatch(brand.language):
@@ -9162,7 +9158,7 @@ def use_brand(settings):
 
 
 def palette(colors):
-    """Return a style sheet. Raises Unusable for what is no colour."""
+    """Return a style sheet. Raises Unusable unless there are two colours."""
     if isinstance(colors, str) or len(colors) != 2 \
             or not all([COLOR.fullmatch(str(color)) for color in colors]):
         raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
@@ -9175,20 +9171,20 @@ CHECKS.append(use_brand)
 
 
 # ==== 40. Counts ==========================================================================
-# The idea: the home page shows how full each workspace is. Each is asked before the request
-#   takes the Directory's turn.
-# It promises: one that is busy, or that can't be read, holds up no other.
+# The idea: the home page shows how full each workspace is. Each workspace is asked before
+#   the request takes the Directory's turn.
+# It promises: a workspace that is busy, or can't be read, does not delay the page.
 
 @addition
 class TellsFacts(Broadcast):
     def own_facts(self, request):
-        """Return what an object tells of itself. Other sections add to it."""
+        """Return facts about this object. Other sections add more."""
         return {"count": sum([slice.count(Tables(self.store, slice.name, READ))
                               for slice in self.router.slices if slice.count])}
 
 
 def facts_of(workspace: Stub):
-    """Return its facts. If it is busy or can't be read, its count says so in words."""
+    """Return a workspace's facts. If it is busy or can't be read, the count says so."""
     try:
         return json.loads(fetch_briefly(workspace, Request("GET", "/_facts")).body)
     except Busy:
@@ -9205,7 +9201,7 @@ def words_for_count(workspace):
 
 
 def home_with_counts(request, env):
-    """A door."""
+    """A door: count the workspaces on the home page, then return the page."""
     if request.method in SAFE:
         mine = env.directory.ask_as(request, "/_mine")
         env.directory.namespace.counts.update(
@@ -9215,8 +9211,8 @@ def home_with_counts(request, env):
 
 @addition
 class KeepsCounts(GuardedNamespace):
-    """Only the Directory's namespace has counts. The Directory itself would lose them: it
-    is built anew if its file was at fault."""
+    """Only the Directory's namespace has counts. The Directory itself would lose them,
+    because it is rebuilt after a fault of its file."""
 
     @functools.cached_property
     def counts(self):
@@ -9234,9 +9230,9 @@ class KnowsMine(EdgeDirectory):
         return self.namespace.counts.get(id, "")
 
     def own_mine(self, request):
-        """Return the ids of the workspaces on this person's home page.
+        """Return the ids of the workspaces on this account's home page.
 
-        Without those that are being moved: their files may be gone already.
+        Leave out those that are being moved, because their files may already be gone.
         """
         account = self.viewer(request).account
         after = request.params.get("after", "")
@@ -9252,16 +9248,15 @@ class CountsAtHome(LoopEdge):
 
 
 # ==== 41. Live home =======================================================================
-# The idea: home pages are live, too. What was written to is counted again, if it stands on
-#   one that is open. Whoever writes notes the id in `uncounted`; once a second, the edge
-#   takes all ids out of it, counts those workspaces, and has these pages shown again.
-# It promises: a workspace is counted once a second at most, for all home pages that show
-#   it.
+# The idea: home pages are live, too. A workspace that publishes adds its id to `uncounted`.
+#   Once a second, the edge takes all ids out of it, counts again the workspaces that an
+#   open home page shows, and has these pages shown again.
+# It promises: a workspace is counted at most once a second for all home pages that show it.
 # It needs: 40 Counts.
 
 def home_stream(ctx):
-    """Stream the list of workspaces. Its topic is that of the account's access: what
-    changes the list is published there anyway."""
+    """Stream the list of workspaces. Its topic is the one of the account's access, because
+    every change of the list is published there anyway."""
     region = Region(f"access:{ctx.viewer.account}", mine_region, "account")
     live = Live("/", ACCOUNT, "Workspaces", (region,),
                 params={"after": WORKSPACE_NAME.pattern})
@@ -9272,7 +9267,7 @@ def home_stream(ctx):
 class NotesWriting(GuardedNamespace):
     @functools.cached_property
     def uncounted(self):
-        return set()                                     # ids, to be counted again
+        return set()                                     # ids of workspaces to count again
 
 
 @addition
@@ -9287,7 +9282,8 @@ class KeepsHome(EdgeDirectory):
         return count
 
     def rendering(self, region, live, ctx, args):
-        """Counts are not in the store, so its state does not tell whether one is old."""
+        """Never reuse a rendering of the list: its counts are not in the store, so nothing
+        would drop an old one."""
         if region.show is mine_region:
             return self.render(region, live, ctx, args)
         return super().rendering(region, live, ctx, args)
@@ -9301,7 +9297,7 @@ class KnowsHomes(Broker):
             self.edge.env.directory.namespace.uncounted.add(id)
 
     def watchers(self, id):
-        """Return those inside. With --single, home pages are of the same object."""
+        """Leave out home pages: with --single, they are streams of the same object."""
         return [stream for stream in super().watchers(id) if stream.again.path != "/live"]
 
 
@@ -9311,10 +9307,10 @@ class CountsForHomes(LoopEdge):
         return [*super().chores(), (self.count_for_homes, 1.0)]
 
     def count_for_homes(self):
-        """Count anew what was written to and stands on a home page that is open."""
+        """Count again the changed workspaces that an open home page shows."""
         known = self.env.directory.namespace
         written = set()
-        while known.uncounted:                           # others add to it meanwhile
+        while known.uncounted:                           # other threads add to it
             written.add(known.uncounted.pop())
         if not written:
             return
@@ -9331,7 +9327,7 @@ class CountsForHomes(LoopEdge):
             known.counts.pop(id, None)                   # a page that shows it asks again
 
     def open_homes(self):
-        """Return the channels of home pages: one for each account, and page of its list."""
+        """Return the channels of home pages: one for each account and page of its list."""
         channels = self.broker.channels.get(self.env.directory.id, {})
         return [one for one in [*channels.values()]
                 if one.subscription.again.path == "/live"]
