@@ -268,7 +268,7 @@ def as_text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, (int, float, type(None))):
-        raise Refused(400, f"{name} is one value, and not a list, an object or a file. "
+        raise Refused(400, f"{name} must be one value, not a list, an object or a file. "
                            "Reload the page and try again.")
     return "" if value is None else json.dumps(value)
 
@@ -1418,7 +1418,7 @@ class Context:
         """Return whether a checkbox is ticked, or whether a signal is true."""
         said = self.field(name, "true" if otherwise else "false")
         if said not in TICKED:
-            raise Refused(400, f"{name} is true or false. Reload the page and try again.")
+            raise Refused(400, f"{name} must be true or false. Reload the page, try again.")
         return TICKED[said]
 
     def for_page(self, live: Live) -> Context:
@@ -2339,7 +2339,7 @@ def new_workspace(ctx):
     """Create a workspace; the caller becomes its owner. A name used again gets a new id."""
     name = ctx.field("name").strip()
     if not WORKSPACE_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 63 of a to z, 0 to 9 and hyphens between them.")
+        raise Refused(422, "A name has 1 to 63 characters: a to z, 0 to 9, hyphens inside.")
     return create_and_enter(ctx, name)
 
 
@@ -2437,8 +2437,8 @@ def role_of(store, id, account):
 def invite(ctx):
     account = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", account):
-        raise Refused(422, "There is no account of this name. Check the spelling, or ask "
-                           "whoever runs this server to add it.")
+        raise Refused(422, "There is no account with this name. Check the spelling, or ask "
+                           "the operator of this server.")
     if role_of(ctx.store, ctx.viewer.id, account):
         raise Refused(422, f"{account} is a member already. Change the role in the list.")
     role = valid_role(ctx.field("role", "member"))
@@ -2471,7 +2471,7 @@ def role_of_member(ctx, account):
     """Return the role of a member. Raise Refused(404) if they are none."""
     role = role_of(ctx.store, ctx.viewer.id, account)
     if role == NOT_A_MEMBER:
-        raise Refused(404, "There is no such member. The page shows who there is now.")
+        raise Refused(404, "There is no such member. The page shows who is one now.")
     return role
 
 
@@ -2628,7 +2628,7 @@ def as_refused(request, error):
     if isinstance(error, Refused):
         return error
     if isinstance(error, UnicodeEncodeError):            # half a character, written in JSON
-        return Refused(400, "There is a character in this that is none. Type it again.")
+        return Refused(400, "This text has an invalid character. Type it again.")
     log_error(f"{request.method} {request.path}", error)
     return Refused(500, "Something went wrong on our side; it is in the log. Try again.")
 
@@ -2858,7 +2858,7 @@ def known_host(host: str, names: Sequence[str] = ("localhost",)) -> bool:
     return False
 
 
-NOT_OUR_NAME = (421, "This server does not go by that name; whoever runs it can allow it: "
+NOT_OUR_NAME = (421, "This server is not known by that name. Its operator can allow it: "
                      "--allow-host NAME.")
 
 
@@ -3298,7 +3298,7 @@ class StorageFault(Refused):
     OTHER_REMEDY = ("restore it from a backup: orion.py check says what is wrong, restore "
                     "brings it back")
 
-    ANSWERS = {"disk is full": (507, "The disk of this server is full. Ask whoever runs it "
+    ANSWERS = {"disk is full": (507, "The disk of this server is full. Ask its operator "
                                      "to make room."),
                LATE: (503, "This is being brought up to date. Try again in a few minutes.",
                       retry_after(10)),
@@ -4084,7 +4084,7 @@ def check_host(headers, modern):
     host = headers.get("host", "-")
     found = HOST.fullmatch(host)
     if not found or len(host) > NAME_LIMIT or int(found[1] or 0) > 65_535:
-        raise Refused(400, "The Host header field is no name or address with an optional "
+        raise Refused(400, "The Host header is not a name or address with an optional "
                            "port.")
 
 
@@ -11009,7 +11009,7 @@ def new_hash(ctx):
     check_password(ctx.field("new"))
     hashed = ctx.request.headers.get("x-hashed")
     if not hashed:
-        raise Refused(422, "This can't be set so. Use the form that the link opens.")
+        raise Refused(422, "To set the password, use the form that the link opens.")
     return hashed
 
 
@@ -11461,7 +11461,7 @@ def check_founded(ctx, account):
                             "IS NOT NULL", account)[0]
     if founded >= most_workspaces(ctx.host.namespace.settings):
         raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
-                           "Ask whoever runs this server to remove one.")
+                           "Ask the operator of this server to remove one.")
 
 
 def most_workspaces(settings):
@@ -13235,7 +13235,7 @@ def delete_workspace(ctx):
         raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
     if ctx.host.namespace.settings.single:
         raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
-                           "whoever runs it to remove that.")
+                           "its operator to remove that.")
     ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
                    "moving", DELETED, time.time(), ctx.viewer.id)
     ask_all_again(ctx)
@@ -14671,7 +14671,7 @@ PIECE = 2 ** 18                                          # bytes written at a ti
 SLOWEST = 2 ** 14                                        # bytes a second
 SPARE_DISK = 2 ** 26                                     # bytes that uploads leave free
 SAID_OF_UPLOADS = (400, 408, 413, 415, 429, 503, 507)    # statuses
-NO_DISK = "The disk of this server has no room for this. Ask whoever runs it to make room."
+NO_DISK = "The disk of this server has no room for this. Ask its operator to make room."
 
 
 class Spool:

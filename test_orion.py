@@ -4252,7 +4252,7 @@ def test_a_device_is_told_in_words(outside, agent, words):
 
 
 def test_only_who_has_a_password_is_asked_for_it(server, outside):
-    assert "Present password" in outside.sign_in("ann").get("/account").text and "assword" not in Person(server, "bob").get("/account").text
+    assert "Current password" in outside.sign_in("ann").get("/account").text and "assword" not in Person(server, "bob").get("/account").text
 
 
 def test_one_session_is_ended_by_its_name_and_none_of_somebody_else(outside):
@@ -10213,7 +10213,7 @@ def test_where_even_deleting_has_no_room_left_nobody_is_told_to_delete_something
 def test_where_the_disk_is_full_it_is_the_disk_that_is_to_be_made_larger(start, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
     answer = full_of_short_titles(Person(start(quota=64 * 1024), "bob", datastar=True))
-    assert answer.status == 507 and "The disk of this server is full. Ask whoever runs it" in answer.text
+    assert answer.status == 507 and "The disk of this server is full. Ask its operator" in answer.text
 
 
 @cases("keep, left", [(3600.0, 0), (0.0, 250)])
@@ -10959,7 +10959,7 @@ def test_a_link_changes_nothing_for_whoever_is_a_member_already_not_even_its_use
         ann = outside.sign_in("ops")
         outside.write("INSERT INTO memberships (workspace, account, role) SELECT id, 'ops', 'viewer' FROM workspaces")
     before = roles_in(outside)
-    assert "You are in it already" in at_link(outside, link, person=ann).text
+    assert "You are a member already" in at_link(outside, link, person=ann).text
     assert at_link(outside, link, "me", ann, next="/w/acme").status == 303 and roles_in(outside) == before
     assert newcomer(outside, link).status == 303
 
@@ -12018,7 +12018,7 @@ def test_a_deleted_workspace_goes_for_good_after_30_days_also_if_that_is_cut_sho
 def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path):
     with contextlib.closing(Root(ROOTS["single"], tmp_path / "data")) as root:
         bob = root.person("bob")
-        assert "of it. Ask whoever runs it" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
+        assert "of it. Ask its operator" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
         assert "Other" in bob.get("/w/acme/todos").text
         assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
         at_rest(root.server)
@@ -14766,7 +14766,7 @@ def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
     ops = outside.sign_in("ops")
     ops.post("/masquerade", form={"account": "ann"})
     text = ops.get("/w/acme/todos").text
-    assert "you look on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
+    assert "you are looking on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
     assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
     assert ops.post("/masquerade/end", form={}).status == 303
     assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
