@@ -11537,6 +11537,7 @@ def test_the_figures_tell_of_requests_that_stand_in_line(start):
     bob = Person(server, "bob")
     bob.post("/w/acme/todos", title="so that bob is known here")
     workspace = server.env.workspaces.awake(server.env.workspaces.id_from_name("acme"))
+    eventually(lambda: server.edge.broker.version and not server.edge.pool.busy)     # the first look at all files is over
     with concurrent.futures.ThreadPoolExecutor(2) as others:
         with workspace.turn:
             first = others.submit(bob.post, "/w/acme/todos", title="has the thread")
