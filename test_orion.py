@@ -2913,7 +2913,7 @@ def test_a_field_is_text_whatever_it_was_sent_as(told):
         assert told(field, a=sent) == said
     assert told(field) == "none" and told(field, form={"a": ""}) == "" and told(field, form=[("a", "1"), ("a", "2")]) == "2"
     for sent in (["b"], {"b": 1}):
-        assert told(field, a=sent) == (400, "a is one value, and not a list, an object or a file. Reload the page and try again.")
+        assert told(field, a=sent) == (400, "a must be one value, not a list, an object or a file. Reload the page and try again.")
 
 
 def test_fields_are_all_of_a_form_and_of_a_list_of_signals(told):
@@ -2955,7 +2955,7 @@ def test_a_box_is_ticked_or_not_in_a_form_and_among_signals(told):
     assert told(checked, form={"x": "y"}) is told(checked) is told(checked, done=False) is told(checked, done="off") is False
     assert told(lambda ctx: ctx.checked("done", True)) is True and told(lambda ctx: ctx.checked("done", True), done=False) is False
     for sent in ("yes", "", 1, 0, None, [True]):
-        assert told(checked, done=sent)[0] == 400 and "done is " in told(checked, done=sent)[1]
+        assert told(checked, done=sent)[0] == 400 and "done must be " in told(checked, done=sent)[1]
 
 
 def test_what_was_sent_is_decoded_once_however_often_it_is_asked_for(monkeypatch):
@@ -11300,7 +11300,7 @@ def test_however_many_look_on_the_loop_tells_them_some_at_a_time():
     assert chance.broker.show_here.call_count == orion.Broker.SOME
     chance.work()
     assert chance.broker.show_here.call_count == 129
-    chance.broker.moved.add("acme"), chance.broker.tell_who_is_here(), chance.work()
+    chance.broker.came_or_went.add("acme"), chance.broker.tell_who_is_here(), chance.work()
     assert chance.broker.show_here.call_count == 129, "what they see is not sent again"
 
 
@@ -14200,7 +14200,7 @@ def test_history_is_chosen_by_person_and_by_act_with_a_plain_form(server):
     assert '<option value="carol" selected>' in page and '<option value="todos.delete" >deleted' in page and "history.csv?who=carol" in page
     assert acts(bob, "?who=carol&what=") == ['carol added "Rope"'] == acts(bob, "?who=carol&what=todos.create&before=99999999")
     assert acts(bob, "?what=todos.delete") == ['bob deleted "Rope"'] and saved(bob, "/w/acme/history.csv?what=todos.delete") == [["bob", "deleted", "Rope"]]
-    assert acts(bob, "?who=mallory") == [] and "Nothing of this kind" in bob.get("/w/acme/history?who=mallory").text
+    assert acts(bob, "?who=mallory") == [] and "There is nothing of this kind" in bob.get("/w/acme/history?who=mallory").text
     assert len(acts(bob, "?before=x&who=")) == len(acts(bob, "?before=" + "9" * 5000)) == 5, "what is no parameter is none"
 
 
@@ -14770,7 +14770,7 @@ def test_an_operator_looks_on_as_somebody_and_can_not_write(outside):
     assert "you are looking on as <b>ann</b>, read-only" in text and 'action="./todos"' not in text
     assert [ops.post("/w/acme/todos", title="x").status, ops.delete("/w/acme/members/ann").status, ops.post("/workspaces", name="x").status] == [403] * 3
     assert ops.post("/masquerade/end", form={}).status == 303
-    assert ops.get("/w/acme/todos").status == 403 and "look on" not in ops.get("/").text
+    assert ops.get("/w/acme/todos").status == 403 and "looking on" not in ops.get("/").text
 
 
 @cases("ending, seen", [("logout", "You are signed out"), ("end", "disabled"), ("time", "disabled"), ("expelled", "no longer")])
@@ -18174,7 +18174,7 @@ def test_an_owner_renames_and_deletes_a_workspace_by_the_keyboard_on_a_telephone
     assert bob.js("return document.getElementById('confirm-problem').getBoundingClientRect().bottom <= innerHeight")
     bob.press(*"acme corp", "Enter")
     bob.wait("location.pathname === '/' && document.querySelector('.link').textContent === 'Live'")
-    carol.wait("document.querySelector('.cards').textContent.includes('in no workspace yet')")
+    carol.wait("document.querySelector('.cards').textContent.includes('not in a workspace yet')")
     assert carol.errors() == [] == [error for error in bob.errors() if "422" not in error]
 
 
