@@ -12485,27 +12485,28 @@ def restore_one(settings, folder, held, id):
 
 
 # ==== 57. Check and repair ================================================================
-# The idea: look at each file of a deployment; say what is wrong, and what to do about it.
-# It promises: without --repair nothing is changed, and with it only what is surely left
-#   over. While another command is at work, nothing is removed.
+# The idea: check looks at each file of a deployment and says what is wrong and how to fix
+#   it.
+# It promises: without --repair, it changes nothing. With it, check removes files that are
+#   certainly left over, but none while another command is at work.
 # It needs: 55 Copies, 56 Snapshots.
 
 @verb("check", "look at every file and say what is wrong, and what to do", "--repair")
 def check(settings, given):
-    """Return 1 if something is wrong. Without --repair nothing is changed."""
+    """Print what is wrong, and return 1 if anything is. Only --repair changes files."""
     if given.repair:
         repair(settings)
     faults = []
     if settings.plane != "data":
         faults += wrong_with_file(settings, settings.directory_file, "directory")
-    lost = bool(faults)                                  # nobody knows what belongs here
+    lost = bool(faults)                                  # then any file may belong here
     names = names_here(settings, None if lost else settings.directory_file)
-    # In one thread: this keeps a core busy, and not the disk.
+    # One thread is enough, because this keeps a core busy and not the disk.
     said = (wrong_with_file(settings, settings.workspaces / f"{id}.db", id) for id in names)
     for name, wrong in zip(names.values(), with_progress(said, len(names), "checked")):
         faults += [f"{name}: {fault}" if name else fault for fault in wrong]
     if not lost:
-        faults += cut_short(settings)
+        faults += said_of_leftovers(settings)
     faults += said_of_modes(settings)
     try:
         load_keys(settings.key_file)
@@ -12539,8 +12540,8 @@ def schema_of(settings, id):
 
 
 def try_on_copy(settings, db, path, schema):
-    """Raise MigrationError for what would keep people out of a file, DatabaseError for an
-    index of words that is damaged. The file stays as it is."""
+    """Migrate a copy of a file. Raise MigrationError if that fails, sqlite3.DatabaseError
+    if a full-text index is damaged. The file itself does not change."""
     wanted = {(slice, number, digest) for slice, entries in schema
               for number, digest in enumerate(digests_of(entries), 1)}
     ran = db.execute("SELECT slice, entry, digest FROM _migrations").fetchall()
@@ -12557,8 +12558,8 @@ def try_on_copy(settings, db, path, schema):
 
 
 def check_indexes(copy):
-    """Ask FTS5, which answers only to a writer; quick_check reads no word before SQLite
-    3.44."""
+    """Have FTS5 check its indexes. It needs to write for that, so this takes a copy.
+    quick_check does not look into an index before SQLite 3.44."""
     with contextlib.closing(sqlite3.connect(copy)) as db:
         for name, in db.execute(FTS5_TABLES).fetchall():
             ask = f"""INSERT INTO "{name}" ("{name}") VALUES ('integrity-check')"""
@@ -12571,16 +12572,16 @@ def check_indexes(copy):
 
 # -- what is left over
 
-def cut_short(settings):
-    """Say what is left of commands, and of servers, that were killed. Nothing, while a
-    command may still be at work."""
+def said_of_leftovers(settings):
+    """Say what killed commands and servers have left behind. Return [] while a command may
+    still be at work."""
     try:
         with one_move(settings):
-            said = [f"{path}: left behind by what was cut short; check --repair removes it"
+            said = [f"{path}: an interrupted command left this; check --repair removes it"
                     for path in leftovers(settings)]
-            said += [f"{path}: an older version set it aside for a move; if the workspace "
-                     "is well, remove it" for path in settings.workspaces.glob("*.moved")]
-            said += [f"{path}: its database is gone; remove it, if no rows are missed"
+            said += [f"{path}: an older version kept this after a move; if the workspace "
+                     "works, remove it" for path in settings.workspaces.glob("*.moved")]
+            said += [f"{path}: its database is gone; if no rows are missing, remove it"
                      for path in settings.workspaces.glob("*.db-*")
                      if not path.with_name(path.name.rpartition("-")[0]).exists()]
             return [*said, *said_of_restore(settings), *said_of_strays(settings)]
@@ -12589,7 +12590,7 @@ def cut_short(settings):
 
 
 def leftovers(settings):
-    """Return files in the making that nobody makes any more."""
+    """Return unfinished files that no process is working on any more."""
     patterns = ["secret.key.part", "restoring.part", "directory.db.making*", f"{COPY}*",
                 "workspaces/*.part", "workspaces/*.making*", "removed/*.making*"]
     if settings.single:
@@ -12600,7 +12601,7 @@ def leftovers(settings):
 
 
 def paths_like(settings, patterns):
-    """Return what there is in the data folder that one of the patterns fits, by name."""
+    """Return the paths in the data folder that match any of the patterns, sorted."""
     return sorted({*itertools.chain(*map(settings.data.glob, patterns))})
 
 
@@ -12616,7 +12617,7 @@ def said_of_restore(settings):
     mark = settings.data / "restoring"
     if not mark.exists():
         return []
-    return [f"{settings.data}: a restore was cut short; do it again: restore "
+    return [f"{settings.data}: a restore was interrupted; run it again: restore "
             f"{mark.read_text('utf-8')}"]
 
 
@@ -12624,31 +12625,31 @@ WHEREABOUTS = "SELECT id, name, moving FROM workspaces WHERE name IS NOT NULL AN
 
 
 def said_of_strays(settings):
-    """Say what to do with files that are of no workspace, and with workspaces that go.
+    """Say what to do with files that belong to no workspace, and with unfinished moves.
 
-    The files are listed first: one that is founded meanwhile is no stray.
+    The files are listed first, because the file of a new workspace exists before its row.
     """
     files = {path.stem: path for path in files_here(settings)}
     if not settings.directory_file.exists():             # a node: all files belong here
         return []
     with opened_to_read(settings.directory_file) as db:
         rows = db.execute(WHEREABOUTS).fetchall()
-    said = [f"{name}: it is being removed; workspace remove {name} finishes that"
+    said = [f"{name}: its removal was interrupted; finish it with workspace remove {name}"
             for _, name, moving in rows if moving == GOES]
-    said += [f"{name}: it is on its way, and its file is still here; workspace export "
-             f"{name} FILE --move finishes that"
+    said += [f"{name}: its move was interrupted, and its file is still here; finish it "
+             f"with workspace export {name} FILE --move"
              for id, name, moving in rows if moving == MOVES and id in files]
     for id in {*files} - {id for id, *_ in rows}:
-        what = "check --repair removes it, for there is nothing in it"
+        what = "it is empty, and check --repair removes it"
         if not is_blank(files[id]):
-            what = "import it, or move it away"
-        said.append(f"{files[id]}: no workspace of the Directory has this file; {what}")
+            what = "import it, or move it elsewhere"
+        said.append(f"{files[id]}: no workspace in the Directory has this file; {what}")
     return said
 
 
 def is_blank(path):
-    """True for what is left when a workspace was founded, and that was cut short: nobody
-    has ever written to it."""
+    """Return whether nobody has ever written to this file, because the command that should
+    create its workspace was interrupted."""
     with contextlib.suppress(sqlite3.Error), opened_to_read(path) as db:
         verified(db)
         return not db.execute("SELECT 1 FROM journal").fetchone()
@@ -12659,12 +12660,12 @@ def said_of_modes(settings):
     found = open_to_others(settings)
     if not found:
         return []
-    return [f"{found[0]} can be read by others on this machine, as {len(found)} files here "
-            "can; check --repair closes them"]
+    return [f"other users of this machine can read {len(found)} files here, such as "
+            f"{found[0]}; check --repair makes them private"]
 
 
 def open_to_others(settings):
-    """Return files of older versions that everybody can read."""
+    """Return files that everybody can read. Older versions made such files."""
     if os.name != "posix" or not mode_of(settings.data) & 0o007:
         return []
     patterns = ["*.db*", "workspaces/*.db*", "removed/*.db*", f"backups/{DATED}"]
@@ -12677,7 +12678,7 @@ def open_to_others(settings):
 
 
 def mode_of(path):
-    """Return the mode of a file; 0 for a link, or for a log that has gone meanwhile."""
+    """Return the mode of a file; 0 for a link, or for a log that no longer exists."""
     with contextlib.suppress(FileNotFoundError):
         if not path.is_symlink():
             return os.stat(path).st_mode
@@ -12687,7 +12688,7 @@ def mode_of(path):
 # -- repair
 
 def repair(settings):
-    """Do what is safe. Raises Unusable while a command is at work."""
+    """Do the repairs that are safe. Raises Unusable while a command is at work."""
     if not settings.directory_file.exists() and not settings.workspaces.exists():
         return
     with one_move(settings):
@@ -12700,14 +12701,15 @@ def repair(settings):
     for path in gone:
         print(f"{path}: removed")
     for path in open_to_others(settings):
-        with contextlib.suppress(FileNotFoundError):     # a log that went just now
+        with contextlib.suppress(FileNotFoundError):     # a log may be gone
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             os.fchmod(handle, mode_of(path) & 0o700)
             os.close(handle)
 
 
 def remove_blanks(settings):
-    """Meanwhile nobody founds a workspace: its file is there before its row."""
+    """Remove files that is_blank is true of, and return them. The transaction keeps others
+    from adding a workspace, because its file would exist before its row."""
     with OwnedStore(settings.directory_file) as store, store.tx():
         named = {row["id"] for row in store.query(WHEREABOUTS)}
         blank = [path for path in files_here(settings)
@@ -12719,34 +12721,33 @@ def remove_blanks(settings):
 
 
 # ==== 58. Exports =========================================================================
-# The idea: a workspace goes into one file, with its name and its members, and out of it
-#   into another deployment.
-# It promises: with --move, people are shut out before the copy is made, so nothing can be
-#   written after it. A file from elsewhere is checked first, and never trusted: whoever
-#   made it may wish us ill.
-# It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes does the same in another
-#   way.
+# The idea: a workspace is exported to one file, with its name and its members, and imported
+#   from there into another deployment.
+# It promises: with --move, the gate lets nobody in before the copy is made, so nothing can
+#   be written after it. A file from elsewhere is checked first and never trusted, because
+#   an attacker may have made it.
+# It needs: 44 Accounts, 42 Jobs, 55 Copies. On a node, 62 Nodes replaces both commands.
 #
-# Its table _export has one row, which says what the Directory knew of it:
+# The table _export of such a file has one row, with what the Directory knew about it:
 #
 #     {"name": "acme", "title": "Acme Corp", "members": [["bob", "owner"]],
 #      "left": "9f86..."}
 #
-# left: the id that the workspace had where it left, with --move.
+# left: with --move, the id that the workspace had in the deployment that it left.
 
 # -- a workspace and its file
 
 def add_workspace(store, workspaces, name, title, members, source=None):
     """Add a workspace with these members (accounts with their roles).
 
-    Its file (source, or an empty one) is there before the commit: a row without a file
-    means that it was lost.
+    Its file (source, or an empty one) is there before the commit, because a row without a
+    file means that the file was lost.
     """
     check_free(store, name)
-    id = new_id(store, workspaces, name)                 # of a single root, always the same
+    id = new_id(store, workspaces, name)                 # always the same on a single root
     if store.one("SELECT 1 FROM workspaces WHERE id = ?", id):
-        raise Refused(422, "This server has one workspace. workspace import takes its file "
-                           "to a server of many.")
+        raise Refused(422, "This server can have only one workspace. To have more, import "
+                           "its file into a server without --single.")
     if source and not may_replace(source, workspaces.path(id)):
         raise Refused(*TAKEN)
     add_rows(store, id, name, members)
@@ -12757,20 +12758,20 @@ def add_workspace(store, workspaces, name, title, members, source=None):
 @addition
 class AddsWorkspaces(EdgeDirectory):
     def add_workspace(self, ctx, name, owner):
-        if "x-file" in ctx.request.headers:              # it was made before (26)
+        if "x-file" in ctx.request.headers:              # section 26 has made the file
             return super().add_workspace(ctx, name, owner)
         add_workspace(ctx.store, self.workspaces, name, name, [(owner, "owner")])
 
 
 @addition
 class KeepsFiles(GuardedNamespace):
-    """The file of a workspace, when it is added or removed.
+    """Makes and removes the file of a workspace.
 
     Each step is a method because with nodes (section 62) another machine has the file.
     """
 
     def put(self, store, id, name, source):
-        """Have a file for a new workspace, before its row is committed."""
+        """Make the file of a new workspace, or move source there, before the commit."""
         if source:
             put_in_place(source, self.path(id))
         else:
@@ -12778,17 +12779,17 @@ class KeepsFiles(GuardedNamespace):
                 self.name_draft(draft, id)
 
     def make_on_node(self, name):
-        """After that commit, have the node make the file. Here there is none."""
+        """Have the node make the file, after that commit. Without nodes, do nothing."""
 
     def check_removable(self, row, now):
-        """Raise Unusable if its file can't be removed."""
+        """Raise Unusable if the file can't be removed."""
 
     def remove(self, row, about, now):
-        """Remove the file. Unless now, a copy stays for 30 days; about: see copy_database.
-        """
+        """Remove the file. Unless now is true, keep a copy for 30 days. about: see
+        copy_database."""
         copy = remove_file(self.settings, self.path(row["id"]), about, now)
         if copy:
-            print(f"a copy stays for 30 days; workspace import {copy} brings it back")
+            print(f"a copy is kept for 30 days; workspace import {copy} brings it back")
 
 
 def roles_in(store, id):
@@ -12800,17 +12801,17 @@ def roles_in(store, id):
 def row_with_file(settings, store, name):
     """Return the row of a workspace that has a file of its own here."""
     if settings.single:
-        raise Unusable(f"{name} is part of a single root; the file {settings.single} is "
-                       "all of it")
+        raise Unusable(f"{name} is the only workspace of a --single server; copy the whole "
+                       f"file {settings.single}")
     row = row_of(store, "workspaces", name)
     if row["node"]:
-        raise Unusable(f"{name} is on {row['node']}; do this on that machine")
+        raise Unusable(f"{name} is on {row['node']}; run this command on that machine")
     return row
 
 
 # -- add, list, rename, remove
 
-@verb("workspace add", "make a workspace; without --owner, member add lets people in",
+@verb("workspace add", "add a workspace; name an --owner, or use member add afterwards",
       "title", "--owner")
 def workspace_add(settings, given):
     name, title = names_of(given.title)
@@ -12824,7 +12825,7 @@ def workspace_add(settings, given):
     print(f"{name}: at /w/{name}")
 
 
-@verb("workspace list", "list name, id, bytes, quota and title of each")
+@verb("workspace list", "list the name, id, size, quota and title of each workspace")
 def workspace_list(settings, given):
     rows = looked_up(settings, lambda store: store.query(
         "SELECT * FROM workspaces WHERE name IS NOT NULL ORDER BY name"))
@@ -12854,11 +12855,13 @@ def workspace_rename(settings, given):
 @verb("workspace remove", "remove a workspace; a copy stays for 30 days, unless --now",
       "name", "--now")
 def workspace_remove(settings, given):
-    """First nobody is let in any more, and open pages end. Then its file goes, and then its
-    name. If this is cut short, the same command finishes it.
+    """Keep everybody out and end open pages; then remove the file, and then the name.
+
+    If this is interrupted, the same command finishes it.
     """
     if settings.single:
-        raise Unusable(f"{given.name} is part of a single root; remove {settings.single}")
+        raise Unusable(f"{given.name} is the only workspace of a --single server; to "
+                       f"remove it, remove the file {settings.single}")
     with one_move(settings):
         with opened(settings) as (store, env):
             row = row_of(store, "workspaces", given.name)
@@ -12874,19 +12877,19 @@ def workspace_remove(settings, given):
             forget_workspace(store, row["id"])
 
 
-NOTICE_SECONDS = 2.0                                     # in which a server ends streams
-KEPT_SECONDS = 30 * 86400.0                              # what was removed, or deleted
+NOTICE_SECONDS = 2.0                                     # a server needs to end streams
+KEPT_SECONDS = 30 * 86400.0                              # for what is removed or deleted
 
 
 def forget_workspace(store, id):
-    """The row stays, without a name: the id is not given again."""
+    """Remove the members, tokens and name. The row stays, to keep the id from reuse."""
     store.exec("DELETE FROM memberships WHERE workspace = ?", id)
     store.exec("DELETE FROM tokens WHERE workspace = ?", id)
     store.exec("UPDATE workspaces SET name = NULL WHERE id = ?", id)
 
 
 def remove_file(settings, path, about, now):
-    """Remove a workspace's file. Return its copy, which stays for 30 days."""
+    """Remove a workspace's file. Return the copy that is kept for 30 days, or None."""
     removed = settings.data / "removed"
     copy = None
     if path.exists():
@@ -12894,7 +12897,7 @@ def remove_file(settings, path, about, now):
             private_folder(removed)
             copy = removed / f"{about['name']}-{timestamp()}.db"
         take_away(path, copy, about)
-    remove_log(path)                                     # of a removal that was cut short
+    remove_log(path)                                     # from an interrupted removal
     return copy
 
 
@@ -12904,7 +12907,7 @@ class ForgetsWorkspaces(LoopEdge):
         return [*super().chores(), (self.forget_some, 60.0)]
 
     def forget_some(self):
-        """Some of the copies that are older than 30 days go."""
+        """Remove some of the copies that are older than 30 days."""
         files = (self.settings.data / "removed").glob("*.db")
         limit = time.time() - KEPT_SECONDS
         for old in [file for file in files if file.stat().st_mtime < limit][:10]:
@@ -12913,13 +12916,12 @@ class ForgetsWorkspaces(LoopEdge):
 
 # -- export
 
-@verb("workspace export", "write all of it to one file, while the server runs; with --move "
-                          "nobody is let in any more", "name", "file", "--move")
+@verb("workspace export", "write a workspace to one file, while the server runs; with "
+                          "--move, keep everybody out from then on", "name", "file",
+      "--move")
 def workspace_export(settings, given):
-    """With --move, the gate says 503 until the name is removed here.
-
-    If that is cut short, the same command finishes it.
-    """
+    """Write a workspace to a file. With --move, the gate answers 503 until workspace
+    remove; if that is interrupted, the same command finishes it."""
     with one_move(settings) if given.move else contextlib.nullcontext():
         export(settings, given)
 
@@ -12939,7 +12941,7 @@ def export(settings, given):
     try:
         rows = write_out(path, given.file, about)
     except BaseException:
-        if given.move and path.exists():                 # all is as it was
+        if given.move and path.exists():                 # nothing was lost: let them in
             with opened(settings, given, f"{given.name} failed") as (store, _):
                 set_moving(store, row["id"], row["moving"])
         raise
@@ -12949,20 +12951,20 @@ def export(settings, given):
 def check_here(row, path):
     """Raise Unusable if the workspace has left already."""
     if row["moving"] and not path.exists():
-        remove_log(path)                                 # all of it is in the copy
-        raise Unusable(f"{row['name']} has left already; workspace import its file "
-                       f"elsewhere, then workspace remove {row['name']} here")
+        remove_log(path)                                 # the copy has all of its rows
+        raise Unusable(f"{row['name']} has left already; run workspace import with its "
+                       f"file elsewhere, then workspace remove {row['name']} here")
 
 
 def check_export(given, row):
-    """Raise Unusable if the file is there already, unless a move to it was cut short; then
-    this finishes it."""
+    """Raise Unusable if the file exists, unless an interrupted move has made it. Then this
+    command finishes that move."""
     if not (given.move and row["moving"] and left_by(given.file) == row["id"]):
         check_new(given.file)
 
 
 def left_by(file):
-    """Return the id of the workspace that left by this file, or ""."""
+    """Return the id of the workspace that was moved out to this file, or ""."""
     with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError), \
             opened_to_read(file) as db:
         return json.loads(db.execute("SELECT about FROM _export").fetchone()[0])["left"]
@@ -12975,17 +12977,16 @@ def set_moving(store, id, moving):
 
 # -- import, and restore
 
-@verb("workspace import", "take in what export wrote, with its members", "file", "--name",
-      "--jobs")
+@verb("workspace import", "add a workspace from an exported file, with its members", "file",
+      "--name", "--jobs")
 def workspace_import(settings, given):
-    """Take in an export, or a single root. A member without an account here gets one.
-
-    Accounts of an export come without a password.
+    """Import an export, or the file of a single root. Members without an account here get
+    one. Accounts from an export have no password.
     """
     check_no_node(settings)
     typed, members, accounts = about_file(given.file, given.name)
     name, title = names_of(typed)
-    with one_move(settings), adopted(settings, given.file, given.jobs) as copy:
+    with one_move(settings), copy_to_import(settings, given.file, given.jobs) as copy:
         with opened(settings, given, name) as (store, env):
             new = add_accounts(store, accounts)
             add_workspace(store, env.workspaces, name, title, [*members.items()], copy)
@@ -12996,18 +12997,18 @@ def workspace_import(settings, given):
 
 
 def check_no_node(settings):
-    """Raise Unusable for the folder of a node: a Directory there would be a second one."""
+    """Raise Unusable on a node, because this would make a second Directory there."""
     if settings.single or settings.directory_file.exists():
         return
     if settings.key_file.exists():
-        raise Unusable(f"{settings.data} has a key and no Directory, as a node has; there "
-                       "say orion.py --plane data --directory HOST:PORT workspace import")
+        raise Unusable(f"{settings.data} has a key but no Directory, as a node has; there "
+                       "use orion.py --plane data --directory HOST:PORT workspace import")
 
 
 def about_file(file, name):
-    """Return its title, {member: role}, and accounts: [(name, label, password)].
+    """Return a file's title, {member: role}, and accounts: [(name, label, password)].
 
-    Raises Unusable if it is no export, no single root and no file of workspaces.
+    Raises Unusable if the file is not a workspace's (an export or not) or a single root's.
     """
     try:
         with Original(file) as store:
@@ -13015,24 +13016,24 @@ def about_file(file, name):
         for account, role in members.items():
             check_member(file, account, role)
     except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
-        raise Unusable(f"{file}: {error}; name a file that workspace export made, or a "
-                       "single root") from error
+        raise Unusable(f"{file}: {error}; name a file that workspace export made, or the "
+                       "file of a --single server") from error
     if not name and not own_name:
-        raise Unusable(f"{file} does not know its name; give it one with --name")
+        raise Unusable(f"{file} does not contain a name; choose one with --name")
     return name or str(own_name), members, accounts
 
 
 def check_member(file, account, role):
     if role not in ROLES:
-        raise Unusable(f"{file}: there can be no role {role!r:.50} here; the roles are "
+        raise Unusable(f"{file}: the role {role!r:.50} does not exist here; the roles are "
                        f"{', '.join(ROLES)}")
     if not ACCOUNT_NAME.fullmatch(account):
-        raise Unusable(f"{file}: there can be no account named {account!r:.50} here; a "
-                       "name is of a to z, 0 to 9 and hyphens")
+        raise Unusable(f"{file}: no account can be named {account!r:.50} here; names "
+                       "consist of a to z, 0 to 9 and hyphens")
 
 
 def about_store(store):
-    """Return what about_file does, of a store that is open."""
+    """Return the same as about_file, from an open store."""
     tables = store.tables()
     if "_export" in tables:
         about = json.loads(store.one("SELECT about FROM _export")["about"])
@@ -13041,8 +13042,8 @@ def about_store(store):
         return title, members, [(account, account, "") for account in members]
     if "_migrations" not in tables or \
             store.one("SELECT 1 FROM _migrations WHERE slice LIKE 'workspace/%'"):
-        raise Unusable(f"{store.path} is no workspace; name an export, a single root or a "
-                       "file of workspaces")
+        raise Unusable(f"{store.path} is not a workspace; name an export, the file of a "
+                       "--single server, or a file of the folder workspaces")
     if "memberships" not in tables:
         return "", {}, []
     members = store.query("SELECT account, role FROM memberships ORDER BY account")
@@ -13054,22 +13055,22 @@ def about_store(store):
 
 
 def add_accounts(store, accounts):
-    """Add those that do not exist. Return the names of new ones without a password."""
+    """Add the accounts that are new here. Return the names of those without a password."""
     new = "INSERT OR IGNORE INTO accounts (name, label, password) VALUES (?, ?, ?)"
     return [account[0] for account in accounts if store.exec(new, *account)
             and not account[2]]
 
 
 @contextlib.contextmanager
-def adopted(settings, source, jobs):
-    """Give a copy of another deployment's file, which an object of this one will claim.
+def copy_to_import(settings, source, jobs):
+    """Give a copy of a workspace's file that an object of this deployment can claim.
 
-    Of a single root, give the part that is the workspace's. jobs: "keep", "drop" or None:
-    see keep_or_drop_jobs. Raises Unusable if the slices that are here can't go on with it.
+    If source is a single root, the copy has only the workspace's tables. jobs: "keep",
+    "drop" or None: see keep_or_drop_jobs. Raises Unusable if the slices do not fit it.
     """
     private_folder(settings.data)
     with folder_for_copy(settings) as folder:
-        path = pathlib.Path(folder) / "adopted.db"
+        path = pathlib.Path(folder) / "import.db"
         copy_database(source, path)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
             strip_directory(db)
@@ -13082,38 +13083,38 @@ def adopted(settings, source, jobs):
 
 
 def keep_or_drop_jobs(source, path, jobs):
-    """Drop the jobs, unless somebody says that they are to run here, in others' names.
+    """Drop the jobs unless jobs is "keep", because they act in the names of others.
 
-    Where they come from they may have run, or run still; then a letter would be sent twice.
-    Jobs that come again (every day) need no word, for they are planned anew when the file
-    is opened. Raises Unusable if there are any others, and nothing was said.
+    They may also run, or have run, where the file comes from, and send a letter twice.
+    Planned jobs (every day) need no decision, because opening the file plans them again.
+    Raises Unusable if there are others and jobs is None.
     """
     others = f"key IS NULL OR key NOT IN ({PLANNED})"
     with OwnedStore(path) as store:
-        store.exec("DELETE FROM answers")                # to commands that were sent there
+        store.exec("DELETE FROM answers")                # for commands sent to that server
         many = store.one(f"SELECT count(*) AS many FROM jobs WHERE {others}")["many"]
         if many and not jobs:
             raise Unusable(f"{source} has {many} jobs, which would run here, too; say "
                            "--jobs keep to run them, or --jobs drop")
         if jobs != "keep":
             store.exec("DELETE FROM jobs")
-        store.exec("VACUUM")                             # no password is left in free pages
+        store.exec("VACUUM")                             # removes passwords in free pages
 
 
 def bring_up_to_date(settings, path):
-    """Raise MigrationError for what would keep people out of it later."""
+    """Migrate an imported file. Raise MigrationError if the slices here do not fit it."""
     schema = workspace_router(settings).schema
     with OwnedStore(path) as store:
         there = {row["slice"] for row in store.query("SELECT slice FROM _migrations")}
-        for slice in there - {name for name, _ in schema} - had_once(settings, there):
-            raise MigrationError(f"it has rows of slice {slice!r}, which is not here; take "
-                                 "it in with an app that has this slice")
+        for slice in there - {name for name, _ in schema} - former_slices(settings, there):
+            raise MigrationError(f"it has rows of slice {slice!r}, which this app lacks; "
+                                 "import it with an app that has this slice")
         store.migrate_all(schema)
 
 
-def had_once(settings, there):
-    """Return the slices that an app had here before (see check_ledger). A node has no
-    record of them, so it takes all those that are there."""
+def former_slices(settings, there):
+    """Return the slices that an app here has had before (see check_ledger). A node has no
+    record of them, so there it is all slices of the file."""
     if not settings.directory_file.exists():
         return there if settings.plane == "data" else set()
     with opened_to_read(settings.directory_file) as db:
@@ -13129,16 +13130,16 @@ def strip_directory(db):
     db.execute("PRAGMA application_id = 0")
 
 
-@verb("workspace restore", "bring it up as it was in a snapshot, beside the present one",
+@verb("workspace restore", "add a workspace as it was in a snapshot; the present one stays",
       "name", "--at", "--new", "--jobs")
 def workspace_restore(settings, given):
-    """With its members. It never takes the place of the present one."""
+    """Add a copy with the present members. It never replaces the present workspace."""
     with opened(settings) as (store, _):
         row = row_with_file(settings, store, given.name)
     typed = given.new or f"{row['title'] or row['name']}-{given.at.name}"
     name, title = names_of(typed)
     file = given.at / "workspaces" / f"{row['id']}.db"
-    with one_move(settings), adopted(settings, file, given.jobs) as copy, \
+    with one_move(settings), copy_to_import(settings, file, given.jobs) as copy, \
             opened(settings, given, name) as (store, env):
         members = roles_in(store, row["id"])
         add_workspace(store, env.workspaces, name, title, members, copy)
@@ -13147,8 +13148,8 @@ def workspace_restore(settings, given):
 
 
 # ==== 59. Member verbs ====================================================================
-# The idea: what the members page does, on the command line and by the same rules. But an
-#   operator makes somebody an owner without asking them.
+# The idea: the commands of the members page, on the command line and by the same rules. But
+#   here an operator can make somebody an owner without asking them.
 # It needs: 58 Exports.
 
 @verb("member add", "let an account into a workspace", "workspace", "account", "role")
@@ -13156,18 +13157,18 @@ def workspace_restore(settings, given):
 @verb("member remove", "end a membership; the open pages of the member end, too",
       "workspace", "account")
 def member_set(settings, given):
-    """Nothing is published: a running server sees within a second that we wrote."""
+    """Add, change or remove a member. A running server sees the write within a second."""
     role = valid_role(given.role) if "role" in given else NOT_A_MEMBER
     with opened(settings, given) as (store, _):
         id = row_of(store, "workspaces", given.workspace)["id"]
-        given.workspace = id                             # for the journal: names change
+        given.workspace = id                             # in the journal; names change
         row_of(store, "accounts", given.account)
         before = role_of(store, id, given.account)
         if before and given.verb == "member add":
-            raise Unusable(f"{given.account} is a member already; member role changes the "
-                           "role")
+            raise Unusable(f"{given.account} is a member already; change the role with "
+                           "member role")
         if not before and given.verb != "member add":
-            raise Unusable(f"{given.account} is no member; member add makes one")
+            raise Unusable(f"{given.account} is not a member; use member add")
         store_role(store, id, given.account, before, role)
 
 
@@ -14104,7 +14105,7 @@ def import_on_node(settings, given):
     name = place["name"]
     path = settings.workspaces / f"{place['id']}.db"
     jobs = "keep" if is_itself else given.jobs
-    with one_move(settings), adopted(settings, given.file, jobs) as copy:
+    with one_move(settings), copy_to_import(settings, given.file, jobs) as copy:
         if not may_replace(copy, path):
             raise Unusable(f"this node has {name} already, in {path}; --name takes the "
                            "file for another")

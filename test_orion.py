@@ -10024,7 +10024,7 @@ def test_a_workspace_without_an_owner_gets_one_as_its_first_member(run, tmp_path
                              ("account passwd bea", "long enough\n", "no account bea"), ("account remove bea", "", "no account bea"), ("account remove ann", "", "last owner of acme"),
                              ("workspace add acme --owner ann", "", "taken"), ("workspace add ! --owner ann", "", "a to z"), ("workspace add Acme --owner ann", "", "taken"), ("workspace add b --owner bea", "", "no account bea"),
                              ("workspace rename b c", "", "no workspace b"), ("workspace remove b", "", "no workspace b"),
-                             ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "no member"), ("member remove acme ann", "", "last owner"),
+                             ("member add acme ann viewer", "", "a member already"), ("member role acme ops viewer", "", "not a member"), ("member remove acme ann", "", "last owner"),
                              ("member add acme ops king", "", "one of owner"), ("backup .", "", "exists"), ("restore .", "", "already")])
 def test_what_can_not_be_done_says_why_in_one_line_and_changes_nothing(run, settled, words, stdin, why):
     def state():
@@ -10257,13 +10257,13 @@ def test_an_exported_workspace_is_imported_elsewhere_with_its_members(served, ru
     assert run("workspace", "import", tmp_path / "acme.db", "--name", "acme2", data=there)[0] == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "acme.db")) as file, file:
         file.execute("UPDATE _export SET about = replace(about, 'viewer', 'captain')")
-    assert "no role 'captain' here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
+    assert "the role 'captain' does not exist here; the roles are owner, admin" in run("workspace", "import", tmp_path / "acme.db", "--name", "acme3", data=there)[2]
     assert "acme3" not in run("workspace", "list", data=there)[1]
 
 
 @cases("row, why", [(("todos", 99, "x", ""), "slice 'todos', entry 99 ran here and is unknown; a newer version wrote it"),
                     (("orion", 1, "edited", ""), "slice 'orion', entry 1 ran here and was edited since"),
-                    (("chores", 1, "x", "chores"), "rows of slice 'chores', which is not here")], ids=["newer", "another orion", "other slices"])
+                    (("chores", 1, "x", "chores"), "rows of slice 'chores', which this app lacks")], ids=["newer", "another orion", "other slices"])
 @cases("how", ["an export", "a file of workspaces"])
 def test_a_file_that_these_slices_can_not_go_on_with_is_refused_when_it_is_imported(served, run, tmp_path, how, row, why):
     served.run("workspace", "export", "acme", tmp_path / "acme.db")
@@ -10395,10 +10395,10 @@ def test_jobs_that_come_in_a_file_run_only_where_somebody_says_so(served, run, t
 def test_a_workspaces_bare_file_is_imported_under_a_name_and_a_directory_is_not(served, tmp_path):
     served.env.workspaces.sleep_unused(idle=-1)
     file = shutil.copy(served.env.workspaces.path(served.env.workspaces.id_from_name("acme")), tmp_path / "found.db")
-    assert "give it one with --name" in served.run("workspace", "import", file)[2]
+    assert "choose one with --name" in served.run("workspace", "import", file)[2]
     assert served.run("workspace", "import", file, "--name", "found")[0] == 0 and served.run("member", "add", "found", "bob", "owner")[0] == 0
     assert len(titles(Person(served, "bob"), "found")) == 3
-    assert "is no workspace" in served.run("workspace", "import", served.env.settings.directory_file, "--name", "x")[2]
+    assert "is not a workspace" in served.run("workspace", "import", served.env.settings.directory_file, "--name", "x")[2]
 
 
 def test_what_is_there_is_not_overwritten(served, tmp_path):
@@ -10638,13 +10638,13 @@ def test_check_finds_a_damaged_index_of_words_and_says_how_to_make_it_anew(start
 def test_check_names_what_was_cut_short_and_repairs_what_is_safe(served):
     data = served.env.settings.data
     left = ["secret.key.part", "directory.db.making", "workspaces/x.db.making", "workspaces/x.db.making-journal", "workspaces/x.db.part", "workspaces/new-0.db",
-            "removed/x.db.making", "copy.making-1234567/adopted.db", "copy.making-7654321/adopted.db.making", "backups/20260101-000000-000.making/manifest.json"]
+            "removed/x.db.making", "copy.making-1234567/import.db", "copy.making-7654321/import.db.making", "backups/20260101-000000-000.making/manifest.json"]
     for name in (*left, "copy-of-ours/notes", "workspaces/old.db.moved", "workspaces/gone.db-wal"):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text("x")
     named = [data / name if name.count("/") < 2 and not name.startswith("copy") else (data / name).parent for name in left]
     status, out, _ = served.run("check")
-    assert status == 1 and [path for path in named if f"{path}: left behind" not in out] == [] and "of-ours" not in out
+    assert status == 1 and [path for path in named if f"{path}: an interrupted command left this" not in out] == [] and "of-ours" not in out
     status, out, _ = served.run("check", "--repair")
     assert status == 1 and [path for path in named if path.exists()] == [] and (data / "copy-of-ours" / "notes").exists()
     assert "old.db.moved: an older version" in out and "gone.db-wal: its database is gone" in out and out.count("removed\n") == len(left)
@@ -10689,10 +10689,10 @@ def test_a_command_that_was_killed_is_finished_by_the_same_command(served, monke
         assert served.run(*words)[0] == 130
     if "--move" in words:
         served.write("UPDATE workspaces SET moving = 1 WHERE name = 'acme'")
-        assert "workspace export acme FILE --move finishes that" in served.run("check")[1]
+        assert "finish it with workspace export acme FILE --move" in served.run("check")[1]
     elif "workspace" in words:
         status, out, _ = served.run("check")
-        assert status == 1 and ("check --repair removes it" if "add" in words else "import it, or move it away") in out
+        assert status == 1 and ("check --repair removes it" if "add" in words else "import it, or move it elsewhere") in out
     status, _, err = served.run(*words)
     assert status == 0, err
     assert served.run("check", "--repair")[0] == 0
@@ -10756,7 +10756,7 @@ def test_check_names_files_that_others_can_read_and_closes_them(served):
     outside = data.parent / "outside"
     outside.write_text("x"), outside.chmod(0o644), (data / "link.db").symlink_to(outside)
     status, out, _ = served.run("check")
-    assert status == 1 and re.search(r"directory\.db can be read by others on this machine, as \d+ files here can", out)
+    assert status == 1 and re.search(r"other users of this machine can read \d+ files here, such as \S*directory\.db", out)
     assert served.run("check", "--repair")[0] == 0 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and outside.stat().st_mode & 0o777 == 0o644
 
 
