@@ -15316,29 +15316,29 @@ class SendsFiles(Connection):
 
 
 # ==== 69. Tokens ==========================================================================
-# The idea: a program comes with a token that a member made, in the header Authorization
-#   (RFC 6750). It lets the program into one workspace, in its maker's name, to read, or to
-#   write as well. A program is answered with data, at the addresses of the pages.
-# It promises: a token does what its maker may do now, or less, and nothing outside of its
-#   workspace nor with its members. It is void when its maker leaves. It is shown once; only
-#   its hash is stored. When it is withdrawn, its streams end. Tokens that nobody made slow
-#   nobody down.
-# Who uses it: whoever writes a program. README has one in curl and one in Python.
+# The idea: a member makes a token for a program, which sends it in the header Authorization
+#   (RFC 6750). The token lets the program into one workspace in its maker's name, to read
+#   only or also to write. At the addresses of the pages, the program gets data.
+# It promises: a token allows what its maker may do now, or less; it allows nothing outside
+#   its workspace, and no changes of members. It is void when its maker leaves. It is shown
+#   once, and only its hash is stored. When it is withdrawn, its streams end. Clients that
+#   guess tokens slow down nobody else.
+# Who uses it: authors of programs. README has one in curl and one in Python.
 # It needs: 44 Accounts, 45 Account page.
-# It stands behind: 33 Page checks. Data is not looked at as markup.
+# It stands behind: 33 Page checks, so that data is not checked as markup.
 #
 # Its table is in section 27:
 #
-#     tokens   id (the part that is no secret), digest (of all of it), account, workspace,
-#              name, writes, made, used (for the last time; 0: never)
+#     tokens   id (the part that is no secret), digest (of the whole token), account,
+#              workspace, name, writes, made, used (the last time; 0: never)
 #
-# A token on its way. Each step believes the one before:
+# A token changes its form on its way. Each step trusts the one before:
 #
-#     authorization: Bearer orion_0a1b2c3d4e5f_...   what the program sends
-#     cookie: __Host-bearer=orion_0a1b2c3d4e5f_...   what it is from with_token on
-#     x-session: HASH, x-bearer: 0a1b2c3d4e5f        in the Directory, by identified
-#     x-token: read 0a1b2c3d4e5f build%20server      in the verdict, by narrowed
-#     Program(account="bob", read_only=True,         in the object, by program_in
+#     authorization: Bearer orion_0a1b2c3d4e5f_...   the program sends this
+#     cookie: __Host-bearer=orion_0a1b2c3d4e5f_...   with_token makes this of it
+#     x-session: HASH, x-bearer: 0a1b2c3d4e5f        identified, in the Directory
+#     x-token: read 0a1b2c3d4e5f build%20server      narrowed, in the verdict
+#     Program(account="bob", read_only=True,         program_in, in the object
 #             token="build server (0a1b2c3d4e5f)")
 
 API_TOKEN = re.compile(r"orion_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
@@ -15350,16 +15350,16 @@ OWN_TABLES.append("tokens")
 
 # -- at the edge
 
-# Inside, a token stands in the cookie's place. So what is kept by cookie is kept by token,
-# and a cookie that came along counts for nothing. Browsers take no cookie that begins so
-# from another host, whatever its name (RFC 6265bis, 5.7).
+# Inside the server, a token takes the place of the cookie. So answers that are kept by
+# cookie are kept by token, and a cookie sent with the token is ignored. Another host can't
+# set a cookie whose name begins so in a browser (RFC 6265bis, 5.7).
 BEARER = "__Host-bearer="
 
 
 def with_token(request):
-    """Return the request of a program as a page of ours would send it, with its token.
+    """Return a program's request in the form in which our pages send theirs.
 
-    Only pages need to say where they come from: no browser sends a token by itself.
+    It need not say which site it comes from: browsers send no token by themselves.
     """
     scheme, _, given = request.headers["authorization"].partition(" ")
     if scheme.lower() != "bearer":
@@ -15390,7 +15390,7 @@ class TakesTokens(LoopEdge):
         return with_token(request) if "authorization" in request.headers else request
 
     def refusal(self, request, error):
-        """Programs are told it as JSON: {"message": ...}."""
+        """Send programs the message as JSON: {"message": ...}."""
         if not of_program(request):
             return super().refusal(request, error)
         error = self.slowed(request, error)
@@ -15401,9 +15401,9 @@ class TakesTokens(LoopEdge):
         return told._replace(status=no.status)
 
     def slowed(self, request, error):
-        """Return the error or, after many tokens that are not valid, one to wait for.
+        """Return the error or, after many invalid tokens, one that says to wait.
 
-        It was looked up before: so a valid one never waits, whoever shares its address.
+        The token was looked up before, so a valid one never waits, whatever others send.
         """
         if getattr(error, "status", 0) != NO_TOKEN.status:
             return error
@@ -15416,8 +15416,8 @@ class TakesTokens(LoopEdge):
 
 @addition
 class LeavesProgramsOut(Broker):
-    """Whose program has a stream open does not count as somebody who looks on. And
-    programs are not told who does."""
+    """A broker that does not announce a program's stream as somebody who looks on, nor
+    tells programs who looks on."""
 
     def presence(self, streams):
         return super().presence([one for one in streams if not of_program(one.again)])
@@ -15435,8 +15435,8 @@ NO_TOKEN = Response(401, b"This token is not valid: it was withdrawn, its maker 
 
 
 def narrowed(said, token):
-    """Return a verdict on the maker as one on the token. Members, and the workspace itself,
-    are not for programs."""
+    """Return the verdict on the maker, reduced to what the token allows. No program may
+    manage members or the workspace itself."""
     grants = [one for one in said["x-grants"].split(",")
               if not one.startswith(("members:", "workspace:"))
               and (token["writes"] or one.endswith(":read"))]
@@ -15444,24 +15444,25 @@ def narrowed(said, token):
     how = "write" if token["writes"] else "read"
     return {**said, "x-grants": ",".join(grants),
             "x-can-delete": "true" if "todos:delete" in grants else "false",
-            # Such as: read 0a1b2c3d4e5f build%20server
+            # For example: read 0a1b2c3d4e5f build%20server
             "x-token": f"{how} {token['id']} {urllib.parse.quote(token['name'])}"}
 
 
 @addition
 class KnowsTokens(EdgeDirectory):
-    """A token has no session. So it is nobody, everywhere but at the gate."""
-    USED_SECONDS = 60.0                                  # between notes of the last use
+    """Only the gate knows tokens. Everywhere else they are nobody: they have no session."""
+    USED_SECONDS = 60.0                                  # between writes of the last use
 
     def on_open(self):
         super().on_open()
-        self.uses = {}                                   # by id: not yet in the table
+        self.uses = {}                                   # times by id, to be written
         self.uses_due = 0.0
 
     def identified(self, request):
-        """The hash stands where that of a session would: verdicts are kept by it.
+        """Put the token's hash where the hash of a session would be, because verdicts are
+        kept by it.
 
-        So it may only be that of a token: a session without its seal is nobody's.
+        Only a token is hashed here, because a session would pass without its seal.
         """
         cookie = request.headers.get("cookie", "")
         request = super().identified(request)
@@ -15474,9 +15475,9 @@ class KnowsTokens(EdgeDirectory):
                                      "x-bearer": token[6:18]})       # its id
 
     def token(self, request):
-        """Return the row of the token; None if it is not valid."""
+        """Return the token's row and its maker's label; None if the token is not valid."""
         id = request.headers["x-bearer"]
-        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", id)      # and its label
+        row = self.store.one(f"{LABELLED} tokens WHERE id = ?", id)
         given = bytes.fromhex(request.headers["x-session"])
         return row if row and hmac.compare_digest(row["digest"], given) else None
 
@@ -15486,7 +15487,7 @@ class KnowsTokens(EdgeDirectory):
         token = self.token(ctx.request)
         row = token and ctx.store.one(f"{MEMBERSHIP} AND w.id = ?", workspace,
                                       token["account"], token["workspace"])
-        if row is None:                                  # as nobody: a route may be public
+        if row is None:                                  # nobody; a route may be public
             verdict = super().verdict_on(ctx, workspace)
             no = NO_ENTRY if token else NO_TOKEN
             return no if verdict is NO_SESSION else verdict
@@ -15497,9 +15498,9 @@ class KnowsTokens(EdgeDirectory):
         return let_in(narrowed(self.say(maker, row), token))
 
     def viewer(self, request):
-        """Raises Refused(403) for a command at /members, which is the Directory's."""
+        """Raise Refused(403) if a program sends a command to /members of a workspace."""
         if request.headers.get("x-token") and request.method not in SAFE:
-            raise Refused(403, "Programs do not change who is a member. Do that in the "
+            raise Refused(403, "A program can't change who is a member. Do that in the "
                                "browser.")
         return super().viewer(request)
 
@@ -15518,11 +15519,11 @@ class KnowsTokens(EdgeDirectory):
 TOKENS_OF = """SELECT t.*, coalesce(w.title, w.name) AS title FROM tokens t
                JOIN workspaces w ON w.id = t.workspace WHERE t.account = ?
                ORDER BY t.made DESC"""
-MOST_CHOICES = 500                                        # from which one chooses
+MOST_CHOICES = 500                                       # workspaces that the form offers
 
 
 def tokens_page(ctx, made=""):
-    """made: a token that is to be shown, this once."""
+    """made: a new token. The page shows it only this once."""
     typed = ctx.typed
     rows = [{**row, "how": "reads and writes" if row["writes"] else "reads",
              "since": moment(row["made"]),
@@ -15548,23 +15549,23 @@ def make_token(ctx):
                    "made) VALUES (?, ?, ?, ?, ?, ?, ?)", id, token_hash(token), account,
                    row["id"], name, how == "write", time.time())
     return tokens_page(ctx, token)._replace(
-        headers=(("cache-control", "no-store"),),        # so it is not kept: Answers
+        headers=(("cache-control", "no-store"),),        # so Answers (70) does not keep it
         which=f"{row['id']} {name} ({id}): {how}")
 
 
 def check_token(ctx, name, how, row):
-    """row: of the membership. Raise Refused if there can be no such token."""
+    """Raise Refused if no such token can be made. row: the membership, or None."""
     refuse_masked(ctx, "a token")
     if not 1 <= len(name) <= LONGEST_PURPOSE or not name.isprintable():
         raise Refused(422, f"Say in 1 to {LONGEST_PURPOSE} characters what it is for.")
     if row is None or how not in ("read", "write"):
         raise Refused(422, "Choose one of your workspaces, and what the program may do.")
     if len(ctx.store.query(TOKENS_OF, ctx.viewer.account)) >= MOST_TOKENS:
-        raise Refused(422, f"You have {MOST_TOKENS} tokens. Withdraw one first.")
+        raise Refused(422, f"You already have {MOST_TOKENS} tokens. Withdraw one first.")
 
 
 def withdraw_token(ctx):
-    """The field token is an id."""
+    """Fields: token (an id)."""
     id = ctx.field("token")[:12]
     ctx.store.exec("DELETE FROM tokens WHERE id = ? AND account = ?", id,
                    ctx.viewer.account)
@@ -15580,11 +15581,11 @@ DIRECTORY_SLICES.append(Slice("tokens", routes=(
 ACCOUNT_PARTS.append(lambda ctx: template("tokens.link")())
 
 
-# -- what a program is answered
+# -- the answers that a program gets
 
 @dataclasses.dataclass(frozen=True)
 class Program(Viewer):
-    """A member's program. token: the name and the id of what it came with."""
+    """A viewer for a member's program. token: the name and the id of its token."""
     token: str = ""
     read_only: bool = False
     has_page = False
@@ -15592,7 +15593,7 @@ class Program(Viewer):
 
     def permit(self, grant, method="GET"):
         if self.read_only and method not in SAFE:
-            raise Refused(403, "This token only reads. Make one that may write as well.")
+            raise Refused(403, "This token only reads. Make one that may also write.")
         super().permit(grant, method)
 
     @property
@@ -15616,7 +15617,7 @@ VIEWERS.append(program_in)
 @addition
 class KnowsPrograms(Broadcast):
     def job_context(self, row, request):
-        """A job that a program put in runs in its maker's name."""
+        """Run a job that a program put in as that program, in its maker's name."""
         ctx = super().job_context(row, request)
         account, by, token = row["who"].partition(Program.BY)
         if by:
@@ -15630,7 +15631,7 @@ LAST_WRITTEN = "SELECT which FROM journal ORDER BY id DESC LIMIT 1"
 @addition
 class AnswersCommands(SliceHost):
     def call(self, slice, route, args, viewer, request):
-        """A program that made a row is told its id, and led to no page."""
+        """Tell a program the id of the row that it made; send it to no page."""
         response = super().call(slice, route, args, viewer, request)
         led = request.method not in SAFE and response.status in (204, 303)
         if type(viewer) is not Program or not led:
@@ -15642,12 +15643,12 @@ class AnswersCommands(SliceHost):
         return Response(204)
 
 
-DATA = "_data"                                           # of the query: see DataInPages
+DATA = "_data"                                           # a parameter: see DataInPages
 
 
 @dataclasses.dataclass
 class DataPiece(Piece):
-    """Data as an event without a name (WHATWG HTML, 9.2.6). html is JSON, in one line."""
+    """Data as an event without a name (WHATWG HTML, 9.2.6). html is one line of JSON."""
 
     @functools.cached_property
     def frame(self):
@@ -15656,11 +15657,11 @@ class DataPiece(Piece):
 
 @addition
 class DataInPages(EdgeWorkspace):
-    """A program gets the data of regions in place of their markup.
+    """A Workspace that sends programs the data of regions instead of markup.
 
-    But a region of its stream is asked for again as all would who have its role (24), and
-    that request names no program. So the parameter DATA says there that data is meant. From
-    outside, where it has no x-region, it means nothing.
+    The broker asks for a region of a stream again in a request that is the same for all
+    viewers of that role (24), so it names no program. There, the parameter DATA says that
+    data is meant. In a request from outside, which has no x-region, it means nothing.
     """
 
     def refuse(self, request, refused):
@@ -15695,12 +15696,12 @@ class DataInPages(EdgeWorkspace):
 
 
 def written(data):
-    """Return it as JSON. A row of the store is an object."""
+    """Return data as JSON. A row of the store becomes an object."""
     return json.dumps(data, default=dict)
 
 
 def refuse_tokens(env):
-    """Refuse tokens with --plain, which has no page to make or to withdraw them."""
+    """Refuse tokens with --plain, because it has no page to make or withdraw them."""
     front = env.front
 
     def without(request, env):
@@ -15716,21 +15717,21 @@ PLAIN.append(refuse_tokens)
 
 
 # ==== 70. Repeats =========================================================================
-# The idea: a command may be sent again, because its answer was lost or a button was pressed
-#   twice; and a page may be left open while somebody else signs in. What comes with a key,
-#   or from a form with a stamp, is done once.
-# It promises: who sends a command again within ten minutes gets its first answer. Nothing
-#   is done from a page that was made for another account.
+# The idea: a client may send a command again, because its answer was lost or somebody
+#   pressed a button twice. A command with a key, or from a form with a stamp, is done once.
+#   And a page may be left open while somebody else signs in.
+# It promises: a client that repeats a command within ten minutes gets the first answer
+#   again. A page that was made for another account can't do anything.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 69 Tokens. What a program was told is what is kept.
+# It stands behind: 69 Tokens, so that it keeps the answer in the form for programs.
 
 @addition
 class RepeatsAnswers(SliceHost):
-    """A host that does nothing when a command comes again: it repeats the first answer."""
+    """A host that answers a repeated command with the first answer, and does nothing."""
 
     def on_open(self):
         super().on_open()
-        self.kept_answers = None                         # nobody has asked yet
+        self.kept_answers = None                         # read at the first command
 
     def call(self, slice, route, args, viewer, request):
         command = command_id(request, viewer)
@@ -15751,10 +15752,10 @@ class RepeatsAnswers(SliceHost):
 # -- which command it is
 
 def command_id(request, viewer):
-    """Return an id of the command, by account and address; b"" if it has no repeat_key.
+    """Return an id of the command of this viewer at this path; b"" without a repeat_key.
 
-    It is a hash, so it is short whatever was sent. Nobody can guess from it what a form
-    contains, such as a password: the number in the form's stamp is kept nowhere.
+    The id is a hash, so it is always short. Nobody can guess from it a value in the form,
+    such as a password, because the form's stamp has a random number that is not stored.
     """
     key = repeat_key(request)
     if not key:
@@ -15764,10 +15765,10 @@ def command_id(request, viewer):
 
 
 def repeat_key(request):
-    """Return what tells that a command is sent again; "" if nothing can.
+    """Return a key that is the same when the command is repeated; "" if there is none.
 
-    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, of a
-    plain form with a stamp, all that was sent.
+    It is the header Idempotency-Key (draft-ietf-httpapi-idempotency-key-header) or, for a
+    plain form with a stamp, all fields of the form.
     """
     if request.method in SAFE:
         return ""
@@ -15789,28 +15790,28 @@ def stamp_of(request):
 class StampsForms(Context):
     @property
     def stamp(self) -> Html:
-        """A hidden field for a plain form: for whom the page was made, and a number, as
-        "carol 5c41...". So the form does one thing, even if it is sent twice."""
+        """A hidden field for a plain form: the account for which the page was made, and a
+        random number, as in "carol 5c41...". So a form that is sent twice is done once."""
         number = secrets.token_hex(12)
         return template("layout.stamp")(stamp=f"{self.viewer.account} {number}")
 
 
 # -- the answers
 
-# Too old, or of the future; or of this account, and not among its last ones.
+# Answers that are too old or from the future; or of this account, but not its latest.
 FORGOTTEN = """WHERE at NOT BETWEEN ? AND ? OR who = ? AND id <= (SELECT id FROM answers
                WHERE who = ? ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 
 
 class Answers:
-    """The answers of the last ten minutes, of one object, to commands that have an id.
+    """An object's answers of the last ten minutes, to commands that have an id.
 
     ids has the row of each command, so that a new command costs one INSERT and no query.
     """
-    SECONDS = 600.0                                      # to send a command again
-    MOST = 2000                                          # of one account
+    SECONDS = 600.0                                      # in which commands are repeated
+    MOST = 2000                                          # answers kept for one account
     FORGET_EVERY = 1000                                  # commands
-    LARGEST = 4096                                       # characters of one
+    LARGEST = 4096                                       # characters of an answer
 
     def __init__(self, store):
         self.store = store
@@ -15819,7 +15820,7 @@ class Answers:
         self.ids.update(map(tuple, store.query("SELECT command, id FROM answers")))
 
     def find(self, command):
-        """Return the answer that this command had already; None if it is new."""
+        """Return the first answer to this command; None if the command is new."""
         if command not in self.ids:
             return None
         row = self.store.one("SELECT answer FROM answers WHERE id = ? AND command = ? AND "
@@ -15831,10 +15832,10 @@ class Answers:
         return Response(status, body.encode("latin-1"), type, tuple(map(tuple, headers)))
 
     def keep(self, who, command, response):
-        """Keep it in the transaction of the command: both are on the disk, or neither.
+        """Store the answer in the command's transaction, so that both are kept, or neither.
 
-        An answer with a secret is written nowhere: one that sets a cookie, or says itself
-        that it must not be stored. One that is too large is repeated as a plain 204.
+        An answer that may contain a secret is not stored: it sets a cookie, or it has a
+        header cache-control. If an answer is too large, a repeat gets a plain 204.
         """
         names = [name.lower() for name, _ in response.headers]
         if "set-cookie" in names or "cache-control" in names:
@@ -15851,15 +15852,15 @@ class Answers:
             self.forget(who)
 
     def forget(self, who):
-        """Forget the answers that are too old, and those of this account beyond MOST.
+        """Delete the answers that are too old, and those of this account beyond MOST.
 
-        One from the future was written while the clock was wrong.
+        An answer from the future was written while the clock was wrong.
         """
         self.until_forget = self.FORGET_EVERY
         now = time.time()
         args = now - self.SECONDS, now + self.SECONDS, who, who, self.MOST
         for row in self.store.query(f"SELECT command, id FROM answers {FORGOTTEN}", *args):
-            if self.ids.get(row["command"]) == row["id"]:    # else it was done again since
+            if self.ids.get(row["command"]) == row["id"]:    # else it has a newer answer
                 del self.ids[row["command"]]
         self.store.exec(f"DELETE FROM answers {FORGOTTEN}", *args)
 
@@ -15869,36 +15870,36 @@ class Answers:
 def refuse_old_page(request, account):
     """Raise Refused(412) if the page that sent this was made for another account.
 
-    In another window of the same browser, somebody else may have signed in meanwhile.
+    Somebody else may have signed in since then, in another window of the browser.
     """
     made_for = request.headers.get("page-account", stamp_of(request).partition(" ")[0])
     if made_for and account and made_for != account:
         raise Refused(412, f"This page was made for {made_for}; you are signed in as "
-                           f"{account} now. Nothing was written. Look, and try again.")
+                           f"{account} now. Nothing was done. Reload it and try again.")
 
 
 @addition
 class RefusesOldPages(SliceHost):
     def permit(self, viewer, route, request):
-        if not request.path.startswith("/_"):         # the gate: a proxy asks as a page
+        if not request.path.startswith("/_"):         # not the gate: proxies ask it
             refuse_old_page(request, viewer.account)
         super().permit(viewer, route, request)
 
 
 # ==== 71. History =========================================================================
-# The idea: the journal, in which each write leaves a row, is a page: who did what, the
-#   newest first, by person and by act, and as CSV. The Workspace has one of its rows, the
-#   Directory one of its members, for each has a journal of its own. What a command removes
-#   is kept for ten minutes, under its row of the journal, and can be put back.
-# It promises: nobody sees of a slice's commands who may not see its pages. What links and
-#   tokens did is for those who may make them. A command does no more than before: a page
-#   looks at one stretch of the journal, by its ids, so nothing else is indexed. What was
-#   removed is put back as it was, or not at all, and only by who removed it and still may.
+# The idea: each write leaves a row in a journal. This section makes a page of it: who did
+#   what, newest first, by person or by act, and as CSV. The Workspace and the Directory
+#   each have a journal, so there is a page of rows and one of members. Rows that a command
+#   removes are kept for ten minutes, under its entry in the journal, and can be put back.
+# It promises: viewers see the commands of a slice only if they may see its pages; only
+#   members who may make links and tokens see the commands of those. Commands take no more
+#   work: a page reads a stretch of the journal by its ids, so no index is added. Removed
+#   rows are put back exactly or not at all, by the member who removed them and still may.
 # Who uses it: members, from the members page; slices, by ctx.remove().
 # It needs: 36 Ordinary pages, 45 Account page.
 #
-# Rows of a journal, and what is made of them. The second is the Directory's, where which
-# begins with the workspace's id:
+# These are two rows of journals, with their sentences. The second is the Directory's, where
+# which begins with the workspace's id:
 #
 #     who     what                      which
 #     bob     todos.create              7 Buy milk          bob added Buy milk
@@ -15934,9 +15935,9 @@ PAST = {"who": r"[^\0-\x1f]{1,200}", "what": r"[^\0-\x1f]{1,200}", "before": "[0
 
 
 def entries(ctx, most):
-    """Return rows of the journal, and before which id there are older ones; 0: none.
+    """Return entries of the journal, and the id before which there are older ones, or 0.
 
-    They are those that the viewer may see, of one stretch, as the parameters ask for them.
+    Return those in one stretch that the viewer may see and the parameters ask for.
     """
     store, params = ctx.host.store, HISTORY.heeded(ctx.params)
     first, last = [id or 0 for id in store.one(ENDS)]
@@ -15953,14 +15954,14 @@ def entries(ctx, most):
 
 
 def sentence(ctx, entry):
-    """Return a row of the journal as people read it."""
+    """Return an entry of the journal in words."""
     says = said_of(ctx.host.router, entry["what"])
     return {"who": entry["who"] or "somebody", "says": says,
             "name": name_in(entry["which"], ctx.viewer.id)}
 
 
 def said_of(router, what):
-    """Return in words what the journal calls so: todos.delete, or member add."""
+    """Return words for an act in the journal, such as todos.delete or member add."""
     says = [route.says for route in routes_of(router).get(what, ()) if route.says]
     slice, _, name = what.partition(".")
     default = f"wrote to {slice} ({name}):" if name else what
@@ -15969,7 +15970,7 @@ def said_of(router, what):
 
 @functools.lru_cache(maxsize=4)
 def routes_of(router):
-    """Return the routes by what the journal calls their commands."""
+    """Return lists of routes by the name that the journal gives their commands."""
     found = {}
     for _, slice, route in router.rows:
         found.setdefault(f"{slice}.{name_of(route.run)}", []).append(route)
@@ -15977,7 +15978,7 @@ def routes_of(router):
 
 
 def name_in(which, workspace):
-    """Return how people call what was written: of "7 Buy milk", what follows the id."""
+    """Return the name in which, for people: of "7 Buy milk", the text after the id."""
     id, _, name = which.partition(" ")
     if id == workspace:
         return name
@@ -15988,7 +15989,7 @@ CHOICES = "SELECT DISTINCT who, what FROM journal WHERE id > ? AND {}"
 
 
 def choices(ctx):
-    """Return by whom and by what one can choose: what there is in the last stretch."""
+    """Return options to filter by person and by act: those found in the last stretch."""
     where, args = ctx.host.told_to(ctx.viewer)
     last = ctx.host.store.one(ENDS)["last"] or 0
     rows = ctx.host.store.query(CHOICES.format(where), last - STRETCH, *args)
@@ -16003,11 +16004,11 @@ def options(labels, params, name):
 
 
 CSV_HEAD = ("time", "who", "did", "what")
-FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # a cell that is one begins so
+FORMULAS = set("=+-@\uff1d\uff0b\uff0d\uff20\t\r\n")     # how a cell's formula begins
 
 
 def history_csv(ctx):
-    """Return a stretch of it as a file (RFC 4180)."""
+    """Return one stretch of the journal as a file (RFC 4180)."""
     found, _ = entries(ctx, STRETCH)
     rows = [(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry["at"])),
              *sentence(ctx, entry).values()) for entry in found]
@@ -16016,12 +16017,12 @@ def history_csv(ctx):
 
 
 def cell(text):
-    """Return a text in quotes, which no spreadsheet takes for a formula."""
+    """Return the text in quotes, such that no spreadsheet takes it for a formula."""
     apostrophe = "'" if text[:1] in FORMULAS else ""
     return f'"{apostrophe}' + text.replace('"', '""') + '"'
 
 
-# -- to put back what was removed
+# -- putting back removed rows
 #
 # Its table:
 #
@@ -16040,19 +16041,19 @@ UNDO_SECONDS = 600.0
 class KeepsWhatItRemoves(Context):
     def remove(self, table, where, *args):
         signals = {}
-        # What a job or nobody removes, nobody could put back. Nor can --plain.
+        # There is no undo with --plain, nor of rows that a job or nobody removes.
         if self.viewer.may(MEMBER) and isinstance(self.host, Broadcast):
             signals = self.host.keep_removed(self, table, where, args)
         super().remove(table, where, *args)
         return signals
 
 
-LARGEST_UNDO = 2 ** 20                                   # characters, of one command
-ALL_UNDO = 4 * 2 ** 20                                   # of all in a file
-ROW_SIZE = 4096                                          # more than one takes
-# Two facts by one query: the id of the row of the journal that call() will insert; and
-# whether nine tenths of the quota are used (user_version, in pages: section 51). If they
-# are, what is deleted has to make room.
+LARGEST_UNDO = 2 ** 20                                   # characters kept of one command
+ALL_UNDO = 4 * 2 ** 20                                   # and in one file
+ROW_SIZE = 4096                                          # added for the row itself
+# One query returns two facts: the id of the journal's row that call() will insert; and
+# whether nine tenths of the quota are used (user_version, in pages: section 51). If so, a
+# deletion has to make room, so nothing is kept.
 NEXT_ENTRY = """SELECT (SELECT coalesce(max(id), 0) + 1 FROM journal), user_version > 0 AND
                 page_count - freelist_count > 0.9 * user_version
                 FROM pragma_page_count, pragma_freelist_count, pragma_user_version"""
@@ -16074,7 +16075,7 @@ class KeepsRemoved(Broadcast):
         self.store.exec(FORGET_REMOVED, now, now + UNDO_SECONDS, ALL_UNDO)
 
     def keep_removed(self, ctx, table, where, args):
-        """Keep the rows that are about to be removed. Return signals that tell it."""
+        """Keep the rows that are about to be removed. Return signals that tell the page."""
         found = ctx.store.query(f"SELECT * FROM {table} WHERE {where}", *args)
         if not found:
             return undo_signals(ctx, "There was nothing to delete.")
@@ -16085,11 +16086,11 @@ class KeepsRemoved(Broadcast):
                           default=lambda data: {"hex": data.hex()})
         said = "Deleted" if len(rows) == 1 else f"{len(rows)} deleted"
         if len(text) > LARGEST_UNDO:
-            return undo_signals(ctx, f"{said}, for good: that is too much to keep.")
+            return undo_signals(ctx, f"{said} for good: that is too much to keep.")
         entry, is_tight = self.store.one(NEXT_ENTRY)
         if is_tight:
             self.store.exec("DELETE FROM _removed")
-            return undo_signals(ctx, f"{said}, for good: there is little room here.")
+            return undo_signals(ctx, f"{said} for good: there is too little room here.")
         self.store.exec("INSERT INTO _removed (note, until, size, rows) VALUES (?, ?, ?, "
                         "?)", entry, time.time() + UNDO_SECONDS, len(text) + ROW_SIZE, text)
         self.forget_removed()
@@ -16100,8 +16101,8 @@ class KeepsRemoved(Broadcast):
 
 
 def undo_signals(ctx, text, undo=""):
-    """Return signals for a page: a message, and where to undo what it tells; "": nowhere.
-    What sends commands without a page gets none."""
+    """Return signals for a page: a message, and the path to undo what it tells, or "". A
+    client without a page gets none."""
     has_page = ctx.request.datastar or ctx.request.plain_form
     return {"note": text, "_undo": undo} if has_page else {}
 
@@ -16111,7 +16112,7 @@ MINE_TO_UNDO = """SELECT * FROM journal WHERE {} AND who = ? AND id IN (SELECT n
 
 
 def undo_forms(ctx):
-    """Return what the viewer can put back, with no need of scripts or the toast."""
+    """Return forms with which the viewer can put back rows without scripts or a toast."""
     where, args = ctx.host.told_to(ctx.viewer)
     mine = ctx.host.store.query(MINE_TO_UNDO.format(where), *args, ctx.viewer.signature,
                                 time.time())
@@ -16120,13 +16121,13 @@ def undo_forms(ctx):
 
 
 def undo(ctx, id):
-    """Put back what the command removed that left the row id in the journal."""
-    ctx.host.bus.publish("")                             # all regions: any can show it
+    """Put back the rows removed by the command whose entry in the journal has this id."""
+    ctx.host.bus.publish("")                             # any region may show them
     return put_back(ctx, id, *removed_rows(ctx, id))
 
 
-PLACE_TAKEN = ("It can't be put back: something else has its place by now, or what it "
-               "belonged to is gone. Mend that, and try again within the ten minutes.")
+PLACE_TAKEN = ("It can't be put back: something else has taken its place, or what it "
+               "belonged to is gone. Fix that, and try again within the ten minutes.")
 
 
 def put_back(ctx, id, which, removed):
@@ -16145,15 +16146,15 @@ def put_back(ctx, id, which, removed):
 TO_PUT_BACK = """SELECT j.what, j.which, r.rows FROM journal j JOIN _removed r ON
                  r.note = j.id WHERE j.id = ? AND j.who = ? AND r.until > ?
                  ORDER BY r.id DESC"""
-UNDO_OVER = ("This can't be undone: it is undone already, or ten minutes are over, or "
+UNDO_OVER = ("This can't be undone: it was undone already, ten minutes have passed, or "
              "somebody else did it. Look at History.")
 
 
 def removed_rows(ctx, id):
-    """Return what the command was and wrote, and what it removed: (table, columns, rows).
+    """Return the entry's which, and all that its command removed: (table, columns, rows).
 
-    Raise Refused(409) if the viewer can't put it back, Refused(403) if they may not do what
-    they did then.
+    Raise Refused(409) if the viewer can't put it back, Refused(403) if the viewer has lost
+    the right to such a command.
     """
     kept = ctx.host.store.query(TO_PUT_BACK, id, ctx.viewer.signature, time.time())
     what = kept[0]["what"] if kept else ""
@@ -16167,12 +16168,12 @@ def removed_rows(ctx, id):
 
 
 def from_hex(data):
-    """Bytes are in the JSON as {"hex": ...}."""
+    """Return bytes. The JSON has them as {"hex": ...}."""
     return bytes.fromhex(data["hex"])
 
 
 def remove_member(ctx, account):
-    """Take the place of expel: whom somebody else has removed can be let in again."""
+    """Remove a member, as expel does. If it is another member, keep the row for an undo."""
     account = account_name(account)
     if account == ctx.viewer.account:
         return expel(ctx, account)._replace(which=f"{ctx.viewer.id} themselves")
@@ -16186,7 +16187,7 @@ def remove_member(ctx, account):
 
 
 def let_in_again(ctx, id):
-    """Give the role back. Links and tokens of the member stay void."""
+    """Give a member back the role. The member's links and tokens stay void."""
     which, removed = removed_rows(ctx, id)
     _, columns, rows = removed[0]                        # one row of memberships
     member = dict(zip(columns, rows[0]))
@@ -16194,7 +16195,7 @@ def let_in_again(ctx, id):
         raise Refused(409, UNDO_OVER, signal="toast")
     owns = member["role"] == "owner" or member["offered"]
     if owns and ctx.viewer.role != "owner":
-        raise Refused(403, "Only an owner can let in an owner again. Ask one of them.")
+        raise Refused(403, "Only an owner can let an owner in again. Ask one of them.")
     ctx.publish("members")
     access_changed(ctx, member["account"])
     return put_back(ctx, id, which, removed)
@@ -16202,7 +16203,7 @@ def let_in_again(ctx, id):
 
 # -- the slices
 
-# The topic "" is all that is published: each command leaves a row in the journal.
+# The topic "" means any topic, because each command leaves a row in the journal.
 HISTORY = Live("/history", MEMBER, "History", (Region("", history_region),), history_page,
                params=PAST)
 MEMBERS_HISTORY = HISTORY._replace(path="/members/history", grant="members:manage",
@@ -16227,7 +16228,7 @@ def with_undo(slice):
 @addition
 class RoutesHistory(QuickRouter):
     def __init__(self, slices):
-        if welcome in slices:                            # it is the Workspaces' router
+        if welcome in slices:                            # the Workspaces' router
             slices = [*map(with_undo, slices), history]
         super().__init__(slices)
         self.schema.append(("orion.removed", REMOVED))
@@ -16238,10 +16239,10 @@ class TellsHistory(EdgeWorkspace):
     within = ""                                          # its pages are at /w/acme + this
 
     def told_to(self, viewer):
-        """Return which rows of the journal a viewer may see: a condition in SQL, its args.
+        """Return an SQL condition, with its args, for the entries that a viewer may see.
 
-        They are those of slices whose pages the viewer may see. Commands of an app name no
-        slice. In the one journal of a single root, what names none is the Directory's.
+        A viewer may see the entries of slices whose pages they may see. The entry of an
+        app's command names no slice. In a single root, such an entry is the Directory's.
         """
         may = {PUBLIC, ACCOUNT, MEMBER, *viewer.grants}
         slices = [slice.name for slice in self.router.slices
@@ -16260,7 +16261,7 @@ class TellsMembersHistory(EdgeDirectory):
     within = "/members"
 
     def told_to(self, viewer):
-        """What is about a workspace begins with its id."""
+        """Return the condition for entries whose which begins with the workspace's id."""
         return "substr(which, 1, 64) = ?", [viewer.id]
 
 

@@ -10156,7 +10156,7 @@ def test_a_quota_is_kept_and_can_be_raised(served):
     while bob.post("/w/acme/todos", title="x" * 500).status == 200:
         pass
     assert bob.post("/w/acme/todos", title="x" * 500).status == 507
-    assert said_in(bob.delete("/w/acme/todos/1")) == "Deleted, for good: there is little room here.", "deleting helps"
+    assert said_in(bob.delete("/w/acme/todos/1")) == "Deleted for good: there is too little room here.", "deleting helps"
     served.run("workspace", "quota", "acme", "1M")
     assert bob.post("/w/acme/todos", title="x" * 500).status == 200
     served.env.workspaces.sleep_unused(idle=-1)
@@ -14370,7 +14370,7 @@ def test_when_its_place_is_taken_nothing_comes_back_and_nothing_is_lost(server):
     before, way = the_todos(server), undo_of(bob.delete("/w/acme/todos"))
     with contextlib.closing(server.store("acme")) as db, db:
         db.execute("INSERT INTO todos (id, title) VALUES (2, 'taken')")
-    assert "has its place by now" in said_in(bob.post(way)) and the_todos(server) == [(2, "taken", 0)]
+    assert "has taken its place" in said_in(bob.post(way)) and the_todos(server) == [(2, "taken", 0)]
     bob.delete("/w/acme/todos/2")
     bob.post(way)
     assert the_todos(server) == before
@@ -14392,7 +14392,7 @@ def test_what_is_kept_for_an_undo_is_bounded_and_the_oldest_goes_first(server, m
     assert len(the_rows(server, "acme", "SELECT * FROM _removed")) == 2 and "undone already" in said_in(bob.post(ways[0])) and said_in(bob.post(ways[2])) == "It is back."
     monkeypatch.setattr(orion, "LARGEST_UNDO", 50)
     last = bob.delete("/w/acme/todos/3")
-    assert undo_of(last) == "" and said_in(last) == "Deleted, for good: that is too much to keep."
+    assert undo_of(last) == "" and said_in(last) == "Deleted for good: that is too much to keep."
 
 
 def test_where_the_quota_is_nearly_full_to_delete_makes_room_at_once(start):
@@ -14402,7 +14402,7 @@ def test_where_the_quota_is_nearly_full_to_delete_makes_room_at_once(start):
     for n in range(500):
         if bob.post("/w/acme/todos", title="x" * 500).status == 507:
             break
-    assert said_in(bob.delete(f"/w/acme/todos/{n}")) == "Deleted, for good: there is little room here." and the_rows(server, "acme", "SELECT * FROM _removed") == []
+    assert said_in(bob.delete(f"/w/acme/todos/{n}")) == "Deleted for good: there is too little room here." and the_rows(server, "acme", "SELECT * FROM _removed") == []
 
 
 @cases("path", ["/undo/looks/{}", "/undo/welcome/{}", "/undo/todos/0", "/undo/todos/1", "/members/undo/directory/{}", "/undo/todos/999999999999999999"])
@@ -14487,7 +14487,7 @@ def test_a_removed_member_comes_back_with_the_role_of_before_and_nothing_else(se
     assert acts(bob, path="/w/acme/members/history")[:2] == ['bob let in again "carol"', 'bob removed "carol"']
     way = undo_of(bob.delete("/w/acme/members/carol"))
     bob.post("/w/acme/members", account="carol", role="viewer")
-    assert "has its place by now" in said_in(bob.post(way)) and carol.get("/_gate/acme").headers["x-role"] == "viewer"
+    assert "has taken its place" in said_in(bob.post(way)) and carol.get("/_gate/acme").headers["x-role"] == "viewer"
     assert carol.delete("/w/acme/members/carol").body == b"", "who leaves is offered nothing"
 
 
