@@ -15325,7 +15325,7 @@ class SendsFiles(Connection):
 #   guess tokens slow down nobody else.
 # Who uses it: authors of programs. README has one in curl and one in Python.
 # It needs: 44 Accounts, 45 Account page.
-# It stands behind: 33 Page checks, so that data is not checked as markup.
+# It stands behind: 33 Page checks. So data is not checked as if it were markup.
 #
 # Its table is in section 27:
 #
@@ -15723,7 +15723,7 @@ PLAIN.append(refuse_tokens)
 # It promises: a client that repeats a command within ten minutes gets the first answer
 #   again. A page that was made for another account can't do anything.
 # Who uses it: both kinds of hosts; our own script sends a key with each command.
-# It stands behind: 69 Tokens, so that it keeps the answer in the form for programs.
+# It stands behind: 69 Tokens. So it keeps the answer in the form that programs get.
 
 @addition
 class RepeatsAnswers(SliceHost):
