@@ -9391,7 +9391,8 @@ class EnqueuesJobs(Context):
         """
         self.store.check_writes("enqueues a job")
         if job not in self.host.router.job_names:
-            raise LookupError(f"{job} is not a job of this app; add it to Slice(jobs=...)")
+            raise LookupError(f"{name_of(job)} is not a job of this app; add it to "
+                              "Slice(jobs=...)")
         name = self.host.router.job_names[job]
         if key:
             key = self.host.router.key_of(self.store.slice, name, key)
@@ -9533,7 +9534,8 @@ def check_jobs(settings):
         for job in slice.jobs:
             why = wrong_with_job(job)
             if why:
-                raise Unusable(f"slice {slice.name!r}, job {job!r:.99}: {why}")
+                name = name_of(function_of(job))
+                raise Unusable(f"slice {slice.name!r}, job {name}: {why}")
         functions = {function_of(job) for job in slice.jobs}
         names = {function.__name__ for function in functions}
         if len(names) < len(functions):

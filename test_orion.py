@@ -9856,7 +9856,7 @@ def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_co
 
 
 @cases("jobs, why", [
-    ((orion.daily(note, "7:30"),), "'7:30' is not a time of day; write daily(note, \"07:30\")"),
+    ((orion.daily(note, "7:30"),), "slice 'work', job note: '7:30' is not a time of day; write daily(note, \"07:30\")"),
     ((orion.daily(note, "07:30", "Europe/Berlun"),), "there is no time zone 'Europe/Berlun'"),
     ((orion.daily(note, "07:30", "../etc/passwd"),), "there is no time zone '../etc/passwd'"),
     ((orion.every(note, seconds=0.5),), "less than a second; write every(note, minutes=10)"),
