@@ -1230,7 +1230,8 @@ def only_the_regions(ctx, *shown):
     """The page of a slice that has nothing to say around its regions. (What stood for the
     <parts> of the path is in shown, too.)"""
     regions = [html for html in shown if type(html) is Html]
-    return template("slice")(region=Html().join(regions), live=True)
+    region = Html().join(regions)
+    return template("slice")(region=region, workspace=ctx.title, live=True)
 
 
 class Live(NamedTuple):

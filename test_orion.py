@@ -2537,6 +2537,7 @@ def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
 def test_a_deployment_without_todos_begins_with_its_own_page(start):
     server = start((small(),))
     bob = Person(server, "bob")
+    assert '<h1 class="visually-hidden">acme</h1>' in bob.get("/w/acme/n").text
     assert '<a href="/w/acme/n">' in bob.get("/").text and bob.get("/w/acme").headers["location"] == "/w/acme/n"
     assert bob.post("/workspaces", form={"name": "mine"}).headers["location"] == "/w/mine/n" and bob.get("/w/mine/n").status == 200
 
