@@ -10116,18 +10116,18 @@ def keys_rotate(settings, given):
 
 
 # ==== 44. Accounts ========================================================================
-# The idea: one signs in with a name and a password. A password is hashed so that each guess
-#   costs 0.1 s and 32 MiB, and guesses are counted.
-# It promises: the hash is made before the request takes the Directory's turn, for meanwhile
-#   every gate would wait. A name that nobody has takes as long as a wrong password. Whoever
-#   signed in from an address before is not locked out by what others type elsewhere, nor by
-#   what they type there for other accounts.
+# The idea: people sign in with a name and a password. A password is hashed so that each
+#   guess costs 0.1 s and 32 MiB, and guesses are counted.
+# It promises: the hash is made before the request takes the Directory's turn, because every
+#   gate waits for that turn. An unknown name takes as long as a wrong password. An account
+#   that has signed in from an address before is not locked out there by wrong guesses from
+#   elsewhere, or by wrong guesses from there for other accounts.
 #
-# The way of POST /login:
+# The path of POST /login:
 #
-#     ProvesPasswords.prove   no turn is held: asks the Directory for the hash that is
-#                             stored, and compares. If it fits, it goes along, as x-stored
-#     account_proved          in the Directory's turn: is it still the hash that is stored?
+#     ProvesPasswords.prove   without a turn: asks the Directory for the stored hash, and
+#                             compares. If it matches, it goes along, as x-stored
+#     account_proved          in the Directory's turn: is this still the stored hash?
 #     open_session            makes a session, and its cookie
 
 SCRYPT = {"n": 2 ** 14, "r": 16, "p": 1, "maxmem": 64 * 2 ** 20, "dklen": 32}
@@ -10139,7 +10139,7 @@ OWNED = "(account = ? AND operator IS NULL OR operator = ?)"     # an account's 
 
 
 def scrypt(password, salt: bytes):
-    """Return the hash (RFC 7914). Raises Refused(503) if too many are in line."""
+    """Return the hash (RFC 7914). Raises Refused(503) if too many are waiting."""
     if not SCRYPT_IN_LINE.acquire(blocking=False):
         raise Refused(503, "Many people are signing in. Try again in a moment.",
                       retry_after(2))
@@ -10151,10 +10151,8 @@ def scrypt(password, salt: bytes):
 
 
 def as_hashed(password):
-    """Return what is hashed: accents composed, all spaces U+0020 (RFC 8265, 4.2.2).
-
-    Keyboards differ in what they send for the same password.
-    """
+    """Return the password as it is hashed: accents composed, all spaces U+0020 (RFC 8265,
+    4.2.2). Otherwise the same password, typed on another keyboard, might not match."""
     spaced = [" " if unicodedata.category(one) == "Zs" else one for one in password]
     return unicodedata.normalize("NFC", "".join(spaced))
 
@@ -10165,11 +10163,10 @@ def hash_password(password):
 
 
 def password_matches(password, stored):
-    """True if it is the one. If nothing is stored, it takes as long, and is False.
+    """True if the password is the stored one. If none is stored: False, after as long.
 
-    Older versions hashed a password as it was typed. If that differs from what this one
-    hashes, both are tried: so the time depends on what was typed, and on nothing that is
-    stored.
+    Older versions hashed a password exactly as typed. If this differs from as_hashed, both
+    are tried. So the time depends only on what was typed, not on what is stored.
     """
     salt, _, known = (stored or "00$").partition("$")
     spellings = dict.fromkeys([as_hashed(password), password])
@@ -10179,23 +10176,23 @@ def password_matches(password, stored):
 
 
 def check_password(new):
-    """Raise Refused(422) if no password can be so."""
+    """Raise Refused(422) if this must not be a password."""
     new = as_hashed(new)
     if not 8 <= len(new) <= LONGEST_TYPED or not new.isprintable():
-        raise Refused(422, "A password has 8 to 256 characters, all of which can be "
-                           "printed. Choose another.")
+        raise Refused(422, "A password must have 8 to 256 printable characters. Choose "
+                           "another.")
 
 
 def check_account_name(name):
     if not ACCOUNT_NAME.fullmatch(name):
-        raise Refused(422, "A name has 1 to 32 characters: a to z, 0 to 9, and hyphens "
-                           "inside. Choose another.")
+        raise Refused(422, "A name must have 1 to 32 characters: a to z, 0 to 9, and "
+                           "hyphens between them. Choose another.")
 
 
 class Throttle:
-    """Remembers attempts by key, as "to carol". A key with too many has to wait.
+    """Remembers attempts by key, such as "to carol". A key with too many has to wait.
 
-    It is bounded: the oldest keys are forgotten.
+    Its memory is bounded: it forgets the oldest keys.
     """
     SECONDS = 600.0                                      # then an attempt is forgotten
     KEYS = 10_000
@@ -10223,8 +10220,8 @@ class Throttle:
                 self.times.popitem(last=False)
 
     def forgive(self, own, *keys):
-        """Forget the attempts of own, and take them out of the other keys: the password was
-        right at last, so they were typing errors."""
+        """Forget the attempts of own, and remove them from the other keys: they were typing
+        errors, because the password was right in the end."""
         with self.lock:
             mine = self.times.pop(own, ())
             for key in keys:
@@ -10240,11 +10237,11 @@ def count_attempt(attempts, request):
 
 
 def typed_in(request):
-    """Return the name, the password and the new password. Refuse what is long to hash."""
+    """Return the name, the password and the new password. Raises Refused(400) if one is so
+    long that hashing it would take long."""
     typed = [text_of(request, field) for field in ("username", "password", "new")]
     if max(map(len, typed)) > LONGEST_TYPED:
-        raise Refused(400, f"A name and a password have at most {LONGEST_TYPED} "
-                           "characters.")
+        raise Refused(400, f"Use at most {LONGEST_TYPED} characters for name and password.")
     return account_name(typed[0]), *typed[1:]
 
 
@@ -10253,31 +10250,31 @@ PASSWORD_DOORS = ("/login", "/account/password")         # what is sent there is
 
 @addition
 class ProvesPasswords(LoopEdge):
-    """Passwords are proved before the Directory's turn is taken. What was found goes along,
-    in headers."""
+    """Checks passwords before the request takes the Directory's turn. It passes the results
+    on in headers."""
     FAMILIAR = 1000                                      # names with their addresses
 
     def __init__(self, *args):
         super().__init__(*args)
         self.guesses = Throttle()
-        self.sign_ins = Throttle(30)                     # each takes 0.1 s, and a row
+        self.sign_ins = Throttle(30)                     # each costs 0.1 s, and a row
         self.familiar = {}                               # signed in before; oldest first
         self.add_doors(dict.fromkeys(PASSWORD_DOORS, self.at_password))
 
     def at_password(self, request, env):
-        """A door."""
+        """Answer a request to one of PASSWORD_DOORS."""
         if request.method == "POST":
             request = self.prove(request, env.directory)
         return env.directory.fetch(request)
 
     def prove(self, request, directory):
-        """Return the request with x-stored, the stored hash that the password goes with, or
+        """Return the request with x-stored, the stored hash if the password matches it, or
         "", and x-hashed, the hash of the new password, or ""."""
         name, password, new = typed_in(request)
         source = source_of(request.peer)
         here = f"{name} from {source}"
-        # Wrong guesses of others count, too, from this address or at this name; but not for
-        # somebody who signed in from here before.
+        # Wrong guesses by others, from this address or for this name, count as well, unless
+        # this account has signed in from here before.
         keys = [here] if here in self.familiar else [here, f"from {source}", f"to {name}"]
         self.guesses.check(*keys)
         self.sign_ins.check(here)
@@ -10293,35 +10290,36 @@ class ProvesPasswords(LoopEdge):
 
 
 def account_proved(ctx):
-    """Return whose password came along; "" if it was wrong, or has changed just now."""
+    """Return the account whose password was proved; "" if it was wrong, or changed since.
+    """
     name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
     return name if stored and stored == ctx.request.headers.get("x-stored") else ""
 
 
 def refuse_masked(ctx, what):
-    """Raise Refused(403) for an operator who looks on in somebody's name."""
+    """Raise Refused(403) for an operator who looks on as another account."""
     if ctx.viewer.signature != ctx.viewer.account:
         raise Refused(403, f"You look on as {ctx.viewer.account}, and {what} would outlast "
                            "that. End it first.")
 
 
 def account_meant(ctx):
-    """Return the field account. Raises Refused(422) if there is none of this name."""
+    """Return the field account. Raises Refused(422) if no account has this name."""
     name = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
         raise Refused(422, "There is no account of this name. Check the spelling.")
     return name
 
 
-# The page on which one signs in carries along a form that came without a session, and the
-# path to which it was sent. Here there is none.
+# The sign-in page carries a form that was sent without a session, and the path to which it
+# was sent. UNSENT says that there is none.
 UNSENT = {"unsent": "", "to": ""}
-MOST_CARRIED = BODY_LIMIT // 4                           # it comes back encoded once more
+MOST_CARRIED = BODY_LIMIT // 4                           # because it comes back encoded
 
 
 def login_form(next, personas, problem, status=200, username="", **unsent):
-    """Return the page on which one signs in. unsent: see UNSENT; the page carries it."""
+    """Return the sign-in page. unsent: a form that it carries, see UNSENT."""
     body = template("login")(next=next, username=username, problem=problem,
                              demo=bool(personas), persona=[*personas], **unsent)
     return page("Sign in", body, status=status)
@@ -10335,7 +10333,7 @@ def login_page(ctx):
 
 
 def page_of(request):
-    """Return the page that a request opens or, if it is a form, on which the form stood."""
+    """Return the page that a request opens or, if it sends a form, the form's page."""
     if request.method in SAFE:
         query = f"?{request.query}" if request.query else ""
         return local_path(urllib.parse.quote(request.path) + query)
@@ -10345,18 +10343,18 @@ def page_of(request):
 
 
 def unsent_in(request):
-    """Return the form that came without a session, so that it can be sent again."""
-    is_plain = FORMS.get(request.media_type) is read_form    # others bring files
+    """Return the form that was sent without a session, so that it can be sent again."""
+    is_plain = FORMS.get(request.media_type) is read_form    # others can have files
     if not is_plain or request.method in SAFE or request.path in PASSWORD_DOORS:
         return UNSENT
     body = request.body.decode("latin-1")
     if len(body) > MOST_CARRIED or body.count("&") >= MOST_PAIRS:
-        return UNSENT                                    # else nobody could sign in with it
+        return UNSENT                                    # too much for a sign-in to carry
     return {"unsent": body, "to": urllib.parse.quote(request.path)}
 
 
 def unsent_page(ctx, unsent, next):
-    """Return a page that says what was not saved, and sends it at one more click."""
+    """Return a page that shows what was not saved, and sends it again at one click."""
     rows = [{"name": name, "value": value, "seen": not name.startswith("_")}
             for name, value in decoded_pairs(unsent, keep_blank_values=True)]
     body = template("login.again")(field=rows, to=local_path(ctx.field("to")), next=next)
@@ -10364,10 +10362,10 @@ def unsent_page(ctx, unsent, next):
 
 
 def account_by_password(ctx):
-    """Return account_proved. Raise Refused(422) if there is none."""
+    """Return the account whose password was proved. Raises Refused(422) if it was wrong."""
     account = account_proved(ctx)
     if not account:
-        raise Refused(422, "Name and password do not go together. Try again.")
+        raise Refused(422, "Name and password do not match. Try again.")
     return account
 
 
@@ -10378,25 +10376,25 @@ def login(ctx):
 def change_password(ctx):
     account = ctx.viewer.account
     if account_proved(ctx) != account:
-        raise Refused(422, "The present password is not right. Try again.")
+        raise Refused(422, "The present password is wrong. Try again.")
     check_password(ctx.field("new"))
     store_password(ctx, account, ctx.request.headers["x-hashed"])
     return see_other("/account", which=account)
 
 
 def my_digest(ctx):
-    """Return by what the table knows the viewer's session; b"": there is none."""
+    """Return the digest of the viewer's session in the table, or b"" if there is none."""
     return bytes.fromhex(ctx.request.headers.get("x-session", ""))
 
 
 def add_account(store, name, hashed, operator):
-    """Return 1; 0 if the name is taken."""
+    """Add an account. Return 1, or 0 if the name is taken."""
     return store.exec("INSERT OR IGNORE INTO accounts (name, label, password, operator) "
                       "VALUES (?, ?, ?, ?)", name, name, hashed, operator)
 
 
 def store_password(ctx, account, hashed):
-    """Store it, and end all other sessions of the account."""
+    """Store the new hash, and end all other sessions of the account."""
     ctx.store.exec("UPDATE accounts SET password = ? WHERE name = ?", hashed, account)
     end_sessions(ctx, f"{OWNED} AND digest <> ?", account, account, my_digest(ctx))
 
@@ -10413,7 +10411,8 @@ class KnowsAccounts(EdgeDirectory):
         return self.personas("")
 
     def open_session(self, ctx, account, start="/"):
-        """Return the page that sends a form again, if one came without a session."""
+        """Open one. If a form was sent without a session, return the page that sends it
+        again."""
         answer = super().open_session(ctx, account, start)
         unsent = ctx.field("unsent")
         if not unsent:
@@ -10427,12 +10426,12 @@ class KnowsAccounts(EdgeDirectory):
         return self.password_of(request.headers["x-account"])
 
     def password_of(self, account):
-        """Return the hash that is stored; "" if there is none."""
+        """Return the stored hash, or "" if there is none."""
         row = self.store.one("SELECT password FROM accounts WHERE name = ?", account)
         return row["password"] if row else ""
 
     def own_operator(self, request):
-        """True if the session is an operator's, whoever it looks on as."""
+        """True if the session is an operator's, who may look on as another account."""
         row = self.session(request)
         return bool(row) and self.is_operator(row["operator"] or row["account"])
 
@@ -10444,7 +10443,7 @@ class KnowsAccounts(EdgeDirectory):
 @addition
 class AsksForPasswords(LoopEdge):
     def refusal(self, request, error):
-        """A browser that is not signed in gets the form for it."""
+        """Return the sign-in page if a browser is not signed in."""
         signed_out = isinstance(error, Refused) and error.status == 401
         if not signed_out or not request.opens_page:
             return super().refusal(request, error)
@@ -10467,17 +10466,17 @@ def new_password(name):
     return hash_password(password)
 
 
-@verb("account add", "let somebody sign in", "account", "--operator")
+@verb("account add", "add an account", "account", "--operator")
 def account_add(settings, given):
     check_account_name(given.account)
     hashed = new_password(given.account)
     with opened(settings, given) as (store, _):
         if not add_account(store, given.account, hashed, given.operator):
-            raise Unusable(f"there is an account {given.account} already")
-    print(f"{given.account} may sign in now")
+            raise Unusable(f"the name {given.account} is taken; choose another")
+    print(f"{given.account} can sign in now")
 
 
-@verb("account passwd", "set a new password; it signs the account out everywhere",
+@verb("account passwd", "set a new password, and sign the account out everywhere",
       "account")
 def account_passwd(settings, given):
     hashed = new_password(given.account)
@@ -10488,7 +10487,7 @@ def account_passwd(settings, given):
     print(f"{given.account} has a new password, and is signed out everywhere")
 
 
-@verb("account list", "list who may sign in")
+@verb("account list", "list the accounts")
 def account_list(settings, given):
     table(looked_up(settings, lambda store: store.query(
         "SELECT name, CASE WHEN operator THEN 'operator' ELSE '' END, (SELECT count(*) "
@@ -10514,15 +10513,15 @@ def account_remove(settings, given):
 
 
 # ==== 45. Account page ====================================================================
-# The idea: people see where they are signed in, and end what they do not know.
-# It promises: a session that is used goes on; one that is not used for 30 days is over, and
-#   its open pages end within a second.
+# The idea: people see where they are signed in, and can end sessions they don't recognize.
+# It promises: a session that is used stays valid; one that is not used for 30 days ends,
+#   and its open pages end within a second.
 # It needs: 44 Accounts.
 
-ACCOUNT_PARTS = []                                       # (ctx): what else the page has
+ACCOUNT_PARTS = []                                       # part(ctx): more of the page
 
-# What is in a User-Agent, and what it means. The first that is found counts, for most say
-# of themselves that they are others, too.
+# Signs in a User-Agent, and what they mean. The first sign found counts, because most
+# browsers claim to be others as well.
 BROWSERS = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "FxiOS": "Firefox",
             "CriOS": "Chrome", "Chrome": "Chrome", "Safari": "Safari", "": "A browser"}
 SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": "Windows",
@@ -10530,7 +10529,7 @@ SYSTEMS = {"iPhone": "iPhone", "iPad": "iPad", "Android": "Android", "Windows": 
 
 
 def device(agent):
-    """Return what a User-Agent says, in words: "Chrome on Linux"."""
+    """Return a User-Agent in words: "Chrome on Linux"."""
     browser, system = [next(words for sign, words in known.items() if sign in agent)
                        for known in (BROWSERS, SYSTEMS)]
     return f"{browser} on {system}"
@@ -10542,14 +10541,14 @@ def utc(seconds):
 
 
 def moment(seconds):
-    """Return a time that a browser with scripts shows as of its own time zone."""
+    """Return a time as markup. A browser with scripts shows it in its own time zone."""
     exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
     return template("layout.moment")(exact=exact, text=utc(seconds))
 
 
 def account_page(ctx):
-    """Return the page of an account. A session's name there is a part of a hash: whoever
-    reads it can't sign in with it."""
+    """Return the page of an account. It names a session by a part of its hash, because
+    nobody can sign in with that."""
     mine = my_digest(ctx)
     account = ctx.viewer.account
     rows = ctx.store.query(f"SELECT digest, created, agent FROM sessions WHERE {OWNED} "
@@ -10566,11 +10565,11 @@ def account_page(ctx):
     return page("Account", body, ctx.viewer)
 
 
-DIGEST_NAME = "lower(substr(hex(digest), 1, 16))"        # how a page calls a secret
+DIGEST_NAME = "lower(substr(hex(digest), 1, 16))"        # how a page names a secret
 
 
 def choose_sessions(ctx):
-    """End some. The field session is the name of one, or "all", or "others"."""
+    """End some sessions. The field session is the name of one, or "all", or "others"."""
     which = ctx.field("session")
     account = ctx.viewer.account
     mine = ctx.request.headers["x-session"][:16]
@@ -10587,11 +10586,11 @@ DIRECTORY_SLICES.append(Slice("sessions", routes=(
 @addition
 class EndsSessions(EdgeDirectory):
     def session(self, request):
-        """A session in the second half of its time begins anew."""
+        """Return the session. If it is in the second half of its time, restart its time."""
         row = super().session(request)
         half = time.time() + SESSION_SECONDS / 2
         if row and row["expires"] < half and row["operator"] is None:
-            with contextlib.suppress(sqlite3.OperationalError):  # locked: the next time
+            with contextlib.suppress(sqlite3.OperationalError):  # locked: try next time
                 self.store.exec("UPDATE sessions SET expires = ? WHERE digest = ?",
                                 time.time() + SESSION_SECONDS, row["digest"])
         return row
@@ -10608,13 +10607,13 @@ class EndsSessions(EdgeDirectory):
 
 
 # ==== 46. Masquerade ======================================================================
-# The idea: an operator looks on in somebody's name, to see what they see. The operator's
-#   session is given the other account, and remembers the operator.
-# It promises: it ends after 15 minutes. Unless the operator asks for more, it only reads.
-#   Each page says so, and the journal names both.
-# It needs: 44 Accounts, which knows who is an operator.
+# The idea: an operator looks on as another account, to see what it sees. The operator's
+#   session changes to that account, and remembers the operator.
+# It promises: this ends after 15 minutes. It is read-only, unless the operator asks for
+#   more. Each page says so, and the journal names both accounts.
+# It needs: 44 Accounts, which knows the operators.
 #
-# The row of olga's session before she looks on as carol, and meanwhile:
+# The row of olga's session, before and while she looks on as carol:
 #
 #     account   operator   read_only   expires
 #     olga      NULL       0           in 30 days
@@ -10626,20 +10625,20 @@ BEGIN_MASK = """UPDATE sessions SET account = ?, operator = ?, read_only = ?, ex
                 WHERE digest = ?"""
 END_MASK = """UPDATE sessions SET account = operator, operator = NULL, read_only = 0,
               expires = ? WHERE digest = ? AND operator IS NOT NULL"""
-# operator > '' is IS NOT NULL, in words for which SQLite uses the index sessions_until.
+# operator > '' means IS NOT NULL, but lets SQLite use the index sessions_until.
 MASKS_OVER = f"{LABELLED} sessions WHERE operator > '' AND expires <= ?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Viewer):
-    """An operator who looks on in somebody's name."""
+    """An operator who looks on as another account."""
     operator: str = ""
     read_only: bool = False
     AS = " as "
 
     def permit(self, grant, method="GET"):
         super().permit(grant, method)
-        own = grant == PUBLIC and not self.workspace     # such as to end it
+        own = grant == PUBLIC and not self.workspace     # such as /masquerade/end
         if self.read_only and not own and method not in SAFE:
             raise Refused(403, "You look on read-only. End it, or begin again with writing "
                                "allowed.")
@@ -10655,14 +10654,14 @@ class Masked(Viewer):
 
 
 def masked(viewer, operator, read_only):
-    """Return the viewer masked, if there is an operator behind them."""
+    """Return a Masked if an operator looks on as this viewer, else the viewer."""
     if not operator or isinstance(viewer, Masked):        # the Directory's own are already
         return viewer
     return Masked(**vars(viewer), operator=operator, read_only=bool(read_only))
 
 
 def masked_in(viewer, request):
-    """Return the viewer masked, if the verdict names an operator."""
+    """Return a Masked if the verdict names an operator, else the viewer."""
     header = request.headers.get
     return masked(viewer, header("x-operator"), header("x-read-only"))
 
@@ -10671,8 +10670,8 @@ def masquerade(ctx):
     session = ctx.host.session(ctx.request)
     operator = session["operator"] or session["account"]
     if not ctx.host.is_operator(operator):
-        raise Refused(403, "Only an operator of this server may do that: account add NAME "
-                           "--operator makes one.")
+        raise Refused(403, "Only an operator of this server may do that. To make one, run: "
+                           "account add NAME --operator")
     account = account_meant(ctx)
     ctx.store.exec(BEGIN_MASK, account, operator, not ctx.checked("writes"),
                    time.time() + MASQUERADE_SECONDS, session["digest"])
@@ -10681,7 +10680,7 @@ def masquerade(ctx):
 
 
 def unmask(ctx):
-    """End it. Its time may have run out just now: then the viewer is the operator."""
+    """End the masquerade. (If its time has just run out, the viewer is the operator.)"""
     session = ctx.host.session(ctx.request)
     if session and session["operator"]:
         ctx.host.end_mask(session)
@@ -10699,7 +10698,7 @@ VIEWERS.append(masked_in)
 @addition
 class KeepsMasks(Broadcast):
     def job_context(self, row, request):
-        """A job that an operator put in runs in the name in which they looked on."""
+        """Have a job run as the account that an operator looked on as when enqueuing it."""
         ctx = super().job_context(row, request)
         operator, as_whom, account = row["who"].partition(Masked.AS)
         if as_whom and ACCOUNT_NAME.fullmatch(operator):     # else of a token
@@ -10714,7 +10713,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
                  "AND (expires > ? OR operator IS NOT NULL)")
 
     def session(self, request):
-        """When a mask's time is over, the session is the operator's own again."""
+        """Return the session; the operator's own, if the masquerade's time is over."""
         row = super().session(request)
         if row and row["operator"] and row["expires"] <= time.time():
             self.time_is_over(row)
@@ -10727,7 +10726,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
             self.journal(self.viewer_of(session), "directory.unmask", "time is over")
 
     def end_mask(self, session):
-        """Give the session back to its operator, unless it would be over by now, too."""
+        """Give the session back to its operator, or delete it if it has expired as well."""
         until = session["expires"] + SESSION_SECONDS
         if until > time.time():
             self.store.exec(END_MASK, until, session["digest"])
@@ -10752,7 +10751,7 @@ class LetsOperatorsLookOn(EdgeDirectory):
         return said
 
     def accounts_of(self, where, args):
-        """Return the operators, too: their own open pages end as well."""
+        """Return the accounts and their operators, because the pages of both end."""
         return self.store.query(
             f"SELECT account FROM sessions WHERE {where} UNION SELECT operator FROM "
             f"sessions WHERE operator IS NOT NULL AND {where}", *args, *args)
@@ -10764,14 +10763,14 @@ class LetsOperatorsLookOn(EdgeDirectory):
 
 
 # ==== 47. Links ===========================================================================
-# The idea: whoever has a link may do one thing, a few times, for some days: enter a
-#   workspace, sign in on another device, or set a new password. With the link that a new
-#   server prints, one makes its first account.
-# It promises: the secret stands behind the # of an address. Browsers send that to nobody,
-#   so it is in no log and no Referer; only its hash is stored. To look at a link does not
-#   use it up. None makes an owner, or changes the role of a member. One is void as soon as
-#   its maker could not make it any more: foreign keys remove it with the membership, which
-#   any change of the role replaces, and with the session.
+# The idea: a link lets its holder do one thing, a few times, for some days: enter a
+#   workspace, sign in on another device, or set a new password. A new server prints a link
+#   that makes its first account.
+# It promises: the secret follows the # of an address. Browsers do not send that part, so it
+#   is in no log and no Referer; only its hash is stored. Looking at a link does not use it
+#   up. No link makes an owner, or changes the role of a member. A link is void as soon as
+#   its maker could no longer make it: foreign keys remove it with the maker's session, or
+#   with the maker's membership, which any change of the role replaces.
 # Who uses it: the members page, the account page, and the first start.
 # It needs: 35 Fields, 44 Accounts, 45 Account page.
 #
@@ -10781,22 +10780,22 @@ class LetsOperatorsLookOn(EdgeDirectory):
 #                   (accounts); and by kind, else NULL:
 #     - invite      maker, workspace, role
 #     - device      session (of the maker)
-#     - password    maker, account (whose), password (a hash of what is stored now)
+#     - password    maker, account (whose), password (a hash of the hash stored now)
 #     - first       nothing
 #
-# The way of a link:
+# The path of a link:
 #
-#     make_link         adds the row, and shows /join#SECRET, this once
+#     make_link         adds the row, and shows /join#SECRET, only once
 #     GET /join         link_page: its script takes the secret out of the address, and sends
 #     POST /join        use_link: shows what the link is for, and a form
-#     POST /join, with  OpensLinks.at_link hashes the password that was typed, before the
-#     the field how     Directory's turn is taken; use_link calls Kind.use, opens a session
+#     POST /join, with  OpensLinks.at_link hashes the typed password, before the request
+#     the field how     takes the Directory's turn; use_link calls Kind.use, opens a session
 
 DAY = 86400.0                                            # seconds
 MOST_LINKS = 100                                         # of one workspace
 LONGEST_LINK = 30                                        # days
 MOST_USES = 100
-# With the role that its maker has now (makes), and whom it signs in (person).
+# A link, with the role that its maker has now (makes), and whom it signs in (person).
 GOOD_LINK = """SELECT l.*, w.name, coalesce(w.title, w.name) AS title, m.role AS makes,
                coalesce(l.account, s.account) AS person FROM links l
                LEFT JOIN workspaces w ON w.id = l.workspace AND NOT w.moving
@@ -10807,22 +10806,22 @@ LINKS_INTO = f"""SELECT {DIGEST_NAME} AS id, role, maker, uses, expires, used_by
                  WHERE workspace = ? AND expires > ? ORDER BY expires"""
 OLD_LINKS = """DELETE FROM links WHERE digest IN (SELECT digest FROM links
                WHERE expires <= ? LIMIT 100)"""
-NO_LINK = ("This link is not valid: it was used, withdrawn, is too old, or was not copied "
-           "in full. Ask for a new one.")
+NO_LINK = ("This link is not valid: it was used or withdrawn, has expired, or was not "
+           "copied in full. Ask for a new one.")
 
 
 class Kind(NamedTuple):
-    """What a link is for. title: of its page. holds(host, link): could it be made now?
-    use(ctx, link) returns the account that is signed in then."""
+    """A kind of link. title: of its page. holds(host, link): could its maker still make it?
+    use(ctx, link) uses it, and returns the account to sign in."""
     title: str
     holds: Callable[..., bool]
     use: Callable[..., str]
 
 
-# -- to make a link
+# -- making a link
 
 def add_link(store, kind, seconds, **row):
-    """Return its secret."""
+    """Add a link. Return its secret."""
     secret = secrets.token_urlsafe(32)
     row = {"digest": token_hash(secret), "kind": kind, "uses": 1,
            "expires": time.time() + seconds, **row}
@@ -10832,7 +10831,8 @@ def add_link(store, kind, seconds, **row):
 
 
 def new_link_page(ctx, secret, what, back, which):
-    """Return the page that shows a link, this once: it is kept nowhere (see 70)."""
+    """Return the page that shows a link. It is shown only once: nothing keeps it (see 70).
+    """
     request = ctx.request
     address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
     body = template("links.made")(address=address, what=what, back=back)
@@ -10847,11 +10847,11 @@ def make_link(ctx):
     uses = within("uses", ctx.number("uses", 1), MOST_USES)
     days = within("days", ctx.number("days", 7), LONGEST_LINK)
     if role == "owner":
-        raise Refused(422, "A link makes no owner. Choose another role, and make them an "
-                           "owner when they are here.")
+        raise Refused(422, "A link can't make an owner. Choose another role, and make them "
+                           "an owner after they have joined.")
     links = ctx.store.query(LINKS_INTO, ctx.viewer.id, time.time())
     if sum([link["uses"] > 0 for link in links]) >= MOST_LINKS:
-        raise Refused(422, f"There are {MOST_LINKS} links. Withdraw one first.")
+        raise Refused(422, f"There are {MOST_LINKS} links already. Withdraw one first.")
     secret = add_link(ctx.store, "invite", days * DAY, workspace=ctx.viewer.id, role=role,
                       uses=uses, maker=ctx.viewer.account)
     ctx.publish("members")
@@ -10864,12 +10864,12 @@ def make_link(ctx):
 
 def within(name, number, most):
     if not 1 <= number <= most:
-        raise Refused(422, f"{name} is a number from 1 to {most}.")
+        raise Refused(422, f"{name} must be a number from 1 to {most}.")
     return number
 
 
 def withdraw_link(ctx):
-    """Void a link. The field link is a part of its hash, as the page of links has it."""
+    """Remove a link. The field link is the part of its hash that the page of links has."""
     link = ctx.field("link")[:16]
     ctx.store.exec(f"DELETE FROM links WHERE workspace = ? AND {DIGEST_NAME} = ?",
                    ctx.viewer.id, link)
@@ -10878,18 +10878,18 @@ def withdraw_link(ctx):
 
 
 def device_link(ctx):
-    """Make a link that signs the viewer in elsewhere. The one before it is void."""
+    """Make a link that signs the viewer in on another device. It voids the previous one."""
     refuse_masked(ctx, "a link")
     session = my_digest(ctx)
     ctx.store.exec("DELETE FROM links WHERE session = ?", session)
     secret = add_link(ctx.store, "device", 300, session=session)
     what = (f"It signs you in as {ctx.viewer.account} on another device, once, within five "
-            "minutes. Give it to nobody.")
+            "minutes. Do not give it to anybody.")
     return new_link_page(ctx, secret, what, "/account", ctx.viewer.account)
 
 
 def password_link(ctx):
-    """Make a link with which somebody sets a new password. The one before it is void."""
+    """Make a link with which an account sets a new password. It voids the previous one."""
     refuse_masked(ctx, "a link")
     maker = ctx.viewer.account
     if not ctx.host.is_operator(maker):
@@ -10898,16 +10898,16 @@ def password_link(ctx):
     ctx.store.exec("DELETE FROM links WHERE account = ?", account)
     secret = add_link(ctx.store, "password", DAY, account=account, maker=maker,
                       password=password_mark(ctx.host, account))
-    what = f"With it {account} chooses a new password, once, within a day."
+    what = f"With it, {account} can choose a new password, once, within a day."
     return new_link_page(ctx, secret, what, "/account", account)
 
 
 def password_mark(host, account):
-    """Return a hash of the password's hash: it tells whether there was a new one since."""
+    """Return a hash of the password's hash. It differs as soon as the password changes."""
     return token_hash(host.password_of(account)).hex()
 
 
-# -- to use one
+# -- using a link
 
 def secret_in(text):
     """Return the secret; text may be the whole address."""
@@ -10915,8 +10915,8 @@ def secret_in(text):
 
 
 def link_page(ctx, secret=""):
-    """Return the page of a link; without one, the page that asks for it. After a mistake,
-    the link is in what was typed."""
+    """Return the page of a link or, without a secret, the page that asks for one. After a
+    mistake, the secret is among the typed values."""
     secret = secret or secret_in(ctx.typed.get("link", ""))
     link = ctx.host.link(token_hash(secret))
     kind = link["kind"] if link else "paste"
@@ -10929,8 +10929,8 @@ def link_page(ctx, secret=""):
 
 
 def shown_of_link(ctx, link):
-    """Return what its page says of a link, and which forms it has for whoever looks: of the
-    parts of links.html member, joins, stranger, other and new."""
+    """Return the values for the page of a link. member, joins, stranger, other and new are
+    parts of links.html: they show the viewer the right forms."""
     me = ctx.viewer.account
     member = role_of(ctx.store, link["workspace"], me) != NOT_A_MEMBER
     said = {name: link[name] for name in ("title", "role", "person")}
@@ -10942,8 +10942,8 @@ def shown_of_link(ctx, link):
 
 
 def mistake(ctx):
-    """Return what fills the holes for a mistake. The page can have two forms, to sign in
-    (known) and for a new account: message and cursor are in the one that was used."""
+    """Return the values that show a mistake. The page can have two forms, to sign in
+    (known) and for a new account; message and cursor go into the one that was used."""
     how, problem = ctx.typed.get("how"), ctx.typed.get("problem", "")
     known = how == "known"
     return {"problem": "" if known else problem, "known_problem": problem if known else "",
@@ -10951,8 +10951,8 @@ def mistake(ctx):
 
 
 def use_link(ctx):
-    """Use a link. Without a field how, only show its page: so asks the script that takes
-    the secret out of the address."""
+    """Use a link. Without the field how, only show the link's page: this is a request of
+    the script that takes the secret out of the address."""
     secret = secret_in(ctx.field("link"))
     link = ctx.host.link(token_hash(secret))
     if not link:
@@ -10970,14 +10970,14 @@ def use_link(ctx):
 
 
 def count_use(ctx, link, account):
-    """Note that this account has used it. Return the account, as Kind.use does."""
+    """Note that this account has used the link. Return the account, as Kind.use does."""
     ctx.store.exec("UPDATE links SET uses = uses - 1, used_by = ltrim(used_by || ' ' || ?) "
                    "WHERE digest = ?", account, link["digest"])
     return account
 
 
 def join(ctx, link):
-    """Let somebody into a workspace. Who is a member already stays what they are."""
+    """Let somebody into a workspace. Somebody who is a member already keeps the role."""
     account = joining(ctx)
     if role_of(ctx.store, link["workspace"], account) == NOT_A_MEMBER:
         count_use(ctx, link, account)
@@ -10987,7 +10987,7 @@ def join(ctx, link):
 
 
 def joining(ctx):
-    """Return who joins, by the field how: new, known (with a password) or signed in."""
+    """Return the account that joins. how: "new", "known" (by password), else signed in."""
     how = ctx.field("how")
     if how == "new":
         return new_account(ctx, operator=False)
@@ -11002,13 +11002,13 @@ def new_account(ctx, operator):
     name = account_name(ctx.field("username"))
     check_account_name(name)
     if not add_account(ctx.store, name, new_hash(ctx), operator):
-        raise Refused(422, f"The name {name} is taken. Choose another or, if it is yours, "
-                           "sign in.")
+        raise Refused(422, f"The name {name} is taken. Choose another, or sign in if it is "
+                           "yours.")
     return name
 
 
 def new_hash(ctx):
-    """Return the hash of a new password, which at_link made. Raises Refused(422)."""
+    """Return the hash that at_link made of the new password. Raises Refused(422)."""
     check_password(ctx.field("new"))
     hashed = ctx.request.headers.get("x-hashed")
     if not hashed:
@@ -11063,7 +11063,7 @@ def link_row(ctx, link):
 
 
 def people_of(ctx, names):
-    """Return how lists show these accounts, in this order. Some may be gone."""
+    """Return these accounts as lists show them, in this order. Some may be gone."""
     marks = ", ".join("?" * len(names))
     rows = ctx.store.query(f"SELECT name, label FROM accounts WHERE name IN ({marks})",
                            *names)
@@ -11072,7 +11072,7 @@ def people_of(ctx, names):
 
 
 def in_words(role):
-    """Return what a role may do: "read, write and delete todos; manage members"."""
+    """Return a role in words: "read, write and delete todos; manage members"."""
     verbs = {}
     for grant in ROLES.get(role, ()):
         thing, _, verb = grant.partition(":")
@@ -11082,7 +11082,7 @@ def in_words(role):
 
 
 def roles_in_words():
-    """Return what stands beside the choice of a role."""
+    """Return the explanation of the roles, to show next to the choice of one."""
     return template("links.roles")(
         can=[{"role": role, "may": in_words(role)} for role in ROLES])
 
@@ -11109,7 +11109,7 @@ ACCOUNT_PARTS.append(account_links)
 
 
 def home_or_first(ctx):
-    """As long as nobody can sign in, the front page says how the first one is made."""
+    """Return the home page; while there is no account, a page that says how to make one."""
     if ctx.viewer.account or not ctx.host.is_empty():
         return home(ctx)
     return page("Welcome", template("links.nobody")(**LAYOUT))
@@ -11140,14 +11140,13 @@ MEMBERS_PARTS.append(way_to_links)
 @addition
 class KnowsLinks(EdgeDirectory):
     def link(self, digest):
-        """Return the row of a link that can be used now, else None."""
+        """Return the row of a link that can be used now, or None."""
         now = time.time()
         row = self.store.one(GOOD_LINK, now, digest, now)
         return row if row and KINDS[row["kind"]].holds(self, row) else None
 
     def each_second(self):
-        """Remove links that are too old: no clock that is set back makes them good again.
-        """
+        """Remove expired links. A clock that is set back must not make them valid again."""
         super().each_second()
         now = time.time()
         if self.store.one("SELECT 1 FROM links WHERE expires <= ?", now):
@@ -11161,8 +11160,8 @@ class KnowsLinks(EdgeDirectory):
         return self.link(bytes.fromhex(request.headers["x-link"])) is not None
 
     def own_first(self, request):
-        """Return the secret of a new link for the first account; "" if there is one. The
-        link that was printed before is void."""
+        """Return the secret of a new link for the first account; "" if there are accounts.
+        It voids the link that was printed before."""
         if not self.is_empty():
             return ""
         with self.store.tx():
@@ -11179,8 +11178,8 @@ class OpensLinks(LoopEdge):
         self.add_doors({"/join": self.at_link})
 
     def at_link(self, request, env):
-        """A door. Passwords are hashed before the Directory's turn is taken, and only for
-        a link that is good; so whoever has one is not slowed by those who guess."""
+        """Answer /join. Passwords are hashed before the request takes the Directory's turn,
+        and only for a valid link, so that guesses do not slow down people who have one."""
         if request.method in SAFE:
             return env.directory.fetch(request)
         digest = token_hash(secret_in(text_of(request, "link"))).hex()
@@ -11201,8 +11200,8 @@ class OpensLinks(LoopEdge):
 
 
 def print_first_link(server, address):
-    """Print the link with which the first account is made: on standard output alone, which
-    is not where errors are logged."""
+    """Print the link that makes the first account. It goes to standard output, and so not
+    into the log of errors."""
     if server.settings.plane == "data":
         return
     secret = server.env.directory.ask("/_first")
@@ -11215,32 +11214,32 @@ AT_START.append(print_first_link)
 
 
 def no_links(request, env):
-    """A door of --plain."""
-    raise Refused(404, "This server runs with --plain, where there are no passwords, so a "
-                       "link opens nothing. Start it without --plain.")
+    """Refuse /join under --plain."""
+    raise Refused(404, "This server runs with --plain, which has neither passwords nor "
+                       "links. Start it without --plain.")
 
 
 PLAIN.append(lambda env: env.doors.update({"/join": no_links}))
 
 
 # ==== 48. Onlookers =======================================================================
-# The idea: each page of a workspace shows who else looks at it just now.
-# It promises: within a second everybody hears who came and who went. The others go on
-#   meanwhile, however many look on.
+# The idea: each page of a workspace shows who else is looking at it now.
+# It promises: within a second everybody sees who came and who went. Other requests do not
+#   have to wait for that, however many people look on.
 # Who uses it: the pages of workspaces.
 
 @addition
 class TellsWhoIsHere(Broker):
     SHOWN = 7                                            # people; they fit on a phone
-    unannounced = ()                                     # ids; who looks is not told [72]
+    unannounced = ()                                     # ids: they show no watchers [72]
 
     def __init__(self, edge):
         super().__init__(edge)
-        self.here = {}                                   # by object: what its watchers saw
+        self.here = {}                                   # by object: what its streams show
         self.came_or_went = set()                        # objects whose watchers changed
 
     def count_watcher(self, stream, id, more):
-        """Show a new one what the others see. The first sees itself."""
+        """Show a new watcher what the others see. The first one sees itself."""
         super().count_watcher(stream, id, more)
         self.came_or_went.add(id)
         inside = stream.again.path.startswith("/w/")     # else it is a home page: --single
@@ -11252,8 +11251,8 @@ class TellsWhoIsHere(Broker):
             self.show_here(stream, self.here[id])
 
     def tell_who_is_here(self):
-        """Once a second: tell all who watch an object who they are now, if others came or
-        went. A page that was loaded again has come back by then, so nobody hears of it."""
+        """Once a second: if somebody came or went, tell all watchers of the object who is
+        there now. A reloaded page has come back by then, so this does not report it."""
         changed, self.came_or_went = self.came_or_went, set()
         for id in changed & {*self.channels} - {*self.unannounced}:
             streams = self.watchers(id)
@@ -11263,8 +11262,8 @@ class TellsWhoIsHere(Broker):
                 self.some_at_a_time(streams, self.show_here, piece)
 
     def show_here(self, stream, piece):
-        """Section 69 shows it to people alone."""
-        if stream.channels:                              # else it has left meanwhile
+        """Show it in an open stream. Section 69 shows it only to people."""
+        if stream.channels:                              # else the stream has ended
             stream.show("here", piece)
 
     def presence(self, streams) -> Piece:
@@ -11276,7 +11275,7 @@ class TellsWhoIsHere(Broker):
         return Piece(html, main=False)
 
     def shown(self, stream):
-        """Return how a page shows who looks at it. Section 49 shows more."""
+        """Return how a page shows this watcher: by account. Section 49 shows more."""
         return stream.account
 
 
@@ -11288,14 +11287,14 @@ class LooksWhoIsHere(LoopEdge):
 
 
 # ==== 49. People ==========================================================================
-# The idea: beside the name of the account, carol, people have one that others see: Carol
+# The idea: besides the name of the account, carol, people have one that others see: Carol
 #   Jones. In the tables it is the account's label. Lists show it, with its initials on a
 #   colour that the account keeps.
-# It promises: who somebody is, the account alone says. It stands beside the other name
-#   where one decides about people: among members, and in an invitation. Nobody can choose
-#   the name of another's account. All open pages show a new name at once.
+# It promises: only the name of the account identifies people. It is shown, too, where
+#   others decide about them: among members, and in an invitation. Nobody can choose the
+#   name of another account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
-#   who else looks at it.
+#   the list of people who look at it.
 # It needs: 35 Fields, 38 Assets, 44 Accounts, 45 Account page, 47 Links.
 
 LONGEST_NAME = 63                                        # characters
@@ -11305,7 +11304,7 @@ TRUSTED.add("x-label")
 
 @functools.lru_cache(maxsize=1000)
 def person_of(account, label):
-    """Return somebody as lists show them."""
+    """Return a person as lists show them."""
     other = label != account
     return template("people.person")(
         account=account, label=label, initials=initials(label), other=other,
@@ -11320,7 +11319,7 @@ def initials(label):
 
 
 def of_viewer(viewer):
-    """Return what the head of each page has of its viewer."""
+    """Return the part of a page's head that shows its viewer."""
     if not viewer.account:
         return Html()
     style = link("stylesheet", f"/you.css?{viewer.account}")
@@ -11331,8 +11330,8 @@ setattr(Viewer, "person", property(of_viewer))
 
 
 def you_css(request, env):
-    """A door: the style that says (you) behind the account in the query. For a list is
-    rendered once for many people, so it can't tell which of them looks at it."""
+    """Return a style that adds "(you)" to the account in the query. A list can't add it,
+    because it is rendered once for many people."""
     only_read(request)
     if not ACCOUNT_NAME.fullmatch(request.query):
         raise Refused(*NOTHING_HERE)
@@ -11388,7 +11387,7 @@ ACCOUNT_PARTS.insert(0, account_label)
 
 
 def change_label(ctx):
-    """The field label is how others see the viewer; empty: by the account's name."""
+    """Set the name that others see. An empty field label: the name of the account."""
     account = ctx.viewer.account
     label = " ".join(ctx.field("label").split()) or account
     check_label(ctx.store, account, label)
@@ -11401,15 +11400,15 @@ def change_label(ctx):
 
 
 def check_label(store, account, label):
-    """Raise Refused(422) if nobody can be shown so, or if it is another account's name,
-    also in other letters: Bób, bob, or with an o that is Cyrillic."""
+    """Raise Refused(422) if a page can't show this name, or if it is another account's,
+    even in letters that look similar: Bób, bob, or with a Cyrillic o."""
     clear = label.isprintable() and FILLERS.isdisjoint(label)
     if not clear or len(label) > LONGEST_NAME:
-        raise Refused(422, f"A name has 1 to {LONGEST_NAME} characters, all of which can "
-                           "be seen. Choose another.")
+        raise Refused(422, f"A name must have 1 to {LONGEST_NAME} visible characters. "
+                           "Choose another.")
     if any(map(mixes_alphabets, label.split())):
-        raise Refused(422, "A word of this mixes alphabets whose letters look alike. Write "
-                           "each word in one.")
+        raise Refused(422, "A word in this name mixes alphabets whose letters look alike. "
+                           "Write each word in one alphabet.")
     known = slug(label)
     if known != account and store.one("SELECT 1 FROM accounts WHERE name = ?", known):
         raise Refused(422, f"There is an account {known}, and it is not yours. Add "
@@ -11417,7 +11416,7 @@ def check_label(store, account, label):
 
 
 def mixes_alphabets(word):
-    """Has a word letters of two that look alike? (A character's name says whose it is.)"""
+    """True if a word has letters of two similar alphabets, by the characters' names."""
     names = [unicodedata.name(one, "").partition(" ")[0] for one in word]
     return len({"LATIN", "CYRILLIC", "GREEK"} & {*names}) > 1
 
@@ -11433,11 +11432,11 @@ DIRECTORY_SLICES.append(Slice("people", live=(members._replace(page=people_page)
 
 
 # ==== 50. Owners ==========================================================================
-# The idea: who founds a workspace writes its title as people do, Acme Corp; the name in its
-#   address is made of it. And an owner is asked before they become one.
-# It promises: one account founds a bounded number of workspaces. Nobody becomes an owner
-#   without saying yes: until then it is an offer. Members keep their role meanwhile; who is
-#   new is an admin.
+# The idea: the founder of a workspace writes its title as people do, Acme Corp; the name in
+#   its address is made from it. And people are asked before they become an owner.
+# It promises: each account founds a bounded number of workspaces. Nobody becomes an owner
+#   without agreeing. Until then it is an offer: members keep their role, and somebody new
+#   is an admin.
 # Who uses it: the home page and the members page.
 
 OFFERS = """SELECT w.name, coalesce(w.title, w.name) AS title
@@ -11459,12 +11458,12 @@ def create_workspace(ctx):
 
 
 def check_founded(ctx, account):
-    """Raise Refused(422) if this account founded as many as it may."""
+    """Raise Refused(422) if this account has founded as many workspaces as it may."""
     founded = ctx.store.one("SELECT count(*) FROM workspaces WHERE founder = ? AND name "
                             "IS NOT NULL", account)[0]
     if founded >= most_workspaces(ctx.host.namespace.settings):
-        raise Refused(422, f"You founded {founded} workspaces, which is the limit here. "
-                           "Ask the operator of this server to remove one.")
+        raise Refused(422, f"You have founded {founded} workspaces, which is the limit "
+                           "here. Ask the operator of this server to remove one.")
 
 
 def most_workspaces(settings):
@@ -11479,7 +11478,7 @@ class AsksOwners(EdgeDirectory):
                 "offer": self.store.query(OFFERS, account, NAMES_A_PAGE)}
 
     def give_role(self, ctx, account, before, after):
-        """Somebody who is to be an owner has to agree first."""
+        """Give a role. Only offer the role of an owner: the member has to agree first."""
         offered = after == "owner" and before != "owner"
         if offered:
             after = before or "admin"
@@ -11489,14 +11488,14 @@ class AsksOwners(EdgeDirectory):
 
 
 def answer_offer(ctx):
-    """Become an owner, or not. The field answer is accept or decline."""
+    """Accept or decline an offer to be an owner, as the field answer says."""
     account = ctx.viewer.account
     answer = ctx.field("answer")
     if answer not in ("accept", "decline"):
-        raise Refused(422, "The answer is accept or decline. Use the buttons of the home "
-                           "page.")
+        raise Refused(422, "The answer must be accept or decline. Use the buttons on the "
+                           "home page.")
     if not ctx.store.one(OFFERED, ctx.viewer.id, account):
-        raise Refused(409, "Nobody asks you to be an owner here any more. Ask one of them.")
+        raise Refused(409, "There is no offer to be an owner any more. Ask for a new one.")
     before = ctx.viewer.role
     put_role(ctx, account, before, "owner" if answer == "accept" else before)
     return done(ctx, f"{ctx.viewer.id} {answer}")
@@ -11505,7 +11504,7 @@ def answer_offer(ctx):
 DIRECTORY_SLICES.append(Slice("owners", routes=(
     Route("POST", "/workspaces", ACCOUNT, create_workspace, form="/"),
     Route("POST", "/members/offer", MEMBER, answer_offer,
-          says="was asked to be an owner:"))))
+          says="answered the offer to be an owner:"))))
 
 
 # #### To run it ###########################################################################
