@@ -6506,6 +6506,8 @@ def frames_of_app(error):
             if not frame.filename.startswith(OURS)]
 
 
+NEEDS_COMMA = "a tuple of one needs a comma, too: (one,)"
+
 # For faults that are found each second: logs a line again only after 256 other lines.
 log_once = functools.lru_cache(maxsize=256)(log)
 
@@ -6721,18 +6723,19 @@ class Judge:
         if (action, table, second) in FTS5_ASKS:
             return ""
         if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() != "fts5":
-            return "makes a virtual table that is not of FTS5; no slice may"
+            return "makes a virtual table; a slice may make only those of FTS5"
         if not migrates and action not in ROWS:
-            return "does more than read and write rows, which is for migrations"
+            return "does more than read and write rows; only a migration may do that"
         if self.may == READ and action in WRITES:
             return f"writes, {COMMANDS_ONLY}"
         if migrates and action in NO_SLICE_MAY:
-            return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may"
+            return "uses PRAGMA, ATTACH, TEMP or a transaction; no slice may do that"
         if migrates and table.startswith("sqlite_"):     # SQLite's own records of tables
             return ""
         owner = self.owner_for(action, table)
         if owner != self.slice:
-            return f"touches table {table!r} of slice {owner!r}; ask for what that exports"
+            return (f"touches table {table!r} of slice {owner!r}; use ctx.ask with a "
+                    "function that it exports")
         return ""
 
     def owner_for(self, action, table):
@@ -6826,7 +6829,7 @@ class KnowsOwners(NestedStore):
         except sqlite3.Error as error:
             why = judge.objection or str(error)
             if why == "no such module: fts5":
-                why += "; full-text search is not in this Python's SQLite; use another one"
+                why += "; this Python's SQLite has no full-text search; use another Python"
             raise sqlite3.OperationalError(why) from error
         finally:
             judge.slice = ""
@@ -6914,7 +6917,7 @@ class Tables(Calls):
     def help(self, error):
         """Return a hint for the author of SQL that can't run."""
         if "binding" in str(error):
-            return "values stand beside the SQL, one for each ?: exec(sql, a, b)"
+            return "give one value for each ? after the SQL: exec(sql, a, b)"
         own = [table for table, slice in self.store.owners.items() if slice == self.slice]
         columns = "SELECT group_concat(name, ', ') FROM pragma_table_info(?)"
         tables = [f"{table} ({self.store.run(columns, (table,))[0][0]})" for table in own]
@@ -6923,7 +6926,7 @@ class Tables(Calls):
     def check_thread(self):
         """Raise RuntimeError after the end of the request, or in another thread."""
         if self.thread != threading.get_ident():
-            raise RuntimeError("this store was for a request that has ended, or for "
+            raise RuntimeError("this store belongs to a request that has ended, or to "
                                "another thread; to write later, use a job or a new request")
 
     def check_writes(self, what):
@@ -7037,8 +7040,8 @@ def unenforced(store, last):
                 if many > before.get((child, parent), 0):
                     raise MigrationError(
                         f"{last}: then {many} rows of {child!r} would refer to no row of "
-                        f"{parent!r} (where tables are dropped, no other statement "
-                        "cascades)")
+                        f"{parent!r} (in an entry that drops a table, deletes do not "
+                        "cascade)")
     finally:
         store.exec("PRAGMA foreign_keys=ON")
 
@@ -7289,8 +7292,8 @@ def load_keys(path):
     try:
         return read_keys(path)
     except OSError as error:
-        raise Unusable(f"{path} can't be read ({error.strerror}); do this as its owner, or "
-                       "chown it to the user as whom the server runs") from error
+        raise Unusable(f"{path} can't be read ({error.strerror}); run this as its "
+                       "owner, or chown it to the user who runs the server") from error
 
 
 @functools.cache
@@ -7304,8 +7307,8 @@ def ignores_modes(folder):
         probe.unlink()
     if ignored:
         log(f"warning: the file system of {folder} ignores modes, so others on this "
-            "machine may be able to read all that is there; if that matters, use another "
-            "one")
+            "machine may be able to read all files there; if that matters, use another "
+            "file system")
     return ignored
 
 
@@ -7395,7 +7398,7 @@ def matching(pattern, hint, read=str):
     def kind(text):
         value = read(text) if re.fullmatch(pattern, text) else None
         if value is None:
-            raise argparse.ArgumentTypeError(f"{text!r} is {hint}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {hint}")
         return value
     return kind
 
@@ -7421,18 +7424,18 @@ def read_address(text):
     return text if HOST.fullmatch(text)[1] else None     # refused without a port
 
 
-a_size = matching("[0-9]+[KMGTkmgt]?", "no size: say 500M or 10G", read_size)
+a_size = matching("[0-9]+[KMGTkmgt]?", "a size: use 500M or 10G, for example", read_size)
 a_time = matching("([0-9]+[.]?[0-9]*|[.][0-9]+)(ms|[smhd])?",
-                  "no time: say 90, 100ms, 15m or 1h", read_seconds)
-a_port = matching("[0-9]{1,5}", "no port: say 0 to 65535", read_port)
-an_address = matching(HOST.pattern, "no address: say HOST:PORT", read_address)
+                  "a time: use 90, 100ms, 15m or 1h, for example", read_seconds)
+a_port = matching("[0-9]{1,5}", "a port: use 0 to 65535", read_port)
+an_address = matching(HOST.pattern, "an address: use HOST:PORT", read_address)
 a_listener = matching(f"[0-9]{{1,5}}|{HOST.pattern}",
-                      "nowhere to listen: say 80, or 127.0.0.1:80")
-a_number = matching("[0-9]{1,9}", "no number: say 0 or more", int)
-at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "no number: say 1 or more", int)
-a_plane = matching("(directory|data)?", "no plane: say directory or data")
-what_of_jobs = matching("keep|drop", "no answer: say keep or drop")
-a_log = matching("common|json|off", "no log: say common, json or off")
+                      "a port or an address: use 80 or 127.0.0.1:80, for example")
+a_number = matching("[0-9]{1,9}", "a whole number: use 0 or more", int)
+at_least_1 = matching("[0-9]{0,8}[1-9][0-9]*", "a whole number: use 1 or more", int)
+a_plane = matching("(directory|data)?", "a plane: use directory or data")
+keep_or_drop = matching("keep|drop", "an answer: use keep or drop")
+a_log = matching("common|json|off", "a kind of log: use common, json or off")
 
 
 def several(text):
@@ -7443,7 +7446,7 @@ def networks(text):
     try:
         return tuple([str(ipaddress.ip_network(network)) for network in several(text)])
     except ValueError as error:
-        hint = f"{error}: say 10.0.0.0/8, or an address"
+        hint = f"{error}: use 10.0.0.0/8, for example, or an address"
         raise argparse.ArgumentTypeError(hint) from error
 
 
@@ -7460,8 +7463,8 @@ def host_names(text):
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise argparse.ArgumentTypeError(
-                f"{name!r} is no name of a host: say todo.example.org, without scheme, "
-                "port or *, and each name in full")
+                f"{name!r} is not a host name: use todo.example.org, for example, without "
+                "scheme, port or *; write each name in full")
     return names
 
 
@@ -7487,69 +7490,69 @@ OPTIONS = (
     ("--idle", "seconds until an unused workspace goes to sleep", a_time),
     ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
      "descriptors, at most 1,024", a_number),
-    ("--quota", "bytes that the file of a workspace may have, as 500M or 10G", a_size),
+    ("--quota", "bytes that the file of a workspace may have, such as 500M or 10G", a_size),
     ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
      a_number),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
      "connections", a_number),
     ("--connections", "connections at most; more get a 503", at_least_1),
-    ("--allow-host", "names that this server goes by, with commas between", host_names),
-    ("--trust-proxy", "networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are "
-     "believed, with commas between", networks),
-    ("--plane", "directory or data: run one plane alone, with the other in other processes",
+    ("--allow-host", "host names of this server, separated by commas", host_names),
+    ("--trust-proxy", "networks, separated by commas, of the proxies to trust for "
+     "X-Forwarded-For and X-Forwarded-Proto", networks),
+    ("--plane", "directory or data: run only one plane, with the other in other processes",
      a_plane),
     ("--directory", "HOST:PORT of the directory, for --plane data", str),
-    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default as "
-     "it listens", str),
-    ("--backup-every", "seconds, or as 1h: how often to copy what changed to backups in "
-     "the data folder; 0: never", a_time),
+    ("--node-name", "HOST:PORT by which the directory knows this data plane; by default "
+     "the address it listens on", str),
+    ("--backup-every", "seconds, or a time such as 1h: how often to copy changes to "
+     "backups in the data folder; 0: never", a_time),
     ("--keep", "backups to keep", at_least_1),
-    ("--keep-journal", "seconds, or as 365d: how long the journals tell who did what; 0: "
-     "for ever", a_time),
-    ("--drain", "seconds for which a server that was told to stop answers 503, to /healthz "
-     "too, so that a load balancer hears of it first", a_time),
+    ("--keep-journal", "seconds, or a time such as 365d: how long the journals keep who "
+     "did what; 0: for ever", a_time),
+    ("--drain", "seconds for which a stopping server answers 503, also to /healthz, so "
+     "that a load balancer notices first", a_time),
     ("--log", "access log on standard output: common, json or off", a_log),
-    ("--slow", "as 100ms: write a line to standard error for what takes longer, ten a "
-     "second at most; 0: for nothing", a_time),
+    ("--slow", "a time such as 100ms: log to standard error what takes longer, at most ten "
+     "lines a second; 0: nothing", a_time),
 )
 
 # The arguments of commands, for argparse.
 ARGUMENTS = {
     "name": {"help": "of the workspace", "type": slug},
-    "title": {"help": "its name, as people write it: it becomes the address, too",
+    "title": {"help": "its name, as people write it; its address is made from it",
               "metavar": "name"},
     "new": {"help": "the new name, as people write it"},
     "workspace": {"help": "its name", "type": slug},
     "account": {"help": "its name", "type": account_name},
     "role": {"help": f"one of {', '.join(ROLES)}"},
-    "size": {"help": "as 500M or 10G", "type": a_size},
+    "size": {"help": "such as 500M or 10G", "type": a_size},
     "file": {"help": "path of the file", "type": pathlib.Path},
     "folder": {"help": "path of the folder", "type": pathlib.Path},
     "address": {"help": "HOST:PORT of the node", "type": an_address},
     "placed": {"help": "name of the workspace, or HOST:PORT of a lost node"},
     "method": {"help": "show what all sections add to this one, like EdgeWorkspace.handle",
                "nargs": "?"},
-    "--operator": {"help": "may open the console, and look on in others' names",
+    "--operator": {"help": "may open the console, and see pages as other accounts",
                    "action": "store_true"},
     "--owner": {"help": "account that owns it", "type": account_name},
     "--now": {"help": "keep no copy", "action": "store_true"},
-    "--repair": {"help": "first remove what was left behind by what was cut short, and "
-                 "close files to others", "action": "store_true"},
-    "--move": {"help": "it goes elsewhere: nobody is let in here from now on",
+    "--repair": {"help": "first remove what interrupted commands left behind, and make "
+                 "files private", "action": "store_true"},
+    "--move": {"help": "move it elsewhere: from now on nobody can open it here",
                "action": "store_true"},
-    "--name": {"help": "in place of the name in the file"},
-    "--jobs": {"help": "keep or drop the jobs in the file: they would run here, too",
-               "type": what_of_jobs},
+    "--name": {"help": "name to use instead of the one in the file"},
+    "--jobs": {"help": "keep or drop the jobs in the file: if kept, they run here, too",
+               "type": keep_or_drop},
     "--at": {"help": "folder of a snapshot: data/backups/... or a backup",
              "type": pathlib.Path, "required": True},
-    "--new": {"help": "name of what comes up; by default the name and the snapshot's"},
+    "--new": {"help": "name of the new workspace; by default the name and the snapshot's"},
     "--directory": {"help": "HOST:PORT of the directory", "type": an_address,
                     "required": True},
-    "--node": {"help": "HOST:PORT of a node; once for each", "type": an_address,
+    "--node": {"help": "HOST:PORT of a node; repeat it for each", "type": an_address,
                "action": "append", "required": True},
-    "--once": {"help": "show it once, and end", "action": "store_true"},
-    "--every": {"help": "as 500ms or 5s: how often to ask; by default 2s", "type": a_time,
-                "default": 2.0},
+    "--once": {"help": "show it once, then exit", "action": "store_true"},
+    "--every": {"help": "how often to ask, such as 500ms or 5s; by default 2s",
+                "type": a_time, "default": 2.0},
     "--listen": {"help": "port of the proxy; by default 80", "type": a_listener},
 }
 
@@ -7564,9 +7567,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         _, _, unknown = message.partition("unrecognized arguments: ")
         if {flag for flag, *_ in OPTIONS} & {*unknown.split()}:
-            message += "; flags of the server stand before the command"
+            message += "; put flags of the server before the command"
         message = self.unknown_flag(message) or message
-        self.exit(2, f"orion: {message}; --help tells what there is\n")
+        self.exit(2, f"orion: {message}; --help lists commands and options\n")
 
     def unknown_flag(self, message):
         """Return a message about an unknown flag, or "". Of `--bind 0.0.0.0` argparse says
@@ -7646,8 +7649,8 @@ def from_environment(flag):
     name = f"ORION_{name_of_flag(flag).upper()}"
     value = os.environ.get(name, "")
     if name == "ORION_PORT" and "://" in value:
-        print(f"orion: {name}={value} is ignored, for it is no port but what Kubernetes "
-              "says of a service; --port sets ours", file=sys.stderr)
+        print(f"orion: {name}={value} is ignored, because Kubernetes sets it for a "
+              "service; set the port with --port", file=sys.stderr)
         return ""
     return value
 
@@ -7665,7 +7668,7 @@ def add_verbs(parser, given_words):
             own = [other.split()[1] for other in sorted(VERBS)
                    if other.startswith(f"{group} ")]
             parent = groups[""].add_parser(
-                group, help=f"{', '.join(own)}; {group} --help tells more")
+                group, help=f"{', '.join(own)}; see {group} --help")
             groups[group] = parent.add_subparsers(required=True, metavar="command")
         if group and group not in given_words:
             continue
@@ -7728,8 +7731,8 @@ def check_there(settings, or_node=False):
     a node, which has no Directory."""
     there = settings.directory_file.exists()
     if not there and not (or_node and settings.workspaces.exists()):
-        raise Unusable(f"there is no deployment in {settings.data}; name it with --data, "
-                       "or begin one with account add")
+        raise Unusable(f"there is no deployment in {settings.data}; name its folder with "
+                       "--data, or create one with account add")
     load_keys(settings.key_file)
 
 
@@ -7771,14 +7774,13 @@ def opened(settings, given=None, which=""):
 
 def check_new(path):
     if path.exists():
-        raise Unusable(f"{path} exists; name a new one")
+        raise Unusable(f"{path} exists already; choose another name")
 
 
 def row_of(store, table, name, column="name"):
     row = store.one(f"SELECT * FROM {table} WHERE {column} = ?", name)
     if row is None:
-        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list tells what "
-                       "there is")
+        raise Unusable(f"there is no {table[:-1]} {name}; {table[:-1]} list shows all")
     return row
 
 
@@ -7787,7 +7789,7 @@ def table(rows):
         print(*row, sep="\t")
 
 
-@verb("new", "write a file with a slice of your own to begin with", "file")
+@verb("new", "write a file with a small slice, to start your own app from", "file")
 def new(settings, given):
     check_installation()
     check_new(given.file)
@@ -7873,8 +7875,8 @@ def in_one_line(error):
 def do(settings, given):
     roots = [name for name in ("plain", "single", "plane") if getattr(settings, name)]
     if len(roots) > 1:
-        raise Unusable(f"--{roots[0]} is another way to run both planes; leave "
-                       f"--{roots[1]} out")
+        raise Unusable(f"--{roots[0]} can't be combined with --{roots[1]}; leave one of "
+                       "them out")
     if settings.plane == "data" and given.verb in NODE_VERBS:
         return NODE_VERBS[given.verb](settings, given)
     if given.verb:
@@ -7889,7 +7891,7 @@ def serve_alone(settings):
     """Serve, if no other server uses the folder: with two, each would act as if it were the
     only writer of a tenant's file."""
     with locked(settings.data, f"another server uses the data folder {settings.data}; stop "
-                               "it, or name another with --data"):
+                               "it, or name another folder with --data"):
         serve(settings)
 
 
@@ -7902,8 +7904,8 @@ def check_installation():
     """Raise Unusable if templates/ or SQLite does not fit this version of orion.py."""
     if sqlite3.sqlite_version_info < NEEDED_SQLITE:
         needed = ".".join(map(str, NEEDED_SQLITE))
-        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is "
-                       "needed; use a newer Python")
+        raise Unusable(f"this Python has SQLite {sqlite3.sqlite_version}, but {needed} or "
+                       "later is needed; use a newer Python")
     text = pathlib.Path(__file__).read_text("utf-8")
     files = [*NAMED_FILE.findall(text), *[path[1:] for path in ASSETS]]
     try:
@@ -7914,11 +7916,11 @@ def check_installation():
         as_browser = Request("GET", "/", headers={"accept": "text/html"})
         refusal(as_browser, Refused(*NOTHING_HERE))      # a page, to fill the layout
     except OSError as error:
-        raise Unusable(f"{error.filename}: {error.strerror}; the folder templates/ that "
-                       "came with this orion.py has to be beside it") from error
+        raise Unusable(f"{error.filename}: {error.strerror}; put the folder templates/ "
+                       "that came with this orion.py next to it") from error
     except (KeyError, ValueError) as error:
-        raise Unusable(f"{TEMPLATES} is of another version of orion.py, or was changed "
-                       f"({error}); copy the folder that came with this one") from error
+        raise Unusable(f"{TEMPLATES} belongs to another version of orion.py, or was "
+                       f"changed ({error}); copy the one that came with it") from error
 
 
 def serve(settings):
@@ -7973,7 +7975,7 @@ def bound(settings, make):
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         raise Unusable(f"can't listen on {where} ({error.strerror or error}); choose "
-                       "another with --host or --port") from error
+                       "another address with --host or --port") from error
 
 
 def stop_or_leave(server, number):
@@ -7984,8 +7986,8 @@ def stop_or_leave(server, number):
     server.stop()
     notify("STOPPING=1")
     if server.draining:
-        server.call(log, f"stops in {server.settings.drain:g} s (--drain), and answers 503 "
-                         "until then; Ctrl+C or SIGTERM once more ends it at once")
+        server.call(log, f"stops in {server.settings.drain:g} s (--drain) and answers 503 "
+                         "until then; press Ctrl+C or send SIGTERM again to end it at once")
 
 
 def notify(state):
@@ -8027,20 +8029,20 @@ def address_of(row):
 def wrong_with(row, kind, grants):
     """Return why a Live or a Route could never work, or ""."""
     if type(row) is not kind:
-        return f"it is no {kind.__name__}; (one,) has a comma too"
+        return f"it is not a {kind.__name__}; {NEEDS_COMMA}"
     if kind is Live and row.grant == PUBLIC:
-        return "what is public has no stream; make a Route of it, and return plain_page()"
+        return "a public page has no stream; make it a Route that returns plain_page()"
     if not PATH.fullmatch(row.path):
-        return "a path is as /things, /things/<id> or /things/<int:id>"
+        return "a path looks like /things, /things/<id> or /things/<int:id>"
     if row.path.split("/")[1] == "members":
-        return "/members is the Directory's"
+        return "/members belongs to the Directory; choose another path"
     if row.grant not in {*grants, PUBLIC, ACCOUNT, MEMBER}:
-        return (f"no role has the grant {row.grant!r}; give it to some: "
+        return (f"no role has the grant {row.grant!r}; give it to one: "
                 f'orion.ROLES["owner"] += ({row.grant!r},)')
     if kind is Live:
         return wrong_with_live(row)
     if row.method not in METHODS:
-        return f"a method is one of {', '.join(METHODS)}"
+        return f"the method has to be one of {', '.join(METHODS)}"
     return wrong_with_call("run", row.run, "ctx", *part_names(row.path))
 
 
@@ -8050,12 +8052,12 @@ def part_names(path):
 
 def wrong_with_live(live):
     if type(live.regions) not in (tuple, list) or not live.regions:
-        return ("regions is a tuple, and (one,) has a comma too: "
+        return (f"regions has to be a tuple; {NEEDS_COMMA}: "
                 f'Live({live.path!r}, {live.grant!r}, "Title", '
                 '(Region("topic", show),), page)')
     if live.is_tab and ("<" in live.path or type(live.title) is not str):
-        return ("a tab has one address, and text as its title; say tab=False for a path "
-                "with <parts>, or if the title is a function")
+        return ("a tab has one address, and text as its title; write tab=False if the path "
+                "has <parts> or the title is a function")
     parts = part_names(live.path)
     regions = [f"region {number}" for number in range(len(live.regions))]
     whys = [wrong_with_params(live.params)]
@@ -8068,27 +8070,27 @@ def wrong_with_live(live):
 
 def wrong_with_params(params):
     if type(params) is not dict:
-        return 'params is a dict, a pattern for each parameter: {"show": "open|done"}'
+        return 'params has to be a dict of patterns, such as {"show": "open|done"}'
     for name, pattern in params.items():
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            return f"the pattern of {name!r} in params is none ({error})"
+            return f"the pattern of {name!r} in params is not valid ({error})"
     return ""
 
 
 def wrong_with_region(region, live):
     if type(region) is not Region:
-        return f"{region!r:.60} is no Region(topic, show)"
+        return f"{region!r:.60} is not a Region(topic, show)"
     if type(region.topic) is not str:
-        return f"a topic is text, and not {region.topic!r:.60}"
+        return f"a topic has to be text, not {region.topic!r:.60}"
     parts = part_names(live.path)
     others = set(part_names(region.topic)) - set(parts)
     if others:
-        return (f"the topic {region.topic!r} has <{others.pop()}>, which is no part of the "
-                "path")
+        return (f"the topic {region.topic!r} has <{others.pop()}>, but the path does not; "
+                "use a part of the path")
     if region.each not in ("role", "account"):
-        return f'each is "role" or "account", and not {region.each!r}'
+        return f'each has to be "role" or "account", not {region.each!r}'
     whys = [wrong_with_call("show", region.show, "ctx", *parts)]
     if region.data:
         whys.append(wrong_with_call("data", region.data, "ctx", *parts))
@@ -8098,35 +8100,35 @@ def wrong_with_region(region, live):
 def wrong_with_call(what, function, *given):
     """Return why a function of a slice can't be called with these arguments, or ""."""
     if not callable(function):
-        return f"{what} can't be called"
+        return f"{what} can't be called; give a function"
     name = name_of(function)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        return f"{name} is async; write def, and do in a job what takes long"
+        return f"{name} is async; write def, and do long work in a job"
     if inspect.isgeneratorfunction(function):
-        return f"{name} yields; let it return what it makes"
+        return f"{name} yields; return the whole result instead"
     signature = inspect.signature(function)
     try:
         signature.bind(*given)
     except TypeError:
-        return f"{name}{signature} is called as {name}({', '.join(given)})"
+        return f"{name}{signature} does not fit the call {name}({', '.join(given)})"
     return ""
 
 
 def check_slices(settings):
     """Raise BadSlice for mistakes that would show only later, or never."""
     if "public" in ROLES:
-        raise BadSlice("in orion.ROLES: public is the role of those who have none; take "
-                       "another name")
+        raise BadSlice("in orion.ROLES: clients without a role have the role public; "
+                       "choose another name")
     grants = {grant for role in ROLES.values() for grant in role}
     names = {"orion", "directory", "welcome"}
     taken = {}                                           # by address: who answers there
     for slice in settings.slices:
         if type(slice) is not Slice:
-            raise BadSlice(f"{slice!r:.99}: slices are a list of Slice")
+            raise BadSlice(f"{slice!r:.99}: slices has to be a list of Slice")
         check_commas(slice)
         if not re.fullmatch(r"[A-Za-z_][\w-]*", slice.name) or slice.name in names:
-            raise BadSlice(f"slice {slice.name!r}: a name is a word, no other slice's, and "
-                           "not orion, directory or welcome")
+            raise BadSlice(f"slice {slice.name!r}: the name of a slice is one word that no "
+                           "other slice has, and not orion, directory or welcome")
         names.add(slice.name)
         check_rows(slice, grants, taken)
 
@@ -8134,8 +8136,7 @@ def check_slices(settings):
 def check_commas(slice):
     for name in ("migrations", "live", "routes", "jobs", "exports"):
         if type(getattr(slice, name)) not in (tuple, list):
-            raise BadSlice(f"slice {slice.name!r}: {name} is a tuple, and (one,) has a "
-                           "comma too")
+            raise BadSlice(f"slice {slice.name!r}: {name} has to be a tuple; {NEEDS_COMMA}")
 
 
 def check_rows(slice, grants, taken):
@@ -8147,7 +8148,8 @@ def check_rows(slice, grants, taken):
         for address in addresses(row):
             if address in taken:
                 raise BadSlice(f"slice {slice.name!r}, {' '.join(address)}: "
-                               f"{taken[address]} answers there; choose another path")
+                               f"{taken[address]} already answers there; choose another "
+                               "path")
             taken[address] = f"slice {slice.name!r}, {row.path}"
 
 
@@ -8177,14 +8179,14 @@ def check_references(store):
     there = {table.lower() for table in store.tables()}
     for child, parent in store.query(REFERENCES):
         if parent not in there:
-            raise MigrationError(f"table {child!r} refers to table {parent!r}, which is "
-                                 "not there in the end; to change a table, copy it, drop "
-                                 "it, and rename the copy last")
+            raise MigrationError(f"table {child!r} refers to table {parent!r}, which does "
+                                 "not exist after the last entry; to change a table, copy "
+                                 "it, drop it, and rename the copy last")
         slice, owner = store.owners[child], store.owners[parent]
         if slice != owner:
             raise MigrationError(f"slice {slice!r}: table {child!r} refers to table "
-                                 f"{parent!r} of slice {owner!r}, which could not delete a "
-                                 "row of it any more")
+                                 f"{parent!r} of slice {owner!r}, which then could not "
+                                 "delete its own rows; keep the id without REFERENCES")
 
 
 CHECKS.append(check_slices)                              # first: later checks rely on it
@@ -8218,7 +8220,7 @@ def bad_return(function, value, wanted):
     """
     code = getattr(getattr(function, "func", function), "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-    return TypeError(f"{name_of(function)}{at} returned {value!r:.200}, and {wanted}")
+    return TypeError(f"{name_of(function)}{at} returned {value!r:.200}; {wanted}")
 
 
 def sendable(response, function):
@@ -8228,8 +8230,8 @@ def sendable(response, function):
     """
     if type(response) is not Response or type(response.body) is not bytes \
             or type(response.status) is not int:
-        raise bad_return(function, response, "an answer is a Response with a number and "
-                                             "bytes; for most commands: return done(ctx)")
+        raise bad_return(function, response, "it has to return a Response with a number "
+                                             "and bytes; most commands return done(ctx)")
     check_values((*response.headers, ("content-type", response.type)))
     if type(response.headers) is not tuple:
         return response._replace(headers=tuple(map(tuple, response.headers)))
@@ -8252,8 +8254,8 @@ class ChecksReturns(SliceHost):
             made = super().show(region, live, ctx, args)
             if type(made) is Html and REGION.match(made):
                 return made
-            raise bad_return(region.show, made, "a region is Html, one element with an id, "
-                                                "such as a Template returns")
+            raise bad_return(region.show, made, "a region has to be Html: one element with "
+                                                "an id, as a Template returns it")
         except Exception as error:                       # for the log
             error.where = (f"slice {ctx.store.slice!r}, region {name_of(region.show)} of "
                            f"{live.path}")
@@ -8262,13 +8264,13 @@ class ChecksReturns(SliceHost):
     def around(self, live, ctx, renderings, args):
         body = super().around(live, ctx, renderings, args)
         if type(body) is not Html:
-            raise bad_return(live.page, body, "a page is Html, such as a Template returns")
+            raise bad_return(live.page, body, "a page has to be Html, as from a Template")
         return body
 
     def title_of(self, live, ctx, args):
         title = super().title_of(live, ctx, args)
         if not isinstance(title, str):
-            raise bad_return(live.title, title, "a title is text")
+            raise bad_return(live.title, title, "a title has to be text")
         return title
 
 
@@ -8304,9 +8306,9 @@ def check_one_element(region, name):
     """Raise ValueError if markup follows the element: a browser would not update it."""
     more = behind_element(region)
     if more and not more.startswith("<!--"):
-        raise ValueError(f"region {name} has more than its element with{id_of(region)}, "
-                         f"which would not stay current: {more:.60}; put all into that one "
-                         "element")
+        raise ValueError(f"region {name} has markup after its element with{id_of(region)}, "
+                         f"which would not stay current: {more:.60}; put all of it into "
+                         "that element")
 
 
 @addition
@@ -8330,7 +8332,7 @@ class ChecksPages(EdgeWorkspace):
         if id != before:
             raise ValueError(
                 f"region {name_of(region.show)} of {live.path} had{before} before and has"
-                f"{id} now: open pages can't find it; make its id of the path alone")
+                f"{id} now: open pages can't find it; make the id from the path only")
         return rendering
 
     def around(self, live, ctx, renderings, args):
@@ -8342,8 +8344,8 @@ class ChecksPages(EdgeWorkspace):
             if found != 1:
                 raise ValueError(
                     f"page {name_of(live.page)} of {live.path} has {found} elements with"
-                    f"{id}, and one is needed: put region {name_of(region.show)} into it "
-                    "once, as it is, and give each region an id of its own")
+                    f"{id}, but needs one: put region {name_of(region.show)} into it "
+                    "once, unchanged, and give each region an id of its own")
         return body
 
 
@@ -8444,8 +8446,8 @@ class Scanner:
         if self.inside:
             raise ValueError(f"</{self.inside}> is missing")
         if self.markup[self.at:].strip():
-            raise ValueError(f"this part stands in the place of {kind}; take out what "
-                             "can't stand there")
+            raise ValueError(f"this part fills the place of {kind}; remove the markup that "
+                             "can't be there")
 
     def refuse_broken_holes(self):
         others = HOLE.sub(lambda hole: "-" * len(hole[0]), self.markup)
@@ -8457,7 +8459,7 @@ class Scanner:
     def holes_until(self, end, kind):
         for is_json, name in HOLE.findall(self.markup, self.at, end):
             if self.inside in LOADING:
-                raise ValueError(f"no hole can stand in <{self.inside}>; put the text into "
+                raise ValueError(f"a hole can't be in <{self.inside}>; put the text into "
                                  "an attribute such as data-who, and read it from there")
             self.found.append(("json" if is_json else kind, name))
         self.at = end
@@ -8479,8 +8481,8 @@ class Scanner:
             raise ValueError("this is neither a tag nor a whole comment; write &lt; for <")
         comment, closing, opening = token.groups()
         if token[0] != "<" and self.inside and (closing or "").lower() != self.inside:
-            raise ValueError(f"no tag can stand in <{self.inside}>; write &lt; for <, and "
-                             "in a script a space after it")
+            raise ValueError(f"a tag can't be in <{self.inside}>; write &lt; for <, or in "
+                             "a script put a space after <")
         if comment is not None:
             check_comment(comment)
         self.at = token.end()
@@ -8493,7 +8495,7 @@ class Scanner:
         self.attributes(name)
         end = TAG_END.match(self.markup, self.at)
         if not end:
-            raise ValueError("in a tag, a hole stands in quotes, class=\"{{kind}}\", or by "
+            raise ValueError("in a tag, a hole is in quotes, class=\"{{kind}}\", or by "
                              "itself, <input {{checked}}>; put spaces between attributes, "
                              "and close quotes and the tag")
         self.at = end.end()
@@ -8515,11 +8517,11 @@ class Scanner:
     def value(self, tag, name, text):
         """Read the value of an attribute. (Only one in quotes can have holes.)"""
         if tag == "form" and name == "method" and text.lower() not in FORM_METHODS:
-            raise ValueError("browsers send a form by get or post alone; for another "
+            raise ValueError("browsers send a form only by get or post; for another "
                              "method, write data-on:submit=\"@delete('...')\"")
         if name == "http-equiv" or "</noscript" in text.lower():
             raise ValueError("http-equiv, and </noscript> in quotes, can't be in a "
-                             "template; leave it out")
+                             "template; remove it")
         for hole in HOLE.finditer(text):
             kind = kind_in_value(tag, name, hole)
             self.found.append((kind, hole[2]))
@@ -8527,13 +8529,13 @@ class Scanner:
 
 def check_comment(text):
     if "{{" in text:
-        raise ValueError("no hole can stand in a comment; take it out")
+        raise ValueError("a hole can't be in a comment; remove it")
     if text.strip()[:1] == "/":
-        raise ValueError("a part has no closing line: it stands at the end of the file and "
-                         "lasts until the next part; take this line out")
+        raise ValueError("a part has no closing line: it ends where the next part begins, "
+                         "or at the end of the file; remove this line")
     if text.strip().replace("-", "_").isidentifier():
         raise ValueError("a part begins with a line of its own, <!-- new_row -->, its name "
-                         "of letters, digits and _; a remark has two words or more")
+                         "of letters, digits and _; a remark needs two words or more")
 
 
 def kind_in_value(tag, name, hole):
@@ -8541,7 +8543,7 @@ def kind_in_value(tag, name, hole):
     if EXPRESSION.match(name):
         return kind_in_expression(name, hole)
     if tag in LOADING or NO_HOLES.match(name):
-        raise ValueError(f"no hole can stand in {name} of <{tag}>, which browsers run or "
+        raise ValueError(f"a hole can't be in {name} of <{tag}>, which browsers run or "
                          "load; choose a class, or use data-on:click and {{json who}}")
     if LINKS.fullmatch(name):
         return kind_in_address(name, hole)
@@ -8563,8 +8565,8 @@ def kind_in_address(name, hole):
     if ADDRESS.match(f"{before}:"):                      # a colon in it makes no scheme
         return "a value"
     if before or hole[1] or after[:1] not in ("", "/", "?", "#"):
-        raise ValueError(f'{name} has to say first where it leads, as in "/notes/'
-                         f'{{{{{hole[2]}}}}}", or to be the hole alone')
+        raise ValueError(f'{name} has to begin with where it leads, as in "/notes/'
+                         f'{{{{{hole[2]}}}}}", or to be only the hole')
     return "an address"
 
 
@@ -8597,8 +8599,8 @@ def in_its_line(template, at, remedy):
 
 
 def write_attribute(text):
-    raise TypeError("in the place of an attribute stands True or False, and no text: "
-                    f'{text!r:.60}; for text, write the hole in quotes: title="{{{{a}}}}"')
+    raise TypeError("a hole in the place of an attribute takes True or False, not "
+                    f'{text!r:.60}; for text, put the hole in quotes: title="{{{{a}}}}"')
 
 
 def write_address(text):
@@ -8658,7 +8660,7 @@ class ReadsFields(Context):
         if not text and otherwise is not None:
             return otherwise
         if not WHOLE_NUMBER.fullmatch(text):
-            why = f"{name} is a whole number of at most 18 digits."
+            why = f"{name} has to be a whole number of at most 18 digits."
             raise Refused(422, why, fields={name: why})
         return int(text)
 
@@ -8679,8 +8681,8 @@ def plain_page(ctx: Context, title: str, html: Html, status: int = 200) -> Respo
     Raises TypeError if html is not Html.
     """
     if type(html) is not Html:
-        raise TypeError("plain_page(ctx, title, html) takes Html, what a template returns, "
-                        f"and not {html!r:.200}")
+        raise TypeError("plain_page(ctx, title, html) takes Html, as from a template, not "
+                        f"{html!r:.200}")
     nav = ctx.host.navigation("", ctx, state=False)
     return page(f"{title} · {ctx.title}", html, ctx.viewer, nav, status=status,
                 head=ctx.host.head(ctx))
@@ -8707,18 +8709,18 @@ def path_to(router, page, args):
     """Return the path of a page inside its workspace. Raises LookupError or ValueError."""
     pages = [one for slice in router.slices for one in (*slice.live, *slice.routes)]
     if page not in pages:
-        raise LookupError(f"go() leads to a page by its value, and no slice here has "
+        raise LookupError(f"go() takes a Live or a Route of a slice here, not "
                           f"{page!r:.99}; put it into live or routes of a slice")
     many = len(PART_OF_PATH.findall(page.path))
     if len(args) != many:
-        raise ValueError(f"{page.path} takes {many} args, and go() was given {len(args)}")
+        raise ValueError(f"{page.path} takes {many} args, but go() got {len(args)}")
     path = PART_OF_PATH.sub("{}", page.path).format(*args)
     with contextlib.suppress(Refused):
         plain_path(urllib.parse.quote(path))
         if router.match("GET", path)[1].path == page.path:
             return path
-    raise ValueError(f"there is no page at {path!r:.99}: a part of {page.path} is text "
-                     "without slashes or dots alone, and of <int:part> a number")
+    raise ValueError(f"there is no page at {path!r:.99}: a part of {page.path} has to be "
+                     "text without slashes and not only dots, <int:part> a number")
 
 
 # -- a flash: a message for the page to which go() leads. A sealed cookie carries it there,
@@ -9045,8 +9047,8 @@ def asset(name: str) -> str:
     The folder is read when the server starts. Raises LookupError if the file is not there.
     """
     if name not in APP_ASSETS:
-        raise LookupError(f"there is no asset {name!r}; there is "
-                          f"{', '.join(APP_ASSETS) or 'none: main(assets=folder)'}")
+        raise LookupError(f"there is no asset {name!r}; main(assets=folder) has "
+                          f"{', '.join(APP_ASSETS) or 'none'}")
     return f"/assets/{urllib.parse.quote(name)}?v={APP_ASSETS[name].version}"
 
 
@@ -9086,13 +9088,13 @@ def read_assets(settings):
 def check_asset(name, user):
     if name not in APP_ASSETS:
         raise Unusable(f"{user}: there is no asset {name!r}; put it into the folder of "
-                       "main(assets=...), and mind that (one,) has a comma too")
+                       f"main(assets=...); {NEEDS_COMMA}")
 
 
 def assets_in(folder):
     """Return (name, path) of each file that is served."""
     if not folder.is_dir():
-        raise Unusable(f"the folder of assets {folder} is not there; name one by "
+        raise Unusable(f"the folder of assets {folder} does not exist; name another in "
                        "main(assets=...)")
     found = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
     served = [(name.as_posix(), path) for name, path in found if path.is_file()
@@ -9101,7 +9103,7 @@ def assets_in(folder):
     size = sum([path.stat().st_size for _, path in served])
     if size > MOST_OF_ASSETS:
         raise Unusable(f"the assets in {folder} have {size} bytes; at most "
-                       f"{MOST_OF_ASSETS} are kept in memory. Serve large ones elsewhere")
+                       f"{MOST_OF_ASSETS} are kept in memory; serve large ones elsewhere")
     return served
 
 
@@ -9143,7 +9145,7 @@ def use_brand(settings):
     brand = settings.brand or Brand()
     if type(brand) is not Brand or {type(brand.name), type(brand.language)} != {str} \
             or not LANGUAGE.fullmatch(brand.language):
-        raise Unusable(f"brand={brand!r:.99}: say Brand(name=\"Poll\", language=\"en\")")
+        raise Unusable(f"brand={brand!r:.99}: use Brand(name=\"Poll\", language=\"en\")")
     icon = "/icon.svg"
     if brand.icon:
         check_asset(brand.icon, "Brand")
@@ -9151,8 +9153,8 @@ def use_brand(settings):
     links = link("icon", icon)
     if brand.colors:
         if "brand.css" in APP_ASSETS:
-            raise Unusable("Brand(colors=...) makes brand.css; name the app's own file of "
-                           "that name otherwise")
+            raise Unusable("Brand(colors=...) makes brand.css; rename the app's own file "
+                           "of that name")
         add_asset("brand.css", palette(brand.colors).encode())
         links += link("stylesheet", asset("brand.css"))
     LAYOUT.update(brand=brand.name, icon=icon, language=brand.language, links=Html(links))
@@ -9162,8 +9164,8 @@ def palette(colors):
     """Return a style sheet. Raises Unusable unless there are two colours."""
     if isinstance(colors, str) or len(colors) != 2 \
             or not all([COLOR.fullmatch(str(color)) for color in colors]):
-        raise Unusable(f"Brand(colors={colors!r}): say two, the first for light ground and "
-                       "the second for dark ground: (\"#33409f\", \"#ffd479\")")
+        raise Unusable(f"Brand(colors={colors!r}): give two, the first for light pages and "
+                       "the second for dark ones: (\"#33409f\", \"#ffd479\")")
     light, dark = colors
     return Template(TEMPLATES / "brand.txt")(light=light, dark=dark)
 

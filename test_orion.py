@@ -1460,14 +1460,14 @@ def test_the_templates_use_the_colon_syntax_and_quote_every_attribute():
         assert not re.search(r"\sstyle=|<style|\son\w+=", text), f"{file}: against the content security policy"
 
 
-IN_A_TAG = 'in a tag, a hole stands in quotes, class="{{kind}}", or by itself, <input {{checked}}>; put spaces between attributes, and close quotes and the tag'
+IN_A_TAG = 'in a tag, a hole is in quotes, class="{{kind}}", or by itself, <input {{checked}}>; put spaces between attributes, and close quotes and the tag'
 NO_TAG = "this is neither a tag nor a whole comment; write &lt; for <"
 AS_JSON = "is code; write {{json who}} there, outside of quotes, as in 'Hello ' + {{json who}}"
 RUN = "which browsers run or load; choose a class, or use data-on:click and {{json who}}"
-NO_TAGS_IN = "no tag can stand in <%s>; write &lt; for <, and in a script a space after it"
-A_PART = "a part begins with a line of its own, <!-- new_row -->, its name of letters, digits and _; a remark has two words or more"
+NO_TAGS_IN = "a tag can't be in <%s>; write &lt; for <, or in a script put a space after <"
+A_PART = "a part begins with a line of its own, <!-- new_row -->, its name of letters, digits and _; a remark needs two words or more"
 A_HOLE = "a hole is {{name}}, one word of letters, digits and _; for two braces in an expression put a space between them"
-LEADS = 'has to say first where it leads, as in "/notes/{{who}}", or to be the hole alone'
+LEADS = 'has to begin with where it leads, as in "/notes/{{who}}", or to be only the hole'
 REFUSED = {                                          # what cannot be safe in it: what is said of it
     "<p class={{who}}>": IN_A_TAG, "<p class= {{who}}>": IN_A_TAG, "<p class=a{{who}}>": IN_A_TAG, "<p class=\n{{who}}>": IN_A_TAG,
     "<p class='a' id=\"b'{{who}}>": IN_A_TAG, '<p class="a"{{who}}>': IN_A_TAG, '<p class="a"id={{who}}>': IN_A_TAG, '<p class="{{who}}': IN_A_TAG,
@@ -1478,11 +1478,11 @@ REFUSED = {                                          # what cannot be safe in it
     "<{{who}}>": NO_TAG, "</{{who}}>": NO_TAG, "a <": NO_TAG, "<!doctype {{who}}>": NO_TAG, "<?php {{who}} ?>": NO_TAG, "<!-- a remark {": NO_TAG,
     "<svg><![CDATA[ > ]]>{{who}}</svg>": NO_TAG, "<!--> <p class={{who}}> -->": NO_TAG, "<!---> {{who}} -->": NO_TAG, "<!-- a b --!> {{who}} -->": NO_TAG,
     "<noscript><!-- a </noscript><p title=' -->{{who}}": NO_TAG,
-    "<!-- Hello {{who}} -->": "no hole can stand in a comment; take it out",
-    '<noscript><p title="</noscript><p title={{who}}>">': "http-equiv, and </noscript> in quotes, can't be in a template; leave it out",
-    '<meta content="0;url={{who}}" HTTP-EQUIV=refresh>': "http-equiv, and </noscript> in quotes, can't be in a template; leave it out",
-    "<script>who = {{json who}}</script>": "no hole can stand in <script>; put the text into an attribute such as data-who, and read it from there",
-    "<STYLE>p { color: {{who}} }</STYLE>": "no hole can stand in <style>; put the text into an attribute such as data-who, and read it from there",
+    "<!-- Hello {{who}} -->": "a hole can't be in a comment; remove it",
+    '<noscript><p title="</noscript><p title={{who}}>">': "http-equiv, and </noscript> in quotes, can't be in a template; remove it",
+    '<meta content="0;url={{who}}" HTTP-EQUIV=refresh>': "http-equiv, and </noscript> in quotes, can't be in a template; remove it",
+    "<script>who = {{json who}}</script>": "a hole can't be in <script>; put the text into an attribute such as data-who, and read it from there",
+    "<STYLE>p { color: {{who}} }</STYLE>": "a hole can't be in <style>; put the text into an attribute such as data-who, and read it from there",
     "<script><!-- <script> </script> {{who}} -->": NO_TAGS_IN % "script", "<svg><style><p title={{who}}></style></svg>": NO_TAGS_IN % "style",
     "<svg><title><p title='</title>{{who}}'></svg>": NO_TAGS_IN % "title", "<textarea><p {{who}}></textarea>": NO_TAGS_IN % "textarea",
     "<title>{{who}}": "</title> is missing", "<plaintext>{{who}}": "</plaintext> is missing",
@@ -1496,20 +1496,20 @@ REFUSED = {                                          # what cannot be safe in it
     "<p DATA-ON:CLICK = '{{who}}'>": f"data-on:click {AS_JSON}", "<p data-text=\"`{{json who}}`\">": f"data-text {AS_JSON}",
     "<p data-text='f(\"{{json who}}\")'>": f"data-text {AS_JSON}", '<p data-text="f(&quot;{{json who}}&quot;)">': f"data-text {AS_JSON}",
     "<p data-text=\"'it\\'s {{json who}}'\">": f"data-text {AS_JSON}",
-    **{f'<p {name}="{{{{json who}}}}">': f"no hole can stand in {name} of <p>, {RUN}" for name in ("onclick", "onfocusin", "style", "srcdoc")},
-    "<p ONCLICK = '{{who}}'>": f"no hole can stand in onclick of <p>, {RUN}", '<set attributeName="href" to="{{who}}"/>': f"no hole can stand in to of <set>, {RUN}",
-    '<script src="/{{who}}"></script>': f"no hole can stand in src of <script>, {RUN}", '<base href="{{who}}">': f"no hole can stand in href of <base>, {RUN}",
-    '<link rel="stylesheet" href="{{who}}">': f"no hole can stand in href of <link>, {RUN}", '<object data="{{who}}">': f"no hole can stand in data of <object>, {RUN}",
+    **{f'<p {name}="{{{{json who}}}}">': f"a hole can't be in {name} of <p>, {RUN}" for name in ("onclick", "onfocusin", "style", "srcdoc")},
+    "<p ONCLICK = '{{who}}'>": f"a hole can't be in onclick of <p>, {RUN}", '<set attributeName="href" to="{{who}}"/>': f"a hole can't be in to of <set>, {RUN}",
+    '<script src="/{{who}}"></script>': f"a hole can't be in src of <script>, {RUN}", '<base href="{{who}}">': f"a hole can't be in href of <base>, {RUN}",
+    '<link rel="stylesheet" href="{{who}}">': f"a hole can't be in href of <link>, {RUN}", '<object data="{{who}}">': f"a hole can't be in data of <object>, {RUN}",
     **{f'<a href="{start}{{{{who}}}}">': f"href {LEADS}" for start in ("javascript:", " JavaScript:", "java\tscript:", "java", "data:", "&#106;avascript:", "j&#", "page")},
     '<a href="{{who}}{{who}}">': f"href {LEADS}", '<a href="{{who}}script:f()">': f"href {LEADS}", '<a xlink:href="x{{who}}">': f"xlink:href {LEADS}",
     '<button formaction="x{{who}}">': f"formaction {LEADS}", "<form ACTION='x{{who}}'>": f"action {LEADS}", '<a href="{{json who}}">': f"href {LEADS}",
     "{{new-who}}": A_HOLE, "{{ who.name }}": A_HOLE, "{{who|safe}}": A_HOLE, "<p title='{{  who  }}'>": A_HOLE, "{{json}} {{": A_HOLE,
     "<ul>{{row}}</ul>\n<!-- new-row -->\n<li>": A_PART, "<ul>{{row}}</ul>\n  <!-- row -->\n<li>": A_PART, "<!--row-->\n<li>": A_PART, "{{row}}\n<!-- row -->": A_PART,
-    **{f"<ul>\n<!-- row -->\n<li>\n{line}\n</ul>": "a part has no closing line: it stands at the end of the file and lasts until the next part; take this line out"
+    **{f"<ul>\n<!-- row -->\n<li>\n{line}\n</ul>": "a part has no closing line: it ends where the next part begins, or at the end of the file; remove this line"
        for line in ("<!-- /row -->", "<!--/row-->", "<!-- / row -->")},
     "a\n<!-- row -->\nb\n<!-- row -->\nc": "there is a part 'row' above; rename one of them",
-    "<p {{who}}>\n<!-- who -->\n<i>": "this part stands in the place of an attribute; take out what can't stand there",
-    "<p {{who}}>\n<!-- who -->\ntitle={{name}}": "this part stands in the place of an attribute; take out what can't stand there",
+    "<p {{who}}>\n<!-- who -->\n<i>": "this part fills the place of an attribute; remove the markup that can't be there",
+    "<p {{who}}>\n<!-- who -->\ntitle={{name}}": "this part fills the place of an attribute; remove the markup that can't be there",
 }
 
 
@@ -1564,9 +1564,9 @@ BY_MISTAKE = [                                       # a template, what fills it
     ("<p title='{{row}}'>{{row}}\n<!-- row -->\n<li>", {"row": []}, KeyError,
      "line 1: {{row}}'>{{row}}: there is no part 'row' for a value: write a line <!-- row -->, and below it the markup of one row; there is: row"),
     ("<ul>{{row}}\n<!-- row -->\n<li>", {"row": [{}, "ann"]}, TypeError, "the part 'row' is filled with dicts or rows, and not with 'ann'; Html().join makes markup of a list"),
-    ("<p {{title}}>", {"title": "a"}, TypeError, "in the place of an attribute stands True or False, and no text: 'a'; for text, write the hole in quotes: title=\"{{a}}\""),
-    ("<p {{title}}>", {"title": 2}, TypeError, "in the place of an attribute stands True or False, and no text: '2'; for text, write the hole in quotes: title=\"{{a}}\""),
-    ("<p {{title}}>", {"title": orion.Html("x")}, TypeError, "in the place of an attribute stands True or False, and no text: 'x'; for text, write the hole in quotes: title=\"{{a}}\""),
+    ("<p {{title}}>", {"title": "a"}, TypeError, "a hole in the place of an attribute takes True or False, not 'a'; for text, put the hole in quotes: title=\"{{a}}\""),
+    ("<p {{title}}>", {"title": 2}, TypeError, "a hole in the place of an attribute takes True or False, not '2'; for text, put the hole in quotes: title=\"{{a}}\""),
+    ("<p {{title}}>", {"title": orion.Html("x")}, TypeError, "a hole in the place of an attribute takes True or False, not 'x'; for text, put the hole in quotes: title=\"{{a}}\""),
     ("<p title='{{title}}'>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
     ("<title>{{title}}</title>", {"title": orion.Html("<b>")}, TypeError, "markup can't stand in the place of a value; fill the hole 'title' with text, and not with '<b>'"),
     ("<a href='{{to}}'>", {"to": orion.Html("/")}, TypeError, "markup can't stand in the place of an address; fill the hole 'to' with text, and not with '/'"),
@@ -1903,7 +1903,7 @@ def test_an_sqlite_without_full_text_search_is_told_in_a_line(tmp_path, capsys):
         return run(self, sql, args)
     with mock.patch.object(orion.Store, "run", lacking):
         assert orion.main([orion.todos, orion.Slice('notes', (*NOTES, *WORDS))], ["--data", str(tmp_path), "--port", "0"]) != 0
-    assert re.fullmatch(r"orion: slice 'notes', entry 3: no such module: fts5; full-text search is not in this Python's SQLite; use another one\n", capsys.readouterr().err)
+    assert re.fullmatch(r"orion: slice 'notes', entry 3: no such module: fts5; this Python's SQLite has no full-text search; use another Python\n", capsys.readouterr().err)
 
 
 def test_slices_that_do_not_go_together_refuse_to_boot(start, tmp_path):
@@ -2507,28 +2507,28 @@ LIVE = orion.Live("/n", "todos:read", "N", (REGION,))
 
 
 @cases("why, slices", [
-    ("a list of Slice", [orion.todos, LIVE]), ("a list of Slice", orion.todos), ("(one,) has a comma too", [orion.Slice("a", "CREATE TABLE a (x)")]),
+    ("a list of Slice", [orion.todos, LIVE]), ("a list of Slice", orion.todos), ("a tuple of one needs a comma, too: (one,)", [orion.Slice("a", "CREATE TABLE a (x)")]),
     ("slice 'orion'", [orion.Slice("orion", ())]), ("slice 'a.b'", [orion.Slice("a.b", ())]), ("slice 'todos'", [orion.todos, orion.todos]),
-    ("a path is", [orion.Slice("a", (), (LIVE._replace(path="n"),))]), ("a path is", [orion.Slice("a", (), (LIVE._replace(path="/n/<float:id>"),))]),
-    ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n("),))]), ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/_n"),))]),
-    ("/members is the Directory's", [orion.Slice("a", (), (LIVE._replace(path="/members"),))]),
-    ("slice 'a', Live /n: no role has the grant 'todo:read'; give it to some: orion.ROLES[\"owner\"] += ('todo:read',)", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("a method is", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
+    ("a path looks like", [orion.Slice("a", (), (LIVE._replace(path="n"),))]), ("a path looks like", [orion.Slice("a", (), (LIVE._replace(path="/n/<float:id>"),))]),
+    ("a path looks like", [orion.Slice("a", (), (), (ROUTE._replace(path="/n("),))]), ("a path looks like", [orion.Slice("a", (), (), (ROUTE._replace(path="/_n"),))]),
+    ("/members belongs to the Directory", [orion.Slice("a", (), (LIVE._replace(path="/members"),))]),
+    ("slice 'a', Live /n: no role has the grant 'todo:read'; give it to one: orion.ROLES[\"owner\"] += ('todo:read',)", [orion.Slice("a", (), (LIVE._replace(grant="todo:read"),))]), ("the method has to be one of", [orion.Slice("a", (), (), (ROUTE._replace(method="post"),))]),
     ("can't be called", [orion.Slice("a", (), (LIVE._replace(regions=(orion.Region("n", None),)),))]), ("can't be called", [orion.Slice("a", (), (), (ROUTE._replace(run=None),))]),
     *[(why, [orion.Slice("a", (), (LIVE._replace(**wrong),))]) for why, wrong in {
-        'Live(\'/n\', \'todos:read\', "Title", (Region("topic", show),), page)': {"title": "n", "regions": "N", "page": nothing}, "regions is a tuple, and (one,) has a comma too": {"regions": REGION},
-        "regions is a tuple": {"regions": ()}, "'n' is no Region(topic, show)": {"regions": ("n",)}, "a topic is text, and not 7": {"regions": (REGION._replace(topic=7),)},
-        "the topic 'n/<nr>' has <nr>, which is no part of the path": {"path": "/n/<int:id>", "regions": (REGION._replace(topic="n/<nr>"),)},
-        'each is "role" or "account", and not \'viewer\'': {"regions": (REGION._replace(each="viewer"),)}, "title can't be called": {"title": None, "tab": False},
-        "params is a dict, a pattern for each": {"params": "show"}, "the pattern of 'show' in params is none (missing ), ": {"params": {"show": "(open"}},
-        "short() is called as short(ctx, region 0)": {"page": short}, "short() is called as short(ctx, id)": {"path": "/n/<id>", "regions": (REGION._replace(show=short),), "page": nothing},
-        "short() is called as short(ctx)": {"regions": (REGION._replace(data=short),)}, "Live /n: title can't be": {"title": None, "tab": False}, "a tab has one address": {"path": "/n/<id>", "tab": True}, "and text as its title": {"title": nothing}, "page can't be called": {"page": None},
-        "waits is async; write def, and do in a job what takes long": {"page": waits}, "waits is async": {"regions": (REGION._replace(show=functools.partial(waits, 1)),)}, "yields yields; let it return": {"page": yields}}.items()],
-    ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("slice 'a', POST /n/<int:id>: short() is called as short(ctx, id)", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<int:id>", run=short),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits, tab=False),))]),
-    *[(f"slice 'a': {name} is a tuple, and (one,) has a comma too", [orion.Slice("a")._replace(**{name: one})]) for name, one in
+        'Live(\'/n\', \'todos:read\', "Title", (Region("topic", show),), page)': {"title": "n", "regions": "N", "page": nothing}, "regions has to be a tuple; a tuple of one needs a comma, too: (one,)": {"regions": REGION},
+        "regions has to be a tuple": {"regions": ()}, "'n' is not a Region(topic, show)": {"regions": ("n",)}, "a topic has to be text, not 7": {"regions": (REGION._replace(topic=7),)},
+        "the topic 'n/<nr>' has <nr>, but the path does not; use a part of the path": {"path": "/n/<int:id>", "regions": (REGION._replace(topic="n/<nr>"),)},
+        'each has to be "role" or "account", not \'viewer\'': {"regions": (REGION._replace(each="viewer"),)}, "title can't be called": {"title": None, "tab": False},
+        "params has to be a dict of patterns": {"params": "show"}, "the pattern of 'show' in params is not valid (missing ), ": {"params": {"show": "(open"}},
+        "short() does not fit the call short(ctx, region 0)": {"page": short}, "short() does not fit the call short(ctx, id)": {"path": "/n/<id>", "regions": (REGION._replace(show=short),), "page": nothing},
+        "short() does not fit the call short(ctx)": {"regions": (REGION._replace(data=short),)}, "Live /n: title can't be": {"title": None, "tab": False}, "a tab has one address": {"path": "/n/<id>", "tab": True}, "and text as its title": {"title": nothing}, "page can't be called": {"page": None},
+        "waits is async; write def, and do long work in a job": {"page": waits}, "waits is async": {"regions": (REGION._replace(show=functools.partial(waits, 1)),)}, "yields yields; return the whole result instead": {"page": yields}}.items()],
+    ("waits is async", [orion.Slice("a", (), (), (ROUTE._replace(run=waits),))]), ("slice 'a', POST /n/<int:id>: short() does not fit the call short(ctx, id)", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<int:id>", run=short),))]), ("waits is async", [orion.Slice("a", (), (LIVE._replace(title=waits, tab=False),))]),
+    *[(f"slice 'a': {name} has to be a tuple; a tuple of one needs a comma, too: (one,)", [orion.Slice("a")._replace(**{name: one})]) for name, one in
       {"migrations": "CREATE TABLE a (x)", "live": LIVE, "routes": ROUTE, "jobs": nothing, "exports": nothing}.items()],
-    ("it is no Route", [orion.Slice("a", (), (), (LIVE,))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("answers there; choose another path", [orion.Slice("a", (), (LIVE, LIVE))]),
-    ("a path is", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<float:id>"),))]),
-    ("answers there; choose another path", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
+    ("it is not a Route", [orion.Slice("a", (), (), (LIVE,))]), ("already answers there; choose another path", [orion.Slice("a", (), (LIVE,), (ROUTE._replace(path="/n/live", method="GET"),))]), ("already answers there; choose another path", [orion.Slice("a", (), (LIVE, LIVE))]),
+    ("a path looks like", [orion.Slice("a", (), (), (ROUTE._replace(path="/n/<float:id>"),))]),
+    ("already answers there; choose another path", [orion.todos, orion.Slice("a", (), (), (ROUTE._replace(path="/todos/<other>", method="PATCH"),))])])
 def test_a_slice_that_can_not_work_is_refused_at_the_start(start, why, slices):
     with pytest.raises(orion.BadSlice, match=re.escape(why)):
         start(slices=slices)
@@ -2632,7 +2632,7 @@ def test_a_table_that_would_be_in_the_way_of_others_is_refused(start, table, why
 
 def test_a_table_that_refers_to_none_in_the_end_is_refused_at_the_start(start):
     way_off = ("ALTER TABLE albums RENAME TO old", "DROP TABLE IF EXISTS other", "CREATE TABLE albums (id INTEGER PRIMARY KEY)", "DROP TABLE old")
-    with pytest.raises(orion.MigrationError, match="table 'photos' refers to table 'old', which is not there in the end"):
+    with pytest.raises(orion.MigrationError, match="table 'photos' refers to table 'old', which does not exist after the last entry"):
         start((orion.todos, orion.Slice("gallery", (ALBUMS, photos(""), *way_off))))
 
 
@@ -2760,7 +2760,7 @@ def place_of(function):
     return f"{function.__name__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
 
 
-A_REGION_IS = "and a region is Html, one element with an id, such as a Template returns"
+A_REGION_IS = "a region has to be Html: one element with an id, as a Template returns it"
 
 
 def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
@@ -2768,18 +2768,18 @@ def test_a_region_that_is_no_markup_is_not_shown(start, capfd):
     careless = orion.Slice("careless", (), (orion.Live("/n", "todos:read", "N", (orion.Region("n", functools.partial(show)),)),))
     bob = Person(start((orion.todos, careless)), "bob")
     assert bob.get("/w/acme/n").status == bob.get("/w/acme/n/live").status == 500
-    assert logged(capfd, f"slice 'careless', region <lambda> of /n: TypeError: {place_of(show)} returned '<p id=n><img src=x>', {A_REGION_IS}")
+    assert logged(capfd, f"slice 'careless', region <lambda> of /n: TypeError: {place_of(show)} returned '<p id=n><img src=x>'; {A_REGION_IS}")
 
 
 @cases("what, wrong, wanted", [("show", None, A_REGION_IS), ("show", 7, A_REGION_IS),
-                               *[("page", wrong, "and a page is Html, such as a Template returns") for wrong in (None, "<h1>N</h1>", 7)],
-                               ("title", None, "and a title is text")])
+                               *[("page", wrong, "a page has to be Html, as from a Template") for wrong in (None, "<h1>N</h1>", 7)],
+                               ("title", None, "a title has to be text")])
 def test_what_returns_what_can_not_be_shown_is_named_with_its_line(start, capfd, what, wrong, wanted):
     region, function = orion.Template('<p id="n">x</p>')(), lambda *args: wrong
     made = {"show": lambda ctx: region, "page": lambda ctx, region: region, "title": "N", what: function}
     live = orion.Live("/n", "todos:read", made["title"], (orion.Region("n", made["show"]),), made["page"], tab=False)
     assert Person(start((orion.todos, orion.Slice("plain", (), (live,)))), "bob").get("/w/acme/n").status == 500
-    assert logged(capfd, f"TypeError: {place_of(function)} returned {wrong!r}, {wanted}")
+    assert logged(capfd, f"TypeError: {place_of(function)} returned {wrong!r}; {wanted}")
 
 
 @cases("markup", ['<div data-show="$n > 0" id="n">x</div>', "\n<p\n class='a>b'\n id=n>x</p>", '<x-y id = "n">x</x-y>'])
@@ -2807,11 +2807,11 @@ def two_regions(page, *ids):
 
 
 @cases("why, ids, page", [
-    ('has 0 elements with id="b", and one is needed: put region two into it once, as it is', "ab", lambda ctx, one, two: one),
+    ('has 0 elements with id="b", but needs one: put region two into it once, unchanged', "ab", lambda ctx, one, two: one),
     ('has 0 elements with id="a"', "ab", lambda ctx, one, two: orion.Template("{{one}}{{two}}")(one=str(one), two=two)),
-    ('has 2 elements with id="a", and one is needed: put region one', "ab", lambda ctx, one, two: orion.Html().join([one, two, one])),
-    ('has 2 elements with id="b", and one is needed: put region two', "ab", lambda ctx, one, two: orion.Template('<div id="b">{{one}}{{two}}</div>')(one=one, two=two)),
-    ('has 2 elements with id="a", and one is needed: put region one into it once, as it is, and give each region an id of its own', "aa", lambda ctx, one, two: orion.Html().join([one, two]))])
+    ('has 2 elements with id="a", but needs one: put region one', "ab", lambda ctx, one, two: orion.Html().join([one, two, one])),
+    ('has 2 elements with id="b", but needs one: put region two', "ab", lambda ctx, one, two: orion.Template('<div id="b">{{one}}{{two}}</div>')(one=one, two=two)),
+    ('has 2 elements with id="a", but needs one: put region one into it once, unchanged, and give each region an id of its own', "aa", lambda ctx, one, two: orion.Html().join([one, two]))])
 def test_a_page_that_could_not_stay_current_is_an_error_that_names_page_and_region(start, capfd, why, ids, page):
     assert Person(start((two_regions(page, *ids),)), "bob").get("/w/acme/n").status == 500
     assert logged(capfd, f"page <lambda> of /n {why}")
@@ -2832,7 +2832,7 @@ def test_a_region_that_is_more_than_its_element_is_an_error_that_says_what_is_be
     slice = looks(region=show)
     bob = Person(start((slice._replace(live=(slice.live[0]._replace(params={"more": "two"}),)),)), "bob")
     assert [bob.get(path).status for path in ("/w/acme/n", "/w/acme/n?more=two")] == [200, 500]
-    assert logged(capfd, "region show of /n has more than its element with id=\"n\", which would not stay current: two<!-- a remark -->; put all into that one element")
+    assert logged(capfd, "region show of /n has markup after its element with id=\"n\", which would not stay current: two<!-- a remark -->; put all of it into that element")
 
 
 def test_a_region_whose_id_changes_is_an_error_and_the_page_says_that_it_is_old(start, capfd):
@@ -2844,7 +2844,7 @@ def test_a_region_whose_id_changes_is_an_error_and_the_page_says_that_it_is_old(
         the_workspace(server).renderings.clear()         # as after a write
         bob.ask("PUT", "/w/acme/n")
         ear.until_it_says("datastar-stale")
-    assert logged(capfd, "region two of /n had id=\"b\" before and has id=\"c\" now: open pages can't find it; make its id of the path alone")
+    assert logged(capfd, "region two of /n had id=\"b\" before and has id=\"c\" now: open pages can't find it; make the id from the path only")
 
 
 def test_a_region_that_did_not_change_is_not_sent_again(start):
@@ -2942,11 +2942,11 @@ def test_a_number_is_whole_and_a_mistake_names_its_field(told):
     for sent, said in {"42": 42, " -3 ": -3, "9" * 18: 10 ** 18 - 1, 5: 5, 0: 0}.items():
         assert told(number, amount=sent) == told(number, form={"amount": sent}) == said
     for sent in ("", " ", "x", "4.5", "1e3", "--1", "+1", "9" * 19, "\u0663", 4.5, True, None):
-        assert told(number, amount=sent) == (422, "amount is a whole number of at most 18 digits.")
+        assert told(number, amount=sent) == (422, "amount has to be a whole number of at most 18 digits.")
     assert told(number)[0] == 422 and told(number, amount=[1])[0] == 400
     with pytest.raises(orion.Refused) as refused:
         orion.whole(orion.Context)(None, None, None, {}, orion.Request("GET", "/", "amount=x")).number("amount")
-    assert refused.value.problems == {"amount_problem": "amount is a whole number of at most 18 digits."}
+    assert refused.value.problems == {"amount_problem": "amount has to be a whole number of at most 18 digits."}
     assert told(lambda ctx: ctx.number("amount", 1)) == told(lambda ctx: ctx.number("amount", 1), form={"amount": ""}) == 1
 
 
@@ -4928,7 +4928,7 @@ def keep_and_use(kept=[]):
 
 INSERT_ENTRY = "INSERT INTO entries (who, words) VALUES (?, ?)"
 ITS_TABLES = "its tables: entries (id, who, words)"
-VALUES = "values stand beside the SQL, one for each ?: exec(sql, a, b)"
+VALUES = "give one value for each ? after the SQL: exec(sql, a, b)"
 IN_A_PAGE = {
     "a name in a template": (mistaken("<p id=x>\n{{whom}}"), "KeyError: \"line 2: {{whom}}: nothing fills the hole 'whom': give whom=...; given: n, who\""),
     "a table in SQL": (mistaken(region=lambda ctx: ctx.store.query("SELECT who FROM entry")),
@@ -4938,19 +4938,19 @@ IN_A_PAGE = {
     "a word of SQL": (mistaken(region=lambda ctx: ctx.store.query("SELECT who FORM entries")),
                       f"OperationalError: near \"entries\": syntax error, in slice 'book': SELECT who FORM entries; {ITS_TABLES}"),
     "the table of another slice": (mistaken(region=lambda ctx: ctx.store.query("SELECT title FROM todos")),
-                                   "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; ask for what that exports: SELECT title FROM todos"),
+                                   "PermissionError: slice 'book' touches table 'todos' of slice 'todos'; use ctx.ask with a function that it exports: SELECT title FROM todos"),
     "a region that writes": (mistaken(region=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann", "x")),
                              f"PermissionError: slice 'book' writes, which only a command or a job may; a job that yields, only after its yield: {INSERT_ENTRY}"),
 }
 BY_A_COMMAND = {
-    "no return": (mistaken(command=lambda ctx: None), "TypeError: SIGN returned None, and an answer is a Response with a number and bytes; for most commands: return done(ctx)"),
+    "no return": (mistaken(command=lambda ctx: None), "TypeError: SIGN returned None; it has to return a Response with a number and bytes; most commands return done(ctx)"),
     "a value too few": (mistaken(command=lambda ctx: ctx.store.exec(INSERT_ENTRY, "ann")),
                         "ProgrammingError: Incorrect number of bindings supplied. The current statement uses 2, and there are 1 supplied., "
                         f"in slice 'book': {INSERT_ENTRY}; {VALUES}"),
     "values in a tuple": (mistaken(command=lambda ctx: ctx.store.exec(INSERT_ENTRY, ("ann", "x"))), f"in slice 'book': {INSERT_ENTRY}; {VALUES}"),
     "a column in SQL": (mistaken(command=lambda ctx: ctx.store.exec("INSERT INTO entries (whom) VALUES ('x')")),
                         f"OperationalError: table entries has no column named whom, in slice 'book': INSERT INTO entries (whom) VALUES ('x'); {ITS_TABLES}"),
-    "a ctx that is kept": (mistaken(command=keep_and_use()), "RuntimeError: this store was for a request that has ended, or for another thread; to write later, "
+    "a ctx that is kept": (mistaken(command=keep_and_use()), "RuntimeError: this store belongs to a request that has ended, or to another thread; to write later, "
                                                              "use a job or a new request"),
 }
 
@@ -4977,11 +4977,11 @@ def test_a_mistake_in_a_command_is_named_in_the_log(start, capfd, what):
 
 
 @cases("text, said", [
-    ("<p id=x title={{who}}>", "line 1: title={{who}}>: in a tag, a hole stands in quotes, class=\"{{kind}}\", or by itself, <input {{checked}}>; "
+    ("<p id=x title={{who}}>", "line 1: title={{who}}>: in a tag, a hole is in quotes, class=\"{{kind}}\", or by itself, <input {{checked}}>; "
                                "put spaces between attributes, and close quotes and the tag"),
     ("<ul>\n{{row}}</ul>\n<!-- new-row -->\n<li>", "line 3: <!-- new-row -->: a part begins with a line of its own, <!-- new_row -->, its name of letters, "
-                                                  "digits and _; a remark has two words or more"),
-    ('<form method="delete">', "line 1: method=\"delete\">: browsers send a form by get or post alone; for another method, write "
+                                                  "digits and _; a remark needs two words or more"),
+    ('<form method="delete">', "line 1: method=\"delete\">: browsers send a form only by get or post; for another method, write "
                                "data-on:submit=\"@delete('...')\"")])
 def test_a_mistake_in_a_template_is_named_when_it_is_read(text, said):
     with pytest.raises(ValueError) as raised:
@@ -4999,7 +4999,7 @@ def test_a_route_that_another_shadows_is_named_with_that_one(start):
     other = orion.Slice("other", routes=(orion.Route("PATCH", "/todos/<name>", "todos:write", nothing),))
     with pytest.raises(orion.BadSlice) as raised:
         start((orion.todos, other))
-    assert str(raised.value) == "slice 'other', PATCH /todos/<>: slice 'todos', /todos/<int:id> answers there; choose another path"
+    assert str(raised.value) == "slice 'other', PATCH /todos/<>: slice 'todos', /todos/<int:id> already answers there; choose another path"
 
 
 def test_a_migration_that_was_edited_is_named_with_what_to_do(start):
@@ -7644,7 +7644,7 @@ def test_while_it_drains_a_server_says_so_to_whoever_asks_and_then_it_ends(start
     bob, ear = Person(server, "bob"), Ear(Person(server, "bob"), "/w/acme/todos/live")
     ear.event()
     orion.stop_or_leave(server.edge, signal.SIGTERM)
-    logged(capfd, f"stops in {WHOLE:g} s (--drain), and answers 503 until then; Ctrl+C or SIGTERM once more ends it at once")
+    logged(capfd, f"stops in {WHOLE:g} s (--drain) and answers 503 until then; press Ctrl+C or send SIGTERM again to end it at once")
     answers = [bob.get("/healthz"), bob.get("/w/acme/todos"), bob.post("/w/acme/todos", title="x"), bob.get("/w/acme/todos/live")]
     assert {(answer.status, answer.headers["connection"]) for answer in answers} == {(503, "close")}
     assert answers[0].text == "draining\n" and "about to stop" in answers[1].text and "retry-after" in answers[1].headers
@@ -8258,7 +8258,7 @@ def test_a_command_that_needs_a_template_says_which_one_is_missing(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(orion, "TEMPLATES", tmp_path / "templates")
     orion.template.cache_clear()
-    assert orion.main(argv=line) == 2 and "templates/ that came with this orion.py has to be beside it" in capsys.readouterr().err
+    assert orion.main(argv=line) == 2 and "put the folder templates/ that came with this orion.py next to it" in capsys.readouterr().err
 
 
 def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypatch, capsys):
@@ -8271,7 +8271,7 @@ def test_what_a_machine_does_not_grant_a_server_does_without(tmp_path, monkeypat
     assert orion.awake_by_default() == 1024
     monkeypatch.setattr(orion.sqlite3, "sqlite_version_info", (3, 26, 0))
     assert orion.main(argv=["--data", str(tmp_path)]) == 2
-    assert re.fullmatch(r"orion: this Python has SQLite .*, and 3\.30 is needed; use a newer Python\n", capsys.readouterr().err)
+    assert re.fullmatch(r"orion: this Python has SQLite .*, but 3\.30 or later is needed; use a newer Python\n", capsys.readouterr().err)
 
 
 def test_what_kubernetes_says_of_a_service_called_orion_is_no_setting(monkeypatch, capsys):
@@ -8296,7 +8296,7 @@ def test_a_name_is_allowed_as_a_browser_sends_it(said, names):
 def test_what_is_no_name_of_a_host_is_refused_with_what_to_write(capsys, said):
     with pytest.raises(SystemExit) as end:
         orion.main(argv=["--allow-host", said])
-    assert end.value.code == 2 and "say todo.example.org, without scheme, port or *" in capsys.readouterr().err
+    assert end.value.code == 2 and "use todo.example.org, for example, without scheme, port or *" in capsys.readouterr().err
 
 
 @cases("words, demo", [((), True), (("--no-demo",), False), (("--allow-host", "todo.example.org"), False), (("--trust-proxy", "127.0.0.1"), False),
@@ -8318,7 +8318,7 @@ def test_a_number_that_makes_no_sense_is_refused_in_one_line(run, settled, words
 def test_a_flag_of_the_server_behind_a_command_is_refused_with_its_place(capsys, words, told):
     with pytest.raises(SystemExit):
         orion.main(argv=words.split())
-    assert ("flags of the server stand before the command" in capsys.readouterr().err) is told
+    assert ("put flags of the server before the command" in capsys.readouterr().err) is told
 
 
 @cases("words, said", [("--bind 0.0.0.0", "there is no option --bind;"), ("--port 9 --bind x account list", "there is no option --bind;"), ("--dev x", "invalid choice: 'x'"),
@@ -8332,7 +8332,7 @@ def test_an_option_that_there_is_not_is_named_and_not_its_value(capsys, words, s
 def test_the_help_says_what_each_group_of_commands_has(capsys):
     with pytest.raises(SystemExit):
         orion.main(argv=["--help"])
-    assert "account add, list, passwd, remove; account --help tells more backup " in " ".join(capsys.readouterr().out.split())
+    assert "account add, list, passwd, remove; see account --help backup " in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_variable_that_is_empty_says_nothing(monkeypatch):
@@ -8360,7 +8360,7 @@ def test_an_end_at_the_question_for_a_password_is_quiet_and_changes_nothing(run,
     assert got == status and err in ("", "orion: nothing was typed\n") and not (tmp_path / "d" / "directory.db").exists()
 
 
-@cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave --plane out"),
+@cases("words, why", [(("account", "remove", "\udcff"), "no account"), (("--single", "x.db", "--plane", "directory"), "leave one of them out"),
                       (("workspace", "restore", "acme", "--at", "x" * 64), "1 to 63")])
 def test_what_makes_no_sense_is_one_line_and_no_traceback(run, settled, words, why):
     status, _, err = run(*words, data=settled)
@@ -8414,7 +8414,7 @@ def test_a_fault_in_main_is_one_traceback_and_status_1(tmp_path):
     assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1 and ended.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-@cases("trouble, words", [("port", "another with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
+@cases("trouble, words", [("port", "another address with --host or --port"), ("folder", "another with --data"), ("flag", "--nope"), ("command", "choose from")])
 def test_what_prevents_the_start_is_one_line_and_status_2(server, tmp_path, capsys, trouble, words):
     (tmp_path / "file").write_text("")
     arguments = {"port": ["--port", server.port, "--data", tmp_path / "e"], "folder": ["--data", tmp_path / "file"],
@@ -9085,13 +9085,13 @@ def test_the_pages_of_a_slice_load_its_styles_and_scripts_and_no_others_do(start
 
 
 @cases("settings, slices, why", [
-    ({"assets": "nowhere"}, (), "the folder of assets nowhere is not there"),
-    ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "(one,) has a comma too"),
-    ({"brand": "Poll"}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
+    ({"assets": "nowhere"}, (), "the folder of assets nowhere does not exist"),
+    ({}, ("none.css",), "there is no asset 'none.css'"), ({}, "poll.css", "a tuple of one needs a comma, too: (one,)"),
+    ({"brand": "Poll"}, (), 'use Brand(name="Poll"'), ({"brand": orion.Brand(language='en"')}, (), 'language="en"'),
     ({"brand": orion.Brand(icon="none.svg")}, (), "Brand: there is no asset 'none.svg'"),
-    ({"brand": orion.Brand(name=None)}, (), 'say Brand(name="Poll"'), ({"brand": orion.Brand(language=None)}, (), "language="),
-    ({"brand": orion.Brand(colors=(None, "#000000"))}, (), "say two"),
-    ({"brand": orion.Brand(colors="#000000")}, (), "say two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "say two")])
+    ({"brand": orion.Brand(name=None)}, (), 'use Brand(name="Poll"'), ({"brand": orion.Brand(language=None)}, (), "language="),
+    ({"brand": orion.Brand(colors=(None, "#000000"))}, (), "give two"),
+    ({"brand": orion.Brand(colors="#000000")}, (), "give two"), ({"brand": orion.Brand(colors=("red", "blue"))}, (), "give two")])
 def test_an_app_whose_files_or_colors_can_not_be_shown_does_not_start(tmp_path, folder, settings, slices, why):
     settings = orion.Settings(**{"data": tmp_path / "d", "assets": folder, **settings})
     with pytest.raises(orion.Unusable) as error:
@@ -9111,7 +9111,7 @@ def test_an_app_has_no_asset_of_the_one_before_it_in_this_process(folder):
 def test_the_style_sheet_of_a_brand_takes_no_place_of_the_apps_own(tmp_path, folder):
     (folder / "brand.css").write_text("p { color: red }")
     settings = orion.Settings(data=tmp_path / "d", assets=folder, brand=orion.Brand(colors=("#005f56", "#7ce0d3")))
-    with pytest.raises(orion.Unusable, match="makes brand.css; name the app's own file of that name otherwise"):
+    with pytest.raises(orion.Unusable, match="makes brand.css; rename the app's own file of that name"):
         orion.compose(settings)
 
 
@@ -9326,7 +9326,7 @@ def test_a_job_that_only_returns_a_coroutine_did_not_run(start, capfd):
     slice = orion.Slice("lazy", (), routes=(orion.Route("POST", "/lazy", "todos:write", begin),), jobs=(later,))
     with pytest.warns(RuntimeWarning, match="never awaited") as warned:
         Person(start((orion.todos, slice)), "bob").post("/w/acme/lazy")
-        assert logged(capfd, f"{place_of(later)} returned <coroutine object") and logged(capfd, "and a job returns nothing, and is not async")
+        assert logged(capfd, f"{place_of(later)} returned <coroutine object") and logged(capfd, "; a job returns nothing, and is not async")
         eventually(lambda: gc.collect() >= 0 and warned.list)         # the thread that ran it may still hold it
 
 
@@ -9864,7 +9864,7 @@ def test_a_recurring_job_that_goes_on_failing_waits_for_its_next_time_and_the_co
     ((orion.every(note),), "it has no interval"),
     ((lambda ctx: None,), "it is not a named function; define it by def"),
     (("note",), "it is not a named function"), ((orion.daily("note", "07:30"),), "it is not a named function"),
-    (note, "jobs is a tuple, and (one,) has a comma too"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
+    (note, "jobs has to be a tuple; a tuple of one needs a comma, too: (one,)"), ((note, note, endless, type(note)(endless.__code__, {}, "note")), "two jobs have the same name")])
 def test_a_job_that_could_not_run_is_refused_at_the_start(tmp_path, jobs, why):
     with pytest.raises(orion.Unusable) as no:
         orion.compose(orion.Settings(data=tmp_path / "data", slices=(orion.Slice("work", jobs=jobs),)))
@@ -10805,7 +10805,7 @@ def test_streams_end_while_the_key_can_not_be_read(server, capfd):
     key, ear = server.env.settings.key_file, Ear(Person(server, "carol"), "/w/acme/todos/live")
     ear.event()
     key.unlink(), key.mkdir(0o700)
-    logged(capfd, "chown it to the user as whom the server runs")
+    logged(capfd, "chown it to the user who runs the server")
     with contextlib.closing(sqlite3.connect(server.env.settings.directory_file)) as db, db:
         db.execute("DELETE FROM memberships WHERE account = 'carol'")
     assert "no longer have access" in ear.until_it_says("ended")
@@ -12660,7 +12660,7 @@ def test_an_export_of_a_node_is_a_copy_and_the_workspace_goes_on(fleet, tmp_path
     write_on(fleet, name, "later")
     with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as db:
         assert db.execute("SELECT title FROM todos").fetchall() == [("precious",)]
-    assert "exists; name a new one" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first, status=2)
+    assert "exists already; choose another name" in fleet.cli("workspace", "export", name, tmp_path / "x.db", on=first, status=2)
 
 
 def test_what_is_not_on_a_node_is_not_exported_there(fleet, tmp_path):
