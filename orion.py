@@ -16272,13 +16272,13 @@ class TellsMembersHistory(EdgeDirectory):
 # #### For its author ######################################################################
 
 # ==== 72. Console =========================================================================
-# The idea: the running server seen from the inside: both planes, each request on its way,
-#   each store call as it lands. The console is asked like an object and streamed like a
-#   region, but it has no store: what it shows is read from the objects that run. Beside
-#   its drawing of a request's way stand the functions on that way, from this file.
-# It promises: notes are taken while somebody watches, and only the last are kept. A server
-#   that is faster than eyes drops notes; it does not wait. To look changes nothing: an
-#   object that slept goes back to sleep.
+# The idea: the console shows the running server from the inside: both planes, each request
+#   on its way, each store call as it happens. It is asked like an object and streamed like
+#   a region, but it has no store: it reads what it shows from the running objects. It draws
+#   the way of a request, and lists the functions on that way, from this file.
+# It promises: calls are noted only while somebody watches, and only the latest are kept. If
+#   they come faster than frames, some are dropped; the server never waits. Looking changes
+#   nothing: an object that was asleep goes back to sleep.
 # Who uses it: operators; in the demo, everybody.
 # It needs: 40 Counts, 42 Jobs, 44 Accounts, 46 Masquerade, 70 Repeats.
 
@@ -16308,8 +16308,8 @@ class Leg(NamedTuple):
 class Trip:
     """A request from outside: its legs, its store calls, and how it ended.
 
-    Of a POST to /w/acme/todos the legs are "gate", with a few calls of the Directory's
-    store or, if the verdict was kept, none; and "workspace", with those of acme's.
+    A POST to /w/acme/todos has two legs: "gate", with a few calls to the Directory's store
+    (none if the verdict was kept), and "workspace", with calls to acme's store.
     """
     numbers = itertools.count(1)
 
@@ -16320,40 +16320,40 @@ class Trip:
         self.status = 0
         self.legs = []
         self.calls = []
-        self.probed = None                               # what a probe has shown
+        self.probed = None                               # what a probe found
 
 
 class OfThread(threading.local):
-    """What a thread does just now: for which trip, and whether it is noted at all."""
-    trip = None                                          # a Trip
+    """The Trip on which a thread works. silent: nothing that the thread does is noted."""
+    trip = None
     silent = False
 
 
 class Trace:
-    """The notes of one server. with_args: also what users typed."""
+    """The notes of one server. with_args: note values, too, which users may have typed."""
     KEPT_CALLS = 200
     KEPT_TRIPS = 12
 
     def __init__(self, with_args=False):
         self.with_args = with_args
-        self.watched = 0                                 # how many watch
+        self.watched = 0                                 # the number of watchers
         self.thread = OfThread()
         self.lock = threading.Lock()                     # guards all that follows
         self.calls = collections.deque(maxlen=self.KEPT_CALLS)
         self.trips = collections.deque(maxlen=self.KEPT_TRIPS)
         self.noted = 0                                   # the number of the last call
         self.shown = 0                                   # and of the last one shown
-        self.dropped = 0                                 # calls that nobody was shown
+        self.dropped = 0                                 # calls that were never shown
         self.news = lambda: None                         # called after each note
 
     def watch(self, more):
-        """One watcher more (1) or less (-1). With none, a call costs a comparison."""
+        """Add a watcher (1) or remove one (-1). With none, a call costs one comparison."""
         with self.lock:
             self.watched += more
 
     @contextlib.contextmanager
     def silence(self, silent=True):
-        """What this thread does meanwhile is the console's own."""
+        """Note nothing that this thread does inside, because it is the console's work."""
         before = self.thread.silent
         self.thread.silent = silent
         try:
@@ -16374,16 +16374,16 @@ class Trace:
         self.news()
 
     def show(self):
-        """Return the calls that are kept. Count those that went before they were shown."""
+        """Return the kept calls. Count those that were dropped before they were shown."""
         with self.lock:
             self.dropped += max(0, self.noted - self.shown - self.KEPT_CALLS)
             self.shown = self.noted
             return [*self.calls]
 
     def follow(self, trip, function, *args):
-        """Return outcome(function, *args), noted as the trip.
+        """Return outcome(function, *args), and note what happens in the trip.
 
-        One that reached no object is not kept: there is nothing to draw.
+        A trip that reached no object is not kept, because there is nothing to draw.
         """
         self.thread.trip = trip
         answer = outcome(function, *args)
@@ -16395,7 +16395,7 @@ class Trace:
         return answer
 
     def leg(self, kind, id, fetch):
-        """Return fetch(), noted as a leg of this thread's trip."""
+        """Return fetch(), and note it as a leg of this thread's trip."""
         trip = self.thread.trip
         if trip is None or self.thread.silent:
             return fetch()
@@ -16472,9 +16472,9 @@ class TracesItsStore(GuardedObject):
 
 @addition
 class HasConsole(LoopEdge):
-    """While somebody watches, each request makes its trip alone, and no answer is kept.
+    """While somebody watches, answer each request separately, and keep no answers.
 
-    It still makes it in the lane of its object, so one that is busy holds up no other.
+    Requests still wait in the lane of their object, so a busy object delays no other.
     """
 
     def __init__(self, *args):
@@ -16483,8 +16483,8 @@ class HasConsole(LoopEdge):
         self.env.directory.namespace.trace = self.trace
         self.env.workspaces.trace = self.trace
         self.console = Console(self)
-        # Nobody is told who looks at the console, or at a page of the Directory. (That of a
-        # single root has the id of the Workspace, and is told.)
+        # It is not announced who looks at the console, or at a page of the Directory. (In a
+        # single root it is, because the Directory has the id of the Workspace.)
         self.broker.unannounced = Console.id, "directory"
         self.add_doors({path: self.console.answer for _, path in self.console.actions})
 
@@ -16502,10 +16502,10 @@ class HasConsole(LoopEdge):
             if asked.let_in or not self.changes_lane(asked):
                 trip = Trip(self.as_logged(asked.request))
                 self.finish(asked, self.trace.follow(trip, self.go, asked.request))
-        return []                                        # nothing is left to be asked again
+        return []                                        # all are done
 
     def go(self, request):
-        """As env.front, but if access changes on the way, the gate is asked again."""
+        """Call env.front. If access changes on the way, ask the gate again."""
         while True:
             forward = functools.partial(self.forward, time.monotonic())
             env = dataclasses.replace(self.env, forward=forward)
@@ -16519,14 +16519,14 @@ class HasConsole(LoopEdge):
         return stub.enter(ask, request)
 
     def changes_lane(self, asked):
-        """The first time that the gate lets somebody in, line the request up in the lane of
-        its object, and return True."""
+        """When the gate first lets a request in, move it to the lane of its object. Return
+        whether it was moved."""
         with self.trace.silence():
             decided = outcome(self.decide, asked.request, self.deciding)
         return isinstance(decided, Noted) and self.lines_up_again(asked, decided)
 
 
-# -- the way of one POST, by the numbers in the drawing
+# -- the way of one POST, numbered as in the drawing
 
 WAY = {"Ask the gate": (worker, ask_the_gate),
        "The verdict": (gate,),
@@ -16539,7 +16539,7 @@ WAY = {"Ask the gate": (worker, ask_the_gate),
 
 @functools.cache
 def steps():
-    """Return the way in rows, with the text of each function as it runs."""
+    """Return a row for each step of the way, with the source of its functions."""
     return [{"number": number, "title": title, "function": [*map(listing, functions)]}
             for number, (title, functions) in enumerate(WAY.items(), 1)]
 
@@ -16560,7 +16560,7 @@ def read_way(settings, given):
 
 
 def read_layers(name):
-    """Print what a call of the method goes through, if each layer calls super()."""
+    """Print all layers of a method, in the order in which each calls super()."""
     functions = layers_of(name)
     if not functions:
         raise Unusable(f"there is no method {name}; name one like LoopEdge.refusal")
@@ -16588,18 +16588,18 @@ def print_listings(listings):
         print(f"# {one['name']}, {one['where']}\n{one['source']}")
 
 
-# -- the console: what it shows of that
+# -- the console itself
 
 class Console:
-    """Its page, and the region in it, show the notes, objects' facts and the broker."""
-    id = "console"                                       # in the place of an object's
-    PAUSE = 0.25                                         # s between frames, at least
+    """The console's page and its region: the notes, facts of the objects, and channels."""
+    id = "console"                                       # as if it were an object
+    PAUSE = 0.25                                         # seconds between frames, at least
 
     def __init__(self, edge):
         self.env = edge.env
         self.broker = edge.broker
         self.trace = edge.trace
-        self.due = False                                 # a frame, for there was a note
+        self.due = False                                 # True: there is a note to show
         self.changed = False                             # something was published
         self.state = 0                                   # see each_second
         self.all_facts = functools.lru_cache(maxsize=8)(self.ask_all)
@@ -16611,35 +16611,35 @@ class Console:
         self.env.workspaces.listeners.append(self.published)
 
     def answer(self, request, env):
-        """A door, for operators. In the demo it is open to everybody. me: whom own_onlooker
-        tells of."""
+        """Answer as a door, for operators or, in the demo, for everybody. An action gets
+        me, which own_onlooker returned."""
         action = self.actions.get((request.method, request.path))
         if action is None:
-            raise Refused(405, "The console is read with GET, and used from its own page.")
+            raise Refused(405, "Read the console with GET, and use the forms on its page.")
         with self.trace.silence():
             me = env.directory.ask_as(request, "/_onlooker")
             refuse_old_page(request, me["account"])
             if not me["operator"] and not env.settings.demo:
                 Viewer(account=me["account"]).permit(ACCOUNT)    # raises a 401 for nobody
-                raise Refused(403, "The console is for operators: account add NAME "
-                                   "--operator makes one.")
+                raise Refused(403, "The console is for operators. To make you one, whoever "
+                                   "runs this server runs: account add NAME --operator")
             return action(request, me)
 
-    # -- what makes a frame: each second, and each note, but that at most every PAUSE
+    # -- when a frame is made: each second, and after a note, but once a PAUSE at most
 
     def published(self, id, topic):
         self.changed = True
 
     def each_second(self):
-        """Ask for a frame. The objects' facts in it are kept by state, so objects are asked
-        once a second while anything is published, and then no more."""
+        """Ask for a frame. Facts of objects are kept by state, so objects are asked once a
+        second while something is published, and not otherwise."""
         if self.changed:
             self.changed = False
             self.state += 1
         self.broker.published(self.id, self.id)
 
     def news(self):
-        """There is a note."""
+        """Ask for a frame after a note."""
         if not self.due:
             self.due = True
             later = threading.Timer(self.PAUSE, self.tell)
@@ -16651,7 +16651,7 @@ class Console:
         self.broker.published(self.id, self.id)
 
     def fetch(self, request):
-        """Return the region, as an object would: the broker takes this for a stub."""
+        """Return the region, as an object would: to the broker, the console is a stub."""
         with self.trace.silence():
             shown = self.shown(request.params, "paused" not in request.params)
             html = template("console.live")(**shown)
@@ -16675,7 +16675,7 @@ class Console:
         return page("Console", body, console_viewer(me), nav)
 
     def probe(self, request, me):
-        """Ask for a workspace's page as whoever is signed in; show how far that came."""
+        """Ask for a workspace's page with this person's cookie; show how far that came."""
         name = slug(text_of(request, "workspace"))[:63]
         id = self.id_of(name)
         served = self.env.workspaces.served
@@ -16694,8 +16694,8 @@ class Console:
         return Response(200, patch, EVENTS)
 
     def trip_to(self, name, request):
-        """Send a request of our own, with this person's cookie. A busy one is not waited
-        for."""
+        """Send a request of our own with this person's cookie. Do not wait if an object is
+        busy."""
         cookie = {"cookie": request.headers.get("cookie", "")}
         asked = Request("GET", f"/w/{name}{self.env.start}", "", cookie,
                         scheme=request.scheme)
@@ -16709,7 +16709,7 @@ class Console:
             self.trace.watch(-1)
 
     def retry(self, request, me):
-        """The jobs that a workspace gave up begin anew."""
+        """Start the jobs again that a workspace gave up."""
         console_viewer(me).permit(ACCOUNT, request.method)
         id = self.id_of(slug(text_of(request, "workspace")))
         if id:
@@ -16718,8 +16718,8 @@ class Console:
         return Response(204) if request.datastar else see_other("/console")
 
     def id_of(self, name):
-        """Return the id of the workspace; None: there is none of this name, as slug()
-        returns it."""
+        """Return the id of the workspace with this name, which slug() made; None if there
+        is none."""
         known = self.env.directory.ask("/_workspace", f"name={name}")
         return known and known["id"]
 
@@ -16736,14 +16736,14 @@ class Console:
         slept = id not in workspaces.objects
         facts = facts_of(workspaces.get(id))
         if facts["count"] == "busy":
-            self.published(id, "")                       # it is asked again
+            self.published(id, "")                       # so it is asked again
         woken = workspaces.objects.get(id)
         if slept and woken:
             woken.sleep(time.monotonic())
         return facts
 
     def shown(self, params, with_feed):
-        """Return what the picture and the region show, by the names in the template."""
+        """Return values for the drawing and the region, by their names in the template."""
         after = params.get("after", "")
         query = urllib.parse.urlencode({"after": after})
         found = self.env.directory.ask("/_names", query)
@@ -16779,18 +16779,18 @@ class Console:
                 "streams": len(self.broker.watchers(id)),
                 "served": namespace.served[id]}
 
-    # -- the drawing, once for wide windows and once for narrow ones. Where a workspace
-    # stands in it is a percentage of the plane's width; all others together are at 90
+    # -- the drawing, one for wide windows and one for narrow ones. The position of a
+    # workspace is a percentage of the plane's width; one box for all others is at 90
 
     POSITIONS = (10, 30, 50, 70)
 
     def drawing(self, rows, all):
-        """Both planes, and the way of each request of late."""
+        """Return the positions in both planes, and the ways of the latest requests."""
         nodes = [{**row, "at": at, "short": shortened(row["name"])}
                  for at, row in zip(self.POSITIONS, rows)]
         positions = {node["id"]: node["at"] for node in nodes}
         trips = [self.trip_row(trip, positions) for trip in [*self.trace.trips]]
-        # The last three, and the last one before them that was not let in.
+        # The last three trips, and of those before them the last one that was stopped.
         stopped = [trip for trip in trips[:-3] if trip["kind"] == "stopped"]
         paths = stopped[-1:] + trips[-3:]
         return {"node": nodes, "others": all - len(nodes), "way": paths,
@@ -16865,7 +16865,7 @@ def in_kb_or_mb(size):
 
 
 def grant_rows():
-    """Which role has which grant, as a table."""
+    """Return a table that shows which role has which grant."""
     return [{"grant": grant, "cell": [{"yes": grant in some} for some in ROLES.values()]}
             for grant in ROLES["owner"]]
 
@@ -16878,7 +16878,7 @@ def console_viewer(me):
 @addition
 class AnswersTheConsole(EdgeDirectory):
     def own_names(self, request):
-        """Some of all workspaces that can be asked, as names by id; and how many those are.
+        """Return names by id of some workspaces that can be asked; and the number of all.
         """
         there = "FROM workspaces WHERE name > ? AND NOT moving"
         some = self.store.query(f"SELECT id, name {there} ORDER BY name LIMIT ?",
@@ -16887,7 +16887,7 @@ class AnswersTheConsole(EdgeDirectory):
         return {"page": dict(some), "all": count}
 
     def own_onlooker(self, request):
-        """Who asks, where they belong, and whether they run this server."""
+        """Return who asks, their workspaces, and whether they are an operator."""
         viewer = self.viewer(request)
         return {"account": viewer.account, "label": viewer.label,
                 "operator": self.operates(viewer),
@@ -16907,7 +16907,7 @@ class AnswersTheConsole(EdgeDirectory):
         return said
 
     def operates(self, viewer):
-        """Do they run this server, perhaps in somebody's name?"""
+        """Is the viewer an operator, perhaps one who looks on in somebody's name?"""
         return self.is_operator(getattr(viewer, "operator", viewer.account))
 
 
@@ -16918,20 +16918,20 @@ TRUSTED.add("x-operates")
 
 @addition
 class ShowsXray(Broadcast):
-    asked = 0.0                                          # when the present page was
+    asked = 0.0                                          # when this page was asked for
 
     def live_page(self, live, ctx, args):
         self.asked = time.perf_counter()
         return super().live_page(live, ctx, args)
 
     def footer(self, renderings, ctx):
-        """It is for operators; in the demo, for everybody."""
+        """Return the x-ray for operators or, in the demo, for everybody; else ""."""
         if self.namespace.settings.demo or "x-operates" in ctx.request.headers:
             return self.xray(renderings, ctx.viewer)
         return ""
 
     def xray(self, renderings, viewer):
-        """Return which object served a page, to whom, what they may, and who else looks."""
+        """Return which object served a page, to whom, and what the viewer may do."""
         fresh = max([one.made for one in renderings]) > self.asked
         return template("xray")(
             id=self.id, file=self.namespace.path(self.id).name, account=viewer.account,
@@ -16950,16 +16950,16 @@ class CountsConsoles(Broker):
             self.edge.trace.watch(more)
 
     def look_elsewhere(self):
-        """What the server asks itself each second is not shown."""
+        """Note nothing here, because the server asks itself this each second."""
         with self.edge.trace.silence():
             super().look_elsewhere()
 
 
 # ==== 73. Own options =====================================================================
-# The idea: an app has settings and commands of its own, on the same command line. A command
-#   is a function; what it takes is what the function takes.
-# It promises: a secret is in no list of processes, in no help and in no log. A command may
-#   open a workspace while the server runs, which hears of what it wrote within a second.
+# The idea: an app can add options and commands of its own to the command line. A command is
+#   a function, and the function's parameters are the command's arguments.
+# It promises: a secret appears in no list of processes, no help and no log. A command may
+#   open a workspace while the server runs; within a second the server shows what it wrote.
 # It needs: 42 Jobs.
 #
 #     def remind(app, workspace, text, times=1):         # remind acme "Buy tea" --times 2
@@ -16968,7 +16968,7 @@ class CountsConsoles(Broker):
 
 # -- options
 
-TYPES = (str, int, float, bool)                          # of what is said
+TYPES = (str, int, float, bool)                          # of an option's value
 NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
 
 
@@ -16976,9 +16976,9 @@ NUMBERS = {int: int, "int": int, float: float, "float": float}   # by annotation
 class Option(NamedTuple):
     """A setting of an app: Option("--smtp", "host:port of the mail server").
 
-    It is a flag and a variable, ORION_SMTP, and ctx.setting("smtp"). default is text, or a
-    number, or True or False; so is what is said. A secret has no flag: all users of the
-    machine could see it. ORION_PASSWORD says it, or --password-file names a file with it.
+    It is set by the flag or the variable ORION_SMTP, and read by ctx.setting("smtp"). Its
+    value is of the type of its default: text, a number, True or False. All users of the
+    machine can see flags, so a secret is set by ORION_PASSWORD or --password-file instead.
     """
     flag: str
     help: str
@@ -16991,26 +16991,26 @@ class Option(NamedTuple):
 
 
 class Quiet(dict):
-    """Values of options, which are not shown where settings are."""
+    """Values of options. They are not shown when settings are printed."""
 
     def __repr__(self):
         return f"<{', '.join(self)}>"
 
 
 def check_option(option):
-    """Raise Unusable."""
+    """Raise Unusable if the option can't work."""
     if type(option) is not Option or type(option.default) not in TYPES:
-        raise Unusable(f"option {option!r:.99}: it is to be Option(\"--name\", \"help\", "
-                       "default), with a text, a number, True or False")
+        raise Unusable(f"option {option!r:.99}: write Option(\"--name\", \"help\", "
+                       "default); the default is a text, a number, True or False")
     if not option.flag.startswith("--") or not option.name.isidentifier():
-        raise Unusable(f"option {option.flag!r}: a flag is as --mail-server")
+        raise Unusable(f"option {option.flag!r}: write a flag like --mail-server")
     if option.secret and option.default != "":
-        raise Unusable(f"option {option.flag!r}: a secret has no default; anybody could "
-                       "read it in the program")
+        raise Unusable(f"option {option.flag!r}: a secret must have no default, because "
+                       "anybody could read it in the program; leave it out")
 
 
 def add_own(parser, commands, app):
-    """One of APP_PARSERS."""
+    """Add the app's options and commands to the parser (one of APP_PARSERS)."""
     for option in listed(app.options):
         check_option(option)
         try:
@@ -17024,21 +17024,21 @@ def add_own(parser, commands, app):
 
 
 def listed(given):
-    """Return the options or commands. Raise Unusable for one that stands by itself."""
+    """Return the options or commands. Raise Unusable for one that is in no tuple."""
     if type(given) is Option or callable(given):
-        raise Unusable(f"{given!r:.99}: (one,) has a comma")
+        raise Unusable(f"{given!r:.99}: put it into a tuple; (one,) has a comma")
     return given
 
 
 def add_own_option(parser, option, suppress=False):
-    """suppress: no default, for a command; the flag of the main parser has it."""
+    """Add a flag. suppress: for a command, because the main parser has the default."""
     flag = option.flag
     help = option.help
     if option.secret:
         variable = f"ORION_{option.name.upper()}"
         flag += "-file"
-        help = f"file with {help}; or say it in {variable}"
-        instead = f"say it in {variable}, or name a file with {flag}"
+        help = f"file with {help}; or set {variable}"
+        instead = f"set {variable}, or name a file with {flag}"
         refuse_flag(parser, option.flag, instead)
     default = from_environment(flag) or option.default
     action = add_flag(parser, flag, type(option.default), default, f"own_{option.name}",
@@ -17049,13 +17049,13 @@ def add_own_option(parser, option, suppress=False):
 
 def refuse_flag(parser, flag, instead):
     def refuse(text):
-        raise argparse.ArgumentTypeError("all users of this machine see what a flag says; "
-                                         f"{instead}")
+        raise argparse.ArgumentTypeError("all users of this machine can see the values of "
+                                         f"flags; {instead}")
     parser.add_argument(flag, type=refuse, help=argparse.SUPPRESS)
 
 
 def with_own(settings, given):
-    """Return the settings with what was said of the app's options."""
+    """Return the settings with the values of the app's options."""
     said = Quiet()
     for option in settings.options:
         value = getattr(given, f"own_{option.name}")
@@ -17069,7 +17069,7 @@ def read_secret(option, file):
     try:
         return pathlib.Path(file).read_text("utf-8").rstrip("\r\n")
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", "") or "it is no text"
+        why = getattr(error, "strerror", "") or "it is not text"
         raise Unusable(f"{option.flag}-file: {file} can't be read ({why}); name a file "
                        "that the server's user may read") from error
 
@@ -17077,22 +17077,22 @@ def read_secret(option, file):
 @addition
 class KnowsSettings(Context):
     def setting(self, name: str) -> Any:
-        """Return what was said of an option of the app. Raises LookupError."""
+        """Return the value of an option of the app. Raises LookupError."""
         return self.host.namespace.settings.setting(name)
 
     def now(self) -> float:
-        """Return the time, in seconds since 1970. In a test, its clock can be moved."""
+        """Return the time, in seconds since 1970. A test can move this clock."""
         return time.time()
 
 
 # -- commands
 
 def add_own_command(commands, function, options):
-    """A parameter is an argument or, if it has a default, a flag. The first is the App."""
+    """Add a command. Parameters after the App are arguments, or flags with a default."""
     name = getattr(function, "__name__", "?").replace("_", "-")
     if not name_of_flag(f"--{name}").isidentifier() or name in commands.choices:
-        raise Unusable(f"command {name!r}: it is no function with a name, or there is a "
-                       "command of that name; write def, and another name")
+        raise Unusable(f"command {name!r}: it is no function with a name, or another "
+                       "command has that name; use def, and a new name")
     help = (function.__doc__ or "").strip().partition("\n")[0]
     sub = commands.add_parser(name, help=help, description=function.__doc__,
                               parents=[flags_of_all()])
@@ -17102,7 +17102,7 @@ def add_own_command(commands, function, options):
             add_own_option(sub, option, suppress=True)
         parameters = [*inspect.signature(function).parameters.values()]
         if not parameters:
-            raise Unusable(f"command {name!r}: its first parameter is the App: "
+            raise Unusable(f"command {name!r}: its first parameter must be the App: "
                            f"def {name}(app)")
         for parameter in parameters[1:]:
             add_parameter(sub, parameter)
@@ -17112,7 +17112,7 @@ def add_own_command(commands, function, options):
 
 
 def add_parameter(sub, parameter):
-    dest = f"arg_{parameter.name}"                       # no setting of the server's
+    dest = f"arg_{parameter.name}"                       # never the name of a setting
     default = parameter.default
     if default is parameter.empty:
         kind = NUMBERS.get(parameter.annotation, str)
@@ -17130,7 +17130,7 @@ def run_own(function, settings, given):
 
 
 class App:
-    """What a command is given: the settings of a deployment, and its workspaces."""
+    """A deployment, for a command of an app: its settings and its workspaces."""
     who = "(command line)"                               # for the journals
 
     def __init__(self, settings, what):
@@ -17148,8 +17148,8 @@ class App:
     def open(self, workspace: str, write: bool = False):
         """Give a ctx with the tables of all slices of one workspace.
 
-        With write, all that is done inside is one transaction, for which the server waits
-        at most five seconds. Raises Unusable if there is no such workspace here.
+        With write, everything inside is one transaction. Keep it short: the server waits
+        for it, at most five seconds. Raises Unusable if there is no such workspace here.
         """
         self.check_closed()
         row = self.row(workspace)
@@ -17185,7 +17185,7 @@ class App:
             with one.store.tx() if may == WRITE else contextlib.nullcontext():
                 yield ctx
                 if one.store.db.total_changes != before:
-                    # Not one.journal(), which would say that nothing was published (33).
+                    # one.journal() would warn that nothing was published (33).
                     OwnsTables.journal(one, viewer, self.what, "")
         finally:
             ctx.end()
@@ -17193,8 +17193,8 @@ class App:
     def row(self, workspace):
         """Return the row of a workspace whose file is here."""
         if self.settings.plane:
-            raise Unusable("the app's commands open no workspace where the planes are "
-                           "apart; have a route or a job do it")
+            raise Unusable("with --plane, an app's command can't open a workspace; have a "
+                           "route or a job do it")
         for row in looked_up(self.settings, named_workspaces):
             if row["name"] == slug(workspace):
                 return row
@@ -17202,7 +17202,7 @@ class App:
                        "what there is, and where")
 
     def note(self, id):
-        """Tell the server, if one runs, by the Directory's journal."""
+        """Tell the server, if it is running, through the Directory's journal."""
         with OwnedStore(self.settings.directory_file) as store:
             add_entry(store, self.who, WRITTEN, id)
 
@@ -17224,7 +17224,7 @@ def named_workspaces(store):
 @addition
 class LetsAppsIn(Judge):
     def owner_for(self, action, table):
-        """Tables of all slices are an app's. Those of the server it only reads."""
+        """Let an app use the tables of all slices, and only read those of the server."""
         owner = super().owner_for(action, table)
         if self.slice != APP or owner == "orion" and action in WRITES:
             return owner
@@ -17234,8 +17234,8 @@ class LetsAppsIn(Judge):
 @addition
 class TellsWhatAppsWrote(EdgeDirectory):
     def own_written(self, request):
-        """Return the last entry of the journal, and the ids of those workspaces to which
-        commands wrote after another one; "": after none."""
+        """Return the id of the journal's last entry, and the ids of all workspaces to which
+        commands have written since the entry after, if that is given."""
         last = self.store.one("SELECT max(id) FROM journal")[0] or 0
         after = request.params.get("after") or last
         rows = self.store.query("SELECT DISTINCT which FROM journal WHERE id > ? AND what "
@@ -17245,15 +17245,15 @@ class TellsWhatAppsWrote(EdgeDirectory):
 
 @addition
 class HearsOfCommands(Broker):
-    """An app's commands run in processes of their own. No topic of this one tells what they
-    wrote, and no alarm of it knows their jobs."""
+    """A broker that looks for writes of an app's commands. They run in other processes, so
+    no topic of this process tells of them, and no alarm knows their jobs."""
     heard = ""                                           # the last entry of the journal
 
     def look_elsewhere(self):
-        """At a start, note the last entry before the Directory's version: what is written
-        after that changes the version, and is heard in changed_elsewhere."""
+        """At the start, note the journal's last entry, and only then the Directory's
+        version: each later entry changes that, so changed_elsewhere hears of it."""
         if not self.heard:
-            with contextlib.suppress(Refused):           # in the next second
+            with contextlib.suppress(Refused):           # try again in a second
                 self.hear()
         super().look_elsewhere()
 
@@ -17262,7 +17262,7 @@ class HearsOfCommands(Broker):
         super().changed_elsewhere()
 
     def hear(self):
-        if self.edge.settings.plane:                     # commands open no workspace there
+        if self.edge.settings.plane:                     # where commands open none
             return
         workspaces = self.edge.env.workspaces
         self.heard, ids = self.edge.env.directory.ask("/_written", f"after={self.heard}")
@@ -17275,7 +17275,7 @@ class HearsOfCommands(Broker):
 # -- the demo
 
 def seed_own(env, names):
-    """One of APP_SEEDS."""
+    """Have the app fill the demo's workspaces (one of APP_SEEDS)."""
     if not env.settings.seed:
         return
     app = App(env.settings, "seed")

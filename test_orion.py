@@ -14964,7 +14964,7 @@ def test_an_option_of_an_app_is_a_flag_and_a_variable_and_has_the_type_of_its_de
 
 
 @cases("words, why", [(("--tries", "many"), "argument --tries: invalid int value: 'many'"), (("--pause", "1s"), "argument --pause: invalid float value: '1s'"),
-                      (("--mail-password", "s3cret"), "say it in ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
+                      (("--mail-password", "s3cret"), "set ORION_MAIL_PASSWORD, or name a file with --mail-password-file"),
                       (("--mail-password-file", "/nowhere/s"), "--mail-password-file: /nowhere/s can't be read (No such file or directory); name a file")])
 def test_an_option_that_is_said_wrong_is_one_line_with_the_remedy(words, why):
     status, out, err = own_main(*words, "say-all", commands=(say_all,))
@@ -14980,7 +14980,7 @@ def test_a_secret_comes_from_a_file_and_is_shown_nowhere(monkeypatch, tmp_path):
 
     def bare():
         """It forgot the App."""
-    assert own_main("account", "list", commands=(bare,)) == (2, "", "orion: command 'bare': its first parameter is the App: def bare(app)\n")
+    assert own_main("account", "list", commands=(bare,)) == (2, "", "orion: command 'bare': its first parameter must be the App: def bare(app)\n")
 
     def look(app):
         settings.append(app.settings)
@@ -15004,15 +15004,15 @@ def test_what_is_no_option_of_the_app_is_an_error_that_names_those_there_are():
         orion.Settings().setting("smtp")
 
 
-@cases("options, why", [((orion.Option("--port", "x"),), "there is one already"), ((OWN[0], OWN[0]), "there is one already"), ((orion.Option("-x", "x"),), "a flag is as --mail-server"),
-                        ((orion.Option("--x", "x", None),), "with a text, a number, True or False"), (("--smtp",), "it is to be Option("), (OWN[0], "has a comma"),
-                        ((orion.Option("--x", "x", "known", secret=True),), "a secret has no default")])
+@cases("options, why", [((orion.Option("--port", "x"),), "there is one already"), ((OWN[0], OWN[0]), "there is one already"), ((orion.Option("-x", "x"),), "write a flag like --mail-server"),
+                        ((orion.Option("--x", "x", None),), "default is a text, a number, True or False"), (("--smtp",), "write Option("), (OWN[0], "has a comma"),
+                        ((orion.Option("--x", "x", "known", secret=True),), "a secret must have no default")])
 def test_an_option_that_can_not_be_is_refused_at_once(options, why):
     status, _, err = own_main("account", "list", options=options)
     assert status == 2 and why in err and "Traceback" not in err
 
 
-@cases("name, why", [("check", "a command of that name"), ("<lambda>", "no function with a name"), (None, "(one,) has a comma"), ("fine", "--loud/--no-loud is a flag already")])
+@cases("name, why", [("check", "another command has that name"), ("<lambda>", "no function with a name"), (None, "(one,) has a comma"), ("fine", "--loud/--no-loud is a flag already")])
 def test_a_command_that_can_not_be_is_refused_at_once(name, why):
     def run(app, loud=False):
         pass
@@ -15045,7 +15045,7 @@ def test_a_command_of_an_app_writes_to_a_workspace_while_the_server_runs_and_ope
 
 
 @cases("words, why", [(("show-sent", "nowhere"), "no file here has the workspace nowhere; workspace list tells what there is, and where"), (("add-sent", "acme", "x"), "the following arguments are required: count"),
-                      (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "open no workspace where the planes are apart")])
+                      (("add-sent", "acme", "x", "y"), "argument count: invalid int value: 'y'"), (("--plane", "data", "show-sent", "acme"), "an app's command can't open a workspace")])
 def test_a_command_of_an_app_that_can_not_be_done_is_one_line(office, words, why):
     status, out, err = own_main(*words, "--data", office.env.settings.data, commands=(add_sent, show_sent), slices=office.env.settings.slices)
     assert status == 2 and why in err and err.count("\n") == 1 and out == ""
