@@ -13184,21 +13184,21 @@ def member_list(settings, given):
 
 
 # ==== 60. Own workspaces ==================================================================
-# The idea: owners rename their workspace, and delete it. Deleted means that nobody is let
-#   in: the file, the members and the name stay as they are for 30 days. And everybody goes
-#   from one of theirs to another by a list in the header.
-# It promises: a rename moves no address. To delete is one commit, and so is to bring it
-#   back: open pages end, and links, tokens and jobs wait. So there is nothing that a kill
-#   could leave half done; and a command that the gate has let in before is still written.
-# Who uses it: the members page, and the header; on the command line, operators.
+# The idea: owners can rename and delete their workspace. Deleting it keeps everybody out:
+#   the file, the members and the name stay as they are for 30 days. Members go from one of
+#   their workspaces to another by a list in the header.
+# It promises: renaming changes no address. Deleting is one commit, and so is undeleting, so
+#   a kill can't leave either half done. In between, open pages end, and links, tokens and
+#   jobs wait. A command that the gate let in before the deletion is still written.
+# Who uses it: the members page and the header; operators, on the command line.
 # It needs: 55 Copies, 58 Exports.
 #
-# workspaces.deleted says when (section 13). It counts as one that its founder has, or many
-# could be made and deleted.
+# workspaces.deleted is the time of it (section 13). A deleted workspace still counts for
+# its founder, because otherwise one account could make any number.
 
 TITLE_OF = "SELECT name, coalesce(title, name) AS title FROM workspaces WHERE id = ?"
 ENDED = """SELECT * FROM workspaces WHERE name IS NOT NULL AND moving = ? AND deleted < ?
-           ORDER BY random() LIMIT 1"""                  # one that fails holds up no other
+           ORDER BY random() LIMIT 1"""                  # so none that fails blocks others
 
 
 def workspace_region(ctx):
@@ -13208,7 +13208,7 @@ def workspace_region(ctx):
 
 def workspace_page(ctx, region):
     typed = {"title": ctx.title, "problem": "", **ctx.typed}
-    deletes = "confirm" in typed                         # which of two forms was refused
+    deletes = "confirm" in typed                         # which of two forms had an error
     return template("spaces")(
         region=region, workspace=ctx.title, was=ctx.title, title=typed["title"],
         title_problem="" if deletes else typed["problem"], open=deletes, wrong=deletes,
@@ -13217,11 +13217,11 @@ def workspace_page(ctx, region):
 
 
 def rename_workspace(ctx):
-    """Change the name that people write. Fields: title and, as the page had it, was."""
+    """Change the title. Fields: title, and was: the old title, as the page showed it."""
     _, title = names_of(ctx.field("title"))
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
     if ctx.field("was", row["title"]) != row["title"]:
-        raise Refused(409, f"Its name is {row['title']} meanwhile. Look, and try again.")
+        raise Refused(409, f"Its name is now {row['title']}. Check it, and try again.")
     set_title(ctx.store, row["name"], title)
     ask_all_again(ctx)
     return done(ctx, f"{ctx.viewer.id} {title}")
@@ -13234,13 +13234,13 @@ def ask_all_again(ctx):
 
 
 def delete_workspace(ctx):
-    """Let nobody in any more. The field confirm is its name; case does not matter."""
+    """Keep everybody out from now on. The field confirm is its name, in any case."""
     row = ctx.store.one(TITLE_OF, ctx.viewer.id)
     if slug(ctx.field("confirm")) != slug(row["title"]):
         raise Refused(422, f"Its name is {row['title']}. Type that to delete it.")
     if ctx.host.namespace.settings.single:
-        raise Refused(409, "This server has one workspace, and its file is all of it. Ask "
-                           "its operator to remove that.")
+        raise Refused(409, "This server has no other workspace, so you can't delete this "
+                           "one. Ask the operator of this server to remove its file.")
     ctx.store.exec("UPDATE workspaces SET moving = ?, deleted = ? WHERE id = ? AND NOT "
                    "moving", DELETED, time.time(), ctx.viewer.id)
     ask_all_again(ctx)
@@ -13250,7 +13250,7 @@ def delete_workspace(ctx):
 # -- from one to another
 
 def switch_list(ctx):
-    """Return what the switcher in the header shows, when it is opened."""
+    """Return the list that the switcher in the header shows when it is opened."""
     mine = ctx.store.query(MINE, ctx.viewer.account, "", NAMES_A_PAGE)
     return Response(200, event("elements", template("spaces.list")(workspace=mine)), EVENTS)
 
@@ -13258,8 +13258,8 @@ def switch_list(ctx):
 @addition
 class HasSwitcher(Broadcast):
     def navigation(self, path, ctx, state=True):
-        """Add the switcher. It is the same for everybody, so that pages stay the same, too;
-        what is in it is asked for when it is opened."""
+        """Add the switcher. It gets its list only when it is opened, so that pages stay
+        the same for everybody."""
         nav = super().navigation(path, ctx, state) or Html()
         if not ctx.viewer.account:
             return nav
@@ -13287,12 +13287,12 @@ MEMBERS_PARTS.append(way_to_workspace)
 @addition
 class KnowsDeleted(EdgeDirectory):
     def own_ended(self, request):
-        """Return the row of one that was deleted long ago, else None."""
+        """Return the row of a workspace whose 30 days are over, or None."""
         row = self.store.one(ENDED, DELETED, time.time() - KEPT_SECONDS)
         return row and dict(row)
 
     def own_forget(self, request):
-        """Its file is gone."""
+        """Forget a workspace, after its file has been removed."""
         id = request.params["id"]
         forget_workspace(self.store, id)
         self.journal(Viewer(account="(server)"), "workspace remove", id)
@@ -13305,14 +13305,14 @@ class EndsDeleted(LoopEdge):
         return [*super().chores(), *mine]
 
     def end_deleted(self):
-        """Remove one that was deleted long ago. If that is cut short, it is chosen again.
-        """
+        """Remove a workspace whose 30 days are over. If that is interrupted, the next call
+        repeats it."""
         if not self.env.directory.ask("/_ended"):
             return
         with contextlib.suppress(Unusable, Refused), one_move(self.settings):
             row = self.env.directory.ask("/_ended")      # undelete may have been faster
             if row:
-                self.env.workspaces.check_removable(row, now=False)  # a node may be away
+                self.env.workspaces.check_removable(row, now=False)    # asks a node, too
                 self.env.workspaces.remove(row, {"name": row["name"]}, now=True)
                 forget = Request("POST", "/_forget", f"id={row['id']}")
                 self.env.directory.fetch(forget)
@@ -13320,14 +13320,14 @@ class EndsDeleted(LoopEdge):
 
 @verb("workspace undelete", "bring back a workspace that an owner deleted", "name")
 def workspace_undelete(settings, given):
-    """All is as it was: nothing but one number has changed."""
+    """Let people in again. That is enough, because deleting kept all of the workspace."""
     with one_move(settings), opened(settings, given) as (store, env):
         row = row_of(store, "workspaces", given.name)
         if row["moving"] != DELETED:
-            raise Unusable(f"{given.name} is not deleted; workspace list tells what is")
+            raise Unusable(f"{given.name} is not deleted; workspace list shows which are")
         if not row["node"] and not env.workspaces.path(row["id"]).exists():
-            raise Unusable(f"the file of {given.name} is gone; workspace remove "
-                           f"{given.name}, then workspace import a copy of it")
+            raise Unusable(f"the file of {given.name} is gone; run workspace remove "
+                           f"{given.name}, then workspace import with a copy of the file")
         set_moving(store, row["id"], STAYS)
 
 
@@ -13335,7 +13335,7 @@ def workspace_undelete(settings, given):
 # The idea: one workspace, and one file that holds everything: accounts, sessions and rows.
 #   Two hosts share the store, the bus and the turn of one object: a Directory and, inside
 #   it, a Workspace. The slices are the same.
-# It promises: the first workspace that is founded is the only one.
+# It promises: the first workspace that is created is the only one.
 # It needs: 51 Quotas, 58 Exports.
 
 class Single(EdgeDirectory):
@@ -13354,7 +13354,7 @@ class Single(EdgeDirectory):
             limit_pages(self.store, self.namespace.settings.quota)
 
     def handle(self, request):
-        """Let people sign in, and out, when the rows of the workspace fill the quota."""
+        """Let people sign in and out even when the workspace's rows fill the quota."""
         with contextlib.nullcontext() if request.method in SAFE else reserve(self.store):
             return super().handle(request)
 
@@ -13391,23 +13391,23 @@ class OneFile(GuardedNamespace):
     ID = hashlib.sha256(b"workspace:single").hexdigest()
 
     def id_from_name(self, name):
-        """There is one object, whatever the name."""
+        """Return the id of the one object, whatever the name."""
         return self.ID
 
     def path(self, id):
-        """The file may have any name."""
+        """Return the path of the one file, which may have any name."""
         return self.settings.single
 
     def files(self):
         return iter([(self.ID, self.settings.single)])
 
     def put(self, store, id, name, source):
-        """The file is there: it is the one in which the row of this workspace is."""
+        """Do nothing: the workspace is in the file that has its row."""
 
 
 def single_root(settings):
-    """The namespace of the Directory builds it with its Workspace inside. The other one
-    asks that namespace for the Directory, and takes the Workspace out of it."""
+    """Return the env of a single root. The Directory's namespace builds the Directory with
+    its Workspace inside; the other namespace takes the Workspace from there."""
     settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
     pages = pages_of(settings.slices)
@@ -13429,54 +13429,54 @@ ROOTS.append((lambda settings: settings.single, single_root))
 
 
 # ==== 62. Nodes ===========================================================================
-# The idea: past one machine, the same file runs as one directory and several nodes. The
-#   directory is the process with the Directory (--plane directory), a node one with
-#   workspaces (--plane data). A proxy asks the directory's gate, and brings its verdict to
-#   the node where the workspace lives:
+# The idea: on several machines, this program runs as one directory and several nodes. The
+#   directory is the process with the Directory (--plane directory). A node is a process
+#   with workspaces (--plane data). A proxy asks the directory's gate, and brings the
+#   verdict to the node that has the workspace:
 #
 #     browser -> proxy -> directory   GET /_gate: a verdict, with a seal over all of it
 #                proxy -> node        the request, with that verdict: see node_gate
 #     node      -> directory          /_version, /_gate/<name> ...: see directory_front
 #     directory -> node               /_node/<id>/create ...: see answer_directory
 #
-# It promises: what crosses the network is sealed with the key that all share. So a node
-#   believes the verdict, and not whoever brings it; it holds for one workspace, one node
-#   and 30 seconds. The files move by other means (scp, rsync); the directory only knows
-#   where each is.
+# It promises: the processes seal what they send each other with a key that all of them
+#   have. So a node trusts a verdict because of its seal, whoever brings it. A verdict is
+#   valid for one workspace, one node and 30 seconds. The files move by other means (scp,
+#   rsync); the directory only records where each is.
 # It needs: 40 Counts, 42 Jobs, 43 Keys, 55 Copies, 58 Exports.
 #
-# Four commands move acme to another node. From the first to the last, the gate says 503:
+# Four commands move acme to another node. The gate answers 503 until the last one is done:
 #
 #     old node:    workspace export acme FILE --move    export_from_node: asks for /_leave,
-#                                                       then takes the file away
+#                                                       then removes the file
 #     old node:    scp FILE NODE:
 #     new node:    workspace import FILE                import_on_node
 #     directory:   node assign acme NODE                node_assign: asks whether the node
 #                                                       has it, then lets people in
 
-SEALED_SECONDS = 30                                      # clocks may differ by as much
-FRESH_SECONDS = 2                                        # then a verdict is asked for anew
+SEALED_SECONDS = 30                                      # clocks may differ by this much
+FRESH_SECONDS = 2                                        # then we ask for another verdict
 # x-node: where the workspace is. x-verdict: the seal of a verdict, or of a request that one
 # process sends to another.
 TRUSTED.update({"x-node", "x-verdict"})
-# What a proxy brings is sealed in this order: all that say() says. (What is new here is to
-# be in TRUSTED, too, and in VIEWER_HEADERS, if pages differ by it.)
+# The headers of a verdict, in the order in which they are sealed: all that say() returns.
+# (A new one must be in TRUSTED, too, and in VIEWER_HEADERS if pages depend on it.)
 VERDICT = ("x-account", "x-role", "x-can-delete", "x-grants", "x-workspace", "x-id",
            "x-operator", "x-read-only", "x-quota", "x-operates", "x-node", "x-title",
            "x-token", "x-label")
 
-STRANGERS = ("One process takes the other for a stranger. Copy the directory's secret.key "
-             "to each node; compare clocks.")
-NO_VERDICT = (403, "This node takes what a proxy brings with the gate's verdict. Ask "
-                   "through the proxy.")
+WRONG_SEAL = ("One process does not accept the other's seal. Copy the directory's "
+              "secret.key to each node, and compare their clocks.")
+NO_VERDICT = (403, "This node only answers requests that a proxy sends with the gate's "
+                   "verdict. Use the address of the proxy.")
 
 
 # -- seals
 
 def seal_of(parts, key, until=0):
-    """Return a seal over parts, as 1764518430.5c41..., which holds until then.
+    """Return a seal over parts, such as 1764518430.5c41...
 
-    until: seconds by the clock; 0: for SEALED_SECONDS.
+    It begins with its expiry: until, in seconds by the clock; 0: in SEALED_SECONDS.
     """
     until = until or int(time.time()) + SEALED_SECONDS
     data = b"plane:" + json.dumps([until, *parts]).encode()
@@ -13486,10 +13486,10 @@ def seal_of(parts, key, until=0):
 SEAL = re.compile(r"([0-9]{1,11})\.[0-9a-f]{64}")
 
 
-def holds_until(given, parts, keys):
-    """Return until when the seal holds; 0 if it is too old, not ours, or over other parts.
+def expiry_of_seal(given, parts, keys):
+    """Return when a seal expires; 0 if it has expired, is not ours, or is for other parts.
 
-    The clock of whoever made it may be SEALED_SECONDS ahead.
+    The clock of the process that made it may be SEALED_SECONDS ahead.
     """
     found = SEAL.fullmatch(given)
     until = int(found[1]) if found else 0
@@ -13501,19 +13501,19 @@ def holds_until(given, parts, keys):
 
 # -- requests from one process to another
 
-# By address, until when nobody asks there: or each request would wait for one that is down.
+# By address, when to ask a process again that is down. Else each request would wait for it.
 DOWN = {}
 DOWN_SECONDS = 2.0
-# How many seconds an answer may take, by what is asked: see FOR_DIRECTORY. Others: 5.
+# How many seconds an answer may take, by question: see FOR_DIRECTORY. Others: 5.
 PATIENCE = {"remove": 600.0, "_facts": 1.0}
 
 
 class NoAnswer(Refused):
-    """Another process did not say what it was asked. str() tells operators why; message is
-    for people."""
+    """Another process did not give the answer. str() tells operators why; message is for
+    people."""
 
     def __init__(self, why):
-        super().__init__(503, "This can't be found out just now. Try again in a minute.",
+        super().__init__(503, "This can't be answered right now. Try again in a minute.",
                          retry_after(60))
         self.why = why
 
@@ -13522,13 +13522,13 @@ class NoAnswer(Refused):
 
 
 class Unreachable(NoAnswer):
-    """It gave no answer at all."""
+    """The other process gave no answer at all."""
 
 
 def send_sealed(settings, address, request, patience=5.0):
     """Send a request to another process of this deployment. Return its answer.
 
-    Raises Unreachable if there is none in so many seconds.
+    Raises Unreachable if there is none within patience, in seconds.
     """
     if time.monotonic() < DOWN.get(address, 0.0):
         raise Unreachable(f"{address} can't be reached (it did not answer a moment ago); "
@@ -13536,7 +13536,7 @@ def send_sealed(settings, address, request, patience=5.0):
     target = urllib.parse.quote(request.path)
     if request.query:
         target += f"?{request.query}"
-    oldest = keys_now(settings)[-1]                      # others may lack a newer one
+    oldest = keys_now(settings)[-1]                      # others may not have a newer one
     seal = seal_of(sealed_parts(request, request.scheme), oldest)
     headers = {"host": "localhost", "cookie": request.headers.get("cookie", ""),
                "x-forwarded-proto": request.scheme, "x-verdict": seal}
@@ -13562,30 +13562,30 @@ def sealed_parts(request, scheme):
 
 
 def is_sealed(request, settings):
-    """Does it come from another process of this deployment?"""
+    """Does the request come from another process of this deployment?"""
     parts = sealed_parts(request, request.headers.get("x-forwarded-proto", ""))
     seal = request.headers.get("x-verdict", "")
-    return bool(holds_until(seal, parts, keys_now(settings)))
+    return bool(expiry_of_seal(seal, parts, keys_now(settings)))
 
 
 def ask_process(settings, address, request, patience=5.0):
-    """Ask another process. Return its answer, taken out of its JSON.
+    """Ask another process. Return its answer, decoded from JSON.
 
-    Raises Unreachable, or NoAnswer if it says no.
+    Raises Unreachable, or NoAnswer if the status is not 200.
     """
     answer = send_sealed(settings, address, request, patience)
     if answer.status == 200:
         return json.loads(answer.body)
     why = answer.body.decode("utf-8", "replace").strip()
     if answer.status in (403, 404):                      # it did not accept the seal
-        why = STRANGERS
+        why = WRONG_SEAL
     raise NoAnswer(f"{address} answered {answer.status}: {why}")
 
 
 def ask_node(settings, node, id, what, method="POST", body=b""):
     """Have a node do something with a workspace: see FOR_DIRECTORY."""
     if not node:
-        raise NoAnswer("this workspace is on no node yet; node assign places it")
+        raise NoAnswer("this workspace is not on a node yet; use node assign to place it")
     question = Request(method, f"/_node/{id}/{what}", body=body)
     return ask_process(settings, node, question, PATIENCE.get(what, 5.0))
 
@@ -13617,28 +13617,28 @@ class RemoteDirectory(GuardedNamespace):
 
 class RemoteWorkspaces(RemoteDirectory):
     """The namespace of Workspaces that live on nodes."""
-    directory: Stub                                      # knows which node has which
+    directory: Stub                                      # it knows each workspace's node
 
     def send(self, id, request):
-        """Pass on to its node what the server itself asks of a workspace: /_facts, /_retry.
-        What people ask comes by the proxy, and not here."""
+        """Pass the server's own requests, /_facts and /_retry, to the workspace's node.
+        Those of people come through the proxy, and not here."""
         if not request.path.startswith("/_"):
-            raise Refused(421, "Workspaces are served by the nodes. Ask again through the "
-                               "proxy in front.")
+            raise Refused(421, "This server has no workspaces, because they are on nodes. "
+                               "Use the address of the proxy.")
         known = self.directory.ask("/_workspace", f"id={id}")
         said = ask_node(self.settings, known["node"], id, request.path[1:], request.method)
         return as_json(said)
 
     def files(self):
-        """What is in the folder is none of theirs."""
+        """Return none: files in the data folder do not belong to workspaces on nodes."""
         return iter(())
 
 
 # -- the directory's side: its gate
 
 def said_by_proxy(request, what):
-    """Return what a proxy says of the request for which it asks; "" if it says nothing, or
-    two things. nginx says X-Original-..., others X-Forwarded-...
+    """Return the method or uri (what) of the request for which a proxy asks; "" if there is
+    none, or two. nginx sends it as X-Original-..., others as X-Forwarded-...
     """
     names = f"x-original-{what}", f"x-forwarded-{what}"
     said = {request.headers[name] for name in names if name in request.headers}
@@ -13646,7 +13646,7 @@ def said_by_proxy(request, what):
 
 
 def request_behind(request):
-    """Return the request for which a proxy asks: its method and path, "" if it says none.
+    """Return the request for which a proxy asks, with method and path only; "" if unknown.
     """
     method = said_by_proxy(request, "method")
     target = said_by_proxy(request, "uri")
@@ -13657,10 +13657,10 @@ def request_behind(request):
 
 
 def gate_for_proxies(ctx):
-    """The verdict, sealed as a whole, for a proxy to bring to a node.
+    """Return the verdict, with a seal over all of it, for a proxy to bring to a node.
 
-    Most proxies know no answers but 200, 401 and 403. So for a workspace on its way they
-    hear 200 and no verdict: whoever they bring the request to asks again.
+    Most proxies understand only 200, 401 and 403. So if a workspace is being moved, they
+    get 200 and no verdict. They send the request to the directory, which asks again.
     """
     path = request_behind(ctx.request).path
     answer = gate(ctx, path.split("/")[2] if path.startswith("/w/") else "")
@@ -13669,7 +13669,7 @@ def gate_for_proxies(ctx):
     if answer.status != 200:
         return answer
     said = dict(answer.headers)
-    oldest = ctx.host.keys[-1]                           # nodes may lack a newer one
+    oldest = ctx.host.keys[-1]                           # nodes may not have a newer one
     seal = seal_of([said.get(name, "") for name in VERDICT], oldest)
     return answer._replace(headers=(*answer.headers, ("x-verdict", seal)))
 
@@ -13685,16 +13685,18 @@ class KnowsNodes(Directory):                             # also with --plain
         if not row["node"]:
             return said
         if not self.workspaces.settings.plane:
-            raise Refused(503, "This workspace is on another machine; ask there.")
+            raise Refused(503, "This workspace is on another machine. Ask the operator for "
+                               "its address.")
         return {**said, "x-node": row["node"]}
 
 
 # -- the directory's side: which node has a workspace
 
 def node_for(store, name):
-    """Return the address of a new workspace's node, by rendezvous hashing; "": here.
+    """Return the address of a node for a new workspace; "" if there are no nodes.
 
-    Each node gets its share. A node more, or less, moves no other workspace.
+    By rendezvous hashing, each node gets its share of the names. Adding or removing a node
+    changes only that node's share.
     """
     nodes = [row["address"] for row in store.query("SELECT address FROM nodes")]
     return max(nodes, default="",
@@ -13705,13 +13707,13 @@ def node_for(store, name):
 class PlacesWorkspaces(EdgeDirectory):
     def add_workspace(self, ctx, name, owner):
         if self.namespace.settings.plane and not node_for(ctx.store, name):
-            raise Refused(503, "There is no node yet that could hold it; node add "
-                               "HOST:PORT names one.")
+            raise Refused(503, "There is no node for this workspace yet. The operator can "
+                               "add one with node add HOST:PORT.")
         super().add_workspace(ctx, name, owner)
 
     def own_version(self, request):
-        """Nodes are to hear of each change of access. data_version tells what others have
-        committed; what this process has, is counted beside it."""
+        """Add a number that tells nodes of each change of access by this process.
+        data_version changes only when other processes commit."""
         version = super().own_version(request)
         if self.namespace.settings.plane:
             version.append(sum([number for topic, number in self.bus.versions.items()
@@ -13719,10 +13721,10 @@ class PlacesWorkspaces(EdgeDirectory):
         return version
 
     def own_leave(self, request):
-        """A node is about to give a workspace away: nobody is let in from now on.
+        """Keep everybody out of a workspace that is about to leave its node. Return its
+        name; None: there is none.
 
-        It is named by its id, for its name may be another's by now. Return its name; None:
-        there is none.
+        The node gives its id, because another workspace may have its name now.
         """
         row = self.own_workspace(request)
         if row is None or request.method in SAFE:
@@ -13736,30 +13738,30 @@ class PlacesWorkspaces(EdgeDirectory):
 
 @addition
 class PlacesFiles(GuardedNamespace):
-    """If there are nodes, they have the files."""
+    """Makes and removes files on nodes, if there are any."""
 
     def put(self, store, id, name, source):
         node = node_for(store, name)
         if not node:
             return super().put(store, id, name, source)
-        if source:                                       # make_on_node says what to do then
+        if source:                                       # make_on_node tells what to do
             node = ""
         store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ?", node, MOVES,
                    id)
 
     def make_on_node(self, name):
-        """Have the node make its file, then let people in.
+        """Have the node make the file, then let people in.
 
-        Raises Refused if it did not; the name is free again.
+        Raises Refused if the node can't make it; the name is free again then.
         """
         with OwnedStore(self.settings.directory_file) as store:
             row = store.one("SELECT * FROM workspaces WHERE name = ? AND moving", name)
             if row is None:
                 return
             if not row["node"]:
-                print(f"{name} has its members; now copy the file to a node, there do "
-                      f"workspace import FILE --name {name}, then here: node assign {name} "
-                      "HOST:PORT")
+                print(f"{name} has its members; now copy the file to a node, run workspace "
+                      f"import FILE --name {name} there, then node assign {name} HOST:PORT "
+                      "here")
                 return
             try:
                 ask_node(self.settings, row["node"], row["id"], "create")
@@ -13799,7 +13801,7 @@ DIRECTORY_ANSWERS = re.compile("/_(version|operator|workspace|members_of|leave|g
 
 
 def directory_front(request, env):
-    """The worker of a directory alone: nodes may ask it some questions."""
+    """Answer a request to a directory: a node's question, or as any worker does."""
     if DIRECTORY_ANSWERS.fullmatch(request.path) and is_sealed(request, env.settings):
         scheme = request.headers["x-forwarded-proto"]
         return env.directory.fetch(stripped(request)._replace(scheme=scheme))
@@ -13807,7 +13809,7 @@ def directory_front(request, env):
 
 
 def directory_root(settings):
-    """Accounts, sessions and the gate. The workspaces are on the nodes of its table."""
+    """Return the env of a directory: accounts, sessions and gate. Nodes have the rest."""
     env = two_planes(settings._replace(demo=False))
     workspaces = whole(RemoteWorkspaces)("workspace", settings.workspaces, settings.idle,
                                          None)
@@ -13823,7 +13825,7 @@ ROOTS.append((lambda settings: settings.plane == "directory", directory_root))
 # -- a node's side
 
 def node_front(request, env):
-    """The worker of a node. Without a verdict, nothing here is contacted."""
+    """Answer a request to a node. Without a verdict, it contacts no workspace."""
     if request.path.startswith("/_node/") and is_sealed(request, env.settings):
         return answer_directory(request, env)
     if request.path in ("/healthz", "/metrics"):
@@ -13836,13 +13838,13 @@ def node_front(request, env):
 def node_gate(request, env):
     """Return the verdict that a proxy brought.
 
-    It holds for the workspace that the path names. If it is not fresh, for the request was
-    long on its way, the gate is asked again.
+    It must be for the workspace in the path. If it is not fresh, because the request took
+    long to arrive, ask the gate again.
     """
     said = {name: request.headers[name] for name in VERDICT if request.headers.get(name)}
     seal = request.headers.get("x-verdict", "")
     parts = [said.get(name, "") for name in VERDICT]
-    until = holds_until(seal, parts, keys_now(env.settings))
+    until = expiry_of_seal(seal, parts, keys_now(env.settings))
     theirs = request.path.split("/")[:3] == ["", "w", said.get("x-workspace")]
     if not until or not theirs:
         raise Refused(*NO_VERDICT)
@@ -13852,7 +13854,7 @@ def node_gate(request, env):
 
 
 def node_regate(request, env):
-    """For an open stream, the gate is asked anew."""
+    """Ask the gate again, as an open stream does before each frame."""
     return for_this_node(ask_the_gate(request, env), env)
 
 
@@ -13860,24 +13862,24 @@ def for_this_node(verdict, env):
     """Return the verdict, if it is for a workspace on this node."""
     node = dict(verdict.headers).get("x-node")
     if verdict.status == 200 and node != env.settings.node_name:
-        raise Refused(421, "This workspace lives on another node. Ask again through the "
+        raise Refused(421, "This workspace is on another node. Use the address of the "
                            "proxy.")
     return verdict
 
 
 def has_file(workspaces, id, body):
-    """Return whether it is here. Its object hears of the jobs that came with it."""
+    """Return whether the file is here. Then its object opens it and plans its jobs."""
     if not workspaces.path(id).exists():
         return False
-    workspaces.sleep_unused()                            # it may have an older file open
+    workspaces.sleep_unused()                            # the object may have an older one
     facts_of(workspaces.get(id))
     return True
 
 
 def remove_here(workspaces, id, body):
-    """body: see PlacesFiles.remove.
+    """Remove a file. Return the path of its copy, or None. body: see PlacesFiles.remove.
 
-    The name becomes a part of a path, so no other than a workspace's will do.
+    The name becomes part of a path, so it must be a valid name of a workspace.
     """
     try:
         about = json.loads(body)
@@ -13886,7 +13888,7 @@ def remove_here(workspaces, id, body):
     except (ValueError, TypeError, KeyError, AttributeError):
         named = None
     if not named:
-        raise Refused(400, "There is no such thing to remove.")
+        raise Refused(400, "This request does not name a workspace to remove.")
     copy = remove_file(workspaces.settings, workspaces.path(id), about, now)
     return copy and str(copy)
 
@@ -13896,7 +13898,7 @@ def retry_here(workspaces, id, body):
     return json.loads(answer.body)
 
 
-# What a directory asks of a node. Each can be asked twice, for an answer may be lost.
+# A directory's questions to a node. Each can be repeated, because an answer may be lost.
 FOR_DIRECTORY = {
     ("GET", "has"): has_file,
     ("POST", "create"): lambda workspaces, id, body: workspaces.create(id),
@@ -13921,7 +13923,7 @@ def answer_directory(request, env):
 
 
 def node_root(settings):
-    """A node. The Directory is in another process, whose key it shares."""
+    """Return the env of a node. The Directory is in another process, with the same key."""
     private_folder(settings.workspaces)
     check_node(settings)
     settings = settings._replace(demo=False)
@@ -13937,13 +13939,13 @@ ROOTS.append((lambda settings: settings.plane == "data", node_root))
 
 def check_node(settings):
     if not settings.key_file.exists() or not settings.directory:
-        raise Unusable("a data plane needs --directory HOST:PORT, and in its data folder a "
-                       "copy of secret.key")
+        raise Unusable("a data plane needs --directory HOST:PORT, and a copy of the "
+                       "directory's secret.key in its data folder")
 
 
 # -- on the command line of the directory
 
-@verb("node add", "let new workspaces be placed on a data plane", "address")
+@verb("node add", "add a data plane, where new workspaces can be placed", "address")
 def node_add(settings, given):
     with opened(settings, given) as (store, _):
         check_planes(settings, store, given.address)
@@ -13951,19 +13953,19 @@ def node_add(settings, given):
 
 
 def check_planes(settings, store, address):
-    """Raise Unusable if there are workspaces here, and nobody says that there are planes.
+    """Raise Unusable if there are workspaces here, and no --plane directory.
 
-    The server would go on to serve them here, and lead nobody to a node.
+    A server without planes would go on serving them here, and send nobody to a node.
     """
     if settings.single:
-        raise Unusable("one file holds everything here, so there can be no nodes; "
-                       "workspace export takes its workspace elsewhere")
+        raise Unusable("a --single server can have no nodes; to have some, import its file "
+                       "into a server without --single")
     here = store.one("SELECT name FROM workspaces WHERE node = '' AND NOT moving AND name "
                      "IS NOT NULL")
     if here and settings.plane != "directory":
-        raise Unusable(f"{here['name']} is on this machine, where a server without planes "
-                       "keeps all; if it is started with --plane directory, say: --plane "
-                       f"directory node add {address}")
+        raise Unusable(f"{here['name']} is on this machine, and a server without planes "
+                       "serves it from here; if you start yours with --plane directory, "
+                       f"use: --plane directory node add {address}")
 
 
 @verb("node list", "list the nodes, and how many workspaces each has")
@@ -13979,8 +13981,8 @@ def node_remove(settings, given):
         node = row_of(store, "nodes", given.address, "address")["address"]
         held = len(workspaces_on(store, node))
         if held:
-            raise Unusable(f"{node} has {held} workspaces; bring them elsewhere, and node "
-                           "assign them")
+            raise Unusable(f"{node} has {held} workspaces; move them to another node, then "
+                           "use node assign")
         store.exec("DELETE FROM nodes WHERE address = ?", node)
 
 
@@ -13989,12 +13991,12 @@ def workspaces_on(store, node):
                        "BY name", node)
 
 
-@verb("node assign", "say that the file of a workspace, or that all files of a lost node, "
+@verb("node assign", "record that the file of a workspace, or all files of a lost node, "
                      "are on this node now", "placed", "address")
 def node_assign(settings, given):
-    """Return 1 if the node lacks some of the files. Those stay where they were.
+    """Return 1 if the node lacks some of the files. Their workspaces keep the old node.
 
-    Nodes are asked outside of any transaction: while one is waited for, people sign in.
+    We ask nodes outside of any transaction, so people can sign in while one is slow.
     """
     with opened(settings) as (store, _):
         node = row_of(store, "nodes", given.address, "address")["address"]
@@ -14014,29 +14016,29 @@ def node_assign(settings, given):
 def not_assigned(settings, row, node):
     """Return why a workspace can't be on this node, or "".
 
-    Raises Unusable if its file is still where it was: there would be two.
+    Raises Unusable if its file is still in the old place, because there would be two.
     """
     name = row["name"]
     if not row["node"] and (settings.workspaces / f"{row['id']}.db").exists():
-        raise Unusable(f"{name} is here; workspace export {name} FILE --move takes it away "
-                       "first")
+        raise Unusable(f"{name} is still on this machine; first run workspace export "
+                       f"{name} FILE --move")
     if row["node"] != node:
         check_left(settings, row)
     if not ask_node(settings, node, row["id"], "has", "GET"):
-        return f"{node} has no file of it; do workspace import there first"
+        return f"{node} does not have its file; first run workspace import there"
     return ""
 
 
 def assign(store, row, node):
-    """Return why that failed, or ""."""
+    """Assign a workspace to a node. Return why that failed, or ""."""
     changed = store.exec("UPDATE workspaces SET node = ?, moving = ? WHERE id = ? AND name "
                          "= ? AND node = ? AND moving = ?", node, STAYS, row["id"],
                          row["name"], row["node"], row["moving"])
-    return "" if changed else "something else was done with it meanwhile; try again"
+    return "" if changed else "another command has just changed it; try again"
 
 
 def check_left(settings, row):
-    """Raise Unusable if its node may still have it. One that is silent counts as lost."""
+    """Raise Unusable if its node may still have it. An unreachable node counts as lost."""
     node = row["node"]
     name = row["name"]
     try:
@@ -14044,40 +14046,40 @@ def check_left(settings, row):
     except Unreachable:
         return
     except NoAnswer as no:
-        raise Unusable(f"{no}; it may still have {name}; if it is lost, stop it first"
-                       ) from no
+        raise Unusable(f"{no}; it may still have {name}; if that node is lost, stop it "
+                       "first") from no
     if has:
-        raise Unusable(f"{node} still has {name}; workspace export {name} FILE --move "
-                       "there takes it away first")
+        raise Unusable(f"{node} still has {name}; first run workspace export {name} FILE "
+                       "--move there")
 
 
 # -- on the command line of a node
 
 def ask_directory_of(settings, path, method="GET", **what):
-    """Ask about a workspace. Return what the directory says; None: there is none."""
+    """Ask the directory about a workspace. Return its answer; None: there is none."""
     check_node(settings)
     question = Request(method, path, urllib.parse.urlencode(what))
     return ask_process(settings, settings.directory, question)
 
 
 def place_of(settings, **what):
-    """Return what the directory knows of a workspace, by its id or its name."""
+    """Return the directory's row of a workspace, by its id or its name."""
     place = ask_directory_of(settings, "/_workspace", **what)
     if not place:
-        raise Unusable(f"the directory knows no workspace {[*what.values()][0]}; workspace "
-                       "list there tells what there is")
+        raise Unusable(f"the directory knows no workspace {[*what.values()][0]}; run "
+                       "workspace list there to see all of them")
     return place
 
 
 def export_from_node(settings, given):
-    """With --move, the gate says 503 until node assign."""
+    """Export a workspace. With --move, the gate answers 503 until node assign."""
     place = place_of(settings, name=given.name)
     id = place["id"]
     path = settings.workspaces / f"{id}.db"
     check_export(given, place)
     if not path.exists():
         raise Unusable(f"{given.name} is not on this node; workspace list on the "
-                       "directory's machine tells where it is")
+                       "directory's machine shows where it is")
     if given.move:
         return leave_node(settings, given, id, path)
     rows = copy_database(path, given.file, {"name": given.name, "members": []})
@@ -14089,21 +14091,21 @@ def leave_node(settings, given, id, path):
         try:
             name = ask_directory_of(settings, "/_leave", "POST", id=id)
             if not name:
-                raise Unusable(f"{given.name} was removed just now")
+                raise Unusable(f"{given.name} has just been removed")
             rows = take_away(path, given.file, {"name": name, "members": [], "left": id})
         except BaseException:
             if path.exists():
-                log(f"orion: node assign {given.name} with the address of this node lets "
-                    "people in again")
+                log(f"orion: to let people in again, run node assign {given.name} with the "
+                    "address of this node on the directory's machine")
             raise
-    print(f"{given.file}: {rows} rows; workspace import it on another node, then node "
+    print(f"{given.file}: {rows} rows; run workspace import on another node, then node "
           f"assign {name} HOST:PORT on the directory's machine")
 
 
 def import_on_node(settings, given):
-    """Refuse it while another node has the workspace: its jobs would run on both.
+    """Import a workspace, unless another node still has it: its jobs would run on both.
 
-    If the file is that workspace, and it left for here, its jobs come with it.
+    If the file is the workspace itself and not a copy, its jobs are kept.
     """
     place, is_itself = place_meant(settings, given)
     name = place["name"]
@@ -14111,23 +14113,23 @@ def import_on_node(settings, given):
     jobs = "keep" if is_itself else given.jobs
     with one_move(settings), copy_to_import(settings, given.file, jobs) as copy:
         if not may_replace(copy, path):
-            raise Unusable(f"this node has {name} already, in {path}; --name takes the "
-                           "file for another")
+            raise Unusable(f"this node has {name} already, in {path}; to import the file "
+                           "as another workspace, use --name")
         if not place["node"] and not place["moving"]:
-            raise Unusable(f"{name} is on the directory's machine; workspace export {name} "
-                           "FILE --move there takes it away first")
+            raise Unusable(f"{name} is on the directory's machine; first run workspace "
+                           f"export {name} FILE --move there")
         check_left(settings, place)
         put_in_place(copy, path)
-    print(f"{path}: now on the directory's machine: node assign {name} with the address of "
-          "this node")
+    print(f"{path}: on the directory's machine, now run node assign {name} with the "
+          "address of this node")
 
 
 def place_meant(settings, given):
-    """Return what the directory knows of the workspace that a file is to become, and
-    whether the file is that workspace itself, which has moved.
+    """Return the directory's row of the workspace to import, and whether the file is that
+    workspace itself, which has moved.
 
-    --name says which one it is, or the export itself. A file that is named by an id was in
-    the folder of a node, or in its backup. Raises Unusable if it has another's rows.
+    --name or the export names the workspace. If the file's name is an id, it comes from a
+    node's folder or backup. Raises Unusable if it belongs to another workspace.
     """
     id = given.file.stem
     if given.name or not is_id(id):
@@ -14137,8 +14139,8 @@ def place_meant(settings, given):
     about_file(given.file, id)                           # raises if it is no workspace
     with opened_to_read(given.file) as db:
         if not may_be_of(db, id):
-            raise Unusable(f"{given.file} is another workspace's; --name says whose it "
-                           "shall be")
+            raise Unusable(f"{given.file} belongs to another workspace; choose one with "
+                           "--name")
     return place_of(settings, id=id), True
 
 
@@ -14147,8 +14149,8 @@ NODE_VERBS.update({"workspace export": export_from_node,
 
 
 # ==== 63. Proxy ===========================================================================
-# The idea: an nginx in front of a directory and its nodes. It does the worker's part: it
-#   asks the gate, and brings the verdict to the node.
+# The idea: an nginx in front of a directory and its nodes does the worker's part: it asks
+#   the gate, and brings the verdict to the node.
 # It needs: 62 Nodes.
 
 @verb("nginx", "print the configuration of an nginx in front of a directory and its nodes",
@@ -14174,7 +14176,7 @@ def nginx(settings, given):
 
 
 def is_fixed(address):
-    """Can nginx find it when it starts? If it could not find a name, it would not start."""
+    """Can nginx resolve this address when it starts? If it can't, it does not start."""
     host = address.rpartition(":")[0].strip("[]")
     if address_in(host):
         return True
@@ -14184,7 +14186,7 @@ def is_fixed(address):
 
 
 def dns_server():
-    """Return the one that this machine asks or, if that can't be told, systemd's."""
+    """Return the DNS server of this machine or, if that is unknown, systemd's."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/etc/resolv.conf").read_text().splitlines()
         for words in map(str.split, lines):
@@ -14194,7 +14196,7 @@ def dns_server():
 
 
 def listening_at(where):
-    """Return where nginx listens. A port is one of IPv6, too, if this machine has that."""
+    """Return where nginx listens: at a port also by IPv6, if this machine has it."""
     with contextlib.suppress(OSError):
         if where.isdigit():
             socket.socket(socket.AF_INET6).close()

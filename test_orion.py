@@ -11235,7 +11235,7 @@ def test_a_root_where_no_link_opens_anything_says_why(start, tmp_path):
     (tmp_path / "data").mkdir()
     orion.make_key(tmp_path / "data" / "secret.key")
     node = start(demo=False, plane="data", directory="127.0.0.1:1")
-    assert "through the proxy" in Person(node).get("/join").text
+    assert "the address of the proxy" in Person(node).get("/join").text
 
 
 # ==== 48. Onlookers ===================================================================================================
@@ -11931,7 +11931,7 @@ def test_an_owner_renames_the_workspace_and_every_open_page_of_it_says_so_at_onc
     assert bob.post("/w/acme/members/workspace", form={"title": "acme"}).status == 303 and "x-title" not in bob.get("/_gate/acme").headers
 
 
-@cases("fields, status, why", [({"title": "New", "was": "Old"}, 409, "is acme meanwhile"), ({"title": "", "was": "acme"}, 422, "1 to 63 characters"),
+@cases("fields, status, why", [({"title": "New", "was": "Old"}, 409, "is now acme"), ({"title": "", "was": "acme"}, 422, "1 to 63 characters"),
                                ({"title": "\u4e2d"}, 422, "1 to 63 characters"), ({"title": "x" * 64}, 422, "1 to 63"), ({"title": "New", "_stamp": "carol 1"}, 412, "made for carol")], ids=str)
 def test_a_name_that_can_not_be_is_shown_again_with_the_reason_and_nothing_is_written(server, fields, status, why):
     answer = Person(server, "bob").post("/w/acme/members/workspace", form=fields)
@@ -11992,7 +11992,7 @@ def test_only_what_is_deleted_and_still_has_its_file_is_brought_back(outside, ru
     assert "is not deleted" in run("workspace", "undelete", "acme", data=data)[2] and "no workspace b" in run("workspace", "undelete", "b", data=data)[2]
     delete_it(outside.sign_in("ann"))
     file_of(outside).unlink()
-    assert "is gone; workspace remove acme" in run("workspace", "undelete", "acme", data=data)[2]
+    assert "is gone; run workspace remove acme" in run("workspace", "undelete", "acme", data=data)[2]
 
 
 def test_a_backup_has_a_deleted_workspace_so_that_it_can_be_brought_back_there_too(outside, run, tmp_path):
@@ -12020,7 +12020,7 @@ def test_a_deleted_workspace_goes_for_good_after_30_days_also_if_that_is_cut_sho
 def test_the_only_workspace_of_a_single_root_is_renamed_but_not_deleted(tmp_path):
     with contextlib.closing(Root(ROOTS["single"], tmp_path / "data")) as root:
         bob = root.person("bob")
-        assert "of it. Ask its operator" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
+        assert "Ask the operator of this server to remove its file" in delete_it(bob).text and bob.post("/w/acme/members/workspace", form={"title": "Other"}).status == 303
         assert "Other" in bob.get("/w/acme/todos").text
         assert "Other" in root.ear("bob", "/live").first and root.ear("carol").first
         at_rest(root.server)
@@ -12475,7 +12475,7 @@ def test_processes_with_different_keys_are_told_what_to_do(doomed, tmp_path, cap
     name = doomed.found(on=first)
     orion.log_once.cache_clear()
     (first.folder / "secret.key").write_text("0" * 64 + "\n")
-    assert logged(capfd, "One process takes the other for a stranger.")        # before the command line has standard error
+    assert logged(capfd, "One process does not accept the other's seal.")        # before the command line has standard error
     for words, on in ((("workspace", "export", name, tmp_path / "x.db"), first), (("node", "assign", name, first.address), None)):
         assert "Copy the directory's secret.key" in doomed.cli(*words, on=on, status=2)
     token = doomed.cli("metrics", on=first).strip()
@@ -12526,7 +12526,7 @@ def test_the_files_of_a_lost_node_are_assigned_but_for_those_that_are_missing(do
     for name in names[:2]:
         doomed.cli("workspace", "import", tmp_path / "backup" / "workspaces" / f"{id_of(doomed, name)}.db", on=second)
     said = doomed.cli("node", "assign", first.address, second.address, status=1)
-    assert said.count(f"on {second.address} now") == 2 and f"{names[2]}\t{second.address} has no file of it" in said
+    assert said.count(f"on {second.address} now") == 2 and f"{names[2]}\t{second.address} does not have its file" in said
     assert kept(doomed, names[0]) and lives(doomed, names[2])[0] is first
     assert "has 1 workspaces" in doomed.cli("node", "remove", first.address, status=2)
 
@@ -12821,7 +12821,7 @@ def test_a_workspace_is_not_assigned_to_a_node_that_has_no_file_of_it(fleet, tmp
     write_on(fleet, name)
     fleet.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
     for node in fleet.nodes:
-        assert "has no file of it" in fleet.cli("node", "assign", name, node.address, status=1)
+        assert "does not have its file" in fleet.cli("node", "assign", name, node.address, status=1)
     assert is_closed(fleet, name)
     fleet.cli("workspace", "import", tmp_path / "x.db", on=first), fleet.cli("node", "assign", name, first.address)
     assert kept(fleet, name)
@@ -12836,7 +12836,7 @@ def test_a_node_that_only_can_not_say_whether_it_has_a_file_is_not_lost(doomed, 
         (first.folder / "secret.key").write_text("0" * 64 + "\n")
     else:
         monkeypatch.setitem(orion.FOR_DIRECTORY, ("GET", "has"), mock.Mock(side_effect=OSError("input/output error")))
-    assert "if it is lost, stop it first" in doomed.cli("node", "assign", name, second.address, status=2)
+    assert "if that node is lost, stop it first" in doomed.cli("node", "assign", name, second.address, status=2)
     assert lives(doomed, name)[0] is first
 
 
@@ -12863,7 +12863,7 @@ def test_a_workspace_that_leaves_while_it_is_assigned_stays_closed(doomed, tmp_p
         doomed.cli("workspace", "export", name, tmp_path / "x.db", "--move", on=first)
         return there
     monkeypatch.setitem(orion.FOR_DIRECTORY, ("GET", "has"), meanwhile)
-    assert "meanwhile; try again" in doomed.cli("node", "assign", name, first.address, status=1)
+    assert "has just changed it; try again" in doomed.cli("node", "assign", name, first.address, status=1)
     assert is_closed(doomed, name)
 
 
@@ -12929,7 +12929,7 @@ def test_a_workspace_of_the_time_before_the_nodes_goes_to_one(doomed, tmp_path):
     doomed.cli("workspace", "add", "old", "--owner", "bob"), doomed.cli("backup", tmp_path / "backup")
     for node in doomed.nodes:
         doomed.cli("--plane", "directory", "node", "add", node.address)
-    assert "old is here" in doomed.cli("node", "assign", "old", second.address, status=2)
+    assert "old is still on this machine" in doomed.cli("node", "assign", "old", second.address, status=2)
     file = tmp_path / "backup" / "workspaces" / f"{id_of(doomed, 'old')}.db"
     assert "on the directory's machine" in doomed.cli("workspace", "import", file, on=second, status=2)
     said = doomed.cli("workspace", "restore", "old", "--at", tmp_path / "backup", "--new", "older")
@@ -12949,7 +12949,7 @@ def test_an_export_from_the_time_before_the_nodes_that_was_killed_keeps_its_file
     doomed.cli("workspace", "export", "old", tmp_path / "earlier.db"), doomed.cli("--plane", "directory", "node", "add", first.address)
     shutil.copy2(tmp_path / "earlier.db", first.folder / "workspaces" / f"{id_of(doomed, 'old')}.db")
     doomed.directory.write("UPDATE workspaces SET moving = 1 WHERE name = 'old'")
-    assert "old is here" in doomed.cli("node", "assign", "old", first.address, status=2)
+    assert "old is still on this machine" in doomed.cli("node", "assign", "old", first.address, status=2)
 
 
 def test_nobody_founds_a_workspace_in_the_place_of_one_that_is_on_its_way(doomed, tmp_path):
@@ -13144,14 +13144,14 @@ def test_a_deployment_becomes_a_directory_and_its_workspaces_wait_for_a_node(sta
 def test_a_node_is_added_to_a_server_that_has_planes(server, capsys, words, status):
     """Where all workspaces are on one machine, new ones of the command line would go to a node that nobody is led to."""
     assert orion.main(argv=[*words, "--data", str(server.env.settings.data), "node", "add", "10.0.0.2:8000"]) == status
-    assert ("say: --plane directory node add 10.0.0.2:8000" in capsys.readouterr().err) == (status == 2)
+    assert ("use: --plane directory node add 10.0.0.2:8000" in capsys.readouterr().err) == (status == 2)
     assert server.policy.query("SELECT * FROM nodes") == [] or status == 0
 
 
 def test_there_is_no_node_beside_one_file_for_everything(tmp_path, capsys):
     with contextlib.closing(Server(tmp_path, single=tmp_path / "team.db")):
         assert orion.main(argv=["--single", str(tmp_path / "team.db"), "node", "add", "10.0.0.2:8000"]) == 2
-        assert "there can be no nodes" in capsys.readouterr().err
+        assert "can have no nodes" in capsys.readouterr().err
 
 
 # ==== 64. More figures ================================================================================================
