@@ -11297,7 +11297,8 @@ class LooksWhoIsHere(LoopEdge):
 #   name of another account. All open pages show a new name at once.
 # Who uses it: the account page; the lists of members and links; the head of each page, and
 #   the list of people who look at it.
-# It needs: 35 Fields, 38 Assets, 44 Accounts, 45 Account page, 47 Links.
+# It needs: 35 Fields, 36 Ordinary pages, 38 Assets, 44 Accounts, 45 Account page,
+#   47 Links.
 
 LONGEST_NAME = 63                                        # characters
 COLOURS = 6                                              # .face-0 to .face-5 in style.css
@@ -11398,7 +11399,8 @@ def change_label(ctx):
                                account):
         ctx.host.bus.publish(f"members:{row['workspace']}")
     access_changed(ctx, account)
-    return see_other("/account", which=f"{account} {label}")
+    flash = flash_header("/account", "Saved.", {})
+    return see_other("/account", flash, which=f"{account} {label}")
 
 
 def check_label(store, account, label):

@@ -18141,6 +18141,7 @@ def test_a_name_is_changed_with_scripts_off_and_a_refused_one_is_shown_again(sit
     eventually(lambda: "account carol" in bob.js("return document.getElementById('label-problem').textContent") and bob.js("return document.getElementById('label').value") == "Carol")
     bob.type("#label", " Lee\n")
     eventually(lambda: bob.js("return document.querySelector('.account bdi').textContent") == "Carol Lee")
+    assert bob.js("return document.querySelector('.flash').textContent") == "Saved."
 
 
 @without_client
