@@ -9485,8 +9485,7 @@ def every(job: Callable[..., Any], **interval: float) -> Recurring:
 
 @functools.cache
 def zone_named(name):
-    """Return a time zone; None: the server's own. Raises Unusable if there is no such zone.
-    """
+    """Return a time zone; None: the server's own. Raises Unusable if it is unknown."""
     if not name:
         return None
     import zoneinfo                                      # here: it saves 3 ms at the start
@@ -9587,8 +9586,7 @@ class Alarms:
         self.looked = set()                              # ids of the files it has read
         self.lock = threading.Lock()                     # guards all that follows
         self.due = {}                                    # by id: when its next job is
-        # A heap of (when it was queued, or later: due; due; id). Entries that are no longer
-        # in self.due are skipped.
+        # A heap of (when queued, due, id). Entries that are not in self.due are skipped.
         self.order = []
 
     def look(self):
@@ -9903,8 +9901,7 @@ class HasJobs(Broadcast):
         return row and row["due"]
 
     def next_job(self):
-        """Return the first row that does not wait for a call, or None. A workspace whose
-        jobs make too many calls already gets None."""
+        """Return the first row that does not wait for a call; None: all do, or too many."""
         waits = self.namespace.alarms.waits.of(self.id)
         if len(waits) >= Waits.OF_ONE_OBJECT:
             return None
@@ -10239,8 +10236,7 @@ def count_attempt(attempts, request):
 
 
 def typed_in(request):
-    """Return the name, the password and the new password. Raises Refused(400) if one is so
-    long that hashing it would take long."""
+    """Return name, password and new password. Raises Refused(400) if one is too long."""
     typed = [text_of(request, field) for field in ("username", "password", "new")]
     if max(map(len, typed)) > LONGEST_TYPED:
         raise Refused(400, f"Use at most {LONGEST_TYPED} characters for name and password.")
@@ -10292,8 +10288,7 @@ class ProvesPasswords(LoopEdge):
 
 
 def account_proved(ctx):
-    """Return the account whose password was proved; "" if it was wrong, or changed since.
-    """
+    """Return the account whose password was proved; "" if wrong, or changed since."""
     name = account_name(ctx.field("username"))
     stored = ctx.host.password_of(name)
     return name if stored and stored == ctx.request.headers.get("x-stored") else ""
@@ -10310,7 +10305,7 @@ def account_meant(ctx):
     """Return the field account. Raises Refused(422) if no account has this name."""
     name = account_name(ctx.field("account"))
     if not ctx.store.one("SELECT 1 FROM accounts WHERE name = ?", name):
-        raise Refused(422, "There is no account of this name. Check the spelling.")
+        raise Refused(422, "There is no account with this name. Check the spelling.")
     return name
 
 
@@ -10413,8 +10408,7 @@ class KnowsAccounts(EdgeDirectory):
         return self.personas("")
 
     def open_session(self, ctx, account, start="/"):
-        """Open one. If a form was sent without a session, return the page that sends it
-        again."""
+        """Open one. Return the page that sends a form again, if one came without it."""
         answer = super().open_session(ctx, account, start)
         unsent = ctx.field("unsent")
         if not unsent:
@@ -10833,7 +10827,7 @@ def add_link(store, kind, seconds, **row):
 
 
 def new_link_page(ctx, secret, what, back, which):
-    """Return the page that shows a link. It is shown only once: nothing keeps it (see 70).
+    """Return the page that shows a link. Nothing keeps it, so it is shown only once (70).
     """
     request = ctx.request
     address = f"{request.scheme}://{request.headers.get('host', '')}/join#{secret}"
@@ -11514,11 +11508,11 @@ DIRECTORY_SLICES.append(Slice("owners", routes=(
 # #### To run it ###########################################################################
 
 # ==== 51. Quotas ==========================================================================
-# The idea: SQLite itself keeps a file within its quota: PRAGMA max_page_count. What is too
-#   old in the journal goes as new rows come.
-# It promises: a command that would go past it is refused with 507 and changes nothing. To
-#   delete takes room, too, for the journal at least; so a DELETE may go a little past it.
-# The verdict brings the quota to the workspace, as x-quota, with each request.
+# The idea: SQLite itself keeps a file within its quota, by PRAGMA max_page_count. New rows
+#   in the journal push out those that are too old.
+# It promises: a command that would exceed the quota is refused with 507 and changes
+#   nothing. A DELETE may exceed it a little, because its row in the journal takes room.
+# With each request the verdict brings the quota to the workspace, as x-quota.
 
 TRUSTED.add("x-quota")
 LARGEST_FILE = 2 ** 31 - 1                               # pages
@@ -11528,8 +11522,8 @@ RESERVE = 256                                            # pages, and a quarter 
 def limit_pages(store, quota):
     """Limit the file to so many bytes.
 
-    SQLite forgets it when the file is closed, and jobs bring no x-quota. So the file
-    remembers it, as its user_version, in pages; 0: there is no limit.
+    SQLite forgets the limit when the file is closed, and jobs bring no x-quota. So the file
+    has it as its user_version, in pages; 0: there is no limit.
     """
     page_size = store.one("PRAGMA page_size")[0]
     pages = min(max(1, quota // page_size), LARGEST_FILE)
@@ -11540,7 +11534,7 @@ def limit_pages(store, quota):
 
 @contextlib.contextmanager
 def reserve(store):
-    """Let the file go past its quota, in a with statement."""
+    """Let the file exceed its quota inside of a with statement."""
     pages = store.one("PRAGMA max_page_count")[0]
     store.exec(f"PRAGMA max_page_count = {min(pages + pages // 4 + RESERVE, LARGEST_FILE)}")
     try:
@@ -11559,7 +11553,7 @@ class SaysQuotas(EdgeDirectory):
 @addition
 class KeepsQuota(EdgeWorkspace):
     quota = 0                                            # bytes; 0: it is not known yet
-    deletes = False                                      # does the present command?
+    deletes = False                                      # True during a DELETE
 
     def on_open(self):
         super().on_open()
@@ -11584,13 +11578,13 @@ class KeepsQuota(EdgeWorkspace):
         return response
 
     def write_index(self):
-        """Have FTS5 write now, at a savepoint. Else it writes at the commit: then others
-        that share it fail, too, for lack of room, and the reserve is over."""
+        """Have FTS5 write now, at a savepoint. Otherwise it writes at the commit, without
+        the reserve: if it lacks room then, all commands that share the commit fail."""
         with self.store.tx():
             pass
 
     def fault(self, error):
-        """Say whose room it is that there is none of, and what helps."""
+        """If the quota is used up, and not the disk, say so, and what helps."""
         fault = super().fault(error)
         disk = shutil.disk_usage(self.namespace.path(self.id).parent)
         if fault.status == 507 and disk.free > 2 ** 20:
@@ -11606,9 +11600,9 @@ OLD_NOTES = """DELETE FROM journal WHERE at NOT BETWEEN ? AND ? AND id IN
 @addition
 class ForgetsOldNotes(Broadcast):
     def journal(self, viewer, what, which):
-        """Each tenth row takes up to a hundred with it that are too old.
+        """Add a row to the journal. Each tenth one deletes up to a hundred old rows.
 
-        A row from the far future is of a time when the clock was wrong.
+        Rows from the far future go as well: the clock was wrong when they were written.
         """
         super().journal(viewer, what, which)
         keep = self.namespace.settings.keep_journal
@@ -11617,8 +11611,8 @@ class ForgetsOldNotes(Broadcast):
             self.store.exec(OLD_NOTES, now - keep, now + keep)
 
 
-@verb("workspace quota", "limit its file to so many bytes, as 500M or 10G; 0: to the "
-                         "server's --quota", "name", "size")
+@verb("workspace quota", "limit its file to a size such as 500M or 10G; 0: to the server's "
+                         "--quota", "name", "size")
 def workspace_quota(settings, given):
     with opened(settings, given) as (store, _):
         id = row_of(store, "workspaces", given.name)["id"]
@@ -11627,17 +11621,17 @@ def workspace_quota(settings, given):
 
 # ==== 52. Memory ==========================================================================
 # The idea: thousands of small databases are open. Two libraries keep more memory for each
-#   of them than they need; both can be told otherwise.
-# It promises: where they can't be told, all goes on as before. With 1,000 workspaces awake
+#   of them than it needs; both can be configured to keep less.
+# It promises: where they can't be configured, nothing changes. With 1,000 workspaces awake
 #   it saves 29 of 175 MB.
 
 def save_memory():
-    """Called before the first database is opened.
+    """Configure both libraries, before the first database is opened.
 
-    SQLite takes memory for 20 pages with each file that it opens, and most tenants have
-    fewer (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE).
-    glibc gives each thread a heap of its own, and what one has freed is of no use to the
-    others (mallopt(3), M_ARENA_MAX).
+    SQLite allocates 20 pages with each file that it opens, and most workspaces have fewer
+    (sqlite.org/c3ref/c_config_covering_index_scan.html, SQLITE_CONFIG_PAGECACHE). glibc
+    gives each thread a heap of its own, and other threads can't use the memory that one has
+    freed (mallopt(3), M_ARENA_MAX).
     """
     if sys.platform != "linux" or threading.active_count() > 1:
         return
@@ -11650,7 +11644,7 @@ def save_memory():
 
 
 def give_back_memory():
-    """Have glibc give back what was freed (malloc_trim(3))."""
+    """Have glibc return freed memory to the system (malloc_trim(3))."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -11661,7 +11655,7 @@ BEFORE_SERVING.append(save_memory)
 @addition
 class OpensSmall(GuardedObject):
     def open(self, create=False):
-        """Much of what SQLite reads to open a file is never read again: let go of it."""
+        """Open the file. Then free the memory that SQLite needed only for that."""
         super().open(create)
         self.store.exec("PRAGMA shrink_memory")
 
@@ -11673,13 +11667,13 @@ class GivesBackMemory(LoopEdge):
 
 
 # ==== 53. Figures =========================================================================
-# The idea: what a server did, for whoever runs it: a line in the access log for each
-#   answer, lines for what takes longer than --slow says, and numbers for Prometheus.
-# It promises: a reader of the log who is slow, or gone, keeps nobody waiting.
-# It needs: 43 Keys, for a token, 44 Accounts, for who is an operator, and 51 Quotas.
+# The idea: operators see what a server does: a line in the access log for each answer,
+#   lines for work that takes longer than --slow, and numbers for Prometheus.
+# It promises: a reader of the log that is slow, or gone, keeps no request waiting.
+# It needs: 43 Keys, for a token, 44 Accounts, for operators, and 51 Quotas.
 
 def size_of(response):
-    """Return how many bytes the body of an answer has, a page's as it leaves."""
+    """Return the bytes in the body of an answer, with the regions that a page has now."""
     pieces = [one.piece.plain for one in response.watch or ()]
     rest = response.rest.size if response.rest else 0
     return len(response.body) + sum(map(len, pieces)) + rest
@@ -11690,7 +11684,7 @@ def labelled(figures):
     return [{"label": label, "value": figures[label]} for label in sorted(figures)]
 
 
-# -- what takes long
+# -- slow work
 
 class SlowLog:
     LINES = 10                                           # a second, at most
@@ -11710,14 +11704,14 @@ class SlowLog:
 
 @functools.cache
 def slow_log(limit):
-    """Return the one of this process; None if there is no limit."""
+    """Return the SlowLog of this process, or None if there is no limit."""
     return SlowLog(limit) if limit else None
 
 
 @addition
 class TimesWork(Broadcast):
-    """With --slow, an object has other functions in the place of its call and its store's
-    run. Without it nothing is timed, and nothing takes longer."""
+    """With --slow, other functions replace the object's call and its store's run. Without
+    it nothing is timed, so nothing takes longer."""
     where = "outside of a request"                       # or workspace and slice of a call
 
     def on_open(self):
@@ -11744,7 +11738,7 @@ class TimesWork(Broadcast):
         return rows
 
 
-# -- what is counted
+# -- the figures
 
 class Figures:
     BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)     # seconds
@@ -11771,14 +11765,14 @@ class Figures:
             self.seconds += seconds
         if self.log != "off":
             line = self.line(asked, response.status, size_of(response), seconds)
-            self.lines.append(line)                      # flush() may have exchanged them
+            self.lines.append(line)                      # flush() may have replaced lines
         if self.slow:
             self.slow.note(seconds, f"{asked.request.method} {asked.request.path}, in all")
 
     def line(self, asked, status, size, seconds):
-        """The common log format and the seconds it took, or JSON.
+        """Return a line for the log: in the common log format with the seconds, or in JSON.
 
-        Without the query: users typed it. The method is as it came: HEAD is asked as GET.
+        It leaves out the query, because users typed it. A HEAD, asked as a GET, stays HEAD.
         """
         method, peer, path = asked.reading.method, asked.request.peer, asked.request.path
         if not PLAIN_PATH.fullmatch(path):
@@ -11792,19 +11786,19 @@ class Figures:
                 f"{status} {size} {seconds:.6f}")
 
     def write(self, lines):
-        """Called in the scribe's thread."""
+        """Print these lines. The scribe's thread calls this."""
         with contextlib.suppress(OSError, ValueError):
             print("\n".join(lines), flush=True)
 
     def flush(self):
-        """Once a second."""
+        """Once a second: have the scribe write the lines."""
         self.date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         if self.lines and not self.scribe.queue:         # else they wait; the oldest go
             lines, self.lines = self.lines, collections.deque(maxlen=self.lines.maxlen)
             self.scribe.put(self.write, lines)
 
     def requests(self):
-        """What templates/metrics.txt says of requests."""
+        """Return the figures of requests, for templates/metrics.txt."""
         with self.lock:
             counts = [*itertools.accumulate(self.durations)]
             buckets = dict(zip(self.BOUNDS, counts))
@@ -11835,13 +11829,13 @@ def token_for_figures(key):
 
 def has_token(request, settings):
     given = request.headers.get("authorization", "").encode()
-    with contextlib.suppress(OSError, Unusable):         # no keys: that is in the log
+    with contextlib.suppress(OSError, Unusable):         # no keys; the log says so
         right = [f"Bearer {token_for_figures(key)}".encode() for key in keys_now(settings)]
         return any([hmac.compare_digest(given, one) for one in right])
     return False
 
 
-@verb("metrics", "print the token with which Prometheus may read /metrics from elsewhere")
+@verb("metrics", "print the token that lets Prometheus read /metrics from elsewhere")
 def metrics(settings, given):
     check_there(settings, or_node=True)
     print(token_for_figures(load_keys(settings.key_file)[0]))
@@ -11852,7 +11846,7 @@ class HasFigures(LoopEdge):
     def __init__(self, env, settings):
         super().__init__(env, settings)
         self.figures = Figures(settings.log, slow_log(settings.slow))
-        # What was served, by id, when each of the last two minutes ended.
+        # The requests served, by id, as counted at the ends of the last two minutes.
         self.minutes = collections.deque([{}, {}], 2)
         self.add_doors({"/metrics": self.metrics})
 
@@ -11870,14 +11864,14 @@ class HasFigures(LoopEdge):
         self.figures.count(asked, response)
 
     def metrics(self, request, env):
-        """A door."""
+        """Answer /metrics."""
         only_read(request)
         may = self.is_from_here(request) or has_token(request, self.settings) \
             or env.directory.ask_as(request, "/_operator")
         if not may:
-            raise Refused(403, "The figures are for this machine, for operators, and for "
-                               "Authorization: Bearer TOKEN, with the token that "
-                               "`orion.py metrics` prints.")
+            raise Refused(403, "The figures are for operators and for this machine. From "
+                               "elsewhere, send Authorization: Bearer TOKEN with the token "
+                               "that `orion.py metrics` prints.")
         return Response(200, self.text().encode(), Figures.TYPE)
 
     def text(self):
@@ -11890,11 +11884,11 @@ class HasFigures(LoopEdge):
                     result=labelled(self.broker.frames)) + "\n"
 
     def waiting(self):
-        """What templates/metrics.txt says of who waits for what."""
+        """Return the figures of streams, and of requests that wait."""
         now = time.monotonic()
         streams = self.streams
         behind = [stream for stream in streams if stream.unsent]
-        # A deadline is so many seconds after the kernel took something the last time.
+        # A deadline is STUCK_SECONDS after the kernel last took something.
         stuck = [now - stream.deadline + stream.STUCK_SECONDS for stream in behind]
         with self.pool.lock:
             items = [item for lane in self.pool.lanes.values() for item, _ in lane.items]
@@ -11905,8 +11899,8 @@ class HasFigures(LoopEdge):
                 "waited": max(waited, default=0.0)}
 
     def storage(self):
-        """What it says of the disk and of workspaces. To measure 20,000 files would wake
-        the disk, so only those of awake objects are measured."""
+        """Return the figures of the disk and of workspaces. Only the files of awake objects
+        are measured, because measuring 20,000 files would wake the disk."""
         workspaces = self.env.workspaces
         open = workspaces.everybody()
         paths = {one.id: workspaces.path(one.id) for one in open}
@@ -11914,15 +11908,15 @@ class HasFigures(LoopEdge):
         served = dict(workspaces.served)
         shown = self.of_leaders(
             size=sizes, served=served,
-            of_late={id: served.get(id, 0) - self.minutes[0].get(id, 0) for id in paths},
+            recent={id: served.get(id, 0) - self.minutes[0].get(id, 0) for id in paths},
             watched={id: len(self.broker.watchers(id)) for id in [*self.broker.channels]},
             used={one.id: sizes[one.id] / one.quota for one in open if one.quota})
         return {"free": shutil.disk_usage(self.settings.data).free, **shown,
                 "logs": sum([bytes_in(f"{path}-wal") for path in paths.values()])}
 
     def of_leaders(self, **figures):
-        """Return the rows of some figures, each given as {id: number}. They have rows for
-        the workspaces that are among the ten with most in any of them."""
+        """Return the rows of some figures, each given as {id: number}. A workspace has rows
+        if it is among the top ten in any of them."""
         leaders = set()
         for one in figures.values():
             leaders.update(heapq.nlargest(10, one, key=one.get))
@@ -11941,10 +11935,10 @@ class HasFigures(LoopEdge):
 
 
 # ==== 54. Top =============================================================================
-# The idea: the figures of a running server as a table. A terminal shows it anew every two
-#   seconds; a pipe gets lines. It asks for /metrics, as Prometheus does.
-# It promises: the server does no more for it than for a scrape. So the 99 % are of all
-#   requests: to time them by workspace would cost each of them something.
+# The idea: the command top shows the figures of a running server as a table. A terminal is
+#   redrawn every two seconds; a pipe gets lines. It reads /metrics, as Prometheus does.
+# It promises: it costs the server no more than a scrape by Prometheus. So the 99 % are of
+#   all requests: timing them by workspace would make each of them slower.
 # It needs: 53 Figures.
 
 # A name, perhaps a label, and a value: orion_workspace_streams{workspace="acme"} 3
@@ -11956,10 +11950,10 @@ ROW = "{:<36.36} {:>12} {:>9} {:>9} {:>8}"               # 78 columns
 
 
 def figures_of(settings):
-    """Return the figures of the server, by name and label. Raises Unusable."""
+    """Return the server's figures, by name and label. Raises Unusable if it has none."""
     where = f"{settings.host}:{settings.port}"
     headers = {"Host": "localhost"}
-    with contextlib.suppress(Unusable):                  # perhaps it asks for no token
+    with contextlib.suppress(Unusable):                  # it may not ask for a token
         token = token_for_figures(load_keys(settings.key_file)[0])
         headers["Authorization"] = f"Bearer {token}"
     try:
@@ -11970,10 +11964,10 @@ def figures_of(settings):
             text = answer.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
         raise Unusable(f"no server answers at {where} ({error}); start it, or say where it "
-                       "listens: --host and --port stand before top") from error
+                       "listens, with --host and --port before top") from error
     if "orion_streams_open" not in text:
-        raise Unusable(f"{where} shows no figures ({answer.status}): it wants the token of "
-                       "its folder, which --data names; with --plain it has none")
+        raise Unusable(f"{where} shows no figures ({answer.status}); name its data folder, "
+                       "which has the token, by --data; with --plain it has none")
     found = collections.defaultdict(dict)
     for name, label, value in FIGURE.findall(text):
         found[name][label] = float(value)
@@ -11994,7 +11988,7 @@ class Top:
         self.seconds = self.at - then
 
     def rates(self, name):
-        """Return by how much a figure grew in a second; 0 if the server began anew."""
+        """Return by how much a figure grows each second; 0 if the server was restarted."""
         before = self.before[name]
         return {label: max(0.0, now - before.get(label, now)) / self.seconds
                 for label, now in self.now[name].items()}
@@ -12019,7 +12013,7 @@ class Top:
         return sorted(rows, key=lambda row: row[self.by], reverse=self.by > 0)
 
     def show(self, screen, every: float):
-        """Until somebody presses q. A change of the window's size is a key, too."""
+        """Show the table until q is pressed. Resizing the window counts as a key, too."""
         screen.timeout(int(1000 * every))
         key = 0
         while key != ord("q"):
@@ -12036,7 +12030,7 @@ class Top:
 
 
 def curses_here():
-    """Return the module, if it can draw where the output goes, and hear of keys."""
+    """Return the module if it can draw in this terminal and read keys there, else None."""
     with contextlib.suppress(ImportError):               # Windows has none
         import curses
         with contextlib.suppress(curses.error):          # it does not know the terminal

@@ -11690,7 +11690,7 @@ def test_top_says_what_to_do_where_there_is_no_server_or_another_folder_and_wher
     server = start(demo=False, trust_proxy=("127.0.0.0/8",))
     assert (top_of(server, "--once"), top_of(server, "--once", data=False)) == (0, 2)
     said = capsys.readouterr()
-    assert "requests/s" in said.out and "wants the token of its folder, which --data names" in said.err
+    assert "requests/s" in said.out and "name its data folder, which has the token, by --data" in said.err
     server.close()
     assert top_of(server, "--once") == 2 and "no server answers at 127.0.0.1:" in (said := capsys.readouterr().err) and "start it" in said
     plain = orion.PlainEdge("127.0.0.1", 0, orion.plain_planes(tmp_path / "plain"))
