@@ -6328,7 +6328,7 @@ def create_workspace_with_file(request, env):
 #
 # This part makes a product of the server. Each section is one feature. You can strike it
 # out of this file, together with the sections whose heads say that they need it; all others
-# still work. Only the frame has to stay: without it, only --plain works.
+# still work. The frame has to stay: without one of its sections, only --plain works.
 #
 # This is possible because no other code calls a feature by its name. Each feature adds
 # itself, in one of these ways:
@@ -6701,7 +6701,7 @@ class Judge:
 
     def __init__(self, owners):
         self.owners = owners
-        self.slice = ""                                  # that runs it; "": the server does
+        self.slice = ""                                  # whose statement; "": the server's
         self.may = ""                                    # READ, WRITE or MIGRATE
         self.objection = ""                              # why it denied a statement
 
@@ -6803,7 +6803,7 @@ class KnowsOwners(NestedStore):
         self.learn_owners()
 
     def migrating(self, slice, entries, ran):
-        """Return the transaction of a migration. One that drops a table is unenforced."""
+        """Return the transaction of a migration: an unenforced one, if it drops a table."""
         if any(["drop" in sql.lower() for sql in entries[ran:]]):
             return unenforced(self, f"slice {slice!r}, entry {len(entries)}")
         return super().migrating(slice, entries, ran)
@@ -6811,8 +6811,8 @@ class KnowsOwners(NestedStore):
     def apply(self, slice, entries, number):
         """Run one entry. From now on the slice owns the tables that it makes."""
         self.learn_owners()
-        # When a table is renamed, references follow it, unless a new table is to take its
-        # name.
+        # When a table is renamed, references follow it, unless a later entry makes a new
+        # table of that name.
         self.exec(f"PRAGMA legacy_alter_table={makes_way(entries, number):d}")
         made = super().apply(slice, entries, number)
         if re.search(r"\s", "".join(made)):
@@ -6861,7 +6861,7 @@ class HasOwners(GuardedObject):
 
 # -- the store that a slice gets
 
-# SQLite's messages about statements that can never run begin so.
+# The beginnings of SQLite's messages about statements that can never run.
 WRONG_SQL = ("no such", "near ", "incomplete input", "unrecognized token", "ambiguous",
              "table ", "Incorrect number of bindings", "Error binding parameter")
 
@@ -7094,16 +7094,16 @@ class Settings(NamedTuple):
     keep_journal: float = 365 * 86400.0                  # seconds; 0: for ever
     drain: float = 0.0                                   # seconds, before it stops
     log: str = "common"                                  # common, json or off
-    slow: float = 0.0                                    # s; log what takes longer; 0: no
+    slow: float = 0.0                                    # s; log what takes longer; 0: off
     streams: int = 0                                     # pages one may open; 0: 100
-    allow_host: Tuple[str, ...] = ()                     # further names of this server
+    allow_host: Tuple[str, ...] = ()                     # more host names of this server
     trust_proxy: Tuple[str, ...] = ()                    # networks of proxies
     single: Optional[pathlib.Path] = None                # one file instead of a folder
     plain: bool = False                                  # by the edge of Part One
-    dev: bool = False                                    # while somebody writes an app
-    plane: str = ""                                      # "directory" or "data": one alone
+    dev: bool = False                                    # help for the author of an app
+    plane: str = ""                                      # "directory" or "data"; "": both
     directory: str = ""                                  # its HOST:PORT, for a data plane
-    node_name: str = ""                                  # HOST:PORT; "": as it listens
+    node_name: str = ""                                  # HOST:PORT; "": host and port
     slices: Sequence[Slice] = (todos,)
     assets: Optional[pathlib.Path] = None                # folder of the app's own files
     brand: Any = None                                    # section 39
@@ -7156,8 +7156,8 @@ class FullEnv(Env):
 
 
 # RFC 7239, RFC 9110 (7.6.3), and the headers that proxies used before there was a standard.
-SAID_BY_PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
-                   "x-forwarded-host", "x-real-ip"}
+PROXY_HEADERS = {"forwarded", "via", "x-forwarded-for", "x-forwarded-proto",
+                 "x-forwarded-host", "x-real-ip"}
 
 
 @addition
@@ -7188,7 +7188,7 @@ class Server(LoopEdge):
     def is_from_here(self, request):
         """True if the client is on this machine. A proxy here asks for other clients: most
         proxies say so in a header, and the rest pass on the Host that the client sent."""
-        if request.headers.keys() & SAID_BY_PROXIES:
+        if request.headers.keys() & PROXY_HEADERS:
             return False
         if in_networks(request.peer, self.settings.trust_proxy):
             return False
@@ -7229,7 +7229,7 @@ def compose(settings) -> FullEnv:
 
 
 def two_planes(settings):
-    """One Directory, a Workspace for each tenant, and a worker in front."""
+    """Compose one Directory, a Workspace for each tenant, and a worker in front."""
     settings, fresh, keys = prepare_data(settings)
     router = workspace_router(settings)
     workspaces = workspaces_of(settings, router)
@@ -7243,7 +7243,7 @@ def two_planes(settings):
 def set_up(directory, workspaces, settings, fresh, demo):
     """Open the Directory, and create it first if it is fresh. Return the env.
 
-    So a fault of its file is raised here, and not by a later request.
+    So a fault of its file is found now, and not by a later request.
     """
     directory.namespace.settings = settings
     if fresh:
@@ -7737,7 +7737,7 @@ def check_there(settings, or_node=False):
 
 
 def looked_up(settings, read):
-    """Return what read(store) finds in the Directory.
+    """Return read(store), called with the store of the Directory.
 
     The file may be of an older version, so migrations run first; but they are not
     committed, so the file stays as it is. The lock is released before anything is printed,
@@ -7863,7 +7863,7 @@ def after_script(file, *_):
 
 
 def in_one_line(error):
-    """Return what went wrong. For an error in an app's function, add its type and place."""
+    """Return an error as one line; for one from an app's function, with type and place."""
     if isinstance(error, EOFError):                      # input ended at a question
         return "nothing was typed"
     frames = frames_of_app(error)
@@ -8287,7 +8287,7 @@ TAG_OR_COMMENT = re.compile(r"""(?s)<!--(?:.*?-->|.*)|<(/?)([A-Za-z][^\s/>]*)"""
 WITHOUT_END = ("area", "br", "embed", "hr", "img", "input", "link", "meta", "source")
 
 
-def behind_element(region):
+def markup_after(region):
     """Return the markup after the first element; "" if that has no end tag."""
     first = TAG_OR_COMMENT.search(region)[2]
     if region.count(f"<{first}") == 1 and region.rstrip().endswith(f"</{first}>"):
@@ -8304,7 +8304,7 @@ def behind_element(region):
 
 def check_one_element(region, name):
     """Raise ValueError if markup follows the element: a browser would not update it."""
-    more = behind_element(region)
+    more = markup_after(region)
     if more and not more.startswith("<!--"):
         raise ValueError(f"region {name} has markup after its element with{id_of(region)}, "
                          f"which would not stay current: {more:.60}; put all of it into "
@@ -8386,9 +8386,10 @@ class NoticesSilence(EdgeWorkspace):
 
 # ==== 34. Template checks =================================================================
 # The idea: Part One trusts the author of a template. Here we read it as browsers do, and
-#   refuse it if a hole is where text could become code. The error says where, and a remedy.
-# It promises: text can do no harm in any hole of an accepted template. Markup that means
-#   one thing in <svg>, or without scripts, and another elsewhere is refused.
+#   refuse it if a hole is where text could become code. The error names the line, and says
+#   what to write instead.
+# It promises: text can do no harm in any hole of an accepted template. Markup whose meaning
+#   differs in <svg>, or without scripts, is refused.
 # Who uses it: each Template, when it is made.
 
 # What < begins: a comment; <!doctype html>; </p>; <p, without its attributes; or nothing.
@@ -8578,7 +8579,7 @@ def checked_places(self, kind):
         scanner.scan(kind)
     except ValueError as error:
         if kind in ("text", "an attribute"):
-            raise ValueError(in_its_line(self, scanner.at, error)) from None
+            raise ValueError(with_line(self, scanner.at, error)) from None
         return None
     return scanner.found
 
@@ -8586,10 +8587,10 @@ def checked_places(self, kind):
 def lacks_in_line(self, name, remedy):
     """Replace Template.lacks: return a KeyError with the line of the hole."""
     holes = [hole.start() for hole in HOLE.finditer(self.markup) if hole[2] == name]
-    return KeyError(in_its_line(self, holes[0], remedy))
+    return KeyError(with_line(self, holes[0], remedy))
 
 
-def in_its_line(template, at, remedy):
+def with_line(template, at, remedy):
     """Return the text of an error at this place of the markup, with its file and line."""
     markup = template.markup
     rest = markup[at:].lstrip() or markup[-60:]          # at the end, show the last text
@@ -8604,7 +8605,7 @@ def write_attribute(text):
 
 
 def write_address(text):
-    """Write a path, or an address of the web or of mail; else #: javascript: would run."""
+    """Write a path, or an address of the web or of mail; "#" for others (javascript:)."""
     return html.escape(text) if ADDRESS.match(text) else "#"
 
 
@@ -8743,7 +8744,7 @@ def flash_header(path, text, signals):
 
 
 def with_flash(request, response):
-    """Return the response with the cookie of its flash, or with the flash that came."""
+    """Return the response with its flash as a cookie, or showing the flash that came."""
     given = dict(response.headers).get(FLASH)
     if given:
         rest = [pair for pair in response.headers if pair[0] != FLASH]
@@ -8870,7 +8871,7 @@ class KnowsWhatWasTyped(Context):
 @addition
 class CarriesFlashes(LoopEdge):
     def finish(self, asked, response):
-        """Carry a flash. Only pages, and answers with headers, as of go(), can have one."""
+        """Let an answer with headers, as from go(), give a flash, and a page show it."""
         carries = isinstance(response, Response) and (response.headers or response.nonce)
         if carries and asked.reading.method != "HEAD":
             response = with_flash(asked.request, response)
@@ -9026,7 +9027,7 @@ FOR_A_YEAR = (("cache-control", "public, max-age=31536000, immutable"),)
 ASK_EACH_TIME = (("cache-control", "no-cache"),)
 
 
-# Not in a template, because it may have no hole in markup that browsers run or load.
+# Not in a template, because none may have a hole in markup that browsers run or load.
 LINK = '<link rel="{}" href="{}">\n'
 SCRIPT = '<script type="module" src="{}"></script>\n'
 
@@ -9176,7 +9177,7 @@ CHECKS.append(use_brand)
 # ==== 40. Counts ==========================================================================
 # The idea: the home page shows how full each workspace is. Each workspace is asked before
 #   the request takes the Directory's turn.
-# It promises: a workspace that is busy, or can't be read, does not delay the page.
+# It promises: a workspace that is busy, or can't be read, does not hold up the others.
 
 @addition
 class TellsFacts(Broadcast):
@@ -9219,7 +9220,7 @@ class KeepsCounts(GuardedNamespace):
 
     @functools.cached_property
     def counts(self):
-        return {}                                        # as "3 open", by id
+        return {}                                        # such as "3 open", by id
 
 
 @addition
@@ -17500,7 +17501,7 @@ class Notice(ThreadingHTTPServer):
     def answer(self, request, env):
         if request.path in ASSETS:
             return own_asset(request, None)
-        if request.headers.keys() & SAID_BY_PROXIES:
+        if request.headers.keys() & PROXY_HEADERS:
             raise Refused(503, "The app does not start; its terminal says why.")
         if request.path == STATE:
             return state_of(self.started, 1, self.text)

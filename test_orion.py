@@ -2823,7 +2823,7 @@ def test_a_page_that_could_not_stay_current_is_an_error_that_names_page_and_regi
     ('<p id="a">1</p><p id="b">2</p>', '<p id="b">2</p>'), ('<p id="a">1</p> and', "and"), ('<img id="a"> and', "and"),
     ('<div id="a"><div>1</div></div><!-- a remark --> and', "<!-- a remark --> and")])
 def test_what_stands_behind_the_element_of_a_region_is_found(region, rest):
-    assert orion.behind_element(orion.Html(region)) == rest
+    assert orion.markup_after(orion.Html(region)) == rest
 
 
 def test_a_region_that_is_more_than_its_element_is_an_error_that_says_what_is_behind_it(start, capfd):
