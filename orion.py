@@ -7481,21 +7481,21 @@ OPTIONS = (
     ("--data", "folder with all state", pathlib.Path),
     ("--single", "one file that holds everything, for one workspace, in place of the data "
      "folder", pathlib.Path),
-    ("--demo", "personas and workspaces to click through; on a loopback address, with no "
-     "proxy in front, a new data folder has them anyway", bool),
-    ("--plain", "serve by the edge of Part One, without passwords and limits: for reading, "
-     "and for small trusted networks", bool),
+    ("--demo", "personas and workspaces to click through; by default, a new data folder "
+     "has them on a loopback address with no proxy in front", bool),
+    ("--plain", "serve with the edge of Part One, without passwords and limits: to read "
+     "the code, or for small trusted networks", bool),
     ("--dev", "while you write an app: start again when a file changes, and show errors, "
-     "with code and rows, in the browser; for this machine alone", bool),
+     "with code and rows, in the browser; only on this machine", bool),
     ("--idle", "seconds until an unused workspace goes to sleep", a_time),
-    ("--awake", "workspaces awake at most, three descriptors each; 0: a quarter of the "
-     "descriptors, at most 1,024", a_number),
+    ("--awake", "the most workspaces awake at a time, three descriptors each; 0: a quarter "
+     "of the descriptors, at most 1,024", a_number),
     ("--quota", "bytes that the file of a workspace may have, such as 500M or 10G", a_size),
-    ("--max-workspaces", "workspaces that one account may found; 0: 20, in the demo 2,000",
+    ("--max-workspaces", "workspaces that one account may create; 0: 20, in the demo 2,000",
      a_number),
     ("--streams", "pages that one account may have open; 0: 100, in the demo as many as "
      "connections", a_number),
-    ("--connections", "connections at most; more get a 503", at_least_1),
+    ("--connections", "the most connections at a time; more get a 503", at_least_1),
     ("--allow-host", "host names of this server, separated by commas", host_names),
     ("--trust-proxy", "networks, separated by commas, of the proxies to trust for "
      "X-Forwarded-For and X-Forwarded-Proto", networks),
@@ -7592,8 +7592,8 @@ def read_command_line(argv, app=None):
     """
     app = app or Settings()
     parser = Parser(description="A live, multi-tenant web server in one file. Without a "
-                    "command it serves.", epilog="Every option is an environment variable "
-                    "too: ORION_PORT=80 is --port 80.")
+                    "command, it serves.", epilog="Every option is an environment "
+                    "variable, too: ORION_PORT=80 is --port 80.")
     parser.set_defaults(verb="")
     for flag, help, kind in OPTIONS:
         name = name_of_flag(flag)
